@@ -1,0 +1,387 @@
+"""Writes the protocol's test vectors, ``tests/vectors/protocol.json``.
+
+The bytes come from cbor2, not from ``entidb.protocol``, so that the vectors can disagree with it.
+``docs/protocol.md``, last section, says what stands where. Running it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import cbor2
+
+TARGET: Final = Path(__file__).parent.parent / "tests" / "vectors" / "protocol.json"
+
+Message = dict[str, Any]
+
+#: Parses as a content identifier: version 1, dag-cbor, sha2-256 cut to 12 bytes.
+ID_LIKE_A_LINK: Final = bytes.fromhex("0171120c") + bytes(range(12))
+DEVICE: Final = bytes.fromhex("018f2f3e4a5b7c6d8e9fa0b1c2d3e4f5")
+HISTORY: Final = bytes(range(0xA0, 0xB0))
+ENTITY: Final = bytes.fromhex("019300000000700080000000000000aa")
+OTHER: Final = bytes.fromhex("019300000000700080000000000000bb")
+PAYLOAD: Final = bytes.fromhex("a1657469746c6566436f66666565")  # {"title": "Coffee"}
+#: A byte string whose content looks like a tagged link.
+PAYLOAD_LIKE_A_LINK: Final = b"\x58\x16" + b"\xd8\x2a\x51\x00" + ID_LIKE_A_LINK + b"\x00\x00"
+STAMP: Final = 1764000000000 << 16
+
+HANDSHAKE_REQUEST: Final[Message] = {
+    "major": 1,
+    "minor": 0,
+    "db_id": "household",
+    "device_id": DEVICE,
+    "history": HISTORY,
+    "cursor": 41,
+    "client": "notes/2.1",
+}
+LIMITS: Final[Message] = {
+    "transaction_bytes_max": 16777216,
+    "message_bytes_max": 67108864,
+    "push_operations_max": 100000,
+    "pull_operations_max": 100000,
+    "collections_max": 4096,
+}
+HANDSHAKE_RESPONSE: Final[Message] = {
+    "major": 1,
+    "minor": 0,
+    "history": HISTORY,
+    "head": 70000,
+    "floor": 23,
+    "limits": LIMITS,
+    "features": ["zstd", "gzip"],
+    "time": 1764000000123,
+}
+PULL_REQUEST: Final[Message] = {
+    "db_id": "household",
+    "device_id": DEVICE,
+    "history": HISTORY,
+    "cursor": 41,
+    "have": [[43, 43], [50, 70]],
+    "limit": 1000,
+    "bytes_max": 1048576,
+    "collections": ["notes", "Läden/東京"],
+    "full": False,
+}
+PULL_RESPONSE: Final[Message] = {
+    "collections": ["notes", "lists"],
+    "commits": [
+        [42, DEVICE, STAMP, [[0, ENTITY, PAYLOAD], [1, ENTITY, None]]],
+        [255, ID_LIKE_A_LINK, STAMP + 1, [[0, ID_LIKE_A_LINK, PAYLOAD_LIKE_A_LINK]]],
+        [4294967296, DEVICE, 2**64 - 1, [[1, OTHER, b"\xf6"]]],
+    ],
+    "cursor": 4294967296,
+    "has_more": True,
+    "head": 2**63 - 1,
+    "floor": 0,
+    "time": 1764000000123,
+}
+PUSH_REQUEST: Final[Message] = {
+    "db_id": "household",
+    "device_id": DEVICE,
+    "history": HISTORY,
+    "cursor": 65536,
+    "collections": ["notes", "lists"],
+    "transactions": [
+        [OTHER, STAMP, [[0, ENTITY, 65535, PAYLOAD], [1, ENTITY, 24, None]]],
+        [ID_LIKE_A_LINK, 0, [[1, ID_LIKE_A_LINK, 0, PAYLOAD_LIKE_A_LINK]]],
+    ],
+}
+PUSH_RESPONSE: Final[Message] = {
+    "results": [
+        [0, 70001, 0, [], "", ""],
+        [0, 70002, STAMP, [], "", ""],
+        [1, 9, 0, [], "", ""],
+        [2, 0, 0, [[0, ENTITY, 66000, PAYLOAD], [0, OTHER, 66001, None]], "", ""],
+        [3, 0, 0, [], "forbidden", "notes is read-only"],
+    ],
+    "collections": ["notes"],
+    "head": 70002,
+    "time": 1764000000123,
+}
+ERROR_RESPONSE: Final[Message] = {
+    "code": "rate_limited",
+    "message": "slow down",
+    "retryable": True,
+    "retry_after": 1.5,
+    "details": {"floor": 12},
+}
+COMPLETE: Final[dict[str, Message]] = {
+    "HandshakeRequest": HANDSHAKE_REQUEST,
+    "HandshakeResponse": HANDSHAKE_RESPONSE,
+    "PullRequest": PULL_REQUEST,
+    "PullResponse": PULL_RESPONSE,
+    "PushRequest": PUSH_REQUEST,
+    "PushResponse": PUSH_RESPONSE,
+    "ErrorResponse": ERROR_RESPONSE,
+}
+#: Keys a message may lack, with what their absence means.
+DEFAULTS: Final[dict[str, Message]] = {
+    "HandshakeRequest": {"client": ""},
+    "PullRequest": {"have": [], "collections": None, "full": False},
+    "ErrorResponse": {"retry_after": None, "details": {}},
+}
+
+
+def canonical(value: Any) -> bytes:
+    """The deterministic bytes. cbor2's own canonical form would shorten floats."""
+    return cbor2.dumps(_ordered(value))
+
+
+def _ordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        keys = sorted(value, key=lambda key: (len(key.encode()), key.encode()))
+        return {key: _ordered(value[key]) for key in keys}
+    return [_ordered(item) for item in value] if isinstance(value, list) else value
+
+
+# --- valid ------------------------------------------------------------------------------------
+
+
+def valid() -> Iterator[dict[str, Any]]:
+    for kind, message in COMPLETE.items():
+        yield _valid(kind, "complete", message)
+        newer = canonical(message | {"a_newer_key": {"nested": [1, None]}})
+        yield _valid(kind, "an unknown key is ignored", message, newer)
+        if kind in DEFAULTS:
+            short = {key: item for key, item in message.items() if key not in DEFAULTS[kind]}
+            meaning = message | DEFAULTS[kind]
+            yield _valid(kind, "what is absent has its default", meaning, canonical(short))
+            yield _valid(kind, "defaults written out", meaning)
+    yield from _valid_edges()
+
+
+def _valid_edges() -> Iterator[dict[str, Any]]:
+    yield _valid("HandshakeRequest", "the first meeting", HANDSHAKE_REQUEST | {"history": None})
+    name = {"db_id": "ß" * 127 + "x"}
+    yield _valid("HandshakeRequest", "a name of 255 bytes", HANDSHAKE_REQUEST | name)
+    empty: Message = {"collections": [], "commits": [], "cursor": 41, "head": 41}
+    yield _valid("PullResponse", "nothing new", PULL_RESPONSE | empty | {"has_more": False})
+    largest = PULL_REQUEST | {"cursor": 2**63 - 1, "limit": 2**63 - 1, "have": [[0, 2**63 - 1]]}
+    yield _valid("PullRequest", "the largest numbers", largest)
+    yield _valid("PullRequest", "a full pull", PULL_REQUEST | {"cursor": 0, "full": True})
+    nothing: Message = {"collections": [], "transactions": []}
+    yield _valid("PushRequest", "no transaction at all", PUSH_REQUEST | nothing)
+    for length in (23, 24, 255, 256, 4095, 4096):
+        payload = canonical("x" * length)
+        one = [[OTHER, STAMP, [[0, ENTITY, 1, payload]]]]
+        message = PUSH_REQUEST | {"transactions": one}
+        yield _valid("PushRequest", f"a payload of {len(payload)} bytes", message)
+    for number in (0, 23, 24, 255, 256, 1023, 1024, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1):
+        one = [[OTHER, number, [[0, ENTITY, number, None]]]]
+        yield _valid("PushRequest", f"the number {number}", PUSH_REQUEST | {"transactions": one})
+    more = [[OTHER, STAMP, [[0, ENTITY, 1, None, "newer"]], "newer", {"a": 1}]]
+    fewer = [[OTHER, STAMP, [[0, ENTITY, 1, None]]]]
+    yield _valid(
+        "PushRequest",
+        "unknown elements are ignored",
+        PUSH_REQUEST | {"transactions": fewer},
+        canonical(PUSH_REQUEST | {"transactions": more}),
+    )
+    yield _valid(
+        "PushResponse",
+        "a result may end after what it needs",
+        PUSH_RESPONSE | {"results": [[0, 7, 0, [], "", ""]]},
+        canonical(PUSH_RESPONSE | {"results": [[0, 7]]}),
+    )
+
+
+def _valid(kind: str, name: str, meaning: Message, data: bytes | None = None) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "name": name,
+        "canonical": data is None,
+        "hex": (canonical(meaning) if data is None else data).hex(),
+        "message": _as_json(meaning),
+    }
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"hex": value.hex()}
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list) else value
+
+
+# --- refused ----------------------------------------------------------------------------------
+
+
+def refused() -> Iterator[dict[str, Any]]:
+    yield from _refused_bytes()
+    for kind, message in COMPLETE.items():
+        for key in message:
+            absent = {other: item for other, item in message.items() if other != key}
+            if key not in DEFAULTS.get(kind, {}):
+                yield _refused(kind, f"{key} is missing", absent)
+            yield _refused(kind, f"{key} has another type", message | {key: [[{}]]})
+    yield from _refused_values()
+    yield from _refused_together()
+
+
+def _refused_bytes() -> Iterator[dict[str, Any]]:
+    whole = canonical(HANDSHAKE_REQUEST)
+    link = b"\xd8\x2a\x51\x00" + ID_LIKE_A_LINK
+    cases = {
+        "nothing": b"",
+        "cut off": whole[:-1],
+        "one byte too many": whole + b"\x00",
+        "an indefinite map": b"\xbf" + whole[1:] + b"\xff",
+        "a key that comes twice": b"\xa2\x61a\x01\x61a\x02",
+        "keys out of order": b"\xa2\x62aa\x01\x61a\x02",
+        "a key that is not text": b"\xa1\x01\x02",
+        "not a number": b"\xa1\x61a\xfb\x7f\xf8" + bytes(6),
+        "infinity": b"\xa1\x61a\xfb\x7f\xf0" + bytes(6),
+        "a float of 16 bits": b"\xa1\x61a\xf9\x3c\x00",
+        "undefined": b"\xa1\x61a\xf7",
+        "an unknown simple value": b"\xa1\x61a\xf0",
+        "text that is not UTF-8": b"\xa1\x61a\x61\xff",
+        "a tag": b"\xa1\x61a\xc0\x61x",
+        "a link": b"\xa1\x61a" + link,
+        "a link where an id belongs": whole.replace(b"\x50" + DEVICE, link),
+        "an array that claims to be huge": b"\x9b\x7f" + b"\xff" * 7,
+        "a byte string that claims to be huge": b"\x5b\x7f" + b"\xff" * 7,
+    }
+    for name, data in cases.items():
+        yield {"type": "HandshakeRequest", "name": name, "code": "codec_error", "hex": data.hex()}
+    for name, item in {"an array": [1], "text": "x", "null": None}.items():
+        yield _refused("HandshakeRequest", f"{name} instead of a map", item)
+
+
+def _refused_values() -> Iterator[dict[str, Any]]:
+    for name, change in _each(
+        {
+            "a negative number": {"cursor": -1},
+            "a number of 64 bits": {"cursor": 2**63},
+            "a number as a float": {"cursor": 1.0},
+            "a number as a truth value": {"cursor": True},
+            "an id of 15 bytes": {"device_id": DEVICE[:15]},
+            "an id of 17 bytes": {"device_id": DEVICE + b"x"},
+            "an id as text": {"device_id": DEVICE.hex()},
+            "an empty name": {"db_id": ""},
+            "a name of 256 bytes": {"db_id": "ß" * 128},
+            "a name with a line feed": {"db_id": "a\nb"},
+            "a name with a C1 control": {"db_id": "a\x85b"},
+            "a client of 256 characters": {"client": "x" * 256},
+        }
+    ):
+        yield _refused("HandshakeRequest", name, HANDSHAKE_REQUEST | change)
+    for name, change in _each(
+        {
+            "no operations asked for": {"limit": 0},
+            "no bytes asked for": {"bytes_max": 0},
+            "a range that ends before it begins": {"have": [[5, 4]]},
+            "ranges that overlap": {"have": [[1, 4], [4, 9]]},
+            "ranges out of order": {"have": [[5, 6], [1, 2]]},
+            "a range of three": {"have": [[1, 2, 3]]},
+            "a collection that comes twice": {"collections": ["a", "a"]},
+            "an empty collection name": {"collections": [""]},
+            "a full that is a number": {"full": 1},
+        }
+    ):
+        yield _refused("PullRequest", name, PULL_REQUEST | change)
+
+
+def _refused_together() -> Iterator[dict[str, Any]]:
+    operation = [0, ENTITY, 1, PAYLOAD]
+    transaction = [OTHER, STAMP, [operation]]
+    for name, transactions in _each(
+        {
+            "a transaction id that comes twice": [transaction, transaction],
+            "a transaction without operations": [[OTHER, STAMP, []]],
+            "an entity that comes twice": [[OTHER, STAMP, [operation, operation]]],
+            "a collection that is not there": [[OTHER, STAMP, [[2, ENTITY, 1, PAYLOAD]]]],
+            "the second collection is not there": [
+                [OTHER, STAMP, [operation, [2, ENTITY, 1, PAYLOAD]]]
+            ],
+            "an operation cut short": [[OTHER, STAMP, [[0, ENTITY, 1]]]],
+            "a payload as text": [[OTHER, STAMP, [[0, ENTITY, 1, "x"]]]],
+            "a transaction as a map": [{"id": OTHER}],
+        }
+    ):
+        yield _refused("PushRequest", name, PUSH_REQUEST | {"transactions": transactions})
+    pulled = [[0, ENTITY, PAYLOAD]]
+    for name, change in _each(
+        {
+            "versions that stand still": {
+                "commits": [[42, DEVICE, 0, pulled], [42, DEVICE, 0, pulled]]
+            },
+            "versions that go back": {
+                "commits": [[42, DEVICE, 0, pulled], [41, DEVICE, 0, pulled]]
+            },
+            "version 0": {"commits": [[0, DEVICE, 0, pulled]]},
+            "an entity twice in a commit": {"commits": [[42, DEVICE, 0, pulled * 2]]},
+            "a collection that is not there": {"commits": [[42, DEVICE, 0, [[2, ENTITY, None]]]]},
+            "a cursor below the last commit": {"cursor": 4294967295},
+            "a cursor above the head": {"head": 4294967295},
+        }
+    ):
+        yield _refused("PullResponse", name, PULL_RESPONSE | change)
+    for name, result in _each(
+        {
+            "an unknown verdict": [4, 1],
+            "accepted without a version": [0, 0],
+            "superseded without a version": [1],
+            "rejected without a code": [3, 0, 0, [], "", "because"],
+            "a state of a collection that is not there": [2, 0, 0, [[1, ENTITY, 1, None]]],
+            "a state that comes twice": [2, 0, 0, [[0, ENTITY, 1, None], [0, ENTITY, 2, None]]],
+        }
+    ):
+        yield _refused("PushResponse", name, PUSH_RESPONSE | {"results": [result]})
+    yield _refused(
+        "ErrorResponse", "a time to wait below 0", ERROR_RESPONSE | {"retry_after": -1.0}
+    )
+
+
+def _refused(kind: str, name: str, value: Any) -> dict[str, Any]:
+    hexed = canonical(value).hex()
+    return {"type": kind, "name": name, "code": "invalid_message", "hex": hexed}
+
+
+# --- digests ----------------------------------------------------------------------------------
+
+
+def digests() -> Iterator[dict[str, Any]]:
+    many = [
+        [index % 2, bytes([index]) * 16, 0, b"\x18" + bytes([index])] for index in range(24, 54)
+    ]
+    for name, operations in _each(
+        {
+            "one put": [[0, ENTITY, 7, PAYLOAD]],
+            "base versions do not count": [[0, ENTITY, 8, PAYLOAD]],
+            "a put and a deletion": [[0, ENTITY, 7, PAYLOAD], [1, OTHER, 7, None]],
+            "order counts": [[1, OTHER, 7, None], [0, ENTITY, 7, PAYLOAD]],
+            "an id like a link": [[1, ID_LIKE_A_LINK, 0, PAYLOAD_LIKE_A_LINK]],
+            "thirty operations": many,
+        }
+    ):
+        names = ["notes", "Läden/東京"]
+        content = [[names[index], entity, payload] for index, entity, _, payload in operations]
+        yield {
+            "name": name,
+            "collections": names,
+            "operations": _as_json(operations),
+            "sha256": hashlib.sha256(canonical(content)).hexdigest(),
+        }
+
+
+def _each(cases: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    return cases.items()
+
+
+def build() -> str:
+    vectors = {"valid": [*valid()], "refused": [*refused()], "digests": [*digests()]}
+    lines = []
+    for name, rows in vectors.items():
+        body = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
+        lines.append(f'  "{name}": [\n{body}\n  ]')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+if __name__ == "__main__":
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    TARGET.write_text(build(), encoding="utf-8")
+    print(f"wrote {TARGET.name}")

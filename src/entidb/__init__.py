@@ -1,0 +1,272 @@
+"""EntiDB: an embedded, transactional entity database, and the engine that keeps its copies in step.
+
+The public names, each loaded from its home when it is first used (PEP 562): importing ``entidb``
+costs next to nothing, and a device never loads the server. Nothing else lives here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from entidb.cbor import (
+        CborDecode,
+        CborEncode,
+    )
+    from entidb.db import (
+        ChangeEvent,
+        ChangeFeed,
+        Collection,
+        Database,
+        Snapshot,
+        Transaction,
+    )
+    from entidb.errors import (
+        AuthenticationError,
+        CborDecodeError,
+        CborEncodeError,
+        CodecError,
+        CommitUnknownError,
+        ConfigError,
+        ConflictError,
+        CorruptionError,
+        DatabaseClosedError,
+        DatabaseForkedError,
+        DatabaseLockedError,
+        EntiDBError,
+        FormatError,
+        HistoryChangedError,
+        InvalidNameError,
+        LocalError,
+        PermissionDeniedError,
+        ProtocolError,
+        ResetRequiredError,
+        ScopeError,
+        ServerBusyError,
+        ServerError,
+        StorageError,
+        StorageFullError,
+        SyncCancelledError,
+        SyncCodecError,
+        SyncError,
+        SyncStateError,
+        SyncTimeoutError,
+        TlsError,
+        TransactionError,
+        TransactionTooLargeError,
+        TransportError,
+        ValueTypeError,
+        VersionMismatchError,
+    )
+    from entidb.protocol import (
+        SyncRequest,
+        SyncResponse,
+    )
+    from entidb.server import (
+        ServerConfig,
+        SyncServer,
+        create_app,
+    )
+    from entidb.sync import (
+        Conflict,
+        ConflictPolicy,
+        ConflictResolution,
+        DatabaseApplier,
+        HttpClient,
+        HttpTransport,
+        LoopbackClient,
+        LoopbackServer,
+        MemorySyncApplier,
+        MockTransport,
+        RetryConfig,
+        SyncApplier,
+        SyncConfig,
+        SyncCycleResult,
+        SyncEngine,
+        SyncResult,
+        SyncState,
+        SyncStats,
+        SyncTransport,
+    )
+
+__version__: Final = "0.1.0"
+
+#: Home module of each public name.
+_HOMES: Final[dict[str, tuple[str, ...]]] = {
+    "entidb.db": (
+        "Database",
+        "Collection",
+        "Transaction",
+        "Snapshot",
+        "ChangeFeed",
+        "ChangeEvent",
+    ),
+    "entidb.sync": (
+        "SyncEngine",
+        "SyncConfig",
+        "RetryConfig",
+        "SyncState",
+        "SyncStats",
+        "SyncCycleResult",
+        "SyncResult",
+        "SyncApplier",
+        "DatabaseApplier",
+        "MemorySyncApplier",
+        "SyncTransport",
+        "HttpTransport",
+        "HttpClient",
+        "LoopbackClient",
+        "LoopbackServer",
+        "MockTransport",
+        "Conflict",
+        "ConflictPolicy",
+        "ConflictResolution",
+    ),
+    "entidb.protocol": (
+        "SyncRequest",
+        "SyncResponse",
+    ),
+    "entidb.server": (
+        "SyncServer",
+        "ServerConfig",
+        "create_app",
+    ),
+    "entidb.cbor": (
+        "CborEncode",
+        "CborDecode",
+    ),
+    "entidb.errors": (
+        "EntiDBError",
+        "LocalError",
+        "DatabaseClosedError",
+        "DatabaseLockedError",
+        "DatabaseForkedError",
+        "TransactionError",
+        "TransactionTooLargeError",
+        "ValueTypeError",
+        "InvalidNameError",
+        "ScopeError",
+        "ConfigError",
+        "CodecError",
+        "CborEncodeError",
+        "CborDecodeError",
+        "StorageError",
+        "StorageFullError",
+        "CorruptionError",
+        "FormatError",
+        "CommitUnknownError",
+        "SyncError",
+        "TransportError",
+        "SyncTimeoutError",
+        "TlsError",
+        "ProtocolError",
+        "SyncCodecError",
+        "VersionMismatchError",
+        "AuthenticationError",
+        "PermissionDeniedError",
+        "ServerError",
+        "ServerBusyError",
+        "ConflictError",
+        "SyncCancelledError",
+        "SyncStateError",
+        "HistoryChangedError",
+        "ResetRequiredError",
+    ),
+}
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+#: What the server needs beyond the core; the other packages stand on the core alone.
+_SERVER_EXTRA: Final = frozenset({"jwt", "prometheus_client", "starlette", "uvicorn"})
+
+__all__ = [
+    "Database",
+    "Collection",
+    "Transaction",
+    "Snapshot",
+    "ChangeFeed",
+    "ChangeEvent",
+    "SyncEngine",
+    "SyncConfig",
+    "RetryConfig",
+    "SyncState",
+    "SyncStats",
+    "SyncCycleResult",
+    "SyncResult",
+    "SyncApplier",
+    "DatabaseApplier",
+    "MemorySyncApplier",
+    "SyncTransport",
+    "HttpTransport",
+    "HttpClient",
+    "LoopbackClient",
+    "LoopbackServer",
+    "MockTransport",
+    "Conflict",
+    "ConflictPolicy",
+    "ConflictResolution",
+    "SyncRequest",
+    "SyncResponse",
+    "SyncServer",
+    "ServerConfig",
+    "create_app",
+    "CborEncode",
+    "CborDecode",
+    "EntiDBError",
+    "LocalError",
+    "DatabaseClosedError",
+    "DatabaseLockedError",
+    "DatabaseForkedError",
+    "TransactionError",
+    "TransactionTooLargeError",
+    "ValueTypeError",
+    "InvalidNameError",
+    "ScopeError",
+    "ConfigError",
+    "CodecError",
+    "CborEncodeError",
+    "CborDecodeError",
+    "StorageError",
+    "StorageFullError",
+    "CorruptionError",
+    "FormatError",
+    "CommitUnknownError",
+    "SyncError",
+    "TransportError",
+    "SyncTimeoutError",
+    "TlsError",
+    "ProtocolError",
+    "SyncCodecError",
+    "VersionMismatchError",
+    "AuthenticationError",
+    "PermissionDeniedError",
+    "ServerError",
+    "ServerBusyError",
+    "ConflictError",
+    "SyncCancelledError",
+    "SyncStateError",
+    "HistoryChangedError",
+    "ResetRequiredError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'entidb' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(home), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _SERVER_EXTRA:
+            raise
+        raise ImportError(
+            f"entidb.{name} needs the package {error.name!r}: "
+            'install it with  pip install "entidb[server]"',
+            name=error.name,
+        ) from error
+    globals()[name] = value  # from now on an ordinary attribute
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,25 @@
+"""The embedded core: database, collections, transactions, outbox, change feed (row 2)."""
+
+from entidb.db.collection import Collection, ReadCollection, TransactionCollection
+from entidb.db.database import CommitEvent, Database, Snapshot
+from entidb.db.feed import ChangeEvent, ChangeFeed
+from entidb.db.maintenance import dump, inspect, purge_tombstones
+from entidb.db.outbox import DiscardedTransaction
+from entidb.db.transaction import Role, Transaction
+
+__all__ = [
+    "ChangeEvent",
+    "ChangeFeed",
+    "Collection",
+    "CommitEvent",
+    "Database",
+    "DiscardedTransaction",
+    "ReadCollection",
+    "Role",
+    "Snapshot",
+    "Transaction",
+    "TransactionCollection",
+    "dump",
+    "inspect",
+    "purge_tombstones",
+]

@@ -1,0 +1,138 @@
+"""Making entities pending that are already there: when a scope widens (R31), and when a reset
+keeps the device's side (R29). Bounded commits, resumable; the ``m adopt`` record says how far.
+
+First the entities are indexed by the commit that wrote them, so that what was one transaction is
+committed as one again; then group after group is committed like a local transaction.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from entidb.db.records import (
+    ADOPT,
+    META_ADOPT,
+    EntityRow,
+    adopt_key,
+    decode_entity,
+    end_of,
+    split_feed_key,
+    table_prefix,
+)
+from entidb.db.replica import Adopt, decode_record, encode_record
+from entidb.db.transaction import Writes
+from entidb.db.writer import Writer
+from entidb.types import OPERATION_OVERHEAD_BYTES
+
+if TYPE_CHECKING:
+    from entidb.db.database import Database
+
+INDEX_ROWS = 10_000
+COMMIT_ROWS = 2_000
+
+
+def schedule_adoption(writer: Writer, sources: list[list[int]], *, compare: bool) -> None:
+    """Adopt the entities of ``sources`` (collection number, table). With ``compare`` only those
+    that are newer than what stands in the collection now, or missing there."""
+    raw = writer.get(META_ADOPT)
+    standing = decode_record(Adopt, raw).sources if raw is not None else []
+    writer.put(META_ADOPT, encode_record(Adopt(standing + sources, b"", False, compare)))
+
+
+def has_adoption(database: Database) -> bool:
+    with database.storage.snapshot() as snapshot:
+        return snapshot.get(META_ADOPT) is not None
+
+
+def adopt_step(database: Database) -> bool:
+    """One bounded commit of the adoption; whether there may be more to do."""
+    with database.write("local") as writer:
+        raw = writer.get(META_ADOPT)
+        if raw is None:
+            return False
+        adopt = decode_record(Adopt, raw)
+        if not adopt.indexed:
+            adopt = _index(writer, adopt)
+            writer.put(META_ADOPT, encode_record(adopt))
+            return True
+        if _commit_groups(database, writer, adopt):
+            return True
+        writer.delete(META_ADOPT)
+        return False
+
+
+def _index(writer: Writer, adopt: Adopt) -> Adopt:
+    budget = INDEX_ROWS
+    for number, table in adopt.sources:
+        prefix = table_prefix(table)
+        if adopt.after >= end_of(prefix):
+            continue
+        start = max(prefix, adopt.after + b"\0" if adopt.after else prefix)
+        rows = writer.snapshot.scan(start, end_of(prefix), limit=budget)
+        for key, raw in rows:
+            row = decode_entity(raw)
+            if not row.pending and (adopt.compare or (row.payload is not None)):
+                group = row.version if adopt.compare else row.sequence
+                writer.put(adopt_key(group, number, key[5:]), b"")
+        budget -= len(rows)
+        if budget <= 0:
+            return replace(adopt, after=rows[-1][0])
+    return replace(adopt, indexed=True)
+
+
+def _commit_groups(database: Database, writer: Writer, adopt: Adopt) -> bool:
+    keys = writer.snapshot.scan_keys(ADOPT, end_of(ADOPT), limit=COMMIT_ROWS)
+    if not keys:
+        return False
+    if len(keys) == COMMIT_ROWS:
+        keys = _whole_groups(writer, keys)
+    tables = {pair[0]: pair[1] for pair in adopt.sources}
+    group, size = -1, 0
+    writes: Writes = {}
+    for key in keys:
+        at, number, entity_id = split_feed_key(key)
+        writer.delete(key)
+        row = _wanted(writer, tables[number], number, entity_id, adopt.compare)
+        if row is None:
+            continue
+        weight = OPERATION_OVERHEAD_BYTES + len(row.payload or b"")
+        if at != group or size + weight > database.transaction_bytes_max:
+            database.commit_writes(writer, writes)
+            writes, group, size = {}, at, 0
+        size += weight
+        writes.setdefault(writer.catalogue.by_number[number].name, {})[entity_id] = row.payload
+    database.commit_writes(writer, writes)
+    return True
+
+
+def _whole_groups(writer: Writer, keys: list[bytes]) -> list[bytes]:
+    """``keys`` cut between groups; a group larger than the page is completed instead."""
+    last = split_feed_key(keys[-1])[0]
+    cut = [key for key in keys if split_feed_key(key)[0] != last]
+    if cut:
+        return cut
+    while further := writer.snapshot.scan_keys(keys[-1] + b"\0", end_of(ADOPT), limit=1):
+        if split_feed_key(further[0])[0] != last:
+            break
+        keys += further
+    return keys
+
+
+def _wanted(
+    writer: Writer, table: int, number: int, entity_id: bytes, compare: bool
+) -> EntityRow | None:
+    raw = writer.get(table_prefix(table) + entity_id)
+    row = None if raw is None else decode_entity(raw)
+    if row is None or row.pending:
+        return None
+    if not compare:
+        # Written again since it was indexed: then it is pending already or came from the server.
+        return row if row.version == 0 and row.payload is not None else None
+    now = writer.entity((number, entity_id))
+    if now is None:
+        return row if row.payload is not None else None
+    if now.pending or now.version >= row.version or now.payload == row.payload:
+        return None
+    return row

@@ -1,0 +1,128 @@
+"""Which collections a database has, where their entities stand, and which of them synchronise.
+
+A catalogue is immutable; a commit that changes it stores a new one. Readers use the one of their
+own snapshot, because a publication (R20) moves collections to other tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from entidb import cbor
+from entidb.db.records import table_prefix
+from entidb.errors import ScopeError
+
+#: Rows of collections are read at every change of the catalogue; more than this is a design that
+#: wants a field instead of a collection.
+COLLECTIONS_MAX = 1024
+
+
+class CollectionInfo(Struct, frozen=True):
+    """``prefix`` starts the keys of its entities; ``synced`` says it is in the scope (R31)."""
+
+    number: int
+    name: str
+    table: int
+    local: bool
+    synced: bool
+    prefix: bytes
+
+
+class Catalogue:
+    """Collections by name and by number. ``scope`` None means all that are not local;
+    ``garbage`` lists (table, collection) pairs that were replaced and wait to be emptied."""
+
+    __slots__ = ("by_name", "by_number", "garbage", "next_table", "scope")
+
+    def __init__(
+        self,
+        collections: list[tuple[int, str, int, bool]],
+        next_table: int,
+        scope: frozenset[str] | None,
+        garbage: tuple[tuple[int, int], ...],
+    ) -> None:
+        self.scope = scope
+        self.next_table = next_table
+        self.garbage = garbage
+        self.by_name: dict[str, CollectionInfo] = {}
+        self.by_number: dict[int, CollectionInfo] = {}
+        for number, name, table, local in collections:
+            synced = not local and (scope is None or name in scope)
+            info = CollectionInfo(number, name, table, local, synced, table_prefix(table))
+            self.by_name[name] = self.by_number[number] = info
+
+    def encode(self) -> bytes:
+        return cbor.encode(
+            {
+                "collections": [
+                    [info.number, info.name, info.table, info.local]
+                    for info in self.by_name.values()
+                ],
+                "next_table": self.next_table,
+                "scope": None if self.scope is None else sorted(self.scope),
+                "garbage": [list(pair) for pair in self.garbage],
+            }
+        )
+
+    def adding(self, name: str, *, local: bool = False) -> Catalogue:
+        """With a new, empty collection. Raises ``ScopeError`` when there are too many."""
+        if len(self.by_name) >= COLLECTIONS_MAX:
+            raise ScopeError(
+                f"collection {name!r} would be number {COLLECTIONS_MAX + 1}; a database holds at "
+                f"most {COLLECTIONS_MAX} collections. Use a field of the entity instead.",
+                code="too_many_collections",
+            )
+        number = max(self.by_number, default=0) + 1
+        rows = [*self._rows(), (number, name, self.next_table, local)]
+        return Catalogue(rows, self.next_table + 1, self.scope, self.garbage)
+
+    def with_scope(self, scope: frozenset[str] | None) -> Catalogue:
+        return Catalogue(self._rows(), self.next_table, scope, self.garbage)
+
+    def with_local(self, name: str, local: bool) -> Catalogue:
+        rows = [(n, x, t, local if x == name else was) for n, x, t, was in self._rows()]
+        return Catalogue(rows, self.next_table, self.scope, self.garbage)
+
+    def allocating(self) -> tuple[int, Catalogue]:
+        """A fresh table number."""
+        return self.next_table, Catalogue(
+            self._rows(), self.next_table + 1, self.scope, self.garbage
+        )
+
+    def moving(self, tables: dict[int, int]) -> Catalogue:
+        """With collections (by number) standing in new tables; the old ones become garbage."""
+        moved = [(n, x, tables.get(n, t), local) for n, x, t, local in self._rows()]
+        old = tuple((self.by_number[n].table, n) for n in tables)
+        return Catalogue(moved, self.next_table, self.scope, self.garbage + old)
+
+    def discarding(self, table: int, number: int) -> Catalogue:
+        """With a table nobody will use (an abandoned stage) put with the garbage."""
+        garbage = (*self.garbage, (table, number))
+        return Catalogue(self._rows(), self.next_table, self.scope, garbage)
+
+    def swept(self, table: int) -> Catalogue:
+        left = tuple(pair for pair in self.garbage if pair[0] != table)
+        return Catalogue(self._rows(), self.next_table, self.scope, left)
+
+    def _rows(self) -> list[tuple[int, str, int, bool]]:
+        return [(i.number, i.name, i.table, i.local) for i in self.by_name.values()]
+
+
+def decode_catalogue(raw: bytes) -> Catalogue:
+    record: dict[str, Any] = cbor.decode_trusted(raw)
+    scope = record["scope"]
+    return Catalogue(
+        [(n, x, t, local) for n, x, t, local in record["collections"]],
+        record["next_table"],
+        None if scope is None else frozenset(scope),
+        tuple((t, n) for t, n in record["garbage"]),
+    )
+
+
+def empty_catalogue(scope: frozenset[str] | None = None) -> Catalogue:
+    return Catalogue([], 1, scope, ())
+
+
+__all__ = ["Catalogue", "CollectionInfo", "decode_catalogue", "empty_catalogue"]

@@ -1,0 +1,284 @@
+"""Collections as mappings from ``uuid.UUID`` to values: of a database, a transaction, a snapshot.
+
+The three differ only in where they read and what a write does; storage and records are below.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar, overload
+
+from entidb.db.codec import ValueCodec
+from entidb.db.rows import Rows
+from entidb.errors import ValueTypeError
+from entidb.types import uuid_from_bytes
+
+V = TypeVar("V")
+D = TypeVar("D")
+
+#: Opens a view to read from; closing it ends the snapshot under it.
+OpenRows = Callable[[], AbstractContextManager[Rows]]
+
+
+def id_bytes(entity_id: object) -> bytes:
+    """The 16 bytes of an id. Raises ``ValueTypeError`` for anything that is not a ``UUID``."""
+    if isinstance(entity_id, uuid.UUID):
+        return entity_id.bytes
+    raise ValueTypeError(
+        f"an entity id is a uuid.UUID, got {type(entity_id).__name__}: use uuid.UUID(text), or "
+        "`collection.add(value)` to have one made"
+    )
+
+
+class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
+    """A collection to read: a mapping ordered by id.
+
+    Iterating holds one snapshot until the iterator is exhausted or dropped, so it never sees half
+    a transaction (R2); long iterations keep old pages alive, so finish them.
+    """
+
+    def __init__(self, name: str, codec: ValueCodec[V], open_rows: OpenRows) -> None:
+        self.name = name
+        self._codec = codec
+        self._open = open_rows
+
+    def __getitem__(self, entity_id: uuid.UUID) -> V:
+        raw = id_bytes(entity_id)
+        with self._open() as rows:
+            payload = rows.get(self.name, raw)
+        if payload is None:
+            raise KeyError(entity_id)
+        return self._codec.decode(payload)
+
+    @overload
+    def get(self, key: uuid.UUID) -> V | None: ...
+
+    @overload
+    def get(self, key: uuid.UUID, default: V | D) -> V | D: ...
+
+    def get(self, key: uuid.UUID, default: Any = None) -> Any:
+        raw = id_bytes(key)
+        with self._open() as rows:
+            payload = rows.get(self.name, raw)
+        return default if payload is None else self._codec.decode(payload)
+
+    def get_many(self, ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, V]:
+        """The entities among ``ids`` that exist, from one snapshot; others are left out."""
+        wanted = list(ids)
+        with self._open() as rows:
+            payloads = rows.get_many(self.name, [id_bytes(entity_id) for entity_id in wanted])
+        decode = self._codec.decode
+        return {i: decode(p) for i, p in zip(wanted, payloads, strict=True) if p is not None}
+
+    def __contains__(self, entity_id: object) -> bool:
+        raw = id_bytes(entity_id)
+        with self._open() as rows:
+            return rows.get(self.name, raw) is not None
+
+    def __len__(self) -> int:
+        with self._open() as rows:
+            return rows.count(self.name)
+
+    def __iter__(self) -> Iterator[uuid.UUID]:
+        for raw, _ in self._pairs(None, None, False):
+            yield uuid_from_bytes(raw)
+
+    def range(
+        self,
+        start: uuid.UUID | None = None,
+        stop: uuid.UUID | None = None,
+        *,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[uuid.UUID, V]]:
+        """(id, value) with ``start <= id < stop``, in id order or against it, at most ``limit``.
+
+        UUIDv7 ids sort by the time they were made, so a range of ids is a range of time."""
+        if limit is not None and limit <= 0:
+            return
+        decode = self._codec.decode
+        for number, (raw, payload) in enumerate(self._pairs(start, stop, reverse), 1):
+            yield uuid_from_bytes(raw), decode(payload)
+            if number == limit:
+                return
+
+    def items(self) -> PairsView[V]:  # type: ignore[override]
+        return PairsView(self)
+
+    def values(self) -> ValuesView[V]:  # type: ignore[override]
+        return ValuesView(self)
+
+    def payloads(self) -> Iterator[tuple[bytes, bytes]]:
+        """(16 bytes of id, canonical CBOR) in id order, for exports that need no values."""
+        return self._pairs(None, None, False)
+
+    def _pairs(
+        self, start: uuid.UUID | None, stop: uuid.UUID | None, reverse: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        low = b"" if start is None else id_bytes(start)
+        high = None if stop is None else id_bytes(stop)
+        with self._open() as rows:
+            yield from rows.pairs(self.name, low, high, reverse)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+
+class PairsView(Generic[V]):
+    """``collection.items()``: iterates (id, value) from one snapshot."""
+
+    def __init__(self, collection: ReadCollection[V]) -> None:
+        self._collection = collection
+
+    def __iter__(self) -> Iterator[tuple[uuid.UUID, V]]:
+        return self._collection.range()
+
+    def __len__(self) -> int:
+        return len(self._collection)
+
+
+class ValuesView(Generic[V]):
+    """``collection.values()``: iterates values from one snapshot."""
+
+    def __init__(self, collection: ReadCollection[V]) -> None:
+        self._collection = collection
+
+    def __iter__(self) -> Iterator[V]:
+        decode = self._collection._codec.decode
+        return (decode(payload) for _, payload in self._collection.payloads())
+
+    def __len__(self) -> int:
+        return len(self._collection)
+
+
+#: Stages one write: (collection name, id, payload or None).
+Stage = Callable[[str, bytes, bytes | None], None]
+
+
+class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
+    """A collection inside a transaction: reads see its own writes, writes wait for the commit."""
+
+    def __init__(
+        self,
+        name: str,
+        codec: ValueCodec[V],
+        open_rows: OpenRows,
+        stage: Stage,
+        new_id: Callable[[], uuid.UUID],
+    ) -> None:
+        super().__init__(name, codec, open_rows)
+        self._stage = stage
+        self._new_id = new_id
+
+    def __setitem__(self, entity_id: uuid.UUID, value: V) -> None:
+        raw = id_bytes(entity_id)
+        self._stage(self.name, raw, self._codec.encode(value))
+
+    def __delitem__(self, entity_id: uuid.UUID) -> None:
+        if entity_id not in self:
+            raise KeyError(entity_id)
+        self._stage(self.name, entity_id.bytes, None)
+
+    def add(self, value: V) -> uuid.UUID:
+        """Store ``value`` under a new UUIDv7 and return it."""
+        entity_id = self._new_id()
+        self[entity_id] = value
+        return entity_id
+
+    def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
+        pairs = values.items() if isinstance(values, Mapping) else values
+        for entity_id, value in pairs:
+            self[entity_id] = value
+
+    def discard(self, entity_id: uuid.UUID) -> bool:
+        """Delete if there; returns whether it was."""
+        there = entity_id in self
+        if there:
+            del self[entity_id]
+        return there
+
+    def clear(self) -> None:
+        """Delete every entity of the collection."""
+        for entity_id in list(self):
+            del self[entity_id]
+
+
+#: Opens a transaction that commits when the block ends.
+OpenTransaction = Callable[[], AbstractContextManager[Any]]
+
+
+class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
+    """A collection of a database: every read is a snapshot of its own, every write its own
+    durable commit. Use ``db.transaction()`` to commit several writes as one."""
+
+    def __init__(
+        self,
+        name: str,
+        codec: ValueCodec[V],
+        open_rows: OpenRows,
+        open_transaction: OpenTransaction,
+        kind: type[V] | None,
+    ) -> None:
+        super().__init__(name, codec, open_rows)
+        self._transaction = open_transaction
+        self._kind = kind
+
+    def _one(self, tx: Any) -> TransactionCollection[V]:
+        made: TransactionCollection[V] = tx.collection(self.name, self._kind)
+        return made
+
+    def __setitem__(self, entity_id: uuid.UUID, value: V) -> None:
+        with self._transaction() as tx:
+            self._one(tx)[entity_id] = value
+
+    def __delitem__(self, entity_id: uuid.UUID) -> None:
+        with self._transaction() as tx:
+            del self._one(tx)[entity_id]
+
+    def add(self, value: V) -> uuid.UUID:
+        """Store ``value`` under a new UUIDv7 and return it."""
+        with self._transaction() as tx:
+            return self._one(tx).add(value)
+
+    def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
+        """Store all of ``values`` in one transaction."""
+        with self._transaction() as tx:
+            self._one(tx).put_many(values)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As ``dict.update``, in one transaction."""
+        with self._transaction() as tx:
+            self._one(tx).update(*args, **kwargs)
+
+    def discard(self, entity_id: uuid.UUID) -> bool:
+        """Delete if there; returns whether it was."""
+        with self._transaction() as tx:
+            return self._one(tx).discard(entity_id)
+
+    def clear(self) -> None:
+        """Delete every entity of the collection in one transaction."""
+        with self._transaction() as tx:
+            self._one(tx).clear()
+
+    def pop(self, key: uuid.UUID, *default: Any) -> Any:
+        """As ``dict.pop``, in one transaction."""
+        with self._transaction() as tx:
+            return self._one(tx).pop(key, *default)
+
+    def popitem(self) -> tuple[uuid.UUID, V]:
+        """Remove and return the first entity, in one transaction."""
+        with self._transaction() as tx:
+            return self._one(tx).popitem()
+
+    def setdefault(self, key: uuid.UUID, default: Any = None) -> V:
+        """As ``dict.setdefault``, in one transaction."""
+        with self._transaction() as tx:
+            return self._one(tx).setdefault(key, default)

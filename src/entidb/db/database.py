@@ -1,0 +1,593 @@
+"""The database: opening, reading, committing, telling observers. The same core on both sides.
+
+One writer at a time holds the writer lock; readers take snapshots and wait for nobody. What a
+commit contains is decided in ``transaction`` (local writes), ``entidb.sync`` (applying and
+settling) and ``entidb.server`` (pushes); all of them go through ``Database.write``. Checks and
+housekeeping are in ``maintenance``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+from msgspec import Struct
+
+from entidb import cbor
+from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
+from entidb.db.codec import codec_for
+from entidb.db.collection import Collection, ReadCollection
+from entidb.db.feed import ChangeEvent, ChangeFeed, load_events
+from entidb.db.records import (
+    META_CATALOGUE,
+    META_FORMAT,
+    META_HEAD,
+    META_IDENTITY,
+    Head,
+    decode_format,
+    decode_head,
+    encode_format,
+)
+from entidb.db.rows import Rows, SnapshotRows
+from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_local
+from entidb.db.writer import Writer
+from entidb.errors import (
+    ConfigError,
+    DatabaseClosedError,
+    DatabaseLockedError,
+    FormatError,
+    StorageError,
+    TransactionError,
+)
+from entidb.storage import LmdbStorage, MemoryStorage, Storage
+from entidb.types import (
+    TRANSACTION_BYTES_MAX,
+    Clock,
+    Entropy,
+    IdSource,
+    SystemClock,
+    check_name,
+    next_timestamp,
+    system_entropy,
+)
+
+V = TypeVar("V")
+
+#: A device's map: virtual address space, not memory or disk.
+MAP_BYTES_DEVICE = 64 << 30
+MAP_BYTES_SERVER = 1 << 40
+
+
+class CommitEvent(Struct, frozen=True):
+    """What observers are called with, once per storage commit that changed what readers see.
+    ``origin`` is ``"local"`` or ``"sync"``."""
+
+    sequence: int
+    origin: str
+    events: list[ChangeEvent]
+
+
+Observer = Callable[[CommitEvent], None]
+
+
+class Snapshot:
+    """One unchanging view of the whole database. Close it, or use it as a context manager."""
+
+    def __init__(self, rows: SnapshotRows) -> None:
+        self._rows = rows
+        raw = rows.snapshot.get(META_HEAD)
+        #: The newest commit this snapshot contains.
+        self.sequence = 0 if raw is None else decode_head(raw).sequence
+
+    def collection(self, name: str, type: type[V] | None = None) -> ReadCollection[V]:
+        check_name(name)
+        return ReadCollection(name, codec_for(type), self._open)
+
+    def collections(self) -> list[str]:
+        return sorted(self._rows.catalogue.by_name)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._rows.snapshot.close()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _open(self) -> Iterator[Rows]:
+        yield self._rows
+
+
+class _OpenRows:
+    """Context manager of one short read; a class because it is entered for every ``get``."""
+
+    __slots__ = ("_database", "_snapshot")
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __enter__(self) -> SnapshotRows:
+        self._snapshot = snapshot = self._database.storage.snapshot()
+        try:
+            return SnapshotRows(snapshot, self._database.read_catalogue(snapshot))
+        except BaseException:
+            snapshot.close()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._snapshot.close()
+
+
+class Database:
+    """An embedded, transactional entity database.
+
+    ``Database.open(path)`` opens or creates one in a directory, ``Database.in_memory()`` one that
+    is gone when it is closed. Thread-safe; one process at a time.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        role: Role = Role.DEVICE,
+        create: bool = True,
+        clock: Clock | None = None,
+        entropy: Entropy = system_entropy,
+        transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
+        busy_timeout_s: float = 60.0,
+        where: str = "this store",
+    ) -> None:
+        """A database on an open ``storage``, which it owns from now on. Programs use ``open``.
+
+        ``role`` matters when the store is new; an existing one keeps its own, and
+        ``ConfigError`` says so if ``role`` is another. Raises ``FormatError``.
+        """
+        self.storage = storage
+        self.clock: Clock = clock or SystemClock()
+        self.entropy = entropy
+        self.transaction_bytes_max = transaction_bytes_max
+        self.where = where
+        self._ids = IdSource(self.clock, entropy)
+        self._busy_timeout_s = busy_timeout_s
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
+        self._head_cache: bytes | None = None
+        self._observers: list[Observer] = []
+        self._deliveries: deque[CommitEvent] = deque()
+        self._delivering = threading.Lock()
+        self._engine: object | None = None
+        self._closed = False
+        self._load(role, create)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        role: Role | None = None,
+        map_bytes: int | None = None,
+        **options: Any,
+    ) -> Database:
+        """Open the database in directory ``path``; made if missing and ``create``.
+
+        ``map_bytes`` bounds how large it can grow before the map is enlarged (default 64 GiB,
+        1 TiB for a server; address space, not disk). Other options are those of the constructor.
+
+        Raises ``FormatError`` (not a database, truncated, newer; left untouched),
+        ``DatabaseLockedError`` (open in another process, or twice in this one), ``StorageError``.
+        """
+        where = os.fspath(path)
+        size = map_bytes or (MAP_BYTES_SERVER if role is Role.SERVER else MAP_BYTES_DEVICE)
+        storage = LmdbStorage.open(where, create=create, map_bytes=size)
+        try:
+            if role is None:
+                role = _stored_role(storage)
+            return cls(storage, role=role, create=create, where=where, **options)
+        except BaseException:
+            storage.close()
+            raise
+
+    @classmethod
+    def in_memory(cls, **options: Any) -> Database:
+        """A database without files, for tests and caches; it can sync like any other."""
+        return cls(MemoryStorage(), where="memory", **options)
+
+    # ------------------------------------------------------------ reading
+
+    def collection(
+        self, name: str, type: type[V] | None = None, *, local: bool | None = None
+    ) -> Collection[V]:
+        """The collection ``name`` as a mapping from ``uuid.UUID`` to values.
+
+        ``type`` makes it typed: a dataclass, an attrs class, a msgspec Struct or a pydantic model.
+        ``local=True`` declares that it never synchronises (R31); stored in the database.
+        Raises ``InvalidNameError``; ``ScopeError`` when a collection with data or pending
+        changes would turn local or synchronised (use ``set_scope`` and ``declare_local``).
+        """
+        check_name(name)
+        if local is not None:
+            self.declare_local(name, local)
+        return Collection(name, codec_for(type), self._open_rows, self.transaction, type)
+
+    def collections(self) -> list[str]:
+        """Names of the collections that exist, in order."""
+        with self._open_rows() as rows:
+            return sorted(rows.catalogue.by_name)
+
+    def snapshot(self) -> Snapshot:
+        """One unchanging view to read several things from."""
+        snapshot = self.storage.snapshot()
+        try:
+            return Snapshot(SnapshotRows(snapshot, self.read_catalogue(snapshot)))
+        except BaseException:
+            snapshot.close()
+            raise
+
+    def changes(self, after: int = 0, *, collections: Iterable[str] | None = None) -> ChangeFeed:
+        """What changed after commit ``after`` (exclusive), in commit order. See ``ChangeFeed``."""
+        chosen = None if collections is None else frozenset(collections)
+        return ChangeFeed(self._open_rows, after, chosen)
+
+    @property
+    def sequence(self) -> int:
+        """The newest commit sequence."""
+        return self.read_head().sequence
+
+    def read_head(self) -> Head:
+        with self.storage.snapshot() as snapshot:
+            raw = snapshot.get(META_HEAD)
+        return Head() if raw is None else decode_head(raw)
+
+    def known_sequence(self) -> int | None:
+        """The newest commit sequence without reading the store; None if it is not known, as
+        after an error (R17)."""
+        raw = self._head_cache
+        return None if raw is None else decode_head(raw).sequence
+
+    # ------------------------------------------------------------ writing
+
+    def transaction(self) -> Transaction:
+        """Begin a transaction; ``with db.transaction() as tx: tx.collection("notes")[id] = …``.
+
+        Waits for another thread's transaction, at most ``busy_timeout_s``. Raises
+        ``TransactionError`` for a second one in the same thread.
+        """
+        self._acquire()
+        try:
+            snapshot = self.storage.snapshot()
+        except BaseException:
+            self._release()
+            raise
+
+        def release() -> None:
+            snapshot.close()
+            self._release()
+            self._deliver()
+
+        try:
+            rows = SnapshotRows(snapshot, self.read_catalogue(snapshot))
+            identity = self._ids.new_bytes()
+        except BaseException:
+            snapshot.close()
+            self._release()
+            raise
+        return Transaction(identity, rows, self._commit_transaction, release, self._ids.new)
+
+    def _commit_transaction(self, tx: Transaction) -> int:
+        check_size(tx.writes, self.transaction_bytes_max)
+        if not tx.writes:
+            return 0
+        rows = tx._rows.below
+        assert isinstance(rows, SnapshotRows)
+        writer = self._writer(rows)
+        sequence = commit_local(writer, self.role, tx.writes, tx.transaction_id, self._tick(writer))
+        if sequence:
+            self._store(writer, "local")
+        return sequence
+
+    @contextmanager
+    def write(self, origin: str = "sync") -> Iterator[Writer]:
+        """Stage one storage commit of any kind; committed when the block ends, dropped when it
+        raises. For the sync engine and the server; programs use ``transaction``."""
+        self._acquire()
+        try:
+            with self._open_rows() as rows:
+                writer = self._writer(rows)
+                yield writer
+                self._store(writer, origin)
+        finally:
+            self._release()
+        self._deliver()
+
+    @contextmanager
+    def view(self) -> Iterator[Writer]:
+        """The same reading methods as ``write`` gives, on a snapshot, without a lock; what is
+        staged in it is dropped."""
+        with self._open_rows() as rows:
+            raw = rows.snapshot.get(META_HEAD)
+            head = Head() if raw is None else decode_head(raw)
+            yield Writer(rows.snapshot, rows.catalogue, head, self.device_id, 0)
+
+    def commit_writes(self, writer: Writer, writes: Writes) -> int:
+        """Stage a local transaction with a new id within ``writer``; returns its sequence."""
+        if not writes:
+            return 0
+        return commit_local(writer, self.role, writes, self._ids.new_bytes(), self._tick(writer))
+
+    def _writer(self, rows: SnapshotRows) -> Writer:
+        raw = self._head_cache
+        if raw is None:
+            raw = rows.snapshot.get(META_HEAD)
+        head = Head() if raw is None else decode_head(raw)
+        now = self.clock.now_ms()
+        return Writer(rows.snapshot, rows.catalogue, head, self.device_id, now)
+
+    def _tick(self, writer: Writer) -> int:
+        writer.head.timestamp = next_timestamp(writer.now_ms, writer.head.timestamp)
+        return writer.head.timestamp
+
+    def _store(self, writer: Writer, origin: str) -> None:
+        changes = writer.finish()
+        if not changes:
+            return
+        # R17: whatever the commit does, nothing is answered from memory until it has worked.
+        self._head_cache = None
+        self.storage.commit(changes)
+        self._head_cache = writer.head.encode()
+        if self._observers and (writer.touched or writer.replaced):
+            self._deliveries.append(self._describe(writer, origin))
+
+    # ------------------------------------------------------------ observers
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Call ``observer`` after every commit that changes what readers see, in commit order,
+        outside all locks, in the thread that committed; returns a function that ends it.
+
+        What an observer raises goes to ``sys.unraisablehook``: the commit is durable and cannot
+        fail any more."""
+        self._observers.append(observer)
+
+        def stop() -> None:
+            if observer in self._observers:
+                self._observers.remove(observer)
+
+        return stop
+
+    def _describe(self, writer: Writer, origin: str) -> CommitEvent:
+        with self._open_rows() as rows:
+            events = load_events(rows.snapshot, rows.catalogue, sorted(set(writer.touched)))
+        for sequence, names in writer.replaced:
+            events += [ChangeEvent(sequence, "reset", name, "remote") for name in names]
+        return CommitEvent(writer.head.sequence, origin, events)
+
+    def _deliver(self) -> None:
+        # Commits made by an observer queue up and are delivered by the loop that is running.
+        while self._deliveries and self._delivering.acquire(blocking=False):
+            try:
+                while self._deliveries:
+                    self._call_observers(self._deliveries.popleft())
+            finally:
+                self._delivering.release()
+
+    def _call_observers(self, event: CommitEvent) -> None:
+        for observer in list(self._observers):
+            try:
+                observer(event)
+            except Exception as error:
+                sys.unraisablehook(_Unraisable(error, observer))
+
+    # ------------------------------------------------------------ scope and engine
+
+    def declare_local(self, name: str, local: bool = True) -> None:
+        """Say that collection ``name`` stays on this device (R31), or no longer.
+
+        Raises ``ScopeError`` if it has pending changes (sync first). Going back to synchronised
+        makes what is in it pending at the next sync."""
+        check_name(name)
+        with self._open_rows() as rows:
+            info = rows.catalogue.by_name.get(name)
+        if (info is None and not local) or (info is not None and info.local == local):
+            return
+        from entidb.db.scope import change_local
+
+        with self.write("local") as writer:
+            change_local(writer, name, local)
+
+    @property
+    def scope(self) -> frozenset[str] | None:
+        """Names of the collections that synchronise; None: all that are not local."""
+        with self._open_rows() as rows:
+            return rows.catalogue.scope
+
+    def set_scope(self, collections: Iterable[str] | None) -> None:
+        """Choose what synchronises, both ways (R31); stored in the database.
+
+        Widening makes what is already in the new collections pending and pulls them from the
+        beginning at the next sync; narrowing keeps the local data. Raises ``ScopeError`` if a
+        collection that would leave has pending changes."""
+        from entidb.db.scope import change_scope
+
+        wanted = None if collections is None else frozenset(collections)
+        for name in sorted(wanted or ()):
+            check_name(name)
+        if wanted == self.scope:
+            return
+        with self.write("local") as writer:
+            change_scope(writer, wanted)
+
+    def attach_engine(self, engine: object) -> None:
+        """One sync engine at a time (other processes are kept out by the store's lock)."""
+        if self._engine is not None and self._engine is not engine:
+            raise DatabaseLockedError(
+                f"{self.where} already has a sync engine; close that one first"
+            )
+        self._engine = engine
+
+    def detach_engine(self, engine: object) -> None:
+        if self._engine is engine:
+            self._engine = None
+
+    # ------------------------------------------------------------ care
+
+    def verify(self) -> list[str]:
+        """Check every record, checksum and cross-reference; returns the faults found, one line
+        each, empty when all is well."""
+        from entidb.db.maintenance import verify
+
+        return verify(self)
+
+    def compact(self) -> None:
+        """Empty what was replaced and give unused room back to the file system."""
+        from entidb.db.maintenance import sweep_garbage
+
+        while sweep_garbage(self):
+            continue
+        self.storage.compact()
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """Write a consistent copy to the new directory ``path`` while work goes on. A server
+        opened from it begins a new history (R29). Raises ``StorageError`` if ``path`` exists."""
+        self.storage.backup(os.fspath(path), [(META_FORMAT, encode_format(backup=True))])
+
+    def new_id(self) -> uuid.UUID:
+        """A new UUIDv7, later than all before it."""
+        return self._ids.new()
+
+    def close(self) -> None:
+        """Idempotent. Waits for a transaction of another thread to end."""
+        if self._closed:
+            return
+        if self._owner == threading.get_ident():
+            raise TransactionError("close the transaction before the database")
+        with self._lock:
+            self._closed = True
+            self.storage.close()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Database {self.where!r} {self.role.value}>"
+
+    # ------------------------------------------------------------ inside
+
+    def _open_rows(self) -> _OpenRows:
+        return _OpenRows(self)
+
+    def read_catalogue(self, snapshot: Any) -> Catalogue:
+        """The catalogue of ``snapshot``; decoding is skipped while it has not changed."""
+        raw = snapshot.get(META_CATALOGUE)
+        cached = self._catalogue_cache
+        if raw == cached[0]:
+            return cached[1]
+        catalogue = empty_catalogue() if raw is None else decode_catalogue(raw)
+        self._catalogue_cache = (raw or b"", catalogue)
+        return catalogue
+
+    def _acquire(self) -> None:
+        if self._closed:
+            raise DatabaseClosedError(f"{self.where} is closed; open it again to use it")
+        me = threading.get_ident()
+        if self._owner == me:
+            raise TransactionError(
+                "a transaction is already open in this thread; write through it "
+                "(`tx.collection(name)`), or commit it first"
+            )
+        if not self._lock.acquire(timeout=self._busy_timeout_s):
+            raise TransactionError(
+                f"another thread's transaction on {self.where} has been open for more than "
+                f"{self._busy_timeout_s:g} s; keep transactions short",
+                code="busy",
+            )
+        self._owner = me
+
+    def _release(self) -> None:
+        self._owner = None
+        self._lock.release()
+
+    def _load(self, role: Role, create: bool) -> None:
+        with self.storage.snapshot() as snapshot:
+            raw_format = snapshot.get(META_FORMAT)
+            empty = raw_format is None and not snapshot.scan_keys(b"\0", b"\xff", limit=1)
+            raw_identity = snapshot.get(META_IDENTITY)
+            raw_head = snapshot.get(META_HEAD)
+        if empty:
+            if not create:
+                raise FormatError(f"{self.where} holds no EntiDB database")
+            self._initialise(role)
+            return
+        backup = decode_format(raw_format, self.where)
+        self._head_cache = raw_head or Head().encode()
+        if raw_identity is None:
+            raise FormatError(f"{self.where} has no identity record; restore it from a backup")
+        identity = cbor.decode_trusted(raw_identity)
+        self._take_identity(identity)
+        if self.role is not role:
+            raise ConfigError(
+                f"{self.where} is a {self.role.value} database, not a {role.value} one; "
+                "give another directory"
+            )
+        if backup:
+            self._leave_backup(identity)
+
+    def _initialise(self, role: Role) -> None:
+        identity = {
+            "role": role.value,
+            "device_id": self.entropy(16),
+            "created_ms": self.clock.now_ms(),
+            "history": self.entropy(16) if role is Role.SERVER else None,
+        }
+        self.storage.commit({META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)})
+        self._take_identity(identity)
+
+    def _leave_backup(self, identity: dict[str, Any]) -> None:
+        """A copy comes to life: a server's begins a new history, so that devices notice (R29)."""
+        if self.role is Role.SERVER:
+            identity["history"] = self.entropy(16)
+        self.storage.commit({META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)})
+        self._take_identity(identity)
+
+    def _take_identity(self, identity: dict[str, Any]) -> None:
+        self.role = Role(identity["role"])
+        #: 16 bytes that name this database in what it writes (R30).
+        self.device_id: bytes = identity["device_id"]
+        self.created_ms: int = identity["created_ms"]
+        #: A server database's history (R29); None on a device.
+        self.history: bytes | None = identity["history"]
+
+
+class _Unraisable:
+    """What ``sys.unraisablehook`` wants to be called with."""
+
+    def __init__(self, error: Exception, where: object) -> None:
+        self.exc_type: type[BaseException] = type(error)
+        self.exc_value: BaseException | None = error
+        self.exc_traceback: TracebackType | None = error.__traceback__
+        self.err_msg: str | None = "an observer of a database raised"
+        self.object: object = where
+
+
+def _stored_role(storage: Storage) -> Role:
+    with storage.snapshot() as snapshot:
+        raw = snapshot.get(META_IDENTITY)
+    if raw is None:
+        return Role.DEVICE
+    try:
+        return Role(cbor.decode_trusted(raw)["role"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError("the identity record cannot be read; restore from a backup") from error

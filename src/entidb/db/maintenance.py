@@ -1,0 +1,400 @@
+"""Checks and housekeeping: verify everything, empty replaced tables, purge tombstones (R28).
+
+All of it runs in bounded commits beside normal work, and can be stopped at any point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from entidb import cbor
+from entidb.db.records import (
+    ACCEPTED,
+    BASE,
+    CLOCK_MARK,
+    CONFLICT,
+    DIRTY,
+    DISCARDED,
+    ENTITY,
+    FEED,
+    FORMAT_VERSION,
+    HAS_BASE,
+    HELD,
+    IS_HELD,
+    META_ADOPT,
+    META_FLOOR,
+    META_HEAD,
+    READY,
+    EntityRow,
+    Head,
+    base_key,
+    count_key,
+    decode_accepted,
+    decode_base,
+    decode_entity,
+    decode_head,
+    decode_pending,
+    end_of,
+    feed_key,
+    pack_u64,
+    sequence_key,
+    split_feed_key,
+    split_numbered_key,
+    table_prefix,
+    unpack_u64,
+)
+from entidb.db.replica import Adopt, decode_record
+from entidb.db.writer import Writer
+from entidb.errors import EntiDBError
+
+if TYPE_CHECKING:
+    from entidb.db.database import Database
+
+SWEEP_ROWS = 5_000
+PURGE_ROWS = 5_000
+#: One clock mark an hour is fine enough for a retention of days.
+CLOCK_MARK_MS = 3_600_000
+_PAGE = 2_000
+
+# ---------------------------------------------------------------- replaced tables
+
+
+def sweep_garbage(database: Database) -> bool:
+    """Empty a bounded part of the tables that were replaced; whether there may be more."""
+    with database.view() as view:
+        if not _sweepable(view):
+            return False
+    with database.write() as writer:
+        chosen = _sweepable(writer)
+        if not chosen:
+            return False
+        table, number = chosen[0]
+        prefix = table_prefix(table)
+        rows = writer.snapshot.scan(prefix, end_of(prefix), limit=SWEEP_ROWS)
+        for key, raw in rows:
+            writer.delete(key)
+            row = decode_entity(raw)
+            if row.sequence:
+                writer.delete(feed_key(row.sequence, number, key[5:]))
+        if len(rows) < SWEEP_ROWS:
+            writer.set_catalogue(writer.catalogue.swept(table))
+    return True
+
+
+def _sweepable(writer: Writer) -> list[tuple[int, int]]:
+    """Garbage tables nobody reads any more: an adoption may still need its sources."""
+    if not writer.catalogue.garbage:
+        return []
+    raw = writer.get(META_ADOPT)
+    used = set() if raw is None else {table for _, table in decode_record(Adopt, raw).sources}
+    return [pair for pair in writer.catalogue.garbage if pair[0] not in used]
+
+
+# ---------------------------------------------------------------- tombstones (R28)
+
+
+def mark_clock(writer: Writer) -> None:
+    """Remember, once an hour, which commit sequence the clock stands at: retention is in days,
+    and the timestamps of entities are their devices' and may be old."""
+    stop = CLOCK_MARK + pack_u64(2**64 - 1)
+    newest = writer.snapshot.scan_keys(CLOCK_MARK, stop, limit=1, reverse=True)
+    if not newest or unpack_u64(newest[0][1:]) + CLOCK_MARK_MS <= writer.now_ms:
+        writer.put(CLOCK_MARK + pack_u64(writer.now_ms), pack_u64(writer.head.sequence))
+
+
+def sequence_at(database: Database, time_ms: int) -> int:
+    """The newest commit sequence known to be at least as old as ``time_ms``; 0 if none is."""
+    if time_ms <= 0:
+        return 0
+    with database.storage.snapshot() as snapshot:
+        found = snapshot.scan(
+            CLOCK_MARK, CLOCK_MARK + pack_u64(time_ms) + b"\0", limit=1, reverse=True
+        )
+    return unpack_u64(found[0][1]) if found else 0
+
+
+def purge_tombstones(database: Database, up_to: int) -> int:
+    """Forget tombstones with a sequence of at most ``up_to``, and the ids of transactions
+    accepted before; the floor moves in the same commits (R28). Returns how many went.
+
+    A tombstone with pending changes stays: it is somebody's base."""
+    purged = 0
+    while True:
+        with database.write() as writer:
+            floor = read_floor(writer)
+            target = min(up_to, writer.head.sequence)
+            if floor >= target:
+                break
+            keys, reached = _feed_part(writer, floor, target)
+            for key in keys:
+                purged += _purge_row(writer, key)
+            writer.put(META_FLOOR, pack_u64(reached))
+    _forget_accepted(database)
+    _forget_clock_marks(database)
+    return purged
+
+
+def read_floor(writer: Writer) -> int:
+    raw = writer.get(META_FLOOR)
+    return 0 if raw is None else unpack_u64(raw)
+
+
+def _feed_part(writer: Writer, floor: int, target: int) -> tuple[list[bytes], int]:
+    """Feed keys from the floor on, at most to ``target``, and the sequence they reach."""
+    start, stop = sequence_key(FEED, floor + 1), sequence_key(FEED, target + 1)
+    keys = writer.snapshot.scan_keys(start, stop, limit=PURGE_ROWS)
+    if len(keys) < PURGE_ROWS:
+        return keys, target
+    last = split_feed_key(keys[-1])[0]
+    cut = [key for key in keys if split_feed_key(key)[0] != last]
+    if cut:
+        return cut, last - 1
+    return writer.snapshot.scan_keys(start, sequence_key(FEED, last + 1)), last
+
+
+def _purge_row(writer: Writer, key: bytes) -> int:
+    sequence, number, entity_id = split_feed_key(key)
+    if number == 0 or number not in writer.catalogue.by_number:
+        return 0
+    row = writer.entity((number, entity_id))
+    if row is None or row.payload is not None or row.pending or row.sequence != sequence:
+        return 0
+    writer.remove_entity((number, entity_id), row)
+    return 1
+
+
+def _forget_accepted(database: Database) -> None:
+    """R14: ids are remembered at least as long as tombstones are."""
+    start = ACCEPTED
+    while True:
+        with database.write() as writer:
+            floor = read_floor(writer)
+            rows = writer.snapshot.scan(start, end_of(ACCEPTED), limit=PURGE_ROWS)
+            for key, raw in rows:
+                if decode_accepted(raw)[0] <= floor:
+                    writer.delete(key)
+        if len(rows) < PURGE_ROWS:
+            return
+        start = rows[-1][0] + b"\0"
+
+
+def _forget_clock_marks(database: Database) -> None:
+    with database.write() as writer:
+        floor = read_floor(writer)
+        rows = writer.snapshot.scan(CLOCK_MARK, end_of(CLOCK_MARK), limit=PURGE_ROWS)
+        for key, raw in rows:
+            if unpack_u64(raw) < floor:
+                writer.delete(key)
+
+
+# ---------------------------------------------------------------- verify
+
+
+def verify(database: Database) -> list[str]:
+    """Every fault found, one line each. Reads everything once, on one snapshot."""
+    faults = list(database.storage.verify())
+    if faults:
+        # Records that cannot be trusted would only produce follow-up noise.
+        return faults
+    with database.view() as view:
+        return [*_Verify(view).run()]
+
+
+class _Verify:
+    def __init__(self, view: Writer) -> None:
+        self._view = view
+        self._snapshot = view.snapshot
+        self._tables = {info.table: info for info in view.catalogue.by_name.values()}
+        self._unused = {table for table, _ in view.catalogue.garbage}
+        stage = view.stage
+        if stage is not None:
+            self._unused |= {*stage.tables.values(), *stage.deltas.values()}
+
+    def run(self) -> Iterator[str]:
+        yield from self._entities()
+        yield from self._feed()
+        yield from self._outbox()
+        yield from self._simple()
+
+    def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        start = prefix
+        while page := self._snapshot.scan(start, end_of(prefix), limit=_PAGE):
+            yield from page
+            start = page[-1][0] + b"\0"
+
+    def _entities(self) -> Iterator[str]:
+        live: dict[int, int] = {}
+        for key, raw in self._scan(ENTITY):
+            table, entity_id = split_numbered_key(key)
+            info = self._tables.get(table)
+            if info is None:
+                if table not in self._unused:
+                    yield f"entity {entity_id.hex()} is in table {table}, which nobody knows"
+                continue
+            row = decode_entity(raw)
+            name = f"{info.name}/{entity_id.hex()}"
+            if row.payload is not None:
+                live[info.number] = live.get(info.number, 0) + 1
+                try:
+                    cbor.check(row.payload)
+                except EntiDBError as error:
+                    yield f"entity {name}: {error}"
+            yield from self._entity_links(info.number, entity_id, row, name)
+        for info in self._view.catalogue.by_name.values():
+            raw_count = self._snapshot.get(count_key(info.number))
+            counted = 0 if raw_count is None else unpack_u64(raw_count)
+            if counted != live.get(info.number, 0):
+                yield f"collection {info.name} counts {counted}, holds {live.get(info.number, 0)}"
+
+    def _entity_links(
+        self, number: int, entity_id: bytes, row: EntityRow, name: str
+    ) -> Iterator[str]:
+        if row.sequence and self._snapshot.get(feed_key(row.sequence, number, entity_id)) is None:
+            yield f"entity {name}: its feed row at {row.sequence} is missing"
+        has_base = self._snapshot.get(base_key(number, entity_id)) is not None
+        if has_base != bool(row.flags & DIRTY and row.flags & HAS_BASE):
+            yield f"entity {name}: base row and flags disagree"
+        if not row.pending:
+            return
+        pending = self._view.pending(row.pending)
+        if pending is None or not any(
+            op.entity_id == entity_id and op.collection == number for op in pending.operations
+        ):
+            yield f"entity {name}: pending transaction {row.pending} is missing"
+        elif bool(row.flags & IS_HELD) != pending.held:
+            yield f"entity {name}: held flag and transaction {row.pending} disagree"
+
+    def _feed(self) -> Iterator[str]:
+        garbage = {number for _, number in self._view.catalogue.garbage}
+        for key, _ in self._scan(FEED):
+            sequence, number, entity_id = split_feed_key(key)
+            if number == 0:
+                continue
+            info = self._view.catalogue.by_number.get(number)
+            if info is None:
+                yield f"feed row at {sequence} names unknown collection {number}"
+                continue
+            raw = self._snapshot.get(info.prefix + entity_id)
+            stale = raw is None or decode_entity(raw).sequence != sequence
+            # Rows of a replaced table stay until it is emptied.
+            if stale and number not in garbage:
+                yield f"feed row at {sequence} for {info.name}/{entity_id.hex()} is stale"
+
+    def _outbox(self) -> Iterator[str]:
+        found = {READY: 0, HELD: 0}
+        for kind in (READY, HELD):
+            for key, raw in self._scan(kind):
+                found[kind] += 1
+                transaction = decode_pending(key, raw)
+                for op in transaction.operations:
+                    info = self._view.catalogue.by_number.get(op.collection)
+                    row_raw = info and self._snapshot.get(info.prefix + op.entity_id)
+                    if not row_raw or decode_entity(row_raw).pending < transaction.sequence:
+                        yield (
+                            f"outbox transaction {transaction.sequence}: entity "
+                            f"{op.entity_id.hex()} does not know of it"
+                        )
+        head = self._head()
+        for name, counted, real in (
+            ("ready", head.ready, found[READY]),
+            ("held", head.held, found[HELD]),
+            ("conflicts", head.conflicts, sum(1 for _ in self._scan(CONFLICT))),
+            ("discarded", head.discarded, sum(1 for _ in self._scan(DISCARDED))),
+        ):
+            if counted != real:
+                yield f"the head counts {counted} {name}, there are {real}"
+
+    def _simple(self) -> Iterator[str]:
+        for key, raw in self._scan(BASE):
+            number, entity_id = split_numbered_key(key)
+            payload = decode_base(raw).payload
+            try:
+                cbor.check(payload or b"")
+            except EntiDBError as error:
+                yield f"base of {entity_id.hex()} in collection {number}: {error}"
+        for key, _ in self._scan(CONFLICT):
+            number, entity_id = split_numbered_key(key)
+            row = self._view.entity((number, entity_id))
+            if row is None or not row.pending:
+                yield f"conflict on {entity_id.hex()} has nothing pending"
+        head = self._head().sequence
+        for key, raw in self._scan(ACCEPTED):
+            if decode_accepted(raw)[0] > head:
+                yield f"accepted transaction {key[1:].hex()} is above the head"
+
+    def _head(self) -> Head:
+        raw = self._snapshot.get(META_HEAD)
+        return Head() if raw is None else decode_head(raw)
+
+
+# ---------------------------------------------------------------- dump
+
+
+def dump(database: Database) -> Iterator[tuple[str, bytes, int, bytes]]:
+    """(collection, id, version, payload) of every synchronised entity, in order: what must be
+    byte for byte the same on the server and on every device that is in step with it."""
+    with database.view() as view:
+        for name, info in sorted(view.catalogue.by_name.items()):
+            if not info.synced:
+                continue
+            start = info.prefix
+            while page := view.snapshot.scan(start, end_of(info.prefix), limit=_PAGE):
+                for key, raw in page:
+                    row = decode_entity(raw)
+                    if row.payload is not None:
+                        yield name, key[5:], row.version, row.payload
+                start = page[-1][0] + b"\0"
+
+
+def inspect(database: Database) -> dict[str, Any]:
+    """What is in this database, for people and for ``entidb inspect``: sizes in bytes."""
+    with database.view() as view:
+        state = view.sync_state
+        raw = view.snapshot.get(META_HEAD)
+        head = Head() if raw is None else decode_head(raw)
+        collections = {
+            name: {
+                "entities": unpack_u64(view.snapshot.get(count_key(info.number)) or bytes(8)),
+                "synced": info.synced,
+            }
+            for name, info in sorted(view.catalogue.by_name.items())
+        }
+        floor = read_floor(view)
+    storage = database.storage.info()
+    return {
+        "role": database.role.value,
+        "device_id": database.device_id.hex(),
+        "format": FORMAT_VERSION,
+        "created_ms": database.created_ms,
+        "sequence": head.sequence,
+        "floor": floor,
+        "collections": collections,
+        "pending": head.ready,
+        "held": head.held,
+        "conflicts": head.conflicts,
+        "discarded": head.discarded,
+        "history": (database.history or state.history or b"").hex() or None,
+        "db_id": state.db_id,
+        "cursor": state.cursor,
+        "storage": {
+            "kind": storage.kind,
+            "path": storage.path,
+            "file_bytes": storage.file_bytes,
+            "used_bytes": storage.used_bytes,
+            "map_bytes": storage.map_bytes,
+            "records": storage.records,
+        },
+    }
+
+
+__all__ = [
+    "dump",
+    "inspect",
+    "mark_clock",
+    "purge_tombstones",
+    "read_floor",
+    "sequence_at",
+    "sweep_garbage",
+    "verify",
+]

@@ -1,0 +1,99 @@
+"""Reading the outbox and the discarded list. What changes them is ``transaction`` (local commits)
+and the sync engine's rebase.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from msgspec import Struct
+
+from entidb import cbor
+from entidb.db.records import (
+    DISCARDED,
+    HELD,
+    READY,
+    PendingTransaction,
+    decode_pending,
+    end_of,
+    sequence_key,
+    sequence_of,
+)
+from entidb.storage import Snapshot
+from entidb.types import SEQUENCE_MAX, uuid_from_bytes
+
+_PAGE_ROWS = 1000
+
+
+def scan_ready(
+    snapshot: Snapshot, first: int = 0, last: int | None = None
+) -> Iterator[PendingTransaction]:
+    """Transactions ready to be pushed with ``first <= sequence <= last``, oldest first."""
+    end = SEQUENCE_MAX if last is None else last
+    yield from _scan(snapshot, sequence_key(READY, first), sequence_key(READY, end) + b"\0")
+
+
+def read_pending(snapshot: Snapshot) -> Iterator[PendingTransaction]:
+    """Every transaction of the outbox, held ones included, oldest first."""
+    ready = scan_ready(snapshot)
+    held = _scan(snapshot, HELD, end_of(HELD))
+    one, other = next(ready, None), next(held, None)
+    while one is not None or other is not None:
+        if other is None or (one is not None and one.sequence < other.sequence):
+            assert one is not None
+            yield one
+            one = next(ready, None)
+        else:
+            yield other
+            other = next(held, None)
+
+
+def _scan(snapshot: Snapshot, start: bytes, stop: bytes) -> Iterator[PendingTransaction]:
+    while page := snapshot.scan(start, stop, limit=_PAGE_ROWS):
+        for key, raw in page:
+            yield decode_pending(key, raw)
+        if len(page) < _PAGE_ROWS:
+            return
+        start = page[-1][0] + b"\0"
+
+
+class DiscardedTransaction(Struct, frozen=True):
+    """A withdrawn transaction (R4): what it wrote, why it was withdrawn, and what it lost to.
+
+    ``operations`` are (collection, id bytes, payload or None); ``lost_to`` are (collection, id
+    bytes, version, device id, timestamp, payload or None) of the server states that won.
+    ``code`` is ``conflict``, ``depends``, or the server's refusal.
+    """
+
+    sequence: int
+    transaction_id: bytes
+    timestamp: int
+    code: str
+    message: str
+    operations: list[list[Any]]
+    lost_to: list[list[Any]]
+    at_ms: int
+
+    @property
+    def id(self) -> uuid.UUID:
+        return uuid_from_bytes(self.transaction_id)
+
+    def values(self) -> list[tuple[str, uuid.UUID, Any]]:
+        """(collection, id, value or None) of each operation."""
+        return [
+            (name, uuid_from_bytes(raw), None if p is None else cbor.decode_trusted(p))
+            for name, raw, p in self.operations
+        ]
+
+
+def discard_key(discarded: DiscardedTransaction) -> bytes:
+    return sequence_key(DISCARDED, discarded.sequence)
+
+
+def read_discarded(snapshot: Snapshot) -> list[DiscardedTransaction]:
+    return [
+        DiscardedTransaction(sequence_of(key), **cbor.decode_trusted(raw))
+        for key, raw in snapshot.scan(DISCARDED, end_of(DISCARDED))
+    ]

@@ -1,0 +1,376 @@
+"""Every key and every record on disk: this module is the whole list (docs/storage-format.md shows
+the same table, a test compares). Nothing else in the project packs or unpacks storage bytes.
+
+    key                                  record
+    m format                             magic, format version, flags
+    m head                               commit sequence, clock, counters           (Head)
+    m identity                           role, device id, creation                  (CBOR map)
+    m catalogue                          collections, tables, scope                 (CBOR map)
+    m sync                               server's database, history, cursor, have   (CBOR map)
+    m inflight                           the push batch that has no answer yet      (CBOR map)
+    m stage                              a pull that is being staged                (CBOR map)
+    m adopt                              entities that are being made pending       (CBOR map)
+    m floor                              tombstones at or below may be gone         (u64)
+    n collection:u32                     live entities of a collection              (u64)
+    e table:u32 id:16                    an entity as readers see it                (EntityRow)
+    b collection:u32 id:16               base of an entity with pending changes     (BaseRow)
+    f sequence:u64 collection:u32 id:16  feed: this entity changed last here        (empty)
+    f sequence:u64 0:u32 0:16            feed: collections were replaced as a whole (CBOR list)
+    o sequence:u64                       outbox: transaction ready to be pushed     (OutboxRow)
+    h sequence:u64                       outbox: transaction held by a conflict     (OutboxRow)
+    c collection:u32 id:16               unresolved conflict                        (CBOR map)
+    d sequence:u64                       discarded transaction                      (CBOR map)
+    t transaction:16                     accepted transaction: version, digest      (AcceptedRow)
+    a group:u64 collection:u32 id:16     index of entities to be made pending       (empty)
+    k time:u64                           server's clock at a commit sequence        (u64)
+
+Numbers are big-endian, so that keys sort by them. A collection's *number* is for life; its
+*table* is where its entities stand now, and changes when a first sync or a reset built the new
+state beside the old one (R20). The storage layer puts a checksum over key and value of each.
+"""
+
+from __future__ import annotations
+
+from struct import Struct as Packer
+from typing import Final
+
+from msgspec import Struct
+
+from entidb.errors import FormatError
+
+FORMAT_MAGIC: Final = b"EntiDB\x00\x01"
+FORMAT_VERSION: Final = 1
+
+META_FORMAT: Final = b"mformat"
+META_HEAD: Final = b"mhead"
+META_IDENTITY: Final = b"midentity"
+META_CATALOGUE: Final = b"mcatalogue"
+META_SYNC: Final = b"msync"
+META_INFLIGHT: Final = b"minflight"
+META_STAGE: Final = b"mstage"
+META_ADOPT: Final = b"madopt"
+META_FLOOR: Final = b"mfloor"
+
+ENTITY: Final = b"e"
+BASE: Final = b"b"
+FEED: Final = b"f"
+READY: Final = b"o"
+HELD: Final = b"h"
+CONFLICT: Final = b"c"
+DISCARDED: Final = b"d"
+ACCEPTED: Final = b"t"
+COUNT: Final = b"n"
+ADOPT: Final = b"a"
+CLOCK_MARK: Final = b"k"
+
+NO_ID: Final = bytes(16)
+NO_DEVICE: Final = bytes(16)
+
+_U32 = Packer(">I")
+_U64 = Packer(">Q")
+_NUMBERED = Packer(">cI16s")
+_FEED = Packer(">cQI16s")
+pack_u64 = _U64.pack
+
+
+def unpack_u64(raw: bytes) -> int:
+    number: int = _U64.unpack(raw)[0]
+    return number
+
+
+# ---------------------------------------------------------------- keys
+
+
+def table_prefix(table: int) -> bytes:
+    """Entity keys of a table are this prefix and the id; joining beats packing on hot paths."""
+    return ENTITY + _U32.pack(table)
+
+
+def base_key(collection: int, entity_id: bytes) -> bytes:
+    return _NUMBERED.pack(BASE, collection, entity_id)
+
+
+def conflict_key(collection: int, entity_id: bytes) -> bytes:
+    return _NUMBERED.pack(CONFLICT, collection, entity_id)
+
+
+def feed_key(sequence: int, collection: int, entity_id: bytes) -> bytes:
+    return _FEED.pack(FEED, sequence, collection, entity_id)
+
+
+def split_feed_key(key: bytes) -> tuple[int, int, bytes]:
+    """(sequence, collection, entity_id)"""
+    _, sequence, collection, entity_id = _FEED.unpack(key)
+    return sequence, collection, entity_id
+
+
+def feed_after(sequence: int) -> bytes:
+    """The first feed key behind everything of commit ``sequence``."""
+    return FEED + _U64.pack(sequence + 1)
+
+
+def sequence_key(kind: bytes, sequence: int) -> bytes:
+    return kind + _U64.pack(sequence)
+
+
+def sequence_of(key: bytes) -> int:
+    number: int = _U64.unpack_from(key, 1)[0]
+    return number
+
+
+def accepted_key(transaction_id: bytes) -> bytes:
+    return ACCEPTED + transaction_id
+
+
+def count_key(collection: int) -> bytes:
+    return COUNT + _U32.pack(collection)
+
+
+def adopt_key(group: int, collection: int, entity_id: bytes) -> bytes:
+    return _FEED.pack(ADOPT, group, collection, entity_id)
+
+
+def split_numbered_key(key: bytes) -> tuple[int, bytes]:
+    """(collection or table, entity_id) of an entity, base or conflict key."""
+    _, number, entity_id = _NUMBERED.unpack(key)
+    return number, entity_id
+
+
+def end_of(prefix: bytes) -> bytes:
+    """The first key behind all keys that start with ``prefix``."""
+    number = int.from_bytes(prefix, "big") + 1
+    return number.to_bytes(len(prefix), "big")
+
+
+# ---------------------------------------------------------------- format and head
+
+
+def encode_format(*, backup: bool = False) -> bytes:
+    return FORMAT_MAGIC + bytes((FORMAT_VERSION >> 8, FORMAT_VERSION & 255, int(backup)))
+
+
+def decode_format(raw: bytes | None, where: str) -> bool:
+    """Whether the store is a backup copy that was never opened.
+
+    Raises ``FormatError`` (``not_a_database``, ``newer_format``)."""
+    if raw is None or len(raw) < 11 or raw[:8] != FORMAT_MAGIC:
+        raise FormatError(
+            f"{where} holds data of another program, not an EntiDB database; "
+            "it was left as it is. Give an empty or new directory."
+        )
+    version = int.from_bytes(raw[8:10], "big")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{where} was written by a newer EntiDB (format {version}, this one reads up to "
+            f"{FORMAT_VERSION}); it was left as it is. Update EntiDB to open it.",
+            code="newer_format",
+        )
+    return raw[10] == 1
+
+
+_HEAD = Packer(">QQIIII")
+
+
+class Head(Struct, gc=False):
+    """``sequence`` is the newest commit sequence, ``timestamp`` the last tick of the hybrid
+    clock; the rest counts rows, because a key-value store cannot."""
+
+    sequence: int = 0
+    timestamp: int = 0
+    ready: int = 0
+    held: int = 0
+    conflicts: int = 0
+    discarded: int = 0
+
+    def encode(self) -> bytes:
+        return _HEAD.pack(
+            self.sequence, self.timestamp, self.ready, self.held, self.conflicts, self.discarded
+        )
+
+
+def decode_head(raw: bytes) -> Head:
+    return Head(*_HEAD.unpack(raw))
+
+
+# ---------------------------------------------------------------- entities
+
+TOMBSTONE: Final = 1
+#: Has pending changes; ``version`` is then its base's.
+DIRTY: Final = 2
+#: A pending change is held by a conflict, so later ones must be held too.
+IS_HELD: Final = 4
+#: The view came from the server, not from a local transaction.
+REMOTE: Final = 8
+#: The base row exists (otherwise the base is "absent" at ``version``).
+HAS_BASE: Final = 16
+
+_ENTITY = Packer(">BQQ16sQ")
+_PENDING = Packer(">BQQ16sQQ")
+ENTITY_HEAD: Final = _ENTITY.size
+PENDING_HEAD: Final = _PENDING.size
+pack_entity = _ENTITY.pack
+unpack_entity = _ENTITY.unpack_from
+pack_pending = _PENDING.pack
+unpack_pending = _PENDING.unpack_from
+
+
+class EntityRow(Struct, gc=False):
+    """An entity as readers see it.
+
+    ``sequence`` is the local commit that changed the view last (0: came with a bulk publication
+    and has no feed row). ``version`` is the server's; of a dirty row its base's. ``pending`` is
+    the newest outbox transaction that touches it (0: clean).
+    """
+
+    flags: int
+    sequence: int
+    version: int
+    device_id: bytes
+    timestamp: int
+    pending: int
+    payload: bytes | None
+
+    def encode(self) -> bytes:
+        body = self.payload if self.payload is not None else b""
+        flags = self.flags | TOMBSTONE if self.payload is None else self.flags & ~TOMBSTONE
+        if self.pending:
+            return (
+                pack_pending(
+                    flags | DIRTY,
+                    self.sequence,
+                    self.version,
+                    self.device_id,
+                    self.timestamp,
+                    self.pending,
+                )
+                + body
+            )
+        flags &= ~(DIRTY | IS_HELD | HAS_BASE)
+        return (
+            pack_entity(flags, self.sequence, self.version, self.device_id, self.timestamp) + body
+        )
+
+    @property
+    def dirty(self) -> bool:
+        return self.pending != 0
+
+
+def decode_entity(raw: bytes) -> EntityRow:
+    flags = raw[0]
+    if flags & DIRTY:
+        flags, sequence, version, device, timestamp, pending = unpack_pending(raw)
+        payload = None if flags & TOMBSTONE else raw[PENDING_HEAD:]
+        return EntityRow(flags, sequence, version, device, timestamp, pending, payload)
+    flags, sequence, version, device, timestamp = unpack_entity(raw)
+    payload = None if flags & TOMBSTONE else raw[ENTITY_HEAD:]
+    return EntityRow(flags, sequence, version, device, timestamp, 0, payload)
+
+
+def payload_of(raw: bytes) -> bytes | None:
+    """The payload of an encoded ``EntityRow``, None for a tombstone: what a plain read needs."""
+    flags = raw[0]
+    if flags & TOMBSTONE:
+        return None
+    return raw[PENDING_HEAD:] if flags & DIRTY else raw[ENTITY_HEAD:]
+
+
+_BASE = Packer(">Q16sQ")
+
+
+class BaseRow(Struct, gc=False):
+    """The last server state the device knows of a dirty entity."""
+
+    version: int
+    device_id: bytes
+    timestamp: int
+    payload: bytes | None
+
+    def encode(self) -> bytes:
+        assert self.payload is not None, "an absent base is the version in the entity row"
+        return _BASE.pack(self.version, self.device_id, self.timestamp) + self.payload
+
+
+def decode_base(raw: bytes) -> BaseRow:
+    version, device, timestamp = _BASE.unpack_from(raw)
+    return BaseRow(version, device, timestamp, raw[_BASE.size :])
+
+
+def absent_base(version: int) -> BaseRow:
+    return BaseRow(version, NO_DEVICE, 0, None)
+
+
+# ---------------------------------------------------------------- outbox
+
+_OUTBOX = Packer(">16sQI")
+_OUTBOX_OP = Packer(">I16sQi")
+
+
+class PendingOp(Struct, gc=False):
+    """One write of a pending transaction. ``previous`` is the sequence of the pending transaction
+    before this one that touched the same entity: the entity's chain, newest to oldest. A chain
+    ends at 0 or at a transaction that is no longer in the outbox."""
+
+    collection: int
+    entity_id: bytes
+    previous: int
+    payload: bytes | None
+
+
+class PendingTransaction(Struct):
+    """One row of the outbox; ``sequence`` is the local commit that made it, and its key."""
+
+    sequence: int
+    transaction_id: bytes
+    timestamp: int
+    operations: list[PendingOp]
+    held: bool = False
+
+    def encode(self) -> bytes:
+        parts = [_OUTBOX.pack(self.transaction_id, self.timestamp, len(self.operations))]
+        for op in self.operations:
+            payload = op.payload
+            if payload is None:
+                parts.append(_OUTBOX_OP.pack(op.collection, op.entity_id, op.previous, -1))
+            else:
+                parts.append(
+                    _OUTBOX_OP.pack(op.collection, op.entity_id, op.previous, len(payload))
+                )
+                parts.append(payload)
+        return b"".join(parts)
+
+    @property
+    def key(self) -> bytes:
+        return sequence_key(HELD if self.held else READY, self.sequence)
+
+
+def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:
+    transaction_id, timestamp, count = _OUTBOX.unpack_from(raw)
+    at = _OUTBOX.size
+    operations = []
+    for _ in range(count):
+        collection, entity_id, previous, length = _OUTBOX_OP.unpack_from(raw, at)
+        at += _OUTBOX_OP.size
+        if length < 0:
+            payload = None
+        else:
+            payload = raw[at : at + length]
+            at += length
+        operations.append(PendingOp(collection, entity_id, previous, payload))
+    return PendingTransaction(
+        sequence_of(key), transaction_id, timestamp, operations, key[:1] == HELD
+    )
+
+
+# ---------------------------------------------------------------- accepted transactions
+
+_ACCEPTED = Packer(">Q32s")
+
+
+def encode_accepted(version: int, digest: bytes) -> bytes:
+    return _ACCEPTED.pack(version, digest)
+
+
+def decode_accepted(raw: bytes) -> tuple[int, bytes]:
+    """(version, SHA-256 digest of the operations)"""
+    version, digest = _ACCEPTED.unpack(raw)
+    return version, digest

@@ -1,0 +1,127 @@
+"""What a device remembers about its server: three small records, each read and written whole.
+
+``ReplicaState`` is the cursor and what belongs to it, ``Inflight`` the push batch without an answer
+(R5), ``Stage`` a pull that is still coming in (R20). No decisions are made here.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from msgspec import Struct, convert, to_builtins
+
+from entidb import cbor
+
+T = TypeVar("T", bound=Struct)
+
+#: More ranges than this cost more than they save; the rest is pulled again and skipped (R21).
+HAVE_RANGES_MAX = 1024
+
+
+def encode_record(record: Struct) -> bytes:
+    return cbor.encode(to_builtins(record, builtin_types=(bytes,)))
+
+
+def decode_record(kind: type[T], raw: bytes) -> T:
+    return convert(cbor.decode_trusted(raw), kind, builtin_types=(bytes,))
+
+
+class ReplicaState(Struct, frozen=True):
+    """``cursor`` is the last server commit applied, inclusive; ``have`` the inclusive ranges of
+    versions above it that are the device's own (R21).
+
+    ``full`` asks for everything from 0: a first sync, a reset, or a widening to all collections.
+    ``uncovered`` names collections in scope that the cursor does not speak of yet (R31).
+    ``foreign`` says the entities' versions belong to another history (R29), so that only bytes
+    can be compared; ``keep_device`` that newer entities of this device are committed again.
+    ``last_success_ms`` is the wall clock of the last cycle that changed something.
+    """
+
+    db_id: str | None = None
+    history: bytes | None = None
+    cursor: int = 0
+    have: list[list[int]] = []
+    full: bool = True
+    uncovered: list[str] = []
+    foreign: bool = False
+    keep_device: bool = False
+
+    def base_version_of_absent(self, collection: str) -> int:
+        """What the device knows about an entity it has no row of: absent at the cursor, if the
+        cursor speaks of the collection at all."""
+        if self.full or collection in self.uncovered:
+            return 0
+        return self.cursor
+
+
+class Inflight(Struct, frozen=True):
+    """``ranges`` are the inclusive ranges of outbox sequences that were sent."""
+
+    ranges: list[list[int]]
+
+
+class Stage(Struct, frozen=True):
+    """A pull of several pages (R20). The collections in ``full`` (None: all in scope) come in
+    from nothing up to ``full_cursor``, each in a new table (``tables``, by collection number);
+    then, unless that was everything, what changed in the others after ``cursor``, up to
+    ``delta_cursor``, in ``deltas``. When both have reached the head it is published.
+
+    ``history`` and ``cursor`` are those the stage belongs to (R22), ``floor`` the server's when
+    it began (R28). ``first_head`` is the head at its first page: below it every entity comes
+    once, so that ``counts`` (live entities per new table) need no look-ups. ``operations`` counts
+    what went into new tables; the others are counted when they are applied. ``time_ms`` is the server's clock with the newest page.
+    """
+
+    history: bytes
+    cursor: int
+    floor: int
+    first_head: int
+    full: list[str] | None
+    full_cursor: int = 0
+    full_done: bool = False
+    delta_cursor: int = 0
+    tables: dict[str, int] = {}
+    deltas: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    operations: int = 0
+    time_ms: int = 0
+
+
+class Adopt(Struct, frozen=True):
+    """Entities that are being made pending in bounded commits. ``sources`` are
+    (collection number, table) pairs; ``after`` is the last key indexed, ``indexed`` says all
+    are. ``compare`` adopts only what is newer than what the collection has now (R29)."""
+
+    sources: list[list[int]]
+    after: bytes
+    indexed: bool
+    compare: bool
+
+
+def add_to_ranges(ranges: list[list[int]], number: int) -> None:
+    """Put ``number`` into ascending inclusive ``ranges``; numbers mostly come in order."""
+    if ranges and ranges[-1][1] + 1 == number:
+        ranges[-1][1] = number
+        return
+    for index in range(len(ranges) - 1, -1, -1):
+        first, last = ranges[index]
+        if first <= number <= last:
+            return
+        if last < number:
+            ranges.insert(index + 1, [number, number])
+            _join(ranges, index + 1)
+            return
+    ranges.insert(0, [number, number])
+    _join(ranges, 0)
+
+
+def _join(ranges: list[list[int]], index: int) -> None:
+    if index + 1 < len(ranges) and ranges[index][1] + 1 == ranges[index + 1][0]:
+        ranges[index][1] = ranges.pop(index + 1)[1]
+    if index > 0 and ranges[index - 1][1] + 1 == ranges[index][0]:
+        ranges[index - 1][1] = ranges.pop(index)[1]
+
+
+def ranges_above(ranges: list[list[int]], cursor: int) -> list[list[int]]:
+    """The part of ``ranges`` above ``cursor``."""
+    return [[max(first, cursor + 1), last] for first, last in ranges if last > cursor]

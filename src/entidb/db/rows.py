@@ -1,0 +1,151 @@
+"""Reading entities: the view of one storage snapshot, with or without a transaction on top.
+
+Speaks of collections by name and of entities by their 16 bytes; values are still payloads here.
+``collection`` puts mappings of Python values over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from entidb.db.catalogue import Catalogue
+from entidb.db.records import count_key, end_of, payload_of, unpack_u64
+from entidb.storage import Snapshot
+
+#: Entities read at a time while iterating: large enough to be fast, small enough to stay bounded.
+PAGE_ROWS = 512
+
+Pair = tuple[bytes, bytes]
+
+
+class Rows(Protocol):
+    """One unchanging view of the entities."""
+
+    def get(self, name: str, entity_id: bytes) -> bytes | None: ...
+
+    def get_many(self, name: str, ids: Sequence[bytes]) -> list[bytes | None]: ...
+
+    def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
+        """(id, payload) with start <= id < stop (None: to the end), in id order."""
+        ...
+
+    def count(self, name: str) -> int: ...
+
+
+class SnapshotRows:
+    """The entities of a storage snapshot, read with the catalogue of that same snapshot."""
+
+    __slots__ = ("catalogue", "snapshot")
+
+    def __init__(self, snapshot: Snapshot, catalogue: Catalogue) -> None:
+        self.snapshot = snapshot
+        self.catalogue = catalogue
+
+    def get(self, name: str, entity_id: bytes) -> bytes | None:
+        info = self.catalogue.by_name.get(name)
+        if info is None:
+            return None
+        raw = self.snapshot.get(info.prefix + entity_id)
+        return None if raw is None else payload_of(raw)
+
+    def get_many(self, name: str, ids: Sequence[bytes]) -> list[bytes | None]:
+        info = self.catalogue.by_name.get(name)
+        if info is None:
+            return [None] * len(ids)
+        prefix = info.prefix
+        found = self.snapshot.get_many([prefix + entity_id for entity_id in ids])
+        return [None if raw is None else payload_of(raw) for raw in found]
+
+    def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
+        info = self.catalogue.by_name.get(name)
+        if info is None:
+            return
+        low = info.prefix + start
+        high = end_of(info.prefix) if stop is None else info.prefix + stop
+        while True:
+            page = self.snapshot.scan(low, high, limit=PAGE_ROWS, reverse=reverse)
+            for key, raw in page:
+                payload = payload_of(raw)
+                if payload is not None:
+                    yield key[5:], payload
+            if len(page) < PAGE_ROWS:
+                return
+            if reverse:
+                high = page[-1][0]
+            else:
+                low = page[-1][0] + b"\0"
+
+    def count(self, name: str) -> int:
+        info = self.catalogue.by_name.get(name)
+        raw = None if info is None else self.snapshot.get(count_key(info.number))
+        return 0 if raw is None else unpack_u64(raw)
+
+
+class OverlayRows:
+    """A view with a transaction's own uncommitted writes on top; ``writes`` maps collection name
+    and id to the payload or None for deleted."""
+
+    __slots__ = ("below", "writes")
+
+    def __init__(self, below: Rows, writes: dict[str, dict[bytes, bytes | None]]) -> None:
+        self.below = below
+        self.writes = writes
+
+    def get(self, name: str, entity_id: bytes) -> bytes | None:
+        mine = self.writes.get(name)
+        if mine is not None and entity_id in mine:
+            return mine[entity_id]
+        return self.below.get(name, entity_id)
+
+    def get_many(self, name: str, ids: Sequence[bytes]) -> list[bytes | None]:
+        found = self.below.get_many(name, ids)
+        mine = self.writes.get(name)
+        if mine:
+            for index, entity_id in enumerate(ids):
+                if entity_id in mine:
+                    found[index] = mine[entity_id]
+        return found
+
+    def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
+        below = self.below.pairs(name, start, stop, reverse)
+        mine = self.writes.get(name)
+        if not mine:
+            return below
+        chosen = [
+            (entity_id, payload)
+            for entity_id, payload in mine.items()
+            if start <= entity_id and (stop is None or entity_id < stop)
+        ]
+        chosen.sort(key=lambda pair: pair[0], reverse=reverse)
+        return _merge(below, chosen, reverse)
+
+    def count(self, name: str) -> int:
+        count = self.below.count(name)
+        mine = self.writes.get(name)
+        if not mine:
+            return count
+        before = self.below.get_many(name, list(mine))
+        return count + sum(
+            (now is not None) - (was is not None)
+            for now, was in zip(mine.values(), before, strict=True)
+        )
+
+
+def _merge(
+    below: Iterator[Pair], mine: list[tuple[bytes, bytes | None]], reverse: bool
+) -> Iterator[Pair]:
+    """Two sorted streams as one; ``mine`` wins where both have an id, None hides it."""
+    at = 0
+    for entity_id, payload in below:
+        while at < len(mine) and (mine[at][0] > entity_id if reverse else mine[at][0] < entity_id):
+            own = mine[at][1]
+            if own is not None:
+                yield mine[at][0], own
+            at += 1
+        if at < len(mine) and mine[at][0] == entity_id:
+            continue
+        yield entity_id, payload
+    for own_id, own in mine[at:]:
+        if own is not None:
+            yield own_id, own

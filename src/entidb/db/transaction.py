@@ -1,0 +1,227 @@
+"""Local transactions: what a program's writes become when they are committed (R1).
+
+``Transaction`` is what programs hold; ``commit_local`` turns its writes into rows. On a device
+that is entities, their bases, one outbox row and the feed; on a server the same without an outbox,
+the commit sequence being the version (R11).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import TypeVar
+
+from entidb.db.catalogue import CollectionInfo
+from entidb.db.codec import codec_for
+from entidb.db.collection import TransactionCollection
+from entidb.db.records import (
+    HAS_BASE,
+    IS_HELD,
+    REMOTE,
+    BaseRow,
+    EntityRow,
+    PendingOp,
+    PendingTransaction,
+    base_key,
+    decode_entity,
+)
+from entidb.db.rows import OverlayRows, Rows
+from entidb.db.writer import Writer
+from entidb.errors import TransactionError, TransactionTooLargeError
+from entidb.types import OPERATION_OVERHEAD_BYTES, check_name
+
+V = TypeVar("V")
+
+Writes = dict[str, dict[bytes, bytes | None]]
+
+
+class Role(Enum):
+    """What a database is, for life."""
+
+    #: Keeps an outbox; its changes become versions when a server accepted them.
+    DEVICE = "device"
+    #: Authoritative: its commit sequence is the version (R11).
+    SERVER = "server"
+
+
+class _State(Enum):
+    OPEN = "open"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+class Transaction:
+    """Writes that become durable, and visible, together or not at all.
+
+    Made by ``Database.transaction()``; as a context manager it commits when the block ends and
+    aborts when it raises. Reads inside it see its own writes on one snapshot. It holds the
+    database's writer lock, so keep it short. ``id`` names it on its whole way (R3); ``sequence``
+    is the commit sequence once committed, 0 when there was nothing to write.
+    """
+
+    def __init__(
+        self,
+        transaction_id: bytes,
+        rows: Rows,
+        commit: Callable[[Transaction], int],
+        release: Callable[[], None],
+        new_id: Callable[[], uuid.UUID],
+    ) -> None:
+        self.transaction_id = transaction_id
+        self.writes: Writes = {}
+        self.sequence = 0
+        self._rows = OverlayRows(rows, self.writes)
+        self._commit = commit
+        self._release = release
+        self._new_id = new_id
+        self._state = _State.OPEN
+
+    @property
+    def id(self) -> uuid.UUID:
+        return uuid.UUID(bytes=self.transaction_id)
+
+    def collection(self, name: str, type: type[V] | None = None) -> TransactionCollection[V]:
+        """The collection ``name`` inside this transaction. Raises ``InvalidNameError``."""
+        self._check_open()
+        check_name(name)
+        return TransactionCollection(
+            name, codec_for(type), self._open_rows, self._stage, self._new_id
+        )
+
+    def __getitem__(self, name: str) -> TransactionCollection[object]:
+        return self.collection(name)
+
+    def commit(self) -> int:
+        """Make everything durable and return the commit sequence.
+
+        Raises ``TransactionTooLargeError`` and storage errors; nothing is changed then, and the
+        transaction is over."""
+        self._check_open()
+        self._state = _State.ABORTED
+        try:
+            self.sequence = self._commit(self)
+            self._state = _State.COMMITTED
+        finally:
+            self._release()
+        return self.sequence
+
+    def abort(self) -> None:
+        """Forget all writes. Does nothing on a transaction that is over."""
+        if self._state is _State.OPEN:
+            self._state = _State.ABORTED
+            self._release()
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if self._state is not _State.OPEN:
+            return
+        if kind is None:
+            self.commit()
+        else:
+            self.abort()
+
+    def _stage(self, name: str, entity_id: bytes, payload: bytes | None) -> None:
+        self._check_open()
+        self.writes.setdefault(name, {})[entity_id] = payload
+
+    @contextmanager
+    def _open_rows(self) -> Iterator[Rows]:
+        self._check_open()
+        yield self._rows
+
+    def _check_open(self) -> None:
+        if self._state is not _State.OPEN:
+            raise TransactionError(
+                f"this transaction is over ({self._state.value}); begin another with "
+                "`with db.transaction() as tx:`"
+            )
+
+
+def check_size(writes: Writes, bytes_max: int) -> None:
+    """Raises ``TransactionTooLargeError`` where the programmer sees it (rules, "Limits")."""
+    size = sum(
+        OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
+        for ids in writes.values()
+        for payload in ids.values()
+    )
+    if size > bytes_max:
+        raise TransactionTooLargeError(
+            f"this transaction is {size} bytes, the limit is {bytes_max} "
+            "(transaction_bytes_max): commit it in smaller parts"
+        )
+
+
+def commit_local(
+    writer: Writer, role: Role, writes: Writes, transaction_id: bytes, timestamp: int
+) -> int:
+    """Stage ``writes`` as one local transaction; returns its sequence, 0 if nothing changes.
+
+    Deleting what is not there changes nothing and leaves no trace."""
+    targets = [
+        (writer.collection(name), entity_id, payload)
+        for name, ids in writes.items()
+        for entity_id, payload in ids.items()
+    ]
+    targets.sort(key=lambda target: (target[0].number, target[1]))
+    olds = writer.get_many([info.prefix + entity_id for info, entity_id, _ in targets])
+    work = [
+        (info, entity_id, payload, decode_entity(old) if old is not None else None)
+        for (info, entity_id, payload), old in zip(targets, olds, strict=True)
+        if payload is not None or (old is not None and decode_entity(old).payload is not None)
+    ]
+    if not work:
+        return 0
+    sequence = writer.next_sequence()
+    if role is Role.SERVER:
+        for info, entity_id, payload, old in work:
+            row = EntityRow(REMOTE, 0, sequence, writer.device_id, timestamp, 0, payload)
+            writer.show((info.number, entity_id), row, old, sequence)
+        return sequence
+    _commit_on_device(writer, work, sequence, transaction_id, timestamp)
+    return sequence
+
+
+Work = list[tuple[CollectionInfo, bytes, bytes | None, EntityRow | None]]
+
+
+def _commit_on_device(
+    writer: Writer, work: Work, sequence: int, transaction_id: bytes, timestamp: int
+) -> None:
+    held = any(
+        info.synced and old is not None and old.pending and old.flags & IS_HELD
+        for info, _, _, old in work
+    )
+    state = writer.sync_state
+    operations = []
+    for info, entity_id, payload, old in work:
+        ref = (info.number, entity_id)
+        if not info.synced:
+            row = EntityRow(0, 0, 0, writer.device_id, timestamp, 0, payload)
+            writer.show(ref, row, old, sequence)
+            continue
+        flags, version, previous = IS_HELD if held else 0, 0, 0
+        if old is None:
+            version = state.base_version_of_absent(info.name)
+        elif old.pending:
+            flags |= old.flags & HAS_BASE
+            version, previous = old.version, old.pending
+        else:
+            version = old.version
+            if version and old.payload is not None:
+                base = BaseRow(version, old.device_id, old.timestamp, old.payload)
+                writer.put(base_key(*ref), base.encode())
+                flags |= HAS_BASE
+        operations.append(PendingOp(info.number, entity_id, previous, payload))
+        row = EntityRow(flags, 0, version, writer.device_id, timestamp, sequence, payload)
+        writer.show(ref, row, old, sequence)
+    if operations:
+        made = PendingTransaction(sequence, transaction_id, timestamp, operations, held)
+        writer.put_pending(made)
+        if held:
+            writer.head.held += 1
+        else:
+            writer.head.ready += 1

@@ -1,0 +1,239 @@
+"""One storage commit in the making: reads fall through to a snapshot, writes stay in memory.
+
+Everything that changes a database goes through a ``Writer``: local transactions, settling,
+applying, the server's pushes. It keeps the rows that belong together in step (an entity, its feed
+row, the counters), so that callers say what changes and cannot forget half of it. It decides
+nothing about sync, and it never touches the disk: ``Database`` commits its ``changes`` in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from entidb.db.catalogue import Catalogue, CollectionInfo
+from entidb.db.records import (
+    DIRTY,
+    FEED,
+    HELD,
+    META_CATALOGUE,
+    META_HEAD,
+    META_INFLIGHT,
+    META_STAGE,
+    META_SYNC,
+    NO_ID,
+    READY,
+    TOMBSTONE,
+    EntityRow,
+    Head,
+    PendingTransaction,
+    count_key,
+    decode_entity,
+    decode_pending,
+    feed_key,
+    pack_u64,
+    sequence_key,
+    unpack_u64,
+)
+from entidb.db.replica import Inflight, ReplicaState, Stage, decode_record, encode_record
+from entidb.errors import CorruptionError
+from entidb.storage import Snapshot
+
+#: (collection number, entity id): what identifies an entity inside one database.
+Ref = tuple[int, bytes]
+
+
+class Writer:
+    """The overlay of one commit. Only the thread that holds the database's writer lock uses it."""
+
+    def __init__(
+        self, snapshot: Snapshot, catalogue: Catalogue, head: Head, device_id: bytes, now_ms: int
+    ) -> None:
+        self.snapshot = snapshot
+        self.catalogue = catalogue
+        self.head = head
+        self.device_id = device_id
+        self.now_ms = now_ms
+        self.changes: dict[bytes, bytes | None] = {}
+        #: What observers are told: (sequence, collection, entity_id), and names replaced whole.
+        self.touched: list[tuple[int, int, bytes]] = []
+        self.replaced: list[tuple[int, list[str]]] = []
+        self._counts: dict[int, int] = {}
+        self._head_before = head.encode()
+
+    # ------------------------------------------------------------ raw rows
+
+    def get(self, key: bytes) -> bytes | None:
+        if key in self.changes:
+            return self.changes[key]
+        return self.snapshot.get(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        found = self.snapshot.get_many(keys)
+        changes = self.changes
+        if changes:
+            for index, key in enumerate(keys):
+                if key in changes:
+                    found[index] = changes[key]
+        return found
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self.changes[key] = value
+
+    def delete(self, key: bytes) -> None:
+        self.changes[key] = None
+
+    # ------------------------------------------------------------ head, catalogue, sync records
+
+    def next_sequence(self) -> int:
+        self.head.sequence += 1
+        return self.head.sequence
+
+    def set_catalogue(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.put(META_CATALOGUE, catalogue.encode())
+
+    def collection(self, name: str) -> CollectionInfo:
+        """The collection called ``name``, made if there is none. Raises ``ScopeError`` when
+        there are too many."""
+        info = self.catalogue.by_name.get(name)
+        if info is None:
+            self.set_catalogue(self.catalogue.adding(name))
+            info = self.catalogue.by_name[name]
+        return info
+
+    @property
+    def sync_state(self) -> ReplicaState:
+        raw = self.get(META_SYNC)
+        return ReplicaState() if raw is None else decode_record(ReplicaState, raw)
+
+    def set_sync_state(self, state: ReplicaState) -> None:
+        self.put(META_SYNC, encode_record(state))
+
+    @property
+    def inflight(self) -> Inflight | None:
+        raw = self.get(META_INFLIGHT)
+        return None if raw is None else decode_record(Inflight, raw)
+
+    def set_inflight(self, inflight: Inflight | None) -> None:
+        self.changes[META_INFLIGHT] = None if inflight is None else encode_record(inflight)
+
+    @property
+    def stage(self) -> Stage | None:
+        raw = self.get(META_STAGE)
+        return None if raw is None else decode_record(Stage, raw)
+
+    def set_stage(self, stage: Stage | None) -> None:
+        self.changes[META_STAGE] = None if stage is None else encode_record(stage)
+
+    def abandon_stage(self) -> None:
+        """Forget a stage; what it has written becomes garbage."""
+        stage = self.stage
+        if stage is None:
+            return
+        catalogue = self.catalogue
+        for tables in (stage.tables, stage.deltas):
+            for number, table in tables.items():
+                catalogue = catalogue.discarding(table, int(number))
+        if stage.tables or stage.deltas:
+            self.set_catalogue(catalogue)
+        self.set_stage(None)
+
+    # ------------------------------------------------------------ entities
+
+    def entity(self, ref: Ref) -> EntityRow | None:
+        raw = self.get(self.catalogue.by_number[ref[0]].prefix + ref[1])
+        return None if raw is None else decode_entity(raw)
+
+    def put_entity(self, ref: Ref, row: EntityRow, old: EntityRow | None) -> None:
+        """Store ``row`` over ``old`` and keep the live count. The feed is ``put_feed``'s."""
+        self.changes[self.catalogue.by_number[ref[0]].prefix + ref[1]] = row.encode()
+        self.count(ref[0], (row.payload is not None) - (old is not None and _live(old)))
+
+    def show(self, ref: Ref, row: EntityRow, old: EntityRow | None, sequence: int) -> None:
+        """Store ``row`` as something readers see changed at ``sequence``: entity, count, feed."""
+        self.move_feed(ref, 0 if old is None else old.sequence, sequence)
+        row.sequence = sequence
+        self.put_entity(ref, row, old)
+
+    def remove_entity(self, ref: Ref, old: EntityRow) -> None:
+        """Forget the row altogether, tombstone and feed row included."""
+        self.changes[self.catalogue.by_number[ref[0]].prefix + ref[1]] = None
+        if old.sequence:
+            self.changes[feed_key(old.sequence, *ref)] = None
+        self.count(ref[0], -int(_live(old)))
+
+    def move_feed(self, ref: Ref, old_sequence: int, sequence: int) -> None:
+        """The feed holds every entity once, at its latest change (R11)."""
+        if old_sequence:
+            self.changes[feed_key(old_sequence, *ref)] = None
+        self.changes[feed_key(sequence, *ref)] = b""
+        self.touched.append((sequence, *ref))
+
+    def put_replaced(self, sequence: int, names: list[str], record: bytes) -> None:
+        """Tell the feed that whole collections were replaced (R20)."""
+        self.changes[feed_key(sequence, 0, NO_ID)] = record
+        self.replaced.append((sequence, names))
+
+    def count(self, collection: int, by: int) -> None:
+        if by:
+            self._counts[collection] = self._counts.get(collection, 0) + by
+
+    def set_count(self, collection: int, live: int) -> None:
+        """The collection's count is ``live`` plus what this commit adds from now on."""
+        self._counts.pop(collection, None)
+        self.put(count_key(collection), pack_u64(live))
+
+    # ------------------------------------------------------------ outbox
+
+    def pending(self, sequence: int) -> PendingTransaction | None:
+        """The pending transaction made by local commit ``sequence``, ready or held."""
+        for kind in (READY, HELD):
+            key = sequence_key(kind, sequence)
+            raw = self.get(key)
+            if raw is not None:
+                return decode_pending(key, raw)
+        return None
+
+    def put_pending(self, transaction: PendingTransaction) -> None:
+        self.put(transaction.key, transaction.encode())
+
+    def finish(self) -> dict[bytes, bytes | None]:
+        """The whole commit, counters included; empty when nothing changes."""
+        for collection, by in self._counts.items():
+            if by:
+                key = count_key(collection)
+                raw = self.get(key)
+                live = (0 if raw is None else unpack_u64(raw)) + by
+                if live < 0:
+                    raise CorruptionError(
+                        f"the count of collection number {collection} would fall below zero; "
+                        "run `entidb verify` on this database"
+                    )
+                self.put(key, pack_u64(live))
+        self._counts.clear()
+        head = self.head.encode()
+        if head != self._head_before:
+            self.put(META_HEAD, head)
+        return self.changes
+
+
+def _live(row: EntityRow) -> bool:
+    return row.payload is not None
+
+
+def live_delta(old: bytes | None, payload: bytes | None) -> int:
+    """By how much a count changes when the encoded row ``old`` is replaced, for hot paths."""
+    was = old is not None and not old[0] & TOMBSTONE
+    return (payload is not None) - was
+
+
+def is_dirty(raw: bytes) -> bool:
+    return bool(raw[0] & DIRTY)
+
+
+def feed_bounds(after: int) -> tuple[bytes, bytes]:
+    """Start and stop of a feed scan behind ``after``."""
+    return sequence_key(FEED, after + 1), bytes([FEED[0] + 1])
+
+
+__all__ = ["Ref", "Writer", "feed_bounds", "is_dirty", "live_delta"]

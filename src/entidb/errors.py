@@ -1,0 +1,306 @@
+"""Every error EntiDB raises: one tree, and one table of the codes that travel.
+
+    EntiDBError
+    ├── LocalError                     the program, or this device, has to change something
+    │   ├── DatabaseClosedError        database_closed
+    │   ├── DatabaseLockedError        database_locked          another process or engine has it
+    │   ├── DatabaseForkedError        database_forked          inherited through fork()
+    │   ├── TransactionError           transaction_state        nested, or used after its end
+    │   ├── TransactionTooLargeError   transaction_too_large
+    │   ├── ValueTypeError             value_type               refused by the collection's type
+    │   ├── InvalidNameError           invalid_name
+    │   ├── ScopeError                 scope_conflict
+    │   └── ConfigError                invalid_config
+    ├── CodecError
+    │   ├── CborEncodeError            value_not_encodable      names the path inside the value
+    │   └── CborDecodeError            invalid_cbor
+    ├── StorageError                   storage_error
+    │   ├── StorageFullError           storage_full             disk or map; nothing was changed
+    │   ├── CorruptionError            corrupt_record
+    │   ├── FormatError                not_a_database | newer_format | truncated
+    │   └── CommitUnknownError         commit_unknown           reopen and read to find out
+    └── SyncError                      (codes: see ``ERROR_TABLE``)
+        ├── TransportError             transport_error          retryable
+        │   ├── SyncTimeoutError       timeout                  retryable
+        │   └── TlsError               tls_error                not retryable
+        ├── ProtocolError              invalid_message
+        │   ├── SyncCodecError         codec_error
+        │   └── VersionMismatchError   version_mismatch
+        ├── AuthenticationError        unauthorized
+        │   └── PermissionDeniedError  forbidden
+        ├── ServerError                server_error             retryable
+        │   └── ServerBusyError        busy | rate_limited      retryable, after a time
+        ├── ConflictError              rounds_exhausted
+        ├── SyncCancelledError         cancelled
+        ├── SyncStateError             invalid_state
+        ├── HistoryChangedError        history_changed
+        └── ResetRequiredError         reset_required
+
+The class says whose fault it is; ``code`` is stable and is what programs compare; ``retryable``
+is what the engine obeys (rules, "Limits"). Nobody parses a message. Nothing else lives here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class EntiDBError(Exception):
+    """Root of every error raised on purpose by EntiDB.
+
+    ``code`` is a stable identifier, ``retryable`` says whether trying the same again can help,
+    and the message names the thing and what to do next.
+    """
+
+    code: str = "error"
+    retryable: bool = False
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class LocalError(EntiDBError):
+    """The calling program, or the person at this device, has to change something."""
+
+    code = "local_error"
+
+
+class DatabaseClosedError(LocalError):
+    code = "database_closed"
+
+
+class DatabaseLockedError(LocalError):
+    code = "database_locked"
+
+
+class DatabaseForkedError(LocalError):
+    code = "database_forked"
+
+
+class TransactionError(LocalError):
+    code = "transaction_state"
+
+
+class TransactionTooLargeError(LocalError):
+    code = "transaction_too_large"
+
+
+class ValueTypeError(LocalError, TypeError):
+    code = "value_type"
+
+
+class InvalidNameError(LocalError, ValueError):
+    code = "invalid_name"
+
+
+class ScopeError(LocalError):
+    code = "scope_conflict"
+
+
+class ConfigError(LocalError, ValueError):
+    code = "invalid_config"
+
+
+class CodecError(EntiDBError, ValueError):
+    """Bytes or values outside the canonical CBOR profile."""
+
+    code = "codec_error"
+
+
+class CborEncodeError(CodecError):
+    """A value that canonical CBOR cannot say.
+
+    ``path`` names the place, ``$`` being the value itself: ``$.lines[3].price``.
+    """
+
+    code = "value_not_encodable"
+
+    def __init__(self, message: str, *, path: str = "$") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class CborDecodeError(CodecError):
+    """Bytes that are not one canonical CBOR item of the profile."""
+
+    code = "invalid_cbor"
+
+
+class StorageError(EntiDBError):
+    """The disk, or what is on it. Unless a subclass says otherwise nothing was changed."""
+
+    code = "storage_error"
+
+
+class StorageFullError(StorageError):
+    """No room on the disk or in the map. Nothing was changed; free space and try again."""
+
+    code = "storage_full"
+
+
+class CorruptionError(StorageError):
+    """A record whose checksum does not match. It was not returned and is not sent to anyone."""
+
+    code = "corrupt_record"
+
+
+class FormatError(StorageError):
+    """What stands at the path is not a database this version can open. It was not touched."""
+
+    code = "not_a_database"
+
+
+class CommitUnknownError(StorageError):
+    """A commit failed in a way that leaves open whether it is durable. Reopen and read."""
+
+    code = "commit_unknown"
+
+
+class SyncError(EntiDBError):
+    """Anything that ended a sync cycle early. The outbox is untouched by all of them.
+
+    ``details`` holds what the server said beside code and message; ``retry_after`` is in
+    seconds, None where the server named no time.
+    """
+
+    code = "sync_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        retry_after: float | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+        self.details = details or {}
+
+
+class TransportError(SyncError):
+    code = "transport_error"
+    retryable = True
+
+
+class SyncTimeoutError(TransportError):
+    code = "timeout"
+
+
+class TlsError(TransportError):
+    """The server's certificate was not accepted. Nothing was sent; trying again cannot help."""
+
+    code = "tls_error"
+    retryable = False
+
+
+class ProtocolError(SyncError):
+    code = "invalid_message"
+
+
+class SyncCodecError(ProtocolError):
+    code = "codec_error"
+
+
+class VersionMismatchError(ProtocolError):
+    code = "version_mismatch"
+
+
+class AuthenticationError(SyncError):
+    code = "unauthorized"
+
+
+class PermissionDeniedError(AuthenticationError):
+    code = "forbidden"
+
+
+class ServerError(SyncError):
+    code = "server_error"
+    retryable = True
+
+
+class ServerBusyError(ServerError):
+    code = "busy"
+
+
+class ConflictError(SyncError):
+    code = "rounds_exhausted"
+
+
+class SyncCancelledError(SyncError):
+    code = "cancelled"
+
+
+class SyncStateError(SyncError):
+    code = "invalid_state"
+
+
+class HistoryChangedError(SyncError):
+    code = "history_changed"
+
+
+class ResetRequiredError(SyncError):
+    code = "reset_required"
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """One row of the protocol's error table: ``code`` on the wire, HTTP ``status``, ``error``
+    is the class the engine raises, ``action`` what the engine does about it."""
+
+    code: str
+    status: int
+    error: type[SyncError]
+    action: str
+
+    @property
+    def retryable(self) -> bool:
+        return self.error.retryable
+
+
+#: The codes an ``ErrorResponse`` can carry (docs/protocol.md has the same table; a test compares).
+ERROR_TABLE: dict[str, ErrorRow] = {
+    row.code: row
+    for row in (
+        ErrorRow("invalid_message", 400, ProtocolError, "stop; a bug in client or server"),
+        ErrorRow("codec_error", 400, SyncCodecError, "stop; a bug in client or server"),
+        ErrorRow("version_mismatch", 400, VersionMismatchError, "stop; update the older side"),
+        ErrorRow("unauthorized", 401, AuthenticationError, "ask for a fresh token once"),
+        ErrorRow("forbidden", 403, PermissionDeniedError, "stop; the token does not grant this"),
+        ErrorRow("unknown_database", 404, PermissionDeniedError, "stop; no such database"),
+        ErrorRow("not_found", 404, ProtocolError, "stop; no such address"),
+        ErrorRow("method_not_allowed", 405, ProtocolError, "stop; a bug in the client"),
+        ErrorRow("timeout", 408, SyncTimeoutError, "retry with backoff"),
+        ErrorRow("history_changed", 409, HistoryChangedError, "stop; the application chooses"),
+        ErrorRow("reset_required", 409, ResetRequiredError, "pull everything again (R28)"),
+        ErrorRow("too_large", 413, ProtocolError, "stop; over a limit of the server"),
+        ErrorRow("unsupported_media_type", 415, ProtocolError, "stop; a bug in the client"),
+        ErrorRow("rate_limited", 429, ServerBusyError, "retry, not before retry_after"),
+        ErrorRow("server_error", 500, ServerError, "retry with backoff"),
+        ErrorRow("storage_error", 500, ServerError, "retry with backoff"),
+        ErrorRow("busy", 503, ServerBusyError, "retry, not before retry_after"),
+        ErrorRow("shutting_down", 503, ServerBusyError, "retry, not before retry_after"),
+        ErrorRow("storage_full", 507, ServerError, "retry with backoff"),
+    )
+}
+
+
+def error_from_code(
+    code: str,
+    message: str,
+    *,
+    retry_after: float | None = None,
+    details: dict[str, Any] | None = None,
+) -> SyncError:
+    """The exception for a code of the error table; an unknown code is a plain ``ServerError``,
+    because a newer server may have learned new ones."""
+    row = ERROR_TABLE.get(code)
+    kind = row.error if row is not None else ServerError
+    return kind(message, code=code, retry_after=retry_after, details=details)

@@ -1,0 +1,624 @@
+"""The wire messages: shapes, limits, encoding and decoding. No transport, no decisions.
+
+The normative text is ``docs/protocol.md``. Envelopes are maps with text keys, unknown keys are
+ignored; inside, transactions, commits and operations are arrays with fixed positions (elements
+that a newer minor version appends are ignored), and collection names stand once per message:
+operations hold an index into ``collections``.
+
+``encode`` writes canonical CBOR. ``decode`` proves shape, limits and what two fields say of each
+other; it does not look into payloads, which are checked once, where they enter a database. What
+depends on state (history, cursor, permissions) is for the server's service and the device's cycle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Callable, Collection, Iterable, Sequence
+from enum import IntEnum
+from typing import Annotated, Any, Final, TypeVar, cast
+
+from msgspec import Meta, Struct, ValidationError, convert, to_builtins
+
+from entidb import cbor
+from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
+from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_BYTES_MAX, check_name
+
+PROTOCOL_MAJOR: Final = 1
+PROTOCOL_MINOR: Final = 0
+CONTENT_TYPE: Final = "application/cbor"
+#: More ranges than this in ``PullRequest.have`` are refused; a device sends fewer (R21).
+HAVE_RANGES_MAX: Final = 4096
+
+Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+#: No upper bound is named (msgspec knows none above an int64): CBOR itself ends at 2**64 - 1.
+Stamp = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+#: ``entidb.types.check_name`` sees to the rest: bytes, not characters, and no control characters.
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What the server accepts at most; in the handshake. All byte counts are uncompressed."""
+
+    transaction_bytes_max: Uint
+    message_bytes_max: Uint
+    push_operations_max: Uint
+    pull_operations_max: Uint
+    collections_max: Uint
+
+
+#: What a device accepts from any server, and what a server starts from. One transaction of the
+#: largest size every server must accept fits into a message, whatever the names and the framing.
+LIMITS: Final = Limits(
+    transaction_bytes_max=TRANSACTION_BYTES_MAX,
+    message_bytes_max=4 * TRANSACTION_BYTES_MAX,
+    push_operations_max=100_000,
+    pull_operations_max=100_000,
+    collections_max=4096,
+)
+
+
+class PushOperation(Struct, frozen=True, array_like=True, gc=False):
+    """One entity write. ``payload`` is the entity's canonical CBOR, None deletes it.
+    ``base_version`` is the version the device built on (R13)."""
+
+    collection: Uint
+    entity_id: Id
+    base_version: Uint
+    payload: bytes | None
+
+
+class PushTransaction(Struct, frozen=True, array_like=True):
+    """One local transaction, whole (R3). ``timestamp`` is a hybrid logical clock (R27)."""
+
+    transaction_id: Id
+    timestamp: Stamp
+    operations: Annotated[list[PushOperation], Meta(min_length=1)]
+
+
+class PullOperation(Struct, frozen=True, array_like=True, gc=False):
+    """The latest change of one entity; ``payload`` None is a tombstone."""
+
+    collection: Uint
+    entity_id: Id
+    payload: bytes | None
+
+
+class PullCommit(Struct, frozen=True, array_like=True):
+    """What is still the latest of one server commit. ``device_id`` wrote it at ``timestamp``."""
+
+    version: Uint
+    device_id: Id
+    timestamp: Stamp
+    operations: list[PullOperation]
+
+
+class Verdict(IntEnum):
+    """What the server decided about one transaction (R15)."""
+
+    #: Durable on the server as the commit ``version``.
+    ACCEPTED = 0
+    #: Another copy of this transaction id was accepted with other content, as ``version``.
+    SUPERSEDED = 1
+    #: Built on something that has changed; ``states`` holds what the server has now.
+    CONFLICT = 2
+    #: Refused for good, with ``code`` and ``message``.
+    REJECTED = 3
+
+
+class ServerState(Struct, frozen=True, array_like=True):
+    """What the server has for an entity of a refused transaction. ``payload`` None with a
+    ``version`` above 0 is a tombstone; version 0 means it has never heard of it."""
+
+    collection: Uint
+    entity_id: Id
+    version: Uint
+    payload: bytes | None
+
+
+class PushResult(Struct, frozen=True, array_like=True):
+    """The verdict on one transaction of a push, in the order of the request.
+
+    ``version`` with ACCEPTED and SUPERSEDED, else 0. ``timestamp`` is 0 unless the server
+    clamped the transaction's (R27). ``states`` with CONFLICT; their payloads may be left out by
+    a server that keeps answers small (the pull that follows brings them). ``code`` and
+    ``message`` with REJECTED.
+    """
+
+    verdict: Annotated[int, Meta(ge=0, le=3)]
+    version: Uint = 0
+    timestamp: Stamp = 0
+    states: list[ServerState] = []
+    code: str = ""
+    message: str = ""
+
+
+class HandshakeRequest(Struct, frozen=True, kw_only=True):
+    major: Uint
+    minor: Uint
+    db_id: Name
+    device_id: Id
+    history: Id | None
+    cursor: Uint
+    client: Annotated[str, Meta(max_length=255)] = ""
+
+
+class HandshakeResponse(Struct, frozen=True, kw_only=True):
+    major: Uint
+    minor: Uint
+    history: Id
+    head: Uint
+    floor: Uint
+    limits: Limits
+    features: list[str]
+    time: Uint  # server's clock, ms since 1970
+
+
+class PullRequest(Struct, frozen=True, kw_only=True):
+    """``cursor`` is inclusive: send what is after it. ``have`` holds inclusive ranges
+    ``[first, last]`` of versions above the cursor the device already has (R21).
+    ``full`` starts from nothing: the floor does not matter (R28)."""
+
+    db_id: Name
+    device_id: Id
+    history: Id
+    cursor: Uint
+    have: list[tuple[Uint, Uint]] = []
+    limit: Positive
+    bytes_max: Positive
+    collections: list[Name] | None = None
+    full: bool = False
+
+
+class PullResponse(Struct, frozen=True, kw_only=True):
+    """``cursor`` is what the device has after applying this page; the last page
+    (``has_more`` false) says the head it has reached (R19). ``time`` is the server's clock in
+    ms since 1970."""
+
+    collections: list[Name]
+    commits: list[PullCommit]
+    cursor: Uint
+    has_more: bool
+    head: Uint
+    floor: Uint
+    time: Uint
+
+
+class PushRequest(Struct, frozen=True, kw_only=True):
+    db_id: Name
+    device_id: Id
+    history: Id
+    cursor: Uint
+    collections: list[Name]
+    transactions: list[PushTransaction]
+
+
+class PushResponse(Struct, frozen=True, kw_only=True):
+    """``collections`` names what the indexes in ``states`` mean; ``time`` as in the pull."""
+
+    results: list[PushResult]
+    collections: list[Name]
+    head: Uint
+    time: Uint
+
+
+class ErrorResponse(Struct, frozen=True, kw_only=True):
+    """``code`` is a row of ``entidb.errors.ERROR_TABLE``; ``retry_after`` in seconds."""
+
+    code: str
+    message: str
+    retryable: bool
+    retry_after: Annotated[float, Meta(ge=0)] | None = None
+    details: dict[str, Any] = {}
+
+
+SyncRequest = HandshakeRequest | PullRequest | PushRequest
+SyncResponse = HandshakeResponse | PullResponse | PushResponse | ErrorResponse
+
+_Message = TypeVar("_Message", bound=SyncRequest | SyncResponse)
+
+#: HTTP path of each request.
+PATHS: Final[dict[str, type[SyncRequest]]] = {
+    "/v1/handshake": HandshakeRequest,
+    "/v1/pull": PullRequest,
+    "/v1/push": PushRequest,
+}
+_RESPONSES: Final[dict[type, type[SyncResponse]]] = {
+    HandshakeRequest: HandshakeResponse,
+    PullRequest: PullResponse,
+    PushRequest: PushResponse,
+}
+_PATH_OF: Final = {kind: path for path, kind in PATHS.items()}
+
+
+def path_of(request: SyncRequest) -> str:
+    """The HTTP path ``request`` is posted to."""
+    return _PATH_OF[type(request)]
+
+
+def response_type(request: SyncRequest) -> type[SyncResponse]:
+    """What answers ``request`` if nothing goes wrong; else it is an ``ErrorResponse``."""
+    return _RESPONSES[type(request)]
+
+
+# --- measures ---------------------------------------------------------------------------------
+
+
+def transaction_bytes(operations: Iterable[PushOperation]) -> int:
+    """What counts against ``transaction_bytes_max``: payloads, and a fixed overhead for each
+    operation. A transaction above it gets the verdict REJECTED, code ``too_large``, and the rest
+    of its batch goes on (R15); that is why ``decode`` lets it pass."""
+    size = 0
+    for operation in operations:
+        size += OPERATION_OVERHEAD_BYTES
+        if operation.payload is not None:
+            size += len(operation.payload)
+    return size
+
+
+def operations_count(message: PushRequest | PullResponse) -> int:
+    return sum(len(group.operations) for group in _groups(message))
+
+
+def payload_bytes(message: PushRequest | PullResponse) -> int:
+    """Bytes of entity values in ``message``, without ids and framing."""
+    return sum(
+        len(operation.payload)
+        for group in _groups(message)
+        for operation in group.operations
+        if operation.payload is not None
+    )
+
+
+def _groups(message: PushRequest | PullResponse) -> Sequence[PushTransaction | PullCommit]:
+    return message.transactions if isinstance(message, PushRequest) else message.commits
+
+
+def operations_digest(collections: Sequence[str], operations: Sequence[PushOperation]) -> bytes:
+    """SHA-256 of what a transaction writes (R14): the canonical CBOR array of
+    ``[collection name, entity_id, payload or null]`` in order.
+
+    Base versions and timestamps are left out: a transaction that was rebased onto an equal state
+    still writes the same, and its second coming is the same transaction.
+    """
+    heads = [b"\x83" + cbor.text(name) + _ID for name in collections]
+    parts = [_array_head(len(operations))]
+    for operation in operations:
+        payload = operation.payload
+        parts += (heads[operation.collection], operation.entity_id)
+        parts += (_NULL,) if payload is None else (_bytes_head(len(payload)), payload)
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+# --- encoding ---------------------------------------------------------------------------------
+#
+# Pushes and pulls are joined by hand: it is several times faster than building lists of lists for
+# a general encoder, and an id stays a byte string whatever its bytes are (a general DAG-CBOR
+# encoder takes one UUIDv7 in twenty for a content identifier and writes tag 42). Keys stand in
+# canonical order: shorter first, then by bytes.
+
+_NULL: Final = b"\xf6"
+_ID: Final = b"\x50"
+_UINTS: Final = tuple(cbor.uint(number) for number in range(1024))
+_BYTES_HEADS: Final = tuple(cbor.bytes_head(length) for length in range(4096))
+_ARRAY_HEADS: Final = tuple(cbor.array_head(length) for length in range(256))
+_pack_4: Final = struct.Struct(">BI").pack
+_pack_8: Final = struct.Struct(">BQ").pack
+
+
+def encode(message: SyncRequest | SyncResponse) -> bytes:
+    """``message`` as canonical CBOR. Its own shape is taken on trust; a message that breaks its
+    type's promises raises whatever Python raises, or is refused by the other side."""
+    return _ENCODERS.get(type(message), _encode_small)(message)
+
+
+def _encode_small(message: SyncRequest | SyncResponse) -> bytes:
+    return cbor.encode_message(to_builtins(message, builtin_types=(bytes,)))
+
+
+def _encode_pull_request(message: PullRequest) -> bytes:
+    envelope = to_builtins(message, builtin_types=(bytes,))
+    return cbor.encode_message(envelope | {"have": [list(ends) for ends in message.have]})
+
+
+def _encode_push_request(message: PushRequest) -> bytes:
+    parts = [
+        cbor.map_head(6),
+        cbor.text("db_id") + cbor.text(message.db_id),
+        cbor.text("cursor") + _uint(message.cursor),
+        cbor.text("history") + _ID + message.history,
+        cbor.text("device_id") + _ID + message.device_id,
+        cbor.text("collections") + _names(message.collections),
+        cbor.text("transactions") + _array_head(len(message.transactions)),
+    ]
+    heads = [b"\x84" + _uint(index) + _ID for index in range(len(message.collections))]
+    for transaction in message.transactions:
+        operations = transaction.operations
+        parts += (
+            b"\x83\x50",
+            transaction.transaction_id,
+            _uint(transaction.timestamp),
+            _array_head(len(operations)),
+        )
+        for operation in operations:
+            payload = operation.payload
+            head = heads[operation.collection]
+            base = _uint(operation.base_version)
+            if payload is None:
+                parts += (head, operation.entity_id, base, _NULL)
+            else:
+                parts += (head, operation.entity_id, base, _bytes_head(len(payload)), payload)
+    return b"".join(parts)
+
+
+def _encode_push_response(message: PushResponse) -> bytes:
+    parts = [
+        cbor.map_head(4),
+        cbor.text("head") + _uint(message.head),
+        cbor.text("time") + _uint(message.time),
+        cbor.text("results") + _array_head(len(message.results)),
+    ]
+    for result in message.results:
+        parts += (
+            b"\x86",
+            _UINTS[result.verdict],
+            _uint(result.version),
+            _uint(result.timestamp),
+            _states(result.states) if result.states else b"\x80",
+            cbor.text(result.code) + cbor.text(result.message) if result.code else b"\x60\x60",
+        )
+    parts.append(cbor.text("collections") + _names(message.collections))
+    return b"".join(parts)
+
+
+def _states(states: list[ServerState]) -> bytes:
+    parts = [_array_head(len(states))]
+    for state in states:
+        parts += (b"\x84", _uint(state.collection), _ID, state.entity_id, _uint(state.version))
+        payload = state.payload
+        parts += (_NULL,) if payload is None else (_bytes_head(len(payload)), payload)
+    return b"".join(parts)
+
+
+def _encode_pull_response(message: PullResponse) -> bytes:
+    parts = [
+        cbor.map_head(7),
+        cbor.text("head") + _uint(message.head),
+        cbor.text("time") + _uint(message.time),
+        cbor.text("floor") + _uint(message.floor),
+        cbor.text("cursor") + _uint(message.cursor),
+        cbor.text("commits") + _array_head(len(message.commits)),
+    ]
+    heads = [b"\x83" + _uint(index) + _ID for index in range(len(message.collections))]
+    for commit in message.commits:
+        operations = commit.operations
+        parts += (
+            b"\x84",
+            _uint(commit.version),
+            _ID,
+            commit.device_id,
+            _uint(commit.timestamp),
+            _array_head(len(operations)),
+        )
+        for operation in operations:
+            payload = operation.payload
+            head = heads[operation.collection]
+            if payload is None:
+                parts += (head, operation.entity_id, _NULL)
+            else:
+                parts += (head, operation.entity_id, _bytes_head(len(payload)), payload)
+    parts.append(cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"))
+    parts.append(cbor.text("collections") + _names(message.collections))
+    return b"".join(parts)
+
+
+def _names(names: Sequence[str]) -> bytes:
+    return _array_head(len(names)) + b"".join(map(cbor.text, names))
+
+
+def _uint(number: int) -> bytes:
+    # The two widths that versions and timestamps have come before the general case.
+    if number < 1024:
+        return _UINTS[number]
+    if number > 0xFFFFFFFF:
+        return _pack_8(0x1B, number)
+    return _pack_4(0x1A, number) if number > 0xFFFF else cbor.uint(number)
+
+
+def _bytes_head(length: int) -> bytes:
+    return _BYTES_HEADS[length] if length < 4096 else cbor.bytes_head(length)
+
+
+def _array_head(length: int) -> bytes:
+    return _ARRAY_HEADS[length] if length < 256 else cbor.array_head(length)
+
+
+_ENCODERS: Final[dict[type, Callable[[Any], bytes]]] = {
+    PullRequest: _encode_pull_request,
+    PushRequest: _encode_push_request,
+    PushResponse: _encode_push_response,
+    PullResponse: _encode_pull_response,
+}
+
+
+# --- decoding ---------------------------------------------------------------------------------
+
+# libipld reads a link as if it were the byte string in it. Whatever it takes for one has this
+# form: the end of a head of tag 42, then a byte string that begins with 0. Bytes inside an id or
+# a payload may look the same, once in a hundred million; the strict decoder then tells which it
+# is. Handing it every message would cost five times as much as all the rest of decoding, for
+# integers in their shortest form, which do not matter in an envelope.
+_LINK: Final = re.compile(
+    rb"\x2a(?<=[\xd8\x00]\x2a)(?:[\x41-\x57]|\x58.|\x59..|\x5a.{4}|\x5b.{8})\x00", re.DOTALL
+)
+
+
+def decode_request(path: str, data: bytes, limits: Limits = LIMITS) -> SyncRequest:
+    """The request posted to ``path``. Errors as in ``decode``; a path that is none of ``PATHS``
+    is a ``ProtocolError`` with the code ``not_found``."""
+    kind = PATHS.get(path)
+    if kind is None:
+        raise ProtocolError(f"no message is posted to {path!r}", code="not_found")
+    return decode(cast("type[PushRequest]", kind), data, limits)
+
+
+def decode_response(request: SyncRequest, data: bytes, limits: Limits = LIMITS) -> SyncResponse:
+    """The answer to ``request``. Whether it is an ``ErrorResponse`` instead is said by the HTTP
+    status; that one is read with ``decode(ErrorResponse, data)``. A push must be answered with
+    one result for each transaction."""
+    response = decode(cast("type[PushResponse]", response_type(request)), data, limits)
+    if isinstance(request, PushRequest) and len(response.results) != len(request.transactions):
+        raise ProtocolError(
+            f"{len(response.results)} results answer {len(request.transactions)} transactions"
+        )
+    return response
+
+
+def decode(kind: type[_Message], data: bytes, limits: Limits = LIMITS) -> _Message:
+    """``data`` as a message of ``kind``; all its promises hold afterwards.
+
+    Raises ``SyncCodecError`` for what is not CBOR of the profile, ``ProtocolError`` for a wrong
+    shape (code ``invalid_message``) or a limit (code ``too_large``); the message names the place,
+    ``$`` being the envelope: ``$.transactions[3].operations[0]``. Payloads are not looked into.
+    """
+    if len(data) > limits.message_bytes_max:
+        raise _too_large("$", f"is {len(data)} bytes", limits.message_bytes_max)
+    try:
+        raw = cbor.decode_trusted(data)
+        if _LINK.search(data) is not None:
+            cbor.decode(data)
+    except CborDecodeError as error:
+        raise SyncCodecError(f"{kind.__name__} is not CBOR of the profile: {error}") from error
+    try:
+        message = convert(raw, kind, builtin_types=(bytes,), strict=True)
+    except ValidationError as error:
+        raise ProtocolError(f"this is no {kind.__name__}: {error}") from error
+    check = _CHECKS.get(kind)
+    if check is not None:
+        check(message, limits)
+    return message
+
+
+def _check_handshake_request(message: HandshakeRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+
+
+def _check_pull_request(message: PullRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+    if message.collections is not None:
+        _check_collections(message.collections, limits)
+    if len(message.have) > HAVE_RANGES_MAX:
+        raise _too_large("$.have", f"has {len(message.have)} ranges", HAVE_RANGES_MAX)
+    end = -1
+    for index, (first, last) in enumerate(message.have):
+        if not end < first <= last:
+            raise _invalid(f"$.have[{index}]", "ranges ascend and do not overlap")
+        end = last
+
+
+def _check_push_request(message: PushRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+    _check_collections(message.collections, limits)
+    names = len(message.collections)
+    seen: set[bytes] = set()
+    count = 0
+    for index, transaction in enumerate(message.transactions):
+        operations = transaction.operations
+        seen.add(transaction.transaction_id)
+        if len(seen) <= index:
+            raise _invalid(f"$.transactions[{index}]", "the transaction id came before")
+        count += len(operations)
+        if len(operations) == 1:
+            if operations[0].collection >= names:
+                raise _no_such_collection(f"$.transactions[{index}].operations[0]")
+        else:
+            _check_operations(f"$.transactions[{index}]", operations, names)
+    # A transaction alone is bounded by its bytes: refusing it here would stop the outbox for good.
+    if count > limits.push_operations_max and len(message.transactions) > 1:
+        raise _too_large("$.transactions", f"have {count} operations", limits.push_operations_max)
+
+
+def _check_push_response(message: PushResponse, limits: Limits) -> None:
+    _check_collections(message.collections, limits)
+    names = len(message.collections)
+    for index, result in enumerate(message.results):
+        if result.verdict <= Verdict.SUPERSEDED and result.version == 0:
+            raise _invalid(f"$.results[{index}]", "an accepted transaction has a version")
+        if result.verdict == Verdict.REJECTED and not result.code:
+            raise _invalid(f"$.results[{index}]", "a rejected transaction has a code")
+        if result.states:
+            _check_operations(f"$.results[{index}]", result.states, names, "states")
+
+
+def _check_pull_response(message: PullResponse, limits: Limits) -> None:
+    _check_collections(message.collections, limits)
+    names = len(message.collections)
+    version = 0
+    for index, commit in enumerate(message.commits):
+        if commit.version <= version:
+            raise _invalid(f"$.commits[{index}]", "versions start at 1 and ascend")
+        version = commit.version
+        operations = commit.operations
+        if len(operations) == 1:
+            if operations[0].collection >= names:
+                raise _no_such_collection(f"$.commits[{index}].operations[0]")
+        else:
+            _check_operations(f"$.commits[{index}]", operations, names)
+    if not version <= message.cursor <= message.head:
+        raise _invalid("$.cursor", "it lies between the last commit of the page and the head")
+
+
+def _check_operations(
+    place: str,
+    operations: Sequence[PushOperation | PullOperation | ServerState],
+    names: int,
+    field: str = "operations",
+) -> None:
+    """Every collection index means something, and no entity comes twice: two writes of one
+    entity in one transaction would have no order that a reader could see."""
+    for index, operation in enumerate(operations):
+        if operation.collection >= names:
+            raise _no_such_collection(f"{place}.{field}[{index}]")
+    entities = {(operation.collection, operation.entity_id) for operation in operations}
+    if len(entities) != len(operations):
+        raise _invalid(f"{place}.{field}", "an entity comes twice")
+
+
+def _check_collections(names: Collection[str], limits: Limits) -> None:
+    if len(names) > limits.collections_max:
+        raise _too_large("$.collections", f"has {len(names)} names", limits.collections_max)
+    if len(set(names)) != len(names):
+        raise _invalid("$.collections", "a name comes twice")
+    for index, name in enumerate(names):
+        _check_name(f"$.collections[{index}]", name)
+
+
+def _check_name(place: str, name: str) -> None:
+    try:
+        check_name(name)
+    except InvalidNameError as error:
+        raise _invalid(place, str(error)) from error
+
+
+def _no_such_collection(place: str) -> ProtocolError:
+    return _invalid(place, "its collection is not in $.collections")
+
+
+def _invalid(place: str, what: str) -> ProtocolError:
+    return ProtocolError(f"{place}: {what}")
+
+
+def _too_large(place: str, what: str, limit: int) -> ProtocolError:
+    return ProtocolError(f"{place}: {what}, the limit is {limit}", code="too_large")
+
+
+_CHECKS: Final[dict[type, Callable[[Any, Limits], None]]] = {
+    HandshakeRequest: _check_handshake_request,
+    PullRequest: _check_pull_request,
+    PullResponse: _check_pull_response,
+    PushRequest: _check_push_request,
+    PushResponse: _check_push_response,
+}

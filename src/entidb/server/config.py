@@ -1,0 +1,273 @@
+"""Settings of the server: what may be chosen, what is chosen by default, and why.
+
+Everything is checked when it is made, so a wrong setting is found before the first request. Also
+here: which database names there are and in which directory each of them lies, because a name comes
+from the network and a directory is on a disk. No clock, no sockets, no files are opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from entidb.errors import ConfigError, InvalidNameError
+from entidb.protocol import Limits
+from entidb.types import TRANSACTION_BYTES_MAX
+
+_MIB: Final = 1024 * 1024
+#: Room in a message beside one transaction of the largest size: names, ids and framing.
+_FRAMING_BYTES: Final = 2 * _MIB
+_BYTES_MAX: Final = 1024 * _MIB
+_SECONDS_MAX: Final = 7 * 24 * 3600.0
+_OPERATIONS_MAX: Final = 1_000_000
+_DAYS_MAX: Final = 36_500
+
+#: ASCII without anything a shell, a URL or a file system reads as more than a letter. A leading
+#: dot would hide the directory, a leading dash would make it an option.
+_DB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+#: Names that are devices on Windows, whatever follows the first dot.
+_RESERVED: Final = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)")
+_SUFFIX: Final = ".entidb"
+_DIRECTORY: Final = re.compile(r"(?:==)?((?:=[a-z]|[a-z0-9._-])+)" + re.escape(_SUFFIX))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a server behaves. Raises ``ConfigError``, which names the field.
+
+    Exactly one way of telling who may do what is needed: ``jwt_secret_file``,
+    ``jwt_secret_env``, ``jwt_public_key_file``, ``authenticator``, or ``insecure_no_auth``.
+    """
+
+    #: Directory of the databases, one directory each; made if missing. None keeps everything in
+    #: memory, for tests.
+    data_dir: str | os.PathLike[str] | None
+    #: Make a database when a token that grants writing to it first asks for it. False: only
+    #: databases that are there are served.
+    create_databases: bool = True
+
+    #: File that holds the secret tokens are signed with (HS256), 32 bytes or more. Whitespace at
+    #: its end does not count.
+    jwt_secret_file: str | os.PathLike[str] | None = None
+    #: Name of the environment variable that holds that secret.
+    jwt_secret_env: str | None = None
+    #: PEM file of the public key tokens are signed for: Ed25519 (EdDSA) or RSA (RS256). Then the
+    #: server can check tokens and cannot make them.
+    jwt_public_key_file: str | os.PathLike[str] | None = None
+    #: What a token's ``aud`` has to name, so that a token made for another service is worth
+    #: nothing here.
+    audience: str = "entidb"
+    #: Seconds a token counts beyond its times, for clocks that differ.
+    leeway_s: float = 10.0
+    #: A function of your own from a bearer token (None if there was none) to ``Grants``.
+    authenticator: Callable[[str | None], Any] | None = None
+    #: Let everybody read and write everything. ``serve`` then binds to loopback only.
+    insecure_no_auth: bool = False
+
+    #: Called for every transaction of every push, as a function or as ``"module:function"``;
+    #: see ``entidb.server.ValidateHook``.
+    validate: str | Callable[..., Any] | None = None
+
+    #: Bytes of one transaction, counted as the protocol does. Every server must accept 16 MiB.
+    transaction_bytes_max: int = TRANSACTION_BYTES_MAX
+    #: Bytes of one request body: on the wire and unpacked. Leaves room for the framing of a
+    #: transaction of the largest size.
+    body_bytes_max: int = 20 * _MIB
+    #: Operations in one push.
+    push_operations_max: int = 20_000
+    #: Operations in one page of a pull, whatever the device asks for.
+    pull_operations_max: int = 20_000
+    #: Bytes of entity values in one page of a pull, whatever the device asks for. A single larger
+    #: transaction is sent whole all the same.
+    pull_bytes_max: int = 8 * _MIB
+    #: Collection names in one message.
+    collections_max: int = 4096
+    #: Bytes of request bodies and answers in memory at once, all clients together. Beyond it
+    #: requests are answered ``busy``.
+    in_flight_bytes_max: int = 256 * _MIB
+    #: Pushes that wait for a commit, in each database. Beyond it pushes are answered ``busy``.
+    push_queue_max: int = 1000
+    #: Connections at once; more are answered 503.
+    connections_max: int = 2000
+
+    #: Seconds for the head of a request, from its first byte or from the connection.
+    head_timeout_s: float = 15.0
+    #: Seconds for a request body. 20 MiB in it needs 350 kB/s.
+    body_timeout_s: float = 60.0
+    #: Seconds without progress after which a client that does not read its answer is dropped.
+    write_timeout_s: float = 20.0
+    #: Seconds that a request under way gets to end when the server stops.
+    shutdown_timeout_s: float = 30.0
+
+    #: Days that deletions are remembered. A device that was away for longer pulls everything
+    #: again once (its own changes stay).
+    tombstone_retention_days: float = 90.0
+    #: Seconds between two looks for tombstones to purge, in each open database.
+    purge_interval_s: float = 3600.0
+    #: Seconds after which a database nobody uses is closed. 0: never.
+    idle_close_s: float = 300.0
+    #: Databases open at once. The least recently used one is closed for another.
+    databases_open_max: int = 64
+
+    #: Pack answers with zstd or gzip for clients that take it.
+    compression: bool = True
+    #: Smaller answers go as they are: below about 1 kB the packing costs more than it saves.
+    compression_min_bytes: int = 1024
+    #: One line of JSON for each request, on the logger ``entidb.access``.
+    access_log: bool = True
+    #: Serve ``GET /metrics`` for Prometheus. It needs no token: keep it from the public.
+    metrics: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        for name in _BOOLS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if self.data_dir is not None and not os.fspath(self.data_dir):
+            raise ConfigError("data_dir is empty: name a directory")
+        if not isinstance(self.audience, str) or not self.audience:
+            raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
+        self._check_auth()
+        self._check_validate()
+
+    def _check_numbers(self) -> None:
+        for name, (low, high) in _INTS.items():
+            _check_int(name, getattr(self, name), low, high)
+        for name, (least, most) in _FLOATS.items():
+            _check_number(name, getattr(self, name), least, most)
+        if self.body_bytes_max < self.transaction_bytes_max + _FRAMING_BYTES:
+            raise ConfigError(
+                f"body_bytes_max ({self.body_bytes_max}) has to be at least "
+                f"transaction_bytes_max + {_FRAMING_BYTES}, so that every transaction fits"
+            )
+        if self.in_flight_bytes_max < 3 * self.body_bytes_max:
+            raise ConfigError(
+                f"in_flight_bytes_max ({self.in_flight_bytes_max}) has to be at least three times "
+                f"body_bytes_max, so that one large request does not stop all others"
+            )
+
+    def _check_auth(self) -> None:
+        ways = [name for name in _AUTH if getattr(self, name) not in (None, False)]
+        if len(ways) != 1:
+            raise ConfigError(
+                "choose exactly one of " + ", ".join(_AUTH) + f"; {', '.join(ways) or 'none'} given"
+            )
+        if self.authenticator is not None and not callable(self.authenticator):
+            raise ConfigError("authenticator is a function from a token to Grants")
+
+    def _check_validate(self) -> None:
+        hook = self.validate
+        if hook is None or callable(hook):
+            return
+        if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
+            raise ConfigError(f'validate is a function or "module:function", not {hook!r}')
+
+    def limits(self) -> Limits:
+        """What the handshake tells devices."""
+        return Limits(
+            transaction_bytes_max=self.transaction_bytes_max,
+            message_bytes_max=self.body_bytes_max,
+            push_operations_max=self.push_operations_max,
+            pull_operations_max=self.pull_operations_max,
+            collections_max=self.collections_max,
+        )
+
+    def load_validate(self) -> Callable[..., Any] | None:
+        """The hook itself. Raises ``ConfigError`` if it cannot be imported."""
+        hook = self.validate
+        if not isinstance(hook, str):
+            return hook
+        module, _, name = hook.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"validate={hook!r} cannot be loaded: {error}") from error
+        if not callable(found):
+            raise ConfigError(f"validate={hook!r} is a {type(found).__name__} and not a function")
+        return found  # type: ignore[no-any-return]
+
+
+_AUTH: Final = (
+    "jwt_secret_file",
+    "jwt_secret_env",
+    "jwt_public_key_file",
+    "authenticator",
+    "insecure_no_auth",
+)
+_BOOLS: Final = ("create_databases", "insecure_no_auth", "compression", "access_log", "metrics")
+_INTS: Final = {
+    "transaction_bytes_max": (TRANSACTION_BYTES_MAX, _BYTES_MAX),
+    "body_bytes_max": (TRANSACTION_BYTES_MAX, _BYTES_MAX + _FRAMING_BYTES),
+    "push_operations_max": (1, _OPERATIONS_MAX),
+    "pull_operations_max": (1, _OPERATIONS_MAX),
+    "pull_bytes_max": (1024, _BYTES_MAX),
+    "collections_max": (1, 65536),
+    "in_flight_bytes_max": (_MIB, 1024 * _BYTES_MAX),
+    "push_queue_max": (1, 1_000_000),
+    "connections_max": (1, 1_000_000),
+    "databases_open_max": (1, 100_000),
+    "compression_min_bytes": (0, _BYTES_MAX),
+}
+_FLOATS: Final = {
+    "leeway_s": (0.0, 300.0),
+    "head_timeout_s": (0.1, 3600.0),
+    "body_timeout_s": (0.1, 3600.0),
+    "write_timeout_s": (0.1, 3600.0),
+    "shutdown_timeout_s": (0.1, 3600.0),
+    "tombstone_retention_days": (0.0, _DAYS_MAX),
+    "purge_interval_s": (1.0, _SECONDS_MAX),
+    "idle_close_s": (0.0, _SECONDS_MAX),
+}
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is a whole number from {low} to {high}, not {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        raise ConfigError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
+
+
+# ---------------------------------------------------------------- names of databases
+
+
+def check_db_id(db_id: str) -> str:
+    """``db_id`` itself if a server database may be called so: 1 to 100 ASCII letters, digits,
+    dots, underscores and dashes, beginning with a letter or digit; else ``InvalidNameError``."""
+    if _DB_ID.fullmatch(db_id) is None:
+        raise InvalidNameError(
+            f"{db_id[:100]!r} is no name for a database: use up to 100 of A-Z a-z 0-9 . _ -, "
+            "beginning with a letter or digit"
+        )
+    return db_id
+
+
+def directory_name(db_id: str) -> str:
+    """Name of the directory that holds ``db_id``, below ``data_dir``.
+
+    Different for names that differ only in case, also where the file system ignores case: a
+    capital is written ``=x``. The suffix keeps dots off the end, which Windows drops.
+    """
+    check_db_id(db_id)
+    name = re.sub("[A-Z]", lambda found: "=" + found[0].lower(), db_id)
+    return ("==" if _RESERVED.match(name) else "") + name + _SUFFIX
+
+
+def db_id_of(directory: str) -> str | None:
+    """The database whose ``directory_name`` this is, None if it is none."""
+    found = _DIRECTORY.fullmatch(directory)
+    if found is None:
+        return None
+    db_id = re.sub("=([a-z])", lambda match: match[1].upper(), found[1])
+    known = _DB_ID.fullmatch(db_id) is not None and directory_name(db_id) == directory
+    return db_id if known else None

@@ -1,0 +1,117 @@
+"""Group commit: pushes of many devices in one storage commit (R16).
+
+One thread per database takes everything that has queued up while the last commit was syncing,
+has it decided and committed at once, and tells every member. What is decided is ``service``'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from entidb.errors import EntiDBError, ServerBusyError, ServerError, SyncError
+from entidb.protocol import PushRequest, PushResponse
+from entidb.server.service import DatabaseService, Grant
+
+Done = Callable[[PushResponse | SyncError], None]
+Member = tuple[PushRequest, Grant, Done]
+
+#: Transactions decided in one commit at most: bounds how long the first member waits.
+GROUP_TRANSACTIONS_MAX = 10_000
+
+
+class GroupCommitter:
+    """The writer thread of one database, started with the first push.
+
+    ``done`` is called on that thread, once per submitted push, after the commit that covers it is
+    durable; it must be quick and must not raise. ``on_failure`` is told of storage errors, after
+    which the owner closes the database and opens it again (R17).
+    """
+
+    def __init__(
+        self,
+        service: DatabaseService,
+        *,
+        queue_max: int = 1000,
+        group_transactions_max: int = GROUP_TRANSACTIONS_MAX,
+        on_failure: Callable[[EntiDBError], None] = lambda error: None,
+        on_group: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._service = service
+        self._queue_max = queue_max
+        self._group_max = group_transactions_max
+        self._on_failure = on_failure
+        self._on_group = on_group
+        self._queue: deque[Member] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def submit(self, request: PushRequest, grant: Grant, done: Done) -> None:
+        """Queue a push. Raises ``ServerBusyError`` (``busy`` when the queue is full,
+        ``shutting_down`` when stopping); ``done`` is not called then."""
+        with self._changed:
+            if self._stopping:
+                raise ServerBusyError(
+                    "the server is shutting down", code="shutting_down", retry_after=1.0
+                )
+            if len(self._queue) >= self._queue_max:
+                raise ServerBusyError(
+                    "too many pushes are waiting for this database", retry_after=1.0
+                )
+            self._queue.append((request, grant, done))
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name=f"entidb-writer-{self._service.db_id}", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Finish what is queued, then end; idempotent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._stopping:
+                    self._changed.wait()
+                if not self._queue:
+                    return
+                group = self._take()
+            self._commit(group)
+
+    def _take(self) -> list[Member]:
+        group = [self._queue.popleft()]
+        size = len(group[0][0].transactions)
+        while self._queue:
+            size += len(self._queue[0][0].transactions)
+            if size > self._group_max:
+                break
+            group.append(self._queue.popleft())
+        return group
+
+    def _commit(self, group: list[Member]) -> None:
+        answers: list[PushResponse | SyncError]
+        try:
+            answers = self._service.push_many([(request, grant) for request, grant, _ in group])
+        except EntiDBError as error:
+            self._on_failure(error)
+            failure = ServerError(
+                "the server could not store this push; nothing of it was accepted, try again",
+                code="storage_full" if error.code == "storage_full" else "storage_error",
+            )
+            answers = [failure] * len(group)
+        except Exception as error:
+            # Our own mistake must not end the writer thread: every later push would hang.
+            self._on_failure(ServerError(f"push failed: {error!r}"))
+            answers = [ServerError("the server failed to decide this push")] * len(group)
+        for (_, _, done), answer in zip(group, answers, strict=True):
+            done(answer)
+        self._on_group()

@@ -1,0 +1,253 @@
+"""The server as an object: a request in, an answer out, on the calling thread.
+
+    handle_http ── route, token, body ──▶ handle ── grant, store ──▶ DatabaseService
+
+This is the server of tests, of the simulator and of programs that have their own way of moving
+bytes; it starts no threads. ``app`` serves the same over ASGI with group commit and a reader
+thread, on the parts that are here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from msgspec.structs import replace
+
+from entidb.db import Database
+from entidb.errors import (
+    ConfigError,
+    PermissionDeniedError,
+    ProtocolError,
+    SyncCodecError,
+    SyncError,
+)
+from entidb.protocol import (
+    PATHS,
+    ErrorResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    SyncRequest,
+    SyncResponse,
+    decode_request,
+    encode,
+)
+from entidb.server import wire
+from entidb.server.auth import Authenticator, Grants, authenticator_for
+from entidb.server.config import ServerConfig
+from entidb.server.service import DatabaseService, Grant
+from entidb.server.stores import OpenDatabase, Store, Stores, in_memory, on_disk
+from entidb.server.wire import HttpResponse
+from entidb.types import Clock, Entropy, SystemClock, system_entropy
+
+logger = logging.getLogger("entidb.server")
+
+_R = TypeVar("_R", bound=SyncRequest)
+
+
+class SyncServer:
+    """Serves the databases of ``config.data_dir``. Close it, or use it as a context manager.
+
+    ``open_database`` replaces where databases come from. Raises ``ConfigError`` for settings that
+    cannot work: a key that cannot be read, a hook that cannot be imported, no directory.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        clock: Clock | None = None,
+        entropy: Entropy = system_entropy,
+        open_database: OpenDatabase | None = None,
+    ) -> None:
+        self.config = config
+        self.clock: Clock = clock or SystemClock()
+        self.limits = config.limits()
+        #: Content encodings taken and made; part of the handshake's ``features``.
+        self.encodings: Final = wire.ENCODINGS if config.compression else ()
+        self._authenticate: Authenticator = authenticator_for(config, self.clock)
+        options: dict[str, Any] = {
+            "clock": self.clock,
+            "entropy": entropy,
+            "transaction_bytes_max": config.transaction_bytes_max,
+        }
+        source = in_memory if config.data_dir is None else None
+        if open_database is None:
+            open_database = source(**options) if source else on_disk(config, **options)
+        self.stores = Stores(config, clock=self.clock, open_database=open_database)
+        self._request_ids = itertools.count(1)
+        self._request_id_prefix = entropy(6).hex()
+
+    @classmethod
+    def in_memory(
+        cls,
+        *,
+        clock: Clock | None = None,
+        entropy: Entropy = system_entropy,
+        open_database: OpenDatabase | None = None,
+        **settings: Any,
+    ) -> Self:
+        """A server whose databases are gone when it is closed. Without an ``authenticator`` or a
+        key it lets everybody do everything; ``settings`` are those of ``ServerConfig``."""
+        keys = ("jwt_secret_file", "jwt_secret_env", "jwt_public_key_file", "authenticator")
+        if not any(settings.get(key) is not None for key in keys):
+            settings.setdefault("insecure_no_auth", True)
+        # What is closed is lost here, so nothing is closed for being idle.
+        settings = {"idle_close_s": 0.0, "databases_open_max": 100_000, **settings}
+        config = ServerConfig(data_dir=None, **settings)
+        return cls(config, clock=clock, entropy=entropy, open_database=open_database)
+
+    # ------------------------------------------------------------ answering
+
+    def handle(self, path: str, token: str | None, request: SyncRequest) -> SyncResponse:
+        """The answer to one message; every refusal is an ``ErrorResponse``. What was accepted is
+        durable when this returns. Thread-safe."""
+        try:
+            if PATHS.get(path) is not type(request):
+                raise ProtocolError(f"{path!r} takes no {type(request).__name__}")
+            return self._answer(request, self.authenticate(token))
+        except Exception as error:
+            return self.explain(error, self.new_request_id())
+
+    def handle_http(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> HttpResponse:
+        """HTTP without the wire: what ``entidb.sync.LoopbackServer`` asks for. Header names are
+        lower case. Only the protocol's own addresses are served."""
+        rid = wire.request_id(headers) or self.new_request_id()
+        try:
+            response = self._handle_http(method, path, headers, body)
+        except Exception as error:
+            response = wire.error_response(self.explain(error, rid))
+        response.headers["x-request-id"] = rid
+        return response
+
+    def _handle_http(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> HttpResponse:
+        wire.check_route(method, path)
+        grants = self.authenticate(wire.bearer_token(headers))
+        wire.check_content_type(headers)
+        wire.content_length(headers, self.config.body_bytes_max)
+        if len(body) > self.config.body_bytes_max:
+            raise wire.too_large(self.config.body_bytes_max)
+        encoding = self.request_encoding(headers)
+        if encoding is not None:
+            body = wire.decompress(encoding, body, self.config.body_bytes_max)
+        answer = encode(self._answer(self.decode(path, body), grants))
+        return wire.message_response(answer, self.response_encoding(headers, len(answer)))
+
+    def _answer(self, request: SyncRequest, grants: Grants) -> SyncResponse:
+        grant = self.permit(request, grants)
+        with self.stores.using(request.db_id, create=grant.write) as store:
+            return self._decide(store, request, grant)
+
+    def _decide(self, store: Store, request: SyncRequest, grant: Grant) -> SyncResponse:
+        if isinstance(request, HandshakeRequest):
+            return self.handshake(store.service, request)
+        if isinstance(request, PullRequest):
+            return self.pull(store.service, request, grant)
+        with store.push_lock:
+            (answer,) = store.service.push_many([(request, grant)])
+        if isinstance(answer, SyncError):
+            raise answer
+        return answer
+
+    # ------------------------------------------------------------ the parts, for the app too
+
+    def authenticate(self, token: str | None) -> Grants:
+        """Raises ``AuthenticationError``."""
+        return self._authenticate(token)
+
+    def decode(self, path: str, body: bytes) -> SyncRequest:
+        """Raises ``ProtocolError`` and ``SyncCodecError``."""
+        return decode_request(path, body, self.limits)
+
+    def permit(self, request: SyncRequest, grants: Grants) -> Grant:
+        """What the token allows on the database the message names; that it may send this message
+        at all. Raises ``PermissionDeniedError``, before anybody looks whether it exists."""
+        grant = grants.on(request.db_id)
+        if isinstance(request, PullRequest) and not grant.read:
+            raise PermissionDeniedError("the token does not allow reading this database")
+        if isinstance(request, PushRequest) and not grant.write:
+            raise PermissionDeniedError("the token does not allow writing to this database")
+        return grant
+
+    def handshake(self, service: DatabaseService, request: HandshakeRequest) -> HandshakeResponse:
+        answer = service.handshake(request)
+        return replace(answer, features=[*answer.features, *self.encodings])
+
+    def pull(self, service: DatabaseService, request: PullRequest, grant: Grant) -> PullResponse:
+        request = self.bounded(request)
+        return service.idle_pull(request, grant) or service.pull(request, grant)
+
+    def bounded(self, request: PullRequest) -> PullRequest:
+        """The request, asking for no more bytes than this server sends in one page."""
+        most = self.config.pull_bytes_max
+        return request if request.bytes_max <= most else replace(request, bytes_max=most)
+
+    def request_encoding(self, headers: Mapping[str, str]) -> str | None:
+        encoding = wire.content_encoding(headers)
+        if encoding is not None and encoding not in self.encodings:
+            raise ProtocolError(
+                "this server takes no packed bodies", code="unsupported_media_type"
+            )
+        return encoding
+
+    def response_encoding(self, headers: Mapping[str, str], size: int) -> str | None:
+        if not self.encodings or size < self.config.compression_min_bytes:
+            return None
+        return wire.accepted_encoding(headers)
+
+    def explain(self, error: Exception, rid: str) -> ErrorResponse:
+        """What the client is told; what it is not told goes to the log, under the same id."""
+        if wire.is_internal(error):
+            logger.error("request %s failed", rid, exc_info=error)
+        answer = wire.failure(error, rid)
+        try:
+            encode(answer)
+        except Exception as bad:
+            # Details that cannot be sent are a hook's or an authenticator's doing.
+            logger.error("request %s: its error cannot be sent", rid, exc_info=bad)
+            answer = replace(answer, details={}, retry_after=None)
+        return answer
+
+    def new_request_id(self) -> str:
+        return f"{self._request_id_prefix}-{next(self._request_ids)}"
+
+    # ------------------------------------------------------------ for programs on the server
+
+    def database(self, db_id: str) -> Database:
+        """The database itself, made if missing: programs on the server read and write it through
+        the same core as any other, and devices pull what they wrote (R11).
+
+        It stays open until the server is closed. Raises ``PermissionDeniedError``
+        (unknown_database) if it is not there and ``create_databases`` is off.
+        """
+        return self.stores.pin(db_id, create=True)
+
+    def housekeep(self) -> None:
+        """Close idle databases and purge tombstones where that is due. The app calls it by
+        itself; a program that uses this object alone calls it now and then."""
+        self.stores.housekeep()
+
+    def close(self) -> None:
+        """Finish what is queued and close all databases. Idempotent."""
+        self.stores.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,629 @@
+"""Message in, message out, for one database: what the server decides (R11 to R17).
+
+No authentication, no HTTP, no threads: a caller says what the token grants, and many pushes can be
+decided in one storage commit (``push_many``). The pull is the database's change feed, the cursor
+its commit sequence.
+"""
+
+from __future__ import annotations
+
+import uuid
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from entidb import cbor, protocol
+from entidb.db import Database
+from entidb.db.catalogue import Catalogue
+from entidb.db.feed import feed_page
+from entidb.db.maintenance import mark_clock, read_floor
+from entidb.db.records import (
+    META_FLOOR,
+    META_HEAD,
+    REMOTE,
+    TOMBSTONE,
+    accepted_key,
+    decode_accepted,
+    decode_head,
+    encode_accepted,
+    feed_key,
+    pack_entity,
+    payload_of,
+    split_feed_key,
+    unpack_entity,
+    unpack_u64,
+)
+from entidb.db.writer import Writer, live_delta
+from entidb.errors import (
+    CborDecodeError,
+    HistoryChangedError,
+    PermissionDeniedError,
+    ResetRequiredError,
+    ScopeError,
+    SyncCodecError,
+    SyncError,
+    VersionMismatchError,
+)
+from entidb.protocol import (
+    PROTOCOL_MAJOR,
+    PROTOCOL_MINOR,
+    HandshakeRequest,
+    HandshakeResponse,
+    Limits,
+    PullCommit,
+    PullOperation,
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    PushResult,
+    PushTransaction,
+    ServerState,
+    Verdict,
+    operations_digest,
+    transaction_bytes,
+)
+from entidb.types import timestamp_from_ms, uuid_from_bytes
+
+#: Feed rows looked at for one page at most, however many a filter or ``have`` leaves out, so that
+#: a page takes bounded time.
+SCAN_ROWS_MAX = 20_000
+#: What a pulled operation takes on the wire beside its payload, roughly.
+OPERATION_OVERHEAD_BYTES = 32
+#: States sent along with a conflict are a courtesy; the pull that follows brings everything.
+CONFLICT_STATES_MAX = 16
+
+FEATURES = ["have", "full"]
+
+
+class Grant(Struct, frozen=True):
+    """What a token allows on one database. ``collections`` None means all."""
+
+    subject: str
+    read: bool
+    write: bool
+    collections: frozenset[str] | None = None
+    claims: dict[str, Any] = field(default_factory=dict)
+
+
+class Refusal(Struct, frozen=True):
+    """A ``validate`` hook's no: ``code`` for programs, ``message`` for the person (R15)."""
+
+    code: str
+    message: str
+
+
+class ValidateOperation(Struct, frozen=True):
+    """One write of a transaction. ``value`` None deletes."""
+
+    collection: str
+    entity_id: uuid.UUID
+    value: Any
+
+
+class ValidateTransaction(Struct, frozen=True):
+    """A transaction before it is accepted."""
+
+    transaction_id: uuid.UUID
+    device_id: bytes
+    timestamp: int
+    operations: list[ValidateOperation]
+
+
+class ValidateContext:
+    """What a hook may know: who sends (``subject``, ``claims``), which database, and, through
+    ``get``, the state the transaction would be accepted on."""
+
+    def __init__(
+        self, db_id: str, grant: Grant, read: Callable[[str, bytes], bytes | None]
+    ) -> None:
+        self.db_id = db_id
+        self.subject = grant.subject
+        self.claims = grant.claims
+        self._read = read
+
+    def get(self, collection: str, entity_id: uuid.UUID) -> Any:
+        """The entity's value now, None if there is none."""
+        payload = self._read(collection, entity_id.bytes)
+        return None if payload is None else cbor.decode_trusted(payload)
+
+
+#: Answers None to let a transaction pass, or why not.
+ValidateHook = Callable[[ValidateContext, ValidateTransaction], Refusal | None]
+
+
+class DatabaseService:
+    """The server's side of one database. Not thread-safe for pushes: one writer calls
+    ``push_many``; the rest may be called from any thread."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        db_id: str,
+        limits: Limits,
+        validate: ValidateHook | None = None,
+        encodings: Sequence[str] = (),
+    ) -> None:
+        """``encodings`` are the content encodings the HTTP side understands; they are told to
+        devices among the features."""
+        self.features = [*FEATURES, *encodings]
+        self.database = database
+        self.db_id = db_id
+        self.limits = limits
+        self._validate = validate
+        #: (head, floor) after the newest commit this service made or read; None when unknown.
+        self._known: tuple[int, int] | None = None
+
+    # ------------------------------------------------------------ handshake
+
+    def handshake(self, request: HandshakeRequest) -> HandshakeResponse:
+        """Raises ``VersionMismatchError``."""
+        if request.major != PROTOCOL_MAJOR:
+            raise VersionMismatchError(
+                f"this server speaks protocol {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}, the client "
+                f"{request.major}.{request.minor}: update the older side"
+            )
+        head, floor = self._read_head_and_floor()
+        return HandshakeResponse(
+            major=PROTOCOL_MAJOR,
+            minor=PROTOCOL_MINOR,
+            history=self._history,
+            head=head,
+            floor=floor,
+            limits=self.limits,
+            features=self.features,
+            time=self.database.clock.now_ms(),
+        )
+
+    # ------------------------------------------------------------ pull
+
+    def idle_pull(self, request: PullRequest, grant: Grant) -> PullResponse | None:
+        """The answer to a pull with nothing new, without touching the store; None if it has to
+        be looked up. The head is known from the newest commit; after an error it is not (R17)."""
+        known = self._known
+        if known is None or request.full:
+            return None
+        head, floor = known
+        if head != self.database.known_sequence() or request.cursor != head:
+            return None
+        self._check_pull(request, grant, head, floor)
+        return self._page([], [], head, head, floor, more=False)
+
+    def pull(self, request: PullRequest, grant: Grant) -> PullResponse:
+        """One page of the change feed (R19). Raises ``HistoryChangedError``,
+        ``ResetRequiredError``, ``PermissionDeniedError``."""
+        with self.database.view() as view:
+            head = view.head.sequence
+            floor = read_floor(view)
+            self._check_pull(request, grant, head, floor)
+            commits, names, cursor, more = self._read_page(view, request, grant, head)
+        known = self._known
+        if known is None or head > known[0]:
+            self._known = (head, floor)
+        return self._page(names, commits, cursor, head, floor, more=more)
+
+    def pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
+        """As ``pull``, encoded."""
+        return protocol.encode(self.pull(request, grant))
+
+    def _check_pull(self, request: PullRequest, grant: Grant, head: int, floor: int) -> None:
+        if not grant.read:
+            raise PermissionDeniedError(f"this token may not read database {self.db_id!r}")
+        self._check_history(request.history, request.cursor, head)
+        if not request.full and request.cursor < floor:
+            raise ResetRequiredError(
+                f"cursor {request.cursor} is below the floor {floor}: deletions in between are "
+                "forgotten, so everything has to be pulled again",
+                details={"floor": floor},
+            )
+
+    def _read_page(
+        self, view: Writer, request: PullRequest, grant: Grant, head: int
+    ) -> tuple[list[PullCommit], list[str], int, bool]:
+        wanted = _wanted_collections(view.catalogue, request.collections, grant.collections)
+        limit = max(1, min(request.limit, self.limits.pull_operations_max, SCAN_ROWS_MAX))
+        keys, more = feed_page(view.snapshot, request.cursor, limit)
+        places = [split_feed_key(key) for key in keys]
+        have = _Ranges(request.have)
+        prefixes = {number: view.catalogue.by_number[number].prefix for number in wanted}
+        chosen = [
+            (sequence, number, entity_id)
+            for sequence, number, entity_id in places
+            if number in prefixes and not have.contains(sequence)
+        ]
+        raws = view.snapshot.get_many([prefixes[n] + entity_id for _, n, entity_id in chosen])
+        names: list[str] = []
+        indexes: dict[int, int] = {}
+        commits: list[PullCommit] = []
+        size, last = 0, 0
+        operations: list[PullOperation] = []
+        for (sequence, number, entity_id), raw in zip(chosen, raws, strict=True):
+            assert raw is not None, "a feed row has an entity"
+            payload = payload_of(raw)
+            if sequence != last:
+                if size >= request.bytes_max:
+                    # R19: cut between commits; this one opens the next page.
+                    return commits, names, last, True
+                _, _, version, device, timestamp = unpack_entity(raw)
+                assert version == sequence, "a feed row names the entity's latest commit"
+                operations = []
+                commits.append(PullCommit(version, device, timestamp, operations))
+                last = sequence
+            size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
+            index = indexes.get(number)
+            if index is None:
+                index = indexes[number] = len(names)
+                names.append(view.catalogue.by_number[number].name)
+            operations.append(PullOperation(index, entity_id, payload))
+        # A pull moves the cursor over what it leaves out as well (R31).
+        return commits, names, places[-1][0] if more else head, more
+
+    def _page(
+        self,
+        names: list[str],
+        commits: list[PullCommit],
+        cursor: int,
+        head: int,
+        floor: int,
+        *,
+        more: bool,
+    ) -> PullResponse:
+        return PullResponse(
+            collections=names,
+            commits=commits,
+            cursor=cursor,
+            has_more=more,
+            head=head,
+            floor=floor,
+            time=self.database.clock.now_ms(),
+        )
+
+    # ------------------------------------------------------------ push
+
+    def push_many(
+        self, members: Sequence[tuple[PushRequest, Grant]]
+    ) -> list[PushResponse | SyncError]:
+        """Decide pushes in order and commit everything accepted at once (R12, R16).
+
+        The answers are true only because this returns after the commit is on disk. A member that
+        cannot be decided gets its ``SyncError``; the others are not touched by it. Raises storage
+        errors: then nothing was accepted and nothing is known any more (R17).
+        """
+        # What can fail or take long is done before the writer lock is taken.
+        checked = [self._precheck(request, grant) for request, grant in members]
+        self._known = None
+        answers: list[PushResponse | SyncError] = []
+        with self.database.write() as writer:
+            floor = read_floor(writer)
+            for (request, grant), values in zip(members, checked, strict=True):
+                if isinstance(values, SyncError):
+                    answers.append(values)
+                    continue
+                try:
+                    answers.append(self._decide(writer, request, grant, floor, values))
+                except SyncError as error:
+                    answers.append(error)
+            if writer.changes:
+                mark_clock(writer)
+            head = writer.head.sequence
+        self._known = (head, floor)
+        return [
+            replace(answer, head=head) if isinstance(answer, PushResponse) else answer
+            for answer in answers
+        ]
+
+    def _precheck(self, request: PushRequest, grant: Grant) -> list[list[Any]] | SyncError:
+        """Every payload's value: proof that its bytes are canonical (they are stored and
+        forwarded untouched), and what ``validate`` will see."""
+        if not grant.write:
+            return PermissionDeniedError(f"this token may not write database {self.db_id!r}")
+        keep = self._validate is not None
+        check = cbor.check
+        values: list[list[Any]] = []
+        for transaction in request.transactions:
+            row = []
+            for op in transaction.operations:
+                payload = op.payload
+                value = None
+                if payload is not None:
+                    try:
+                        value = check(payload)
+                    except CborDecodeError as error:
+                        return SyncCodecError(
+                            f"entity {op.entity_id.hex()} of transaction "
+                            f"{transaction.transaction_id.hex()} is not canonical: {error}"
+                        )
+                    if value is None:
+                        return SyncCodecError(
+                            f"entity {op.entity_id.hex()} is null; a deletion has no payload"
+                        )
+                if keep:
+                    row.append(value)
+            values.append(row)
+        return values
+
+    def _decide(
+        self,
+        writer: Writer,
+        request: PushRequest,
+        grant: Grant,
+        floor: int,
+        values: list[list[Any]],
+    ) -> PushResponse:
+        self._check_history(request.history, request.cursor, writer.head.sequence)
+        deciding = _Deciding(self, writer, request, grant, floor)
+        results = deciding.run(values)
+        return PushResponse(
+            results=results,
+            collections=request.collections,
+            head=writer.head.sequence,
+            time=writer.now_ms,
+        )
+
+    def refusal(
+        self, writer: Writer, grant: Grant, transaction: ValidateTransaction
+    ) -> Refusal | None:
+        """What the hook says; a hook that raises refuses, because a push that can never be
+        answered would stop everything behind it (NO-POISON)."""
+        hook = self._validate
+        if hook is None:
+            return None
+
+        def read(collection: str, entity_id: bytes) -> bytes | None:
+            info = writer.catalogue.by_name.get(collection)
+            raw = None if info is None else writer.get(info.prefix + entity_id)
+            return None if raw is None else payload_of(raw)
+
+        try:
+            return hook(ValidateContext(self.db_id, grant, read), transaction)
+        except Exception as error:
+            return Refusal("validate_failed", f"the server's validate hook raised: {error!r}")
+
+    @property
+    def validates(self) -> bool:
+        return self._validate is not None
+
+    # ------------------------------------------------------------ shared
+
+    @property
+    def _history(self) -> bytes:
+        assert self.database.history is not None, "a server database has a history"
+        return self.database.history
+
+    def _check_history(self, history: bytes, cursor: int, head: int) -> None:
+        if history != self._history:
+            raise HistoryChangedError(
+                f"database {self.db_id!r} has another history than this device knows",
+                details={"history": self._history},
+            )
+        if cursor > head:
+            # The only sign of a data directory that was put back without `entidb backup`.
+            raise HistoryChangedError(
+                f"this device has seen commit {cursor}, but database {self.db_id!r} ends at "
+                f"{head}: the server's files were replaced by older ones",
+                details={"head": head},
+            )
+
+    def _read_head_and_floor(self) -> tuple[int, int]:
+        with self.database.storage.snapshot() as snapshot:
+            raw_head, raw_floor = snapshot.get(META_HEAD), snapshot.get(META_FLOOR)
+        head = 0 if raw_head is None else decode_head(raw_head).sequence
+        return head, 0 if raw_floor is None else unpack_u64(raw_floor)
+
+    def close(self) -> None:
+        self._known = None
+
+
+class _Deciding:
+    """The verdicts of one push, against a writer that has the earlier members of its group."""
+
+    def __init__(
+        self,
+        service: DatabaseService,
+        writer: Writer,
+        request: PushRequest,
+        grant: Grant,
+        floor: int,
+    ) -> None:
+        self._service = service
+        self._writer = writer
+        self._request = request
+        self._grant = grant
+        self._below_floor = request.cursor < floor
+        self._planned: Catalogue | None = None
+        self._prefixes = self._collections()
+        #: Versions written by earlier transactions of this batch (R13).
+        self._written: dict[bytes, int] = {}
+        #: Entities that refused transactions of this batch touched (R13).
+        self._refused: set[bytes] = set()
+        now = timestamp_from_ms(writer.now_ms) | 0xFFFF
+        self._timestamp_max = now
+
+    def _collections(self) -> list[tuple[int, bytes] | None]:
+        """(number, key prefix) for each name; None where the token may not write."""
+        found: list[tuple[int, bytes] | None] = []
+        allowed = self._grant.collections
+        catalogue = self._writer.catalogue
+        for name in self._request.collections:
+            if allowed is not None and name not in allowed:
+                found.append(None)
+                continue
+            if name not in catalogue.by_name:
+                try:
+                    catalogue = catalogue.adding(name)
+                except ScopeError:
+                    found.append(None)
+                    continue
+            info = catalogue.by_name[name]
+            found.append((info.number, info.prefix))
+        # New collections come to be with the first transaction that is accepted, not before.
+        self._planned = None if catalogue is self._writer.catalogue else catalogue
+        return found
+
+    def run(self, values: list[list[Any]]) -> list[PushResult]:
+        writer, transactions = self._writer, self._request.transactions
+        known = writer.get_many([accepted_key(t.transaction_id) for t in transactions])
+        keys: list[bytes | None] = [
+            None if (place := self._prefixes[op.collection]) is None else place[1] + op.entity_id
+            for t in transactions
+            for op in t.operations
+        ]
+        real = [key for key in keys if key is not None]
+        self._states = dict(zip(real, writer.get_many(real), strict=True))
+        results = []
+        at = 0
+        for index, transaction in enumerate(transactions):
+            count = len(transaction.operations)
+            mine = keys[at : at + count]
+            at += count
+            results.append(self._one(transaction, mine, known[index], values[index]))
+        return results
+
+    def _one(
+        self,
+        transaction: PushTransaction,
+        keys: list[bytes | None],
+        known: bytes | None,
+        values: list[Any],
+    ) -> PushResult:
+        digest = operations_digest(self._request.collections, transaction.operations)
+        if known is not None:
+            return self._known(known, digest, keys)
+        places = [key for key in keys if key is not None]
+        if len(places) != len(keys):
+            return self._refuse(
+                places, "forbidden", "this token may not write one of its collections"
+            )
+        if self._below_floor or self._conflicts(transaction, places):
+            self._refused.update(places)
+            return PushResult(Verdict.CONFLICT, states=self._server_states(transaction, places))
+        size = transaction_bytes(transaction.operations)
+        if size > self._service.limits.transaction_bytes_max:
+            return self._refuse(
+                places,
+                "too_large",
+                f"it is {size} bytes, this server accepts "
+                f"{self._service.limits.transaction_bytes_max} (transaction_bytes_max)",
+            )
+        if self._service.validates:
+            refusal = self._service.refusal(
+                self._writer, self._grant, self._described(transaction, values)
+            )
+            if refusal is not None:
+                return self._refuse(places, refusal.code, refusal.message)
+        return self._accept(transaction, places, digest)
+
+    def _known(self, known: bytes, digest: bytes, keys: list[bytes | None]) -> PushResult:
+        """R14: decided once, for ever."""
+        version, accepted_digest = decode_accepted(known)
+        if digest != accepted_digest:
+            # What this batch builds on it was built on content that is not on the server (R13).
+            self._refused.update(key for key in keys if key is not None)
+            return PushResult(Verdict.SUPERSEDED, version)
+        for key in keys:
+            if key is not None:
+                self._written[key] = version
+        return PushResult(Verdict.ACCEPTED, version)
+
+    def _conflicts(self, transaction: PushTransaction, places: list[bytes]) -> bool:
+        states, written, refused = self._states, self._written, self._refused
+        for op, key in zip(transaction.operations, places, strict=True):
+            if refused and key in refused:
+                return True
+            raw = states[key]
+            if raw is not None:
+                version = unpack_entity(raw)[2]
+                if version > op.base_version and written.get(key) != version:
+                    return True
+        return False
+
+    def _refuse(self, places: list[bytes], code: str, message: str) -> PushResult:
+        self._refused.update(places)
+        return PushResult(Verdict.REJECTED, code=code, message=message)
+
+    def _server_states(
+        self, transaction: PushTransaction, places: list[bytes]
+    ) -> list[ServerState]:
+        found = []
+        pairs = zip(transaction.operations, places, strict=True)
+        for op, key in list(pairs)[:CONFLICT_STATES_MAX]:
+            raw = self._states[key]
+            version = 0 if raw is None else unpack_entity(raw)[2]
+            payload = None if raw is None else payload_of(raw)
+            found.append(ServerState(op.collection, op.entity_id, version, payload))
+        return found
+
+    def _described(self, transaction: PushTransaction, values: list[Any]) -> ValidateTransaction:
+        names = self._request.collections
+        return ValidateTransaction(
+            uuid_from_bytes(transaction.transaction_id),
+            self._request.device_id,
+            transaction.timestamp,
+            [
+                ValidateOperation(names[op.collection], uuid_from_bytes(op.entity_id), value)
+                for op, value in zip(transaction.operations, values, strict=True)
+            ],
+        )
+
+    def _accept(
+        self, transaction: PushTransaction, places: list[bytes], digest: bytes
+    ) -> PushResult:
+        writer = self._writer
+        if self._planned is not None:
+            writer.set_catalogue(self._planned)
+            self._planned = None
+        changes, states, written = writer.changes, self._states, self._written
+        version = writer.next_sequence()
+        stamp = min(transaction.timestamp, self._timestamp_max)
+        if stamp > writer.head.timestamp:
+            writer.head.timestamp = stamp
+        device = self._request.device_id
+        head = pack_entity(REMOTE, version, version, device, stamp)
+        for op, key in zip(transaction.operations, places, strict=True):
+            place = self._prefixes[op.collection]
+            assert place is not None
+            number, payload, old = place[0], op.payload, states[key]
+            if old is not None:
+                changes[feed_key(unpack_entity(old)[1], number, op.entity_id)] = None
+            row = (
+                pack_entity(REMOTE | TOMBSTONE, version, version, device, stamp)
+                if payload is None
+                else head + payload
+            )
+            changes[key] = states[key] = row
+            changes[feed_key(version, number, op.entity_id)] = b""
+            writer.count(number, live_delta(old, payload))
+            writer.touched.append((version, number, op.entity_id))
+            written[key] = version
+        changes[accepted_key(transaction.transaction_id)] = encode_accepted(version, digest)
+        clamped = stamp if stamp != transaction.timestamp else 0
+        return PushResult(Verdict.ACCEPTED, version, clamped)
+
+
+class _Ranges:
+    """Membership in the ascending inclusive ranges of ``PullRequest.have``."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._starts = [first for first, _ in ranges]
+        self._ends = [last for _, last in ranges]
+
+    def contains(self, version: int) -> bool:
+        if not self._starts:
+            return False
+        at = bisect_right(self._starts, version) - 1
+        return at >= 0 and version <= self._ends[at]
+
+
+def _wanted_collections(
+    catalogue: Catalogue, asked: list[str] | None, allowed: frozenset[str] | None
+) -> list[int]:
+    """Numbers of the collections to send: those asked for that the token grants."""
+    return [
+        info.number
+        for info in catalogue.by_name.values()
+        if (asked is None or info.name in asked) and (allowed is None or info.name in allowed)
+    ]

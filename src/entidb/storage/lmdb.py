@@ -1,0 +1,930 @@
+"""The store on disk: LMDB, with its traps closed.
+
+A store is a directory with ``data.mdb`` (the records), ``lock.mdb`` (LMDB's table of readers) and
+``entidb.lock`` (held with a file lock as long as the store is open, so that one process, and one
+object in it, has it). Each record's value ends with a CRC-32 over key and value, because LMDB does
+not notice a flipped bit.
+
+Python's LMDB makes aborting a write transaction wait until no thread is inside an LMDB call, and
+growing the map, or closing, takes the ground from under every open snapshot. So a batch is complete
+before its transaction begins, and the few things that need readers out of the way go through the
+*gate*: a level that every reader looks at (one attribute) before it calls LMDB.
+
+Not here: what keys and values mean, and the record with EntiDB's own format version (``db``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+import threading
+import time
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, NoReturn
+from zlib import crc32
+
+import lmdb
+
+from entidb.errors import (
+    CommitUnknownError,
+    CorruptionError,
+    DatabaseClosedError,
+    DatabaseForkedError,
+    DatabaseLockedError,
+    EntiDBError,
+    FormatError,
+    StorageError,
+    StorageFullError,
+)
+from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
+from entidb.storage.lmdb_file import check_data_file
+
+#: Virtual and sparse: a large map costs nothing until it is filled.
+MAP_BYTES_DEFAULT: Final = 64 * 2**30
+MAP_BYTES_MAX: Final = 2**46
+_MAP_BYTES_MIN: Final = 2**20
+#: LMDB's own bound on a value is 4 GiB; this one leaves room for the checksum on any system.
+_VALUE_BYTES_MAX: Final = 2**31 - 16
+_READERS_MAX: Final = 512
+#: Seconds a commit waits for open snapshots when the map must grow.
+_DRAIN_SECONDS: Final = 5.0
+#: Seconds a reader waits at the gate; longer than any drain, so that a drain ends first.
+_GATE_SECONDS: Final = 60.0
+#: Doublings of the map within one commit.
+_GROWTHS_MAX: Final = 26
+#: Records between two looks at ``stop``: small ranges do not read far over their end.
+_SCAN_CHUNK_FIRST: Final = 32
+_SCAN_CHUNK_MAX: Final = 4096
+
+#: CRC-32 of anything followed by its own CRC-32, little-endian: one call proves a record.
+_RESIDUE: Final = 0x2144DF1C
+
+_DATA, _LMDB_LOCK, _OUR_LOCK, _TEMPORARY = "data.mdb", "lock.mdb", "entidb.lock", ".entidb-new"
+
+# Levels of the gate. Readers compare with these, so their order matters.
+_OPEN: Final = 0
+_DRAINING: Final = 1  # no new snapshots; open ones go on
+_FROZEN: Final = 2  # no call into LMDB
+_CLOSED: Final = 3
+_FORKED: Final = 4
+
+_FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+#: How LMDB's errors leave this module; the first match counts.
+_ERRORS: Final[tuple[tuple[type[Exception], type[EntiDBError], str], ...]] = (
+    (lmdb.MapFullError, StorageFullError, "the map is full; open with a larger map_bytes"),
+    (lmdb.DiskError, StorageFullError, "the disk is full; free space and try again"),
+    (lmdb.ReadersFullError, StorageError, "too many open snapshots; close them sooner"),
+    (lmdb.CorruptedError, CorruptionError, "the file is damaged; restore a backup"),
+    (lmdb.PageNotFoundError, CorruptionError, "the file is damaged; restore a backup"),
+    (lmdb.InvalidError, FormatError, "not a database; check the path"),
+    (lmdb.VersionMismatchError, FormatError, "another LMDB format; check the path"),
+    (lmdb.ReadonlyError, StorageError, "no permission to write; check owner and mode"),
+)
+
+
+def _storage_error(error: Exception, doing: str) -> EntiDBError:
+    for kind, ours, hint in _ERRORS:
+        if isinstance(error, kind):
+            return ours(f"{doing}: {hint} ({error})")
+    if getattr(error, "code", 0) in _FULL or getattr(error, "errno", 0) in _FULL:
+        return StorageFullError(f"{doing}: the disk is full; free space and try again ({error})")
+    return StorageError(f"{doing}: {error}")
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+class _Reader:
+    """What the store knows of an open snapshot. ``busy`` is set around every call into LMDB:
+    closing an environment under a thread that is inside one is a segmentation fault."""
+
+    __slots__ = ("busy", "txn")
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.txn: Any = None
+
+
+class LmdbSnapshot:
+    """A read transaction. May be used and closed from any thread, by one thread at a time."""
+
+    __slots__ = ("__weakref__", "_reader", "_store")
+
+    def __init__(self, store: LmdbStorage, reader: _Reader) -> None:
+        self._store = store
+        self._reader = reader
+
+    def get(self, key: bytes) -> bytes | None:
+        reader = self._reader
+        reader.busy = True
+        if self._store._gate > _DRAINING:
+            self._step_aside()
+        try:
+            stored: bytes | None = reader.txn.get(key)
+        except lmdb.BadValsizeError:
+            return None  # A key that LMDB refuses cannot be there.
+        except (lmdb.Error, AttributeError) as error:
+            self._explain(error)
+        finally:
+            reader.busy = False
+        if stored is None:
+            return None
+        if crc32(stored, crc32(key)) != _RESIDUE:
+            raise _corrupt(key)
+        return stored[:-4]
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        reader = self._reader
+        reader.busy = True
+        if self._store._gate > _DRAINING:
+            self._step_aside()
+        try:
+            found = reader.txn.cursor().getmulti(keys)
+        except lmdb.BadValsizeError:
+            return [self.get(key) for key in keys]
+        except (lmdb.Error, AttributeError) as error:
+            self._explain(error)
+        finally:
+            reader.busy = False
+        # LMDB leaves out what is not there, so positions agree only when nothing is missing.
+        if len(found) == len(keys):
+            return [
+                stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else _raise_corrupt(key)
+                for key, stored in found
+            ]
+        values = {
+            key: stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else _raise_corrupt(key)
+            for key, stored in found
+        }
+        return list(map(values.get, keys))
+
+    def scan(
+        self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
+    ) -> list[tuple[bytes, bytes]]:
+        pairs = self._range(start, stop, limit, reverse, values=True)
+        return [
+            (key, stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else _raise_corrupt(key))
+            for key, stored in pairs
+        ]
+
+    def scan_keys(
+        self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
+    ) -> list[bytes]:
+        return self._range(start, stop, limit, reverse, values=False)
+
+    def close(self) -> None:
+        reader = self._reader
+        if reader.txn is not None:
+            self._store._release(reader)
+
+    def __enter__(self) -> LmdbSnapshot:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _range(
+        self, start: bytes, stop: bytes, limit: int | None, reverse: bool, *, values: bool
+    ) -> list[Any]:
+        if start >= stop or (limit is not None and limit <= 0):
+            return []
+        reader = self._reader
+        left = sys.maxsize if limit is None else limit
+        found: list[Any] = []
+        chunk_size = _SCAN_CHUNK_FIRST
+        entries: Iterator[Any] | None = None
+        while left > 0:
+            # Between two chunks, so that a long scan does not keep a waiting writer out.
+            reader.busy = True
+            if self._store._gate > _DRAINING:
+                self._step_aside()
+            asked = min(left, chunk_size)
+            try:
+                if entries is None:
+                    entries = _entries(reader.txn.cursor(), start, stop, reverse, values)
+                chunk = list(islice(entries, asked))
+            except (lmdb.Error, AttributeError) as error:
+                self._explain(error)
+            finally:
+                reader.busy = False
+            inside = _count_inside(chunk, start, stop, reverse, values)
+            found += chunk if inside == len(chunk) else chunk[:inside]
+            if inside < asked:
+                break
+            left -= inside
+            chunk_size = min(chunk_size * 4, _SCAN_CHUNK_MAX)
+        return found
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[Any]:
+        """For calls off the hot paths: the transaction, marked as in use."""
+        reader = self._reader
+        reader.busy = True
+        if self._store._gate > _DRAINING:
+            self._step_aside()
+        try:
+            yield reader.txn
+        finally:
+            reader.busy = False
+
+    def _step_aside(self) -> None:
+        """Out of LMDB until the gate allows it again, and then marked as in it."""
+        while self._store._gate > _DRAINING:
+            self._reader.busy = False
+            self._store._pass_gate()
+            self._reader.busy = True
+
+    def _explain(self, error: Exception) -> NoReturn:
+        if self._reader.txn is None and self._store._gate < _CLOSED:
+            raise DatabaseClosedError("this snapshot is closed; take a new one") from error
+        self._reader.busy = False
+        if self._store._gate >= _CLOSED:
+            self._store._pass_gate()
+        if isinstance(error, AttributeError):
+            raise error
+        if "closed/deleted/dropped" in str(error):
+            raise StorageError(
+                "the store was opened again after a failed commit; take a new snapshot"
+            ) from error
+        raise _storage_error(error, f"reading {self._store.path}") from error
+
+
+def _entries(cursor: Any, start: bytes, stop: bytes, reverse: bool, values: bool) -> Iterator[Any]:
+    if not reverse:
+        if not _seek(cursor, start):
+            return iter(())
+        forward: Iterator[Any] = cursor.iternext(keys=True, values=values)
+        return forward
+    # The cursor goes one before the first key that is not below ``stop``.
+    if not (cursor.prev() if _seek(cursor, stop) else cursor.last()):
+        return iter(())
+    backward: Iterator[Any] = cursor.iterprev(keys=True, values=values)
+    return backward
+
+
+def _seek(cursor: Any, bound: bytes) -> bool:
+    """Put the cursor on the first key that is not below ``bound``, which may be of any length."""
+    if not cursor.set_range(bound[:KEY_BYTES_MAX]):
+        return False
+    if len(bound) > KEY_BYTES_MAX and cursor.key() == bound[:KEY_BYTES_MAX]:
+        return bool(cursor.next())
+    return True
+
+
+def _count_inside(chunk: list[Any], start: bytes, stop: bytes, reverse: bool, values: bool) -> int:
+    """How many entries of ``chunk`` lie in the range: all, or those up to its far end."""
+    if not chunk:
+        return 0
+    last = chunk[-1][0] if values else chunk[-1]
+    if start <= last < stop:
+        return len(chunk)
+    keys = [entry[0] for entry in chunk] if values else chunk
+    if reverse:
+        keys = keys[::-1]
+        return len(keys) - bisect_left(keys, start)
+    return bisect_left(keys, stop)
+
+
+def _corrupt(key: bytes) -> CorruptionError:
+    return CorruptionError(
+        f"the record at key {key.hex()} fails its checksum; it was not returned. "
+        "Run verify, and restore a backup"
+    )
+
+
+def _raise_corrupt(key: bytes) -> NoReturn:
+    raise _corrupt(key)
+
+
+# ---------------------------------------------------------------- the store
+
+
+class LmdbStorage:
+    """An open store on disk. Made by ``open``."""
+
+    #: Contracts ask this: it has files, so ``backup`` works and it can be opened again.
+    supports_files: Final = True
+
+    def __init__(
+        self, path: str, lock: _DirectoryLock, map_bytes: int, drain_seconds: float
+    ) -> None:
+        self.path = path
+        self._lock = lock
+        self._drain_seconds = drain_seconds
+        self._write_lock = threading.Lock()
+        # Reentrant, because the collector may close a forgotten snapshot at any line.
+        self._gate_changed = threading.Condition(threading.RLock())
+        self._gate = _OPEN
+        #: Open snapshots. Adding to a set and discarding from it is atomic; a lock would cost
+        #: more than LMDB does.
+        self._readers: set[_Reader] = set()
+        #: Transactions of snapshots that were closed while LMDB was out of bounds.
+        self._orphans: list[Any] = []
+        self._map_bytes = map_bytes
+        self._env: Any = None
+        self._begin: Callable[[], Any] = self._refuse_begin
+        self._open_environment()
+        _STORES.add(self)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        map_bytes: int = MAP_BYTES_DEFAULT,
+        drain_seconds: float = _DRAIN_SECONDS,
+    ) -> LmdbStorage:
+        """Open the store in the directory ``path``, for this object alone.
+
+        With ``create`` a missing or empty directory becomes an empty store (directory 0700,
+        files 0600). ``map_bytes`` bounds the size until a commit doubles it; less is mapped where
+        the system allows less. ``drain_seconds`` is how long a commit that must grow the map waits
+        for open snapshots.
+
+        Raises ``DatabaseLockedError`` if it is open already, here or in another process;
+        ``FormatError`` (``not_a_database``, ``truncated``) if something else stands there, which
+        is not touched; ``StorageError``. Not for network file systems.
+        """
+        where = os.path.abspath(os.fspath(path))
+        data = os.path.join(where, _DATA)
+        _check_directory(where, create)
+        try:
+            if os.path.exists(data):
+                check_data_file(data)
+            lock = _DirectoryLock(where)
+        except OSError as error:
+            raise _storage_error(error, f"opening {where}") from error
+        try:
+            shutil.rmtree(os.path.join(where, _TEMPORARY), ignore_errors=True)
+            if os.path.exists(data):
+                check_data_file(data)
+            else:
+                _create(where)
+            return cls(where, lock, max(map_bytes, _MAP_BYTES_MIN), drain_seconds)
+        except OSError as error:
+            lock.release()
+            raise _storage_error(error, f"opening {where}") from error
+        except BaseException:
+            lock.release()
+            raise
+
+    # ---- reading
+
+    def snapshot(self) -> LmdbSnapshot:
+        reader = _Reader()
+        while True:
+            if self._gate:
+                self._pass_gate(_OPEN)
+            # Announced first, then looked again: either this reader sees the gate move, or who
+            # moves it sees this reader.
+            reader.busy = True
+            self._readers.add(reader)
+            if self._gate == _OPEN:
+                break
+            reader.busy = False
+            self._forget(reader)
+        try:
+            reader.txn = self._begin()
+        except lmdb.Error as error:
+            self._forget(reader)
+            if self._gate >= _CLOSED:
+                self._pass_gate()
+            raise _storage_error(error, f"reading {self.path}") from error
+        finally:
+            reader.busy = False
+        return LmdbSnapshot(self, reader)
+
+    def _release(self, reader: _Reader) -> None:
+        # In a forked child the transaction is the parent's, and is kept alive for good.
+        if self._gate == _FORKED:
+            return
+        reader.busy = True
+        txn, reader.txn = reader.txn, None
+        if self._gate > _DRAINING:
+            # Whoever froze the gate ends it; waiting here could be waiting for this very thread,
+            # because the collector closes forgotten snapshots wherever it runs.
+            self._orphans.append(txn)
+        else:
+            txn.abort()
+        reader.busy = False
+        self._forget(reader)
+
+    def _forget(self, reader: _Reader) -> None:
+        self._readers.discard(reader)
+        if self._gate:
+            with self._gate_changed:
+                self._gate_changed.notify_all()
+
+    # ---- writing
+
+    def commit(self, batch: Batch) -> None:
+        puts, deletes = _stage(batch)
+        if self._gate >= _CLOSED:
+            self._pass_gate()
+        if not batch:
+            return
+        with self._write_lock:
+            if self._gate >= _CLOSED:
+                self._pass_gate()
+            for _ in range(_GROWTHS_MAX):
+                try:
+                    self._write(puts, deletes)
+                    return
+                except lmdb.MapFullError:
+                    self._grow()
+                except lmdb.Error as error:
+                    raise _storage_error(error, f"writing {self.path}") from error
+            raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
+
+    def _write(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
+        txn = self._env.begin(write=True)
+        try:
+            for key in deletes:
+                txn.delete(key)
+            txn.cursor().putmulti(puts)
+            committed_before = txn.id() - 1
+        except BaseException:
+            self._abort(txn)
+            raise
+        try:
+            txn.commit()
+        except lmdb.MapFullError:
+            self._abort(txn)
+            raise
+        except lmdb.Error as error:
+            self._settle(error, committed_before, txn)
+
+    def _abort(self, txn: Any) -> None:
+        """Abort a write transaction with the readers held back: py-lmdb waits in it until no
+        thread is inside LMDB, which with a few busy readers can be never."""
+        with self._gate_at(_FROZEN):
+            self._wait_until_idle()
+            txn.abort()
+
+    def _grow(self) -> None:
+        """Double the map. Open snapshots would not survive it, so they are waited for."""
+        size = min(self._map_bytes * 2, MAP_BYTES_MAX)
+        if size == self._map_bytes:
+            raise StorageFullError(f"{self.path} has reached {size} bytes; nothing was changed")
+        with self._gate_at(_DRAINING):
+            if not self._drain():
+                raise StorageFullError(
+                    f"{self.path} has to grow over {self._map_bytes} bytes, and "
+                    f"{len(self._readers)} snapshots stay open; nothing was changed. "
+                    "Close snapshots sooner, or open with a larger map_bytes"
+                )
+            try:
+                self._env.set_mapsize(size)
+            except lmdb.Error as error:
+                raise StorageFullError(
+                    f"the system does not map {size} bytes for {self.path}; nothing was changed"
+                ) from error
+            self._map_bytes = size
+
+    def _settle(self, error: Exception, committed_before: int, txn: Any) -> None:
+        """Find out what a failed commit did: close, open again, compare transaction numbers.
+
+        Returns if the commit is there after all and durable; raises otherwise.
+        """
+        doing = f"committing to {self.path}"
+        reason = self._commit_failure(error, doing)
+        with self._gate_at(_DRAINING):
+            # Politeness: snapshots that are closed in time never notice.
+            self._drain()
+            self._gate = _FROZEN
+            self._wait_until_idle()
+            try:
+                txn.abort()
+                self._env.close()
+                self._readers.clear()
+                check_data_file(os.path.join(self.path, _DATA))
+                self._open_environment()
+                committed = self._env.info()["last_txnid"]
+                if committed > committed_before:
+                    self._env.sync(True)
+            except (lmdb.Error, OSError, EntiDBError) as second:
+                self._shut()
+                raise CommitUnknownError(
+                    f"{doing}: {error}; then: {second}. The store is closed; open it again and "
+                    "read to find out whether the commit is there"
+                ) from error
+        if committed == committed_before:
+            raise reason from error
+
+    def _commit_failure(self, error: Exception, doing: str) -> EntiDBError:
+        reason = _storage_error(error, doing)
+        if isinstance(reason, StorageFullError):
+            return reason
+        # LMDB reports a write that stopped half-way as EIO, whatever stopped it.
+        with contextlib.suppress(OSError):
+            room = os.statvfs(self.path)
+            if room.f_bavail * room.f_frsize < 2**20:
+                return _storage_error(OSError(errno.ENOSPC, str(error)), doing)
+        return StorageError(f"{doing}: {error}; nothing was changed")
+
+    # ---- the gate
+
+    def _pass_gate(self, level: int = _DRAINING) -> None:
+        """Wait until the gate is at ``level`` or lower; raise if it never will be."""
+        deadline = time.monotonic() + _GATE_SECONDS
+        while self._gate > level:
+            if self._gate == _FORKED:
+                raise DatabaseForkedError(
+                    f"{self.path} was opened before this process was forked; open databases "
+                    "after the fork, or start processes with the spawn method"
+                )
+            if self._gate == _CLOSED:
+                raise DatabaseClosedError(f"{self.path} is closed; open it again")
+            with self._gate_changed:
+                if self._gate > level:
+                    self._gate_changed.wait(0.05)
+            if time.monotonic() > deadline:
+                raise StorageError(f"{self.path} was busy for {_GATE_SECONDS:g} s; try again")
+
+    @contextlib.contextmanager
+    def _gate_at(self, level: int) -> Iterator[None]:
+        """Hold the gate at ``level``; only the thread that has the write lock does this."""
+        self._gate = level
+        try:
+            yield
+        finally:
+            with self._gate_changed:
+                if self._gate < _CLOSED:
+                    self._gate = _OPEN
+                while self._orphans:
+                    self._orphans.pop().abort()
+                self._gate_changed.notify_all()
+
+    def _drain(self) -> bool:
+        """Wait for open snapshots to close, at most ``drain_seconds``; whether they have."""
+        deadline = time.monotonic() + self._drain_seconds
+        with self._gate_changed:
+            while self._readers:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._gate_changed.wait(min(left, 0.05))
+        return True
+
+    def _wait_until_idle(self) -> None:
+        """With the gate frozen: wait until no thread is inside LMDB. Each leaves at the end of
+        its call, so this takes as long as one page of a scan, or as a backup under way."""
+        while any(reader.busy for reader in list(self._readers)):
+            time.sleep(0.0001)
+
+    # ---- care
+
+    def verify(self) -> Iterator[str]:
+        with self.snapshot() as snapshot:
+            try:
+                yield from self._verify(snapshot)
+            except (CorruptionError, lmdb.Error) as error:
+                yield f"the walk ended early: {error}"
+
+    def _verify(self, snapshot: LmdbSnapshot) -> Iterator[str]:
+        start, stop = b"", b"\xff" * (KEY_BYTES_MAX + 1)
+        count = 0
+        while page := snapshot._range(start, stop, _SCAN_CHUNK_MAX, False, values=True):
+            with snapshot._inside() as txn:
+                looked_up = dict(txn.cursor().getmulti([key for key, _ in page]))
+            previous = b""
+            for key, stored in page:
+                if crc32(stored, crc32(key)) != _RESIDUE:
+                    yield f"record {key.hex()}: checksum does not match"
+                if key <= previous or key < start:
+                    yield f"record {key.hex()}: out of order, the walk ended early"
+                    return
+                if looked_up.get(key) != stored:
+                    yield f"record {key.hex()}: found by walking, not by looking it up"
+                previous = key
+            count += len(page)
+            start = previous + b"\0"
+        with snapshot._inside() as txn:
+            entries = txn.stat()["entries"]
+        if entries != count:
+            yield f"the file counts {entries} records, walking finds {count}"
+
+    def compact(self) -> None:
+        """Raises ``StorageError`` when snapshots stay open longer than ``drain_seconds``, or the
+        disk has no room for the copy; the store is as before then."""
+        temporary = os.path.join(self.path, _TEMPORARY)
+        if self._gate >= _CLOSED:
+            self._pass_gate()
+        with self._write_lock:
+            if self._gate >= _CLOSED:
+                self._pass_gate()
+            try:
+                self._copy_to(temporary)
+                self._swap(temporary)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _swap(self, temporary: str) -> None:
+        with self._gate_at(_DRAINING):
+            if not self._drain():
+                raise StorageError(
+                    f"{len(self._readers)} snapshots of {self.path} stay open; close them and "
+                    "compact again"
+                )
+            self._gate = _FROZEN
+            self._wait_until_idle()
+            self._env.close()
+            try:
+                os.replace(os.path.join(temporary, _DATA), os.path.join(self.path, _DATA))
+                _sync_path(self.path)
+                self._open_environment()
+            except (OSError, lmdb.Error, EntiDBError) as error:
+                self._reopen_or_shut()
+                raise _storage_error(error, f"compacting {self.path}") from error
+
+    def _reopen_or_shut(self) -> None:
+        try:
+            self._open_environment()
+        except (OSError, lmdb.Error, EntiDBError):
+            self._shut()
+            raise
+
+    def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
+        where = os.path.abspath(os.fspath(path))
+        if os.path.lexists(where):
+            raise StorageError(f"{where} exists; a backup needs a new directory")
+        partial = f"{where}.partial-{os.getpid()}"
+        try:
+            with self.snapshot() as snapshot, snapshot._inside():
+                self._copy_to(partial)
+            with contextlib.closing(LmdbStorage.open(partial, map_bytes=self._map_bytes)) as copy:
+                copy.commit(dict(changes))
+            for name in (_LMDB_LOCK, _OUR_LOCK):
+                os.unlink(os.path.join(partial, name))
+            _sync_path(partial)
+            os.rename(partial, where)
+            _sync_path(os.path.dirname(where))
+        except OSError as error:
+            raise _storage_error(error, f"writing the backup {where}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _copy_to(self, directory: str) -> None:
+        """A compacted, consistent and synced copy; ``env.copy`` reads one snapshot."""
+        try:
+            os.mkdir(directory, 0o700)
+            self._env.copy(directory, compact=True)
+            _restrict(os.path.join(directory, _DATA))
+            _sync_path(os.path.join(directory, _DATA))
+        except (OSError, lmdb.Error) as error:
+            raise _storage_error(error, f"copying {self.path} to {directory}") from error
+
+    def info(self) -> StorageInfo:
+        with self.snapshot() as snapshot:
+            with snapshot._inside() as txn:
+                stat = txn.stat()
+            pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+            return StorageInfo(
+                kind="lmdb",
+                path=self.path,
+                file_bytes=os.path.getsize(os.path.join(self.path, _DATA)),
+                used_bytes=(pages + 2) * stat["psize"],
+                map_bytes=self._map_bytes,
+                records=stat["entries"],
+                readers=len(self._readers) - 1,
+            )
+
+    def close(self) -> None:
+        """Idempotent; waits for a commit that is under way. Open snapshots raise afterwards.
+        In a forked child it does nothing, and the parent's store is untouched."""
+        if self._gate >= _CLOSED:
+            return
+        with self._write_lock:
+            if self._gate >= _CLOSED:
+                return
+            with self._gate_at(_FROZEN):
+                self._wait_until_idle()
+                self._shut()
+
+    def _shut(self) -> None:
+        """Close everything: the gate is frozen, nobody inside LMDB, the write lock held."""
+        self._gate = _CLOSED
+        self._readers.clear()
+        if self._env is not None:
+            self._env.close()
+        self._lock.release()
+
+    def _open_environment(self) -> None:
+        size = self._map_bytes
+        floor = max(_MAP_BYTES_MIN, os.path.getsize(os.path.join(self.path, _DATA)))
+        while True:
+            try:
+                env = self._map(size)
+                break
+            except lmdb.Error as error:
+                if getattr(error, "code", 0) not in (0, errno.ENOMEM) and not isinstance(
+                    error, lmdb.MemoryError
+                ):
+                    raise _storage_error(error, f"opening {self.path}") from error
+                if size // 2 < floor:
+                    raise _storage_error(error, f"mapping {self.path}") from error
+                # An address-space limit (ulimit -v, a 32-bit system): take what there is.
+                size //= 2
+        env.reader_check()
+        self._map_bytes = max(size, env.info()["map_size"])
+        self._env = env
+        self._begin = env.begin
+        _restrict(os.path.join(self.path, _DATA))
+
+    def _map(self, size: int) -> Any:
+        return lmdb.open(
+            self.path,
+            map_size=size,
+            create=False,
+            mode=0o600,
+            max_readers=_READERS_MAX,
+            sync=True,
+            metasync=True,
+            writemap=False,
+            lock=True,
+        )
+
+    def _refuse_begin(self) -> Any:
+        raise DatabaseClosedError(f"{self.path} is closed; open it again")
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: never touch LMDB again, not even to free it. Ending an inherited
+        transaction would clear the parent's slot in the shared table of readers."""
+        _INHERITED.append((self._env, self._begin, [r.txn for r in self._readers]))
+        self._gate = _FORKED
+        self._lock.forget()
+
+
+# ---------------------------------------------------------------- fork
+
+#: Open stores, so that a fork finds them; and what a child must keep alive without using it.
+_STORES: weakref.WeakSet[LmdbStorage] = weakref.WeakSet()
+_INHERITED: list[Any] = []
+
+
+def _after_fork() -> None:
+    for store in list(_STORES):
+        if store._gate < _CLOSED:
+            store._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---------------------------------------------------------------- batches and files
+
+
+def _stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+    """The batch in key order with its checksums, and the keys to delete. Everything LMDB would
+    refuse is refused here, where no transaction has to be aborted for it."""
+    puts: list[tuple[bytes, bytes]] = []
+    deletes: list[bytes] = []
+    for key in sorted(batch):
+        value = batch[key]
+        if not 0 < len(key) <= KEY_BYTES_MAX:
+            raise StorageError(
+                f"a key of {len(key)} bytes cannot be stored; keys have 1 to {KEY_BYTES_MAX} bytes"
+            )
+        if value is None:
+            deletes.append(key)
+        else:
+            if len(value) > _VALUE_BYTES_MAX:
+                raise StorageError(f"a value of {len(value)} bytes cannot be stored; split it")
+            puts.append((key, value + crc32(value, crc32(key)).to_bytes(4, "little")))
+    return puts, deletes
+
+
+def _check_directory(where: str, create: bool) -> None:
+    """Make the directory, or refuse one that holds something else."""
+    try:
+        if not os.path.lexists(where):
+            if not create:
+                raise FormatError(f"there is no database at {where}; check the path")
+            os.makedirs(where, 0o700)
+            _sync_path(os.path.dirname(where))
+            return
+        names = set(os.listdir(where))
+    except NotADirectoryError as error:
+        raise FormatError(
+            f"{where} is a file and not a database directory; it was not touched"
+        ) from error
+    except OSError as error:
+        raise _storage_error(error, f"opening {where}") from error
+    if _DATA in names:
+        return
+    others = names - {_LMDB_LOCK, _OUR_LOCK, _TEMPORARY}
+    if others:
+        raise FormatError(
+            f"{where} holds other things ({', '.join(sorted(others)[:3])}) and no database; it "
+            "was not touched. Choose an empty or a new directory"
+        )
+    if not create:
+        raise FormatError(f"there is no database in {where}; check the path")
+
+
+def _create(where: str) -> None:
+    """Put an empty data file in place in one step: a crash leaves none, never half of one."""
+    temporary = os.path.join(where, _TEMPORARY)
+    os.mkdir(temporary, 0o700)
+    try:
+        lmdb.open(temporary, map_size=_MAP_BYTES_MIN, mode=0o600, lock=False).close()
+        _sync_path(os.path.join(temporary, _DATA))
+        os.replace(os.path.join(temporary, _DATA), os.path.join(where, _DATA))
+        _sync_path(where)
+    except lmdb.Error as error:
+        raise _storage_error(error, f"creating {where}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _restrict(path: str) -> None:
+    if os.stat(path).st_mode & 0o077:
+        os.chmod(path, 0o600)
+
+
+def _sync_path(path: str) -> None:
+    """fsync a file, or a directory so that a rename in it is durable."""
+    if sys.platform == "win32" and os.path.isdir(path):
+        return  # Windows has no handle for it, and writes directory changes through.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_file(descriptor: int) -> None:
+        # Far behind the process number, which others must be able to read.
+        os.lseek(descriptor, 2**20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+    def _unlock_file(descriptor: int) -> None:
+        os.lseek(descriptor, 2**20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock_file(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock_file(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+class _DirectoryLock:
+    """Exclusive use of a directory, across processes and within this one. The system releases it
+    when the process ends, however it ends."""
+
+    def __init__(self, directory: str) -> None:
+        path = os.path.join(directory, _OUR_LOCK)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _lock_file(self._descriptor)
+        except OSError as error:
+            holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
+            os.close(self._descriptor)
+            raise DatabaseLockedError(_held_by(directory, holder)) from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        # Unlocked and not only closed: a child forked a moment ago still has the file open.
+        if self._descriptor >= 0:
+            _unlock_file(self._descriptor)
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: closing its copy leaves the parent's lock alone, and keeps the child
+        from holding it after the parent has gone."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _held_by(directory: str, holder: str) -> str:
+    if holder == str(os.getpid()):
+        return (
+            f"{directory} is already open in this process; use that object, or close it before "
+            "opening again"
+        )
+    process = f"process {holder}" if holder else "another process"
+    return (
+        f"{directory} is open in {process}; close it there, or reach it through a server "
+        "that runs in that process"
+    )

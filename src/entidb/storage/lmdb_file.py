@@ -1,0 +1,138 @@
+"""What stands in an LMDB data file, read with ``pread`` and never mapped.
+
+Touching a page behind the end of a mapped file is a SIGBUS, which no program survives, so the file
+is looked at before it is mapped. Layout: LMDB 0.9, ``mdb.c`` (MDB_page, MDB_meta, MDB_node), in
+the byte order of the machine. Nothing here changes a file.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from entidb.errors import FormatError
+
+_MAGIC: Final = 0xBEEFC0DE
+_VERSION: Final = 1
+_PAGE_HEADER: Final = struct.Struct("=QHHHH")
+#: magic, version, address, map size; then two trees; then last page, transaction.
+_META: Final = struct.Struct("=IIQQ")
+_TREE: Final = struct.Struct("=IHHQQQQQ")
+_META_END: Final = struct.Struct("=QQ")
+_NODE: Final = struct.Struct("=HHHH")
+_META_BYTES: Final = _PAGE_HEADER.size + _META.size + 2 * _TREE.size + _META_END.size
+_BRANCH, _LEAF, _META_FLAG = 0x01, 0x02, 0x08
+_BIG_DATA: Final = 0x01
+_NO_PAGE: Final = 2**64 - 1
+_PAGE_SIZES: Final = frozenset(1 << n for n in range(9, 17))
+
+
+@dataclass(frozen=True)
+class _Meta:
+    page_bytes: int
+    roots: tuple[int, int]
+    last_page: int
+    transaction: int
+
+
+def check_data_file(path: str) -> None:
+    """Raise ``FormatError`` (``not_a_database`` or ``truncated``) unless every page that can be
+    reached in the file at ``path`` lies inside it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _check(descriptor, path, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _check(descriptor: int, path: str, size: int) -> None:
+    first = _read_meta(descriptor, path, 0)
+    second = _read_meta(descriptor, path, first.page_bytes)
+    if second.page_bytes != first.page_bytes:
+        raise _not_a_database(path, "its two headers disagree")
+    last_page = max(first.last_page, second.last_page)
+    if size >= (last_page + 1) * first.page_bytes:
+        return
+    # The last pages may have been freed by the very commit that took them, and are then never
+    # written: a healthy file can be a little short. Only what can be reached counts.
+    newer = max(first, second, key=lambda meta: meta.transaction)
+    if not _reachable_inside(descriptor, newer, size):
+        raise _truncated(path, size, (last_page + 1) * first.page_bytes)
+
+
+def _read_meta(descriptor: int, path: str, offset: int) -> _Meta:
+    raw = os.pread(descriptor, _META_BYTES, offset)
+    if len(raw) < _META_BYTES:
+        known = len(raw) >= 24 and struct.unpack_from("=I", raw, 16)[0] == _MAGIC
+        if known or not raw or offset:
+            raise _truncated(path, offset + len(raw), offset + _META_BYTES)
+        raise _not_a_database(path, "it is too short")
+    _, _, flags, _, _ = _PAGE_HEADER.unpack_from(raw, 0)
+    magic, version, _, _ = _META.unpack_from(raw, 16)
+    if magic != _MAGIC or not flags & _META_FLAG:
+        raise _not_a_database(path, "its header is not LMDB's")
+    if version != _VERSION:
+        raise _not_a_database(path, f"its LMDB format is {version} and not {_VERSION}")
+    free = _TREE.unpack_from(raw, 40)
+    main = _TREE.unpack_from(raw, 88)
+    if free[0] not in _PAGE_SIZES:
+        raise _not_a_database(path, f"its page size is {free[0]}")
+    last_page, transaction = _META_END.unpack_from(raw, 136)
+    return _Meta(free[0], (free[7], main[7]), last_page, transaction)
+
+
+def _reachable_inside(descriptor: int, meta: _Meta, size: int) -> bool:
+    """Walk both trees; whether all their pages end inside ``size`` bytes."""
+    pages = size // meta.page_bytes
+    todo = [root for root in meta.roots if root != _NO_PAGE]
+    seen = 0
+    while todo:
+        number = todo.pop()
+        seen += 1
+        if number >= pages or seen > pages:
+            return False
+        page = os.pread(descriptor, meta.page_bytes, number * meta.page_bytes)
+        children, end = _page_targets(page)
+        if end > pages:
+            return False
+        todo.extend(children)
+    return True
+
+
+def _page_targets(page: bytes) -> tuple[list[int], int]:
+    """The child pages of a branch page, and the page after the last big value of a leaf page."""
+    _, _, flags, lower, _ = _PAGE_HEADER.unpack_from(page, 0)
+    count = (min(lower, len(page)) - _PAGE_HEADER.size) // 2
+    children: list[int] = []
+    end = 0
+    for offset in struct.unpack_from(f"={count}H", page, _PAGE_HEADER.size):
+        if offset + _NODE.size > len(page):
+            return [], _NO_PAGE
+        low, high, node_flags, key_bytes = _NODE.unpack_from(page, offset)
+        if flags & _BRANCH:
+            children.append(low | high << 16 | node_flags << 32)
+        elif flags & _LEAF and node_flags & _BIG_DATA:
+            at = offset + _NODE.size + key_bytes
+            if at + 8 > len(page):
+                return [], _NO_PAGE
+            (first,) = struct.unpack_from("=Q", page, at)
+            data_bytes = low | high << 16
+            end = max(end, first + (_PAGE_HEADER.size - 1 + data_bytes) // len(page) + 1)
+    return children, end
+
+
+def _not_a_database(path: str, why: str) -> FormatError:
+    return FormatError(
+        f"{path} is not a database this version can open: {why}; it was not touched. "
+        "Check the path, or restore a backup"
+    )
+
+
+def _truncated(path: str, size: int, needed: int) -> FormatError:
+    return FormatError(
+        f"{path} was cut short: it has {size} bytes and needs {needed}; it was not touched. "
+        "Restore a backup",
+        code="truncated",
+    )

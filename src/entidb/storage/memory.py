@@ -1,0 +1,192 @@
+"""A store in memory: a dict, and its keys in order. The backend to read first.
+
+It keeps every promise of ``base`` except durability: nothing survives the process, and there are
+no files to back up. A commit changes the dict in place, unless a snapshot of the current state is
+open: then it changes a copy, and the snapshot keeps the original.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from entidb.errors import DatabaseClosedError, StorageError
+from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
+
+#: Below this many new or deleted keys each is put in or taken out by itself; above, the list of
+#: keys is built again, which sorting makes cheap because it is almost sorted.
+_SINGLE_KEYS_MAX: Final = 8
+
+
+class _State:
+    """One version of the store: never changed while ``readers`` is not zero."""
+
+    __slots__ = ("keys", "readers", "values")
+
+    def __init__(self, values: dict[bytes, bytes], keys: list[bytes]) -> None:
+        self.values = values
+        self.keys = keys
+        self.readers = 0
+
+
+class MemorySnapshot:
+    """A view of one state."""
+
+    __slots__ = ("_state", "_store")
+
+    def __init__(self, store: MemoryStorage, state: _State) -> None:
+        self._store = store
+        self._state: _State | None = state
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._open_state().values.get(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return list(map(self._open_state().values.get, keys))
+
+    def scan(
+        self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
+    ) -> list[tuple[bytes, bytes]]:
+        values = self._open_state().values
+        keys = self.scan_keys(start, stop, limit=limit, reverse=reverse)
+        return [(key, values[key]) for key in keys]
+
+    def scan_keys(
+        self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
+    ) -> list[bytes]:
+        keys = self._open_state().keys
+        first = bisect_left(keys, start)
+        end = max(first, bisect_left(keys, stop))
+        count = end - first if limit is None else max(0, min(limit, end - first))
+        if reverse:
+            return keys[end - count : end][::-1]
+        return keys[first : first + count]
+
+    def close(self) -> None:
+        state, self._state = self._state, None
+        if state is not None:
+            self._store._release(state)
+
+    def __enter__(self) -> MemorySnapshot:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _open_state(self) -> _State:
+        state = self._state
+        if state is None:
+            raise DatabaseClosedError("this snapshot is closed; take a new one")
+        if self._store._closed:
+            raise DatabaseClosedError("the store of this snapshot is closed; open it again")
+        return state
+
+
+class MemoryStorage:
+    """A store that lives as long as the object. Same promises as on disk, without the disk."""
+
+    #: Contracts ask this: no files, so no ``backup``, and nothing to open again.
+    supports_files: Final = False
+
+    def __init__(self) -> None:
+        self._state = _State({}, [])
+        # Reentrant, because the collector may close a forgotten snapshot inside a commit.
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def snapshot(self) -> MemorySnapshot:
+        with self._lock:
+            self._check_open()
+            self._state.readers += 1
+            return MemorySnapshot(self, self._state)
+
+    def commit(self, batch: Batch) -> None:
+        for key, value in batch.items():
+            _check_record(key, value)
+        with self._lock:
+            self._check_open()
+            if not batch:
+                return
+            if self._state.readers:
+                self._state = _State(self._state.values.copy(), self._state.keys.copy())
+            _apply(self._state, batch)
+
+    def copy(self, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> MemoryStorage:
+        """An independent store with the same records and ``changes`` applied to it only: what
+        a backup, a restored or a copied device is made of."""
+        made = MemoryStorage()
+        with self._lock:
+            self._check_open()
+            made._state = _State(self._state.values.copy(), self._state.keys.copy())
+        made.commit(dict(changes))
+        return made
+
+    def verify(self) -> Iterator[str]:
+        with self.snapshot() as snapshot:
+            state = snapshot._open_state()
+            if any(a >= b for a, b in zip(state.keys, state.keys[1:], strict=False)):
+                yield "keys are out of order"
+            if set(state.keys) != state.values.keys():
+                yield f"{len(state.keys)} keys in order stand for {len(state.values)} records"
+
+    def compact(self) -> None:
+        """Nothing to give back: what is deleted is gone."""
+        with self._lock:
+            self._check_open()
+
+    def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
+        raise StorageError(f"a store in memory has no files to write to {path}; use copy()")
+
+    def info(self) -> StorageInfo:
+        with self._lock:
+            self._check_open()
+            values = self._state.values
+            used = sum(len(key) + len(value) for key, value in values.items())
+            return StorageInfo("memory", None, 0, used, 0, len(values), self._state.readers)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _release(self, state: _State) -> None:
+        with self._lock:
+            state.readers -= 1
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DatabaseClosedError("the store is closed; open it again")
+
+
+def _check_record(key: bytes, value: bytes | None) -> None:
+    if not 0 < len(key) <= KEY_BYTES_MAX:
+        raise StorageError(
+            f"a key of {len(key)} bytes cannot be stored; keys have 1 to {KEY_BYTES_MAX} bytes"
+        )
+    for part in (key, value):
+        if part is not None and type(part) is not bytes:
+            raise TypeError(f"keys and values are bytes, not {type(part).__name__}")
+
+
+def _apply(state: _State, batch: Batch) -> None:
+    values, keys = state.values, state.keys
+    new = [key for key, value in batch.items() if value is not None and key not in values]
+    gone = [key for key, value in batch.items() if value is None and key in values]
+    for key, value in batch.items():
+        if value is not None:
+            values[key] = value
+    for key in gone:
+        del values[key]
+    if len(new) + len(gone) > _SINGLE_KEYS_MAX:
+        keys.extend(new)
+        keys.sort()
+        if gone:
+            keys[:] = [key for key in keys if key in values]
+        return
+    for key in new:
+        keys.insert(bisect_left(keys, key), key)
+    for key in gone:
+        del keys[bisect_left(keys, key)]

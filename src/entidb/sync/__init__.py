@@ -1,0 +1,89 @@
+"""The device's side of synchronisation (row 3): engine, cycle, policies, transports."""
+
+from typing import Annotated, TypeVar
+
+from entidb.errors import SyncError
+from entidb.protocol import SyncRequest, SyncResponse
+from entidb.sync.applier import BatchLimits, DatabaseApplier, MemorySyncApplier, SyncApplier
+from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
+from entidb.sync.cycle import Cycle
+from entidb.sync.engine import SyncEngine
+from entidb.sync.http import HttpTransport, HttpxClient
+from entidb.sync.policies import (
+    Action,
+    Conflict,
+    ConflictPolicy,
+    ConflictResolution,
+    Merge,
+    client_wins,
+    last_write_wins,
+    manual,
+    merge,
+    resolve_policy,
+    server_wins,
+)
+from entidb.sync.rebase import RebaseReport, Resolved, Withdrawn
+from entidb.sync.state import (
+    TRANSITIONS,
+    SyncCycleResult,
+    SyncProgress,
+    SyncState,
+    SyncStats,
+    SyncStatus,
+)
+from entidb.sync.transport import (
+    HttpClient,
+    HttpResponse,
+    LoopbackClient,
+    LoopbackServer,
+    MockTransport,
+    SyncTransport,
+)
+
+_T = TypeVar("_T")
+
+#: "This value, or a ``SyncError`` raised": what other languages write as a result type.
+SyncResult = Annotated[_T, SyncError]
+
+__all__ = [
+    "TRANSITIONS",
+    "Action",
+    "BatchLimits",
+    "Conflict",
+    "ConflictPolicy",
+    "ConflictResolution",
+    "Cycle",
+    "DatabaseApplier",
+    "HttpClient",
+    "HttpConfig",
+    "HttpResponse",
+    "HttpTransport",
+    "HttpxClient",
+    "LoopbackClient",
+    "LoopbackServer",
+    "MemorySyncApplier",
+    "Merge",
+    "MockTransport",
+    "RebaseReport",
+    "Resolved",
+    "RetryConfig",
+    "SyncApplier",
+    "SyncConfig",
+    "SyncCycleResult",
+    "SyncEngine",
+    "SyncProgress",
+    "SyncRequest",
+    "SyncResponse",
+    "SyncResult",
+    "SyncState",
+    "SyncStats",
+    "SyncStatus",
+    "SyncTransport",
+    "Withdrawn",
+    "client_wins",
+    "last_write_wins",
+    "manual",
+    "merge",
+    "resolve_policy",
+    "server_wins",
+]

@@ -1,0 +1,987 @@
+"""The device's side of a cycle in terms of its database: each method one storage commit.
+
+The cycle (``cycle``) decides what to ask the server and calls these in order; what happens to
+pending transactions is ``rebase``'s. Nothing here does network I/O or waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from entidb import cbor
+from entidb.db import Database
+from entidb.db.adopt import adopt_step, has_adoption
+from entidb.db.catalogue import CollectionInfo
+from entidb.db.maintenance import sweep_garbage
+from entidb.db.outbox import (
+    DiscardedTransaction,
+    discard_key,
+    read_discarded,
+    read_pending,
+    scan_ready,
+)
+from entidb.db.records import (
+    CONFLICT,
+    HAS_BASE,
+    META_SYNC,
+    REMOTE,
+    TOMBSTONE,
+    BaseRow,
+    EntityRow,
+    PendingTransaction,
+    base_key,
+    conflict_key,
+    decode_entity,
+    decode_pending,
+    end_of,
+    pack_entity,
+    split_numbered_key,
+    table_prefix,
+    unpack_entity,
+    unpack_pending,
+)
+from entidb.db.replica import (
+    HAVE_RANGES_MAX,
+    Inflight,
+    ReplicaState,
+    Stage,
+    add_to_ranges,
+    decode_record,
+    ranges_above,
+)
+from entidb.db.writer import Ref, Writer
+from entidb.errors import (
+    CborDecodeError,
+    ConfigError,
+    ConflictError,
+    InvalidNameError,
+    ProtocolError,
+    SyncCodecError,
+    SyncStateError,
+)
+from entidb.protocol import (
+    PullRequest,
+    PullResponse,
+    PushOperation,
+    PushResponse,
+    PushTransaction,
+    Verdict,
+)
+from entidb.sync.policies import (
+    Action,
+    Conflict,
+    ConflictPolicy,
+    ConflictResolution,
+    resolve_policy,
+)
+from entidb.sync.rebase import (
+    PolicyFor,
+    Rebase,
+    RebaseReport,
+    Withdrawn,
+    decode_conflict,
+)
+from entidb.types import OPERATION_OVERHEAD_BYTES, SEQUENCE_MAX, check_name
+
+#: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
+_PAGE_ROWS = 2000
+
+
+class BatchLimits(Struct, frozen=True):
+    """How much one push batch may hold; a larger single transaction is sent alone. Transactions
+    committed after ``sequence_max`` wait for the next cycle, so that a cycle ends even while
+    somebody keeps writing."""
+
+    operations_max: int = 5000
+    bytes_max: int = 4 * 1024 * 1024
+    sequence_max: int = SEQUENCE_MAX
+
+
+class PushBatch(Struct):
+    """A batch that is in flight (R5): what was sent, and what it was made of."""
+
+    sent: list[PendingTransaction]
+    ranges: list[list[int]]
+    collections: list[str]
+    transactions: list[PushTransaction]
+    cursor: int
+    bytes: int
+
+
+class Settled(Struct):
+    """What settling did. ``pull`` says the cycle must pull before it pushes again;
+    ``next_batch`` was prepared in the same commit."""
+
+    accepted: int = 0
+    superseded: int = 0
+    conflicts: int = 0
+    rejected: int = 0
+    pull: bool = False
+    next_batch: PushBatch | None = None
+    report: RebaseReport = field(default_factory=RebaseReport)
+
+
+class SyncApplier(Protocol):
+    """What a cycle needs of a device. Each method is one storage commit, or none where nothing
+    changes; each can be the last thing that ever happens, and the next cycle goes on from there.
+    """
+
+    def state(self) -> ReplicaState: ...
+
+    def stage(self) -> Stage | None: ...
+
+    def scope(self) -> list[str] | None:
+        """Names to ask the server for; None for all."""
+        ...
+
+    @property
+    def device_id(self) -> bytes: ...
+
+    def sequence(self) -> int:
+        """The newest local commit."""
+        ...
+
+    def ready(self) -> int:
+        """How many transactions wait to be pushed."""
+        ...
+
+    def bind(self, db_id: str, history: bytes) -> None:
+        """Remember whose replica this is. Raises ``ConfigError`` if it is another database's."""
+        ...
+
+    def inflight(self) -> PushBatch | None:
+        """The batch that was sent and has no answer (R5), exactly as it was sent."""
+        ...
+
+    def prepare(self, limits: BatchLimits) -> PushBatch | None:
+        """Choose the next batch and make it durable as in flight; None if nothing is ready."""
+        ...
+
+    def settle(
+        self, batch: PushBatch, response: PushResponse, limits: BatchLimits | None
+    ) -> Settled:
+        """Apply the verdicts (R18), and prepare the next batch if ``limits`` are given and no
+        pull is needed first."""
+        ...
+
+    def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
+        """Apply one page that reaches the head: data, cursor, rebase, feed (R20, R22)."""
+        ...
+
+    def stage_page(
+        self, request: PullRequest, response: PullResponse, full: list[str] | None
+    ) -> Stage:
+        """Keep one page of several, durable and out of sight. ``full`` are the collections
+        that come from nothing (None: all)."""
+        ...
+
+    def publish(self) -> RebaseReport:
+        """Make a complete stage the database's state in one commit."""
+        ...
+
+    def restart_stage(self, *, full: bool) -> None:
+        """Forget what is staged; ``full`` asks for everything from 0 at the next pull (R28)."""
+        ...
+
+    def adopt(self) -> bool:
+        """Make the next bounded part of entities pending that a wider scope or a reset brought
+        up (R29, R31); whether there may be more."""
+        ...
+
+    def tidy(self) -> bool:
+        """Remove a bounded part of what was replaced; whether there may be more."""
+        ...
+
+
+class DatabaseApplier:
+    """The ``SyncApplier`` on an EntiDB database.
+
+    ``policies`` maps collection names to policies (names or callables), ``default_policy`` is for
+    the others. Only one engine uses a database at a time.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        default_policy: str | ConflictPolicy = "server_wins",
+        policies: Mapping[str, str | ConflictPolicy] | None = None,
+    ) -> None:
+        self.database = database
+        self._default = resolve_policy(default_policy)
+        self._policies = {name: resolve_policy(p) for name, p in (policies or {}).items()}
+
+    # ------------------------------------------------------------ reading
+
+    @property
+    def device_id(self) -> bytes:
+        return self.database.device_id
+
+    def sequence(self) -> int:
+        return self.database.sequence
+
+    def ready(self) -> int:
+        return self.database.read_head().ready
+
+    def state(self) -> ReplicaState:
+        with self.database.storage.snapshot() as snapshot:
+            raw = snapshot.get(META_SYNC)
+        return ReplicaState() if raw is None else decode_record(ReplicaState, raw)
+
+    def stage(self) -> Stage | None:
+        with self.database.view() as view:
+            return view.stage
+
+    def scope(self) -> list[str] | None:
+        scope = self.database.scope
+        return None if scope is None else sorted(scope)
+
+    def inflight(self) -> PushBatch | None:
+        with self.database.view() as view:
+            inflight = view.inflight
+            if inflight is None:
+                return None
+            sent = [
+                transaction
+                for first, last in inflight.ranges
+                for transaction in scan_ready(view.snapshot, first, last)
+            ]
+            return _batch(view, sent, inflight.ranges)
+
+    def policy_for(self, collection: str) -> ConflictPolicy:
+        return self._policies.get(collection, self._default)
+
+    # ------------------------------------------------------------ binding
+
+    def bind(self, db_id: str, history: bytes) -> None:
+        state = self.state()
+        if state.db_id not in (None, db_id):
+            raise ConfigError(
+                f"this device holds a copy of database {state.db_id!r}, not of {db_id!r}; sync "
+                f"with db_id={state.db_id!r}, or use another directory for {db_id!r}"
+            )
+        if state.db_id == db_id and state.history == history:
+            return
+        with self.database.write() as writer:
+            writer.set_sync_state(replace(writer.sync_state, db_id=db_id, history=history))
+
+    # ------------------------------------------------------------ push
+
+    def prepare(self, limits: BatchLimits) -> PushBatch | None:
+        if not self.database.read_head().ready:
+            return None
+        with self.database.write() as writer:
+            return _prepare(writer, limits, [])
+
+    def settle(
+        self, batch: PushBatch, response: PushResponse, limits: BatchLimits | None
+    ) -> Settled:
+        if len(response.results) != len(batch.sent):
+            raise ProtocolError(
+                f"the server answered {len(response.results)} verdicts to {len(batch.sent)} "
+                "transactions; nothing was settled"
+            )
+        with self.database.write() as writer:
+            inflight = writer.inflight
+            if inflight is None or inflight.ranges != batch.ranges:
+                raise SyncStateError("the batch was settled already by another engine")
+            settling = _Settling(writer, self.policy_for, response)
+            settled = settling.run(batch)
+            writer.set_inflight(None)
+            if limits is not None and not settled.pull:
+                settled.next_batch = _prepare(writer, limits, batch.ranges)
+            return settled
+
+    # ------------------------------------------------------------ pull
+
+    def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
+        check_page(request, response)
+        with self.database.write() as writer:
+            state = self._check_belongs(writer, request)
+            rebase = Rebase(writer, self.policy_for, response.time, foreign=state.foreign)
+            _take_page(writer, rebase, response)
+            rebase.release()
+            _move_cursor(writer, state, response.cursor)
+            return rebase.report
+
+    def stage_page(
+        self, request: PullRequest, response: PullResponse, full: list[str] | None
+    ) -> Stage:
+        check_page(request, response)
+        with self.database.write() as writer:
+            state = self._check_belongs(writer, request)
+            stage = writer.stage
+            if stage is None:
+                stage = Stage(
+                    history=request.history,
+                    cursor=state.cursor,
+                    floor=response.floor,
+                    first_head=response.head,
+                    full=full,
+                    full_done=full == [],
+                    delta_cursor=state.cursor,
+                )
+            stage = _stage_operations(writer, stage, request, response)
+            writer.set_stage(stage)
+            return stage
+
+    def publish(self) -> RebaseReport:
+        with self.database.write() as writer:
+            stage = writer.stage
+            if stage is None:
+                raise SyncStateError("there is nothing staged to publish")
+            state = writer.sync_state
+            if stage.history != state.history or stage.cursor != state.cursor:
+                raise SyncStateError("the stage belongs to another state; sync again")
+            rebase = Rebase(writer, self.policy_for, stage.time_ms, foreign=state.foreign)
+            _publish(writer, rebase, stage, state)
+            rebase.release()
+            return rebase.report
+
+    def restart_stage(self, *, full: bool) -> None:
+        with self.database.write() as writer:
+            writer.abandon_stage()
+            state = writer.sync_state
+            if full and not state.full:
+                writer.set_sync_state(replace(state, full=True))
+
+    def adopt(self) -> bool:
+        if not has_adoption(self.database):
+            return False
+        return adopt_step(self.database)
+
+    def tidy(self) -> bool:
+        return sweep_garbage(self.database)
+
+    def _check_belongs(self, writer: Writer, request: PullRequest) -> ReplicaState:
+        """R22: history and cursor are still those the answer belongs to."""
+        state = writer.sync_state
+        if state.history != request.history:
+            raise SyncStateError("the history changed while the answer was on its way; sync again")
+        if writer.inflight is not None:
+            raise SyncStateError("a push is in flight; it must be settled before a pull (R5)")
+        stage = writer.stage
+        expected = state.cursor
+        if stage is not None:
+            expected = stage.delta_cursor if stage.full_done else stage.full_cursor
+        elif request.full:
+            expected = 0
+        if expected != request.cursor:
+            raise SyncStateError("the cursor moved while the answer was on its way; sync again")
+        return state
+
+    # ------------------------------------------------------------ conflicts (R25, R26)
+
+    def conflicts(self) -> list[Conflict]:
+        """Unresolved conflicts, in order of collection and id."""
+        found = []
+        with self.database.view() as view:
+            names = view.catalogue.by_number
+            for key, raw in view.snapshot.scan(CONFLICT, end_of(CONFLICT)):
+                number, entity_id = split_numbered_key(key)
+                info = names[number]
+                row = view.entity((number, entity_id))
+                local = None if row is None else row.payload
+                found.append(decode_conflict(raw, info.name, (number, entity_id), local))
+        return found
+
+    def resolve(self, conflict: Conflict, resolution: ConflictResolution) -> RebaseReport:
+        """Deal with an unresolved conflict; its transactions, and those that waited for them, are
+        pushed by the next cycle. Raises ``ConflictError`` (``conflict_gone``) if it is not open,
+        and (``conflict_changed``) if the server's side has changed since it was listed."""
+        if resolution.action is Action.SKIP:
+            raise ConflictError("skip leaves a conflict open", code="conflict_skipped")
+        with self.database.write("local") as writer:
+            info = writer.catalogue.by_name.get(conflict.collection)
+            ref = (0 if info is None else info.number, conflict.id_bytes)
+            raw = None if info is None else writer.get(conflict_key(*ref))
+            if raw is None:
+                raise ConflictError(
+                    f"there is no open conflict on {conflict.collection}/{conflict.entity_id}; "
+                    "list them again",
+                    code="conflict_gone",
+                )
+            if decode_conflict(raw, "", ref, None).remote_version != conflict.remote_version:
+                raise ConflictError(
+                    f"the server's side of {conflict.collection}/{conflict.entity_id} has changed "
+                    "since this conflict was listed; list them again",
+                    code="conflict_changed",
+                )
+            rebase = Rebase(writer, self.policy_for, writer.now_ms)
+            rebase.resolve(ref, conflict, resolution)
+            rebase.release()
+            return rebase.report
+
+    # ------------------------------------------------------------ discarded (R4)
+
+    def discarded(self) -> list[DiscardedTransaction]:
+        """Withdrawn transactions, oldest first."""
+        with self.database.view() as view:
+            return read_discarded(view.snapshot)
+
+    def recommit(self, discarded: DiscardedTransaction) -> int:
+        """Commit a discarded transaction again, as a new one on the present state, and take it
+        off the list; returns the commit sequence."""
+        with self.database.write("local") as writer:
+            key = discard_key(discarded)
+            if writer.get(key) is None:
+                raise ConflictError(
+                    f"transaction {discarded.transaction_id.hex()} is not in the discarded list "
+                    "any more",
+                    code="discarded_gone",
+                )
+            writer.delete(key)
+            writer.head.discarded -= 1
+            writes: dict[str, dict[bytes, bytes | None]] = {}
+            for name, entity_id, payload in discarded.operations:
+                writes.setdefault(name, {})[entity_id] = payload
+            return self.database.commit_writes(writer, writes)
+
+    def prune(self, discarded: DiscardedTransaction) -> bool:
+        """Forget a discarded transaction for good; returns whether it was there."""
+        with self.database.write("local") as writer:
+            key = discard_key(discarded)
+            if writer.get(key) is None:
+                return False
+            writer.delete(key)
+            writer.head.discarded -= 1
+            return True
+
+    def pending(self) -> Iterator[PendingTransaction]:
+        """The outbox, oldest first, held ones included."""
+        with self.database.view() as view:
+            yield from read_pending(view.snapshot)
+
+    # ------------------------------------------------------------ reset (R29)
+
+    def reset(self, keep: str) -> None:
+        """Start over with the server's present history. ``keep="server"`` takes its state;
+        ``keep="device"`` also commits again what this device has newer or the server no longer
+        has. Pending transactions stay pending either way."""
+        if keep not in ("server", "device"):
+            raise ConfigError(f"keep={keep!r}: choose 'server' or 'device'")
+        with self.database.write() as writer:
+            writer.abandon_stage()
+            writer.set_inflight(None)
+            state = writer.sync_state
+            writer.set_sync_state(
+                replace(
+                    state,
+                    history=None,
+                    cursor=0,
+                    have=[],
+                    full=True,
+                    foreign=True,
+                    keep_device=keep == "device",
+                )
+            )
+
+
+class MemorySyncApplier(DatabaseApplier):
+    """A ``SyncApplier`` on a database in memory, for tests: the real rules without files."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(Database.in_memory(), **options)
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def _prepare(writer: Writer, limits: BatchLimits, settled: list[list[int]]) -> PushBatch | None:
+    """The next batch, durable as in flight with the commit this is part of (R5). Rows within the
+    ranges just ``settled`` are gone but still in the snapshot, so they are not read again."""
+    chosen: list[PendingTransaction] = []
+    ranges: list[list[int]] = []
+    operations = size = 0
+    for first, last in _gaps(settled, limits.sequence_max):
+        for transaction in scan_ready(writer.snapshot, first, last):
+            # A transaction this very commit has moved, changed or withdrawn is read from it.
+            if transaction.key in writer.changes:
+                raw = writer.changes[transaction.key]
+                if raw is None:
+                    continue
+                transaction = decode_pending(transaction.key, raw)
+            count = len(transaction.operations)
+            weight = sum(OPERATION_OVERHEAD_BYTES + len(op.payload or b"") for op in transaction.operations)
+            if chosen and (
+                operations + count > limits.operations_max or size + weight > limits.bytes_max
+            ):
+                return _mark(writer, chosen, ranges)
+            operations += count
+            size += weight
+            chosen.append(transaction)
+            add_to_ranges(ranges, transaction.sequence)
+    return _mark(writer, chosen, ranges)
+
+
+def _mark(
+    writer: Writer, chosen: list[PendingTransaction], ranges: list[list[int]]
+) -> PushBatch | None:
+    if not chosen:
+        return None
+    writer.set_inflight(Inflight(ranges))
+    return _batch(writer, chosen, ranges)
+
+
+def _gaps(ranges: list[list[int]], end: int) -> Iterator[tuple[int, int]]:
+    """What is not in the ascending ``ranges`` up to ``end``, as (first, last)."""
+    start = 0
+    for first, last in ranges:
+        if first > start:
+            yield start, first - 1
+        start = last + 1
+    yield start, end
+
+
+def _batch(writer: Writer, sent: list[PendingTransaction], ranges: list[list[int]]) -> PushBatch:
+    """The wire form of a batch. Base versions come from the entities: nothing rebases them while
+    the batch is in flight, so it is the same however often it is built."""
+    infos = writer.catalogue.by_number
+    keys = [
+        infos[op.collection].prefix + op.entity_id
+        for transaction in sent
+        for op in transaction.operations
+    ]
+    versions = iter(writer.get_many(keys))
+    names: list[str] = []
+    indexes: dict[int, int] = {}
+    size = 0
+    transactions = []
+    for transaction in sent:
+        operations = []
+        for op in transaction.operations:
+            index = indexes.get(op.collection)
+            if index is None:
+                index = indexes[op.collection] = len(names)
+                names.append(infos[op.collection].name)
+            raw = next(versions)
+            assert raw is not None, "an entity with pending changes has a row"
+            payload = op.payload
+            size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
+            operations.append(PushOperation(index, op.entity_id, unpack_pending(raw)[2], payload))
+        transactions.append(
+            PushTransaction(transaction.transaction_id, transaction.timestamp, operations)
+        )
+    return PushBatch(sent, ranges, names, transactions, writer.sync_state.cursor, size)
+
+
+# ---------------------------------------------------------------- settling
+
+
+class _Settling:
+    """The verdicts of one answer, applied within one commit (R18)."""
+
+    def __init__(self, writer: Writer, policy_for: PolicyFor, response: PushResponse) -> None:
+        self._writer = writer
+        self._response = response
+        self._rebase = Rebase(writer, policy_for, response.time)
+        self._state = writer.sync_state
+        self._have = [list(pair) for pair in self._state.have]
+        self._settled = Settled(report=self._rebase.report)
+
+    def run(self, batch: PushBatch) -> Settled:
+        settled = self._settled
+        infos = self._writer.catalogue.by_number
+        raws = iter(
+            self._writer.get_many(
+                [
+                    infos[op.collection].prefix + op.entity_id
+                    for transaction in batch.sent
+                    for op in transaction.operations
+                ]
+            )
+        )
+        for transaction, result in zip(batch.sent, self._response.results, strict=True):
+            rows = [next(raws) for _ in transaction.operations]
+            verdict = result.verdict
+            if verdict == Verdict.ACCEPTED:
+                self._accepted(transaction, rows, result.version, result.timestamp)
+                settled.accepted += 1
+                continue
+            current = self._rebase.load(transaction.sequence)
+            if current is None:
+                continue  # withdrawn a moment ago, with the transaction it was built on
+            if verdict == Verdict.SUPERSEDED:
+                self._rebase.settle_superseded(current)
+                settled.superseded += 1
+                settled.pull = True
+            elif verdict == Verdict.CONFLICT:
+                settled.conflicts += 1
+                settled.pull = True
+            else:
+                message = result.message or "refused by the server"
+                self._rebase.withdraw([current], result.code or "rejected", message, [])
+                settled.rejected += 1
+        self._rebase.release()
+        self._store_have()
+        return settled
+
+    def _accepted(
+        self,
+        transaction: PendingTransaction,
+        rows: list[bytes | None],
+        version: int,
+        timestamp: int,
+    ) -> None:
+        stamp = timestamp or transaction.timestamp
+        cursor = self._state.cursor
+        if version > cursor:
+            add_to_ranges(self._have, version)
+            if self._settle_newest(transaction, rows, version, stamp):
+                return
+        current = self._rebase.load(transaction.sequence)
+        if current is not None:
+            self._rebase.settle_accepted(current, version, stamp, cursor)
+
+    def _settle_newest(
+        self,
+        transaction: PendingTransaction,
+        rows: list[bytes | None],
+        version: int,
+        timestamp: int,
+    ) -> bool:
+        """The common case, without objects: every entity has this transaction as its only pending
+        one and a base that is older. Its rows then just become clean, in place."""
+        writer = self._writer
+        changes = writer.changes
+        infos = writer.catalogue.by_number
+        device = writer.device_id
+        sequence = transaction.sequence
+        made: list[tuple[bytes, bytes | None]] = []
+        for op, raw in zip(transaction.operations, rows, strict=True):
+            if raw is None:
+                return False
+            key = infos[op.collection].prefix + op.entity_id
+            if key in changes:
+                return False
+            flags, shown, base, _, _, pending = unpack_pending(raw)
+            if pending != sequence or base >= version:
+                return False
+            if flags & HAS_BASE:
+                made.append((base_key(op.collection, op.entity_id), None))
+            payload = op.payload
+            made.append(
+                (
+                    key,
+                    pack_entity(TOMBSTONE, shown, version, device, timestamp)
+                    if payload is None
+                    else pack_entity(0, shown, version, device, timestamp) + payload,
+                )
+            )
+        changes.update(made)
+        changes[transaction.key] = None
+        writer.head.ready -= 1
+        self._rebase.forget(transaction)
+        return True
+
+    def _store_have(self) -> None:
+        if self._have == self._state.have:
+            return
+        # Too many ranges only mean that some own changes come back and are skipped (R21).
+        kept = self._have[-HAVE_RANGES_MAX:]
+        self._writer.set_sync_state(replace(self._state, have=kept))
+
+
+# ---------------------------------------------------------------- applying
+
+
+def check_page(request: PullRequest, response: PullResponse) -> None:
+    """Everything of a page that can be wrong, before anything is touched: canonical payloads,
+    names, and versions in order within what was asked for. Raises ``ProtocolError``."""
+    for name in response.collections:
+        try:
+            check_name(name)
+        except InvalidNameError as error:
+            raise ProtocolError(f"the server sent an impossible name: {error}") from error
+    last = request.cursor
+    check = cbor.check
+    for commit in response.commits:
+        if commit.version <= last:
+            raise ProtocolError(
+                f"the server sent version {commit.version} after {last}; nothing was applied"
+            )
+        last = commit.version
+        for op in commit.operations:
+            if op.payload is not None:
+                try:
+                    check(op.payload)
+                except CborDecodeError as error:
+                    raise SyncCodecError(
+                        f"entity {op.entity_id.hex()} of version {commit.version} is not "
+                        f"canonical: {error}; nothing was applied"
+                    ) from error
+    if response.cursor < last or response.head < response.cursor:
+        raise ProtocolError(
+            f"the server's page ends at cursor {response.cursor} with head {response.head}, but "
+            f"holds version {last}; nothing was applied"
+        )
+    if response.has_more and response.cursor <= request.cursor:
+        raise ProtocolError(
+            f"the server says there is more after cursor {request.cursor}, but its page does not "
+            "move on; nothing was applied"
+        )
+
+
+def _targets(writer: Writer, response: PullResponse) -> list[CollectionInfo | None]:
+    """The collection behind each index of the page; None for one that is local here (R31)."""
+    wanted: list[CollectionInfo | None] = []
+    scope = writer.catalogue.scope
+    for name in response.collections:
+        if scope is not None and name not in scope:
+            wanted.append(None)
+            continue
+        info = writer.collection(name)
+        wanted.append(info if info.synced else None)
+    return wanted
+
+
+def _take_page(writer: Writer, rebase: Rebase, response: PullResponse) -> None:
+    targets = _targets(writer, response)
+    places: list[tuple[Ref, BaseRow]] = []
+    keys = []
+    for version, device, timestamp, operations in (
+        (c.version, c.device_id, c.timestamp, c.operations) for c in response.commits
+    ):
+        for op in operations:
+            info = targets[op.collection]
+            if info is not None:
+                keys.append(info.prefix + op.entity_id)
+                places.append(
+                    (
+                        (info.number, op.entity_id),
+                        BaseRow(version, device, timestamp, op.payload),
+                    )
+                )
+    dirty = []
+    for (ref, remote), raw in zip(places, writer.get_many(keys), strict=True):
+        old = None if raw is None else decode_entity(raw)
+        if old is not None and old.pending:
+            dirty.append((old.pending, ref, remote))
+        else:
+            rebase.take_clean(ref, remote, old)
+    # Oldest pending work first, so that what depends on it is decided after it.
+    dirty.sort(key=lambda item: item[:2])
+    for _, ref, remote in dirty:
+        rebase.take_dirty(ref, remote)
+
+
+def _move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
+    """Only a pull moves the cursor (R22)."""
+    now = replace(
+        state,
+        cursor=cursor,
+        have=ranges_above(state.have, cursor),
+        full=False,
+        uncovered=[],
+        foreign=False,
+        keep_device=False,
+    )
+    if now != state:
+        writer.set_sync_state(now)
+
+
+# ---------------------------------------------------------------- staging and publishing
+
+
+def _stage_operations(
+    writer: Writer, stage: Stage, request: PullRequest, response: PullResponse
+) -> Stage:
+    """Write a page into the stage's own tables. In collections that come from nothing a tombstone
+    only removes; in the others it must stay, to be applied."""
+    full_phase = not stage.full_done
+    tables = dict(stage.tables if full_phase else stage.deltas)
+    # After the full part of some collections the changes of the others follow; a change of a
+    # full one then goes straight into its new table.
+    full_tables = dict(stage.tables)
+    counts = dict(stage.counts)
+    prefixes: list[tuple[bytes, str, bool] | None] = []
+    for info in _targets(writer, response):
+        if info is None:
+            prefixes.append(None)
+            continue
+        number = str(info.number)
+        is_full = stage.full is None or info.name in stage.full
+        into = full_tables if is_full else tables
+        if number not in into:
+            table, catalogue = writer.catalogue.allocating()
+            writer.set_catalogue(catalogue)
+            into[number] = table
+        prefixes.append((table_prefix(into[number]), number, is_full))
+    operations = 0
+    changes = writer.changes
+    for commit in response.commits:
+        head = pack_entity(REMOTE, 0, commit.version, commit.device_id, commit.timestamp)
+        gone = pack_entity(
+            REMOTE | TOMBSTONE, 0, commit.version, commit.device_id, commit.timestamp
+        )
+        unseen = commit.version <= stage.first_head and full_phase
+        for op in commit.operations:
+            target = prefixes[op.collection]
+            if target is None:
+                continue
+            prefix, number, is_full = target
+            operations += is_full
+            key = prefix + op.entity_id
+            payload = op.payload
+            if not is_full:
+                changes[key] = gone if payload is None else head + payload
+                continue
+            if not unseen:
+                there = writer.get(key)
+                if there is not None:
+                    if unpack_entity(there)[2] >= commit.version:
+                        continue
+                    counts[number] -= 1
+            if payload is None:
+                changes[key] = None
+            else:
+                changes[key] = head + payload
+                counts[number] = counts.get(number, 0) + 1
+    full_cursor, full_done, delta_cursor = stage.full_cursor, stage.full_done, stage.delta_cursor
+    if full_phase:
+        full_cursor, full_done = response.cursor, not response.has_more
+    else:
+        delta_cursor = response.cursor
+    return replace(
+        stage,
+        full_cursor=full_cursor,
+        full_done=full_done,
+        delta_cursor=delta_cursor,
+        tables=full_tables if full_phase else stage.tables | full_tables,
+        deltas=stage.deltas if full_phase else tables,
+        counts=counts,
+        operations=stage.operations + operations,
+        time_ms=response.time,
+    )
+
+
+def _publish(writer: Writer, rebase: Rebase, stage: Stage, state: ReplicaState) -> None:
+    cursor = stage.full_cursor if stage.full is None else stage.delta_cursor
+    rebase.report.pulled += stage.operations
+    full = _full_collections(writer, stage)
+    old_tables = {number: writer.catalogue.by_number[number].table for number in full}
+    dirty = _dirty_of(writer, set(full))
+    if full:
+        _switch_tables(writer, rebase, stage, full)
+        _carry_over(writer, rebase, dirty, old_tables, cursor, state.keep_device)
+    _apply_deltas(writer, rebase, stage)
+    if state.keep_device:
+        from entidb.db.adopt import schedule_adoption
+
+        schedule_adoption(writer, [[n, old_tables[n]] for n in sorted(full)], compare=True)
+    writer.set_stage(None)
+    _move_cursor(writer, writer.sync_state, cursor)
+
+
+def _full_collections(writer: Writer, stage: Stage) -> list[int]:
+    return sorted(
+        info.number
+        for info in writer.catalogue.by_name.values()
+        if info.synced and (stage.full is None or info.name in stage.full)
+    )
+
+
+def _dirty_of(writer: Writer, numbers: set[int]) -> list[tuple[Ref, EntityRow]]:
+    """Entities of collections about to be switched that have pending changes, with their rows, in
+    the order of their oldest pending transaction."""
+    found: dict[Ref, EntityRow] = {}
+    for transaction in read_pending(writer.snapshot):
+        for op in transaction.operations:
+            ref = (op.collection, op.entity_id)
+            if op.collection in numbers and ref not in found:
+                row = writer.entity(ref)
+                assert row is not None
+                found[ref] = row
+    return list(found.items())
+
+
+def _switch_tables(writer: Writer, rebase: Rebase, stage: Stage, full: list[int]) -> None:
+    catalogue = writer.catalogue
+    moves = {}
+    for number in full:
+        table = stage.tables.get(str(number))
+        if table is None:
+            table, catalogue = catalogue.allocating()
+        moves[number] = table
+    names = sorted(catalogue.by_number[number].name for number in full)
+    writer.set_catalogue(catalogue.moving(moves))
+    for number in full:
+        writer.set_count(number, stage.counts.get(str(number), 0))
+    writer.put_replaced(rebase.sequence(), names, cbor.encode(names))
+
+
+def _carry_over(
+    writer: Writer,
+    rebase: Rebase,
+    dirty: list[tuple[Ref, EntityRow]],
+    old_tables: dict[int, int],
+    cursor: int,
+    keep_device: bool,
+) -> None:
+    """Put entities with pending changes into the new tables with their old bases, then let the
+    rebase see what the server has for them (R28)."""
+    incoming = []
+    for ref, row in dirty:
+        staged = writer.entity(ref)
+        had_base = bool(row.flags & HAS_BASE)
+        if staged is not None:
+            remote = BaseRow(staged.version, staged.device_id, staged.timestamp, staged.payload)
+        else:
+            remote = BaseRow(cursor, bytes(16), 0, None)
+        old_table_key = table_prefix(old_tables[ref[0]]) + ref[1]
+        # The row lives on in the new table only; the feed row moves with it.
+        writer.delete(old_table_key)
+        writer.put_entity(ref, row, staged)
+        if staged is None and not had_base:
+            # Never on the server, and still not: no conflict, but now known up to the cursor.
+            row.version = cursor
+            writer.put_entity(ref, row, row)
+            continue
+        if keep_device and (staged is None or staged.version < row.version):
+            # R29: the server lost what this was built on, and the person chose this device.
+            rebase.replace_base(ref, remote)
+            continue
+        incoming.append((ref, remote))
+    for ref, remote in incoming:
+        rebase.take_dirty(ref, remote)
+
+
+def _apply_deltas(writer: Writer, rebase: Rebase, stage: Stage) -> None:
+    dirty = []
+    for number, table in sorted(stage.deltas.items()):
+        collection = int(number)
+        prefix = table_prefix(table)
+        start, stop = prefix, end_of(prefix)
+        infos = writer.catalogue.by_number
+        while page := writer.snapshot.scan(start, stop, limit=_PAGE_ROWS):
+            ids = [key[5:] for key, _ in page]
+            olds = writer.get_many([infos[collection].prefix + i for i in ids])
+            for (_, raw), entity_id, old_raw in zip(page, ids, olds, strict=True):
+                row = decode_entity(raw)
+                remote = BaseRow(row.version, row.device_id, row.timestamp, row.payload)
+                old = None if old_raw is None else decode_entity(old_raw)
+                ref = (collection, entity_id)
+                if old is not None and old.pending:
+                    dirty.append((old.pending, ref, remote))
+                else:
+                    rebase.take_clean(ref, remote, old)
+            start = page[-1][0] + b"\0"
+        writer.set_catalogue(writer.catalogue.discarding(table, collection))
+    dirty.sort(key=lambda item: item[:2])
+    for _, ref, remote in dirty:
+        rebase.take_dirty(ref, remote)
+
+
+__all__ = [
+    "BatchLimits",
+    "DatabaseApplier",
+    "MemorySyncApplier",
+    "PushBatch",
+    "Settled",
+    "SyncApplier",
+    "Withdrawn",
+]

@@ -1,0 +1,268 @@
+"""Settings of the device's engine: what may be chosen, what is chosen by default, and why.
+
+Everything is checked when it is made, so a wrong setting is found where it is written and not in
+the third hour of a background run. Only values live here: no clock, no sockets; what the names
+of policies mean is in ``policies.py``.
+
+    HttpConfig     how to talk: timeouts, sizes, compression        (``HttpTransport`` takes it)
+    └── SyncConfig what to sync and how much of it at a time        (the engine takes it)
+    RetryConfig    when to try again
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, Literal, Self, get_args
+
+from entidb.errors import ConfigError, InvalidNameError
+from entidb.sync.policies import ConflictPolicy, resolve_policy
+from entidb.types import check_name
+
+Compression = Literal["auto", "zstd", "gzip", "none"]
+COMPRESSIONS: Final[tuple[str, ...]] = get_args(Compression)
+
+_MIB: Final = 1024 * 1024
+#: Bounds that only keep a typo (seconds for milliseconds, bytes for MiB) from going unnoticed.
+_SECONDS_MAX: Final = 7 * 24 * 3600.0
+_OPERATIONS_MAX: Final = 1_000_000
+_BYTES_MAX: Final = 1024 * _MIB
+_ATTEMPTS_MAX: Final = 1000
+_ROUNDS_MAX: Final = 1000
+_MULTIPLIER_MAX: Final = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """When to try again: exponential backoff with full jitter, capped (rules, "Limits").
+
+    It holds no state, so nothing wears out: ``attempts_max`` bounds one call of ``sync()``, and
+    the next call, or the next turn of a background run, starts at attempt 1 again. What is worth
+    trying again is decided by ``SyncError.retryable``, never here. Raises ``ConfigError``.
+    """
+
+    #: Attempts of one cycle, the first included; 1 never tries again. With the other defaults
+    #: five attempts give up after at most 7.5 s, about what somebody who pressed a button waits.
+    attempts_max: int = 5
+    #: Seconds. The longest wait before the second attempt.
+    delay_initial_s: float = 0.5
+    #: Seconds. The longest wait there is. A minute keeps a background device close behind a
+    #: server that comes back, and costs a dead one a request per minute and device.
+    delay_max_s: float = 60.0
+    #: What the longest wait grows by each time. 1 keeps it as it is.
+    multiplier: float = 2.0
+    #: Draw every wait between 0 and its longest, so that a thousand devices that lost the server
+    #: at once do not come back at once.
+    jitter: bool = True
+    #: Seconds. A ``Retry-After`` beyond this is taken for this: a server may slow a device down,
+    #: and not silence it for a year by one wrong number.
+    retry_after_max_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        _check_int("attempts_max", self.attempts_max, 1, _ATTEMPTS_MAX)
+        _check_number("delay_initial_s", self.delay_initial_s, 0.0, _SECONDS_MAX)
+        _check_number("delay_max_s", self.delay_max_s, 0.0, _SECONDS_MAX)
+        _check_number("multiplier", self.multiplier, 1.0, _MULTIPLIER_MAX)
+        _check_bool("jitter", self.jitter)
+        _check_number("retry_after_max_s", self.retry_after_max_s, 0.0, _SECONDS_MAX)
+        if self.delay_max_s < self.delay_initial_s:
+            raise ConfigError(
+                f"delay_max_s ({self.delay_max_s}) is below delay_initial_s "
+                f"({self.delay_initial_s}): raise the one or lower the other"
+            )
+
+    @classmethod
+    def none(cls) -> Self:
+        """Never try again: every error reaches the caller at once."""
+        return cls(attempts_max=1)
+
+    @classmethod
+    def aggressive(cls) -> Self:
+        """For a server nearby, or a person who watches: ten attempts, at most 5 s apart."""
+        return cls(attempts_max=10, delay_initial_s=0.1, delay_max_s=5.0, multiplier=1.5)
+
+    def delay_s(self, attempt: int, random: float, *, retry_after: float | None = None) -> float:
+        """Seconds to wait after failed attempt number ``attempt`` (from 1, without an upper end).
+
+        ``random`` is in 0 … 1 and drawn by the caller. What the server asked for in
+        ``retry_after`` comes first and the backoff is added to it, so the answer is never
+        earlier than the server said, and devices that were all told the same still spread.
+        """
+        longest = self._longest_delay_s(attempt)
+        delay = longest * min(max(random, 0.0), 1.0) if self.jitter else longest
+        if retry_after is None or not retry_after > 0.0:  # also what is not a number
+            return delay
+        return delay + min(retry_after, self.retry_after_max_s)
+
+    def _longest_delay_s(self, attempt: int) -> float:
+        try:
+            grown: float = self.delay_initial_s * self.multiplier ** (max(attempt, 1) - 1)
+        except OverflowError:
+            return self.delay_max_s if self.delay_initial_s else 0.0
+        # 0 * inf is no number, and min() would let it through.
+        return min(grown, self.delay_max_s) if grown == grown else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """How an ``HttpTransport`` talks to its server. Raises ``ConfigError``."""
+
+    #: Seconds to a connection, TLS included. Longer only delays the news that one is offline.
+    connect_timeout_s: float = 10.0
+    #: Seconds of silence from a server that has the request. Covers a busy server's disk.
+    read_timeout_s: float = 30.0
+    #: Seconds for one request and its whole answer: what stops a server that drips bytes. Enough
+    #: for a full page of 4 MiB over 40 kB/s.
+    total_timeout_s: float = 120.0
+    #: Bytes of one answer, on the wire and unpacked. Above the largest transaction every server
+    #: must accept (16 MiB) by a factor, below what hurts a small device.
+    response_bytes_max: int = 64 * _MIB
+    #: ``auto`` compresses nothing on loopback, where it only costs, else with zstd where both
+    #: sides have it, else with gzip.
+    compression: Compression = "auto"
+    #: Smaller request bodies go as they are: below about 1 kB the packing costs more than it
+    #: saves (measured, see the project's notes on dependencies).
+    compression_min_bytes: int = 1024
+    #: Send a token over plain ``http://`` to another machine. Anybody on the way can then read
+    #: it and act as the device; only for networks that are encrypted below HTTP (a VPN).
+    allow_insecure_token: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("connect_timeout_s", "read_timeout_s", "total_timeout_s"):
+            _check_number(name, getattr(self, name), 0.001, _SECONDS_MAX)
+        _check_int("response_bytes_max", self.response_bytes_max, 1024, _BYTES_MAX)
+        _check_choice("compression", self.compression, COMPRESSIONS)
+        _check_int("compression_min_bytes", self.compression_min_bytes, 0, _BYTES_MAX)
+        _check_bool("allow_insecure_token", self.allow_insecure_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig(HttpConfig):
+    """What a device synchronises, and in which portions. Raises ``ConfigError``.
+
+    ``db_id`` names the database on the server. The sizes are what this device asks for; the
+    server's own limits, which come with the handshake, can only make them smaller.
+    """
+
+    db_id: str
+    #: Name and version of the application, for the server's logs: ``"notes/2.1"``.
+    client: str = ""
+    #: What travels, both ways (R31). None: every collection that is not declared local.
+    collections: tuple[str, ...] | None = None
+    #: Operations and payload bytes of one push batch and of one pulled page. Measured: beyond a
+    #: few thousand operations a commit gets no cheaper per operation, while a batch that is lost
+    #: on a bad line costs more to send again.
+    push_operations_max: int = 5000
+    push_bytes_max: int = 4 * _MIB
+    pull_operations_max: int = 5000
+    pull_bytes_max: int = 4 * _MIB
+    #: Pull, rebase and push again at most this often in one cycle (R7).
+    rounds_max: int = 5
+    #: Seconds between two cycles of a background run, when nothing asks for one earlier.
+    interval_s: float = 30.0
+    #: Policy of collections that ``policies`` does not name; see ``entidb.sync.policies``.
+    default_policy: str | ConflictPolicy = "server_wins"
+    #: Policy per collection: a name, a ``ConflictPolicy``, or a function of the conflict.
+    policies: Mapping[str, str | ConflictPolicy] = field(default_factory=dict)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_name("db_id", self.db_id)
+        _check_client(self.client)
+        self._check_collections()
+        self._check_sizes()
+        _check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)
+        if not isinstance(self.retry, RetryConfig):
+            raise ConfigError(f"retry must be a RetryConfig, not {_kind(self.retry)}")
+        self._check_policies()
+
+    def _check_collections(self) -> None:
+        given: object = self.collections
+        if given is None:
+            return
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            raise ConfigError(
+                f"collections must be a tuple of names or None, not {given!r}: "
+                "write collections=('notes',)"
+            )
+        names = tuple(given)
+        for name in names:
+            _check_name("collections", name)
+        if len(set(names)) != len(names):
+            raise ConfigError(f"collections names one collection twice: {sorted(names)}")
+        if not names:
+            raise ConfigError("collections is empty: name one, or leave it None for all")
+        object.__setattr__(self, "collections", names)  # also from a list
+
+    def _check_sizes(self) -> None:
+        for name in ("push_operations_max", "pull_operations_max"):
+            _check_int(name, getattr(self, name), 1, _OPERATIONS_MAX)
+        for name in ("push_bytes_max", "pull_bytes_max"):
+            _check_int(name, getattr(self, name), 1, _BYTES_MAX)
+        _check_int("rounds_max", self.rounds_max, 1, _ROUNDS_MAX)
+
+    def _check_policies(self) -> None:
+        _check_policy("default_policy", self.default_policy)
+        if not isinstance(self.policies, Mapping):
+            raise ConfigError(f"policies must map collection names, not {_kind(self.policies)}")
+        for name, policy in self.policies.items():
+            _check_name("policies", name)
+            _check_policy(f"policies[{name!r}]", policy)
+            if self.collections is not None and name not in self.collections:
+                raise ConfigError(
+                    f"policies names {name!r}, which collections leaves out: add it there, "
+                    "or take the policy away"
+                )
+        # A copy nobody else holds, and nobody can write: frozen is to mean frozen.
+        object.__setattr__(self, "policies", MappingProxyType(dict(self.policies)))
+
+
+def _check_name(setting: str, name: object) -> None:
+    try:
+        check_name(name)  # type: ignore[arg-type]
+    except InvalidNameError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+
+
+def _check_client(client: object) -> None:
+    if client != "":
+        _check_name("client", client)
+
+
+def _check_policy(setting: str, policy: str | ConflictPolicy) -> None:
+    try:
+        resolve_policy(policy)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    # bool is an int to Python, and a mistake to a reader.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be a whole number, not {_kind(value)}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be a number, not {_kind(value)}")
+    if not (low <= value <= high) or math.isnan(value):
+        raise ConfigError(f"{name} must be from {low:g} to {high:g}, not {value}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__

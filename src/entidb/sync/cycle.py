@@ -1,0 +1,363 @@
+"""One sync cycle, written once and straight down, without I/O.
+
+``cycle()`` is a generator of requests that is sent responses; whoever drives it does the I/O, and
+throws a ``SyncError`` in where that failed. Dropping the generator is a crash: everything that
+matters is durable before each ``yield``.
+
+    connect? ─▶ settle what is in flight (R5) ─▶ pull to the head (R6) ─▶ push batches ─▶ synced
+                                                  ▲                          │ conflicts (R7)
+                                                  └──────────────────────────┘ rounds_max times
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from entidb.db.replica import ReplicaState, Stage
+from entidb.errors import (
+    HistoryChangedError,
+    ProtocolError,
+    ResetRequiredError,
+    ServerError,
+    VersionMismatchError,
+)
+from entidb.protocol import (
+    PROTOCOL_MAJOR,
+    PROTOCOL_MINOR,
+    HandshakeRequest,
+    HandshakeResponse,
+    Limits,
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    SyncRequest,
+    SyncResponse,
+    operations_count,
+    payload_bytes,
+)
+from entidb.sync.applier import BatchLimits, PushBatch, SyncApplier
+from entidb.sync.config import SyncConfig
+from entidb.sync.rebase import RebaseReport
+from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
+
+#: A reset that has to start over more often than this in one cycle ends it; the next goes on.
+RESETS_MAX = 3
+
+
+class Ahead(Struct, frozen=True):
+    """A hint to the driver: this request comes next, and may be sent already while the page
+    before it is being staged. Answered with None at once; ignoring it is fine."""
+
+    request: SyncRequest
+
+
+R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse)
+Step = SyncRequest | Ahead
+Flow = Generator[Step, SyncResponse | None, SyncCycleResult]
+
+
+@dataclass
+class Connection:
+    """What a handshake brought; kept between cycles until the transport reconnects (R10)."""
+
+    history: bytes = b""
+    limits: Limits | None = None
+    features: list[str] = field(default_factory=list)
+
+    @property
+    def made(self) -> bool:
+        return self.limits is not None
+
+    def forget(self) -> None:
+        self.limits = None
+
+
+class Cycle:
+    """One cycle. ``enter`` is told every state, ``progress`` what was done, ``check`` is called
+    between steps and raises to cancel (R9). ``is_connected`` says that the handshake holds."""
+
+    def __init__(
+        self,
+        applier: SyncApplier,
+        config: SyncConfig,
+        connection: Connection,
+        *,
+        enter: Callable[[SyncState], None] = lambda state: None,
+        progress: Callable[[SyncProgress], None] = lambda progress: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._applier = applier
+        self._config = config
+        self._connection = connection
+        self._enter = enter
+        self._progress = progress
+        self._check = check
+        self.result = SyncCycleResult()
+
+    def run(self) -> Flow:
+        """The cycle. Returns its result; raises ``SyncError`` subclasses, with everything that
+        was settled or applied until then kept."""
+        if not self._connection.made:
+            yield from self._connect()
+        inflight = self._applier.inflight()
+        if inflight is not None:
+            self._enter(SyncState.PUSHING)
+            yield from self._push(inflight)
+        for _ in range(self._config.rounds_max):
+            self.result.rounds += 1
+            self._enter(SyncState.PULLING)
+            self._adopt()
+            yield from self._pull()
+            self._adopt()
+            batch = self._applier.prepare(self._limits())
+            if batch is None:
+                break
+            self._enter(SyncState.PUSHING)
+            again = yield from self._push(batch)
+            if not again:
+                break
+        else:
+            self.result.incomplete = True
+        self._enter(SyncState.SYNCED)
+        return self.result
+
+    # ------------------------------------------------------------ connecting
+
+    def _connect(self) -> Generator[Step, SyncResponse | None, None]:
+        self._enter(SyncState.CONNECTING)
+        state = self._applier.state()
+        request = HandshakeRequest(
+            major=PROTOCOL_MAJOR,
+            minor=PROTOCOL_MINOR,
+            db_id=self._config.db_id,
+            device_id=self._applier.device_id,
+            history=state.history,
+            cursor=state.cursor,
+            client=self._config.client,
+        )
+        response = yield from self._ask(request, HandshakeResponse)
+        if response.major != PROTOCOL_MAJOR:
+            raise VersionMismatchError(
+                f"the server speaks protocol {response.major}.{response.minor}, this client "
+                f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}: update the older side"
+            )
+        if state.history is not None and state.history != response.history:
+            raise HistoryChangedError(
+                "the server's database has another history than the one this device knows: it was "
+                'restored from a backup or made anew. Choose reset(keep="server") to take its '
+                'state, or reset(keep="device") to commit again what it no longer has'
+            )
+        self._applier.bind(self._config.db_id, response.history)
+        self._connection.history = response.history
+        self._connection.limits = response.limits
+        self._connection.features = response.features
+
+    def _limits(self) -> BatchLimits:
+        server, config = self._connection.limits, self._config
+        assert server is not None, "a push comes after the handshake"
+        # Half of the server's message leaves room for names, ids and heads around payloads.
+        return BatchLimits(
+            operations_max=min(config.push_operations_max, server.push_operations_max),
+            bytes_max=min(config.push_bytes_max, server.message_bytes_max // 2),
+        )
+
+    # ------------------------------------------------------------ pushing
+
+    def _push(self, batch: PushBatch) -> Generator[Step, SyncResponse | None, bool]:
+        """Push ``batch`` and those after it; whether a pull has to come before more."""
+        state = self._applier.state()
+        limits = replace(self._limits(), sequence_max=self._applier.sequence())
+        total = self._applier.ready()
+        done = size = 0
+        next_batch: PushBatch | None = batch
+        while next_batch is not None:
+            batch = next_batch
+            response = yield from self._ask(self._push_request(batch, state), PushResponse)
+            settled = self._applier.settle(batch, response, limits)
+            operations = sum(len(t.operations) for t in batch.sent)
+            done, size = done + len(batch.sent), size + batch.bytes
+            self.result.pushed += settled.accepted
+            self.result.pushed_operations += operations if settled.accepted else 0
+            self.result.superseded += settled.superseded
+            self.result.bytes_pushed += batch.bytes
+            self._report(settled.report)
+            self._progress(SyncProgress(SyncState.PUSHING, done, size, max(total, done)))
+            if settled.pull:
+                return True
+            next_batch = settled.next_batch
+        return False
+
+    def _push_request(self, batch: PushBatch, state: ReplicaState) -> PushRequest:
+        return PushRequest(
+            db_id=self._config.db_id,
+            device_id=self._applier.device_id,
+            history=_history(state),
+            cursor=batch.cursor,
+            collections=batch.collections,
+            transactions=batch.transactions,
+        )
+
+    # ------------------------------------------------------------ pulling
+
+    def _pull(self) -> Generator[Step, SyncResponse | None, None]:
+        """Bring the database to the server's head, in one step for its readers (R20)."""
+        for _ in range(RESETS_MAX):
+            try:
+                complete = yield from self._pull_once()
+            except ResetRequiredError:
+                # R28: below the floor; everything is pulled again, the outbox stays.
+                self._applier.restart_stage(full=True)
+                continue
+            if complete:
+                return
+        raise ServerError(
+            "the server keeps moving its floor while everything is being pulled; sync again later"
+        )
+
+    def _pull_once(self) -> Generator[Step, SyncResponse | None, bool]:
+        """One try; False if the floor moved under a full pull, which then starts over."""
+        state, stage = self._applier.state(), self._applier.stage()
+        if stage is not None and (stage.history != state.history or stage.cursor != state.cursor):
+            self._applier.restart_stage(full=False)
+            stage = None
+        full: list[str] | None = [] if stage is None else stage.full
+        if stage is None and (state.full or state.uncovered):
+            full = None if state.full else state.uncovered
+        self.result.reset |= full is None and (state.cursor > 0 or state.foreign)
+        if full != [] and (stage is None or not stage.full_done):
+            first_sync = full is None and state.cursor == 0 and not state.foreign
+            outcome = yield from self._pull_full(state, stage, full, first_sync)
+            if outcome is not FullPull.STAGED:
+                return outcome is FullPull.APPLIED
+            stage = self._applier.stage()
+        if full is not None:
+            applied = yield from self._pull_delta(state, stage, full)
+            if applied:
+                return True
+        self._check()
+        self._report(self._applier.publish())
+        return True
+
+    def _pull_full(
+        self, state: ReplicaState, stage: Stage | None, full: list[str] | None, first_sync: bool
+    ) -> Generator[Step, SyncResponse | None, FullPull]:
+        request = self._pull_request(state, 0 if stage is None else stage.full_cursor)
+        request = replace(request, have=[], full=True)
+        if full is not None:
+            request = replace(request, collections=full)
+        floor = None if stage is None else stage.floor
+        done = size = 0
+        while True:
+            response = yield from self._ask(request, PullResponse)
+            if floor is not None and response.floor != floor:
+                self._applier.restart_stage(full=state.full)
+                return FullPull.RESTARTED
+            if first_sync and floor is None and not response.has_more:
+                self._report(self._applier.apply(request, response))
+                self._count(response, 0, 0)
+                return FullPull.APPLIED
+            floor = response.floor
+            following = replace(request, cursor=response.cursor)
+            if response.has_more:
+                yield Ahead(following)
+            self._check()
+            self._applier.stage_page(request, response, full)
+            done, size = self._count(response, done, size)
+            if not response.has_more:
+                return FullPull.STAGED
+            request = following
+
+    def _pull_delta(
+        self, state: ReplicaState, stage: Stage | None, full: list[str]
+    ) -> Generator[Step, SyncResponse | None, bool]:
+        """What changed after the cursor. One page is applied at once (True); several, or what
+        completes a widening, are staged."""
+        cursor = state.cursor if stage is None else stage.delta_cursor
+        request = self._pull_request(state, cursor)
+        done = size = 0
+        while True:
+            response = yield from self._ask(request, PullResponse)
+            if stage is None and not full and not response.has_more:
+                if response.commits or response.cursor != state.cursor:
+                    self._check()
+                    self._report(self._applier.apply(request, response))
+                    self._count(response, done, size)
+                return True
+            following = replace(request, cursor=response.cursor)
+            if response.has_more:
+                yield Ahead(following)
+            self._check()
+            stage = self._applier.stage_page(request, response, full)
+            done, size = self._count(response, done, size)
+            if not response.has_more:
+                return False
+            request = following
+
+    def _pull_request(self, state: ReplicaState, cursor: int) -> PullRequest:
+        config, server = self._config, self._connection.limits
+        assert server is not None
+        return PullRequest(
+            db_id=config.db_id,
+            device_id=self._applier.device_id,
+            history=_history(state),
+            cursor=cursor,
+            have=[(first, last) for first, last in state.have if last > cursor],
+            limit=min(config.pull_operations_max, server.pull_operations_max),
+            bytes_max=config.pull_bytes_max,
+            collections=self._applier.scope(),
+        )
+
+    # ------------------------------------------------------------ shared
+
+    def _ask(self, request: SyncRequest, kind: type[R]) -> Generator[Step, SyncResponse | None, R]:
+        self._check()
+        self.result.requests += 1
+        response = yield request
+        if not isinstance(response, kind):
+            raise ProtocolError(
+                f"expected {kind.__name__}, the server answered {type(response).__name__}"
+            )
+        return response
+
+    def _adopt(self) -> None:
+        while self._applier.adopt():
+            self._check()
+
+    def _count(self, response: PullResponse, done: int, size: int) -> tuple[int, int]:
+        operations, weight = operations_count(response), payload_bytes(response)
+        self.result.bytes_pulled += weight
+        if operations:
+            total = done + operations if not response.has_more else None
+            progress = SyncProgress(SyncState.PULLING, done + operations, size + weight, total)
+            self._progress(progress)
+        return done + operations, size + weight
+
+    def _report(self, report: RebaseReport) -> None:
+        self.result.pulled += report.pulled
+        self.result.conflicts += report.resolved
+        self.result.unresolved += report.unresolved
+        self.result.withdrawn += report.withdrawn
+        self.result.done += report.done
+
+
+class FullPull(Enum):
+    """How pulling everything ended."""
+
+    #: The head is reached; what came waits to be published.
+    STAGED = "staged"
+    #: A small first sync: one page, applied at once.
+    APPLIED = "applied"
+    #: The floor moved meanwhile; it starts over (R28).
+    RESTARTED = "restarted"
+
+
+def _history(state: ReplicaState) -> bytes:
+    assert state.history is not None, "the handshake bound the history"
+    return state.history

@@ -1,0 +1,769 @@
+"""Sync messages over HTTP: addresses, tokens, compression, sizes, and every way it can go wrong.
+
+``HttpTransport`` says what goes into a request and what an answer means; ``HttpxClient`` moves it
+over sockets, and is the only code that knows the client library. Retrying, and what an error
+means for the outbox, live elsewhere. The normative text is ``docs/protocol.md``, "HTTP".
+
+A server may be hostile, or not be one of ours at all (a hotel's login page, a proxy's error
+page): an answer costs at most ``response_bytes_max`` bytes on the wire, the same again unpacked,
+and ``total_timeout_s``; no redirect is followed, so a token goes to the URL's host and to no
+other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import ipaddress
+import itertools
+import re
+import socket
+import ssl
+import threading
+import urllib.request
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from types import ModuleType
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx2
+
+from entidb.errors import (
+    ERROR_TABLE,
+    AuthenticationError,
+    ConfigError,
+    ProtocolError,
+    SyncCodecError,
+    SyncError,
+    SyncStateError,
+    SyncTimeoutError,
+    TlsError,
+    TransportError,
+)
+from entidb.protocol import (
+    CONTENT_TYPE,
+    PATHS,
+    ErrorResponse,
+    HandshakeResponse,
+    SyncRequest,
+    SyncResponse,
+    decode,
+    decode_response,
+    encode,
+)
+from entidb.sync.config import HttpConfig
+from entidb.sync.transport import BaseTransport, HttpClient, HttpResponse, error_from_response
+from entidb.types import Clock, Entropy, SystemClock, system_entropy
+
+__all__ = ["HttpClient", "HttpResponse", "HttpTransport", "HttpxClient", "Token"]
+
+#: A bearer token, or what gives one: called with False before every request, so it should answer
+#: from memory, and with True when the server refused the last one.
+Token = str | Callable[[bool], str]
+
+#: Foreign exceptions and ours, first match wins. The message is theirs, the class decides.
+_EXCEPTIONS: Final[tuple[tuple[type[Exception], type[SyncError]], ...]] = (
+    (httpx2.TimeoutException, SyncTimeoutError),
+    (httpx2.UnsupportedProtocol, ProtocolError),
+    (httpx2.LocalProtocolError, ProtocolError),
+    (httpx2.TransportError, TransportError),
+    (httpx2.InvalidURL, ProtocolError),
+    (TimeoutError, SyncTimeoutError),
+    (OSError, TransportError),
+)
+_FOREIGN: Final = tuple(foreign for foreign, _ in _EXCEPTIONS)
+
+#: What a status means when the body does not say it in our words. Anything else of 5xx may pass
+#: (a proxy whose server restarts), anything else of 4xx will not.
+_STATUS_CODES: Final[dict[int, str]] = {
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "too_large",
+    415: "unsupported_media_type",
+    429: "rate_limited",
+    503: "busy",
+    504: "timeout",
+    507: "storage_full",
+}
+#: A login page redirects for the moment; these two say that the URL is wrong for good.
+_MOVED_FOR_GOOD: Final = (301, 308)
+_NETWORK_LOGIN_REQUIRED: Final = 511  # RFC 6585, section 6
+
+_SNIPPET_MAX: Final = 200
+_GZIP_LEVEL: Final = 1  # level 6 packs a tenth better at a third of the speed
+_ZSTD_LEVEL: Final = 3
+_ZSTD_WINDOW_LOG_MAX: Final = 23  # 8 MiB, what RFC 9659 lets a content encoding ask for
+_GZIP_WBITS: Final = 16 + zlib.MAX_WBITS
+_JOIN_S: Final = 5.0
+_FRAMED: Final = frozenset(("content-length", "transfer-encoding"))
+_BAD_URL: Final = re.compile(r"[\x00-\x20\x7f\\]")
+_TOKEN: Final = re.compile(r"[\x21-\x7e]+")
+
+
+class HttpTransport(BaseTransport):
+    """A ``SyncTransport`` that posts canonical CBOR to ``url``.
+
+    ``url`` is the address the server's app stands at, with a path if it is mounted under one
+    (``https://example.org/sync``). ``token`` is sent as ``Authorization: Bearer``; see ``Token``.
+    On 401 a function is asked once for a fresh one and the request sent once more. ``client``
+    moves the bytes, an ``HttpxClient`` by default, and is closed with the transport. ``config``
+    may be a ``SyncConfig``.
+
+    Raises ``ConfigError`` for a URL or a token that cannot work, with code ``insecure_token`` for
+    a token that would cross a network readable by anybody on the way.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: Token | None = None,
+        client: HttpClient | None = None,
+        config: HttpConfig | None = None,
+        clock: Clock | None = None,
+        entropy: Entropy = system_entropy,
+    ) -> None:
+        super().__init__()
+        self._config = config or HttpConfig()
+        self._clock = clock or SystemClock()
+        base, host = _check_url(url)
+        _check_token(token, base, host, self._config)
+        self._token = token
+        self._token_lock = threading.Lock()
+        self._urls: dict[type, str] = {kind: base + path for path, kind in PATHS.items()}
+        self._client = client or HttpxClient(self._config, clock=self._clock)
+        #: Encodings this side can undo, best first, and the one it packs requests with.
+        self._encodings = _encodings(self._config.compression, _is_loopback(host))
+        self._request_encoding: str | None = None
+        self._headers = {
+            "Content-Type": CONTENT_TYPE,
+            "Accept": CONTENT_TYPE,
+            "Accept-Encoding": ", ".join(self._encodings) or "identity",
+            "User-Agent": user_agent(),
+        }
+        self._request_ids = itertools.count(1)
+        self._request_id_prefix = entropy(8).hex()
+        self._ahead: _Ahead | None = None
+        self._ahead_thread: threading.Thread | None = None
+
+    # -- sending ------------------------------------------------------------------------------
+
+    def _exchange(self, request: SyncRequest) -> SyncResponse:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.request == request:
+            return ahead.result()
+        return self._round_trip(request)
+
+    def _round_trip(self, request: SyncRequest) -> SyncResponse:
+        headers, body = self._packed(encode(request))
+        response = self._post(request, headers, body, refresh=False)
+        if response.status == 401 and callable(self._token):
+            response = self._post(request, headers, body, refresh=True)
+        answer = self._read(request, response)
+        if isinstance(answer, HandshakeResponse):
+            self._request_encoding = _first_of(self._encodings, answer.features)
+        return answer
+
+    def _post(
+        self, request: SyncRequest, headers: dict[str, str], body: bytes, *, refresh: bool
+    ) -> HttpResponse:
+        headers["X-Request-Id"] = f"{self._request_id_prefix}-{next(self._request_ids)}"
+        if self._token is not None:
+            headers["Authorization"] = "Bearer " + self._ask_token(refresh=refresh)
+        url = self._urls[type(request)]
+        try:
+            return self._client.request("POST", url, headers, body, self._config.total_timeout_s)
+        except _FOREIGN as error:
+            raise _translated(error, url) from error
+
+    def _packed(self, body: bytes) -> tuple[dict[str, str], bytes]:
+        """Headers of a new request and the body, packed where that is agreed on and pays."""
+        headers = dict(self._headers)
+        encoding = self._request_encoding
+        if encoding is None or len(body) < self._config.compression_min_bytes:
+            return headers, body
+        packed = _compress(encoding, body)
+        if len(packed) >= len(body):
+            return headers, body
+        headers["Content-Encoding"] = encoding
+        return headers, packed
+
+    def _ask_token(self, *, refresh: bool) -> str:
+        if isinstance(self._token, str):
+            return self._token
+        assert self._token is not None
+        with self._token_lock:  # two requests at once ask one after the other
+            try:
+                token: object = self._token(refresh)
+            except SyncError:
+                raise
+            except OSError as error:  # no network for the token either; that passes
+                raise TransportError(f"the token provider failed: {error}") from error
+            except Exception as error:
+                raise AuthenticationError(f"the token provider failed: {error!r}") from error
+        if not isinstance(token, str) or _TOKEN.fullmatch(token) is None:
+            raise AuthenticationError(
+                "the token provider returned no token: it has to be visible ASCII text"
+            )
+        return token
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def _read(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
+        if response.status != 200 or not _is_cbor(response):
+            raise self._error(request, response)
+        return decode_response(request, self._unpacked(response))
+
+    def _unpacked(self, response: HttpResponse) -> bytes:
+        limit = self._config.response_bytes_max
+        if len(response.body) > limit:
+            raise _too_large(limit)
+        encoding = response.headers.get("content-encoding", "identity").strip().lower()
+        if encoding in ("identity", ""):
+            return response.body
+        return _decompress(encoding, response.body, limit)
+
+    def _error(self, request: SyncRequest, response: HttpResponse) -> SyncError:
+        """What the answer says went wrong: in our words if it has them, else by its status."""
+        url = self._urls[type(request)]
+        try:
+            body = self._unpacked(response)
+            if _is_cbor(response):
+                return self._spoken_error(response, decode(ErrorResponse, body))
+        except ProtocolError:
+            # Not one of our servers, or a broken one: its status still says something, and is
+            # what decides about retrying.
+            body = b""
+        return self._status_error(url, response, body)
+
+    def _spoken_error(self, response: HttpResponse, answer: ErrorResponse) -> SyncError:
+        error = error_from_response(answer)
+        if error.retry_after is None:
+            error.retry_after = self._retry_after(response)
+        return error
+
+    def _status_error(self, url: str, response: HttpResponse, body: bytes) -> SyncError:
+        status = response.status
+        said = f"{url} answered {status}{_content_type_note(response)}{_snippet(body)}"
+        if 300 <= status < 400:
+            return _redirect_error(said, response)
+        if status < 300 or status == _NETWORK_LOGIN_REQUIRED:
+            # Retryable, because it is mostly the login page of a network one has just joined.
+            return TransportError(
+                f"{said}; no EntiDB server answers there: check the URL, or log in to the network",
+                code="unexpected_answer",
+            )
+        code = _STATUS_CODES.get(status, "server_error" if status >= 500 else "invalid_message")
+        kind = ERROR_TABLE[code].error
+        return kind(said, code=code, retry_after=self._retry_after(response))
+
+    def _retry_after(self, response: HttpResponse) -> float | None:
+        """Seconds, from either form of the header (RFC 9110, section 10.2.3)."""
+        value = response.headers.get("retry-after", "").strip()
+        if re.fullmatch(r"[0-9]{1,9}", value):
+            return float(value)
+        try:
+            date = parsedate_to_datetime(value)
+        except (ValueError, IndexError):
+            return None
+        return max(0.0, date.timestamp() - self._clock.now_ms() / 1000)
+
+    # -- ahead of time ------------------------------------------------------------------------
+
+    def send_ahead(self, request: SyncRequest) -> None:
+        """Start ``request`` on a thread of its own; see ``SyncTransport.send_ahead``. There is
+        one such thread at most: while it is busy with an older request, the hint is ignored."""
+        if self._closed or (self._ahead_thread is not None and self._ahead_thread.is_alive()):
+            return
+        ahead = _Ahead(request, self._round_trip)
+        self._ahead = ahead
+        self._ahead_thread = threading.Thread(
+            target=ahead.run, name="entidb-send-ahead", daemon=True
+        )
+        self._ahead_thread.start()
+
+    def forget_ahead(self) -> None:
+        self._ahead = None
+
+    def close(self) -> None:
+        """Close the client, which ends what is under way, and wait for the thread to see it."""
+        super().close()
+        self._ahead = None
+        self._client.close()
+        thread = self._ahead_thread
+        if thread is not None and thread is not threading.current_thread():
+            # A client of somebody else's may not let go of its socket at once; the thread is a
+            # daemon, and its answer goes nowhere.
+            thread.join(_JOIN_S)
+
+
+class _Ahead:
+    """A request on its way, and what came of it."""
+
+    def __init__(self, request: SyncRequest, send: Callable[[SyncRequest], SyncResponse]) -> None:
+        self.request = request
+        self._send = send
+        self._done = threading.Event()
+        self._response: SyncResponse | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._response = self._send(self.request)
+        except BaseException as error:  # raised where it is picked up
+            self._error = error
+        finally:
+            self._done.set()
+
+    def result(self) -> SyncResponse:
+        # Bounded by the request's own timeout.
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._response is not None
+        return self._response
+
+
+# -- addresses and tokens ---------------------------------------------------------------------
+
+
+def _check_url(url: object) -> tuple[str, str]:
+    """The URL without a trailing slash, and its host; ``ConfigError`` if it cannot work."""
+    example = "write https://host[:port][/path]"
+    if not isinstance(url, str) or _BAD_URL.search(url):
+        raise ConfigError(f"url {url!r} is not a URL: {example}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        host = parts.hostname
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as error:
+        raise ConfigError(f"url {url!r} is not a URL ({error}): {example}") from error
+    if parts.scheme not in ("http", "https") or not host or port == 0:
+        raise ConfigError(f"url {url!r} needs http or https and a host: {example}")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError("url holds a user or a password: give the credential as token=")
+    if "?" in url or "#" in url:
+        raise ConfigError(f"url {url!r} has a query or a fragment: {example}")
+    return url.rstrip("/"), host
+
+
+def _check_token(token: object, url: str, host: str, config: HttpConfig) -> None:
+    if token is None:
+        return
+    if not callable(token) and (not isinstance(token, str) or _TOKEN.fullmatch(token) is None):
+        raise ConfigError("token must be visible ASCII text, or a function that returns some")
+    if url.startswith("https:") or _is_loopback(host) or config.allow_insecure_token:
+        return
+    raise ConfigError(
+        f"the token would travel readable over {url}: use https://, or set "
+        "allow_insecure_token=True if that network is encrypted below HTTP",
+        code="insecure_token",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether the bytes stay on this machine. Names other than ``localhost`` are not trusted:
+    what ``x.localhost`` resolves to is up to the network's name server on some systems."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@functools.cache
+def user_agent() -> str:
+    try:
+        return f"entidb/{importlib.metadata.version('entidb')}"
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "entidb/0"
+
+
+# -- reading an answer ------------------------------------------------------------------------
+
+
+def _is_cbor(response: HttpResponse) -> bool:
+    kind = response.headers.get("content-type", "")
+    return kind.partition(";")[0].strip().lower() == CONTENT_TYPE
+
+
+def _content_type_note(response: HttpResponse) -> str:
+    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    return f" with {_printable(kind)}" if kind else " without a content type"
+
+
+def _snippet(body: bytes) -> str:
+    text = " ".join(_printable(body[: 2 * _SNIPPET_MAX].decode("utf-8", "replace")).split())
+    return f': "{text[:_SNIPPET_MAX]}"' if text else ""
+
+
+def _printable(text: str) -> str:
+    """Without what could steer a terminal or forge a line of a log."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _redirect_error(said: str, response: HttpResponse) -> SyncError:
+    target = _printable(response.headers.get("location", "")[:_SNIPPET_MAX])
+    message = f"{said}, which points to {target!r}; redirects are not followed: correct the URL"
+    if response.status in _MOVED_FOR_GOOD:
+        return ProtocolError(message, code="redirected")
+    return TransportError(message + ", or log in to the network", code="redirected")
+
+
+def _translated(error: Exception, url: str) -> SyncError:
+    """One of our errors for one of the client library's or the system's."""
+    failure = _tls_failure(error)
+    if failure is not None:
+        return TlsError(
+            f"the certificate of {url} was not accepted ({failure.verify_message}): check the "
+            "URL, this device's clock, and its certificate authorities"
+        )
+    kind = next(ours for foreign, ours in _EXCEPTIONS if isinstance(error, foreign))
+    return kind(f"{url}: {str(error) or type(error).__name__}")
+
+
+def _tls_failure(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    for _ in range(10):  # a chain of causes has no bound of its own
+        if error is None or isinstance(error, ssl.SSLCertVerificationError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _too_large(limit: int) -> ProtocolError:
+    return ProtocolError(
+        f"the answer is larger than response_bytes_max ({limit} bytes)", code="too_large"
+    )
+
+
+# -- compression ------------------------------------------------------------------------------
+
+
+def _load_zstd() -> ModuleType | None:
+    for name in ("compression.zstd", "backports.zstd"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
+
+
+_zstd: Final[Any] = _load_zstd()
+_UNPACK_ERRORS: Final[tuple[type[Exception], ...]] = (
+    (zlib.error,) if _zstd is None else (zlib.error, _zstd.ZstdError)
+)
+
+
+def _encodings(mode: str, loopback: bool) -> tuple[str, ...]:
+    if mode == "none" or (mode == "auto" and loopback):
+        return ()
+    if mode == "zstd" and _zstd is None:
+        raise ConfigError('compression="zstd" needs a package: pip install "entidb[zstd]"')
+    if mode != "auto":
+        return (mode,)
+    return ("gzip",) if _zstd is None else ("zstd", "gzip")
+
+
+def _first_of(wanted: Iterable[str], offered: Iterable[str]) -> str | None:
+    have = frozenset(offered)
+    return next((name for name in wanted if name in have), None)
+
+
+def _compress(encoding: str, body: bytes) -> bytes:
+    if encoding == "zstd":
+        packed: bytes = _zstd.compress(body, _ZSTD_LEVEL)
+        return packed
+    return zlib.compress(body, _GZIP_LEVEL, _GZIP_WBITS)
+
+
+def _decompress(encoding: str, body: bytes, limit: int) -> bytes:
+    """The unpacked body, never more than ``limit`` bytes of it in memory; ``ProtocolError``
+    (too_large) beyond, ``SyncCodecError`` if it is not one complete stream of that encoding."""
+    if encoding == "gzip":
+        # One member only: skipping millions of empty ones copies the rest each time.
+        stream = zlib.decompressobj(_GZIP_WBITS)
+        unpack = functools.partial(stream.decompress, body, limit + 1)
+    elif encoding == "zstd" and _zstd is not None:
+        options = {_zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG_MAX}
+        stream = _zstd.ZstdDecompressor(options=options)
+        unpack = functools.partial(stream.decompress, body, max_length=limit + 1)
+    else:
+        named = _printable(encoding[:40])
+        raise SyncCodecError(f"the answer is packed as {named!r}, which was not asked for")
+    try:
+        data: bytes = unpack()
+    except _UNPACK_ERRORS as error:
+        raise SyncCodecError(f"the answer is not the {encoding} it says it is: {error}") from error
+    if len(data) > limit:
+        raise _too_large(limit)
+    if not stream.eof or stream.unused_data:
+        raise SyncCodecError(f"the answer's {encoding} is cut off, or something follows it")
+    return data
+
+
+# -- the default client -----------------------------------------------------------------------
+
+
+class HttpxClient:
+    """The ``HttpClient`` that ships: HTTP/1.1 over kept connections, certificates verified.
+
+    It goes below the library's ``Client``, which would add cookies, redirects and unpacking
+    without a bound, none of which is wanted here. Proxies are taken from the environment as the
+    standard library does, but never for this machine itself: the exemption that lets a token go
+    to ``http://localhost`` would not hold if somebody else's proxy came between.
+    ``ssl_context`` replaces the system's certificate authorities. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        config: HttpConfig | None = None,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._config = config or HttpConfig()
+        self._ssl_context = ssl_context
+        self._clock = clock or SystemClock()
+        self._lock = threading.Lock()
+        self._routes: dict[str, _Route] = {}
+        self._transports: dict[str, httpx2.HTTPTransport] = {}
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._watchdog = _Watchdog(self._clock, self._cut_all)
+        self._closed = False
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+    ) -> HttpResponse:
+        """See ``HttpClient``. Raises ``TransportError``, ``SyncTimeoutError``, ``TlsError`` (not
+        retryable), or ``ProtocolError`` ``too_large`` for a body over ``response_bytes_max``."""
+        ticket = self._watchdog.watch(timeout_s)
+        try:
+            route = self._routes.get(url) or self._open_route(url)
+            response = self._send(route, method, headers, body, timeout_s)
+        except _FOREIGN as error:
+            if self._closed:
+                raise SyncStateError("the client was closed during the request") from error
+            if self._watchdog.struck(ticket):
+                raise _overdue(url, timeout_s) from error
+            raise _translated(error, url) from error
+        finally:
+            late = self._watchdog.done(ticket)
+        if late:  # what was cut can look complete
+            raise _overdue(url, timeout_s)
+        return response
+
+    def _send(
+        self,
+        route: _Route,
+        method: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        timeout_s: float,
+    ) -> HttpResponse:
+        request = httpx2.Request(
+            method,
+            route.url,
+            headers=[("Host", route.host), *headers.items(), ("Content-Length", str(len(body)))],
+            stream=httpx2.ByteStream(body),
+            extensions={"timeout": self._timeouts(timeout_s), "trace": self._trace},
+        )
+        response = route.transport.handle_request(request)
+        try:
+            names = {
+                name.decode("latin-1").lower(): value.decode("latin-1")
+                for name, value in response.headers.raw
+            }
+            if response.status_code == 200 and not _FRAMED & names.keys():
+                raise TransportError(
+                    f"{route.url} answered without a length: the end cannot be told from a cut"
+                )
+            return HttpResponse(response.status_code, names, self._read(response))
+        finally:
+            response.close()
+
+    def _read(self, response: httpx2.Response) -> bytes:
+        limit = self._config.response_bytes_max
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        parts: list[bytes] = []
+        size = 0
+        for part in response.stream:
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _timeouts(self, total_s: float) -> dict[str, float]:
+        read_s = min(self._config.read_timeout_s, total_s)
+        connect_s = min(self._config.connect_timeout_s, total_s)
+        return {"connect": connect_s, "read": read_s, "write": read_s, "pool": connect_s}
+
+    # -- routes -------------------------------------------------------------------------------
+
+    def _open_route(self, url: str) -> _Route:
+        with self._lock:
+            if self._closed:
+                raise SyncStateError("the client is closed: make a new one")
+            target = httpx2.URL(url)
+            origin = f"{target.scheme}://{target.netloc.decode('ascii')}"
+            transport = self._transports.get(origin)
+            if transport is None:
+                transport = self._transports[origin] = self._open_transport(target)
+            if len(self._routes) >= 256:  # one server has three
+                self._routes.clear()
+            route = _Route(target, target.netloc.decode("ascii"), transport)
+            self._routes[url] = route
+            return route
+
+    def _open_transport(self, url: httpx2.URL) -> httpx2.HTTPTransport:
+        proxy = None if _is_loopback(url.host) else _proxy(url.scheme, url.host)
+        if proxy is None and url.scheme == "http":
+            # No TLS here, so reading the authorities (tens of milliseconds) would be for nothing.
+            return httpx2.HTTPTransport(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        return httpx2.HTTPTransport(verify=self._ssl_context or True, proxy=proxy)
+
+    # -- ending what is under way -------------------------------------------------------------
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Called by the library at each step; new connections are remembered, to be cut."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            stream = info["return_value"]
+            with self._lock:
+                self._sockets.add(stream.get_extra_info("socket"))
+                closed = self._closed
+            if closed:
+                stream.close()
+                raise SyncStateError("the client was closed during the request")
+
+    def _cut_all(self) -> None:
+        """Wake every thread that waits for a socket. Closing one would not: on Linux a poll goes
+        on when another thread closes what it polls."""
+        with self._lock:
+            sockets = list(self._sockets)
+        for each in sockets:
+            with contextlib.suppress(OSError):  # already gone
+                # Not SSLSocket's own, which first takes the TLS state away from the reader.
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            transports = list(self._transports.values())
+            self._transports.clear()
+            self._routes.clear()
+        self._cut_all()
+        self._watchdog.close()
+        for transport in transports:
+            transport.close()
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What is known about a URL after it was used once."""
+
+    url: httpx2.URL
+    host: str
+    transport: httpx2.HTTPTransport
+
+
+def _proxy(scheme: str, host: str) -> str | None:
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(scheme) or proxies.get("all")
+    return None if proxy is None or urllib.request.proxy_bypass(host) else proxy
+
+
+def _overdue(url: str, timeout_s: float) -> SyncTimeoutError:
+    return SyncTimeoutError(f"{url} did not finish its answer within {timeout_s:g} s")
+
+
+class _Watchdog:
+    """Strikes when a request is not done by its deadline.
+
+    The library only bounds the silence between two reads, so a server that sends a byte now and
+    then would hold a device for ever. One thread for all requests, asleep until the earliest
+    deadline it knew when it looked last: a request that ends in time neither starts nor wakes it.
+    """
+
+    #: Seconds until it strikes again: a connection may come up just after.
+    AGAIN_S: Final = 1.0
+
+    def __init__(self, clock: Clock, strike: Callable[[], None]) -> None:
+        self._clock = clock
+        self._strike = strike
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = False
+        self._deadlines: dict[int, float] = {}
+        self._struck: set[int] = set()
+        self._tickets = itertools.count(1)
+        self._thread: threading.Thread | None = None
+        self._looks_at = 0.0
+
+    def watch(self, timeout_s: float) -> int:
+        deadline = self._clock.monotonic() + timeout_s
+        with self._lock:
+            ticket = next(self._tickets)
+            self._deadlines[ticket] = deadline
+            if self._thread is None and not self._closed:
+                self._looks_at = deadline
+                self._thread = threading.Thread(
+                    target=self._run, name="entidb-http-watchdog", daemon=True
+                )
+                self._thread.start()
+            elif deadline < self._looks_at:
+                self._wake.set()
+        return ticket
+
+    def struck(self, ticket: int) -> bool:
+        with self._lock:
+            return ticket in self._struck
+
+    def done(self, ticket: int) -> bool:
+        """The request is over; returns whether it was struck."""
+        with self._lock:
+            del self._deadlines[ticket]
+            struck = ticket in self._struck
+            self._struck.discard(ticket)
+            return struck
+
+    def _run(self) -> None:
+        while True:
+            pause = self._look()
+            if pause is None:
+                return
+            self._clock.wait(self._wake, pause)
+            self._wake.clear()
+
+    def _look(self) -> float | None:
+        """Strike if somebody is late; seconds to the next look, None if there is no need."""
+        with self._lock:
+            if self._closed or not self._deadlines:
+                self._thread = None
+                return None
+            now = self._clock.monotonic()
+            late = [ticket for ticket, at in self._deadlines.items() if at <= now]
+            for ticket in late:
+                self._struck.add(ticket)
+                self._deadlines[ticket] = now + self.AGAIN_S
+            self._looks_at = min(self._deadlines.values())
+            pause = self._looks_at - now
+        if late:
+            self._strike()
+        return pause
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+            self._wake.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_JOIN_S)

@@ -1,0 +1,716 @@
+"""Putting pending transactions on top of new server state (R23 to R25), and taking them back.
+
+Everything here happens inside one ``Writer``, so inside one storage commit. Wire messages, cursors
+and verdicts are ``applier``'s; policies only answer, they are in ``policies``.
+
+    pulled change ──▶ clean entity ──▶ taken
+                  └─▶ dirty entity ──▶ base replaced ──▶ same bytes?  ──▶ operations done (R24)
+                                                    └──▶ Conflict ──▶ policy ──▶ keep_local
+                                                                             ├──▶ merge, op by op
+                                                                             ├──▶ accept_remote
+                                                                             └──▶ skip: held
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from msgspec import Struct, field
+
+from entidb import cbor
+from entidb.db.records import (
+    DISCARDED,
+    HAS_BASE,
+    HELD,
+    IS_HELD,
+    NO_DEVICE,
+    REMOTE,
+    BaseRow,
+    EntityRow,
+    PendingOp,
+    PendingTransaction,
+    absent_base,
+    base_key,
+    conflict_key,
+    decode_base,
+    decode_pending,
+    end_of,
+    sequence_key,
+)
+from entidb.db.writer import Ref, Writer
+from entidb.errors import CorruptionError
+from entidb.sync.policies import Action, Conflict, ConflictPolicy, ConflictResolution
+from entidb.types import timestamp_from_ms
+
+PolicyFor = Callable[[str], ConflictPolicy]
+
+
+class Withdrawn(Struct, frozen=True):
+    """A transaction that went to the ``discarded`` list, and why (R4)."""
+
+    sequence: int
+    transaction_id: bytes
+    code: str
+    message: str
+
+
+class Resolved(Struct, frozen=True):
+    """A conflict and what the policy made of it."""
+
+    conflict: Conflict
+    resolution: ConflictResolution
+
+
+class RebaseReport(Struct):
+    """What one rebase did. ``done`` are ids of transactions the server had already (R24)."""
+
+    pulled: int = 0
+    resolved: list[Resolved] = field(default_factory=list)
+    unresolved: list[Conflict] = field(default_factory=list)
+    withdrawn: list[Withdrawn] = field(default_factory=list)
+    done: list[bytes] = field(default_factory=list)
+
+
+class Step(Struct):
+    """One pending operation of an entity's chain, with the transaction it belongs to."""
+
+    transaction: PendingTransaction
+    op: PendingOp
+
+
+class Rebase:
+    """One rebase. ``server_ms`` is the server's clock: a local timestamp beyond it is clamped for
+    the policies as the server will clamp it (R27). ``foreign`` compares bytes, not versions,
+    because the entities come from another history (R29)."""
+
+    def __init__(
+        self, writer: Writer, policy_for: PolicyFor, server_ms: int, *, foreign: bool = False
+    ) -> None:
+        self.report = RebaseReport()
+        self._writer = writer
+        self._policy_for = policy_for
+        self._timestamp_max = timestamp_from_ms(server_ms) | 0xFFFF
+        self._foreign = foreign
+        self._loaded: dict[int, PendingTransaction] = {}
+        self._sequence = 0
+        self._released = False
+
+    # ------------------------------------------------------------ taking server state
+
+    def take_clean(self, ref: Ref, remote: BaseRow, old: EntityRow | None) -> None:
+        """A pulled change to an entity without pending changes (R23)."""
+        if old is not None and old.version >= remote.version and not self._foreign:
+            return
+        self.report.pulled += 1
+        if old is None and remote.payload is None:
+            return
+        row = EntityRow(
+            REMOTE, 0, remote.version, remote.device_id, remote.timestamp, 0, remote.payload
+        )
+        if old is not None and old.payload == remote.payload:
+            row.sequence = old.sequence
+            self._writer.put_entity(ref, row, old)
+            return
+        self._writer.show(ref, row, old, self.sequence())
+
+    def take_dirty(self, ref: Ref, remote: BaseRow) -> None:
+        """A pulled change to an entity with pending changes: new base, then rebase."""
+        writer = self._writer
+        row = writer.entity(ref)
+        if row is None or not row.pending:
+            # An earlier conflict of this page withdrew what was pending here.
+            self.take_clean(ref, remote, row)
+            return
+        base = self._base(ref, row)
+        if not self._foreign and base.version >= remote.version:
+            return
+        self.report.pulled += 1
+        conflict_raw = writer.get(conflict_key(*ref))
+        ancestor = base if conflict_raw is None else decode_conflict_base(conflict_raw)
+        self._set_base(ref, row, remote)
+        chain = self._chain(ref, row)
+        done = _done_prefix(chain, remote.payload)
+        if done and not self._adds_up(ref, ancestor, remote):
+            self._drop_conflict(ref, conflict_raw is not None)
+            self._drop_done(ref, chain, done)
+            return
+        if self._foreign and base.payload == remote.payload:
+            return
+        self._decide(ref, chain, ancestor, remote, conflict_raw is not None)
+
+    def replace_base(self, ref: Ref, remote: BaseRow) -> None:
+        """Put what is pending on another base without asking anybody (R29)."""
+        row = self._writer.entity(ref)
+        assert row is not None
+        self._set_base(ref, row, remote)
+
+    def _adds_up(self, ref: Ref, ancestor: BaseRow, remote: BaseRow) -> bool:
+        """Whether the same bytes on both sides are two changes to this collection's policy
+        (counters). A transaction of our own that comes back after a restore is told apart by the
+        server: its id is known, so changed content is superseded (R14)."""
+        if ancestor.payload is None or remote.payload is None:
+            return False
+        policy = self._policy_for(self._writer.catalogue.by_number[ref[0]].name)
+        return bool(getattr(policy, "merges_equal", False))
+
+    def sequence(self) -> int:
+        """The one local commit sequence of everything this rebase shows to readers."""
+        if not self._sequence:
+            self._sequence = self._writer.next_sequence()
+        return self._sequence
+
+    # ------------------------------------------------------------ deciding
+
+    def _decide(
+        self, ref: Ref, chain: list[Step], ancestor: BaseRow, remote: BaseRow, known: bool
+    ) -> None:
+        name = self._writer.catalogue.by_number[ref[0]].name
+        policy = self._policy_for(name)
+        last = chain[-1]
+        conflict = self._conflict(ref, ancestor, last.op.payload, remote, last, chain[0])
+        try:
+            resolution = ask(policy, conflict)
+            merged = (
+                self._merge_in_turn(ref, policy, chain, ancestor, remote, resolution)
+                if resolution.action is Action.MERGE
+                else None
+            )
+        except Exception as error:
+            # R26: a policy that raises holds the transaction, and the person gets to see why.
+            conflict = conflict.with_error(f"{type(error).__name__}: {error}")
+            self.hold(ref, chain, conflict, known)
+            return
+        if resolution.action is Action.SKIP or (merged is not None and merged.skipped):
+            self.hold(ref, chain, conflict, known)
+            return
+        self.report.resolved.append(Resolved(conflict, resolution))
+        self._drop_conflict(ref, known)
+        if resolution.action is Action.ACCEPT_REMOTE:
+            message = f"the policy of {conflict.collection!r} took the server's side"
+            self._withdraw_lost(chain, conflict, message)
+        elif merged is not None:
+            self._store_merged(ref, chain, remote, merged.payloads)
+
+    def _merge_in_turn(
+        self,
+        ref: Ref,
+        policy: ConflictPolicy,
+        chain: list[Step],
+        ancestor: BaseRow,
+        remote: BaseRow,
+        first: ConflictResolution,
+    ) -> Merged:
+        """R25, like a cherry-pick: each operation on what the one before it became."""
+        if len(chain) == 1:
+            return Merged([first.payload])
+        below, onto = ancestor, remote
+        payloads: list[bytes | None] = []
+        for step in chain:
+            if below.payload == onto.payload:
+                payloads.append(step.op.payload)
+            else:
+                conflict = self._conflict(ref, below, step.op.payload, onto, step, chain[0])
+                answer = ask(policy, conflict)
+                if answer.action is Action.SKIP:
+                    return Merged([], skipped=True)
+                payloads.append(_answered(answer, step.op.payload, onto.payload))
+            timestamp = self._clamp(step.transaction.timestamp)
+            device = self._writer.device_id
+            below = BaseRow(remote.version, device, timestamp, step.op.payload)
+            onto = BaseRow(remote.version, device, timestamp, payloads[-1])
+        return Merged(payloads)
+
+    def _conflict(
+        self,
+        ref: Ref,
+        base: BaseRow,
+        local: bytes | None,
+        remote: BaseRow,
+        step: Step,
+        first: Step,
+    ) -> Conflict:
+        return Conflict(
+            collection=self._writer.catalogue.by_number[ref[0]].name,
+            id_bytes=ref[1],
+            base_payload=base.payload,
+            local_payload=local,
+            remote_payload=remote.payload,
+            base_version=base.version,
+            remote_version=remote.version,
+            base_device=base.device_id,
+            local_device=self._writer.device_id,
+            remote_device=remote.device_id,
+            base_timestamp=base.timestamp,
+            local_timestamp=self._clamp(step.transaction.timestamp),
+            remote_timestamp=remote.timestamp,
+            transaction_id=first.transaction.transaction_id,
+        )
+
+    def _clamp(self, timestamp: int) -> int:
+        return min(timestamp, self._timestamp_max)
+
+    # ------------------------------------------------------------ outcomes
+
+    def _drop_done(self, ref: Ref, chain: list[Step], count: int) -> None:
+        """The first ``count`` operations of the chain are on the server already (R24)."""
+        for step in chain[:count]:
+            self._remove_op(step)
+        self._relink(ref, chain[count:])
+
+    def _store_merged(
+        self, ref: Ref, chain: list[Step], remote: BaseRow, payloads: list[bytes | None]
+    ) -> None:
+        below = remote.payload
+        left = []
+        for step, payload in zip(chain, payloads, strict=True):
+            if payload == below:
+                self._remove_op(step)
+                continue
+            below = payload
+            if step.op.payload != payload:
+                step.op.payload = payload
+                self._save(step.transaction)
+            left.append(step)
+        self._relink(ref, left)
+
+    def _remove_op(self, step: Step) -> None:
+        transaction = step.transaction
+        transaction.operations.remove(step.op)
+        if transaction.operations:
+            self._save(transaction)
+            return
+        self.remove(transaction)
+        self.report.done.append(transaction.transaction_id)
+
+    def _relink(self, ref: Ref, chain: list[Step]) -> None:
+        """Make ``chain`` the whole chain of the entity and show what is on top of it."""
+        previous = 0
+        for step in chain:
+            if step.op.previous != previous:
+                step.op.previous = previous
+                self._save(step.transaction)
+            previous = step.transaction.sequence
+        self.show_top(ref, chain[-1] if chain else None)
+
+    def show_top(self, ref: Ref, top: Step | None) -> None:
+        """The view of the entity becomes the operation ``top``, or its base (R18, R25)."""
+        row = self._writer.entity(ref)
+        assert row is not None, "an entity with pending changes has a row"
+        if top is None:
+            base = self._base(ref, row)
+            self._set_clean(ref, row, base)
+            return
+        flags = row.flags & ~IS_HELD & ~REMOTE
+        if top.transaction.held:
+            flags |= IS_HELD
+        new = EntityRow(
+            flags,
+            row.sequence,
+            row.version,
+            self._writer.device_id,
+            top.transaction.timestamp,
+            top.transaction.sequence,
+            top.op.payload,
+        )
+        self._replace(ref, new, row)
+
+    def _set_clean(self, ref: Ref, row: EntityRow, base: BaseRow) -> None:
+        if row.flags & HAS_BASE:
+            self._writer.delete(base_key(*ref))
+        self._drop_conflict(ref, self._writer.get(conflict_key(*ref)) is not None)
+        origin = 0 if base.device_id == self._writer.device_id else REMOTE
+        new = EntityRow(
+            origin, row.sequence, base.version, base.device_id, base.timestamp, 0, base.payload
+        )
+        self._replace(ref, new, row)
+
+    def _replace(self, ref: Ref, new: EntityRow, old: EntityRow) -> None:
+        if new.payload == old.payload and old.sequence:
+            self._writer.put_entity(ref, new, old)
+        else:
+            self._writer.show(ref, new, old, self.sequence())
+
+    # ------------------------------------------------------------ withdrawing (R4)
+
+    def _withdraw_lost(self, chain: list[Step], conflict: Conflict, message: str) -> None:
+        self.withdraw(
+            [step.transaction for step in chain], "conflict", message, [lost_to(conflict)]
+        )
+
+    def withdraw(
+        self,
+        roots: Iterable[PendingTransaction],
+        code: str,
+        message: str,
+        lost: list[list[Any]],
+    ) -> None:
+        """Take ``roots`` and everything built on them out of the view and into ``discarded``."""
+        roots = list(roots)
+        everything = self._closure(roots)
+        chosen = {transaction.sequence for transaction in roots}
+        for transaction in everything:
+            if transaction.sequence in chosen:
+                reason = (code, message, lost)
+            else:
+                first = roots[0].transaction_id.hex()
+                reason = ("depends", f"built on transaction {first}: {message}", lost)
+            self._discard(transaction, *reason)
+        touched: dict[Ref, int] = {}
+        for transaction in everything:
+            self.remove(transaction)
+            for op in transaction.operations:
+                # The oldest withdrawn operation of an entity names what stays under it.
+                touched.setdefault((op.collection, op.entity_id), op.previous)
+        for ref, previous in touched.items():
+            self.show_top(ref, self._step(ref, previous))
+
+    def _closure(self, roots: list[PendingTransaction]) -> list[PendingTransaction]:
+        """``roots`` and every later pending transaction that touches an entity they touched, and
+        so on; oldest first."""
+        found = {transaction.sequence: transaction for transaction in roots}
+        queue = list(roots)
+        while queue:
+            transaction = queue.pop()
+            for op in transaction.operations:
+                for later in self._later((op.collection, op.entity_id), transaction.sequence):
+                    if later.sequence not in found:
+                        found[later.sequence] = later
+                        queue.append(later)
+        return [found[sequence] for sequence in sorted(found)]
+
+    def _later(self, ref: Ref, sequence: int) -> list[PendingTransaction]:
+        row = self._writer.entity(ref)
+        found = []
+        at = 0 if row is None else row.pending
+        while at > sequence:
+            step = self._step(ref, at)
+            if step is None:
+                break
+            found.append(step.transaction)
+            at = step.op.previous
+        return found
+
+    def _discard(
+        self, transaction: PendingTransaction, code: str, message: str, lost: list[list[Any]]
+    ) -> None:
+        names = self._writer.catalogue.by_number
+        record = {
+            "transaction_id": transaction.transaction_id,
+            "timestamp": transaction.timestamp,
+            "code": code,
+            "message": message,
+            "operations": [
+                [names[op.collection].name, op.entity_id, op.payload]
+                for op in transaction.operations
+            ],
+            "lost_to": lost,
+            "at_ms": self._writer.now_ms,
+        }
+        key = sequence_key(DISCARDED, transaction.sequence)
+        self._writer.put(key, cbor.encode(record))
+        self._writer.head.discarded += 1
+        self.report.withdrawn.append(
+            Withdrawn(transaction.sequence, transaction.transaction_id, code, message)
+        )
+
+    # ------------------------------------------------------------ holding
+
+    def hold(self, ref: Ref, chain: list[Step], conflict: Conflict, known: bool) -> None:
+        """Keep the chain and what depends on it in the view, but out of pushes, until resolved."""
+        self._writer.put(conflict_key(*ref), encode_conflict(conflict))
+        if not known:
+            self._writer.head.conflicts += 1
+        self.report.unresolved.append(conflict)
+        for transaction in self._closure([step.transaction for step in chain]):
+            self._set_held(transaction, True)
+
+    def _set_held(self, transaction: PendingTransaction, held: bool) -> None:
+        if transaction.held == held:
+            return
+        writer = self._writer
+        writer.delete(transaction.key)
+        transaction.held = held
+        self._save(transaction)
+        writer.head.held += 1 if held else -1
+        writer.head.ready += -1 if held else 1
+        for op in transaction.operations:
+            ref = (op.collection, op.entity_id)
+            row = writer.entity(ref)
+            assert row is not None
+            if row.pending == transaction.sequence or held:
+                row.flags = row.flags | IS_HELD if held else row.flags & ~IS_HELD
+                writer.put_entity(ref, row, row)
+
+    def _drop_conflict(self, ref: Ref, known: bool) -> None:
+        if known:
+            self._writer.delete(conflict_key(*ref))
+            self._writer.head.conflicts -= 1
+            self._released = True
+
+    def release(self) -> None:
+        """Let held transactions go that no open conflict holds any more. Call once at the end."""
+        if not self._released:
+            return
+        held_refs: set[Ref] = set()
+        for transaction in self._held():
+            refs = {(op.collection, op.entity_id) for op in transaction.operations}
+            open_conflict = any(self._writer.get(conflict_key(*ref)) is not None for ref in refs)
+            if open_conflict or refs & held_refs:
+                held_refs |= refs
+            else:
+                self._set_held(transaction, False)
+
+    def _held(self) -> list[PendingTransaction]:
+        """Every held transaction as this commit leaves it, oldest first."""
+        pairs = dict(self._writer.snapshot.scan(HELD, end_of(HELD)))
+        for key, value in self._writer.changes.items():
+            if key[:1] == HELD:
+                if value is None:
+                    pairs.pop(key, None)
+                else:
+                    pairs[key] = value
+        return [self._remember(decode_pending(key, pairs[key])) for key in sorted(pairs)]
+
+    def resolve(self, ref: Ref, conflict: Conflict, resolution: ConflictResolution) -> None:
+        """What a person decided about an open conflict (R25). A value becomes the newest pending
+        operation of the entity; those before it stay as they are."""
+        row = self._writer.entity(ref)
+        assert row is not None, "an open conflict keeps its entity dirty"
+        chain = self._chain(ref, row)
+        self.report.resolved.append(Resolved(conflict, resolution))
+        self._drop_conflict(ref, True)
+        if resolution.action is Action.ACCEPT_REMOTE:
+            self._withdraw_lost(chain, conflict, "a person took the server's side")
+        elif resolution.action is Action.MERGE:
+            top = chain[-1]
+            top.op.payload = resolution.payload
+            self._save(top.transaction)
+            self.show_top(ref, top)
+
+    # ------------------------------------------------------------ chains, bases, rows
+
+    def _chain(self, ref: Ref, row: EntityRow) -> list[Step]:
+        """The pending operations of an entity, oldest first."""
+        steps = []
+        at = row.pending
+        while at:
+            step = self._step(ref, at)
+            if step is None:
+                break
+            steps.append(step)
+            at = step.op.previous
+        if not steps:
+            raise CorruptionError(
+                f"entity {ref[1].hex()} says it has pending changes, but the outbox has none; "
+                "run `entidb verify`"
+            )
+        return steps[::-1]
+
+    def _step(self, ref: Ref, sequence: int) -> Step | None:
+        transaction = self.load(sequence) if sequence else None
+        if transaction is None:
+            return None
+        for op in transaction.operations:
+            if op.entity_id == ref[1] and op.collection == ref[0]:
+                return Step(transaction, op)
+        return None
+
+    def load(self, sequence: int) -> PendingTransaction | None:
+        """The pending transaction as this rebase has left it."""
+        known = self._loaded.get(sequence)
+        if known is not None:
+            return known if known.sequence else None
+        found = self._writer.pending(sequence)
+        return None if found is None else self._remember(found)
+
+    def _remember(self, transaction: PendingTransaction) -> PendingTransaction:
+        return self._loaded.setdefault(transaction.sequence, transaction)
+
+    def _save(self, transaction: PendingTransaction) -> None:
+        self._writer.put_pending(transaction)
+
+    def remove(self, transaction: PendingTransaction) -> None:
+        """Take a transaction out of the outbox; its entities are the caller's."""
+        self._writer.delete(transaction.key)
+        self._loaded[transaction.sequence] = _GONE
+        if transaction.held:
+            self._writer.head.held -= 1
+        else:
+            self._writer.head.ready -= 1
+
+    def forget(self, transaction: PendingTransaction) -> None:
+        """It was taken out of the outbox elsewhere in this commit."""
+        self._loaded[transaction.sequence] = _GONE
+
+    def _base(self, ref: Ref, row: EntityRow) -> BaseRow:
+        if not row.flags & HAS_BASE:
+            return absent_base(row.version)
+        raw = self._writer.get(base_key(*ref))
+        if raw is None:
+            raise CorruptionError(
+                f"the base of entity {ref[1].hex()} is missing; run `entidb verify`"
+            )
+        return decode_base(raw)
+
+    def _set_base(self, ref: Ref, row: EntityRow, base: BaseRow) -> None:
+        """Replace the base of a dirty entity; the view stays."""
+        writer = self._writer
+        if base.payload is not None:
+            writer.put(base_key(*ref), base.encode())
+            row.flags |= HAS_BASE
+        elif row.flags & HAS_BASE:
+            writer.delete(base_key(*ref))
+            row.flags &= ~HAS_BASE
+        row.version = base.version
+        writer.put_entity(ref, row, row)
+
+    # ------------------------------------------------------------ settling (R18)
+
+    def settle_accepted(
+        self, transaction: PendingTransaction, version: int, timestamp: int, cursor: int
+    ) -> None:
+        """The server has it as ``version``."""
+        self.remove(transaction)
+        for op in transaction.operations:
+            ref = (op.collection, op.entity_id)
+            row = self._writer.entity(ref)
+            assert row is not None, "an unsettled operation keeps its entity dirty"
+            if version > cursor and self._base(ref, row).version < version:
+                written = BaseRow(version, self._writer.device_id, timestamp, op.payload)
+                self._set_base(ref, row, written)
+            if row.pending == transaction.sequence:
+                self.show_base(ref)
+
+    def settle_superseded(self, transaction: PendingTransaction) -> None:
+        """Another copy of it was accepted with other content: the next pull brings that. What is
+        pending on top was built on content that is gone, so the policy is asked about it."""
+        self.remove(transaction)
+        for op in transaction.operations:
+            ref = (op.collection, op.entity_id)
+            row = self._writer.entity(ref)
+            assert row is not None
+            if row.pending == transaction.sequence:
+                self.show_top(ref, self._step(ref, op.previous))
+                continue
+            base = self._base(ref, row)
+            if base.payload != op.payload:
+                written = BaseRow(
+                    base.version, self._writer.device_id, transaction.timestamp, op.payload
+                )
+                known = self._writer.get(conflict_key(*ref)) is not None
+                self._decide(ref, self._chain(ref, row), written, base, known)
+
+    def show_base(self, ref: Ref) -> None:
+        """Nothing is pending any more: the view is the base."""
+        self.show_top(ref, None)
+
+
+class Merged(Struct):
+    """Outcome of merging a chain: a payload for each operation, unless skipped."""
+
+    payloads: list[bytes | None]
+    skipped: bool = False
+
+
+_GONE = PendingTransaction(0, NO_DEVICE, 0, [])
+
+
+def _done_prefix(chain: list[Step], remote: bytes | None) -> int:
+    """How many operations of the chain the server state ``remote`` already contains: up to the
+    newest one that wrote the same bytes."""
+    for index in range(len(chain) - 1, -1, -1):
+        if chain[index].op.payload == remote:
+            return index + 1
+    return 0
+
+
+def ask(policy: ConflictPolicy, conflict: Conflict) -> ConflictResolution:
+    """A policy's answer. Raises ``TypeError`` if it is not a ``ConflictResolution``."""
+    answer = policy(conflict)
+    if not isinstance(answer, ConflictResolution):
+        raise TypeError(
+            f"the policy answered {type(answer).__name__}; return a ConflictResolution, such as "
+            "ConflictResolution.keep_local()"
+        )
+    return answer
+
+
+def _answered(
+    answer: ConflictResolution, local: bytes | None, remote: bytes | None
+) -> bytes | None:
+    if answer.action is Action.MERGE:
+        return answer.payload
+    return local if answer.action is Action.KEEP_LOCAL else remote
+
+
+# ---------------------------------------------------------------- conflict records
+
+
+def encode_conflict(conflict: Conflict) -> bytes:
+    return cbor.encode(
+        {
+            "base": _state(
+                conflict.base_version,
+                conflict.base_device,
+                conflict.base_timestamp,
+                conflict.base_payload,
+            ),
+            "remote": _state(
+                conflict.remote_version,
+                conflict.remote_device,
+                conflict.remote_timestamp,
+                conflict.remote_payload,
+            ),
+            "local_timestamp": conflict.local_timestamp,
+            "transaction_id": conflict.transaction_id,
+            "error": conflict.error,
+        }
+    )
+
+
+def decode_conflict(raw: bytes, collection: str, ref: Ref, local: bytes | None) -> Conflict:
+    """A stored conflict; ``local`` is what the view has now, which later commits may change."""
+    record = cbor.decode_trusted(raw)
+    base, remote = record["base"], record["remote"]
+    return Conflict(
+        collection=collection,
+        id_bytes=ref[1],
+        base_payload=base[3],
+        local_payload=local,
+        remote_payload=remote[3],
+        base_version=base[0],
+        remote_version=remote[0],
+        base_device=base[1],
+        local_device=NO_DEVICE,
+        remote_device=remote[1],
+        base_timestamp=base[2],
+        local_timestamp=record["local_timestamp"],
+        remote_timestamp=remote[2],
+        transaction_id=record["transaction_id"],
+        error=record["error"],
+    )
+
+
+def decode_conflict_base(raw: bytes) -> BaseRow:
+    version, device, timestamp, payload = cbor.decode_trusted(raw)["base"]
+    return BaseRow(version, device, timestamp, payload)
+
+
+def lost_to(conflict: Conflict) -> list[Any]:
+    """How a ``discarded`` record names the server state a transaction lost to."""
+    return [
+        conflict.collection,
+        conflict.id_bytes,
+        conflict.remote_version,
+        conflict.remote_device,
+        conflict.remote_timestamp,
+        conflict.remote_payload,
+    ]
+
+
+def _state(version: int, device: bytes, timestamp: int, payload: bytes | None) -> list[Any]:
+    return [version, device, timestamp, payload]
+
+
+__all__ = ["Rebase", "RebaseReport", "Resolved", "Withdrawn"]

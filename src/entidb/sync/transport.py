@@ -1,0 +1,291 @@
+"""The seam between the cycle and the network, and the transports that need no network.
+
+    cycle ── SyncRequest ──▶ SyncTransport ──┬── HttpTransport ──▶ HttpClient ──┬── HttpxClient
+          ◀─ SyncResponse ──                 │     (http.py)                    └── LoopbackClient
+                                             └── MockTransport                        │
+                                                                         LoopbackServer, in process
+
+A transport moves messages and turns everything that can go wrong into a ``SyncError``. It never
+decides what to do about one: retrying, backoff and the meaning of an answer belong to the cycle
+and its driver. HTTP itself, bytes and compression live in ``http.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+from urllib.parse import urlsplit
+
+from entidb.errors import ProtocolError, SyncError, SyncStateError, TransportError, error_from_code
+from entidb.protocol import (
+    ErrorResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    SyncRequest,
+    SyncResponse,
+    response_type,
+)
+
+#: What a transport hands out: an ``ErrorResponse`` has become an exception on the way.
+Answer = HandshakeResponse | PullResponse | PushResponse
+
+_A = TypeVar("_A", HandshakeResponse, PullResponse, PushResponse)
+
+
+class SyncTransport(Protocol):
+    """Carries the messages of one device to one server.
+
+    - ``send`` and the three named methods return the answer that belongs to the request, or
+      raise a ``SyncError``; an ``ErrorResponse`` of the server is raised as the class its code
+      has in ``entidb.errors.ERROR_TABLE``, with its ``retry_after`` and ``details``.
+    - An exception says nothing about whether the server got the request. Every request can be
+      sent again (R14).
+    - ``connected`` is true from an exchange that brought its answer until a ``TransportError``,
+      or ``close``; a refusal leaves it as it is. While it is false a handshake is due (R10).
+    - One request at a time, from one thread at a time; ``close`` may come from any thread, ends
+      a request that is under way with a ``SyncError``, and may be called again.
+    """
+
+    @property
+    def connected(self) -> bool: ...
+
+    def send(self, request: SyncRequest) -> Answer: ...
+
+    def handshake(self, request: HandshakeRequest) -> HandshakeResponse: ...
+
+    def pull(self, request: PullRequest) -> PullResponse: ...
+
+    def push(self, request: PushRequest) -> PushResponse: ...
+
+    def send_ahead(self, request: SyncRequest) -> None:
+        """A hint: ``request`` will be what is sent next. A transport may start on it now; its
+        answer or error comes out of the next ``send`` of an equal request. Any other ``send``,
+        and ``forget_ahead``, drop it. Raises nothing."""
+        ...
+
+    def forget_ahead(self) -> None:
+        """Drop what ``send_ahead`` started: call it where a cycle begins, so that no answer from
+        before it is taken for a fresh one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class BaseTransport(ABC):
+    """A ``SyncTransport`` but for ``_exchange``: bookkeeping and the checks all of them share."""
+
+    def __init__(self) -> None:
+        self._connected = False
+        self._closed = False
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    def handshake(self, request: HandshakeRequest) -> HandshakeResponse:
+        return _expect(HandshakeResponse, self.send(request))
+
+    def pull(self, request: PullRequest) -> PullResponse:
+        return _expect(PullResponse, self.send(request))
+
+    def push(self, request: PushRequest) -> PushResponse:
+        return _expect(PushResponse, self.send(request))
+
+    def send(self, request: SyncRequest) -> Answer:
+        self._check_open()
+        try:
+            answer = check_response(request, self._exchange(request))
+        except TransportError:
+            self._connected = False
+            raise
+        self._connected = not self._closed
+        return answer
+
+    @abstractmethod
+    def _exchange(self, request: SyncRequest) -> SyncResponse:
+        """One request, one answer; ``TransportError`` if no answer of the server's came back."""
+
+    # Only a hint, so doing nothing about it is a complete answer.
+    def send_ahead(self, request: SyncRequest) -> None:
+        return None
+
+    def forget_ahead(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self._closed = True
+        self._connected = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SyncStateError("the transport is closed: make a new one")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_response(request: SyncRequest, response: SyncResponse) -> Answer:
+    """The answer if it is one to ``request``; raises what an ``ErrorResponse`` says."""
+    if isinstance(response, ErrorResponse):
+        raise error_from_response(response)
+    if not isinstance(response, response_type(request)):
+        raise ProtocolError(
+            f"the answer to a {type(request).__name__} was a {type(response).__name__}"
+        )
+    return response
+
+
+def error_from_response(response: ErrorResponse) -> SyncError:
+    return error_from_code(
+        response.code,
+        response.message,
+        # A negative time would be a wait that has no end in some schedulers.
+        retry_after=None if response.retry_after is None else max(response.retry_after, 0.0),
+        details=dict(response.details),
+    )
+
+
+def _expect(kind: type[_A], answer: Answer) -> _A:
+    assert isinstance(answer, kind), answer  # ``send`` has checked it
+    return answer
+
+
+#: One step of a script: what to answer, what to raise, or a function that does either.
+MockStep = SyncResponse | BaseException | Callable[[SyncRequest], SyncResponse]
+
+
+class MockTransport(BaseTransport):
+    """A transport for tests, with a script or a function in the place of the server.
+
+    ``script`` is either a list of steps, one per request: an answer (an ``ErrorResponse`` is
+    raised as over any transport), an exception to raise, or a function of the request; or one
+    function that answers every request. ``requests`` holds what was sent, in order. A request
+    beyond the end of the script is an ``AssertionError``, so is ``assert_done`` while steps are
+    left: both are mistakes of a test and not of a network, and no retry may swallow them.
+    """
+
+    def __init__(self, script: Iterable[MockStep] | Callable[[SyncRequest], SyncResponse]) -> None:
+        super().__init__()
+        self.requests: list[SyncRequest] = []
+        self._function = script if callable(script) else None
+        self._steps = [] if callable(script) else list(script)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def _exchange(self, request: SyncRequest) -> SyncResponse:
+        self.requests.append(request)
+        step: MockStep = self._function if self._function is not None else self._next(request)
+        if isinstance(step, BaseException):
+            raise step
+        return step(request) if callable(step) else step
+
+    def _next(self, request: SyncRequest) -> MockStep:
+        if not self._steps:
+            raise AssertionError(
+                f"request {len(self.requests)} is beyond the end of the script: {request!r}"
+            )
+        return self._steps.pop(0)
+
+    def assert_done(self) -> None:
+        """Raise ``AssertionError`` unless every step of the script was used."""
+        if self._steps:
+            raise AssertionError(f"{len(self._steps)} steps left, the next is {self._steps[0]!r}")
+
+
+@dataclass(frozen=True)
+class HttpResponse:
+    """An answer as it came: ``headers`` by lower-case name, ``body`` still in whatever
+    ``content-encoding`` they name."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class HttpClient(Protocol):
+    """The little of HTTP that ``HttpTransport`` needs; fits over any client library.
+
+    - ``request`` sends exactly these headers (and Host and Content-Length), follows no redirect,
+      and returns any status as an answer. ``timeout_s`` bounds the whole exchange.
+    - The body is returned as it was on the wire. A client that unpacks it by itself has to bound
+      that by itself, and to leave ``content-encoding`` out of the headers it returns.
+    - Where no answer comes, it raises a ``SyncError``, ``TimeoutError`` or another ``OSError``.
+    - ``request`` can be called from two threads at once. ``close`` ends both with an error.
+    """
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+    ) -> HttpResponse: ...
+
+    def close(self) -> None: ...
+
+
+class HttpAnswer(Protocol):
+    """What a ``LoopbackServer`` answers with: anything with these three, because the server's
+    package does not know the device's."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+
+class LoopbackServer(Protocol):
+    """What a server in the same process must offer: HTTP without the wire.
+
+    ``path`` is the path of the URL ("/v1/pull"), ``headers`` have lower-case names, ``body`` is
+    as the client sent it, compressed or not. Every refusal is an answer; an exception is a bug
+    of the server, and passes through the client unchanged. Called from any thread.
+    """
+
+    def handle_http(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> HttpAnswer: ...
+
+
+class LoopbackClient:
+    """An ``HttpClient`` that calls straight into a server in this process.
+
+    Everything above the socket is real: messages, headers, tokens, compression, errors.
+    Use it with a loopback URL: ``HttpTransport("http://localhost", client=LoopbackClient(s))``.
+    """
+
+    def __init__(self, server: LoopbackServer) -> None:
+        self._server = server
+        self._closed = False
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+    ) -> HttpResponse:
+        if self._closed:
+            raise SyncStateError("the client is closed: make a new one")
+        path = urlsplit(url).path
+        lower = {name.lower(): value for name, value in headers.items()}
+        answer = self._server.handle_http(method, path, lower, body)
+        names = {name.lower(): value for name, value in answer.headers.items()}
+        return HttpResponse(answer.status, names, answer.body)
+
+    def close(self) -> None:
+        """The server is not this client's, and stays open."""
+        self._closed = True

@@ -1,0 +1,136 @@
+"""Ids, names and clocks, and the few words every layer shares. No I/O, no records, no messages.
+
+Time and randomness enter here as parameters (``Clock``, ``Entropy``), so that the simulator can
+run the real code: nothing below the command line reads the clock or calls ``random`` by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Final, NewType, Protocol
+
+from entidb.errors import InvalidNameError
+
+#: Commit sequence of a database: 1 is the first commit, 0 means "never".
+Sequence = NewType("Sequence", int)
+#: Hybrid logical clock: milliseconds since 1970 in the upper 48 bits, a counter in the lower 16.
+Timestamp = NewType("Timestamp", int)
+#: Source of random bytes: called with a length, returns that many bytes.
+Entropy = Callable[[int], bytes]
+
+ID_BYTES: Final = 16
+SEQUENCE_MAX: Final = 2**63 - 1
+#: Default and lower bound every server must accept (rules, "Limits").
+TRANSACTION_BYTES_MAX: Final = 16 * 1024 * 1024
+#: What one entity write counts beside its payload, in ``transaction_bytes_max``: more than its id,
+#: versions and heads take on the wire, so that what fits here also fits there.
+OPERATION_OVERHEAD_BYTES: Final = 64
+#: UTF-8 bytes. Short enough to stand in any index, long enough for a path-like name.
+COLLECTION_NAME_BYTES_MAX: Final = 255
+#: Arrays and maps inside each other in one entity value.
+NESTING_MAX: Final = 64
+_HLC_COUNTER_BITS: Final = 16
+# C0, DEL and C1: they would forge lines in logs and terminals. Surrogates have no UTF-8 at all.
+_NAME_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def check_name(name: str) -> str:
+    """``name`` itself, if a collection or a database may be called so: 1 to 255 bytes of UTF-8,
+    without control characters; else ``InvalidNameError``. Names are compared byte by byte and
+    never normalised."""
+    if not isinstance(name, str):
+        raise InvalidNameError(f"a name is text, not {type(name).__name__}")
+    if _NAME_FORBIDDEN.search(name) is not None:
+        raise InvalidNameError(f"the name {name!r} contains a control character: remove it")
+    if not 0 < len(name.encode()) <= COLLECTION_NAME_BYTES_MAX:
+        raise InvalidNameError(
+            f"a name has 1 to {COLLECTION_NAME_BYTES_MAX} bytes of UTF-8, "
+            f"{name[:40]!r} has {len(name.encode())}"
+        )
+    return name
+
+
+class Clock(Protocol):
+    """Where time comes from. ``now_ms`` may jump; ``monotonic`` (seconds) never goes back."""
+
+    def now_ms(self) -> int: ...
+
+    def monotonic(self) -> float: ...
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Sleep up to ``seconds``, or until ``event`` is set; returns whether it is set."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        return event.wait(seconds)
+
+
+def system_entropy(length: int) -> bytes:
+    return os.urandom(length)
+
+
+def timestamp_from_ms(milliseconds: int) -> Timestamp:
+    return Timestamp(milliseconds << _HLC_COUNTER_BITS)
+
+
+def ms_from_timestamp(timestamp: int) -> int:
+    return timestamp >> _HLC_COUNTER_BITS
+
+
+def next_timestamp(now_ms: int, last: int) -> Timestamp:
+    """The hybrid logical clock's next tick: never below the wall clock, always above ``last``."""
+    return Timestamp(max(now_ms << _HLC_COUNTER_BITS, last + 1))
+
+
+class IdSource:
+    """Makes UUIDv7 ids (RFC 9562, section 5.7) that sort in the order they were made.
+
+    Within a millisecond, and when the clock goes back, the 12 bits of ``rand_a`` are a counter
+    (method 1 of section 6.2), so new entities land at the end of the tree, where writing is cheap.
+    Thread-safe.
+    """
+
+    def __init__(self, clock: Clock, entropy: Entropy = system_entropy) -> None:
+        self._clock = clock
+        self._entropy = entropy
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def new_bytes(self) -> bytes:
+        with self._lock:
+            # 48 bits of milliseconds and 12 bits of counter, as one growing number.
+            tick = max(self._clock.now_ms() << 12, self._last + 1)
+            self._last = tick
+        random = int.from_bytes(self._entropy(8), "big") & ((1 << 62) - 1)
+        number = (tick >> 12) << 80 | 0x7 << 76 | (tick & 0xFFF) << 64 | 0b10 << 62 | random
+        return number.to_bytes(ID_BYTES, "big")
+
+    def new(self) -> uuid.UUID:
+        return uuid.UUID(bytes=self.new_bytes())
+
+
+_set_slot = object.__setattr__
+
+
+def uuid_from_bytes(raw: bytes) -> uuid.UUID:
+    """``uuid.UUID(bytes=raw)`` without its argument checks, which cost more than reading the
+    entity; ``raw`` must be 16 bytes."""
+    made = object.__new__(uuid.UUID)
+    _set_slot(made, "int", int.from_bytes(raw, "big"))
+    _set_slot(made, "is_safe", uuid.SafeUUID.unknown)
+    return made

@@ -1,0 +1,81 @@
+"""The package's front door: every public name is there, lazily, and the server is an extra."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import entidb
+from entidb import errors
+
+PACKAGE = Path(entidb.__file__)
+
+
+@pytest.mark.parametrize("name", entidb.__all__)
+def test_every_public_name_can_be_imported_from_the_package(name: str):
+    assert getattr(entidb, name) is not None
+    assert name in dir(entidb)
+
+
+def test_every_error_is_exported():
+    classes = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.EntiDBError)
+    }
+    assert classes <= set(entidb.__all__)
+
+
+def test_type_checkers_see_the_names_that_are_loaded_lazily():
+    tree = ast.parse(PACKAGE.read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == entidb._HOME_OF
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="Databse"):
+        entidb.Databse  # noqa: B018
+
+
+def test_importing_the_package_loads_none_of_its_parts():
+    code = "import sys, entidb; print(*(m for m in sys.modules if m.startswith('entidb.')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == []
+
+
+def test_a_missing_server_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    def missing(home: str) -> object:
+        raise ModuleNotFoundError("No module named 'starlette'", name="starlette")
+
+    monkeypatch.setattr(entidb, "import_module", missing)
+    monkeypatch.delitem(vars(entidb), "create_app", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "entidb\[server\]"'):
+        entidb.create_app  # noqa: B018
+
+
+def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch: pytest.MonkeyPatch):
+    def missing(home: str) -> object:
+        raise ModuleNotFoundError("No module named 'lmdb'", name="lmdb")
+
+    monkeypatch.setattr(entidb, "import_module", missing)
+    monkeypatch.delitem(vars(entidb), "Database", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="lmdb"):
+        entidb.Database  # noqa: B018

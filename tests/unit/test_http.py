@@ -1,0 +1,1124 @@
+"""The HTTP transport against a server of raw bytes, which can do everything a server should not."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gzip
+import importlib
+import ipaddress
+import itertools
+import socket
+import ssl
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from email.utils import format_datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+from entidb.errors import (
+    AuthenticationError,
+    ConfigError,
+    PermissionDeniedError,
+    ProtocolError,
+    ServerBusyError,
+    ServerError,
+    SyncCodecError,
+    SyncError,
+    SyncStateError,
+    SyncTimeoutError,
+    TlsError,
+    TransportError,
+)
+from entidb.protocol import (
+    ErrorResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    Limits,
+    PullCommit,
+    PullOperation,
+    PullRequest,
+    PullResponse,
+    PushOperation,
+    PushRequest,
+    PushTransaction,
+    decode,
+    encode,
+)
+from entidb.sync import http
+from entidb.sync.config import HttpConfig
+from entidb.sync.http import HttpResponse, HttpTransport, HttpxClient
+
+try:
+    zstd: Any = importlib.import_module("compression.zstd")
+except ImportError:
+    zstd = importlib.import_module("backports.zstd")
+
+ID = bytes(range(16))
+LIMITS = Limits(
+    transaction_bytes_max=2**24,
+    message_bytes_max=2**26,
+    push_operations_max=10,
+    pull_operations_max=10,
+    collections_max=10,
+)
+HANDSHAKE = HandshakeRequest(major=1, minor=0, db_id="d", device_id=ID, history=None, cursor=0)
+PULL = PullRequest(db_id="d", device_id=ID, history=ID, cursor=3, limit=10, bytes_max=1000)
+PAGE = PullResponse(collections=[], commits=[], cursor=3, has_more=False, head=3, floor=0, time=1)
+BIG_PAGE = PullResponse(
+    collections=["notes"],
+    commits=[PullCommit(4, ID, 1, [PullOperation(0, ID, b"\xa0" * 5000)])],
+    cursor=4,
+    has_more=False,
+    head=4,
+    floor=0,
+    time=1,
+)
+BIG_PUSH = PushRequest(
+    db_id="d",
+    device_id=ID,
+    history=ID,
+    cursor=3,
+    collections=["notes"],
+    transactions=[PushTransaction(ID, 1, [PushOperation(0, ID, 0, b"\xa0" * 5000)])],
+)
+#: Of every wait that must not happen; far above what any of these tests needs.
+PATIENCE_S = 20.0
+
+
+def welcome(*features: str) -> HandshakeResponse:
+    return HandshakeResponse(
+        major=1, minor=0, history=ID, head=3, floor=0, limits=LIMITS, features=[*features], time=1
+    )
+
+
+# -- a server of raw bytes --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Received:
+    connection: int
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+#: One thing to do with an answer: send bytes, wait until the test is over, or hang up.
+STALL = "stall"
+HANG_UP = "hang up"
+Step = bytes | str
+
+
+def reply(
+    body: bytes = b"",
+    status: str = "200 OK",
+    content_type: str | None = "application/cbor",
+    **headers: str,
+) -> bytes:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if content_type is not None:
+        named["Content-Type"] = content_type
+    named.setdefault("Content-Length", str(len(body)))
+    lines = "".join(f"{name}: {value}\r\n" for name, value in named.items())
+    return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode() + body
+
+
+def refusal(code: str, status: str, **headers: str) -> bytes:
+    said = ErrorResponse(code=code, message=f"said {code}", retryable=False)
+    return reply(encode(said), status, **headers)
+
+
+class RawServer:
+    """Answers each request with the next steps of its script, the last of them for ever."""
+
+    def __init__(self, *script: bytes | list[Step], tls: ssl.SSLContext | None = None) -> None:
+        self._script: list[list[Step]] = [
+            [step] if isinstance(step, bytes) else step for step in script
+        ]
+        self._tls = tls
+        self.received: list[Received] = []
+        self.reached = threading.Event()
+        self.over = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        port = self._listener.getsockname()[1]
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.over.set()
+        # A listener that is only closed would leave the thread in accept().
+        for each in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+        for each in (self._listener, *self._sockets):
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                client, _ = self._listener.accept()
+                self._sockets.append(client)
+                thread = threading.Thread(target=self._serve, args=(number, client))
+                self._threads.append(thread)
+                thread.start()
+
+    def _serve(self, number: int, plain: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            client = plain
+            if self._tls is not None:
+                client = self._tls.wrap_socket(plain, server_side=True)
+                self._sockets.append(client)
+            with client.makefile("rb") as stream:
+                while (request := self._read(number, stream)) is not None:
+                    steps = self._script[min(len(self.received), len(self._script) - 1)]
+                    self.received.append(request)
+                    self.reached.set()
+                    if not self._play(client, steps):
+                        break
+            client.shutdown(socket.SHUT_RDWR)
+
+    def _read(self, number: int, stream: Any) -> Received | None:
+        first = stream.readline().decode().split()
+        if len(first) != 3:
+            return None
+        lines = iter(lambda: stream.readline().decode().strip(), "")
+        headers = {
+            name.lower(): value.strip() for name, _, value in (x.partition(":") for x in lines)
+        }
+        body = stream.read(int(headers["content-length"]))
+        return Received(number, first[0], first[1], headers, body)
+
+    def _play(self, client: socket.socket, steps: list[Step]) -> bool:
+        for step in steps:
+            if step == STALL:
+                self.over.wait(PATIENCE_S)
+            elif isinstance(step, bytes):
+                client.sendall(step)
+            else:
+                return False
+        return True
+
+
+def pull_from(server: RawServer, **settings: Any) -> Any:
+    with HttpTransport(server.url, config=HttpConfig(**settings)) as transport:
+        return transport.pull(PULL)
+
+
+def error_of(*script: bytes | list[Step], **settings: Any) -> SyncError:
+    with RawServer(*script) as server, pytest.raises(SyncError) as caught:
+        pull_from(server, **settings)
+    return caught.value
+
+
+# -- what is sent -----------------------------------------------------------------------------
+
+
+def test_a_request_is_a_post_of_cbor_and_its_answer_is_decoded():
+    with RawServer(reply(encode(PAGE))) as server, HttpTransport(server.url) as transport:
+        assert transport.pull(PULL) == PAGE
+        assert transport.connected
+    sent = server.received[0]
+    assert (sent.method, sent.path, sent.body) == ("POST", "/v1/pull", encode(PULL))
+    assert sent.headers["content-type"] == "application/cbor"
+    assert sent.headers["host"] == server.url.removeprefix("http://")
+    assert sent.headers["user-agent"].startswith("entidb/")
+    assert "authorization" not in sent.headers
+    assert "cookie" not in sent.headers
+
+
+@pytest.mark.parametrize("base", ["/sync", "/sync/", "/a/b/"])
+def test_a_server_can_be_mounted_under_a_path(base: str):
+    with RawServer(reply(encode(PAGE))) as server, HttpTransport(server.url + base) as transport:
+        transport.pull(PULL)
+    assert server.received[0].path == base.rstrip("/") + "/v1/pull"
+
+
+def test_a_connection_is_kept_for_the_next_request():
+    with RawServer(reply(encode(PAGE))) as server, HttpTransport(server.url) as transport:
+        for _ in range(5):
+            transport.pull(PULL)
+    assert [sent.connection for sent in server.received] == [0] * 5
+
+
+def test_a_connection_the_server_has_closed_is_replaced():
+    with (
+        RawServer([reply(encode(PAGE)), HANG_UP], reply(encode(PAGE))) as server,
+        HttpTransport(server.url) as transport,
+    ):
+        transport.pull(PULL)
+        # Only the end of the connection's thread says that it is closed for certain.
+        server._threads[1].join(PATIENCE_S)
+        assert transport.pull(PULL) == PAGE
+    assert [sent.connection for sent in server.received] == [0, 1]
+
+
+def test_every_request_has_an_id_of_its_own():
+    with RawServer(reply(encode(PAGE))) as server:
+        for _ in range(2):
+            with HttpTransport(server.url) as transport:
+                transport.pull(PULL)
+                transport.pull(PULL)
+    assert len({sent.headers["x-request-id"] for sent in server.received}) == 4
+
+
+# -- tokens -----------------------------------------------------------------------------------
+
+
+class Tokens:
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def __call__(self, refresh: bool) -> str:
+        self.asked.append(refresh)
+        return "fresh" if refresh else "stale"
+
+
+def test_a_refused_token_is_renewed_once_and_the_request_sent_again():
+    tokens = Tokens()
+    with (
+        RawServer(refusal("unauthorized", "401 No"), reply(encode(PAGE))) as server,
+        HttpTransport(server.url, token=tokens) as transport,
+    ):
+        assert transport.pull(PULL) == PAGE
+    assert tokens.asked == [False, True]
+    assert [sent.headers["authorization"] for sent in server.received] == [
+        "Bearer stale",
+        "Bearer fresh",
+    ]
+    assert server.received[0].body == server.received[1].body
+
+
+def test_a_fresh_token_that_is_refused_too_is_an_authentication_error():
+    with (
+        RawServer(refusal("unauthorized", "401 No")) as server,
+        HttpTransport(server.url, token=Tokens()) as transport,
+        pytest.raises(AuthenticationError, match="said unauthorized"),
+    ):
+        transport.pull(PULL)
+    assert len(server.received) == 2
+
+
+def test_a_fixed_token_is_not_tried_twice():
+    with (
+        RawServer(refusal("unauthorized", "401 No")) as server,
+        HttpTransport(server.url, token="fixed") as transport,
+        pytest.raises(AuthenticationError),
+    ):
+        transport.pull(PULL)
+    assert len(server.received) == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (ConnectionError("offline"), TransportError),
+        (KeyError("keychain"), AuthenticationError),
+        (SyncTimeoutError("slow"), SyncTimeoutError),
+    ],
+)
+def test_a_provider_that_fails_is_a_sync_error(failure: Exception, error: type[SyncError]):
+    def provide(refresh: bool) -> str:
+        raise failure
+
+    transport = HttpTransport("http://127.0.0.1:9", token=provide, client=NoClient())
+    with pytest.raises(error):
+        transport.pull(PULL)
+
+
+@pytest.mark.parametrize("token", ["", "a b", "a\r\nX-Evil: 1", "é", None, b"x"])
+def test_a_provider_must_return_a_token(token: Any):
+    transport = HttpTransport("http://127.0.0.1:9", token=lambda _: token, client=NoClient())
+    with pytest.raises(AuthenticationError, match="returned no token"):
+        transport.pull(PULL)
+
+
+class NoClient:
+    """A client that must not be used."""
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+    ) -> HttpResponse:
+        raise AssertionError("a request was sent")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("url", "insecure_allowed", "accepted"),
+    [
+        ("https://example.org", False, True),
+        ("http://localhost:8080", False, True),
+        ("http://LOCALHOST", False, True),
+        ("http://127.0.0.1", False, True),
+        ("http://127.3.2.1:99/sync", False, True),
+        ("http://[::1]:8080", False, True),
+        ("http://example.org", False, False),
+        ("http://example.org", True, True),
+        ("http://192.168.1.10", False, False),
+        ("http://0.0.0.0", False, False),
+        ("http://localhost.example.org", False, False),
+        ("http://evil.localhost", False, False),
+        ("http://127.0.0.1.example.org", False, False),
+        ("http://[::2]", False, False),
+    ],
+)
+def test_a_token_goes_over_plain_http_only_to_this_machine(
+    url: str, insecure_allowed: bool, accepted: bool
+):
+    config = HttpConfig(allow_insecure_token=insecure_allowed)
+    HttpTransport(url, client=NoClient(), config=config)  # without a token all are fine
+    if accepted:
+        HttpTransport(url, token="secret", client=NoClient(), config=config)
+        return
+    with pytest.raises(ConfigError, match="https://") as caught:
+        HttpTransport(url, token="secret", client=NoClient(), config=config)
+    assert caught.value.code == "insecure_token"
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("token", ["", "a b", "tab\t", "a\r\nX: 1", "é", 7, b"bytes"])
+def test_a_token_that_no_header_can_carry_is_refused(token: Any):
+    with pytest.raises(ConfigError, match="token must be"):
+        HttpTransport("https://example.org", token=token, client=NoClient())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "example.org",
+        "ftp://example.org",
+        "http://",
+        "https:///v1",
+        "https://example.org:0",
+        "https://example.org:99999",
+        "https://example.org:x",
+        "https://user:pass@example.org",
+        "https://example.org/?a=1",
+        "https://example.org/#top",
+        "https://exa mple.org",
+        "https://example.org/\r\nX: 1",
+        "https://[::1",
+        "https://example.org\\@evil.org",
+        None,
+        b"https://example.org",
+    ],
+)
+def test_a_url_that_cannot_work_is_refused(url: Any):
+    with pytest.raises(ConfigError, match="url"):
+        HttpTransport(url, client=NoClient())
+
+
+def test_a_password_in_a_url_is_not_repeated_in_the_error():
+    with pytest.raises(ConfigError) as caught:
+        HttpTransport("https://me:hunter2@example.org", client=NoClient())
+    assert "hunter2" not in str(caught.value)
+
+
+# -- answers that are not what they should be -------------------------------------------------
+
+
+def test_a_login_page_is_retryable_and_quoted():
+    page = b"<html>\x1b[31m\n<h1>Welcome to Hotel Wi-Fi</h1>" + b"x" * 5000
+    error = error_of(reply(page, content_type="text/html; charset=utf-8"))
+    assert (error.code, error.retryable) == ("unexpected_answer", True)
+    assert "<h1>Welcome to Hotel Wi-Fi</h1>" in error.message
+    assert "\x1b" not in error.message
+    assert len(error.message) < 600
+
+
+def test_an_answer_without_a_content_type_is_not_decoded():
+    assert error_of(reply(encode(PAGE), content_type=None)).code == "unexpected_answer"
+
+
+def test_a_content_type_with_a_parameter_is_still_cbor():
+    with RawServer(reply(encode(PAGE), content_type="Application/CBOR; v=1")) as server:
+        assert pull_from(server) == PAGE
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code", "retryable"),
+    [
+        (400, ProtocolError, "invalid_message", False),
+        (401, AuthenticationError, "unauthorized", False),
+        (403, PermissionDeniedError, "forbidden", False),
+        (404, ProtocolError, "not_found", False),
+        (405, ProtocolError, "method_not_allowed", False),
+        (408, SyncTimeoutError, "timeout", True),
+        (413, ProtocolError, "too_large", False),
+        (418, ProtocolError, "invalid_message", False),
+        (429, ServerBusyError, "rate_limited", True),
+        (500, ServerError, "server_error", True),
+        (502, ServerError, "server_error", True),
+        (503, ServerBusyError, "busy", True),
+        (504, SyncTimeoutError, "timeout", True),
+        (511, TransportError, "unexpected_answer", True),
+        (204, TransportError, "unexpected_answer", True),
+    ],
+)
+def test_a_proxys_page_means_what_its_status_says(
+    status: int, kind: type[SyncError], code: str, retryable: bool
+):
+    body = b"" if status == 204 else b"<h1>nginx</h1>"
+    error = error_of(reply(body, f"{status} X", content_type="text/html"))
+    assert (type(error), error.code, error.retryable) == (kind, code, retryable)
+    assert str(status) in error.message
+    assert ("nginx" in error.message) == bool(body)
+
+
+@pytest.mark.parametrize(
+    ("status", "retryable"), [(301, False), (302, True), (303, True), (307, True), (308, False)]
+)
+def test_no_redirect_is_followed(status: int, retryable: bool):
+    with RawServer(reply(b"stolen")) as other:
+        error = error_of(reply(status=f"{status} Moved", Location=other.url + "/v1/pull"))
+    assert (error.code, error.retryable) == ("redirected", retryable)
+    assert other.url in error.message
+    assert other.received == []
+
+
+def test_an_error_in_our_words_is_raised_with_all_it_says():
+    said = ErrorResponse(
+        code="rate_limited", message="slow down", retryable=True, retry_after=9.5, details={"n": 1}
+    )
+    error = error_of(reply(encode(said), "429 Slow", Retry_After="77"))
+    assert (type(error), error.message) == (ServerBusyError, "slow down")
+    assert (error.retry_after, error.details) == (9.5, {"n": 1})
+
+
+def test_a_negative_wait_is_no_wait():
+    said = ErrorResponse(code="busy", message="x", retryable=True, retry_after=-5.0)
+    error = error_of(reply(encode(said), "503 X"))
+    assert (type(error), error.retry_after or 0.0) == (ServerBusyError, 0.0)
+
+
+class StoppedClock:
+    """A wall clock that stands; waiting is real."""
+
+    now = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
+
+    def now_ms(self) -> int:
+        return int(self.now.timestamp() * 1000)
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        return event.wait(seconds)
+
+
+IN_TWO_MINUTES = format_datetime(StoppedClock.now + datetime.timedelta(minutes=2), usegmt=True)
+AN_HOUR_AGO = format_datetime(StoppedClock.now - datetime.timedelta(hours=1), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("30", 30.0),
+        (" 0 ", 0.0),
+        (IN_TWO_MINUTES, 120.0),
+        (AN_HOUR_AGO, 0.0),
+        ("soon", None),
+        ("-3", None),
+        ("1.5", None),
+        ("9" * 400, None),
+        ("Fri, 99 Foo 2030", None),
+        ("", None),
+    ],
+)
+@pytest.mark.parametrize("spoken", [True, False])
+def test_retry_after_is_read_in_both_forms(header: str, seconds: float | None, spoken: bool):
+    answer = (
+        refusal("busy", "503 Busy", Retry_After=header)
+        if spoken
+        else reply(b"down", "503 Busy", "text/plain", Retry_After=header)
+    )
+    with (
+        RawServer(answer) as server,
+        HttpTransport(server.url, clock=StoppedClock()) as transport,
+        pytest.raises(ServerBusyError) as caught,
+    ):
+        transport.pull(PULL)
+    assert caught.value.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", SyncCodecError),
+        (b"\xff\xff", SyncCodecError),
+        (encode(PAGE)[:-1], SyncCodecError),
+        (encode(PAGE) + b"\x00", SyncCodecError),
+        (encode(HANDSHAKE), ProtocolError),
+        (b"\x80", ProtocolError),
+    ],
+)
+def test_a_body_that_is_no_answer_is_a_protocol_error(body: bytes, kind: type[SyncError]):
+    error = error_of(reply(body))
+    assert (type(error), error.retryable) == (kind, False)
+
+
+def test_an_error_that_cannot_be_read_is_decided_by_its_status():
+    error = error_of(reply(b"\xff\xff", "503 Busy"))
+    assert (type(error), error.code) == (ServerBusyError, "busy")
+
+
+# -- connections that fail --------------------------------------------------------------------
+
+
+def test_half_a_body_is_a_transport_error():
+    body = encode(PAGE)
+    error = error_of([reply(body)[:-4], HANG_UP])
+    assert (type(error), error.retryable) == (TransportError, True)
+
+
+def test_no_answer_at_all_is_a_transport_error():
+    assert type(error_of([HANG_UP])) is TransportError
+
+
+def test_something_that_is_not_http_is_a_transport_error():
+    assert type(error_of([b"SSH-2.0-OpenSSH_9.2\r\n\r\n", HANG_UP])) is TransportError
+
+
+def test_an_answer_that_ends_by_hanging_up_is_not_trusted():
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/cbor\r\n\r\n"
+    error = error_of([head + encode(PAGE), HANG_UP])
+    assert type(error) is TransportError
+    assert "without a length" in error.message
+
+
+def test_a_chunked_answer_is_put_together():
+    body = encode(PAGE)
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/cbor\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    with RawServer(head + chunks) as server:
+        assert pull_from(server) == PAGE
+
+
+def test_a_port_nobody_listens_on_is_a_transport_error():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with HttpTransport(url) as transport:
+        with pytest.raises(TransportError, match=r"127\.0\.0\.1") as caught:
+            transport.pull(PULL)
+        assert type(caught.value) is TransportError
+        assert not transport.connected
+
+
+def test_a_server_that_falls_silent_is_a_timeout():
+    error = error_of([STALL], read_timeout_s=0.05)
+    assert (type(error), error.retryable) == (SyncTimeoutError, True)
+
+
+def test_a_server_that_falls_silent_within_the_body_is_a_timeout():
+    assert (
+        type(error_of([reply(encode(PAGE))[:-4], STALL], read_timeout_s=0.05)) is SyncTimeoutError
+    )
+
+
+@contextlib.contextmanager
+def dripping(start: bytes, drop: bytes) -> Iterator[str]:
+    """A server that sends ``drop`` again and again, never silent and never done."""
+    over = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(start)
+            while not over.wait(0.01):
+                client.sendall(drop)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        over.set()
+        thread.join(PATIENCE_S)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/cbor\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "drop"),
+    [
+        (HEAD + b"X-Slow: ", b"x"),
+        (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+        (HEAD + b"Content-Length: 1000000\r\n\r\n", b"x"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        (b"HTTP/1.1 503 No\r\n\r\n", b"x"),
+    ],
+)
+def test_a_server_that_drips_is_cut_off_at_the_total_timeout(start: bytes, drop: bytes):
+    config = HttpConfig(total_timeout_s=0.3, read_timeout_s=PATIENCE_S)
+    with (
+        dripping(start, drop) as url,
+        HttpTransport(url, config=config) as transport,
+        pytest.raises(SyncTimeoutError),
+    ):
+        transport.pull(PULL)
+
+
+def test_a_short_timeout_counts_also_after_a_long_one():
+    client = HttpxClient()
+    with RawServer(reply(b"x")) as server, dripping(b"", b"HTTP/1.1 103 X\r\n\r\n") as url:
+        client.request("POST", server.url, {}, b"", 600.0)
+        with pytest.raises(SyncTimeoutError):
+            client.request("POST", url, {}, b"", 0.3)
+        client.close()
+
+
+def test_a_request_works_after_one_that_timed_out():
+    with (
+        RawServer([STALL], reply(encode(PAGE))) as server,
+        HttpTransport(server.url, config=HttpConfig(read_timeout_s=0.05)) as transport,
+    ):
+        with pytest.raises(SyncTimeoutError):
+            transport.pull(PULL)
+        assert transport.pull(PULL) == PAGE
+
+
+@pytest.mark.parametrize("status", ["200 OK", "503 Busy"])
+def test_an_answer_over_the_limit_is_not_read_to_its_end(status: str):
+    # The server never finishes: only a client that stops reading at the limit gets past it.
+    steps: list[Step] = [reply(b"x" * 5000, status, Content_Length="999999999"), STALL]
+    error = error_of(steps, response_bytes_max=4096, read_timeout_s=PATIENCE_S)
+    assert (type(error), error.code) == (ProtocolError, "too_large")
+
+
+# -- compression ------------------------------------------------------------------------------
+
+ZEROES = bytes(50_000_000)
+PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_a_packed_answer_is_unpacked(encoding: str):
+    packed = PACK[encoding](encode(BIG_PAGE))
+    with RawServer(reply(packed, Content_Encoding=encoding)) as server:
+        assert pull_from(server, compression=encoding) == BIG_PAGE
+    assert server.received[0].headers["accept-encoding"] == encoding
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_a_bomb_goes_off_at_the_limit(encoding: str):
+    packed = PACK[encoding](ZEROES)
+    error = error_of(reply(packed, Content_Encoding=encoding), response_bytes_max=100_000)
+    assert (type(error), error.code) == (ProtocolError, "too_large")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_unpacking_holds_no_more_than_the_limit(encoding: str):
+    with pytest.raises(ProtocolError, match="larger than"):
+        http._decompress(encoding, PACK[encoding](ZEROES), 1000)
+    assert http._decompress(encoding, PACK[encoding](bytes(1000)), 1000) == bytes(1000)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda packed: packed[:-3],
+        lambda packed: packed + packed,
+        lambda packed: packed + b"x",
+        lambda packed: b"x" + packed,
+        lambda packed: b"",
+    ],
+)
+def test_a_broken_packing_is_a_codec_error(encoding: str, spoil: Callable[[bytes], bytes]):
+    packed = spoil(PACK[encoding](encode(PAGE)))
+    assert type(error_of(reply(packed, Content_Encoding=encoding))) is SyncCodecError
+
+
+def test_a_zstd_window_beyond_8_mib_is_refused():
+    options = {zstd.CompressionParameter.window_log: 24, zstd.CompressionParameter.checksum_flag: 1}
+    compressor = zstd.ZstdCompressor(options=options)
+    packed = compressor.compress(bytes(range(256)) * 100_000) + compressor.flush()
+    with pytest.raises(SyncCodecError, match="not the zstd it says"):
+        http._decompress("zstd", packed, 10**9)
+
+
+@pytest.mark.parametrize("encoding", ["br", "deflate", "gzip, gzip", "x\x1bx"])
+def test_a_packing_nobody_asked_for_is_a_codec_error(encoding: str):
+    error = http_error(HttpResponse(200, cbor_headers(encoding), zlib.compress(encode(PAGE))))
+    assert type(error) is SyncCodecError
+    assert "\x1b" not in error.message
+
+
+def cbor_headers(encoding: str) -> dict[str, str]:
+    return {"content-type": "application/cbor", "content-encoding": encoding}
+
+
+@dataclass
+class Canned:
+    """A client that answers from a list, and says what it was asked."""
+
+    answers: list[HttpResponse | Exception]
+    sent: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+    closed: bool = False
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+    ) -> HttpResponse:
+        self.sent.append((url, dict(headers), body))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def canned(*messages: Any) -> Canned:
+    return Canned(
+        [HttpResponse(200, {"content-type": "application/cbor"}, encode(m)) for m in messages]
+    )
+
+
+def http_error(answer: HttpResponse | Exception) -> SyncError:
+    with pytest.raises(SyncError) as caught:
+        HttpTransport("http://localhost", client=Canned([answer])).pull(PULL)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (TimeoutError("slow"), SyncTimeoutError),
+        (ConnectionResetError("reset"), TransportError),
+        (OSError(), TransportError),
+        (ProtocolError("mine"), ProtocolError),
+    ],
+)
+def test_errors_of_another_client_become_ours(failure: Exception, kind: type[SyncError]):
+    assert type(http_error(failure)) is kind
+
+
+@pytest.mark.parametrize(
+    ("url", "mode", "accepted"),
+    [
+        ("http://localhost", "auto", "identity"),
+        ("http://127.0.0.1", "auto", "identity"),
+        ("http://localhost", "gzip", "gzip"),
+        ("https://example.org", "auto", "zstd, gzip"),
+        ("https://example.org", "gzip", "gzip"),
+        ("https://example.org", "zstd", "zstd"),
+        ("https://example.org", "none", "identity"),
+    ],
+)
+def test_encodings_are_offered_as_the_settings_say(url: str, mode: Any, accepted: str):
+    client = canned(PAGE)
+    HttpTransport(url, client=client, config=HttpConfig(compression=mode)).pull(PULL)
+    assert client.sent[0][1]["Accept-Encoding"] == accepted
+
+
+def test_without_the_zstd_package_gzip_is_offered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(http, "_zstd", None)
+    client = canned(PAGE)
+    HttpTransport("https://example.org", client=client).pull(PULL)
+    assert client.sent[0][1]["Accept-Encoding"] == "gzip"
+    with pytest.raises(ConfigError, match=r'pip install "entidb\[zstd\]"'):
+        HttpTransport("https://example.org", config=HttpConfig(compression="zstd"))
+
+
+@pytest.mark.parametrize(
+    ("features", "used"),
+    [
+        (["zstd", "gzip"], "zstd"),
+        (["gzip", "zstd", "unheard-of"], "zstd"),
+        (["gzip"], "gzip"),
+        ([], None),
+        (["br"], None),
+    ],
+)
+def test_a_request_is_packed_only_as_the_server_said_it_can_read(
+    features: list[str], used: str | None
+):
+    client = canned(PAGE, welcome(*features), PAGE)
+    transport = HttpTransport("https://example.org", client=client)
+    with pytest.raises(SyncError):  # before the handshake; the canned answer does not fit
+        transport.push(BIG_PUSH)
+    transport.handshake(HANDSHAKE)
+    with pytest.raises(SyncError):
+        transport.push(BIG_PUSH)
+    assert "Content-Encoding" not in client.sent[0][1]
+    assert client.sent[2][1].get("Content-Encoding") == used
+    body = client.sent[2][2]
+    plain = http._decompress(used, body, 10**6) if used else body
+    assert decode(PushRequest, plain) == BIG_PUSH
+    assert len(body) < 1000 or used is None
+
+
+def test_small_requests_are_not_packed():
+    client = canned(welcome("gzip", "zstd"), PAGE)
+    transport = HttpTransport("https://example.org", client=client)
+    transport.handshake(HANDSHAKE)
+    transport.pull(PULL)
+    assert "Content-Encoding" not in client.sent[1][1]
+
+
+def test_a_request_that_does_not_shrink_goes_as_it_is():
+    client = canned(welcome("gzip"), PAGE)
+    config = HttpConfig(compression="gzip", compression_min_bytes=0)
+    transport = HttpTransport("https://example.org", client=client, config=config)
+    transport.handshake(HANDSHAKE)
+    tiny = PullRequest(db_id="d", device_id=ID, history=ID, cursor=0, limit=1, bytes_max=1)
+    transport.pull(tiny)
+    _, headers, body = client.sent[1]
+    assert len(body) <= len(encode(tiny))
+    assert ("Content-Encoding" in headers) == (body != encode(tiny))
+
+
+# -- ahead of time ----------------------------------------------------------------------------
+
+
+def test_an_answer_fetched_ahead_is_picked_up_once():
+    with RawServer(reply(encode(PAGE))) as server, HttpTransport(server.url) as transport:
+        transport.send_ahead(PULL)
+        assert server.reached.wait(PATIENCE_S)
+        assert transport.pull(PULL) == PAGE
+        assert len(server.received) == 1
+        assert transport.pull(PULL) == PAGE
+        assert len(server.received) == 2
+
+
+def test_an_error_ahead_of_time_comes_out_at_the_pick_up():
+    with (
+        RawServer(refusal("busy", "503 Busy"), reply(encode(PAGE))) as server,
+        HttpTransport(server.url) as transport,
+    ):
+        transport.send_ahead(PULL)
+        assert server.reached.wait(PATIENCE_S)
+        with pytest.raises(ServerBusyError):
+            transport.pull(PULL)
+        assert transport.pull(PULL) == PAGE
+
+
+def test_another_request_drops_what_was_fetched_ahead():
+    client = canned(PAGE, welcome(), PAGE)
+    transport = HttpTransport("http://localhost", client=client)
+    ahead(transport)
+    transport.handshake(HANDSHAKE)
+    transport.pull(PULL)
+    assert len(client.sent) == 3
+
+
+def test_a_new_cycle_can_forget_what_was_fetched_ahead():
+    client = canned(PAGE, PAGE)
+    transport = HttpTransport("http://localhost", client=client)
+    ahead(transport)
+    transport.forget_ahead()
+    transport.pull(PULL)
+    assert len(client.sent) == 2
+
+
+def ahead(transport: HttpTransport) -> None:
+    transport.send_ahead(PULL)
+    assert transport._ahead_thread is not None
+    transport._ahead_thread.join(PATIENCE_S)
+
+
+def test_a_second_hint_while_the_first_is_under_way_is_ignored():
+    other = PullRequest(db_id="d", device_id=ID, history=ID, cursor=9, limit=10, bytes_max=1000)
+    with RawServer([STALL]) as server, HttpTransport(server.url) as transport:
+        transport.send_ahead(PULL)
+        assert server.reached.wait(PATIENCE_S)
+        transport.send_ahead(other)
+        transport.close()
+    assert len(server.received) == 1
+
+
+# -- the end ----------------------------------------------------------------------------------
+
+
+def test_closing_ends_a_request_that_is_under_way_and_joins_the_thread():
+    with RawServer([STALL]) as server:
+        transport = HttpTransport(server.url, config=HttpConfig(read_timeout_s=PATIENCE_S))
+        transport.send_ahead(PULL)
+        assert server.reached.wait(PATIENCE_S)
+        transport.close()
+        assert not server.over.is_set()
+        thread = transport._ahead_thread
+        assert thread is not None
+        assert not thread.is_alive()
+
+
+def test_a_request_interrupted_by_close_is_a_state_error():
+    caught: list[BaseException] = []
+
+    def pull(transport: HttpTransport) -> None:
+        try:
+            transport.pull(PULL)
+        except SyncError as error:
+            caught.append(error)
+
+    with RawServer([STALL]) as server:
+        transport = HttpTransport(server.url, config=HttpConfig(read_timeout_s=PATIENCE_S))
+        thread = threading.Thread(target=pull, args=(transport,))
+        thread.start()
+        assert server.reached.wait(PATIENCE_S)
+        transport.close()
+        thread.join(PATIENCE_S)
+    assert [type(error) for error in caught] == [SyncStateError]
+    assert not transport.connected
+
+
+def test_closing_closes_the_client_and_nothing_is_sent_afterwards():
+    client = canned(PAGE)
+    transport = HttpTransport("http://localhost", client=client)
+    transport.close()
+    transport.close()
+    assert client.closed
+    with pytest.raises(SyncStateError):
+        transport.pull(PULL)
+    transport.send_ahead(PULL)
+    assert client.sent == []
+
+
+def test_a_closed_client_says_so():
+    client = HttpxClient()
+    client.close()
+    client.close()
+    with pytest.raises(SyncStateError):
+        client.request("POST", "http://127.0.0.1:9/", {}, b"", 1.0)
+
+
+def test_no_thread_outlives_its_transport():
+    before = set(threading.enumerate())
+    with RawServer(reply(encode(PAGE))) as server, HttpTransport(server.url) as transport:
+        transport.send_ahead(PULL)
+        transport.pull(PULL)
+    assert set(threading.enumerate()) <= before
+
+
+def test_this_machine_is_never_reached_through_a_proxy(monkeypatch: pytest.MonkeyPatch):
+    with RawServer(reply(b"stolen")) as proxy, RawServer(reply(encode(PAGE))) as server:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.setenv("all_proxy", proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert pull_from(server) == PAGE
+    assert proxy.received == []
+
+
+def test_another_machine_is_reached_through_the_proxy_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with RawServer(reply(encode(PAGE))) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        with HttpTransport("http://entidb.invalid/sync") as transport:
+            assert transport.pull(PULL) == PAGE
+    assert proxy.received[0].path == "http://entidb.invalid/sync/v1/pull"
+
+
+# -- TLS --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 that signs itself, with its key, as one PEM file."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+@pytest.fixture
+def server_tls(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+def test_a_certificate_nobody_vouches_for_is_refused_for_good(server_tls: ssl.SSLContext):
+    with (
+        RawServer(reply(encode(PAGE)), tls=server_tls) as server,
+        HttpTransport(server.url, token="secret") as transport,
+        pytest.raises(TlsError, match="certificate") as caught,
+    ):
+        transport.pull(PULL)
+    assert (caught.value.code, caught.value.retryable) == ("tls_error", False)
+    assert "clock" in caught.value.message
+    assert server.received == []
+
+
+def test_a_certificate_of_ones_own_authority_is_accepted(
+    server_tls: ssl.SSLContext, certificate: Path
+):
+    context = ssl.create_default_context(cafile=certificate)
+    with RawServer(reply(encode(PAGE)), tls=server_tls) as server:
+        client = HttpxClient(ssl_context=context)
+        with HttpTransport(server.url, token="secret", client=client) as transport:
+            assert [transport.pull(PULL) for _ in range(2)] == [PAGE, PAGE]
+    assert [sent.connection for sent in server.received] == [0, 0]
+
+
+def test_closing_ends_a_request_over_tls_too(server_tls: ssl.SSLContext, certificate: Path):
+    context = ssl.create_default_context(cafile=certificate)
+    with RawServer([STALL], tls=server_tls) as server:
+        transport = HttpTransport(server.url, client=HttpxClient(ssl_context=context))
+        transport.send_ahead(PULL)
+        assert server.reached.wait(PATIENCE_S)
+        transport.close()
+        assert transport._ahead_thread is not None
+        assert not transport._ahead_thread.is_alive()
+
+
+def test_plain_http_on_a_tls_port_is_retryable_and_no_certificate_error():
+    with (
+        dripping(b"HTTP/1.1 400 Bad Request\r\n\r\n", b"x") as url,
+        HttpTransport(url.replace("http:", "https:")) as transport,
+        pytest.raises(TransportError) as caught,
+    ):
+        transport.pull(PULL)
+    assert type(caught.value) is TransportError

@@ -1,0 +1,530 @@
+"""The messages: vectors, round trips against an independent encoder, and everything refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cbor2
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from msgspec import to_builtins
+from msgspec.structs import fields, replace
+
+from entidb import protocol
+from entidb.errors import ERROR_TABLE, ProtocolError, SyncCodecError
+from entidb.protocol import (
+    HAVE_RANGES_MAX,
+    LIMITS,
+    PATHS,
+    ErrorResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    Limits,
+    PullCommit,
+    PullOperation,
+    PullRequest,
+    PullResponse,
+    PushOperation,
+    PushRequest,
+    PushResponse,
+    PushResult,
+    PushTransaction,
+    ServerState,
+    Verdict,
+    decode,
+    decode_request,
+    decode_response,
+    encode,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+VECTORS = json.loads((ROOT / "tests/vectors/protocol.json").read_text(encoding="utf-8"))
+DOCS = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+KINDS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        HandshakeRequest,
+        HandshakeResponse,
+        PullRequest,
+        PullResponse,
+        PushRequest,
+        PushResponse,
+        ErrorResponse,
+    )
+}
+
+#: 16 bytes that parse as a content identifier: DAG-CBOR encoders like to make links of them.
+ID_LIKE_A_LINK = bytes.fromhex("0171120c") + bytes(12)
+DEVICE = bytes(range(16))
+HISTORY = bytes(range(16, 32))
+
+
+def canonical(value: Any) -> bytes:
+    """cbor2's bytes for ``value``, keys ordered by hand: its canonical form shortens floats."""
+
+    def ordered(item: Any) -> Any:
+        if isinstance(item, dict):
+            keys = sorted(item, key=lambda key: (len(key.encode()), key.encode()))
+            return {key: ordered(item[key]) for key in keys}
+        return [ordered(part) for part in item] if isinstance(item, list | tuple) else item
+
+    return cbor2.dumps(ordered(value))
+
+
+def from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"hex"}:
+            return bytes.fromhex(value["hex"])
+        return {key: from_json(item) for key, item in value.items()}
+    return [from_json(item) for item in value] if isinstance(value, list) else value
+
+
+def as_lists(message: Any) -> Any:
+    """``message`` as maps and lists, the way cbor2 reads it back."""
+    return cbor2.loads(cbor2.dumps(to_builtins(message, builtin_types=(bytes,))))
+
+
+def named(row: dict[str, Any]) -> str:
+    return "-".join(str(row[key]) for key in ("type", "name") if key in row)
+
+
+def push(**changes: Any) -> PushRequest:
+    request = PushRequest(
+        db_id="household",
+        device_id=DEVICE,
+        history=HISTORY,
+        cursor=7,
+        collections=["notes"],
+        transactions=[
+            PushTransaction(bytes([n]) * 16, 1, [PushOperation(0, DEVICE, 3, b"\x01")])
+            for n in range(3)
+        ],
+    )
+    return replace(request, **changes)
+
+
+def pull(**changes: Any) -> PullRequest:
+    request = PullRequest(
+        db_id="household", device_id=DEVICE, history=HISTORY, cursor=7, limit=10, bytes_max=1000
+    )
+    return replace(request, **changes)
+
+
+def limits(**changes: Any) -> Limits:
+    return replace(LIMITS, **changes)
+
+
+# --- vectors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", VECTORS["valid"], ids=named)
+def test_a_valid_vector_means_what_it_says(row: dict[str, Any]):
+    message = decode(KINDS[row["type"]], bytes.fromhex(row["hex"]))
+    assert as_lists(message) == from_json(row["message"])
+    again = encode(message)
+    assert again == canonical(from_json(row["message"]))
+    assert (again.hex() == row["hex"]) is row["canonical"]
+
+
+@pytest.mark.parametrize("row", VECTORS["refused"], ids=named)
+def test_a_vector_to_refuse_is_refused_with_its_code(row: dict[str, Any]):
+    with pytest.raises(ERROR_TABLE[row["code"]].error) as caught:
+        decode(KINDS[row["type"]], bytes.fromhex(row["hex"]))
+    assert caught.value.code == row["code"]
+
+
+@pytest.mark.parametrize("row", VECTORS["digests"], ids=named)
+def test_a_digest_vector_is_reproduced(row: dict[str, Any]):
+    operations = [PushOperation(*operation) for operation in from_json(row["operations"])]
+    digest = protocol.operations_digest(row["collections"], operations)
+    assert digest.hex() == row["sha256"]
+
+
+def test_digests_differ_in_order_and_content_but_not_in_base_versions():
+    of = {row["name"]: row["sha256"] for row in VECTORS["digests"]}
+    assert of["one put"] == of["base versions do not count"]
+    assert len(set(of.values())) == len(of) - 1
+
+
+def test_the_vectors_are_those_the_script_writes():
+    assert _make_vectors().build() == (ROOT / "tests/vectors/protocol.json").read_text("utf-8")
+
+
+def test_every_field_of_every_message_has_a_vector_without_it_and_one_of_another_type():
+    names = {(row["type"], row["name"]) for row in VECTORS["refused"]}
+    for kind, message in KINDS.items():
+        for field in fields(message):
+            assert (kind, f"{field.encode_name} has another type") in names
+            if field.required:
+                assert (kind, f"{field.encode_name} is missing") in names
+
+
+def _make_vectors() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_vectors", ROOT / "scripts/make_vectors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- round trips ------------------------------------------------------------------------------
+
+ids = st.binary(min_size=16, max_size=16) | st.just(ID_LIKE_A_LINK)
+sequences = st.integers(0, 2**63 - 1) | st.integers(0, 70_000)
+stamps = st.integers(0, 2**64 - 1)
+names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=60) | st.just(
+    "ß" * 127
+)
+payloads = st.binary(max_size=300) | st.just(ID_LIKE_A_LINK) | st.just(bytes(5000)) | st.none()
+name_lists = st.lists(names, min_size=1, max_size=4, unique=True)
+
+
+def of_collections(count: int, fields_after: tuple[st.SearchStrategy[Any], ...], kind: Any) -> Any:
+    """Lists of operations, no entity twice, on ``count`` collections."""
+    one = st.builds(kind, st.integers(0, count - 1), ids, *fields_after)
+    entity = lambda operation: (operation.collection, operation.entity_id)  # noqa: E731
+    return st.lists(one, min_size=1, max_size=4, unique_by=entity)
+
+
+@st.composite
+def push_requests(draw: st.DrawFn) -> PushRequest:
+    collections = draw(name_lists)
+    operations = of_collections(len(collections), (sequences, payloads), PushOperation)
+    transaction = st.builds(PushTransaction, ids, stamps, operations)
+    transactions = st.lists(transaction, max_size=5, unique_by=lambda item: item.transaction_id)
+    return PushRequest(
+        db_id=draw(names),
+        device_id=draw(ids),
+        history=draw(ids),
+        cursor=draw(sequences),
+        collections=collections,
+        transactions=draw(transactions),
+    )
+
+
+@st.composite
+def pull_responses(draw: st.DrawFn) -> PullResponse:
+    collections = draw(name_lists)
+    operations = of_collections(len(collections), (payloads,), PullOperation)
+    versions = sorted(draw(st.sets(st.integers(1, 2**63 - 1), max_size=5)))
+    cursor = draw(st.integers(versions[-1] if versions else 0, 2**63 - 1))
+    return PullResponse(
+        collections=collections,
+        commits=[
+            PullCommit(version, draw(ids), draw(stamps), draw(operations)) for version in versions
+        ],
+        cursor=cursor,
+        has_more=draw(st.booleans()),
+        head=draw(st.integers(cursor, 2**63 - 1)),
+        floor=draw(sequences),
+        time=draw(sequences),
+    )
+
+
+@st.composite
+def push_responses(draw: st.DrawFn) -> PushResponse:
+    collections = draw(name_lists)
+    states = of_collections(len(collections), (sequences, payloads), ServerState)
+    versions = st.integers(1, 2**63 - 1)
+    result = st.one_of(
+        st.builds(PushResult, st.sampled_from([0, 1]), versions, stamps),
+        st.builds(PushResult, st.just(2), st.just(0), st.just(0), states | st.just([])),
+        st.builds(
+            PushResult,
+            st.just(3),
+            st.just(0),
+            st.just(0),
+            st.just([]),
+            st.text(min_size=1, max_size=9),
+            st.text(max_size=40),
+        ),
+    )
+    return PushResponse(
+        results=draw(st.lists(result, max_size=6)),
+        collections=collections,
+        head=draw(sequences),
+        time=draw(sequences),
+    )
+
+
+@st.composite
+def pull_requests(draw: st.DrawFn) -> PullRequest:
+    ends = sorted(draw(st.sets(sequences, max_size=8)))
+    return PullRequest(
+        db_id=draw(names),
+        device_id=draw(ids),
+        history=draw(ids),
+        cursor=draw(sequences),
+        have=list(zip(ends[::2], ends[1::2], strict=False)),
+        limit=draw(st.integers(1, 2**63 - 1)),
+        bytes_max=draw(st.integers(1, 2**63 - 1)),
+        collections=draw(st.none() | st.lists(names, max_size=3, unique=True)),
+        full=draw(st.booleans()),
+    )
+
+
+handshake_requests = st.builds(
+    HandshakeRequest,
+    major=sequences,
+    minor=sequences,
+    db_id=names,
+    device_id=ids,
+    history=ids | st.none(),
+    cursor=sequences,
+    client=st.text(max_size=255),
+)
+handshake_responses = st.builds(
+    HandshakeResponse,
+    major=sequences,
+    minor=sequences,
+    history=ids,
+    head=sequences,
+    floor=sequences,
+    limits=st.builds(Limits, **dict.fromkeys(Limits.__struct_fields__, sequences)),
+    features=st.lists(st.text(max_size=9), max_size=3),
+    time=sequences,
+)
+error_responses = st.builds(
+    ErrorResponse,
+    code=st.sampled_from(sorted(ERROR_TABLE)),
+    message=st.text(max_size=40),
+    retryable=st.booleans(),
+    retry_after=st.none() | st.floats(0.5, 1e9),
+    details=st.dictionaries(st.text(max_size=5), st.integers(-9, 2**63) | ids, max_size=3),
+)
+messages: st.SearchStrategy[Any] = st.one_of(
+    handshake_requests,
+    handshake_responses,
+    pull_requests(),
+    pull_responses(),
+    push_requests(),
+    push_responses(),
+    error_responses,
+)
+
+
+@given(messages)
+def test_what_is_encoded_is_canonical_and_decodes_to_itself(message: Any):
+    data = encode(message)
+    assert data == canonical(to_builtins(message, builtin_types=(bytes,)))
+    assert decode(type(message), data) == message
+
+
+@given(messages)
+def test_unknown_keys_are_ignored(message: Any):
+    envelope = to_builtins(message, builtin_types=(bytes,)) | {"from a newer minor version": [1]}
+    assert decode(type(message), canonical(envelope)) == message
+
+
+@given(st.sampled_from(sorted(KINDS)), st.binary(max_size=200))
+def test_garbage_raises_a_protocol_error_and_nothing_else(kind: str, data: bytes):
+    with pytest.raises(ProtocolError):
+        decode(KINDS[kind], data)
+
+
+@given(messages, st.data())
+def test_a_damaged_message_decodes_or_raises_a_protocol_error(message: Any, data: st.DataObject):
+    raw = bytearray(encode(message))
+    position = data.draw(st.integers(0, len(raw) - 1))
+    raw[position] ^= data.draw(st.integers(1, 255))
+    try:
+        damaged = decode(type(message), bytes(raw))
+    except ProtocolError:
+        return
+    # What passes is a message like any other: it keeps the promises of its type.
+    assert decode(type(message), encode(damaged)) == damaged
+
+
+@given(messages, st.data())
+def test_a_message_cut_off_anywhere_is_no_cbor(message: Any, data: st.DataObject):
+    raw = encode(message)
+    with pytest.raises(SyncCodecError):
+        decode(type(message), raw[: data.draw(st.integers(0, len(raw) - 1))])
+
+
+@given(messages, st.data())
+def test_a_key_that_comes_twice_is_no_cbor(message: Any, data: st.DataObject):
+    envelope = to_builtins(message, builtin_types=(bytes,))
+    key = data.draw(st.sampled_from(sorted(envelope)))
+    twice = bytes([0xA0 + len(envelope) + 1])
+    for name in sorted(envelope, key=lambda name: (len(name), name)):
+        item = canonical(name) + canonical(envelope[name])
+        twice += item * 2 if name == key else item
+    with pytest.raises(SyncCodecError):
+        decode(type(message), twice)
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["d82a", "d9002a", "da0000002a", "db000000000000002a"])
+@pytest.mark.parametrize("length", ["51", "5811", "590011", "5a00000011", "5b0000000000000011"])
+def test_a_link_is_refused_in_every_form_it_can_have(head: str, length: str):
+    link = bytes.fromhex(head + length + "00") + ID_LIKE_A_LINK
+    plain = encode(push(device_id=ID_LIKE_A_LINK))
+    assert decode(PushRequest, plain).device_id == ID_LIKE_A_LINK
+    with pytest.raises(SyncCodecError):
+        decode(PushRequest, plain.replace(b"\x50" + ID_LIKE_A_LINK, link))
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40))
+@example(b"", b"")
+def test_bytes_that_only_look_like_a_link_pass(before: bytes, after: bytes):
+    payload = before + b"\xd8\x2a\x51\x00" + ID_LIKE_A_LINK + after
+    operations = [PushOperation(0, ID_LIKE_A_LINK, 0, payload)]
+    request = push(transactions=[PushTransaction(ID_LIKE_A_LINK, 0, operations)])
+    assert decode(PushRequest, encode(request)) == request
+
+
+# --- limits -----------------------------------------------------------------------------------
+
+
+def test_a_message_over_its_limit_is_too_large_before_it_is_read():
+    data = encode(push())
+    assert decode(PushRequest, data, limits(message_bytes_max=len(data))) == push()
+    with pytest.raises(ProtocolError) as caught:
+        decode(PushRequest, data, limits(message_bytes_max=len(data) - 1))
+    assert caught.value.code == "too_large"
+
+
+def test_a_push_with_more_operations_than_the_limit_is_too_large():
+    data = encode(push())
+    assert decode(PushRequest, data, limits(push_operations_max=3)) == push()
+    with pytest.raises(ProtocolError) as caught:
+        decode(PushRequest, data, limits(push_operations_max=2))
+    assert caught.value.code == "too_large"
+
+
+def test_a_transaction_alone_may_have_more_operations_than_a_batch():
+    operations = [PushOperation(0, bytes([n]) * 16, 0, None) for n in range(9)]
+    request = push(transactions=[PushTransaction(DEVICE, 0, operations)])
+    assert decode(PushRequest, encode(request), limits(push_operations_max=2)) == request
+
+
+@pytest.mark.parametrize("message", [push(collections=["a", "b"]), pull(collections=["a", "b"])])
+def test_more_collections_than_the_limit_are_too_large(message: Any):
+    data = encode(message)
+    assert decode(type(message), data, limits(collections_max=2)) == message
+    with pytest.raises(ProtocolError) as caught:
+        decode(type(message), data, limits(collections_max=1))
+    assert caught.value.code == "too_large"
+
+
+def test_the_number_of_have_ranges_is_bounded():
+    ranges = [(2 * n, 2 * n) for n in range(HAVE_RANGES_MAX + 1)]
+    assert decode(PullRequest, encode(pull(have=ranges[1:]))).have == ranges[1:]
+    with pytest.raises(ProtocolError) as caught:
+        decode(PullRequest, encode(pull(have=ranges)))
+    assert caught.value.code == "too_large"
+
+
+def test_a_transaction_over_its_limit_is_left_to_the_verdict_so_that_it_stops_no_other():
+    request = push()
+    data = encode(request)
+    assert decode(PushRequest, data, limits(transaction_bytes_max=1)) == request
+    assert protocol.transaction_bytes(request.transactions[0].operations) == 64 + 1
+
+
+def test_a_transaction_of_the_largest_size_fits_into_a_message():
+    most = LIMITS.transaction_bytes_max // 64
+    operation = len(canonical([4095, DEVICE, 2**63 - 1, None]))
+    frame = len(canonical([DEVICE, 2**64 - 1, []]))
+    names_at_most = LIMITS.collections_max * 258
+    assert most * operation + frame + names_at_most + 1000 < LIMITS.message_bytes_max
+
+
+def test_nesting_without_end_is_no_cbor():
+    with pytest.raises(SyncCodecError):
+        decode(PushRequest, b"\x81" * 1_000_000)
+
+
+def test_the_error_names_the_place():
+    operations = [PushOperation(0, DEVICE, 0, None), PushOperation(5, DEVICE, 0, None)]
+    request = push(transactions=[PushTransaction(DEVICE, 0, operations)])
+    with pytest.raises(ProtocolError, match=re.escape("$.transactions[0].operations[1]")):
+        decode(PushRequest, canonical(as_lists(request)))
+
+
+# --- paths and answers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(PATHS))
+def test_each_path_takes_its_request(path: str):
+    request: Any = {
+        HandshakeRequest: HandshakeRequest(
+            major=1, minor=0, db_id="a", device_id=DEVICE, history=None, cursor=0
+        ),
+        PullRequest: pull(),
+        PushRequest: push(),
+    }[PATHS[path]]
+    assert decode_request(path, encode(request)) == request
+    assert protocol.path_of(request) == path
+    assert protocol.response_type(request).__name__ == PATHS[path].__name__[:-7] + "Response"
+
+
+def test_an_unknown_path_is_not_found():
+    with pytest.raises(ProtocolError) as caught:
+        decode_request("/v1/peek", b"\xa0")
+    assert caught.value.code == "not_found"
+
+
+def test_a_push_is_answered_with_one_result_for_each_transaction():
+    results = [PushResult(Verdict.ACCEPTED, 8)] * 3
+    answer = PushResponse(results=results, collections=[], head=8, time=0)
+    assert decode_response(push(), encode(answer)) == answer
+    with pytest.raises(ProtocolError, match="2 results answer 3 transactions"):
+        decode_response(push(), encode(replace(answer, results=results[:2])))
+
+
+def test_counts_for_statistics_add_up():
+    assert protocol.operations_count(push()) == 3
+    assert protocol.payload_bytes(push()) == 3
+    commit = PullCommit(
+        1, DEVICE, 0, [PullOperation(0, DEVICE, b"abc"), PullOperation(0, HISTORY, None)]
+    )
+    page = PullResponse(
+        collections=["a"], commits=[commit], cursor=1, has_more=False, head=1, floor=0, time=0
+    )
+    assert (protocol.operations_count(page), protocol.payload_bytes(page)) == (2, 3)
+
+
+# --- the document -----------------------------------------------------------------------------
+
+
+def test_the_error_table_of_the_document_is_that_of_the_code():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\d+) \| (yes|no) \| `(\w+)` \| (.+) \|$", DOCS, re.MULTILINE
+    )
+    assert rows == [
+        (
+            row.code,
+            str(row.status),
+            "yes" if row.retryable else "no",
+            row.error.__name__,
+            row.action,
+        )
+        for row in ERROR_TABLE.values()
+    ]
+
+
+@pytest.mark.parametrize("kind", [*KINDS.values(), Limits], ids=lambda kind: kind.__name__)
+def test_the_cddl_has_exactly_the_fields_of_the_message(kind: Any):
+    rule = re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower()
+    found = re.search(rf"^{rule} = {{\n(.*?)^}}$", DOCS, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    keys = re.findall(r'(\? )?"(\w+)":', re.sub(r";.*", "", found[1]))
+    documented = {name: not optional for optional, name in keys}
+    assert documented == {field.encode_name: field.required for field in fields(kind)}
+
+
+def test_the_document_names_every_path_and_limit():
+    for word in (*PATHS, str(HAVE_RANGES_MAX), protocol.CONTENT_TYPE, *Limits.__struct_fields__):
+        assert word in DOCS
+    assert f"version {protocol.PROTOCOL_MAJOR}.{protocol.PROTOCOL_MINOR}" in DOCS
