@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         create_app,
     )
     from entidb.sync import (
+        AsyncSyncEngine,
         Conflict,
         ConflictPolicy,
         ConflictResolution,
@@ -103,6 +104,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "ChangeEvent",
     ),
     "entidb.sync": (
+        "AsyncSyncEngine",
         "SyncEngine",
         "SyncConfig",
         "RetryConfig",
@@ -185,6 +187,7 @@ __all__ = [
     "Snapshot",
     "ChangeFeed",
     "ChangeEvent",
+    "AsyncSyncEngine",
     "SyncEngine",
     "SyncConfig",
     "RetryConfig",

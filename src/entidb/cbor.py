@@ -35,7 +35,7 @@ from typing import Any, Final, Protocol, Self, runtime_checkable
 import libipld
 
 from entidb.errors import CborDecodeError, CborEncodeError
-from entidb.types import NESTING_MAX
+from entidb.types import CONTAINERS_MAX, NESTING_MAX
 
 _encode = libipld.encode_dag_cbor
 _decode = libipld.decode_dag_cbor
@@ -48,6 +48,9 @@ _LINK: Final = b"\xd8\x2a"
 _ZERO: Final = b"\xfb\0\0\0\0\0\0\0\0"
 #: All bytes that cannot be the head of an array or a map.
 _NOT_CONTAINER: Final = bytes(b for b in range(256) if not 0x80 <= b <= 0xBF)
+#: Weights for ``heavier``: every item counts, or arrays and maps only.
+ITEMS: Final = b"\x01" * 256
+_CONTAINERS: Final = bytes(0x80 <= b <= 0xBF for b in range(256))
 
 
 @runtime_checkable
@@ -75,7 +78,8 @@ class CborDecode(Protocol):
 
 def encode(value: Any) -> bytes:
     """The canonical encoding of ``value``: maps with text keys, lists, text, bytes, integers,
-    floats, booleans and None, at most ``NESTING_MAX`` containers inside each other.
+    floats, booleans and None, at most ``NESTING_MAX`` containers inside each other and
+    ``CONTAINERS_MAX`` in all.
 
     Subclasses of these types (``StrEnum``, ``OrderedDict``) are written as their base. Raises
     ``CborEncodeError``, whose ``path`` and message name the place and the way out.
@@ -87,6 +91,8 @@ def encode(value: Any) -> bytes:
         and _nested_too_deep(value)
     ):
         raise _diagnose(value, "nested too deep")
+    if len(payload) > CONTAINERS_MAX and _too_many_containers(payload):
+        raise CborEncodeError(f"$: {_TOO_MANY}; make several entities of it")
     return payload
 
 
@@ -170,6 +176,7 @@ def _has_negative_zero(value: Any) -> bool:
 # ---------------------------------------------------------------- saying what is wrong, and where
 
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_TOO_MANY: Final = f"more than {CONTAINERS_MAX} maps and lists in one value"
 _TYPES_ALLOWED: Final = "use a map with text keys, a list, text, bytes, int, float, bool or None"
 
 #: What to do instead, by type; the first match counts.
@@ -289,8 +296,11 @@ def decode(data: bytes) -> Any:
 
 
 def check(payload: bytes) -> Any:
-    """As ``decode``, for entity values from outside: refuses nesting over ``NESTING_MAX`` too,
-    so that what passes here can be written by ``encode`` on every device."""
+    """As ``decode``, for entity values from outside: refuses nesting over ``NESTING_MAX`` and
+    more containers than ``CONTAINERS_MAX`` too, so that what passes here can be written by
+    ``encode`` on every device."""
+    if len(payload) > CONTAINERS_MAX and _too_many_containers(payload):
+        raise CborDecodeError(_TOO_MANY)
     value = decode(payload)
     if (
         len(payload) > NESTING_MAX
@@ -299,6 +309,33 @@ def check(payload: bytes) -> Any:
     ):
         raise CborDecodeError(f"more than {NESTING_MAX} maps and lists inside each other")
     return value
+
+
+def _too_many_containers(payload: bytes) -> bool:
+    # An empty list is one byte here and seventy once it is decoded, and the garbage collector
+    # looks at each: 16 MiB of them are 1.2 GB and ten seconds.
+    return len(payload.translate(None, _NOT_CONTAINER)) > CONTAINERS_MAX and heavier(
+        payload, _CONTAINERS, CONTAINERS_MAX
+    )
+
+
+def heavier(data: bytes, weights: bytes, limit: int) -> bool:
+    """Whether the items of ``data`` weigh more than ``limit``, by the first byte of each. Looks
+    at heads only and builds nothing, so that what is too much for memory never gets there. What
+    it says of bytes that are no CBOR is of no account: decoding refuses them."""
+    position = weight = 0
+    end = len(data)
+    while position < end:
+        head = data[position]
+        weight += weights[head]
+        if weight > limit:
+            return True
+        step = _STEPS[head]
+        if not step:
+            width = 1 << (head & 31) - 24
+            step = 1 + width + int.from_bytes(data[position + 1 : position + 1 + width], "big")
+        position += step
+    return False
 
 
 def decode_message(data: bytes) -> Any:
@@ -352,6 +389,17 @@ def _verify_heads(data: bytes) -> None:
     if position != len(data):
         raise _refused(data, position, "bytes after the item")
 
+
+def _stride(head: int) -> int:
+    """Bytes from the item with this head to the next one, whether inside or after it; 0 for a
+    string that is long enough to have its length in bytes of its own."""
+    major, info = head >> 5, head & 31
+    if major in (2, 3):
+        return 1 + info if info < 24 else int(info > 27)
+    return 1 + (1 << info - 24) if 24 <= info <= 27 else 1
+
+
+_STEPS: Final = bytes(map(_stride, range(256)))
 
 #: Smallest argument that needs a head argument of so many bytes (RFC 8949, section 4.2.1).
 _WIDTH_NEEDED_FROM: Final = {1: 24, 2: 2**8, 4: 2**16, 8: 2**32}

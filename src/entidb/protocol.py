@@ -71,7 +71,7 @@ class PushOperation(Struct, frozen=True, array_like=True, gc=False):
     payload: bytes | None
 
 
-class PushTransaction(Struct, frozen=True, array_like=True):
+class PushTransaction(Struct, frozen=True, array_like=True, gc=False):
     """One local transaction, whole (R3). ``timestamp`` is a hybrid logical clock (R27)."""
 
     transaction_id: Id
@@ -87,7 +87,7 @@ class PullOperation(Struct, frozen=True, array_like=True, gc=False):
     payload: bytes | None
 
 
-class PullCommit(Struct, frozen=True, array_like=True):
+class PullCommit(Struct, frozen=True, array_like=True, gc=False):
     """What is still the latest of one server commit. ``device_id`` wrote it at ``timestamp``."""
 
     version: Uint
@@ -109,7 +109,7 @@ class Verdict(IntEnum):
     REJECTED = 3
 
 
-class ServerState(Struct, frozen=True, array_like=True):
+class ServerState(Struct, frozen=True, array_like=True, gc=False):
     """What the server has for an entity of a refused transaction. ``payload`` None with a
     ``version`` above 0 is a tombstone; version 0 means it has never heard of it."""
 
@@ -119,7 +119,7 @@ class ServerState(Struct, frozen=True, array_like=True):
     payload: bytes | None
 
 
-class PushResult(Struct, frozen=True, array_like=True):
+class PushResult(Struct, frozen=True, array_like=True, gc=False):
     """The verdict on one transaction of a push, in the order of the request.
 
     ``version`` with ACCEPTED and SUPERSEDED, else 0. ``timestamp`` is 0 unless the server
@@ -284,7 +284,22 @@ def operations_digest(collections: Sequence[str], operations: Sequence[PushOpera
     Base versions and timestamps are left out: a transaction that was rebased onto an equal state
     still writes the same, and its second coming is the same transaction.
     """
-    heads = [b"\x83" + cbor.text(name) + _ID for name in collections]
+    return digest_operations(digest_heads(collections), operations)
+
+
+def digest_heads(collections: Sequence[str]) -> list[bytes]:
+    """What every operation on a collection begins with in a digest; once for a whole message."""
+    return [b"\x83" + cbor.text(name) + _ID for name in collections]
+
+
+def digest_operations(heads: Sequence[bytes], operations: Sequence[PushOperation]) -> bytes:
+    """As ``operations_digest``, with the ``digest_heads`` of the message."""
+    if len(operations) == 1:
+        (operation,) = operations
+        payload = operation.payload
+        if payload is not None:
+            head = b"\x81" + heads[operation.collection] + operation.entity_id
+            return hashlib.sha256(head + _bytes_head(len(payload)) + payload).digest()
     parts = [_array_head(len(operations))]
     for operation in operations:
         payload = operation.payload
@@ -456,6 +471,10 @@ _LINK: Final = re.compile(
 )
 
 
+#: Smaller messages are decoded without a look at how many items they hold.
+_DENSE_BYTES_MAX: Final = 1024 * 1024
+
+
 def decode_request(path: str, data: bytes, limits: Limits = LIMITS) -> SyncRequest:
     """The request posted to ``path``. Errors as in ``decode``; a path that is none of ``PATHS``
     is a ``ProtocolError`` with the code ``not_found``."""
@@ -486,6 +505,8 @@ def decode(kind: type[_Message], data: bytes, limits: Limits = LIMITS) -> _Messa
     """
     if len(data) > limits.message_bytes_max:
         raise _too_large("$", f"is {len(data)} bytes", limits.message_bytes_max)
+    if len(data) > _DENSE_BYTES_MAX:
+        _check_density(data, limits)
     try:
         raw = cbor.decode_trusted(data)
         if _LINK.search(data) is not None:
@@ -500,6 +521,18 @@ def decode(kind: type[_Message], data: bytes, limits: Limits = LIMITS) -> _Messa
     if check is not None:
         check(message, limits)
     return message
+
+
+def _check_density(data: bytes, limits: Limits) -> None:
+    """Refuse what is small on the wire and huge in memory, before it is decoded: lists of nothing
+    take seventy times their bytes, and seconds. An operation has five items and counts
+    ``OPERATION_OVERHEAD_BYTES``; one alone in its transaction or result has at most twelve."""
+    operations = max(limits.push_operations_max, limits.pull_operations_max)
+    largest = limits.message_bytes_max // OPERATION_OVERHEAD_BYTES
+    most = 12 * operations + limits.collections_max + 3 * HAVE_RANGES_MAX + 1024
+    most += min(5 * largest, len(data) // 4)
+    if cbor.heavier(data, cbor.ITEMS, most):
+        raise _too_large("$", f"has more than {most} items", most)
 
 
 def _check_handshake_request(message: HandshakeRequest, limits: Limits) -> None:

@@ -34,6 +34,9 @@ OPERATION_OVERHEAD_BYTES: Final = 64
 COLLECTION_NAME_BYTES_MAX: Final = 255
 #: Arrays and maps inside each other in one entity value.
 NESTING_MAX: Final = 64
+#: Arrays and maps in one entity value altogether: decoded, each takes seventy bytes or more,
+#: however few it takes in CBOR.
+CONTAINERS_MAX: Final = 1024 * 1024
 _HLC_COUNTER_BITS: Final = 16
 # C0, DEL and C1: they would forge lines in logs and terminals. Surrogates have no UTF-8 at all.
 _NAME_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -124,13 +127,18 @@ class IdSource:
         return uuid.UUID(bytes=self.new_bytes())
 
 
-_set_slot = object.__setattr__
+# The slots of ``UUID`` themselves: its ``__setattr__`` refuses, and looking the enum member up at
+# every call costs more than the rest.
+_set_int = uuid.UUID.__dict__["int"].__set__
+_set_is_safe = uuid.UUID.__dict__["is_safe"].__set__
+_UNKNOWN: Final = uuid.SafeUUID.unknown
+_new_object = object.__new__
 
 
 def uuid_from_bytes(raw: bytes) -> uuid.UUID:
     """``uuid.UUID(bytes=raw)`` without its argument checks, which cost more than reading the
     entity; ``raw`` must be 16 bytes."""
-    made = object.__new__(uuid.UUID)
-    _set_slot(made, "int", int.from_bytes(raw, "big"))
-    _set_slot(made, "is_safe", uuid.SafeUUID.unknown)
+    made = _new_object(uuid.UUID)
+    _set_int(made, int.from_bytes(raw, "big"))
+    _set_is_safe(made, _UNKNOWN)
     return made

@@ -52,7 +52,11 @@ class TypedCodec(Generic[V]):
                 f"opened with type={self._kind.__name__}; give an instance of it, or open the "
                 "collection without a type"
             )
-        return cbor.encode(msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True))
+        try:
+            plain = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)
+        except (TypeError, ValueError) as error:
+            raise _cannot_be_stored(self._kind, error) from error
+        return cbor.encode(plain)
 
     def decode(self, payload: bytes) -> V:
         try:
@@ -75,7 +79,11 @@ class PydanticCodec(Generic[V]):
                 f"expected {self._kind.__name__}, got {type(value).__name__}: give an instance of "
                 "the model this collection was opened with"
             )
-        return cbor.encode(cast(Any, value).model_dump(mode="json"))
+        try:
+            plain = cast(Any, value).model_dump(mode="json")
+        except (TypeError, ValueError) as error:
+            raise _cannot_be_stored(self._kind, error) from error
+        return cbor.encode(plain)
 
     def decode(self, payload: bytes) -> V:
         value = cbor.decode_trusted(payload)
@@ -93,6 +101,10 @@ def codec_for(kind: type[V] | None) -> ValueCodec[V]:
     if hasattr(kind, "model_dump") and hasattr(kind, "model_validate"):
         return PydanticCodec(kind)
     return TypedCodec(kind)
+
+
+def _cannot_be_stored(kind: type, error: Exception) -> ValueTypeError:
+    return ValueTypeError(f"a field of {kind.__name__} cannot be stored: {error}")
 
 
 def _does_not_fit(kind: type, error: Exception) -> ValueTypeError:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from msgspec import Struct
 
@@ -86,7 +86,13 @@ class Snapshot:
         #: The newest commit this snapshot contains.
         self.sequence = 0 if raw is None else decode_head(raw).sequence
 
-    def collection(self, name: str, type: type[V] | None = None) -> ReadCollection[V]:
+    @overload
+    def collection(self, name: str) -> ReadCollection[Any]: ...
+
+    @overload
+    def collection(self, name: str, type: type[V]) -> ReadCollection[V]: ...
+
+    def collection(self, name: str, type: type[Any] | None = None) -> ReadCollection[Any]:
         check_name(name)
         return ReadCollection(name, codec_for(type), self._open)
 
@@ -163,6 +169,9 @@ class Database:
         self._owner: int | None = None
         self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
         self._head_cache: bytes | None = None
+        #: Moves before and after every attempt to commit: what was read while it stood still is
+        #: still true while it has not moved (R17).
+        self.commit_mark = 0
         self._observers: list[Observer] = []
         self._deliveries: deque[CommitEvent] = deque()
         self._delivering = threading.Lock()
@@ -206,9 +215,17 @@ class Database:
 
     # ------------------------------------------------------------ reading
 
+    @overload
+    def collection(self, name: str, *, local: bool | None = None) -> Collection[Any]: ...
+
+    @overload
     def collection(
-        self, name: str, type: type[V] | None = None, *, local: bool | None = None
-    ) -> Collection[V]:
+        self, name: str, type: type[V], *, local: bool | None = None
+    ) -> Collection[V]: ...
+
+    def collection(
+        self, name: str, type: type[Any] | None = None, *, local: bool | None = None
+    ) -> Collection[Any]:
         """The collection ``name`` as a mapping from ``uuid.UUID`` to values.
 
         ``type`` makes it typed: a dataclass, an attrs class, a msgspec Struct or a pydantic model.
@@ -249,12 +266,6 @@ class Database:
         with self.storage.snapshot() as snapshot:
             raw = snapshot.get(META_HEAD)
         return Head() if raw is None else decode_head(raw)
-
-    def known_sequence(self) -> int | None:
-        """The newest commit sequence without reading the store; None if it is not known, as
-        after an error (R17)."""
-        raw = self._head_cache
-        return None if raw is None else decode_head(raw).sequence
 
     # ------------------------------------------------------------ writing
 
@@ -344,7 +355,11 @@ class Database:
             return
         # R17: whatever the commit does, nothing is answered from memory until it has worked.
         self._head_cache = None
-        self.storage.commit(changes)
+        self.commit_mark += 1
+        try:
+            self.storage.commit(changes)
+        finally:
+            self.commit_mark += 1
         self._head_cache = writer.head.encode()
         if self._observers and (writer.touched or writer.replaced):
             self._deliveries.append(self._describe(writer, origin))
@@ -426,6 +441,17 @@ class Database:
             return
         with self.write("local") as writer:
             change_scope(writer, wanted)
+
+    def forget(self, name: str) -> None:
+        """Drop the local copy of a collection that does not synchronise (R31): what a narrowed
+        scope left behind, or a local collection. Readers get a ``reset`` event.
+
+        Raises ``ScopeError`` for a collection that synchronises."""
+        from entidb.db.scope import forget_collection
+
+        check_name(name)
+        with self.write("local") as writer:
+            forget_collection(writer, name)
 
     def attach_engine(self, engine: object) -> None:
         """One sync engine at a time (other processes are kept out by the store's lock)."""

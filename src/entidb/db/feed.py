@@ -109,21 +109,27 @@ def read_events(
 
 
 def feed_page(snapshot: Snapshot, after: int, limit: int) -> tuple[list[bytes], bool]:
-    """At least ``limit`` feed keys after ``after`` if there are as many, cut between commits
-    (R19), and whether there are more."""
+    """Up to ``limit`` feed keys after ``after``, cut between commits, and whether there are more;
+    a first commit that is larger than ``limit`` comes whole and alone (R19)."""
     start, stop = feed_bounds(after)
-    keys = snapshot.scan_keys(start, stop, limit=limit + 1)
+    # With their values, which are empty: only so are the keys checked, and a row that names
+    # another collection would be left out in silence.
+    keys = [key for key, _ in snapshot.scan(start, stop, limit=limit + 1)]
     if len(keys) <= limit:
         return keys, False
-    # The commit that crosses the limit is taken whole, so that a large one makes progress.
-    sequence = split_feed_key(keys[limit - 1])[0]
-    while split_feed_key(keys[-1])[0] == sequence:
-        further = snapshot.scan_keys(keys[-1] + b"\0", stop, limit=limit)
+    crossing = split_feed_key(keys[limit])[0]
+    end = limit
+    while end and split_feed_key(keys[end - 1])[0] == crossing:
+        end -= 1
+    if end:
+        return keys[:end], True
+    while split_feed_key(keys[-1])[0] == crossing:
+        further = [key for key, _ in snapshot.scan(keys[-1] + b"\0", stop, limit=limit)]
         if not further:
             return keys, False
         keys += further
     end = limit
-    while split_feed_key(keys[end])[0] == sequence:
+    while split_feed_key(keys[end])[0] == crossing:
         end += 1
     return keys[:end], True
 

@@ -5,7 +5,8 @@ All of it runs in bounded commits beside normal work, and can be stopped at any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from entidb import cbor
@@ -14,6 +15,7 @@ from entidb.db.records import (
     BASE,
     CLOCK_MARK,
     CONFLICT,
+    COUNT,
     DIRTY,
     DISCARDED,
     ENTITY,
@@ -207,15 +209,34 @@ class _Verify:
         self._snapshot = view.snapshot
         self._tables = {info.table: info for info in view.catalogue.by_name.values()}
         self._unused = {table for table, _ in view.catalogue.garbage}
+        self._garbage = {number for _, number in view.catalogue.garbage}
+        self._live: dict[int, int] = {}
         stage = view.stage
         if stage is not None:
             self._unused |= {*stage.tables.values(), *stage.deltas.values()}
 
     def run(self) -> Iterator[str]:
-        yield from self._entities()
-        yield from self._feed()
-        yield from self._outbox()
-        yield from self._simple()
+        yield from self._rows("entity", ENTITY, self._entity)
+        yield from self._rows("count", COUNT, self._count)
+        yield from self._missing_counts()
+        yield from self._rows("feed row", FEED, self._feed)
+        yield from self._rows("outbox transaction", READY, self._pending)
+        yield from self._rows("held transaction", HELD, self._pending)
+        yield from self._rows("base", BASE, self._base)
+        yield from self._rows("conflict", CONFLICT, self._conflict)
+        yield from self._rows("accepted transaction", ACCEPTED, self._accepted)
+        yield from self._totals()
+
+    def _rows(
+        self, what: str, kind: bytes, check: Callable[[bytes, bytes], Iterator[str]]
+    ) -> Iterator[str]:
+        """The faults of every row of a kind. One that cannot even be read is a fault too, and
+        must not hide those of the rows behind it."""
+        for key, raw in self._scan(kind):
+            try:
+                yield from check(key, raw)
+            except (struct.error, LookupError, ValueError, TypeError) as error:
+                yield f"{what} {key[1:].hex()} cannot be read: {error!r}"
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         start = prefix
@@ -223,29 +244,33 @@ class _Verify:
             yield from page
             start = page[-1][0] + b"\0"
 
-    def _entities(self) -> Iterator[str]:
-        live: dict[int, int] = {}
-        for key, raw in self._scan(ENTITY):
-            table, entity_id = split_numbered_key(key)
-            info = self._tables.get(table)
-            if info is None:
-                if table not in self._unused:
-                    yield f"entity {entity_id.hex()} is in table {table}, which nobody knows"
-                continue
-            row = decode_entity(raw)
-            name = f"{info.name}/{entity_id.hex()}"
-            if row.payload is not None:
-                live[info.number] = live.get(info.number, 0) + 1
-                try:
-                    cbor.check(row.payload)
-                except EntiDBError as error:
-                    yield f"entity {name}: {error}"
-            yield from self._entity_links(info.number, entity_id, row, name)
-        for info in self._view.catalogue.by_name.values():
-            raw_count = self._snapshot.get(count_key(info.number))
-            counted = 0 if raw_count is None else unpack_u64(raw_count)
-            if counted != live.get(info.number, 0):
-                yield f"collection {info.name} counts {counted}, holds {live.get(info.number, 0)}"
+    def _entity(self, key: bytes, raw: bytes) -> Iterator[str]:
+        table, entity_id = split_numbered_key(key)
+        info = self._tables.get(table)
+        if info is None:
+            if table not in self._unused:
+                yield f"entity {entity_id.hex()} is in table {table}, which nobody knows"
+            return
+        row = decode_entity(raw)
+        name = f"{info.name}/{entity_id.hex()}"
+        if row.payload is not None:
+            self._live[info.number] = self._live.get(info.number, 0) + 1
+            try:
+                cbor.check(row.payload)
+            except EntiDBError as error:
+                yield f"entity {name}: {error}"
+        yield from self._entity_links(info.number, entity_id, row, name)
+
+    def _count(self, key: bytes, raw: bytes) -> Iterator[str]:
+        number = unpack_u64(bytes(4) + key[1:])
+        live = self._live.pop(number, 0)
+        if unpack_u64(raw) != live:
+            name = self._view.catalogue.by_number[number].name
+            yield f"collection {name} counts {unpack_u64(raw)}, holds {live}"
+
+    def _missing_counts(self) -> Iterator[str]:
+        for number, live in self._live.items():
+            yield f"collection number {number} holds {live} and counts nothing"
 
     def _entity_links(
         self, number: int, entity_id: bytes, row: EntityRow, name: str
@@ -265,63 +290,63 @@ class _Verify:
         elif bool(row.flags & IS_HELD) != pending.held:
             yield f"entity {name}: held flag and transaction {row.pending} disagree"
 
-    def _feed(self) -> Iterator[str]:
-        garbage = {number for _, number in self._view.catalogue.garbage}
-        for key, _ in self._scan(FEED):
-            sequence, number, entity_id = split_feed_key(key)
-            if number == 0:
-                continue
-            info = self._view.catalogue.by_number.get(number)
-            if info is None:
-                yield f"feed row at {sequence} names unknown collection {number}"
-                continue
-            raw = self._snapshot.get(info.prefix + entity_id)
-            stale = raw is None or decode_entity(raw).sequence != sequence
-            # Rows of a replaced table stay until it is emptied.
-            if stale and number not in garbage:
-                yield f"feed row at {sequence} for {info.name}/{entity_id.hex()} is stale"
+    def _feed(self, key: bytes, raw: bytes) -> Iterator[str]:
+        sequence, number, entity_id = split_feed_key(key)
+        if number == 0:
+            return
+        info = self._view.catalogue.by_number.get(number)
+        if info is None:
+            yield f"feed row at {sequence} names unknown collection {number}"
+            return
+        found = self._snapshot.get(info.prefix + entity_id)
+        stale = found is None or decode_entity(found).sequence != sequence
+        # Rows of a replaced table stay until it is emptied.
+        if stale and number not in self._garbage:
+            yield f"feed row at {sequence} for {info.name}/{entity_id.hex()} is stale"
 
-    def _outbox(self) -> Iterator[str]:
-        found = {READY: 0, HELD: 0}
-        for kind in (READY, HELD):
-            for key, raw in self._scan(kind):
-                found[kind] += 1
-                transaction = decode_pending(key, raw)
-                for op in transaction.operations:
-                    info = self._view.catalogue.by_number.get(op.collection)
-                    row_raw = info and self._snapshot.get(info.prefix + op.entity_id)
-                    if not row_raw or decode_entity(row_raw).pending < transaction.sequence:
-                        yield (
-                            f"outbox transaction {transaction.sequence}: entity "
-                            f"{op.entity_id.hex()} does not know of it"
-                        )
+    def _pending(self, key: bytes, raw: bytes) -> Iterator[str]:
+        transaction = decode_pending(key, raw)
+        for op in transaction.operations:
+            info = self._view.catalogue.by_number.get(op.collection)
+            row_raw = info and self._snapshot.get(info.prefix + op.entity_id)
+            if not row_raw or decode_entity(row_raw).pending < transaction.sequence:
+                yield (
+                    f"outbox transaction {transaction.sequence}: entity "
+                    f"{op.entity_id.hex()} does not know of it"
+                )
+
+    def _base(self, key: bytes, raw: bytes) -> Iterator[str]:
+        number, entity_id = split_numbered_key(key)
+        try:
+            cbor.check(decode_base(raw).payload or b"")
+        except EntiDBError as error:
+            yield f"base of {entity_id.hex()} in collection {number}: {error}"
+        row = self._view.entity((number, entity_id))
+        if row is None or not row.pending:
+            yield f"base of {entity_id.hex()} in collection {number} has nothing pending on it"
+
+    def _conflict(self, key: bytes, raw: bytes) -> Iterator[str]:
+        number, entity_id = split_numbered_key(key)
+        row = self._view.entity((number, entity_id))
+        if row is None or not row.pending:
+            yield f"conflict on {entity_id.hex()} has nothing pending"
+        cbor.check(raw)
+
+    def _accepted(self, key: bytes, raw: bytes) -> Iterator[str]:
+        if decode_accepted(raw)[0] > self._head().sequence:
+            yield f"accepted transaction {key[1:].hex()} is above the head"
+
+    def _totals(self) -> Iterator[str]:
         head = self._head()
-        for name, counted, real in (
-            ("ready", head.ready, found[READY]),
-            ("held", head.held, found[HELD]),
-            ("conflicts", head.conflicts, sum(1 for _ in self._scan(CONFLICT))),
-            ("discarded", head.discarded, sum(1 for _ in self._scan(DISCARDED))),
+        for name, counted, kind in (
+            ("ready", head.ready, READY),
+            ("held", head.held, HELD),
+            ("conflicts", head.conflicts, CONFLICT),
+            ("discarded", head.discarded, DISCARDED),
         ):
+            real = sum(1 for _ in self._scan(kind))
             if counted != real:
                 yield f"the head counts {counted} {name}, there are {real}"
-
-    def _simple(self) -> Iterator[str]:
-        for key, raw in self._scan(BASE):
-            number, entity_id = split_numbered_key(key)
-            payload = decode_base(raw).payload
-            try:
-                cbor.check(payload or b"")
-            except EntiDBError as error:
-                yield f"base of {entity_id.hex()} in collection {number}: {error}"
-        for key, _ in self._scan(CONFLICT):
-            number, entity_id = split_numbered_key(key)
-            row = self._view.entity((number, entity_id))
-            if row is None or not row.pending:
-                yield f"conflict on {entity_id.hex()} has nothing pending"
-        head = self._head().sequence
-        for key, raw in self._scan(ACCEPTED):
-            if decode_accepted(raw)[0] > head:
-                yield f"accepted transaction {key[1:].hex()} is above the head"
 
     def _head(self) -> Head:
         raw = self._snapshot.get(META_HEAD)

@@ -32,13 +32,19 @@ def scan_ready(
 ) -> Iterator[PendingTransaction]:
     """Transactions ready to be pushed with ``first <= sequence <= last``, oldest first."""
     end = SEQUENCE_MAX if last is None else last
-    yield from _scan(snapshot, sequence_key(READY, first), sequence_key(READY, end) + b"\0")
+    for key, raw in scan_ready_rows(snapshot, first, end):
+        yield decode_pending(key, raw)
+
+
+def scan_ready_rows(snapshot: Snapshot, first: int, last: int) -> Iterator[tuple[bytes, bytes]]:
+    """As ``scan_ready``, still encoded."""
+    return _scan(snapshot, sequence_key(READY, first), sequence_key(READY, last) + b"\0")
 
 
 def read_pending(snapshot: Snapshot) -> Iterator[PendingTransaction]:
     """Every transaction of the outbox, held ones included, oldest first."""
     ready = scan_ready(snapshot)
-    held = _scan(snapshot, HELD, end_of(HELD))
+    held = (decode_pending(key, raw) for key, raw in _scan(snapshot, HELD, end_of(HELD)))
     one, other = next(ready, None), next(held, None)
     while one is not None or other is not None:
         if other is None or (one is not None and one.sequence < other.sequence):
@@ -50,10 +56,9 @@ def read_pending(snapshot: Snapshot) -> Iterator[PendingTransaction]:
             other = next(held, None)
 
 
-def _scan(snapshot: Snapshot, start: bytes, stop: bytes) -> Iterator[PendingTransaction]:
+def _scan(snapshot: Snapshot, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
     while page := snapshot.scan(start, stop, limit=_PAGE_ROWS):
-        for key, raw in page:
-            yield decode_pending(key, raw)
+        yield from page
         if len(page) < _PAGE_ROWS:
             return
         start = page[-1][0] + b"\0"

@@ -32,11 +32,12 @@ state beside the old one (R20). The storage layer puts a checksum over key and v
 from __future__ import annotations
 
 from struct import Struct as Packer
+from struct import error as UnpackError
 from typing import Final
 
 from msgspec import Struct
 
-from entidb.errors import FormatError
+from entidb.errors import CorruptionError, FormatError
 
 FORMAT_MAGIC: Final = b"EntiDB\x00\x01"
 FORMAT_VERSION: Final = 1
@@ -99,8 +100,14 @@ def feed_key(sequence: int, collection: int, entity_id: bytes) -> bytes:
 
 
 def split_feed_key(key: bytes) -> tuple[int, int, bytes]:
-    """(sequence, collection, entity_id)"""
-    _, sequence, collection, entity_id = _FEED.unpack(key)
+    """(sequence, collection, entity_id)
+
+    Raises ``CorruptionError``: feed rows are read without their checksums, so their keys have to
+    prove themselves."""
+    try:
+        _, sequence, collection, entity_id = _FEED.unpack(key)
+    except UnpackError as error:
+        raise CorruptionError(f"{key.hex()} is not the key of a feed row; run verify") from error
     return sequence, collection, entity_id
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from entidb import cbor
 from entidb.db.adopt import schedule_adoption
 from entidb.db.catalogue import Catalogue
 from entidb.db.records import (
@@ -41,6 +42,24 @@ def change_local(writer: Writer, name: str, local: bool) -> None:
         writer.set_catalogue(catalogue.adding(name, local=local))
         return
     _switch(writer, catalogue.with_local(name, local), before=catalogue)
+
+
+def forget_collection(writer: Writer, name: str) -> None:
+    """Empty a collection that does not synchronise (R31), in one small commit: its table is
+    replaced, and emptied later."""
+    info = writer.catalogue.by_name.get(name)
+    if info is None:
+        return
+    if info.synced:
+        raise ScopeError(
+            f"collection {name!r} synchronises; forgetting it here would not delete it on the "
+            "server. Delete its entities, or take it out of the scope with `db.set_scope(...)` "
+            "first",
+        )
+    table, catalogue = writer.catalogue.allocating()
+    writer.set_catalogue(catalogue.moving({info.number: table}))
+    writer.set_count(info.number, 0)
+    writer.put_replaced(writer.next_sequence(), [name], cbor.encode([name]))
 
 
 def _switch(writer: Writer, after: Catalogue, before: Catalogue) -> None:
@@ -84,4 +103,4 @@ def pending_collections(snapshot: Snapshot) -> set[int]:
     return found
 
 
-__all__ = ["change_local", "change_scope", "pending_collections"]
+__all__ = ["change_local", "change_scope", "forget_collection", "pending_collections"]

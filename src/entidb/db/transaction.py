@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.codec import codec_for
@@ -82,7 +82,13 @@ class Transaction:
     def id(self) -> uuid.UUID:
         return uuid.UUID(bytes=self.transaction_id)
 
-    def collection(self, name: str, type: type[V] | None = None) -> TransactionCollection[V]:
+    @overload
+    def collection(self, name: str) -> TransactionCollection[Any]: ...
+
+    @overload
+    def collection(self, name: str, type: type[V]) -> TransactionCollection[V]: ...
+
+    def collection(self, name: str, type: type[Any] | None = None) -> TransactionCollection[Any]:
         """The collection ``name`` inside this transaction. Raises ``InvalidNameError``."""
         self._check_open()
         check_name(name)
@@ -90,7 +96,7 @@ class Transaction:
             name, codec_for(type), self._open_rows, self._stage, self._new_id
         )
 
-    def __getitem__(self, name: str) -> TransactionCollection[object]:
+    def __getitem__(self, name: str) -> TransactionCollection[Any]:
         return self.collection(name)
 
     def commit(self) -> int:

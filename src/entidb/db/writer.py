@@ -90,7 +90,8 @@ class Writer:
 
     def set_catalogue(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self.put(META_CATALOGUE, catalogue.encode())
+        # ``finish`` encodes it: a commit may change it once for each of a thousand collections.
+        self.put(META_CATALOGUE, b"")
 
     def collection(self, name: str) -> CollectionInfo:
         """The collection called ``name``, made if there is none. Raises ``ScopeError`` when
@@ -211,6 +212,8 @@ class Writer:
                     )
                 self.put(key, pack_u64(live))
         self._counts.clear()
+        if META_CATALOGUE in self.changes:
+            self.put(META_CATALOGUE, self.catalogue.encode())
         head = self.head.encode()
         if head != self._head_before:
             self.put(META_HEAD, head)

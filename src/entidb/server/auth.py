@@ -87,7 +87,7 @@ class Authenticator(Protocol):
     it answer from memory.
     """
 
-    def __call__(self, token: str | None) -> Grants: ...
+    def __call__(self, token: str | None, /) -> Grants: ...
 
 
 def everything(token: str | None) -> Grants:
@@ -205,7 +205,7 @@ def _databases(claim: object) -> dict[str, Rights]:
     collections: ``{"shop": {"rights": "rw", "collections": ["notes"]}}``."""
     try:
         if isinstance(claim, list):
-            return {name: _RIGHTS["rw"] for name in convert(claim, list[str])}
+            return dict.fromkeys(convert(claim, list[str]), _RIGHTS["rw"])
         entries = convert(claim, dict[str, str | _RightsClaim])
         return {name: _rights(entry) for name, entry in entries.items()}
     except (ValidationError, KeyError) as error:

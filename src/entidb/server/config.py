@@ -130,7 +130,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.data_dir is not None and not os.fspath(self.data_dir):
             raise ConfigError("data_dir is empty: name a directory")
-        if not isinstance(self.audience, str) or not self.audience:
+        if not self.audience:
             raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
         self._check_auth()
         self._check_validate()
@@ -161,7 +161,7 @@ class ServerConfig:
             raise ConfigError("authenticator is a function from a token to Grants")
 
     def _check_validate(self) -> None:
-        hook = self.validate
+        hook: object = self.validate
         if hook is None or callable(hook):
             return
         if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
@@ -233,8 +233,8 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not low <= number <= high:  # which NaN is not
         raise ConfigError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
 
 

@@ -13,18 +13,12 @@ import itertools
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 from msgspec.structs import replace
 
 from entidb.db import Database
-from entidb.errors import (
-    ConfigError,
-    PermissionDeniedError,
-    ProtocolError,
-    SyncCodecError,
-    SyncError,
-)
+from entidb.errors import PermissionDeniedError, ProtocolError, SyncError
 from entidb.protocol import (
     PATHS,
     ErrorResponse,
@@ -47,8 +41,6 @@ from entidb.server.wire import HttpResponse
 from entidb.types import Clock, Entropy, SystemClock, system_entropy
 
 logger = logging.getLogger("entidb.server")
-
-_R = TypeVar("_R", bound=SyncRequest)
 
 
 class SyncServer:
@@ -77,9 +69,10 @@ class SyncServer:
             "entropy": entropy,
             "transaction_bytes_max": config.transaction_bytes_max,
         }
-        source = in_memory if config.data_dir is None else None
-        if open_database is None:
-            open_database = source(**options) if source else on_disk(config, **options)
+        if open_database is None and config.data_dir is None:
+            open_database = in_memory(**options)
+        elif open_database is None:
+            open_database = on_disk(config, **options)
         self.stores = Stores(config, clock=self.clock, open_database=open_database)
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(6).hex()
@@ -195,9 +188,7 @@ class SyncServer:
     def request_encoding(self, headers: Mapping[str, str]) -> str | None:
         encoding = wire.content_encoding(headers)
         if encoding is not None and encoding not in self.encodings:
-            raise ProtocolError(
-                "this server takes no packed bodies", code="unsupported_media_type"
-            )
+            raise ProtocolError("this server takes no packed bodies", code="unsupported_media_type")
         return encoding
 
     def response_encoding(self, headers: Mapping[str, str], size: int) -> str | None:

@@ -7,6 +7,7 @@ its commit sequence.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -39,10 +40,10 @@ from entidb.db.records import (
 from entidb.db.writer import Writer, live_delta
 from entidb.errors import (
     CborDecodeError,
+    CorruptionError,
     HistoryChangedError,
     PermissionDeniedError,
     ResetRequiredError,
-    ScopeError,
     SyncCodecError,
     SyncError,
     VersionMismatchError,
@@ -63,14 +64,23 @@ from entidb.protocol import (
     PushTransaction,
     ServerState,
     Verdict,
-    operations_digest,
+    digest_heads,
+    digest_operations,
     transaction_bytes,
 )
 from entidb.types import timestamp_from_ms, uuid_from_bytes
 
+_log = logging.getLogger("entidb.server")
+
 #: Feed rows looked at for one page at most, however many a filter or ``have`` leaves out, so that
 #: a page takes bounded time.
 SCAN_ROWS_MAX = 20_000
+#: Entities read at a time while a page fills: as many as can be 16 MiB each without hurting.
+#: Reading a thousand at a time is a tenth faster, and would be 16 GB then.
+READ_ROWS = 16
+#: Payload bytes of a page at most, whatever a client asks for; a larger single commit is sent
+#: whole (R19).
+PAGE_BYTES_MAX = 8 * 1024 * 1024
 #: What a pulled operation takes on the wire beside its payload, roughly.
 OPERATION_OVERHEAD_BYTES = 32
 #: States sent along with a conflict are a courtesy; the pull that follows brings everything.
@@ -155,8 +165,8 @@ class DatabaseService:
         self.db_id = db_id
         self.limits = limits
         self._validate = validate
-        #: (head, floor) after the newest commit this service made or read; None when unknown.
-        self._known: tuple[int, int] | None = None
+        #: (commit mark, head, floor) of the newest read; None when unknown.
+        self._known: tuple[int, int, int] | None = None
 
     # ------------------------------------------------------------ handshake
 
@@ -183,12 +193,12 @@ class DatabaseService:
 
     def idle_pull(self, request: PullRequest, grant: Grant) -> PullResponse | None:
         """The answer to a pull with nothing new, without touching the store; None if it has to
-        be looked up. The head is known from the newest commit; after an error it is not (R17)."""
+        be looked up. What was read counts for as long as nobody tried to commit since (R17)."""
         known = self._known
         if known is None or request.full:
             return None
-        head, floor = known
-        if head != self.database.known_sequence() or request.cursor != head:
+        mark, head, floor = known
+        if mark != self.database.commit_mark or request.cursor != head:
             return None
         self._check_pull(request, grant, head, floor)
         return self._page([], [], head, head, floor, more=False)
@@ -196,14 +206,13 @@ class DatabaseService:
     def pull(self, request: PullRequest, grant: Grant) -> PullResponse:
         """One page of the change feed (R19). Raises ``HistoryChangedError``,
         ``ResetRequiredError``, ``PermissionDeniedError``."""
+        mark = self.database.commit_mark
         with self.database.view() as view:
             head = view.head.sequence
             floor = read_floor(view)
             self._check_pull(request, grant, head, floor)
             commits, names, cursor, more = self._read_page(view, request, grant, head)
-        known = self._known
-        if known is None or head > known[0]:
-            self._known = (head, floor)
+        self._known = (mark, head, floor)
         return self._page(names, commits, cursor, head, floor, more=more)
 
     def pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
@@ -213,7 +222,9 @@ class DatabaseService:
     def _check_pull(self, request: PullRequest, grant: Grant, head: int, floor: int) -> None:
         if not grant.read:
             raise PermissionDeniedError(f"this token may not read database {self.db_id!r}")
-        self._check_history(request.history, request.cursor, head)
+        # What a device got for its own pushes counts as seen (R21).
+        seen = request.have[-1][1] if request.have else 0
+        self._check_history(request.history, max(request.cursor, seen), head)
         if not request.full and request.cursor < floor:
             raise ResetRequiredError(
                 f"cursor {request.cursor} is below the floor {floor}: deletions in between are "
@@ -229,38 +240,18 @@ class DatabaseService:
         keys, more = feed_page(view.snapshot, request.cursor, limit)
         places = [split_feed_key(key) for key in keys]
         have = _Ranges(request.have)
-        prefixes = {number: view.catalogue.by_number[number].prefix for number in wanted}
-        chosen = [
-            (sequence, number, entity_id)
-            for sequence, number, entity_id in places
-            if number in prefixes and not have.contains(sequence)
-        ]
-        raws = view.snapshot.get_many([prefixes[n] + entity_id for _, n, entity_id in chosen])
-        names: list[str] = []
-        indexes: dict[int, int] = {}
-        commits: list[PullCommit] = []
-        size, last = 0, 0
-        operations: list[PullOperation] = []
-        for (sequence, number, entity_id), raw in zip(chosen, raws, strict=True):
-            assert raw is not None, "a feed row has an entity"
-            payload = payload_of(raw)
-            if sequence != last:
-                if size >= request.bytes_max:
-                    # R19: cut between commits; this one opens the next page.
-                    return commits, names, last, True
-                _, _, version, device, timestamp = unpack_entity(raw)
-                assert version == sequence, "a feed row names the entity's latest commit"
-                operations = []
-                commits.append(PullCommit(version, device, timestamp, operations))
-                last = sequence
-            size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
-            index = indexes.get(number)
-            if index is None:
-                index = indexes[number] = len(names)
-                names.append(view.catalogue.by_number[number].name)
-            operations.append(PullOperation(index, entity_id, payload))
+        infos = view.catalogue.by_number
+        prefixes = {number: infos[number].prefix for number in wanted}
+        chosen = [place for place in places if place[1] in prefixes and not have.contains(place[0])]
+        page = _PageBuilder({number: infos[number].name for number in wanted})
+        bytes_max = min(request.bytes_max, PAGE_BYTES_MAX)
+        for at in range(0, len(chosen), READ_ROWS):
+            part = chosen[at : at + READ_ROWS]
+            raws = view.snapshot.get_many([prefixes[n] + entity_id for _, n, entity_id in part])
+            if not page.add(part, raws, bytes_max):
+                return page.commits, page.names, page.last, True
         # A pull moves the cursor over what it leaves out as well (R31).
-        return commits, names, places[-1][0] if more else head, more
+        return page.commits, page.names, places[-1][0] if more else head, more
 
     def _page(
         self,
@@ -295,22 +286,21 @@ class DatabaseService:
         """
         # What can fail or take long is done before the writer lock is taken.
         checked = [self._precheck(request, grant) for request, grant in members]
-        self._known = None
         answers: list[PushResponse | SyncError] = []
         with self.database.write() as writer:
-            floor = read_floor(writer)
+            floor, known_head = read_floor(writer), writer.head.sequence
             for (request, grant), values in zip(members, checked, strict=True):
                 if isinstance(values, SyncError):
                     answers.append(values)
                     continue
                 try:
+                    self._check_bases(request, known_head)
                     answers.append(self._decide(writer, request, grant, floor, values))
                 except SyncError as error:
                     answers.append(error)
             if writer.changes:
                 mark_clock(writer)
             head = writer.head.sequence
-        self._known = (head, floor)
         return [
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer
             for answer in answers
@@ -364,6 +354,12 @@ class DatabaseService:
             time=writer.now_ms,
         )
 
+    def _check_bases(self, request: PushRequest, head: int) -> None:
+        """Nobody can have built on what no answer has told of yet: such a base would let a write
+        pass over what others are about to commit (R13)."""
+        bases = (op.base_version for t in request.transactions for op in t.operations)
+        self._check_history(request.history, max(bases, default=0), head)
+
     def refusal(
         self, writer: Writer, grant: Grant, transaction: ValidateTransaction
     ) -> Refusal | None:
@@ -380,8 +376,12 @@ class DatabaseService:
 
         try:
             return hook(ValidateContext(self.db_id, grant, read), transaction)
-        except Exception as error:
-            return Refusal("validate_failed", f"the server's validate hook raised: {error!r}")
+        except Exception:
+            # The operator gets the traceback; what a hook says inside is not for devices.
+            _log.exception("validate refused transaction %s by raising", transaction.transaction_id)
+            return Refusal(
+                "validate_failed", "the server's validate hook failed on this transaction"
+            )
 
     @property
     def validates(self) -> bool:
@@ -433,6 +433,7 @@ class _Deciding:
         self._writer = writer
         self._request = request
         self._grant = grant
+        self._digest_heads = digest_heads(request.collections)
         self._below_floor = request.cursor < floor
         self._planned: Catalogue | None = None
         self._prefixes = self._collections()
@@ -447,19 +448,13 @@ class _Deciding:
         """(number, key prefix) for each name; None where the token may not write."""
         found: list[tuple[int, bytes] | None] = []
         allowed = self._grant.collections
-        catalogue = self._writer.catalogue
+        catalogue = self._writer.catalogue.adding_all(
+            name for name in self._request.collections if allowed is None or name in allowed
+        )
         for name in self._request.collections:
-            if allowed is not None and name not in allowed:
-                found.append(None)
-                continue
-            if name not in catalogue.by_name:
-                try:
-                    catalogue = catalogue.adding(name)
-                except ScopeError:
-                    found.append(None)
-                    continue
-            info = catalogue.by_name[name]
-            found.append((info.number, info.prefix))
+            info = catalogue.by_name.get(name) if allowed is None or name in allowed else None
+            # A collection that is local on the server is nobody else's (R31).
+            found.append((info.number, info.prefix) if info is not None and info.synced else None)
         # New collections come to be with the first transaction that is accepted, not before.
         self._planned = None if catalogue is self._writer.catalogue else catalogue
         return found
@@ -490,9 +485,9 @@ class _Deciding:
         known: bytes | None,
         values: list[Any],
     ) -> PushResult:
-        digest = operations_digest(self._request.collections, transaction.operations)
+        digest = digest_operations(self._digest_heads, transaction.operations)
         if known is not None:
-            return self._known(known, digest, keys)
+            return self._known(transaction, known, digest, keys)
         places = [key for key in keys if key is not None]
         if len(places) != len(keys):
             return self._refuse(
@@ -517,17 +512,30 @@ class _Deciding:
                 return self._refuse(places, refusal.code, refusal.message)
         return self._accept(transaction, places, digest)
 
-    def _known(self, known: bytes, digest: bytes, keys: list[bytes | None]) -> PushResult:
+    def _known(
+        self,
+        transaction: PushTransaction,
+        known: bytes,
+        digest: bytes,
+        keys: list[bytes | None],
+    ) -> PushResult:
         """R14: decided once, for ever."""
         version, accepted_digest = decode_accepted(known)
         if digest != accepted_digest:
             # What this batch builds on it was built on content that is not on the server (R13).
             self._refused.update(key for key in keys if key is not None)
             return PushResult(Verdict.SUPERSEDED, version)
+        clamped = 0
         for key in keys:
-            if key is not None:
-                self._written[key] = version
-        return PushResult(Verdict.ACCEPTED, version)
+            if key is None:
+                continue
+            self._written[key] = version
+            raw = self._states[key]
+            if raw is not None and unpack_entity(raw)[2] == version:
+                # The same answer as the first time, what was clamped then (R27) included.
+                stamp = unpack_entity(raw)[4]
+                clamped = stamp if stamp != transaction.timestamp else 0
+        return PushResult(Verdict.ACCEPTED, version, clamped)
 
     def _conflicts(self, transaction: PushTransaction, places: list[bytes]) -> bool:
         states, written, refused = self._states, self._written, self._refused
@@ -548,6 +556,9 @@ class _Deciding:
     def _server_states(
         self, transaction: PushTransaction, places: list[bytes]
     ) -> list[ServerState]:
+        if not self._grant.read:
+            # A token that only writes learns that it is late, and not what others wrote.
+            return []
         found = []
         pairs = zip(transaction.operations, places, strict=True)
         for op, key in list(pairs)[:CONFLICT_STATES_MAX]:
@@ -604,6 +615,56 @@ class _Deciding:
         return PushResult(Verdict.ACCEPTED, version, clamped)
 
 
+class _PageBuilder:
+    """Entities on their way into one page, grouped by the commit that wrote them (R19)."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self.commits: list[PullCommit] = []
+        self.names: list[str] = []
+        self.last = 0
+        self._all_names = names
+        self._indexes: dict[int, int] = {}
+        self._operations: list[PullOperation] = []
+        self._size = 0
+
+    def add(
+        self,
+        places: Sequence[tuple[int, int, bytes]],
+        raws: Sequence[bytes | None],
+        bytes_max: int,
+    ) -> bool:
+        """False if the page is full: cut between commits, the rest opens the next one."""
+        size, last, operations, indexes = self._size, self.last, self._operations, self._indexes
+        for (sequence, number, entity_id), raw in zip(places, raws, strict=True):
+            if raw is None:
+                raise _corrupt(sequence, entity_id, "names an entity that is not there")
+            _, _, version, device, timestamp = unpack_entity(raw)
+            if version != sequence:
+                raise _corrupt(sequence, entity_id, "is not the entity's latest change")
+            if sequence != last:
+                if size >= bytes_max:
+                    return False
+                operations = []
+                self.commits.append(PullCommit(version, device, timestamp, operations))
+                last = self.last = sequence
+            payload = payload_of(raw)
+            size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
+            index = indexes.get(number)
+            if index is None:
+                index = indexes[number] = len(self.names)
+                self.names.append(self._all_names[number])
+            operations.append(PullOperation(index, entity_id, payload))
+        self._size, self._operations = size, operations
+        return True
+
+
+def _corrupt(sequence: int, entity_id: bytes, why: str) -> CorruptionError:
+    return CorruptionError(
+        f"the feed row of commit {sequence} for {entity_id.hex()} {why}; the page was not sent. "
+        "Run verify, and restore a backup"
+    )
+
+
 class _Ranges:
     """Membership in the ascending inclusive ranges of ``PullRequest.have``."""
 
@@ -622,8 +683,11 @@ def _wanted_collections(
     catalogue: Catalogue, asked: list[str] | None, allowed: frozenset[str] | None
 ) -> list[int]:
     """Numbers of the collections to send: those asked for that the token grants."""
+    names = None if asked is None else frozenset(asked)
     return [
         info.number
         for info in catalogue.by_name.values()
-        if (asked is None or info.name in asked) and (allowed is None or info.name in allowed)
+        if info.synced
+        and (names is None or info.name in names)
+        and (allowed is None or info.name in allowed)
     ]

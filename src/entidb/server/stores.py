@@ -14,12 +14,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from entidb.db import Database, Role, purge_tombstones
 from entidb.db.maintenance import mark_clock, sequence_at
 from entidb.errors import (
     ConfigError,
+    DatabaseClosedError,
     EntiDBError,
     InvalidNameError,
     PermissionDeniedError,
@@ -82,14 +83,14 @@ class Stores:
         *,
         clock: Clock,
         open_database: OpenDatabase,
-        on_group: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._clock = clock
         self._open_database = open_database
         self._validate: ValidateHook | None = config.load_validate()
         self._limits = config.limits()
-        self._on_group = on_group
+        #: Called on a writer's thread after the members of a group have been told.
+        self.on_group: Callable[[], None] = _nothing
         self._stores: dict[str, Store] = {}
         #: Guards the table and the counters of its entries; never held during I/O.
         self._lock = threading.Lock()
@@ -133,7 +134,7 @@ class Stores:
         store = self.use(db_id, create=create)
         try:
             yield store
-        except StorageError as error:
+        except (StorageError, DatabaseClosedError) as error:
             store.report(error)
             raise
         finally:
@@ -179,7 +180,7 @@ class Stores:
             service,
             queue_max=self._config.push_queue_max,
             on_failure=failed,
-            on_group=self._on_group,
+            on_group=lambda: self.on_group(),
         )
 
     def _drop_broken(self, db_id: str) -> None:
@@ -277,6 +278,10 @@ class Stores:
                 self._close(store)
 
 
+def _nothing() -> None:
+    return None
+
+
 def _closable(store: Store) -> bool:
     return not store.users and not store.pinned
 
@@ -299,7 +304,7 @@ def _check_known_name(db_id: str) -> None:
 # ---------------------------------------------------------------- where databases come from
 
 
-def on_disk(config: ServerConfig, **options: object) -> OpenDatabase:
+def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
     """Databases in directories below ``config.data_dir``, which is made if missing."""
     assert config.data_dir is not None
     root = Path(config.data_dir)
@@ -317,7 +322,7 @@ def on_disk(config: ServerConfig, **options: object) -> OpenDatabase:
     return open_database
 
 
-def in_memory(**options: object) -> OpenDatabase:
+def in_memory(**options: Any) -> OpenDatabase:
     """Databases that are gone with the server."""
 
     def open_database(db_id: str, create: bool) -> Database:

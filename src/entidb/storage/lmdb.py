@@ -44,6 +44,7 @@ from entidb.errors import (
 )
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 from entidb.storage.lmdb_file import check_data_file
+from entidb.storage.lmdb_pages import check_headers, page_faults, read_header
 
 #: Virtual and sparse: a large map costs nothing until it is filled.
 MAP_BYTES_DEFAULT: Final = 64 * 2**30
@@ -237,6 +238,11 @@ class LmdbSnapshot:
         finally:
             reader.busy = False
 
+    def _transaction_number(self) -> int:
+        with self._inside() as txn:
+            number: int = txn.id()
+        return number
+
     def _step_aside(self) -> None:
         """Out of LMDB until the gate allows it again, and then marked as in it."""
         while self._store._gate > _DRAINING:
@@ -369,6 +375,7 @@ class LmdbStorage:
             shutil.rmtree(os.path.join(where, _TEMPORARY), ignore_errors=True)
             if os.path.exists(data):
                 check_data_file(data)
+                check_headers(data)
             else:
                 _create(where)
             return cls(where, lock, max(map_bytes, _MAP_BYTES_MIN), drain_seconds)
@@ -586,7 +593,22 @@ class LmdbStorage:
     # ---- care
 
     def verify(self) -> Iterator[str]:
-        with self.snapshot() as snapshot:
+        data = os.path.join(self.path, _DATA)
+        # The pages come first and are not mapped for it: a damaged one can make LMDB itself run
+        # out of the file, or in circles.
+        with self._write_lock:
+            snapshot = self.snapshot()
+            header = read_header(data, snapshot._transaction_number())
+        with snapshot:
+            if header is None:
+                yield "the header of the newest commit cannot be found"
+                return
+            damaged = False
+            for fault in page_faults(data, header):
+                damaged = True
+                yield fault
+            if damaged:
+                return
             try:
                 yield from self._verify(snapshot)
             except (CorruptionError, lmdb.Error) as error:
@@ -789,20 +811,22 @@ if hasattr(os, "register_at_fork"):
 def _stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
     """The batch in key order with its checksums, and the keys to delete. Everything LMDB would
     refuse is refused here, where no transaction has to be aborted for it."""
-    puts: list[tuple[bytes, bytes]] = []
-    deletes: list[bytes] = []
-    for key in sorted(batch):
-        value = batch[key]
-        if not 0 < len(key) <= KEY_BYTES_MAX:
-            raise StorageError(
-                f"a key of {len(key)} bytes cannot be stored; keys have 1 to {KEY_BYTES_MAX} bytes"
-            )
-        if value is None:
-            deletes.append(key)
-        else:
-            if len(value) > _VALUE_BYTES_MAX:
-                raise StorageError(f"a value of {len(value)} bytes cannot be stored; split it")
-            puts.append((key, value + crc32(value, crc32(key)).to_bytes(4, "little")))
+    keys = sorted(batch)
+    longest = max(map(len, keys), default=1)
+    if longest > KEY_BYTES_MAX or (keys and not keys[0]):
+        raise StorageError(
+            f"a key of {longest if keys[0] else 0} bytes cannot be stored; keys have 1 to "
+            f"{KEY_BYTES_MAX} bytes"
+        )
+    values = [batch[key] for key in keys]
+    if any(value is not None and len(value) > _VALUE_BYTES_MAX for value in values):
+        raise StorageError(f"a value of over {_VALUE_BYTES_MAX} bytes cannot be stored; split it")
+    puts = [
+        (key, value + crc32(value, crc32(key)).to_bytes(4, "little"))
+        for key, value in zip(keys, values, strict=True)
+        if value is not None
+    ]
+    deletes = [key for key, value in zip(keys, values, strict=True) if value is None]
     return puts, deletes
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, TypeVar
 
 from entidb.errors import SyncError
 from entidb.protocol import SyncRequest, SyncResponse
+from entidb.sync.aio import AsyncSyncEngine
 from entidb.sync.applier import BatchLimits, DatabaseApplier, MemorySyncApplier, SyncApplier
 from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
 from entidb.sync.cycle import Cycle
@@ -48,6 +49,7 @@ SyncResult = Annotated[_T, SyncError]
 __all__ = [
     "TRANSITIONS",
     "Action",
+    "AsyncSyncEngine",
     "BatchLimits",
     "Conflict",
     "ConflictPolicy",

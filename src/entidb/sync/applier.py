@@ -23,6 +23,7 @@ from entidb.db.outbox import (
     read_discarded,
     read_pending,
     scan_ready,
+    scan_ready_rows,
 )
 from entidb.db.records import (
     CONFLICT,
@@ -58,6 +59,7 @@ from entidb.errors import (
     CborDecodeError,
     ConfigError,
     ConflictError,
+    CorruptionError,
     InvalidNameError,
     ProtocolError,
     SyncCodecError,
@@ -85,8 +87,13 @@ from entidb.sync.rebase import (
     Withdrawn,
     decode_conflict,
 )
-from entidb.types import OPERATION_OVERHEAD_BYTES, SEQUENCE_MAX, check_name
+from entidb.types import OPERATION_OVERHEAD_BYTES, SEQUENCE_MAX, check_name, timestamp_from_ms
 
+#: What is kept of a server's words for a refusal.
+_CODE_CHARS_MAX = 100
+_MESSAGE_CHARS_MAX = 1000
+#: Beyond this (the year 6429) a hybrid logical clock comes near the end of its 64 bits.
+TIME_MS_MAX = 2**47
 #: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
 _PAGE_ROWS = 2000
 
@@ -117,6 +124,7 @@ class Settled(Struct):
     ``next_batch`` was prepared in the same commit."""
 
     accepted: int = 0
+    accepted_operations: int = 0
     superseded: int = 0
     conflicts: int = 0
     rejected: int = 0
@@ -285,6 +293,7 @@ class DatabaseApplier:
                 f"the server answered {len(response.results)} verdicts to {len(batch.sent)} "
                 "transactions; nothing was settled"
             )
+        check_verdicts(response)
         with self.database.write() as writer:
             inflight = writer.inflight
             if inflight is None or inflight.ranges != batch.ranges:
@@ -303,6 +312,7 @@ class DatabaseApplier:
         with self.database.write() as writer:
             state = self._check_belongs(writer, request)
             rebase = Rebase(writer, self.policy_for, response.time, foreign=state.foreign)
+            _hear_clock(writer, response)
             _take_page(writer, rebase, response)
             rebase.release()
             _move_cursor(writer, state, response.cursor)
@@ -325,6 +335,7 @@ class DatabaseApplier:
                     full_done=full == [],
                     delta_cursor=state.cursor,
                 )
+            _hear_clock(writer, response)
             stage = _stage_operations(writer, stage, request, response)
             writer.set_stage(stage)
             return stage
@@ -372,6 +383,9 @@ class DatabaseApplier:
             expected = 0
         if expected != request.cursor:
             raise SyncStateError("the cursor moved while the answer was on its way; sync again")
+        # A stage is abandoned when the scope changes, so it needs no such check.
+        if stage is None and not _is_missing(writer, state, request):
+            raise SyncStateError("the scope changed while the answer was on its way; sync again")
         return state
 
     # ------------------------------------------------------------ conflicts (R25, R26)
@@ -497,16 +511,15 @@ def _prepare(writer: Writer, limits: BatchLimits, settled: list[list[int]]) -> P
     chosen: list[PendingTransaction] = []
     ranges: list[list[int]] = []
     operations = size = 0
+    changes = writer.changes
     for first, last in _gaps(settled, limits.sequence_max):
-        for transaction in scan_ready(writer.snapshot, first, last):
-            # A transaction this very commit has moved, changed or withdrawn is read from it.
-            if transaction.key in writer.changes:
-                raw = writer.changes[transaction.key]
-                if raw is None:
-                    continue
-                transaction = decode_pending(transaction.key, raw)
-            count = len(transaction.operations)
-            weight = sum(OPERATION_OVERHEAD_BYTES + len(op.payload or b"") for op in transaction.operations)
+        for key, stored in scan_ready_rows(writer.snapshot, first, last):
+            # What this very commit has moved, changed or withdrawn is read from it.
+            raw = changes.get(key, stored)
+            if raw is None:
+                continue
+            transaction = decode_pending(key, raw)
+            count, weight = len(transaction.operations), len(raw)
             if chosen and (
                 operations + count > limits.operations_max or size + weight > limits.bytes_max
             ):
@@ -559,7 +572,11 @@ def _batch(writer: Writer, sent: list[PendingTransaction], ranges: list[list[int
                 index = indexes[op.collection] = len(names)
                 names.append(infos[op.collection].name)
             raw = next(versions)
-            assert raw is not None, "an entity with pending changes has a row"
+            if raw is None:
+                raise CorruptionError(
+                    f"entity {op.entity_id.hex()} has pending changes and no row; nothing was "
+                    "sent. Run verify, and restore a backup"
+                )
             payload = op.payload
             size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
             operations.append(PushOperation(index, op.entity_id, unpack_pending(raw)[2], payload))
@@ -570,6 +587,23 @@ def _batch(writer: Writer, sent: list[PendingTransaction], ranges: list[list[int
 
 
 # ---------------------------------------------------------------- settling
+
+
+def check_verdicts(response: PushResponse) -> None:
+    """What cannot be true of verdicts, before anything is touched: a transaction leaves the
+    outbox for a version of its own that the server's head covers (R12), or not at all. Raises
+    ``ProtocolError``."""
+    seen: set[int] = set()
+    for result in response.results:
+        if result.verdict > Verdict.SUPERSEDED:
+            continue
+        version = result.version
+        if not 0 < version <= response.head or version in seen:
+            raise ProtocolError(
+                f"the server says a transaction was accepted as version {version}, with its head "
+                f"at {response.head}, or says so of two; nothing was settled"
+            )
+        seen.add(version)
 
 
 class _Settling:
@@ -601,6 +635,7 @@ class _Settling:
             if verdict == Verdict.ACCEPTED:
                 self._accepted(transaction, rows, result.version, result.timestamp)
                 settled.accepted += 1
+                settled.accepted_operations += len(transaction.operations)
                 continue
             current = self._rebase.load(transaction.sequence)
             if current is None:
@@ -613,8 +648,10 @@ class _Settling:
                 settled.conflicts += 1
                 settled.pull = True
             else:
-                message = result.message or "refused by the server"
-                self._rebase.withdraw([current], result.code or "rejected", message, [])
+                # Every transaction built on this one keeps a copy of these.
+                code = result.code[:_CODE_CHARS_MAX] or "rejected"
+                message = result.message[:_MESSAGE_CHARS_MAX] or "refused by the server"
+                self._rebase.withdraw([current], code, message, [])
                 settled.rejected += 1
         self._rebase.release()
         self._store_have()
@@ -629,13 +666,20 @@ class _Settling:
     ) -> None:
         stamp = timestamp or transaction.timestamp
         cursor = self._state.cursor
+        if version > cursor and self._settle_newest(transaction, rows, version, stamp):
+            add_to_ranges(self._have, version)
+            return
+        current = self._rebase.load(transaction.sequence)
+        if current is None or _writes(current) != _writes(transaction):
+            # An earlier verdict of this answer withdrew or merged it here, while a copy of this
+            # device had it accepted as it was (R30): only a pull can bring what was accepted.
+            self._settled.pull = True
+            if current is not None:
+                self._rebase.settle_superseded(current)
+            return
         if version > cursor:
             add_to_ranges(self._have, version)
-            if self._settle_newest(transaction, rows, version, stamp):
-                return
-        current = self._rebase.load(transaction.sequence)
-        if current is not None:
-            self._rebase.settle_accepted(current, version, stamp, cursor)
+        self._rebase.settle_accepted(current, version, stamp, cursor)
 
     def _settle_newest(
         self,
@@ -660,6 +704,8 @@ class _Settling:
                 return False
             flags, shown, base, _, _, pending = unpack_pending(raw)
             if pending != sequence or base >= version:
+                return False
+            if op.previous and self._rebase.load(op.previous) is not None:
                 return False
             if flags & HAS_BASE:
                 made.append((base_key(op.collection, op.entity_id), None))
@@ -686,6 +732,10 @@ class _Settling:
         self._writer.set_sync_state(replace(self._state, have=kept))
 
 
+def _writes(transaction: PendingTransaction) -> list[tuple[int, bytes, bytes | None]]:
+    return [(op.collection, op.entity_id, op.payload) for op in transaction.operations]
+
+
 # ---------------------------------------------------------------- applying
 
 
@@ -706,14 +756,24 @@ def check_page(request: PullRequest, response: PullResponse) -> None:
             )
         last = commit.version
         for op in commit.operations:
+            if op.collection >= len(response.collections):
+                raise ProtocolError(
+                    f"version {commit.version} names a collection that its page does not; nothing "
+                    "was applied"
+                )
             if op.payload is not None:
                 try:
-                    check(op.payload)
+                    value = check(op.payload)
                 except CborDecodeError as error:
                     raise SyncCodecError(
                         f"entity {op.entity_id.hex()} of version {commit.version} is not "
                         f"canonical: {error}; nothing was applied"
                     ) from error
+                if value is None:
+                    raise SyncCodecError(
+                        f"entity {op.entity_id.hex()} of version {commit.version} is null, and a "
+                        "deletion has no payload; nothing was applied"
+                    )
     if response.cursor < last or response.head < response.cursor:
         raise ProtocolError(
             f"the server's page ends at cursor {response.cursor} with head {response.head}, but "
@@ -726,10 +786,32 @@ def check_page(request: PullRequest, response: PullResponse) -> None:
         )
 
 
+def _is_missing(writer: Writer, state: ReplicaState, request: PullRequest) -> bool:
+    """Whether what was asked for is still what is missing: a scope that was widened meanwhile
+    must not count as covered by an answer that does not speak of it (R31)."""
+    if not request.full:
+        return not (state.full or state.uncovered)
+    asked = None if request.collections is None else frozenset(request.collections)
+    return asked == (writer.catalogue.scope if state.full else frozenset(state.uncovered))
+
+
+def _hear_clock(writer: Writer, response: PullResponse) -> None:
+    """The clock is a hybrid one (R27): what is written after this is later than what was seen,
+    however slow the device's own clock is, but never beyond what the server says the time is."""
+    latest = timestamp_from_ms(min(response.time, TIME_MS_MAX)) | 0xFFFF
+    newest = max((commit.timestamp for commit in response.commits), default=0)
+    writer.head.timestamp = max(writer.head.timestamp, min(newest, latest))
+
+
 def _targets(writer: Writer, response: PullResponse) -> list[CollectionInfo | None]:
     """The collection behind each index of the page; None for one that is local here (R31)."""
     wanted: list[CollectionInfo | None] = []
     scope = writer.catalogue.scope
+    known = writer.catalogue.adding_all(
+        name for name in response.collections if scope is None or name in scope
+    )
+    if known is not writer.catalogue:
+        writer.set_catalogue(known)
     for name in response.collections:
         if scope is not None and name not in scope:
             wanted.append(None)
@@ -756,6 +838,8 @@ def _take_page(writer: Writer, rebase: Rebase, response: PullResponse) -> None:
                         BaseRow(version, device, timestamp, op.payload),
                     )
                 )
+    if len(set(keys)) != len(keys):
+        raise ProtocolError("the server sent an entity twice in one page; nothing was applied")
     dirty = []
     for (ref, remote), raw in zip(places, writer.get_many(keys), strict=True):
         old = None if raw is None else decode_entity(raw)
@@ -826,6 +910,8 @@ def _stage_operations(
             prefix, number, is_full = target
             operations += is_full
             key = prefix + op.entity_id
+            if key in changes:
+                raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
             payload = op.payload
             if not is_full:
                 changes[key] = gone if payload is None else head + payload

@@ -49,6 +49,8 @@ from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
 #: A reset that has to start over more often than this in one cycle ends it; the next goes on.
 RESETS_MAX = 3
+#: Pages of one pull. What came until then is staged, and the next cycle goes on from there.
+PAGES_MAX = 10_000
 
 
 class Ahead(Struct, frozen=True):
@@ -109,7 +111,8 @@ class Cycle:
         inflight = self._applier.inflight()
         if inflight is not None:
             self._enter(SyncState.PUSHING)
-            yield from self._push(inflight)
+            # Nothing new goes with it: what is built next is built on a fresh pull (R6).
+            yield from self._push(inflight, alone=True)
         for _ in range(self._config.rounds_max):
             self.result.rounds += 1
             self._enter(SyncState.PULLING)
@@ -170,10 +173,14 @@ class Cycle:
 
     # ------------------------------------------------------------ pushing
 
-    def _push(self, batch: PushBatch) -> Generator[Step, SyncResponse | None, bool]:
-        """Push ``batch`` and those after it; whether a pull has to come before more."""
+    def _push(
+        self, batch: PushBatch, *, alone: bool = False
+    ) -> Generator[Step, SyncResponse | None, bool]:
+        """Push ``batch``, and unless ``alone`` those after it; whether a pull has to come before
+        more."""
         state = self._applier.state()
-        limits = replace(self._limits(), sequence_max=self._applier.sequence())
+        following = replace(self._limits(), sequence_max=self._applier.sequence())
+        limits = None if alone else following
         total = self._applier.ready()
         done = size = 0
         next_batch: PushBatch | None = batch
@@ -181,10 +188,9 @@ class Cycle:
             batch = next_batch
             response = yield from self._ask(self._push_request(batch, state), PushResponse)
             settled = self._applier.settle(batch, response, limits)
-            operations = sum(len(t.operations) for t in batch.sent)
             done, size = done + len(batch.sent), size + batch.bytes
             self.result.pushed += settled.accepted
-            self.result.pushed_operations += operations if settled.accepted else 0
+            self.result.pushed_operations += settled.accepted_operations
             self.result.superseded += settled.superseded
             self.result.bytes_pushed += batch.bytes
             self._report(settled.report)
@@ -232,7 +238,10 @@ class Cycle:
             full = None if state.full else state.uncovered
         self.result.reset |= full is None and (state.cursor > 0 or state.foreign)
         if full != [] and (stage is None or not stage.full_done):
-            first_sync = full is None and state.cursor == 0 and not state.foreign
+            # A cursor of 0 is no proof: the server may have been empty, and this device may have
+            # pushed since. Then what the server no longer has must go, so it is staged.
+            known = state.cursor > 0 or bool(state.have) or state.foreign
+            first_sync = full is None and not known
             outcome = yield from self._pull_full(state, stage, full, first_sync)
             if outcome is not FullPull.STAGED:
                 return outcome is FullPull.APPLIED
@@ -254,7 +263,7 @@ class Cycle:
             request = replace(request, collections=full)
         floor = None if stage is None else stage.floor
         done = size = 0
-        while True:
+        for _ in range(PAGES_MAX):
             response = yield from self._ask(request, PullResponse)
             if floor is not None and response.floor != floor:
                 self._applier.restart_stage(full=state.full)
@@ -273,6 +282,7 @@ class Cycle:
             if not response.has_more:
                 return FullPull.STAGED
             request = following
+        raise _endless()
 
     def _pull_delta(
         self, state: ReplicaState, stage: Stage | None, full: list[str]
@@ -282,7 +292,7 @@ class Cycle:
         cursor = state.cursor if stage is None else stage.delta_cursor
         request = self._pull_request(state, cursor)
         done = size = 0
-        while True:
+        for _ in range(PAGES_MAX):
             response = yield from self._ask(request, PullResponse)
             if stage is None and not full and not response.has_more:
                 if response.commits or response.cursor != state.cursor:
@@ -299,6 +309,7 @@ class Cycle:
             if not response.has_more:
                 return False
             request = following
+        raise _endless()
 
     def _pull_request(self, state: ReplicaState, cursor: int) -> PullRequest:
         config, server = self._config, self._connection.limits
@@ -309,7 +320,7 @@ class Cycle:
             history=_history(state),
             cursor=cursor,
             have=[(first, last) for first, last in state.have if last > cursor],
-            limit=min(config.pull_operations_max, server.pull_operations_max),
+            limit=max(1, min(config.pull_operations_max, server.pull_operations_max)),
             bytes_max=config.pull_bytes_max,
             collections=self._applier.scope(),
         )
@@ -356,6 +367,13 @@ class FullPull(Enum):
     APPLIED = "applied"
     #: The floor moved meanwhile; it starts over (R28).
     RESTARTED = "restarted"
+
+
+def _endless() -> ServerError:
+    return ServerError(
+        f"the server has still more after {PAGES_MAX} pages; they are kept, so sync again to go "
+        "on from there"
+    )
 
 
 def _history(state: ReplicaState) -> bytes:

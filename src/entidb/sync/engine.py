@@ -145,6 +145,10 @@ class SyncEngine:
                 self._wait(attempt, error)
                 attempt += 1
                 continue
+            except BaseException:
+                # Not ours, such as a listener's own bug; the listeners are not asked about it.
+                self._state = SyncState.ERROR
+                raise
             result.attempts = attempt
             result.duration_s = self._clock.monotonic() - began
             self.stats.add(result)
@@ -213,6 +217,10 @@ class SyncEngine:
 
     def _failed(self, error: EntiDBError) -> None:
         self.stats.failures += 1
+        self._last_error = error
+
+    def note_error(self, error: EntiDBError) -> None:
+        """Show ``error`` in ``status()``: for whoever runs cycles in the background."""
         self._last_error = error
 
     def _check_cancelled(self) -> None:
@@ -334,7 +342,7 @@ class SyncEngine:
             except EntiDBError as error:
                 # Kept for status(); a background engine goes on at its next turn (R9).
                 if not isinstance(error, SyncCancelledError):
-                    self._last_error = error
+                    self.note_error(error)
             if self._stop.is_set():
                 return
             self._clock.wait(self._wake, self.config.interval_s)

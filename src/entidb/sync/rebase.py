@@ -130,7 +130,7 @@ class Rebase:
         ancestor = base if conflict_raw is None else decode_conflict_base(conflict_raw)
         self._set_base(ref, row, remote)
         chain = self._chain(ref, row)
-        done = _done_prefix(chain, remote.payload)
+        done = self._done_prefix(chain, remote)
         if done and not self._adds_up(ref, ancestor, remote):
             self._drop_conflict(ref, conflict_raw is not None)
             self._drop_done(ref, chain, done)
@@ -138,6 +138,28 @@ class Rebase:
         if self._foreign and base.payload == remote.payload:
             return
         self._decide(ref, chain, ancestor, remote, conflict_raw is not None)
+
+    def _done_prefix(self, chain: list[Step], remote: BaseRow) -> int:
+        """How many operations of the chain the server state ``remote`` already contains (R24).
+
+        The first one, if it wrote the same bytes. All, if the newest did and their transactions
+        wrote nothing else, so that all of them end here. Otherwise more than the first only if
+        the server has that very transaction, from another copy of this device (R30): somebody
+        else's equal bytes, mostly a deletion, say nothing of what ours wrote in between. One of
+        ours would reach the server without this operation, and what it wrote would be gone
+        without a trace if the newest were withdrawn for what else it touches."""
+        last = len(chain) - 1
+        if any(len(step.transaction.operations) > 1 for step in chain):
+            last = 0
+        for index in range(len(chain) - 1, -1, -1):
+            step = chain[index]
+            ours = (
+                remote.device_id == self._writer.device_id
+                and remote.timestamp == step.transaction.timestamp
+            )
+            if step.op.payload == remote.payload and (index in (0, last) or ours):
+                return index + 1
+        return 0
 
     def replace_base(self, ref: Ref, remote: BaseRow) -> None:
         """Put what is pending on another base without asking anybody (R29)."""
@@ -576,6 +598,7 @@ class Rebase:
             ref = (op.collection, op.entity_id)
             row = self._writer.entity(ref)
             assert row is not None, "an unsettled operation keeps its entity dirty"
+            self._drop_below(ref, op)
             if version > cursor and self._base(ref, row).version < version:
                 written = BaseRow(version, self._writer.device_id, timestamp, op.payload)
                 self._set_base(ref, row, written)
@@ -590,8 +613,11 @@ class Rebase:
             ref = (op.collection, op.entity_id)
             row = self._writer.entity(ref)
             assert row is not None
+            self._drop_below(ref, op)
+            if not row.pending:
+                continue  # deciding about another of its entities withdrew what was on top
             if row.pending == transaction.sequence:
-                self.show_top(ref, self._step(ref, op.previous))
+                self.show_base(ref)
                 continue
             base = self._base(ref, row)
             if base.payload != op.payload:
@@ -600,6 +626,15 @@ class Rebase:
                 )
                 known = self._writer.get(conflict_key(*ref)) is not None
                 self._decide(ref, self._chain(ref, row), written, base, known)
+
+    def _drop_below(self, ref: Ref, op: PendingOp) -> None:
+        """The server has what replaced the older pending operations on this entity. There are
+        some only if another copy of this device pushed it, having settled those by R24 (R30)."""
+        step = self._step(ref, op.previous)
+        while step is not None:
+            previous = step.op.previous
+            self._remove_op(step)
+            step = self._step(ref, previous)
 
     def show_base(self, ref: Ref) -> None:
         """Nothing is pending any more: the view is the base."""
@@ -614,15 +649,6 @@ class Merged(Struct):
 
 
 _GONE = PendingTransaction(0, NO_DEVICE, 0, [])
-
-
-def _done_prefix(chain: list[Step], remote: bytes | None) -> int:
-    """How many operations of the chain the server state ``remote`` already contains: up to the
-    newest one that wrote the same bytes."""
-    for index in range(len(chain) - 1, -1, -1):
-        if chain[index].op.payload == remote:
-            return index + 1
-    return 0
 
 
 def ask(policy: ConflictPolicy, conflict: Conflict) -> ConflictResolution:

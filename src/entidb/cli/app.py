@@ -1,0 +1,209 @@
+"""The command table, and the way out: every error is one line on standard error and an exit code.
+
+Commands are loaded when they are named, so that ``entidb get`` pays for nothing of the server, and
+a command whose packages are missing takes only itself down. What commands do is in their modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Final, NoReturn
+
+import click
+
+from entidb import __version__
+from entidb.cli.exits import HINTS, TEXTS, Exit, exit_of
+from entidb.cli.output import one_line
+from entidb.errors import EntiDBError
+
+#: Command -> module and object; in the order of ``--help``.
+COMMANDS: Final[dict[str, str]] = {
+    "init": "entities:init_command",
+    "put": "entities:put_command",
+    "get": "entities:get_command",
+    "delete": "entities:delete_command",
+    "list": "entities:list_command",
+    "import": "transfer:import_command",
+    "export": "transfer:export_command",
+    "sync": "syncing:sync_command",
+    "status": "outbox:status_command",
+    "pending": "outbox:pending_command",
+    "conflicts": "outbox:conflicts_command",
+    "resolve": "outbox:resolve_command",
+    "discarded": "outbox:discarded_command",
+    "reset": "outbox:reset_command",
+    "serve": "serving:serve_command",
+    "token": "serving:token_command",
+    "verify": "care:verify_command",
+    "inspect": "care:inspect_command",
+    "compact": "care:compact_command",
+    "backup": "care:backup_command",
+    "demo": "demo:demo_command",
+    "version": "care:version_command",
+}
+
+
+class _Entidb(click.Group):
+    """The group ``entidb``; ``main`` ends the process with an exit code of the table."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        try:
+            command = getattr(import_module(f"entidb.cli.{module}"), name)
+        except ImportError as error:
+            return _unavailable(cmd_name, error)
+        assert isinstance(command, click.Command)
+        return command
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:
+        """As click's, with our way out. For ``CliRunner`` and whoever calls the group."""
+        sys.exit(run(args))
+
+    def run_click(self, args: Sequence[str] | None) -> Any:
+        """What click's ``main`` does, but for its own way to end a process."""
+        if "_ENTIDB_COMPLETE" in os.environ:  # a shell asks how a line could go on
+            return super().main(prog_name="entidb")
+        given = sys.argv[1:] if args is None else list(args)
+        try:
+            with self.make_context("entidb", given) as context:
+                return self.invoke(context)
+        except click.exceptions.Exit as ended:  # --help and --version
+            return ended.exit_code
+
+
+def _unavailable(name: str, error: ImportError) -> click.Command:
+    """Stands for a command that cannot be loaded; the others still can."""
+    reason = one_line(str(error))
+
+    @click.command(
+        name,
+        help=f"(not available: {reason})",
+        context_settings={"ignore_unknown_options": True},
+    )
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def unavailable(words: tuple[str, ...]) -> NoReturn:
+        raise EntiDBError(
+            f"`entidb {name}` is not available: {reason}", code="command_unavailable"
+        ) from error
+
+    return unavailable
+
+
+@click.group(
+    cls=_Entidb,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="DIR is a database directory; with ENTIDB_DIR set, or --dir given, it is left out. "
+    "Ids may be shortened while they stay unambiguous. Exit codes: docs/cli.md.",
+)
+@click.version_option(__version__, message="entidb %(version)s")
+def cli() -> None:
+    """EntiDB: an embedded, transactional entity database that synchronises."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; its exit code. Raises nothing but what a debugger wants to see."""
+    _make_streams_safe()
+    try:
+        with _sigterm_as_exit():
+            result = cli.run_click(arguments)
+            sys.stdout.flush()
+            return result if isinstance(result, int) else Exit.OK
+    except SystemExit as ended:  # SIGTERM, or a command's own way to say it
+        return ended.code if isinstance(ended.code, int) else Exit.FAILURE
+    except BrokenPipeError:
+        _forget_stdout()
+        return Exit.BROKEN_PIPE
+    except (KeyboardInterrupt, click.Abort):
+        return fail("interrupted", "stopped by Ctrl-C; what was committed stays", Exit.INTERRUPTED)
+    except click.ClickException as error:
+        return _fail_usage(error)
+    except EntiDBError as error:
+        _print_details()
+        return fail(error.code, _with_hint(error), exit_of(error))
+    except ImportError as error:
+        _print_details()
+        return fail("missing_extra", str(error), Exit.FAILURE)
+    except OSError as error:
+        _print_details()
+        return fail("os_error", str(error), Exit.STORAGE)
+    except Exception as error:
+        _print_details()
+        hint = "this is a bug in EntiDB; ENTIDB_DEBUG=1 shows where"
+        return fail("internal", f"{type(error).__name__}: {error} ({hint})", Exit.FAILURE)
+
+
+def fail(code: str, message: str, exit_code: Exit) -> int:
+    """Print the one line of an error; returns the exit code."""
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"error[{code}]: {one_line(message)}", err=True)
+    return exit_code
+
+
+def _with_hint(error: EntiDBError) -> str:
+    hint = HINTS.get(error.code)
+    if error.code in TEXTS:
+        return TEXTS[error.code]
+    return str(error) if hint is None else f"{error}; {hint}"
+
+
+def _fail_usage(error: click.ClickException) -> int:
+    message = error.format_message()
+    if not isinstance(error, click.UsageError):
+        return fail("failed", message, Exit.FAILURE)
+    path = error.ctx.command_path if error.ctx is not None else "entidb"
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(message)
+        return Exit.USAGE
+    return fail("usage", f"{message.rstrip('.')}; see `{path} --help`", Exit.USAGE)
+
+
+def _print_details() -> None:
+    if os.environ.get("ENTIDB_DEBUG") not in (None, "", "0"):
+        traceback.print_exc()
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Any:
+    """SIGTERM ends a command as an exception does, so that everything is closed in order."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(Exit.TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: signals are somebody else's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _make_streams_safe() -> None:
+    """A character the terminal cannot show is written as an escape, not as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _forget_stdout() -> None:
+    """The interpreter flushes standard output once more at its end, and would complain."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+__all__ = ["COMMANDS", "cli", "fail", "run"]

@@ -1,0 +1,168 @@
+"""``verify``, ``inspect``, ``compact``, ``backup``, ``version``: looking after a database."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from entidb import __version__
+from entidb.cli.exits import Exit, UsageError
+from entidb.cli.output import facts, plural, say, size_text, time_text
+from entidb.cli.values import print_json
+from entidb.cli.words import bind, json_option, opened, words
+from entidb.db import inspect
+from entidb.db.records import FORMAT_VERSION
+from entidb.errors import CorruptionError, FormatError
+from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
+
+#: Packages whose versions matter when somebody reports a problem.
+_PACKAGES: Final = ("lmdb", "libipld", "msgspec", "httpx2", "click", "rich", "starlette", "uvicorn")
+
+
+@click.command("verify")
+@words("")
+@json_option
+def verify_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> int:
+    """Check every record, checksum and cross-reference.
+
+    Reads the whole database and changes nothing. Exit code 9 if there are faults.
+    """
+    path = bind(words, directory).path
+    faults = _faults(path)
+    if as_json:
+        print_json({"path": path, "ok": not faults, "faults": faults})
+        return Exit.FAULTS if faults else Exit.OK
+    if not faults:
+        say(f"{path} is well: every record was checked")
+        return Exit.OK
+    for fault in faults:
+        say(fault)
+    from entidb.cli.app import fail
+
+    return fail(
+        "faults",
+        f"{plural(len(faults), 'fault')} in {path}; restore a backup, or fetch a device's data "
+        "anew from its server",
+        Exit.FAULTS,
+    )
+
+
+def _faults(path: str) -> list[str]:
+    """A database that is too damaged to be opened is at fault too; one that is none is not."""
+    try:
+        with opened(path) as database:
+            return database.verify()
+    except CorruptionError as error:
+        return [str(error)]
+    except FormatError as error:
+        if error.code != "truncated":
+            raise
+        return [str(error)]
+
+
+@click.command("inspect")
+@words("")
+@json_option
+def inspect_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
+    """Show what is in a database: sizes, counters, identity."""
+    path = bind(words, directory).path
+    with opened(path) as database:
+        found = inspect(database)
+    if as_json:
+        print_json(found)
+        return
+    for line in facts(_inspected(found)):
+        say(line)
+
+
+def _inspected(found: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    storage = found["storage"]
+    yield "role", found["role"]
+    yield "device id", found["device_id"]
+    yield "format", found["format"]
+    yield "made", time_text(found["created_ms"])
+    yield "commit", f"{found['sequence']:,}"
+    yield "server database", found["db_id"] or "-"
+    yield "history", found["history"] or "-"
+    yield "cursor", f"{found['cursor']:,}"
+    yield "floor", f"{found['floor']:,}"
+    for name in ("pending", "held", "conflicts", "discarded"):
+        yield name, f"{found[name]:,}"
+    yield "file", f"{size_text(storage['file_bytes'])} ({storage['kind']}, {storage['path']})"
+    yield "in use", f"{size_text(storage['used_bytes'])} of {plural(storage['records'], 'record')}"
+    yield "can grow to", f"{size_text(storage['map_bytes'])} before the map is enlarged"
+    for name, about in found["collections"].items():
+        local = "" if about["synced"] else ", local"
+        yield f"collection {name}", plural(about["entities"], "entity", "entities") + local
+
+
+@click.command("compact")
+@words("")
+@json_option
+def compact_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
+    """Give unused room back to the file system. Needs room for a copy meanwhile."""
+    path = bind(words, directory).path
+    with opened(path) as database:
+        before = database.storage.info().file_bytes
+        database.compact()
+        after = database.storage.info().file_bytes
+    if as_json:
+        print_json({"path": path, "before_bytes": before, "after_bytes": after})
+    else:
+        say(f"{size_text(before)} before, {size_text(after)} now")
+
+
+@click.command("backup")
+@words("TARGET")
+@json_option
+def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
+    """Write a consistent copy to the new directory TARGET.
+
+    A server that is started from it begins a new history, which devices notice.
+    """
+    bound = bind(words, directory, "TARGET")
+    target = bound["TARGET"]
+    with opened(bound.path) as database:
+        if Path(target).exists():
+            raise UsageError(f"{target} exists already: name a new directory", code="exists")
+        database.backup(target)
+    size = sum(each.stat().st_size for each in Path(target).iterdir())
+    if as_json:
+        print_json({"path": bound.path, "target": target, "bytes": size})
+    else:
+        say(f"backed up {bound.path} to {target} ({size_text(size)})")
+
+
+@click.command("version")
+@json_option
+def version_command(as_json: bool) -> None:
+    """Show the versions of EntiDB and what it stands on."""
+    document = {
+        "entidb": __version__,
+        "protocol": f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}",
+        "format": FORMAT_VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": dict(_installed()),
+    }
+    if as_json:
+        print_json(document)
+        return
+    packages = document.pop("packages")
+    assert isinstance(packages, dict)
+    shown = {name: version or "not installed" for name, version in packages.items()}
+    for line in facts([*document.items(), *shown.items()]):
+        say(line)
+
+
+def _installed() -> Iterator[tuple[str, str | None]]:
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, None

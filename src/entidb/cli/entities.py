@@ -1,0 +1,192 @@
+"""``init``, ``put``, ``get``, ``delete``, ``list``: entities one by one."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import click
+
+from entidb.cli.exits import UsageError
+from entidb.cli.output import fit, note, plural, say, table
+from entidb.cli.values import print_json, read_value, shown
+from entidb.cli.words import (
+    bind,
+    existing_collection,
+    find_id,
+    full_id,
+    is_database,
+    json_option,
+    opened,
+    words,
+)
+from entidb.db import Database, inspect
+from entidb.db.collection import ReadCollection
+
+#: Entities ``list`` shows unless told otherwise.
+LIST_LIMIT = 100
+
+
+@click.command("init")
+@words("")
+@click.option("--local", multiple=True, metavar="COLLECTION", help="Never synchronise it.")
+@json_option
+def init_command(
+    words: tuple[str, ...], directory: str | None, local: tuple[str, ...], as_json: bool
+) -> None:
+    """Make a new, empty database in the directory DIR.
+
+    A database that is there already is left as it is, but for collections given with --local.
+    """
+    path = bind(words, directory).path
+    existed = is_database(path)
+    with Database.open(path) as database:
+        for name in local:
+            database.declare_local(name)
+        device_id = database.device_id.hex()
+    if as_json:
+        print_json({"path": path, "created": not existed, "device_id": device_id})
+    elif existed:
+        say(f"{path} is an EntiDB database already; it was left as it is")
+    else:
+        say(f"made a database in {path}")
+
+
+@click.command("put")
+@words("COLLECTION [ID] VALUE")
+@json_option
+def put_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
+    """Store VALUE under ID, or under a new id, and print the id.
+
+    VALUE is JSON, @FILE for JSON in a file, or - for JSON on standard input. Bytes are written as
+    {"$bytes": "…base64…"}. A negative number needs -- before the words.
+    """
+    bound = bind(words, directory, "COLLECTION", "[ID]", "VALUE")
+    value = read_value(bound["VALUE"])
+    with opened(bound.path) as database:
+        collection = database.collection(bound["COLLECTION"])
+        entity_id = _put_id(bound.get("ID"), database, collection)
+        with database.transaction() as tx:
+            tx.collection(collection.name)[entity_id] = value
+    if as_json:
+        print_json({"collection": collection.name, "id": str(entity_id), "sequence": tx.sequence})
+    else:
+        say(str(entity_id))
+
+
+def _put_id(text: str | None, database: Database, collection: ReadCollection[Any]) -> uuid.UUID:
+    if text is None:
+        return database.new_id()
+    return full_id(text, collection.name) or find_id(text, collection)
+
+
+@click.command("get")
+@words("COLLECTION ID")
+@json_option
+def get_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
+    """Print the entity ID of COLLECTION as JSON.
+
+    With --json as one line, with its collection and id.
+    """
+    bound = bind(words, directory, "COLLECTION", "ID")
+    with opened(bound.path) as database:
+        collection = existing_collection(database, bound["COLLECTION"])
+        entity_id = find_id(bound["ID"], collection)
+        value = collection[entity_id]
+    if as_json:
+        print_json({"collection": collection.name, "id": str(entity_id), "value": value})
+    else:
+        say(shown(value, indent=2))
+
+
+@click.command("delete")
+@words("COLLECTION ID")
+@json_option
+def delete_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
+    """Delete the entity ID of COLLECTION."""
+    bound = bind(words, directory, "COLLECTION", "ID")
+    with opened(bound.path) as database:
+        name = existing_collection(database, bound["COLLECTION"]).name
+        entity_id = find_id(bound["ID"], database.collection(name))
+        with database.transaction() as tx:
+            del tx.collection(name)[entity_id]
+    if as_json:
+        print_json({"collection": name, "id": str(entity_id), "sequence": tx.sequence})
+    else:
+        say(f"deleted {entity_id}")
+
+
+@click.command("list")
+@words("[COLLECTION]")
+@click.option(
+    "--limit", default=LIST_LIMIT, show_default=True, help="At most so many; 0 for all of them."
+)
+@click.option("--start", metavar="ID", help="Begin at this id (it need not exist).")
+@click.option("--reverse", is_flag=True, help="Highest ids first, which are the newest.")
+@json_option
+def list_command(
+    words: tuple[str, ...],
+    directory: str | None,
+    limit: int,
+    start: str | None,
+    reverse: bool,
+    as_json: bool,
+) -> None:
+    """List the collections, or the entities of one in order of ids."""
+    bound = bind(words, directory, "[COLLECTION]")
+    if limit < 0:
+        raise UsageError("--limit is 0 or more")
+    name = bound.get("COLLECTION")
+    with opened(bound.path) as database:
+        if name is None:
+            _list_collections(database, as_json)
+            return
+        collection = existing_collection(database, name)
+        pairs = _from(collection, start, reverse)
+        for entity_id, value in islice(pairs, limit or None):
+            if as_json:
+                print_json({"id": str(entity_id), "value": value})
+            else:
+                say(fit(f"{entity_id}  {shown(value)}"))
+        following = next(pairs, None)
+    if following is not None:
+        note(f"there are more: --limit 0 for all, --start {following[0]} to go on")
+
+
+def _from(
+    collection: ReadCollection[Any], start: str | None, reverse: bool
+) -> Iterator[tuple[uuid.UUID, Any]]:
+    if start is None:
+        return collection.range(reverse=reverse)
+    digits = start.lower().replace("-", "")
+    low = full_id(start, collection.name)
+    if low is None:
+        low = uuid.UUID(hex=digits.ljust(32, "f" if reverse else "0"))
+    if not reverse:
+        return collection.range(low)
+    above = low.int + 1
+    stop = uuid.UUID(int=above) if above < 1 << 128 else None
+    return collection.range(None, stop, reverse=True)
+
+
+def _list_collections(database: Database, as_json: bool) -> None:
+    found: dict[str, dict[str, Any]] = inspect(database)["collections"]
+    if as_json:
+        for name, about in found.items():
+            print_json({"collection": name, **about})
+        return
+    if not found:
+        note("no collections yet: `entidb put`, `entidb import` or `entidb sync` make them")
+        return
+    rows = [
+        (name, plural(about["entities"], "entity", "entities"), _scope_word(about["synced"]))
+        for name, about in found.items()
+    ]
+    for line in table(rows, ("collection", "holds", "synchronised")):
+        say(line)
+
+
+def _scope_word(synced: bool) -> str:
+    return "yes" if synced else "no, local"

@@ -1,0 +1,243 @@
+"""``serve`` and ``token``: running the server, and making the tokens it accepts.
+
+The options of ``serve`` are the fields of ``ServerConfig`` and ``Listen``, each with its default
+and its meaning; a test compares. What they do is in ``entidb.server``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from entidb.cli.exits import UsageError
+from entidb.cli.output import say, time_text
+from entidb.cli.values import parse, print_json
+from entidb.cli.words import json_option
+from entidb.errors import ConfigError
+from entidb.server.config import ServerConfig
+from entidb.types import SystemClock
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Every field of ``ServerConfig`` that can be said on a command line, and its meaning.
+SETTINGS: Final[dict[str, str]] = {
+    "jwt_secret_file": "File with the secret tokens are signed with (HS256), 32 bytes or more.",
+    "jwt_secret_env": "Environment variable with that secret.",
+    "jwt_public_key_file": "PEM file of the public key tokens are signed for (Ed25519 or RSA).",
+    "insecure_no_auth": "Let everybody do everything. Works on loopback only.",
+    "audience": "What a token's `aud` has to name.",
+    "leeway_s": "Seconds a token counts beyond its times.",
+    "create_databases": "Make a database when a token that may write first asks for it.",
+    "validate": "MODULE:FUNCTION called for every pushed transaction (found from here).",
+    "transaction_bytes_max": "Bytes of one transaction.",
+    "body_bytes_max": "Bytes of one request.",
+    "push_operations_max": "Operations in one push.",
+    "pull_operations_max": "Operations in one page of a pull.",
+    "pull_bytes_max": "Bytes of values in one page of a pull.",
+    "collections_max": "Collection names in one message.",
+    "in_flight_bytes_max": "Bytes of messages in memory at once.",
+    "push_queue_max": "Pushes that wait for a commit, in each database.",
+    "connections_max": "Connections at once.",
+    "head_timeout_s": "Seconds for the head of a request.",
+    "body_timeout_s": "Seconds for the body of a request.",
+    "write_timeout_s": "Seconds after which a client that does not read is dropped.",
+    "shutdown_timeout_s": "Seconds that requests under way get at the end.",
+    "tombstone_retention_days": "Days that deletions are remembered.",
+    "purge_interval_s": "Seconds between two looks for deletions to forget.",
+    "idle_close_s": "Seconds after which an unused database is closed; 0: never.",
+    "databases_open_max": "Databases open at once.",
+    "compression": "Pack answers for clients that take it.",
+    "compression_min_bytes": "Smaller answers are not packed.",
+    "access_log": "A line of JSON for each request, on standard error.",
+    "metrics": "Serve GET /metrics, which needs no token.",
+}
+#: Fields of ``Listen``; and the file that says that the server is ready.
+LISTEN: Final[dict[str, tuple[Any, str]]] = {
+    "host": ("127.0.0.1", "Address to listen on; 0.0.0.0 for all."),
+    "port": (4984, "Port; 0 takes a free one."),
+    "tls_cert": (None, "PEM file of the certificate: serve https."),
+    "tls_key": (None, "PEM file of its key."),
+    "backlog": (2048, "Connections the system keeps waiting."),
+    "root_path": ("", "Path under which a proxy that strips it has the server."),
+    "trusted_proxies": ("127.0.0.1", "Addresses whose X-Forwarded-For counts, with commas."),
+    "ready_file": (None, "Write the URL here when the server listens."),
+}
+#: Shorter names that are understood too.
+_ALIASES: Final = {
+    "jwt_secret_file": "--secret-file",
+    "jwt_secret_env": "--secret-env",
+    "jwt_public_key_file": "--public-key-file",
+}
+_DEFAULTS: Final = {
+    each.name: each.default
+    for each in dataclasses.fields(ServerConfig)
+    if each.default is not dataclasses.MISSING
+}
+
+
+def _option(name: str, default: Any, meaning: str) -> Callable[[F], F]:
+    flag = "--" + name.replace("_", "-")
+    if default is True:
+        flag = f"{flag}/--no-{name.replace('_', '-')}"
+    names = [flag, *([_ALIASES[name]] if name in _ALIASES else [])]
+    kind = str if default is None else type(default)
+    return click.option(
+        *names,
+        name,
+        default=default,
+        type=kind,
+        is_flag=default is False or None,
+        help=meaning,
+        show_default=default not in (None, ""),
+        envvar=f"ENTIDB_SERVE_{name.upper()}",
+    )
+
+
+def _settings(command: F) -> F:
+    for name, meaning in reversed(SETTINGS.items()):
+        command = _option(name, _DEFAULTS[name], meaning)(command)
+    for name, (default, meaning) in reversed(LISTEN.items()):
+        command = _option(name, default, meaning)(command)
+    return command
+
+
+@click.command("serve")
+@click.argument("data_dir", metavar="DIR", required=False, envvar="ENTIDB_SERVE_DATA_DIR")
+@_settings
+def serve_command(data_dir: str | None, **given: Any) -> None:
+    """Serve the databases in DIR to devices.
+
+    Until Ctrl-C or SIGTERM; then what is under way is finished. DIR holds one directory for each
+    database and is made if missing. Exactly one of the secret, the public key, or
+    --insecure-no-auth is needed. Every option --some-name can also come from the environment as
+    ENTIDB_SERVE_SOME_NAME, and DIR as ENTIDB_SERVE_DATA_DIR.
+    """
+    if data_dir is None:
+        raise UsageError("which directory? give DIR, where the server keeps its databases")
+    listen = {name: given.pop(name) for name in LISTEN}
+    if not any(given[name] for name in (*_ALIASES, "insecure_no_auth")):
+        raise UsageError(
+            "who may sync? give --secret-file FILE (make one with `openssl rand -hex 32`), "
+            "--public-key-file FILE, or --insecure-no-auth for a try on this machine"
+        )
+    if given["validate"] is not None:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does; a script's path has no such entry
+    config = ServerConfig(data_dir=data_dir, **given)
+    from entidb.server import serve
+
+    serve(config, **listen)
+
+
+# ---------------------------------------------------------------- tokens
+
+_DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
+_UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@click.command("token")
+@click.option("--secret-file", "--jwt-secret-file", "secret_file", metavar="FILE",
+              envvar="ENTIDB_SERVE_JWT_SECRET_FILE", show_envvar=True,
+              help="The server's secret.")  # fmt: skip
+@click.option("--secret-env", metavar="NAME", help="Environment variable with the secret.")
+@click.option("--private-key-file", metavar="FILE", help="PEM file of the private key.")
+@click.option("--subject", required=True, metavar="TEXT", help="Who the token is for.")
+@click.option("--database", "databases", multiple=True, required=True, metavar="NAME[=RIGHTS]",
+              help="What it grants: r, w or rw (the default); * names all databases.")  # fmt: skip
+@click.option("--expires", default="24h", show_default=True, metavar="TIME",
+              help="How long it is valid: 90s, 15m, 24h, 30d.")  # fmt: skip
+@click.option("--audience", default="entidb", show_default=True, help="As the server's --audience.")
+@click.option("--claim", "claims", multiple=True, metavar="NAME=JSON",
+              help="A claim for the server's validate hook.")  # fmt: skip
+@json_option
+def token_command(
+    secret_file: str | None,
+    secret_env: str | None,
+    private_key_file: str | None,
+    subject: str,
+    databases: tuple[str, ...],
+    expires: str,
+    audience: str,
+    claims: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Make a token that `entidb serve` accepts, and print it.
+
+    It needs the server's secret, or the private key. The output is a credential: write it to a
+    file that only you can read (umask 077).
+    """
+    key = _key(secret_file, secret_env, private_key_file)
+    granted = dict(_grant(each) for each in databases)
+    seconds = _seconds(expires)
+    from entidb.server import mint_token
+
+    clock = SystemClock()
+    expires_ms = clock.now_ms() + round(seconds * 1000)
+    token = mint_token(
+        key,
+        subject=subject,
+        databases=granted,
+        expires_s=seconds,
+        audience=audience,
+        claims=dict(_claim(each) for each in claims),
+        clock=clock,
+    )
+    if as_json:
+        print_json(
+            {
+                "token": token,
+                "subject": subject,
+                "databases": granted,
+                "expires_ms": expires_ms,
+            }
+        )
+        return
+    say(token)
+    if sys.stdout.isatty():
+        click.echo(f"for {subject}, until {time_text(expires_ms)}", err=True)
+
+
+def _key(secret_file: str | None, secret_env: str | None, private: str | None) -> bytes:
+    # A secret of the environment is only the default for what the command line leaves open.
+    given = [each for each in (secret_env, private) if each is not None]
+    if len(given) > 1 or (not given and secret_file is None):
+        raise UsageError(
+            "sign with what? give --secret-file FILE, --secret-env NAME or --private-key-file FILE"
+        )
+    if secret_env is not None:
+        secret = os.environ.get(secret_env)
+        if secret is None:
+            raise ConfigError(f"the environment variable {secret_env} is not set")
+        return secret.encode()
+    path = Path(str(private or secret_file))
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _grant(text: str) -> tuple[str, str]:
+    name, equals, rights = text.partition("=")
+    if rights not in ("r", "w", "rw") and equals:
+        raise UsageError(f"--database wants NAME=r, NAME=w or NAME=rw, not {text!r}")
+    return name, rights or "rw"
+
+
+def _seconds(text: str) -> float:
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise UsageError(f"--expires wants a time like 15m, 24h or 30d, not {text!r}")
+    return float(found[1]) * _UNIT_S[found[2]]
+
+
+def _claim(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--claim wants NAME=JSON, not {text!r}")
+    return name, parse(value)

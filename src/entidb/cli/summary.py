@@ -1,0 +1,134 @@
+"""What one sync cycle did: as sentences for a person, as a document for a program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final
+
+from entidb.cli.output import facts, plural, safe, size_text
+from entidb.sync import Action, Conflict, SyncCycleResult, SyncStatus
+from entidb.types import uuid_from_bytes
+
+#: What a policy did with a conflict, in a person's words.
+_OUTCOMES: Final = {
+    Action.MERGE: "merged",
+    Action.KEEP_LOCAL: "kept as on this device",
+    Action.ACCEPT_REMOTE: "taken as on the server",
+}
+_SHOWN_MAX: Final = 10
+
+
+def lines(result: SyncCycleResult, status: SyncStatus, url: str) -> Iterator[str]:
+    """The summary ``entidb sync`` prints."""
+    yield (
+        f"synchronised {status.db_id} with {safe(url)} in {result.duration_s:.1f} s, "
+        f"{plural(result.requests, 'request')}"
+        + (f", {plural(result.attempts, 'attempt')}" if result.attempts > 1 else "")
+    )
+    if result.reset:
+        yield "everything was fetched anew"
+    yield from facts(_facts(result, status))
+    yield from _withdrawn(result)
+    yield from _open_ends(result, status)
+
+
+def _facts(result: SyncCycleResult, status: SyncStatus) -> Iterator[tuple[str, str]]:
+    yield "  pulled", _changes(result.pulled, result.bytes_pulled)
+    pushed = plural(result.pushed, "transaction") if result.pushed else "nothing"
+    if result.pushed:
+        size = size_text(result.bytes_pushed)
+        pushed += f" of {plural(result.pushed_operations, 'change')} ({size})"
+    yield "  pushed", pushed
+    if result.superseded:
+        yield (
+            "  superseded",
+            (
+                f"{plural(result.superseded, 'transaction')}: another copy of this device pushed "
+                "other content under the same id"
+            ),
+        )
+    if result.done:
+        yield "  already so", f"{plural(len(result.done), 'transaction')}: the server had the same"
+    if result.conflicts:
+        counts = Counter(_OUTCOMES[each.resolution.action] for each in result.conflicts)
+        said = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items()))
+        yield "  conflicts", f"{said} (by the policy)"
+    if result.withdrawn:
+        yield "  withdrawn", plural(len(result.withdrawn), "transaction")
+    if status.conflicts:
+        yield "  unresolved", plural(status.conflicts, "conflict")
+
+
+def _changes(count: int, size: int) -> str:
+    return f"{plural(count, 'change')} ({size_text(size)})" if count else "nothing"
+
+
+def _withdrawn(result: SyncCycleResult) -> Iterator[str]:
+    if not result.withdrawn:
+        return
+    for each in result.withdrawn[:_SHOWN_MAX]:
+        identity = uuid_from_bytes(each.transaction_id)
+        yield f"  withdrawn {identity} [{each.code}]: {safe(each.message)}"
+    if len(result.withdrawn) > _SHOWN_MAX:
+        yield f"  … and {len(result.withdrawn) - _SHOWN_MAX:,} more"
+    yield "  nothing is lost: see `entidb discarded`, which can commit them again"
+
+
+def _open_ends(result: SyncCycleResult, status: SyncStatus) -> Iterator[str]:
+    if status.conflicts:
+        yield (
+            f"  {plural(status.held, 'transaction')} held until you decide: see "
+            "`entidb conflicts`, then `entidb resolve`"
+        )
+    if result.incomplete:
+        yield "  others kept changing the same entities; what is left is pending: sync again"
+    if status.pending:
+        yield f"  {plural(status.pending, 'transaction')} still pending"
+
+
+def document(result: SyncCycleResult, status: SyncStatus) -> dict[str, Any]:
+    """The same for programs. Counts as in ``SyncCycleResult``."""
+    return {
+        "db_id": status.db_id,
+        "pulled": result.pulled,
+        "pushed": result.pushed,
+        "pushed_operations": result.pushed_operations,
+        "superseded": result.superseded,
+        "already_so": len(result.done),
+        "conflicts": [
+            {**place(each.conflict), "action": each.resolution.action.value}
+            for each in result.conflicts
+        ],
+        "unresolved": [place(each) for each in result.unresolved],
+        "withdrawn": [
+            {
+                "transaction": str(uuid_from_bytes(each.transaction_id)),
+                "code": each.code,
+                "message": each.message,
+            }
+            for each in result.withdrawn
+        ],
+        "pending": status.pending,
+        "held": status.held,
+        "open_conflicts": status.conflicts,
+        "discarded": status.discarded,
+        "cursor": status.cursor,
+        "history": status.history,
+        "reset": result.reset,
+        "incomplete": result.incomplete,
+        "requests": result.requests,
+        "attempts": result.attempts,
+        "bytes_pulled": result.bytes_pulled,
+        "bytes_pushed": result.bytes_pushed,
+        "duration_s": round(result.duration_s, 3),
+    }
+
+
+def place(conflict: Conflict) -> dict[str, Any]:
+    """Which entity a conflict is about, and how the two sides came apart."""
+    return {
+        "collection": conflict.collection,
+        "id": str(conflict.entity_id),
+        "kind": conflict.kind,
+    }

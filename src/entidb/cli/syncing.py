@@ -1,0 +1,338 @@
+"""``sync``: one cycle, or with ``--watch`` one after the other.
+
+The cycle runs on a thread of its own, so that Ctrl-C is heard at once, also while a request is
+under way: the engine is then closed, which cuts the request off (any point is a good one to stop
+at, R9). Between the cycles of a watch the database is closed, so that other commands can use it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import click
+
+from entidb import __version__
+from entidb.cli.exits import Exit, UsageError
+from entidb.cli.output import Bar, note, plural, progress, say, time_text
+from entidb.cli.summary import document, lines
+from entidb.cli.values import print_json
+from entidb.cli.words import bind, json_option, opened
+from entidb.cli.words import words as positional
+from entidb.db import Database
+from entidb.errors import (
+    ConfigError,
+    DatabaseLockedError,
+    EntiDBError,
+)
+from entidb.sync import (
+    DatabaseApplier,
+    HttpTransport,
+    RetryConfig,
+    SyncConfig,
+    SyncCycleResult,
+    SyncEngine,
+    SyncProgress,
+    SyncState,
+    SyncStatus,
+)
+from entidb.types import SystemClock
+
+INTERVAL_S: Final = 30.0
+_PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
+
+
+@click.command("sync")
+@positional("URL")
+@click.option("--db", "db_id", envvar="ENTIDB_DB", metavar="NAME", show_envvar=True,
+              help="Database on the server. Needed for the first sync only.")  # fmt: skip
+@click.option("--token", metavar="TEXT", help="Bearer token. Others on this machine may see it in "
+              "the list of processes: prefer --token-file or ENTIDB_TOKEN.")  # fmt: skip
+@click.option("--token-file", metavar="FILE", envvar="ENTIDB_TOKEN_FILE", show_envvar=True,
+              help="File with the token; read again when the server refuses it.")  # fmt: skip
+@click.option("--policy", "policies", multiple=True, metavar="[COLLECTION=]NAME",
+              help="Conflict policy: server_wins (default), client_wins, last_write_wins, merge, "
+              "manual. May be given for each collection.")  # fmt: skip
+@click.option("--collections", metavar="NAME,…", help="What to synchronise, both ways; `all` for "
+              "everything not local. Remembered in the database.")  # fmt: skip
+@click.option("--watch", is_flag=True, help="Keep on synchronising until Ctrl-C.")
+@click.option("--interval", default=INTERVAL_S, show_default=True, help="Seconds between two "
+              "cycles of --watch.")  # fmt: skip
+@click.option("--attempts", default=5, show_default=True, help="How often to try when the server "
+              "cannot be reached.")  # fmt: skip
+@click.option("--timeout", default=120.0, show_default=True, help="Seconds for one request.")
+@click.option("--insecure-token", is_flag=True, help="Send the token over http:// to another "
+              "machine. Only on networks that are encrypted below HTTP.")  # fmt: skip
+@json_option
+def sync_command(
+    words: tuple[str, ...],
+    directory: str | None,
+    db_id: str | None,
+    token: str | None,
+    token_file: str | None,
+    policies: tuple[str, ...],
+    collections: str | None,
+    watch: bool,
+    interval: float,
+    attempts: int,
+    timeout: float,
+    insecure_token: bool,
+    as_json: bool,
+) -> int:
+    """Synchronise with the server at URL: pull, merge, push.
+
+    URL is the address of `entidb serve`, or ENTIDB_URL. Exit code 4: conflicts wait for you.
+    """
+    path, url = _path_and_url(words, directory)
+    settings: dict[str, Any] = {
+        "client": f"entidb-cli/{__version__}",
+        "retry": RetryConfig(attempts_max=attempts),
+        "total_timeout_s": timeout,
+        "read_timeout_s": min(30.0, timeout),
+        "connect_timeout_s": min(10.0, timeout),
+        "interval_s": interval,
+        "allow_insecure_token": insecure_token,
+        **_policies(policies),
+    }
+    job = _Sync(path, url, db_id, _token(token, token_file), collections, settings)
+    report = _report_json if as_json else _report_lines
+    if watch:
+        return _watch(job, interval, report)
+    with opened(path) as database:
+        result, status = job.run(database)
+    report(result, status, url)
+    return _exit_of(result, status)
+
+
+def _path_and_url(words: tuple[str, ...], directory: str | None) -> tuple[str, str]:
+    """DIR and URL in any number from none to both; a URL is what has :// in it."""
+    urls = [word for word in words if "://" in word]
+    rest = tuple(word for word in words if "://" not in word)
+    default = _environment("ENTIDB_URL")
+    if len(urls) > 1 or (not urls and not default):
+        raise UsageError(
+            "which server? give DIR URL, like https://example.org (ENTIDB_URL can name it too)"
+        )
+    return bind(rest, directory).path, urls[0] if urls else default
+
+
+def _environment(name: str) -> str:
+    return os.environ.get(name, "")
+
+
+def _policies(given: tuple[str, ...]) -> dict[str, Any]:
+    """``NAME`` is the default, ``COLLECTION=NAME`` for one of them."""
+    default = "server_wins"
+    named: dict[str, str] = {}
+    for each in given:
+        collection, equals, policy = each.rpartition("=")
+        if equals:
+            named[collection] = policy
+        else:
+            default = policy
+    return {"default_policy": default, "policies": named}
+
+
+def _token(token: str | None, file: str | None) -> str | Callable[[bool], str] | None:
+    """From the option, the file, or the environment, in this order."""
+    if token is not None and file is not None and not _environment("ENTIDB_TOKEN_FILE"):
+        raise UsageError("--token and --token-file are two tokens: give one of them")
+    if token is not None:
+        return token.strip()
+    if file is None:
+        return _environment("ENTIDB_TOKEN").strip() or None
+    try:
+        known = [_read_token(file)]
+    except OSError as error:
+        raise UsageError(f"cannot read the token file {file}: {error.strerror}") from error
+
+    def provide(refused: bool) -> str:
+        if refused:
+            known[0] = _read_token(file)
+        return known[0]
+
+    return provide
+
+
+def _read_token(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8").strip()
+
+
+# ---------------------------------------------------------------- cycles
+
+
+class _Sync:
+    """The settings of a sync, and one cycle at a time with them."""
+
+    def __init__(
+        self,
+        path: str,
+        url: str,
+        db_id: str | None,
+        token: str | Callable[[bool], str] | None,
+        collections: str | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.path = path
+        self.url = url
+        self._db_id = db_id
+        self._token = token
+        self._collections = collections
+        self._settings = settings
+        # Everything that can be wrong on the command line is found before anything is opened.
+        self._config("checked", None)
+        HttpTransport(url, token=token, config=self._config("checked", None)).close()
+
+    def run(self, database: Database) -> tuple[SyncCycleResult, SyncStatus]:
+        """One cycle. Raises what ``SyncEngine.sync`` raises, and ``KeyboardInterrupt``."""
+        if database.role.value == "server":
+            raise ConfigError(
+                f"{self.path} is a server's database; it is synchronised with, by `entidb serve`"
+            )
+        if self._collections == "all":
+            database.set_scope(None)
+        config = self._config(self._name_on_server(database), self._scope())
+        with SyncEngine(config, self.url, database, token=self._token) as engine:
+            with progress("connecting", None, unit="rows") as bar:
+                engine.on_state(lambda _, new: _show_waiting(bar, new))
+                engine.on_progress(lambda step: _show(bar, step))
+                result = _on_a_thread(engine)
+            return result, engine.status()
+
+    def _config(self, db_id: str, collections: tuple[str, ...] | None) -> SyncConfig:
+        return SyncConfig(db_id=db_id, collections=collections, **self._settings)
+
+    def _name_on_server(self, database: Database) -> str:
+        known = DatabaseApplier(database).state().db_id
+        name = self._db_id or known
+        if name is None:
+            raise UsageError(
+                "which database on the server? give --db NAME for the first sync (or ENTIDB_DB)"
+            )
+        return name
+
+    def _scope(self) -> tuple[str, ...] | None:
+        if self._collections in (None, "all"):
+            return None
+        assert self._collections is not None
+        return tuple(self._collections.split(","))
+
+
+def _show_waiting(bar: Bar, state: SyncState) -> None:
+    if state is SyncState.RETRY_WAIT:
+        bar.reach(0, description="no answer; waiting to try again")
+
+
+def _show(bar: Bar, step: SyncProgress) -> None:
+    bar.reach(step.operations, step.operations_total, _PHASES.get(step.state, step.state.value))
+
+
+def _on_a_thread(engine: SyncEngine) -> SyncCycleResult:
+    done = threading.Event()
+    results: list[SyncCycleResult] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(engine.sync())
+        except BaseException as error:  # goes on in the thread that waits
+            errors.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=work, name="entidb-cli-sync", daemon=True)
+    thread.start()
+    try:
+        # With a timeout, because without one Windows does not hear Ctrl-C.
+        while not done.wait(0.5):
+            continue
+    except BaseException:
+        engine.close()
+        thread.join()
+        raise
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+# ---------------------------------------------------------------- reports
+
+Report = Callable[[SyncCycleResult, SyncStatus, str], None]
+
+
+def _report_json(result: SyncCycleResult, status: SyncStatus, url: str) -> None:
+    print_json({"url": url, **document(result, status)})
+
+
+def _report_lines(result: SyncCycleResult, status: SyncStatus, url: str) -> None:
+    for line in lines(result, status, url):
+        say(line)
+
+
+def _exit_of(result: SyncCycleResult, status: SyncStatus) -> Exit:
+    unfinished = result.incomplete or status.conflicts or status.held
+    return Exit.UNRESOLVED if unfinished else Exit.OK
+
+
+# ---------------------------------------------------------------- watching
+
+
+def _watch(job: _Sync, interval: float, report: Report) -> int:
+    """Cycles until somebody ends it. SIGTERM is how a service manager does, and no failure."""
+    totals = _Totals()
+    try:
+        _watch_on(job, interval, report, totals)
+    except SystemExit as ended:
+        if ended.code != Exit.TERMINATED:
+            raise
+        return Exit.OK
+    finally:
+        note(
+            f"{plural(totals.cycles, 'cycle')}: {plural(totals.pulled, 'change')} pulled, "
+            f"{plural(totals.pushed, 'transaction')} pushed"
+        )
+
+
+def _watch_on(job: _Sync, interval: float, report: Report, totals: _Totals) -> NoReturn:
+    """What may pass is said and tried again at the next turn; what cannot pass by itself ends a
+    watch as it would end a single sync."""
+    clock = SystemClock()
+    never = threading.Event()
+    said = ""
+    while True:
+        try:
+            with opened(job.path) as database:
+                result, status = job.run(database)
+        except EntiDBError as error:
+            if not (error.retryable or isinstance(error, DatabaseLockedError)):
+                raise
+            said = _say_once(said, error)
+        else:
+            said = ""
+            totals.add(result)
+            if totals.cycles == 1 or result.changed:
+                note(time_text(clock.now_ms()))
+                report(result, status, job.url)
+        clock.wait(never, interval)
+
+
+def _say_once(said: str, error: EntiDBError) -> str:
+    """A server that is away for the night is worth one line."""
+    line = f"waiting [{error.code}]: {error}"
+    if line != said:
+        note(line)
+    return line
+
+
+class _Totals:
+    def __init__(self) -> None:
+        self.cycles = self.pulled = self.pushed = 0
+
+    def add(self, result: SyncCycleResult) -> None:
+        self.cycles += 1
+        self.pulled += result.pulled
+        self.pushed += result.pushed

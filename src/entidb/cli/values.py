@@ -1,0 +1,152 @@
+"""JSON as it is typed, imported, exported and printed, and the values it stands for.
+
+JSON says everything entity values can say but byte strings. Those are written as a map with the
+one key ``$bytes`` and base64 (RFC 4648, section 4); a map that really looks like that gets one more
+``$``, so that every value survives the way out and back:
+
+    b"\\x01"              <->  {"$bytes": "AQ=="}
+    {"$bytes": "hello"}  <->  {"$$bytes": "hello"}
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from entidb import cbor
+from entidb.cli.exits import InputError
+from entidb.cli.output import say
+
+_BYTES: Final = "$bytes"
+_ESCAPED: Final = re.compile(r"\$+bytes")
+#: JSON escapes C0 itself; these could still steer a terminal, or turn its text around.
+_UNSAFE: Final = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def parse(text: str) -> Any:
+    """The value that JSON ``text`` stands for. Raises ``InputError``, which says where."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise InputError("nested too deep for an entity", code="invalid_json") from error
+    except ValueError as error:  # ours from the hooks, and integers of thousands of digits
+        raise InputError(str(error), code="invalid_json") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"the key {twice!r} stands twice in one object", code="invalid_json")
+    if len(made) == 1:
+        name, value = pairs[0]
+        if name == _BYTES and isinstance(value, str):
+            return _from_base64(value)
+        if _ESCAPED.fullmatch(name):
+            return {name.removeprefix("$") if name != _BYTES else name: value}
+    return made
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"$bytes holds no base64: {error}", code="invalid_json") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise InputError(f"{name} is not JSON, and no entity can hold it", code="invalid_json")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
+
+
+def read_value(given: str) -> Any:
+    """The value of a VALUE argument: JSON, ``-`` for standard input, ``@FILE`` for a file."""
+    if given == "-":
+        return parse(_text(sys.stdin.buffer.read(), "standard input"))
+    if given.startswith("@"):
+        path = Path(given[1:])
+        try:
+            return parse(_text(path.read_bytes(), str(path)))
+        except OSError as error:
+            raise click.UsageError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return parse(given)
+    except InputError as error:
+        if given[:1] in ('"', "{", "["):
+            raise
+        hint = f"a text needs its own quotes, as in '{json.dumps(given, ensure_ascii=False)}'"
+        raise InputError(f"{given[:60]!r} is {error}; {hint}", code=error.code) from error
+
+
+def _text(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 at byte {error.start}") from error
+
+
+# ---------------------------------------------------------------- writing
+
+
+def dump(value: Any, *, indent: int | None = None) -> str:
+    """``value`` as JSON in UTF-8's whole range, without the byte-string rule applied twice."""
+    separators = None if indent else (",", ":")
+    return json.dumps(_with_bytes(value), ensure_ascii=False, indent=indent, separators=separators)
+
+
+def dump_payload(payload: bytes) -> str:
+    """As ``dump``, for a stored payload: most of them need no walk through the value."""
+    value = cbor.decode_trusted(payload)
+    if b"$bytes" in payload:
+        return dump(value)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_bytes_only)
+
+
+def shown(value: Any, *, indent: int | None = None) -> str:
+    """``value`` as JSON for standard output: nothing in it can steer a terminal, and it is pure
+    ASCII where standard output is not UTF-8, so that what comes out is always JSON."""
+    text = dump(value, indent=indent)
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    if encoding != "utf8" and not text.isascii():
+        text = json.dumps(json.loads(text), indent=indent)
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on one line; for a list, call it for each (NDJSON)."""
+    say(shown(document))
+
+
+def _with_bytes(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return _bytes_only(value)
+    if isinstance(value, list):
+        return [_with_bytes(item) for item in value]
+    if isinstance(value, dict):
+        made = {name: _with_bytes(item) for name, item in value.items()}
+        if len(made) == 1 and _ESCAPED.fullmatch(next(iter(made))):
+            return {f"${name}": item for name, item in made.items()}
+        return made
+    return value
+
+
+def _bytes_only(value: Any) -> Any:
+    """What the standard encoder asks for everything it does not know, which is bytes alone."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} is not JSON")
+    return {_BYTES: base64.b64encode(value).decode()}

@@ -1,0 +1,214 @@
+"""Positional arguments: which word is the database directory, and what an id may look like.
+
+``entidb get DIR COLLECTION ID``: with ``--dir``, or with ``ENTIDB_DIR`` set, DIR is left out. A
+command therefore takes all its words as one list, and asks ``bind`` which is which.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from entidb.cli.exits import InputError, NotFoundError, UsageError
+from entidb.db import Database
+from entidb.db.collection import ReadCollection
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_HEX: Final = re.compile(r"[0-9a-f]{1,32}")
+_KEY: Final = "key:"
+#: Ids of imported rows with a key of their own; docs/cli.md has the rule for other programs.
+_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_DNS, "import.entidb")
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, in the shape docs/cli.md describes."
+)
+
+
+# ---------------------------------------------------------------- which word is which
+
+
+def words(shape: str) -> Callable[[F], F]:
+    """Declare the positional arguments ``words`` and the option ``--dir`` of a command."""
+
+    def declare(command: F) -> F:
+        positional = click.argument("words", nargs=-1, metavar=f"[DIR] {shape}".strip())
+        directory = click.option("--dir", "directory", metavar="DIR", help="The database.")
+        return positional(directory(command))
+
+    return declare
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A database directory, and the other words by name; one that was left out is None."""
+
+    path: str
+    named: dict[str, str | None]
+
+    def __getitem__(self, name: str) -> str:
+        found = self.named[name]
+        assert found is not None, "an optional word is asked for with get()"
+        return found
+
+    def get(self, name: str) -> str | None:
+        return self.named[name]
+
+
+def bind(given: tuple[str, ...], directory: str | None, *names: str) -> Bound:
+    """Give the words their ``names``; one in brackets may be missing. Raises ``UsageError``.
+
+    Where one word less is a possible reading too, and ``ENTIDB_DIR`` is set, the first word is
+    the directory if there is a database in it.
+    """
+    default = os.environ.get("ENTIDB_DIR") or None
+    least = sum(1 for name in names if not name.startswith("["))
+    if directory is not None:
+        return Bound(directory, _named(given, names))
+    fits_without = default is not None and least <= len(given) <= len(names)
+    fits_with = least + 1 <= len(given) <= len(names) + 1
+    if fits_with and (not fits_without or is_database(given[0])):
+        return Bound(given[0], _named(given[1:], names))
+    if fits_without:
+        assert default is not None
+        return Bound(default, _named(given, names))
+    raise _misfit(given, least, names, default)
+
+
+def _misfit(
+    given: tuple[str, ...], least: int, names: tuple[str, ...], default: str | None
+) -> UsageError:
+    if default is None and len(given) <= least:
+        what = "which database?" if not given or len(given) == least else "something is missing:"
+        return UsageError(
+            f"{what} give {' '.join(('DIR', *names))} (DIR is the database directory; "
+            "ENTIDB_DIR can name it too)"
+        )
+    return UsageError(f"{len(given)} words are given; expected {' '.join(('[DIR]', *names))}")
+
+
+def _named(given: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str | None]:
+    least = sum(1 for name in names if not name.startswith("["))
+    spare = len(given) - least
+    if not 0 <= spare <= len(names) - least:
+        raise UsageError(f"{len(given)} words are given; expected {' '.join(names)}")
+    found: dict[str, str | None] = {}
+    rest = iter(given)
+    for name in names:
+        optional = name.startswith("[")
+        taken = not optional or spare > 0
+        found[name.strip("[]")] = next(rest) if taken else None
+        spare -= optional and taken
+    return found
+
+
+def is_database(path: str) -> bool:
+    return Path(path, "data.mdb").is_file()
+
+
+# ---------------------------------------------------------------- opening
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Database]:
+    """The database at ``path``, which has to be there."""
+    if not Path(path).exists():
+        raise NotFoundError(
+            f"there is no database at {path}; make one with `entidb init {path}`",
+            code="no_database",
+        )
+    with Database.open(path, create=False) as database:
+        yield database
+
+
+def existing_collection(database: Database, name: str) -> ReadCollection[Any]:
+    """The collection ``name``. Raises ``NotFoundError`` if nothing was ever written to it."""
+    names = database.collections()
+    if name not in names:
+        there = f"there are {', '.join(names[:10])}" if names else "there are none yet"
+        raise NotFoundError(f"there is no collection {name!r}; {there}", code="no_collection")
+    return database.collection(name)
+
+
+# ---------------------------------------------------------------- ids
+
+
+def key_id(collection: str, key: str) -> uuid.UUID:
+    """The id of the entity of ``collection`` whose own key is ``key``: UUIDv5 (RFC 9562, 5.5)."""
+    return uuid.uuid5(_NAMESPACE, f"{collection}/{key}")
+
+
+def full_id(text: str, collection: str) -> uuid.UUID | None:
+    """The id that ``text`` spells out, as a UUID or as ``key:…``; None if it is a shorter one."""
+    if text.startswith(_KEY):
+        return key_id(collection, text.removeprefix(_KEY))
+    digits = _digits(text)
+    return uuid.UUID(hex=digits) if len(digits) == 32 else None
+
+
+def find_id(text: str, collection: ReadCollection[Any]) -> uuid.UUID:
+    """The entity of ``collection`` that ``text`` names: an id, the beginning of one, or ``key:…``.
+
+    Raises ``NotFoundError``; ``UsageError`` if several begin so, or if it is no id at all.
+    """
+    whole = full_id(text, collection.name)
+    if whole is not None:
+        if whole not in collection:
+            raise _no_entity(text, collection.name)
+        return whole
+    digits = _digits(text)
+    start = uuid.UUID(hex=digits.ljust(32, "0"))
+    after = int(digits, 16) + 1 << 4 * (32 - len(digits))
+    stop = uuid.UUID(int=after) if after < 1 << 128 else None
+    found = [entity_id for entity_id, _ in collection.range(start, stop, limit=2)]
+    return _only(text, found, f"entity of {collection.name}")
+
+
+def pick_id(text: str, ids: Iterable[uuid.UUID], noun: str) -> uuid.UUID:
+    """The one of ``ids`` that begins with ``text``. Raises as ``find_id``."""
+    digits = _digits(text)
+    found = [each for each in dict.fromkeys(ids) if each.hex.startswith(digits)]
+    return _only(text, found, noun)
+
+
+def _only(text: str, found: list[uuid.UUID], noun: str) -> uuid.UUID:
+    if not found:
+        raise NotFoundError(f"there is no {noun} with an id that begins with {text!r}")
+    if len(found) > 1:
+        raise UsageError(
+            f"more than one {noun} begins with {text!r}, such as {found[0]} and {found[1]}; "
+            "give more of the id",
+            code="ambiguous_id",
+        )
+    return found[0]
+
+
+def _no_entity(text: str, collection: str) -> NotFoundError:
+    return NotFoundError(f"there is no entity {text} in {collection}")
+
+
+def _digits(text: str) -> str:
+    digits = text.lower().replace("-", "")
+    if _HEX.fullmatch(digits) is None:
+        raise UsageError(
+            f"{text[:80]!r} is no id: give a UUID, its first digits, or key:TEXT for an entity "
+            "imported with --key",
+            code="invalid_id",
+        )
+    return digits
+
+
+def parse_uuid(text: object) -> uuid.UUID:
+    """A whole UUID out of a file. Raises ``InputError``."""
+    try:
+        return uuid.UUID(text)  # type: ignore[arg-type]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{text!r:.80} is no UUID") from error

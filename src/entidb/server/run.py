@@ -1,0 +1,350 @@
+"""Running the app on uvicorn: addresses, TLS, signals, and connections that do nothing.
+
+One process per data directory: the store has one writer, and pushes share commits only within a
+process. What is served is ``app``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from entidb.errors import ConfigError
+from entidb.server.app import create_app
+from entidb.server.config import ServerConfig
+from entidb.server.server import SyncServer
+
+DEFAULT_PORT: Final = 4984
+#: Bytes of a request's line and headers. A token is at most 8 KiB.
+_HEAD_BYTES_MAX: Final = 64 * 1024
+_KEEP_ALIVE_S: Final = 75
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listen:
+    """Where and how to listen. ``port`` 0 takes a free one; ``root_path`` is where a reverse
+    proxy that strips it has the app; ``tls_cert`` and ``tls_key`` are PEM files."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    backlog: int = 2048
+    root_path: str = ""
+    #: Addresses whose X-Forwarded-For is believed, separated by commas.
+    trusted_proxies: str = "127.0.0.1"
+
+
+def serve(
+    config: ServerConfig | SyncServer,
+    *,
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    ready_file: str | os.PathLike[str] | None = None,
+    **listen: Any,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is under way, close everything and return.
+
+    Prints the address once it is bound, as one line on standard error, and writes it to
+    ``ready_file``. Other keywords are those of ``Listen``. Logs go to standard error unless the
+    program has set up logging. Raises ``ConfigError`` for an address that cannot be bound, for
+    certificates that cannot be read, and for anything but loopback without authentication.
+    """
+    _log_to_stderr()
+
+    def announce(url: str) -> None:
+        print(f"entidb: serving on {url}", file=sys.stderr, flush=True)
+        if ready_file is not None:
+            _write_ready(Path(ready_file), url)
+
+    runner = _prepare(config, Listen(host=host, port=port, **listen), announce)
+    with _stopped_by_signals(runner.server):
+        runner.run()
+
+
+@contextlib.contextmanager
+def serving(config: ServerConfig | SyncServer, **listen: Any) -> Iterator[str]:
+    """As ``serve``, on a thread, as long as the block runs; yields the URL. The port is a free
+    one unless given. For tests, examples and programs that are more than a server."""
+    ready = threading.Event()
+    urls: list[str] = []
+
+    def announce(url: str) -> None:
+        urls.append(url)
+        ready.set()
+
+    runner = _prepare(config, Listen(**{"port": 0, **listen}), announce)
+
+    def run() -> None:
+        try:
+            runner.run()
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run, name="entidb-server", daemon=True)
+    thread.start()
+    ready.wait()
+    if not urls:
+        thread.join()
+        raise RuntimeError("the server did not start; its log says why")
+    try:
+        yield urls[0]
+    finally:
+        runner.server.should_exit = True
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _Runner:
+    server: uvicorn.Server
+    bound: socket.socket
+
+    def run(self) -> None:
+        with self.bound:
+            self.server.run(sockets=[self.bound])
+
+
+def _prepare(
+    config: ServerConfig | SyncServer, listen: Listen, announce: Callable[[str], None]
+) -> _Runner:
+    settings = config.config if isinstance(config, SyncServer) else config
+    bound = _bind(listen, settings)
+    try:
+        uvicorn_config = _uvicorn_config(config, settings, listen)
+        name = bound.getsockname()
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        scheme = "https" if listen.tls_cert else "http"
+        return _Runner(_Server(uvicorn_config, announce, f"{scheme}://{host}:{name[1]}"), bound)
+    except BaseException:
+        bound.close()
+        raise
+
+
+def _uvicorn_config(
+    config: ServerConfig | SyncServer, settings: ServerConfig, listen: Listen
+) -> uvicorn.Config:
+    if (listen.tls_cert is None) != (listen.tls_key is None):
+        raise ConfigError("tls_cert and tls_key go together: give both or none")
+    if listen.tls_cert is not None:
+        _check_certificate(listen.tls_cert, listen.tls_key)
+    return uvicorn.Config(
+        create_app(config),
+        http=_connection_class(settings),
+        ws="none",
+        lifespan="on",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=listen.backlog,
+        root_path=listen.root_path,
+        forwarded_allow_ips=listen.trusted_proxies,
+        limit_concurrency=settings.connections_max,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        # Without it one client that does not read keeps a stopping server for ever.
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
+        ssl_certfile=listen.tls_cert,
+        ssl_keyfile=listen.tls_key,
+    )
+
+
+def _check_certificate(cert: str, key: str | None) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"the certificate {cert} with key {key}: {error}") from error
+
+
+def _bind(listen: Listen, settings: ServerConfig) -> socket.socket:
+    where = f"{listen.host}:{listen.port}"
+    if not listen.host or not 0 <= listen.port <= 65535:
+        # The system would take another port than the one asked for, by leaving out its top bits.
+        raise ConfigError(
+            f"cannot listen on {where}: name a host, and a port from 0 to 65535",
+            code="cannot_bind",
+        )
+    try:
+        found = socket.getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigError(f"cannot listen on {where}: {error}", code="cannot_bind") from error
+    if settings.insecure_no_auth and not ipaddress.ip_address(address[0]).is_loopback:
+        raise ConfigError(
+            f"insecure_no_auth only works on loopback, and {where} is reachable from elsewhere: "
+            "configure a key for tokens, or listen on 127.0.0.1"
+        )
+    bound = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":
+            # Else a restart has to wait for connections of the last run to be forgotten.
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise ConfigError(f"cannot listen on {where}: {error}", code="cannot_bind") from error
+    bound.set_inheritable(False)
+    return bound
+
+
+def _write_ready(path: Path, url: str) -> None:
+    """Appears whole or not at all: whoever waits for the file reads it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(url + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _log_to_stderr() -> None:
+    """Unless the program has set up logging: then its handlers get everything."""
+    for name, style in _LOGS.items():
+        named = logging.getLogger(name)
+        if named.handlers or logging.getLogger().handlers:
+            continue
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(style))
+        named.addHandler(handler)
+        named.setLevel(logging.INFO)
+        named.propagate = False
+
+
+#: A line of the access log is JSON and nothing else.
+_LOGS: Final = {
+    "entidb": "%(levelname)s %(name)s: %(message)s",
+    "entidb.access": "%(message)s",
+}
+
+
+# ---------------------------------------------------------------- uvicorn
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens as soon as it does."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[str], None], url: str) -> None:
+        super().__init__(config)
+        self._announce = announce
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce(self._url)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """uvicorn stops by the signals itself and then raises them again, which would end the process
+    by a signal after a clean stop. These handlers take that second one, and the one that comes
+    before uvicorn listens."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    before = {each: signal.signal(each, stop) for each in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _connection_class(settings: ServerConfig) -> type[HttpToolsProtocol]:
+    """uvicorn's connection, with an end to those that never ask and those that never read.
+
+    uvicorn itself waits for ever for the head of a first request, takes heads of any size, and
+    keeps what a client does not read until that one goes away by itself.
+    """
+
+    class Connection(HttpToolsProtocol):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self._head_timer = _Timer(self.loop, settings.head_timeout_s)
+            self._write_timer = _Timer(self.loop, settings.write_timeout_s)
+            self._head_bytes = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._head_timer.stop()
+            self._write_timer.stop()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if not self._head_timer.running and self._is_idle():
+                self._expect_head()
+            self._head_bytes += len(data)
+            super().data_received(data)
+            if self._head_timer.running and self._head_bytes > _HEAD_BYTES_MAX:
+                self.transport.abort()
+
+        def on_headers_complete(self) -> None:
+            self._head_timer.stop()
+            self._head_bytes = 0
+            super().on_headers_complete()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._write_timer.start(self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._write_timer.stop()
+            super().resume_writing()
+
+        def timeout_keep_alive_handler(self) -> None:
+            # Closing would first wait for the client to read the rest.
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+            super().timeout_keep_alive_handler()
+
+        def _is_idle(self) -> bool:
+            cycle: RequestResponseCycle | None = self.cycle
+            return cycle is None or cycle.response_complete
+
+        def _expect_head(self) -> None:
+            self._head_bytes = 0
+            self._head_timer.start(self.transport.abort)
+
+    return Connection
+
+
+class _Timer:
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._handle: asyncio.TimerHandle | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._handle is not None
+
+    def start(self, call: Callable[[], None]) -> None:
+        if self._handle is None:
+            self._handle = self._loop.call_later(self._seconds, call)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None

@@ -1,0 +1,395 @@
+"""Whether the pages of an LMDB data file make up two sound trees, read with ``pread``.
+
+LMDB trusts its pages: a flipped bit in a page's header or in a page number makes it skip records,
+return older ones (whose checksums are right), loop, or touch memory that is not there. Here every
+page that can be reached is looked at without being mapped, and everything that two pages say of
+one thing is compared: page numbers, bounds, the order of keys over page borders, the counts of the
+header, and that no page is used twice or is used and free at once. That last one is what finds a
+pointer that leads to an older copy of a page.
+
+Layout: as in ``lmdb_file``, which looks at files before they are opened. What records hold is
+proved by their own checksums (``lmdb``). Nothing here changes a file.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from entidb.errors import CorruptionError
+from entidb.storage.base import KEY_BYTES_MAX
+
+_PAGE_HEADER: Final = struct.Struct("=QHHHH")
+_META: Final = struct.Struct("=IIQQ")
+_TREE: Final = struct.Struct("=IHHQQQQQ")
+_META_END: Final = struct.Struct("=QQ")
+_NODE: Final = struct.Struct("=HHHH")
+_U64: Final = struct.Struct("=Q")
+_META_BYTES: Final = _PAGE_HEADER.size + _META.size + 2 * _TREE.size + _META_END.size
+_PAGE_SIZE_AT: Final = _PAGE_HEADER.size + _META.size
+_BRANCH, _LEAF, _OVERFLOW, _META_FLAG = 0x01, 0x02, 0x04, 0x08
+_BIG_DATA: Final = 0x01
+_INTEGER_KEY: Final = 0x08
+_NO_PAGE: Final = 2**64 - 1
+#: LMDB's own bound (CURSOR_STACK).
+_DEPTH_MAX: Final = 32
+
+
+class _Bad(Exception):
+    """A page that cannot be read any further; the message is the fault."""
+
+
+@dataclass(frozen=True)
+class _Tree:
+    flags: int
+    depth: int
+    branch_pages: int
+    leaf_pages: int
+    overflow_pages: int
+    entries: int
+    root: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one of the two meta pages says; they take turns."""
+
+    page_bytes: int
+    number: int
+    page_flags: int
+    address: int
+    free: _Tree
+    main: _Tree
+    last_page: int
+    transaction: int
+
+
+def check_headers(path: str) -> None:
+    """Raise ``CorruptionError`` if the two headers of the file at ``path`` cannot both come from
+    LMDB, or the newer one does not fit the list of free pages that belongs to it.
+
+    For whoever has the file to itself: headers that are being written need not agree. A header
+    with a wrong transaction number would make LMDB go back to the commit before the last one.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fault = _header_fault(descriptor)
+    except _Bad as error:
+        fault = str(error)
+    finally:
+        os.close(descriptor)
+    if fault is not None:
+        raise CorruptionError(f"{path} is damaged: {fault}; it was not touched. Restore a backup")
+
+
+def closed_file_faults(path: str) -> list[str]:
+    """As ``page_faults``, of the newest commit in a file that nobody has open: for looking at a
+    file before it is mapped, which a program need not survive if it is damaged."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fault = _header_fault(descriptor)
+        if fault is not None:
+            return [fault]
+        headers = _read_headers(descriptor)
+    except _Bad as error:
+        return [str(error)]
+    finally:
+        os.close(descriptor)
+    return list(page_faults(path, max(headers, key=lambda header: header.transaction)))
+
+
+def read_header(path: str, transaction: int) -> Header | None:
+    """The header of commit ``transaction``, None if there is none. Its place is written again two
+    commits later, so the caller keeps writers away."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        headers = _read_headers(descriptor)
+    except _Bad:
+        return None
+    finally:
+        os.close(descriptor)
+    return next((header for header in headers if header.transaction == transaction), None)
+
+
+def page_faults(path: str, header: Header) -> Iterator[str]:
+    """One line per fault in the trees that belong to ``header``; nothing when all is well. The
+    caller holds a snapshot of that commit, so that writers do not use its pages again."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield from _Walk(descriptor, header).run()
+    except _Bad as error:
+        yield f"the walk over the pages ended early: {error}"
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- headers
+
+
+def _read_headers(descriptor: int) -> tuple[Header, Header]:
+    raw = os.pread(descriptor, _META_BYTES, 0)
+    if len(raw) < _META_BYTES:
+        raise _Bad("the file is shorter than its header")
+    (page_bytes,) = struct.unpack_from("=I", raw, _PAGE_SIZE_AT)
+    second = os.pread(descriptor, _META_BYTES, page_bytes)
+    if len(second) < _META_BYTES:
+        raise _Bad("the file is shorter than its headers")
+    return _read_header(raw), _read_header(second)
+
+
+def _read_header(raw: bytes) -> Header:
+    number, _, page_flags, _, _ = _PAGE_HEADER.unpack_from(raw, 0)
+    _, _, address, _ = _META.unpack_from(raw, _PAGE_HEADER.size)
+    free = _Tree(*_TREE.unpack_from(raw, _PAGE_SIZE_AT)[1:])
+    main = _Tree(*_TREE.unpack_from(raw, _PAGE_SIZE_AT + _TREE.size)[1:])
+    last_page, transaction = _META_END.unpack_from(raw, _META_BYTES - _META_END.size)
+    (page_bytes,) = struct.unpack_from("=I", raw, _PAGE_SIZE_AT)
+    return Header(page_bytes, number, page_flags, address, free, main, last_page, transaction)
+
+
+def _header_fault(descriptor: int) -> str | None:
+    first, second = headers = _read_headers(descriptor)
+    for number, header in enumerate(headers):
+        if header.number != number or header.page_flags != _META_FLAG:
+            return f"header {number} is not marked as one"
+        if header.free.flags != _INTEGER_KEY or header.main.flags or header.address:
+            return f"header {number} names options that are never used"
+    # Commits write the headers in turn: even numbers into the first, odd ones into the second.
+    fresh = first.transaction == second.transaction == 0
+    in_turn = first.transaction % 2 == 0 and second.transaction % 2 == 1
+    if not fresh and (not in_turn or abs(first.transaction - second.transaction) != 1):
+        return f"its headers are of commits {first.transaction} and {second.transaction}"
+    newer = max(headers, key=lambda header: header.transaction)
+    return _free_list_fault(descriptor, newer)
+
+
+def _free_list_fault(descriptor: int, header: Header) -> str | None:
+    """Every commit but the first frees the root it replaces and lists it under its own number, so
+    the list's last key is the number of the commit it belongs to."""
+    number, page = header.free.root, b""
+    for _ in range(_DEPTH_MAX):
+        if number == _NO_PAGE:
+            fine = header.transaction <= 1
+            return None if fine else "the list of free pages is missing"
+        page = _read_page(descriptor, number, header.page_bytes)
+        _, _, flags, lower, _ = _PAGE_HEADER.unpack_from(page, 0)
+        at = _last_node(page, lower)
+        low, high, node_flags, _ = _NODE.unpack_from(page, at)
+        if flags == _LEAF:
+            if at + 16 > len(page) or _U64.unpack_from(page, at + 8)[0] != header.transaction:
+                return f"the list of free pages is not that of commit {header.transaction}"
+            return None
+        if flags != _BRANCH:
+            return f"page {number} is neither branch nor leaf"
+        number = low | high << 16 | node_flags << 32
+    return "the list of free pages is too deep"
+
+
+def _last_node(page: bytes, lower: int) -> int:
+    if not _PAGE_HEADER.size < lower <= len(page) or lower % 2:
+        raise _Bad("a page of the list of free pages has wrong bounds")
+    at: int = struct.unpack_from("=H", page, lower - 2)[0]
+    if at + _NODE.size > len(page):
+        raise _Bad("a page of the list of free pages has wrong bounds")
+    return at
+
+
+def _read_page(descriptor: int, number: int, page_bytes: int) -> bytes:
+    page = b""
+    if number * page_bytes < 2**62:
+        page = os.pread(descriptor, page_bytes, number * page_bytes)
+    if len(page) < page_bytes:
+        raise _Bad(f"page {number} is behind the end of the file")
+    return page
+
+
+# ---------------------------------------------------------------- trees
+
+
+class _Walk:
+    """One pass over the list of free pages and the tree of records."""
+
+    def __init__(self, descriptor: int, header: Header) -> None:
+        self._descriptor = descriptor
+        self._header = header
+        self._bytes = header.page_bytes
+        pages = os.fstat(descriptor).st_size // header.page_bytes
+        self._pages = min(header.last_page + 1, pages)
+        #: 1 where a page is used by a tree.
+        self._used = bytearray(self._pages)
+
+    def run(self) -> Iterator[str]:
+        self._used[:2] = b"\1\1"
+        free: list[tuple[bytes, bytes]] = []
+        yield from _TreeWalk(self, self._header.free, free).run()
+        yield from _TreeWalk(self, self._header.main, None).run()
+        yield from self._free_pages(free)
+
+    def page(self, number: int) -> bytes:
+        """The page, which from now on is in use; only once, so no walk is endless."""
+        self.take(number, 1)
+        return _read_page(self._descriptor, number, self._bytes)
+
+    def take(self, first: int, count: int) -> None:
+        if not 2 <= first <= first + count <= self._pages:
+            raise _Bad(f"page {first} (with {count - 1} more) is outside the file")
+        if any(self._used[first : first + count]):
+            raise _Bad(f"page {first} is used twice")
+        self._used[first : first + count] = b"\1" * count
+
+    def take_value(self, first: int, length: int) -> int:
+        """Take the pages of a value that has its own, with one header; how many there are."""
+        count = (_PAGE_HEADER.size - 1 + length) // self._bytes + 1
+        self.take(first, count)
+        raw = os.pread(self._descriptor, _PAGE_HEADER.size, first * self._bytes)
+        number, _, flags, low, high = _PAGE_HEADER.unpack(raw)
+        if number != first or flags != _OVERFLOW or low | high << 16 != count:
+            raise _Bad(f"page {first} does not begin a value of {length} bytes")
+        return count
+
+    def read_value(self, first: int, length: int) -> bytes:
+        at = first * self._bytes + _PAGE_HEADER.size
+        return os.pread(self._descriptor, length, at)
+
+    def _free_pages(self, lists: list[tuple[bytes, bytes]]) -> Iterator[str]:
+        free = bytearray(self._header.last_page + 1) if lists else bytearray()
+        for key, raw in lists:
+            commit = _U64.unpack(key)[0]
+            count = _U64.unpack_from(raw, 0)[0]
+            if commit > self._header.transaction or count * 8 + 8 > len(raw):
+                yield f"the pages freed by commit {commit} are not a list"
+                continue
+            for number in struct.unpack_from(f"={count}Q", raw, 8):
+                if not 2 <= number <= self._header.last_page:
+                    yield f"page {number}, listed as free, is outside the file"
+                elif free[number]:
+                    yield f"page {number} is listed as free twice"
+                elif number < self._pages and self._used[number]:
+                    yield f"page {number} is in use and listed as free"
+                else:
+                    free[number] = 1
+
+
+class _TreeWalk:
+    """In key order through one tree, comparing what is found with what its header counts."""
+
+    def __init__(self, walk: _Walk, tree: _Tree, records: list[tuple[bytes, bytes]] | None) -> None:
+        self._walk = walk
+        self._tree = tree
+        #: The list of free pages is small and is kept; other records are only walked over.
+        self._records = records
+        self._branches = self._leaves = self._overflow = self._entries = 0
+        self._previous: bytes | int | None = None
+
+    def run(self) -> Iterator[str]:
+        tree = self._tree
+        name = "records" if self._records is None else "free pages"
+        if tree.root != _NO_PAGE:
+            self._descend(tree.root, 1, None, None)
+        found = (self._branches, self._leaves, self._overflow, self._entries)
+        counted = (tree.branch_pages, tree.leaf_pages, tree.overflow_pages, tree.entries)
+        if found != counted:
+            yield (
+                f"the header counts {counted} branches, leaves, other pages and entries of the "
+                f"{name}; there are {found}"
+            )
+
+    def _descend(
+        self, number: int, depth: int, low: bytes | int | None, high: bytes | int | None
+    ) -> None:
+        page = self._walk.page(number)
+        stored, _, flags, lower, upper = _PAGE_HEADER.unpack_from(page, 0)
+        if stored != number:
+            raise _Bad(f"page {number} says it is page {stored}")
+        if flags != (_BRANCH if depth < self._tree.depth else _LEAF):
+            raise _Bad(f"page {number} is of the wrong kind for its place in the tree")
+        nodes = self._nodes(page, number, lower, upper, branch=flags == _BRANCH)
+        if flags == _LEAF:
+            self._leaves += 1
+            for key, length, at, big in nodes:
+                self._leaf_node(number, page, key, length, at, big, low, high)
+            return
+        self._branches += 1
+        # The first key of a branch page is never compared; its child begins where the page does.
+        keys = [low, *(self._key(key) for key, _, _, _ in nodes[1:]), high]
+        for (_, child, _, _), first, after in zip(nodes, keys, keys[1:], strict=False):
+            self._descend(child, depth + 1, first, after)
+
+    def _leaf_node(
+        self,
+        number: int,
+        page: bytes,
+        raw_key: bytes,
+        length: int,
+        at: int,
+        big: bool,
+        low: bytes | int | None,
+        high: bytes | int | None,
+    ) -> None:
+        key = self._key(raw_key)
+        if (
+            (self._previous is not None and not _below(self._previous, key))
+            or (low is not None and _below(key, low))
+            or (high is not None and not _below(key, high))
+        ):
+            raise _Bad(f"page {number}: key {raw_key.hex()} is out of order")
+        self._previous = key
+        self._entries += 1
+        if big:
+            first = _U64.unpack_from(page, at)[0]
+            self._overflow += self._walk.take_value(first, length)
+        if self._records is None:
+            return
+        value = self._walk.read_value(first, length) if big else page[at : at + length]
+        if len(value) < 8:
+            raise _Bad(f"page {number}: a list of free pages is cut short")
+        self._records.append((raw_key, value))
+
+    def _key(self, raw: bytes) -> bytes | int:
+        if self._records is None:
+            return raw
+        if len(raw) != 8:
+            raise _Bad("a list of free pages has no commit")
+        number: int = _U64.unpack(raw)[0]
+        return number
+
+    def _nodes(
+        self, page: bytes, number: int, lower: int, upper: int, *, branch: bool
+    ) -> list[tuple[bytes, int, int, bool]]:
+        """(key, child page or length of the value, where the value begins, whether it is on pages
+        of its own) of each node. Together the nodes fill the page from ``upper`` to its end."""
+        size = len(page)
+        if lower % 2 or not _PAGE_HEADER.size < lower <= upper <= size:
+            raise _Bad(f"page {number} has wrong bounds")
+        offsets = struct.unpack_from(f"={(lower - _PAGE_HEADER.size) // 2}H", page, 16)
+        nodes = []
+        spans = []
+        for at in offsets:
+            if at < upper or at % 2 or at + _NODE.size > size:
+                raise _Bad(f"page {number} has a node outside its bounds")
+            low, high, flags, key_bytes = _NODE.unpack_from(page, at)
+            value_at = at + _NODE.size + key_bytes
+            if branch:
+                length, big, stored = low | high << 16 | flags << 32, False, 0
+            else:
+                length, big = low | high << 16, flags == _BIG_DATA
+                stored = 8 if big else length
+            if key_bytes > KEY_BYTES_MAX or value_at + stored > size:
+                raise _Bad(f"page {number} has a node that does not fit it")
+            if not branch and (flags & ~_BIG_DATA or not key_bytes):
+                raise _Bad(f"page {number} has a node of an unknown kind")
+            spans.append((at, value_at + stored + ((value_at + stored) & 1)))
+            nodes.append((page[at + _NODE.size : value_at], length, value_at, big))
+        spans.sort()
+        ends = [upper, *(end for _, end in spans)]
+        if [start for start, _ in spans] != ends[:-1] or ends[-1] != size:
+            raise _Bad(f"page {number} has nodes that overlap or leave gaps")
+        return nodes
+
+
+def _below(one: bytes | int, other: bytes | int) -> bool:
+    """Keys of one tree are all bytes or all numbers."""
+    return one < other  # type: ignore[operator]

@@ -1,0 +1,355 @@
+"""What must hold, by name, and the checkers of the server's side: its commits and its answers.
+
+Every checker stands on the oracle, never on what the code under test says of itself. The checkers
+of a device's side are in ``watch``; who calls them, and when, is the simulator's business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Final, NoReturn
+
+from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
+from entidb.db.records import (
+    ACCEPTED,
+    ENTITY,
+    META_CATALOGUE,
+    META_FLOOR,
+    META_HEAD,
+    accepted_key,
+    decode_accepted,
+    decode_head,
+    payload_of,
+    unpack_entity,
+    unpack_u64,
+)
+from entidb.protocol import (
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    PushTransaction,
+    Verdict,
+    operations_digest,
+)
+from entidb.storage.base import Batch
+from entidb.testing.oracle import History, Ref, has_version
+
+#: Every invariant: its name, and what it says.
+INVARIANTS: Final[dict[str, str]] = {
+    "NO-SILENT-LOSS": "a committed transaction is pending, on the server, or discarded",
+    "LOCAL-DURABLE": "a device restarts with every commit it has acknowledged",
+    "SERVER-DURABLE": "what an answer calls accepted is on the server's disk",
+    "WHOLE": "nobody ever sees part of a transaction",
+    "PREFIX": "a device's bases are the server's state at its cursor, byte for byte",
+    "EXACTLY-ONCE": "a transaction id is in a history at most once",
+    "NO-LOST-UPDATE": "an accepted operation was made on the version it replaces",
+    "NO-FALSE-CONFLICT": "a conflict means that another transaction came between",
+    "ORDER": "cursors do not go back, pages are exactly what is next, versions are used once",
+    "READ-YOUR-WRITES": "the view holds the device's own pending writes",
+    "SURFACED-ONCE": "conflicts, refusals and withdrawals are reported once and listed",
+    "RESET-KEEPS-OUTBOX": "a reset loses no pending transaction",
+    "RESET-ENDS": "a device that has reset is above the floor",
+    "NO-RESURRECTION": "what was deleted stays deleted",
+    "CONVERGE": "quiet devices and their server hold the same bytes, and verify is clean",
+    "LIVENESS": "without faults everything drains in a bounded number of requests",
+    "NO-POISON": "a transaction that always fails stops no other",
+    "TENANT": "no byte of one database leaves in an answer for another",
+    "NO-EFFECT": "a request answered with an error changed nothing durable",
+    "SAME-SEED": "one seed gives one trace",
+}
+
+#: Value of this key in a payload asks the validate hook to refuse, or to raise.
+POISON: Final = b"poison"
+GROUP_COLLECTION: Final = "pairs"
+GROUP_SIZE: Final = 3
+
+
+class Violation(BaseException):
+    """An invariant does not hold. Not an ``Exception``: no code under test may catch it."""
+
+    def __init__(self, invariant: str, message: str) -> None:
+        super().__init__(f"{invariant}: {message}")
+        self.invariant = invariant
+        self.message = message
+
+
+class Checks:
+    """Counts what was checked, and raises when something does not hold."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def passed(self, invariant: str, times: int = 1) -> None:
+        self.counts[invariant] += times
+
+    def fail(self, invariant: str, message: str) -> NoReturn:
+        assert invariant in INVARIANTS, invariant
+        raise Violation(invariant, message)
+
+    def that(self, holds: bool, invariant: str, message: str) -> None:
+        self.counts[invariant] += 1
+        if not holds:
+            self.fail(invariant, message)
+
+
+def group_is_whole(records: Mapping[bytes, bytes], prefix: bytes, entity_id: bytes) -> bool:
+    """Every transaction on a group writes all its members with the same bytes, so that readers
+    who see them differ have seen half of one."""
+    seen = set()
+    for member in range(GROUP_SIZE):
+        raw = records.get(prefix + entity_id[:15] + bytes((member,)))
+        seen.add(None if raw is None else payload_of(raw))
+    return len(seen) == 1
+
+
+class ServerWatch:
+    """Checks one server database: every commit before anybody reads it, every answer before it
+    leaves. ``members`` are the pushes being decided, ``program`` the writes of a transaction of
+    a program on the server."""
+
+    def __init__(self, checks: Checks, history: History) -> None:
+        self.checks = checks
+        self.history = history
+        self.members: list[PushRequest] = []
+        self.program: list[tuple[Ref, bytes | None]] | None = None
+        #: The hook is a user's: it may refuse what it likes.
+        self.any_refusal = False
+        self._catalogue: tuple[bytes | None, Catalogue] = (None, empty_catalogue())
+
+    # ------------------------------------------------------------ commits
+
+    def on_commit(
+        self, batch: Batch, old: Mapping[bytes, bytes | None], records: Mapping[bytes, bytes]
+    ) -> None:
+        if META_FLOOR in batch:
+            floor = unpack_u64(records[META_FLOOR])
+            self.checks.that(floor >= self.history.floor, "ORDER", "the floor went back")
+            self.history.floor = floor
+        if META_HEAD not in batch:
+            return
+        head = decode_head(records[META_HEAD]).sequence
+        first = self.history.head + 1
+        if head < first:
+            return
+        rows = self._rows(batch, records)
+        touched: dict[Ref, None] = {}
+        accepted = {
+            decode_accepted(raw)[0]: key[1:]
+            for key, raw in batch.items()
+            if key[:1] == ACCEPTED and raw is not None
+        }
+        for version in range(first, head + 1):
+            transaction_id = accepted.pop(version, None)
+            if transaction_id is None:
+                writes = self._program_writes(version)
+                self.history.append(None, b"", writes)
+            else:
+                writes = self._accept(transaction_id, version)
+            touched.update(dict.fromkeys(ref for ref, _ in writes))
+        if accepted:
+            self.checks.fail("ORDER", f"versions {sorted(accepted)} were used a second time")
+        self._compare(touched, rows)
+
+    def _rows(
+        self, batch: Batch, records: Mapping[bytes, bytes]
+    ) -> dict[Ref, tuple[int, bytes | None]]:
+        prefixes = {info.prefix: name for name, info in self.catalogue(records).by_name.items()}
+        rows = {}
+        for key, raw in batch.items():
+            if key[:1] == ENTITY and raw is not None:
+                rows[prefixes[key[:5]], key[5:]] = (unpack_entity(raw)[2], payload_of(raw))
+                if prefixes[key[:5]] == GROUP_COLLECTION:
+                    whole = group_is_whole(records, key[:5], key[5:])
+                    self.checks.that(whole, "WHOLE", f"the server shows half of {key[5:].hex()}")
+        return rows
+
+    def catalogue(self, records: Mapping[bytes, bytes]) -> Catalogue:
+        raw = records.get(META_CATALOGUE)
+        if raw is not self._catalogue[0]:
+            self._catalogue = (raw, decode_catalogue(raw) if raw else empty_catalogue())
+        return self._catalogue[1]
+
+    def _program_writes(self, version: int) -> list[tuple[Ref, bytes | None]]:
+        if self.program is None:
+            self.checks.fail("EXACTLY-ONCE", f"commit {version} does not hold its transaction id")
+        return self.program
+
+    def _accept(self, transaction_id: bytes, version: int) -> list[tuple[Ref, bytes | None]]:
+        """The oracle decides for itself whether this transaction could be accepted."""
+        known = self.history.accepted.get(transaction_id)
+        self.checks.that(
+            known is None or known[0] <= self.history.floor,
+            "EXACTLY-ONCE",
+            f"transaction {transaction_id.hex()} was accepted as {known} and as {version}",
+        )
+        blamed: tuple[str, str] | None = None
+        for request, transaction, before in self._candidates(transaction_id):
+            blamed = self._lost_update(request, transaction, before)
+            if blamed is None:
+                names = request.collections
+                writes: list[tuple[Ref, bytes | None]] = [
+                    ((names[op.collection], op.entity_id), op.payload)
+                    for op in transaction.operations
+                ]
+                digest = operations_digest(names, transaction.operations)
+                self.history.append(transaction_id, digest, writes)
+                self.checks.passed("NO-LOST-UPDATE", len(writes))
+                return writes
+        if blamed is None:
+            self.checks.fail("WHOLE", f"nobody pushed transaction {transaction_id.hex()}")
+        self.checks.fail(*blamed)
+
+    def _candidates(
+        self, transaction_id: bytes
+    ) -> list[tuple[PushRequest, PushTransaction, Sequence[PushTransaction]]]:
+        found = []
+        for request in self.members:
+            for index, transaction in enumerate(request.transactions):
+                if transaction.transaction_id == transaction_id:
+                    found.append((request, transaction, request.transactions[:index]))
+        return found
+
+    def _lost_update(
+        self, request: PushRequest, transaction: PushTransaction, before: Sequence[PushTransaction]
+    ) -> tuple[str, str] | None:
+        names = request.collections
+        for op in transaction.operations:
+            ref = (names[op.collection], op.entity_id)
+            version, payload = self.history.latest(ref)
+            if version > op.base_version and not self._wrote(before, version):
+                kind = "NO-RESURRECTION" if payload is None else "NO-LOST-UPDATE"
+                return kind, (
+                    f"{ref[0]}/{ref[1].hex()} is at version {version}, and was replaced by a "
+                    f"transaction that was made on {op.base_version}"
+                )
+        if request.cursor < self.history.floor:
+            return "NO-RESURRECTION", "a transaction from below the floor was accepted"
+        return None
+
+    def _wrote(self, before: Sequence[PushTransaction], version: int) -> bool:
+        writer = self.history.writers[version]
+        return any(transaction.transaction_id == writer for transaction in before)
+
+    def _compare(
+        self, touched: Mapping[Ref, None], rows: Mapping[Ref, tuple[int, bytes | None]]
+    ) -> None:
+        for ref in touched:
+            self.checks.that(
+                rows.get(ref) == self.history.latest(ref),
+                "WHOLE",
+                f"{ref[0]}/{ref[1].hex()} is {rows.get(ref)} on the server, and should be "
+                f"{self.history.latest(ref)}",
+            )
+        if len(rows) != len(touched):
+            self.checks.fail("WHOLE", "a commit wrote more than the transactions it accepted")
+
+    # ------------------------------------------------------------ answers
+
+    def on_push(
+        self, request: PushRequest, response: PushResponse, records: Mapping[bytes, bytes]
+    ) -> None:
+        self._check_history(request.history)
+        names = request.collections
+        refused: dict[Ref, None] = {}
+        for index, transaction in enumerate(request.transactions):
+            result = response.results[index]
+            refs = [(names[op.collection], op.entity_id) for op in transaction.operations]
+            known = self.history.accepted.get(transaction.transaction_id)
+            digest = operations_digest(names, transaction.operations)
+            name = transaction.transaction_id.hex()
+            if result.verdict == Verdict.ACCEPTED:
+                self.checks.that(
+                    known is not None and known[0] == result.version,
+                    "SERVER-DURABLE",
+                    f"{name} was called accepted as {result.version}; the server has {known}",
+                )
+                assert known is not None
+                self.checks.that(known[1] == digest, "EXACTLY-ONCE", f"{name} has other content")
+                row = records.get(accepted_key(transaction.transaction_id))
+                remembered = row is not None or known[0] <= self.history.floor
+                self.checks.that(remembered, "EXACTLY-ONCE", f"{name} was not remembered")
+                continue
+            if result.verdict == Verdict.SUPERSEDED:
+                self.checks.that(
+                    known is not None and known[1] != digest,
+                    "EXACTLY-ONCE",
+                    f"{name} was called superseded and is not",
+                )
+                # What follows was built on this one's content, which is not what the server has.
+                refused.update(dict.fromkeys(refs))
+                continue
+            self.checks.that(
+                known is None or known[0] <= self.history.floor,
+                "EXACTLY-ONCE",
+                f"{name} was accepted as {known} before, and decided again",
+            )
+            if result.verdict == Verdict.CONFLICT:
+                self._false_conflict(request, transaction, refs, refused)
+            else:
+                self.checks.that(
+                    self.any_refusal
+                    or any(op.payload and POISON in op.payload for op in transaction.operations),
+                    "NO-POISON",
+                    f"{name} was refused ({result.code}: {result.message}) without a reason",
+                )
+            refused.update(dict.fromkeys(refs))
+
+    def _false_conflict(
+        self,
+        request: PushRequest,
+        transaction: PushTransaction,
+        refs: list[Ref],
+        refused: Mapping[Ref, None],
+    ) -> None:
+        before = request.transactions[: request.transactions.index(transaction)]
+        real = request.cursor < self.history.floor or any(
+            ref in refused or self._came_between(ref, op.base_version, before)
+            for ref, op in zip(refs, transaction.operations, strict=True)
+        )
+        self.checks.that(
+            real, "NO-FALSE-CONFLICT", f"nothing came between {transaction.transaction_id.hex()}"
+        )
+
+    def _came_between(
+        self, ref: Ref, base_version: int, before: Sequence[PushTransaction]
+    ) -> bool:
+        version = self.history.latest(ref)[0]
+        return version > base_version and not self._wrote(before, version)
+
+    def _check_history(self, history: bytes) -> None:
+        self.checks.that(
+            history == self.history.identity,
+            "ORDER",
+            "a request that named another history was answered",
+        )
+
+    def on_pull(self, request: PullRequest, response: PullResponse) -> None:
+        self._check_history(request.history)
+        history, checks = self.history, self.checks
+        names = response.collections
+        sent = {
+            (commit.version, (names[op.collection], op.entity_id)): op.payload
+            for commit in response.commits
+            for op in commit.operations
+        }
+        due = {
+            (version, ref): payload
+            for version, ref, payload in history.changes(request.cursor, response.cursor)
+            if (request.collections is None or ref[0] in request.collections)
+            and not has_version(request.have, version)
+        }
+        for key in due.keys() ^ sent.keys() if due.keys() != sent.keys() else ():
+            # A tombstone at or below the floor may be gone, and need not be.
+            purged = key in due and due[key] is None and key[0] <= history.floor
+            if not purged:
+                what = "left out" if key in due else "added"
+                checks.fail("ORDER", f"a page after {request.cursor} {what} {key}")
+        wrong = [key for key, payload in sent.items() if due[key] != payload]
+        checks.that(not wrong, "ORDER", f"a page holds other values than the server: {wrong}")
+        ends = response.cursor == history.head if not response.has_more else (
+            request.cursor < response.cursor
+        )
+        checks.that(ends, "ORDER", f"a page after {request.cursor} ends at {response.cursor}")
+        checks.that(response.head == history.head, "ORDER", "a page names another head")

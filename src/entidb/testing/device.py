@@ -1,0 +1,490 @@
+"""One device of a simulated run: the real database, applier and cycle, and the people who use them.
+
+The cycle is driven step by step, so that messages of several devices interleave and local commits
+fall between any two of its requests. A crash drops the generator and opens the store again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from entidb import protocol
+from entidb.db import Database
+from entidb.db.maintenance import verify
+from entidb.errors import (
+    AuthenticationError,
+    CommitUnknownError,
+    EntiDBError,
+    HistoryChangedError,
+    PermissionDeniedError,
+    ResetRequiredError,
+    ScopeError,
+    StorageError,
+    SyncCancelledError,
+    SyncError,
+    SyncTimeoutError,
+    error_from_code,
+)
+from entidb.protocol import ErrorResponse, PushRequest, PushResponse, SyncRequest, SyncResponse
+from entidb.sync import (
+    ConflictResolution,
+    DatabaseApplier,
+    SyncConfig,
+    SyncCycleResult,
+)
+from entidb.sync.cycle import Ahead, Connection, Cycle, Flow
+from entidb.testing.checkers import GROUP_COLLECTION
+from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
+from entidb.testing.host import Tenant
+from entidb.testing.watch import Context, DeviceWatch
+from entidb.testing.workload import COLLECTIONS, DRAFTS, policies
+
+if TYPE_CHECKING:
+    from entidb.testing.simulator import World
+
+#: A copy of a device: its records, and what its bases belong to.
+Saved = tuple[dict[bytes, bytes], Context]
+TIMEOUT_MS = 1500
+TIDY_STEPS = 3
+
+
+class DeviceClock:
+    """Simulated time, off by ``offset_ms``. ``wait`` never sleeps."""
+
+    def __init__(self, world: World, offset_ms: int = 0) -> None:
+        self._world = world
+        self.offset_ms = offset_ms
+
+    def now_ms(self) -> int:
+        return self._world.epoch_ms + self._world.now + self.offset_ms
+
+    def monotonic(self) -> float:
+        return self._world.now / 1000
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        return event.is_set()
+
+
+class Exchange:
+    """One request on its way. ``outcome`` is the answer or the error, once there is one."""
+
+    def __init__(self, request: SyncRequest) -> None:
+        self.request = request
+        self.outcome: SyncResponse | SyncError | None = None
+        self.renewed = False
+
+
+class Device:
+    """See the module."""
+
+    def __init__(
+        self, world: World, name: str, tenant: Tenant, records: Mapping[bytes, bytes] | None
+    ) -> None:
+        self.world = world
+        self.name = name
+        self.tenant = tenant
+        self.rng = world.stream(f"device {name}")
+        self.entropy = world.stream(f"entropy of {name}").randbytes
+        knobs = world.knobs
+        offset = self.rng.randint(-knobs.clock_offset_ms, knobs.clock_offset_ms)
+        if offset:
+            world.fired("clock_offset_ms")
+        self.clock = DeviceClock(world, offset)
+        self.watch = DeviceWatch(world.checks, name, tenant.histories)
+        self.saved: Saved | None = None
+        self.restarts = 0
+        self.reader: tuple[Any, list[tuple[bytes, bytes]]] | None = None
+        self.config = SyncConfig(
+            db_id=tenant.db_id,
+            push_operations_max=knobs.push_operations_max,
+            push_bytes_max=knobs.push_bytes_max,
+            pull_operations_max=knobs.pull_operations_max,
+            pull_bytes_max=knobs.pull_bytes_max,
+            rounds_max=knobs.rounds_max,
+        )
+        self.policies = policies(knobs, self._on_policy, world.options.policy)
+        self.token = world.host.token(tenant)
+        self.flow: Flow | None = None
+        self.cycle: Cycle | None = None
+        self.waiting: Exchange | None = None
+        self.ahead: Exchange | None = None
+        self.last: SyncCycleResult | None = None
+        self.last_error: EntiDBError | None = None
+        self.needs_choice = False
+        self.was_connected = False
+        self._open(world.new_store(self, records))
+
+    def rates(self) -> dict[str, int]:
+        return {name: getattr(self.world.knobs, name) for name in COMMIT_FAULTS}
+
+    def stored(
+        self,
+        batch: Mapping[bytes, bytes | None],
+        old: Mapping[bytes, bytes | None],
+        records: Mapping[bytes, bytes],
+    ) -> None:
+        self.watch.on_commit(batch, old, records)
+
+    # ------------------------------------------------------------ opening, crashing
+
+    def _open(self, storage: FaultyStorage) -> None:
+        storage.armed = False
+        self.storage = storage
+        self.database = Database(storage, clock=self.clock, entropy=self.entropy)
+        self.applier = DatabaseApplier(self.database, policies=self.policies)
+        self.connection = Connection()
+        self.flow = self.cycle = self.waiting = self.ahead = None
+        self.reader = None
+        storage.armed = not self.world.quiet
+
+    def restart(self) -> None:
+        """The process is gone; another one opens what is durable."""
+        self.world.trace("restart", self.name)
+        self.restarts += 1
+        self._open(self.world.reopen_store(self))
+        self.watch.compare_after_restart(self.storage.records)
+        if self.rng.random() < 0.1:
+            self.check_store()
+
+    def save(self) -> Saved:
+        return dict(self.storage.records), self.watch.context()
+
+    def replace_store(self, saved: Saved) -> None:
+        """An older copy of the device comes back."""
+        self._open(self.world.new_store(self, saved[0]))
+        self.watch.adopt(self.storage.records, saved[1])
+
+    def check_store(self) -> None:
+        faults = verify(self.database)
+        self.world.checks.that(not faults, "CONVERGE", f"verify of {self.name}: {faults[:3]}")
+        self.watch.check_everything(self.storage.records)
+
+    def guarded(self, action: Callable[[], object]) -> bool:
+        """Do something local; whether it worked. Crashes restart the device."""
+        try:
+            action()
+        except (Crash, CommitUnknownError):
+            self.restart()
+            return False
+        except StorageError as error:
+            self.world.trace("refused locally", self.name, error.code)
+            return False
+        return True
+
+    # ------------------------------------------------------------ the application
+
+    def transact(self) -> None:
+        """One local transaction; what it acknowledged is checked."""
+        self.guarded(self._transact)
+
+    def _transact(self) -> None:
+        with self.database.transaction() as tx:
+            for name, key, value in self.tenant.workload.transaction():
+                collection = tx.collection(name)
+                if value is None:
+                    collection.discard(key)
+                else:
+                    collection[key] = value
+            tx.commit()
+        writes = {
+            (name, entity_id): payload
+            for name, ids in tx.writes.items()
+            for entity_id, payload in ids.items()
+        }
+        if len(writes) > 50:
+            self.world.fired("bulk")
+        self.world.trace("commit", self.name, tx.sequence, len(writes))
+        if writes:
+            self.watch.on_acknowledged(self.storage.records, tx.transaction_id, writes)
+
+    def read(self) -> None:
+        """Take a snapshot, or look at the one that was taken some events ago: it must not have
+        changed (R2)."""
+        if self.reader is None:
+            self.world.fired("reader")
+            snapshot = self.database.snapshot()
+            self.reader = snapshot, self._content(snapshot)
+            return
+        snapshot, content = self.reader
+        self.reader = None
+        same = content == self._content(snapshot)
+        snapshot.close()
+        self.world.checks.that(same, "WHOLE", f"a snapshot of {self.name} changed under its reader")
+
+    def _content(self, snapshot: Any) -> list[tuple[bytes, bytes]]:
+        return list(snapshot.collection(GROUP_COLLECTION).payloads())
+
+    # ------------------------------------------------------------ the person
+
+    def person(self) -> None:
+        """Somebody works through conflicts and discarded transactions."""
+        restarts = self.restarts
+        kept = self.watch.unreported, self.watch.unreported_conflicts
+        self.watch.unreported, self.watch.unreported_conflicts = {}, {}
+        self.guarded(self._decide_something)
+        if restarts == self.restarts:
+            self.watch.unreported, self.watch.unreported_conflicts = kept
+        self.watch.by_person_ids = ()
+        self.watch.by_person = {}
+
+    def _decide_something(self) -> None:
+        conflicts, discarded = self.applier.conflicts(), self.applier.discarded()
+        listed = [(conflict.collection, conflict.id_bytes) for conflict in conflicts]
+        self.world.checks.that(
+            sorted(listed) == sorted(self.watch.open_conflicts)
+            and [entry.transaction_id for entry in discarded]
+            == [self.watch.discarded[key] for key in sorted(self.watch.discarded)],
+            "SURFACED-ONCE",
+            f"{self.name} lists other conflicts or discarded transactions than it has",
+        )
+        if conflicts and (not discarded or self.rng.random() < 0.7):
+            conflict = self.rng.choice(conflicts)
+            choices = [ConflictResolution.keep_local(), ConflictResolution.accept_remote()]
+            if conflict.collection != GROUP_COLLECTION:
+                choices.append(ConflictResolution.merge(self.tenant.workload.value()))
+            resolution = self.rng.choice(choices)
+            self.world.trace("resolve", self.name, resolution.action.value)
+            self.watch.by_person = {(conflict.collection, conflict.id_bytes): None}
+            self.watch.on_report(self.applier.resolve(conflict, resolution))
+            self.world.fired("person")
+        elif discarded:
+            entry = self.rng.choice(discarded)
+            self.watch.by_person_ids = (entry.transaction_id,)
+            again = self.rng.random() < 0.3
+            self.world.trace("recommit" if again else "prune", self.name)
+            if again:
+                self.applier.recommit(entry)
+            else:
+                self.applier.prune(entry)
+            self.world.fired("person")
+
+    def change_scope(self) -> None:
+        chosen = self.rng.choice((None, COLLECTIONS[:2], COLLECTIONS[:3], COLLECTIONS[1:3]))
+        self._scoped(lambda: self.database.set_scope(chosen), "scope")
+
+    def change_local(self) -> None:
+        local = self.rng.random() < 0.5
+        self._scoped(lambda: self.database.declare_local(DRAFTS, local), "local_collection")
+
+    def _scoped(self, change: Callable[[], None], fault: str) -> None:
+        before = self.storage.commits
+        try:
+            self.guarded(change)
+        except ScopeError as error:
+            # A collection with pending changes cannot leave: the person tries again later.
+            self.world.trace("scope refused", self.name, error.code)
+            return
+        if self.storage.commits != before:
+            self.world.trace(fault, self.name)
+            self.world.fired(fault)
+
+    def choose_history(self) -> None:
+        """The person's answer to ``HistoryChangedError`` (R29)."""
+        keep = self.rng.choice(("server", "device"))
+        self.world.trace("reset", self.name, keep)
+        self.world.tell(f"{self.name} resets, keep={keep}")
+        self.flow = self.waiting = self.ahead = None
+        self.connection.forget()
+        if self.guarded(lambda: self.applier.reset(keep)):
+            self.needs_choice = False
+            # What is withdrawn from now on is reported as on a new server.
+            self.watch.reported = {}
+
+    # ------------------------------------------------------------ cycles
+
+    def begin_cycle(self, *, keep_connection: bool = False) -> None:
+        if self.flow is not None:
+            return
+        if self.needs_choice:
+            self.choose_history()
+        if not keep_connection and self.rng.random() < 0.1:
+            self.connection.forget()
+        self.was_connected = self.connection.made
+        self.last = self.last_error = None
+        self.cycle = Cycle(self.applier, self.config, self.connection, check=self._between_steps)
+        self.flow = self.cycle.run()
+        self.world.trace("cycle", self.name)
+        self.advance(None)
+
+    def advance(self, outcome: SyncResponse | SyncError | None) -> None:
+        """Drive the cycle to its next request."""
+        flow = self.flow
+        assert flow is not None
+        self.watch.calls = {}
+        try:
+            while True:
+                step = flow.throw(outcome) if isinstance(outcome, SyncError) else flow.send(outcome)
+                outcome = None
+                if isinstance(step, Ahead):
+                    self._send_ahead(step.request)
+                    continue
+                outcome = self._ask(step)
+                if outcome is None:
+                    return
+        except StopIteration as end:
+            self._ended(end.value, None)
+        except (Crash, CommitUnknownError):
+            self.world.tell(f"{self.name} crashes in a cycle")
+            self.restart()
+        except (SyncError, StorageError) as error:
+            self._ended(None, error)
+
+    def _ended(self, result: SyncCycleResult | None, error: EntiDBError | None) -> None:
+        assert self.cycle is not None
+        self.watch.calls = {}
+        self.world.trace("ended", self.name, "" if error is None else error.code)
+        self.watch.on_report(self.cycle.result)
+        self.flow = self.waiting = self.ahead = None
+        self.last, self.last_error = result, error
+        if isinstance(error, HistoryChangedError):
+            self.needs_choice = True
+        if error is not None:
+            self.connection.forget()
+            return
+        for _ in range(TIDY_STEPS if not self.world.quiet else 1000):
+            more = False
+
+            def tidy() -> None:
+                nonlocal more
+                more = self.applier.tidy()
+
+            if not self.guarded(tidy) or not more:
+                return
+
+    def _between_steps(self) -> None:
+        """The cycle is between two steps: people may cancel it, and others go on writing."""
+        world = self.world
+        if world.quiet:
+            return
+        chance = self.rng.random() * 1000
+        if chance < world.knobs.cancel:
+            world.fired("cancel")
+            raise SyncCancelledError("cancelled by the simulator")
+        if chance < world.knobs.cancel + world.knobs.local_in_cycle:
+            world.fired("local_in_cycle")
+            try:
+                self._transact()
+            except CommitUnknownError:
+                raise Crash from None
+            except StorageError as error:
+                world.trace("refused locally", self.name, error.code)
+
+    def _on_policy(self, conflict: Any, answer: ConflictResolution | None) -> None:
+        if answer is None:
+            self.world.fired("policy_raises")
+        self.world.trace("policy", self.name, "raised" if answer is None else answer.action.value)
+        equal = conflict.local_payload == conflict.remote_payload
+        several = equal and self._pending_writes(conflict.id_bytes) > 1
+        self.watch.on_policy(conflict, answer, several=several)
+
+    def _pending_writes(self, entity_id: bytes) -> int:
+        return sum(
+            op.entity_id == entity_id
+            for transaction in self.applier.pending()
+            for op in transaction.operations
+        )
+
+    # ------------------------------------------------------------ messages
+
+    def _ask(self, request: SyncRequest) -> SyncResponse | SyncError | None:
+        """Send ``request``; its outcome if that is known already, because it was sent ahead."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None and ahead.request == request:
+            self.waiting = ahead
+            if ahead.outcome is not None:
+                self.waiting = None
+                return self._taken(ahead)
+            return None
+        self.waiting = Exchange(request)
+        self._send(self.waiting)
+        return None
+
+    def _send_ahead(self, request: SyncRequest) -> None:
+        if self.rng.random() * 1000 < self.world.knobs.ahead and not self.world.quiet:
+            self.world.fired("ahead")
+            self.ahead = Exchange(request)
+            self._send(self.ahead)
+
+    def _send(self, exchange: Exchange) -> None:
+        world, request = self.world, exchange.request
+        path, body = protocol.path_of(request), protocol.encode(request)
+        token = self.token
+        if not world.quiet and self.rng.random() * 1000 < world.knobs.wrong_token:
+            world.fired("wrong_token")
+            token = world.host.token(self.rng.choice(world.host.tenants))
+            if self.rng.random() < 0.3:
+                token = token[:-3]
+        for delay, data in world.network.deliveries(self.name, "up", body, world.now):
+            world.after(delay, lambda data=data: self._arrive(exchange, path, token, data))
+        world.after(TIMEOUT_MS, lambda: self._timeout(exchange))
+
+    def _arrive(self, exchange: Exchange, path: str, token: str, data: bytes) -> None:
+        self.world.host.receive(path, token, data, lambda ok, body: self._reply(exchange, ok, body))
+
+    def _reply(self, exchange: Exchange, ok: bool, body: bytes) -> None:
+        world = self.world
+        for delay, data in world.network.deliveries(self.name, "down", body, world.now):
+            world.after(delay, lambda data=data: self._received(exchange, ok, data))
+
+    def _timeout(self, exchange: Exchange) -> None:
+        if exchange.outcome is None:
+            self._settle(exchange, SyncTimeoutError("no answer in time"))
+
+    def _received(self, exchange: Exchange, ok: bool, data: bytes) -> None:
+        if exchange.outcome is not None or exchange not in (self.waiting, self.ahead):
+            return
+        outcome: SyncResponse | SyncError
+        try:
+            if ok:
+                outcome = protocol.decode_response(exchange.request, data)
+            else:
+                said = protocol.decode(ErrorResponse, data)
+                outcome = error_from_code(said.code, said.message, retry_after=said.retry_after)
+        except SyncError as error:
+            outcome = error
+        if (
+            isinstance(outcome, AuthenticationError)
+            and not isinstance(outcome, PermissionDeniedError)
+            and not exchange.renewed
+        ):
+            # 401: one fresh token, and the same request again.
+            exchange.renewed = True
+            self.world.fired("expired_token")
+            self.token = self.world.host.token(self.tenant)
+            self._send(exchange)
+            return
+        self._settle(exchange, outcome)
+
+    def _settle(self, exchange: Exchange, outcome: SyncResponse | SyncError) -> None:
+        exchange.outcome = outcome
+        if exchange is self.waiting and self.flow is not None:
+            self.waiting = None
+            self.advance(self._taken(exchange))
+
+    def _taken(self, exchange: Exchange) -> SyncResponse | SyncError:
+        """The outcome, as it is handed to the cycle."""
+        outcome, request = exchange.outcome, exchange.request
+        assert outcome is not None
+        self.world.trace("answer", self.name, type(outcome).__name__)
+        if isinstance(outcome, PushResponse):
+            assert isinstance(request, PushRequest)
+            ids = [transaction.transaction_id for transaction in request.transactions]
+            self.watch.answers = dict(zip(ids, outcome.results, strict=True))
+            self.watch.answered_by = self.tenant.histories.get(request.history)
+        if isinstance(outcome, ResetRequiredError):
+            self._check_reset_ends()
+        return outcome
+
+    def _check_reset_ends(self) -> None:
+        history = self.tenant.watch.history
+        self.world.checks.that(
+            self.watch.cursor < history.floor or self.watch.history is not history,
+            "RESET-ENDS",
+            f"{self.name} at {self.watch.cursor} is told to reset, and is above the floor "
+            f"{history.floor}",
+        )
+
+
+__all__ = ["Device", "DeviceClock"]

@@ -1,0 +1,250 @@
+"""The knobs of a simulated run: what can go wrong, and how often. Drawn per seed; data only.
+
+Most knobs are zero in any one run, so that a run is about a few faults and has room for their
+consequences (swarm testing); over a thousand seeds all of them meet all others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
+
+from entidb.errors import ConfigError
+
+#: Policies a run can give to a collection; the simulator's workload makes them.
+POLICY_NAMES: Final = (
+    "server_wins",
+    "client_wins",
+    "last_write_wins",
+    "merge",
+    "merge_counters",
+    "merge_client",
+    "merge_manual",
+    "manual",
+    "callable",
+    "raises",
+)
+_DECADE_MS: Final = 315_576_000_000
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """One run. Probabilities are per thousand chances; sizes and times say their unit."""
+
+    # -- the world
+    events: int = 1200  # scheduled events of the safety phase
+    devices: int = 3
+    keys: int = 40  # entities per collection that devices fight over
+    tenants: int = 1  # databases on the one server
+    lmdb: int = 0  # 1: devices and server on LMDB in a temporary directory
+    think_ms: int = 400  # mean time between two local transactions of a device
+    pause_ms: int = 800  # mean time between two cycles of a device
+    operations: int = 3  # most writes of one transaction, beside its group
+    deletes: int = 150
+    server_writes: int = 0  # transactions of programs on the server
+    bulk: int = 0  # a transaction with many writes
+
+    # -- settings of the real engine
+    pull_operations_max: int = 5000
+    pull_bytes_max: int = 4 << 20
+    push_operations_max: int = 5000
+    push_bytes_max: int = 4 << 20
+    rounds_max: int = 5
+    policy_notes: int = 0  # index into POLICY_NAMES
+    policy_pairs: int = 0
+    policy_carts: int = 3
+    group_ms: int = 0  # the server gathers pushes this long for one commit
+
+    # -- network
+    latency_ms: int = 20
+    late: int = 0
+    lost: int = 0
+    repeated: int = 0
+    reordered: int = 0
+    cut: int = 0
+    partition: int = 0  # of a device, both ways
+    partition_one_way: int = 0
+    expired_token: int = 0
+    wrong_token: int = 0
+
+    # -- devices
+    crash_before: int = 0  # of storage commits
+    crash_after: int = 0
+    commit_unknown: int = 0
+    disk_full: int = 0
+    map_full: int = 0
+    restore_device: int = 0
+    copy_device: int = 0
+    clock_offset_ms: int = 0  # each device is wrong by up to this much, either way
+    clock_jump: int = 0
+    cancel: int = 0
+    ahead: int = 0  # pages are asked for while the one before is staged
+    local_in_cycle: int = 0  # a commit between two steps of a cycle that has no request out
+    scope: int = 0
+    local_collection: int = 0
+    person: int = 0  # resolve, recommit, prune
+    reader: int = 0  # snapshots held open over other events
+
+    # -- server
+    server_crash_before: int = 0
+    server_crash_after: int = 0
+    server_commit_unknown: int = 0
+    server_disk_full: int = 0
+    restore_server: int = 0
+    restore_twice: int = 0
+    purge: int = 0
+    refuse: int = 0  # transactions the validate hook says no to
+    refuse_raises: int = 0  # transactions the validate hook raises at
+
+
+#: Knobs whose events are counted; one that never fires in 1,000 seeds is an error.
+FAULTS: Final = (
+    "late",
+    "lost",
+    "repeated",
+    "reordered",
+    "cut",
+    "partition",
+    "partition_one_way",
+    "expired_token",
+    "wrong_token",
+    "crash_before",
+    "crash_after",
+    "commit_unknown",
+    "disk_full",
+    "map_full",
+    "restore_device",
+    "copy_device",
+    "clock_offset_ms",
+    "clock_jump",
+    "cancel",
+    "ahead",
+    "local_in_cycle",
+    "scope",
+    "local_collection",
+    "person",
+    "reader",
+    "server_crash_before",
+    "server_crash_after",
+    "server_commit_unknown",
+    "server_disk_full",
+    "restore_server",
+    "restore_twice",
+    "purge",
+    "refuse",
+    "refuse_raises",
+    "policy_raises",
+    "group",
+    "server_writes",
+    "bulk",
+    "lmdb",
+)
+
+#: What a fault may be set to when a run has it: one is chosen.
+LEVELS: Final[dict[str, tuple[int, ...]]] = {
+    "late": (20, 100, 300),
+    "lost": (20, 100, 300),
+    "repeated": (20, 100, 300),
+    "reordered": (50, 300),
+    "cut": (20, 100),
+    "partition": (5, 20),
+    "partition_one_way": (5, 20),
+    "expired_token": (20, 100),
+    "wrong_token": (10, 50),
+    "crash_before": (2, 20),
+    "crash_after": (2, 20),
+    "commit_unknown": (2, 20),
+    "disk_full": (5, 50),
+    "map_full": (5, 50),
+    "restore_device": (2, 8),
+    "copy_device": (2, 6),
+    "clock_offset_ms": (5_000, 3_600_000, _DECADE_MS),
+    "clock_jump": (5, 20),
+    "cancel": (5, 50),
+    "ahead": (500,),
+    "local_in_cycle": (50, 300),
+    "scope": (5, 20),
+    "local_collection": (5, 15),
+    "person": (30, 100),
+    "reader": (20,),
+    "server_crash_before": (5, 20),
+    "server_crash_after": (5, 20),
+    "server_commit_unknown": (5, 20),
+    "server_disk_full": (10, 50),
+    "restore_server": (2, 5),
+    "restore_twice": (300,),
+    "purge": (5, 20),
+    "refuse": (20, 100),
+    "refuse_raises": (20, 60),
+    "server_writes": (20, 100),
+    "bulk": (10, 40),
+}
+
+
+def stream(seed: int, name: str) -> random.Random:
+    """One independent source of randomness per purpose, so that asking one of them once more
+    changes nothing in the others. Seeded by text through SHA-256, never through ``hash()``."""
+    digest = hashlib.sha256(f"entidb simulator {seed} {name}".encode()).digest()
+    return random.Random(int.from_bytes(digest, "big"))
+
+
+def draw(seed: int) -> Knobs:
+    """The knobs of run ``seed``."""
+    rng = stream(seed, "knobs")
+    some = rng.choice((0.1, 0.25, 0.5))
+    chosen: dict[str, int] = {
+        name: rng.choice(levels) if rng.random() < some else 0 for name, levels in LEVELS.items()
+    }
+    # Something for the person to do, wherever a policy can leave work to them.
+    chosen["person"] = chosen["person"] or rng.choice((0, 30))
+    chosen.update(
+        events=rng.choice((300, 700, 1200, 2000)),
+        devices=rng.choice((2, 2, 3, 4, 6, 8)),
+        keys=rng.choice((2, 5, 20, 80, 400)),
+        tenants=rng.choice((1, 1, 2)),
+        lmdb=int(rng.random() < 0.01),
+        think_ms=rng.choice((100, 400, 1500)),
+        pause_ms=rng.choice((100, 800, 3000)),
+        operations=rng.choice((0, 1, 3, 8)),
+        deletes=rng.choice((0, 100, 400)),
+        pull_operations_max=rng.choice((1, 2, 7, 40, 5000)),
+        pull_bytes_max=rng.choice((1, 300, 4 << 20)),
+        push_operations_max=rng.choice((1, 5, 40, 5000)),
+        push_bytes_max=rng.choice((1, 1000, 4 << 20)),
+        rounds_max=rng.choice((1, 2, 5)),
+        latency_ms=rng.choice((1, 20, 200)),
+        group_ms=rng.choice((0, 0, 30)),
+        policy_notes=rng.randrange(len(POLICY_NAMES)),
+        policy_pairs=rng.randrange(len(POLICY_NAMES)),
+        policy_carts=rng.randrange(len(POLICY_NAMES)),
+    )
+    return Knobs(**chosen)
+
+
+def override(knobs: Knobs, settings: dict[str, int]) -> Knobs:
+    """``knobs`` with some fixed. Raises ``ConfigError`` for a knob there is not."""
+    names = {field.name for field in fields(Knobs)}
+    for name in settings:
+        if name not in names:
+            raise ConfigError(f"no knob is called {name!r}; there are {', '.join(sorted(names))}")
+    values: dict[str, Any] = dict(settings)
+    return replace(knobs, **values)
+
+
+def parse(settings: list[str]) -> dict[str, int]:
+    """``["lost=0", "devices=2"]`` as a dictionary. Raises ``ConfigError``."""
+    parsed = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not value.lstrip("-").isdigit():
+            raise ConfigError(f"--knob {setting!r}: write name=number, such as lost=0")
+        parsed[name] = int(value)
+    return parsed
+
+
+def shown(knobs: Knobs) -> str:
+    """The knobs that are not zero, as they would be given to ``--knob``."""
+    pairs = ((field.name, getattr(knobs, field.name)) for field in fields(Knobs))
+    return " ".join(f"{name}={value}" for name, value in pairs if value)

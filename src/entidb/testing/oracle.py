@@ -1,0 +1,135 @@
+"""What is true: every state a server database ever had, kept beside the real one.
+
+A ``History`` is one life of a server database (R29). It learns from the storage commits of the
+real server and from the requests that were being decided, never from the server's answers. It
+decides nothing; what must hold is in ``checkers``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+Ref = tuple[str, bytes]
+#: (version, payload): what an entity is at some cursor; version 0 is "never there".
+State = tuple[int, bytes | None]
+
+NEVER: Final[State] = (0, None)
+
+
+class History:
+    """All commits of one history, by version."""
+
+    def __init__(self, identity: bytes) -> None:
+        self.identity = identity
+        #: Entities written by each commit; position 0 is unused, so that versions are positions.
+        self.commits: list[list[Ref]] = [[]]
+        #: Transaction id of each commit; None for programs on the server.
+        self.writers: list[bytes | None] = [None]
+        self.accepted: dict[bytes, tuple[int, bytes]] = {}
+        self.floor = 0
+        self._versions: dict[Ref, list[int]] = {}
+        self._payloads: dict[Ref, list[bytes | None]] = {}
+
+    @property
+    def head(self) -> int:
+        return len(self.commits) - 1
+
+    def append(
+        self, transaction_id: bytes | None, digest: bytes, writes: Sequence[tuple[Ref, bytes | None]]
+    ) -> int:
+        """The next commit; returns its version."""
+        version = len(self.commits)
+        self.commits.append([ref for ref, _ in writes])
+        self.writers.append(transaction_id)
+        if transaction_id is not None:
+            self.accepted[transaction_id] = (version, digest)
+        for ref, payload in writes:
+            versions = self._versions.get(ref)
+            if versions is None:
+                self._versions[ref] = [version]
+                self._payloads[ref] = [payload]
+            else:
+                versions.append(version)
+                self._payloads[ref].append(payload)
+        return version
+
+    def fork(self, identity: bytes, head: int, floor: int) -> History:
+        """What a backup made at ``head`` becomes when it is opened."""
+        made = History(identity)
+        for version in range(1, head + 1):
+            writer = self.writers[version]
+            digest = b"" if writer is None else self.accepted[writer][1]
+            writes = [(ref, self.state_at(ref, version)[1]) for ref in self.commits[version]]
+            made.append(writer, digest, writes)
+        made.floor = floor
+        return made
+
+    def latest(self, ref: Ref) -> State:
+        versions = self._versions.get(ref)
+        return NEVER if versions is None else (versions[-1], self._payloads[ref][-1])
+
+    def state_at(self, ref: Ref, cursor: int) -> State:
+        """The entity as of commit ``cursor``, inclusive."""
+        versions = self._versions.get(ref)
+        if versions is None:
+            return NEVER
+        if versions[-1] <= cursor:
+            return versions[-1], self._payloads[ref][-1]
+        at = bisect_right(versions, cursor) - 1
+        return NEVER if at < 0 else (versions[at], self._payloads[ref][at])
+
+    def state_with(self, ref: Ref, cursor: int, have: Sequence[Sequence[int]]) -> State:
+        """As ``state_at``, or the newest version above the cursor that is in ``have`` (R21)."""
+        if have:
+            versions = self._versions.get(ref)
+            if versions is None:
+                return NEVER
+            for at in range(len(versions) - 1, -1, -1):
+                version = versions[at]
+                if version <= cursor or any(first <= version <= last for first, last in have):
+                    return version, self._payloads[ref][at]
+            return NEVER
+        return self.state_at(ref, cursor)
+
+    def written_between(self, ref: Ref, after: int, to: int) -> list[int]:
+        """Versions of the entity in ``after < version <= to``."""
+        return [version for version in self._versions.get(ref, ()) if after < version <= to]
+
+    def changes(self, after: int, to: int) -> Iterator[tuple[int, Ref, bytes | None]]:
+        """The change feed by definition: entities whose latest version is in the range (R11)."""
+        for version in range(after + 1, to + 1):
+            for ref in self.commits[version]:
+                latest = self.latest(ref)
+                if latest[0] == version:
+                    yield version, ref, latest[1]
+
+    def refs(self) -> Iterator[Ref]:
+        return iter(self._versions)
+
+    def live(self) -> dict[Ref, State]:
+        return {ref: self.latest(ref) for ref in self._versions if self.latest(ref)[1] is not None}
+
+
+class Histories:
+    """Every history of one database, by its 16 bytes."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, History] = {}
+
+    def begin(self, identity: bytes) -> History:
+        return self._known.setdefault(identity, History(identity))
+
+    def add(self, history: History) -> None:
+        self._known[history.identity] = history
+
+    def get(self, identity: bytes | None) -> History | None:
+        return None if identity is None else self._known.get(identity)
+
+
+def has_version(have: Sequence[Sequence[int]], version: int) -> bool:
+    return any(first <= version <= last for first, last in have)
+
+
+__all__ = ["Histories", "History", "NEVER", "Ref", "State", "has_version"]

@@ -1,0 +1,824 @@
+"""Bugs put into the real code on purpose, to show that the checkers can fail.
+
+Each is one place of the real code, replaced from here while its seeds run; there is no trace of
+them in the code itself. ``python -m entidb.testing --planted`` plants each, alone, and says which
+invariant noticed and after how many seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any, Final
+from unittest import mock
+
+from msgspec.structs import replace
+
+from entidb.db import Database, Role, maintenance
+from entidb.db.records import READY, EntityRow, accepted_key, end_of
+from entidb.db.writer import Writer
+from entidb.errors import ProtocolError, ResetRequiredError, StorageFullError
+from entidb.protocol import PushResult, Verdict
+from entidb.server import service
+from entidb.server.auth import Grants
+from entidb.server.service import DatabaseService, Grant
+from entidb.sync import applier, cycle
+from entidb.sync.applier import DatabaseApplier
+from entidb.sync.rebase import Rebase
+from entidb.testing.simulator import Options, Run, simulate
+from entidb.types import system_entropy
+
+#: A bug must be caught within so many seeds.
+SEEDS_MAX: Final = 300
+
+#: Replaces attributes of the code under test; undone when the seeds are through.
+Plant = Callable[["Garden"], None]
+
+
+class Garden:
+    """Where bugs are planted: ``replace(owner, name, make)`` puts ``make(original)`` there."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+
+    def replace(self, owner: object, name: str, make: Callable[[Any], Any]) -> None:
+        # An attribute that is gone means the registry is out of step: that has to be loud.
+        value = make(getattr(owner, name))
+        self._stack.enter_context(mock.patch.object(owner, name, value))
+
+
+@contextlib.contextmanager
+def planted(bug: Bug) -> Iterator[None]:
+    """The code under test has ``bug`` inside this block."""
+    with contextlib.ExitStack() as stack:
+        bug.plant(Garden(stack))
+        yield
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``knobs`` make the seeds fit the bug; ``expected`` are the invariants that may notice."""
+
+    name: str
+    says: str
+    plant: Plant
+    expected: tuple[str, ...]
+    knobs: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a planted bug: the invariant that noticed, after how many seeds."""
+
+    name: str
+    invariant: str | None
+    seeds: int
+    message: str
+
+
+BUGS: dict[str, Bug] = {}
+_CALM: Final[dict[str, int]] = {"events": 700, "devices": 3, "keys": 5, "lmdb": 0}
+_WILD: Final = _CALM | {"lost": 100, "repeated": 100}
+
+
+def _bug(
+    name: str, *expected: str, knobs: Mapping[str, int] = _CALM
+) -> Callable[[Plant], Plant]:
+    def register(plant: Plant) -> Plant:
+        BUGS[name] = Bug(name, (plant.__doc__ or "").strip(), plant, expected, knobs)
+        return plant
+
+    return register
+
+
+def find(bug: Bug, seeds_max: int = SEEDS_MAX) -> Finding:
+    """Plant ``bug`` and run seeds until an invariant notices."""
+    with planted(bug):
+        for seed in range(seeds_max):
+            run = simulate(seed, Options(bug.knobs))
+            noticed = run.invariant or _other_trace(bug, run)
+            if noticed is not None:
+                return Finding(bug.name, noticed, seed + 1, run.message)
+    return Finding(bug.name, None, seeds_max, "")
+
+
+def _other_trace(bug: Bug, run: Run) -> str | None:
+    """SAME-SEED needs a second run."""
+    if "SAME-SEED" not in bug.expected:
+        return None
+    again = simulate(run.seed, Options(bug.knobs))
+    return None if again.digest == run.digest else "SAME-SEED"
+
+
+def try_all(
+    *, jobs: int = 1, only: str | None = None, tell: Callable[[Finding], None] = lambda f: None
+) -> list[Finding]:
+    """Every bug, or ``only`` one; ``tell`` is called with each finding."""
+    names = [name for name in BUGS if only in (None, name)]
+    findings = []
+    if jobs <= 1:
+        for name in names:
+            findings.append(find(BUGS[name]))
+            tell(findings[-1])
+        return findings
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for finding in pool.map(_find_named, names):
+            findings.append(finding)
+            tell(finding)
+    return findings
+
+
+def _find_named(name: str) -> Finding:
+    return find(BUGS[name])
+
+
+# ---------------------------------------------------------------- pulling and applying
+
+
+@_bug("cursor-before-data", "PREFIX")
+def _cursor_before_data(garden: Garden) -> None:
+    """The cursor is stored in a commit before the page it belongs to."""
+
+    def make(original: Any) -> Any:
+        def apply(self: DatabaseApplier, request: Any, response: Any) -> Any:
+            with self.database.write() as writer:
+                state = writer.sync_state
+                applier._move_cursor(writer, state, response.cursor)
+            with self.database.write() as writer:
+                rebase = Rebase(writer, self.policy_for, response.time, foreign=state.foreign)
+                applier._take_page(writer, rebase, response)
+                rebase.release()
+            return rebase.report
+
+        return apply
+
+    garden.replace(DatabaseApplier, "apply", make)
+
+
+@_bug("cursor-one-short", "ORDER", "PREFIX")
+def _cursor_one_short(garden: Garden) -> None:
+    """After a page the cursor is one short of what was applied."""
+    garden.replace(
+        applier,
+        "_move_cursor",
+        lambda original: lambda writer, state, cursor: original(writer, state, max(0, cursor - 1)),
+    )
+
+
+@_bug("base-not-replaced", "PREFIX")
+def _base_not_replaced(garden: Garden) -> None:
+    """A pulled change to an entity with pending changes leaves its old base."""
+    garden.replace(Rebase, "_set_base", lambda original: lambda self, ref, row, base: None)
+
+
+@_bug("deletions-not-applied", "NO-RESURRECTION", "PREFIX")
+def _deletions_not_applied(garden: Garden) -> None:
+    """A pulled tombstone of a clean entity is skipped."""
+
+    def make(original: Any) -> Any:
+        def take_clean(self: Rebase, ref: Any, remote: Any, old: EntityRow | None) -> None:
+            if remote.payload is not None:
+                original(self, ref, remote, old)
+
+        return take_clean
+
+    garden.replace(Rebase, "take_clean", make)
+
+
+@_bug(
+    "stage-loses-last-page",
+    "PREFIX",
+    "WHOLE",
+    knobs=_CALM | {"pull_operations_max": 2},
+)
+def _deltas_lost(garden: Garden) -> None:
+    """What a pull of several pages brought is published without its changes."""
+    garden.replace(applier, "_apply_deltas", lambda original: lambda writer, rebase, stage: None)
+
+
+@_bug(
+    "stage-published-in-parts",
+    "PREFIX",
+    "WHOLE",
+    "ORDER",
+    knobs=_CALM | {"pull_operations_max": 2},
+)
+def _page_by_page(garden: Garden) -> None:
+    """A page that is not the last is shown to readers at once."""
+
+    def make(original: Any) -> Any:
+        def stage_page(self: DatabaseApplier, request: Any, response: Any, full: Any) -> Any:
+            stage = original(self, request, response, full)
+            if not request.full:
+                with self.database.write() as writer:
+                    rebase = Rebase(writer, self.policy_for, response.time)
+                    applier._take_page(writer, rebase, response)
+                    rebase.release()
+            return stage
+
+        return stage_page
+
+    garden.replace(DatabaseApplier, "stage_page", make)
+
+
+@_bug("own-ranges-wrong", "PREFIX", "ORDER", knobs=_CALM | {"push_operations_max": 5})
+def _own_ranges_wrong(garden: Garden) -> None:
+    """The versions a device has of its own are one off."""
+
+    def make(original: Any) -> Any:
+        def add(ranges: list[list[int]], number: int) -> None:
+            # The same function counts outbox sequences, which are small steps from 1.
+            original(ranges, number)
+            if ranges and len(ranges) > 1:
+                ranges[-1][1] += 1
+
+        return add
+
+    garden.replace(applier, "add_to_ranges", make)
+
+
+@_bug("done-is-a-conflict", "NO-FALSE-CONFLICT")
+def _done_is_a_conflict(garden: Garden) -> None:
+    """Equal bytes on both sides count as a conflict."""
+    garden.replace(Rebase, "_done_prefix", lambda original: lambda self, chain, remote: 0)
+
+
+@_bug("own-count-forgotten", "CONVERGE", "UNEXPECTED")
+def _count_forgotten(garden: Garden) -> None:
+    """Deletions do not lower a collection's count."""
+
+    def make(original: Any) -> Any:
+        def count(self: Writer, collection: int, by: int) -> None:
+            original(self, collection, max(0, by))
+
+        return count
+
+    garden.replace(Writer, "count", make)
+
+
+# ---------------------------------------------------------------- pushing and settling
+
+
+@_bug("any-answer-clears-the-outbox", "NO-SILENT-LOSS", knobs=_WILD)
+def _any_answer_clears(garden: Garden) -> None:
+    """A conflict takes the transaction out of the outbox."""
+
+    def make(original: Any) -> Any:
+        def run(self: Any, batch: Any) -> Any:
+            self._response = replace(
+                self._response,
+                results=[
+                    PushResult(Verdict.SUPERSEDED, 1) if r.verdict == Verdict.CONFLICT else r
+                    for r in self._response.results
+                ],
+            )
+            return original(self, batch)
+
+        return run
+
+    garden.replace(applier._Settling, "run", make)
+
+
+@_bug("accepted-below-cursor-moves-base", "PREFIX", knobs=_WILD | {"copy_device": 20})
+def _accepted_moves_base(garden: Garden) -> None:
+    """An old transaction that is accepted again becomes the base, though newer is known."""
+
+    def make(original: Any) -> Any:
+        def settle(self: Rebase, transaction: Any, version: int, stamp: int, cursor: int) -> None:
+            def base(ref: Any, row: Any) -> Any:
+                return replace(type(self)._base(self, ref, row), version=-1)
+
+            with mock.patch.object(self, "_base", base):
+                original(self, transaction, version, stamp, -1)
+
+        return settle
+
+    garden.replace(Rebase, "settle_accepted", make)
+
+
+@_bug("newer-write-settled-too", "READ-YOUR-WRITES", "NO-SILENT-LOSS", "CONVERGE", "UNEXPECTED")
+def _newer_write_settled(garden: Garden) -> None:
+    """An answer to an older batch cleans entities that were written since."""
+
+    def make(original: Any) -> Any:
+        def newest(self: Any, transaction: Any, rows: list[Any], version: int, stamp: int) -> bool:
+            with mock.patch.object(applier, "unpack_pending", _pretend_newest(transaction)):
+                settled: bool = original(self, transaction, rows, version, stamp)
+            return settled
+
+        return newest
+
+    garden.replace(applier._Settling, "_settle_newest", make)
+
+
+def _pretend_newest(transaction: Any) -> Callable[[bytes], tuple[Any, ...]]:
+    real = applier.unpack_pending
+    return lambda raw: (*real(raw)[:5], transaction.sequence)
+
+
+@_bug("in-flight-forgotten", "LIVENESS", "NO-FALSE-CONFLICT", knobs=_WILD)
+def _in_flight_forgotten(garden: Garden) -> None:
+    """A batch without an answer is not sent again first."""
+    garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: None)
+
+
+@_bug("rejected-is-tried-again", "LIVENESS", "NO-POISON", knobs=_CALM | {"refuse": 100})
+def _rejected_stays(garden: Garden) -> None:
+    """A refused transaction stays in the outbox and is pushed for ever."""
+
+    def make(original: Any) -> Any:
+        def withdraw(self: Rebase, roots: Any, code: str, message: str, lost: Any) -> None:
+            if code == "conflict":
+                original(self, roots, code, message, lost)
+
+        return withdraw
+
+    garden.replace(Rebase, "withdraw", make)
+
+
+@_bug("withdrawn-not-listed", "NO-SILENT-LOSS")
+def _withdrawn_not_listed(garden: Garden) -> None:
+    """A withdrawn transaction does not reach the discarded list."""
+
+    def make(original: Any) -> Any:
+        def discard(self: Rebase, transaction: Any, code: str, message: str, lost: Any) -> None:
+            return None
+
+        return discard
+
+    garden.replace(Rebase, "_discard", make)
+
+
+@_bug("withdrawn-not-reported", "SURFACED-ONCE")
+def _withdrawn_not_reported(garden: Garden) -> None:
+    """A withdrawn transaction is listed, and no report names it."""
+
+    def make(original: Any) -> Any:
+        def discard(self: Rebase, *rest: Any) -> None:
+            original(self, *rest)
+            self.report.withdrawn.clear()
+
+        return discard
+
+    garden.replace(Rebase, "_discard", make)
+
+
+@_bug("conflict-not-held", "SURFACED-ONCE", knobs=_CALM | {"policy_notes": 7, "operations": 3})
+def _conflict_not_held(garden: Garden) -> None:
+    """A conflict nobody decided is neither listed nor reported."""
+
+    def make(original: Any) -> Any:
+        return lambda self, ref, chain, conflict, known: None
+
+    garden.replace(Rebase, "hold", make)
+
+
+@_bug("withdrawn-still-shown", "READ-YOUR-WRITES", "CONVERGE", "UNEXPECTED")
+def _withdrawn_still_shown(garden: Garden) -> None:
+    """The view keeps what was withdrawn."""
+
+    def make(original: Any) -> Any:
+        def withdraw(self: Rebase, *rest: Any) -> None:
+            with mock.patch.object(self, "show_top", lambda ref, top: None):
+                original(self, *rest)
+
+        return withdraw
+
+    garden.replace(Rebase, "withdraw", make)
+
+
+@_bug("dependents-left-behind", "WHOLE", "PREFIX", "CONVERGE", "READ-YOUR-WRITES", "UNEXPECTED")
+def _dependents_left(garden: Garden) -> None:
+    """What was built on a withdrawn transaction stays pending."""
+    garden.replace(Rebase, "_closure", lambda original: lambda self, roots: list(roots))
+
+
+@_bug("idle-cycle-asks-twice", "LIVENESS")
+def _idle_cycle_asks_twice(garden: Garden) -> None:
+    """A cycle with nothing to do pulls a second time."""
+
+    def make(original: Any) -> Any:
+        def pull(self: Any) -> Any:
+            yield from original(self)
+            yield from original(self)
+
+        return pull
+
+    garden.replace(cycle.Cycle, "_pull", make)
+
+
+# ---------------------------------------------------------------- the device's commits
+
+
+@_bug("commit-in-two-parts", "READ-YOUR-WRITES", "WHOLE", "PREFIX")
+def _commit_in_two_parts(garden: Garden) -> None:
+    """A local transaction is two storage commits."""
+
+    def make(original: Any) -> Any:
+        def store(self: Database, writer: Writer, origin: str) -> None:
+            if origin == "local" and self.role is Role.DEVICE:
+                changes = writer.finish()
+                half = dict(list(changes.items())[: len(changes) // 2])
+                if half:
+                    self.storage.commit(half)
+            original(self, writer, origin)
+
+        return store
+
+    garden.replace(Database, "_store", make)
+
+
+@_bug(
+    "acknowledged-before-durable",
+    "READ-YOUR-WRITES",
+    "LOCAL-DURABLE",
+    "UNEXPECTED",
+    knobs=_CALM | {"disk_full": 100},
+)
+def _acknowledged_early(garden: Garden) -> None:
+    """A full disk is not told to the application."""
+
+    def make(original: Any) -> Any:
+        def store(self: Database, writer: Writer, origin: str) -> None:
+            try:
+                original(self, writer, origin)
+            except StorageFullError:
+                if self.role is Role.SERVER:
+                    raise
+
+        return store
+
+    garden.replace(Database, "_store", make)
+
+
+@_bug(
+    "reset-drops-the-outbox",
+    "RESET-KEEPS-OUTBOX",
+    "NO-SILENT-LOSS",
+    knobs=_CALM | {"restore_server": 20, "events": 2000},
+)
+def _reset_drops_outbox(garden: Garden) -> None:
+    """Choosing a side after a restore throws pending transactions away."""
+
+    def make(original: Any) -> Any:
+        def reset(self: DatabaseApplier, keep: str) -> None:
+            with self.database.write() as writer:
+                for key in writer.snapshot.scan_keys(READY, end_of(READY)):
+                    writer.delete(key)
+                    writer.head.ready -= 1
+            original(self, keep)
+
+        return reset
+
+    garden.replace(DatabaseApplier, "reset", make)
+
+
+@_bug("random-from-outside", "SAME-SEED")
+def _random_from_outside(garden: Garden) -> None:
+    """Ids come from the operating system instead of the source that was given."""
+
+    def make(original: Any) -> Any:
+        def init(self: Database, *rest: Any, **options: Any) -> None:
+            original(self, *rest, **(options | {"entropy": system_entropy}))
+
+        return init
+
+    garden.replace(Database, "__init__", make)
+
+
+# ---------------------------------------------------------------- the server
+
+
+@_bug("base-version-ignored", "NO-LOST-UPDATE", "NO-RESURRECTION")
+def _base_version_ignored(garden: Garden) -> None:
+    """The server accepts whatever comes."""
+    garden.replace(
+        service._Deciding, "_conflicts", lambda original: lambda self, transaction, places: False
+    )
+
+
+@_bug("equal-version-conflicts", "NO-FALSE-CONFLICT", "LIVENESS")
+def _equal_version_conflicts(garden: Garden) -> None:
+    """The server refuses what was made on exactly the version it has."""
+
+    def make(original: Any) -> Any:
+        def conflicts(self: Any, transaction: Any, places: list[bytes]) -> bool:
+            lowered = [
+                replace(op, base_version=max(0, op.base_version - 1))
+                for op in transaction.operations
+            ]
+            found: bool = original(self, replace(transaction, operations=lowered), places)
+            return found
+
+        return conflicts
+
+    garden.replace(service._Deciding, "_conflicts", make)
+
+
+@_bug("same-batch-conflicts", "NO-FALSE-CONFLICT")
+def _same_batch_conflicts(garden: Garden) -> None:
+    """A transaction conflicts with an earlier one of its own batch."""
+
+    def make(original: Any) -> Any:
+        def conflicts(self: Any, transaction: Any, places: list[bytes]) -> bool:
+            self._written = {}
+            found: bool = original(self, transaction, places)
+            return found
+
+        return conflicts
+
+    garden.replace(service._Deciding, "_conflicts", make)
+
+
+@_bug("ids-not-remembered", "EXACTLY-ONCE", knobs=_WILD)
+def _ids_not_remembered(garden: Garden) -> None:
+    """The id of an accepted transaction is not stored with it."""
+
+    def make(original: Any) -> Any:
+        def accept(self: Any, transaction: Any, places: Any, digest: bytes) -> PushResult:
+            result: PushResult = original(self, transaction, places, digest)
+            del self._writer.changes[accepted_key(transaction.transaction_id)]
+            return result
+
+        return accept
+
+    garden.replace(service._Deciding, "_accept", make)
+
+
+@_bug("ids-in-a-second-commit", "EXACTLY-ONCE", knobs=_WILD)
+def _ids_in_second_commit(garden: Garden) -> None:
+    """Ids are stored in a commit of their own, after the data."""
+    late: dict[bytes, bytes | None] = {}
+
+    def make_accept(original: Any) -> Any:
+        def accept(self: Any, transaction: Any, places: Any, digest: bytes) -> PushResult:
+            result: PushResult = original(self, transaction, places, digest)
+            key = accepted_key(transaction.transaction_id)
+            late[key] = self._writer.changes.pop(key)
+            return result
+
+        return accept
+
+    def make_push(original: Any) -> Any:
+        def push_many(self: DatabaseService, members: Any) -> Any:
+            late.clear()
+            answers = original(self, members)
+            with self.database.write() as writer:
+                writer.changes.update(late)
+            return answers
+
+        return push_many
+
+    garden.replace(service._Deciding, "_accept", make_accept)
+    garden.replace(DatabaseService, "push_many", make_push)
+
+
+@_bug(
+    "ids-not-looked-up",
+    "EXACTLY-ONCE",
+    "NO-FALSE-CONFLICT",
+    knobs=_WILD,
+)
+def _ids_not_looked_up(garden: Garden) -> None:
+    """A transaction that comes again is decided again."""
+
+    def make(original: Any) -> Any:
+        def one(self: Any, transaction: Any, keys: Any, known: Any, values: Any) -> Any:
+            return original(self, transaction, keys, None, values)
+
+        return one
+
+    garden.replace(service._Deciding, "_one", make)
+
+
+@_bug(
+    "digest-ignored",
+    "EXACTLY-ONCE",
+    knobs=_WILD | {"copy_device": 30, "events": 2000, "policy_notes": 3, "operations": 3},
+)
+def _digest_ignored(garden: Garden) -> None:
+    """An id that was accepted with other content is called accepted."""
+    garden.replace(
+        service,
+        "operations_digest",
+        lambda original: lambda names, operations: bytes(32),
+    )
+
+
+@_bug("half-a-transaction-accepted", "WHOLE")
+def _half_accepted(garden: Garden) -> None:
+    """The last write of a transaction is dropped on the server."""
+
+    def make(original: Any) -> Any:
+        def accept(self: Any, transaction: Any, places: list[bytes], digest: bytes) -> PushResult:
+            if len(places) > 1:
+                transaction = replace(transaction, operations=transaction.operations[:-1])
+                places = places[:-1]
+            result: PushResult = original(self, transaction, places, digest)
+            return result
+
+        return accept
+
+    garden.replace(service._Deciding, "_accept", make)
+
+
+@_bug("half-a-transaction-in-a-page", "ORDER", "WHOLE", knobs=_CALM | {"pull_operations_max": 2})
+def _half_in_a_page(garden: Garden) -> None:
+    """A page is cut inside a commit."""
+
+    def make(original: Any) -> Any:
+        def feed_page(snapshot: Any, after: int, limit: int) -> Any:
+            keys, more = original(snapshot, after, limit)
+            return keys[:limit], more or len(keys) > limit
+
+        return feed_page
+
+    garden.replace(service, "feed_page", make)
+
+
+@_bug("group-decided-on-old-state", "NO-LOST-UPDATE", "NO-RESURRECTION", knobs=_CALM | {
+    "group_ms": 500, "keys": 2, "devices": 6, "pause_ms": 100})
+def _group_on_old_state(garden: Garden) -> None:
+    """A push does not see the earlier members of its group."""
+
+    def make(original: Any) -> Any:
+        def run(self: Any, values: Any) -> Any:
+            look = self._writer.snapshot.get_many
+            with mock.patch.object(self._writer, "get_many", look):
+                return original(self, values)
+
+        return run
+
+    garden.replace(service._Deciding, "run", make)
+
+
+@_bug("version-used-twice", "WHOLE", "ORDER", "EXACTLY-ONCE")
+def _version_twice(garden: Garden) -> None:
+    """Two transactions of one batch get the same version."""
+
+    def make(original: Any) -> Any:
+        def accept(self: Any, *rest: Any) -> PushResult:
+            again = getattr(self, "planted_accepts", 0)
+            self.planted_accepts = again + 1
+            if again:
+                self._writer.head.sequence -= 1
+            result: PushResult = original(self, *rest)
+            return result
+
+        return accept
+
+    garden.replace(service._Deciding, "_accept", make)
+
+
+@_bug("answered-from-memory", "SERVER-DURABLE", knobs=_CALM | {"server_disk_full": 100})
+def _answered_from_memory(garden: Garden) -> None:
+    """The server answers although its commit failed."""
+
+    def make(original: Any) -> Any:
+        def store(self: Database, writer: Writer, origin: str) -> None:
+            try:
+                original(self, writer, origin)
+            except StorageFullError:
+                if self.role is Role.DEVICE:
+                    raise
+
+        return store
+
+    garden.replace(Database, "_store", make)
+
+
+@_bug("one-refusal-fails-the-batch", "NO-POISON", "LIVENESS", knobs=_CALM | {"refuse": 100})
+def _refusal_fails_batch(garden: Garden) -> None:
+    """A refused transaction makes the whole push an error."""
+
+    def make(original: Any) -> Any:
+        def refuse(self: Any, places: Any, code: str, message: str) -> PushResult:
+            raise ProtocolError(message)
+
+        return refuse
+
+    garden.replace(service._Deciding, "_refuse", make)
+
+
+@_bug("error-leaves-traces", "NO-EFFECT", knobs=_CALM | {"purge": 50, "pause_ms": 3000})
+def _error_leaves_traces(garden: Garden) -> None:
+    """A pull that is answered with an error has written something."""
+
+    def make(original: Any) -> Any:
+        def check(self: DatabaseService, *rest: Any) -> None:
+            try:
+                original(self, *rest)
+            except ResetRequiredError:
+                with self.database.write() as writer:
+                    writer.put(b"mlast_error", b"reset")
+                raise
+
+        return check
+
+    garden.replace(DatabaseService, "_check_pull", make)
+
+
+@_bug(
+    "history-ignored",
+    "ORDER",
+    "PREFIX",
+    knobs=_CALM | {"restore_server": 30, "events": 2000, "pause_ms": 100},
+)
+def _history_ignored(garden: Garden) -> None:
+    """The server answers requests that name the history before a restore."""
+    garden.replace(
+        DatabaseService, "_check_history", lambda original: lambda self, history, cursor, head: None
+    )
+
+
+@_bug("floor-ignored-in-pulls", "NO-RESURRECTION", "PREFIX", knobs=_CALM | {
+    "purge": 50, "pause_ms": 3000, "deletes": 400})
+def _floor_ignored_in_pulls(garden: Garden) -> None:
+    """A device below the floor gets a page instead of a reset."""
+
+    def make(original: Any) -> Any:
+        def check(self: DatabaseService, *rest: Any) -> None:
+            with contextlib.suppress(ResetRequiredError):
+                original(self, *rest)
+
+        return check
+
+    garden.replace(DatabaseService, "_check_pull", make)
+
+
+@_bug("floor-ignored-in-pushes", "NO-RESURRECTION", "NO-LOST-UPDATE", knobs=_WILD | {
+    "purge": 50, "pause_ms": 3000, "deletes": 400, "lost": 300})
+def _floor_ignored_in_pushes(garden: Garden) -> None:
+    """A push from below the floor is decided as if tombstones were all there."""
+
+    def make(original: Any) -> Any:
+        def init(self: Any, *rest: Any) -> None:
+            original(self, *rest)
+            self._below_floor = False
+
+        return init
+
+    garden.replace(service._Deciding, "__init__", make)
+
+
+@_bug("reset-without-need", "RESET-ENDS", "LIVENESS", knobs=_CALM | {"purge": 50})
+def _reset_without_need(garden: Garden) -> None:
+    """A device at the floor is told to reset as well, for ever."""
+
+    def make(original: Any) -> Any:
+        def check(self: Any, request: Any, grant: Grant, head: int, floor: int) -> None:
+            original(self, request, grant, head, floor)
+            if floor and not request.full and request.cursor <= floor + 3:
+                raise ResetRequiredError("planted")
+
+        return check
+
+    garden.replace(DatabaseService, "_check_pull", make)
+
+
+@_bug("purge-beyond-the-floor", "ORDER", "NO-RESURRECTION", "PREFIX", "CONVERGE", knobs=_CALM | {
+    "purge": 50, "deletes": 400, "pause_ms": 3000})
+def _purge_beyond_floor(garden: Garden) -> None:
+    """Purging forgets tombstones above the floor it announces."""
+
+    def make(original: Any) -> Any:
+        def part(writer: Writer, floor: int, target: int) -> Any:
+            keys, reached = original(writer, floor, writer.head.sequence)
+            return keys, min(reached, target)
+
+        return part
+
+    garden.replace(maintenance, "_feed_part", make)
+
+
+@_bug("token-opens-everything", "TENANT", knobs=_CALM | {"tenants": 2, "wrong_token": 100})
+def _token_opens_everything(garden: Garden) -> None:
+    """A valid token opens every database."""
+    garden.replace(
+        Grants, "on", lambda original: lambda self, db_id: Grant(self.subject, True, True)
+    )
+
+
+@_bug("pages-shared-between-databases", "TENANT", knobs=_CALM | {"tenants": 2, "devices": 4})
+def _pages_shared(garden: Garden) -> None:
+    """Pages are cached by cursor, and the database is left out of the key."""
+    pages: dict[tuple[int, str], Any] = {}
+
+    def make(original: Any) -> Any:
+        def pull(self: DatabaseService, request: Any, grant: Grant) -> Any:
+            page = original(self, request, grant)
+            key = (request.cursor, str(request.collections))
+            if page.commits:
+                known = pages.setdefault(key, (self.db_id, page))
+                return known[1] if known[0] != self.db_id else page
+            return page
+
+        return pull
+
+    garden.replace(DatabaseService, "pull", make)
+
+
+__all__ = ["BUGS", "Bug", "Finding", "find", "planted", "try_all"]

@@ -1,0 +1,467 @@
+"""The simulator: one thread, one seed, a virtual clock, a heap of events, and the real code.
+
+``simulate(seed)`` runs two phases. In the first, everything its knobs say goes wrong, and every
+invariant of ``checkers`` must hold all the same; in the second the faults stop, and all must come
+to rest, in step, within bounds. One seed gives one trace, in any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+import random
+import shutil
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import Final, Protocol
+
+from entidb.db.maintenance import dump, verify
+from entidb.server.service import ValidateHook
+from entidb.storage import LmdbStorage, MemoryStorage, Storage
+from entidb.sync import ConflictPolicy
+from entidb.testing import knobs as knob
+from entidb.testing.checkers import Checks, Violation
+from entidb.testing.device import Device, DeviceClock
+from entidb.testing.faults import FaultyStorage, Network, read_records
+from entidb.testing.host import Host, Tenant
+from entidb.testing.knobs import Knobs
+
+Row = tuple[str, bytes, int, bytes]
+
+_WORLD_FAULTS: Final = (
+    "partition",
+    "partition_one_way",
+    "clock_jump",
+    "scope",
+    "local_collection",
+    "restore_device",
+    "copy_device",
+)
+EPOCH_MS = 1_750_000_000_000
+DEVICES_MAX = 10
+#: Rounds of the quiet phase: in each every device syncs once and every person decides once.
+QUIET_ROUNDS_MAX = 60
+#: Scheduled events of one quiet round at most: a device that never ends would show here.
+QUIET_EVENTS_MAX = 400_000
+STORY_LINES_MAX = 400
+
+
+class Owner(Protocol):
+    """Who a store belongs to: a device, or a database of the server."""
+
+    name: str
+    storage: FaultyStorage
+
+    def rates(self) -> dict[str, int]: ...
+
+    def stored(
+        self,
+        batch: Mapping[bytes, bytes | None],
+        old: Mapping[bytes, bytes | None],
+        records: Mapping[bytes, bytes],
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is given beside its seed. ``policy`` stands for every collection's, ``validate``
+    for the server's hook; ``trace`` is told every event."""
+
+    settings: Mapping[str, int] = field(default_factory=dict)
+    policy: ConflictPolicy | None = None
+    validate: ValidateHook | None = None
+    trace: Callable[[str], None] | None = None
+
+
+@dataclass
+class Run:
+    """What came out. ``invariant`` None: everything held. ``digest`` stands for the whole trace;
+    ``story`` are its turning points."""
+
+    seed: int
+    knobs: Knobs
+    events: int
+    digest: str
+    faults: Counter[str]
+    checks: Counter[str]
+    invariant: str | None
+    message: str
+    story: list[str]
+    dumps: list[str] = field(default_factory=list)
+
+
+def simulate(seed: int, options: Options | None = None) -> Run:
+    """Run ``seed``. Never raises for what the code under test does: that is in the result."""
+    options = options or Options()
+    world = World(seed, options)
+    # Hooks that raise are part of many runs; a log line for each would hide the story.
+    log = logging.getLogger("entidb.server")
+    disabled, log.disabled = log.disabled, True
+    try:
+        world.run()
+    except Violation as violation:
+        world.invariant, world.message = violation.invariant, violation.message
+    except Exception:
+        # What no invariant foresaw is a bug all the same.
+        world.invariant, world.message = "UNEXPECTED", traceback.format_exc()
+    finally:
+        log.disabled = disabled
+        world.close()
+    return Run(
+        seed,
+        world.knobs,
+        world.events,
+        world.digest.hexdigest(),
+        world.faults,
+        world.checks.counts,
+        world.invariant,
+        world.message,
+        world.story,
+        world.dumps,
+    )
+
+
+class World:
+    """One run: time, chance, and everybody in it."""
+
+    def __init__(self, seed: int, options: Options) -> None:
+        self.seed = seed
+        self.options = options
+        self.knobs = knob.override(knob.draw(seed), dict(options.settings))
+        self.now = 0
+        self.epoch_ms = EPOCH_MS
+        self.quiet = False
+        self.events = 0
+        self.digest = hashlib.sha256(f"{seed} {self.knobs}".encode())
+        self.faults: Counter[str] = Counter()
+        self.checks = Checks()
+        self.story: list[str] = []
+        self.dumps: list[str] = []
+        self.invariant: str | None = None
+        self.message = ""
+        self._heap: list[tuple[int, int, Callable[[], None]]] = []
+        self._order = count()
+        self._directory: str | None = None
+        self._stores = count()
+        self._on_disk: list[LmdbStorage] = []
+        self.rng = self.stream("world")
+        self._crashes = self.stream("crashes")
+        self.server_clock = DeviceClock(self)
+        self.network = Network(self.stream("network"), asdict(self.knobs), self.fired)
+        self.host = Host(self)
+        self.devices: list[Device] = []
+        for index in range(self.knobs.devices):
+            tenant = self.host.tenants[index % len(self.host.tenants)]
+            name = f"d{index}"
+            self.devices.append(Device(self, name, tenant, None))
+
+    # ------------------------------------------------------------ time, chance, trace
+
+    def stream(self, name: str) -> random.Random:
+        return knob.stream(self.seed, name)
+
+    def after(self, delay_ms: int, action: Callable[[], None]) -> None:
+        heapq.heappush(self._heap, (self.now + delay_ms, next(self._order), action))
+
+    def trace(self, *parts: object) -> None:
+        """One event: part of what makes two runs the same."""
+        self.events += 1
+        line = f"{self.now} {' '.join(map(str, parts))}\n"
+        self.digest.update(line.encode())
+        if self.options.trace is not None:
+            self.options.trace(line[:-1])
+
+    def fired(self, fault: str) -> None:
+        self.faults[fault] += 1
+        self.trace("fault", fault)
+
+    def tell(self, line: str) -> None:
+        if len(self.story) < STORY_LINES_MAX:
+            self.story.append(f"{self.now:>8} ms  {line}")
+
+    # ------------------------------------------------------------ stores
+
+    def new_store(self, owner: Owner, records: Mapping[bytes, bytes] | None) -> FaultyStorage:
+        """A store for ``owner`` with these records in it."""
+        inner = self._inner()
+        inner.commit(dict(records or {}))
+        return self._faulty(owner, inner)
+
+    def reopen_store(self, owner: Owner) -> FaultyStorage:
+        """What a new process finds: the durable state, and nothing else."""
+        store = owner.storage
+        if isinstance(store.inner, MemoryStorage):
+            return self._faulty(owner, store.copy())
+        assert isinstance(store.inner, LmdbStorage)
+        path = store.inner.path
+        store.inner.close()
+        inner = LmdbStorage.open(path)
+        self.checks.that(
+            read_records(inner) == dict(store.records),
+            "LOCAL-DURABLE" if isinstance(owner, Device) else "SERVER-DURABLE",
+            f"the store of {owner.name} came back with other records than were committed",
+        )
+        return self._faulty(owner, inner)
+
+    def _inner(self) -> Storage:
+        if not self.knobs.lmdb:
+            return MemoryStorage()
+        if self._directory is None:
+            self._directory = tempfile.mkdtemp(prefix="entidb-simulator-")
+            self.fired("lmdb")
+        inner = LmdbStorage.open(f"{self._directory}/{next(self._stores)}", map_bytes=1 << 20)
+        self._on_disk.append(inner)
+        return inner
+
+    def _faulty(self, owner: Owner, inner: Storage) -> FaultyStorage:
+        def observe(
+            batch: Mapping[bytes, bytes | None],
+            old: Mapping[bytes, bytes | None],
+            records: Mapping[bytes, bytes],
+        ) -> None:
+            self.trace("stored", owner.name, len(batch))
+            owner.stored(batch, old, records)
+
+        rates = owner.rates()
+        prefix = "server_" if isinstance(owner, Tenant) else ""
+        return FaultyStorage(
+            inner,
+            self._crashes,
+            rates,
+            fired=lambda fault: self.fired(prefix + fault),
+            observe=observe,
+        )
+
+    def close(self) -> None:
+        for store in self._on_disk:
+            store.close()
+        if self._directory is not None:
+            shutil.rmtree(self._directory)
+
+    # ------------------------------------------------------------ the two phases
+
+    def run(self) -> None:
+        """Both phases. Raises ``Violation``."""
+        self._begin()
+        left = self.knobs.events
+        while left and self._heap:
+            self._step()
+            left -= 1
+        self._heal()
+        self._come_to_rest()
+        self._check_rest()
+
+    def _step(self) -> None:
+        self.now, _, action = heapq.heappop(self._heap)
+        action()
+
+    def _begin(self) -> None:
+        knobs = self.knobs
+        for device in self.devices:
+            self._schedule_device(device)
+        for tenant in self.host.tenants:
+            self._often(1000, lambda tenant=tenant: self._server_life(tenant))
+        if any(getattr(knobs, name) for name in _WORLD_FAULTS):
+            self._often(200, self._world_life)
+
+    def _schedule_device(self, device: Device) -> None:
+        knobs = self.knobs
+        self._often(knobs.think_ms, device.transact)
+        self._often(knobs.pause_ms, device.begin_cycle)
+        if knobs.person:
+            self._often(10 * knobs.think_ms, device.person)
+        if knobs.reader:
+            self._often(5 * knobs.think_ms, device.read)
+
+    def _often(self, mean_ms: int, action: Callable[[], None]) -> None:
+        """Do ``action`` again and again, ``mean_ms`` apart on average, until it is quiet."""
+
+        def again() -> None:
+            if self.quiet:
+                return
+            action()
+            self.after(1 + int(self.rng.expovariate(1 / mean_ms)), again)
+
+        self.after(int(self.rng.random() * mean_ms), again)
+
+    # ------------------------------------------------------------ what befalls the world
+
+    def _server_life(self, tenant: Tenant) -> None:
+        knobs, rng = self.knobs, self.rng
+        if rng.random() * 200 < knobs.server_writes:
+            self.fired("server_writes")
+            tenant.program_writes()
+        if rng.random() * 100 < knobs.purge and tenant.watch.history.head:
+            self.fired("purge")
+            history = tenant.watch.history
+            tenant.purge(rng.randint(history.floor, history.head))
+        if knobs.restore_server:
+            if tenant.backup is None and rng.random() < 0.1:
+                tenant.make_backup()
+            elif tenant.backup is not None and rng.random() * 100 < knobs.restore_server:
+                self.fired("restore_server")
+                tenant.restore()
+                if rng.random() * 1000 < knobs.restore_twice:
+                    self.after(2000 + rng.randrange(20_000), lambda: self._restore_again(tenant))
+                else:
+                    tenant.backup = None
+
+    def _restore_again(self, tenant: Tenant) -> None:
+        if not self.quiet and tenant.backup is not None:
+            self.fired("restore_twice")
+            tenant.restore()
+            tenant.backup = None
+
+    def _world_life(self) -> None:
+        """One look at everything that happens to single devices."""
+        knobs, rng = self.knobs, self.rng
+        device = rng.choice(self.devices)
+        if rng.random() * 1000 < knobs.partition:
+            self.fired("partition")
+            self.network.partition(device.name, self.now + rng.randrange(30_000), one_way=False)
+        if rng.random() * 1000 < knobs.partition_one_way:
+            self.fired("partition_one_way")
+            self.network.partition(device.name, self.now + rng.randrange(30_000), one_way=True)
+        if rng.random() * 1000 < knobs.clock_jump:
+            self.fired("clock_jump")
+            device.clock.offset_ms += rng.randint(-86_400_000, 86_400_000)
+        if rng.random() * 1000 < knobs.scope:
+            device.change_scope()
+        if rng.random() * 1000 < knobs.local_collection:
+            device.change_local()
+        if rng.random() * 1000 < 10 * knobs.restore_device:
+            self._copy_or_restore(device)
+        if rng.random() * 1000 < knobs.copy_device and len(self.devices) < DEVICES_MAX:
+            self._copy(device)
+
+    def _copy_or_restore(self, device: Device) -> None:
+        if device.saved is None or self.rng.random() < 0.5:
+            device.saved = device.save()
+            return
+        self.fired("restore_device")
+        self.tell(f"{device.name} is restored from an older copy")
+        device.replace_store(device.saved)
+
+    def _copy(self, device: Device) -> None:
+        self.fired("copy_device")
+        name = f"{device.name}c{len(self.devices)}"
+        self.tell(f"{name} is a copy of {device.name}")
+        records, context = device.save()
+        made = Device(self, name, device.tenant, records)
+        made.watch.adopt(made.storage.records, context)
+        self.devices.append(made)
+        self._schedule_device(made)
+
+    # ------------------------------------------------------------ coming to rest
+
+    def _heal(self) -> None:
+        self.trace("heal")
+        self.tell("the faults stop")
+        self.quiet = True
+        self.network.armed = False
+        for tenant in self.host.tenants:
+            tenant.storage.armed = False
+        for device in self.devices:
+            device.storage.armed = False
+            device.token = self.host.token(device.tenant)
+        self._drain()
+
+    def _drain(self) -> None:
+        for _ in range(QUIET_EVENTS_MAX):
+            if not self._heap:
+                return
+            self._step()
+        self.checks.fail("LIVENESS", "one round of cycles does not come to an end")
+
+    def _come_to_rest(self) -> None:
+        for _ in range(QUIET_ROUNDS_MAX):
+            busy = False
+            for device in self.devices:
+                while device.watch.open_conflicts and device.flow is None:
+                    device.person()
+                    busy = True
+                self.after(self.rng.randrange(50), device.begin_cycle)
+            self._drain()
+            for device in self.devices:
+                busy |= not self._at_rest(device)
+            if not busy:
+                self.checks.passed("LIVENESS")
+                return
+        late = [f"{d.name} {self._state_of(d)}" for d in self.devices if not self._at_rest(d)]
+        self.checks.fail("LIVENESS", f"after {QUIET_ROUNDS_MAX} quiet rounds: {late}")
+
+    def _at_rest(self, device: Device) -> bool:
+        return (
+            device.last is not None
+            and not device.watch.outbox
+            and device.watch.history is device.tenant.watch.history
+            and device.watch.cursor == device.tenant.watch.history.head
+            and not device.watch.excluded
+        )
+
+    def _state_of(self, device: Device) -> str:
+        error = device.last_error
+        return (
+            f"cursor {device.watch.cursor} of {device.tenant.watch.history.head}, "
+            f"{len(device.watch.outbox)} pending, last error {error!r}"
+        )
+
+    def _check_rest(self) -> None:
+        for device in self.devices:
+            before = device.storage.commits
+            device.begin_cycle(keep_connection=True)
+            allowed = 1 + (not device.was_connected)
+            self._drain()
+            quiet = device.last is not None and device.last.requests <= allowed
+            self.checks.that(
+                quiet and device.storage.commits == before,
+                "LIVENESS",
+                f"a cycle of {device.name} with nothing to do took {device.last}",
+            )
+            device.check_store()
+        for tenant in self.host.tenants:
+            self._check_server(tenant)
+            self._check_same(tenant)
+
+    def _check_server(self, tenant: Tenant) -> None:
+        faults = verify(tenant.database)
+        self.checks.that(not faults, "CONVERGE", f"verify of {tenant.db_id}: {faults[:3]}")
+        rows = {(name, key): (v, payload) for name, key, v, payload in dump(tenant.database)}
+        self.checks.that(
+            rows == tenant.watch.history.live(),
+            "CONVERGE",
+            f"{tenant.db_id} holds other entities than its commits wrote",
+        )
+
+    def _check_same(self, tenant: Tenant) -> None:
+        rows = list(dump(tenant.database))
+        for device in self.devices:
+            if device.tenant is not tenant:
+                continue
+            with device.database.view() as view:
+                synced = {i.name for i in view.catalogue.by_name.values() if i.synced}
+                scope = view.catalogue.scope
+                local = {i.name for i in view.catalogue.by_name.values() if i.local}
+            due = [
+                row
+                for row in rows
+                if row[0] in synced or (scope is None and row[0] not in local)
+            ]
+            there = list(dump(device.database))
+            self.dumps.append(hashlib.sha256(repr(there).encode()).hexdigest())
+            self.checks.that(
+                self.dumps[-1] == hashlib.sha256(repr(due).encode()).hexdigest(),
+                "CONVERGE",
+                f"{device.name} and {tenant.db_id} differ: {_difference(there, due)}",
+            )
+
+
+def _difference(there: list[Row], due: list[Row]) -> str:
+    missing = [row[:3] for row in due if row not in there]
+    extra = [row[:3] for row in there if row not in due]
+    return f"missing {missing[:3]}, extra {extra[:3]}"

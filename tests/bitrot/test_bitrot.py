@@ -1,0 +1,110 @@
+"""What one flipped bit in a database file can do: be found, and nothing else.
+
+LMDB has no checksums. Ours stand on every record, and ``verify`` compares what the pages say of
+each other. The bits are drawn from a seed, over the whole file and over the few bytes that LMDB
+itself goes by; ``ENTIDB_BITROT_FLIPS`` is how many of each, in each of the two databases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import entidb
+from tests.bitrot.content import build
+from tests.bitrot.flips import anywhere, in_structure
+from tests.bitrot.probe import look_at
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.process,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="each look happens in a forked process"),
+]
+
+SEED = int(os.environ.get("ENTIDB_BITROT_SEED", "20"))
+FLIPS = int(os.environ.get("ENTIDB_BITROT_FLIPS", "100"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(entidb.__file__).parents[1])}
+Choice = Callable[[Path, random.Random, int], list[int]]
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def databases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    server, device = build(tmp_path_factory.mktemp("bitrot"), SEED)
+    return {"server": server, "device": device}
+
+
+def look_with_flips(
+    path: Path, choose: Choice, *, without: str = "nothing", count: int = FLIPS
+) -> tuple[Found, list[Found]]:
+    """What the sound database gives, and what it gives with each of the bits flipped."""
+    bits = choose(path / "data.mdb", random.Random(f"{SEED} {path.name} {choose.__name__}"), count)
+    command = [sys.executable, "-m", "tests.bitrot.probe", str(path), without, *map(str, bits)]
+    output = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=ENVIRONMENT, check=True, capture_output=True
+    )
+    found = [json.loads(line) for line in output.stdout.splitlines()]
+    assert [entry["bit"] for entry in found] == bits
+    return look_at(path, None), found
+
+
+def is_reported(found: Found) -> bool:
+    """Reading said so, or ``verify`` did: of the file before it is opened, or afterwards."""
+    verified = found["verify"].get("value") or "error" in found["verify"]
+    return bool("error" in found["read"] or found["unopened"] or verified)
+
+
+def has_changed(found: Found, sound: Found) -> bool:
+    return bool(found["read"].get("value") != sound["read"]["value"])
+
+
+def wrongly_sent(found: Found, sound: Found) -> list[str]:
+    """Names of what a peer got and the sound database would not have sent."""
+    right = sound["sent"]["sent"]
+    return [key for key, sent in found["sent"].get("sent", {}).items() if sent != right.get(key)]
+
+
+@pytest.mark.parametrize("choose", [anywhere, in_structure])
+@pytest.mark.parametrize("side", ["server", "device"])
+def test_a_flipped_bit_is_reported_and_never_reaches_a_peer(
+    databases: dict[str, Path], side: str, choose: Choice
+) -> None:
+    sound, found = look_with_flips(databases[side], choose)
+    assert sound["verify"]["value"] == [] and len(sound["sent"]["sent"]) > 20
+    harmed = 0
+    for entry in found:
+        for look in ("read", "verify", "sent"):
+            assert "surprise" not in entry[look], entry
+            # LMDB follows a length that leads out of the file, and that is the end of a process
+            # that reads there. Looking at the file before it is mapped says so and survives.
+            assert "died" not in entry[look] or entry["unopened"], entry
+        if has_changed(entry, sound):
+            harmed += 1
+            assert is_reported(entry), entry["bit"]
+        assert not wrongly_sent(entry, sound), entry["bit"]
+        if len(entry["sent"].get("sent", {})) < len(sound["sent"]["sent"]):
+            assert "error" in entry["sent"] or is_reported(entry), entry["bit"]
+    # Otherwise the bits all fell on empty room, and nothing was shown.
+    assert harmed > len(found) / 10
+
+
+def test_without_checksums_wrong_bytes_would_reach_a_peer(databases: dict[str, Path]) -> None:
+    sound, found = look_with_flips(databases["server"], anywhere, without="checksums", count=60)
+    assert any(wrongly_sent(entry, sound) for entry in found)
+
+
+def test_without_the_walk_over_the_pages_verify_would_miss_harm(
+    databases: dict[str, Path],
+) -> None:
+    sound, found = look_with_flips(databases["device"], in_structure, without="pages", count=FLIPS)
+    # A look that died told nobody anything either.
+    told = [entry for entry in found if entry["verify"].get("value") or "error" in entry["verify"]]
+    assert any(has_changed(entry, sound) for entry in found if entry not in told)

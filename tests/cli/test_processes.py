@@ -1,0 +1,211 @@
+"""The command line as a process: pipes, locks, signals, damage, and no traceback ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entidb.cli.exits import Exit
+from entidb.db import Database
+from tests.cli.support import ROOT, TIMEOUT_S, command, environment, process, put
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    path = tmp_path / "shop"
+    with Database.open(path) as database, database.transaction() as tx:
+        for number in range(5000):
+            tx.collection("notes").add({"n": number, "text": "some text " * 5})
+    return path
+
+
+def one_error(ended: subprocess.CompletedProcess[bytes], code: Exit, name: str) -> str:
+    text = ended.stderr.decode()
+    assert (ended.returncode, text.count("\n")) == (code, 1), text
+    assert text.startswith(f"error[{name}]: ")
+    return text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("words", [("list", "--limit", "0"), ("export",)])
+def test_a_reader_that_stops_early_ends_the_command_quietly(shop: Path, words: tuple[str, ...]):
+    running = subprocess.Popen(
+        command(words[0], shop, "notes", *words[1:]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    assert running.stdout is not None and running.stderr is not None
+    first = running.stdout.readline()
+    running.stdout.close()
+    said = running.stderr.read()
+    running.stderr.close()
+    assert running.wait(TIMEOUT_S) == Exit.BROKEN_PIPE
+    assert b"some text" in first
+    assert said == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_output_that_is_full_is_an_error(shop: Path):
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            command("export", shop, "notes"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    one_error(ended, Exit.STORAGE, "os_error")
+
+
+def test_a_database_that_another_process_has_open_is_locked(shop: Path):
+    with Database.open(shop):
+        said = one_error(process("status", shop), Exit.LOCKED, "database_locked")
+    assert str(os.getpid()) in said
+    assert process("status", shop).returncode == 0
+
+
+def test_a_damaged_database_is_told_apart_from_one_that_is_well(shop: Path, tmp_path: Path):
+    assert process("verify", shop).returncode == Exit.OK
+    file = shop / "data.mdb"
+    file.write_bytes(file.read_bytes().replace(b"some text", b"some tezt"))
+    found = process("verify", shop, "--json")
+    assert found.returncode == Exit.FAULTS
+    assert json.loads(found.stdout)["faults"]
+    assert process("verify", shop).stderr.startswith(b"error[faults]: ")
+    one_error(
+        process("export", shop, "notes", "-o", tmp_path / "o"), Exit.STORAGE, "corrupt_record"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_database_that_was_cut_short_is_not_opened(shop: Path):
+    with (shop / "data.mdb").open("r+b") as raw:
+        raw.truncate(9000)
+    one_error(process("list", shop), Exit.STORAGE, "truncated")
+    assert process("verify", shop).returncode == Exit.FAULTS
+
+
+def test_a_directory_of_other_things_is_left_alone(tmp_path: Path):
+    (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
+    one_error(process("init", tmp_path), Exit.STORAGE, "not_a_database")
+    assert [each.name for each in tmp_path.iterdir()] == ["letter.txt"]
+
+
+_BREAK = """
+import sys
+from entidb.cli import main
+import entidb.cli.words
+def broken(*words, **options):
+    raise ZeroDivisionError("first line\\nsecond line")
+entidb.cli.words.Database.open = broken
+sys.exit(main(["status", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_a_bug_is_one_line_and_a_traceback_only_where_it_is_asked_for(shop: Path, debug: str):
+    ended = subprocess.run(
+        [sys.executable, "-c", _BREAK, str(shop)],
+        capture_output=True,
+        env=environment(ENTIDB_DEBUG=debug),
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    lines = ended.stderr.decode().splitlines()
+    assert ended.returncode == Exit.FAILURE
+    assert lines[-1].startswith("error[internal]: ZeroDivisionError: first line second line")
+    assert "ENTIDB_DEBUG=1" in lines[-1]
+    assert (len(lines) > 1) == bool(debug)
+
+
+_WITHOUT = """
+import importlib.util, sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "click" else real(name, *rest)
+from entidb.cli import main
+sys.exit(main(["status"]))
+"""
+
+
+def test_without_the_extra_the_error_names_it():
+    ended = subprocess.run(
+        [sys.executable, "-c", _WITHOUT],
+        capture_output=True,
+        env=environment(),
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert 'pip install "entidb[cli]"' in one_error(ended, Exit.FAILURE, "missing_extra")
+
+
+def test_without_the_server_extra_the_other_commands_work(tmp_path: Path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("uvicorn", "starlette", "jwt"):
+        (hidden / f"{name}.py").write_text(
+            f"raise ModuleNotFoundError('No module named {name}', name='{name}')", encoding="utf-8"
+        )
+    path = os.pathsep.join((str(hidden), str(ROOT / "src")))
+    env = {"PYTHONPATH": path}
+    assert process("init", tmp_path / "a", env=env).returncode == 0
+    assert process("--help", env=env).returncode == 0
+    served = process("serve", tmp_path / "srv", "--insecure-no-auth", env=env)
+    assert "entidb[server]" in one_error(served, Exit.FAILURE, "missing_extra")
+
+
+def test_output_is_plain_and_complete_where_it_is_no_terminal(tmp_path: Path):
+    put(tmp_path / "a", "notes", 1, "wide " * 200)
+    listed = process("list", tmp_path / "a", "notes", env={"COLUMNS": "40"}).stdout
+    assert b"\x1b" not in listed and len(listed) > 1000
+    assert b"\x1b" not in process("list", tmp_path / "a", env={"FORCE_COLOR": "1"}).stdout
+
+
+def test_json_stays_json_where_standard_output_is_ascii(tmp_path: Path):
+    put(tmp_path / "a", "notes", 1, {"t": "Größe 😀"})
+    for words in (("get", "0"), ("get", "0", "--json"), ("list",)):
+        env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        ended = process(words[0], tmp_path / "a", "notes", *words[1:], env=env)
+        assert ended.returncode == 0, ended.stderr
+        text = ended.stdout.decode("ascii")
+        found = json.loads(text[text.index("{") :])
+        assert found.get("value", found) == {"t": "Größe 😀"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, Exit.INTERRUPTED), (signal.SIGTERM, Exit.TERMINATED)]
+)
+def test_a_signal_ends_an_import_with_what_was_committed(
+    tmp_path: Path, number: signal.Signals, code: Exit
+):
+    done = process("init", tmp_path / "a")
+    assert done.returncode == 0
+    running = subprocess.Popen(
+        command("import", tmp_path / "a", "t", "-", "--batch", "1"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    assert running.stdin is not None
+    # Larger than the reader's buffer, so that it has committed something when the write returns.
+    running.stdin.write(b'{"a":"%s"}\n' % (b"x" * 1000) * 300)
+    running.stdin.flush()
+    running.send_signal(number)
+    try:
+        _, said = running.communicate(timeout=TIMEOUT_S)
+    except BrokenPipeError:
+        said = b""
+    assert running.returncode == code
+    assert b"Traceback" not in said
+    assert process("verify", tmp_path / "a").returncode == Exit.OK

@@ -1,0 +1,224 @@
+"""Serving as a process: addresses, certificates, signals, and what survives a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from entidb.errors import ConfigError
+from entidb.protocol import PullResponse, PushResponse, Verdict
+from entidb.server import ServerConfig, SyncServer, serve, serving
+from tests.server.support import Client, pull, push
+
+pytestmark = pytest.mark.process
+
+WAIT_S = 30.0
+PROGRAM = """
+import sys
+from entidb.server import ServerConfig, serve
+serve(ServerConfig(data_dir=sys.argv[1], insecure_no_auth=True), port=0, ready_file=sys.argv[2])
+print("stopped", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def process(place: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, ended at the latest at the end of the block."""
+    ready = place / "ready"
+    ready.unlink(missing_ok=True)
+    source = str(Path(__file__).parents[2] / "src")
+    # A file and not a pipe: nobody reads the log meanwhile, and a full pipe stops its writer.
+    with (place / "stderr").open("w") as log:
+        started = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(place / "data"), str(ready)],
+            env={**os.environ, "PYTHONPATH": source},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    with started:
+        try:
+            deadline = time.monotonic() + WAIT_S
+            while not ready.exists():
+                assert started.poll() is None, (place / "stderr").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield started, ready.read_text().strip()
+        finally:
+            if started.poll() is None:
+                started.kill()
+
+
+@pytest.mark.slow
+def test_what_was_acknowledged_before_sigterm_is_there_afterwards(tmp_path: Path):
+    with process(tmp_path) as (server, url):
+        with Client(url) as client:
+            history = client.history()
+
+        def device(number: int) -> set[int]:
+            acknowledged = set()
+            with contextlib.suppress(OSError, HTTPException), Client(url) as own:
+                for n in range(1, 100_000):
+                    entity = number * 100_000 + n
+                    answer = own.send(push(history, entity))
+                    if answer.status != 200:
+                        break
+                    (result,) = answer.message(PushResponse).results
+                    assert result.verdict == Verdict.ACCEPTED
+                    acknowledged.add(entity)
+            return acknowledged
+
+        with ThreadPoolExecutor(4) as pool:
+            devices = [pool.submit(device, number) for number in range(4)]
+            time.sleep(0.5)
+            server.send_signal(signal.SIGTERM)
+            acknowledged = set().union(*(each.result() for each in devices))
+        assert server.wait(WAIT_S) == 0
+        assert server.stdout is not None
+        assert server.stdout.read() == "stopped\n"
+    assert acknowledged
+    assert acknowledged <= stored(tmp_path / "data", history)
+
+
+def stored(data_dir: Path, history: bytes) -> set[int]:
+    found = set()
+    with SyncServer(ServerConfig(data_dir=data_dir, insecure_no_auth=True)) as server:
+        cursor, more = 0, True
+        while more:
+            page = server.handle("/v1/pull", None, pull(history, cursor=cursor))
+            assert isinstance(page, PullResponse)
+            found |= {
+                int.from_bytes(operation.entity_id, "big")
+                for commit in page.commits
+                for operation in commit.operations
+            }
+            cursor, more = page.cursor, page.has_more
+        assert server.database("shop").verify() == []
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_cleanly_and_it_has_said_where_it_listened(
+    tmp_path: Path, number: signal.Signals
+):
+    with process(tmp_path) as (server, url):
+        with Client(url) as client:
+            assert client.request("GET", "/healthz").status == 200
+        server.send_signal(number)
+        out, _ = server.communicate(timeout=WAIT_S)
+    err = (tmp_path / "stderr").read_text()
+    assert server.returncode == 0
+    assert out == "stopped\n"
+    assert err.splitlines()[0] == f"entidb: serving on {url}"
+    assert '"path":"/healthz"' in err
+
+
+# ---------------------------------------------------------------- where to listen
+
+
+@pytest.fixture
+def open_config() -> ServerConfig:
+    return ServerConfig(data_dir=None, insecure_no_auth=True)
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(open_config: ServerConfig):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            serve(open_config, port=port)
+    assert caught.value.code == "cannot_bind"
+    assert f"127.0.0.1:{port}" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("host", "port"),
+    [("no such host", 0), ("203.0.113.7", 0), ("127.0.0.1", 70_000), ("127.0.0.1", -1), ("", 0)],
+)
+def test_an_address_that_cannot_be_is_a_config_error(host: str, port: int):
+    with pytest.raises(ConfigError, match="cannot listen"):
+        serve(ServerConfig(data_dir=None, authenticator=print), host=host, port=port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_without_authentication_only_loopback_is_served(open_config: ServerConfig, host: str):
+    with pytest.raises(ConfigError, match="insecure_no_auth"):
+        serve(open_config, host=host, port=0)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2"])
+def test_loopback_may_be_served_without_authentication(open_config: ServerConfig, host: str):
+    with serving(open_config, host=host) as url, Client(url) as client:
+        assert client.request("GET", "/healthz").status == 200
+
+
+# ---------------------------------------------------------------- TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    place = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (place / "cert.pem").write_bytes(made.public_bytes(Encoding.PEM))
+    (place / "key.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    return str(place / "cert.pem"), str(place / "key.pem")
+
+
+def test_it_serves_https(open_config: ServerConfig, certificate: tuple[str, str]):
+    cert, key = certificate
+    trust = ssl.create_default_context(cafile=cert)
+    with serving(open_config, tls_cert=cert, tls_key=key) as url:
+        assert url.startswith("https://")
+        named = url.replace("127.0.0.1", "localhost")
+        with urllib.request.urlopen(named + "/healthz", context=trust, timeout=WAIT_S) as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        {"tls_cert": "/no/such/cert.pem", "tls_key": "/no/such/key.pem"},
+        {"tls_cert": "/no/such/cert.pem"},
+        {"tls_cert": __file__, "tls_key": __file__},
+    ],
+)
+def test_a_certificate_that_cannot_be_used_is_a_config_error(
+    open_config: ServerConfig, listen: dict[str, Any]
+):
+    with pytest.raises(ConfigError, match="cert"):
+        serve(open_config, port=0, **listen)

@@ -1,0 +1,362 @@
+"""What a device synchronises: R31."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from entidb.errors import ScopeError, SyncStateError, TransportError
+from entidb.protocol import PullRequest, PushRequest, SyncRequest
+from entidb.server.service import Grant
+from tests.support import Device, World, assert_in_step, assert_sound, lose, uid
+
+
+def names(device: Device) -> list[str]:
+    return [name for push in device.wire.pushes() for name in push.collections]
+
+
+# ---------------------------------------------------------------- local collections
+
+
+def test_r31_a_local_collection_is_never_in_the_outbox_or_on_the_server() -> None:
+    world = World()
+    a = world.device()
+    local = a.db.collection("drafts", local=True)
+    local[uid(1)] = "private"
+    assert a.pending == 0
+    a.sync()
+    assert world.server.collections() == []
+    assert local[uid(1)] == "private"
+
+
+def test_r31_of_a_mixed_transaction_the_synchronised_part_travels() -> None:
+    world = World()
+    a, b = world.device(), world.device()
+    a.db.declare_local("drafts")
+    commits = a.storage.commits
+    a.put(("drafts", 1, "private"), ("notes", 1, "public"))
+    assert a.storage.commits == commits + 1
+    a.sync()
+    b.sync()
+    assert b.db.collections() == ["notes"]
+    assert a.values("drafts") == {1: "private"}
+    assert_in_step(world, a, b)
+
+
+def test_r31_a_local_collection_is_not_pulled() -> None:
+    world = World()
+    a = world.device()
+    a.db.declare_local("drafts")
+    a.put(("drafts", 1, "mine"))
+    world.put(("drafts", 1, "theirs"), ("notes", 1, "x"))
+    a.sync()
+    assert a.values("drafts") == {1: "mine"}
+    assert a.values() == {1: "x"}
+    assert_sound(a.db)
+
+
+def test_r31_a_withdrawn_mixed_transaction_keeps_its_local_part() -> None:
+    world = World()
+    a = world.device()
+    a.db.declare_local("drafts")
+    a.put(("drafts", 1, "private"), ("notes", 1, "mine"))
+    world.put(("notes", 1, "theirs"))
+    a.sync()
+    assert (a.values("drafts"), a.values()) == ({1: "private"}, {1: "theirs"})
+    assert_in_step(world, a)
+
+
+def test_r31_a_collection_with_pending_changes_cannot_turn_local() -> None:
+    a = World().device()
+    a.put(("notes", 1, "x"))
+    with pytest.raises(ScopeError) as caught:
+        a.db.declare_local("notes")
+    assert caught.value.code == "scope_pending"
+    a.sync()
+    a.db.declare_local("notes")
+    a.put(("notes", 2, "private"))
+    assert a.pending == 0
+
+
+def test_r31_what_was_local_is_pushed_when_it_no_longer_is() -> None:
+    world = World()
+    a = world.device()
+    a.db.declare_local("drafts")
+    a.put(("drafts", 1, "x"), ("drafts", 2, "x"))
+    a.sync()
+    a.db.declare_local("drafts", False)
+    a.settle()
+    assert world.values("drafts") == {1: "x", 2: "x"}
+    assert_in_step(world, a)
+
+
+def test_r31_a_collection_that_is_local_on_the_server_stays_there() -> None:
+    world = World()
+    world.server.declare_local("secrets")
+    world.put(("secrets", 1, "key"), ("notes", 1, "x"))
+    a = world.device()
+    a.sync()
+    assert a.db.collections() == ["notes"]
+    assert_in_step(world, a)
+
+
+# ---------------------------------------------------------------- a list of names
+
+
+def scoped(**config: Any) -> tuple[World, Device]:
+    world = World()
+    world.put(("notes", 1, "x"), ("tasks", 1, "x"))
+    world.put(("notes", 2, "x"), ("other", 2, "x"))
+    return world, world.device(collections=("notes",), **config)
+
+
+def test_r31_only_what_is_in_scope_is_pulled_and_the_cursor_moves_over_everything() -> None:
+    world, a = scoped()
+    world.put(("other", 9, "the tail is out of scope"))
+    a.sync()
+    assert a.db.collections() == ["notes"]
+    assert a.state.cursor == world.server.sequence
+    assert a.sync().requests == 1
+    world.put(("other", 10, "and again"))
+    a.sync()
+    assert a.state.cursor == world.server.sequence
+    assert_sound(a.db)
+
+
+def test_r31_what_is_out_of_scope_is_kept_locally_and_not_pushed() -> None:
+    world, a = scoped()
+    a.sync()
+    a.put(("notes", 5, "mine"), ("other", 5, "mine"))
+    a.sync()
+    assert names(a) == ["notes"]
+    assert a.values("other") == {5: "mine"}
+    assert_sound(a.db, world.server)
+
+
+def test_r31_the_scope_is_remembered() -> None:
+    _, a = scoped()
+    a.sync()
+    a.restart()
+    assert a.db.scope == frozenset({"notes"})
+
+
+@pytest.mark.parametrize("page", [1, 2, 5000])
+def test_r31_widening_pulls_from_the_beginning_and_pushes_what_is_there(page: int) -> None:
+    world, a = scoped(pull_operations_max=page)
+    a.sync()
+    a.put(("tasks", 7, "mine"))
+    a.put(("tasks", 8, "mine"), ("tasks", 9, "mine"))
+    world.put(("notes", 1, "changed"), ("tasks", 3, "x"))
+    a.db.set_scope(["notes", "tasks"])
+    a.settle()
+    assert world.values("tasks") == {1: "x", 3: "x", 7: "mine", 8: "mine", 9: "mine"}
+    assert a.values("tasks") == world.values("tasks")
+    assert a.values() == world.values()
+    groups = [
+        {op.entity_id[-1] for op in t.operations} for p in a.wire.pushes() for t in p.transactions
+    ]
+    assert groups == [{7}, {8, 9}]
+    assert_sound(a.db, world.server)
+
+
+@pytest.mark.parametrize("policy", ["client_wins", "server_wins"])
+@pytest.mark.parametrize("page", [1, 5000])
+def test_r31_widening_meets_what_the_server_has_as_conflicts(page: int, policy: str) -> None:
+    world, a = scoped(pull_operations_max=page, default_policy=policy)
+    a.sync()
+    a.put(("tasks", 1, "mine"))
+    a.db.set_scope(["notes", "tasks"])
+    result = a.sync()
+    a.settle()
+    assert [r.conflict.kind for r in result.conflicts] == ["create/create"]
+    assert world.values("tasks") == {1: "mine" if policy == "client_wins" else "x"}
+    assert a.values("tasks") == world.values("tasks")
+    assert_sound(a.db, world.server)
+
+
+@pytest.mark.parametrize("page", [1, 5000])
+def test_r31_widening_to_all_brings_collections_nobody_named(page: int) -> None:
+    world, a = scoped(pull_operations_max=page)
+    a.sync()
+    a.put(("tasks", 7, "mine"), ("notes", 7, "mine"))
+    world.put(("notes", 1, "changed"))
+    a.restart(collections=None)
+    a.db.set_scope(None)
+    a.settle()
+    assert world.values("tasks") == {1: "x", 7: "mine"}
+    assert_in_step(world, a)
+
+
+def test_r31_a_widening_killed_at_every_request_goes_on() -> None:
+    for at in range(1, 60):
+        world, a = scoped(pull_operations_max=1)
+        a.sync()
+        a.put(("tasks", 7, "mine"))
+        for n in range(4):
+            world.put(("tasks", 10 + n, "x"), ("notes", 10 + n, "x"))
+        a.restart(collections=None)
+        a.db.set_scope(["notes", "tasks"])
+        a.wire.before = lambda request, a=a, at=at: (  # type: ignore[misc]
+            lose(type(request))(request) if len(a.wire.requests) == at else None
+        )
+        try:
+            a.sync()
+        except TransportError:
+            a.restart()
+        else:
+            break
+        world.put(("tasks", 20, "meanwhile"), ("notes", 20, "meanwhile"))
+        a.settle()
+        a.sync()
+        assert a.values("tasks") == world.values("tasks")
+        assert a.values() == world.values()
+        assert_sound(a.db, world.server)
+    assert at > 8
+
+
+@pytest.mark.parametrize("kind", [PullRequest, PushRequest])
+@pytest.mark.parametrize("wider", [["notes", "tasks"], None])
+def test_r31_widening_while_an_answer_is_on_its_way_is_not_forgotten(
+    kind: type, wider: list[str] | None
+) -> None:
+    world, a = scoped()
+    a.sync()
+    a.restart(collections=None)
+    world.put(("notes", 3, "x"))
+    a.put(("notes", 4, "mine"))
+    once = [True]
+
+    def widen(request: SyncRequest) -> None:
+        if isinstance(request, kind) and once:
+            once.clear()
+            a.db.set_scope(wider)
+
+    a.wire.after = widen
+    with contextlib.suppress(SyncStateError):
+        a.sync()
+    a.settle()
+    a.sync()
+    assert a.values("tasks") == {1: "x"}
+    assert a.values() == world.values()
+    assert_sound(a.db, world.server)
+
+
+def test_r31_widening_during_a_first_sync_is_not_forgotten() -> None:
+    _world, a = scoped()
+    once = [True]
+
+    def widen(request: SyncRequest) -> None:
+        if isinstance(request, PullRequest) and once:
+            once.clear()
+            a.db.set_scope(["notes", "tasks"])
+
+    a.wire.after = widen
+    with contextlib.suppress(SyncStateError):
+        a.sync()
+    a.sync()
+    assert a.values("tasks") == {1: "x"}
+    assert_sound(a.db)
+
+
+def test_r31_a_widening_below_the_floor_resets() -> None:
+    from entidb.db import purge_tombstones
+
+    world, a = scoped()
+    a.sync()
+    world.put(("notes", 1, None), ("tasks", 1, None))
+    purge_tombstones(world.server, 1000)
+    a.db.set_scope(["notes", "tasks"])
+    a.settle()
+    assert (a.values(), a.values("tasks")) == ({2: "x"}, {})
+    assert_sound(a.db)
+
+
+# ---------------------------------------------------------------- narrowing
+
+
+def test_r31_narrowing_is_refused_while_something_is_pending() -> None:
+    a = World().device()
+    a.put(("tasks", 1, "mine"))
+    with pytest.raises(ScopeError) as caught:
+        a.db.set_scope(["notes"])
+    assert caught.value.code == "scope_pending"
+    assert a.db.scope is None
+    a.sync()
+    a.db.set_scope(["notes"])
+    assert a.db.scope == frozenset({"notes"})
+
+
+def test_r31_narrowing_keeps_the_data_and_widening_again_catches_up() -> None:
+    world = World()
+    a = world.device()
+    world.put(("notes", 1, "x"), ("tasks", 1, "x"), ("tasks", 2, "x"))
+    a.sync()
+    a.db.set_scope(["notes"])
+    a.sync()
+    assert a.values("tasks") == {1: "x", 2: "x"}
+    world.put(("tasks", 1, "changed"), ("tasks", 2, None), ("tasks", 3, "new"))
+    a.sync()
+    assert a.values("tasks") == {1: "x", 2: "x"}
+    a.db.set_scope(None)
+    a.settle()
+    assert a.values("tasks") == {1: "changed", 3: "new"}
+    assert_in_step(world, a)
+
+
+def test_r31_changes_made_outside_the_scope_are_pushed_after_widening() -> None:
+    world = World()
+    a = world.device(default_policy="client_wins")
+    world.put(("tasks", 1, "x"), ("tasks", 2, "x"))
+    a.sync()
+    a.db.set_scope(["notes"])
+    a.put(("tasks", 1, "mine"), ("tasks", 3, "mine"))
+    a.db.set_scope(["notes", "tasks"])
+    a.settle()
+    assert world.values("tasks") == {1: "mine", 2: "x", 3: "mine"}
+    assert a.values("tasks") == world.values("tasks")
+    assert_sound(a.db, world.server)
+
+
+def test_r31_changing_the_scope_during_a_staged_pull_forgets_the_stage() -> None:
+    world = World()
+    for n in range(10):
+        world.put(("notes", n, "x"), ("tasks", n, "x"))
+    a = world.device(pull_operations_max=2)
+    a.wire.after = lose(PullRequest, times=1)
+    with pytest.raises(TransportError):
+        a.sync()
+    a.sync()
+    world.put(("notes", 1, "y"), ("tasks", 1, "y"))
+    a.db.set_scope(["notes"])
+    a.sync()
+    a.db.set_scope(None)
+    a.sync()
+    assert_in_step(world, a)
+
+
+# ---------------------------------------------------------------- permissions
+
+
+def test_r31_a_token_for_one_collection_shows_that_one_only() -> None:
+    world = World()
+    world.put(("notes", 1, "x"), ("secrets", 1, "canary"))
+    a = world.device()
+    a.wire.grant = Grant("someone", True, True, frozenset({"notes"}))
+    a.sync()
+    assert a.db.collections() == ["notes"]
+    assert a.state.cursor == 1
+
+
+def test_r31_writing_what_the_token_does_not_grant_is_withdrawn() -> None:
+    world = World()
+    a = world.device()
+    a.wire.grant = Grant("someone", True, True, frozenset({"notes"}))
+    a.put(("notes", 1, "x"), ("secrets", 1, "x"))
+    a.put(("notes", 2, "x"))
+    a.sync()
+    assert [gone.code for gone in a.engine.discarded()] == ["forbidden"]
+    assert world.values() == {2: "x"}
+    assert world.server.collections() == ["notes"]
+    assert_in_step(world, a)

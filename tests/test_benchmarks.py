@@ -1,0 +1,111 @@
+"""Every benchmark runs, with sizes that take no time, and prints what it promises.
+
+No timing is looked at: whether a target is met is for a quiet machine and a person.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as program
+from benchmarks.figures import Target, figure, percentile
+from benchmarks.world import World
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+N = 40
+
+#: What each benchmark has to say at least.
+FIGURES = {
+    "local": {"get", "get, sqlite3", "iterate", "change feed", "single commits", "open"},
+    "push": {"v7 ids", "random ids"},
+    "pull": {"first sync", "device memory, own", "server memory, own"},
+    "incremental": {"push 100 changes", "pull 100 changes", "push growth with size"},
+    "idle": {"cycle with nothing to do"},
+    "latency": {"p50", "p99"},
+    "many": {"push, 1 database: requests", "pull, 50 databases: p99", "mixed, 1 database: p50"},
+    "conflicts": {"pull and rebase", "whole cycle, with the push"},
+    "size": {"server after load", "push on the wire, zstd"},
+}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    # Nothing is timed here, so a temporary directory in memory will do.
+    monkeypatch.setattr("benchmarks.world.check_on_disk", lambda path: None)
+    world = World(tmp_path / "bench")
+    yield world
+    world.close()
+
+
+def test_every_benchmark_is_in_the_table_of_figures():
+    assert set(FIGURES) == set(program.NAMES)
+
+
+@pytest.mark.parametrize("name", program.NAMES)
+def test_a_benchmark_prints_one_json_line_for_each_figure(name: str, world: World):
+    lines = [item.to_json() for item in program.run(name, world, [N], 1)]
+    figures = [json.loads(line) for line in lines]
+    assert not any("\n" in line for line in lines)
+    assert {item["figure"] for item in figures} >= FIGURES[name]
+    for item in figures:
+        check_shape(item, name)
+
+
+def check_shape(item: dict[str, object], name: str) -> None:
+    assert item["benchmark"] == name and item["n"] == N and item["unit"]
+    assert isinstance(item["value"], int | float) and item["value"] > 0
+    assert isinstance(item["values"], list) and len(item["values"]) == item["rounds"]
+    with_floor = item["floor"] is not None
+    assert with_floor == bool(item["floor_is"]) == (item["ratio"] is not None)
+    assert (item["target"] is None) == (item["met"] is None)
+    assert with_floor or "floor" not in str(item["target"])
+
+
+def test_the_command_prints_json_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("benchmarks.world.check_on_disk", lambda path: None)
+    program.main(["idle", "--json", "--n", "5", "--rounds", "1", "--dir", str(tmp_path)])
+    output, errors = capsys.readouterr()
+    assert [json.loads(line)["benchmark"] for line in output.splitlines()] == ["idle"]
+    assert errors == "" and list(tmp_path.iterdir()) == []
+
+
+def test_the_command_refuses_a_name_it_does_not_know(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        program.main(["pusch"])
+    assert "pusch is none of local, push" in capsys.readouterr().err
+
+
+def test_figures_are_medians_and_the_ratio_is_that_of_each_round():
+    item = figure("b", "f", 1, "/s", [10.0, 40.0, 30.0], floors=[20.0, 40.0, 40.0], floor_is="it")
+    assert (item.value, item.floor, item.ratio) == (30.0, 40.0, 0.75)
+    assert item.rounds == 3 and item.met is None
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "ratio", "met"),
+    [
+        (Target("ratio", least=0.5), 9.0, 0.5, True),
+        (Target("ratio", least=0.5), 9.0, 0.49, False),
+        (Target("ratio", most=2.0), 9.0, 2.1, False),
+        (Target("value", most=12.0), 12.0, None, True),
+        (Target("value", most=12.0), 12.1, None, False),
+    ],
+)
+def test_a_target_is_met_up_to_and_with_its_bound(
+    target: Target, value: float, ratio: float | None, met: bool
+):
+    assert target.met(value, ratio) is met
+
+
+def test_a_percentile_is_one_of_the_values_measured():
+    values = [float(number) for number in range(1, 201)]
+    assert percentile(values, 0.5) == 100.0
+    assert percentile(values, 0.99) == 198.0
+    assert percentile([7.0], 0.99) == 7.0
