@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from entidb.version import VERSION
+
 if TYPE_CHECKING:
     from entidb.cbor import (
         CborDecode,
@@ -91,7 +93,7 @@ if TYPE_CHECKING:
         SyncTransport,
     )
 
-__version__: Final = "0.1.0"
+__version__: Final = VERSION
 
 #: Home module of each public name.
 _HOMES: Final[dict[str, tuple[str, ...]]] = {

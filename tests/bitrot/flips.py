@@ -22,6 +22,12 @@ def anywhere(data: Path, source: random.Random, count: int) -> list[int]:
     return source.sample(range(data.stat().st_size * 8), count)
 
 
+def in_headers(data: Path) -> list[int]:
+    """Every bit of the two headers of the file."""
+    starts = (0, page_bytes(data) * 8)
+    return [start + bit for start in starts for bit in range(_HEADER_OF_FILE_BYTES * 8)]
+
+
 def in_structure(data: Path, source: random.Random, count: int) -> list[int]:
     """As ``anywhere``, but only of headers, of offsets, and of the heads of nodes: few bytes of
     the file, which do the most harm."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,11 @@ from typing import Any
 import pytest
 
 import entidb
+from entidb.errors import FormatError
+from entidb.storage.lmdb_file import check_data_file
+from entidb.storage.lmdb_pages import closed_file_faults
 from tests.bitrot.content import build
-from tests.bitrot.flips import anywhere, in_structure
+from tests.bitrot.flips import anywhere, flip, in_headers, in_structure
 from tests.bitrot.probe import look_at
 
 pytestmark = [
@@ -94,6 +98,34 @@ def test_a_flipped_bit_is_reported_and_never_reaches_a_peer(
             assert "error" in entry["sent"] or is_reported(entry), entry["bit"]
     # Otherwise the bits all fell on empty room, and nothing was shown.
     assert harmed > len(found) / 10
+
+
+def test_a_flipped_bit_of_a_header_is_seen_before_opening_or_does_nothing(
+    databases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Above all the commit numbers: the wrong one would bring back the commit before the last."""
+    path = databases["server"]
+    copy = tmp_path / "data.mdb"
+    unseen = []
+    for bit in in_headers(path / "data.mdb"):
+        shutil.copy(path / "data.mdb", copy)
+        flip(copy, bit)
+        if not closed_file_faults(str(copy)) and not is_refused(copy):
+            unseen.append(bit)
+    assert len(unseen) < len(in_headers(copy)) / 2  # the others stand in fields nobody reads
+    sound, found = look_with_flips(path, lambda data, source, count: source.sample(unseen, count))
+    for entry in found:
+        refused = "error" in entry["read"] and "error" in entry["sent"]  # LMDB looks at some
+        same = entry["read"] == sound["read"] and entry["sent"] == sound["sent"]
+        assert same or (refused and not entry["sent"]["sent"]), entry["bit"]
+
+
+def is_refused(data: Path) -> bool:
+    try:
+        check_data_file(str(data))
+    except FormatError:
+        return True
+    return False
 
 
 def test_without_checksums_wrong_bytes_would_reach_a_peer(databases: dict[str, Path]) -> None:

@@ -421,8 +421,8 @@ def test_serve_and_token_work_together_as_processes(tmp_path: Path):
     )
     try:
         assert server.stderr is not None
-        assert "serving on" in server.stderr.readline()
-        url = ready.read_text(encoding="utf-8").strip()
+        said, _, url = server.stderr.readline().strip().rpartition(" ")
+        assert said == "entidb: serving on"
         grant = ("--subject", "me", "--database", "shop")
         token = done("token", "--secret-file", secret, *grant).strip()
         put(tmp_path / "a", "notes", 1, "x")
@@ -432,6 +432,7 @@ def test_serve_and_token_work_together_as_processes(tmp_path: Path):
         server.terminate()
         server.communicate(timeout=TIMEOUT_S)
     assert server.returncode == Exit.OK
+    assert ready.read_text(encoding="utf-8").strip() == url
     assert done("list", tmp_path / "srv" / "shop.entidb", "notes").count("\n") == 1
 
 

@@ -98,9 +98,17 @@ class Victim:
             and all(0 < version <= response.head for version in taken)
             and len(set(taken)) == len(taken)
         )
-        for transaction, result in zip(request.transactions, response.results, strict=False):
-            if believable and result.verdict <= 1:
+        if not believable:
+            return
+        taken_entities: set[bytes] = set()
+        pairs = zip(request.transactions, response.results, strict=True)
+        for transaction, result in reversed(list(pairs)):
+            entities = {operation.entity_id for operation in transaction.operations}
+            # What a taken one has replaced is done with too, whatever was said of it (R30).
+            if result.verdict <= 1 or entities & taken_entities:
                 self.ledger[transaction.transaction_id] = "taken"
+            if result.verdict <= 1:
+                taken_entities |= entities
 
     def suffer(self, answer: Callable[[SyncRequest], SyncResponse]) -> None:
         """Some cycles with a server that may do anything. Only errors of ours may come out."""

@@ -243,7 +243,7 @@ def test_r21_what_a_device_pushed_itself_does_not_come_back() -> None:
         for commit in response.commits
     ]
     assert pulled == [6]
-    assert a.state.have == []
+    assert a.state.have == [[7, 7]]
     assert_in_step(world, a)
 
 
@@ -358,8 +358,24 @@ def test_r22_only_a_pull_moves_the_cursor() -> None:
     a.put(("notes", 50, "mine"))
     a.sync()
     assert (a.state.cursor, world.server.sequence) == (3, 4)
+    world.put(("notes", 51, "theirs"))
     a.sync()
-    assert a.state.cursor == 4
+    assert (a.state.cursor, a.state.have) == (5, [])
+
+
+def test_r10_a_pull_that_brings_only_own_commits_stores_the_cursor_with_the_next_push() -> None:
+    world = World()
+    a = world.device()
+    a.sync()
+    a.put(("notes", 1, "mine"))
+    a.sync()
+    commits = a.storage.commits
+    a.sync()
+    assert (a.storage.commits, a.state.cursor) == (commits, 0)
+    a.put(("notes", 2, "mine"))
+    a.sync()
+    assert (a.state.cursor, a.state.have) == (1, [[2, 2]])
+    assert_in_step(world, a)
 
 
 # ---------------------------------------------------------------- a hostile server

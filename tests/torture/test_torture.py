@@ -299,6 +299,6 @@ def test_refused_connections_are_reset_and_those_to_nowhere_too(proxy: Proxy) ->
     for weather, upstream in ((Weather(refuse=True), None), (FAIR, None)):
         set_weather(proxy, weather)
         proxy.point_at(upstream)
-        with connect(proxy) as client, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), connect(proxy) as client:
             received(client)
     assert proxy.seen["connections refused"] == 1

@@ -17,10 +17,10 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from entidb import __version__
 from entidb.cli.exits import HINTS, TEXTS, Exit, exit_of
 from entidb.cli.output import one_line
 from entidb.errors import EntiDBError
+from entidb.version import VERSION
 
 #: Command -> module and object; in the order of ``--help``.
 COMMANDS: Final[dict[str, str]] = {
@@ -107,7 +107,7 @@ def _unavailable(name: str, error: ImportError) -> click.Command:
     epilog="DIR is a database directory; with ENTIDB_DIR set, or --dir given, it is left out. "
     "Ids may be shortened while they stay unambiguous. Exit codes: docs/cli.md.",
 )
-@click.version_option(__version__, message="entidb %(version)s")
+@click.version_option(VERSION, message="entidb %(version)s")
 def cli() -> None:
     """EntiDB: an embedded, transactional entity database that synchronises."""
 

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import click
 
-from entidb import __version__
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import facts, plural, say, size_text, time_text
 from entidb.cli.values import print_json
@@ -19,6 +18,7 @@ from entidb.db import inspect
 from entidb.db.records import FORMAT_VERSION
 from entidb.errors import CorruptionError, FormatError
 from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from entidb.version import VERSION
 
 #: Packages whose versions matter when somebody reports a problem.
 _PACKAGES: Final = ("lmdb", "libipld", "msgspec", "httpx2", "click", "rich", "starlette", "uvicorn")
@@ -143,7 +143,7 @@ def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool)
 def version_command(as_json: bool) -> None:
     """Show the versions of EntiDB and what it stands on."""
     document = {
-        "entidb": __version__,
+        "entidb": VERSION,
         "protocol": f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}",
         "format": FORMAT_VERSION,
         "python": platform.python_version(),

@@ -15,7 +15,6 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from entidb import __version__
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import Bar, note, plural, progress, say, time_text
 from entidb.cli.summary import document, lines
@@ -40,6 +39,7 @@ from entidb.sync import (
     SyncStatus,
 )
 from entidb.types import SystemClock
+from entidb.version import VERSION
 
 INTERVAL_S: Final = 30.0
 _PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
@@ -88,7 +88,7 @@ def sync_command(
     """
     path, url = _path_and_url(words, directory)
     settings: dict[str, Any] = {
-        "client": f"entidb-cli/{__version__}",
+        "client": f"entidb-cli/{VERSION}",
         "retry": RetryConfig(attempts_max=attempts),
         "total_timeout_s": timeout,
         "read_timeout_s": min(30.0, timeout),

@@ -43,6 +43,7 @@ from entidb.errors import (
     DatabaseClosedError,
     DatabaseLockedError,
     FormatError,
+    ScopeError,
     StorageError,
     TransactionError,
 )
@@ -415,6 +416,11 @@ class Database:
             info = rows.catalogue.by_name.get(name)
         if (info is None and not local) or (info is not None and info.local == local):
             return
+        if self.role is Role.SERVER and not local:
+            raise ScopeError(
+                f"collection {name!r} is local on this server and devices have pulled past it; "
+                "copy its entities into another collection to share them"
+            )
         from entidb.db.scope import change_local
 
         with self.write("local") as writer:
@@ -434,6 +440,8 @@ class Database:
         collection that would leave has pending changes."""
         from entidb.db.scope import change_scope
 
+        if self.role is Role.SERVER:
+            raise ScopeError("a server has no scope; declare_local() keeps a collection on it")
         wanted = None if collections is None else frozenset(collections)
         for name in sorted(wanted or ()):
             check_name(name)

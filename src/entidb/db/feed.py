@@ -97,9 +97,11 @@ def read_events(
     head = 0 if raw_head is None else decode_head(raw_head).sequence
     events: list[ChangeEvent] = []
     raw_floor = snapshot.get(META_FLOOR)
-    if raw_floor is not None and 0 < after < unpack_u64(raw_floor):
+    floor = 0 if raw_floor is None else unpack_u64(raw_floor)
+    if 0 < after < floor:
         # Deletions in between may be forgotten, so the reader cannot catch up change by change.
-        events += [ChangeEvent(after, "reset", name, "local") for name in sorted(catalogue.by_name)]
+        events += [ChangeEvent(floor, "reset", name, "local") for name in sorted(catalogue.by_name)]
+        after = floor
     keys, more = feed_page(snapshot, after, limit)
     if not keys:
         return events, head, False

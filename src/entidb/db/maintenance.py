@@ -401,7 +401,7 @@ def inspect(database: Database) -> dict[str, Any]:
         "discarded": head.discarded,
         "history": (database.history or state.history or b"").hex() or None,
         "db_id": state.db_id,
-        "cursor": state.cursor,
+        "cursor": state.reached,
         "storage": {
             "kind": storage.kind,
             "path": storage.path,

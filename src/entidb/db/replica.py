@@ -46,6 +46,14 @@ class ReplicaState(Struct, frozen=True):
     foreign: bool = False
     keep_device: bool = False
 
+    @property
+    def reached(self) -> int:
+        """Up to which server commit the device has everything: the cursor, and what follows it
+        without a gap of its own (R21)."""
+        if self.have and self.have[0][0] <= self.cursor + 1:
+            return self.have[0][1]
+        return self.cursor
+
     def base_version_of_absent(self, collection: str) -> int:
         """What the device knows about an entity it has no row of: absent at the cursor, if the
         cursor speaks of the collection at all."""
@@ -69,7 +77,8 @@ class Stage(Struct, frozen=True):
     ``history`` and ``cursor`` are those the stage belongs to (R22), ``floor`` the server's when
     it began (R28). ``first_head`` is the head at its first page: below it every entity comes
     once, so that ``counts`` (live entities per new table) need no look-ups. ``operations`` counts
-    what went into new tables; the others are counted when they are applied. ``time_ms`` is the server's clock with the newest page.
+    what went into new tables; the others are counted when they are applied. ``time_ms`` is the
+    server's clock with the newest page.
     """
 
     history: bytes

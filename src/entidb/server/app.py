@@ -13,8 +13,6 @@ many clients send slowly or stop reading, memory is bounded. What a request mean
 from __future__ import annotations
 
 import asyncio
-import functools
-import importlib.metadata
 import logging
 import threading
 from collections import deque
@@ -51,6 +49,7 @@ from entidb.server.server import SyncServer
 from entidb.server.service import Grant
 from entidb.server.stores import Store
 from entidb.server.wire import HttpResponse
+from entidb.version import VERSION
 
 if TYPE_CHECKING:
     from entidb.server.metrics import Metrics
@@ -346,7 +345,7 @@ class SyncApp:
         """What ``GET /v1/info`` says: nothing secret, and nothing about databases."""
         return {
             "name": "entidb",
-            "version": _version(),
+            "version": VERSION,
             "protocol": {"major": PROTOCOL_MAJOR, "minor": PROTOCOL_MINOR},
             "limits": to_builtins(self.server.limits),
             "encodings": list(self.server.encodings),
@@ -400,14 +399,6 @@ class SyncApp:
 
 def _json(value: object, status: int = 200) -> HttpResponse:
     return HttpResponse(status, {"content-type": wire.JSON_TYPE}, json.encode(value))
-
-
-@functools.cache
-def _version() -> str:
-    try:
-        return importlib.metadata.version("entidb")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"
 
 
 def _make_metrics(app: SyncApp) -> Metrics:

@@ -198,7 +198,7 @@ class DatabaseService:
         if known is None or request.full:
             return None
         mark, head, floor = known
-        if mark != self.database.commit_mark or request.cursor != head:
+        if mark != self.database.commit_mark or _known_up_to(request) != head:
             return None
         self._check_pull(request, grant, head, floor)
         return self._page([], [], head, head, floor, more=False)
@@ -237,7 +237,7 @@ class DatabaseService:
     ) -> tuple[list[PullCommit], list[str], int, bool]:
         wanted = _wanted_collections(view.catalogue, request.collections, grant.collections)
         limit = max(1, min(request.limit, self.limits.pull_operations_max, SCAN_ROWS_MAX))
-        keys, more = feed_page(view.snapshot, request.cursor, limit)
+        keys, more = feed_page(view.snapshot, _known_up_to(request), limit)
         places = [split_feed_key(key) for key in keys]
         have = _Ranges(request.have)
         infos = view.catalogue.by_number
@@ -397,7 +397,8 @@ class DatabaseService:
     def _check_history(self, history: bytes, cursor: int, head: int) -> None:
         if history != self._history:
             raise HistoryChangedError(
-                f"database {self.db_id!r} has another history than this device knows",
+                f"database {self.db_id!r} has another history than this device knows: it "
+                'was restored or made anew. Choose reset(keep="server") or reset(keep="device")',
                 details={"history": self._history},
             )
         if cursor > head:
@@ -677,6 +678,13 @@ class _Ranges:
             return False
         at = bisect_right(self._starts, version) - 1
         return at >= 0 and version <= self._ends[at]
+
+
+def _known_up_to(request: PullRequest) -> int:
+    """Up to where the device has everything: its cursor, and what follows it of its own (R21)."""
+    if request.have and request.have[0][0] == request.cursor + 1:
+        return request.have[0][1]
+    return request.cursor
 
 
 def _wanted_collections(

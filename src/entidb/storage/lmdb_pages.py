@@ -34,6 +34,7 @@ _BRANCH, _LEAF, _OVERFLOW, _META_FLAG = 0x01, 0x02, 0x04, 0x08
 _BIG_DATA: Final = 0x01
 _INTEGER_KEY: Final = 0x08
 _NO_PAGE: Final = 2**64 - 1
+_PAGE_SIZES: Final = frozenset(1 << n for n in range(9, 17))
 #: LMDB's own bound (CURSOR_STACK).
 _DEPTH_MAX: Final = 32
 
@@ -134,9 +135,13 @@ def _read_headers(descriptor: int) -> tuple[Header, Header]:
     if len(raw) < _META_BYTES:
         raise _Bad("the file is shorter than its header")
     (page_bytes,) = struct.unpack_from("=I", raw, _PAGE_SIZE_AT)
+    if page_bytes not in _PAGE_SIZES:
+        raise _Bad(f"the header names a page size of {page_bytes}")
     second = os.pread(descriptor, _META_BYTES, page_bytes)
     if len(second) < _META_BYTES:
         raise _Bad("the file is shorter than its headers")
+    if second[_PAGE_SIZE_AT : _PAGE_SIZE_AT + 4] != raw[_PAGE_SIZE_AT : _PAGE_SIZE_AT + 4]:
+        raise _Bad("the headers name different page sizes")
     return _read_header(raw), _read_header(second)
 
 
@@ -162,30 +167,36 @@ def _header_fault(descriptor: int) -> str | None:
     in_turn = first.transaction % 2 == 0 and second.transaction % 2 == 1
     if not fresh and (not in_turn or abs(first.transaction - second.transaction) != 1):
         return f"its headers are of commits {first.transaction} and {second.transaction}"
-    newer = max(headers, key=lambda header: header.transaction)
-    return _free_list_fault(descriptor, newer)
+    # A commit lists the pages it frees under its own number, and no later one is listed; into a
+    # tree that was not empty every commit frees at least the root it replaces. The pages of both
+    # commits are there: LMDB uses none of the older one's again before its header is replaced.
+    older, newer = sorted(headers, key=lambda header: header.transaction)
+    listed = _last_listed(descriptor, newer)
+    if listed > newer.transaction or (older.main.root != _NO_PAGE and listed != newer.transaction):
+        return f"the list of free pages of commit {newer.transaction} ends with commit {listed}"
+    listed = _last_listed(descriptor, older)
+    if listed > older.transaction:
+        return f"the list of free pages of commit {older.transaction} ends with commit {listed}"
+    return None
 
 
-def _free_list_fault(descriptor: int, header: Header) -> str | None:
-    """Every commit but the first frees the root it replaces and lists it under its own number, so
-    the list's last key is the number of the commit it belongs to."""
+def _last_listed(descriptor: int, header: Header) -> int:
+    """The last key in the list of free pages; 0 if the list is empty."""
     number, page = header.free.root, b""
     for _ in range(_DEPTH_MAX):
         if number == _NO_PAGE:
-            fine = header.transaction <= 1
-            return None if fine else "the list of free pages is missing"
+            return 0
         page = _read_page(descriptor, number, header.page_bytes)
         _, _, flags, lower, _ = _PAGE_HEADER.unpack_from(page, 0)
         at = _last_node(page, lower)
         low, high, node_flags, _ = _NODE.unpack_from(page, at)
-        if flags == _LEAF:
-            if at + 16 > len(page) or _U64.unpack_from(page, at + 8)[0] != header.transaction:
-                return f"the list of free pages is not that of commit {header.transaction}"
-            return None
+        if flags == _LEAF and at + 16 <= len(page):
+            last: int = _U64.unpack_from(page, at + 8)[0]
+            return last
         if flags != _BRANCH:
-            return f"page {number} is neither branch nor leaf"
+            raise _Bad(f"page {number} is no page of the list of free pages")
         number = low | high << 16 | node_flags << 32
-    return "the list of free pages is too deep"
+    raise _Bad("the list of free pages is too deep")
 
 
 def _last_node(page: bytes, lower: int) -> int:
@@ -255,7 +266,8 @@ class _Walk:
         return os.pread(self._descriptor, length, at)
 
     def _free_pages(self, lists: list[tuple[bytes, bytes]]) -> Iterator[str]:
-        free = bytearray(self._header.last_page + 1) if lists else bytearray()
+        last_page = self._header.last_page
+        free = set[int]()
         for key, raw in lists:
             commit = _U64.unpack(key)[0]
             count = _U64.unpack_from(raw, 0)[0]
@@ -263,14 +275,16 @@ class _Walk:
                 yield f"the pages freed by commit {commit} are not a list"
                 continue
             for number in struct.unpack_from(f"={count}Q", raw, 8):
-                if not 2 <= number <= self._header.last_page:
+                if not 2 <= number <= last_page:
                     yield f"page {number}, listed as free, is outside the file"
-                elif free[number]:
+                elif number in free:
                     yield f"page {number} is listed as free twice"
                 elif number < self._pages and self._used[number]:
                     yield f"page {number} is in use and listed as free"
                 else:
-                    free[number] = 1
+                    free.add(number)
+        if last_page not in free and not (last_page < self._pages and self._used[last_page]):
+            yield f"the header's last page, {last_page}, is neither in use nor free"
 
 
 class _TreeWalk:
@@ -304,7 +318,7 @@ class _TreeWalk:
         stored, _, flags, lower, upper = _PAGE_HEADER.unpack_from(page, 0)
         if stored != number:
             raise _Bad(f"page {number} says it is page {stored}")
-        if flags != (_BRANCH if depth < self._tree.depth else _LEAF):
+        if depth > self._tree.depth or flags != (_BRANCH if depth < self._tree.depth else _LEAF):
             raise _Bad(f"page {number} is of the wrong kind for its place in the tree")
         nodes = self._nodes(page, number, lower, upper, branch=flags == _BRANCH)
         if flags == _LEAF:

@@ -176,6 +176,11 @@ class SyncApplier(Protocol):
         pull is needed first."""
         ...
 
+    def confirm(self, cursor: int) -> None:
+        """A pull has reached ``cursor`` and brought nothing but the device's own commits. Not
+        worth a storage commit (R10): the next one that is made anyway takes the cursor along."""
+        ...
+
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         """Apply one page that reaches the head: data, cursor, rebase, feed (R20, R22)."""
         ...
@@ -221,6 +226,7 @@ class DatabaseApplier:
     ) -> None:
         self.database = database
         self._default = resolve_policy(default_policy)
+        self._confirmed = 0
         self._policies = {name: resolve_policy(p) for name, p in (policies or {}).items()}
 
     # ------------------------------------------------------------ reading
@@ -283,6 +289,7 @@ class DatabaseApplier:
         if not self.database.read_head().ready:
             return None
         with self.database.write() as writer:
+            self._take_confirmed(writer)
             return _prepare(writer, limits, [])
 
     def settle(
@@ -306,6 +313,14 @@ class DatabaseApplier:
             return settled
 
     # ------------------------------------------------------------ pull
+
+    def confirm(self, cursor: int) -> None:
+        self._confirmed = cursor
+
+    def _take_confirmed(self, writer: Writer) -> None:
+        state, confirmed = writer.sync_state, self._confirmed
+        if state.cursor < confirmed <= state.reached:
+            _move_cursor(writer, state, confirmed)
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         check_page(request, response)

@@ -295,7 +295,10 @@ class Cycle:
         for _ in range(PAGES_MAX):
             response = yield from self._ask(request, PullResponse)
             if stage is None and not full and not response.has_more:
-                if response.commits or response.cursor != state.cursor:
+                if not response.commits and state.cursor < response.cursor <= state.reached:
+                    # R10: only own commits are new, so nothing needs to be stored now.
+                    self._applier.confirm(response.cursor)
+                elif response.commits or response.cursor != state.cursor:
                     self._check()
                     self._report(self._applier.apply(request, response))
                     self._count(response, done, size)

@@ -268,7 +268,7 @@ class SyncEngine:
             held=head.held,
             conflicts=head.conflicts,
             discarded=head.discarded,
-            cursor=state.cursor,
+            cursor=state.reached,
             db_id=state.db_id,
             history=None if state.history is None else state.history.hex(),
             last_success_ms=self._last_success_ms,

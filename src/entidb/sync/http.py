@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import ipaddress
 import itertools
 import re
@@ -60,6 +59,7 @@ from entidb.protocol import (
 from entidb.sync.config import HttpConfig
 from entidb.sync.transport import BaseTransport, HttpClient, HttpResponse, error_from_response
 from entidb.types import Clock, Entropy, SystemClock, system_entropy
+from entidb.version import VERSION
 
 __all__ = ["HttpClient", "HttpResponse", "HttpTransport", "HttpxClient", "Token"]
 
@@ -148,7 +148,7 @@ class HttpTransport(BaseTransport):
             "Content-Type": CONTENT_TYPE,
             "Accept": CONTENT_TYPE,
             "Accept-Encoding": ", ".join(self._encodings) or "identity",
-            "User-Agent": user_agent(),
+            "User-Agent": f"entidb/{VERSION}",
         }
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(8).hex()
@@ -380,14 +380,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-@functools.cache
-def user_agent() -> str:
-    try:
-        return f"entidb/{importlib.metadata.version('entidb')}"
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "entidb/0"
 
 
 # -- reading an answer ------------------------------------------------------------------------

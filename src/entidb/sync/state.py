@@ -122,7 +122,8 @@ class SyncStats(Struct):
 
 
 class SyncStatus(Struct, frozen=True):
-    """What a person wants to know about a device. ``*_ms`` are wall-clock milliseconds since 1970;
+    """What a person wants to know about a device. ``cursor`` is the server commit up to which it
+    has everything, its own included. ``*_ms`` are wall-clock milliseconds since 1970;
     ``next_retry_s`` is how long until the next attempt, None where none is planned."""
 
     state: SyncState

@@ -101,7 +101,9 @@ def _planted(jobs: int, only: str | None) -> int:
     print(f"{'bug':<34} {'caught':<7} {'by':<20} {'seeds':>5}")
     findings = try_all(jobs=jobs, only=only, tell=_tell_finding)
     missed = [finding for finding in findings if finding.invariant is None]
-    print(f"planted={len(findings)} caught={len(findings) - len(missed)} (within {SEEDS_MAX} seeds)")
+    print(
+        f"planted={len(findings)} caught={len(findings) - len(missed)} (within {SEEDS_MAX} seeds)"
+    )
     return 1 if missed or not findings else 0
 
 

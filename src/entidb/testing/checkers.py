@@ -204,7 +204,7 @@ class ServerWatch:
     def _candidates(
         self, transaction_id: bytes
     ) -> list[tuple[PushRequest, PushTransaction, Sequence[PushTransaction]]]:
-        found = []
+        found: list[tuple[PushRequest, PushTransaction, Sequence[PushTransaction]]] = []
         for request in self.members:
             for index, transaction in enumerate(request.transactions):
                 if transaction.transaction_id == transaction_id:
@@ -312,9 +312,7 @@ class ServerWatch:
             real, "NO-FALSE-CONFLICT", f"nothing came between {transaction.transaction_id.hex()}"
         )
 
-    def _came_between(
-        self, ref: Ref, base_version: int, before: Sequence[PushTransaction]
-    ) -> bool:
+    def _came_between(self, ref: Ref, base_version: int, before: Sequence[PushTransaction]) -> bool:
         version = self.history.latest(ref)[0]
         return version > base_version and not self._wrote(before, version)
 
@@ -348,8 +346,10 @@ class ServerWatch:
                 checks.fail("ORDER", f"a page after {request.cursor} {what} {key}")
         wrong = [key for key, payload in sent.items() if due[key] != payload]
         checks.that(not wrong, "ORDER", f"a page holds other values than the server: {wrong}")
-        ends = response.cursor == history.head if not response.has_more else (
-            request.cursor < response.cursor
+        ends = (
+            response.cursor == history.head
+            if not response.has_more
+            else (request.cursor < response.cursor)
         )
         checks.that(ends, "ORDER", f"a page after {request.cursor} ends at {response.cursor}")
         checks.that(response.head == history.head, "ORDER", "a page names another head")

@@ -122,30 +122,34 @@ def moved(shift_s: float, function: object) -> Iterator[None]:
             random.setstate(state)
 
 
+#: The real ones, however ``moved`` has replaced the names.
+_Datetime = datetime_module.datetime
+_Date = datetime_module.date
+
+
 def _replacements(shift_s: float) -> dict[Any, Any]:
-    real_datetime, real_date = datetime_module.datetime, datetime_module.date
     delta = datetime_module.timedelta(seconds=shift_s)
     real_time, real_monotonic, real_perf = time.time, time.monotonic, time.perf_counter
     real_time_ns, real_monotonic_ns = time.time_ns, time.monotonic_ns
     shift_ns = int(shift_s * 1e9)
 
-    class MovedDatetime(real_datetime):
+    class MovedDatetime(_Datetime):
         @classmethod
         def now(cls, tz: datetime_module.tzinfo | None = None) -> Any:
-            return real_datetime.now(tz) + delta
+            return _Datetime.now(tz) + delta
 
         @classmethod
         def today(cls) -> Any:
-            return real_datetime.today() + delta
+            return _Datetime.today() + delta
 
         @classmethod
         def utcnow(cls) -> Any:
-            return real_datetime.now(datetime_module.UTC).replace(tzinfo=None) + delta
+            return _Datetime.now(datetime_module.UTC).replace(tzinfo=None) + delta
 
-    class MovedDate(real_date):
+    class MovedDate(_Date):
         @classmethod
         def today(cls) -> Any:
-            return (real_datetime.today() + delta).date()
+            return (_Datetime.today() + delta).date()
 
     return {
         real_time: lambda: real_time() + shift_s,
@@ -153,15 +157,15 @@ def _replacements(shift_s: float) -> dict[Any, Any]:
         real_monotonic: lambda: real_monotonic() + shift_s,
         real_monotonic_ns: lambda: real_monotonic_ns() + shift_ns,
         real_perf: lambda: real_perf() + shift_s,
-        real_datetime: MovedDatetime,
-        real_date: MovedDate,
+        _Datetime: MovedDatetime,
+        _Date: MovedDate,
     }
 
 
 def _globals_of(function: object) -> dict[str, Any]:
     if isinstance(function, types.FunctionType):
         return function.__globals__
-    call = getattr(type(function), "__call__", None)
+    call = vars(type(function)).get("__call__")
     return call.__globals__ if isinstance(call, types.FunctionType) else {}
 
 

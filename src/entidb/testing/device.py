@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from entidb import protocol
@@ -16,6 +17,7 @@ from entidb.db.maintenance import verify
 from entidb.errors import (
     AuthenticationError,
     CommitUnknownError,
+    CorruptionError,
     EntiDBError,
     HistoryChangedError,
     PermissionDeniedError,
@@ -338,6 +340,8 @@ class Device:
         self.watch.on_report(self.cycle.result)
         self.flow = self.waiting = self.ahead = None
         self.last, self.last_error = result, error
+        if isinstance(error, CorruptionError):
+            self.world.checks.fail("CONVERGE", f"{self.name} finds its own store damaged: {error}")
         if isinstance(error, HistoryChangedError):
             self.needs_choice = True
         if error is not None:
@@ -417,7 +421,7 @@ class Device:
             if self.rng.random() < 0.3:
                 token = token[:-3]
         for delay, data in world.network.deliveries(self.name, "up", body, world.now):
-            world.after(delay, lambda data=data: self._arrive(exchange, path, token, data))
+            world.after(delay, partial(self._arrive, exchange, path, token, data))
         world.after(TIMEOUT_MS, lambda: self._timeout(exchange))
 
     def _arrive(self, exchange: Exchange, path: str, token: str, data: bytes) -> None:
@@ -426,7 +430,7 @@ class Device:
     def _reply(self, exchange: Exchange, ok: bool, body: bytes) -> None:
         world = self.world
         for delay, data in world.network.deliveries(self.name, "down", body, world.now):
-            world.after(delay, lambda data=data: self._received(exchange, ok, data))
+            world.after(delay, partial(self._received, exchange, ok, data))
 
     def _timeout(self, exchange: Exchange) -> None:
         if exchange.outcome is None:

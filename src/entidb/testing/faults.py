@@ -155,9 +155,9 @@ class Network:
         self._fired = fired
         self._latency = rates["latency_ms"]
 
-    def deliveries(self, device: str, direction: str, data: bytes, now: int) -> list[
-        tuple[int, bytes]
-    ]:
+    def deliveries(
+        self, device: str, direction: str, data: bytes, now: int
+    ) -> list[tuple[int, bytes]]:
         """(delay in ms, bytes) of each arrival of ``data``; none when it is lost."""
         rng = self._rng
         delay = 1 + int(rng.random() * self._latency)

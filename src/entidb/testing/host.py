@@ -89,9 +89,7 @@ class Tenant:
     ) -> None:
         self.watch.on_commit(batch, old, records)
 
-    def _refuse(
-        self, context: ValidateContext, transaction: ValidateTransaction
-    ) -> Refusal | None:
+    def _refuse(self, context: ValidateContext, transaction: ValidateTransaction) -> Refusal | None:
         try:
             refusal = validate(context, transaction)
         except PolicyFailure:
@@ -103,9 +101,7 @@ class Tenant:
 
     def rates(self) -> dict[str, int]:
         knobs = self.world.knobs
-        return {
-            name: getattr(knobs, f"server_{name}", 0) for name in COMMIT_FAULTS
-        }
+        return {name: getattr(knobs, f"server_{name}", 0) for name in COMMIT_FAULTS}
 
     def reopen(self) -> None:
         """After a crash or a storage error: only what is durable is left."""

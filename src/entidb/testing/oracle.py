@@ -37,7 +37,10 @@ class History:
         return len(self.commits) - 1
 
     def append(
-        self, transaction_id: bytes | None, digest: bytes, writes: Sequence[tuple[Ref, bytes | None]]
+        self,
+        transaction_id: bytes | None,
+        digest: bytes,
+        writes: Sequence[tuple[Ref, bytes | None]],
     ) -> int:
         """The next commit; returns its version."""
         version = len(self.commits)

@@ -18,7 +18,7 @@ from unittest import mock
 from msgspec.structs import replace
 
 from entidb.db import Database, Role, maintenance
-from entidb.db.records import READY, EntityRow, accepted_key, end_of
+from entidb.db.records import READY, BaseRow, EntityRow, accepted_key, end_of, unpack_pending
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, ResetRequiredError, StorageFullError
 from entidb.protocol import PushResult, Verdict
@@ -84,9 +84,7 @@ _CALM: Final[dict[str, int]] = {"events": 700, "devices": 3, "keys": 5, "lmdb": 
 _WILD: Final = _CALM | {"lost": 100, "repeated": 100}
 
 
-def _bug(
-    name: str, *expected: str, knobs: Mapping[str, int] = _CALM
-) -> Callable[[Plant], Plant]:
+def _bug(name: str, *expected: str, knobs: Mapping[str, int] = _CALM) -> Callable[[Plant], Plant]:
     def register(plant: Plant) -> Plant:
         BUGS[name] = Bug(name, (plant.__doc__ or "").strip(), plant, expected, knobs)
         return plant
@@ -268,10 +266,12 @@ def _any_answer_clears(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def run(self: Any, batch: Any) -> Any:
+            if not self._state.cursor:
+                return original(self, batch)
             self._response = replace(
                 self._response,
                 results=[
-                    PushResult(Verdict.SUPERSEDED, 1) if r.verdict == Verdict.CONFLICT else r
+                    PushResult(Verdict.ACCEPTED, 1) if r.verdict == Verdict.CONFLICT else r
                     for r in self._response.results
                 ],
             )
@@ -282,17 +282,26 @@ def _any_answer_clears(garden: Garden) -> None:
     garden.replace(applier._Settling, "run", make)
 
 
-@_bug("accepted-below-cursor-moves-base", "PREFIX", knobs=_WILD | {"copy_device": 20})
+@_bug(
+    "accepted-below-cursor-moves-base",
+    "PREFIX",
+    "NO-RESURRECTION",
+    knobs=_WILD | {"copy_device": 20},
+)
 def _accepted_moves_base(garden: Garden) -> None:
     """An old transaction that is accepted again becomes the base, though newer is known."""
 
     def make(original: Any) -> Any:
         def settle(self: Rebase, transaction: Any, version: int, stamp: int, cursor: int) -> None:
-            def base(ref: Any, row: Any) -> Any:
-                return replace(type(self)._base(self, ref, row), version=-1)
-
-            with mock.patch.object(self, "_base", base):
-                original(self, transaction, version, stamp, -1)
+            self.remove(transaction)
+            for op in transaction.operations:
+                ref = (op.collection, op.entity_id)
+                row = self._writer.entity(ref)
+                assert row is not None
+                written = BaseRow(version, self._writer.device_id, stamp, op.payload)
+                self._set_base(ref, row, written)
+                if row.pending == transaction.sequence:
+                    self.show_base(ref)
 
         return settle
 
@@ -315,7 +324,7 @@ def _newer_write_settled(garden: Garden) -> None:
 
 
 def _pretend_newest(transaction: Any) -> Callable[[bytes], tuple[Any, ...]]:
-    real = applier.unpack_pending
+    real = unpack_pending
     return lambda raw: (*real(raw)[:5], transaction.sequence)
 
 
@@ -382,7 +391,7 @@ def _withdrawn_still_shown(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def withdraw(self: Rebase, *rest: Any) -> None:
-            with mock.patch.object(self, "show_top", lambda ref, top: None):
+            with mock.patch.object(self, "show_top", return_value=None):
                 original(self, *rest)
 
         return withdraw
@@ -433,9 +442,8 @@ def _commit_in_two_parts(garden: Garden) -> None:
 
 @_bug(
     "acknowledged-before-durable",
-    "READ-YOUR-WRITES",
     "LOCAL-DURABLE",
-    "UNEXPECTED",
+    "READ-YOUR-WRITES",
     knobs=_CALM | {"disk_full": 100},
 )
 def _acknowledged_early(garden: Garden) -> None:
@@ -457,23 +465,20 @@ def _acknowledged_early(garden: Garden) -> None:
 @_bug(
     "reset-drops-the-outbox",
     "RESET-KEEPS-OUTBOX",
-    "NO-SILENT-LOSS",
     knobs=_CALM | {"restore_server": 20, "events": 2000},
 )
 def _reset_drops_outbox(garden: Garden) -> None:
-    """Choosing a side after a restore throws pending transactions away."""
+    """Publishing the new state throws pending transactions away."""
 
     def make(original: Any) -> Any:
-        def reset(self: DatabaseApplier, keep: str) -> None:
-            with self.database.write() as writer:
-                for key in writer.snapshot.scan_keys(READY, end_of(READY)):
-                    writer.delete(key)
-                    writer.head.ready -= 1
-            original(self, keep)
+        def publish(writer: Writer, *rest: Any) -> None:
+            original(writer, *rest)
+            for key in writer.snapshot.scan_keys(READY, end_of(READY)):
+                writer.delete(key)
 
-        return reset
+        return publish
 
-    garden.replace(DatabaseApplier, "reset", make)
+    garden.replace(applier, "_publish", make)
 
 
 @_bug("random-from-outside", "SAME-SEED")
@@ -603,8 +608,8 @@ def _digest_ignored(garden: Garden) -> None:
     """An id that was accepted with other content is called accepted."""
     garden.replace(
         service,
-        "operations_digest",
-        lambda original: lambda names, operations: bytes(32),
+        "digest_operations",
+        lambda original: lambda heads, operations: bytes(32),
     )
 
 
@@ -639,8 +644,12 @@ def _half_in_a_page(garden: Garden) -> None:
     garden.replace(service, "feed_page", make)
 
 
-@_bug("group-decided-on-old-state", "NO-LOST-UPDATE", "NO-RESURRECTION", knobs=_CALM | {
-    "group_ms": 500, "keys": 2, "devices": 6, "pause_ms": 100})
+@_bug(
+    "group-decided-on-old-state",
+    "NO-LOST-UPDATE",
+    "NO-RESURRECTION",
+    knobs=_CALM | {"group_ms": 500, "keys": 2, "devices": 6, "pause_ms": 100},
+)
 def _group_on_old_state(garden: Garden) -> None:
     """A push does not see the earlier members of its group."""
 
@@ -703,6 +712,31 @@ def _refusal_fails_batch(garden: Garden) -> None:
     garden.replace(service._Deciding, "_refuse", make)
 
 
+@_bug("refusal-spreads", "NO-POISON", knobs=_CALM | {"refuse": 100, "pause_ms": 3000})
+def _refusal_spreads(garden: Garden) -> None:
+    """After a refused transaction the rest of the batch is refused as well."""
+
+    def make_refuse(original: Any) -> Any:
+        def refuse(self: Any, *rest: Any) -> PushResult:
+            self.planted_refusal = True
+            result: PushResult = original(self, *rest)
+            return result
+
+        return refuse
+
+    def make_one(original: Any) -> Any:
+        def one(self: Any, transaction: Any, keys: Any, known: Any, values: Any) -> PushResult:
+            if known is None and getattr(self, "planted_refusal", False):
+                return PushResult(Verdict.REJECTED, code="refused", message="like the one before")
+            result: PushResult = original(self, transaction, keys, known, values)
+            return result
+
+        return one
+
+    garden.replace(service._Deciding, "_refuse", make_refuse)
+    garden.replace(service._Deciding, "_one", make_one)
+
+
 @_bug("error-leaves-traces", "NO-EFFECT", knobs=_CALM | {"purge": 50, "pause_ms": 3000})
 def _error_leaves_traces(garden: Garden) -> None:
     """A pull that is answered with an error has written something."""
@@ -734,8 +768,12 @@ def _history_ignored(garden: Garden) -> None:
     )
 
 
-@_bug("floor-ignored-in-pulls", "NO-RESURRECTION", "PREFIX", knobs=_CALM | {
-    "purge": 50, "pause_ms": 3000, "deletes": 400})
+@_bug(
+    "floor-ignored-in-pulls",
+    "NO-RESURRECTION",
+    "PREFIX",
+    knobs=_CALM | {"purge": 50, "pause_ms": 3000, "deletes": 400},
+)
 def _floor_ignored_in_pulls(garden: Garden) -> None:
     """A device below the floor gets a page instead of a reset."""
 
@@ -749,8 +787,12 @@ def _floor_ignored_in_pulls(garden: Garden) -> None:
     garden.replace(DatabaseService, "_check_pull", make)
 
 
-@_bug("floor-ignored-in-pushes", "NO-RESURRECTION", "NO-LOST-UPDATE", knobs=_WILD | {
-    "purge": 50, "pause_ms": 3000, "deletes": 400, "lost": 300})
+@_bug(
+    "floor-ignored-in-pushes",
+    "NO-RESURRECTION",
+    "NO-LOST-UPDATE",
+    knobs=_WILD | {"purge": 50, "pause_ms": 3000, "deletes": 400, "lost": 300},
+)
 def _floor_ignored_in_pushes(garden: Garden) -> None:
     """A push from below the floor is decided as if tombstones were all there."""
 
@@ -779,8 +821,14 @@ def _reset_without_need(garden: Garden) -> None:
     garden.replace(DatabaseService, "_check_pull", make)
 
 
-@_bug("purge-beyond-the-floor", "ORDER", "NO-RESURRECTION", "PREFIX", "CONVERGE", knobs=_CALM | {
-    "purge": 50, "deletes": 400, "pause_ms": 3000})
+@_bug(
+    "purge-beyond-the-floor",
+    "ORDER",
+    "NO-RESURRECTION",
+    "PREFIX",
+    "CONVERGE",
+    knobs=_CALM | {"purge": 50, "deletes": 400, "pause_ms": 3000},
+)
 def _purge_beyond_floor(garden: Garden) -> None:
     """Purging forgets tombstones above the floor it announces."""
 

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import urlsplit
 
-import entidb
 from entidb.db import Database, DiscardedTransaction, Role, dump
 from entidb.db.outbox import read_discarded
 from entidb.errors import EntiDBError
@@ -122,7 +121,7 @@ class Process:
     def start(self) -> None:
         self._starts += 1
         settings = self._settings | {"seed": f"{self._settings['seed']} {self._starts}"}
-        package = str(Path(entidb.__file__).parents[1])
+        package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with open(self.ledger, "ab") as ledger, open(self.log, "ab") as log:
             self._process = subprocess.Popen(

@@ -21,6 +21,7 @@ _CHUNK_BYTES: Final = 4096
 #: Seconds. Closing a socket with this option set to zero sends RST instead of FIN.
 _RESET_AT_ONCE: Final = struct.pack("ii", 1, 0)
 _START_SECONDS: Final = 30.0
+_STOP_ROUNDS: Final = 5
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Link:
         self._left = 0
         self._changed = asyncio.Event()
         self._server: asyncio.Server | None = None
+        #: The loop itself refers to tasks weakly, and would let go of one that waits long.
+        self._serving: set[asyncio.Task[None] | None] = set()
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -68,6 +71,8 @@ class Link:
         self._changed = asyncio.Event()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._serving.add(task)
         try:
             await self._connect(reader, writer)
         except (OSError, asyncio.CancelledError):
@@ -76,6 +81,7 @@ class Link:
             _reset(writer)
         finally:
             writer.close()
+            self._serving.discard(task)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._weather.refuse:
@@ -199,10 +205,11 @@ class Proxy:
         for link in self._links:
             await link.stop()
         mine = asyncio.current_task()
-        others = [task for task in asyncio.all_tasks() if task is not mine]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        for _ in range(_STOP_ROUNDS):  # one accepted a moment ago has no task yet
+            others = [task for task in asyncio.all_tasks() if task is not mine]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from entidb import cbor
-from entidb.db import Database, Snapshot
+from entidb.db import Database, Role, Snapshot
 from entidb.db.records import decode_entity
 from entidb.db.writer import Writer
 
@@ -109,6 +109,8 @@ def parts_stored(database: Database) -> Iterator[str]:
     """As ``parts_seen``, on a server or on a device in step with it, by versions: everything a
     transaction wrote has its version or was written again later. Not what it deleted: that is
     dropped as done if the server has deleted it first (R24)."""
+    # A device does not keep the deletion of what it never had.
+    missing = "has never been written" if database.role is Role.SERVER else None
     with database.view() as view:
         infos = view.catalogue.by_name
         if SUMS not in infos:
@@ -117,15 +119,17 @@ def parts_stored(database: Database) -> Iterator[str]:
             version = _version(view, SUMS, entity_id)
             for place in set(entry["before"]).difference(entry["deleted"]):
                 name, _, raw = place.partition("/")
-                fault = _fault(view, name, uuid.UUID(raw), version, entry["tag"])
+                fault = _fault(view, name, uuid.UUID(raw), version, entry["tag"], missing)
                 if fault is not None:
                     yield f"transaction {entry['tag']} (version {version}): {place} {fault}"
 
 
-def _fault(view: Writer, name: str, entity_id: uuid.UUID, version: int, tag: str) -> str | None:
+def _fault(
+    view: Writer, name: str, entity_id: uuid.UUID, version: int, tag: str, missing: str | None
+) -> str | None:
     raw = view.snapshot.get(view.catalogue.by_name[name].prefix + entity_id.bytes)
     if raw is None:
-        return "has never been written"
+        return missing
     row = decode_entity(raw)
     if row.version < version:
         return f"is still at version {row.version}"

@@ -78,7 +78,7 @@ class DeviceCommit:
                     self.entities.append((info, key[5:]))
             elif kind == _B:
                 self.bases.append(split_numbered_key(key))
-            elif kind == _O or kind == _H:
+            elif kind in (_O, _H):
                 pair = self.outbox.setdefault(sequence_of(key), [None, None])
                 was = old[key]
                 if was is not None:
@@ -173,7 +173,7 @@ class DeviceWatch:
         conflicts: dict[Ref, None] = {}
         for key in sorted(records):
             kind = key[0]
-            if kind == _O or kind == _H:
+            if kind in (_O, _H):
                 pending = decode_pending(key, records[key])
                 outbox[pending.transaction_id] = pending.sequence
             elif kind == _D:
@@ -185,9 +185,7 @@ class DeviceWatch:
 
     # ------------------------------------------------------------ commits
 
-    def on_commit(
-        self, batch: Batch, old: Mapping[bytes, bytes | None], records: Records
-    ) -> None:
+    def on_commit(self, batch: Batch, old: Mapping[bytes, bytes | None], records: Records) -> None:
         switched = self._take_catalogue(records) if META_CATALOGUE in batch else []
         commit = DeviceCommit(batch, old, records, self._prefixes)
         was_foreign = self._foreign
@@ -237,9 +235,7 @@ class DeviceWatch:
             return ()
         after = 0 if history is not self.history else cursor
         moved = [
-            ref
-            for commit in self.history.commits[after + 1 : self.cursor + 1]
-            for ref in commit
+            ref for commit in self.history.commits[after + 1 : self.cursor + 1] for ref in commit
         ]
         for first, last in self.have:
             if not any(a <= first and last <= b for a, b in have):
@@ -251,6 +247,14 @@ class DeviceWatch:
         self.history = self.histories.get(state.history)
         self.cursor, self.have, self._full = state.cursor, state.have, state.full
 
+    def covers(self, head: int) -> bool:
+        """Whether everything up to ``head`` is here: below the cursor, or the device's own."""
+        reached = self.cursor
+        for first, last in self.have:
+            if first <= reached + 1:
+                reached = max(reached, last)
+        return reached >= head
+
     # ------------------------------------------------------------ PREFIX, NO-RESURRECTION
 
     def _check_prefix(
@@ -258,7 +262,9 @@ class DeviceWatch:
     ) -> None:
         by_name, by_number = self._catalogue.by_name, self._catalogue.by_number
         records, scope = commit.records, self._catalogue.scope
-        refs: dict[Ref, None] = {(info.name, entity_id): None for info, entity_id in commit.entities}
+        refs: dict[Ref, None] = {
+            (info.name, entity_id): None for info, entity_id in commit.entities
+        }
         for number, entity_id in commit.bases:
             refs[by_number[number].name, entity_id] = None
         refs.update(dict.fromkeys(moved))
@@ -300,6 +306,8 @@ class DeviceWatch:
 
     def _compare_base(self, records: Records, info: CollectionInfo | None, ref: Ref) -> None:
         version, payload = self._expected(ref)
+        if payload is None and version:
+            self.checks.passed("NO-RESURRECTION")
         if info is None:
             if payload is not None:
                 self._differs(ref, "nothing", (version, payload))
@@ -423,8 +431,7 @@ class DeviceWatch:
                 if op.entity_id != entity_id or op.collection != info.number:
                     continue
                 stays = now is not None and any(
-                    o.entity_id == entity_id and o.collection == info.number
-                    for o in now.operations
+                    o.entity_id == entity_id and o.collection == info.number for o in now.operations
                 )
                 if op.payload == base and not stays:
                     return True
@@ -525,23 +532,22 @@ class DeviceWatch:
     ) -> None:
         """``commit`` returned: the writes are durable, whole, and in the view."""
         by_name = self._catalogue.by_name
-        synced = False
-        for (name, entity_id), payload in writes.items():
-            info = by_name.get(name)
-            raw = None if info is None else records.get(info.prefix + entity_id)
-            self.checks.that(
-                (None if raw is None else payload_of(raw)) == payload,
-                "READ-YOUR-WRITES",
-                f"{self.name} does not read what it has just written to {name}/{entity_id.hex()}",
-            )
-            synced |= info is not None and info.synced
-        if synced:
+        infos = {name: by_name.get(name) for name, _ in writes}
+        if any(info is None or info.synced for info in infos.values()):
             self.checks.that(
                 transaction_id in self.outbox,
                 "LOCAL-DURABLE",
                 f"{self.name} acknowledged {transaction_id.hex()}, which is not durable",
             )
             self._check_row(records, transaction_id, writes)
+        for (name, entity_id), payload in writes.items():
+            info = infos[name]
+            raw = None if info is None else records.get(info.prefix + entity_id)
+            self.checks.that(
+                (None if raw is None else payload_of(raw)) == payload,
+                "READ-YOUR-WRITES",
+                f"{self.name} does not read what it has just written to {name}/{entity_id.hex()}",
+            )
 
     def _check_row(
         self, records: Records, transaction_id: bytes, writes: Mapping[Ref, bytes | None]

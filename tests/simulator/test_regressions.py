@@ -1,0 +1,50 @@
+"""Seeds that once failed, each under the name of what was wrong.
+
+A seed is the same run only as long as knobs and workload are drawn the same way; the settings that
+were needed stand beside it, so that it keeps its meaning when they change.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from entidb.testing.simulator import Options, simulate
+
+#: name -> (seed, knobs)
+FOUND = {
+    # Two copies of a device: one pushed a transaction with merged content. When the other was told
+    # "superseded", withdrawing what was built on it through one entity left the next entity of
+    # the same transaction without pending work, and asking the policy about it found no chain.
+    "a superseded transaction on several entities settles in one go": (
+        912,
+        {"copy_device": 20, "policy_pairs": 8, "push_operations_max": 1},
+    ),
+    # The same story with everything pushed in one batch, so that later transactions of the batch
+    # are refused because they were built on the superseded one.
+    "what was built on a superseded transaction is refused and asked about": (
+        649,
+        {"copy_device": 20, "policy_pairs": 9, "keys": 5},
+    ),
+    # A cycle that ended because the disk was full had asked policies whose answers were dropped;
+    # the next commit must not be taken for theirs.
+    "answers of a commit that failed are not reported": (49, {"disk_full": 50, "map_full": 50}),
+    # Everything is being pulled anew while local commits go on: what is written then counts as
+    # unknown to the server until the new state is published.
+    "local commits during a reset keep their place": (
+        279,
+        {"restore_server": 10, "purge": 20, "local_in_cycle": 300},
+    ),
+    # Reset with keep="device", with the disk full in the middle and the scope changing.
+    "a reset that keeps the device's side survives full disks": (
+        682,
+        {"restore_server": 10, "restore_twice": 300, "disk_full": 20, "scope": 10},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FOUND))
+def test_a_run_that_failed_once_holds(name: str):
+    seed, knobs = FOUND[name]
+    for settings in ({}, knobs):
+        run = simulate(seed, Options(settings))
+        assert run.invariant is None, f"{run.invariant}: {run.message}"

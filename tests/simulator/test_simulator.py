@@ -1,0 +1,106 @@
+"""The simulator on the code as it is: many seeds, the same trace anywhere, and its command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entidb.errors import ConfigError
+from entidb.testing import knobs as knob
+from entidb.testing.__main__ import main
+from entidb.testing.batch import run_seeds, shrink
+from entidb.testing.checkers import INVARIANTS
+from entidb.testing.planted import BUGS, planted
+from entidb.testing.simulator import Options, simulate
+
+SEEDS = int(os.environ.get("ENTIDB_SIMULATOR_SEEDS", "1000"))
+JOBS = min(2, os.cpu_count() or 1)
+CALM = {"events": 150, "devices": 2, "keys": 5, "lmdb": 0}
+
+
+@pytest.mark.slow
+def test_no_invariant_fails_and_every_fault_fires():
+    summary = run_seeds(range(SEEDS), jobs=JOBS)
+    failed = [f"seed {run.seed} {run.invariant}: {run.message}" for run in summary.failures]
+    assert not failed
+    assert summary.seeds == SEEDS
+    assert not (summary.never_fired() if SEEDS >= 1000 else [])
+
+
+def test_every_invariant_is_checked_by_ordinary_runs():
+    summary = run_seeds(range(60))
+    unchecked = [name for name in INVARIANTS if not summary.checks[name]]
+    # SAME-SEED compares whole runs, below.
+    assert unchecked == ["SAME-SEED"]
+
+
+@pytest.mark.parametrize("seed", [3, 17, 42])
+def test_one_seed_gives_one_trace_in_another_process_with_another_hash_seed(seed: int):
+    script = (
+        "from entidb.testing.simulator import simulate\n"
+        f"run = simulate({seed})\n"
+        "print(run.digest, run.events)"
+    )
+    here = simulate(seed)
+    source = Path(__file__).parents[2] / "src"
+    for hash_seed in ("1", "4711"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(source)}
+        there = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert there.stdout.split() == [here.digest, str(here.events)]
+
+
+def test_a_run_on_lmdb_holds_the_same_invariants():
+    run = simulate(5, Options(CALM | {"lmdb": 1, "crash_after": 20, "commit_unknown": 20}))
+    assert run.invariant is None, run.message
+    assert run.faults["lmdb"]
+
+
+def test_knobs_can_be_fixed_and_unknown_ones_are_refused():
+    settings = knob.parse(["devices=5", "lost=0"])
+    assert settings == {"devices": 5, "lost": 0}
+    assert simulate(1, Options(settings | CALM | {"devices": 5})).knobs.devices == 5
+    with pytest.raises(ConfigError):
+        knob.parse(["devices"])
+    with pytest.raises(ConfigError):
+        knob.override(knob.Knobs(), {"no_such_knob": 1})
+
+
+def test_a_failing_run_is_made_smaller_and_still_fails_the_same():
+    with planted(BUGS["withdrawn-not-listed"]):
+        before = next(run for run in map(simulate, range(20)) if run.invariant == "NO-SILENT-LOSS")
+        small = shrink(before.seed, {})
+    assert small is not None
+    settings, run = small
+    assert run.invariant == "NO-SILENT-LOSS"
+    assert run.events < before.events
+    assert run.knobs == knob.override(before.knobs, settings)
+
+
+def test_the_command_prints_one_summary_line_and_fails_with_the_seed(capsys):
+    knobs = [part for name, value in CALM.items() for part in ("--knob", f"{name}={value}")]
+    assert main(["--seeds", "0:3", *knobs]) == 0
+    assert "seeds=3 events=" in capsys.readouterr().out
+    with planted(BUGS["base-version-ignored"]):
+        assert main(["--seeds", "0:6", *knobs]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED seed=" in printed
+    assert "replay: python -m entidb.testing --seed" in printed
+
+
+def test_a_replay_tells_its_story_and_its_trace(capsys):
+    knobs = [part for name, value in CALM.items() for part in ("--knob", f"{name}={value}")]
+    assert main(["--seed", "2", "--trace", *knobs]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("seed 2\n")
+    assert " commit d" in printed
+    assert "the faults stop" in printed
