@@ -43,6 +43,22 @@ _WORLD_FAULTS: Final = (
     "restore_device",
     "copy_device",
 )
+#: Faults that turn a run: part of its story, where the others are part of the trace only.
+_TOLD: Final = frozenset(
+    (
+        "partition",
+        "partition_one_way",
+        "clock_jump",
+        "scope",
+        "local_collection",
+        "crash_before",
+        "crash_after",
+        "commit_unknown",
+        "server_crash_before",
+        "server_crash_after",
+        "server_commit_unknown",
+    )
+)
 EPOCH_MS = 1_750_000_000_000
 DEVICES_MAX = 10
 #: Rounds of the quiet phase: in each every device syncs once and every person decides once.
@@ -180,6 +196,8 @@ class World:
     def fired(self, fault: str) -> None:
         self.faults[fault] += 1
         self.trace("fault", fault)
+        if fault in _TOLD:
+            self.tell(fault.replace("_", " "))
 
     def tell(self, line: str) -> None:
         if len(self.story) < STORY_LINES_MAX:
