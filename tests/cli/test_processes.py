@@ -209,3 +209,19 @@ def test_a_signal_ends_an_import_with_what_was_committed(
     assert running.returncode == code
     assert b"Traceback" not in said
     assert process("verify", tmp_path / "a").returncode == Exit.OK
+
+
+def test_verify_names_a_damaged_page_before_anything_maps_it(tmp_path: Path) -> None:
+    with Database.open(tmp_path / "shop") as database:
+        database.collection("notes").put_many({database.new_id(): "x" * 200 for _ in range(2000)})
+    data = tmp_path / "shop" / "data.mdb"
+    raw = bytearray(data.read_bytes())
+    for page in range(2 * 4096, len(raw), 4096):
+        if raw[page + 10] & 2:
+            # The first node of a leaf claims two gigabytes: reading it would leave the map.
+            node = page + int.from_bytes(raw[page + 16 : page + 18], "little")
+            raw[node + 3] |= 0x80
+    data.write_bytes(raw)
+    found = process("verify", tmp_path / "shop", "--json")
+    assert found.returncode == Exit.FAULTS
+    assert "page" in json.loads(found.stdout)["faults"][0]

@@ -18,6 +18,7 @@ from entidb.db import inspect
 from entidb.db.records import FORMAT_VERSION
 from entidb.errors import CorruptionError, FormatError
 from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from entidb.storage import LmdbStorage
 from entidb.version import VERSION
 
 #: Packages whose versions matter when somebody reports a problem.
@@ -55,6 +56,10 @@ def verify_command(words: tuple[str, ...], directory: str | None, as_json: bool)
 def _faults(path: str) -> list[str]:
     """A database that is too damaged to be opened is at fault too; one that is none is not."""
     try:
+        # Its pages first, without mapping them: a damaged one could end this process.
+        faults = LmdbStorage.closed_faults(path)
+        if faults:
+            return faults
         with opened(path) as database:
             return database.verify()
     except CorruptionError as error:

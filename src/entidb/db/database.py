@@ -354,6 +354,8 @@ class Database:
         changes = writer.finish()
         if not changes:
             return
+        # A map that has to grow waits for open snapshots, so this one must not be among them.
+        writer.snapshot.close()
         # R17: whatever the commit does, nothing is answered from memory until it has worked.
         self._head_cache = None
         self.commit_mark += 1

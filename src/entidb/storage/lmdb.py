@@ -44,7 +44,7 @@ from entidb.errors import (
 )
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 from entidb.storage.lmdb_file import check_data_file
-from entidb.storage.lmdb_pages import check_headers, page_faults, read_header
+from entidb.storage.lmdb_pages import check_headers, closed_file_faults, page_faults, read_header
 
 #: Virtual and sparse: a large map costs nothing until it is filled.
 MAP_BYTES_DEFAULT: Final = 64 * 2**30
@@ -341,6 +341,28 @@ class LmdbStorage:
         self._begin: Callable[[], Any] = self._refuse_begin
         self._open_environment()
         _STORES.add(self)
+
+    @staticmethod
+    def closed_faults(path: str | os.PathLike[str]) -> list[str]:
+        """What is wrong with the pages of the store in ``path``, found without mapping it: a
+        damaged page can end the process that reads it through LMDB. Empty when all is well, or
+        when there is no store.
+
+        Raises ``DatabaseLockedError`` if it is open, here or in another process, ``FormatError``
+        if the file is not a store at all."""
+        where = os.path.abspath(os.fspath(path))
+        data = os.path.join(where, _DATA)
+        if not os.path.exists(data):
+            return []
+        try:
+            lock = _DirectoryLock(where)
+        except OSError as error:
+            raise _storage_error(error, f"checking {where}") from error
+        try:
+            check_data_file(data)
+            return closed_file_faults(data)
+        finally:
+            lock.release()
 
     @classmethod
     def open(

@@ -215,6 +215,11 @@ class Device:
         snapshot.close()
         self.world.checks.that(same, "WHOLE", f"a snapshot of {self.name} changed under its reader")
 
+    def close_reader(self) -> None:
+        if self.reader is not None:
+            self.reader[0].close()
+            self.reader = None
+
     def _content(self, snapshot: Any) -> list[tuple[bytes, bytes]]:
         return list(snapshot.collection(GROUP_COLLECTION).payloads())
 

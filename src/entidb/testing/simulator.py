@@ -59,6 +59,7 @@ _TOLD: Final = frozenset(
         "server_commit_unknown",
     )
 )
+_MAP_BYTES: Final = 1 << 16
 EPOCH_MS = 1_750_000_000_000
 DEVICES_MAX = 10
 #: Rounds of the quiet phase: in each every device syncs once and every person decides once.
@@ -219,7 +220,7 @@ class World:
         assert isinstance(store.inner, LmdbStorage)
         path = store.inner.path
         store.inner.close()
-        inner = LmdbStorage.open(path)
+        inner = self._open_lmdb(path)
         self.checks.that(
             read_records(inner) == dict(store.records),
             "LOCAL-DURABLE" if isinstance(owner, Device) else "SERVER-DURABLE",
@@ -233,9 +234,14 @@ class World:
         if self._directory is None:
             self._directory = tempfile.mkdtemp(prefix="entidb-simulator-")
             self.fired("lmdb")
-        inner = LmdbStorage.open(f"{self._directory}/{next(self._stores)}", map_bytes=1 << 20)
-        self._on_disk.append(inner)
-        return inner
+        return self._open_lmdb(f"{self._directory}/{next(self._stores)}")
+
+    def _open_lmdb(self, path: str) -> LmdbStorage:
+        """With a map that soon has to grow. Nobody else closes snapshots meanwhile, so waiting
+        for them is of no use: a reader that stays makes the commit fail as "full" instead."""
+        made = LmdbStorage.open(path, map_bytes=_MAP_BYTES, drain_seconds=0.0)
+        self._on_disk.append(made)
+        return made
 
     def _faulty(self, owner: Owner, inner: Storage) -> FaultyStorage:
         def observe(
@@ -387,6 +393,7 @@ class World:
             tenant.storage.armed = False
         for device in self.devices:
             device.storage.armed = False
+            device.close_reader()
             device.token = self.host.token(device.tenant)
         self._drain()
 
