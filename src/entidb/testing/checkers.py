@@ -114,6 +114,8 @@ class ServerWatch:
         self.history = history
         self.members: list[PushRequest] = []
         self.program: list[tuple[Ref, bytes | None]] | None = None
+        #: The head before the group that is being decided.
+        self.head_before = 0
         #: The hook is a user's: it may refuse what it likes.
         self.any_refusal = False
         self._catalogue: tuple[bytes | None, Catalogue] = (None, empty_catalogue())
@@ -218,7 +220,9 @@ class ServerWatch:
         for op in transaction.operations:
             ref = (names[op.collection], op.entity_id)
             version, payload = self.history.latest(ref)
-            if version > op.base_version and not self._wrote(before, version):
+            # A tombstone at or below the floor may be gone; a device above it has seen so (R28).
+            gone = payload is None and version <= self.history.floor <= request.cursor
+            if version > op.base_version and not gone and not self._wrote(before, version):
                 kind = "NO-RESURRECTION" if payload is None else "NO-LOST-UPDATE"
                 return kind, (
                     f"{ref[0]}/{ref[1].hex()} is at version {version}, and was replaced by a "
@@ -280,8 +284,10 @@ class ServerWatch:
                 # What follows was built on this one's content, which is not what the server has.
                 refused.update(dict.fromkeys(refs))
                 continue
+            # A later member of the same group may be a copy that was made on something newer.
+            unknown = known is None or known[0] <= self.history.floor or known[0] > self.head_before
             self.checks.that(
-                known is None or known[0] <= self.history.floor,
+                unknown,
                 "EXACTLY-ONCE",
                 f"{name} was accepted as {known} before, and decided again",
             )

@@ -179,6 +179,7 @@ class Tenant:
         """Decide pushes as group commit does (R16)."""
         world = self.world
         self.watch.members = [request for request, _, _ in members]
+        self.watch.head_before = self.watch.history.head
         if len(members) > 1:
             world.fired("group")
         commits = self.storage.commits

@@ -120,7 +120,8 @@ class Process:
 
     def start(self) -> None:
         self._starts += 1
-        settings = self._settings | {"seed": f"{self._settings['seed']} {self._starts}"}
+        seed = f"{self._settings['seed']} {self._starts}"
+        settings = self._settings | {"seed": seed, "parent": os.getpid()}
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with open(self.ledger, "ab") as ledger, open(self.log, "ab") as log:

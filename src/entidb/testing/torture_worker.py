@@ -35,10 +35,12 @@ _POLICIES: Final = {
 }
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """Even a stopped process is killed when its parent goes, where the system can do that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)  # it went before the system was asked
 
 
 # ---------------------------------------------------------------- server
@@ -188,7 +190,7 @@ def _guarded(work: Any) -> None:
 
 
 def main(role: str, settings: dict[str, Any]) -> None:
-    end_with_parent()
+    end_with_parent(settings["parent"])
     if role == "server":
         run_server(settings)
         return

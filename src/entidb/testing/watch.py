@@ -337,7 +337,9 @@ class DeviceWatch:
         limit = max(self.cursor, max((last for _, last in self.have), default=0))
         # While everything is being pulled anew, what is written counts as unknown to the server;
         # publishing puts that right (R28).
-        unknown = self._full and stored == 0
+        # A tombstone at or below the floor may be gone, and then nobody can know of it.
+        purged = self.history is not None and version <= self.history.floor
+        unknown = stored == 0 and (self._full or purged)
         if flags & DIRTY and not (version <= stored <= limit or unknown):
             self._differs(ref, (stored, base), (version, payload))
 
