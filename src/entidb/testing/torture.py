@@ -41,7 +41,7 @@ from entidb.db.outbox import read_discarded
 from entidb.errors import EntiDBError
 from entidb.storage.lmdb_pages import closed_file_faults
 from entidb.testing.torture_proxy import FAIR, Proxy, Weather
-from entidb.testing.torture_worker import DB_ID
+from entidb.testing.torture_worker import DB_ID, end_with_parent
 from entidb.testing.torture_workload import SUMS, parts_seen, parts_stored
 
 CLIENTS_MIN: Final = 4
@@ -129,7 +129,7 @@ class Process:
                 [sys.executable, "-m", "entidb.testing.torture_worker", self._role,
                  json.dumps(settings)],
                 stdin=subprocess.PIPE, stdout=ledger, stderr=log,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path}, preexec_fn=end_with_parent,
             )  # fmt: skip
 
     def kill(self) -> None:

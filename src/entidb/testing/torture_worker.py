@@ -35,12 +35,14 @@ _POLICIES: Final = {
 }
 
 
-def end_with_parent(parent: int) -> None:
-    """Even a stopped process is killed when its parent goes, where the system can do that."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)  # it went before the system was asked
+_LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def end_with_parent() -> None:
+    """Even a stopped process is killed when its parent goes, where the system can do that. Called
+    between fork and exec: a worker can be stopped before it has run a line of its own."""
+    if _LIBC is not None:
+        _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- server
@@ -190,7 +192,8 @@ def _guarded(work: Any) -> None:
 
 
 def main(role: str, settings: dict[str, Any]) -> None:
-    end_with_parent(settings["parent"])
+    if os.getppid() != settings["parent"]:
+        os._exit(0)  # it went before the system was asked
     if role == "server":
         run_server(settings)
         return
