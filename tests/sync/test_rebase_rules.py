@@ -338,6 +338,25 @@ def held(policy: Any = "manual") -> tuple[World, Device]:
     return world, a
 
 
+def test_r25_a_newest_operation_that_loses_in_a_merged_chain_is_kept_in_discarded() -> None:
+    def policy(conflict: Conflict) -> ConflictResolution:
+        # Merges, but lets the server keep what only the newest operation changed.
+        if conflict.local == {"n": 2} and conflict.base == {"n": 1}:
+            return THEIRS
+        return ConflictResolution.merge({"n": conflict.local["n"] + conflict.remote["n"]})
+
+    world, a = start(policy)
+    a.put(("notes", 1, {"n": 1}))
+    a.put(("notes", 1, {"n": 2}), ("notes", 2, {"n": 9}))
+    world.put(("notes", 1, {"n": 10}))
+    result = a.sync()
+    assert [w.code for w in result.withdrawn] == ["conflict"]
+    assert a.values() == {1: {"n": 11}, 2: {"n": 0}, 3: {"n": 0}}
+    (lost,) = a.engine.discarded()
+    assert [value for _, _, value in lost.values()] == [{"n": 2}, {"n": 9}]
+    assert_in_step(world, a)
+
+
 def test_r25_what_is_held_stays_in_the_view_and_the_rest_goes_on() -> None:
     world, a = held()
     status = a.engine.status()

@@ -212,7 +212,12 @@ class Rebase:
             message = f"the policy of {conflict.collection!r} took the server's side"
             self._withdraw_lost(chain, conflict, message)
         elif merged is not None:
-            self._store_merged(ref, chain, remote, merged.payloads)
+            if merged.newest_lost:
+                # The merge of what came before stands; what was written last is kept in
+                # ``discarded`` (R4), because no later operation of this device took its place.
+                message = f"merging {conflict.collection!r} took the server's side at the end"
+                self._withdraw_lost([chain.pop()], conflict, message)
+            self._store_merged(ref, chain, remote, merged.payloads[: len(chain)])
 
     def _merge_in_turn(
         self,
@@ -228,6 +233,7 @@ class Rebase:
             return Merged([first.payload])
         below, onto = ancestor, remote
         payloads: list[bytes | None] = []
+        newest_lost = False
         for step in chain:
             if below.payload == onto.payload:
                 payloads.append(step.op.payload)
@@ -236,12 +242,13 @@ class Rebase:
                 answer = ask(policy, conflict)
                 if answer.action is Action.SKIP:
                     return Merged([], skipped=True)
+                newest_lost = step is chain[-1] and answer.action is Action.ACCEPT_REMOTE
                 payloads.append(_answered(answer, step.op.payload, onto.payload))
             timestamp = self._clamp(step.transaction.timestamp)
             device = self._writer.device_id
             below = BaseRow(remote.version, device, timestamp, step.op.payload)
             onto = BaseRow(remote.version, device, timestamp, payloads[-1])
-        return Merged(payloads)
+        return Merged(payloads, newest_lost=newest_lost)
 
     def _conflict(
         self,
@@ -642,10 +649,12 @@ class Rebase:
 
 
 class Merged(Struct):
-    """Outcome of merging a chain: a payload for each operation, unless skipped."""
+    """Outcome of merging a chain: a payload for each operation, unless skipped. ``newest_lost``
+    says that the last answer took the server's side."""
 
     payloads: list[bytes | None]
     skipped: bool = False
+    newest_lost: bool = False
 
 
 _GONE = PendingTransaction(0, NO_DEVICE, 0, [])
