@@ -10,6 +10,7 @@ import pytest
 from entidb.errors import ScopeError, SyncStateError, TransportError
 from entidb.protocol import PullRequest, PushRequest, SyncRequest
 from entidb.server.service import Grant
+from entidb.sync import BatchLimits
 from tests.support import Device, World, assert_in_step, assert_sound, lose, uid
 
 
@@ -359,4 +360,21 @@ def test_r31_writing_what_the_token_does_not_grant_is_withdrawn() -> None:
     assert [gone.code for gone in a.engine.discarded()] == ["forbidden"]
     assert world.values() == {2: "x"}
     assert world.server.collections() == ["notes"]
+    assert_in_step(world, a)
+
+
+def test_r31_a_scope_widened_between_a_pull_and_the_push_after_it_is_still_pulled() -> None:
+    world = World()
+    world.put(("other", 9, "theirs"))
+    a = world.device(collections=("notes",))
+    a.sync()
+    a.put(("notes", 1, "mine"))
+    a.sync()
+    a.sync()  # the pull confirms the device's own commit, and nothing is stored yet (R10)
+    a.db.set_scope(["notes", "other"])
+    a.put(("notes", 2, "mine"))
+    assert a.engine.applier.prepare(BatchLimits()) is not None
+    assert a.state.uncovered == ["other"]
+    a.sync()
+    assert a.values("other") == {9: "theirs"}
     assert_in_step(world, a)

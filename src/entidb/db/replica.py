@@ -34,7 +34,6 @@ class ReplicaState(Struct, frozen=True):
     ``uncovered`` names collections in scope that the cursor does not speak of yet (R31).
     ``foreign`` says the entities' versions belong to another history (R29), so that only bytes
     can be compared; ``keep_device`` that newer entities of this device are committed again.
-    ``last_success_ms`` is the wall clock of the last cycle that changed something.
     """
 
     db_id: str | None = None

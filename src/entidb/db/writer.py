@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.records import (
-    DIRTY,
     FEED,
     HELD,
     META_CATALOGUE,
@@ -230,13 +229,9 @@ def live_delta(old: bytes | None, payload: bytes | None) -> int:
     return (payload is not None) - was
 
 
-def is_dirty(raw: bytes) -> bool:
-    return bool(raw[0] & DIRTY)
-
-
 def feed_bounds(after: int) -> tuple[bytes, bytes]:
     """Start and stop of a feed scan behind ``after``."""
     return sequence_key(FEED, after + 1), bytes([FEED[0] + 1])
 
 
-__all__ = ["Ref", "Writer", "feed_bounds", "is_dirty", "live_delta"]
+__all__ = ["Ref", "Writer", "feed_bounds", "live_delta"]

@@ -320,7 +320,9 @@ class DatabaseApplier:
     def _take_confirmed(self, writer: Writer) -> None:
         state, confirmed = writer.sync_state, self._confirmed
         if state.cursor < confirmed <= state.reached:
-            _move_cursor(writer, state, confirmed)
+            # Only the cursor: what a wider scope still has to bring is no business of this pull.
+            have = ranges_above(state.have, confirmed)
+            writer.set_sync_state(replace(state, cursor=confirmed, have=have))
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         check_page(request, response)
