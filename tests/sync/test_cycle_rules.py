@@ -158,8 +158,8 @@ def test_r5_what_is_in_flight_is_durable_before_the_first_byte() -> None:
     a.wire.before = at_server
     with pytest.raises(Crash):
         a.sync()
-    inflight = a.engine.applier.inflight()
-    assert inflight is not None and len(inflight.sent) == 1
+    (inflight,) = a.engine.applier.inflight()
+    assert len(inflight.sent) == 1
 
 
 @pytest.mark.parametrize("delivered", [True, False])

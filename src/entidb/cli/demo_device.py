@@ -34,7 +34,7 @@ from entidb.sync import (
 
 DB_ID = "field-office"
 #: Small on purpose: the tables are to need several batches, so that one can be cut in half.
-PUSH_OPERATIONS_MAX = 200
+PUSH_OPERATIONS_MAX = 100
 
 Answer = dict[str, Any]
 
@@ -140,13 +140,12 @@ class Device:
 
     def status(self) -> Answer:
         status = self._engine.status()
-        inflight = self._engine.applier.inflight()
         return {
             "pending": status.pending,
             "held": status.held,
             "discarded": status.discarded,
             "cursor": status.cursor,
-            "inflight": 0 if inflight is None else len(inflight.sent),
+            "inflight": sum(len(batch.sent) for batch in self._engine.applier.inflight()),
         }
 
     def get(self, collection: str, key: str) -> Answer:

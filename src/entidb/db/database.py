@@ -364,8 +364,8 @@ class Database:
         finally:
             self.commit_mark += 1
         self._head_cache = writer.head.encode()
-        if self._observers and (writer.touched or writer.replaced):
-            self._deliveries.append(self._describe(writer, origin))
+        if self._observers and (rows := writer.feed_rows()):
+            self._deliveries.append(self._describe(writer.head.sequence, rows, origin))
 
     # ------------------------------------------------------------ observers
 
@@ -383,12 +383,17 @@ class Database:
 
         return stop
 
-    def _describe(self, writer: Writer, origin: str) -> CommitEvent:
+    def _describe(
+        self, sequence: int, feed: list[tuple[tuple[int, int, bytes], bytes]], origin: str
+    ) -> CommitEvent:
         with self._open_rows() as rows:
-            events = load_events(rows.snapshot, rows.catalogue, sorted(set(writer.touched)))
-        for sequence, names in writer.replaced:
-            events += [ChangeEvent(sequence, "reset", name, "remote") for name in names]
-        return CommitEvent(writer.head.sequence, origin, events)
+            entities = [place for place, _ in feed if place[1]]
+            events = load_events(rows.snapshot, rows.catalogue, entities)
+        for place, record in feed:
+            if not place[1]:
+                names = cbor.decode_trusted(record)
+                events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
+        return CommitEvent(sequence, origin, events)
 
     def _deliver(self) -> None:
         # Commits made by an observer queue up and are delivered by the loop that is running.

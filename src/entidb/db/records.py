@@ -273,6 +273,12 @@ def decode_entity(raw: bytes) -> EntityRow:
     return EntityRow(flags, sequence, version, device, timestamp, 0, payload)
 
 
+def version_of(raw: bytes) -> int:
+    """The version in an encoded ``EntityRow``; of a dirty one its base's."""
+    version: int = _U64.unpack_from(raw, 9)[0]
+    return version
+
+
 def payload_of(raw: bytes) -> bytes | None:
     """The payload of an encoded ``EntityRow``, None for a tombstone: what a plain read needs."""
     flags = raw[0]
@@ -310,6 +316,11 @@ def absent_base(version: int) -> BaseRow:
 
 _OUTBOX = Packer(">16sQI")
 _OUTBOX_OP = Packer(">I16sQi")
+#: The head of a row and its first operation in one go: most transactions have no other.
+_OUTBOX_FIRST = Packer(">16sQII16sQi")
+OUTBOX_FIRST: Final = _OUTBOX_FIRST.size
+#: (transaction id, timestamp, operations, collection, entity id, previous, length of the payload)
+unpack_outbox_first = _OUTBOX_FIRST.unpack_from
 
 
 class PendingOp(Struct, gc=False):
@@ -348,6 +359,12 @@ class PendingTransaction(Struct):
     @property
     def key(self) -> bytes:
         return sequence_key(HELD if self.held else READY, self.sequence)
+
+
+def operations_of(row: bytes) -> int:
+    """How many writes an outbox row holds."""
+    count: int = _U32.unpack_from(row, 24)[0]
+    return count
 
 
 def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:

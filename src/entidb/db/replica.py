@@ -1,7 +1,7 @@
 """What a device remembers about its server: three small records, each read and written whole.
 
-``ReplicaState`` is the cursor and what belongs to it, ``Inflight`` the push batch without an answer
-(R5), ``Stage`` a pull that is still coming in (R20). No decisions are made here.
+``ReplicaState`` is the cursor and what belongs to it, ``Inflight`` the push batches without an
+answer (R5), ``Stage`` a pull that is still coming in (R20). No decisions are made here.
 """
 
 from __future__ import annotations
@@ -62,9 +62,11 @@ class ReplicaState(Struct, frozen=True):
 
 
 class Inflight(Struct, frozen=True):
-    """``ranges`` are the inclusive ranges of outbox sequences that were sent."""
+    """``ranges`` are the inclusive ranges of outbox sequences in the batch that was sent,
+    ``after`` those of the one that goes out when its answer is there; empty if there is none."""
 
     ranges: list[list[int]]
+    after: list[list[int]] = []
 
 
 class Stage(Struct, frozen=True):

@@ -59,7 +59,7 @@ def forget_collection(writer: Writer, name: str) -> None:
     table, catalogue = writer.catalogue.allocating()
     writer.set_catalogue(catalogue.moving({info.number: table}))
     writer.set_count(info.number, 0)
-    writer.put_replaced(writer.next_sequence(), [name], cbor.encode([name]))
+    writer.put_replaced(writer.next_sequence(), cbor.encode([name]))
 
 
 def _switch(writer: Writer, after: Catalogue, before: Catalogue) -> None:

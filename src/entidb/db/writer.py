@@ -31,6 +31,7 @@ from entidb.db.records import (
     feed_key,
     pack_u64,
     sequence_key,
+    split_feed_key,
     unpack_u64,
 )
 from entidb.db.replica import Inflight, ReplicaState, Stage, decode_record, encode_record
@@ -53,9 +54,6 @@ class Writer:
         self.device_id = device_id
         self.now_ms = now_ms
         self.changes: dict[bytes, bytes | None] = {}
-        #: What observers are told: (sequence, collection, entity_id), and names replaced whole.
-        self.touched: list[tuple[int, int, bytes]] = []
-        self.replaced: list[tuple[int, list[str]]] = []
         self._counts: dict[int, int] = {}
         self._head_before = head.encode()
 
@@ -167,12 +165,19 @@ class Writer:
         if old_sequence:
             self.changes[feed_key(old_sequence, *ref)] = None
         self.changes[feed_key(sequence, *ref)] = b""
-        self.touched.append((sequence, *ref))
 
-    def put_replaced(self, sequence: int, names: list[str], record: bytes) -> None:
+    def put_replaced(self, sequence: int, record: bytes) -> None:
         """Tell the feed that whole collections were replaced (R20)."""
         self.changes[feed_key(sequence, 0, NO_ID)] = record
-        self.replaced.append((sequence, names))
+
+    def feed_rows(self) -> list[tuple[tuple[int, int, bytes], bytes]]:
+        """What this commit adds to the feed, in order: (sequence, collection, entity_id) and the
+        row's record."""
+        return sorted(
+            (split_feed_key(key), record)
+            for key, record in self.changes.items()
+            if record is not None and key.startswith(FEED)
+        )
 
     def count(self, collection: int, by: int) -> None:
         if by:

@@ -19,6 +19,7 @@ import contextlib
 import errno
 import os
 import shutil
+import struct
 import sys
 import threading
 import time
@@ -74,6 +75,8 @@ _DRAINING: Final = 1  # no new snapshots; open ones go on
 _FROZEN: Final = 2  # no call into LMDB
 _CLOSED: Final = 3
 _FORKED: Final = 4
+
+_U32: Final = struct.Struct("<I")
 
 _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -154,6 +157,8 @@ class LmdbSnapshot:
             self._explain(error)
         finally:
             reader.busy = False
+        if not found:
+            return [None] * len(keys)
         # LMDB leaves out what is not there, so positions agree only when nothing is missing.
         if len(found) == len(keys):
             return [
@@ -840,16 +845,17 @@ def _stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
             f"a key of {longest if keys[0] else 0} bytes cannot be stored; keys have 1 to "
             f"{KEY_BYTES_MAX} bytes"
         )
-    values = [batch[key] for key in keys]
-    if any(value is not None and len(value) > _VALUE_BYTES_MAX for value in values):
+    if max(map(len, filter(None, batch.values())), default=0) > _VALUE_BYTES_MAX:
         raise StorageError(f"a value of over {_VALUE_BYTES_MAX} bytes cannot be stored; split it")
+    pack = _U32.pack
     puts = [
-        (key, value + crc32(value, crc32(key)).to_bytes(4, "little"))
-        for key, value in zip(keys, values, strict=True)
-        if value is not None
+        (key, value + pack(crc32(value, crc32(key))))
+        for key in keys
+        if (value := batch[key]) is not None
     ]
-    deletes = [key for key, value in zip(keys, values, strict=True) if value is None]
-    return puts, deletes
+    if len(puts) == len(keys):
+        return puts, []
+    return puts, [key for key in keys if batch[key] is None]
 
 
 def _check_directory(where: str, create: bool) -> None:

@@ -22,13 +22,15 @@ from entidb.db.outbox import (
     discard_key,
     read_discarded,
     read_pending,
-    scan_ready,
     scan_ready_rows,
 )
 from entidb.db.records import (
     CONFLICT,
+    DIRTY,
     HAS_BASE,
     META_SYNC,
+    OUTBOX_FIRST,
+    PENDING_HEAD,
     REMOTE,
     TOMBSTONE,
     BaseRow,
@@ -39,11 +41,15 @@ from entidb.db.records import (
     decode_entity,
     decode_pending,
     end_of,
+    operations_of,
     pack_entity,
+    sequence_of,
     split_numbered_key,
     table_prefix,
     unpack_entity,
+    unpack_outbox_first,
     unpack_pending,
+    version_of,
 )
 from entidb.db.replica import (
     HAVE_RANGES_MAX,
@@ -73,6 +79,7 @@ from entidb.protocol import (
     PushTransaction,
     Verdict,
 )
+from entidb.storage import Snapshot
 from entidb.sync.policies import (
     Action,
     Conflict,
@@ -87,7 +94,13 @@ from entidb.sync.rebase import (
     Withdrawn,
     decode_conflict,
 )
-from entidb.types import OPERATION_OVERHEAD_BYTES, SEQUENCE_MAX, check_name, timestamp_from_ms
+from entidb.types import (
+    ID_BYTES,
+    OPERATION_OVERHEAD_BYTES,
+    SEQUENCE_MAX,
+    check_name,
+    timestamp_from_ms,
+)
 
 #: What is kept of a server's words for a refusal.
 _CODE_CHARS_MAX = 100
@@ -96,6 +109,11 @@ _MESSAGE_CHARS_MAX = 1000
 TIME_MS_MAX = 2**47
 #: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
 _PAGE_ROWS = 2000
+
+# Plain numbers: looking a member up in its enum for every transaction costs more than the rest.
+_ACCEPTED, _SUPERSEDED, _CONFLICT = (
+    int(verdict) for verdict in (Verdict.ACCEPTED, Verdict.SUPERSEDED, Verdict.CONFLICT)
+)
 
 
 class BatchLimits(Struct, frozen=True):
@@ -108,20 +126,42 @@ class BatchLimits(Struct, frozen=True):
     sequence_max: int = SEQUENCE_MAX
 
 
-class PushBatch(Struct):
-    """A batch that is in flight (R5): what was sent, and what it was made of."""
+class Sent(Struct, gc=False):
+    """One transaction of a batch as the store has it: its outbox row, and of each operation the
+    collection's number, the entity's key, and the entity's row when the batch was made."""
 
-    sent: list[PendingTransaction]
+    key: bytes
+    row: bytes
+    #: Whether an operation follows another pending one on the same entity.
+    chained: bool
+    numbers: list[int]
+    entity_keys: list[bytes]
+    entity_rows: list[bytes]
+
+    @property
+    def sequence(self) -> int:
+        return sequence_of(self.key)
+
+    def decode(self) -> PendingTransaction:
+        return decode_pending(self.key, self.row)
+
+
+class PushBatch(Struct):
+    """A batch that is in flight (R5): what was sent, and what it was made of. The rows in
+    ``sent`` are still the entities' own while the database's ``commit_mark`` is ``mark``."""
+
+    sent: list[Sent]
     ranges: list[list[int]]
     collections: list[str]
     transactions: list[PushTransaction]
     cursor: int
     bytes: int
+    mark: int = 0
 
 
 class Settled(Struct):
-    """What settling did. ``pull`` says the cycle must pull before it pushes again;
-    ``next_batch`` was prepared in the same commit."""
+    """What settling did. ``pull`` says the cycle must pull before it pushes more than what is in
+    flight; ``next_batch`` was prepared in the same commit."""
 
     accepted: int = 0
     accepted_operations: int = 0
@@ -161,19 +201,32 @@ class SyncApplier(Protocol):
         """Remember whose replica this is. Raises ``ConfigError`` if it is another database's."""
         ...
 
-    def inflight(self) -> PushBatch | None:
-        """The batch that was sent and has no answer (R5), exactly as it was sent."""
+    def inflight(self) -> list[PushBatch]:
+        """The batches that may have been sent and have no answer (R5), exactly as they were sent,
+        in order: none, one, or two."""
         ...
 
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
         """Choose the next batch and make it durable as in flight; None if nothing is ready."""
         ...
 
+    def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
+        """Choose the batch after ``batch``, the only one in flight, and make it durable as in
+        flight behind it. It touches no entity that ``batch`` touches, so it is right whatever
+        becomes of ``batch``; None if there is no such batch."""
+        ...
+
     def settle(
-        self, batch: PushBatch, response: PushResponse, limits: BatchLimits | None
+        self,
+        batch: PushBatch,
+        response: PushResponse,
+        limits: BatchLimits | None,
+        following: PushBatch | None = None,
     ) -> Settled:
-        """Apply the verdicts (R18), and prepare the next batch if ``limits`` are given and no
-        pull is needed first."""
+        """Apply the verdicts (R18) on the first batch in flight. ``following`` stays in flight;
+        one that was prepared, is not named here and was therefore never sent, no longer is. If
+        ``limits`` are given and no pull is needed first, prepare one more, as ``prepare`` or
+        ``prepare_after`` would."""
         ...
 
     def confirm(self, cursor: int) -> None:
@@ -254,17 +307,24 @@ class DatabaseApplier:
         scope = self.database.scope
         return None if scope is None else sorted(scope)
 
-    def inflight(self) -> PushBatch | None:
+    def inflight(self) -> list[PushBatch]:
+        # Read before the snapshot is taken: what moves it later makes the rows stale.
+        mark = self.database.commit_mark
         with self.database.view() as view:
             inflight = view.inflight
             if inflight is None:
-                return None
-            sent = [
-                transaction
-                for first, last in inflight.ranges
-                for transaction in scan_ready(view.snapshot, first, last)
+                return []
+            prefixes, both = _prefixes(view), (inflight.ranges, inflight.after)
+            return [
+                _batch(
+                    view,
+                    [_draft(prefixes, *row) for row in _rows_in(view.snapshot, ranges)],
+                    ranges,
+                    mark,
+                )
+                for ranges in both
+                if ranges
             ]
-            return _batch(view, sent, inflight.ranges)
 
     def policy_for(self, collection: str) -> ConflictPolicy:
         return self._policies.get(collection, self._default)
@@ -290,10 +350,29 @@ class DatabaseApplier:
             return None
         with self.database.write() as writer:
             self._take_confirmed(writer)
-            return _prepare(writer, limits, [])
+            batch = _choose(writer, limits, [], self.database.commit_mark)
+            if batch is not None:
+                writer.set_inflight(Inflight(batch.ranges))
+            return batch
+
+    def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
+        with self.database.write() as writer:
+            inflight = writer.inflight
+            if inflight is None or inflight.ranges != batch.ranges or inflight.after:
+                raise SyncStateError("the batch was settled already by another engine")
+            mark = self.database.commit_mark
+            after = _choose(writer, limits, batch.ranges, mark, _entity_keys(batch))
+            if after is not None:
+                writer.set_inflight(Inflight(batch.ranges, after.ranges))
+                _still_fresh(batch, mark)
+            return after
 
     def settle(
-        self, batch: PushBatch, response: PushResponse, limits: BatchLimits | None
+        self,
+        batch: PushBatch,
+        response: PushResponse,
+        limits: BatchLimits | None,
+        following: PushBatch | None = None,
     ) -> Settled:
         if len(response.results) != len(batch.sent):
             raise ProtocolError(
@@ -303,13 +382,26 @@ class DatabaseApplier:
         check_verdicts(response)
         with self.database.write() as writer:
             inflight = writer.inflight
-            if inflight is None or inflight.ranges != batch.ranges:
+            kept = [] if following is None else following.ranges
+            if (
+                inflight is None
+                or inflight.ranges != batch.ranges
+                or (kept and inflight.after != kept)
+            ):
                 raise SyncStateError("the batch was settled already by another engine")
-            settling = _Settling(writer, self.policy_for, response)
-            settled = settling.run(batch)
-            writer.set_inflight(None)
+            mark = self.database.commit_mark
+            settled = _Settling(writer, self.policy_for, response).run(batch, batch.mark == mark)
+            next_batch = None
             if limits is not None and not settled.pull:
-                settled.next_batch = _prepare(writer, limits, batch.ranges)
+                apart = None if following is None else _entity_keys(following)
+                next_batch = _choose(writer, limits, [*batch.ranges, *kept], mark, apart)
+            settled.next_batch = next_batch
+            left = [kept] if kept else []
+            if next_batch is not None:
+                left.append(next_batch.ranges)
+            writer.set_inflight(Inflight(*left) if left else None)
+            if following is not None:
+                _still_fresh(following, mark)
             return settled
 
     # ------------------------------------------------------------ pull
@@ -522,39 +614,51 @@ class MemorySyncApplier(DatabaseApplier):
 # ---------------------------------------------------------------- preparing
 
 
-def _prepare(writer: Writer, limits: BatchLimits, settled: list[list[int]]) -> PushBatch | None:
-    """The next batch, durable as in flight with the commit this is part of (R5). Rows within the
-    ranges just ``settled`` are gone but still in the snapshot, so they are not read again."""
-    chosen: list[PendingTransaction] = []
+def _choose(
+    writer: Writer,
+    limits: BatchLimits,
+    inflight: list[list[int]],
+    mark: int,
+    apart: set[bytes] | None = None,
+) -> PushBatch | None:
+    """The next batch, for the caller to mark as in flight in the commit this is part of (R5).
+
+    Rows within the ascending ranges ``inflight`` belong to other batches, or have just been
+    settled and are gone but still in the snapshot. The batch ends before the first transaction
+    that touches an entity in ``apart``."""
+    drafts: list[_Draft] = []
     ranges: list[list[int]] = []
+    prefixes = _prefixes(writer)
+    for key, row in _candidates(writer, inflight, limits):
+        draft = _draft(prefixes, key, row)
+        if apart is not None and not apart.isdisjoint(draft[0].entity_keys):
+            break
+        drafts.append(draft)
+        add_to_ranges(ranges, sequence_of(key))
+    if not drafts:
+        return None
+    # The commit moves the mark by two, and changes nothing of what was read.
+    return _batch(writer, drafts, ranges, mark + 2)
+
+
+def _candidates(
+    writer: Writer, inflight: list[list[int]], limits: BatchLimits
+) -> Iterator[tuple[bytes, bytes]]:
+    """Outbox rows from the oldest on, as many as ``limits`` allow; one at least."""
     operations = size = 0
     changes = writer.changes
-    for first, last in _gaps(settled, limits.sequence_max):
+    for first, last in _gaps(inflight, limits.sequence_max):
         for key, stored in scan_ready_rows(writer.snapshot, first, last):
             # What this very commit has moved, changed or withdrawn is read from it.
-            raw = changes.get(key, stored)
-            if raw is None:
+            row = changes.get(key, stored)
+            if row is None:
                 continue
-            transaction = decode_pending(key, raw)
-            count, weight = len(transaction.operations), len(raw)
-            if chosen and (
-                operations + count > limits.operations_max or size + weight > limits.bytes_max
-            ):
-                return _mark(writer, chosen, ranges)
-            operations += count
-            size += weight
-            chosen.append(transaction)
-            add_to_ranges(ranges, transaction.sequence)
-    return _mark(writer, chosen, ranges)
-
-
-def _mark(
-    writer: Writer, chosen: list[PendingTransaction], ranges: list[list[int]]
-) -> PushBatch | None:
-    if not chosen:
-        return None
-    writer.set_inflight(Inflight(ranges))
-    return _batch(writer, chosen, ranges)
+            full = bool(operations)
+            operations += operations_of(row)
+            size += len(row)
+            if full and (operations > limits.operations_max or size > limits.bytes_max):
+                return
+            yield key, row
 
 
 def _gaps(ranges: list[list[int]], end: int) -> Iterator[tuple[int, int]]:
@@ -567,40 +671,75 @@ def _gaps(ranges: list[list[int]], end: int) -> Iterator[tuple[int, int]]:
     yield start, end
 
 
-def _batch(writer: Writer, sent: list[PendingTransaction], ranges: list[list[int]]) -> PushBatch:
+def _rows_in(snapshot: Snapshot, ranges: list[list[int]]) -> Iterator[tuple[bytes, bytes]]:
+    for first, last in ranges:
+        yield from scan_ready_rows(snapshot, first, last)
+
+
+def _entity_keys(batch: PushBatch) -> set[bytes]:
+    return {key for sent in batch.sent for key in sent.entity_keys}
+
+
+def _still_fresh(batch: PushBatch, mark: int) -> None:
+    """The commit under way, at ``mark``, changes no entity of ``batch``."""
+    if batch.mark == mark:
+        batch.mark += 2
+
+
+#: A transaction on its way into a batch: how it is stored, its id and timestamp, and of each write
+#: the entity's id and payload.
+_Draft = tuple[Sent, bytes, int, list[bytes], list[bytes | None]]
+
+
+def _prefixes(view: Writer) -> dict[int, bytes]:
+    return {number: info.prefix for number, info in view.catalogue.by_number.items()}
+
+
+def _draft(prefixes: dict[int, bytes], key: bytes, row: bytes) -> _Draft:
+    tid, stamp, count, number, entity_id, previous, length = unpack_outbox_first(row)
+    if count == 1:
+        sent = Sent(key, row, previous > 0, [number], [prefixes[number] + entity_id], [])
+        return sent, tid, stamp, [entity_id], [row[OUTBOX_FIRST:] if length >= 0 else None]
+    operations = decode_pending(key, row).operations
+    sent = Sent(
+        key,
+        row,
+        any(op.previous for op in operations),
+        [op.collection for op in operations],
+        [prefixes[op.collection] + op.entity_id for op in operations],
+        [],
+    )
+    return sent, tid, stamp, [op.entity_id for op in operations], [op.payload for op in operations]
+
+
+def _batch(view: Writer, drafts: list[_Draft], ranges: list[list[int]], mark: int) -> PushBatch:
     """The wire form of a batch. Base versions come from the entities: nothing rebases them while
     the batch is in flight, so it is the same however often it is built."""
-    infos = writer.catalogue.by_number
-    keys = [
-        infos[op.collection].prefix + op.entity_id
-        for transaction in sent
-        for op in transaction.operations
-    ]
-    versions = iter(writer.get_many(keys))
+    infos = view.catalogue.by_number
+    found = iter(view.get_many([key for draft in drafts for key in draft[0].entity_keys]))
     names: list[str] = []
     indexes: dict[int, int] = {}
     size = 0
     transactions = []
-    for transaction in sent:
-        operations = []
-        for op in transaction.operations:
-            index = indexes.get(op.collection)
+    for sent, tid, stamp, ids, payloads in drafts:
+        writes = []
+        for number, entity_id, payload in zip(sent.numbers, ids, payloads, strict=True):
+            index = indexes.get(number)
             if index is None:
-                index = indexes[op.collection] = len(names)
-                names.append(infos[op.collection].name)
-            raw = next(versions)
-            if raw is None:
+                index = indexes[number] = len(names)
+                names.append(infos[number].name)
+            row = next(found)
+            if row is None:
                 raise CorruptionError(
-                    f"entity {op.entity_id.hex()} has pending changes and no row; nothing was "
+                    f"entity {entity_id.hex()} has pending changes and no row; nothing was "
                     "sent. Run verify, and restore a backup"
                 )
-            payload = op.payload
+            sent.entity_rows.append(row)
             size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
-            operations.append(PushOperation(index, op.entity_id, unpack_pending(raw)[2], payload))
-        transactions.append(
-            PushTransaction(transaction.transaction_id, transaction.timestamp, operations)
-        )
-    return PushBatch(sent, ranges, names, transactions, writer.sync_state.cursor, size)
+            writes.append(PushOperation(index, entity_id, version_of(row), payload))
+        transactions.append(PushTransaction(tid, stamp, writes))
+    every = [draft[0] for draft in drafts]
+    return PushBatch(every, ranges, names, transactions, view.sync_state.cursor, size, mark)
 
 
 # ---------------------------------------------------------------- settling
@@ -610,17 +749,19 @@ def check_verdicts(response: PushResponse) -> None:
     """What cannot be true of verdicts, before anything is touched: a transaction leaves the
     outbox for a version of its own that the server's head covers (R12), or not at all. Raises
     ``ProtocolError``."""
-    seen: set[int] = set()
-    for result in response.results:
-        if result.verdict > Verdict.SUPERSEDED:
-            continue
-        version = result.version
-        if not 0 < version <= response.head or version in seen:
-            raise ProtocolError(
-                f"the server says a transaction was accepted as version {version}, with its head "
-                f"at {response.head}, or says so of two; nothing was settled"
-            )
-        seen.add(version)
+    results, head = response.results, response.head
+    versions = [result.version for result in results if result.verdict <= _SUPERSEDED]
+    if versions and not 0 < min(versions) <= max(versions) <= head:
+        worst = min(versions) if min(versions) <= 0 else max(versions)
+        raise ProtocolError(
+            f"the server says a transaction was accepted as version {worst}, with its head at "
+            f"{head}; nothing was settled"
+        )
+    if len(set(versions)) != len(versions):
+        raise ProtocolError(
+            "the server says of two transactions that they were accepted as the same version; "
+            "nothing was settled"
+        )
 
 
 class _Settling:
@@ -634,34 +775,26 @@ class _Settling:
         self._have = [list(pair) for pair in self._state.have]
         self._settled = Settled(report=self._rebase.report)
 
-    def run(self, batch: PushBatch) -> Settled:
+    def run(self, batch: PushBatch, fresh: bool) -> Settled:
+        """``fresh`` says that the rows in the batch are still the entities' own."""
         settled = self._settled
-        infos = self._writer.catalogue.by_number
-        raws = iter(
-            self._writer.get_many(
-                [
-                    infos[op.collection].prefix + op.entity_id
-                    for transaction in batch.sent
-                    for op in transaction.operations
-                ]
-            )
-        )
-        for transaction, result in zip(batch.sent, self._response.results, strict=True):
-            rows = [next(raws) for _ in transaction.operations]
+        if not fresh:
+            self._read_again(batch)
+        for sent, result in zip(batch.sent, self._response.results, strict=True):
             verdict = result.verdict
-            if verdict == Verdict.ACCEPTED:
-                self._accepted(transaction, rows, result.version, result.timestamp)
+            if verdict == _ACCEPTED:
+                self._accepted(sent, result.version, result.timestamp)
                 settled.accepted += 1
-                settled.accepted_operations += len(transaction.operations)
+                settled.accepted_operations += len(sent.entity_keys)
                 continue
-            current = self._rebase.load(transaction.sequence)
+            current = self._rebase.load(sent.sequence)
             if current is None:
                 continue  # withdrawn a moment ago, with the transaction it was built on
-            if verdict == Verdict.SUPERSEDED:
+            if verdict == _SUPERSEDED:
                 self._rebase.settle_superseded(current)
                 settled.superseded += 1
                 settled.pull = True
-            elif verdict == Verdict.CONFLICT:
+            elif verdict == _CONFLICT:
                 settled.conflicts += 1
                 settled.pull = True
             else:
@@ -674,18 +807,18 @@ class _Settling:
         self._store_have()
         return settled
 
-    def _accepted(
-        self,
-        transaction: PendingTransaction,
-        rows: list[bytes | None],
-        version: int,
-        timestamp: int,
-    ) -> None:
-        stamp = timestamp or transaction.timestamp
+    def _read_again(self, batch: PushBatch) -> None:
+        found = iter(self._writer.get_many([key for s in batch.sent for key in s.entity_keys]))
+        for sent in batch.sent:
+            # No row at all is for ``_settle_newest`` to leave alone.
+            sent.entity_rows = [next(found) or b"" for _ in sent.entity_keys]
+
+    def _accepted(self, sent: Sent, version: int, timestamp: int) -> None:
         cursor = self._state.cursor
-        if version > cursor and self._settle_newest(transaction, rows, version, stamp):
+        if version > cursor and self._settle_newest(sent, version, timestamp):
             add_to_ranges(self._have, version)
             return
+        transaction = sent.decode()
         current = self._rebase.load(transaction.sequence)
         if current is None or _writes(current) != _writes(transaction):
             # An earlier verdict of this answer withdrew or merged it here, while a copy of this
@@ -696,49 +829,34 @@ class _Settling:
             return
         if version > cursor:
             add_to_ranges(self._have, version)
+        stamp = timestamp or transaction.timestamp
         self._rebase.settle_accepted(current, version, stamp, cursor)
 
-    def _settle_newest(
-        self,
-        transaction: PendingTransaction,
-        rows: list[bytes | None],
-        version: int,
-        timestamp: int,
-    ) -> bool:
+    def _settle_newest(self, sent: Sent, version: int, timestamp: int) -> bool:
         """The common case, without objects: every entity has this transaction as its only pending
         one and a base that is older. Its rows then just become clean, in place."""
         writer = self._writer
         changes = writer.changes
-        infos = writer.catalogue.by_number
-        device = writer.device_id
-        sequence = transaction.sequence
-        made: list[tuple[bytes, bytes | None]] = []
-        for op, raw in zip(transaction.operations, rows, strict=True):
-            if raw is None:
+        sequence = sequence_of(sent.key)
+        if sent.chained and any(
+            op.previous and self._rebase.load(op.previous) is not None
+            for op in sent.decode().operations
+        ):
+            return False
+        made: list[tuple[bytes, bytes | None]] = [(sent.key, None)]
+        for number, key, raw in zip(sent.numbers, sent.entity_keys, sent.entity_rows, strict=True):
+            if not raw or not raw[0] & DIRTY or key in changes:
                 return False
-            key = infos[op.collection].prefix + op.entity_id
-            if key in changes:
-                return False
-            flags, shown, base, _, _, pending = unpack_pending(raw)
+            flags, shown, base, device, stamp, pending = unpack_pending(raw)
             if pending != sequence or base >= version:
                 return False
-            if op.previous and self._rebase.load(op.previous) is not None:
-                return False
             if flags & HAS_BASE:
-                made.append((base_key(op.collection, op.entity_id), None))
-            payload = op.payload
-            made.append(
-                (
-                    key,
-                    pack_entity(TOMBSTONE, shown, version, device, timestamp)
-                    if payload is None
-                    else pack_entity(0, shown, version, device, timestamp) + payload,
-                )
-            )
+                made.append((base_key(number, key[-ID_BYTES:]), None))
+            head = pack_entity(flags & TOMBSTONE, shown, version, device, timestamp or stamp)
+            made.append((key, head + raw[PENDING_HEAD:]))
         changes.update(made)
-        changes[transaction.key] = None
         writer.head.ready -= 1
-        self._rebase.forget(transaction)
+        self._rebase.forget(sequence)
         return True
 
     def _store_have(self) -> None:
@@ -1014,7 +1132,7 @@ def _switch_tables(writer: Writer, rebase: Rebase, stage: Stage, full: list[int]
     writer.set_catalogue(catalogue.moving(moves))
     for number in full:
         writer.set_count(number, stage.counts.get(str(number), 0))
-    writer.put_replaced(rebase.sequence(), names, cbor.encode(names))
+    writer.put_replaced(rebase.sequence(), cbor.encode(names))
 
 
 def _carry_over(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import TypeVar
 
 from msgspec import Struct
@@ -42,11 +43,13 @@ from entidb.protocol import (
     operations_count,
     payload_bytes,
 )
-from entidb.sync.applier import BatchLimits, PushBatch, SyncApplier
+from entidb.sync.applier import BatchLimits, PushBatch, Settled, SyncApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.rebase import RebaseReport
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
+#: Zero is ACCEPTED.
+_verdict_of = attrgetter("verdict")
 #: A reset that has to start over more often than this in one cycle ends it; the next goes on.
 RESETS_MAX = 3
 #: Pages of one pull. What came until then is staged, and the next cycle goes on from there.
@@ -54,8 +57,8 @@ PAGES_MAX = 10_000
 
 
 class Ahead(Struct, frozen=True):
-    """A hint to the driver: this request comes next, and may be sent already while the page
-    before it is being staged. Answered with None at once; ignoring it is fine."""
+    """A hint to the driver: this request comes next, and may be sent already while what came
+    before it is being staged or settled. Answered with None at once; ignoring it is fine."""
 
     request: SyncRequest
 
@@ -101,6 +104,7 @@ class Cycle:
         self._enter = enter
         self._progress = progress
         self._check = check
+        self._pushed = self._pushed_bytes = 0
         self.result = SyncCycleResult()
 
     def run(self) -> Flow:
@@ -109,10 +113,9 @@ class Cycle:
         if not self._connection.made:
             yield from self._connect()
         inflight = self._applier.inflight()
-        if inflight is not None:
+        if inflight:
             self._enter(SyncState.PUSHING)
-            # Nothing new goes with it: what is built next is built on a fresh pull (R6).
-            yield from self._push(inflight, alone=True)
+            yield from self._push_again(inflight)
         for _ in range(self._config.rounds_max):
             self.result.rounds += 1
             self._enter(SyncState.PULLING)
@@ -173,32 +176,72 @@ class Cycle:
 
     # ------------------------------------------------------------ pushing
 
-    def _push(
-        self, batch: PushBatch, *, alone: bool = False
-    ) -> Generator[Step, SyncResponse | None, bool]:
-        """Push ``batch``, and unless ``alone`` those after it; whether a pull has to come before
-        more."""
-        state = self._applier.state()
-        following = replace(self._limits(), sequence_max=self._applier.sequence())
-        limits = None if alone else following
+    def _push_again(self, batches: list[PushBatch]) -> Generator[Step, SyncResponse | None, None]:
+        """Settle what was sent before (R5). Nothing new goes with it: what is built next is built
+        on a fresh pull (R6)."""
+        state, total = self._applier.state(), sum(len(batch.sent) for batch in batches)
+        batch: PushBatch | None
+        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+            request = self._push_request(batch, state)
+            response = yield from self._ask(request, PushResponse)
+            self._settle(batch, response, None, following, total)
+
+    def _push(self, first: PushBatch) -> Generator[Step, SyncResponse | None, bool]:
+        """Push ``first`` and the batches after it; whether a pull has to come before more.
+
+        While the server works on a batch, the answer to the one before it is settled and the next
+        one is prepared, in one commit:
+
+            send 1 │ prepare 2 │ send 2 │ settle 1, prepare 3 │ send 3 │ settle 2, prepare 4 │ …
+
+        Each is durable as in flight before it is sent (R5), and touches no entity of the one
+        before it, so that it is right whatever the answer to that one will be."""
+        state, self._pushed, self._pushed_bytes = self._applier.state(), 0, 0
+        limits = replace(self._limits(), sequence_max=self._applier.sequence())
         total = self._applier.ready()
-        done = size = 0
-        next_batch: PushBatch | None = batch
-        while next_batch is not None:
-            batch = next_batch
-            response = yield from self._ask(self._push_request(batch, state), PushResponse)
-            settled = self._applier.settle(batch, response, limits)
-            done, size = done + len(batch.sent), size + batch.bytes
-            self.result.pushed += settled.accepted
-            self.result.pushed_operations += settled.accepted_operations
-            self.result.superseded += settled.superseded
-            self.result.bytes_pushed += batch.bytes
-            self._report(settled.report)
-            self._progress(SyncProgress(SyncState.PUSHING, done, size, max(total, done)))
+        batch, request = first, self._push_request(first, state)
+        following: PushBatch | None = None
+        if total > len(first.sent):
+            yield Ahead(request)
+            following = self._applier.prepare_after(first, limits)
+        while True:
+            response = yield from self._ask(request, PushResponse)
+            if following is None or any(map(_verdict_of, response.results)):
+                # What follows was not sent. Unless a pull comes first, it is prepared again.
+                settled = self._settle(batch, response, limits, None, total)
+                if settled.pull or settled.next_batch is None:
+                    return settled.pull
+                batch, following = settled.next_batch, None
+                request = self._push_request(batch, state)
+                continue
+            request = self._push_request(following, state)
+            yield Ahead(request)
+            settled = self._settle(batch, response, limits, following, total)
+            batch, following = following, settled.next_batch
             if settled.pull:
+                response = yield from self._ask(request, PushResponse)
+                self._settle(batch, response, None, None, total)
                 return True
-            next_batch = settled.next_batch
-        return False
+
+    def _settle(
+        self,
+        batch: PushBatch,
+        response: PushResponse,
+        limits: BatchLimits | None,
+        following: PushBatch | None,
+        total: int,
+    ) -> Settled:
+        settled = self._applier.settle(batch, response, limits, following)
+        self._pushed += len(batch.sent)
+        self._pushed_bytes += batch.bytes
+        self.result.pushed += settled.accepted
+        self.result.pushed_operations += settled.accepted_operations
+        self.result.superseded += settled.superseded
+        self.result.bytes_pushed += batch.bytes
+        self._report(settled.report)
+        done = self._pushed
+        self._progress(SyncProgress(SyncState.PUSHING, done, self._pushed_bytes, max(total, done)))
+        return settled
 
     def _push_request(self, batch: PushBatch, state: ReplicaState) -> PushRequest:
         return PushRequest(

@@ -159,7 +159,7 @@ class HttpTransport(BaseTransport):
 
     def _exchange(self, request: SyncRequest) -> SyncResponse:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.request == request:
+        if ahead is not None and (ahead.request is request or ahead.request == request):
             return ahead.result()
         return self._round_trip(request)
 

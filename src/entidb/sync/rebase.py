@@ -568,9 +568,10 @@ class Rebase:
         else:
             self._writer.head.ready -= 1
 
-    def forget(self, transaction: PendingTransaction) -> None:
-        """It was taken out of the outbox elsewhere in this commit."""
-        self._loaded[transaction.sequence] = _GONE
+    def forget(self, sequence: int) -> None:
+        """The transaction was taken out of the outbox elsewhere in this commit."""
+        if sequence in self._loaded:
+            self._loaded[sequence] = _GONE
 
     def _base(self, ref: Ref, row: EntityRow) -> BaseRow:
         if not row.flags & HAS_BASE:

@@ -114,8 +114,8 @@ class SyncApplierContract:
     def values(self, applier: DatabaseApplier) -> dict[int, object]:
         return {key.int: value for key, value in applier.database.collection(COLLECTION).items()}
 
-    def batch(self, applier: DatabaseApplier) -> PushBatch:
-        batch = applier.prepare(LIMITS)
+    def batch(self, applier: DatabaseApplier, limits: BatchLimits = LIMITS) -> PushBatch:
+        batch = applier.prepare(limits)
         assert batch is not None, "something is ready to be pushed"
         return batch
 
@@ -133,15 +133,14 @@ class SyncApplierContract:
     def test_nothing_ready_is_no_batch(self) -> None:
         with self.fresh() as applier:
             assert applier.prepare(LIMITS) is None
-            assert applier.inflight() is None
+            assert applier.inflight() == []
 
     def test_a_batch_is_in_flight_and_the_same_until_it_is_settled(self) -> None:
         with self.fresh() as applier:
             self.put(applier, n1="x", n2="x")
             batch = self.batch(applier)
             self.put(applier, n1="later")
-            again = applier.inflight()
-            assert again is not None
+            (again,) = applier.inflight()
             assert again.transactions == batch.transactions
             assert again.collections == batch.collections
 
@@ -203,7 +202,7 @@ class SyncApplierContract:
             batch = self.batch(applier)
             settled = applier.settle(batch, answer(batch, PushResult(Verdict.CONFLICT)), LIMITS)
             assert (settled.pull, settled.next_batch, applier.ready()) == (True, None, 1)
-            assert (self.values(applier), applier.inflight()) == ({1: "x"}, None)
+            assert (self.values(applier), applier.inflight()) == ({1: "x"}, [])
 
     def test_rejected_is_withdrawn_with_those_built_on_it(self) -> None:
         with self.fresh() as applier:
@@ -228,13 +227,88 @@ class SyncApplierContract:
             with raises(SyncStateError):
                 applier.settle(batch, answer(batch, accepted(1)), None)
 
+    def test_the_batch_after_one_in_flight_touches_nothing_of_it(self) -> None:
+        with self.fresh() as applier:
+            one = BatchLimits(operations_max=2)
+            self.put(applier, n1="a")
+            self.put(applier, n2="b")
+            self.put(applier, n3="c")
+            self.put(applier, n4="d", n1="d")
+            first = self.batch(applier, one)
+            after = applier.prepare_after(first, LIMITS)
+            assert after is not None
+            ids = [[op.entity_id for op in tx.operations] for tx in after.transactions]
+            assert ids == [[entity(3).bytes]]
+            again = applier.inflight()
+            assert [b.transactions for b in again] == [first.transactions, after.transactions]
+
+    def test_no_batch_goes_along_that_builds_on_the_one_in_flight(self) -> None:
+        with self.fresh() as applier:
+            self.put(applier, n1="a")
+            self.put(applier, n1="b")
+            first = self.batch(applier, BatchLimits(operations_max=1))
+            assert applier.prepare_after(first, LIMITS) is None
+            assert len(applier.inflight()) == 1
+
+    def test_what_follows_stays_in_flight_when_the_first_is_settled(self) -> None:
+        with self.fresh() as applier:
+            one = BatchLimits(operations_max=1)
+            for number in range(1, 4):
+                self.put(applier, **{f"n{number}": number})
+            first = self.batch(applier, one)
+            second = applier.prepare_after(first, one)
+            assert second is not None
+            settled = applier.settle(first, answer(first, accepted(1)), one, second)
+            third = settled.next_batch
+            assert third is not None and third.ranges != second.ranges
+            again = applier.inflight()
+            assert [b.transactions for b in again] == [second.transactions, third.transactions]
+            settled = applier.settle(second, answer(second, accepted(2)), one, third)
+            assert settled.next_batch is None
+            applier.settle(third, answer(third, accepted(3)), one)
+            assert (applier.inflight(), applier.ready()) == ([], 0)
+            assert self.values(applier) == {1: 1, 2: 2, 3: 3}
+
+    def test_what_was_prepared_and_never_sent_is_no_longer_in_flight(self) -> None:
+        with self.fresh() as applier:
+            one = BatchLimits(operations_max=1)
+            self.put(applier, n1="a")
+            self.put(applier, n2="b")
+            first = self.batch(applier, one)
+            assert applier.prepare_after(first, one) is not None
+            settled = applier.settle(first, answer(first, PushResult(Verdict.CONFLICT)), one)
+            assert (settled.pull, applier.inflight(), applier.ready()) == (True, [], 2)
+
+    def test_a_local_write_meanwhile_is_not_settled_with_the_batch(self) -> None:
+        with self.fresh() as applier:
+            one = BatchLimits(operations_max=1)
+            self.put(applier, n1="a")
+            self.put(applier, n2="b")
+            first = self.batch(applier, one)
+            second = applier.prepare_after(first, one)
+            assert second is not None
+            self.put(applier, n2="newer")
+            applier.settle(first, answer(first, accepted(1)), None, second)
+            applier.settle(second, answer(second, accepted(2)), None)
+            assert (self.values(applier), applier.ready()) == ({1: "a", 2: "newer"}, 1)
+            (pending,) = applier.pending()
+            assert pending.operations[0].payload == cbor.encode("newer")
+
+    def test_a_batch_that_is_not_in_flight_has_none_after_it(self) -> None:
+        with self.fresh() as applier:
+            self.put(applier, n1="x")
+            batch = self.batch(applier)
+            applier.settle(batch, answer(batch, accepted(1)), None)
+            with raises(SyncStateError):
+                applier.prepare_after(batch, LIMITS)
+
     def test_too_few_verdicts_settle_nothing(self) -> None:
         with self.fresh() as applier:
             self.put(applier, n1="x")
             batch = self.batch(applier)
             with raises(ProtocolError):
                 applier.settle(batch, answer(batch), None)
-            assert applier.inflight() is not None
+            assert len(applier.inflight()) == 1
 
     # ---- pulling
 
