@@ -189,11 +189,18 @@ class RecordingClient:
     client: HttpxClient
     recording: bool = False
     exchanges: list[Exchange] = field(default_factory=list)
+    tells_when_sent: bool = True
 
     def request(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        timeout_s: float,
+        **telling: Any,
     ) -> HttpResponse:
-        response = self.client.request(method, url, headers, body, timeout_s)
+        response = self.client.request(method, url, headers, body, timeout_s, **telling)
         if self.recording:
             self.exchanges.append(Exchange(url, headers, body, response))
         return response

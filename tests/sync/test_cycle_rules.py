@@ -159,7 +159,7 @@ def test_r5_what_is_in_flight_is_durable_before_the_first_byte() -> None:
     with pytest.raises(Crash):
         a.sync()
     (inflight,) = a.engine.applier.inflight()
-    assert len(inflight.sent) == 1
+    assert len(inflight.keys) == 1
 
 
 @pytest.mark.parametrize("delivered", [True, False])

@@ -936,18 +936,90 @@ def test_a_new_cycle_can_forget_what_was_fetched_ahead():
 
 def ahead(transport: HttpTransport) -> None:
     transport.send_ahead(PULL)
-    assert transport._ahead_thread is not None
-    transport._ahead_thread.join(PATIENCE_S)
+    for thread in carriers():
+        thread.join(PATIENCE_S)
 
 
-def test_a_second_hint_while_the_first_is_under_way_is_ignored():
-    other = PullRequest(db_id="d", device_id=ID, history=ID, cursor=9, limit=10, bytes_max=1000)
+def carriers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "entidb-send-ahead"]
+
+
+NEXT_PULL = PullRequest(db_id="d", device_id=ID, history=ID, cursor=9, limit=10, bytes_max=1000)
+
+
+def test_what_is_hinted_at_second_does_not_leave_before_the_first_is_answered():
     with RawServer([STALL]) as server, HttpTransport(server.url) as transport:
         transport.send_ahead(PULL)
         assert server.reached.wait(PATIENCE_S)
-        transport.send_ahead(other)
+        transport.send_ahead(NEXT_PULL)
         transport.close()
     assert len(server.received) == 1
+
+
+def test_what_is_hinted_at_second_leaves_by_itself_when_the_first_is_answered():
+    with (
+        RawServer(reply(encode(PAGE)), reply(encode(PAGE))) as server,
+        HttpTransport(server.url) as transport,
+    ):
+        transport.send_ahead(PULL)
+        transport.send_ahead(NEXT_PULL)
+        for thread in carriers():
+            thread.join(PATIENCE_S)
+        assert len(server.received) == 2
+        assert [transport.pull(PULL), transport.pull(NEXT_PULL)] == [PAGE, PAGE]
+        assert len(server.received) == 2
+
+
+@pytest.mark.parametrize("client", ["ours", "another"])
+def test_after_a_refusal_nothing_more_leaves_by_itself(client: str):
+    with RawServer(refusal("busy", "503 Busy"), reply(encode(PAGE))) as server:
+        config = HttpConfig()
+        inner = HttpxClient(config)
+        with HttpTransport(
+            server.url, client=inner if client == "ours" else PlainClient(inner), config=config
+        ) as transport:
+            transport.send_ahead(PULL)
+            transport.send_ahead(NEXT_PULL)
+            for thread in carriers():
+                thread.join(PATIENCE_S)
+            assert len(server.received) == 1
+            with pytest.raises(ServerBusyError):
+                transport.pull(PULL)
+            assert transport.pull(NEXT_PULL) == PAGE
+
+
+class PlainClient:
+    """A client that knows nothing of ``on_sent``."""
+
+    def __init__(self, inner: HttpxClient) -> None:
+        self._inner = inner
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+    ) -> HttpResponse:
+        return self._inner.request(method, url, headers, body, timeout_s)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_what_was_dropped_does_not_leave_when_its_time_comes():
+    with RawServer(reply(encode(PAGE)), reply(encode(PAGE))) as server:
+        held = threading.Event()
+
+        class Slow(PlainClient):
+            def request(self, *args: Any) -> HttpResponse:
+                answer = super().request(*args)
+                assert held.wait(PATIENCE_S)
+                return answer
+
+        transport = HttpTransport(server.url, client=Slow(HttpxClient()))
+        transport.send_ahead(PULL)
+        transport.send_ahead(NEXT_PULL)
+        transport.forget_ahead()
+        held.set()
+        transport.close()
+    assert len(server.received) <= 1
 
 
 # -- the end ----------------------------------------------------------------------------------
@@ -960,9 +1032,7 @@ def test_closing_ends_a_request_that_is_under_way_and_joins_the_thread():
         assert server.reached.wait(PATIENCE_S)
         transport.close()
         assert not server.over.is_set()
-        thread = transport._ahead_thread
-        assert thread is not None
-        assert not thread.is_alive()
+        assert not carriers()
 
 
 def test_a_request_interrupted_by_close_is_a_state_error():
@@ -1110,8 +1180,7 @@ def test_closing_ends_a_request_over_tls_too(server_tls: ssl.SSLContext, certifi
         transport.send_ahead(PULL)
         assert server.reached.wait(PATIENCE_S)
         transport.close()
-        assert transport._ahead_thread is not None
-        assert not transport._ahead_thread.is_alive()
+        assert not carriers()
 
 
 def test_plain_http_on_a_tls_port_is_retryable_and_no_certificate_error():

@@ -145,7 +145,7 @@ class Device:
             "held": status.held,
             "discarded": status.discarded,
             "cursor": status.cursor,
-            "inflight": sum(len(batch.sent) for batch in self._engine.applier.inflight()),
+            "inflight": sum(len(batch.keys) for batch in self._engine.applier.inflight()),
         }
 
     def get(self, collection: str, key: str) -> Answer:

@@ -115,7 +115,7 @@ def pending_command(words: tuple[str, ...], directory: str | None, as_json: bool
     path = bind(words, directory).path
     count = 0
     with opened(path) as database:
-        sent = {each.sequence for batch in _applier(database).inflight() for each in batch.sent}
+        sent = {n for batch in _applier(database).inflight() for n in batch.sequences}
         with database.view() as view:
             names = {number: info.name for number, info in view.catalogue.by_number.items()}
             for transaction in read_pending(view.snapshot):

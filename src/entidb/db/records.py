@@ -72,6 +72,8 @@ _U64 = Packer(">Q")
 _NUMBERED = Packer(">cI16s")
 _FEED = Packer(">cQI16s")
 pack_u64 = _U64.pack
+#: As ``feed_key`` with FEED before the rest, for hot paths.
+pack_feed_key = _FEED.pack
 
 
 def unpack_u64(raw: bytes) -> int:
@@ -361,12 +363,6 @@ class PendingTransaction(Struct):
         return sequence_key(HELD if self.held else READY, self.sequence)
 
 
-def operations_of(row: bytes) -> int:
-    """How many writes an outbox row holds."""
-    count: int = _U32.unpack_from(row, 24)[0]
-    return count
-
-
 def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:
     transaction_id, timestamp, count = _OUTBOX.unpack_from(raw)
     at = _OUTBOX.size
@@ -388,6 +384,9 @@ def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:
 # ---------------------------------------------------------------- accepted transactions
 
 _ACCEPTED = Packer(">Q32s")
+
+
+pack_accepted = _ACCEPTED.pack
 
 
 def encode_accepted(version: int, digest: bytes) -> bytes:

@@ -108,6 +108,16 @@ class Adopt(Struct, frozen=True):
     compare: bool
 
 
+def ranges_of(numbers: list[int]) -> list[list[int]]:
+    """The inclusive ranges of ascending ``numbers``."""
+    if numbers and numbers[-1] - numbers[0] + 1 == len(numbers):
+        return [[numbers[0], numbers[-1]]]
+    ranges: list[list[int]] = []
+    for number in numbers:
+        add_to_ranges(ranges, number)
+    return ranges
+
+
 def add_to_ranges(ranges: list[list[int]], number: int) -> None:
     """Put ``number`` into ascending inclusive ``ranges``; numbers mostly come in order."""
     if ranges and ranges[-1][1] + 1 == number:

@@ -23,20 +23,23 @@ from entidb.db.catalogue import Catalogue
 from entidb.db.feed import feed_page
 from entidb.db.maintenance import mark_clock, read_floor
 from entidb.db.records import (
+    ACCEPTED,
+    FEED,
     META_FLOOR,
     META_HEAD,
     REMOTE,
     TOMBSTONE,
-    accepted_key,
     decode_accepted,
     decode_head,
-    encode_accepted,
     feed_key,
+    pack_accepted,
     pack_entity,
+    pack_feed_key,
     payload_of,
     split_feed_key,
     unpack_entity,
     unpack_u64,
+    version_of,
 )
 from entidb.db.writer import Writer, live_delta
 from entidb.errors import (
@@ -67,6 +70,7 @@ from entidb.protocol import (
     Verdict,
     digest_heads,
     digest_operations,
+    payload_bytes,
     transaction_bytes,
 )
 from entidb.storage import Snapshot
@@ -453,12 +457,17 @@ class _Deciding:
         self._below_floor = request.cursor < floor
         self._planned: Catalogue | None = None
         self._prefixes = self._collections()
-        #: Versions written by earlier transactions of this batch (R13).
+        #: Versions written by earlier transactions of this batch (R13): those above what was the
+        #: head when it began, and those of transactions that were accepted before.
+        self._began_at = writer.head.sequence
         self._written: dict[bytes, int] = {}
         #: Entities that refused transactions of this batch touched (R13).
         self._refused: set[bytes] = set()
         self._timestamp_max = timestamp_from_ms(writer.now_ms) | 0xFFFF
         self._device_id = request.device_id
+        self._validates = service.validates
+        #: By how much each collection's count changes.
+        self._counts = [0] * len(request.collections)
         self._bytes_max = service.limits.transaction_bytes_max
 
     def _collections(self) -> list[tuple[int, bytes] | None]:
@@ -479,7 +488,8 @@ class _Deciding:
     def run(self, values: list[list[Any]]) -> list[PushResult]:
         """The verdicts in order; ``values`` is empty where nobody will see them."""
         writer, transactions = self._writer, self._request.transactions
-        known = writer.get_many([accepted_key(t.transaction_id) for t in transactions])
+        accepted_keys = [ACCEPTED + t.transaction_id for t in transactions]
+        known = writer.get_many(accepted_keys)
         prefixes = [None if place is None else place[1] for place in self._prefixes]
         keys: list[list[bytes | None]] = [
             [
@@ -490,8 +500,14 @@ class _Deciding:
         ]
         real = [key for each in keys for key in each if key is not None]
         self._states = dict(zip(real, writer.get_many(real), strict=True))
+        # Only a batch of that size can hold a transaction that is too large.
+        self._may_be_large = payload_bytes(self._request) > self._bytes_max // 2
         seen = values or itertools.repeat(())
-        return list(map(self._one, transactions, keys, known, seen))
+        results = list(map(self._one, transactions, keys, known, seen))
+        for place, by in zip(self._prefixes, self._counts, strict=True):
+            if place is not None:
+                writer.count(place[0], by)
+        return results
 
     def _one(
         self,
@@ -513,15 +529,17 @@ class _Deciding:
         if self._below_floor or self._conflicts(transaction, places):
             self._refused.update(places)
             return PushResult(Verdict.CONFLICT, states=self._server_states(transaction, places))
-        size = transaction_bytes(transaction.operations)
-        if size > self._bytes_max:
+        if (
+            self._may_be_large
+            and (size := transaction_bytes(transaction.operations)) > self._bytes_max
+        ):
             return self._refuse(
                 places,
                 "too_large",
-                f"it is {size} bytes, this server accepts "
-                f"{self._service.limits.transaction_bytes_max} (transaction_bytes_max)",
+                f"it is {size} bytes, this server accepts {self._bytes_max} "
+                "(transaction_bytes_max)",
             )
-        if self._service.validates:
+        if self._validates:
             refusal = self._service.refusal(
                 self._writer, self._grant, self._described(transaction, values)
             )
@@ -555,16 +573,19 @@ class _Deciding:
         return PushResult(Verdict.ACCEPTED, version, clamped)
 
     def _conflicts(self, transaction: PushTransaction, places: list[bytes]) -> bool:
-        states, written, refused = self._states, self._written, self._refused
+        states, refused = self._states, self._refused
         for op, key in zip(transaction.operations, places, strict=True):
             if refused and key in refused:
                 return True
             raw = states[key]
             if raw is not None:
-                version = unpack_entity(raw)[2]
-                if version > op.base_version and written.get(key) != version:
+                version = version_of(raw)
+                if version > op.base_version and not self._wrote(key, version):
                     return True
         return False
+
+    def _wrote(self, key: bytes, version: int) -> bool:
+        return version > self._began_at or self._written.get(key) == version
 
     def _refuse(self, places: list[bytes], code: str, message: str) -> PushResult:
         self._refused.update(places)
@@ -606,7 +627,7 @@ class _Deciding:
         if self._planned is not None:
             writer.set_catalogue(self._planned)
             self._planned = None
-        changes, states, written = writer.changes, self._states, self._written
+        changes, states = writer.changes, self._states
         version = writer.next_sequence()
         stamp = transaction.timestamp
         if stamp > self._timestamp_max:
@@ -620,16 +641,17 @@ class _Deciding:
             number, payload, old = place[0], op.payload, states[key]
             if old is not None:
                 changes[feed_key(unpack_entity(old)[1], number, op.entity_id)] = None
+                self._counts[op.collection] += live_delta(old, payload)
+            elif payload is not None:
+                self._counts[op.collection] += 1
             row = (
                 pack_entity(REMOTE | TOMBSTONE, version, version, device, stamp)
                 if payload is None
                 else pack_entity(REMOTE, version, version, device, stamp) + payload
             )
             changes[key] = states[key] = row
-            changes[feed_key(version, number, op.entity_id)] = b""
-            writer.count(number, live_delta(old, payload))
-            written[key] = version
-        changes[accepted_key(transaction.transaction_id)] = encode_accepted(version, digest)
+            changes[pack_feed_key(FEED, version, number, op.entity_id)] = b""
+        changes[ACCEPTED + transaction.transaction_id] = pack_accepted(version, digest)
         return PushResult(_ACCEPTED, version, stamp if stamp != transaction.timestamp else 0)
 
 

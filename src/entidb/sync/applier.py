@@ -6,8 +6,9 @@ pending transactions is ``rebase``'s. Nothing here does network I/O or waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -22,7 +23,6 @@ from entidb.db.outbox import (
     discard_key,
     read_discarded,
     read_pending,
-    scan_ready_rows,
 )
 from entidb.db.records import (
     CONFLICT,
@@ -31,6 +31,7 @@ from entidb.db.records import (
     META_SYNC,
     OUTBOX_FIRST,
     PENDING_HEAD,
+    READY,
     REMOTE,
     TOMBSTONE,
     BaseRow,
@@ -41,8 +42,8 @@ from entidb.db.records import (
     decode_entity,
     decode_pending,
     end_of,
-    operations_of,
     pack_entity,
+    sequence_key,
     sequence_of,
     split_numbered_key,
     table_prefix,
@@ -59,6 +60,7 @@ from entidb.db.replica import (
     add_to_ranges,
     decode_record,
     ranges_above,
+    ranges_of,
 )
 from entidb.db.writer import Ref, Writer
 from entidb.errors import (
@@ -109,6 +111,8 @@ _MESSAGE_CHARS_MAX = 1000
 TIME_MS_MAX = 2**47
 #: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
 _PAGE_ROWS = 2000
+#: Outbox rows read before it is known how large they are here.
+_FIRST_ROWS = 32
 
 # Plain numbers: looking a member up in its enum for every transaction costs more than the rest.
 _ACCEPTED, _SUPERSEDED, _CONFLICT = (
@@ -126,37 +130,38 @@ class BatchLimits(Struct, frozen=True):
     sequence_max: int = SEQUENCE_MAX
 
 
-class Sent(Struct, gc=False):
-    """One transaction of a batch as the store has it: its outbox row, and of each operation the
-    collection's number, the entity's key, and the entity's row when the batch was made."""
+class PushBatch(Struct):
+    """A batch that is in flight (R5): what is sent, and what it was made of.
 
-    key: bytes
-    row: bytes
-    #: Whether an operation follows another pending one on the same entity.
-    chained: bool
+    Of each transaction its outbox row (``keys``, ``rows``) and how many operations it has
+    (``counts``); ``chained`` are the places of those with an operation that follows another
+    pending one on the same entity. Of each operation, one after another, the collection's number
+    and the entity's row (``entity_rows``), which is still the entity's own while the database's
+    ``commit_mark`` is ``mark``. Columns and not objects: a batch has thousands of each.
+    """
+
+    keys: list[bytes]
+    rows: list[bytes]
+    counts: list[int]
+    chained: set[int]
     numbers: list[int]
     entity_keys: list[bytes]
     entity_rows: list[bytes]
-
-    @property
-    def sequence(self) -> int:
-        return sequence_of(self.key)
-
-    def decode(self) -> PendingTransaction:
-        return decode_pending(self.key, self.row)
-
-
-class PushBatch(Struct):
-    """A batch that is in flight (R5): what was sent, and what it was made of. The rows in
-    ``sent`` are still the entities' own while the database's ``commit_mark`` is ``mark``."""
-
-    sent: list[Sent]
     ranges: list[list[int]]
     collections: list[str]
     transactions: list[PushTransaction]
     cursor: int
     bytes: int
-    mark: int = 0
+    mark: int
+
+    @property
+    def sequences(self) -> list[int]:
+        """The local commits that made its transactions."""
+        return [sequence_of(key) for key in self.keys]
+
+    def pending(self, index: int) -> PendingTransaction:
+        """Its transaction number ``index`` as it was sent."""
+        return decode_pending(self.keys[index], self.rows[index])
 
 
 class Settled(Struct):
@@ -223,10 +228,9 @@ class SyncApplier(Protocol):
         limits: BatchLimits | None,
         following: PushBatch | None = None,
     ) -> Settled:
-        """Apply the verdicts (R18) on the first batch in flight. ``following`` stays in flight;
-        one that was prepared, is not named here and was therefore never sent, no longer is. If
-        ``limits`` are given and no pull is needed first, prepare one more, as ``prepare`` or
-        ``prepare_after`` would."""
+        """Apply the verdicts (R18) on the first batch in flight; ``following`` is the other, if
+        there is one. If ``limits`` are given and no pull is needed first, prepare one more, as
+        ``prepare`` or ``prepare_after`` would."""
         ...
 
     def confirm(self, cursor: int) -> None:
@@ -314,17 +318,8 @@ class DatabaseApplier:
             inflight = view.inflight
             if inflight is None:
                 return []
-            prefixes, both = _prefixes(view), (inflight.ranges, inflight.after)
-            return [
-                _batch(
-                    view,
-                    [_draft(prefixes, *row) for row in _rows_in(view.snapshot, ranges)],
-                    ranges,
-                    mark,
-                )
-                for ranges in both
-                if ranges
-            ]
+            both = (inflight.ranges, inflight.after)
+            return [_batch(view, ranges, mark) for ranges in both if ranges]
 
     def policy_for(self, collection: str) -> ConflictPolicy:
         return self._policies.get(collection, self._default)
@@ -361,7 +356,7 @@ class DatabaseApplier:
             if inflight is None or inflight.ranges != batch.ranges or inflight.after:
                 raise SyncStateError("the batch was settled already by another engine")
             mark = self.database.commit_mark
-            after = _choose(writer, limits, batch.ranges, mark, _entity_keys(batch))
+            after = _choose(writer, limits, batch.ranges, mark, frozenset(batch.entity_keys))
             if after is not None:
                 writer.set_inflight(Inflight(batch.ranges, after.ranges))
                 _still_fresh(batch, mark)
@@ -374,26 +369,22 @@ class DatabaseApplier:
         limits: BatchLimits | None,
         following: PushBatch | None = None,
     ) -> Settled:
-        if len(response.results) != len(batch.sent):
+        if len(response.results) != len(batch.transactions):
             raise ProtocolError(
-                f"the server answered {len(response.results)} verdicts to {len(batch.sent)} "
+                f"the server answered {len(response.results)} verdicts to {len(batch.keys)} "
                 "transactions; nothing was settled"
             )
         check_verdicts(response)
         with self.database.write() as writer:
             inflight = writer.inflight
             kept = [] if following is None else following.ranges
-            if (
-                inflight is None
-                or inflight.ranges != batch.ranges
-                or (kept and inflight.after != kept)
-            ):
+            if inflight is None or (inflight.ranges, inflight.after) != (batch.ranges, kept):
                 raise SyncStateError("the batch was settled already by another engine")
             mark = self.database.commit_mark
             settled = _Settling(writer, self.policy_for, response).run(batch, batch.mark == mark)
             next_batch = None
             if limits is not None and not settled.pull:
-                apart = None if following is None else _entity_keys(following)
+                apart = frozenset() if following is None else frozenset(following.entity_keys)
                 next_batch = _choose(writer, limits, [*batch.ranges, *kept], mark, apart)
             settled.next_batch = next_batch
             left = [kept] if kept else []
@@ -619,46 +610,17 @@ def _choose(
     limits: BatchLimits,
     inflight: list[list[int]],
     mark: int,
-    apart: set[bytes] | None = None,
+    apart: frozenset[bytes] = frozenset(),
 ) -> PushBatch | None:
     """The next batch, for the caller to mark as in flight in the commit this is part of (R5).
 
     Rows within the ascending ranges ``inflight`` belong to other batches, or have just been
     settled and are gone but still in the snapshot. The batch ends before the first transaction
     that touches an entity in ``apart``."""
-    drafts: list[_Draft] = []
-    ranges: list[list[int]] = []
-    prefixes = _prefixes(writer)
-    for key, row in _candidates(writer, inflight, limits):
-        draft = _draft(prefixes, key, row)
-        if apart is not None and not apart.isdisjoint(draft[0].entity_keys):
-            break
-        drafts.append(draft)
-        add_to_ranges(ranges, sequence_of(key))
-    if not drafts:
-        return None
-    # The commit moves the mark by two, and changes nothing of what was read.
-    return _batch(writer, drafts, ranges, mark + 2)
-
-
-def _candidates(
-    writer: Writer, inflight: list[list[int]], limits: BatchLimits
-) -> Iterator[tuple[bytes, bytes]]:
-    """Outbox rows from the oldest on, as many as ``limits`` allow; one at least."""
-    operations = size = 0
-    changes = writer.changes
-    for first, last in _gaps(inflight, limits.sequence_max):
-        for key, stored in scan_ready_rows(writer.snapshot, first, last):
-            # What this very commit has moved, changed or withdrawn is read from it.
-            row = changes.get(key, stored)
-            if row is None:
-                continue
-            full = bool(operations)
-            operations += operations_of(row)
-            size += len(row)
-            if full and (operations > limits.operations_max or size > limits.bytes_max):
-                return
-            yield key, row
+    gaps = _gaps(inflight, limits.sequence_max)
+    # The commit moves the mark by two, and changes nothing of what is read here.
+    batch = _batch(writer, gaps, mark + 2, limits, apart)
+    return batch if batch.keys else None
 
 
 def _gaps(ranges: list[list[int]], end: int) -> Iterator[tuple[int, int]]:
@@ -671,75 +633,124 @@ def _gaps(ranges: list[list[int]], end: int) -> Iterator[tuple[int, int]]:
     yield start, end
 
 
-def _rows_in(snapshot: Snapshot, ranges: list[list[int]]) -> Iterator[tuple[bytes, bytes]]:
-    for first, last in ranges:
-        yield from scan_ready_rows(snapshot, first, last)
-
-
-def _entity_keys(batch: PushBatch) -> set[bytes]:
-    return {key for sent in batch.sent for key in sent.entity_keys}
-
-
 def _still_fresh(batch: PushBatch, mark: int) -> None:
     """The commit under way, at ``mark``, changes no entity of ``batch``."""
     if batch.mark == mark:
         batch.mark += 2
 
 
-#: A transaction on its way into a batch: how it is stored, its id and timestamp, and of each write
-#: the entity's id and payload.
-_Draft = tuple[Sent, bytes, int, list[bytes], list[bytes | None]]
-
-
-def _prefixes(view: Writer) -> dict[int, bytes]:
-    return {number: info.prefix for number, info in view.catalogue.by_number.items()}
-
-
-def _draft(prefixes: dict[int, bytes], key: bytes, row: bytes) -> _Draft:
-    tid, stamp, count, number, entity_id, previous, length = unpack_outbox_first(row)
-    if count == 1:
-        sent = Sent(key, row, previous > 0, [number], [prefixes[number] + entity_id], [])
-        return sent, tid, stamp, [entity_id], [row[OUTBOX_FIRST:] if length >= 0 else None]
-    operations = decode_pending(key, row).operations
-    sent = Sent(
-        key,
-        row,
-        any(op.previous for op in operations),
-        [op.collection for op in operations],
-        [prefixes[op.collection] + op.entity_id for op in operations],
-        [],
-    )
-    return sent, tid, stamp, [op.entity_id for op in operations], [op.payload for op in operations]
-
-
-def _batch(view: Writer, drafts: list[_Draft], ranges: list[list[int]], mark: int) -> PushBatch:
-    """The wire form of a batch. Base versions come from the entities: nothing rebases them while
-    the batch is in flight, so it is the same however often it is built."""
+def _batch(
+    view: Writer,
+    ranges: Iterable[Sequence[int]],
+    mark: int,
+    limits: BatchLimits | None = None,
+    apart: frozenset[bytes] = frozenset(),
+) -> PushBatch:
+    """The batch of the outbox rows in ``ranges``: all, or as many as ``limits`` allow, up to the
+    first that touches an entity in ``apart``. Base versions come from the entities: nothing
+    rebases them while the batch is in flight, so it is the same however often it is built."""
     infos = view.catalogue.by_number
-    found = iter(view.get_many([key for draft in drafts for key in draft[0].entity_keys]))
-    names: list[str] = []
-    indexes: dict[int, int] = {}
-    size = 0
-    transactions = []
-    for sent, tid, stamp, ids, payloads in drafts:
-        writes = []
-        for number, entity_id, payload in zip(sent.numbers, ids, payloads, strict=True):
-            index = indexes.get(number)
-            if index is None:
-                index = indexes[number] = len(names)
-                names.append(infos[number].name)
-            row = next(found)
-            if row is None:
-                raise CorruptionError(
-                    f"entity {entity_id.hex()} has pending changes and no row; nothing was "
-                    "sent. Run verify, and restore a backup"
-                )
-            sent.entity_rows.append(row)
-            size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
-            writes.append(PushOperation(index, entity_id, version_of(row), payload))
-        transactions.append(PushTransaction(tid, stamp, writes))
-    every = [draft[0] for draft in drafts]
-    return PushBatch(every, ranges, names, transactions, view.sync_state.cursor, size, mark)
+    prefixes = {number: info.prefix for number, info in infos.items()}
+    batch = PushBatch([], [], [], set(), [], [], [], [], [], [], view.sync_state.cursor, 0, mark)
+    ids: list[bytes] = []
+    stamps: list[int] = []
+    payloads: list[bytes | None] = []
+    operations = size = 0
+    changes = view.changes
+    for key, stored in itertools.chain.from_iterable(_pages(view.snapshot, ranges, limits)):
+        # What this very commit has moved, changed or withdrawn is read from it.
+        row = changes.get(key, stored)
+        if row is None:
+            continue
+        transaction_id, stamp, count, number, entity_id, previous, length = unpack_outbox_first(row)
+        operations += count
+        size += len(row)
+        if limits is not None and (operations > limits.operations_max or size > limits.bytes_max):
+            if batch.keys:
+                break
+        if count == 1:
+            entity_key = prefixes[number] + entity_id
+            if entity_key in apart:
+                break
+            batch.numbers.append(number)
+            batch.entity_keys.append(entity_key)
+            payloads.append(row[OUTBOX_FIRST:] if length >= 0 else None)
+        else:
+            writes = decode_pending(key, row).operations
+            entity_keys = [prefixes[op.collection] + op.entity_id for op in writes]
+            if not apart.isdisjoint(entity_keys):
+                break
+            batch.numbers += [op.collection for op in writes]
+            batch.entity_keys += entity_keys
+            payloads += [op.payload for op in writes]
+            previous = any(op.previous for op in writes)
+        if previous:
+            batch.chained.add(len(batch.keys))
+        batch.keys.append(key)
+        batch.rows.append(row)
+        batch.counts.append(count)
+        ids.append(transaction_id)
+        stamps.append(stamp)
+    batch.ranges = ranges_of(batch.sequences)
+    _add_transactions(view, batch, ids, stamps, payloads)
+    return batch
+
+
+def _pages(
+    snapshot: Snapshot, ranges: Iterable[Sequence[int]], limits: BatchLimits | None
+) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Outbox rows in ``ranges``, so many at a time that they are about a batch together: rows are
+    a hundred bytes or sixteen million."""
+    bytes_max = BatchLimits().bytes_max if limits is None else limits.bytes_max
+    rows = _FIRST_ROWS
+    for first, last in ranges:
+        start, stop = sequence_key(READY, first), sequence_key(READY, last) + b"\0"
+        while page := snapshot.scan(start, stop, limit=rows):
+            yield page
+            start = page[-1][0] + b"\0"
+            mean = sum([len(row) for _, row in page]) // len(page) + 1
+            if len(page) < rows:
+                break
+            rows = max(_FIRST_ROWS, min(bytes_max // mean, _PAGE_ROWS))
+
+
+def _add_transactions(
+    view: Writer,
+    batch: PushBatch,
+    ids: list[bytes],
+    stamps: list[int],
+    payloads: list[bytes | None],
+) -> None:
+    """The wire form of what is in ``batch``; ``ids`` and ``stamps`` are its transactions'."""
+    rows = view.get_many(batch.entity_keys)
+    if None in rows:
+        missing = batch.entity_keys[rows.index(None)][-ID_BYTES:].hex()
+        raise CorruptionError(
+            f"entity {missing} has pending changes and no row; nothing was sent. Run verify, and "
+            "restore a backup"
+        )
+    batch.entity_rows = cast("list[bytes]", rows)
+    indexes = {number: index for index, number in enumerate(dict.fromkeys(batch.numbers))}
+    operations = list(
+        map(
+            PushOperation,
+            map(indexes.__getitem__, batch.numbers),
+            [key[-ID_BYTES:] for key in batch.entity_keys],
+            map(version_of, batch.entity_rows),
+            payloads,
+        )
+    )
+    if len(operations) == len(ids):
+        groups = [[operation] for operation in operations]
+    else:
+        ends = list(itertools.accumulate(batch.counts))
+        groups = [
+            operations[end - count : end] for end, count in zip(ends, batch.counts, strict=True)
+        ]
+    batch.transactions = list(map(PushTransaction, ids, stamps, groups))
+    batch.collections = [view.catalogue.by_number[number].name for number in indexes]
+    batch.bytes = OPERATION_OVERHEAD_BYTES * len(operations)
+    batch.bytes += sum([len(payload) for payload in payloads if payload is not None])
 
 
 # ---------------------------------------------------------------- settling
@@ -779,15 +790,21 @@ class _Settling:
         """``fresh`` says that the rows in the batch are still the entities' own."""
         settled = self._settled
         if not fresh:
-            self._read_again(batch)
-        for sent, result in zip(batch.sent, self._response.results, strict=True):
+            # No row at all is for ``_settle_newest`` to leave alone.
+            found = self._writer.get_many(batch.entity_keys)
+            batch.entity_rows = [row or b"" for row in found]
+        at = 0
+        results = self._response.results
+        for index, (count, result) in enumerate(zip(batch.counts, results, strict=True)):
+            place = at
+            at += count
             verdict = result.verdict
             if verdict == _ACCEPTED:
-                self._accepted(sent, result.version, result.timestamp)
+                self._accepted(batch, index, place, result.version, result.timestamp)
                 settled.accepted += 1
-                settled.accepted_operations += len(sent.entity_keys)
+                settled.accepted_operations += count
                 continue
-            current = self._rebase.load(sent.sequence)
+            current = self._rebase.load(sequence_of(batch.keys[index]))
             if current is None:
                 continue  # withdrawn a moment ago, with the transaction it was built on
             if verdict == _SUPERSEDED:
@@ -807,18 +824,14 @@ class _Settling:
         self._store_have()
         return settled
 
-    def _read_again(self, batch: PushBatch) -> None:
-        found = iter(self._writer.get_many([key for s in batch.sent for key in s.entity_keys]))
-        for sent in batch.sent:
-            # No row at all is for ``_settle_newest`` to leave alone.
-            sent.entity_rows = [next(found) or b"" for _ in sent.entity_keys]
-
-    def _accepted(self, sent: Sent, version: int, timestamp: int) -> None:
+    def _accepted(
+        self, batch: PushBatch, index: int, place: int, version: int, timestamp: int
+    ) -> None:
         cursor = self._state.cursor
-        if version > cursor and self._settle_newest(sent, version, timestamp):
+        if version > cursor and self._settle_newest(batch, index, place, version, timestamp):
             add_to_ranges(self._have, version)
             return
-        transaction = sent.decode()
+        transaction = batch.pending(index)
         current = self._rebase.load(transaction.sequence)
         if current is None or _writes(current) != _writes(transaction):
             # An earlier verdict of this answer withdrew or merged it here, while a copy of this
@@ -832,30 +845,34 @@ class _Settling:
         stamp = timestamp or transaction.timestamp
         self._rebase.settle_accepted(current, version, stamp, cursor)
 
-    def _settle_newest(self, sent: Sent, version: int, timestamp: int) -> bool:
+    def _settle_newest(
+        self, batch: PushBatch, index: int, place: int, version: int, timestamp: int
+    ) -> bool:
         """The common case, without objects: every entity has this transaction as its only pending
         one and a base that is older. Its rows then just become clean, in place."""
-        writer = self._writer
-        changes = writer.changes
-        sequence = sequence_of(sent.key)
-        if sent.chained and any(
+        changes = self._writer.changes
+        outbox_key = batch.keys[index]
+        sequence = sequence_of(outbox_key)
+        if index in batch.chained and any(
             op.previous and self._rebase.load(op.previous) is not None
-            for op in sent.decode().operations
+            for op in batch.pending(index).operations
         ):
             return False
-        made: list[tuple[bytes, bytes | None]] = [(sent.key, None)]
-        for number, key, raw in zip(sent.numbers, sent.entity_keys, sent.entity_rows, strict=True):
-            if not raw or not raw[0] & DIRTY or key in changes:
+        made: list[tuple[bytes, bytes | None]] = []
+        for at in range(place, place + batch.counts[index]):
+            key, row = batch.entity_keys[at], batch.entity_rows[at]
+            if not row or not row[0] & DIRTY or key in changes:
                 return False
-            flags, shown, base, device, stamp, pending = unpack_pending(raw)
+            flags, shown, base, device, stamp, pending = unpack_pending(row)
             if pending != sequence or base >= version:
                 return False
             if flags & HAS_BASE:
-                made.append((base_key(number, key[-ID_BYTES:]), None))
+                made.append((base_key(batch.numbers[at], key[-ID_BYTES:]), None))
             head = pack_entity(flags & TOMBSTONE, shown, version, device, timestamp or stamp)
-            made.append((key, head + raw[PENDING_HEAD:]))
+            made.append((key, head + row[PENDING_HEAD:]))
+        changes[outbox_key] = None
         changes.update(made)
-        writer.head.ready -= 1
+        self._writer.head.ready -= 1
         self._rebase.forget(sequence)
         return True
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import Enum
-from operator import attrgetter
 from typing import TypeVar
 
 from msgspec import Struct
@@ -48,8 +47,6 @@ from entidb.sync.config import SyncConfig
 from entidb.sync.rebase import RebaseReport
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
-#: Zero is ACCEPTED.
-_verdict_of = attrgetter("verdict")
 #: A reset that has to start over more often than this in one cycle ends it; the next goes on.
 RESETS_MAX = 3
 #: Pages of one pull. What came until then is staged, and the next cycle goes on from there.
@@ -57,8 +54,9 @@ PAGES_MAX = 10_000
 
 
 class Ahead(Struct, frozen=True):
-    """A hint to the driver: this request comes next, and may be sent already while what came
-    before it is being staged or settled. Answered with None at once; ignoring it is fine."""
+    """A hint to the driver: this request will be asked for next, or after the one that is under
+    way. It may be sent as soon as that one has its answer, while what came before is being staged
+    or settled. Answered with None at once; ignoring it is fine."""
 
     request: SyncRequest
 
@@ -179,49 +177,48 @@ class Cycle:
     def _push_again(self, batches: list[PushBatch]) -> Generator[Step, SyncResponse | None, None]:
         """Settle what was sent before (R5). Nothing new goes with it: what is built next is built
         on a fresh pull (R6)."""
-        state, total = self._applier.state(), sum(len(batch.sent) for batch in batches)
+        state, total = self._applier.state(), sum(len(batch.keys) for batch in batches)
         batch: PushBatch | None
         for batch, following in zip(batches, [*batches[1:], None], strict=True):
             request = self._push_request(batch, state)
             response = yield from self._ask(request, PushResponse)
             self._settle(batch, response, None, following, total)
 
-    def _push(self, first: PushBatch) -> Generator[Step, SyncResponse | None, bool]:
-        """Push ``first`` and the batches after it; whether a pull has to come before more.
+    def _push(self, batch: PushBatch) -> Generator[Step, SyncResponse | None, bool]:
+        """Push ``batch`` and those after it; whether a pull has to come before more.
 
         While the server works on a batch, the answer to the one before it is settled and the next
         one is prepared, in one commit:
 
-            send 1 │ prepare 2 │ send 2 │ settle 1, prepare 3 │ send 3 │ settle 2, prepare 4 │ …
+            server   │ batch 1   │ batch 2              │ batch 3              │ …
+            device   │ prepare 2 │ settle 1, prepare 3  │ settle 2, prepare 4  │ …
 
-        Each is durable as in flight before it is sent (R5), and touches no entity of the one
-        before it, so that it is right whatever the answer to that one will be."""
+        Each is durable as in flight before it can be sent (R5), goes out when the one before it
+        is answered, and touches no entity of that one: so it is right whatever the answer was,
+        and the server still gets everything in the order in which it was committed."""
         state, self._pushed, self._pushed_bytes = self._applier.state(), 0, 0
         limits = replace(self._limits(), sequence_max=self._applier.sequence())
         total = self._applier.ready()
-        batch, request = first, self._push_request(first, state)
+        request = self._push_request(batch, state)
         following: PushBatch | None = None
-        if total > len(first.sent):
-            yield Ahead(request)
-            following = self._applier.prepare_after(first, limits)
+        pull = False
         while True:
+            if following is None and not pull and total > self._pushed + len(batch.keys):
+                yield Ahead(request)
+                following = self._applier.prepare_after(batch, limits)
+            after = None if following is None else self._push_request(following, state)
+            if after is not None:
+                yield Ahead(after)
             response = yield from self._ask(request, PushResponse)
-            if following is None or any(map(_verdict_of, response.results)):
-                # What follows was not sent. Unless a pull comes first, it is prepared again.
-                settled = self._settle(batch, response, limits, None, total)
-                if settled.pull or settled.next_batch is None:
-                    return settled.pull
-                batch, following = settled.next_batch, None
+            settled = self._settle(batch, response, None if pull else limits, following, total)
+            pull = pull or settled.pull
+            if following is not None and after is not None:
+                batch, request, following = following, after, settled.next_batch
+            elif settled.next_batch is not None:
+                batch = settled.next_batch
                 request = self._push_request(batch, state)
-                continue
-            request = self._push_request(following, state)
-            yield Ahead(request)
-            settled = self._settle(batch, response, limits, following, total)
-            batch, following = following, settled.next_batch
-            if settled.pull:
-                response = yield from self._ask(request, PushResponse)
-                self._settle(batch, response, None, None, total)
-                return True
+            else:
+                return pull
 
     def _settle(
         self,
@@ -232,7 +229,7 @@ class Cycle:
         total: int,
     ) -> Settled:
         settled = self._applier.settle(batch, response, limits, following)
-        self._pushed += len(batch.sent)
+        self._pushed += len(batch.keys)
         self._pushed_bytes += batch.bytes
         self.result.pushed += settled.accepted
         self.result.pushed_operations += settled.accepted_operations

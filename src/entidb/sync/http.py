@@ -104,6 +104,11 @@ _ZSTD_LEVEL: Final = 3
 _ZSTD_WINDOW_LOG_MAX: Final = 23  # 8 MiB, what RFC 9659 lets a content encoding ask for
 _GZIP_WBITS: Final = 16 + zlib.MAX_WBITS
 _JOIN_S: Final = 5.0
+#: Requests known ahead of time: the one under way and the one after it.
+_AHEAD_MAX: Final = 2
+#: Seconds that whoever sends ahead lets the request get on its way before going on with other
+#: work: enough for a local network, little for one on which sending itself takes long.
+_SENDING_S: Final = 0.05
 _FRAMED: Final = frozenset(("content-length", "transfer-encoding"))
 _BAD_URL: Final = re.compile(r"[\x00-\x20\x7f\\]")
 _TOKEN: Final = re.compile(r"[\x21-\x7e]+")
@@ -152,36 +157,52 @@ class HttpTransport(BaseTransport):
         }
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(8).hex()
-        self._ahead: _Ahead | None = None
-        self._ahead_thread: threading.Thread | None = None
+        tells = getattr(self._client, "tells_when_sent", False)
+        self._carrier = _Carrier(self._clock, tells)
 
     # -- sending ------------------------------------------------------------------------------
 
     def _exchange(self, request: SyncRequest) -> SyncResponse:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead.request is request or ahead.request == request):
-            return ahead.result()
-        return self._round_trip(request)
+        ahead = self._carrier.take(request)
+        if ahead is not None:
+            return self._understood(request, ahead.result())
+        return self._understood(request, self._carry(request, *self._packed(encode(request))))
 
-    def _round_trip(self, request: SyncRequest) -> SyncResponse:
-        headers, body = self._packed(encode(request))
-        response = self._post(request, headers, body, refresh=False)
-        if response.status == 401 and callable(self._token):
-            response = self._post(request, headers, body, refresh=True)
+    def _understood(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
         answer = self._read(request, response)
         if isinstance(answer, HandshakeResponse):
             self._request_encoding = _first_of(self._encodings, answer.features)
         return answer
 
+    def _carry(
+        self,
+        request: SyncRequest,
+        headers: dict[str, str],
+        body: bytes,
+        on_sent: Callable[[], None] | None = None,
+    ) -> HttpResponse:
+        response = self._post(request, headers, body, refresh=False, on_sent=on_sent)
+        if response.status == 401 and callable(self._token):
+            response = self._post(request, headers, body, refresh=True)
+        return response
+
     def _post(
-        self, request: SyncRequest, headers: dict[str, str], body: bytes, *, refresh: bool
+        self,
+        request: SyncRequest,
+        headers: dict[str, str],
+        body: bytes,
+        *,
+        refresh: bool,
+        on_sent: Callable[[], None] | None = None,
     ) -> HttpResponse:
         headers["X-Request-Id"] = f"{self._request_id_prefix}-{next(self._request_ids)}"
         if self._token is not None:
             headers["Authorization"] = "Bearer " + self._ask_token(refresh=refresh)
         url = self._urls[type(request)]
+        telling = {} if on_sent is None else {"on_sent": on_sent}
+        timeout_s = self._config.total_timeout_s
         try:
-            return self._client.request("POST", url, headers, body, self._config.total_timeout_s)
+            return self._client.request("POST", url, headers, body, timeout_s, **telling)
         except _FOREIGN as error:
             raise _translated(error, url) from error
 
@@ -280,57 +301,154 @@ class HttpTransport(BaseTransport):
     # -- ahead of time ------------------------------------------------------------------------
 
     def send_ahead(self, request: SyncRequest) -> None:
-        """Start ``request`` on a thread of its own; see ``SyncTransport.send_ahead``. There is
-        one such thread at most: while it is busy with an older request, the hint is ignored."""
-        if self._closed or (self._ahead_thread is not None and self._ahead_thread.is_alive()):
+        """Start ``request`` on a thread of its own, or have it follow what is there already; see
+        ``SyncTransport.send_ahead``. While that thread is busy with what was dropped, or two are
+        waiting already, the hint is ignored."""
+        if self._closed:
             return
-        ahead = _Ahead(request, self._round_trip)
-        self._ahead = ahead
-        self._ahead_thread = threading.Thread(
-            target=ahead.run, name="entidb-send-ahead", daemon=True
-        )
-        self._ahead_thread.start()
+        headers, body = self._packed(encode(request))
+        self._carrier.add(_Ahead(request, functools.partial(self._carry, request, headers, body)))
 
     def forget_ahead(self) -> None:
-        self._ahead = None
+        self._carrier.drop()
 
     def close(self) -> None:
         """Close the client, which ends what is under way, and wait for the thread to see it."""
         super().close()
-        self._ahead = None
+        self._carrier.drop()
         self._client.close()
-        thread = self._ahead_thread
+        self._carrier.join()
+
+
+class _Ahead:
+    """A request on its way, and what came of it. ``sent`` and ``done`` are set in any case."""
+
+    def __init__(self, request: SyncRequest, send: Callable[..., HttpResponse]) -> None:
+        self.request = request
+        self.sent = threading.Event()
+        self.done = threading.Event()
+        self._send = send
+        self._response: HttpResponse | None = None
+        self._error: BaseException | None = None
+
+    def carry(self, on_sent: Callable[[], None] | None) -> bool:
+        """Whether the answer is one after which the next request may go out."""
+        try:
+            self._response = self._send(on_sent)
+        except BaseException as error:  # raised where it is picked up
+            self._error = error
+        return self._response is not None and self._response.status == 200
+
+    def result(self) -> HttpResponse:
+        # Bounded by the request's own timeout.
+        self.done.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._response is not None
+        return self._response
+
+
+class _Carrier:
+    """The thread that carries requests ahead of time, one after the other and in order: the next
+    one leaves when the one before it is answered, and only if that answer is a good one."""
+
+    def __init__(self, clock: Clock, tells_when_sent: bool) -> None:
+        self._clock = clock
+        self._tells_when_sent = tells_when_sent
+        self._lock = threading.Lock()
+        #: What was asked for and not taken yet, in order; the first ``_started`` are under way
+        #: or answered.
+        self._queue: list[_Ahead] = []
+        self._started = 0
+        self._thread: threading.Thread | None = None
+        #: Moves when everything is dropped: a thread of an older age carries nothing more.
+        self._age = 0
+        self._thread_age = 0
+        #: A hint was ignored: so are those after it, which must not leave before it, until the
+        #: next request is asked for.
+        self._ignoring = False
+
+    def add(self, ahead: _Ahead) -> None:
+        with self._lock:
+            busy = self._thread is not None
+            if len(self._queue) >= _AHEAD_MAX or (busy and self._thread_age != self._age):
+                self._ignoring = True
+            if self._ignoring:
+                return
+            if busy:
+                self._queue.append(ahead)
+                return
+            self._queue.append(ahead)
+            self._started = len(self._queue)
+            self._thread_age = self._age
+            self._thread = threading.Thread(
+                target=self._run, args=(ahead, self._age), name="entidb-send-ahead", daemon=True
+            )
+            self._thread.start()
+        if self._tells_when_sent:
+            # Two threads that both have work to do hand the interpreter over every few
+            # milliseconds, and sending takes several turns: the server would wait for them.
+            self._clock.wait(ahead.sent, _SENDING_S)
+
+    def take(self, request: SyncRequest) -> _Ahead | None:
+        """What was started for ``request``; for any other request, everything is dropped."""
+        with self._lock:
+            self._ignoring = False
+            if self._started:
+                ahead = self._queue[0]
+                if ahead.request is request or ahead.request == request:
+                    self._started -= 1
+                    return self._queue.pop(0)
+            self._forget()
+            return None
+
+    def drop(self) -> None:
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._queue.clear()
+        self._started = 0
+        self._age += 1
+        self._ignoring = False
+
+    def join(self) -> None:
+        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             # A client of somebody else's may not let go of its socket at once; the thread is a
             # daemon, and its answer goes nowhere.
             thread.join(_JOIN_S)
 
+    def _run(self, ahead: _Ahead | None, age: int) -> None:
+        answered: _Ahead | None = None
+        while ahead is not None:
+            good = self._carry(ahead, answered)
+            answered = ahead
+            with self._lock:
+                ahead = None
+                if good and age == self._age and self._started < len(self._queue):
+                    ahead = self._queue[self._started]
+                    self._started += 1
+                else:
+                    self._thread = None
+        if answered is not None:
+            answered.done.set()
 
-class _Ahead:
-    """A request on its way, and what came of it."""
+    def _carry(self, ahead: _Ahead, before: _Ahead | None) -> bool:
+        def on_sent() -> None:
+            # Who waits for the answer before this request has work to do with it, and gets it
+            # when this request has left.
+            ahead.sent.set()
+            if before is not None:
+                before.done.set()
 
-    def __init__(self, request: SyncRequest, send: Callable[[SyncRequest], SyncResponse]) -> None:
-        self.request = request
-        self._send = send
-        self._done = threading.Event()
-        self._response: SyncResponse | None = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._response = self._send(self.request)
-        except BaseException as error:  # raised where it is picked up
-            self._error = error
-        finally:
-            self._done.set()
-
-    def result(self) -> SyncResponse:
-        # Bounded by the request's own timeout.
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._response is not None
-        return self._response
+        if self._tells_when_sent:
+            good = ahead.carry(on_sent)
+        else:
+            on_sent()
+            good = ahead.carry(None)
+        on_sent()
+        return good
 
 
 # -- addresses and tokens ---------------------------------------------------------------------
@@ -515,6 +633,9 @@ class HttpxClient:
     ``ssl_context`` replaces the system's certificate authorities. Thread-safe.
     """
 
+    #: ``request`` takes ``on_sent``: see ``HttpClient``.
+    tells_when_sent: Final = True
+
     def __init__(
         self,
         config: HttpConfig | None = None,
@@ -533,14 +654,21 @@ class HttpxClient:
         self._closed = False
 
     def request(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        timeout_s: float,
+        *,
+        on_sent: Callable[[], None] | None = None,
     ) -> HttpResponse:
         """See ``HttpClient``. Raises ``TransportError``, ``SyncTimeoutError``, ``TlsError`` (not
         retryable), or ``ProtocolError`` ``too_large`` for a body over ``response_bytes_max``."""
         ticket = self._watchdog.watch(timeout_s)
         try:
             route = self._routes.get(url) or self._open_route(url)
-            response = self._send(route, method, headers, body, timeout_s)
+            response = self._send(route, method, headers, body, timeout_s, on_sent)
         except _FOREIGN as error:
             if self._closed:
                 raise SyncStateError("the client was closed during the request") from error
@@ -560,13 +688,15 @@ class HttpxClient:
         headers: Mapping[str, str],
         body: bytes,
         timeout_s: float,
+        on_sent: Callable[[], None] | None,
     ) -> HttpResponse:
+        trace = self._trace if on_sent is None else functools.partial(self._trace_sent, on_sent)
         request = httpx2.Request(
             method,
             route.url,
             headers=[("Host", route.host), *headers.items(), ("Content-Length", str(len(body)))],
             stream=httpx2.ByteStream(body),
-            extensions={"timeout": self._timeouts(timeout_s), "trace": self._trace},
+            extensions={"timeout": self._timeouts(timeout_s), "trace": trace},
         )
         response = route.transport.handle_request(request)
         try:
@@ -622,6 +752,11 @@ class HttpxClient:
             # No TLS here, so reading the authorities (tens of milliseconds) would be for nothing.
             return httpx2.HTTPTransport(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         return httpx2.HTTPTransport(verify=self._ssl_context or True, proxy=proxy)
+
+    def _trace_sent(self, on_sent: Callable[[], None], event: str, info: Mapping[str, Any]) -> None:
+        self._trace(event, info)
+        if event.endswith("send_request_body.complete"):
+            on_sent()
 
     # -- ending what is under way -------------------------------------------------------------
 

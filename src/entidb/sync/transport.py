@@ -65,9 +65,10 @@ class SyncTransport(Protocol):
     def push(self, request: PushRequest) -> PushResponse: ...
 
     def send_ahead(self, request: SyncRequest) -> None:
-        """A hint: ``request`` will be what is sent next. A transport may start on it now; its
-        answer or error comes out of the next ``send`` of an equal request. Any other ``send``,
-        and ``forget_ahead``, drop it. Raises nothing."""
+        """A hint: ``request`` will be what is sent next, or after what was hinted at before. A
+        transport may start on it as soon as that one has been answered, never earlier; its answer
+        or error comes out of the next ``send`` of an equal request. Any other ``send``, and
+        ``forget_ahead``, drop it. Raises nothing."""
         ...
 
     def forget_ahead(self) -> None:
@@ -228,6 +229,9 @@ class HttpClient(Protocol):
       that by itself, and to leave ``content-encoding`` out of the headers it returns.
     - Where no answer comes, it raises a ``SyncError``, ``TimeoutError`` or another ``OSError``.
     - ``request`` can be called from two threads at once. ``close`` ends both with an error.
+    - A client whose ``tells_when_sent`` is true takes one more argument, the keyword ``on_sent``:
+      called without arguments, in the same thread, when the whole request has been handed to the
+      system. It must not raise.
     """
 
     def request(

@@ -151,8 +151,8 @@ class SyncApplierContract:
             limits = BatchLimits(operations_max=2)
             batch, sizes = applier.prepare(limits), []
             while batch is not None:
-                sizes.append(len(batch.sent))
-                results = [accepted(len(sizes) * 10 + at) for at in range(len(batch.sent))]
+                sizes.append(len(batch.keys))
+                results = [accepted(len(sizes) * 10 + at) for at in range(len(batch.keys))]
                 batch = applier.settle(batch, answer(batch, *results), limits).next_batch
             assert sizes == [2, 2, 1]
             assert applier.ready() == 0
@@ -269,15 +269,31 @@ class SyncApplierContract:
             assert (applier.inflight(), applier.ready()) == ([], 0)
             assert self.values(applier) == {1: 1, 2: 2, 3: 3}
 
-    def test_what_was_prepared_and_never_sent_is_no_longer_in_flight(self) -> None:
+    def test_a_conflict_in_the_first_leaves_the_second_in_flight(self) -> None:
+        with self.fresh() as applier:
+            one = BatchLimits(operations_max=1)
+            for number in range(1, 4):
+                self.put(applier, **{f"n{number}": number})
+            first = self.batch(applier, one)
+            second = applier.prepare_after(first, one)
+            assert second is not None
+            conflict = answer(first, PushResult(Verdict.CONFLICT))
+            settled = applier.settle(first, conflict, one, second)
+            assert (settled.pull, settled.next_batch) == (True, None)
+            assert [batch.ranges for batch in applier.inflight()] == [second.ranges]
+            applier.settle(second, answer(second, accepted(1)), None)
+            assert (applier.inflight(), applier.ready()) == ([], 2)
+
+    def test_settling_names_both_batches_in_flight(self) -> None:
         with self.fresh() as applier:
             one = BatchLimits(operations_max=1)
             self.put(applier, n1="a")
             self.put(applier, n2="b")
             first = self.batch(applier, one)
             assert applier.prepare_after(first, one) is not None
-            settled = applier.settle(first, answer(first, PushResult(Verdict.CONFLICT)), one)
-            assert (settled.pull, applier.inflight(), applier.ready()) == (True, [], 2)
+            with raises(SyncStateError):
+                applier.settle(first, answer(first, accepted(1)), one)
+            assert len(applier.inflight()) == 2
 
     def test_a_local_write_meanwhile_is_not_settled_with_the_batch(self) -> None:
         with self.fresh() as applier:

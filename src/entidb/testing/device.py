@@ -76,6 +76,7 @@ class Exchange:
         self.request = request
         self.outcome: SyncResponse | SyncError | None = None
         self.renewed = False
+        self.sent = False
 
 
 class Device:
@@ -111,7 +112,9 @@ class Device:
         self.flow: Flow | None = None
         self.cycle: Cycle | None = None
         self.waiting: Exchange | None = None
-        self.ahead: Exchange | None = None
+        #: Requests known ahead of time, in order; one is sent when the one before it is answered.
+        self.ahead: list[Exchange] = []
+        self.hints_ignored = False
         self.last: SyncCycleResult | None = None
         self.last_error: EntiDBError | None = None
         self.needs_choice = False
@@ -137,7 +140,8 @@ class Device:
         self.database = Database(storage, clock=self.clock, entropy=self.entropy)
         self.applier = DatabaseApplier(self.database, policies=self.policies)
         self.connection = Connection()
-        self.flow = self.cycle = self.waiting = self.ahead = None
+        self.flow = self.cycle = self.waiting = None
+        self.ahead = []
         self.reader = None
         storage.armed = not self.world.quiet
 
@@ -292,7 +296,8 @@ class Device:
         keep = self.rng.choice(("server", "device"))
         self.world.trace("reset", self.name, keep)
         self.world.tell(f"{self.name} resets, keep={keep}")
-        self.flow = self.waiting = self.ahead = None
+        self.flow = self.waiting = None
+        self.ahead = []
         self.connection.forget()
         if self.guarded(lambda: self.applier.reset(keep)):
             self.needs_choice = False
@@ -343,7 +348,8 @@ class Device:
         self.watch.calls = {}
         self.world.trace("ended", self.name, "" if error is None else error.code)
         self.watch.on_report(self.cycle.result)
-        self.flow = self.waiting = self.ahead = None
+        self.flow = self.waiting = None
+        self.ahead = []
         self.last, self.last_error = result, error
         if isinstance(error, CorruptionError):
             self.world.checks.fail("CONVERGE", f"{self.name} finds its own store damaged: {error}")
@@ -399,24 +405,31 @@ class Device:
 
     def _ask(self, request: SyncRequest) -> SyncResponse | SyncError | None:
         """Send ``request``; its outcome if that is known already, because it was sent ahead."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is not None and ahead.request == request:
-            self.waiting = ahead
+        self.hints_ignored = False
+        if self.ahead and self.ahead[0].sent and self.ahead[0].request == request:
+            ahead = self.ahead.pop(0)
             if ahead.outcome is not None:
-                self.waiting = None
                 return self._taken(ahead)
+            self.waiting = ahead
             return None
+        self.ahead = []
         self.waiting = Exchange(request)
         self._send(self.waiting)
         return None
 
     def _send_ahead(self, request: SyncRequest) -> None:
-        if self.rng.random() * 1000 < self.world.knobs.ahead and not self.world.quiet:
+        willing = self.rng.random() * 1000 < self.world.knobs.ahead and not self.world.quiet
+        if willing and not self.hints_ignored:
             self.world.fired("ahead")
-            self.ahead = Exchange(request)
-            self._send(self.ahead)
+            self.ahead.append(Exchange(request))
+            if len(self.ahead) == 1 or self.ahead[-2].outcome is not None:
+                self._send(self.ahead[-1])
+        else:
+            # What comes after a request that was not sent ahead must not be either.
+            self.hints_ignored = True
 
     def _send(self, exchange: Exchange) -> None:
+        exchange.sent = True
         world, request = self.world, exchange.request
         path, body = protocol.path_of(request), protocol.encode(request)
         token = self.token
@@ -442,7 +455,9 @@ class Device:
             self._settle(exchange, SyncTimeoutError("no answer in time"))
 
     def _received(self, exchange: Exchange, ok: bool, data: bytes) -> None:
-        if exchange.outcome is not None or exchange not in (self.waiting, self.ahead):
+        if exchange.outcome is not None or (
+            exchange is not self.waiting and exchange not in self.ahead
+        ):
             return
         outcome: SyncResponse | SyncError
         try:
@@ -468,9 +483,20 @@ class Device:
 
     def _settle(self, exchange: Exchange, outcome: SyncResponse | SyncError) -> None:
         exchange.outcome = outcome
+        if not isinstance(outcome, SyncError):
+            self._send_next()
         if exchange is self.waiting and self.flow is not None:
             self.waiting = None
             self.advance(self._taken(exchange))
+
+    def _send_next(self) -> None:
+        """What was waiting for this answer leaves by itself."""
+        for exchange in self.ahead:
+            if not exchange.sent:
+                self._send(exchange)
+                return
+            if exchange.outcome is None:
+                return
 
     def _taken(self, exchange: Exchange) -> SyncResponse | SyncError:
         """The outcome, as it is handed to the cycle."""

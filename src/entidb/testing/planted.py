@@ -29,7 +29,7 @@ from entidb.sync import applier, cycle
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.rebase import Rebase
 from entidb.testing.simulator import Options, Run, simulate
-from entidb.types import system_entropy
+from entidb.types import SEQUENCE_MAX, system_entropy
 
 #: A bug must be caught within so many seeds.
 SEEDS_MAX: Final = 300
@@ -265,9 +265,9 @@ def _any_answer_clears(garden: Garden) -> None:
     """A conflict takes the transaction out of the outbox."""
 
     def make(original: Any) -> Any:
-        def run(self: Any, batch: Any) -> Any:
+        def run(self: Any, batch: Any, fresh: bool) -> Any:
             if not self._state.cursor:
-                return original(self, batch)
+                return original(self, batch, fresh)
             self._response = replace(
                 self._response,
                 results=[
@@ -275,7 +275,7 @@ def _any_answer_clears(garden: Garden) -> None:
                     for r in self._response.results
                 ],
             )
-            return original(self, batch)
+            return original(self, batch, fresh)
 
         return run
 
@@ -313,9 +313,10 @@ def _newer_write_settled(garden: Garden) -> None:
     """An answer to an older batch cleans entities that were written since."""
 
     def make(original: Any) -> Any:
-        def newest(self: Any, transaction: Any, rows: list[Any], version: int, stamp: int) -> bool:
-            with mock.patch.object(applier, "unpack_pending", _pretend_newest(transaction)):
-                settled: bool = original(self, transaction, rows, version, stamp)
+        def newest(self: Any, batch: Any, index: int, *rest: Any) -> bool:
+            sequence = batch.sequences[index]
+            with mock.patch.object(applier, "unpack_pending", _pretend_newest(sequence)):
+                settled: bool = original(self, batch, index, *rest)
             return settled
 
         return newest
@@ -323,15 +324,46 @@ def _newer_write_settled(garden: Garden) -> None:
     garden.replace(applier._Settling, "_settle_newest", make)
 
 
-def _pretend_newest(transaction: Any) -> Callable[[bytes], tuple[Any, ...]]:
+def _pretend_newest(sequence: int) -> Callable[[bytes], tuple[Any, ...]]:
     real = unpack_pending
-    return lambda raw: (*real(raw)[:5], transaction.sequence)
+    return lambda raw: (*real(raw)[:5], sequence)
+
+
+@_bug("stale-rows-settled", "READ-YOUR-WRITES", "NO-SILENT-LOSS", "CONVERGE", "UNEXPECTED")
+def _stale_rows(garden: Garden) -> None:
+    """Settling trusts the rows it read when the batch was made, whatever was written since."""
+
+    def make(original: Any) -> Any:
+        return lambda self, batch, fresh: original(self, batch, True)
+
+    garden.replace(applier._Settling, "run", make)
+
+
+_SMALL_BATCHES: Final = _CALM | {"push_operations_max": 1, "pause_ms": 3000, "ahead": 500}
+
+
+@_bug("following-builds-on-the-first", "NO-FALSE-CONFLICT", "LIVENESS", knobs=_SMALL_BATCHES)
+def _following_not_apart(garden: Garden) -> None:
+    """The batch after the one in flight may touch what that one touches."""
+
+    def make(original: Any) -> Any:
+        return lambda writer, limits, inflight, mark, apart=None: original(
+            writer, limits, inflight, mark
+        )
+
+    garden.replace(applier, "_choose", make)
+
+
+@_bug("following-forgotten", "LIVENESS", "NO-FALSE-CONFLICT", "UNEXPECTED", knobs=_SMALL_BATCHES)
+def _following_forgotten(garden: Garden) -> None:
+    """After a crash only the first of two batches in flight is sent again."""
+    garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: original(self)[:1])
 
 
 @_bug("in-flight-forgotten", "LIVENESS", "NO-FALSE-CONFLICT", knobs=_WILD)
 def _in_flight_forgotten(garden: Garden) -> None:
     """A batch without an answer is not sent again first."""
-    garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: None)
+    garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: [])
 
 
 @_bug("rejected-is-tried-again", "LIVENESS", "NO-POISON", knobs=_CALM | {"refuse": 100})
@@ -529,7 +561,7 @@ def _same_batch_conflicts(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def conflicts(self: Any, transaction: Any, places: list[bytes]) -> bool:
-            self._written = {}
+            self._written, self._began_at = {}, SEQUENCE_MAX
             found: bool = original(self, transaction, places)
             return found
 
