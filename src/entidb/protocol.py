@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, TypeVar, cast
 from msgspec import Meta, Struct, ValidationError, convert, to_builtins
 
 from entidb import cbor
+from entidb.collector import paused
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
 from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_BYTES_MAX, check_name
 
@@ -400,35 +401,81 @@ def _states(states: list[ServerState]) -> bytes:
 
 
 def _encode_pull_response(message: PullResponse) -> bytes:
-    parts = [
-        cbor.map_head(7),
-        cbor.text("head") + _uint(message.head),
-        cbor.text("time") + _uint(message.time),
-        cbor.text("floor") + _uint(message.floor),
-        cbor.text("cursor") + _uint(message.cursor),
-        cbor.text("commits") + _array_head(len(message.commits)),
-    ]
-    heads = [b"\x83" + _uint(index) + _ID for index in range(len(message.collections))]
+    page = PullPage()
     for commit in message.commits:
-        operations = commit.operations
-        parts += (
-            b"\x84",
-            _uint(commit.version),
-            _ID,
-            commit.device_id,
-            _uint(commit.timestamp),
-            _array_head(len(operations)),
+        page.begin(commit.version, commit.device_id, commit.timestamp)
+        for operation in commit.operations:
+            page.add(operation.collection, operation.entity_id, operation.payload)
+    return page.encode(
+        collections=message.collections,
+        cursor=message.cursor,
+        has_more=message.has_more,
+        head=message.head,
+        floor=message.floor,
+        time=message.time,
+    )
+
+
+class PullPage:
+    """A ``PullResponse`` that is encoded while it is put together."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._commits = 0
+        #: Where in ``_parts`` the number of the present commit's operations stands.
+        self._count_at = 0
+        self._operations = 0
+        self._heads: dict[int, bytes] = {}
+
+    def begin(self, version: int, device_id: bytes, timestamp: int) -> None:
+        """The next commit; it must get an operation."""
+        if self._operations != 1:
+            self._close()
+        self._commits += 1
+        self._operations = 0
+        parts = self._parts
+        parts += (b"\x84", _uint(version), _ID, device_id, _uint(timestamp), b"\x81")
+        self._count_at = len(parts) - 1
+
+    def add(self, collection: int, entity_id: bytes, payload: bytes | None) -> None:
+        """One more operation of the present commit; ``collection`` is its index in the page."""
+        self._operations += 1
+        head = self._heads.get(collection)
+        if head is None:
+            head = self._heads[collection] = b"\x83" + _uint(collection) + _ID
+        if payload is None:
+            self._parts += (head, entity_id, _NULL)
+        else:
+            self._parts += (head, entity_id, _bytes_head(len(payload)), payload)
+
+    def _close(self) -> None:
+        if self._commits:
+            self._parts[self._count_at] = _array_head(self._operations)
+
+    def encode(
+        self,
+        *,
+        collections: Sequence[str],
+        cursor: int,
+        has_more: bool,
+        head: int,
+        floor: int,
+        time: int,
+    ) -> bytes:
+        self._close()
+        return b"".join(
+            (
+                cbor.map_head(7),
+                cbor.text("head") + _uint(head),
+                cbor.text("time") + _uint(time),
+                cbor.text("floor") + _uint(floor),
+                cbor.text("cursor") + _uint(cursor),
+                cbor.text("commits") + _array_head(self._commits),
+                *self._parts,
+                cbor.text("has_more") + (b"\xf5" if has_more else b"\xf4"),
+                cbor.text("collections") + _names(collections),
+            )
         )
-        for operation in operations:
-            payload = operation.payload
-            head = heads[operation.collection]
-            if payload is None:
-                parts += (head, operation.entity_id, _NULL)
-            else:
-                parts += (head, operation.entity_id, _bytes_head(len(payload)), payload)
-    parts.append(cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"))
-    parts.append(cbor.text("collections") + _names(message.collections))
-    return b"".join(parts)
 
 
 def _names(names: Sequence[str]) -> bytes:
@@ -472,6 +519,8 @@ _LINK: Final = re.compile(
 )
 
 
+#: Larger messages are worth keeping the collector away.
+_SMALL_BYTES_MAX: Final = 16 * 1024
 #: Smaller messages are decoded without a look at how many items they hold.
 _DENSE_BYTES_MAX: Final = 1024 * 1024
 #: Up to here it is enough to look for lists and maps, which is a hundred times faster.
@@ -508,6 +557,13 @@ def decode(kind: type[_Message], data: bytes, limits: Limits = LIMITS) -> _Messa
     """
     if len(data) > limits.message_bytes_max:
         raise _too_large("$", f"is {len(data)} bytes", limits.message_bytes_max)
+    if len(data) > _SMALL_BYTES_MAX:
+        with paused():
+            return _decode(kind, data, limits)
+    return _decode(kind, data, limits)
+
+
+def _decode(kind: type[_Message], data: bytes, limits: Limits) -> _Message:
     if len(data) > _DENSE_BYTES_MAX:
         _check_density(data, limits)
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import ipaddress
 import logging
 import os
@@ -76,24 +75,8 @@ def serve(
             _write_ready(Path(ready_file), url)
 
     runner = _prepare(config, Listen(host=host, port=port, **listen), announce)
-    with _stopped_by_signals(runner.server), _collecting_rarely():
+    with _stopped_by_signals(runner.server):
         runner.run()
-
-
-@contextlib.contextmanager
-def _collecting_rarely() -> Iterator[None]:
-    """A decoded push is tens of thousands of lists without a cycle among them, and each few of
-    them set off the search for cycles, through everything that was ever imported: a fifth of the
-    time of a push. This process is the server's own, so it may choose to search less often."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 @contextlib.contextmanager

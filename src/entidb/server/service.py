@@ -11,19 +11,21 @@ import itertools
 import logging
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 from entidb import cbor, protocol
+from entidb.collector import paused
 from entidb.db import Database
-from entidb.db.catalogue import Catalogue
+from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.feed import feed_page
 from entidb.db.maintenance import mark_clock, read_floor
 from entidb.db.records import (
     ACCEPTED,
+    ENTITY_HEAD,
     FEED,
     META_FLOOR,
     META_HEAD,
@@ -58,8 +60,6 @@ from entidb.protocol import (
     HandshakeRequest,
     HandshakeResponse,
     Limits,
-    PullCommit,
-    PullOperation,
     PullRequest,
     PullResponse,
     PushRequest,
@@ -73,7 +73,6 @@ from entidb.protocol import (
     payload_bytes,
     transaction_bytes,
 )
-from entidb.storage import Snapshot
 from entidb.types import timestamp_from_ms, uuid_from_bytes
 
 _log = logging.getLogger("entidb.server")
@@ -84,6 +83,8 @@ SCAN_ROWS_MAX = 20_000
 #: Entities read at a time while a page fills: as many as can be 16 MiB each without hurting.
 #: A thousand at a time would be 16 GB then.
 READ_ROWS = 16
+#: And at most, when they turn out to be small.
+READ_ROWS_MAX = 64
 #: Payload bytes of a page at most, whatever a client asks for; a larger single commit is sent
 #: whole (R19).
 PAGE_BYTES_MAX = 8 * 1024 * 1024
@@ -175,6 +176,7 @@ class DatabaseService:
         self._validate = validate
         #: (commit mark, head, floor) of the newest read; None when unknown.
         self._known: tuple[int, int, int] | None = None
+        self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
 
     # ------------------------------------------------------------ handshake
 
@@ -209,23 +211,39 @@ class DatabaseService:
         if mark != self.database.commit_mark or _known_up_to(request) != head:
             return None
         self._check_pull(request, grant, head, floor)
-        return self._page([], [], head, head, floor, more=False)
+        return PullResponse(
+            collections=[],
+            commits=[],
+            cursor=head,
+            has_more=False,
+            head=head,
+            floor=floor,
+            time=self.database.clock.now_ms(),
+        )
 
     def pull(self, request: PullRequest, grant: Grant) -> PullResponse:
         """One page of the change feed (R19). Raises ``HistoryChangedError``,
         ``ResetRequiredError``, ``PermissionDeniedError``."""
+        return protocol.decode(PullResponse, self.pull_bytes(request, grant))
+
+    def pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
+        """As ``pull``, encoded: the values go from the store into the message as they are."""
         mark = self.database.commit_mark
-        with self.database.view() as view:
+        with paused(), self.database.view() as view:
             head = view.head.sequence
             floor = read_floor(view)
             self._check_pull(request, grant, head, floor)
-            commits, names, cursor, more = self._read_page(view, request, grant, head)
-        self._known = (mark, head, floor)
-        return self._page(names, commits, cursor, head, floor, more=more)
-
-    def pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
-        """As ``pull``, encoded."""
-        return protocol.encode(self.pull(request, grant))
+            page = _Page(view, request, self._wanted(view, request, grant))
+            cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
+            self._known = (mark, head, floor)
+            return page.encoded.encode(
+                collections=page.names,
+                cursor=cursor,
+                has_more=more,
+                head=head,
+                floor=floor,
+                time=self.database.clock.now_ms(),
+            )
 
     def _check_pull(self, request: PullRequest, grant: Grant, head: int, floor: int) -> None:
         if not grant.read:
@@ -240,48 +258,11 @@ class DatabaseService:
                 details={"floor": floor},
             )
 
-    def _read_page(
-        self, view: Writer, request: PullRequest, grant: Grant, head: int
-    ) -> tuple[list[PullCommit], list[str], int, bool]:
+    def _wanted(
+        self, view: Writer, request: PullRequest, grant: Grant
+    ) -> dict[int, CollectionInfo]:
         wanted = _wanted_collections(view.catalogue, request.collections, grant.collections)
-        limit = max(1, min(request.limit, self.limits.pull_operations_max, SCAN_ROWS_MAX))
-        feed_keys, more = feed_page(view.snapshot, _known_up_to(request), limit)
-        places = [split_feed_key(key) for key in feed_keys]
-        have = _Ranges(request.have)
-        infos = view.catalogue.by_number
-        prefixes = {number: infos[number].prefix for number in wanted}
-        chosen = [place for place in places if place[1] in prefixes and not have.contains(place[0])]
-        page = _PageBuilder({number: infos[number].name for number in wanted})
-        bytes_max = min(request.bytes_max, PAGE_BYTES_MAX)
-        keys = [prefixes[number] + entity_id for _, number, entity_id in chosen]
-        at = 0
-        while at < len(keys):
-            raws = _read_up_to(view.snapshot, keys, at, bytes_max)
-            if not page.add(chosen[at : at + len(raws)], raws, bytes_max):
-                return page.commits, page.names, page.last, True
-            at += len(raws)
-        # A pull moves the cursor over what it leaves out as well (R31).
-        return page.commits, page.names, places[-1][0] if more else head, more
-
-    def _page(
-        self,
-        names: list[str],
-        commits: list[PullCommit],
-        cursor: int,
-        head: int,
-        floor: int,
-        *,
-        more: bool,
-    ) -> PullResponse:
-        return PullResponse(
-            collections=names,
-            commits=commits,
-            cursor=cursor,
-            has_more=more,
-            head=head,
-            floor=floor,
-            time=self.database.clock.now_ms(),
-        )
+        return {info.number: info for info in wanted}
 
     # ------------------------------------------------------------ push
 
@@ -297,7 +278,7 @@ class DatabaseService:
         # What can fail or take long is done before the writer lock is taken.
         checked = [self._precheck(request, grant) for request, grant in members]
         answers: list[PushResponse | SyncError] = []
-        with self.database.write() as writer:
+        with paused(), self.database.write() as writer:
             floor, known_head = read_floor(writer), writer.head.sequence
             for (request, grant), values in zip(members, checked, strict=True):
                 if isinstance(values, SyncError):
@@ -655,46 +636,68 @@ class _Deciding:
         return PushResult(_ACCEPTED, version, stamp if stamp != transaction.timestamp else 0)
 
 
-class _PageBuilder:
-    """Entities on their way into one page, grouped by the commit that wrote them (R19)."""
+class _Page:
+    """One page on its way from the feed into a message (R19)."""
 
-    def __init__(self, names: dict[int, str]) -> None:
-        self.commits: list[PullCommit] = []
+    def __init__(
+        self, view: Writer, request: PullRequest, wanted: Mapping[int, CollectionInfo]
+    ) -> None:
+        self.encoded = protocol.PullPage()
         self.names: list[str] = []
-        self.last = 0
-        self._all_names = names
+        self._view = view
+        self._request = request
+        self._wanted = wanted
+        self._bytes_max = min(request.bytes_max, PAGE_BYTES_MAX)
         self._indexes: dict[int, int] = {}
-        self._operations: list[PullOperation] = []
+        self._last = 0
         self._size = 0
 
-    def add(
-        self,
-        places: Sequence[tuple[int, int, bytes]],
-        raws: Sequence[bytes | None],
-        bytes_max: int,
-    ) -> bool:
+    def fill(self, limit: int, head: int) -> tuple[int, bool]:
+        """Read up to ``limit`` rows of the feed; the cursor that the page reaches, and whether
+        there is more."""
+        feed_keys, more = feed_page(self._view.snapshot, _known_up_to(self._request), limit)
+        places = list(map(split_feed_key, feed_keys))
+        chosen = [place for place in places if place[1] in self._wanted]
+        if self._request.have:
+            have = _Ranges(self._request.have)
+            chosen = [place for place in chosen if not have.contains(place[0])]
+        prefixes = {number: info.prefix for number, info in self._wanted.items()}
+        keys = [prefixes[number] + entity_id for _, number, entity_id in chosen]
+        at = 0
+        rows = READ_ROWS
+        while at < len(keys):
+            raws = self._view.snapshot.get_many(keys[at : at + rows])
+            if not self._add(chosen[at : at + rows], raws):
+                return self._last, True
+            at += rows
+            # As many as fit, going by those that were read.
+            mean = self._size // at + 1
+            rows = max(READ_ROWS, min((self._bytes_max - self._size) // mean, READ_ROWS_MAX))
+        # A pull moves the cursor over what it leaves out as well (R31).
+        return (places[-1][0] if more else head), more
+
+    def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
         """False if the page is full: cut between commits, the rest opens the next one."""
-        size, last, operations, indexes = self._size, self.last, self._operations, self._indexes
+        size, last, bytes_max = self._size, self._last, self._bytes_max
+        begin, add, indexes = self.encoded.begin, self.encoded.add, self._indexes
         for (sequence, number, entity_id), raw in zip(places, raws, strict=True):
             if raw is None:
                 raise _corrupt(sequence, entity_id, "names an entity that is not there")
-            _, _, version, device, timestamp = unpack_entity(raw)
+            flags, _, version, device, timestamp = unpack_entity(raw)
             if version != sequence:
                 raise _corrupt(sequence, entity_id, "is not the entity's latest change")
             if sequence != last:
                 if size >= bytes_max:
                     return False
-                operations = []
-                self.commits.append(PullCommit(version, device, timestamp, operations))
-                last = self.last = sequence
-            payload = payload_of(raw)
-            size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
+                begin(version, device, timestamp)
+                last = self._last = sequence
+            size += OPERATION_OVERHEAD_BYTES + len(raw) - ENTITY_HEAD
             index = indexes.get(number)
             if index is None:
                 index = indexes[number] = len(self.names)
-                self.names.append(self._all_names[number])
-            operations.append(PullOperation(index, entity_id, payload))
-        self._size, self._operations = size, operations
+                self.names.append(self._wanted[number].name)
+            add(index, entity_id, None if flags & TOMBSTONE else raw[ENTITY_HEAD:])
+        self._size = size
         return True
 
 
@@ -719,20 +722,6 @@ class _Ranges:
         return at >= 0 and version <= self._ends[at]
 
 
-def _read_up_to(
-    snapshot: Snapshot, keys: Sequence[bytes], at: int, bytes_max: int
-) -> list[bytes | None]:
-    """The values at ``keys`` from number ``at`` on, until they are ``bytes_max`` in all."""
-    raws: list[bytes | None] = []
-    size = 0
-    while size < bytes_max and at < len(keys):
-        part = snapshot.get_many(keys[at : at + READ_ROWS])
-        at += READ_ROWS
-        raws += part
-        size += sum(len(raw) for raw in part if raw is not None)
-    return raws
-
-
 def _known_up_to(request: PullRequest) -> int:
     """Up to where the device has everything: its cursor, and what follows it of its own (R21)."""
     if request.have and request.have[0][0] == request.cursor + 1:
@@ -742,11 +731,11 @@ def _known_up_to(request: PullRequest) -> int:
 
 def _wanted_collections(
     catalogue: Catalogue, asked: list[str] | None, allowed: frozenset[str] | None
-) -> list[int]:
-    """Numbers of the collections to send: those asked for that the token grants."""
+) -> list[CollectionInfo]:
+    """The collections to send: those asked for that the token grants."""
     names = None if asked is None else frozenset(asked)
     return [
-        info.number
+        info
         for info in catalogue.by_name.values()
         if info.synced
         and (names is None or info.name in names)
