@@ -65,9 +65,11 @@ PULL_REQUEST: Final[Message] = {
     "bytes_max": 1048576,
     "collections": ["notes", "Läden/東京"],
     "full": False,
+    "columns": False,
 }
 PULL_RESPONSE: Final[Message] = {
     "collections": ["notes", "lists"],
+    "columns": None,
     "commits": [
         [42, DEVICE, STAMP, [[0, ENTITY, PAYLOAD], [1, ENTITY, None]]],
         [255, ID_LIKE_A_LINK, STAMP + 1, [[0, ID_LIKE_A_LINK, PAYLOAD_LIKE_A_LINK]]],
@@ -79,6 +81,24 @@ PULL_RESPONSE: Final[Message] = {
     "floor": 0,
     "time": 1764000000123,
 }
+#: The first two commits of ``PULL_RESPONSE``, three operations, a tombstone among them.
+PULL_COLUMNS: Final[Message] = {
+    "ids": ENTITY + ENTITY + ID_LIKE_A_LINK,
+    "heads": b"".join(
+        version.to_bytes(8, "big") + device + stamp.to_bytes(8, "big")
+        for version, device, stamp in (
+            (42, DEVICE, STAMP),
+            (42, DEVICE, STAMP),
+            (255, ID_LIKE_A_LINK, STAMP + 1),
+        )
+    ),
+    "sizes": b"".join(
+        size.to_bytes(4, "big") for size in (len(PAYLOAD), 2**32 - 1, len(PAYLOAD_LIKE_A_LINK))
+    ),
+    "values": PAYLOAD + PAYLOAD_LIKE_A_LINK,
+    "indexes": b"\0\0\0\1\0\0",
+}
+IN_COLUMNS: Final[Message] = {"commits": [], "columns": PULL_COLUMNS, "cursor": 255}
 PUSH_REQUEST: Final[Message] = {
     "db_id": "household",
     "device_id": DEVICE,
@@ -121,7 +141,8 @@ COMPLETE: Final[dict[str, Message]] = {
 #: Keys a message may lack, with what their absence means.
 DEFAULTS: Final[dict[str, Message]] = {
     "HandshakeRequest": {"client": ""},
-    "PullRequest": {"have": [], "collections": None, "full": False},
+    "PullRequest": {"have": [], "collections": None, "full": False, "columns": False},
+    "PullResponse": {"columns": None},
     "ErrorResponse": {"retry_after": None, "details": {}},
 }
 
@@ -162,7 +183,11 @@ def _valid_edges() -> Iterator[dict[str, Any]]:
     yield _valid("PullResponse", "nothing new", PULL_RESPONSE | empty | {"has_more": False})
     largest = PULL_REQUEST | {"cursor": 2**63 - 1, "limit": 2**63 - 1, "have": [[0, 2**63 - 1]]}
     yield _valid("PullRequest", "the largest numbers", largest)
-    yield _valid("PullRequest", "a full pull", PULL_REQUEST | {"cursor": 0, "full": True})
+    full: Message = {"cursor": 0, "full": True, "columns": True}
+    yield _valid("PullRequest", "a full pull", PULL_REQUEST | full)
+    yield _valid("PullResponse", "in columns", PULL_RESPONSE | IN_COLUMNS)
+    none: Message = dict.fromkeys(PULL_COLUMNS, b"")
+    yield _valid("PullResponse", "empty columns", PULL_RESPONSE | IN_COLUMNS | {"columns": none})
     nothing: Message = {"collections": [], "transactions": []}
     yield _valid("PushRequest", "no transaction at all", PUSH_REQUEST | nothing)
     for length in (23, 24, 255, 256, 4095, 4096):
@@ -320,6 +345,24 @@ def _refused_together() -> Iterator[dict[str, Any]]:
         }
     ):
         yield _refused("PullResponse", name, PULL_RESPONSE | change)
+    columns, heads = PULL_COLUMNS, PULL_COLUMNS["heads"]
+    for name, change in _each(
+        {
+            "columns and commits": {"commits": PULL_RESPONSE["commits"]},
+            "columns that lack an id": {"columns": columns | {"ids": columns["ids"][16:]}},
+            "columns with half an id": {"columns": columns | {"ids": columns["ids"][:-8]}},
+            "columns that lack an index": {"columns": columns | {"indexes": b"\0\0"}},
+            "columns with too much in them": {"columns": columns | {"values": PAYLOAD * 9}},
+            "columns of a collection that is not there": {"collections": ["notes"]},
+            "columns whose versions go back": {
+                "columns": columns | {"heads": heads[64:] + heads[:64]}
+            },
+            "columns of version 0": {"columns": columns | {"heads": bytes(8) + heads[8:]}},
+            "columns beyond the cursor": {"cursor": 254},
+            "columns as a list": {"columns": list(columns.values())},
+        }
+    ):
+        yield _refused("PullResponse", name, PULL_RESPONSE | IN_COLUMNS | change)
     for name, result in _each(
         {
             "an unknown verdict": [4, 1],

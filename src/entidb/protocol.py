@@ -13,6 +13,8 @@ depends on state (history, cursor, permissions) is for the server's service and 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import operator
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -20,11 +22,12 @@ from enum import IntEnum
 from typing import Annotated, Any, Final, TypeVar, cast
 
 from msgspec import Meta, Struct, ValidationError, convert, to_builtins
+from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.collector import paused
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
-from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_BYTES_MAX, check_name
+from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES, TRANSACTION_BYTES_MAX, check_name
 
 PROTOCOL_MAJOR: Final = 1
 PROTOCOL_MINOR: Final = 0
@@ -97,6 +100,23 @@ class PullCommit(Struct, frozen=True, array_like=True, gc=False):
     operations: list[PullOperation]
 
 
+class PullColumns(Struct, frozen=True, kw_only=True):
+    """The operations of a page as columns instead of commits: nothing to build for each of them
+    on either side, where a first sync brings a million. Row by row, big-endian, without gaps:
+
+    ``ids`` the entity's id (16 bytes); ``heads`` version (8), device (16) and timestamp (8) of
+    the commit, operations of one commit next to each other; ``sizes`` the length of the payload
+    (4), ``TOMBSTONE_SIZE`` for a tombstone; ``indexes`` the position in ``collections`` (2);
+    ``values`` the payloads.
+    """
+
+    ids: bytes
+    heads: bytes
+    sizes: bytes
+    values: bytes
+    indexes: bytes
+
+
 class Verdict(IntEnum):
     """What the server decided about one transaction (R15)."""
 
@@ -161,7 +181,8 @@ class HandshakeResponse(Struct, frozen=True, kw_only=True):
 class PullRequest(Struct, frozen=True, kw_only=True):
     """``cursor`` is inclusive: send what is after it. ``have`` holds inclusive ranges
     ``[first, last]`` of versions above the cursor the device already has (R21).
-    ``full`` starts from nothing: the floor does not matter (R28)."""
+    ``full`` starts from nothing: the floor does not matter (R28). ``columns`` takes the page as
+    ``PullColumns``; only for a server with that feature."""
 
     db_id: Name
     device_id: Id
@@ -172,15 +193,17 @@ class PullRequest(Struct, frozen=True, kw_only=True):
     bytes_max: Positive
     collections: list[Name] | None = None
     full: bool = False
+    columns: bool = False
 
 
 class PullResponse(Struct, frozen=True, kw_only=True):
     """``cursor`` is what the device has after applying this page; the last page
     (``has_more`` false) says the head it has reached (R19). ``time`` is the server's clock in
-    ms since 1970."""
+    ms since 1970. With ``columns`` there are no ``commits``; ``expanded`` makes some of them."""
 
     collections: list[Name]
     commits: list[PullCommit]
+    columns: PullColumns | None = None
     cursor: Uint
     has_more: bool
     head: Uint
@@ -260,11 +283,15 @@ def transaction_bytes(operations: Iterable[PushOperation]) -> int:
 
 
 def operations_count(message: PushRequest | PullResponse) -> int:
+    if isinstance(message, PullResponse) and message.columns is not None:
+        return len(message.columns.ids) // ID_BYTES
     return sum([len(group.operations) for group in _groups(message)])
 
 
 def payload_bytes(message: PushRequest | PullResponse) -> int:
     """Bytes of entity values in ``message``, without ids and framing."""
+    if isinstance(message, PullResponse) and message.columns is not None:
+        return len(message.columns.values)
     return sum(
         [
             len(operation.payload)
@@ -277,6 +304,73 @@ def payload_bytes(message: PushRequest | PullResponse) -> int:
 
 def _groups(message: PushRequest | PullResponse) -> Sequence[PushTransaction | PullCommit]:
     return message.transactions if isinstance(message, PushRequest) else message.commits
+
+
+# --- columns ----------------------------------------------------------------------------------
+
+#: In ``PullColumns.sizes``: there is no payload.
+TOMBSTONE_SIZE: Final = 0xFFFFFFFF
+COLUMN_HEAD_BYTES: Final = 32
+
+
+class ColumnRows(Struct, frozen=True):
+    """``PullColumns`` cut into rows, one list for each column."""
+
+    ids: list[bytes]
+    heads: list[bytes]
+    payloads: list[bytes | None]
+    indexes: tuple[int, ...]
+    versions: tuple[int, ...]
+    timestamps: tuple[int, ...]
+
+
+def column_rows(columns: PullColumns) -> ColumnRows:
+    """The rows of columns that ``decode`` has accepted."""
+    ids, heads, values = columns.ids, columns.heads, columns.values
+    count = len(ids) // ID_BYTES
+    sizes = struct.unpack(f">{count}I", columns.sizes)
+    if TOMBSTONE_SIZE in sizes:
+        ends = list(itertools.accumulate(0 if n == TOMBSTONE_SIZE else n for n in sizes))
+        payloads: list[bytes | None] = [
+            None if n == TOMBSTONE_SIZE else values[end - n : end]
+            for n, end in zip(sizes, ends, strict=True)
+        ]
+    else:
+        ends = list(itertools.accumulate(sizes))
+        payloads = [values[end - n : end] for n, end in zip(sizes, ends, strict=True)]
+    return ColumnRows(
+        [ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES)],
+        [heads[at : at + COLUMN_HEAD_BYTES] for at in range(0, len(heads), COLUMN_HEAD_BYTES)],
+        payloads,
+        struct.unpack(f">{count}H", columns.indexes),
+        struct.unpack(">" + "Q24x" * count, heads),
+        struct.unpack(">" + "24xQ" * count, heads),
+    )
+
+
+def expanded(response: PullResponse) -> PullResponse:
+    """The same page with commits, whichever way it came."""
+    if response.columns is None:
+        return response
+    rows = column_rows(response.columns)
+    commits: list[PullCommit] = []
+    operations: list[PullOperation] = []
+    last = 0
+    for version, head, timestamp, index, entity_id, payload in zip(
+        rows.versions,
+        rows.heads,
+        rows.timestamps,
+        rows.indexes,
+        rows.ids,
+        rows.payloads,
+        strict=True,
+    ):
+        if version != last:
+            operations = []
+            commits.append(PullCommit(version, head[8:24], timestamp, operations))
+            last = version
+        operations.append(PullOperation(index, entity_id, payload))
+    return replace(response, commits=commits, columns=None)
 
 
 def operations_digest(collections: Sequence[str], operations: Sequence[PushOperation]) -> bytes:
@@ -401,19 +495,40 @@ def _states(states: list[ServerState]) -> bytes:
 
 
 def _encode_pull_response(message: PullResponse) -> bytes:
+    columns = message.columns
+    if columns is not None:
+        return encode_columns(
+            message, columns.ids, columns.heads, columns.sizes, columns.values, columns.indexes
+        )
     page = PullPage()
     for commit in message.commits:
         page.begin(commit.version, commit.device_id, commit.timestamp)
         for operation in commit.operations:
             page.add(operation.collection, operation.entity_id, operation.payload)
-    return page.encode(
-        collections=message.collections,
-        cursor=message.cursor,
-        has_more=message.has_more,
-        head=message.head,
-        floor=message.floor,
-        time=message.time,
+    return page.encode(message)
+
+
+def encode_columns(
+    message: PullResponse, ids: bytes, heads: bytes, sizes: bytes, values: bytes, indexes: bytes
+) -> bytes:
+    """``message`` with these columns in the place of its own."""
+    columns = {"ids": ids, "heads": heads, "sizes": sizes, "values": values, "indexes": indexes}
+    parts = [
+        cbor.map_head(8),
+        cbor.text("head") + _uint(message.head),
+        cbor.text("time") + _uint(message.time),
+        cbor.text("floor") + _uint(message.floor),
+        cbor.text("cursor") + _uint(message.cursor),
+        cbor.text("columns") + cbor.map_head(5),
+    ]
+    for name, column in columns.items():
+        parts += (cbor.text(name), _bytes_head(len(column)), column)
+    parts += (
+        cbor.text("commits") + _array_head(0),
+        cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
+        cbor.text("collections") + _names(message.collections),
     )
+    return b"".join(parts)
 
 
 class PullPage:
@@ -452,28 +567,21 @@ class PullPage:
         if self._commits:
             self._parts[self._count_at] = _array_head(self._operations)
 
-    def encode(
-        self,
-        *,
-        collections: Sequence[str],
-        cursor: int,
-        has_more: bool,
-        head: int,
-        floor: int,
-        time: int,
-    ) -> bytes:
+    def encode(self, message: PullResponse) -> bytes:
+        """``message`` with the commits of this page."""
         self._close()
         return b"".join(
             (
-                cbor.map_head(7),
-                cbor.text("head") + _uint(head),
-                cbor.text("time") + _uint(time),
-                cbor.text("floor") + _uint(floor),
-                cbor.text("cursor") + _uint(cursor),
+                cbor.map_head(8),
+                cbor.text("head") + _uint(message.head),
+                cbor.text("time") + _uint(message.time),
+                cbor.text("floor") + _uint(message.floor),
+                cbor.text("cursor") + _uint(message.cursor),
+                cbor.text("columns") + _NULL,
                 cbor.text("commits") + _array_head(self._commits),
                 *self._parts,
-                cbor.text("has_more") + (b"\xf5" if has_more else b"\xf4"),
-                cbor.text("collections") + _names(collections),
+                cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
+                cbor.text("collections") + _names(message.collections),
             )
         )
 
@@ -523,6 +631,8 @@ _LINK: Final = re.compile(
 _SMALL_BYTES_MAX: Final = 16 * 1024
 #: Smaller messages are decoded without a look at how many items they hold.
 _DENSE_BYTES_MAX: Final = 1024 * 1024
+#: So few items are counted at once: a page in columns has not more, however large it is.
+_FEW_ITEMS: Final = 256
 #: Up to here it is enough to look for lists and maps, which is a hundred times faster.
 _SPARSE_BYTES_MAX: Final = 8 * 1024 * 1024
 
@@ -590,6 +700,8 @@ def _check_density(data: bytes, limits: Limits) -> None:
     largest = limits.message_bytes_max // OPERATION_OVERHEAD_BYTES
     most = 12 * operations + limits.collections_max + 3 * HAVE_RANGES_MAX + 1024
     most += min(5 * largest, len(data) // 4)
+    if not cbor.heavier(data, cbor.ITEMS, _FEW_ITEMS):
+        return
     if len(data) <= _SPARSE_BYTES_MAX and cbor.containers_at_most(data) <= most:
         # Lists and maps are what grows in memory: the rest takes twenty times its bytes at most.
         return
@@ -651,6 +763,9 @@ def _check_push_response(message: PushResponse, limits: Limits) -> None:
 def _check_pull_response(message: PullResponse, limits: Limits) -> None:
     _check_collections(message.collections, limits)
     names = len(message.collections)
+    if message.columns is not None:
+        _check_columns(message, message.columns, names)
+        return
     version = 0
     for index, commit in enumerate(message.commits):
         if commit.version <= version:
@@ -663,6 +778,25 @@ def _check_pull_response(message: PullResponse, limits: Limits) -> None:
         else:
             _check_operations(f"$.commits[{index}]", operations, names)
     if not version <= message.cursor <= message.head:
+        raise _invalid("$.cursor", "it lies between the last commit of the page and the head")
+
+
+def _check_columns(message: PullResponse, columns: PullColumns, names: int) -> None:
+    count, rest = divmod(len(columns.ids), ID_BYTES)
+    lengths = (len(columns.heads), len(columns.sizes), len(columns.indexes))
+    if rest or lengths != (COLUMN_HEAD_BYTES * count, 4 * count, 2 * count):
+        raise _invalid("$.columns", "they are not all of one number of rows")
+    if message.commits:
+        raise _invalid("$.commits", "a page has commits or columns")
+    sizes = struct.unpack(f">{count}I", columns.sizes)
+    if sum(sizes) - sizes.count(TOMBSTONE_SIZE) * TOMBSTONE_SIZE != len(columns.values):
+        raise _invalid("$.columns.values", "they are not as long as their sizes say")
+    if max(struct.unpack(f">{count}H", columns.indexes), default=-1) >= names:
+        raise _no_such_collection("$.columns.indexes")
+    versions = struct.unpack(">" + "Q24x" * count, columns.heads)
+    if count and (versions[0] == 0 or not all(map(operator.le, versions, versions[1:]))):
+        raise _invalid("$.columns.heads", "versions start at 1 and ascend")
+    if not max(versions, default=0) <= message.cursor <= message.head:
         raise _invalid("$.cursor", "it lies between the last commit of the page and the head")
 
 

@@ -26,6 +26,7 @@ from entidb.protocol import (
     HandshakeRequest,
     HandshakeResponse,
     Limits,
+    PullColumns,
     PullCommit,
     PullOperation,
     PullRequest,
@@ -41,6 +42,7 @@ from entidb.protocol import (
     decode_request,
     decode_response,
     encode,
+    expanded,
 )
 
 ROOT = Path(__file__).parent.parent.parent
@@ -215,16 +217,38 @@ def pull_responses(draw: st.DrawFn) -> PullResponse:
     operations = of_collections(len(collections), (payloads,), PullOperation)
     versions = sorted(draw(st.sets(st.integers(1, 2**63 - 1), max_size=5)))
     cursor = draw(st.integers(versions[-1] if versions else 0, 2**63 - 1))
+    commits = [
+        PullCommit(version, draw(ids), draw(stamps), draw(operations)) for version in versions
+    ]
+    columns = in_columns(commits) if draw(st.booleans()) else None
     return PullResponse(
         collections=collections,
-        commits=[
-            PullCommit(version, draw(ids), draw(stamps), draw(operations)) for version in versions
-        ],
+        commits=[] if columns is not None else commits,
+        columns=columns,
         cursor=cursor,
         has_more=draw(st.booleans()),
         head=draw(st.integers(cursor, 2**63 - 1)),
         floor=draw(sequences),
         time=draw(sequences),
+    )
+
+
+def in_columns(commits: list[PullCommit]) -> PullColumns:
+    rows = [(commit, op) for commit in commits for op in commit.operations]
+    return PullColumns(
+        ids=b"".join(op.entity_id for _, op in rows),
+        heads=b"".join(
+            commit.version.to_bytes(8, "big")
+            + commit.device_id
+            + commit.timestamp.to_bytes(8, "big")
+            for commit, _ in rows
+        ),
+        sizes=b"".join(
+            (2**32 - 1 if op.payload is None else len(op.payload)).to_bytes(4, "big")
+            for _, op in rows
+        ),
+        values=b"".join(op.payload or b"" for _, op in rows),
+        indexes=b"".join(op.collection.to_bytes(2, "big") for _, op in rows),
     )
 
 
@@ -493,6 +517,23 @@ def test_counts_for_statistics_add_up():
         collections=["a"], commits=[commit], cursor=1, has_more=False, head=1, floor=0, time=0
     )
     assert (protocol.operations_count(page), protocol.payload_bytes(page)) == (2, 3)
+
+
+def test_columns_say_the_same_as_commits():
+    operations = [PullOperation(1, DEVICE, b"abc"), PullOperation(0, HISTORY, None)]
+    commits = [
+        PullCommit(3, DEVICE, 2**63, operations),
+        PullCommit(9, HISTORY, 7, [PullOperation(0, DEVICE, b"")]),
+    ]
+    page = PullResponse(
+        collections=["a", "b"], commits=commits, cursor=9, has_more=False, head=9, floor=0, time=0
+    )
+    columns = replace(page, commits=[], columns=in_columns(commits))
+    again = decode(PullResponse, encode(columns))
+    assert expanded(again) == page
+    assert expanded(page) is page
+    assert protocol.operations_count(again) == protocol.operations_count(page) == 3
+    assert protocol.payload_bytes(again) == protocol.payload_bytes(page) == 3
 
 
 # --- the document -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import struct
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -55,8 +56,10 @@ from entidb.errors import (
     VersionMismatchError,
 )
 from entidb.protocol import (
+    COLUMN_HEAD_BYTES,
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
+    TOMBSTONE_SIZE,
     HandshakeRequest,
     HandshakeResponse,
     Limits,
@@ -95,7 +98,7 @@ _ACCEPTED: Final = int(Verdict.ACCEPTED)
 #: States sent along with a conflict are a courtesy; the pull that follows brings everything.
 CONFLICT_STATES_MAX = 16
 
-FEATURES = ["have", "full"]
+FEATURES = ["have", "full", "columns"]
 
 
 class Grant(Struct, frozen=True):
@@ -233,16 +236,20 @@ class DatabaseService:
             head = view.head.sequence
             floor = read_floor(view)
             self._check_pull(request, grant, head, floor)
-            page = _Page(view, request, self._wanted(view, request, grant))
+            kind = _ColumnPage if request.columns else _Page
+            page = kind(view, request, self._wanted(view, request, grant))
             cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
             self._known = (mark, head, floor)
-            return page.encoded.encode(
-                collections=page.names,
-                cursor=cursor,
-                has_more=more,
-                head=head,
-                floor=floor,
-                time=self.database.clock.now_ms(),
+            return page.encode(
+                PullResponse(
+                    collections=page.names,
+                    commits=[],
+                    cursor=cursor,
+                    has_more=more,
+                    head=head,
+                    floor=floor,
+                    time=self.database.clock.now_ms(),
+                )
             )
 
     def _check_pull(self, request: PullRequest, grant: Grant, head: int, floor: int) -> None:
@@ -642,8 +649,8 @@ class _Page:
     def __init__(
         self, view: Writer, request: PullRequest, wanted: Mapping[int, CollectionInfo]
     ) -> None:
-        self.encoded = protocol.PullPage()
         self.names: list[str] = []
+        self._encoded = protocol.PullPage()
         self._view = view
         self._request = request
         self._wanted = wanted
@@ -679,7 +686,7 @@ class _Page:
     def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
         """False if the page is full: cut between commits, the rest opens the next one."""
         size, last, bytes_max = self._size, self._last, self._bytes_max
-        begin, add, indexes = self.encoded.begin, self.encoded.add, self._indexes
+        begin, add, indexes = self._encoded.begin, self._encoded.add, self._indexes
         for (sequence, number, entity_id), raw in zip(places, raws, strict=True):
             if raw is None:
                 raise _corrupt(sequence, entity_id, "names an entity that is not there")
@@ -699,6 +706,76 @@ class _Page:
             add(index, entity_id, None if flags & TOMBSTONE else raw[ENTITY_HEAD:])
         self._size = size
         return True
+
+    def encode(self, message: PullResponse) -> bytes:
+        return self._encoded.encode(message)
+
+
+class _ColumnPage(_Page):
+    """The same page in columns: rows of the store cut into pieces, without a loop over them."""
+
+    def __init__(self, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._ids: list[bytes] = []
+        self._heads: list[bytes] = []
+        self._sizes: list[int] = []
+        self._values: list[bytes] = []
+        self._columns: list[int] = []
+
+    def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
+        count = self._fitting(places, raws)
+        rows = cast("Sequence[bytes]", raws[:count])
+        sequences = [sequence for sequence, _, _ in places[:count]]
+        if list(map(version_of, rows)) != sequences:
+            at = next(n for n, row in enumerate(rows) if version_of(row) != sequences[n])
+            raise _corrupt(sequences[at], places[at][2], "is not the entity's latest change")
+        for _, number, _ in places[:count]:
+            if number not in self._indexes:
+                self._indexes[number] = len(self.names)
+                self.names.append(self._wanted[number].name)
+        self._ids += [entity_id for _, _, entity_id in places[:count]]
+        self._columns += [self._indexes[number] for _, number, _ in places[:count]]
+        self._heads += [row[ENTITY_HEAD - COLUMN_HEAD_BYTES : ENTITY_HEAD] for row in rows]
+        self._sizes += [
+            TOMBSTONE_SIZE if row[0] & TOMBSTONE else len(row) - ENTITY_HEAD for row in rows
+        ]
+        self._values += [row[ENTITY_HEAD:] for row in rows]
+        if count:
+            self._last = sequences[-1]
+        return count == len(places)
+
+    def _fitting(
+        self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]
+    ) -> int:
+        """How many rows of these the page takes: all, or those before the commit that finds it
+        full."""
+        if None in raws:
+            sequence, _, entity_id = places[list(raws).index(None)]
+            raise _corrupt(sequence, entity_id, "names an entity that is not there")
+        rows = cast("Sequence[bytes]", raws)
+        overhead = OPERATION_OVERHEAD_BYTES - ENTITY_HEAD
+        whole = self._size + sum(map(len, rows)) + overhead * len(rows)
+        if whole < self._bytes_max:
+            self._size = whole
+            return len(rows)
+        last = self._last
+        for at, ((sequence, _, _), row) in enumerate(zip(places, rows, strict=True)):
+            if sequence != last and self._size >= self._bytes_max:
+                return at
+            last = sequence
+            self._size += len(row) + overhead
+        return len(rows)
+
+    def encode(self, message: PullResponse) -> bytes:
+        count = len(self._ids)
+        return protocol.encode_columns(
+            message,
+            ids=b"".join(self._ids),
+            heads=b"".join(self._heads),
+            sizes=struct.pack(f">{count}I", *self._sizes),
+            values=b"".join(self._values),
+            indexes=struct.pack(f">{count}H", *self._columns),
+        )
 
 
 def _corrupt(sequence: int, entity_id: bytes, why: str) -> CorruptionError:

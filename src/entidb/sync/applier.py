@@ -7,6 +7,7 @@ pending transactions is ``rebase``'s. Nothing here does network I/O or waits.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -14,6 +15,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from entidb import cbor
+from entidb.collector import paused
 from entidb.db import Database
 from entidb.db.adopt import adopt_step, has_adoption
 from entidb.db.catalogue import CollectionInfo
@@ -74,12 +76,15 @@ from entidb.errors import (
     SyncStateError,
 )
 from entidb.protocol import (
+    ColumnRows,
     PullRequest,
     PullResponse,
     PushOperation,
     PushResponse,
     PushTransaction,
     Verdict,
+    column_rows,
+    expanded,
 )
 from entidb.storage import Snapshot
 from entidb.sync.policies import (
@@ -343,7 +348,7 @@ class DatabaseApplier:
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
         if not self.database.read_head().ready:
             return None
-        with self.database.write() as writer:
+        with paused(), self.database.write() as writer:
             self._take_confirmed(writer)
             batch = _choose(writer, limits, [], self.database.commit_mark)
             if batch is not None:
@@ -351,7 +356,7 @@ class DatabaseApplier:
             return batch
 
     def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
-        with self.database.write() as writer:
+        with paused(), self.database.write() as writer:
             inflight = writer.inflight
             if inflight is None or inflight.ranges != batch.ranges or inflight.after:
                 raise SyncStateError("the batch was settled already by another engine")
@@ -375,7 +380,7 @@ class DatabaseApplier:
                 "transactions; nothing was settled"
             )
         check_verdicts(response)
-        with self.database.write() as writer:
+        with paused(), self.database.write() as writer:
             inflight = writer.inflight
             kept = [] if following is None else following.ranges
             if inflight is None or (inflight.ranges, inflight.after) != (batch.ranges, kept):
@@ -408,8 +413,9 @@ class DatabaseApplier:
             writer.set_sync_state(replace(state, cursor=confirmed, have=have))
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
+        response = expanded(response)
         check_page(request, response)
-        with self.database.write() as writer:
+        with paused(), self.database.write() as writer:
             state = self._check_belongs(writer, request)
             rebase = Rebase(writer, self.policy_for, response.time, foreign=state.foreign)
             _hear_clock(writer, response)
@@ -421,7 +427,14 @@ class DatabaseApplier:
     def stage_page(
         self, request: PullRequest, response: PullResponse, full: list[str] | None
     ) -> Stage:
-        check_page(request, response)
+        with paused():
+            return self._stage_page(request, response, full)
+
+    def _stage_page(
+        self, request: PullRequest, response: PullResponse, full: list[str] | None
+    ) -> Stage:
+        rows = None if response.columns is None else column_rows(response.columns)
+        check_page(request, response, rows)
         with self.database.write() as writer:
             state = self._check_belongs(writer, request)
             stage = writer.stage
@@ -435,13 +448,18 @@ class DatabaseApplier:
                     full_done=full == [],
                     delta_cursor=state.cursor,
                 )
-            _hear_clock(writer, response)
-            stage = _stage_operations(writer, stage, request, response)
+            if rows is not None and not _comes_once(stage, response, rows):
+                response, rows = expanded(response), None
+            _hear_clock(writer, response, rows)
+            if rows is None:
+                stage = _stage_operations(writer, stage, request, response)
+            else:
+                stage = _stage_rows(writer, stage, response, rows)
             writer.set_stage(stage)
             return stage
 
     def publish(self) -> RebaseReport:
-        with self.database.write() as writer:
+        with paused(), self.database.write() as writer:
             stage = writer.stage
             if stage is None:
                 raise SyncStateError("there is nothing staged to publish")
@@ -891,41 +909,47 @@ def _writes(transaction: PendingTransaction) -> list[tuple[int, bytes, bytes | N
 # ---------------------------------------------------------------- applying
 
 
-def check_page(request: PullRequest, response: PullResponse) -> None:
+def check_page(
+    request: PullRequest, response: PullResponse, rows: ColumnRows | None = None
+) -> None:
     """Everything of a page that can be wrong, before anything is touched: canonical payloads,
-    names, and versions in order within what was asked for. Raises ``ProtocolError``."""
+    names, and versions in order within what was asked for. ``rows`` are those of its columns,
+    if it has some. Raises ``ProtocolError``."""
     for name in response.collections:
         try:
             check_name(name)
         except InvalidNameError as error:
             raise ProtocolError(f"the server sent an impossible name: {error}") from error
     last = request.cursor
-    check = cbor.check
-    for commit in response.commits:
-        if commit.version <= last:
-            raise ProtocolError(
-                f"the server sent version {commit.version} after {last}; nothing was applied"
-            )
-        last = commit.version
-        for op in commit.operations:
-            if op.collection >= len(response.collections):
-                raise ProtocolError(
-                    f"version {commit.version} names a collection that its page does not; nothing "
-                    "was applied"
-                )
-            if op.payload is not None:
-                try:
-                    value = check(op.payload)
-                except CborDecodeError as error:
-                    raise SyncCodecError(
-                        f"entity {op.entity_id.hex()} of version {commit.version} is not "
-                        f"canonical: {error}; nothing was applied"
-                    ) from error
-                if value is None:
-                    raise SyncCodecError(
-                        f"entity {op.entity_id.hex()} of version {commit.version} is null, and a "
-                        "deletion has no payload; nothing was applied"
+    if rows is not None:
+        if rows.versions:
+            if rows.versions[0] <= last:
+                raise _version_back(rows.versions[0], last)
+            last = rows.versions[-1]
+        places = zip(rows.versions, rows.ids, rows.payloads, strict=True)
+        payloads = rows.payloads
+    else:
+        for commit in response.commits:
+            if commit.version <= last:
+                raise _version_back(commit.version, last)
+            last = commit.version
+            for op in commit.operations:
+                if op.collection >= len(response.collections):
+                    raise ProtocolError(
+                        f"version {commit.version} names a collection that its page does not; "
+                        "nothing was applied"
                     )
+        operations = [(c.version, op) for c in response.commits for op in c.operations]
+        payloads = [op.payload for _, op in operations]
+        places = zip(
+            [version for version, _ in operations],
+            [op.entity_id for _, op in operations],
+            payloads,
+            strict=True,
+        )
+    if not cbor.all_pass([payload for payload in payloads if payload is not None]):
+        for version, entity_id, payload in places:
+            _check_payload(version, entity_id, payload)
     if response.cursor < last or response.head < response.cursor:
         raise ProtocolError(
             f"the server's page ends at cursor {response.cursor} with head {response.head}, but "
@@ -938,6 +962,27 @@ def check_page(request: PullRequest, response: PullResponse) -> None:
         )
 
 
+def _version_back(version: int, last: int) -> ProtocolError:
+    return ProtocolError(f"the server sent version {version} after {last}; nothing was applied")
+
+
+def _check_payload(version: int, entity_id: bytes, payload: bytes | None) -> None:
+    if payload is None:
+        return
+    try:
+        value = cbor.check(payload)
+    except CborDecodeError as error:
+        raise SyncCodecError(
+            f"entity {entity_id.hex()} of version {version} is not canonical: {error}; nothing "
+            "was applied"
+        ) from error
+    if value is None:
+        raise SyncCodecError(
+            f"entity {entity_id.hex()} of version {version} is null, and a deletion has no "
+            "payload; nothing was applied"
+        )
+
+
 def _is_missing(writer: Writer, state: ReplicaState, request: PullRequest) -> bool:
     """Whether what was asked for is still what is missing: a scope that was widened meanwhile
     must not count as covered by an answer that does not speak of it (R31)."""
@@ -947,11 +992,12 @@ def _is_missing(writer: Writer, state: ReplicaState, request: PullRequest) -> bo
     return asked == (writer.catalogue.scope if state.full else frozenset(state.uncovered))
 
 
-def _hear_clock(writer: Writer, response: PullResponse) -> None:
+def _hear_clock(writer: Writer, response: PullResponse, rows: ColumnRows | None = None) -> None:
     """The clock is a hybrid one (R27): what is written after this is later than what was seen,
     however slow the device's own clock is, but never beyond what the server says the time is."""
     latest = timestamp_from_ms(min(response.time, TIME_MS_MAX)) | 0xFFFF
-    newest = max((commit.timestamp for commit in response.commits), default=0)
+    stamps = rows.timestamps if rows is not None else [c.timestamp for c in response.commits]
+    newest = max(stamps, default=0)
     writer.head.timestamp = max(writer.head.timestamp, min(newest, latest))
 
 
@@ -1023,6 +1069,69 @@ def _move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
 # ---------------------------------------------------------------- staging and publishing
 
 
+def _comes_once(stage: Stage, response: PullResponse, rows: ColumnRows) -> bool:
+    """Whether everything on this page belongs to the full part of the stage, and is below the
+    head at its first page: then no page before or after it has any of these entities."""
+    newest = rows.versions[-1] if rows.versions else 0
+    names = stage.full
+    return (
+        not stage.full_done
+        and newest <= stage.first_head
+        and (names is None or all(name in names for name in response.collections))
+    )
+
+
+def _stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: ColumnRows) -> Stage:
+    """As ``_stage_operations``, for a page in columns whose entities come once: its tombstones
+    remove nothing, and its rows are those of the server but for the number of its commit."""
+    tables, counts = dict(stage.tables), dict(stage.counts)
+    targets = _targets(writer, response)
+    prefixes = [
+        None if info is None else table_prefix(_table_for(writer, tables, info.number))
+        for info in targets
+    ]
+    fresh = bytes((REMOTE,)) + bytes(8)
+    made = [
+        (prefix + entity_id, fresh + head + payload)
+        for index, entity_id, head, payload in zip(
+            rows.indexes, rows.ids, rows.heads, rows.payloads, strict=True
+        )
+        if payload is not None and (prefix := prefixes[index]) is not None
+    ]
+    before = len(writer.changes)
+    writer.changes.update(made)
+    if len(writer.changes) != before + len(made):
+        raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
+    sent, operations = Counter(rows.indexes), 0
+    gone = Counter(
+        index for index, payload in zip(rows.indexes, rows.payloads, strict=True) if payload is None
+    )
+    for index, info in enumerate(targets):
+        if info is not None:
+            number = str(info.number)
+            counts[number] = counts.get(number, 0) + sent[index] - gone[index]
+            operations += sent[index]
+    return replace(
+        stage,
+        full_cursor=response.cursor,
+        full_done=not response.has_more,
+        tables=tables,
+        counts=counts,
+        operations=stage.operations + operations,
+        time_ms=response.time,
+    )
+
+
+def _table_for(writer: Writer, tables: dict[str, int], collection: int) -> int:
+    """The stage's table of a collection, allocated when it is needed first."""
+    number = str(collection)
+    if number not in tables:
+        table, catalogue = writer.catalogue.allocating()
+        writer.set_catalogue(catalogue)
+        tables[number] = table
+    return tables[number]
+
+
 def _stage_operations(
     writer: Writer, stage: Stage, request: PullRequest, response: PullResponse
 ) -> Stage:
@@ -1039,14 +1148,9 @@ def _stage_operations(
         if info is None:
             prefixes.append(None)
             continue
-        number = str(info.number)
         is_full = stage.full is None or info.name in stage.full
-        into = full_tables if is_full else tables
-        if number not in into:
-            table, catalogue = writer.catalogue.allocating()
-            writer.set_catalogue(catalogue)
-            into[number] = table
-        prefixes.append((table_prefix(into[number]), number, is_full))
+        table = _table_for(writer, full_tables if is_full else tables, info.number)
+        prefixes.append((table_prefix(table), str(info.number), is_full))
     operations = 0
     changes = writer.changes
     for commit in response.commits:

@@ -39,6 +39,7 @@ from entidb.protocol import (
     PushResponse,
     SyncRequest,
     SyncResponse,
+    expanded,
     operations_count,
     payload_bytes,
 )
@@ -49,6 +50,8 @@ from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
 #: A reset that has to start over more often than this in one cycle ends it; the next goes on.
 RESETS_MAX = 3
+#: The first page of a full pull at most.
+FIRST_PAGE_OPERATIONS = 2000
 #: Pages of one pull. What came until then is staged, and the next cycle goes on from there.
 PAGES_MAX = 10_000
 
@@ -298,11 +301,16 @@ class Cycle:
         self, state: ReplicaState, stage: Stage | None, full: list[str] | None, first_sync: bool
     ) -> Generator[Step, SyncResponse | None, FullPull]:
         request = self._pull_request(state, 0 if stage is None else stage.full_cursor)
-        request = replace(request, have=[], full=True)
+        columns = "columns" in self._connection.features
+        request = replace(request, have=[], full=True, columns=columns)
         if full is not None:
             request = replace(request, collections=full)
         floor = None if stage is None else stage.floor
         done = size = 0
+        usual = request.limit
+        if stage is None:
+            # Nothing can be done here before the first page is in, and it comes sooner.
+            request = replace(request, limit=min(usual, FIRST_PAGE_OPERATIONS))
         for _ in range(PAGES_MAX):
             response = yield from self._ask(request, PullResponse)
             if floor is not None and response.floor != floor:
@@ -313,7 +321,7 @@ class Cycle:
                 self._count(response, 0, 0)
                 return FullPull.APPLIED
             floor = response.floor
-            following = replace(request, cursor=response.cursor)
+            following = replace(request, cursor=response.cursor, limit=usual)
             if response.has_more:
                 yield Ahead(following)
             self._check()
@@ -333,7 +341,7 @@ class Cycle:
         request = self._pull_request(state, cursor)
         done = size = 0
         for _ in range(PAGES_MAX):
-            response = yield from self._ask(request, PullResponse)
+            response = expanded((yield from self._ask(request, PullResponse)))
             if stage is None and not full and not response.has_more:
                 if not response.commits and state.cursor < response.cursor <= state.reached:
                     # R10: only own commits are new, so nothing needs to be stored now.

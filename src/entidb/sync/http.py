@@ -325,6 +325,7 @@ class _Ahead:
 
     def __init__(self, request: SyncRequest, send: Callable[..., HttpResponse]) -> None:
         self.request = request
+        self.good = False
         self.sent = threading.Event()
         self.done = threading.Event()
         self._send = send
@@ -337,7 +338,8 @@ class _Ahead:
             self._response = self._send(on_sent)
         except BaseException as error:  # raised where it is picked up
             self._error = error
-        return self._response is not None and self._response.status == 200
+        self.good = self._response is not None and self._response.status == 200
+        return self.good
 
     def result(self) -> HttpResponse:
         # Bounded by the request's own timeout.
@@ -371,7 +373,9 @@ class _Carrier:
     def add(self, ahead: _Ahead) -> None:
         with self._lock:
             busy = self._thread is not None
-            if len(self._queue) >= _AHEAD_MAX or (busy and self._thread_age != self._age):
+            refused = not busy and self._queue and not self._queue[-1].good
+            full = len(self._queue) >= _AHEAD_MAX
+            if refused or full or (busy and self._thread_age != self._age):
                 self._ignoring = True
             if self._ignoring:
                 return

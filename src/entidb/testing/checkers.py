@@ -31,6 +31,7 @@ from entidb.protocol import (
     PushResponse,
     PushTransaction,
     Verdict,
+    expanded,
     operations_digest,
 )
 from entidb.storage.base import Batch
@@ -335,7 +336,7 @@ class ServerWatch:
         names = response.collections
         sent = {
             (commit.version, (names[op.collection], op.entity_id)): op.payload
-            for commit in response.commits
+            for commit in expanded(response).commits
             for op in commit.operations
         }
         due = {

@@ -885,13 +885,13 @@ def _token_opens_everything(garden: Garden) -> None:
 @_bug("pages-shared-between-databases", "TENANT", knobs=_CALM | {"tenants": 2, "devices": 4})
 def _pages_shared(garden: Garden) -> None:
     """Pages are cached by cursor, and the database is left out of the key."""
-    pages: dict[tuple[int, str], Any] = {}
+    pages: dict[tuple[int, bool, str], Any] = {}
 
     def make(original: Any) -> Any:
         def pull(self: DatabaseService, request: Any, grant: Grant) -> Any:
             page = original(self, request, grant)
-            key = (request.cursor, str(request.collections))
-            if page.commits:
+            key = (request.cursor, request.columns, str(request.collections))
+            if page.commits or page.columns is not None:
                 known = pages.setdefault(key, (self.db_id, page))
                 return known[1] if known[0] != self.db_id else page
             return page
