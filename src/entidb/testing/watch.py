@@ -170,7 +170,7 @@ class DeviceWatch:
         self._foreign = state.foreign
         self._full = state.full
         self._keep_device = state.keep_device
-        self._catalogue_raw, self._catalogue = None, empty_catalogue()
+        self._catalogue_raw, self._catalogue, self.due = None, empty_catalogue(), {}
         self._take_catalogue(records)
         self.excluded, self._unheard = context.excluded, context.unheard
         self.due = dict(context.due)
@@ -253,6 +253,7 @@ class DeviceWatch:
         if scope_changed:
             left = {i.number for n, i in known.items() if i.synced and not now[n].synced}
             self._check_leaving(records, left)
+            self.due = {ref: state for ref, state in self.due.items() if now[ref[0]].synced}
             for name, info in now.items():
                 if info.synced and not (name in known and known[name].synced):
                     self.excluded = self.excluded | {name: None}
@@ -554,7 +555,11 @@ class DeviceWatch:
         rule: str,
     ) -> None:
         """Operations may go, or change, only where the server has the bytes already (R24), or
-        where a policy or a person said so."""
+        where a policy or a person said so, or where the server has had the transaction and
+        forgotten its id since (R14)."""
+        known = None if self.history is None else self.history.accepted.get(was.transaction_id)
+        if known is not None and self.history is not None and known[0] <= self.history.floor:
+            return
         for op in was.operations:
             key = (op.collection, op.entity_id)
             if key in left and left[key] == op.payload:
