@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from entidb.db.replica import Stage
+from entidb.db.replica import ReplicaState, Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse
 from entidb.sync import DatabaseApplier, RebaseReport
 from entidb.sync.applier import BatchLimits, PushBatch, Settled
@@ -23,6 +23,10 @@ class BetweenApplier(DatabaseApplier):
     def __init__(self, *rest: Any, between: Callable[[], None], **options: Any) -> None:
         super().__init__(*rest, **options)
         self._between = between
+
+    def state(self) -> ReplicaState:
+        self._between()
+        return super().state()
 
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
         self._between()
