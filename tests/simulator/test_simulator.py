@@ -28,7 +28,8 @@ def test_no_invariant_fails_and_every_fault_fires():
     failed = [f"seed {run.seed} {run.invariant}: {run.message}" for run in summary.failures]
     assert not failed
     assert summary.seeds == SEEDS
-    assert not (summary.never_fired() if SEEDS >= 1000 else [])
+    rare = [name for name in knob.FAULTS if summary.faults[name] < 8 * SEEDS // 1000]
+    assert not (rare if SEEDS >= 1000 else [])
 
 
 def test_every_invariant_is_checked_by_ordinary_runs():

@@ -12,7 +12,7 @@ import time
 
 from entidb.errors import ConfigError
 from entidb.testing import knobs as knob
-from entidb.testing.batch import Summary, run_seeds, shrink
+from entidb.testing.batch import Summary, parse_range, run_seeds, shrink
 from entidb.testing.planted import SEEDS_MAX, Finding, try_all
 from entidb.testing.simulator import Options, Run, simulate
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.planted:
             return _planted(given.jobs, given.only)
         if given.seeds is not None:
-            return _many(_range(given.seeds), given.jobs, settings)
+            return _many(parse_range(given.seeds), given.jobs, settings)
         if given.shrink is not None:
             return _shrink(given.shrink, settings)
         if given.seed is not None:
@@ -50,13 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", action="store_true", help="print every event of --seed")
     parser.add_argument("--only", metavar="NAME", help="one bug of --planted")
     return parser
-
-
-def _range(text: str) -> range:
-    first, colon, last = text.partition(":")
-    if not colon or not first.isdigit() or not last.isdigit() or int(first) >= int(last):
-        raise ConfigError(f"--seeds {text!r}: write first:end, such as 0:1000")
-    return range(int(first), int(last))
 
 
 def _one(seed: int, settings: dict[str, int], *, trace: bool) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
+from entidb.errors import ConfigError
 from entidb.testing import knobs as knob
 from entidb.testing.simulator import Options, Run, simulate
 
@@ -46,6 +50,14 @@ class Summary:
         return [name for name in knob.FAULTS if not self.faults[name]]
 
 
+def parse_range(text: str) -> range:
+    """``"0:1000"`` as a range. Raises ``ConfigError``."""
+    first, colon, last = text.partition(":")
+    if not colon or not first.isdigit() or not last.isdigit() or int(first) >= int(last):
+        raise ConfigError(f"--seeds {text!r}: write first:end, such as 0:1000")
+    return range(int(first), int(last))
+
+
 def run_seeds(
     seeds: Iterable[int],
     *,
@@ -70,9 +82,23 @@ def _runs(seeds: list[int], jobs: int, settings: dict[str, int]) -> Iterator[Run
     chunks = [seeds[at : at + _CHUNK] for at in range(0, len(seeds), _CHUNK)]
     # Spawned, not forked: an LMDB environment must not cross a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
         for runs in pool.map(_chunk, chunks, [settings] * len(chunks)):
             yield from runs
+
+
+def _begin_worker() -> None:
+    """A worker leaves interrupts to its parent, and ends when the parent is gone, however that
+    came: it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _chunk(seeds: list[int], settings: dict[str, int]) -> list[Run]:

@@ -24,6 +24,7 @@ from entidb.db.records import (
     unpack_entity,
     unpack_u64,
 )
+from entidb.errors import HistoryChangedError, ResetRequiredError, SyncError
 from entidb.protocol import (
     PullRequest,
     PullResponse,
@@ -35,7 +36,8 @@ from entidb.protocol import (
     operations_digest,
 )
 from entidb.storage.base import Batch
-from entidb.testing.oracle import History, Ref, has_version
+from entidb.testing.oracle import History, Mark, Ref, has_version
+from entidb.types import Clock, timestamp_from_ms
 
 #: Every invariant: its name, and what it says.
 INVARIANTS: Final[dict[str, str]] = {
@@ -58,6 +60,7 @@ INVARIANTS: Final[dict[str, str]] = {
     "NO-POISON": "a transaction that always fails stops no other",
     "TENANT": "no byte of one database leaves in an answer for another",
     "NO-EFFECT": "a request answered with an error changed nothing durable",
+    "CLOCK": "nothing is later than the server's clock, nor earlier than what its writer had seen",
     "SAME-SEED": "one seed gives one trace",
 }
 
@@ -110,8 +113,9 @@ class ServerWatch:
     leaves. ``members`` are the pushes being decided, ``program`` the writes of a transaction of
     a program on the server."""
 
-    def __init__(self, checks: Checks, history: History) -> None:
+    def __init__(self, checks: Checks, history: History, clock: Clock) -> None:
         self.checks = checks
+        self._clock = clock
         self.history = history
         self.members: list[PushRequest] = []
         self.program: list[tuple[Ref, bytes | None]] | None = None
@@ -147,7 +151,8 @@ class ServerWatch:
             transaction_id = accepted.pop(version, None)
             if transaction_id is None:
                 writes = self._program_writes(version)
-                self.history.append(None, b"", writes)
+                marks = [rows[ref][2] for ref, _ in writes if ref in rows]
+                self.history.append(None, b"", writes, marks[0] if marks else (b"", 0))
             else:
                 writes = self._accept(transaction_id, version)
             touched.update(dict.fromkeys(ref for ref, _ in writes))
@@ -157,15 +162,20 @@ class ServerWatch:
 
     def _rows(
         self, batch: Batch, records: Mapping[bytes, bytes]
-    ) -> dict[Ref, tuple[int, bytes | None]]:
+    ) -> dict[Ref, tuple[int, bytes | None, Mark]]:
         prefixes = {info.prefix: name for name, info in self.catalogue(records).by_name.items()}
         rows = {}
+        groups: dict[bytes, bytes] = {}
         for key, raw in batch.items():
             if key[:1] == ENTITY and raw is not None:
-                rows[prefixes[key[:5]], key[5:]] = (unpack_entity(raw)[2], payload_of(raw))
-                if prefixes[key[:5]] == GROUP_COLLECTION:
-                    whole = group_is_whole(records, key[:5], key[5:])
-                    self.checks.that(whole, "WHOLE", f"the server shows half of {key[5:].hex()}")
+                name = prefixes[key[:5]]
+                _, _, version, device, timestamp = unpack_entity(raw)
+                rows[name, key[5:]] = (version, payload_of(raw), (device, timestamp))
+                if name == GROUP_COLLECTION:
+                    groups[key[:20]] = key
+        for key in groups.values():
+            whole = group_is_whole(records, key[:5], key[5:])
+            self.checks.that(whole, "WHOLE", f"the server shows half of {key[5:].hex()}")
         return rows
 
     def catalogue(self, records: Mapping[bytes, bytes]) -> Catalogue:
@@ -197,12 +207,18 @@ class ServerWatch:
                     for op in transaction.operations
                 ]
                 digest = operations_digest(names, transaction.operations)
-                self.history.append(transaction_id, digest, writes)
+                # R27: a timestamp from the future counts as now.
+                stamp = min(transaction.timestamp, self.latest_timestamp())
+                self.history.append(transaction_id, digest, writes, (request.device_id, stamp))
                 self.checks.passed("NO-LOST-UPDATE", len(writes))
                 return writes
         if blamed is None:
             self.checks.fail("WHOLE", f"nobody pushed transaction {transaction_id.hex()}")
         self.checks.fail(*blamed)
+
+    def latest_timestamp(self) -> int:
+        """The latest timestamp that anything may have now."""
+        return timestamp_from_ms(self._clock.now_ms()) | 0xFFFF
 
     def _candidates(
         self, transaction_id: bytes
@@ -238,15 +254,24 @@ class ServerWatch:
         return any(transaction.transaction_id == writer for transaction in before)
 
     def _compare(
-        self, touched: Mapping[Ref, None], rows: Mapping[Ref, tuple[int, bytes | None]]
+        self, touched: Mapping[Ref, None], rows: Mapping[Ref, tuple[int, bytes | None, Mark]]
     ) -> None:
+        latest_timestamp = self.latest_timestamp()
         for ref in touched:
-            self.checks.that(
-                rows.get(ref) == self.history.latest(ref),
-                "WHOLE",
-                f"{ref[0]}/{ref[1].hex()} is {rows.get(ref)} on the server, and should be "
-                f"{self.history.latest(ref)}",
-            )
+            row, due = rows.get(ref), self.history.latest(ref)
+            if row is None or row[:2] != due:
+                self.checks.fail(
+                    "WHOLE",
+                    f"{ref[0]}/{ref[1].hex()} is {row} on the server, and should be {due}",
+                )
+            if row[2] != self.history.marks[due[0]] or row[2][1] > latest_timestamp:
+                self.checks.fail(
+                    "CLOCK",
+                    f"{ref[0]}/{ref[1].hex()} is marked {row[2]} on the server, and should be "
+                    f"{self.history.marks[due[0]]}, not after {latest_timestamp}",
+                )
+        self.checks.passed("WHOLE", len(touched))
+        self.checks.passed("CLOCK", len(touched))
         if len(rows) != len(touched):
             self.checks.fail("WHOLE", "a commit wrote more than the transactions it accepted")
 
@@ -322,6 +347,28 @@ class ServerWatch:
     def _came_between(self, ref: Ref, base_version: int, before: Sequence[PushTransaction]) -> bool:
         version = self.history.latest(ref)[0]
         return version > base_version and not self._wrote(before, version)
+
+    def on_refusal(self, request: PullRequest | PushRequest, error: SyncError) -> None:
+        """An error that makes a device start over needs its reason (R28, R29)."""
+        if isinstance(error, HistoryChangedError):
+            head, seen = self.history.head, request.cursor
+            if isinstance(request, PullRequest):
+                seen = max([seen, *(last for _, last in request.have)])
+            else:
+                head = self.head_before
+                bases = (op.base_version for t in request.transactions for op in t.operations)
+                seen = max([seen, *bases])
+            self.checks.that(
+                request.history != self.history.identity or seen > head,
+                "ORDER",
+                "a request that named this history was told that it has changed",
+            )
+        if isinstance(error, ResetRequiredError):
+            self.checks.that(
+                request.cursor < self.history.floor and not getattr(request, "full", False),
+                "RESET-ENDS",
+                f"a device at {request.cursor} is told to reset; the floor is {self.history.floor}",
+            )
 
     def _check_history(self, history: bytes) -> None:
         self.checks.that(

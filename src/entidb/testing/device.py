@@ -17,6 +17,7 @@ from entidb.db.maintenance import verify
 from entidb.errors import (
     AuthenticationError,
     CommitUnknownError,
+    ConflictError,
     CorruptionError,
     EntiDBError,
     HistoryChangedError,
@@ -31,12 +32,13 @@ from entidb.errors import (
 )
 from entidb.protocol import ErrorResponse, PushRequest, PushResponse, SyncRequest, SyncResponse
 from entidb.sync import (
+    Conflict,
     ConflictResolution,
-    DatabaseApplier,
     SyncConfig,
     SyncCycleResult,
 )
 from entidb.sync.cycle import Ahead, Connection, Cycle, Flow
+from entidb.testing.between import BetweenApplier
 from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.host import Tenant
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 Saved = tuple[dict[bytes, bytes], Context]
 TIMEOUT_MS = 1500
 TIDY_STEPS = 3
+#: What a device may be told to synchronise.
+SCOPES = (None, COLLECTIONS[:2], COLLECTIONS[:3], COLLECTIONS[1:3])
 
 
 class DeviceClock:
@@ -95,7 +99,7 @@ class Device:
         if offset:
             world.fired("clock_offset_ms")
         self.clock = DeviceClock(world, offset)
-        self.watch = DeviceWatch(world.checks, name, tenant.histories)
+        self.watch = DeviceWatch(world.checks, name, tenant.histories, world.server_clock)
         self.saved: Saved | None = None
         self.restarts = 0
         self.reader: tuple[Any, list[tuple[bytes, bytes]]] | None = None
@@ -118,6 +122,8 @@ class Device:
         self.last: SyncCycleResult | None = None
         self.last_error: EntiDBError | None = None
         self.needs_choice = False
+        #: A conflict somebody has seen and not decided yet.
+        self.looked_at: Conflict | None = None
         self.was_connected = False
         self._open(world.new_store(self, records))
 
@@ -138,7 +144,9 @@ class Device:
         storage.armed = False
         self.storage = storage
         self.database = Database(storage, clock=self.clock, entropy=self.entropy)
-        self.applier = DatabaseApplier(self.database, policies=self.policies)
+        self.applier = BetweenApplier(
+            self.database, policies=self.policies, between=self._others_act
+        )
         self.connection = Connection()
         self.flow = self.cycle = self.waiting = None
         self.ahead = []
@@ -242,7 +250,7 @@ class Device:
 
     def _decide_something(self) -> None:
         conflicts, discarded = self.applier.conflicts(), self.applier.discarded()
-        listed = [(conflict.collection, conflict.id_bytes) for conflict in conflicts]
+        listed = [_place(conflict) for conflict in conflicts]
         self.world.checks.that(
             sorted(listed) == sorted(self.watch.open_conflicts)
             and [entry.transaction_id for entry in discarded]
@@ -252,6 +260,9 @@ class Device:
         )
         if conflicts and (not discarded or self.rng.random() < 0.7):
             conflict = self.rng.choice(conflicts)
+            if self._decide_late():
+                return
+            self.looked_at = self.rng.choice(conflicts)
             choices = [ConflictResolution.keep_local(), ConflictResolution.accept_remote()]
             if conflict.collection != GROUP_COLLECTION:
                 choices.append(ConflictResolution.merge(self.tenant.workload.value()))
@@ -267,13 +278,46 @@ class Device:
             self.world.trace("recommit" if again else "prune", self.name)
             if again:
                 self.applier.recommit(entry)
+                self.watch.on_recommitted(self.storage.records, entry)
             else:
                 self.applier.prune(entry)
             self.world.fired("person")
 
+    def _decide_late(self) -> bool:
+        """Now and then somebody decides about a conflict as they saw it some time ago; whether
+        they did. It counts only if the server's side is still the same."""
+        seen, self.looked_at = self.looked_at, None
+        if seen is None or self.world.quiet or self.rng.random() < 0.5:
+            return False
+        ref = (seen.collection, seen.id_bytes)
+        now = [c.remote_version for c in self.applier.conflicts() if ref == _place(c)]
+        self.watch.by_person = {ref: None}
+        self.world.trace("resolve late", self.name)
+        try:
+            report = self.applier.resolve(seen, ConflictResolution.keep_local())
+        except ConflictError as error:
+            self.world.trace("refused", error.code)
+            return True
+        self.watch.on_report(report)
+        self.world.fired("person")
+        self.world.checks.that(
+            now == [seen.remote_version],
+            "SURFACED-ONCE",
+            f"{self.name} took a decision on another state of the server than it was made on",
+        )
+        return True
+
     def change_scope(self) -> None:
-        chosen = self.rng.choice((None, COLLECTIONS[:2], COLLECTIONS[:3], COLLECTIONS[1:3]))
+        chosen = self._another_scope()
         self._scoped(lambda: self.database.set_scope(chosen), "scope")
+
+    def _another_scope(self) -> tuple[str, ...] | None:
+        """Mostly one that is not refused: nothing may leave the scope while it is pending."""
+        now = self.database.scope
+        others = [names for names in SCOPES if names is None or now != frozenset(names)]
+        if self.watch.outbox and now is not None:
+            others = [names for names in others if names is None or now <= frozenset(names)]
+        return self.rng.choice(others)
 
     def change_local(self) -> None:
         local = self.rng.random() < 0.5
@@ -377,14 +421,27 @@ class Device:
         if chance < world.knobs.cancel:
             world.fired("cancel")
             raise SyncCancelledError("cancelled by the simulator")
-        if chance < world.knobs.cancel + world.knobs.local_in_cycle:
-            world.fired("local_in_cycle")
-            try:
+        self._others_act()
+
+    def _others_act(self) -> None:
+        """What other threads of the application do between two steps of a cycle."""
+        world, knobs = self.world, self.world.knobs
+        if world.quiet or not (knobs.local_in_cycle or knobs.scope_in_cycle):
+            return
+        chance = self.rng.random() * 1000
+        try:
+            if chance < knobs.local_in_cycle:
+                world.fired("local_in_cycle")
                 self._transact()
-            except CommitUnknownError:
-                raise Crash from None
-            except StorageError as error:
-                world.trace("refused locally", self.name, error.code)
+            elif chance < knobs.local_in_cycle + knobs.scope_in_cycle:
+                before = self.storage.commits
+                self.database.set_scope(self._another_scope())
+                if self.storage.commits != before:
+                    world.fired("scope_in_cycle")
+        except CommitUnknownError:
+            raise Crash from None
+        except (ScopeError, StorageError) as error:
+            world.trace("refused locally", self.name, error.code)
 
     def _on_policy(self, conflict: Any, answer: ConflictResolution | None) -> None:
         if answer is None:
@@ -520,6 +577,10 @@ class Device:
             f"{self.name} at {self.watch.cursor} is told to reset, and is above the floor "
             f"{history.floor}",
         )
+
+
+def _place(conflict: Conflict) -> tuple[str, bytes]:
+    return conflict.collection, conflict.id_bytes
 
 
 __all__ = ["Device", "DeviceClock"]

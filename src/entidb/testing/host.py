@@ -60,7 +60,7 @@ class Tenant:
         self.queue: list[tuple[PushRequest, Grant, Reply]] = []
         self.backup: tuple[MemoryStorage, int, int] | None = None
         self.restores = 0
-        self.watch = ServerWatch(world.checks, History(b""))
+        self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
         self._open(world.new_store(self, None))
         assert self.database.history is not None
         self.watch.history = self.histories.begin(self.database.history)
@@ -124,6 +124,11 @@ class Tenant:
         self._open(self.world.new_store(self, read_records(copy)))
         assert self.database.history is not None
         self.restores += 1
+        self.world.checks.that(
+            self.histories.get(self.database.history) is None,
+            "ORDER",
+            f"{self.db_id} came back from a backup under a history that devices know",
+        )
         self.world.trace("restored", self.db_id, head)
         self.world.tell(
             f"{self.db_id} is restored from the backup at {head}; devices had seen {old.head}"
@@ -167,9 +172,13 @@ class Tenant:
     # ------------------------------------------------------------ requests
 
     def pull(self, request: PullRequest, grant: Grant) -> bytes:
-        response = self.service.idle_pull(request, grant)
-        if response is None:
-            response = self.service.pull(request, grant)
+        try:
+            response = self.service.idle_pull(request, grant)
+            if response is None:
+                response = self.service.pull(request, grant)
+        except SyncError as error:
+            self.watch.on_refusal(request, error)
+            raise
         data = protocol.encode(response)
         self.world.host.check_canaries(self, data)
         self.watch.on_pull(request, response)
@@ -203,6 +212,7 @@ class Tenant:
             self._unchanged(commits)
         for (request, _, reply), answer in zip(members, answers, strict=True):
             if isinstance(answer, SyncError):
+                self.watch.on_refusal(request, answer)
                 world.host.refuse(reply, answer)
                 continue
             self.watch.on_push(request, answer, self.storage.records)

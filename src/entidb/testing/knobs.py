@@ -83,6 +83,7 @@ class Knobs:
     ahead: int = 0  # pages are asked for while the one before is staged
     local_in_cycle: int = 0  # a commit between two steps of a cycle that has no request out
     scope: int = 0
+    scope_in_cycle: int = 0  # between two steps of a cycle, such as after its pull
     local_collection: int = 0
     person: int = 0  # resolve, recommit, prune
     reader: int = 0  # snapshots held open over other events
@@ -123,6 +124,7 @@ FAULTS: Final = (
     "ahead",
     "local_in_cycle",
     "scope",
+    "scope_in_cycle",
     "local_collection",
     "person",
     "reader",
@@ -149,38 +151,44 @@ LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "repeated": (20, 100, 300),
     "reordered": (50, 300),
     "cut": (20, 100),
-    "partition": (5, 20),
-    "partition_one_way": (5, 20),
+    "partition": (5, 20, 80),
+    "partition_one_way": (5, 20, 80),
     "expired_token": (20, 100),
     "wrong_token": (10, 50),
-    "crash_before": (2, 20),
-    "crash_after": (2, 20),
-    "commit_unknown": (2, 20),
+    "crash_before": (2, 20, 60),
+    "crash_after": (2, 20, 60),
+    "commit_unknown": (2, 20, 60),
     "disk_full": (5, 50),
     "map_full": (5, 50),
-    "restore_device": (2, 8),
-    "copy_device": (2, 6),
+    "restore_device": (2, 8, 30),
+    "copy_device": (2, 6, 30),
     "clock_offset_ms": (5_000, 3_600_000, _DECADE_MS),
-    "clock_jump": (5, 20),
+    "clock_jump": (5, 20, 80),
     "cancel": (5, 50),
     "ahead": (500,),
     "local_in_cycle": (50, 300),
-    "scope": (5, 20),
-    "local_collection": (5, 15),
+    "scope": (10, 40, 150),
+    "scope_in_cycle": (20, 100),
+    "local_collection": (5, 15, 60),
     "person": (30, 100),
     "reader": (20,),
-    "server_crash_before": (5, 20),
-    "server_crash_after": (5, 20),
-    "server_commit_unknown": (5, 20),
+    "server_crash_before": (5, 20, 60),
+    "server_crash_after": (5, 20, 60),
+    "server_commit_unknown": (5, 20, 60),
     "server_disk_full": (10, 50),
-    "restore_server": (2, 5),
-    "restore_twice": (300,),
-    "purge": (5, 20),
+    "restore_server": (2, 10, 50),
+    "restore_twice": (300, 1000),
+    "purge": (5, 20, 80),
     "refuse": (20, 100),
     "refuse_raises": (20, 60),
     "server_writes": (20, 100),
     "bulk": (10, 40),
 }
+
+#: Length of a run, and how many runs in a hundred have it. Most bugs need a few dozen events with
+#: the right faults, so that many short runs, each with other knobs, find more than few long ones;
+#: the long ones are for what has to build up first.
+EVENTS: Final[dict[int, int]] = {60: 30, 120: 34, 250: 22, 600: 11, 2000: 3}
 
 
 def stream(seed: int, name: str) -> random.Random:
@@ -200,11 +208,11 @@ def draw(seed: int) -> Knobs:
     # Something for the person to do, wherever a policy can leave work to them.
     chosen["person"] = chosen["person"] or rng.choice((0, 30))
     chosen.update(
-        events=rng.choice((300, 700, 1200, 2000)),
-        devices=rng.choice((2, 2, 3, 4, 6, 8)),
-        keys=rng.choice((2, 5, 20, 80, 400)),
+        events=rng.choices(list(EVENTS), list(EVENTS.values()))[0],
+        devices=rng.choice((2, 2, 2, 3, 3, 4, 6, 8)),
+        keys=rng.choice((2, 5, 5, 20, 80, 400)),
         tenants=rng.choice((1, 1, 2)),
-        lmdb=int(rng.random() < 0.01),
+        lmdb=int(rng.random() < 0.012),
         think_ms=rng.choice((100, 400, 1500)),
         pause_ms=rng.choice((100, 800, 3000)),
         operations=rng.choice((0, 1, 3, 8)),

@@ -16,6 +16,8 @@ Ref = tuple[str, bytes]
 State = tuple[int, bytes | None]
 
 NEVER: Final[State] = (0, None)
+#: (device id, timestamp) of a commit.
+Mark = tuple[bytes, int]
 
 
 class History:
@@ -27,6 +29,8 @@ class History:
         self.commits: list[list[Ref]] = [[]]
         #: Transaction id of each commit; None for programs on the server.
         self.writers: list[bytes | None] = [None]
+        #: Device and timestamp of each commit, as the server keeps and sends them.
+        self.marks: list[Mark] = [(b"", 0)]
         self.accepted: dict[bytes, tuple[int, bytes]] = {}
         self.floor = 0
         self._versions: dict[Ref, list[int]] = {}
@@ -41,11 +45,13 @@ class History:
         transaction_id: bytes | None,
         digest: bytes,
         writes: Sequence[tuple[Ref, bytes | None]],
+        mark: Mark,
     ) -> int:
         """The next commit; returns its version."""
         version = len(self.commits)
         self.commits.append([ref for ref, _ in writes])
         self.writers.append(transaction_id)
+        self.marks.append(mark)
         if transaction_id is not None:
             self.accepted[transaction_id] = (version, digest)
         for ref, payload in writes:
@@ -65,7 +71,7 @@ class History:
             writer = self.writers[version]
             digest = b"" if writer is None else self.accepted[writer][1]
             writes = [(ref, self.state_at(ref, version)[1]) for ref in self.commits[version]]
-            made.append(writer, digest, writes)
+            made.append(writer, digest, writes, self.marks[version])
         made.floor = floor
         return made
 
@@ -91,8 +97,11 @@ class History:
                 return NEVER
             for at in range(len(versions) - 1, -1, -1):
                 version = versions[at]
-                if version <= cursor or any(first <= version <= last for first, last in have):
+                if version <= cursor:
                     return version, self._payloads[ref][at]
+                for first, last in have:
+                    if first <= version <= last:
+                        return version, self._payloads[ref][at]
             return NEVER
         return self.state_at(ref, cursor)
 

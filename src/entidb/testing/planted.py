@@ -17,11 +17,11 @@ from unittest import mock
 
 from msgspec.structs import replace
 
-from entidb.db import Database, Role, maintenance
+from entidb.db import Database, Role, adopt, maintenance, scope
 from entidb.db.records import READY, BaseRow, EntityRow, accepted_key, end_of, unpack_pending
 from entidb.db.writer import Writer
-from entidb.errors import ProtocolError, ResetRequiredError, StorageFullError
-from entidb.protocol import PushResult, Verdict
+from entidb.errors import ProtocolError, ResetRequiredError, StorageFullError, SyncError
+from entidb.protocol import PullResponse, PushResult, Verdict
 from entidb.server import service
 from entidb.server.auth import Grants
 from entidb.server.service import DatabaseService, Grant
@@ -308,7 +308,14 @@ def _accepted_moves_base(garden: Garden) -> None:
     garden.replace(Rebase, "settle_accepted", make)
 
 
-@_bug("newer-write-settled-too", "READ-YOUR-WRITES", "NO-SILENT-LOSS", "CONVERGE", "UNEXPECTED")
+@_bug(
+    "newer-write-settled-too",
+    "READ-YOUR-WRITES",
+    "PREFIX",
+    "NO-SILENT-LOSS",
+    "CONVERGE",
+    "UNEXPECTED",
+)
 def _newer_write_settled(garden: Garden) -> None:
     """An answer to an older batch cleans entities that were written since."""
 
@@ -526,6 +533,315 @@ def _random_from_outside(garden: Garden) -> None:
     garden.replace(Database, "__init__", make)
 
 
+# ---------------------------------------------------------------- scope, adoption, stage
+
+
+_SCOPED: Final = _CALM | {"scope": 150, "scope_in_cycle": 100, "pause_ms": 100, "tenants": 1}
+
+
+@_bug("widening-cleared-by-a-push", "PREFIX", "CONVERGE", knobs=_SCOPED)
+def _widening_cleared(garden: Garden) -> None:
+    """A cursor taken along with a push clears what a wider scope still has to bring."""
+
+    def make(original: Any) -> Any:
+        def take_confirmed(self: DatabaseApplier, writer: Writer) -> None:
+            state = writer.sync_state
+            if state.cursor < self._confirmed <= state.reached:
+                applier._move_cursor(writer, state, self._confirmed)
+
+        return take_confirmed
+
+    garden.replace(DatabaseApplier, "_take_confirmed", make)
+
+
+@_bug(
+    "stage-survives-a-widening",
+    "PREFIX",
+    "CONVERGE",
+    "UNEXPECTED",
+    knobs=_SCOPED | {"pull_operations_max": 2},
+)
+def _stage_survives(garden: Garden) -> None:
+    """What was staged for a narrower scope is published for the wider one."""
+
+    def make(original: Any) -> Any:
+        def switch(writer: Writer, *rest: Any, **options: Any) -> None:
+            with mock.patch.object(writer, "abandon_stage", return_value=None):
+                original(writer, *rest, **options)
+
+        return switch
+
+    garden.replace(scope, "_switch", make)
+
+
+@_bug(
+    "changes-during-a-widening-lost",
+    "PREFIX",
+    "NO-RESURRECTION",
+    knobs=_SCOPED | {"pull_operations_max": 2},
+)
+def _changes_during_widening(garden: Garden) -> None:
+    """What changes in a collection while it is pulled from nothing is not staged."""
+
+    def make(original: Any) -> Any:
+        def stage(writer: Writer, stage: Any, request: Any, response: Any) -> Any:
+            if stage.full and stage.full_done:
+                late = [i for i, name in enumerate(response.collections) if name in stage.full]
+                commits = [
+                    replace(c, operations=[o for o in c.operations if o.collection not in late])
+                    for c in response.commits
+                ]
+                response = replace(response, commits=commits)
+            return original(writer, stage, request, response)
+
+        return stage
+
+    garden.replace(applier, "_stage_operations", make)
+
+
+@_bug("stage-counts-twice", "CONVERGE", knobs=_SCOPED | {"pull_operations_max": 2})
+def _stage_counts_twice(garden: Garden) -> None:
+    """An entity that comes a second time while everything is staged counts twice."""
+
+    def make(original: Any) -> Any:
+        def stage(writer: Writer, stage: Any, *rest: Any) -> Any:
+            made = original(writer, replace(stage, first_head=2**60), *rest)
+            return replace(made, first_head=stage.first_head)
+
+        return stage
+
+    garden.replace(applier, "_stage_operations", make)
+
+
+@_bug(
+    "tombstones-lost-at-publish",
+    "NO-RESURRECTION",
+    "PREFIX",
+    knobs=_CALM | {"pull_operations_max": 2, "deletes": 400},
+)
+def _tombstones_lost(garden: Garden) -> None:
+    """Publishing a pull of several pages leaves out its deletions."""
+
+    def make(original: Any) -> Any:
+        def apply_deltas(writer: Writer, rebase: Rebase, stage: Any) -> None:
+            take = rebase.take_clean
+
+            def living(ref: Any, remote: BaseRow, old: EntityRow | None) -> None:
+                if remote.payload is not None:
+                    take(ref, remote, old)
+
+            with mock.patch.object(rebase, "take_clean", living):
+                original(writer, rebase, stage)
+
+        return apply_deltas
+
+    garden.replace(applier, "_apply_deltas", make)
+
+
+@_bug(
+    "floor-moves-under-a-reset",
+    "NO-RESURRECTION",
+    "PREFIX",
+    knobs=_CALM
+    | {"pull_operations_max": 1, "purge": 100, "deletes": 400, "keys": 20, "latency_ms": 200},
+)
+def _floor_moves(garden: Garden) -> None:
+    """Everything is being pulled, and goes on although the floor moved meanwhile."""
+
+    def make(original: Any) -> Any:
+        def ask(self: Any, request: Any, kind: Any) -> Any:
+            response = yield from original(self, request, kind)
+            return replace(response, floor=0) if isinstance(response, PullResponse) else response
+
+        return ask
+
+    garden.replace(cycle.Cycle, "_ask", make)
+
+
+@_bug("narrowing-leaves-pending-behind", "NO-SILENT-LOSS", knobs=_SCOPED)
+def _narrowing_leaves_pending(garden: Garden) -> None:
+    """A collection leaves the scope with changes that are not on the server."""
+
+    def make(original: Any) -> Any:
+        return lambda writer, catalogue, leaving: None
+
+    garden.replace(scope, "_refuse_pending", make)
+
+
+@_bug("widening-forgets-what-was-local", "NO-SILENT-LOSS", knobs=_SCOPED)
+def _widening_forgets(garden: Garden) -> None:
+    """What was written outside the scope does not become pending when the scope widens."""
+    garden.replace(
+        scope, "schedule_adoption", lambda original: lambda writer, sources, *, compare: None
+    )
+
+
+@_bug(
+    "reset-forgets-the-devices-side",
+    "NO-SILENT-LOSS",
+    knobs=_CALM | {"restore_server": 50, "events": 2000, "pause_ms": 100},
+)
+def _reset_forgets_device(garden: Garden) -> None:
+    """A reset that was to keep the device's side takes the server's."""
+
+    def make(original: Any) -> Any:
+        def schedule(writer: Writer, sources: Any, *, compare: bool) -> None:
+            if not compare:
+                original(writer, sources, compare=compare)
+
+        return schedule
+
+    garden.replace(adopt, "schedule_adoption", make)
+
+
+@_bug("have-begins-one-early", "PREFIX", "ORDER", "NO-RESURRECTION")
+def _have_one_early(garden: Garden) -> None:
+    """A pull says that the device has the commit before its own as well."""
+
+    def make(original: Any) -> Any:
+        def pull_request(self: Any, state: Any, cursor: int) -> Any:
+            made = original(self, state, cursor)
+            return replace(made, have=[(first - 1, last) for first, last in made.have])
+
+        return pull_request
+
+    garden.replace(cycle.Cycle, "_pull_request", make)
+
+
+# ---------------------------------------------------------------- clocks
+
+
+_TIMES: Final = _CALM | {"clock_offset_ms": 315_576_000_000}
+
+
+@_bug("clamp-forgotten-on-the-server", "CLOCK", knobs=_TIMES)
+def _clamp_forgotten_on_server(garden: Garden) -> None:
+    """A timestamp ten years ahead is stored as it came, and wins for ever."""
+
+    def make(original: Any) -> Any:
+        def accept(self: Any, *rest: Any) -> PushResult:
+            self._timestamp_max = 2**63
+            result: PushResult = original(self, *rest)
+            return result
+
+        return accept
+
+    garden.replace(service._Deciding, "_accept", make)
+
+
+@_bug("clamp-forgotten-on-the-device", "CLOCK", knobs=_TIMES)
+def _clamp_forgotten_on_device(garden: Garden) -> None:
+    """Policies see the time of a clock that is ahead."""
+    garden.replace(Rebase, "_clamp", lambda original: lambda self, timestamp: timestamp)
+
+
+@_bug("clamped-time-not-taken-over", "CLOCK", knobs=_TIMES)
+def _clamped_not_taken(garden: Garden) -> None:
+    """A device keeps its own time for what the server stored with another."""
+
+    def make(original: Any) -> Any:
+        def accepted(self: Any, transaction: Any, rows: Any, version: int, stamp: int) -> None:
+            original(self, transaction, rows, version, 0)
+
+        return accepted
+
+    garden.replace(applier._Settling, "_accepted", make)
+
+
+@_bug("clock-not-heard", "CLOCK", knobs=_TIMES)
+def _clock_not_heard(garden: Garden) -> None:
+    """A slow device writes with times before those it has seen, and loses to its own past."""
+    garden.replace(applier, "_hear_clock", lambda original: lambda writer, response: None)
+
+
+# ---------------------------------------------------------------- what waits for a person
+
+
+@_bug("discarded-in-a-second-commit", "NO-SILENT-LOSS", knobs=_CALM | {"crash_after": 60})
+def _discarded_later(garden: Garden) -> None:
+    """A withdrawn transaction reaches the list with the next commit only."""
+    late: dict[int, dict[bytes, bytes | None]] = {}
+
+    def make(original: Any) -> Any:
+        def discard(self: Rebase, transaction: Any, *rest: Any) -> None:
+            changes = self._writer.changes
+            changes.update(late.pop(id(self._policy_for), {}))
+            before = dict(changes)
+            original(self, transaction, *rest)
+            made = [key for key in changes if key not in before]
+            late[id(self._policy_for)] = {key: changes.pop(key) for key in made}
+
+        return discard
+
+    garden.replace(Rebase, "_discard", make)
+
+
+@_bug("dependents-not-held", "SURFACED-ONCE", knobs=_CALM | {"policy_notes": 7, "policy_pairs": 7})
+def _dependents_not_held(garden: Garden) -> None:
+    """What was built on a transaction in conflict is pushed without it."""
+
+    def make(original: Any) -> Any:
+        def hold(self: Rebase, *rest: Any) -> None:
+            with mock.patch.object(self, "_closure", list):
+                original(self, *rest)
+
+        return hold
+
+    garden.replace(Rebase, "hold", make)
+
+
+@_bug(
+    "one-decision-releases-all",
+    "SURFACED-ONCE",
+    knobs=_CALM | {"policy_notes": 7, "policy_pairs": 7, "person": 100},
+)
+def _one_releases_all(garden: Garden) -> None:
+    """Deciding one conflict lets go what is held by others."""
+
+    def make(original: Any) -> Any:
+        def release(self: Rebase) -> None:
+            for transaction in self._held() if self._released else ():
+                self._set_held(transaction, False)
+
+        return release
+
+    garden.replace(Rebase, "release", make)
+
+
+@_bug(
+    "stale-decision-taken",
+    "SURFACED-ONCE",
+    knobs=_CALM | {"policy_notes": 7, "policy_pairs": 7, "think_ms": 100, "pause_ms": 100},
+)
+def _stale_decision(garden: Garden) -> None:
+    """A person's decision counts although the server's side has changed since they looked."""
+
+    def make(original: Any) -> Any:
+        def resolve(self: DatabaseApplier, conflict: Any, resolution: Any) -> Any:
+            for now in self.conflicts():
+                if (now.collection, now.id_bytes) == (conflict.collection, conflict.id_bytes):
+                    conflict = now
+            return original(self, conflict, resolution)
+
+        return resolve
+
+    garden.replace(DatabaseApplier, "resolve", make)
+
+
+@_bug("recommit-loses-a-write", "READ-YOUR-WRITES", "WHOLE", knobs=_CALM | {"person": 100})
+def _recommit_loses(garden: Garden) -> None:
+    """A discarded transaction is committed again without its first write."""
+
+    def make(original: Any) -> Any:
+        def recommit(self: DatabaseApplier, discarded: Any) -> int:
+            made: int = original(self, replace(discarded, operations=discarded.operations[1:]))
+            return made
+
+        return recommit
+
+    garden.replace(DatabaseApplier, "recommit", make)
+
+
 # ---------------------------------------------------------------- the server
 
 
@@ -679,6 +995,7 @@ def _half_in_a_page(garden: Garden) -> None:
 @_bug(
     "group-decided-on-old-state",
     "NO-LOST-UPDATE",
+    "EXACTLY-ONCE",
     "NO-RESURRECTION",
     knobs=_CALM | {"group_ms": 500, "keys": 2, "devices": 6, "pause_ms": 100},
 )
@@ -899,6 +1216,71 @@ def _pages_shared(garden: Garden) -> None:
         return pull
 
     garden.replace(DatabaseService, "pull", make)
+
+
+@_bug("own-gap-jumped", "ORDER", "PREFIX", knobs=_CALM | {"push_operations_max": 1})
+def _own_gap_jumped(garden: Garden) -> None:
+    """The server takes a device to have everything up to its newest own commit."""
+
+    def make(original: Any) -> Any:
+        return lambda request: request.have[-1][1] if request.have else request.cursor
+
+    garden.replace(service, "_known_up_to", make)
+
+
+@_bug("ids-forgotten-above-the-floor", "EXACTLY-ONCE", knobs=_WILD | {"purge": 80})
+def _ids_forgotten(garden: Garden) -> None:
+    """Purging forgets the ids of all transactions, not only of those at or below the floor."""
+
+    def make(original: Any) -> Any:
+        def forget(database: Database) -> None:
+            with mock.patch.object(maintenance, "read_floor", return_value=2**60):
+                original(database)
+
+        return forget
+
+    garden.replace(maintenance, "_forget_accepted", make)
+
+
+@_bug(
+    "backup-keeps-its-history",
+    "ORDER",
+    knobs=_CALM | {"restore_server": 50, "events": 2000, "pause_ms": 100},
+)
+def _backup_keeps_history(garden: Garden) -> None:
+    """A server that comes back from a backup does not tell its devices so."""
+
+    def make(original: Any) -> Any:
+        def leave(self: Database, identity: dict[str, Any]) -> None:
+            known = identity["history"]
+            with mock.patch.object(self, "entropy", return_value=known):
+                original(self, identity)
+
+        return leave
+
+    garden.replace(Database, "_leave_backup", make)
+
+
+@_bug(
+    "a-group-shares-one-failure",
+    "NO-EFFECT",
+    "ORDER",
+    "RESET-ENDS",
+    knobs=_CALM
+    | {"group_ms": 500, "devices": 6, "pause_ms": 100, "restore_server": 50, "late": 300},
+)
+def _group_shares_failure(garden: Garden) -> None:
+    """One push of a group that cannot be decided fails the others."""
+
+    def make(original: Any) -> Any:
+        def push_many(self: DatabaseService, members: Any) -> Any:
+            answers = original(self, members)
+            errors = [answer for answer in answers if isinstance(answer, SyncError)]
+            return [errors[0] for _ in answers] if errors else answers
+
+        return push_many
+
+    garden.replace(DatabaseService, "push_many", make)
 
 
 __all__ = ["BUGS", "Bug", "Finding", "find", "planted", "try_all"]

@@ -8,7 +8,7 @@ where the commit, or a moving cursor, could have changed it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, CollectionInfo, decode_catalogue, empty_catalogue
@@ -22,6 +22,7 @@ from entidb.db.records import (
     ENTITY_HEAD,
     HAS_BASE,
     HELD,
+    META_ADOPT,
     META_CATALOGUE,
     META_SYNC,
     READY,
@@ -42,18 +43,37 @@ from entidb.protocol import PushResult, Verdict
 from entidb.storage.base import Batch
 from entidb.sync import Action, Conflict, ConflictResolution, RebaseReport, SyncCycleResult
 from entidb.testing.checkers import GROUP_COLLECTION, Checks, group_is_whole
-from entidb.testing.oracle import NEVER, Histories, History, Ref, State
+from entidb.testing.oracle import NEVER, Histories, History, Mark, Ref, State
+from entidb.types import Clock, timestamp_from_ms
 
 Records = Mapping[bytes, bytes]
-#: History, cursor, and what is had above it.
-Context = tuple[History | None, int, list[list[int]]]
 _E, _B, _O, _H, _D, _C = ENTITY[0], BASE[0], READY[0], HELD[0], DISCARDED[0], CONFLICT[0]
+
+
+class Context(NamedTuple):
+    """What the bases of a store belong to; a copy of the store takes it along."""
+
+    history: History | None
+    cursor: int
+    have: list[list[int]]
+    excluded: dict[str, None]
+    unheard: bool
+    due: dict[Ref, State]
 
 
 class DeviceCommit:
     """One storage commit of a device, taken apart."""
 
-    __slots__ = ("bases", "conflicts", "discards", "entities", "outbox", "records", "sync")
+    __slots__ = (
+        "bases",
+        "conflicts",
+        "discards",
+        "entities",
+        "outbox",
+        "pending",
+        "records",
+        "sync",
+    )
 
     def __init__(
         self,
@@ -67,6 +87,8 @@ class DeviceCommit:
         self.bases: list[tuple[int, bytes]] = []
         #: By sequence: what the outbox held before and holds now.
         self.outbox: dict[int, list[PendingTransaction | None]] = {}
+        #: Other rows of the outbox, as they are looked up.
+        self.pending: dict[int, PendingTransaction | None] = {}
         self.discards: list[tuple[int, bytes | None, bytes | None]] = []
         self.conflicts: list[tuple[int, bytes, bytes | None]] = []
         self.sync = META_SYNC in batch
@@ -95,14 +117,21 @@ class DeviceWatch:
     """Model and checkers of one device. ``answers`` are the verdicts of the push answer it has
     just been given, ``calls`` what its policies were asked since the last commit."""
 
-    def __init__(self, checks: Checks, name: str, histories: Histories) -> None:
+    def __init__(
+        self, checks: Checks, name: str, histories: Histories, server_clock: Clock
+    ) -> None:
         self.checks = checks
+        self._server_clock = server_clock
         self.name = name
         self.histories = histories
         self.history: History | None = None
         self.cursor = 0
         self.have: list[list[int]] = []
+        #: Collections in scope that the cursor does not speak of yet (R31).
         self.excluded: dict[str, None] = {}
+        #: What is to be made pending before the adoption ends: payload, and the version it has
+        #: from the history before a reset (0: written outside the scope). R29, R31.
+        self.due: dict[Ref, State] = {}
         self.outbox: dict[bytes, int] = {}
         self.discarded: dict[int, bytes] = {}
         self.open_conflicts: dict[Ref, None] = {}
@@ -119,28 +148,32 @@ class DeviceWatch:
         self._prefixes: dict[bytes, CollectionInfo] = {}
         self._foreign = False
         self._full = True
+        self._keep_device = False
+        self._unheard = False
 
     # ------------------------------------------------------------ beginning again
 
     def context(self) -> Context:
         """What the bases of this device belong to."""
-        return self.history, self.cursor, self.have
+        return Context(
+            self.history, self.cursor, self.have, self.excluded, self._unheard, dict(self.due)
+        )
 
     def adopt(self, records: Records, context: Context) -> None:
         """Take the model from a store whose bases belong to ``context``: a restored device, or a
         copy."""
-        self.history, self.cursor, self.have = context
+        self.history, self.cursor, self.have = context[:3]
         self.outbox, self.discarded, self.open_conflicts = self._lists(records)
         state = sync_state(records)
         if not state.foreign:
             self._move(state)
         self._foreign = state.foreign
         self._full = state.full
+        self._keep_device = state.keep_device
+        self._catalogue_raw, self._catalogue, self.due = None, empty_catalogue(), {}
         self._take_catalogue(records)
-        covered = not state.full and not state.uncovered
-        names = [info.name for info in self._catalogue.by_name.values() if info.synced]
-        partly = state.uncovered if not state.full else (names if state.cursor else [])
-        self.excluded = {} if covered else dict.fromkeys(partly)
+        self.excluded, self._unheard = context.excluded, context.unheard
+        self.due = dict(context.due)
         self.forget_reports()
         self.reported = {}
 
@@ -186,14 +219,22 @@ class DeviceWatch:
     # ------------------------------------------------------------ commits
 
     def on_commit(self, batch: Batch, old: Mapping[bytes, bytes | None], records: Records) -> None:
+        known = self._catalogue.by_name
         switched = self._take_catalogue(records) if META_CATALOGUE in batch else []
         commit = DeviceCommit(batch, old, records, self._prefixes)
-        was_foreign = self._foreign
-        moved = self._take_state(sync_state(records), switched) if commit.sync else ()
+        was_foreign, keep_device = self._foreign, self._keep_device
+        excluded = self.excluded
+        moved = self._take_state(sync_state(records)) if commit.sync else ()
+        fresh = [info.name for info in switched]
+        # What the cursor is said to speak of from now on has to be there, all of it (R31).
+        fresh += [name for name in excluded if name not in self.excluded and name not in fresh]
+        if switched and keep_device and not self._foreign:
+            self._owe_newer(records, known, switched)
         self._check_outbox(commit, reset=bool(switched) or self._foreign != was_foreign)
         self._check_lists(commit)
-        self._check_prefix(commit, moved, switched)
+        self._check_prefix(commit, moved, fresh)
         self._check_views(commit)
+        self._check_due(commit)
         self.calls, self.by_person = {}, {}
 
     def _take_catalogue(self, records: Records) -> list[CollectionInfo]:
@@ -210,19 +251,45 @@ class DeviceWatch:
             name in known and known[name].local != info.local for name, info in now.items()
         )
         if scope_changed:
+            left = {i.number for n, i in known.items() if i.synced and not now[n].synced}
+            self._check_leaving(records, left)
+            self.due = {ref: state for ref, state in self.due.items() if now[ref[0]].synced}
             for name, info in now.items():
                 if info.synced and not (name in known and known[name].synced):
-                    self.excluded[name] = None
+                    self.excluded = self.excluded | {name: None}
+                    self._owe_local(records, info)
+            every = self._catalogue.scope is None
+            self._unheard = every and (self._unheard or was.scope is not None)
+        elif self._unheard:
+            # From a list of names to all: the cursor speaks of none it had not heard of.
+            names = dict.fromkeys(n for n, i in now.items() if n not in known and i.synced)
+            self.excluded = self.excluded | names
         return [i for i in now.values() if i.name in known and i.table != known[i.name].table]
 
-    def _take_state(self, state: ReplicaState, switched: list[CollectionInfo]) -> Iterable[Ref]:
+    def _check_leaving(self, records: Records, numbers: set[int]) -> None:
+        """Nothing that is pending may leave the scope (R31)."""
+        for sequence in self.outbox.values() if numbers else ():
+            for kind in (READY, HELD):
+                raw = records.get(sequence_key(kind, sequence))
+                row = None if raw is None else decode_pending(sequence_key(kind, sequence), raw)
+                for op in () if row is None else row.operations:
+                    if op.collection in numbers:
+                        self.checks.fail(
+                            "NO-SILENT-LOSS",
+                            f"a collection left the scope of {self.name} with the pending write "
+                            f"of {op.entity_id.hex()}",
+                        )
+
+    def _take_state(self, state: ReplicaState) -> Iterable[Ref]:
         """Follow the cursor; returns the entities that must look different now."""
         if state.foreign:
             # R29: until the reset is through, the bases are those of the old history.
             self._foreign = self._full = True
+            self._keep_device = state.keep_device
             return ()
         history, cursor, have = self.history, self.cursor, self.have
         self._move(state)
+        self._keep_device = False
         if self._foreign or history is not self.history:
             self._foreign = False
         elif state.cursor < cursor:
@@ -230,7 +297,8 @@ class DeviceWatch:
                 "ORDER", f"the cursor of {self.name} went from {cursor} back to {state.cursor}"
             )
         if not state.full and not state.uncovered:
-            self.excluded.clear()
+            self.excluded = {}
+            self._unheard = False
         if self.history is None:
             return ()
         after = 0 if history is not self.history else cursor
@@ -257,9 +325,8 @@ class DeviceWatch:
 
     # ------------------------------------------------------------ PREFIX, NO-RESURRECTION
 
-    def _check_prefix(
-        self, commit: DeviceCommit, moved: Iterable[Ref], switched: list[CollectionInfo]
-    ) -> None:
+    def _check_prefix(self, commit: DeviceCommit, moved: Iterable[Ref], fresh: list[str]) -> None:
+        """``fresh`` are collections of which everything has to be compared."""
         by_name, by_number = self._catalogue.by_name, self._catalogue.by_number
         records, scope = commit.records, self._catalogue.scope
         refs: dict[Ref, None] = {
@@ -268,19 +335,22 @@ class DeviceWatch:
         for number, entity_id in commit.bases:
             refs[by_number[number].name, entity_id] = None
         refs.update(dict.fromkeys(moved))
-        if switched:
-            prefixes = {info.prefix: info.name for info in switched}
-            for key in sorted(records):
+        if fresh:
+            prefixes = {by_name[name].prefix: name for name in fresh if name in by_name}
+            for key in records:
                 if key[:5] in prefixes:
                     refs[prefixes[key[:5]], key[5:]] = None
-            names = list(prefixes.values())
             for ref in self.history.refs() if self.history is not None else ():
-                if ref[0] in names:
+                if ref[0] in fresh:
                     refs[ref] = None
+        compared: dict[str, bool] = {}
         for ref in refs:
-            info = by_name.get(ref[0])
-            in_scope = (scope is None or ref[0] in scope) if info is None else info.synced
-            if in_scope and ref[0] not in self.excluded:
+            name = ref[0]
+            info = by_name.get(name)
+            if name not in compared:
+                in_scope = (scope is None or name in scope) if info is None else info.synced
+                compared[name] = in_scope and name not in self.excluded
+            if compared[name]:
                 self._compare_base(records, info, ref)
         self.checks.passed("PREFIX", len(refs))
 
@@ -318,9 +388,11 @@ class DeviceWatch:
                 self._differs(ref, "nothing", (version, payload))
             return
         flags = raw[0]
+        mark: Mark | None = None
         if not flags & DIRTY:
-            stored = unpack_entity(raw)[2]
+            _, _, stored, device, timestamp = unpack_entity(raw)
             base = None if flags & TOMBSTONE else raw[ENTITY_HEAD:]
+            mark = device, timestamp
         elif not flags & HAS_BASE:
             stored, base = unpack_pending(raw)[2], None
         else:
@@ -329,9 +401,12 @@ class DeviceWatch:
             if row.version != stored:
                 self.checks.fail("PREFIX", f"{self.name}: two base versions of {ref[1].hex()}")
             base = row.payload
+            mark = row.device_id, row.timestamp
         if payload is not None or base is not None:
             if base != payload or stored != version:
                 self._differs(ref, (stored, base), (version, payload))
+            if mark is not None:
+                self._check_mark(ref, version, mark)
             return
         # Both absent: the device must know of the tombstone, and of nothing in the future.
         limit = max(self.cursor, max((last for _, last in self.have), default=0))
@@ -342,6 +417,18 @@ class DeviceWatch:
         unknown = stored == 0 and (self._full or purged)
         if flags & DIRTY and not (version <= stored <= limit or unknown):
             self._differs(ref, (stored, base), (version, payload))
+
+    def _check_mark(self, ref: Ref, version: int, mark: Mark) -> None:
+        """Who wrote it, and when, is what the server says, once clamped (R27). The verdict on a
+        transaction that comes again, and was overwritten meanwhile, does not say so any more."""
+        history = self.history
+        assert history is not None
+        if mark != history.marks[version] and history.latest(ref)[0] == version:
+            self.checks.fail(
+                "CLOCK",
+                f"{self.name} has {mark} as device and timestamp of {ref[0]}/{ref[1].hex()} "
+                f"version {version}; the server's are {history.marks[version]}",
+            )
 
     def _differs(self, ref: Ref, has: object, should: State) -> None:
         gone = should[1] is None and should[0] > 0
@@ -363,6 +450,7 @@ class DeviceWatch:
             if was is None:
                 if now is not None:
                     self.outbox[now.transaction_id] = sequence
+                    self._check_later(commit, now)
                 continue
             if now is None:
                 del self.outbox[was.transaction_id]
@@ -372,6 +460,72 @@ class DeviceWatch:
             if was.operations != now.operations:
                 left = {(op.collection, op.entity_id): op.payload for op in now.operations}
                 self._check_dropped(commit, was, left, rule)
+
+    def _check_later(self, commit: DeviceCommit, made: PendingTransaction) -> None:
+        """CLOCK: what is written is later than what it replaces, however slow the device's own
+        clock is."""
+        for op in made.operations:
+            raw = commit.records.get(base_key(op.collection, op.entity_id))
+            if raw is not None and decode_base(raw).timestamp >= made.timestamp:
+                self.checks.fail(
+                    "CLOCK",
+                    f"{self.name} wrote {op.entity_id.hex()} at {made.timestamp}, which is not "
+                    f"after what it replaced, {decode_base(raw).timestamp}",
+                )
+        self.checks.passed("CLOCK")
+
+    # ------------------------------------------------------------ what is to become pending
+
+    def _owe_local(self, records: Records, info: CollectionInfo) -> None:
+        """A wider scope makes what was written outside of it pending (R31)."""
+        for key, raw in records.items():
+            if key[:5] == info.prefix and not raw[0] & (DIRTY | TOMBSTONE):
+                if not unpack_entity(raw)[2]:
+                    self.due[info.name, key[5:]] = 0, raw[ENTITY_HEAD:]
+
+    def _owe_newer(
+        self, records: Records, known: Mapping[str, CollectionInfo], switched: list[CollectionInfo]
+    ) -> None:
+        """A reset that keeps the device's side commits what the new history has not, or has older,
+        once more (R29)."""
+        for info in switched:
+            old = known[info.name].prefix
+            for key, raw in records.items():
+                if key[:5] != old or raw[0] & DIRTY:
+                    continue
+                version, payload = unpack_entity(raw)[2], payload_of(raw)
+                now = records.get(info.prefix + key[5:])
+                if now is None:
+                    owed = payload is not None
+                else:
+                    clean = not now[0] & DIRTY
+                    owed = clean and unpack_entity(now)[2] < version and payload_of(now) != payload
+                if owed:
+                    self.due[info.name, key[5:]] = version, payload
+
+    def _check_due(self, commit: DeviceCommit) -> None:
+        due = self.due
+        if not due:
+            return
+        by_name, by_number = self._catalogue.by_name, self._catalogue.by_number
+        for _, now in commit.outbox.values():
+            for op in () if now is None else now.operations:
+                due.pop((by_number[op.collection].name, op.entity_id), None)
+        if META_ADOPT in commit.records:
+            return
+        for ref, (version, payload) in due.items():
+            info = by_name[ref[0]]
+            raw = commit.records.get(info.prefix + ref[1])
+            stored = 0 if raw is None else unpack_entity(raw)[2]
+            overtaken = version and stored >= version
+            there = stored and base_payload(commit.records, info, ref[1]) == payload
+            if info.synced and not overtaken and not there:
+                self.checks.fail(
+                    "NO-SILENT-LOSS",
+                    f"{ref[0]}/{ref[1].hex()} was to become pending on {self.name}, and did not",
+                )
+        self.checks.passed("NO-SILENT-LOSS", len(due))
+        self.due = {}
 
     def _explained(
         self, commit: DeviceCommit, was: PendingTransaction, record: bytes | None
@@ -401,7 +555,11 @@ class DeviceWatch:
         rule: str,
     ) -> None:
         """Operations may go, or change, only where the server has the bytes already (R24), or
-        where a policy or a person said so."""
+        where a policy or a person said so, or where the server has had the transaction and
+        forgotten its id since (R14)."""
+        known = None if self.history is None else self.history.accepted.get(was.transaction_id)
+        if known is not None and self.history is not None and known[0] <= self.history.floor:
+            return
         for op in was.operations:
             key = (op.collection, op.entity_id)
             if key in left and left[key] == op.payload:
@@ -463,6 +621,31 @@ class DeviceWatch:
                 self.open_conflicts.pop(ref, None)
         for ref in self.calls:
             self.unreported_conflicts[ref] = None
+        self._check_held(commit)
+
+    def _check_held(self, commit: DeviceCommit) -> None:
+        """Nothing that touches an open conflict, or is built on what does, may be pushed (R25)."""
+        records = commit.records
+        for _, now in commit.outbox.values():
+            if now is None or now.held:
+                continue
+            for op in now.operations:
+                ref = (self._catalogue.by_number[op.collection].name, op.entity_id)
+                below = op.previous and sequence_key(HELD, op.previous) in records
+                if ref in self.open_conflicts or below:
+                    self.checks.fail(
+                        "SURFACED-ONCE",
+                        f"{self.name} would push a write of {ref[0]}/{ref[1].hex()}, which nobody "
+                        "has decided about",
+                    )
+        for number, entity_id, conflict in commit.conflicts:
+            raw = records.get(self._catalogue.by_number[number].prefix + entity_id)
+            if conflict is not None and raw is not None and raw[0] & DIRTY:
+                self.checks.that(
+                    sequence_key(HELD, unpack_pending(raw)[5]) in records,
+                    "SURFACED-ONCE",
+                    f"{self.name} does not hold what is in conflict on {entity_id.hex()}",
+                )
 
     #: Ids a person is dealing with right now; set by ``by_person_deals_with``.
     by_person_ids: tuple[bytes, ...] = ()
@@ -492,9 +675,11 @@ class DeviceWatch:
 
     def _check_views(self, commit: DeviceCommit) -> None:
         records = commit.records
+        groups: dict[bytes, None] = {}
         for info, entity_id in commit.entities:
             raw = records.get(info.prefix + entity_id)
-            if info.name == GROUP_COLLECTION:
+            if info.name == GROUP_COLLECTION and entity_id[:15] not in groups:
+                groups[entity_id[:15]] = None
                 self.checks.that(
                     group_is_whole(records, info.prefix, entity_id),
                     "WHOLE",
@@ -517,11 +702,14 @@ class DeviceWatch:
         pending: PendingTransaction | None = None
         if sequence in commit.outbox:
             pending = commit.outbox[sequence][1]
+        elif sequence in commit.pending:
+            pending = commit.pending[sequence]
         else:
             for kind in (READY, HELD):
                 raw = commit.records.get(sequence_key(kind, sequence))
                 if raw is not None:
                     pending = decode_pending(sequence_key(kind, sequence), raw)
+            commit.pending[sequence] = pending
         for op in () if pending is None else pending.operations:
             if op.entity_id == entity_id and op.collection == number:
                 return (op.payload,)
@@ -549,6 +737,17 @@ class DeviceWatch:
                 (None if raw is None else payload_of(raw)) == payload,
                 "READ-YOUR-WRITES",
                 f"{self.name} does not read what it has just written to {name}/{entity_id.hex()}",
+            )
+
+    def on_recommitted(self, records: Records, entry: DiscardedTransaction) -> None:
+        """A discarded transaction was committed again: all of it is in the view."""
+        for name, entity_id, payload in entry.operations:
+            info = self._catalogue.by_name[name]
+            raw = records.get(info.prefix + entity_id)
+            self.checks.that(
+                (None if raw is None else payload_of(raw)) == payload,
+                "READ-YOUR-WRITES",
+                f"{self.name} does not read what it has committed again, {name}/{entity_id.hex()}",
             )
 
     def _check_row(
@@ -581,8 +780,19 @@ class DeviceWatch:
         if first:
             # Later questions about the same entity are the steps of one merge (R25).
             self.calls[ref] = ConflictResolution.skip() if answer is None else answer
+        latest = timestamp_from_ms(self._server_clock.now_ms()) | 0xFFFF
+        self.checks.that(
+            conflict.local_timestamp <= latest,
+            "CLOCK",
+            f"{self.name} asked its policy about {ref[0]}/{ref[1].hex()} with a time that has not "
+            "come yet",
+        )
         if not first or self._foreign or self.history is None:
             return
+        if conflict.remote_payload is not None:
+            mark = conflict.remote_device, conflict.remote_timestamp
+            if conflict.remote_version <= self.history.head:
+                self._check_mark(ref, conflict.remote_version, mark)
         base, remote = conflict.base_version, conflict.remote_version
         if base == remote and any(
             answer.verdict == Verdict.SUPERSEDED for answer in self.answers.values()

@@ -12,6 +12,7 @@ import hashlib
 import random
 import uuid
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final
 
 from entidb.server.service import Refusal, ValidateContext, ValidateTransaction
@@ -34,6 +35,7 @@ class PolicyFailure(Exception):
     """What the policy that raises raises."""
 
 
+@lru_cache(maxsize=8192)
 def entity_id(collection: str, key: int, member: int = 0) -> uuid.UUID:
     """The id of entity ``key``, the same on every device, so that they fight over it."""
     digest = hashlib.sha256(f"{collection} {key}".encode()).digest()

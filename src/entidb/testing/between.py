@@ -1,0 +1,60 @@
+"""An applier that lets others in between its steps, for the simulator.
+
+Threads of an application may commit, or change the scope, between any two storage commits of a
+cycle. The real applier holds the writer's lock only inside a step, so that what happens before a
+step stands for everything that can happen in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from entidb.db.replica import ReplicaState, Stage
+from entidb.protocol import PullRequest, PullResponse, PushResponse
+from entidb.sync import DatabaseApplier, RebaseReport
+from entidb.sync.applier import BatchLimits, PushBatch, Settled
+
+
+class BetweenApplier(DatabaseApplier):
+    """The real applier; ``between`` is called before each of its steps in a cycle and may do what
+    another thread could."""
+
+    def __init__(self, *rest: Any, between: Callable[[], None], **options: Any) -> None:
+        super().__init__(*rest, **options)
+        self._between = between
+
+    def state(self) -> ReplicaState:
+        self._between()
+        return super().state()
+
+    def prepare(self, limits: BatchLimits) -> PushBatch | None:
+        self._between()
+        return super().prepare(limits)
+
+    def settle(
+        self, batch: PushBatch, response: PushResponse, limits: BatchLimits | None
+    ) -> Settled:
+        self._between()
+        return super().settle(batch, response, limits)
+
+    def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
+        self._between()
+        return super().apply(request, response)
+
+    def stage_page(
+        self, request: PullRequest, response: PullResponse, full: list[str] | None
+    ) -> Stage:
+        self._between()
+        return super().stage_page(request, response, full)
+
+    def publish(self) -> RebaseReport:
+        self._between()
+        return super().publish()
+
+    def restart_stage(self, *, full: bool) -> None:
+        self._between()
+        super().restart_stage(full=full)
+
+
+__all__ = ["BetweenApplier"]
