@@ -30,6 +30,7 @@ from entidb.db.records import (
     CONFLICT,
     DIRTY,
     HAS_BASE,
+    META_ADOPT,
     META_SYNC,
     OUTBOX_FIRST,
     PENDING_HEAD,
@@ -438,6 +439,10 @@ class DatabaseApplier:
         with self.database.write() as writer:
             state = self._check_belongs(writer, request)
             stage = writer.stage
+            if stage is None and full != [] and not request.full:
+                # The stage this page continues was abandoned: as the first page of another it
+                # would pass for everything there is.
+                raise _scope_changed()
             if stage is None:
                 stage = Stage(
                     history=request.history,
@@ -466,6 +471,7 @@ class DatabaseApplier:
             state = writer.sync_state
             if stage.history != state.history or stage.cursor != state.cursor:
                 raise SyncStateError("the stage belongs to another state; sync again")
+            _check_adopted(writer)
             rebase = Rebase(writer, self.policy_for, stage.time_ms, foreign=state.foreign)
             _publish(writer, rebase, stage, state)
             rebase.release()
@@ -503,7 +509,8 @@ class DatabaseApplier:
             raise SyncStateError("the cursor moved while the answer was on its way; sync again")
         # A stage is abandoned when the scope changes, so it needs no such check.
         if stage is None and not _is_missing(writer, state, request):
-            raise SyncStateError("the scope changed while the answer was on its way; sync again")
+            raise _scope_changed()
+        _check_adopted(writer)
         return state
 
     # ------------------------------------------------------------ conflicts (R25, R26)
@@ -960,6 +967,17 @@ def check_page(
             f"the server says there is more after cursor {request.cursor}, but its page does not "
             "move on; nothing was applied"
         )
+
+
+def _scope_changed() -> SyncStateError:
+    return SyncStateError("the scope changed while the answer was on its way; sync again")
+
+
+def _check_adopted(writer: Writer) -> None:
+    """What a wider scope or a reset has still to make pending must meet server state as pending
+    work does: taken for clean, it would be lost, or pass over what it never saw (R4, R31)."""
+    if writer.get(META_ADOPT) is not None:
+        raise _scope_changed()
 
 
 def _version_back(version: int, last: int) -> ProtocolError:

@@ -32,11 +32,19 @@ class BetweenApplier(DatabaseApplier):
         self._between()
         return super().prepare(limits)
 
+    def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
+        self._between()
+        return super().prepare_after(batch, limits)
+
     def settle(
-        self, batch: PushBatch, response: PushResponse, limits: BatchLimits | None
+        self,
+        batch: PushBatch,
+        response: PushResponse,
+        limits: BatchLimits | None,
+        following: PushBatch | None = None,
     ) -> Settled:
         self._between()
-        return super().settle(batch, response, limits)
+        return super().settle(batch, response, limits, following)
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         self._between()
