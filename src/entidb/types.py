@@ -11,7 +11,9 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
+from itertools import repeat
 from typing import Final, NewType, Protocol
 
 from entidb.errors import InvalidNameError
@@ -124,7 +126,7 @@ class IdSource:
         return number.to_bytes(ID_BYTES, "big")
 
     def new(self) -> uuid.UUID:
-        return uuid.UUID(bytes=self.new_bytes())
+        return uuid_from_bytes(self.new_bytes())
 
 
 # The slots of ``UUID`` themselves: its ``__setattr__`` refuses, and looking the enum member up at
@@ -133,6 +135,15 @@ _set_int = uuid.UUID.__dict__["int"].__set__
 _set_is_safe = uuid.UUID.__dict__["is_safe"].__set__
 _UNKNOWN: Final = uuid.SafeUUID.unknown
 _new_object = object.__new__
+_from_bytes: Callable[[bytes, str], int] = int.from_bytes  # type: ignore[assignment]
+
+
+def uuids_from_bytes(raws: Collection[bytes]) -> list[uuid.UUID]:
+    """As ``uuid_from_bytes`` of each, in less than half the time: no step of it runs in Python."""
+    made = list(map(_new_object, repeat(uuid.UUID, len(raws))))
+    deque(map(_set_int, made, map(_from_bytes, raws, repeat("big"))), maxlen=0)
+    deque(map(_set_is_safe, made, repeat(_UNKNOWN)), maxlen=0)
+    return made
 
 
 def uuid_from_bytes(raw: bytes) -> uuid.UUID:

@@ -190,7 +190,7 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
     def add(self, value: V) -> uuid.UUID:
         """Store ``value`` under a new UUIDv7 and return it."""
         entity_id = self._new_id()
-        self[entity_id] = value
+        self._stage(self.name, entity_id.bytes, self._codec.encode(value))
         return entity_id
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:

@@ -16,23 +16,29 @@ from msgspec import Struct
 from entidb import cbor
 from entidb.db.catalogue import Catalogue
 from entidb.db.records import (
+    DIRTY,
+    ENTITY_HEAD,
     META_FLOOR,
     META_HEAD,
+    PENDING_HEAD,
     REMOTE,
-    decode_entity,
+    TOMBSTONE,
     decode_head,
     split_feed_key,
+    split_feed_keys,
+    unpack_entity,
+    unpack_pending,
     unpack_u64,
 )
 from entidb.db.rows import SnapshotRows
 from entidb.db.writer import feed_bounds
 from entidb.storage import Snapshot
-from entidb.types import uuid_from_bytes
+from entidb.types import uuids_from_bytes
 
 PAGE_ROWS = 1000
 
 
-class ChangeEvent(Struct, frozen=True):
+class ChangeEvent(Struct, frozen=True, gc=False):
     """One entity's latest change, or one ``reset``.
 
     ``kind`` is ``"put"``, ``"delete"`` or ``"reset"``. ``origin`` is ``"local"`` for the device's
@@ -67,24 +73,43 @@ class ChangeFeed:
     """
 
     def __init__(self, open_rows: OpenRows, cursor: int, collections: frozenset[str] | None):
-        self.cursor = cursor
         self._open = open_rows
         self._collections = collections
+        self._before = cursor
+        #: The page that is being handed out, and the place of the event handed out last.
+        self._events: list[ChangeEvent] = []
+        self._at = -1
+
+    @property
+    def cursor(self) -> int:
+        """Where to go on: the newest commit that was handed out whole."""
+        events, at = self._events, self._at
+        if at < 0:
+            return self._before
+        sequence = events[at].sequence
+        if at + 1 == len(events) or events[at + 1].sequence != sequence:
+            return sequence
+        while at >= 0 and events[at].sequence == sequence:
+            at -= 1
+        return events[at].sequence if at >= 0 else self._before
 
     def __iter__(self) -> Iterator[ChangeEvent]:
         while True:
+            self._before, self._at = self.cursor, -1
             with self._open() as rows:
-                events, reached, more = read_events(rows.snapshot, rows.catalogue, self.cursor)
-            for number, event in enumerate(events):
-                wanted = self._collections is None or event.collection in self._collections
-                if wanted:
-                    last = number + 1 == len(events) or (
-                        events[number + 1].sequence != event.sequence
-                    )
-                    if last:
-                        self.cursor = event.sequence
+                events, reached, more = read_events(rows.snapshot, rows.catalogue, self._before)
+            self._events = events
+            chosen = self._collections
+            if chosen is None:
+                # Only the place is kept; what it means for the cursor is for who asks.
+                for self._at, event in enumerate(events):
                     yield event
-            self.cursor = max(self.cursor, reached)
+            else:
+                for at, event in enumerate(events):
+                    if event.collection in chosen:
+                        self._at = at
+                        yield event
+            self._before, self._at = max(self._before, reached), -1
             if not more:
                 return
 
@@ -105,7 +130,7 @@ def read_events(
     keys, more = feed_page(snapshot, after, limit)
     if not keys:
         return events, head, False
-    events += load_events(snapshot, catalogue, [split_feed_key(key) for key in keys])
+    events += load_events(snapshot, catalogue, split_feed_keys(keys))
     reached = split_feed_key(keys[-1])[0] if more else head
     return events, reached, more
 
@@ -140,37 +165,59 @@ def load_events(
     snapshot: Snapshot, catalogue: Catalogue, places: list[tuple[int, int, bytes]]
 ) -> list[ChangeEvent]:
     """The events behind feed rows; rows that a replaced collection left behind are skipped."""
-    infos = catalogue.by_number
-    wanted = [
-        (sequence, infos[number], entity_id)
-        for sequence, number, entity_id in places
-        if number in infos
-    ]
-    raws = iter(snapshot.get_many([info.prefix + entity_id for _, info, entity_id in wanted]))
+    prefixes = {number: info.prefix for number, info in catalogue.by_number.items()}
+    names = {number: info.name for number, info in catalogue.by_number.items()}
+    entities = [place for place in places if place[1] in prefixes]
+    keys = [prefixes[number] + entity_id for _, number, entity_id in entities]
+    ids = uuids_from_bytes([entity_id for _, _, entity_id in entities])
     events: list[ChangeEvent] = []
-    for sequence, number, entity_id in places:
-        if number == 0:
-            events += _reset_events(snapshot, sequence)
+    add = events.append
+    for (sequence, number, _), entity_id, raw in zip(
+        entities, ids, snapshot.get_many(keys), strict=True
+    ):
+        if raw is None:
             continue
-        if number not in infos:
+        # Unpacked here: an object for the row between two others costs as much as the event.
+        if raw[0] & DIRTY:
+            flags, shown, version, device, timestamp, _ = unpack_pending(raw)
+            payload = raw[PENDING_HEAD:]
+        else:
+            flags, shown, version, device, timestamp = unpack_entity(raw)
+            payload = raw[ENTITY_HEAD:]
+        if shown != sequence:
             continue
-        raw = next(raws)
-        row = None if raw is None else decode_entity(raw)
-        if row is None or row.sequence != sequence:
-            continue
-        events.append(
-            ChangeEvent(
+        origin = "remote" if flags & REMOTE else "local"
+        if flags & TOMBSTONE:
+            event = ChangeEvent(
                 sequence,
-                "delete" if row.payload is None else "put",
-                infos[number].name,
-                "remote" if row.flags & REMOTE else "local",
-                uuid_from_bytes(entity_id),
-                row.payload,
-                row.version,
-                row.timestamp,
-                row.device_id,
+                "delete",
+                names[number],
+                origin,
+                entity_id,
+                None,
+                version,
+                timestamp,
+                device,
             )
-        )
+        else:
+            event = ChangeEvent(
+                sequence,
+                "put",
+                names[number],
+                origin,
+                entity_id,
+                payload,
+                version,
+                timestamp,
+                device,
+            )
+        add(event)
+    resets = [sequence for sequence, number, _ in places if number == 0]
+    if resets:
+        for sequence in resets:
+            events += _reset_events(snapshot, sequence)
+        # Where its feed row stands: before the other changes of its commit.
+        events.sort(key=lambda event: (event.sequence, event.kind != "reset"))
     return events
 
 

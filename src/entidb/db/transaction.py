@@ -17,6 +17,7 @@ from entidb.db.catalogue import CollectionInfo
 from entidb.db.codec import codec_for
 from entidb.db.collection import TransactionCollection
 from entidb.db.records import (
+    DIRTY,
     HAS_BASE,
     IS_HELD,
     REMOTE,
@@ -26,6 +27,8 @@ from entidb.db.records import (
     PendingTransaction,
     base_key,
     decode_entity,
+    pack_pending,
+    payload_of,
 )
 from entidb.db.rows import OverlayRows, Rows
 from entidb.db.writer import Writer
@@ -168,16 +171,16 @@ def commit_local(
 
     Deleting what is not there changes nothing and leaves no trace."""
     targets = [
-        (writer.collection(name), entity_id, payload)
-        for name, ids in writes.items()
+        (info, entity_id, payload)
+        for info, ids in ((writer.collection(name), ids) for name, ids in writes.items())
         for entity_id, payload in ids.items()
     ]
     targets.sort(key=lambda target: (target[0].number, target[1]))
     olds = writer.get_many([info.prefix + entity_id for info, entity_id, _ in targets])
     work = [
-        (info, entity_id, payload, decode_entity(old) if old is not None else None)
+        (info, entity_id, payload, None if old is None else decode_entity(old))
         for (info, entity_id, payload), old in zip(targets, olds, strict=True)
-        if payload is not None or (old is not None and decode_entity(old).payload is not None)
+        if payload is not None or (old is not None and payload_of(old) is not None)
     ]
     if not work:
         return 0
@@ -203,7 +206,20 @@ def _commit_on_device(
     )
     state = writer.sync_state
     operations = []
+    absent = {
+        info.name: state.base_version_of_absent(info.name)
+        for info, _, _, old in work
+        if old is None
+    }
+    device = writer.device_id
     for info, entity_id, payload, old in work:
+        if info.synced and old is None and not held and payload is not None:
+            # A new entity, which most are: its row and its place in the feed, without objects.
+            version = absent[info.name]
+            head = pack_pending(DIRTY, sequence, version, device, timestamp, sequence)
+            writer.add_entity(info, entity_id, head + payload, sequence)
+            operations.append(PendingOp(info.number, entity_id, 0, payload))
+            continue
         ref = (info.number, entity_id)
         if not info.synced:
             row = EntityRow(0, 0, 0, writer.device_id, timestamp, 0, payload)
@@ -211,7 +227,7 @@ def _commit_on_device(
             continue
         flags, version, previous = IS_HELD if held else 0, 0, 0
         if old is None:
-            version = state.base_version_of_absent(info.name)
+            version = absent[info.name]
         elif old.pending:
             flags |= old.flags & HAS_BASE
             version, previous = old.version, old.pending

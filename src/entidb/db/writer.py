@@ -153,6 +153,12 @@ class Writer:
         row.sequence = sequence
         self.put_entity(ref, row, old)
 
+    def add_entity(self, info: CollectionInfo, entity_id: bytes, row: bytes, sequence: int) -> None:
+        """Store the encoded ``row`` of an entity that has none yet, shown at ``sequence``."""
+        self.changes[info.prefix + entity_id] = row
+        self.changes[feed_key(sequence, info.number, entity_id)] = b""
+        self.count(info.number, 1)
+
     def remove_entity(self, ref: Ref, old: EntityRow) -> None:
         """Forget the row altogether, tombstone and feed row included."""
         self.changes[self.catalogue.by_number[ref[0]].prefix + ref[1]] = None

@@ -39,7 +39,7 @@ from entidb.db.records import (
     pack_entity,
     pack_feed_key,
     payload_of,
-    split_feed_key,
+    split_feed_keys,
     unpack_entity,
     unpack_u64,
     version_of,
@@ -663,7 +663,7 @@ class _Page:
         """Read up to ``limit`` rows of the feed; the cursor that the page reaches, and whether
         there is more."""
         feed_keys, more = feed_page(self._view.snapshot, _known_up_to(self._request), limit)
-        places = list(map(split_feed_key, feed_keys))
+        places = split_feed_keys(feed_keys)
         chosen = [place for place in places if place[1] in self._wanted]
         if self._request.have:
             have = _Ranges(self._request.have)

@@ -46,6 +46,7 @@ from entidb.errors import (
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 from entidb.storage.lmdb_file import check_data_file
 from entidb.storage.lmdb_pages import check_headers, closed_file_faults, page_faults, read_header
+from entidb.storage.resident import shed
 
 #: Virtual and sparse: a large map costs nothing until it is filled.
 MAP_BYTES_DEFAULT: Final = 64 * 2**30
@@ -58,6 +59,8 @@ _READERS_MAX: Final = 512
 _DRAIN_SECONDS: Final = 5.0
 #: Seconds a reader waits at the gate; longer than any drain, so that a drain ends first.
 _GATE_SECONDS: Final = 60.0
+#: Rows read or written between two looks at how much of the file is resident.
+_SHED_EVERY_ROWS: Final = 20_000
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
 #: Records between two looks at ``stop``: small ranges do not read far over their end.
@@ -157,6 +160,7 @@ class LmdbSnapshot:
             self._explain(error)
         finally:
             reader.busy = False
+        self._store._touched += len(found)
         if not found:
             return [None] * len(keys)
         # LMDB leaves out what is not there, so positions agree only when nothing is missing.
@@ -227,6 +231,7 @@ class LmdbSnapshot:
             found += chunk if inside == len(chunk) else chunk[:inside]
             if inside < asked:
                 break
+            self._store._touched += inside
             left -= inside
             chunk_size = min(chunk_size * 4, _SCAN_CHUNK_MAX)
         return found
@@ -342,6 +347,8 @@ class LmdbStorage:
         #: Transactions of snapshots that were closed while LMDB was out of bounds.
         self._orphans: list[Any] = []
         self._map_bytes = map_bytes
+        #: Rows read and written since it was looked how much of the file is resident.
+        self._touched = 0
         self._env: Any = None
         self._begin: Callable[[], Any] = self._refuse_begin
         self._open_environment()
@@ -444,6 +451,10 @@ class LmdbStorage:
         if self._gate == _FORKED:
             return
         reader.busy = True
+        if self._touched > _SHED_EVERY_ROWS and self._gate <= _DRAINING:
+            # The map cannot move while a reader is open and busy.
+            self._touched = 0
+            shed(os.path.join(self.path, _DATA))
         txn, reader.txn = reader.txn, None
         if self._gate > _DRAINING:
             # Whoever froze the gate ends it; waiting here could be waiting for this very thread,
@@ -474,6 +485,7 @@ class LmdbStorage:
             for _ in range(_GROWTHS_MAX):
                 try:
                     self._write(puts, deletes)
+                    self._touched += len(puts) + len(deletes)
                     return
                 except lmdb.MapFullError:
                     self._grow()
