@@ -274,13 +274,21 @@ class SyncApp:
         if isinstance(request, HandshakeRequest):
             answer = await self._run(running.reader, self.server.handshake, store.service, request)
             return wire.message_response(encode(answer))
+        response: HttpResponse
         idle = store.service.idle_pull(request, grant)
         if idle is not None:
             return wire.message_response(encode(idle))
         request = self.server.bounded(request)
+        if store.service.is_recent(request):
+            # What somebody has just pushed, for everybody else: at once, and without waiting in
+            # front of the reader, behind somebody's first sync.
+            await held.reserve(min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max()))
+            response = self._page(store, request, grant, exchange.headers)
+            held.resize(len(response.body))
+            return response
         async with running.pages:
             await held.reserve(min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max()))
-            response: HttpResponse = await self._run(
+            response = await self._run(
                 running.reader, self._page, store, request, grant, exchange.headers
             )
             held.resize(len(response.body))
@@ -364,24 +372,19 @@ class SyncApp:
         if not exchange.body_read:
             headers.append((b"connection", b"close"))
         start = {"type": "http.response.start", "status": response.status, "headers": headers}
-        await self._send_one(send, start)
-        at = 0
-        while True:
-            # In pieces, each waited for: a whole page at once would lie in the transport of a
-            # client that has stopped reading, out of anybody's sight.
-            piece = body[at : at + _CHUNK_BYTES] if len(body) > _CHUNK_BYTES else body
-            at += len(piece)
-            more = at < len(body)
-            await self._send_one(
-                send, {"type": "http.response.body", "body": piece, "more_body": more}
-            )
-            if not more:
-                return
+        # In pieces, each waited for: a whole page at once would lie in the transport of a
+        # client that has stopped reading, out of anybody's sight.
+        for at in range(0, len(body) or 1, _CHUNK_BYTES):
+            piece = body if len(body) <= _CHUNK_BYTES else body[at : at + _CHUNK_BYTES]
+            more = at + _CHUNK_BYTES < len(body)
+            message = {"type": "http.response.body", "body": piece, "more_body": more}
+            await self._send_some(send, (start, message) if at == 0 else (message,))
 
-    async def _send_one(self, send: Send, message: Message) -> None:
+    async def _send_some(self, send: Send, messages: tuple[Message, ...]) -> None:
         try:
             async with asyncio.timeout(self._config.write_timeout_s):
-                await send(message)
+                for message in messages:
+                    await send(message)
         except TimeoutError as error:
             raise _GoneError("stopped reading its answer") from error
         except OSError as error:

@@ -98,6 +98,9 @@ _ACCEPTED: Final = int(Verdict.ACCEPTED)
 #: States sent along with a conflict are a courtesy; the pull that follows brings everything.
 CONFLICT_STATES_MAX = 16
 
+#: Commits that are the newest few.
+RECENT_COMMITS = 64
+
 FEATURES = ["have", "full", "columns"]
 
 
@@ -179,6 +182,8 @@ class DatabaseService:
         self._validate = validate
         #: (commit mark, head, floor) of the newest read; None when unknown.
         self._known: tuple[int, int, int] | None = None
+        #: The newest head that this service has seen; a hint.
+        self._head = 0
         self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
 
     # ------------------------------------------------------------ handshake
@@ -224,6 +229,11 @@ class DatabaseService:
             time=self.database.clock.now_ms(),
         )
 
+    def is_recent(self, request: PullRequest) -> bool:
+        """Whether a pull asks for the newest few commits only. They were written a moment ago, so
+        reading them waits for no disk."""
+        return not request.full and self._head - _known_up_to(request) <= RECENT_COMMITS
+
     def pull(self, request: PullRequest, grant: Grant) -> PullResponse:
         """One page of the change feed (R19). Raises ``HistoryChangedError``,
         ``ResetRequiredError``, ``PermissionDeniedError``."""
@@ -240,6 +250,7 @@ class DatabaseService:
             page = kind(view, request, self._wanted(view, request, grant))
             cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
             self._known = (mark, head, floor)
+            self._head = head
             return page.encode(
                 PullResponse(
                     collections=page.names,
@@ -299,6 +310,7 @@ class DatabaseService:
             if writer.changes:
                 mark_clock(writer)
             head = writer.head.sequence
+        self._head = head
         return [
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer
             for answer in answers

@@ -748,11 +748,12 @@ def _add_transactions(
 ) -> None:
     """The wire form of what is in ``batch``; ``ids`` and ``stamps`` are its transactions'."""
     rows = view.get_many(batch.entity_keys)
-    if None in rows:
-        missing = batch.entity_keys[rows.index(None)][-ID_BYTES:].hex()
+    if not all(row is not None and row[0] & DIRTY for row in rows):
+        at = next(n for n, row in enumerate(rows) if row is None or not row[0] & DIRTY)
+        missing = batch.entity_keys[at][-ID_BYTES:].hex()
         raise CorruptionError(
-            f"entity {missing} has pending changes and no row; nothing was sent. Run verify, and "
-            "restore a backup"
+            f"entity {missing} has pending changes and no row that says so; nothing was sent. Run "
+            "verify, and restore a backup"
         )
     batch.entity_rows = cast("list[bytes]", rows)
     indexes = {number: index for index, number in enumerate(dict.fromkeys(batch.numbers))}
@@ -929,6 +930,10 @@ def check_page(
             raise ProtocolError(f"the server sent an impossible name: {error}") from error
     last = request.cursor
     if rows is not None:
+        if max(rows.indexes, default=-1) >= len(response.collections):
+            raise ProtocolError(
+                "the server's page names a collection that it does not list; nothing was applied"
+            )
         if rows.versions:
             if rows.versions[0] <= last:
                 raise _version_back(rows.versions[0], last)
