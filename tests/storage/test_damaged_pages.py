@@ -13,7 +13,7 @@ import pytest
 from entidb.errors import DatabaseLockedError, FormatError
 from entidb.storage import LmdbStorage
 from entidb.storage.lmdb_pages import closed_file_faults
-from tests.storage.test_lmdb_traps import read_all
+from entidb.testing.contracts import read_all
 
 PAGE = 4096
 HEADER = struct.Struct("=QHHHH")
