@@ -1,0 +1,119 @@
+"""On a terminal: colours, lines cut to its width, and a bar while something takes time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entidb.db import Database
+from entidb.server import ServerConfig, serving
+from tests.cli.support import TIMEOUT_S, command, done, environment, put
+
+pty = pytest.importorskip("pty")
+fcntl = pytest.importorskip("fcntl")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(sys.platform == "win32", reason="terminals of POSIX"),
+]
+
+WIDTH = 60
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def on_a_terminal(*words: object, **env: str) -> tuple[int, str]:
+    """Run a command whose three streams are a terminal; its exit code and all it wrote."""
+    import struct
+    import termios
+
+    near, far = pty.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    plain = environment(**{"TERM": "xterm", **env})
+    for name in {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"} - set(env):
+        plain.pop(name, None)
+    running = subprocess.Popen(command(*words), stdin=far, stdout=far, stderr=far, env=plain)
+    os.close(far)
+    parts = []
+    with contextlib.suppress(OSError):  # how a terminal says that nobody has it open any more
+        while part := os.read(near, 65536):
+            parts.append(part)
+    os.close(near)
+    return running.wait(TIMEOUT_S), b"".join(parts).decode().replace("\r\n", "\n")
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    put(tmp_path / "shop", "notes", 1, {"text": "long " * 40})
+    put(tmp_path / "shop", "notes", 2, {"text": "世界" * 40})
+    return tmp_path / "shop"
+
+
+def test_long_lines_are_cut_to_the_width_of_the_terminal(shop: Path):
+    from rich.cells import cell_len
+
+    code, said = on_a_terminal("list", shop, "notes")
+    lines = said.splitlines()
+    assert code == 0 and len(lines) == 2
+    assert all(line.endswith("…") for line in lines)
+    assert all(cell_len(line) <= WIDTH for line in lines)
+
+
+def test_heads_of_tables_are_bold_unless_nobody_wants_colours(shop: Path):
+    _, coloured = on_a_terminal("list", shop)
+    assert "\x1b[1m" in coloured
+    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        _, plain = on_a_terminal("list", shop, **env)
+        assert ESCAPES.search(plain) is None
+        assert plain == ESCAPES.sub("", coloured)
+
+
+def test_a_long_import_and_export_show_how_far_they_are(tmp_path: Path):
+    rows = tmp_path / "rows.ndjson"
+    rows.write_text("".join(f'{{"n":{n}}}\n' for n in range(5000)), encoding="utf-8")
+    done("init", tmp_path / "a")
+    code, said = on_a_terminal("import", tmp_path / "a", "rows", rows, "--batch", "500")
+    assert code == 0 and "importing" in said and "%" not in ESCAPES.sub("", said).split("\n")[-1]
+    code, said = on_a_terminal("export", tmp_path / "a", "rows", "--output", tmp_path / "out")
+    assert code == 0 and "exporting" in said and "/5000" in said
+    assert (tmp_path / "out").read_text(encoding="utf-8").count("\n") == 5000
+
+
+def test_a_sync_shows_what_it_is_doing_and_how_far_it_is(tmp_path: Path):
+    with serving(ServerConfig(data_dir=None, insecure_no_auth=True, access_log=False)) as url:
+        for name in ("a", "b"):
+            with Database.open(tmp_path / name) as database:
+                if name == "a":
+                    for _ in range(4):
+                        with database.transaction() as tx:
+                            for n in range(3000):
+                                tx.collection("notes").add({"n": n})
+            code, said = on_a_terminal("sync", tmp_path / name, url, "--db", "shop")
+            assert code == 0
+            assert "12,000 changes" in said
+            assert ("pushing" if name == "a" else "pulling") in said
+
+
+def test_a_server_that_cannot_be_reached_is_waited_for_visibly(tmp_path: Path):
+    done("init", tmp_path / "a")
+    code, said = on_a_terminal(
+        "sync", tmp_path / "a", "http://127.0.0.1:1", "--db", "shop", "--attempts", "2"
+    )
+    assert code == 5
+    assert "waiting to try again" in said
+    assert "error[transport_error]" in said
+
+
+def test_a_token_on_a_terminal_says_for_whom_and_until_when(tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text("correct horse battery staple, twice over", encoding="utf-8")
+    words = ("token", "--secret-file", secret, "--subject", "ann", "--database", "shop=r")
+    code, said = on_a_terminal(*words)
+    assert code == 0 and "for ann, until " in said
+    _, document = on_a_terminal(*words, "--json", "--expires", "90s")
+    assert json.loads(document)["databases"] == {"shop": "r"}

@@ -1,0 +1,389 @@
+"""What people type that is not quite right, and what they read where something out of the ordinary
+happened: each is one sentence that helps."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entidb.cli.exits import Exit
+from entidb.cli.summary import document as summary_document
+from entidb.cli.summary import lines
+from entidb.db import Database
+from entidb.errors import TransportError
+from entidb.protocol import PushRequest
+from entidb.server import Refusal, ServerConfig, mint_token, serving
+from entidb.storage import LmdbStorage
+from entidb.sync import SyncCycleResult, SyncStatus
+from tests.cli.support import document, documents, done, entidb, failed, put
+from tests.support import Device, World, lose
+
+SECRET = "correct horse battery staple, twice over"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    put(tmp_path / "shop", "notes", 1, {"n": 1})
+    return tmp_path / "shop"
+
+
+# ---------------------------------------------------------------- values and rows
+
+
+def test_a_value_file_that_cannot_be_read_is_a_usage_error(shop: Path, tmp_path: Path):
+    said = failed(entidb("put", shop, "notes", f"@{tmp_path / 'none'}"), Exit.USAGE, "usage")
+    assert "cannot read" in said
+    assert done("list", shop, "notes").count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["file", "input"])
+def test_a_value_that_is_not_utf8_says_where(shop: Path, tmp_path: Path, where: str):
+    (tmp_path / "value").write_bytes(b'"\xff"')
+    result = (
+        entidb("put", shop, "notes", f"@{tmp_path / 'value'}")
+        if where == "file"
+        else entidb("put", shop, "notes", "-", stdin=b'"\xff"')
+    )
+    assert "not UTF-8 at byte 1" in failed(result, Exit.VALUE, "invalid_input")
+
+
+@pytest.mark.parametrize("word", ["hello", "1.2.3", "True"])
+def test_a_word_that_is_no_json_says_how_a_text_is_quoted(shop: Path, word: str):
+    said = failed(entidb("put", shop, "notes", word), Exit.VALUE, "invalid_json")
+    assert f"""'"{word}"'""" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "says"),
+    [
+        ("a.ndjson", b'{"a":1}\n{"a":"\xff"}\n', (), "line 2 is not UTF-8"),
+        ("a.ndjson", b'[{"a":1}]\n[\n', (), "line 2"),
+        ("a.ndjson", b"[{\n", (), "one line for each element"),
+        ("a.csv", b"a,b\n1,2\n\xff,3\n", (), "not UTF-8"),
+        ("a.csv", b"a,b\n1,2\n3\n", (), "row 2: it has 1 cells, the header 2"),
+        ("a.csv", b"a,a\n1,2\n", (), "'a' twice"),
+        ("a.csv", b"a\nx\n", ("--types", "a=int"), "'x' is no int"),
+        ("a.csv", b"a\nmaybe\n", ("--types", "a=bool"), "'maybe' is no bool"),
+        ("a.csv", b'a\n"x\n', (), "row 1"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(
+    shop: Path, tmp_path: Path, name: str, content: bytes, options: tuple[str, ...], says: str
+):
+    (tmp_path / name).write_bytes(content)
+    result = entidb("import", shop, "rows", tmp_path / name, *options)
+    assert result.exit_code != 0
+    assert says in result.stderr, result.stderr
+
+
+def test_types_name_columns_that_are_there(shop: Path, tmp_path: Path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    result = entidb("import", shop, "rows", tmp_path / "a.csv", "--types", "c=int")
+    assert "the columns are a, b" in failed(result, Exit.USAGE, "usage")
+
+
+def test_a_csv_file_without_a_line_is_no_rows(shop: Path, tmp_path: Path):
+    (tmp_path / "a.csv").write_bytes(b"")
+    assert document(done("import", shop, "rows", tmp_path / "a.csv", "--json"))["rows"] == 0
+
+
+def test_cells_that_look_like_json_and_are_none_stay_text(shop: Path, tmp_path: Path):
+    (tmp_path / "a.csv").write_text("a,b\n{x,[1]\n", encoding="utf-8")
+    done("import", shop, "rows", tmp_path / "a.csv", "--infer")
+    [row] = documents(done("list", shop, "rows", "--json"))
+    assert row["value"] == {"a": "{x", "b": [1]}
+
+
+def test_an_export_into_a_pipe_or_device_writes_there(shop: Path):
+    result = entidb("export", shop, "notes", "--output", "/dev/null")
+    assert result.exit_code == 0 and "exported 1 row to /dev/null" in result.stderr
+
+
+def test_the_summary_of_an_export_needs_a_file_for_the_rows(shop: Path, tmp_path: Path):
+    failed(entidb("export", shop, "notes", "--json"), Exit.USAGE, "usage")
+    found = document(done("export", shop, "notes", "--json", "--output", tmp_path / "out"))
+    assert found == {"collection": "notes", "rows": 1, "output": str(tmp_path / "out")}
+
+
+@pytest.mark.parametrize(
+    ("options", "code"), [(("--limit", "-1"), "usage"), (("--start", "zz"), "invalid_id")]
+)
+def test_a_list_that_cannot_be_is_a_usage_error(shop: Path, options: tuple[str, ...], code: str):
+    failed(entidb("list", shop, "notes", *options), Exit.USAGE, code)
+
+
+# ---------------------------------------------------------------- tokens and servers
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--token", "a", "--token-file", "b"), "two tokens"),
+        (("--token-file", "{tmp}/none"), "cannot read the token file"),
+        (("--db", "shop", "http://127.0.0.1:1"), "which server?"),
+    ],
+)
+def test_a_sync_that_cannot_begin_says_why(
+    shop: Path, tmp_path: Path, options: tuple[str, ...], says: str
+):
+    words = [word.format(tmp=tmp_path) for word in options]
+    result = entidb("sync", shop, "http://127.0.0.1:1", *words)
+    assert says in failed(result, Exit.USAGE, "usage")
+
+
+def test_a_token_file_is_read_again_when_its_token_is_refused(tmp_path: Path):
+    (tmp_path / "secret").write_text(SECRET, encoding="utf-8")
+    config = ServerConfig(
+        data_dir=None, jwt_secret_file=tmp_path / "secret", access_log=False, leeway_s=0.0
+    )
+    good = mint_token(SECRET, subject="ann", databases=["shop"])
+    with serving(config) as url:
+        done("init", tmp_path / "a")
+        (tmp_path / "token").write_text(mint_token(SECRET * 2, subject="ann", databases=["shop"]))
+        words = ("sync", tmp_path / "a", url, "--db", "shop", "--token-file", tmp_path / "token")
+        failed(entidb(*words), Exit.AUTHENTICATION, "unauthorized")
+        (tmp_path / "token").write_text(good + "\n")
+        assert entidb(*words).exit_code == Exit.OK
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--claim", "novalue"), ("--claim", "=1"), ("--expires", "soon"), ("--database", "a=x")],
+)
+def test_parts_of_a_token_that_cannot_be_are_usage_errors(tmp_path: Path, options: tuple[str, ...]):
+    (tmp_path / "secret").write_text(SECRET, encoding="utf-8")
+    words = ("token", "--secret-file", tmp_path / "secret", "--subject", "a", "--database", "shop")
+    failed(entidb(*words, *options), Exit.USAGE, "usage")
+
+
+def test_serve_wants_a_directory_and_a_way_to_tell_who_may():
+    assert "which directory?" in failed(entidb("serve"), Exit.USAGE, "usage")
+    assert "who may sync?" in failed(entidb("serve", "somewhere"), Exit.USAGE, "usage")
+
+
+def test_a_key_that_cannot_be_read_is_a_usage_error(tmp_path: Path):
+    words = ("token", "--subject", "a", "--database", "shop")
+    said = failed(entidb(*words, "--secret-file", tmp_path / "none"), Exit.USAGE, "usage")
+    assert "cannot read" in said
+    failed(entidb(*words), Exit.USAGE, "usage")
+    failed(entidb(*words, "--secret-env", "NOT_SET_ANYWHERE"), Exit.USAGE, "invalid_config")
+
+
+def test_a_watch_goes_on_over_what_passes_and_ends_at_what_cannot_pass_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A turn with the server, two while somebody else has the database, two with the server again,
+    and then the token is not valid any more."""
+    from entidb.types import SystemClock
+
+    done("init", tmp_path / "a")
+    valid = {"good"}
+    config = ServerConfig(data_dir=None, authenticator=_only(valid), access_log=False)
+    (tmp_path / "token").write_text("good")
+    turns: list[int] = []
+    opened: list[Database] = []
+    with serving(config) as url:
+        real = SystemClock.wait
+
+        def wait(clock: SystemClock, event: Any, seconds: float) -> bool:
+            if seconds != 77.0:
+                return real(clock, event, seconds)
+            turns.append(1)
+            if len(turns) == 1:
+                opened.append(Database.open(tmp_path / "a"))
+            elif len(turns) == 3:
+                opened.pop().close()
+            elif len(turns) == 4:
+                put(tmp_path / "a", "notes", 1, "mine")
+            elif len(turns) == 5:
+                valid.clear()
+            assert len(turns) < 9
+            return False
+
+        monkeypatch.setattr(SystemClock, "wait", wait)
+        result = entidb("sync", tmp_path / "a", url, "--db", "shop", "--watch", "--interval", "77",
+                        "--token-file", tmp_path / "token")  # fmt: skip
+    assert result.exit_code == Exit.AUTHENTICATION, result.output
+    assert len(turns) == 5
+    # Twice the same is said once.
+    assert result.stderr.count("waiting [database_locked]") == 1
+    assert result.stdout.count("synchronised shop with") == 2
+    assert "3 cycles: 0 changes pulled, 1 transaction pushed" in result.stderr
+
+
+def _only(valid: set[str]) -> Any:
+    from entidb.errors import AuthenticationError
+    from entidb.server import Grants, Rights
+
+    def check(token: str | None) -> Grants:
+        if token not in valid:
+            raise AuthenticationError("not this one")
+        return Grants("ann", {"shop": Rights(read=True, write=True)})
+
+    return check
+
+
+# ---------------------------------------------------------------- outbox and summaries
+
+
+@pytest.fixture
+def lived(tmp_path: Path) -> Iterator[tuple[World, Device, Path]]:
+    """A device on disk whose engine the tests drive, to be looked at by commands afterwards."""
+
+    def refuse(context: Any, transaction: Any) -> Refusal | None:
+        bad = any(operation.value == "bad" for operation in transaction.operations)
+        return Refusal("not_good", "no\x1b[2J good") if bad else None
+
+    world = World(validate=refuse)
+    device = world.device(LmdbStorage.open(tmp_path / "a"), default_policy="manual")
+    yield world, device, tmp_path / "a"
+    device.db.close()
+
+
+def test_what_was_sent_without_an_answer_is_listed_as_sent(lived: Any):
+    _, device, path = lived
+    device.put(("notes", 1, "x"))
+    device.wire.after = lose(PushRequest)
+    with pytest.raises(TransportError):
+        device.sync()
+    device.put(("notes", 2, "y"), ("notes", 3, "z"))
+    device.db.close()
+    assert [each["state"] for each in documents(done("pending", path, "--json"))] == [
+        "sent",
+        "ready",
+    ]
+    said = done("pending", path)
+    assert "sent" in said and "2 written in notes" in said
+
+
+def test_status_tells_what_is_held_and_what_the_scope_is(lived: Any):
+    world, device, path = lived
+    world.put(("notes", 1, "theirs"))
+    device.db.set_scope(["notes"])
+    device.put(("notes", 1, "mine"))
+    device.sync()
+    device.db.close()
+    said = done("status", path)
+    assert "1 transaction, by conflicts" in said
+    assert "database shop, up to its commit 1" in said
+    lines = dict(line.split(None, 1) for line in said.splitlines())
+    assert lines["synchronises"] == "notes"
+    assert lines["conflicts"] == "1 conflict: see `entidb conflicts`"
+
+
+def test_deciding_for_the_server_says_that_something_was_withdrawn(lived: Any):
+    world, device, path = lived
+    world.put(("notes", 1, "theirs"), ("notes", 2, "theirs"))
+    device.put(("notes", 1, "mine"), ("notes", 2, "mine"))
+    device.sync()
+    device.db.close()
+    wrong = entidb("resolve", path, "notes", uuid.UUID(int=3), "mine")
+    failed(wrong, Exit.NOT_FOUND, "not_found")
+    failed(entidb("resolve", path, "notes", uuid.UUID(int=1), "null"), Exit.USAGE, "usage")
+    # Both conflicts are of one transaction, so deciding one settles the other.
+    result = entidb("resolve", path, "--all", "theirs")
+    assert (result.exit_code, result.stdout) == (0, "resolved 1 conflict; 0 conflicts left\n")
+    assert "1 transaction withdrawn: see `entidb discarded`" in result.stderr
+
+
+def test_what_was_refused_is_listed_with_its_values_and_nothing_steers_the_terminal(lived: Any):
+    _, device, path = lived
+    device.put(("notes", 1, "bad"), *[("notes", n, "with it") for n in range(2, 8)])
+    device.put(("notes", 1, None))
+    result = device.sync()
+    status = device.engine.status()
+    device.db.close()
+    said = done("discarded", path)
+    assert "[not_good]" in said and "[depends]" in said
+    assert "\x1b" not in said and "\\u001b" in said
+    assert "… and 3 more, with --json" in said
+    assert "deleted" in said
+    refused, built_on = documents(done("discarded", path, "--json"))
+    assert len(refused["operations"]) == 7
+    assert built_on["operations"][0]["kind"] == "delete"
+    failed(entidb("discarded", path, "--recommit-all", "--prune-all"), Exit.USAGE, "usage")
+    assert document(done("discarded", path, "--prune-all", "--json"))["pruned"] == [
+        refused["transaction"],
+        built_on["transaction"],
+    ]
+    text = "\n".join(lines(result, status, "http://here"))
+    assert "  withdrawn  2 transactions" in text
+    assert "nothing is lost" in text and "\x1b" not in text
+    assert [each["code"] for each in summary_document(result, status)["withdrawn"]] == [
+        "not_good",
+        "depends",
+    ]
+
+
+def summary_of(device: Device, result: SyncCycleResult) -> str:
+    status: SyncStatus = device.engine.status()
+    return "\n".join(lines(result, status, "http://here"))
+
+
+def test_a_summary_tells_of_conflicts_and_of_how_the_policy_decided_them():
+    world = World()
+    a = world.device(policies={"mine": "client_wins", "both": "merge", "ours": "manual"})
+    for name in ("notes", "mine", "both", "ours"):
+        world.put((name, 1, {"n": 0}))
+    a.sync()
+    for name in ("notes", "mine", "both", "ours"):
+        world.put((name, 1, {"n": 0, "theirs": 1}))
+        a.put((name, 1, {"n": 0, "mine": 1}))
+    a.put(("free", 1, "x"))
+    said = summary_of(a, a.sync())
+    assert "1 kept as on this device, 1 merged, 1 taken as on the server (by the policy)" in said
+    assert "1 transaction held until you decide" in said
+    assert "  unresolved  1 conflict" in said
+
+
+def test_a_summary_tells_of_a_reset_of_retries_and_of_what_was_done_already():
+    from entidb.db import purge_tombstones
+    from entidb.protocol import PullRequest
+    from entidb.sync import RetryConfig
+
+    world = World()
+    a = world.device(retry=RetryConfig(attempts_max=2))
+    world.put(("notes", 1, "x"), ("notes", 2, "x"))
+    a.sync()
+    world.put(("notes", 1, None))
+    purge_tombstones(world.server, world.server.sequence)
+    a.put(("notes", 1, None))
+    a.wire.before = lose(PullRequest)
+    said = summary_of(a, a.sync())
+    assert ", 2 attempts" in said
+    assert "everything was fetched anew" in said
+    assert "already so" in said and "the server had the same" in said
+
+
+def test_a_summary_tells_of_a_twin_and_of_a_cycle_that_did_not_come_to_an_end():
+    world = World()
+    a = world.device(default_policy="client_wins", rounds_max=1)
+    world.put(("notes", 1, {"n": 0}))
+    a.sync()
+    a.put(("notes", 1, {"n": 1}))
+    world.put(("notes", 1, {"n": 0, "theirs": True}))
+    twin = a.copy(default_policy="merge", rounds_max=5)
+    twin.sync()
+    a.wire.before = lambda request: (
+        world.put(("notes", 2, len(a.wire.requests))) if isinstance(request, PushRequest) else None
+    )
+    a.put(("notes", 2, "mine"))
+    result = a.sync()
+    said = summary_of(a, result)
+    assert result.incomplete
+    assert "others kept changing the same entities" in said
+    assert "still pending" in said
+
+
+def test_a_long_list_of_withdrawals_is_cut_with_their_number():
+    world = World(validate=lambda context, transaction: Refusal("no", "never"))
+    a = world.device()
+    for n in range(14):
+        a.put(("notes", n, "x"))
+    said = summary_of(a, a.sync())
+    assert said.count("[no]: never") == 10
+    assert "… and 4 more" in said

@@ -1,0 +1,107 @@
+"""Records that are gone: a cycle that notices says so, and nothing wrong is sent or stored."""
+
+from __future__ import annotations
+
+import pytest
+
+from entidb.db.records import BASE, ENTITY, READY, end_of
+from entidb.errors import CorruptionError, EntiDBError
+from entidb.protocol import PullRequest
+from entidb.storage import Storage
+from tests.support import Device, World, assert_in_step
+
+
+def lose_records(storage: Storage, prefix: bytes, last: int = 1) -> None:
+    """The last records whose keys begin with ``prefix``, as a bad disk might."""
+    with storage.snapshot() as snapshot:
+        keys = snapshot.scan_keys(prefix, end_of(prefix), limit=last, reverse=True)
+    assert keys
+    storage.commit(dict.fromkeys(keys))
+
+
+def dirty() -> tuple[World, Device]:
+    """A device with one entity that was changed on both sides."""
+    world = World()
+    a = world.device(default_policy="client_wins")
+    world.put(("notes", 1, "old"))
+    a.sync()
+    a.put(("notes", 1, "mine"))
+    return world, a
+
+
+#: What is gone, whether the server has changed the entity too, and whether that can be survived.
+LOSSES = [
+    ("row", ENTITY, False, False),
+    ("outbox", READY, False, True),
+    ("outbox", READY, True, False),
+    ("base", BASE, False, True),
+    ("base", BASE, True, False),
+]
+
+
+@pytest.mark.parametrize(("what", "prefix", "conflict", "survived"), LOSSES)
+def test_a_device_that_misses_a_record_of_its_pending_work_sends_nothing_made_up(
+    what: str, prefix: bytes, conflict: bool, survived: bool
+) -> None:
+    world, a = dirty()
+    if conflict:
+        world.put(("notes", 1, "theirs"))
+    lose_records(a.storage.inner, prefix)
+    a.restart()
+    assert a.db.verify(), what
+    before = world.values()
+    if survived:
+        a.sync()
+        assert world.values() in (before, {1: "mine"})
+    else:
+        with pytest.raises(CorruptionError, match="verify"):
+            a.sync()
+        assert world.values() == before
+    assert world.server.verify() == []
+
+
+def test_a_server_whose_feed_names_a_row_that_is_gone_sends_no_page() -> None:
+    world = World()
+    world.put(("notes", 1, "one"))
+    world.put(("notes", 2, "two"))
+    lose_records(world.server_storage.inner, ENTITY)
+    world.restart_server()
+    a = world.device()
+    with pytest.raises(EntiDBError) as caught:
+        a.sync()
+    assert caught.value.code == "corrupt_record"
+    assert "was not sent" in str(caught.value)
+    assert a.values() == {}
+    assert world.server.verify()
+
+
+def test_a_server_whose_row_is_older_than_its_feed_sends_no_page() -> None:
+    world = World()
+    world.put(("notes", 1, "one"))
+    inner = world.server_storage.inner
+    with inner.snapshot() as snapshot:
+        [(key, old)] = snapshot.scan(ENTITY, end_of(ENTITY))
+    world.put(("notes", 1, "two"))
+    inner.commit({key: old})
+    world.restart_server()
+    a = world.device()
+    with pytest.raises(EntiDBError) as caught:
+        a.sync()
+    assert caught.value.code == "corrupt_record"
+    assert a.values() == {}
+
+
+def test_a_device_goes_on_after_its_server_was_put_in_order_again() -> None:
+    world = World()
+    world.put(("notes", 1, "one"))
+    sound = world.server_storage.inner.copy()  # type: ignore[attr-defined]
+    lose_records(world.server_storage.inner, ENTITY)
+    world.restart_server()
+    a = world.device()
+    a.put(("notes", 2, "mine"))
+    with pytest.raises(EntiDBError):
+        a.sync()
+    assert [type(request) for request in a.wire.requests][-1] is PullRequest
+    world.open_server(sound)
+    a.settle()
+    assert_in_step(world, a)
