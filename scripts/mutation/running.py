@@ -119,7 +119,7 @@ class _Plugin:
         self._jobs = jobs
         self._tell = tell
         self._step_seconds = float(MUTANT_SECONDS)
-        #: For each function, how many of its mutants each test or seed was the first to notice.
+        #: For each function and module, how many mutants each test or seed was first to notice.
         self._killers: dict[str, Counter[str]] = {}
 
     @pytest.hookimpl(tryfirst=True)
@@ -161,7 +161,8 @@ class _Plugin:
             for mutant, (outcome, by), seconds in pool.finished():
                 assert mutant is not None
                 if outcome == KILLED:
-                    self._killers.setdefault(mutant.function, Counter())[by] += 1
+                    for name in (mutant.function, mutant.module):
+                        self._killers.setdefault(name, Counter())[by] += 1
                 result = Result(
                     mutant.id,
                     mutant.digest,
@@ -180,13 +181,14 @@ class _Plugin:
     def _child(self, session: pytest.Session, mutant: Mutant | None) -> tuple[str, str]:
         if mutant is not None:
             _plant(self._settings.root, mutant)
-        function = "" if mutant is None else mutant.function
-        killers = self._killers.get(function, Counter())
+        names = () if mutant is None else (mutant.function, mutant.module)
+        killers = [self._killers.get(name, Counter()) for name in names]
         steps: list[tuple[str, Callable[[], bool]]] = [
             *((item.nodeid, self._test(session, item)) for item in session.items),
             *((f"seed {seed}", _seed(seed)) for seed in self._settings.seeds),
         ]
-        steps.sort(key=lambda step: -killers[step[0]])
+        # What noticed mutants of this function, or of this module, will mostly notice this one.
+        steps.sort(key=lambda step: [-counter[step[0]] for counter in killers])
         slowest = 0.0
         for name, passes in steps:
             _bound_step(name, self._step_seconds)
