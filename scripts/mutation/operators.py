@@ -290,6 +290,8 @@ def _unary(node: ast.UnaryOp, condition: bool) -> Iterator[tuple[str, ast.expr]]
 
 def _constant(node: ast.Constant, place: _Place) -> Iterator[tuple[str, ast.expr]]:
     value = node.value
+    if isinstance(place.parent, ast.keyword) and place.parent.arg == "strict":
+        return  # of ``zip``: an assertion like others
     if isinstance(value, bool):
         yield "constant", ast.Constant(not value)
     elif isinstance(value, int):
@@ -306,6 +308,8 @@ def _call(node: ast.Call) -> Iterator[tuple[str, ast.expr]]:
         twin = ast.Name(_TWINS[node.func.id], ast.Load())
         keywords = [] if twin.id == "list" else node.keywords
         yield "twin", ast.Call(twin, node.args, keywords)
+        if twin.id in ("min", "max"):
+            return
     for index in range(len(node.args) - 1):
         pair = node.args[index : index + 2]
         if all(isinstance(arg, ast.Name | ast.Attribute | ast.Constant) for arg in pair):

@@ -276,6 +276,19 @@ def test_r25_the_newest_of_three_that_loses_in_a_merged_chain_is_kept_in_discard
     assert_in_step(world, a)
 
 
+def test_r25_an_older_operation_that_loses_in_a_merged_chain_is_done() -> None:
+    def policy(conflict: Conflict) -> ConflictResolution:
+        return THEIRS if conflict.local == 1 else ConflictResolution.merge("merged")
+
+    world, a = start(policy)
+    world.put(("notes", 1, "theirs"))
+    first = a.put(("notes", 1, 1))
+    a.put(("notes", 1, 2))
+    result = a.sync()
+    assert (result.withdrawn, result.done, pushed_values(a)) == ([], [first.bytes], ["merged"])
+    assert_in_step(world, a)
+
+
 def becoming(**answers: Any) -> Policy:
     """Merges a local value to the one named."""
     return lambda conflict: ConflictResolution.merge(answers[conflict.local])
