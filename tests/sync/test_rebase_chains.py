@@ -705,6 +705,29 @@ def test_r18_work_on_top_of_superseded_content_can_be_held() -> None:
     assert_in_step(world, a)
 
 
+@pytest.mark.parametrize("on_top", [False, True], ids=["newest", "with work on top"])
+def test_r18_what_is_below_superseded_content_is_done(on_top: bool) -> None:
+    # The copy had its first transaction settled by equal bytes (R24), and the second merged.
+    world, a = start(lambda conflict: KEEP)
+    a.put(("notes", 1, "same"))
+    a.clock.ms += 10
+    a.put(("notes", 1, "second"), ("notes", 3, "mine"))
+    a.wire.before = lose(PushRequest)
+    with pytest.raises(TransportError):
+        a.sync()
+    copy = a.copy(default_policy=lambda conflict: ConflictResolution.merge("merged"))
+    world.put(("notes", 1, "same"))
+    world.put(("notes", 3, "theirs"))
+    copy.settle()
+    assert world.values() == {1: "second", 2: 0, 3: "merged"}
+    if on_top:
+        a.put(("notes", 1, "third"))
+    a.settle()
+    assert (a.pending, a.engine.status().held, a.engine.discarded()) == (0, 0, [])
+    assert world.values() == {1: "third" if on_top else "second", 2: 0, 3: "merged"}
+    assert_in_step(world, a)
+
+
 # ---------------------------------------------------------------- rows that are missing
 
 
