@@ -1,0 +1,226 @@
+"""Pages as an applier sees them: what it refuses, skips, orders and counts (R19 to R22)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from entidb import cbor
+from entidb.db.replica import HAVE_RANGES_MAX
+from entidb.errors import ProtocolError, SyncCodecError
+from entidb.protocol import (
+    PullCommit,
+    PullOperation,
+    PullRequest,
+    PullResponse,
+    PushResponse,
+    PushResult,
+    Verdict,
+)
+from entidb.sync import Conflict, ConflictResolution
+from entidb.sync.applier import BatchLimits
+from entidb.types import timestamp_from_ms
+from tests.support import START_MS, Device, World, assert_in_step, uid
+
+SERVER = b"s" * 16
+NOW = timestamp_from_ms(START_MS)
+
+
+def start(**config: Any) -> tuple[World, Device]:
+    """A device that has synchronised with an empty server."""
+    world = World()
+    a = world.device(**config)
+    a.sync()
+    return world, a
+
+
+def asked(device: Device) -> PullRequest:
+    state = device.state
+    assert state.history is not None
+    return PullRequest(
+        db_id="shop",
+        device_id=device.db.device_id,
+        history=state.history,
+        cursor=state.cursor,
+        limit=1000,
+        bytes_max=1 << 20,
+        full=state.full,
+        collections=device.engine.applier.scope(),
+    )
+
+
+def write(number: int, value: Any = "x", collection: int = 0) -> PullOperation:
+    payload = None if value is None else cbor.encode(value)
+    return PullOperation(collection, uid(number).bytes, payload)
+
+
+def commit(version: int, *operations: PullOperation, timestamp: int = NOW) -> PullCommit:
+    return PullCommit(version, SERVER, timestamp, list(operations))
+
+
+def page(*commits: PullCommit, **changes: Any) -> PullResponse:
+    last = commits[-1].version if commits else 0
+    given: dict[str, Any] = {
+        "collections": ["notes"],
+        "commits": list(commits),
+        "cursor": last,
+        "has_more": False,
+        "head": last,
+        "floor": 0,
+        "time": START_MS,
+    }
+    return PullResponse(**(given | changes))
+
+
+def apply(device: Device, response: PullResponse) -> Any:
+    return device.engine.applier.apply(asked(device), response)
+
+
+# ---------------------------------------------------------------- what cannot be right
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        (page(commit(5, write(1, collection=1))), ProtocolError),
+        (page(commit(5, write(1, collection=7))), ProtocolError),
+        (page(commit(5, PullOperation(0, uid(1).bytes, b"\xf6"))), SyncCodecError),
+        (page(commit(5, PullOperation(0, uid(1).bytes, b"\x18\x01"))), SyncCodecError),
+        (page(commit(5, write(1)), head=4), ProtocolError),
+        (page(commit(5, write(1)), cursor=4), ProtocolError),
+        (page(has_more=True, head=9), ProtocolError),
+        (page(commit(5, write(1)), commit(5, write(2))), ProtocolError),
+        (page(commit(5, write(1)), commit(6, write(1))), ProtocolError),
+        (page(commit(5, write(1)), collections=[""]), ProtocolError),
+    ],
+)
+def test_a_page_that_cannot_be_right_changes_nothing(
+    response: PullResponse, error: type[Exception]
+) -> None:
+    _, a = start()
+    commits = a.storage.commits
+    with pytest.raises(error):
+        apply(a, response)
+    assert (a.storage.commits, a.state.cursor) == (commits, 0)
+
+
+def test_r22_a_page_moves_the_cursor_to_where_it_ends() -> None:
+    _, a = start()
+    report = apply(a, page(commit(5, write(1)), commit(6, write(2)), cursor=8, head=9))
+    assert (report.pulled, a.state.cursor, a.values()) == (2, 8, {1: "x", 2: "x"})
+
+
+# ---------------------------------------------------------------- clocks (R27)
+
+
+def stamp_of_next_write(device: Device) -> int:
+    device.put(("notes", 99, "mine"))
+    [pending] = device.engine.applier.pending()
+    return pending.timestamp
+
+
+def test_r27_the_clock_goes_behind_the_newest_commit_of_a_page() -> None:
+    _, a = start()
+    apply(a, page(commit(5, write(1), timestamp=NOW + 900), commit(6, write(2), timestamp=NOW + 7)))
+    assert stamp_of_next_write(a) == NOW + 901
+
+
+def test_r27_the_clock_does_not_go_beyond_what_the_server_says_the_time_is() -> None:
+    _, a = start()
+    later = timestamp_from_ms(START_MS + 10_000)
+    apply(a, page(commit(5, write(1), timestamp=later), time=START_MS + 5000))
+    assert stamp_of_next_write(a) == (timestamp_from_ms(START_MS + 5000) | 0xFFFF) + 1
+
+
+# ---------------------------------------------------------------- scope (R31)
+
+
+def test_r31_what_a_server_sends_beyond_the_scope_is_left_out() -> None:
+    _, a = start(collections=("notes",))
+    operations = [write(1, collection=0), write(1, collection=1)]
+    apply(a, page(commit(5, *operations), collections=["other", "notes"]))
+    assert (a.values(), a.state.cursor) == ({1: "x"}, 5)
+    assert a.db.collections() == ["notes"]
+
+
+@pytest.mark.parametrize("page_size", [2, 5000], ids=["several pages", "one page"])
+def test_r31_a_collection_that_is_local_here_is_left_out_of_pages(page_size: int) -> None:
+    world = World()
+    a = world.device(pull_operations_max=page_size)
+    a.db.declare_local("drafts")
+    for n in range(1, 6):
+        world.put(("drafts", n, "theirs"), ("notes", n, "theirs"))
+    a.put(("drafts", 2, "mine"))
+    result = a.sync()
+    assert (a.values("drafts"), result.pulled) == ({2: "mine"}, 5)
+    assert a.values() == dict.fromkeys(range(1, 6), "theirs")
+    for n in range(3, 8):
+        world.put(("drafts", n, "again"), ("notes", n, "again"))
+    assert a.sync().pulled == 5
+    assert a.values("drafts") == {2: "mine"}
+    assert a.values() == world.values()
+    assert a.db.verify() == []
+
+
+# ---------------------------------------------------------------- order and counts
+
+
+@pytest.mark.parametrize("page_size", [2, 5000], ids=["several pages", "one page"])
+def test_r25_conflicts_of_a_page_are_decided_in_the_order_of_the_pending_work(
+    page_size: int,
+) -> None:
+    order: list[int] = []
+
+    def policy(conflict: Conflict) -> ConflictResolution:
+        order.append(conflict.entity_id.int)
+        return ConflictResolution.keep_local()
+
+    world = World()
+    world.put(*[("notes", n, 0) for n in (1, 2, 3)])
+    a = world.device(default_policy=policy, pull_operations_max=page_size)
+    a.sync()
+    a.put(("notes", 2, "older"), ("notes", 3, "older"))
+    a.put(("notes", 1, "newer"))
+    for n in (1, 3, 2):
+        world.put(("notes", n, "theirs"))
+    a.sync()
+    assert order == [2, 3, 1]
+    assert_in_step(world, a)
+
+
+def test_a_pull_in_several_pages_counts_as_one_in_one_page() -> None:
+    pulled = []
+    for page_size in (2, 5000):
+        world = World()
+        a = world.device(pull_operations_max=page_size)
+        for n in range(1, 8):
+            world.put(("notes", n, "first"))
+        world.put(("notes", 3, None))
+        first = a.sync().pulled
+        for n in range(4, 10):
+            world.put(("notes", n, "second"))
+        pulled.append((first, a.sync().pulled, a.sync().pulled))
+        assert_in_step(world, a)
+    assert pulled == [(7, 6, 0), (7, 6, 0)]
+
+
+# ---------------------------------------------------------------- what need not come back (R21)
+
+
+def test_r21_the_newest_of_too_many_own_versions_are_kept() -> None:
+    _, a = start()
+    applier = a.engine.applier
+    count = HAVE_RANGES_MAX + 3
+    for n in range(count):
+        a.put(("notes", n + 1, "mine"))
+    batch = applier.prepare(BatchLimits())
+    assert batch is not None
+    versions = [10 + 2 * n for n in range(count)]
+    results = [PushResult(Verdict.ACCEPTED, version) for version in versions]
+    applier.settle(
+        batch,
+        PushResponse(results=results, collections=["notes"], head=versions[-1], time=START_MS),
+        None,
+    )
+    assert a.state.have == [[version, version] for version in versions[3:]]
