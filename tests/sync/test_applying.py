@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from entidb import cbor
+from entidb.db import purge_tombstones
 from entidb.db.replica import HAVE_RANGES_MAX
 from entidb.errors import ProtocolError, SyncCodecError
 from entidb.protocol import (
@@ -224,3 +225,90 @@ def test_r21_the_newest_of_too_many_own_versions_are_kept() -> None:
         None,
     )
     assert a.state.have == [[version, version] for version in versions[3:]]
+
+
+# ---------------------------------------------------------------- publishing (R20, R28, R29)
+
+
+def noting() -> tuple[list[Conflict], Any]:
+    """A policy that keeps the device's side, and the conflicts it is asked about."""
+    conflicts: list[Conflict] = []
+
+    def policy(conflict: Conflict) -> ConflictResolution:
+        conflicts.append(conflict)
+        return ConflictResolution.keep_local()
+
+    return conflicts, policy
+
+
+def test_r28_replaced_collections_are_told_in_order_of_their_names() -> None:
+    world = World()
+    for name in ("notes", "tasks", "cards", "lists"):
+        world.put((name, 1, "x"))
+    a = world.device(pull_operations_max=1)
+    a.sync()
+    told = [(event.kind, event.collection) for event in a.db.changes()]
+    assert told == [("reset", name) for name in ("cards", "lists", "notes", "tasks")]
+
+
+def test_r28_what_a_reset_does_not_find_is_deleted_by_nobody_at_the_cursor() -> None:
+    conflicts, policy = noting()
+    world = World()
+    a = world.device(default_policy=policy)
+    world.put(("notes", 1, "old"))
+    a.sync()
+    world.put(("notes", 1, None))
+    purge_tombstones(world.server, world.server.sequence)
+    a.put(("notes", 1, "mine"), ("notes", 9, "made"))
+    a.sync()
+    [conflict] = conflicts
+    assert (conflict.base, conflict.local, conflict.remote) == ("old", "mine", None)
+    assert (conflict.remote_device, conflict.remote_timestamp) == (bytes(16), 0)
+    # What is not there is known to be not there up to the cursor.
+    [push] = a.wire.pushes()
+    bases = [op.base_version for op in push.transactions[0].operations]
+    assert bases == [conflict.remote_version] * 2 == [push.cursor] * 2
+    assert_in_step(world, a)
+
+
+def restored(policy: Any) -> tuple[World, Device]:
+    """A device saw note 1 change and note 2 come; then the server was put back to before."""
+    world = World()
+    world.put(("notes", 1, "old"))
+    a = world.device(default_policy=policy)
+    a.sync()
+    backup = world.backup_server()
+    world.put(("notes", 1, "lost"))
+    world.put(("notes", 2, "lost"))
+    a.sync()
+    world.open_server(backup)
+    return world, a
+
+
+@pytest.mark.parametrize("writes", [1, 3], ids=["same version", "newer version"])
+def test_r29_what_others_wrote_in_the_other_history_is_a_conflict_for_the_device(
+    writes: int,
+) -> None:
+    conflicts, policy = noting()
+    world, a = restored(policy)
+    for n in range(writes):
+        world.put(("notes", 1, f"new {n}"))
+    a.put(("notes", 2, "mine"))
+    a.put(("notes", 1, "mine"))
+    a.engine.reset("device")
+    a.settle()
+    assert [(c.base, c.local, c.remote) for c in conflicts] == [
+        ("lost", "mine", f"new {writes - 1}")
+    ]
+    assert world.values() == {1: "mine", 2: "mine"}
+    assert_in_step(world, a)
+
+
+def test_r29_a_change_to_what_the_server_lost_altogether_is_pushed_by_the_device() -> None:
+    conflicts, policy = noting()
+    world, a = restored(policy)
+    a.put(("notes", 2, "mine"))
+    a.engine.reset("device")
+    a.settle()
+    assert (conflicts, world.values()) == ([], {1: "lost", 2: "mine"})
+    assert_in_step(world, a)
