@@ -9,7 +9,7 @@ from pathlib import Path
 from .operators import Mutant
 from .report import is_current, is_explained, score, tell
 from .running import QUICK, SURVIVED, Result, read_results, run
-from .settings import read_settings
+from .settings import Settings, read_settings
 
 
 def main(root: Path, arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(root: Path, arguments: list[str] | None = None) -> int:
         todo = [
             mutant
             for mutant in everything
-            if given.only in mutant.id and _is_wanted(mutant, results.get(mutant.id), given)
+            if given.only in mutant.id and _is_wanted(settings, mutant, results, given)
         ]
         if given.quick:
             settings = settings.quick()
@@ -39,9 +39,14 @@ def main(root: Path, arguments: list[str] | None = None) -> int:
     return tell(settings, [score(settings, target, results) for target in targets])
 
 
-def _is_wanted(mutant: Mutant, result: Result | None, given: argparse.Namespace) -> bool:
+def _is_wanted(
+    settings: Settings, mutant: Mutant, results: dict[str, Result], given: argparse.Namespace
+) -> bool:
+    result = results.get(mutant.id)
     if result is None or not is_current(mutant, result):
         return True
+    if given.quick and is_explained(settings, mutant):
+        return False
     half_tried = result.by == QUICK and not given.quick
     return result.outcome == SURVIVED and (given.again or half_tried)
 
@@ -79,6 +84,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--settings", metavar="FILE", help="default scripts/mutants.toml")
     parser.add_argument("--root", metavar="DIR", help="the checkout; default this one")
     return parser
-
-
-__all__ = ["is_explained", "main"]
