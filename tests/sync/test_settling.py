@@ -320,6 +320,27 @@ def test_r30_what_was_withdrawn_here_but_accepted_from_a_copy_is_pulled() -> Non
     assert_in_step(world, a)
 
 
+def test_r30_what_a_copy_had_accepted_meanwhile_is_pulled_although_it_was_withdrawn_here() -> None:
+    world = World()
+    world.put(("notes", 1, 0), ("other", 1, 0))
+    a = world.device()
+    a.sync()
+    a.put(("other", 1, "same"))
+    a.put(("other", 1, "second"), ("notes", 1, "second"))
+    copy = a.copy()
+
+    def meanwhile() -> None:
+        world.put(("other", 1, "same"))
+        copy.settle()
+        a.wire.grant = NOTES_ONLY
+
+    a.wire.before = once(PushRequest, meanwhile)
+    a.wire.after = once(PushRequest, lambda: setattr(a.wire, "grant", GRANT))
+    result = a.sync()
+    assert [gone.code for gone in result.withdrawn] == ["forbidden", "depends"]
+    assert_in_step(world, a)
+
+
 def test_r30_what_was_merged_here_but_accepted_from_a_copy_as_it_was_is_pulled() -> None:
     def policy(conflict: Conflict) -> ConflictResolution:
         return ConflictResolution.merge(f"{conflict.local} merged")
