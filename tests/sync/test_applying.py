@@ -312,3 +312,33 @@ def test_r29_a_change_to_what_the_server_lost_altogether_is_pushed_by_the_device
     a.settle()
     assert (conflicts, world.values()) == ([], {1: "lost", 2: "mine"})
     assert_in_step(world, a)
+
+
+def test_r31_a_widening_takes_the_whole_of_a_commit_that_it_has_in_part() -> None:
+    world = World()
+    world.put(("tasks", 1, 0), ("notes", 1, 0))
+    a = world.device(collections=("notes",))
+    a.sync()
+    world.put(("tasks", 1, 1), ("notes", 1, 1))
+    a.db.set_scope(("notes", "tasks"))
+    a.restart(collections=("notes", "tasks"))
+    a.sync()
+    assert (a.values(), a.values("tasks")) == ({1: 1}, {1: 1})
+    assert_in_step(world, a)
+
+
+def test_changes_in_several_pages_leave_the_records_that_one_page_leaves() -> None:
+    records = []
+    for page_size in (2, 5000):
+        world = World()
+        world.put(("notes", 1, "x"))
+        a = world.device()
+        a.sync()
+        a.restart(pull_operations_max=page_size)
+        for n in range(2, 9):
+            world.put(("notes", n, "x"))
+        a.sync()
+        a.sync()
+        assert_in_step(world, a)
+        records.append(a.db.storage.info().records)
+    assert records[0] == records[1]
