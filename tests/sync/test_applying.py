@@ -342,3 +342,14 @@ def test_changes_in_several_pages_leave_the_records_that_one_page_leaves() -> No
         assert_in_step(world, a)
         records.append(a.db.storage.info().records)
     assert records[0] == records[1]
+
+
+def test_r29_work_on_what_never_was_on_a_server_goes_through_a_reset_as_it_is() -> None:
+    conflicts, policy = noting()
+    world, a = restored(policy)
+    a.put(("notes", 9, "made"))
+    a.put(("notes", 9, None))
+    a.engine.reset("server")
+    result = a.sync()
+    assert (conflicts, result.done, result.pushed) == ([], [], 2)
+    assert_in_step(world, a)

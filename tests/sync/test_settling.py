@@ -217,6 +217,20 @@ def test_r12_a_version_that_cannot_be_settles_nothing(
     assert (a.storage.commits, a.pending) == (commits, 2)
 
 
+def test_r18_settling_says_how_many_of_each_verdict_there_were() -> None:
+    _, a = start()
+    for n in range(1, 6):
+        a.put(("notes", n, "mine"), ("notes", n + 10, "mine"))
+    batch = a.engine.applier.prepare(BatchLimits())
+    assert batch is not None
+    rejected = PushResult(Verdict.REJECTED, code="no")
+    conflict, accepted = PushResult(Verdict.CONFLICT), PushResult(ACCEPTED, 9)
+    given = (conflict, rejected, accepted, conflict, rejected)
+    settled = a.engine.applier.settle(batch, answer(*given), None)
+    assert (settled.accepted, settled.accepted_operations, settled.superseded) == (1, 2, 0)
+    assert (settled.conflicts, settled.rejected, settled.pull) == (2, 2, True)
+
+
 def test_r5_only_the_batch_in_flight_can_be_settled() -> None:
     _, a = start()
     applier = a.engine.applier
