@@ -1,0 +1,208 @@
+"""Corners of what the server decides: limits, clocks, tokens, details (R13 to R15, R27)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from entidb.db import Database, Role
+from entidb.db.maintenance import sequence_at
+from entidb.errors import HistoryChangedError, ResetRequiredError, SyncCodecError
+from entidb.protocol import LIMITS, PushOperation, PushResponse, PushTransaction, transaction_bytes
+from entidb.server.service import CONFLICT_STATES_MAX, DatabaseService, Grant
+from entidb.storage import LmdbStorage
+from entidb.types import timestamp_from_ms
+from tests.server.test_service import (
+    ACCEPTED,
+    CONFLICT,
+    DEVICE,
+    NOW,
+    REJECTED,
+    SUPERSEDED,
+    op,
+    pull,
+    push,
+    request,
+    tx,
+    verdicts,
+)
+from tests.support import GRANT, START_MS, World, uid
+
+NOTES_ONLY = Grant("someone", True, True, frozenset({"notes"}))
+WRITE_ONLY = Grant("writer", False, True)
+
+
+# ---------------------------------------------------------------- R13
+
+
+def test_r13_what_builds_on_superseded_content_is_refused_with_it() -> None:
+    world = World()
+    push(world, tx(1, op(1, "a")))
+    results = push(
+        world, tx(1, op(1, "other")), tx(2, op(1, "on top", base=1)), tx(3, op(2, "beside"))
+    )
+    assert verdicts(results) == [SUPERSEDED, CONFLICT, ACCEPTED]
+    assert world.values() == {1: "a", 2: "beside"}
+
+
+def test_r13_a_conflict_brings_the_servers_states_of_its_entities() -> None:
+    world = World()
+    version = world.put(("notes", 1, "theirs"))
+    world.put(("notes", 3, "theirs"))
+    gone = world.put(("notes", 3, None))
+    [result] = push(world, tx(1, op(1, "a"), op(3, "a"), op(9, "a")))
+    assert result.verdict == CONFLICT
+    states = [(s.entity_id[-1], s.version, s.payload) for s in result.states]
+    assert states == [(1, version, op(0, "theirs").payload), (3, gone, None), (9, 0, None)]
+
+
+def test_r13_a_conflict_brings_a_bounded_number_of_states() -> None:
+    world = World()
+    numbers = range(1, CONFLICT_STATES_MAX + 5)
+    world.put(*[("notes", number, "theirs") for number in numbers])
+    [result] = push(world, tx(1, *[op(number, "mine") for number in numbers]))
+    assert [state.entity_id[-1] for state in result.states] == list(numbers)[:CONFLICT_STATES_MAX]
+
+
+def test_r13_a_token_that_only_writes_learns_nothing_of_what_others_wrote() -> None:
+    world = World()
+    world.put(("notes", 1, "secret"))
+    [result] = push(world, tx(1, op(1, "mine")), grant=WRITE_ONLY)
+    assert (result.verdict, result.states) == (CONFLICT, [])
+
+
+# ---------------------------------------------------------------- R14
+
+
+def test_r14_a_known_transaction_has_its_answer_although_the_token_covers_less_now() -> None:
+    world = World()
+    late = NOW + timestamp_from_ms(10_000)
+    known = tx(1, op(1, "a", collection=1), op(1, "a"), timestamp=late)
+    [first] = push(world, known)
+    assert first.timestamp == NOW | 0xFFFF
+    assert push(world, known, grant=NOTES_ONLY) == [first]
+
+
+# ---------------------------------------------------------------- R15
+
+
+def test_r15_a_transaction_of_exactly_the_limit_is_accepted() -> None:
+    wide = op(1, "x" * 600)
+    size = transaction_bytes([wide])
+    for limit, verdict in ((size, ACCEPTED), (size - 1, REJECTED)):
+        world = World(limits=replace(LIMITS, transaction_bytes_max=limit))
+        assert verdicts(push(world, tx(1, wide))) == [verdict]
+
+
+def test_r15_a_payload_that_is_not_canonical_is_named_as_such() -> None:
+    world = World()
+    bad = PushTransaction(uid(1).bytes, NOW, [PushOperation(0, uid(1).bytes, 0, b"\x18\x01")])
+    [answer] = world.service.push_many([(request(world, bad), GRANT)])
+    assert isinstance(answer, SyncCodecError)
+    assert "not canonical" in str(answer)
+
+
+def test_r15_a_collection_the_token_does_not_cover_does_not_come_to_be() -> None:
+    world = World()
+    changes: dict[str, Any] = {"collections": ["other", "notes"]}
+    results = push(
+        world, tx(1, op(1, "a")), tx(2, op(1, "a", collection=1)), grant=NOTES_ONLY, **changes
+    )
+    assert verdicts(results) == [REJECTED, ACCEPTED]
+    assert world.server.collections() == ["notes"]
+
+
+def test_r15_what_the_token_does_not_cover_is_refused_on_disk_as_in_memory(
+    tmp_path: Path,
+) -> None:
+    world = World()
+    with Database(
+        LmdbStorage.open(tmp_path / "db"),
+        role=Role.SERVER,
+        clock=world.clock,
+        entropy=random.Random(1).randbytes,
+    ) as database:
+        world.server = database
+        world.service = DatabaseService(database, db_id="shop", limits=LIMITS)
+        results = push(world, tx(1, op(1, "a", collection=1)), tx(2, op(1, "a")), grant=NOTES_ONLY)
+    assert verdicts(results) == [REJECTED, ACCEPTED]
+
+
+def test_r31_a_collection_that_is_local_on_the_server_is_refused() -> None:
+    world = World()
+    world.server.declare_local("other")
+    results = push(world, tx(1, op(1, "a", collection=1)), tx(2, op(1, "a")))
+    assert verdicts(results) == [REJECTED, ACCEPTED]
+    assert world.values("other") == {}
+
+
+def test_r15_a_hook_that_raises_is_logged_for_the_operator(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def validate(context: Any, transaction: Any) -> Any:
+        raise RuntimeError("the hook's own trouble")
+
+    world = World(validate=validate)
+    [result] = push(world, tx(1, op(1, "a")))
+    assert (result.verdict, result.code) == (REJECTED, "validate_failed")
+    assert "trouble" not in result.message
+    assert "the hook's own trouble" in caplog.text
+
+
+# ---------------------------------------------------------------- errors with details
+
+
+def test_a_push_of_nothing_to_an_empty_database_is_answered() -> None:
+    world = World()
+    [answer] = world.service.push_many([(request(world), GRANT)])
+    assert isinstance(answer, PushResponse)
+    assert (answer.results, answer.head) == ([], 0)
+
+
+def test_errors_name_the_floor_the_history_and_the_head() -> None:
+    from entidb.db import purge_tombstones
+
+    world = World()
+    world.put(("notes", 1, "a"))
+    world.put(("notes", 1, None))
+    purge_tombstones(world.server, 2)
+    with pytest.raises(ResetRequiredError) as below:
+        pull(world, 1)
+    assert below.value.details == {"floor": 2}
+    with pytest.raises(HistoryChangedError) as beyond:
+        pull(world, 3)
+    assert beyond.value.details == {"head": 2}
+    with pytest.raises(HistoryChangedError) as other:
+        pull(world, 2, history=DEVICE)
+    assert other.value.details == {"history": world.server.history}
+
+
+# ---------------------------------------------------------------- clocks and observers
+
+
+def test_r27_the_servers_own_writes_are_later_than_what_was_pushed_before() -> None:
+    world = World()
+    push(world, tx(1, op(1, "a"), timestamp=NOW + 500))
+    push(world, tx(2, op(2, "a"), timestamp=NOW - 500))
+    world.put(("notes", 3, "a"))
+    stamps = [event.timestamp for event in world.server.changes()]
+    assert stamps == [NOW + 500, NOW - 500, NOW + 501]
+
+
+def test_r28_a_push_tells_the_retention_clock_where_the_log_stands() -> None:
+    world = World()
+    push(world, tx(1, op(1, "a")))
+    push(world, tx(2, op(2, "a")))
+    assert sequence_at(world.server, START_MS) == 1
+
+
+def test_observers_on_the_server_are_told_of_a_push() -> None:
+    world = World()
+    told: list[Any] = []
+    world.server.observe(lambda commit: told.extend(commit.events))
+    push(world, tx(1, op(1, "a"), op(2, "a")), tx(2, op(1, None)))
+    assert [(e.kind, e.entity_id) for e in told] == [("put", uid(2)), ("delete", uid(1))]
