@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from entidb.db import Database, Role, inspect, purge_tombstones
+from entidb.db import Database, Role, inspect, purge_tombstones, writer
+from entidb.db.records import PendingTransaction, decode_pending
 from entidb.errors import ScopeError
 from tests.support import World, assert_in_step, assert_sound, uid
 
@@ -193,3 +194,19 @@ def test_a_database_and_its_collections_say_what_they_are():
     assert len({notes, database.collection("notes")}) == 2
     assert notes == notes and notes != database.collection("notes")
     assert database.new_id() < database.new_id()
+
+
+def test_verify_reads_a_large_pending_transaction_once(monkeypatch: pytest.MonkeyPatch):
+    reads: list[bytes] = []
+
+    def counting(key: bytes, raw: bytes) -> PendingTransaction:
+        reads.append(key)
+        return decode_pending(key, raw)
+
+    with Database.in_memory() as db:
+        with db.transaction() as tx:
+            for number in range(500):
+                tx.collection("notes")[uid(number)] = number
+        monkeypatch.setattr(writer, "decode_pending", counting)
+        assert db.verify() == []
+    assert len(reads) == 1

@@ -13,7 +13,14 @@ from entidb.db import Database, Role
 from entidb.db.maintenance import sequence_at
 from entidb.errors import HistoryChangedError, ResetRequiredError, SyncCodecError
 from entidb.protocol import LIMITS, PushOperation, PushResponse, PushTransaction, transaction_bytes
-from entidb.server.service import CONFLICT_STATES_MAX, DatabaseService, Grant
+from entidb.server.service import (
+    CONFLICT_STATES_MAX,
+    DatabaseService,
+    Grant,
+    Refusal,
+    ValidateContext,
+    ValidateTransaction,
+)
 from entidb.storage import LmdbStorage
 from entidb.types import timestamp_from_ms
 from tests.server.test_service import (
@@ -30,7 +37,7 @@ from tests.server.test_service import (
     tx,
     verdicts,
 )
-from tests.support import GRANT, START_MS, World, uid
+from tests.support import GRANT, START_MS, World, assert_in_step, uid
 
 NOTES_ONLY = Grant("someone", True, True, frozenset({"notes"}))
 WRITE_ONLY = Grant("writer", False, True)
@@ -206,3 +213,19 @@ def test_observers_on_the_server_are_told_of_a_push() -> None:
     world.server.observe(lambda commit: told.extend(commit.events))
     push(world, tx(1, op(1, "a"), op(2, "a")), tx(2, op(1, None)))
     assert [(e.kind, e.entity_id) for e in told] == [("put", uid(2)), ("delete", uid(1))]
+
+
+def test_r15_a_refusal_without_a_code_reaches_the_device() -> None:
+    def validate(context: ValidateContext, transaction: ValidateTransaction) -> Refusal | None:
+        bad = any(op.value == "bad" for op in transaction.operations)
+        return Refusal("", "no") if bad else None
+
+    world = World(validate=validate)
+    a = world.device()
+    a.put(("notes", 1, "bad"))
+    a.put(("notes", 2, "good"))
+    a.settle()
+    assert a.values() == world.values() == {2: "good"}
+    (gone,) = a.engine.discarded()
+    assert (gone.code, gone.message) == ("rejected", "no")
+    assert_in_step(world, a)

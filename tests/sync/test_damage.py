@@ -105,3 +105,12 @@ def test_a_device_goes_on_after_its_server_was_put_in_order_again() -> None:
     world.open_server(sound)
     a.settle()
     assert_in_step(world, a)
+
+
+def test_a_pending_row_that_is_gone_and_comes_back_with_a_pull_is_damage():
+    world, a = dirty()
+    world.put(("notes", 1, "theirs"))
+    lose_records(a.storage.inner, ENTITY)
+    a.restart()
+    with pytest.raises(CorruptionError):
+        a.sync()

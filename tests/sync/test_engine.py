@@ -304,3 +304,36 @@ def test_an_outbox_can_be_looked_at_oldest_first_with_what_is_held() -> None:
     left = list(a.engine.applier.pending())
     assert [t.sequence for t in left] == sorted(t.sequence for t in left)
     assert [t.held for t in left] == [True, False, True, False]
+
+
+def test_a_listeners_bug_does_not_end_the_background_engine() -> None:
+    world = World()
+    a = world.device()
+    told: list[threading.ExceptHookArgs] = []
+    shown: list[str] = []
+    failed, again = threading.Event(), threading.Event()
+
+    def listener(old: SyncState, new: SyncState) -> None:
+        if new is SyncState.PULLING and failed.is_set():
+            shown.append(str(a.engine.status().last_error))
+        if new is SyncState.SYNCED:
+            if failed.is_set():
+                again.set()
+            else:
+                failed.set()
+                raise ZeroDivisionError("a bug of the application")
+
+    a.engine.on_state(listener)
+    hook, threading.excepthook = threading.excepthook, told.append
+    try:
+        a.engine.start()
+        assert failed.wait(10)
+        for _ in range(1000):
+            a.engine.wake()
+            if again.wait(0.01):
+                break
+    finally:
+        a.engine.stop()
+        threading.excepthook = hook
+    assert "ZeroDivisionError" in shown[0]
+    assert [type(args.exc_value) for args in told] == [ZeroDivisionError]

@@ -47,7 +47,7 @@ from entidb.db.records import (
     unpack_u64,
 )
 from entidb.db.replica import Adopt, decode_record
-from entidb.db.writer import Writer
+from entidb.db.writer import Ref, Writer
 from entidb.errors import EntiDBError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ PURGE_ROWS = 5_000
 #: One clock mark an hour is fine enough for a retention of days.
 CLOCK_MARK_MS = 3_600_000
 _PAGE = 2_000
+#: Pending transactions remembered by ``verify``: entities of several may alternate.
+_PENDINGS_KEPT = 64
 
 # ---------------------------------------------------------------- replaced tables
 
@@ -211,6 +213,7 @@ class _Verify:
         self._unused = {table for table, _ in view.catalogue.garbage}
         self._garbage = {number for _, number in view.catalogue.garbage}
         self._live: dict[int, int] = {}
+        self._pendings: dict[int, tuple[bool, set[Ref]] | None] = {}
         stage = view.stage
         if stage is not None:
             self._unused |= {*stage.tables.values(), *stage.deltas.values()}
@@ -282,13 +285,27 @@ class _Verify:
             yield f"entity {name}: base row and flags disagree"
         if not row.pending:
             return
-        pending = self._view.pending(row.pending)
-        if pending is None or not any(
-            op.entity_id == entity_id and op.collection == number for op in pending.operations
-        ):
+        held = self._held_writes(row.pending, (number, entity_id))
+        if held is None:
             yield f"entity {name}: pending transaction {row.pending} is missing"
-        elif bool(row.flags & IS_HELD) != pending.held:
+        elif bool(row.flags & IS_HELD) != held:
             yield f"entity {name}: held flag and transaction {row.pending} disagree"
+
+    def _held_writes(self, sequence: int, ref: Ref) -> bool | None:
+        """Whether the pending transaction that writes ``ref`` is held; None if there is no such
+        transaction. What it writes is remembered: entities of one mostly stand together, and it
+        may have a hundred thousand of them."""
+        if sequence not in self._pendings:
+            pending = self._view.pending(sequence)
+            if len(self._pendings) >= _PENDINGS_KEPT:
+                self._pendings.pop(next(iter(self._pendings)))
+            self._pendings[sequence] = (
+                None
+                if pending is None
+                else (pending.held, {(op.collection, op.entity_id) for op in pending.operations})
+            )
+        known = self._pendings[sequence]
+        return None if known is None or ref not in known[1] else known[0]
 
     def _feed(self, key: bytes, raw: bytes) -> Iterator[str]:
         sequence, number, entity_id = split_feed_key(key)

@@ -385,8 +385,7 @@ class DatabaseService:
         """What the hook says; a hook that raises refuses, because a push that can never be
         answered would stop everything behind it (NO-POISON)."""
         hook = self._validate
-        if hook is None:
-            return None
+        assert hook is not None, "asked only where there is a hook"
 
         def read(collection: str, entity_id: bytes) -> bytes | None:
             info = writer.catalogue.by_name.get(collection)
@@ -394,7 +393,11 @@ class DatabaseService:
             return None if raw is None else payload_of(raw)
 
         try:
-            return hook(ValidateContext(self.db_id, grant, read), transaction)
+            refusal = hook(ValidateContext(self.db_id, grant, read), transaction)
+            if refusal is not None and not refusal.code:
+                # A device believes no refusal without a code, and would ask again for ever.
+                return Refusal("rejected", refusal.message)
+            return refusal
         except Exception:
             # The operator gets the traceback; what a hook says inside is not for devices.
             _log.exception("validate refused transaction %s by raising", transaction.transaction_id)

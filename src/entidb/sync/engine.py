@@ -343,6 +343,11 @@ class SyncEngine:
                 # Kept for status(); a background engine goes on at its next turn (R9).
                 if not isinstance(error, SyncCancelledError):
                     self.note_error(error)
+            except Exception as error:
+                # A listener's bug, or ours: syncing goes on, and somebody has to hear of it.
+                self.note_error(SyncError(f"the cycle failed: {error!r}"))
+                told = (type(error), error, error.__traceback__, threading.current_thread())
+                threading.excepthook(threading.ExceptHookArgs(told))
             if self._stop.is_set():
                 return
             self._clock.wait(self._wake, self.config.interval_s)
