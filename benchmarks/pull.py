@@ -45,8 +45,8 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
         )
         yield figure("pull", "time per million", count, "s", [1e6 / rate for rate in rates])
         for name, values in memory.items():
-            large = count == MEMORY_SIZE and "own" in name
-            yield figure("pull", name, count, "MB", values, target=MEMORY_TARGET if large else None)
+            target = MEMORY_TARGET if count == MEMORY_SIZE else None
+            yield figure("pull", name, count, "MB", values, target=target)
 
 
 def _first_sync(world: World, server: Server, count: int, memory: dict[str, list[float]]) -> float:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,8 @@ class RecordingClient:
     recording: bool = False
     exchanges: list[Exchange] = field(default_factory=list)
     tells_when_sent: bool = True
+    #: Called when a push has been answered, before the device hears of it.
+    on_pushed: Callable[[], None] | None = None
 
     def request(
         self,
@@ -201,6 +203,8 @@ class RecordingClient:
         **telling: Any,
     ) -> HttpResponse:
         response = self.client.request(method, url, headers, body, timeout_s, **telling)
+        if self.on_pushed is not None and url.endswith("/v1/push"):
+            self.on_pushed()
         if self.recording:
             self.exchanges.append(Exchange(url, headers, body, response))
         return response

@@ -298,6 +298,7 @@ class DatabaseService:
         answers: list[PushResponse | SyncError] = []
         with paused(), self.database.write() as writer:
             floor, known_head = read_floor(writer), writer.head.sequence
+            mark = self.database.commit_mark
             for (request, grant), values in zip(members, checked, strict=True):
                 if isinstance(values, SyncError):
                     answers.append(values)
@@ -310,6 +311,9 @@ class DatabaseService:
             if writer.changes:
                 mark_clock(writer)
             head = writer.head.sequence
+        # The commit has worked and has moved the mark by two; if another has come since, by more,
+        # and then this is not what is known.
+        self._known = (mark + 2, head, floor)
         self._head = head
         return [
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer
