@@ -7,7 +7,7 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     m identity                           role, device id, creation                  (CBOR map)
     m catalogue                          collections, tables, scope                 (CBOR map)
     m sync                               server's database, history, cursor, have   (CBOR map)
-    m inflight                           the push batch that has no answer yet      (CBOR map)
+    m inflight                           the push batches that have no answer yet   (CBOR map)
     m stage                              a pull that is being staged                (CBOR map)
     m adopt                              entities that are being made pending       (CBOR map)
     m floor                              tombstones at or below may be gone         (u64)
