@@ -22,6 +22,7 @@ NAMES = (
     "many",
     "conflicts",
     "size",
+    "stalled",
 )
 DIRECTORY = Path(".bench")
 

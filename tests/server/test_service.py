@@ -570,8 +570,9 @@ def test_the_idle_pull_answers_only_what_a_real_one_would() -> None:
         limit=10,
         bytes_max=1000,
     )
-    assert world.service.idle_pull(idle, GRANT) is None
-    assert world.service.pull(idle, GRANT) == world.service.idle_pull(idle, GRANT)
+    known = world.service.idle_pull(idle, GRANT)
+    assert known is not None, "the push has just learned where the head is"
+    assert known == world.service.pull(idle, GRANT) == world.service.idle_pull(idle, GRANT)
     assert world.service.idle_pull(replace(idle, cursor=0), GRANT) is None
     assert world.service.idle_pull(replace(idle, full=True), GRANT) is None
     with pytest.raises(PermissionDeniedError):
@@ -584,3 +585,21 @@ def test_the_idle_pull_answers_only_what_a_real_one_would() -> None:
     world.put(("notes", 2, "by a program"))
     assert world.service.idle_pull(idle, GRANT) is None
     assert world.service.pull(idle, GRANT).head == 2
+
+
+def test_a_push_that_changed_nothing_does_not_answer_for_the_commit_after_it() -> None:
+    world = World()
+    push(world, tx(1, op(1, "x")))
+    assert world.server.history is not None
+    idle = PullRequest(
+        db_id="shop",
+        device_id=DEVICE,
+        history=world.server.history,
+        cursor=1,
+        limit=10,
+        bytes_max=1000,
+    )
+    push(world, tx(1, op(1, "x")))  # known: nothing is stored
+    assert world.service.idle_pull(idle, GRANT) is not None
+    world.put(("notes", 2, "by a program"))
+    assert world.service.idle_pull(idle, GRANT) is None

@@ -42,6 +42,12 @@ FOUND = {
         682,
         {"restore_server": 10, "restore_twice": 300, "disk_full": 20, "scope": 10},
     ),
+    # A push that stored nothing claimed to know the head behind the next commit, whoever made it;
+    # after a program's commit a pull was answered with the head before it.
+    "a push of nothing new does not answer for a program's commit": (
+        21418,
+        {"server_writes": 100, "repeated": 100, "pull_operations_max": 2},
+    ),
 }
 
 

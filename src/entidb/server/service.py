@@ -308,12 +308,13 @@ class DatabaseService:
                     answers.append(self._decide(writer, request, grant, floor, values))
                 except SyncError as error:
                     answers.append(error)
-            if writer.changes:
+            changed = bool(writer.changes)
+            if changed:
                 mark_clock(writer)
             head = writer.head.sequence
-        # The commit has worked and has moved the mark by two; if another has come since, by more,
-        # and then this is not what is known.
-        self._known = (mark + 2, head, floor)
+        # A commit that has worked has moved the mark by two, and where nothing was accepted there
+        # was none. If another has come since, the mark is elsewhere, and this is not known.
+        self._known = (mark + 2 if changed else mark, head, floor)
         self._head = head
         return [
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer

@@ -1048,6 +1048,28 @@ def _answered_from_memory(garden: Garden) -> None:
     garden.replace(Database, "_store", make)
 
 
+@_bug(
+    "head-known-after-nothing",
+    "ORDER",
+    "LIVENESS",
+    knobs=_WILD | {"server_writes": 300, "repeated": 300},
+)
+def _head_known(garden: Garden) -> None:
+    """A push that stored nothing answers for the commit that comes after it."""
+
+    def make(original: Any) -> Any:
+        def push_many(self: DatabaseService, members: Any) -> Any:
+            mark = self.database.commit_mark
+            answers = original(self, members)
+            if self._known is not None:
+                self._known = (mark + 2, *self._known[1:])
+            return answers
+
+        return push_many
+
+    garden.replace(DatabaseService, "push_many", make)
+
+
 @_bug("one-refusal-fails-the-batch", "NO-POISON", "LIVENESS", knobs=_CALM | {"refuse": 100})
 def _refusal_fails_batch(garden: Garden) -> None:
     """A refused transaction makes the whole push an error."""
