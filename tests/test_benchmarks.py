@@ -30,6 +30,7 @@ FIGURES = {
     "many": {"push, 1 database: requests", "pull, 50 databases: p99", "mixed, 1 database: p50"},
     "conflicts": {"pull and rebase", "whole cycle, with the push"},
     "size": {"server after load", "push on the wire, zstd"},
+    "stalled": {"until all are dropped"},
 }
 
 

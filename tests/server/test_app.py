@@ -23,10 +23,18 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
 from entidb.errors import ServerBusyError
-from entidb.protocol import CONTENT_TYPE, HandshakeResponse, PullResponse, PushResponse, Verdict
+from entidb.protocol import (
+    CONTENT_TYPE,
+    HandshakeResponse,
+    PullRequest,
+    PullResponse,
+    PushResponse,
+    Verdict,
+)
 from entidb.protocol import encode as encoded
 from entidb.server import ServerConfig, SyncServer, create_app, mint_token, serving
 from entidb.server.app import SyncApp, _Budget, _path_in_app
+from entidb.server.service import DatabaseService, Grant
 from entidb.server.wire import ENCODINGS, compress
 from tests.server.support import DEVICE, SECRET, Client, handshake, pull, push
 
@@ -458,6 +466,34 @@ def test_a_server_that_is_full_says_busy_and_when_to_come_again():
             app._budget.used = 0
             assert client.send(push(history, 1)).status == 200
             assert app.in_flight_bytes == 0
+
+
+def test_who_waits_too_long_behind_other_pages_is_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("entidb.server.app._LINE_WAIT_S", 0.1)
+    monkeypatch.setattr("entidb.server.app._PAGES_AHEAD", 1)
+    reading, go_on = threading.Event(), threading.Event()
+    real = DatabaseService.pull_bytes
+
+    def slow(self: DatabaseService, request: PullRequest, grant: Grant) -> bytes:
+        reading.set()
+        assert go_on.wait(WAIT_S)
+        return real(self, request, grant)
+
+    with running() as (_, url), Client(url) as one, Client(url) as other:
+        history = one.history()
+        one.send(push(history, 1))
+        monkeypatch.setattr(DatabaseService, "pull_bytes", slow)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(one.send, pull(history, full=True))
+            assert reading.wait(WAIT_S)
+            answer = other.send(pull(history, full=True))
+            go_on.set()
+            assert (answer.status, answer.code) == (503, "busy")
+            assert "retry-after" in answer.headers
+            assert first.result().status == 200
+        assert other.send(pull(history, full=True)).status == 200
 
 
 def test_a_full_queue_is_busy():

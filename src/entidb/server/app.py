@@ -73,6 +73,8 @@ _DRAIN_S: Final = 5.0
 _OPERATION_MEMORY_BYTES: Final = 512
 #: Seconds a pull waits for room in the budget before it is told to come again.
 _ROOM_WAIT_S: Final = 5.0
+#: Seconds it waits for the pages in front of it before that.
+_LINE_WAIT_S: Final = 15.0
 _RETRY_S: Final = 1.0
 #: What a page takes beside its entity values, generously, when room for it is set aside.
 _PAGE_FRAMING_BYTES: Final = 256 * 1024
@@ -286,12 +288,21 @@ class SyncApp:
             response = self._page(store, request, grant, exchange.headers)
             held.resize(len(response.body))
             return response
-        async with running.pages:
+        try:
+            async with asyncio.timeout(_LINE_WAIT_S):
+                await running.pages.acquire()
+        except TimeoutError as error:
+            # Those in front may be clients that have stopped reading: whoever waits behind them
+            # is told, instead of finding out by a timeout of its own.
+            raise _no_room() from error
+        try:
             await held.reserve(min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max()))
             response = await self._run(
                 running.reader, self._page, store, request, grant, exchange.headers
             )
             held.resize(len(response.body))
+        finally:
+            running.pages.release()
         return response
 
     def _page(
