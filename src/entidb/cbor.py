@@ -330,6 +330,9 @@ def _obviously_pass(payloads: Sequence[bytes]) -> bool:
     # be cut in one way only: if each payload is one item, and all of them joined are the encoding
     # of all values in turn, then each is the encoding of its value.
     joined = b"".join(payloads)
+    if len(joined) > CONTAINERS_MAX:
+        # They may be too many to decode even one of them before they are counted.
+        return False
     try:
         canonical = _encode(list(map(_decode, payloads))) == array_head(len(payloads)) + joined
     except (ValueError, TypeError, RecursionError):

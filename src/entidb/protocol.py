@@ -633,8 +633,12 @@ _SMALL_BYTES_MAX: Final = 16 * 1024
 _DENSE_BYTES_MAX: Final = 1024 * 1024
 #: So few items are counted at once: a page in columns has not more, however large it is.
 _FEW_ITEMS: Final = 256
-#: Up to here it is enough to look for lists and maps, which is a hundred times faster.
-_SPARSE_BYTES_MAX: Final = 8 * 1024 * 1024
+#: What a list or a map takes in memory (a map of one pair takes most), what anything else takes
+#: for each of its bytes (a text of two letters takes most), and what both may take together where
+#: no more is looked at: counting lists and maps is a hundred times faster than finding all items.
+_CONTAINER_MEMORY: Final = 240
+_OTHER_MEMORY: Final = 20
+_DECODED_BYTES_MAX: Final = 128 * 1024 * 1024
 
 
 def decode_request(path: str, data: bytes, limits: Limits = LIMITS) -> SyncRequest:
@@ -702,8 +706,8 @@ def _check_density(data: bytes, limits: Limits) -> None:
     most += min(5 * largest, len(data) // 4)
     if not cbor.heavier(data, cbor.ITEMS, _FEW_ITEMS):
         return
-    if len(data) <= _SPARSE_BYTES_MAX and cbor.containers_at_most(data) <= most:
-        # Lists and maps are what grows in memory: the rest takes twenty times its bytes at most.
+    containers = cbor.containers_at_most(data)
+    if _CONTAINER_MEMORY * containers + _OTHER_MEMORY * len(data) <= _DECODED_BYTES_MAX:
         return
     if cbor.heavier(data, cbor.ITEMS, most):
         raise _too_large("$", f"has more than {most} items", most)

@@ -227,6 +227,14 @@ class LmdbSnapshot:
                 self._explain(error)
             finally:
                 reader.busy = False
+            if chunk and not found:
+                first = chunk[0][0] if values else chunk[0]
+                if first >= stop if reverse else first < start:
+                    # A damaged page can lead to an older copy of another, sound in itself.
+                    raise CorruptionError(
+                        f"looking for {start.hex()} in {self._store.path} finds {first.hex()}: the "
+                        "file is damaged; run verify, and restore a backup"
+                    )
             inside = _count_inside(chunk, start, stop, reverse, values)
             found += chunk if inside == len(chunk) else chunk[:inside]
             if inside < asked:

@@ -740,8 +740,8 @@ def _clamped_not_taken(garden: Garden) -> None:
     """A device keeps its own time for what the server stored with another."""
 
     def make(original: Any) -> Any:
-        def accepted(self: Any, transaction: Any, rows: Any, version: int, stamp: int) -> None:
-            original(self, transaction, rows, version, 0)
+        def accepted(self: Any, *rest: Any) -> None:
+            original(self, *rest[:-1], 0)
 
         return accepted
 
@@ -751,7 +751,7 @@ def _clamped_not_taken(garden: Garden) -> None:
 @_bug("clock-not-heard", "CLOCK", knobs=_TIMES)
 def _clock_not_heard(garden: Garden) -> None:
     """A slow device writes with times before those it has seen, and loses to its own past."""
-    garden.replace(applier, "_hear_clock", lambda original: lambda writer, response: None)
+    garden.replace(applier, "_hear_clock", lambda original: lambda *rest: None)
 
 
 # ---------------------------------------------------------------- what waits for a person
