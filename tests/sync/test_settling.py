@@ -71,6 +71,11 @@ def order(device: Device) -> list[str]:
     return [type(request).__name__ for request in device.wire.requests]
 
 
+def written(push: PushRequest) -> list[int]:
+    """The last bytes of the ids that a push writes."""
+    return [op.entity_id[-1] for t in push.transactions for op in t.operations]
+
+
 def refusing(*values: Any) -> Callable[[Any, Any], Refusal | None]:
     """A ``validate`` hook that refuses transactions that write one of ``values``."""
 
@@ -152,13 +157,14 @@ def test_the_next_batch_has_what_became_ready_meanwhile_and_is_older() -> None:
     assert_in_step(world, a)
 
 
-def test_r7_after_a_conflict_a_pull_comes_before_the_next_batch() -> None:
+def test_r7_after_a_conflict_what_is_in_flight_is_settled_and_a_pull_comes_before_more() -> None:
     world, a = start("client_wins", push_operations_max=1)
-    a.put(("notes", 1, "mine"))
-    a.put(("notes", 2, "mine"))
+    for n in (1, 2, 3):
+        a.put(("notes", n, "mine"))
     a.wire.before = once(PushRequest, lambda: world.put(("notes", 1, "theirs")))
-    assert a.sync().pushed == 2
-    assert order(a) == ["PullRequest", "PushRequest", "PullRequest", "PushRequest", "PushRequest"]
+    assert a.sync().pushed == 3
+    assert order(a) == ["PullRequest", *["PushRequest"] * 2, "PullRequest", *["PushRequest"] * 2]
+    assert [written(push) for push in a.wire.pushes()] == [[1], [2], [1], [3]]
     assert_in_step(world, a)
 
 
