@@ -463,7 +463,6 @@ class _Deciding:
         self._grant = grant
         self._digest_heads = digest_heads(request.collections)
         self._below_floor = request.cursor < floor
-        self._planned: Catalogue | None = None
         self._prefixes = self._collections()
         #: Versions written by earlier transactions of this batch (R13): those above what was the
         #: head when it began, and those of transactions that were accepted before.
@@ -490,7 +489,7 @@ class _Deciding:
             # A collection that is local on the server is nobody else's (R31).
             found.append((info.number, info.prefix) if info is not None and info.synced else None)
         # New collections come to be with the first transaction that is accepted, not before.
-        self._planned = None if catalogue is self._writer.catalogue else catalogue
+        self._planned: Catalogue | None = None if catalogue is self._writer.catalogue else catalogue
         return found
 
     def run(self, values: list[list[Any]]) -> list[PushResult]:

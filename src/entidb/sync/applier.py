@@ -1216,7 +1216,7 @@ def _stage_operations(
         full_cursor=full_cursor,
         full_done=full_done,
         delta_cursor=delta_cursor,
-        tables=full_tables if full_phase else stage.tables | full_tables,
+        tables=full_tables,
         deltas=stage.deltas if full_phase else tables,
         counts=counts,
         operations=stage.operations + operations,
