@@ -157,6 +157,29 @@ def test_the_next_batch_has_what_became_ready_meanwhile_and_is_older() -> None:
     assert_in_step(world, a)
 
 
+def test_r5_what_became_ready_and_is_older_keeps_none_from_going_along() -> None:
+    world, a = start("manual")
+    world.put(("notes", 1, "theirs"))
+    a.put(("notes", 1, "mine"))
+    a.sync()
+    applier, one = a.engine.applier, BatchLimits(operations_max=1)
+    for n in (2, 3):
+        a.put(("notes", n, "mine"))
+    first = applier.prepare(one)
+    assert first is not None
+    applier.resolve(applier.conflicts()[0], KEEP)
+    older = applier.prepare_after(first, one)
+    assert older is not None and older.sequences < first.sequences
+    version = world.server.sequence + 1
+    settled = applier.settle(first, answer(PushResult(ACCEPTED, version)), one, older)
+    assert settled.next_batch is not None
+    assert settled.next_batch.sequences > first.sequences
+    assert [batch.ranges for batch in applier.inflight()] == [
+        older.ranges,
+        settled.next_batch.ranges,
+    ]
+
+
 def test_r7_after_a_conflict_what_is_in_flight_is_settled_and_a_pull_comes_before_more() -> None:
     world, a = start("client_wins", push_operations_max=1)
     for n in (1, 2, 3):
