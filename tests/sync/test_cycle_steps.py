@@ -118,6 +118,7 @@ def test_the_only_batch_is_sent_without_a_hint(monkeypatch: pytest.MonkeyPatch) 
     steps = watched(monkeypatch, a)
     a.sync()
     assert pushes(steps) == [("ask", [1, 2])]
+    assert [how for how, _ in steps] == ["ask", "ask"]
 
 
 def test_progress_counts_what_was_pushed_from_nothing_in_every_round() -> None:
@@ -238,14 +239,18 @@ def test_r20_each_page_of_changes_is_hinted_at_and_told_of(
     assert_in_step(world, a)
 
 
-def test_a_single_page_is_told_of_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    world, a = synced()
+@pytest.mark.parametrize("first", [True, False], ids=["everything", "changes"])
+def test_a_single_page_is_told_of_and_counted(first: bool) -> None:
+    world = World()
+    a = world.device()
+    if not first:
+        a.sync()
     world.put(("notes", 1, "new"), ("notes", 2, "newer"))
-    steps, heard = watched(monkeypatch, a), told(a)
+    heard = told(a)
     result = a.sync()
     size = len(cbor.encode("new")) + len(cbor.encode("newer"))
     assert heard == [SyncProgress(PULLING, 2, size, 2)]
-    assert (result.bytes_pulled, [how for how, _ in steps]) == (size, ["ask"])
+    assert (result.bytes_pulled, result.pulled) == (size, 2)
 
 
 def test_r22_changes_on_a_page_that_does_not_move_the_cursor_are_an_error(

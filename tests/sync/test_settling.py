@@ -157,6 +157,33 @@ def test_the_next_batch_has_what_became_ready_meanwhile_and_is_older() -> None:
     assert_in_step(world, a)
 
 
+def test_r8_what_was_committed_after_the_limit_is_no_batch_and_no_commit() -> None:
+    _, a = start()
+    applier = a.engine.applier
+    limit = BatchLimits(sequence_max=a.db.sequence)
+    a.put(("notes", 1, "mine"))
+    commits = a.storage.commits
+    assert applier.prepare(limit) is None
+    assert (applier.inflight(), a.storage.commits) == ([], commits)
+
+
+def test_r5_only_the_batch_in_flight_can_have_one_after_it_and_only_one() -> None:
+    _, a = start()
+    applier, one = a.engine.applier, BatchLimits(operations_max=1)
+    for n in (1, 2, 3):
+        a.put(("notes", n, "mine"))
+    first = applier.prepare(one)
+    assert first is not None
+    second = applier.prepare_after(first, one)
+    assert second is not None
+    with pytest.raises(SyncStateError):
+        applier.prepare_after(first, one)
+    applier.settle(first, answer(PushResult(ACCEPTED, 9)), None, second)
+    with pytest.raises(SyncStateError):
+        applier.prepare_after(first, one)
+    assert [batch.ranges for batch in applier.inflight()] == [second.ranges]
+
+
 def test_r5_what_became_ready_and_is_older_keeps_none_from_going_along() -> None:
     world, a = start("manual")
     world.put(("notes", 1, "theirs"))
