@@ -76,6 +76,7 @@ from entidb.protocol import (
     payload_bytes,
     transaction_bytes,
 )
+from entidb.types import OPERATION_OVERHEAD_BYTES as _COUNTED_OVERHEAD_BYTES
 from entidb.types import timestamp_from_ms, uuid_from_bytes
 
 _log = logging.getLogger("entidb.server")
@@ -508,7 +509,8 @@ class _Deciding:
         real = [key for each in keys for key in each if key is not None]
         self._states = dict(zip(real, writer.get_many(real), strict=True))
         # Only a batch of that size can hold a transaction that is too large.
-        self._may_be_large = payload_bytes(self._request) > self._bytes_max // 2
+        size = payload_bytes(self._request) + _COUNTED_OVERHEAD_BYTES * sum(map(len, keys))
+        self._may_be_large = size > self._bytes_max
         seen = values or itertools.repeat(())
         results = list(map(self._one, transactions, keys, known, seen))
         for place, by in zip(self._prefixes, self._counts, strict=True):
