@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from entidb import cbor
-from entidb.errors import ProtocolError, SyncCodecError
+from entidb.errors import ProtocolError, SyncCodecError, SyncStateError
 from entidb.protocol import (
     TOMBSTONE_SIZE,
     PullColumns,
@@ -161,6 +161,18 @@ def test_what_is_wrong_with_a_value_is_told_with_its_place(columns: bool) -> Non
     bad = PullOperation(0, uid(2).bytes, b"\x18\x01")
     with pytest.raises(SyncCodecError, match=f"entity {uid(2).hex} of version 6"):
         stage(a, page(commit(5, write(1)), commit(6, write(3, None), bad), columns=columns))
+
+
+@forms
+def test_r31_changes_are_not_taken_for_everything_when_their_stage_is_gone(columns: bool) -> None:
+    world = World()
+    world.put(("notes", 1, "old"))
+    a = world.device()
+    a.sync()
+    changes = page(commit(5, write(2)), columns=columns)
+    with pytest.raises(SyncStateError, match="scope"):
+        a.engine.applier.stage_page(asked(a, a.state.cursor, full=False), changes, ["tasks"])
+    assert a.engine.applier.stage() is None
 
 
 # ---------------------------------------------------------------- what is kept

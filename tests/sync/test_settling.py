@@ -184,6 +184,20 @@ def test_r5_only_the_batch_in_flight_can_have_one_after_it_and_only_one() -> Non
     assert [batch.ranges for batch in applier.inflight()] == [second.ranges]
 
 
+def test_r5_no_batch_goes_along_that_builds_on_the_other_one_in_flight() -> None:
+    _, a = start()
+    applier, one = a.engine.applier, BatchLimits(operations_max=1)
+    for n in (1, 2, 2, 3):
+        a.put(("notes", n, "mine"))
+    first = applier.prepare(one)
+    assert first is not None
+    second = applier.prepare_after(first, one)
+    assert second is not None
+    settled = applier.settle(first, answer(PushResult(ACCEPTED, 9)), one, second)
+    assert (settled.pull, settled.next_batch) == (False, None)
+    assert [batch.ranges for batch in applier.inflight()] == [second.ranges]
+
+
 def test_r5_what_became_ready_and_is_older_keeps_none_from_going_along() -> None:
     world, a = start("manual")
     world.put(("notes", 1, "theirs"))
