@@ -227,6 +227,14 @@ def test_more_small_entities_are_read_at_a_time_and_few_large_ones(
     assert reads(monkeypatch, world, columns=columns, bytes_max=40_000) == [few, 23, few]
 
 
+def test_r19_a_page_that_is_full_where_a_read_ends_is_cut_there() -> None:
+    world = World()
+    for n in range(READ_ROWS + 1):
+        world.put(("notes", n, "x" * (100 - OPERATION_OVERHEAD_BYTES - 2)))
+    page = pull(world, bytes_max=100 * READ_ROWS)
+    assert (len(page.commits), page.cursor, page.has_more) == (READ_ROWS, READ_ROWS, True)
+
+
 @pytest.mark.parametrize("place", [0, 1, 20])
 @pytest.mark.parametrize("gone", [True, False], ids=["gone", "older"])
 @forms
