@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from entidb import cbor
-from entidb.db.records import ENTITY, end_of
+from entidb.db.records import ENTITY, READY, end_of
 from entidb.errors import (
     ConfigError,
     ConflictError,
@@ -28,6 +28,7 @@ from entidb.protocol import (
     Verdict,
 )
 from entidb.server.service import Grant, Refusal
+from entidb.storage.memory import MemorySnapshot
 from entidb.sync import Conflict, ConflictResolution
 from entidb.sync.applier import BatchLimits, MemorySyncApplier
 from entidb.types import OPERATION_OVERHEAD_BYTES
@@ -232,16 +233,61 @@ def test_r7_after_a_conflict_what_is_in_flight_is_settled_and_a_pull_comes_befor
     assert_in_step(world, a)
 
 
-def test_a_pending_entity_without_a_row_is_reported_and_nothing_is_sent() -> None:
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "clean"])
+def test_a_pending_entity_without_a_row_that_says_so_is_reported_and_nothing_is_sent(
+    gone: bool,
+) -> None:
     _, a = start()
-    made = a.put(("notes", 9, "mine"))
+    made = [a.put(("notes", n, "mine")) for n in (8, 9)]
     with a.storage.snapshot() as snapshot:
-        [key] = [k for k, _ in snapshot.scan(ENTITY, end_of(ENTITY)) if k[-1] == 9]
-    a.storage.inner.commit({key: None})
-    with pytest.raises(CorruptionError, match="verify"):
+        rows = snapshot.scan(ENTITY, end_of(ENTITY))
+    [clean] = [row for key, row in rows if key[-1] == 1]
+    [key] = [key for key, _ in rows if key[-1] == 9]
+    a.storage.inner.commit({key: None if gone else clean})
+    with pytest.raises(CorruptionError, match=f"entity {uid(9).hex} .*verify"):
         a.sync()
     assert a.wire.pushes() == []
-    assert [t.transaction_id for t in a.engine.applier.pending()] == [made.bytes]
+    assert [t.transaction_id for t in a.engine.applier.pending()] == [id.bytes for id in made]
+
+
+@pytest.mark.parametrize("writes", [(1,), (4, 1)], ids=["alone", "among others"])
+def test_the_batch_after_one_ends_before_what_builds_on_it(writes: tuple[int, ...]) -> None:
+    _, a = start()
+    applier = a.engine.applier
+    a.put(("notes", 1, "mine"))
+    first = applier.prepare(BatchLimits())
+    assert first is not None
+    a.put(("notes", 2, "mine"))
+    a.put(*[("notes", n, "on top") for n in writes])
+    for n in (4, 5):
+        a.put(("notes", n, "mine"))
+    after = applier.prepare_after(first, BatchLimits())
+    assert after is not None
+    assert [op.entity_id[-1] for t in after.transactions for op in t.operations] == [2]
+
+
+def test_the_outbox_is_read_about_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, a = start()
+    for n in range(100):
+        a.put(("notes", n, "x" * 900))
+    [size] = {len(transaction.encode()) for transaction in a.engine.applier.pending()}
+    limits: list[int] = []
+    scan = MemorySnapshot.scan
+
+    def watching(self: MemorySnapshot, first: bytes, *rest: Any, **options: Any) -> Any:
+        if first.startswith(READY):
+            limits.append(options["limit"])
+        return scan(self, first, *rest, **options)
+
+    monkeypatch.setattr(MemorySnapshot, "scan", watching)
+    for count, expected in ((45, [32, 45]), (1, [32]), (10**6, [32, 2000])):
+        limits.clear()
+        batch = a.engine.applier.prepare(BatchLimits(bytes_max=count * (size + 1)))
+        assert batch is not None and len(batch.keys) == min(count, 100)
+        assert limits == expected
+    limits.clear()
+    [batch] = a.engine.applier.inflight()
+    assert (len(batch.keys), limits) == (100, [32, 2000])
 
 
 # ---------------------------------------------------------------- verdicts
@@ -299,6 +345,18 @@ def test_r18_settling_says_how_many_of_each_verdict_there_were() -> None:
     settled = a.engine.applier.settle(batch, answer(*given), None)
     assert (settled.accepted, settled.accepted_operations, settled.superseded) == (1, 2, 0)
     assert (settled.conflicts, settled.rejected, settled.pull) == (2, 2, True)
+
+
+def test_r30_what_was_accepted_takes_along_what_it_has_replaced() -> None:
+    _, a = start()
+    applier = a.engine.applier
+    a.put(("notes", 2, "first"))
+    a.put(("notes", 1, "mine"), ("notes", 2, "second"))
+    batch = applier.prepare(BatchLimits())
+    assert batch is not None
+    applier.settle(batch, answer(PushResult(Verdict.CONFLICT), PushResult(ACCEPTED, 9)), None)
+    assert list(applier.pending()) == []
+    assert_sound(a.db)
 
 
 def test_r5_only_the_batch_in_flight_can_be_settled() -> None:
