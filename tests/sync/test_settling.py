@@ -30,7 +30,7 @@ from entidb.protocol import (
 from entidb.server.service import Grant, Refusal
 from entidb.storage.memory import MemorySnapshot
 from entidb.sync import Conflict, ConflictResolution
-from entidb.sync.applier import BatchLimits, MemorySyncApplier
+from entidb.sync.applier import BatchLimits, MemorySyncApplier, check_verdicts
 from entidb.types import OPERATION_OVERHEAD_BYTES
 from tests.support import (
     GRANT,
@@ -331,6 +331,13 @@ def test_r12_a_version_that_cannot_be_settles_nothing(
     with pytest.raises(ProtocolError):
         applier.settle(batch, answer(*results), None)
     assert (a.storage.commits, a.pending) == (commits, 2)
+
+
+@pytest.mark.parametrize(("versions", "worst"), [((0, 7), 0), ((7, 12), 12), ((11, 12), 12)])
+def test_r12_the_version_that_cannot_be_is_named(versions: tuple[int, int], worst: int) -> None:
+    results = [PushResult(ACCEPTED, version) for version in versions]
+    with pytest.raises(ProtocolError, match=f"version {worst}, "):
+        check_verdicts(answer(*results))
 
 
 def test_r18_settling_says_how_many_of_each_verdict_there_were() -> None:
