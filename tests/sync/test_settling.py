@@ -429,6 +429,20 @@ def test_r18_what_was_accepted_keeps_the_time_it_was_written_at(chain: bool) -> 
         assert stamps[uid(1)] == written
 
 
+@pytest.mark.parametrize("chain", [False, True], ids=["alone", "in a chain"])
+def test_r27_what_the_server_clamped_has_its_time(chain: bool) -> None:
+    _, a = start()
+    if chain:
+        a.put(("notes", 1, "before"))
+    a.put(("notes", 1, "mine"))
+    batch = a.engine.applier.prepare(BatchLimits())
+    assert batch is not None
+    results = [PushResult(ACCEPTED, 8, 50), PushResult(ACCEPTED, 9, 60)][not chain :]
+    a.engine.applier.settle(batch, answer(*results), None)
+    [stamp] = [event.timestamp for event in a.db.changes() if event.entity_id == uid(1)]
+    assert stamp == 60
+
+
 def test_r21_what_was_accepted_need_not_come_back() -> None:
     _, a = start()
     a.put(("notes", 1, "first"), ("notes", 2, "first"))
