@@ -260,6 +260,33 @@ def test_r31_a_staged_page_leaves_out_what_is_beyond_the_scope(columns: bool) ->
     assert_sound(a.db)
 
 
+@forms
+def test_r31_changes_after_the_full_part_take_their_place_and_count_once(columns: bool) -> None:
+    world = World()
+    world.put(("notes", 1, "old"))
+    a = world.device(collections=("notes",))
+    a.sync()
+    a.db.set_scope(("notes", "tasks"))
+    applier, cursor = a.engine.applier, a.state.cursor
+    while applier.adopt():
+        pass
+    everything = replace(asked(a), collections=["tasks"])
+    beside = page(
+        commit(3, write(7)), columns=columns, collections=["notes"], has_more=True, head=9
+    )
+    assert applier.stage_page(everything, beside, ["tasks"]).operations == 0
+    tasks: dict[str, Any] = {"columns": columns, "collections": ["tasks"], "cursor": 9, "head": 9}
+    changes = page(commit(5, write(1, "t")), **tasks)
+    kept = applier.stage_page(replace(everything, cursor=3), changes, ["tasks"])
+    assert (kept.full_cursor, kept.full_done, kept.delta_cursor) == (9, True, cursor)
+    kept = applier.stage_page(asked(a, cursor, full=False), changes, ["tasks"])
+    assert (kept.full_cursor, kept.delta_cursor) == (9, 9)
+    applier.publish()
+    assert (a.values(), a.values("tasks"), a.state.cursor) == ({1: "old"}, {1: "t"}, 9)
+    assert len(a.db.collection("tasks")) == 1
+    assert_sound(a.db)
+
+
 @pytest.mark.parametrize("page_size", [2, 1000])
 def test_r31_a_server_that_sends_more_than_was_missing_leaves_no_trace_of_it(
     page_size: int, monkeypatch: pytest.MonkeyPatch
