@@ -105,6 +105,16 @@ def test_r15_a_transaction_of_exactly_the_limit_is_accepted() -> None:
         assert verdicts(push(world, tx(1, wide))) == [verdict]
 
 
+def test_r15_many_small_operations_make_a_transaction_too_large_as_well() -> None:
+    many = [op(n, None) for n in range(10)]
+    for limit, verdict in (
+        (transaction_bytes(many), ACCEPTED),
+        (transaction_bytes(many) - 1, REJECTED),
+    ):
+        world = World(limits=replace(LIMITS, transaction_bytes_max=limit))
+        assert verdicts(push(world, tx(1, *many))) == [verdict]
+
+
 def test_r15_a_payload_that_is_not_canonical_is_named_as_such() -> None:
     world = World()
     bad = PushTransaction(uid(1).bytes, NOW, [PushOperation(0, uid(1).bytes, 0, b"\x18\x01")])

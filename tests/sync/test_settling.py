@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from entidb import cbor
-from entidb.db.records import ENTITY, end_of
+from entidb.db.records import ENTITY, READY, end_of
 from entidb.errors import (
     ConfigError,
     ConflictError,
@@ -28,8 +28,9 @@ from entidb.protocol import (
     Verdict,
 )
 from entidb.server.service import Grant, Refusal
+from entidb.storage.memory import MemorySnapshot
 from entidb.sync import Conflict, ConflictResolution
-from entidb.sync.applier import BatchLimits, MemorySyncApplier
+from entidb.sync.applier import BatchLimits, MemorySyncApplier, check_verdicts
 from entidb.types import OPERATION_OVERHEAD_BYTES
 from tests.support import (
     GRANT,
@@ -69,6 +70,11 @@ def once(kind: type, work: Callable[[], object]) -> Callable[[SyncRequest], None
 
 def order(device: Device) -> list[str]:
     return [type(request).__name__ for request in device.wire.requests]
+
+
+def written(push: PushRequest) -> list[int]:
+    """The last bytes of the ids that a push writes."""
+    return [op.entity_id[-1] for t in push.transactions for op in t.operations]
 
 
 def refusing(*values: Any) -> Callable[[Any, Any], Refusal | None]:
@@ -152,26 +158,136 @@ def test_the_next_batch_has_what_became_ready_meanwhile_and_is_older() -> None:
     assert_in_step(world, a)
 
 
-def test_r7_after_a_conflict_a_pull_comes_before_the_next_batch() -> None:
-    world, a = start("client_wins", push_operations_max=1)
+def test_r8_what_was_committed_after_the_limit_is_no_batch_and_no_commit() -> None:
+    _, a = start()
+    applier = a.engine.applier
+    limit = BatchLimits(sequence_max=a.db.sequence)
     a.put(("notes", 1, "mine"))
-    a.put(("notes", 2, "mine"))
+    commits = a.storage.commits
+    assert applier.prepare(limit) is None
+    assert (applier.inflight(), a.storage.commits) == ([], commits)
+
+
+def test_r5_only_the_batch_in_flight_can_have_one_after_it_and_only_one() -> None:
+    _, a = start()
+    applier, one = a.engine.applier, BatchLimits(operations_max=1)
+    for n in (1, 2, 3):
+        a.put(("notes", n, "mine"))
+    first = applier.prepare(one)
+    assert first is not None
+    second = applier.prepare_after(first, one)
+    assert second is not None
+    with pytest.raises(SyncStateError):
+        applier.prepare_after(first, one)
+    applier.settle(first, answer(PushResult(ACCEPTED, 9)), None, second)
+    with pytest.raises(SyncStateError):
+        applier.prepare_after(first, one)
+    assert [batch.ranges for batch in applier.inflight()] == [second.ranges]
+
+
+def test_r5_no_batch_goes_along_that_builds_on_the_other_one_in_flight() -> None:
+    _, a = start()
+    applier, one = a.engine.applier, BatchLimits(operations_max=1)
+    for n in (1, 2, 2, 3):
+        a.put(("notes", n, "mine"))
+    first = applier.prepare(one)
+    assert first is not None
+    second = applier.prepare_after(first, one)
+    assert second is not None
+    settled = applier.settle(first, answer(PushResult(ACCEPTED, 9)), one, second)
+    assert (settled.pull, settled.next_batch) == (False, None)
+    assert [batch.ranges for batch in applier.inflight()] == [second.ranges]
+
+
+def test_r5_what_became_ready_and_is_older_keeps_none_from_going_along() -> None:
+    world, a = start("manual")
+    world.put(("notes", 1, "theirs"))
+    a.put(("notes", 1, "mine"))
+    a.sync()
+    applier, one = a.engine.applier, BatchLimits(operations_max=1)
+    for n in (2, 3):
+        a.put(("notes", n, "mine"))
+    first = applier.prepare(one)
+    assert first is not None
+    applier.resolve(applier.conflicts()[0], KEEP)
+    older = applier.prepare_after(first, one)
+    assert older is not None and older.sequences < first.sequences
+    version = world.server.sequence + 1
+    settled = applier.settle(first, answer(PushResult(ACCEPTED, version)), one, older)
+    assert settled.next_batch is not None
+    assert settled.next_batch.sequences > first.sequences
+    assert [batch.ranges for batch in applier.inflight()] == [
+        older.ranges,
+        settled.next_batch.ranges,
+    ]
+
+
+def test_r7_after_a_conflict_what_is_in_flight_is_settled_and_a_pull_comes_before_more() -> None:
+    world, a = start("client_wins", push_operations_max=1)
+    for n in (1, 2, 3):
+        a.put(("notes", n, "mine"))
     a.wire.before = once(PushRequest, lambda: world.put(("notes", 1, "theirs")))
-    assert a.sync().pushed == 2
-    assert order(a) == ["PullRequest", "PushRequest", "PullRequest", "PushRequest", "PushRequest"]
+    assert a.sync().pushed == 3
+    assert order(a) == ["PullRequest", *["PushRequest"] * 2, "PullRequest", *["PushRequest"] * 2]
+    assert [written(push) for push in a.wire.pushes()] == [[1], [2], [1], [3]]
     assert_in_step(world, a)
 
 
-def test_a_pending_entity_without_a_row_is_reported_and_nothing_is_sent() -> None:
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "clean"])
+def test_a_pending_entity_without_a_row_that_says_so_is_reported_and_nothing_is_sent(
+    gone: bool,
+) -> None:
     _, a = start()
-    made = a.put(("notes", 9, "mine"))
+    made = [a.put(("notes", n, "mine")) for n in (8, 9)]
     with a.storage.snapshot() as snapshot:
-        [key] = [k for k, _ in snapshot.scan(ENTITY, end_of(ENTITY)) if k[-1] == 9]
-    a.storage.inner.commit({key: None})
-    with pytest.raises(CorruptionError, match="verify"):
+        rows = snapshot.scan(ENTITY, end_of(ENTITY))
+    [clean] = [row for key, row in rows if key[-1] == 1]
+    [key] = [key for key, _ in rows if key[-1] == 9]
+    a.storage.inner.commit({key: None if gone else clean})
+    with pytest.raises(CorruptionError, match=f"entity {uid(9).hex} .*verify"):
         a.sync()
     assert a.wire.pushes() == []
-    assert [t.transaction_id for t in a.engine.applier.pending()] == [made.bytes]
+    assert [t.transaction_id for t in a.engine.applier.pending()] == [id.bytes for id in made]
+
+
+@pytest.mark.parametrize("writes", [(1,), (4, 1)], ids=["alone", "among others"])
+def test_the_batch_after_one_ends_before_what_builds_on_it(writes: tuple[int, ...]) -> None:
+    _, a = start()
+    applier = a.engine.applier
+    a.put(("notes", 1, "mine"))
+    first = applier.prepare(BatchLimits())
+    assert first is not None
+    a.put(("notes", 2, "mine"))
+    a.put(*[("notes", n, "on top") for n in writes])
+    for n in (4, 5):
+        a.put(("notes", n, "mine"))
+    after = applier.prepare_after(first, BatchLimits())
+    assert after is not None
+    assert [op.entity_id[-1] for t in after.transactions for op in t.operations] == [2]
+
+
+def test_the_outbox_is_read_about_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, a = start()
+    for n in range(100):
+        a.put(("notes", n, "x" * 900))
+    [size] = {len(transaction.encode()) for transaction in a.engine.applier.pending()}
+    limits: list[int] = []
+    scan = MemorySnapshot.scan
+
+    def watching(self: MemorySnapshot, first: bytes, *rest: Any, **options: Any) -> Any:
+        if first.startswith(READY):
+            limits.append(options["limit"])
+        return scan(self, first, *rest, **options)
+
+    monkeypatch.setattr(MemorySnapshot, "scan", watching)
+    for count, expected in ((45, [32, 45]), (1, [32]), (10**6, [32, 2000])):
+        limits.clear()
+        batch = a.engine.applier.prepare(BatchLimits(bytes_max=count * (size + 1)))
+        assert batch is not None and len(batch.keys) == min(count, 100)
+        assert limits == expected
+    limits.clear()
+    [batch] = a.engine.applier.inflight()
+    assert (len(batch.keys), limits) == (100, [32, 2000])
 
 
 # ---------------------------------------------------------------- verdicts
@@ -217,6 +333,13 @@ def test_r12_a_version_that_cannot_be_settles_nothing(
     assert (a.storage.commits, a.pending) == (commits, 2)
 
 
+@pytest.mark.parametrize(("versions", "worst"), [((0, 7), 0), ((1, 12), 12), ((11, 12), 12)])
+def test_r12_the_version_that_cannot_be_is_named(versions: tuple[int, int], worst: int) -> None:
+    results = [PushResult(ACCEPTED, version) for version in versions]
+    with pytest.raises(ProtocolError, match=f"version {worst}, "):
+        check_verdicts(answer(*results))
+
+
 def test_r18_settling_says_how_many_of_each_verdict_there_were() -> None:
     _, a = start()
     for n in range(1, 6):
@@ -229,6 +352,18 @@ def test_r18_settling_says_how_many_of_each_verdict_there_were() -> None:
     settled = a.engine.applier.settle(batch, answer(*given), None)
     assert (settled.accepted, settled.accepted_operations, settled.superseded) == (1, 2, 0)
     assert (settled.conflicts, settled.rejected, settled.pull) == (2, 2, True)
+
+
+def test_r30_what_was_accepted_takes_along_what_it_has_replaced() -> None:
+    _, a = start()
+    applier = a.engine.applier
+    a.put(("notes", 2, "first"))
+    a.put(("notes", 1, "mine"), ("notes", 2, "second"))
+    batch = applier.prepare(BatchLimits())
+    assert batch is not None
+    applier.settle(batch, answer(PushResult(Verdict.CONFLICT), PushResult(ACCEPTED, 9)), None)
+    assert list(applier.pending()) == []
+    assert_sound(a.db)
 
 
 def test_r5_only_the_batch_in_flight_can_be_settled() -> None:
@@ -292,6 +427,20 @@ def test_r18_what_was_accepted_keeps_the_time_it_was_written_at(chain: bool) -> 
     for device in (a, b):
         stamps = {event.entity_id: event.timestamp for event in device.db.changes()}
         assert stamps[uid(1)] == written
+
+
+@pytest.mark.parametrize("chain", [False, True], ids=["alone", "in a chain"])
+def test_r27_what_the_server_clamped_has_its_time(chain: bool) -> None:
+    _, a = start()
+    if chain:
+        a.put(("notes", 1, "before"))
+    a.put(("notes", 1, "mine"))
+    batch = a.engine.applier.prepare(BatchLimits())
+    assert batch is not None
+    results = [PushResult(ACCEPTED, 8, 50), PushResult(ACCEPTED, 9, 60)][not chain :]
+    a.engine.applier.settle(batch, answer(*results), None)
+    [stamp] = [event.timestamp for event in a.db.changes() if event.entity_id == uid(1)]
+    assert stamp == 60
 
 
 def test_r21_what_was_accepted_need_not_come_back() -> None:

@@ -123,11 +123,6 @@ def split_feed_keys(keys: Sequence[bytes]) -> list[tuple[int, int, bytes]]:
     return list(map(split_feed_key, keys))
 
 
-def feed_after(sequence: int) -> bytes:
-    """The first feed key behind everything of commit ``sequence``."""
-    return FEED + _U64.pack(sequence + 1)
-
-
 def sequence_key(kind: bytes, sequence: int) -> bytes:
     return kind + _U64.pack(sequence)
 

@@ -76,6 +76,7 @@ from entidb.protocol import (
     payload_bytes,
     transaction_bytes,
 )
+from entidb.types import OPERATION_OVERHEAD_BYTES as _COUNTED_OVERHEAD_BYTES
 from entidb.types import timestamp_from_ms, uuid_from_bytes
 
 _log = logging.getLogger("entidb.server")
@@ -463,7 +464,6 @@ class _Deciding:
         self._grant = grant
         self._digest_heads = digest_heads(request.collections)
         self._below_floor = request.cursor < floor
-        self._planned: Catalogue | None = None
         self._prefixes = self._collections()
         #: Versions written by earlier transactions of this batch (R13): those above what was the
         #: head when it began, and those of transactions that were accepted before.
@@ -490,7 +490,7 @@ class _Deciding:
             # A collection that is local on the server is nobody else's (R31).
             found.append((info.number, info.prefix) if info is not None and info.synced else None)
         # New collections come to be with the first transaction that is accepted, not before.
-        self._planned = None if catalogue is self._writer.catalogue else catalogue
+        self._planned: Catalogue | None = None if catalogue is self._writer.catalogue else catalogue
         return found
 
     def run(self, values: list[list[Any]]) -> list[PushResult]:
@@ -509,7 +509,8 @@ class _Deciding:
         real = [key for each in keys for key in each if key is not None]
         self._states = dict(zip(real, writer.get_many(real), strict=True))
         # Only a batch of that size can hold a transaction that is too large.
-        self._may_be_large = payload_bytes(self._request) > self._bytes_max // 2
+        size = payload_bytes(self._request) + _COUNTED_OVERHEAD_BYTES * sum(map(len, keys))
+        self._may_be_large = size > self._bytes_max
         seen = values or itertools.repeat(())
         results = list(map(self._one, transactions, keys, known, seen))
         for place, by in zip(self._prefixes, self._counts, strict=True):

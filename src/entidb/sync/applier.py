@@ -391,7 +391,8 @@ class DatabaseApplier:
             next_batch = None
             if limits is not None and not settled.pull:
                 apart = frozenset() if following is None else frozenset(following.entity_keys)
-                next_batch = _choose(writer, limits, [*batch.ranges, *kept], mark, apart)
+                taken = sorted([*batch.ranges, *kept])
+                next_batch = _choose(writer, limits, taken, mark, apart)
             settled.next_batch = next_batch
             left = [kept] if kept else []
             if next_batch is not None:
@@ -1123,12 +1124,13 @@ def _stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: Colu
     ]
     before = len(writer.changes)
     writer.changes.update(made)
-    if len(writer.changes) != before + len(made):
-        raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
     sent, operations = Counter(rows.indexes), 0
     gone = Counter(
         index for index, payload in zip(rows.indexes, rows.payloads, strict=True) if payload is None
     )
+    twice = len(writer.changes) != before + len(made)
+    if twice or (gone and len(set(zip(rows.indexes, rows.ids, strict=True))) != len(rows.ids)):
+        raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
     for index, info in enumerate(targets):
         if info is not None:
             number = str(info.number)
@@ -1161,18 +1163,17 @@ def _stage_operations(
     """Write a page into the stage's own tables. In collections that come from nothing a tombstone
     only removes; in the others it must stay, to be applied."""
     full_phase = not stage.full_done
-    tables = dict(stage.tables if full_phase else stage.deltas)
     # After the full part of some collections the changes of the others follow; a change of a
     # full one then goes straight into its new table.
-    full_tables = dict(stage.tables)
-    counts = dict(stage.counts)
+    tables, deltas, counts = dict(stage.tables), dict(stage.deltas), dict(stage.counts)
     prefixes: list[tuple[bytes, str, bool] | None] = []
     for info in _targets(writer, response):
-        if info is None:
+        is_full = info is not None and (stage.full is None or info.name in stage.full)
+        if info is None or (full_phase and not is_full):
+            # A collection that was not asked for now: its changes come after the full part.
             prefixes.append(None)
             continue
-        is_full = stage.full is None or info.name in stage.full
-        table = _table_for(writer, full_tables if is_full else tables, info.number)
+        table = _table_for(writer, tables if is_full else deltas, info.number)
         prefixes.append((table_prefix(table), str(info.number), is_full))
     operations = 0
     changes = writer.changes
@@ -1216,8 +1217,8 @@ def _stage_operations(
         full_cursor=full_cursor,
         full_done=full_done,
         delta_cursor=delta_cursor,
-        tables=full_tables if full_phase else stage.tables | full_tables,
-        deltas=stage.deltas if full_phase else tables,
+        tables=tables,
+        deltas=deltas,
         counts=counts,
         operations=stage.operations + operations,
         time_ms=response.time,

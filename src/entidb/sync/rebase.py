@@ -13,7 +13,7 @@ and verdicts are ``applier``'s; policies only answer, they are in ``policies``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct, field
@@ -355,7 +355,7 @@ class Rebase:
         self._replace(ref, new, row)
 
     def _replace(self, ref: Ref, new: EntityRow, old: EntityRow) -> None:
-        if new.payload == old.payload and old.sequence:
+        if new.payload == old.payload:
             self._writer.put_entity(ref, new, old)
         else:
             self._writer.show(ref, new, old, self.sequence())
@@ -369,13 +369,12 @@ class Rebase:
 
     def withdraw(
         self,
-        roots: Iterable[PendingTransaction],
+        roots: list[PendingTransaction],
         code: str,
         message: str,
         lost: list[list[Any]],
     ) -> None:
         """Take ``roots`` and everything built on them out of the view and into ``discarded``."""
-        roots = list(roots)
         everything = self._closure(roots)
         chosen = {transaction.sequence for transaction in roots}
         for transaction in everything:
@@ -410,12 +409,12 @@ class Rebase:
 
     def _later(self, ref: Ref, sequence: int) -> list[PendingTransaction]:
         row = self._writer.entity(ref)
+        assert row is not None
         found = []
-        at = 0 if row is None else row.pending
+        at = row.pending
         while at > sequence:
             step = self._step(ref, at)
-            if step is None:
-                break
+            assert step is not None
             found.append(step.transaction)
             at = step.op.previous
         return found

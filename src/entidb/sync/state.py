@@ -88,7 +88,7 @@ class SyncCycleResult(Struct):
 
 class SyncProgress(Struct, frozen=True):
     """How far a cycle is: operations and payload bytes done in this phase, and the operations in
-    all as far as known (None: unknown)."""
+    all as far as known (None: unknown). While it pushes, whole transactions are counted."""
 
     state: SyncState
     operations: int

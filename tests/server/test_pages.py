@@ -1,0 +1,292 @@
+"""Pages of a pull in both of their forms: what is on them, where they end (R19, R21, R31)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from entidb.db.records import ENTITY, end_of, pack_entity, payload_of, unpack_entity
+from entidb.errors import CorruptionError
+from entidb.protocol import (
+    PullRequest,
+    PullResponse,
+    PushOperation,
+    PushRequest,
+    PushTransaction,
+    expanded,
+)
+from entidb.server.service import (
+    OPERATION_OVERHEAD_BYTES,
+    PAGE_BYTES_MAX,
+    READ_ROWS,
+    READ_ROWS_MAX,
+    RECENT_COMMITS,
+    Grant,
+)
+from entidb.storage.memory import MemorySnapshot
+from tests.support import GRANT, World, uid
+
+Row = tuple[int, str, bytes, bytes | None]
+
+forms = pytest.mark.parametrize("columns", [False, True], ids=["commits", "columns"])
+
+
+def asked(world: World, **changes: Any) -> PullRequest:
+    assert world.server.history is not None
+    made = PullRequest(
+        db_id="shop",
+        device_id=b"d" * 16,
+        history=world.server.history,
+        cursor=0,
+        limit=1000,
+        bytes_max=1 << 20,
+    )
+    return replace(made, **changes)
+
+
+def pull(world: World, grant: Grant = GRANT, **changes: Any) -> PullResponse:
+    """One page with commits, after a look that it is the same in columns."""
+    page = world.service.pull(asked(world, **changes), grant)
+    columns = world.service.pull(asked(world, columns=True, **changes), grant)
+    assert (page.columns, columns.commits) == (None, [])
+    assert columns.columns is not None
+    assert expanded(columns) == page
+    return page
+
+
+def rows_of(page: PullResponse) -> list[Row]:
+    return [
+        (commit.version, page.collections[op.collection], op.entity_id, op.payload)
+        for commit in page.commits
+        for op in commit.operations
+    ]
+
+
+def log(world: World) -> list[Row]:
+    """What the server's own feed has."""
+    return [
+        (event.sequence, event.collection, event.entity_id.bytes, event.payload)
+        for event in world.server.changes()
+        if event.entity_id is not None
+    ]
+
+
+def busy() -> World:
+    """Commits of one to seven operations in three collections, with deletions among them, and
+    values from nothing to a few hundred bytes."""
+    world = World()
+    names = ("notes", "tasks", "other")
+    for n in range(60):
+        writes = [(names[(n + m) % 3], (n * 7 + m) % 90, "x" * (n * m % 300)) for m in range(7)]
+        world.put(*writes[: n % 7 + 1])
+    for n in range(0, 60, 4):
+        for name in names:
+            if uid(n) in world.server.collection(name):
+                world.put((name, n, None))
+    return world
+
+
+def ends_before(rows: Sequence[Row], bytes_max: int) -> int:
+    """How many of ``rows`` a page of so many bytes has: a commit begins while there is room, and
+    is taken whole."""
+    size = last = 0
+    for at, (version, _, _, payload) in enumerate(rows):
+        if version != last and size >= bytes_max:
+            return at
+        last = version
+        size += OPERATION_OVERHEAD_BYTES + len(payload or b"")
+    return len(rows)
+
+
+# ---------------------------------------------------------------- what is on a page
+
+
+def test_r19_a_page_of_everything_is_the_log() -> None:
+    world = busy()
+    page = pull(world)
+    assert rows_of(page) == log(world)
+    assert page.cursor == page.head == world.server.sequence
+    assert not page.has_more
+    stamps = {event.sequence: event.timestamp for event in world.server.changes()}
+    for commit in page.commits:
+        assert (commit.device_id, commit.timestamp) == (
+            world.server.device_id,
+            stamps[commit.version],
+        )
+
+
+@pytest.mark.parametrize("bytes_max", [1, 31, 32, 33, 64, 100, 333, 1000, 3000, 10_000, 1 << 20])
+def test_r19_a_page_takes_commits_for_as_long_as_it_has_room(bytes_max: int) -> None:
+    world, cursor, seen = busy(), 0, 0
+    rows = log(world)
+    while True:
+        page = pull(world, cursor=cursor, bytes_max=bytes_max)
+        count = ends_before(rows[seen:], bytes_max)
+        assert rows_of(page) == rows[seen : seen + count]
+        seen += count
+        assert page.has_more == (seen < len(rows))
+        assert page.cursor == (rows[seen - 1][0] if page.has_more else world.server.sequence)
+        if not page.has_more:
+            return
+        cursor = page.cursor
+
+
+@pytest.mark.parametrize("bytes_max", [200, 1 << 20])
+@pytest.mark.parametrize("limit", [1, 5, 1000])
+def test_r31_pages_of_a_scope_have_together_what_is_in_it(limit: int, bytes_max: int) -> None:
+    world, cursor = busy(), 0
+    seen: list[Row] = []
+    have = [(3, 5), (20, 20), (30, 41)]
+    grant = Grant("reader", True, False, frozenset({"notes", "other"}))
+    more = True
+    while more:
+        page = pull(
+            world,
+            grant,
+            cursor=cursor,
+            have=[pair for pair in have if pair[1] > cursor],
+            collections=["other", "tasks", "notes"],
+            limit=limit,
+            bytes_max=bytes_max,
+        )
+        assert page.cursor > cursor
+        seen += rows_of(page)
+        cursor, more = page.cursor, page.has_more
+    assert seen == [
+        row
+        for row in log(world)
+        if row[1] != "tasks" and not any(first <= row[0] <= last for first, last in have)
+    ]
+    assert cursor == world.server.sequence
+
+
+def test_r31_a_scope_chooses_among_what_the_token_grants() -> None:
+    world = World()
+    for name in ("a", "b", "c"):
+        world.put((name, 1, "x"))
+    for wanted, allowed, expected in (
+        (["a", "b"], None, ["a", "b"]),
+        (None, {"b", "c"}, ["b", "c"]),
+        (["a", "b"], {"b", "c"}, ["b"]),
+        ([], None, []),
+        (None, set(), []),
+    ):
+        grant = Grant("reader", True, False, None if allowed is None else frozenset(allowed))
+        assert pull(world, grant, collections=wanted).collections == expected
+
+
+def test_r19_a_page_asked_for_without_anything_on_it_has_a_commit_all_the_same() -> None:
+    world = World()
+    world.put(("notes", 1, "x"), ("notes", 2, "x"))
+    world.put(("notes", 3, "x"))
+    page = pull(world, limit=0)
+    assert (len(rows_of(page)), page.cursor, page.has_more) == (2, 1, True)
+
+
+def test_r19_the_server_bounds_the_bytes_of_a_page_too() -> None:
+    world = World()
+    for n in range(3):
+        world.put(("notes", n, "x" * (PAGE_BYTES_MAX // 2)))
+    page = pull(world, bytes_max=1 << 40)
+    assert (len(page.commits), page.has_more) == (2, True)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def reads(monkeypatch: pytest.MonkeyPatch, world: World, **changes: Any) -> list[int]:
+    """How many entities are read at a time while a page fills."""
+    sizes: list[int] = []
+    get_many = MemorySnapshot.get_many
+
+    def watching(self: MemorySnapshot, keys: Sequence[bytes]) -> list[bytes | None]:
+        sizes.append(len(keys))
+        return get_many(self, keys)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemorySnapshot, "get_many", watching)
+        world.service.pull_bytes(asked(world, **changes), GRANT)
+    return sizes
+
+
+@forms
+def test_more_small_entities_are_read_at_a_time_and_few_large_ones(
+    monkeypatch: pytest.MonkeyPatch, columns: bool
+) -> None:
+    world = World()
+    world.put(*[("notes", n, "x") for n in range(100)])
+    few, many = READ_ROWS, READ_ROWS_MAX
+    assert reads(monkeypatch, world, columns=columns) == [few, many, 100 - few - many]
+    world = World()
+    for n in range(100):
+        world.put(("notes", n, "x" * (1000 - OPERATION_OVERHEAD_BYTES - 3)))
+    # Each counts a thousand bytes: 40 of them fill the page.
+    assert reads(monkeypatch, world, columns=columns, bytes_max=40_000) == [few, 23, few]
+
+
+def test_r19_a_page_that_is_full_where_a_read_ends_is_cut_there() -> None:
+    world = World()
+    for n in range(READ_ROWS + 1):
+        world.put(("notes", n, "x" * (100 - OPERATION_OVERHEAD_BYTES - 2)))
+    page = pull(world, bytes_max=100 * READ_ROWS)
+    assert (len(page.commits), page.cursor, page.has_more) == (READ_ROWS, READ_ROWS, True)
+
+
+@pytest.mark.parametrize("place", [0, 1, 20])
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "older"])
+@forms
+def test_a_log_that_names_what_is_not_there_is_reported_with_its_place(
+    place: int, gone: bool, columns: bool
+) -> None:
+    world = World()
+    for n in range(30):
+        world.put(("notes", n, "x"))
+    with world.server_storage.snapshot() as snapshot:
+        key, raw = snapshot.scan(ENTITY, end_of(ENTITY))[place]
+    flags, sequence, version, device, stamp = unpack_entity(raw)
+    payload = payload_of(raw)
+    assert payload is not None
+    other = pack_entity(flags, sequence, version + 100, device, stamp) + payload
+    world.server_storage.inner.commit({key: None if gone else other})
+    with pytest.raises(CorruptionError) as caught:
+        world.service.pull(asked(world, columns=columns), GRANT)
+    assert f"commit {place + 1} for {uid(place).hex}" in str(caught.value)
+    assert ("not there" in str(caught.value)) == gone
+
+
+# ---------------------------------------------------------------- the newest few
+
+
+def test_a_pull_is_recent_up_to_so_many_commits_behind_the_head() -> None:
+    world = World()
+    for n in range(RECENT_COMMITS + 1):
+        world.put(("notes", n, "x"))
+    pull(world)
+    service = world.service
+    assert not service.is_recent(asked(world))
+    assert service.is_recent(asked(world, cursor=1))
+    assert service.is_recent(asked(world, have=[(1, 1)]))
+    assert not service.is_recent(asked(world, cursor=1, full=True))
+
+
+def test_a_push_moves_the_head_that_recent_pulls_are_measured_by() -> None:
+    world = World()
+    writes = [
+        PushTransaction(uid(n).bytes, 1, [PushOperation(0, uid(n).bytes, 0, b"\x01")])
+        for n in range(RECENT_COMMITS + 1)
+    ]
+    pull_request = asked(world)
+    push = PushRequest(
+        db_id="shop",
+        device_id=pull_request.device_id,
+        history=pull_request.history,
+        cursor=0,
+        collections=["notes"],
+        transactions=writes,
+    )
+    assert world.service.is_recent(pull_request)
+    world.service.push_many([(push, GRANT)])
+    assert not world.service.is_recent(pull_request)
