@@ -12,8 +12,9 @@ import gc
 import threading
 from types import TracebackType
 
-_lock = threading.Lock()
-_depth = 0
+#: Reentrant, because a forgotten pause ends wherever its object is freed.
+_lock = threading.RLock()
+_active: set[int] = set()
 _was_enabled = False
 
 
@@ -21,18 +22,18 @@ class paused:
     """No search for cycles inside this block, in no thread; nested and concurrent blocks count.
 
     For work that is bounded: what other threads leave behind in cycles stays until it is over. A
-    program that has switched the collector off itself finds it off afterwards.
+    program that has switched the collector off itself finds it off afterwards. Each is used once.
     """
 
     __slots__ = ()
 
     def __enter__(self) -> None:
-        global _depth, _was_enabled
+        global _was_enabled
         with _lock:
-            if _depth == 0:
+            if not _active:
                 _was_enabled = gc.isenabled()
-                gc.disable()
-            _depth += 1
+            _active.add(id(self))
+            gc.disable()
 
     def __exit__(
         self,
@@ -40,10 +41,18 @@ class paused:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _depth
-        with _lock:
-            _depth -= 1
-            if _depth == 0 and _was_enabled:
+        _end(id(self))
+
+    def __del__(self) -> None:
+        # Ctrl-C can fall between two steps of a ``with`` statement, so that it is never left.
+        _end(id(self))
+
+
+def _end(pause: int) -> None:
+    with _lock:
+        if pause in _active:
+            _active.discard(pause)
+            if not _active and _was_enabled:
                 gc.enable()
 
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from itertools import repeat
 from typing import Final, NewType, Protocol
 
@@ -113,14 +114,22 @@ class IdSource:
     def __init__(self, clock: Clock, entropy: Entropy = system_entropy) -> None:
         self._clock = clock
         self._entropy = entropy
-        self._lock = threading.Lock()
+        # Knows its thread, so that giving it back twice is an error and not somebody else's loss.
+        self._lock = threading.RLock()
         self._last = 0
 
     def new_bytes(self) -> bytes:
-        with self._lock:
+        try:
+            self._lock.acquire()
             # 48 bits of milliseconds and 12 bits of counter, as one growing number.
             tick = max(self._clock.now_ms() << 12, self._last + 1)
             self._last = tick
+            self._lock.release()
+        except BaseException:
+            # Not ``with``: Ctrl-C on the way into its end would leave the lock to nobody.
+            with suppress(RuntimeError):
+                self._lock.release()
+            raise
         random = int.from_bytes(self._entropy(8), "big") & ((1 << 62) - 1)
         number = (tick >> 12) << 80 | 0x7 << 76 | (tick & 0xFFF) << 64 | 0b10 << 62 | random
         return number.to_bytes(ID_BYTES, "big")

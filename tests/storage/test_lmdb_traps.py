@@ -115,13 +115,17 @@ def run_killed(code: str, path: Path) -> None:
 def test_a_batch_that_fails_inside_its_transaction_ends_beside_busy_readers(
     store: LmdbStorage,
 ) -> None:
+    def write_badly() -> None:
+        with store._turns.hold():
+            store._write([(b"a", b"1"), (b"k" * 512, b"2")], [])
+
     keys = [b"%03d" % n for n in range(100)]
     store.commit(dict.fromkeys(keys, b"x"))
     with busy_readers(store, keys) as faults:
         for _ in range(20):
             # Past our own checks, so that LMDB itself refuses in the middle of the batch.
             with pytest.raises(lmdb.BadValsizeError):
-                within_bounds(lambda: store._write([(b"a", b"1"), (b"k" * 512, b"2")], []))
+                within_bounds(write_badly)
             store.commit({b"new": b"1"})
     assert faults == []
     assert b"a" not in read_all(store)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from msgspec import Struct
 
@@ -48,6 +48,8 @@ from entidb.errors import (
     TransactionError,
 )
 from entidb.storage import LmdbStorage, MemoryStorage, Storage
+from entidb.storage import Snapshot as StorageSnapshot
+from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
     TRANSACTION_BYTES_MAX,
     Clock,
@@ -135,6 +137,56 @@ class _OpenRows:
         self._snapshot.close()
 
 
+class _WriteBlock:
+    """Context manager of ``Database.write``; a class because its end may not be missed."""
+
+    __slots__ = ("__weakref__", "_database", "_leaving", "_origin", "_snapshot", "_turn", "_writer")
+
+    def __init__(self, database: Database, origin: str) -> None:
+        self._leaving: weakref.ref[Any] | None = None
+        self._database = database
+        self._origin = origin
+        self._snapshot: StorageSnapshot | None = None
+        self._turn = Turn()
+
+    def __enter__(self) -> Writer:
+        database = self._database
+        try:
+            enter_block(self._turn, self._leaving)
+            database._take(self._turn)
+            self._snapshot = snapshot = database.storage.snapshot()
+            rows = SnapshotRows(snapshot, database.read_catalogue(snapshot))
+            self._writer = database._writer(rows)
+            return self._writer
+        except BaseException:
+            self._end()
+            raise
+
+    def _leave(self, kind: object, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._database._begin_commit(self._turn)
+                self._database._store(self._writer, self._origin)
+            self._end()
+        except BaseException:
+            self._end()
+            raise
+        if kind is None:
+            self._database._deliver()
+
+    def _end(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.close()
+        self._database._turns.give_back(self._turn)
+
+    if TYPE_CHECKING:
+
+        def __exit__(self, kind: object, *rest: object) -> None: ...
+
+    else:
+        __exit__ = EndOfBlock()
+
+
 class Database:
     """An embedded, transactional entity database.
 
@@ -166,8 +218,7 @@ class Database:
         self.where = where
         self._ids = IdSource(self.clock, entropy)
         self._busy_timeout_s = busy_timeout_s
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._turns = Turns()
         self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
         self._head_cache: bytes | None = None
         #: Moves before and after every attempt to commit: what was read while it stood still is
@@ -175,7 +226,7 @@ class Database:
         self.commit_mark = 0
         self._observers: list[Observer] = []
         self._deliveries: deque[CommitEvent] = deque()
-        self._delivering = threading.Lock()
+        self._delivering = Turns()
         self._engine: object | None = None
         self._closed = False
         self._load(role, create)
@@ -276,28 +327,32 @@ class Database:
         Waits for another thread's transaction, at most ``busy_timeout_s``. Raises
         ``TransactionError`` for a second one in the same thread.
         """
-        self._acquire()
+        turn = Turn()
+        snapshot = None
         try:
+            self._take(turn)
             snapshot = self.storage.snapshot()
-        except BaseException:
-            self._release()
-            raise
-
-        def release() -> None:
-            snapshot.close()
-            self._release()
-            self._deliver()
-
-        try:
             rows = SnapshotRows(snapshot, self.read_catalogue(snapshot))
             identity = self._ids.new_bytes()
+            commit, release = self._commit_transaction, self._end_transaction
+            made = Transaction(identity, rows, turn, commit, release, self._ids.new)
+            turn.kept = weakref.ref(made)
+            return made
         except BaseException:
-            snapshot.close()
-            self._release()
+            if snapshot is not None:
+                snapshot.close()
+            self._turns.give_back(turn)
             raise
-        return Transaction(identity, rows, self._commit_transaction, release, self._ids.new)
+
+    def _end_transaction(self, tx: Transaction) -> None:
+        rows = tx._rows.below
+        assert isinstance(rows, SnapshotRows)
+        rows.snapshot.close()
+        self._turns.give_back(tx._turn)
+        self._deliver()
 
     def _commit_transaction(self, tx: Transaction) -> int:
+        self._begin_commit(tx._turn)
         check_size(tx.writes, self.transaction_bytes_max)
         if not tx.writes:
             return 0
@@ -309,19 +364,10 @@ class Database:
             self._store(writer, "local")
         return sequence
 
-    @contextmanager
-    def write(self, origin: str = "sync") -> Iterator[Writer]:
+    def write(self, origin: str = "sync") -> AbstractContextManager[Writer]:
         """Stage one storage commit of any kind; committed when the block ends, dropped when it
         raises. For the sync engine and the server; programs use ``transaction``."""
-        self._acquire()
-        try:
-            with self._open_rows() as rows:
-                writer = self._writer(rows)
-                yield writer
-                self._store(writer, origin)
-        finally:
-            self._release()
-        self._deliver()
+        return _WriteBlock(self, origin)
 
     @contextmanager
     def view(self) -> Iterator[Writer]:
@@ -358,11 +404,13 @@ class Database:
         writer.snapshot.close()
         # R17: whatever the commit does, nothing is answered from memory until it has worked.
         self._head_cache = None
-        self.commit_mark += 1
         try:
-            self.storage.commit(changes)
-        finally:
             self.commit_mark += 1
+            self.storage.commit(changes)
+            self.commit_mark += 1
+        except BaseException:
+            self.commit_mark += 1
+            raise
         self._head_cache = writer.head.encode()
         if self._observers and (rows := writer.feed_rows()):
             self._deliveries.append(self._describe(writer.head.sequence, rows, origin))
@@ -397,12 +445,17 @@ class Database:
 
     def _deliver(self) -> None:
         # Commits made by an observer queue up and are delivered by the loop that is running.
-        while self._deliveries and self._delivering.acquire(blocking=False):
+        while self._deliveries and self._delivering.idle():
+            turn = Turn()
             try:
+                if not self._delivering.take(turn, 0):
+                    return
                 while self._deliveries:
                     self._call_observers(self._deliveries.popleft())
-            finally:
-                self._delivering.release()
+                self._delivering.give_back(turn)
+            except BaseException:
+                self._delivering.give_back(turn)
+                raise
 
     def _call_observers(self, event: CommitEvent) -> None:
         for observer in list(self._observers):
@@ -507,14 +560,21 @@ class Database:
         return self._ids.new()
 
     def close(self) -> None:
-        """Idempotent. Waits for a transaction of another thread to end."""
+        """Idempotent. Waits for a transaction of another thread to end.
+
+        A transaction of this thread that is still open is aborted when an exception is on its way
+        through here, Ctrl-C too. Without one it is a mistake in the program: ``TransactionError``,
+        and both stay open."""
         if self._closed:
             return
-        if self._owner == threading.get_ident():
-            raise TransactionError("close the transaction before the database")
-        with self._lock:
-            self._closed = True
+        mine = self._turns.mine()
+        if mine is not None:
+            if mine.committing or sys.exception() is None:
+                raise TransactionError("close the transaction before the database")
+            self._turns.give_back(mine)
+        with self._turns.hold():
             self.storage.close()
+            self._closed = True
 
     def __enter__(self) -> Database:
         return self
@@ -540,26 +600,29 @@ class Database:
         self._catalogue_cache = (raw or b"", catalogue)
         return catalogue
 
-    def _acquire(self) -> None:
+    def _take(self, turn: Turn) -> None:
+        """It is ``turn``'s turn to write. ``give_back`` is the caller's, whatever this raises."""
         if self._closed:
             raise DatabaseClosedError(f"{self.where} is closed; open it again to use it")
-        me = threading.get_ident()
-        if self._owner == me:
+        if self._turns.mine() is not None:
             raise TransactionError(
                 "a transaction is already open in this thread; write through it "
                 "(`tx.collection(name)`), or commit it first"
             )
-        if not self._lock.acquire(timeout=self._busy_timeout_s):
+        if not self._turns.take(turn, self._busy_timeout_s):
             raise TransactionError(
                 f"another thread's transaction on {self.where} has been open for more than "
                 f"{self._busy_timeout_s:g} s; keep transactions short",
                 code="busy",
             )
-        self._owner = me
 
-    def _release(self) -> None:
-        self._owner = None
-        self._lock.release()
+    def _begin_commit(self, turn: Turn) -> None:
+        turn.committing = True
+        if turn.void or not self._turns.has(turn):
+            raise TransactionError(
+                "this transaction was aborted when its block was left or its database closed; "
+                "begin another"
+            )
 
     def _load(self, role: Role, create: bool) -> None:
         with self.storage.snapshot() as snapshot:

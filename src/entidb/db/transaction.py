@@ -8,10 +8,11 @@ the commit sequence being the version (R11).
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.codec import codec_for
@@ -33,6 +34,7 @@ from entidb.db.records import (
 from entidb.db.rows import OverlayRows, Rows
 from entidb.db.writer import Writer
 from entidb.errors import TransactionError, TransactionTooLargeError
+from entidb.storage.turns import EndOfBlock, Turn, enter_block
 from entidb.types import OPERATION_OVERHEAD_BYTES, check_name
 
 V = TypeVar("V")
@@ -68,14 +70,17 @@ class Transaction:
         self,
         transaction_id: bytes,
         rows: Rows,
+        turn: Turn,
         commit: Callable[[Transaction], int],
-        release: Callable[[], None],
+        release: Callable[[Transaction], None],
         new_id: Callable[[], uuid.UUID],
     ) -> None:
         self.transaction_id = transaction_id
         self.writes: Writes = {}
         self.sequence = 0
         self._rows = OverlayRows(rows, self.writes)
+        self._turn = turn
+        self._leaving: weakref.ref[Any] | None = None
         self._commit = commit
         self._release = release
         self._new_id = new_id
@@ -108,24 +113,40 @@ class Transaction:
         Raises ``TransactionTooLargeError`` and storage errors; nothing is changed then, and the
         transaction is over."""
         self._check_open()
-        self._state = _State.ABORTED
         try:
+            self._state = _State.ABORTED
             self.sequence = self._commit(self)
             self._state = _State.COMMITTED
-        finally:
-            self._release()
+            self._release(self)
+        except BaseException:
+            # Not ``finally``: an interrupt on the way into it would skip it.
+            self._release(self)
+            raise
         return self.sequence
 
     def abort(self) -> None:
         """Forget all writes. Does nothing on a transaction that is over."""
-        if self._state is _State.OPEN:
+        if self._state is not _State.OPEN:
+            return
+        try:
             self._state = _State.ABORTED
-            self._release()
+            self._release(self)
+        except BaseException:
+            self._release(self)
+            raise
 
     def __enter__(self) -> Transaction:
+        enter_block(self._turn, self._leaving)
         return self
 
-    def __exit__(self, kind: object, *rest: object) -> None:
+    if TYPE_CHECKING:
+
+        def __exit__(self, kind: object, *rest: object) -> None: ...
+
+    else:
+        __exit__ = EndOfBlock()
+
+    def _leave(self, kind: object, *rest: object) -> None:
         if self._state is not _State.OPEN:
             return
         if kind is None:

@@ -21,7 +21,6 @@ import os
 import shutil
 import struct
 import sys
-import threading
 import time
 import weakref
 from bisect import bisect_left
@@ -47,6 +46,7 @@ from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 from entidb.storage.lmdb_file import check_data_file
 from entidb.storage.lmdb_pages import check_headers, closed_file_faults, page_faults, read_header
 from entidb.storage.resident import shed
+from entidb.storage.turns import Turn, Turns
 
 #: Virtual and sparse: a large map costs nothing until it is filled.
 MAP_BYTES_DEFAULT: Final = 64 * 2**30
@@ -59,6 +59,8 @@ _READERS_MAX: Final = 512
 _DRAIN_SECONDS: Final = 5.0
 #: Seconds a reader waits at the gate; longer than any drain, so that a drain ends first.
 _GATE_SECONDS: Final = 60.0
+#: Seconds between two looks at the gate, or at who is still before it.
+_GATE_LOOK_SECONDS: Final = 0.001
 #: Rows read or written between two looks at how much of the file is resident.
 _SHED_EVERY_ROWS: Final = 20_000
 #: Doublings of the map within one commit.
@@ -110,7 +112,9 @@ def _storage_error(error: Exception, doing: str) -> EntiDBError:
 
 class _Reader:
     """What the store knows of an open snapshot. ``busy`` is set around every call into LMDB:
-    closing an environment under a thread that is inside one is a segmentation fault."""
+    closing an environment under a thread that is inside one is a segmentation fault. It is taken
+    back in an ``except`` clause and not in ``finally``, which an interrupt can keep from starting:
+    a reader that stayed busy would be waited for without end."""
 
     __slots__ = ("busy", "txn")
 
@@ -130,17 +134,18 @@ class LmdbSnapshot:
 
     def get(self, key: bytes) -> bytes | None:
         reader = self._reader
-        reader.busy = True
-        if self._store._gate > _DRAINING:
-            self._step_aside()
         try:
+            reader.busy = True
+            if self._store._gate > _DRAINING:
+                self._step_aside()
             stored: bytes | None = reader.txn.get(key)
-        except lmdb.BadValsizeError:
-            return None  # A key that LMDB refuses cannot be there.
-        except (lmdb.Error, AttributeError) as error:
-            self._explain(error)
-        finally:
             reader.busy = False
+        except BaseException as error:
+            reader.busy = False
+            if isinstance(error, lmdb.BadValsizeError):
+                return None  # A key that LMDB refuses cannot be there.
+            self._explain(error)
+            raise
         if stored is None:
             return None
         if crc32(stored, crc32(key)) != _RESIDUE:
@@ -149,17 +154,18 @@ class LmdbSnapshot:
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         reader = self._reader
-        reader.busy = True
-        if self._store._gate > _DRAINING:
-            self._step_aside()
         try:
+            reader.busy = True
+            if self._store._gate > _DRAINING:
+                self._step_aside()
             found = reader.txn.cursor().getmulti(keys)
-        except lmdb.BadValsizeError:
-            return [self.get(key) for key in keys]
-        except (lmdb.Error, AttributeError) as error:
-            self._explain(error)
-        finally:
             reader.busy = False
+        except BaseException as error:
+            reader.busy = False
+            if isinstance(error, lmdb.BadValsizeError):
+                return [self.get(key) for key in keys]
+            self._explain(error)
+            raise
         self._store._touched += len(found)
         if not found:
             return [None] * len(keys)
@@ -201,7 +207,12 @@ class LmdbSnapshot:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        try:
+            reader = self._reader
+        except AttributeError:
+            return  # Interrupted while it was made.
+        if reader.txn is not None:
+            self._store._release(reader)
 
     def _range(
         self, start: bytes, stop: bytes, limit: int | None, reverse: bool, *, values: bool
@@ -215,18 +226,19 @@ class LmdbSnapshot:
         entries: Iterator[Any] | None = None
         while left > 0:
             # Between two chunks, so that a long scan does not keep a waiting writer out.
-            reader.busy = True
-            if self._store._gate > _DRAINING:
-                self._step_aside()
             asked = min(left, chunk_size)
             try:
+                reader.busy = True
+                if self._store._gate > _DRAINING:
+                    self._step_aside()
                 if entries is None:
                     entries = _entries(reader.txn.cursor(), start, stop, reverse, values)
                 chunk = list(islice(entries, asked))
-            except (lmdb.Error, AttributeError) as error:
-                self._explain(error)
-            finally:
                 reader.busy = False
+            except BaseException as error:
+                reader.busy = False
+                self._explain(error)
+                raise
             if chunk and not found:
                 first = chunk[0][0] if values else chunk[0]
                 if first >= stop if reverse else first < start:
@@ -248,10 +260,10 @@ class LmdbSnapshot:
     def _inside(self) -> Iterator[Any]:
         """For calls off the hot paths: the transaction, marked as in use."""
         reader = self._reader
-        reader.busy = True
-        if self._store._gate > _DRAINING:
-            self._step_aside()
         try:
+            reader.busy = True
+            if self._store._gate > _DRAINING:
+                self._step_aside()
             yield reader.txn
         finally:
             reader.busy = False
@@ -268,19 +280,30 @@ class LmdbSnapshot:
             self._store._pass_gate()
             self._reader.busy = True
 
-    def _explain(self, error: Exception) -> NoReturn:
+    def _explain(self, error: BaseException) -> None:
+        """Raise ours for what LMDB raised. Anything else is the caller's to raise: from here it
+        would keep itself alive, and everything it came through."""
+        if not isinstance(error, (lmdb.Error, AttributeError)):
+            return
         if self._reader.txn is None and self._store._gate < _CLOSED:
             raise DatabaseClosedError("this snapshot is closed; take a new one") from error
-        self._reader.busy = False
         if self._store._gate >= _CLOSED:
             self._store._pass_gate()
         if isinstance(error, AttributeError):
-            raise error
+            return
         if "closed/deleted/dropped" in str(error):
             raise StorageError(
                 "the store was opened again after a failed commit; take a new snapshot"
             ) from error
         raise _storage_error(error, f"reading {self._store.path}") from error
+
+
+def _is_over(txn: Any) -> bool:
+    try:
+        txn.id()
+    except lmdb.Error:
+        return True
+    return False
 
 
 def _entries(cursor: Any, start: bytes, stop: bytes, reverse: bool, values: bool) -> Iterator[Any]:
@@ -345,9 +368,7 @@ class LmdbStorage:
         self.path = path
         self._lock = lock
         self._drain_seconds = drain_seconds
-        self._write_lock = threading.Lock()
-        # Reentrant, because the collector may close a forgotten snapshot at any line.
-        self._gate_changed = threading.Condition(threading.RLock())
+        self._turns = Turns()
         self._gate = _OPEN
         #: Open snapshots. Adding to a set and discarding from it is atomic; a lock would cost
         #: more than LMDB does.
@@ -432,52 +453,57 @@ class LmdbStorage:
 
     def snapshot(self) -> LmdbSnapshot:
         reader = _Reader()
-        while True:
-            if self._gate:
-                self._pass_gate(_OPEN)
-            # Announced first, then looked again: either this reader sees the gate move, or who
-            # moves it sees this reader.
-            reader.busy = True
-            self._readers.add(reader)
-            if self._gate == _OPEN:
-                break
-            reader.busy = False
-            self._forget(reader)
         try:
+            while True:
+                if self._gate:
+                    self._pass_gate(_OPEN)
+                # Announced first, then looked again: either this reader sees the gate move, or
+                # who moves it sees this reader.
+                reader.busy = True
+                self._readers.add(reader)
+                if self._gate == _OPEN:
+                    break
+                reader.busy = False
+                self._readers.discard(reader)
             reader.txn = self._begin()
-        except lmdb.Error as error:
-            self._forget(reader)
+            reader.busy = False
+            return LmdbSnapshot(self, reader)
+        except BaseException as error:
+            self._end(reader)
+            if not isinstance(error, lmdb.Error):
+                raise
             if self._gate >= _CLOSED:
                 self._pass_gate()
             raise _storage_error(error, f"reading {self.path}") from error
-        finally:
-            reader.busy = False
-        return LmdbSnapshot(self, reader)
 
     def _release(self, reader: _Reader) -> None:
         # In a forked child the transaction is the parent's, and is kept alive for good.
         if self._gate == _FORKED:
             return
+        try:
+            self._end(reader)
+        except BaseException:
+            self._end(reader)
+            raise
+
+    def _end(self, reader: _Reader) -> None:
+        """May be repeated, and has to be when it was interrupted."""
         reader.busy = True
         if self._touched > _SHED_EVERY_ROWS and self._gate <= _DRAINING:
             # The map cannot move while a reader is open and busy.
             self._touched = 0
             shed(os.path.join(self.path, _DATA))
-        txn, reader.txn = reader.txn, None
-        if self._gate > _DRAINING:
-            # Whoever froze the gate ends it; waiting here could be waiting for this very thread,
-            # because the collector closes forgotten snapshots wherever it runs.
-            self._orphans.append(txn)
-        else:
-            txn.abort()
+        txn = reader.txn
+        if txn is not None:
+            if self._gate > _DRAINING:
+                # Whoever froze the gate ends it; waiting here could be waiting for this very
+                # thread, because the collector closes forgotten snapshots wherever it runs.
+                self._orphans.append(txn)
+            else:
+                txn.abort()
+            reader.txn = None
         reader.busy = False
-        self._forget(reader)
-
-    def _forget(self, reader: _Reader) -> None:
         self._readers.discard(reader)
-        if self._gate:
-            with self._gate_changed:
-                self._gate_changed.notify_all()
 
     # ---- writing
 
@@ -487,37 +513,47 @@ class LmdbStorage:
             self._pass_gate()
         if not batch:
             return
-        with self._write_lock:
-            if self._gate >= _CLOSED:
-                self._pass_gate()
-            for _ in range(_GROWTHS_MAX):
-                try:
-                    self._write(puts, deletes)
-                    self._touched += len(puts) + len(deletes)
-                    return
-                except lmdb.MapFullError:
-                    self._grow()
-                except lmdb.Error as error:
-                    raise _storage_error(error, f"writing {self.path}") from error
-            raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
+        # As ``hold``, and faster than a block.
+        turn = Turn()
+        try:
+            self._turns.take(turn)
+            self._commit(puts, deletes)
+            self._turns.give_back(turn)
+        except BaseException:
+            self._turns.give_back(turn)
+            raise
+
+    def _commit(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
+        if self._gate:
+            self._find_gate_open()
+        for _ in range(_GROWTHS_MAX):
+            try:
+                self._write(puts, deletes)
+                self._touched += len(puts) + len(deletes)
+                return
+            except lmdb.MapFullError:
+                self._grow()
+            except lmdb.Error as error:
+                raise _storage_error(error, f"writing {self.path}") from error
+        raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
 
     def _write(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
-        txn = self._env.begin(write=True)
+        txn, committed_before = None, None
         try:
+            txn = self._env.begin(write=True)
             for key in deletes:
                 txn.delete(key)
             txn.cursor().putmulti(puts)
             committed_before = txn.id() - 1
-        except BaseException:
-            self._abort(txn)
-            raise
-        try:
             txn.commit()
-        except lmdb.MapFullError:
-            self._abort(txn)
+        except BaseException as error:
+            failed = isinstance(error, lmdb.Error) and not isinstance(error, lmdb.MapFullError)
+            if failed and committed_before is not None:
+                self._settle(error, committed_before, txn)
+                return
+            if txn is not None and not _is_over(txn):
+                self._abort(txn)
             raise
-        except lmdb.Error as error:
-            self._settle(error, committed_before, txn)
 
     def _abort(self, txn: Any) -> None:
         """Abort a write transaction with the readers held back: py-lmdb waits in it until no
@@ -546,12 +582,13 @@ class LmdbStorage:
                 ) from error
             self._map_bytes = size
 
-    def _settle(self, error: Exception, committed_before: int, txn: Any) -> None:
+    def _settle(self, error: BaseException, committed_before: int, txn: Any) -> None:
         """Find out what a failed commit did: close, open again, compare transaction numbers.
 
         Returns if the commit is there after all and durable; raises otherwise.
         """
         doing = f"committing to {self.path}"
+        assert isinstance(error, Exception)
         reason = self._commit_failure(error, doing)
         with self._gate_at(_DRAINING):
             # Politeness: snapshots that are closed in time never notice.
@@ -600,35 +637,46 @@ class LmdbStorage:
                 )
             if self._gate == _CLOSED:
                 raise DatabaseClosedError(f"{self.path} is closed; open it again")
-            with self._gate_changed:
-                if self._gate > level:
-                    self._gate_changed.wait(0.05)
+            if self._turns.idle():
+                # Nobody holds it: an interrupt kept them from opening it.
+                with self._turns.hold(0) as ours:
+                    if ours:
+                        self._find_gate_open()
+                continue
+            time.sleep(_GATE_LOOK_SECONDS)
             if time.monotonic() > deadline:
                 raise StorageError(f"{self.path} was busy for {_GATE_SECONDS:g} s; try again")
 
     @contextlib.contextmanager
     def _gate_at(self, level: int) -> Iterator[None]:
-        """Hold the gate at ``level``; only the thread that has the write lock does this."""
-        self._gate = level
+        """Hold the gate at ``level``; only the thread that has the turn does this."""
         try:
+            self._gate = level
             yield
         finally:
-            with self._gate_changed:
-                if self._gate < _CLOSED:
-                    self._gate = _OPEN
-                while self._orphans:
-                    self._orphans.pop().abort()
-                self._gate_changed.notify_all()
+            self._open_gate()
+
+    def _open_gate(self) -> None:
+        if self._gate < _CLOSED:
+            self._gate = _OPEN
+        while self._orphans:
+            self._orphans.pop().abort()
+
+    def _find_gate_open(self) -> None:
+        """At the beginning of a turn: what the one before was kept from opening is opened; raise
+        if the store is closed."""
+        if self._gate < _CLOSED:
+            self._open_gate()
+        else:
+            self._pass_gate()
 
     def _drain(self) -> bool:
         """Wait for open snapshots to close, at most ``drain_seconds``; whether they have."""
         deadline = time.monotonic() + self._drain_seconds
-        with self._gate_changed:
-            while self._readers:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._gate_changed.wait(min(left, 0.05))
+        while self._readers:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_GATE_LOOK_SECONDS)
         return True
 
     def _wait_until_idle(self) -> None:
@@ -643,7 +691,9 @@ class LmdbStorage:
         data = os.path.join(self.path, _DATA)
         # The pages come first and are not mapped for it: a damaged one can make LMDB itself run
         # out of the file, or in circles.
-        with self._write_lock:
+        with self._turns.hold():
+            if self._gate:
+                self._find_gate_open()
             snapshot = self.snapshot()
             header = read_header(data, snapshot._transaction_number())
         with snapshot:
@@ -690,9 +740,9 @@ class LmdbStorage:
         temporary = os.path.join(self.path, _TEMPORARY)
         if self._gate >= _CLOSED:
             self._pass_gate()
-        with self._write_lock:
-            if self._gate >= _CLOSED:
-                self._pass_gate()
+        with self._turns.hold():
+            if self._gate:
+                self._find_gate_open()
             try:
                 self._copy_to(temporary)
                 self._swap(temporary)
@@ -774,7 +824,7 @@ class LmdbStorage:
         In a forked child it does nothing, and the parent's store is untouched."""
         if self._gate >= _CLOSED:
             return
-        with self._write_lock:
+        with self._turns.hold():
             if self._gate >= _CLOSED:
                 return
             with self._gate_at(_FROZEN):
@@ -782,7 +832,14 @@ class LmdbStorage:
                 self._shut()
 
     def _shut(self) -> None:
-        """Close everything: the gate is frozen, nobody inside LMDB, the write lock held."""
+        """Close everything: the gate is frozen, nobody inside LMDB, the turn ours."""
+        try:
+            self._close_all()
+        except BaseException:
+            self._close_all()  # Each step may be repeated.
+            raise
+
+    def _close_all(self) -> None:
         self._gate = _CLOSED
         self._readers.clear()
         if self._env is not None:

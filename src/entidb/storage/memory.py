@@ -7,13 +7,13 @@ open: then it changes a copy, and the snapshot keeps the original.
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from entidb.errors import DatabaseClosedError, StorageError
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
+from entidb.storage.turns import Turn, Turns
 
 #: Below this many new or deleted keys each is put in or taken out by itself; above, the list of
 #: keys is built again, which sorting makes cheap because it is almost sorted.
@@ -21,24 +21,27 @@ _SINGLE_KEYS_MAX: Final = 8
 
 
 class _State:
-    """One version of the store: never changed while ``readers`` is not zero."""
+    """One version of the store: never changed while there are ``readers``. Adding to a set and
+    discarding from it is atomic, so that it needs no lock."""
 
     __slots__ = ("keys", "readers", "values")
 
     def __init__(self, values: dict[bytes, bytes], keys: list[bytes]) -> None:
         self.values = values
         self.keys = keys
-        self.readers = 0
+        self.readers: set[object] = set()
 
 
 class MemorySnapshot:
     """A view of one state."""
 
-    __slots__ = ("_state", "_store")
+    __slots__ = ("_reader", "_state", "_store")
 
     def __init__(self, store: MemoryStorage, state: _State) -> None:
+        self._reader = reader = object()
         self._store = store
         self._state: _State | None = state
+        state.readers.add(reader)
 
     def get(self, key: bytes) -> bytes | None:
         return self._open_state().values.get(key)
@@ -65,9 +68,10 @@ class MemorySnapshot:
         return keys[first : first + count]
 
     def close(self) -> None:
-        state, self._state = self._state, None
+        state = self._state
         if state is not None:
-            self._store._release(state)
+            state.readers.discard(self._reader)
+            self._state = None
 
     def __enter__(self) -> MemorySnapshot:
         return self
@@ -76,7 +80,12 @@ class MemorySnapshot:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        try:
+            state = self._state
+        except AttributeError:
+            return  # Interrupted while it was made.
+        if state is not None:
+            state.readers.discard(self._reader)
 
     def _open_state(self) -> _State:
         state = self._state
@@ -95,32 +104,51 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         self._state = _State({}, [])
-        # Reentrant, because the collector may close a forgotten snapshot inside a commit.
-        self._lock = threading.RLock()
+        self._turns = Turns()
         self._closed = False
 
     def snapshot(self) -> MemorySnapshot:
-        with self._lock:
+        self._check_open()
+        # Announced first, then looked: either this reader sees the turn of a commit, or the
+        # commit sees this reader and changes a copy.
+        made = MemorySnapshot(self, self._state)
+        if not self._turns.taken:
+            return made
+        made.close()
+        with self._turns.hold():
             self._check_open()
-            self._state.readers += 1
             return MemorySnapshot(self, self._state)
 
     def commit(self, batch: Batch) -> None:
         for key, value in batch.items():
             _check_record(key, value)
-        with self._lock:
-            self._check_open()
-            if not batch:
-                return
-            if self._state.readers:
-                self._state = _State(self._state.values.copy(), self._state.keys.copy())
+        turn = Turn()
+        try:
+            self._turns.take(turn)
+            self._commit(batch)
+            self._turns.give_back(turn)
+        except BaseException:
+            self._turns.give_back(turn)
+            raise
+
+    def _commit(self, batch: Batch) -> None:
+        self._check_open()
+        if not batch:
+            return
+        if self._state.readers:
+            self._state = _State(self._state.values.copy(), self._state.keys.copy())
+        try:
             _apply(self._state, batch)
+        except BaseException:
+            # Interrupted: all of it or nothing, and here all of it is the shorter way.
+            _apply_again(self._state, batch)
+            raise
 
     def copy(self, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> MemoryStorage:
         """An independent store with the same records and ``changes`` applied to it only: what
         a backup, a restored or a copied device is made of."""
         made = MemoryStorage()
-        with self._lock:
+        with self._turns.hold():
             self._check_open()
             made._state = _State(self._state.values.copy(), self._state.keys.copy())
         made.commit(dict(changes))
@@ -136,25 +164,21 @@ class MemoryStorage:
 
     def compact(self) -> None:
         """Nothing to give back: what is deleted is gone."""
-        with self._lock:
+        with self._turns.hold():
             self._check_open()
 
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
         raise StorageError(f"a store in memory has no files to write to {path}; use copy()")
 
     def info(self) -> StorageInfo:
-        with self._lock:
+        with self._turns.hold():
             self._check_open()
             values = self._state.values
             used = sum(len(key) + len(value) for key, value in values.items())
-            return StorageInfo("memory", None, 0, used, 0, len(values), self._state.readers)
+            return StorageInfo("memory", None, 0, used, 0, len(values), len(self._state.readers))
 
     def close(self) -> None:
         self._closed = True
-
-    def _release(self, state: _State) -> None:
-        with self._lock:
-            state.readers -= 1
 
     def _check_open(self) -> None:
         if self._closed:
@@ -169,6 +193,15 @@ def _check_record(key: bytes, value: bytes | None) -> None:
     for part in (key, value):
         if part is not None and type(part) is not bytes:
             raise TypeError(f"keys and values are bytes, not {type(part).__name__}")
+
+
+def _apply_again(state: _State, batch: Batch) -> None:
+    for key, value in batch.items():
+        if value is None:
+            state.values.pop(key, None)
+        else:
+            state.values[key] = value
+    state.keys[:] = sorted(state.values)
 
 
 def _apply(state: _State, batch: Batch) -> None:
