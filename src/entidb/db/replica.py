@@ -6,6 +6,7 @@ answer (R5), ``Stage`` a pull that is still coming in (R20). No decisions are ma
 
 from __future__ import annotations
 
+import functools
 from typing import TypeVar
 
 from msgspec import Struct, convert, to_builtins
@@ -24,6 +25,13 @@ def encode_record(record: Struct) -> bytes:
 
 def decode_record(kind: type[T], raw: bytes) -> T:
     return convert(cbor.decode_trusted(raw), kind, builtin_types=(bytes,))
+
+
+@functools.lru_cache(maxsize=16)
+def decode_state(raw: bytes) -> ReplicaState:
+    """The ``ReplicaState`` of ``raw``: read with every local commit, and changed by few of them.
+    Nobody changes what is in it; ``replace`` makes another."""
+    return decode_record(ReplicaState, raw)
 
 
 class ReplicaState(Struct, frozen=True):

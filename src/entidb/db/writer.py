@@ -34,7 +34,14 @@ from entidb.db.records import (
     split_feed_key,
     unpack_u64,
 )
-from entidb.db.replica import Inflight, ReplicaState, Stage, decode_record, encode_record
+from entidb.db.replica import (
+    Inflight,
+    ReplicaState,
+    Stage,
+    decode_record,
+    decode_state,
+    encode_record,
+)
 from entidb.errors import CorruptionError
 from entidb.storage import Snapshot
 
@@ -102,7 +109,7 @@ class Writer:
     @property
     def sync_state(self) -> ReplicaState:
         raw = self.get(META_SYNC)
-        return ReplicaState() if raw is None else decode_record(ReplicaState, raw)
+        return ReplicaState() if raw is None else decode_state(raw)
 
     def set_sync_state(self, state: ReplicaState) -> None:
         self.put(META_SYNC, encode_record(state))

@@ -61,7 +61,7 @@ from entidb.db.replica import (
     ReplicaState,
     Stage,
     add_to_ranges,
-    decode_record,
+    decode_state,
     ranges_above,
     ranges_of,
 )
@@ -307,7 +307,7 @@ class DatabaseApplier:
     def state(self) -> ReplicaState:
         with self.database.storage.snapshot() as snapshot:
             raw = snapshot.get(META_SYNC)
-        return ReplicaState() if raw is None else decode_record(ReplicaState, raw)
+        return ReplicaState() if raw is None else decode_state(raw)
 
     def stage(self) -> Stage | None:
         with self.database.view() as view:

@@ -145,7 +145,7 @@ class HttpTransport(BaseTransport):
         self._token = token
         self._token_lock = threading.Lock()
         self._urls: dict[type, str] = {kind: base + path for path, kind in PATHS.items()}
-        self._client = client or HttpxClient(self._config, clock=self._clock)
+        self._client = client or _ready_client(self._config, self._clock, base)
         #: Encodings this side can undo, best first, and the one it packs requests with.
         self._encodings = _encodings(self._config.compression, _is_loopback(host))
         self._request_encoding: str | None = None
@@ -318,6 +318,14 @@ class HttpTransport(BaseTransport):
         self._carrier.drop()
         self._client.close()
         self._carrier.join()
+
+
+def _ready_client(config: HttpConfig, clock: Clock, url: str) -> HttpxClient:
+    """The default client, with everything loaded that it needs for ``url``: the library loads
+    most of itself with the first connection, which would be in the middle of the first sync."""
+    client = HttpxClient(config, clock=clock)
+    client.open(url)
+    return client
 
 
 class _Ahead:
@@ -684,6 +692,10 @@ class HttpxClient:
         if late:  # what was cut can look complete
             raise _overdue(url, timeout_s)
         return response
+
+    def open(self, url: str) -> None:
+        """Make ready for requests to ``url``; nothing is sent, and no connection made."""
+        self._open_route(url)
 
     def _send(
         self,
