@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from entidb import cbor
+from entidb.collector import paused
 from entidb.db.catalogue import Catalogue
 from entidb.db.records import (
     DIRTY,
@@ -97,7 +98,7 @@ class ChangeFeed:
     def __iter__(self) -> Iterator[ChangeEvent]:
         while True:
             self._before, self._at = self.cursor, -1
-            with self._open() as rows:
+            with paused(), self._open() as rows:
                 events, reached, more = read_events(rows.snapshot, rows.catalogue, self._before)
             self._events = events
             chosen = self._collections
