@@ -21,7 +21,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     config = SyncConfig(db_id="notes")
     assert config.collections is None
     assert (config.push_operations_max, config.push_bytes_max) == (5000, 4 * MIB)
-    assert (config.pull_operations_max, config.pull_bytes_max) == (10_000, 4 * MIB)
+    assert (config.pull_operations_max, config.pull_bytes_max) == (5000, 4 * MIB)
     assert (config.rounds_max, config.interval_s) == (5, 30)
     assert (config.default_policy, dict(config.policies)) == ("server_wins", {})
     assert (config.compression, config.compression_min_bytes) == ("auto", 1024)

@@ -156,7 +156,7 @@ class SyncConfig(HttpConfig):
     #: on a bad line costs more to send again.
     push_operations_max: int = 5000
     push_bytes_max: int = 4 * _MIB
-    pull_operations_max: int = 10_000
+    pull_operations_max: int = 5000
     pull_bytes_max: int = 4 * _MIB
     #: Pull, rebase and push again at most this often in one cycle (R7).
     rounds_max: int = 5
