@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from entidb.db import Database, Role, inspect, purge_tombstones, writer
-from entidb.db.records import PendingTransaction, decode_pending
+from entidb.db.adopt import schedule_adoption
+from entidb.db.records import META_ADOPT, PendingTransaction, decode_pending
+from entidb.db.replica import Adopt, decode_record
 from entidb.errors import ScopeError
 from tests.support import World, assert_in_step, assert_sound, uid
 
@@ -210,3 +212,22 @@ def test_verify_reads_a_large_pending_transaction_once(monkeypatch: pytest.Monke
         monkeypatch.setattr(writer, "decode_pending", counting)
         assert db.verify() == []
     assert len(reads) == 1
+
+
+def test_r29_what_a_reset_has_still_to_make_pending_is_compared_though_the_scope_widens():
+    """Two of one collection, too: what the reset keeps, and what was there when it came back."""
+    with Database.in_memory() as db:
+        notes, tasks = db.collection("notes"), db.collection("tasks")
+        notes[uid(1)], tasks[uid(1)] = "kept", "local"
+        with db.write("local") as staged:
+            infos = staged.catalogue.by_name
+            old = [infos["notes"].number, infos["notes"].table]
+            new = [infos["tasks"].number, infos["tasks"].table]
+            schedule_adoption(staged, [new], compare=False)
+            schedule_adoption(staged, [old], compare=True)
+            schedule_adoption(staged, [old], compare=False)
+            raw = staged.get(META_ADOPT)
+        assert raw is not None
+        sources = decode_record(Adopt, raw).sources
+        assert sorted(sources) == sorted([[*new, 0], [*old, 1], [*old, 0]])
+        assert [source[1] for source in sources] == sorted(source[1] for source in sources)

@@ -48,6 +48,12 @@ FOUND = {
         21418,
         {"server_writes": 100, "repeated": 100, "pull_operations_max": 2},
     ),
+    # The scope widened between a reset that keeps the device's side and making that pending: all
+    # of it was then taken for local entities, and what has a version was passed over.
+    "a scope that widens after a reset does not forget what the reset keeps": (
+        4386,
+        {"restore_server": 10, "scope_in_cycle": 50, "keys": 20},
+    ),
 }
 
 

@@ -37,8 +37,16 @@ def schedule_adoption(writer: Writer, sources: list[list[int]], *, compare: bool
     """Adopt the entities of ``sources`` (collection number, table). With ``compare`` only those
     that are newer than what stands in the collection now, or missing there."""
     raw = writer.get(META_ADOPT)
-    standing = decode_record(Adopt, raw).sources if raw is not None else []
-    writer.put(META_ADOPT, encode_record(Adopt(standing + sources, b"", False, compare)))
+    # What is still to be done keeps its own way of being done, and a collection may be in both.
+    standing = [] if raw is None else _sources(decode_record(Adopt, raw))
+    new = [[number, table, int(compare)] for number, table in sources]
+    every = sorted(standing + new, key=lambda source: source[1])
+    writer.put(META_ADOPT, encode_record(Adopt(every, b"", False)))
+
+
+def _sources(adopt: Adopt) -> list[list[int]]:
+    """(collection number, table, whether to compare), by table: the order of the keys in them."""
+    return [[*source, int(adopt.compare)][:3] for source in adopt.sources]
 
 
 def has_adoption(database: Database) -> bool:
@@ -65,7 +73,7 @@ def adopt_step(database: Database) -> bool:
 
 def _index(writer: Writer, adopt: Adopt) -> Adopt:
     budget = INDEX_ROWS
-    for number, table in adopt.sources:
+    for number, table, compare in _sources(adopt):
         prefix = table_prefix(table)
         if adopt.after >= end_of(prefix):
             continue
@@ -73,8 +81,8 @@ def _index(writer: Writer, adopt: Adopt) -> Adopt:
         rows = writer.snapshot.scan(start, end_of(prefix), limit=budget)
         for key, raw in rows:
             row = decode_entity(raw)
-            if not row.pending and (adopt.compare or (row.payload is not None)):
-                group = row.version if adopt.compare else row.sequence
+            if not row.pending and (compare or row.payload is not None):
+                group = row.version if compare else row.sequence
                 writer.put(adopt_key(group, number, key[5:]), b"")
         budget -= len(rows)
         if budget <= 0:
@@ -88,13 +96,18 @@ def _commit_groups(database: Database, writer: Writer, adopt: Adopt) -> bool:
         return False
     if len(keys) == COMMIT_ROWS:
         keys = _whole_groups(writer, keys)
-    tables = {pair[0]: pair[1] for pair in adopt.sources}
+    sources: dict[int, list[tuple[int, bool]]] = {}
+    for number, table, compare in _sources(adopt):
+        sources.setdefault(number, []).append((table, bool(compare)))
     group, size = -1, 0
     writes: Writes = {}
     for key in keys:
         at, number, entity_id = split_feed_key(key)
         writer.delete(key)
-        row = _wanted(writer, tables[number], number, entity_id, adopt.compare)
+        found = (
+            _wanted(writer, table, number, entity_id, compare) for table, compare in sources[number]
+        )
+        row = next((row for row in found if row is not None), None)
         if row is None:
             continue
         weight = OPERATION_OVERHEAD_BYTES + len(row.payload or b"")

@@ -107,13 +107,14 @@ class Stage(Struct, frozen=True):
 
 class Adopt(Struct, frozen=True):
     """Entities that are being made pending in bounded commits. ``sources`` are
-    (collection number, table) pairs; ``after`` is the last key indexed, ``indexed`` says all
-    are. ``compare`` adopts only what is newer than what the collection has now (R29)."""
+    (collection number, table, compare); with ``compare`` 1 only that is adopted which is newer
+    than what the collection has now (R29). ``after`` is the last key indexed, ``indexed`` says
+    all are. ``compare`` of the record is that of sources which name none (before 0.2)."""
 
     sources: list[list[int]]
     after: bytes
     indexed: bool
-    compare: bool
+    compare: bool = False
 
 
 def ranges_of(numbers: list[int]) -> list[list[int]]:
