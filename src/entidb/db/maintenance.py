@@ -91,7 +91,7 @@ def _sweepable(writer: Writer) -> list[tuple[int, int]]:
     if not writer.catalogue.garbage:
         return []
     raw = writer.get(META_ADOPT)
-    used = set() if raw is None else {table for _, table in decode_record(Adopt, raw).sources}
+    used = set() if raw is None else {each[1] for each in decode_record(Adopt, raw).sources}
     return [pair for pair in writer.catalogue.garbage if pair[0] not in used]
 
 
