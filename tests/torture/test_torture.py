@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -204,37 +205,27 @@ def test_a_row_left_at_an_older_version_is_found() -> None:
 # ---------------------------------------------------------------- the proxy
 
 
+class Echo(socketserver.BaseRequestHandler):
+    """Sends back what it gets until the other side ends or breaks the connection."""
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self.request.recv(1000):
+                self.request.sendall(data)
+
+
 @contextlib.contextmanager
 def echo_server() -> Iterator[tuple[str, int]]:
-    """Sends back what it gets, from a thread."""
-    loop = asyncio.new_event_loop()
-    ready = threading.Event()
-    places: list[tuple[str, int]] = []
-    done = asyncio.Event()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1000):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def run() -> None:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        places.append(server.sockets[0].getsockname())
-        ready.set()
-        await done.wait()
-        server.close()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
-    thread.start()
-    ready.wait(WAIT_SECONDS)
-    try:
-        yield places[0]
-    finally:
-        loop.call_soon_threadsafe(done.set)
-        thread.join()
-        loop.close()
+    """Ends when every connection to it has ended: close those first."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        host, port = server.socket.getsockname()
+        try:
+            yield host, port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture

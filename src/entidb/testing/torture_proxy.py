@@ -12,6 +12,7 @@ import contextlib
 import socket
 import struct
 import threading
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
@@ -57,10 +58,12 @@ class Link:
         self._changed = asyncio.Event()
         self._server: asyncio.Server | None = None
         #: The loop itself refers to tasks weakly, and would let go of one that waits long.
-        self._serving: set[asyncio.Task[None] | None] = set()
+        self._serving: set[asyncio.Task[None]] = set()
+        # Weak, for a loop holds each connection that is not down yet.
+        self._open: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def set_weather(self, weather: Weather) -> None:
@@ -70,18 +73,22 @@ class Link:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A plain function, so that no connection is without its entry: a task that is cancelled
+        # before its first step never runs a line.
+        self._open.add(writer.transport)
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await self._connect(reader, writer)
-        except (OSError, asyncio.CancelledError):
-            # The server is down, one side has gone, or the proxy stops: for the client it is all
-            # the same. (Streams treat a cancelled handler as a mistake and write to the log.)
+        except OSError:
+            # The server is down or one side has gone: for the client it is all the same.
             _reset(writer)
         finally:
             writer.close()
-            self._serving.discard(task)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._weather.refuse:
@@ -92,6 +99,7 @@ class Link:
             _reset(writer)
             return
         far_reader, far_writer = await asyncio.open_connection(*self.upstream)
+        self._open.add(far_writer.transport)
         ends = (writer, far_writer)
         pumps = (
             asyncio.create_task(self._pump(reader, far_writer, ends)),
@@ -100,10 +108,10 @@ class Link:
         try:
             await asyncio.gather(*pumps)
         finally:
+            far_writer.close()
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            far_writer.close()
 
     async def _pump(
         self,
@@ -151,9 +159,16 @@ class Link:
             else:
                 end.close()
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
+        """Accepts no more."""
         if self._server is not None:
             self._server.close()
+
+    def break_all(self) -> None:
+        """Also those that still have bytes to send: a loop that is closed under a connection
+        leaves its socket open."""
+        for transport in list(self._open):
+            transport.abort()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
@@ -203,13 +218,16 @@ class Proxy:
         self._started.set()
         await self._stop.wait()
         for link in self._links:
-            await link.stop()
+            link.stop()
         mine = asyncio.current_task()
         for _ in range(_STOP_ROUNDS):  # one accepted a moment ago has no task yet
             others = [task for task in asyncio.all_tasks() if task is not mine]
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            for link in self._links:
+                link.break_all()
+            await asyncio.sleep(0)  # the loop's turn: accepts, and takes down what is broken
 
     def __enter__(self) -> Self:
         self._thread.start()
