@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from entidb.errors import DatabaseLockedError, FormatError
+from entidb.errors import CorruptionError, DatabaseLockedError, FormatError
 from entidb.storage import LmdbStorage
 from entidb.storage.lmdb_pages import closed_file_faults
 from entidb.testing.contracts import read_all
@@ -324,3 +324,30 @@ def test_verify_of_an_open_store_stops_at_damaged_pages(
     with contextlib.closing(LmdbStorage.open(tmp_path)) as store:
         faults = list(store.verify())
     assert len(faults) == 1 and says in faults[0]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_range_that_leads_to_another_page_is_damage_and_not_an_answer(
+    sound: bytes, tmp_path: Path, reverse: bool
+) -> None:
+    image = Image(bytearray(sound))
+    keys = [keys_of(image, image.child(number)) for number in range(4)]
+    # Behind the last key of the second page stands the third, and before its first the first.
+    place, leads_to = (0, 3) if reverse else (2, 0)
+    first, other = (image.nodes(image.root)[number] for number in (place, leads_to))
+    for at in (0, 2):
+        image.set(image.root, first + at, image.get(image.root, other + at))
+    (tmp_path / "data.mdb").write_bytes(image.raw)
+    start, stop = (b"\0", keys[1][0]) if reverse else (keys[1][-1] + b"\0", b"\xff")
+    with (
+        contextlib.closing(LmdbStorage.open(tmp_path)) as store,
+        store.snapshot() as snapshot,
+        pytest.raises(CorruptionError, match="run verify"),
+    ):
+        snapshot.scan_keys(start, stop, reverse=reverse)
+
+
+def keys_of(image: Image, page: int) -> list[bytes]:
+    """The keys of a leaf."""
+    places = [(page * PAGE + at, image.get(page, at + 6)) for at in image.nodes(page)]
+    return [bytes(image.raw[at + 8 : at + 8 + size]) for at, size in places]
