@@ -432,12 +432,28 @@ def test_a_flipped_bit_is_never_returned(closed: Path) -> None:
                 lambda: snapshot.get(b"0123"),
                 lambda: snapshot.get_many([b"0122", b"0123"]),
                 lambda: snapshot.get_many([b"0123", b"none"]),
+                lambda: snapshot.get_many([b"%04d" % n for n in range(100, 150)]),
                 lambda: snapshot.scan(b"0122", b"0125"),
+                lambda: snapshot.scan_keys(b"0122", b"0125", proved=True),
             ):
                 with pytest.raises(CorruptionError, match=b"0123".hex()):
                     read()
             assert snapshot.get(b"0122") == b"v" * 300
         assert list(store.verify()) == [f"record {b'0123'.hex()}: checksum does not match"]
+
+
+def test_a_flipped_bit_in_a_key_without_a_value_is_found_when_keys_are_proved(
+    tmp_path: Path,
+) -> None:
+    keys = [b"key-%04d" % n for n in range(100)]
+    with contextlib.closing(LmdbStorage.open(tmp_path)) as store:
+        store.commit(dict.fromkeys(keys, b""))
+    path = tmp_path / "data.mdb"
+    path.write_bytes(path.read_bytes().replace(keys[50], b"key-0058"))
+    with contextlib.closing(LmdbStorage.open(tmp_path)) as store, store.snapshot() as snapshot:
+        assert snapshot.scan_keys(b"k", b"l", limit=50, proved=True) == keys[:50]
+        with pytest.raises(CorruptionError, match=b"key-0058".hex()):
+            snapshot.scan_keys(b"k", b"l", proved=True)
 
 
 def test_a_value_under_another_key_is_noticed(store: LmdbStorage) -> None:

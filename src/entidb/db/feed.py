@@ -7,9 +7,10 @@ bounded by the number of entities; what changed twice shows up once, at the late
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import repeat
+from itertools import chain, repeat
+from operator import length_hint
 from typing import Any
 
 from msgspec import Struct
@@ -30,6 +31,7 @@ from entidb.db.records import (
     split_feed_keys,
     unpack_entity,
     unpack_pending,
+    unpack_shown,
     unpack_u64,
 )
 from entidb.db.rows import SnapshotRows
@@ -62,7 +64,8 @@ class ChangeEvent(Struct, frozen=True, gc=False):
     @property
     def value(self) -> Any:
         """The entity after the change; None after a delete or for a reset."""
-        return None if self.payload is None else cbor.decode_trusted(self.payload)
+        payload = self.payload
+        return None if payload is None else cbor.decode_trusted(payload)
 
 
 OpenRows = Callable[[], AbstractContextManager[SnapshotRows]]
@@ -77,43 +80,49 @@ class ChangeFeed:
     def __init__(self, open_rows: OpenRows, cursor: int, collections: frozenset[str] | None):
         self._open = open_rows
         self._collections = collections
-        self._before = cursor
-        #: The page that is being handed out, and the place of the event handed out last.
-        self._events: list[ChangeEvent] = []
-        self._at = -1
+        self._turn_to(cursor, [])
 
     @property
     def cursor(self) -> int:
         """Where to go on: the newest commit that was handed out whole."""
-        events, at = self._events, self._at
+        before, events, left = self._page
+        # The event handed out last: a list's iterator knows exactly how many are left in it.
+        at = len(events) - length_hint(left) - 1
         if at < 0:
-            return self._before
+            return before
         sequence = events[at].sequence
         if at + 1 == len(events) or events[at + 1].sequence != sequence:
             return sequence
         while at >= 0 and events[at].sequence == sequence:
             at -= 1
-        return events[at].sequence if at >= 0 else self._before
+        return events[at].sequence if at >= 0 else before
 
     def __iter__(self) -> Iterator[ChangeEvent]:
+        # Not a generator: no step of Python for an event, only for a page.
+        return chain.from_iterable(self._pages())
+
+    def _pages(self) -> Iterator[Iterator[ChangeEvent]]:
+        chosen = self._collections
         while True:
-            self._before, self._at = self.cursor, -1
+            before = self.cursor
+            self._turn_to(before, [])
             with paused(), self._open() as rows:
-                events, reached, more = read_events(rows.snapshot, rows.catalogue, self._before)
-            self._events = events
-            chosen = self._collections
+                events, reached, more = read_events(rows.snapshot, rows.catalogue, before)
+            left = self._turn_to(before, events)
             if chosen is None:
-                # Only the place is kept; what it means for the cursor is for who asks.
-                for self._at, event in enumerate(events):
-                    yield event
+                yield left
             else:
-                for at, event in enumerate(events):
-                    if event.collection in chosen:
-                        self._at = at
-                        yield event
-            self._before, self._at = max(self._before, reached), -1
+                yield (event for event in left if event.collection in chosen)
+            self._turn_to(max(self._page[0], reached), [])
             if not more:
                 return
+
+    def _turn_to(self, before: int, events: list[ChangeEvent]) -> Iterator[ChangeEvent]:
+        left = iter(events)
+        #: Where the page begins, its events, and what is left of them: one object, so that
+        #: Ctrl-C cannot fall between them.
+        self._page = before, events, left
+        return left
 
 
 def read_events(
@@ -141,9 +150,8 @@ def feed_page(snapshot: Snapshot, after: int, limit: int) -> tuple[list[bytes], 
     """Up to ``limit`` feed keys after ``after``, cut between commits, and whether there are more;
     a first commit that is larger than ``limit`` comes whole and alone (R19)."""
     start, stop = feed_bounds(after)
-    # With their values, which are empty: only so are the keys checked, and a row that names
-    # another collection would be left out in silence.
-    keys = [key for key, _ in snapshot.scan(start, stop, limit=limit + 1)]
+    # Proved, because a row that names another collection would be left out in silence.
+    keys = snapshot.scan_keys(start, stop, limit=limit + 1, proved=True)
     if len(keys) <= limit:
         return keys, False
     crossing = split_feed_key(keys[limit])[0]
@@ -153,7 +161,7 @@ def feed_page(snapshot: Snapshot, after: int, limit: int) -> tuple[list[bytes], 
     if end:
         return keys[:end], True
     while split_feed_key(keys[-1])[0] == crossing:
-        further = [key for key, _ in snapshot.scan(keys[-1] + b"\0", stop, limit=limit)]
+        further = snapshot.scan_keys(keys[-1] + b"\0", stop, limit=limit, proved=True)
         if not further:
             return keys, False
         keys += further
@@ -167,27 +175,41 @@ def load_events(
     snapshot: Snapshot, catalogue: Catalogue, places: list[tuple[int, int, bytes]]
 ) -> list[ChangeEvent]:
     """The events behind feed rows; rows that a replaced collection left behind are skipped."""
-    prefixes = {number: info.prefix for number, info in catalogue.by_number.items()}
-    names = {number: info.name for number, info in catalogue.by_number.items()}
-    entities = [place for place in places if place[1] in prefixes]
-    keys = [prefixes[number] + entity_id for _, number, entity_id in entities]
-    ids = uuids_from_bytes([entity_id for _, _, entity_id in entities])
+    if not places:
+        return []
+    # In columns: for most pages no step of Python is taken for an event.
+    sequences, numbers, entity_ids = zip(*places, strict=True)
+    known = catalogue.by_number
+    found = set(numbers)
+    if not found <= known.keys():
+        entities = [place for place in places if place[1] in known]
+        events = load_events(snapshot, catalogue, entities)
+        if 0 in found:
+            for sequence, number in zip(sequences, numbers, strict=True):
+                if number == 0:
+                    events += _reset_events(snapshot, sequence)
+            # Where its feed row stands: before the other changes of its commit.
+            events.sort(key=lambda event: (event.sequence, event.kind != "reset"))
+        return events
+    names: Iterable[str]
+    if len(found) == 1:
+        info = known[numbers[0]]
+        prefix = info.prefix
+        keys = [prefix + entity_id for entity_id in entity_ids]
+        names = repeat(info.name, len(keys))
+    else:
+        keys = [known[number].prefix + entity_id for _, number, entity_id in places]
+        names = [known[number].name for number in numbers]
     raws = snapshot.get_many(keys)
-    events = _alike(entities, ids, raws, names) or _one_by_one(entities, ids, raws, names)
-    resets = [sequence for sequence, number, _ in places if number == 0]
-    if resets:
-        for sequence in resets:
-            events += _reset_events(snapshot, sequence)
-        # Where its feed row stands: before the other changes of its commit.
-        events.sort(key=lambda event: (event.sequence, event.kind != "reset"))
-    return events
+    ids = uuids_from_bytes(entity_ids)
+    return _alike(sequences, names, ids, raws) or _one_by_one(sequences, names, ids, raws)
 
 
 def _alike(
-    entities: list[tuple[int, int, bytes]],
+    sequences: tuple[int, ...],
+    names: Iterable[str],
     ids: list[uuid.UUID],
     raws: list[bytes | None],
-    names: dict[int, str],
 ) -> list[ChangeEvent]:
     """The events of rows that are all of one kind, as those of a page mostly are, without a step
     of Python for each; nothing if they are not."""
@@ -195,18 +217,17 @@ def _alike(
     kinds = {row[0] for row in rows}
     if len(rows) < len(raws) or len(kinds) != 1 or (flags := kinds.pop()) & TOMBSTONE:
         return []
-    unpack, head = (unpack_pending, PENDING_HEAD) if flags & DIRTY else (unpack_entity, ENTITY_HEAD)
-    sequences, numbers, _ = zip(*entities, strict=True)
-    _, shown, versions, devices, timestamps, *_ = zip(*map(unpack, rows), strict=True)
+    shown, versions, devices, timestamps = zip(*map(unpack_shown, rows), strict=True)
     if shown != sequences:
         return []
+    head = PENDING_HEAD if flags & DIRTY else ENTITY_HEAD
     origin = "remote" if flags & REMOTE else "local"
     return list(
         map(
             ChangeEvent,
             sequences,
             repeat("put"),
-            map(names.__getitem__, numbers),
+            names,
             repeat(origin),
             ids,
             [row[head:] for row in rows],
@@ -218,13 +239,13 @@ def _alike(
 
 
 def _one_by_one(
-    entities: list[tuple[int, int, bytes]],
+    sequences: tuple[int, ...],
+    names: Iterable[str],
     ids: list[uuid.UUID],
     raws: list[bytes | None],
-    names: dict[int, str],
 ) -> list[ChangeEvent]:
     events: list[ChangeEvent] = []
-    for (sequence, number, _), entity_id, raw in zip(entities, ids, raws, strict=True):
+    for sequence, name, entity_id, raw in zip(sequences, names, ids, raws, strict=True):
         if raw is None:
             continue
         # Unpacked here: an object for the row between two others costs as much as the event.
@@ -241,7 +262,7 @@ def _one_by_one(
             ChangeEvent(
                 sequence,
                 "delete" if gone else "put",
-                names[number],
+                name,
                 "remote" if flags & REMOTE else "local",
                 entity_id,
                 None if gone else payload,

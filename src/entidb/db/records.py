@@ -220,12 +220,15 @@ HAS_BASE: Final = 16
 
 _ENTITY = Packer(">BQQ16sQ")
 _PENDING = Packer(">BQQ16sQQ")
+_SHOWN = Packer(">xQQ16sQ")
 ENTITY_HEAD: Final = _ENTITY.size
 PENDING_HEAD: Final = _PENDING.size
 pack_entity = _ENTITY.pack
 unpack_entity = _ENTITY.unpack_from
 pack_pending = _PENDING.pack
 unpack_pending = _PENDING.unpack_from
+#: (sequence, version, device id, timestamp) of a row of either kind.
+unpack_shown = _SHOWN.unpack_from
 
 
 class EntityRow(Struct, gc=False):

@@ -53,9 +53,16 @@ class Snapshot(Protocol):
         ...
 
     def scan_keys(
-        self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
+        self,
+        start: bytes,
+        stop: bytes,
+        *,
+        limit: int | None = None,
+        reverse: bool = False,
+        proved: bool = False,
     ) -> list[bytes]:
-        """As ``scan``, keys only (their checksums are not read)."""
+        """As ``scan``, keys only. Their checksums are read only when ``proved``, which is fastest
+        for empty values."""
         ...
 
     def close(self) -> None:

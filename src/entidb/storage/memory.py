@@ -57,7 +57,13 @@ class MemorySnapshot:
         return [(key, values[key]) for key in keys]
 
     def scan_keys(
-        self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
+        self,
+        start: bytes,
+        stop: bytes,
+        *,
+        limit: int | None = None,
+        reverse: bool = False,
+        proved: bool = False,
     ) -> list[bytes]:
         keys = self._open_state().keys
         first = bisect_left(keys, start)

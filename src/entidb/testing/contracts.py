@@ -129,6 +129,22 @@ class StorageContract:
         with self.fresh({b"a": b"1"}) as storage, storage.snapshot() as snapshot:
             assert snapshot.get_many([b"a", b"", b"k" * 600, b"a"]) == [b"1", None, None, b"1"]
 
+    def test_get_many_of_neighbours_and_of_others(self) -> None:
+        records = {n.to_bytes(4, "big"): b"%d" % n for n in range(0, 400, 2)}
+        there, every = sorted(records), [n.to_bytes(4, "big") for n in range(410)]
+        with self.fresh(records) as storage, storage.snapshot() as snapshot:
+            for keys in (
+                there,
+                there[::-1],
+                there[100:],
+                there[:50] + there[51:],
+                there[:50] + there[49:],
+                every,
+                every[1:],
+                [*there, b"\xff", there[0]],
+            ):
+                assert snapshot.get_many(keys) == [records.get(key) for key in keys]
+
     # ---- ranges
 
     def test_a_scan_includes_start_and_excludes_stop(self) -> None:
@@ -136,6 +152,14 @@ class StorageContract:
         with self.fresh(records) as storage, storage.snapshot() as snapshot:
             assert snapshot.scan_keys(b"\x02", b"\x05") == [b"\x02", b"\x03", b"\x04"]
             assert snapshot.scan(b"\x02", b"\x04") == [(b"\x02", b"2"), (b"\x03", b"3")]
+
+    def test_proved_keys_are_the_same_with_and_without_values(self) -> None:
+        for values in ((b"", b"", b""), (b"", b"1", b""), (b"1", b"2", b"3")):
+            records = dict(zip((b"a", b"b", b"c"), values, strict=True))
+            with self.fresh(records) as storage, storage.snapshot() as snapshot:
+                assert snapshot.scan_keys(b"a", b"z", proved=True) == [b"a", b"b", b"c"]
+                assert snapshot.scan_keys(b"b", b"z", limit=1, proved=True) == [b"b"]
+                assert snapshot.scan_keys(b"d", b"z", proved=True) == []
 
     def test_a_scan_backwards_starts_below_stop(self) -> None:
         records = {bytes([n]): b"%d" % n for n in range(1, 9)}
