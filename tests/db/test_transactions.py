@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from entidb.db import Database, Role
+from entidb.db import Database, Role, transaction
 from entidb.errors import (
     DatabaseClosedError,
     ScopeError,
@@ -290,6 +291,47 @@ def test_a_snapshot_cannot_be_written_to_and_not_be_read_after_closing(db: Datab
     snapshot.close()
     with pytest.raises(DatabaseClosedError):
         view[uid(1)]
+
+
+# ---------------------------------------------------------------- in columns
+
+
+@pytest.mark.parametrize("deleted", [False, True], ids=["only new", "and a delete of nothing"])
+@pytest.mark.parametrize("there", [False, True], ids=["all new", "one is there"])
+def test_a_batch_written_in_columns_is_what_it_is_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, deleted: bool, there: bool
+) -> None:
+    found = []
+    for columns_from in (1, 1000):
+        monkeypatch.setattr(transaction, "_COLUMNS_FROM", columns_from)
+        storage = MemoryStorage()
+        db = Database(storage, clock=FakeClock(), entropy=random.Random(1).randbytes)
+        db.declare_local("drafts")
+        if there:
+            db.collection("notes")[uid(7)] = "before"
+        with db.transaction() as tx:
+            for number in range(30, 0, -1):
+                for name in ("notes", "drafts", "lists"):
+                    tx[name][uid(number)] = {"n": number, "of": name}
+            tx["notes"].add("added")
+            if deleted:
+                tx.writes["notes"][uid(50).bytes] = None
+        with db.view() as view:
+            pending = view.pending(tx.sequence)
+        assert pending is not None
+        assert len(pending.operations) == 61
+        assert (len(db.collection("notes")), len(db.collection("drafts"))) == (31, 30)
+        assert db.verify() == []
+        with storage.snapshot() as snapshot:
+            found.append(snapshot.scan(b"", b"\xff"))
+    assert found[0] == found[1]
+
+
+def test_only_local_entities_in_a_batch_leave_no_outbox(db: Database) -> None:
+    db.declare_local("drafts")
+    db.collection("drafts").put_many({uid(n): n for n in range(100)})
+    assert (db.read_head().ready, len(db.collection("drafts")), db.verify()) == (0, 100, [])
+    assert len(list(db.changes())) == 100
 
 
 # ---------------------------------------------------------------- on a server

@@ -172,7 +172,7 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         codec: ValueCodec[V],
         open_rows: OpenRows,
         stage: Stage,
-        new_id: Callable[[], uuid.UUID],
+        new_id: Callable[[], bytes],
     ) -> None:
         super().__init__(name, codec, open_rows)
         self._stage = stage
@@ -189,9 +189,9 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
 
     def add(self, value: V) -> uuid.UUID:
         """Store ``value`` under a new UUIDv7 and return it."""
-        entity_id = self._new_id()
-        self._stage(self.name, entity_id.bytes, self._codec.encode(value))
-        return entity_id
+        raw = self._new_id()
+        self._stage(self.name, raw, self._codec.encode(value))
+        return uuid_from_bytes(raw)
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         pairs = values.items() if isinstance(values, Mapping) else values

@@ -335,7 +335,7 @@ class Database:
             rows = SnapshotRows(snapshot, self.read_catalogue(snapshot))
             identity = self._ids.new_bytes()
             commit, release = self._commit_transaction, self._end_transaction
-            made = Transaction(identity, rows, turn, commit, release, self._ids.new)
+            made = Transaction(identity, rows, turn, commit, release, self._ids.new_bytes)
             turn.kept = weakref.ref(made)
             return made
         except BaseException:

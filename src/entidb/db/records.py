@@ -32,6 +32,7 @@ state beside the old one (R20). The storage layer puts a checksum over key and v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, repeat
 from struct import Struct as Packer
 from struct import error as UnpackError
 from typing import Final
@@ -369,6 +370,20 @@ class PendingTransaction(Struct):
     @property
     def key(self) -> bytes:
         return sequence_key(HELD if self.held else READY, self.sequence)
+
+
+def encode_creation(
+    transaction_id: bytes,
+    timestamp: int,
+    created: Sequence[tuple[int, Sequence[bytes], Sequence[bytes]]],
+) -> bytes:
+    """A ``PendingTransaction`` as it is encoded, from columns: of each collection its number, and
+    id and payload of entities that no pending transaction has touched before."""
+    parts = [_OUTBOX.pack(transaction_id, timestamp, sum(len(ids) for _, ids, _ in created))]
+    for number, ids, payloads in created:
+        heads = map(_OUTBOX_OP.pack, repeat(number), ids, repeat(0), map(len, payloads))
+        parts += chain.from_iterable(zip(heads, payloads, strict=True))
+    return b"".join(parts)
 
 
 def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:
