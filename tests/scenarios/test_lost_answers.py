@@ -81,7 +81,9 @@ class CuttingServer:
             return True
         self.sent = len(data)
         connection.sendall(data[: self.bytes_max])
-        return False
+        # An answer that went out whole is a good one: hanging up behind it would race with the
+        # request after it.
+        return self.bytes_max >= len(data)
 
     def close(self) -> None:
         # Closing alone does not wake a thread that waits in accept().
