@@ -54,6 +54,12 @@ FOUND = {
         4386,
         {"restore_server": 10, "scope_in_cycle": 50, "keys": 20},
     ),
+    # Not in the product: a person decided about one entity of a transaction and not about the two
+    # others, and a three-way merge of all three, on different bases by then, made them differ.
+    "a person who decides about a part of a transaction decides about all of it": (
+        5704,
+        {"policy_pairs": 6, "person": 50, "keys": 2, "pull_operations_max": 1},
+    ),
 }
 
 

@@ -268,8 +268,7 @@ class Device:
                 choices.append(ConflictResolution.merge(self.tenant.workload.value()))
             resolution = self.rng.choice(choices)
             self.world.trace("resolve", self.name, resolution.action.value)
-            self.watch.by_person = {(conflict.collection, conflict.id_bytes): None}
-            self.watch.on_report(self.applier.resolve(conflict, resolution))
+            self._decide(conflict, resolution)
             self.world.fired("person")
         elif discarded:
             entry = self.rng.choice(discarded)
@@ -289,16 +288,13 @@ class Device:
         seen, self.looked_at = self.looked_at, None
         if seen is None or self.world.quiet or self.rng.random() < 0.5:
             return False
-        ref = (seen.collection, seen.id_bytes)
-        now = [c.remote_version for c in self.applier.conflicts() if ref == _place(c)]
-        self.watch.by_person = {ref: None}
+        now = [c.remote_version for c in self.applier.conflicts() if _place(c) == _place(seen)]
         self.world.trace("resolve late", self.name)
         try:
-            report = self.applier.resolve(seen, ConflictResolution.keep_local())
+            self._decide(seen, ConflictResolution.keep_local())
         except ConflictError as error:
             self.world.trace("refused", error.code)
             return True
-        self.watch.on_report(report)
         self.world.fired("person")
         self.world.checks.that(
             now == [seen.remote_version],
@@ -306,6 +302,26 @@ class Device:
             f"{self.name} took a decision on another state of the server than it was made on",
         )
         return True
+
+    def _decide(self, conflict: Conflict, resolution: ConflictResolution) -> None:
+        """Whoever decides about one of a group decides the same about all of it, and is not cut
+        off in between: a policy that looks at the base would merge what is decided and what is
+        not into different values, as it should, and the group would not be whole any more."""
+        if conflict.collection != GROUP_COLLECTION:
+            self._resolve(conflict, resolution)
+            return
+        armed, self.storage.armed = self.storage.armed, False
+        try:
+            self._resolve(conflict, resolution)
+            for other in self.applier.conflicts():
+                if _group(other) == _group(conflict):
+                    self._resolve(other, resolution)
+        finally:
+            self.storage.armed = armed
+
+    def _resolve(self, conflict: Conflict, resolution: ConflictResolution) -> None:
+        self.watch.by_person = {_place(conflict): None}
+        self.watch.on_report(self.applier.resolve(conflict, resolution))
 
     def change_scope(self) -> None:
         chosen = self._another_scope()
@@ -581,6 +597,11 @@ class Device:
 
 def _place(conflict: Conflict) -> tuple[str, bytes]:
     return conflict.collection, conflict.id_bytes
+
+
+def _group(conflict: Conflict) -> tuple[str, bytes]:
+    """What the ids of a group have in common: all but the number of the member."""
+    return conflict.collection, conflict.id_bytes[:-1]
 
 
 __all__ = ["Device", "DeviceClock"]
