@@ -54,6 +54,18 @@ FOUND = {
         4386,
         {"restore_server": 10, "scope_in_cycle": 50, "keys": 20},
     ),
+    # A collection was outside the scope while another history was taken in, and its versions were
+    # compared with those of that history when the scope widened.
+    "what a reset did not cover belongs to another history": (
+        10237,
+        {"restore_server": 20, "scope_in_cycle": 50, "keys": 2, "policy_notes": 6},
+    ),
+    # Not in the product: with a conflict for every push of one transaction, coming to rest takes
+    # as many rounds as there are transactions.
+    "coming to rest takes as many rounds as there is work": (
+        23242,
+        {"devices": 6, "push_bytes_max": 1, "rounds_max": 1, "local_in_cycle": 300},
+    ),
     # Not in the product: a person decided about one entity of a transaction and not about the two
     # others, and a three-way merge of all three, on different bases by then, made them differ.
     "a person who decides about a part of a transaction decides about all of it": (

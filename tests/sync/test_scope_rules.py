@@ -447,3 +447,83 @@ def test_r31_widening_before_a_pull_of_a_cycle_meets_what_the_server_has_as_a_co
     result = a.sync()
     assert [r.conflict.kind for r in result.conflicts] == ["create/create"]
     assert world.values("tasks") == {1: "theirs"}
+
+
+# ---------------------------------------------------------------- another history outside the scope
+
+
+def out_of_scope_in_a_reset(policy: str) -> tuple[World, Device]:
+    """A device that took in another history while "tasks" was not in its scope: its row of tasks 1
+    is of the lost version 3, and the server's version 3 is somebody else's."""
+    world = World()
+    a = world.device(default_policy=policy)
+    world.put(("tasks", 1, "old"))
+    world.put(("notes", 1, "old"))
+    backup = world.backup_server()
+    world.put(("tasks", 1, "lost"))
+    a.sync()
+    a.db.set_scope(["notes"])
+    world.open_server(backup)
+    world.put(("tasks", 1, "theirs"))
+    world.put(("notes", 2, "theirs"))
+    a.engine.reset("server")
+    a.sync()
+    assert a.values("tasks") == {1: "lost"}
+    assert a.state.outdated == ["tasks"]
+    return world, a
+
+
+@pytest.mark.parametrize("policy", ["server_wins", "client_wins"])
+def test_r29_what_a_reset_did_not_cover_is_compared_by_bytes_when_the_scope_widens(
+    policy: str,
+) -> None:
+    world, a = out_of_scope_in_a_reset(policy)
+    a.db.set_scope(None)
+    a.put(("tasks", 1, "mine"))
+    result = a.sync()
+    (resolved,) = result.conflicts
+    assert (resolved.conflict.base, resolved.conflict.remote) == ("lost", "theirs")
+    a.settle()
+    assert world.values("tasks") == {1: "theirs" if policy == "server_wins" else "mine"}
+    assert len(a.engine.discarded()) == (policy == "server_wins")
+    assert a.state.outdated == []
+    assert_in_step(world, a)
+
+
+def test_r29_what_a_reset_did_not_cover_is_replaced_though_it_seems_newer() -> None:
+    world, a = out_of_scope_in_a_reset("server_wins")
+    a.db.set_scope(None)
+    a.sync()
+    assert a.values("tasks") == {1: "theirs"}
+    assert_in_step(world, a)
+
+
+def test_r29_nothing_is_pushed_that_is_built_on_another_history() -> None:
+    world, a = out_of_scope_in_a_reset("server_wins")
+    a.db.set_scope(None)
+    a.put(("tasks", 1, "mine"))
+    # As between the pull and the push of a cycle that knew nothing of it.
+    assert a.engine.applier.prepare(BatchLimits(100, 10_000)) is None
+    a.settle()
+    assert world.values("tasks") == {1: "theirs"}
+
+
+def test_r29_outdated_collections_are_remembered_over_another_reset_and_narrowing() -> None:
+    world, a = out_of_scope_in_a_reset("server_wins")
+    a.engine.reset("server")
+    a.sync()
+    assert a.state.outdated == ["tasks"]
+    a.db.set_scope(["tasks"])
+    assert a.state.outdated == ["tasks"]
+    a.db.set_scope(["notes"])
+    a.sync()
+    assert a.state.outdated == ["tasks"]
+    a.db.set_scope(["tasks"])
+    a.sync()
+    assert a.values("tasks") == {1: "theirs"}
+    # "notes" was taken in from this history before it left the scope.
+    assert a.state.outdated == []
+    world.put(("notes", 1, "changed"))
+    a.db.set_scope(None)
+    a.sync()
+    assert_in_step(world, a)

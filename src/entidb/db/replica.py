@@ -42,6 +42,8 @@ class ReplicaState(Struct, frozen=True):
     ``uncovered`` names collections in scope that the cursor does not speak of yet (R31).
     ``foreign`` says the entities' versions belong to another history (R29), so that only bytes
     can be compared; ``keep_device`` that newer entities of this device are committed again.
+    ``outdated`` names collections that were not in scope when that ended, so that the versions of
+    their entities are of another history still.
     """
 
     db_id: str | None = None
@@ -52,6 +54,7 @@ class ReplicaState(Struct, frozen=True):
     uncovered: list[str] = []
     foreign: bool = False
     keep_device: bool = False
+    outdated: list[str] = []
 
     @property
     def reached(self) -> int:

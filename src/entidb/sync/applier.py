@@ -419,7 +419,8 @@ class DatabaseApplier:
         check_page(request, response)
         with paused(), self.database.write() as writer:
             state = self._check_belongs(writer, request)
-            rebase = Rebase(writer, self.policy_for, response.time, foreign=state.foreign)
+            foreign = _foreign_collections(writer, state)
+            rebase = Rebase(writer, self.policy_for, response.time, foreign=foreign)
             _hear_clock(writer, response)
             _take_page(writer, rebase, response)
             rebase.release()
@@ -473,7 +474,8 @@ class DatabaseApplier:
             if stage.history != state.history or stage.cursor != state.cursor:
                 raise SyncStateError("the stage belongs to another state; sync again")
             _check_adopted(writer)
-            rebase = Rebase(writer, self.policy_for, stage.time_ms, foreign=state.foreign)
+            foreign = _foreign_collections(writer, state)
+            rebase = Rebase(writer, self.policy_for, stage.time_ms, foreign=foreign)
             _publish(writer, rebase, stage, state)
             rebase.release()
             return rebase.report
@@ -643,6 +645,9 @@ def _choose(
     Rows within the ascending ranges ``inflight`` belong to other batches, or have just been
     settled and are gone but still in the snapshot. The batch ends before the first transaction
     that touches an entity in ``apart``."""
+    if _outdated_in_scope(writer):
+        # What is built on another history has to meet this one first (R29).
+        return None
     gaps = _gaps(inflight, limits.sequence_max)
     # The commit moves the mark by two, and changes nothing of what is read here.
     batch = _batch(writer, gaps, mark + 2, limits, apart)
@@ -1075,6 +1080,20 @@ def _take_page(writer: Writer, rebase: Rebase, response: PullResponse) -> None:
         rebase.take_dirty(ref, remote)
 
 
+def _foreign_collections(writer: Writer, state: ReplicaState) -> frozenset[int]:
+    """Numbers of the collections whose entities have versions of another history (R29)."""
+    return frozenset(
+        info.number
+        for info in writer.catalogue.by_name.values()
+        if state.foreign or info.name in state.outdated
+    )
+
+
+def _outdated_in_scope(writer: Writer) -> bool:
+    by_name = writer.catalogue.by_name
+    return any(by_name[name].synced for name in writer.sync_state.outdated)
+
+
 def _move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
     """Only a pull moves the cursor (R22)."""
     now = replace(
@@ -1085,6 +1104,11 @@ def _move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
         uncovered=[],
         foreign=False,
         keep_device=False,
+        outdated=sorted(
+            info.name
+            for info in writer.catalogue.by_name.values()
+            if not info.synced and (state.foreign or info.name in state.outdated)
+        ),
     )
     if now != state:
         writer.set_sync_state(now)

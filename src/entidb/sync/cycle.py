@@ -283,7 +283,7 @@ class Cycle:
         if full != [] and (stage is None or not stage.full_done):
             # A cursor of 0 is no proof: the server may have been empty, and this device may have
             # pushed since. Then what the server no longer has must go, so it is staged.
-            known = state.cursor > 0 or bool(state.have) or state.foreign
+            known = state.cursor > 0 or bool(state.have) or state.foreign or bool(state.outdated)
             first_sync = full is None and not known
             outcome = yield from self._pull_full(state, stage, full, first_sync)
             if outcome is not FullPull.STAGED:

@@ -13,7 +13,7 @@ and verdicts are ``applier``'s; policies only answer, they are in ``policies``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 from msgspec import Struct, field
@@ -81,11 +81,16 @@ class Step(Struct):
 
 class Rebase:
     """One rebase. ``server_ms`` is the server's clock: a local timestamp beyond it is clamped for
-    the policies as the server will clamp it (R27). ``foreign`` compares bytes, not versions,
-    because the entities come from another history (R29)."""
+    the policies as the server will clamp it (R27). In the collections ``foreign`` (numbers) bytes
+    are compared, not versions, because their entities come from another history (R29)."""
 
     def __init__(
-        self, writer: Writer, policy_for: PolicyFor, server_ms: int, *, foreign: bool = False
+        self,
+        writer: Writer,
+        policy_for: PolicyFor,
+        server_ms: int,
+        *,
+        foreign: Set[int] = frozenset(),
     ) -> None:
         self.report = RebaseReport()
         self._writer = writer
@@ -100,7 +105,8 @@ class Rebase:
 
     def take_clean(self, ref: Ref, remote: BaseRow, old: EntityRow | None) -> None:
         """A pulled change to an entity without pending changes (R23)."""
-        if old is not None and old.version >= remote.version and not self._foreign:
+        foreign = ref[0] in self._foreign
+        if old is not None and old.version >= remote.version and not foreign:
             return
         self.report.pulled += 1
         if old is None and remote.payload is None:
@@ -123,7 +129,8 @@ class Rebase:
             self.take_clean(ref, remote, row)
             return
         base = self._base(ref, row)
-        if not self._foreign and base.version >= remote.version:
+        foreign = ref[0] in self._foreign
+        if not foreign and base.version >= remote.version:
             return
         self.report.pulled += 1
         conflict_raw = writer.get(conflict_key(*ref))
@@ -135,7 +142,7 @@ class Rebase:
             self._drop_conflict(ref, conflict_raw is not None)
             self._drop_done(ref, chain, done)
             return
-        if self._foreign and base.payload == remote.payload:
+        if foreign and base.payload == remote.payload:
             return
         self._decide(ref, chain, ancestor, remote, conflict_raw is not None)
 

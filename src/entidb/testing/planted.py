@@ -146,7 +146,8 @@ def _cursor_before_data(garden: Garden) -> None:
                 state = writer.sync_state
                 applier._move_cursor(writer, state, response.cursor)
             with self.database.write() as writer:
-                rebase = Rebase(writer, self.policy_for, response.time, foreign=state.foreign)
+                foreign = applier._foreign_collections(writer, state)
+                rebase = Rebase(writer, self.policy_for, response.time, foreign=foreign)
                 applier._take_page(writer, rebase, response)
                 rebase.release()
             return rebase.report

@@ -147,6 +147,8 @@ class DeviceWatch:
         self._catalogue: Catalogue = empty_catalogue()
         self._prefixes: dict[bytes, CollectionInfo] = {}
         self._foreign = False
+        #: Collections whose rows are of the history before a reset that did not cover them.
+        self._outdated: frozenset[str] = frozenset()
         self._full = True
         self._keep_device = False
         self._unheard = False
@@ -167,7 +169,7 @@ class DeviceWatch:
         state = sync_state(records)
         if not state.foreign:
             self._move(state)
-        self._foreign = state.foreign
+        self._foreign, self._outdated = state.foreign, frozenset(state.outdated)
         self._full = state.full
         self._keep_device = state.keep_device
         self._catalogue_raw, self._catalogue, self.due = None, empty_catalogue(), {}
@@ -282,6 +284,7 @@ class DeviceWatch:
 
     def _take_state(self, state: ReplicaState) -> Iterable[Ref]:
         """Follow the cursor; returns the entities that must look different now."""
+        self._outdated = frozenset(state.outdated)
         if state.foreign:
             # R29: until the reset is through, the bases are those of the old history.
             self._foreign = self._full = True
@@ -787,7 +790,7 @@ class DeviceWatch:
             f"{self.name} asked its policy about {ref[0]}/{ref[1].hex()} with a time that has not "
             "come yet",
         )
-        if not first or self._foreign or self.history is None:
+        if not first or self._foreign or ref[0] in self._outdated or self.history is None:
             return
         if conflict.remote_payload is not None:
             mark = conflict.remote_device, conflict.remote_timestamp
