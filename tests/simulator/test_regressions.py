@@ -64,7 +64,7 @@ FOUND = {
     # as many rounds as there are transactions.
     "coming to rest takes as many rounds as there is work": (
         23242,
-        {"devices": 6, "push_bytes_max": 1, "rounds_max": 1, "local_in_cycle": 300},
+        {"events": 500, "push_bytes_max": 1, "rounds_max": 1},
     ),
     # Not in the product: a person decided about one entity of a transaction and not about the two
     # others, and a three-way merge of all three, on different bases by then, made them differ.
