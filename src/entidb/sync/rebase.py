@@ -643,7 +643,8 @@ class Rebase:
 
     def _drop_below(self, ref: Ref, op: PendingOp) -> None:
         """The server has what replaced the older pending operations on this entity. There are
-        some only if another copy of this device pushed it, having settled those by R24 (R30)."""
+        some only if another copy of this device pushed it, having settled those by R24 (R30), or
+        in a history that the server has lost since (R29)."""
         step = self._step(ref, op.previous)
         while step is not None:
             previous = step.op.previous
