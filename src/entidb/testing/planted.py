@@ -1285,6 +1285,35 @@ def _backup_keeps_history(garden: Garden) -> None:
 
 
 @_bug(
+    "versions-outlive-their-history",
+    "PREFIX",
+    "NO-FALSE-CONFLICT",
+    "NO-LOST-UPDATE",
+    "CONVERGE",
+    knobs=_CALM
+    | {
+        "restore_server": 30,
+        "scope": 60,
+        "scope_in_cycle": 60,
+        "keys": 2,
+        "events": 1500,
+        "pause_ms": 300,
+    },
+)
+def _versions_outlive_their_history(garden: Garden) -> None:
+    """A scope that widens compares versions with those of a history that was lost meanwhile."""
+
+    def make(original: Any) -> Any:
+        def foreign(writer: Any, state: Any) -> frozenset[int]:
+            none: frozenset[int] = frozenset()
+            return original(writer, state) if state.foreign else none
+
+        return foreign
+
+    garden.replace(applier, "_foreign_collections", make)
+
+
+@_bug(
     "a-group-shares-one-failure",
     "NO-EFFECT",
     "ORDER",
