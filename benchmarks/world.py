@@ -273,14 +273,18 @@ class MemoryWatch:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._look()  # the block may have been too short for a look in it
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
-            for pid in self.total:
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    total, own = memory_bytes(pid)
-                    self.total[pid] = max(self.total[pid], total)
-                    self.own[pid] = max(self.own[pid], own)
+            self._look()
+
+    def _look(self) -> None:
+        for pid in self.total:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                total, own = memory_bytes(pid)
+                self.total[pid] = max(self.total[pid], total)
+                self.own[pid] = max(self.own[pid], own)
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:

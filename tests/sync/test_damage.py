@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from entidb.db.catalogue import empty_catalogue
 from entidb.db.records import BASE, ENTITY, READY, end_of
 from entidb.errors import CorruptionError, EntiDBError
 from entidb.protocol import PullRequest
@@ -113,4 +114,14 @@ def test_a_pending_row_that_is_gone_and_comes_back_with_a_pull_is_damage():
     lose_records(a.storage.inner, ENTITY)
     a.restart()
     with pytest.raises(CorruptionError):
+        a.sync()
+
+
+def test_a_catalogue_that_does_not_know_what_is_pending_is_damage():
+    """A damaged page can lead to an older catalogue, sound in itself."""
+    _world, a = dirty()
+    with a.db.write() as writer:
+        writer.set_catalogue(empty_catalogue())
+    a.restart()
+    with pytest.raises(CorruptionError, match=r"collection number 1.*run verify"):
         a.sync()

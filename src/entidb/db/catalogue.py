@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from entidb import cbor
 from entidb.db.records import table_prefix
-from entidb.errors import ScopeError
+from entidb.errors import CorruptionError, ScopeError
 
 #: Rows of collections are read at every change of the catalogue; more than this is a design that
 #: wants a field instead of a collection.
@@ -29,6 +29,16 @@ class CollectionInfo(Struct, frozen=True):
     local: bool
     synced: bool
     prefix: bytes
+
+
+class _ByNumber(dict[int, CollectionInfo]):
+    """Numbers come from other records, which were written with the catalogue that knows them."""
+
+    def __missing__(self, number: int) -> CollectionInfo:
+        raise CorruptionError(
+            f"a record names collection number {number}, and the catalogue has no such collection: "
+            "the file is damaged; run verify, and restore a backup"
+        )
 
 
 class Catalogue:
@@ -48,7 +58,7 @@ class Catalogue:
         self.next_table = next_table
         self.garbage = garbage
         self.by_name: dict[str, CollectionInfo] = {}
-        self.by_number: dict[int, CollectionInfo] = {}
+        self.by_number: dict[int, CollectionInfo] = _ByNumber()
         for number, name, table, local in collections:
             synced = not local and (scope is None or name in scope)
             info = CollectionInfo(number, name, table, local, synced, table_prefix(table))

@@ -48,7 +48,7 @@ from entidb.db.records import (
 )
 from entidb.db.replica import Adopt, decode_record
 from entidb.db.writer import Ref, Writer
-from entidb.errors import EntiDBError
+from entidb.errors import CorruptionError, EntiDBError
 
 if TYPE_CHECKING:
     from entidb.db.database import Database
@@ -238,7 +238,7 @@ class _Verify:
         for key, raw in self._scan(kind):
             try:
                 yield from check(key, raw)
-            except (struct.error, LookupError, ValueError, TypeError) as error:
+            except (CorruptionError, struct.error, LookupError, ValueError, TypeError) as error:
                 yield f"{what} {key[1:].hex()} cannot be read: {error!r}"
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:

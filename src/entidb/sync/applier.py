@@ -681,7 +681,6 @@ def _batch(
     first that touches an entity in ``apart``. Base versions come from the entities: nothing
     rebases them while the batch is in flight, so it is the same however often it is built."""
     infos = view.catalogue.by_number
-    prefixes = {number: info.prefix for number, info in infos.items()}
     batch = PushBatch([], [], [], set(), [], [], [], [], [], [], view.sync_state.cursor, 0, mark)
     ids: list[bytes] = []
     stamps: list[int] = []
@@ -700,7 +699,7 @@ def _batch(
             if batch.keys:
                 break
         if count == 1:
-            entity_key = prefixes[number] + entity_id
+            entity_key = infos[number].prefix + entity_id
             if entity_key in apart:
                 break
             batch.numbers.append(number)
@@ -708,7 +707,7 @@ def _batch(
             payloads.append(row[OUTBOX_FIRST:] if length >= 0 else None)
         else:
             writes = decode_pending(key, row).operations
-            entity_keys = [prefixes[op.collection] + op.entity_id for op in writes]
+            entity_keys = [infos[op.collection].prefix + op.entity_id for op in writes]
             if not apart.isdisjoint(entity_keys):
                 break
             batch.numbers += [op.collection for op in writes]
