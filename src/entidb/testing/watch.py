@@ -585,23 +585,28 @@ class DeviceWatch:
         self, commit: DeviceCommit, info: CollectionInfo, entity_id: bytes, sequence: int
     ) -> bool:
         """Whether the server has this operation's bytes, or those of a later one on top of it
-        that went with it. It has them no more if somebody has written since; then it has accepted
-        the later one, which another copy of this device pushed without this one (R30)."""
+        that went with it. It has them no more if somebody has written since; then it has had
+        those of the later one, which another copy of this device pushed without this one (R30)."""
         base = base_payload(commit.records, info, entity_id)
-        accepted = {} if self.history is None else self.history.accepted
         for number, (was, now) in commit.outbox.items():
             if number < sequence or was is None:
                 continue
-            on_top = number > sequence and was.transaction_id in accepted
             for op in was.operations:
                 if op.entity_id != entity_id or op.collection != info.number:
                     continue
                 stays = now is not None and any(
                     o.entity_id == entity_id and o.collection == info.number for o in now.operations
                 )
+                on_top = number > sequence and self._had(was, (info.name, entity_id), op.payload)
                 if not stays and (on_top or op.payload == base):
                     return True
         return False
+
+    def _had(self, was: PendingTransaction, ref: Ref, payload: bytes | None) -> bool:
+        """Whether the server accepted the transaction with just these bytes. With others it says
+        nothing of what is below: a merge may have taken the later write alone."""
+        known = None if self.history is None else self.history.accepted.get(was.transaction_id)
+        return known is not None and self._truth(ref, known[0]) == payload
 
     # ------------------------------------------------------------ SURFACED-ONCE
 
