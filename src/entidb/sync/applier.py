@@ -1089,12 +1089,13 @@ def _foreign_collections(writer: Writer, state: ReplicaState) -> frozenset[int]:
 
 
 def _outdated_in_scope(writer: Writer) -> bool:
-    by_name = writer.catalogue.by_name
-    return any(by_name[name].synced for name in writer.sync_state.outdated)
+    found = map(writer.catalogue.by_name.get, writer.sync_state.outdated)
+    return any(info is not None and info.synced for info in found)
 
 
 def _move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
     """Only a pull moves the cursor (R22)."""
+    foreign = _foreign_collections(writer, state)
     now = replace(
         state,
         cursor=cursor,
@@ -1106,7 +1107,7 @@ def _move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
         outdated=sorted(
             info.name
             for info in writer.catalogue.by_name.values()
-            if not info.synced and (state.foreign or info.name in state.outdated)
+            if not info.synced and info.number in foreign
         ),
     )
     if now != state:
