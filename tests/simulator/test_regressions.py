@@ -10,6 +10,21 @@ import pytest
 
 from entidb.testing.simulator import Options, simulate
 
+#: Copies of devices that go on from backups of the server, with few entities to fight over, and
+#: policies that merge: one transaction gets different content on each.
+COPIES = {
+    "copy_device": 30,
+    "restore_server": 30,
+    "lost": 100,
+    "keys": 3,
+    "operations": 1,
+    "policy_notes": 3,
+    "policy_pairs": 3,
+    "policy_carts": 3,
+    "deletes": 0,
+    "lmdb": 0,
+}
+
 #: name -> (seed, knobs)
 FOUND = {
     # Two copies of a device: one pushed a transaction with merged content. When the other was told
@@ -86,6 +101,47 @@ FOUND = {
     "a person who decides about a part of a transaction decides about all of it": (
         5704,
         {"policy_pairs": 6, "person": 50, "keys": 2, "pull_operations_max": 1},
+    ),
+    # A merge of several pending transactions took the server's side for the newest one, which was
+    # withdrawn, and for one below it, which went on without that entity.
+    "a transaction below a withdrawn one is decided as a whole": (
+        63,
+        {
+            "events": 700,
+            "copy_device": 40,
+            "restore_server": 30,
+            "restore_twice": 300,
+            "lost": 100,
+            "keys": 5,
+            "operations": 1,
+            "deletes": 100,
+            "lmdb": 0,
+            "pause_ms": 1000,
+            "think_ms": 100,
+            "purge": 10,
+            "policy_notes": 3,
+            "policy_pairs": 4,
+            "policy_carts": 1,
+        },
+    ),
+    # Not in the product: two copies of a device pushed one transaction with different content to
+    # the same commit, and the oracle took the first of them for the one that was accepted.
+    "what was accepted of two copies' pushes is what the server remembers": (
+        40126,
+        COPIES | {"events": 1200, "devices": 4, "tenants": 1, "refuse_raises": 60},
+    ),
+    # Not in the product: an id was forgotten with the tombstones and accepted again with other
+    # content; a backup from before that was taken for one of afterwards.
+    "a backup holds what was accepted when it was made": (
+        23,
+        COPIES
+        | {"events": 700, "devices": 3, "policy_notes": 4, "policy_pairs": 4, "policy_carts": 4},
+    ),
+    # Not in the product: an earlier transaction of the batch has the id of what came between, but
+    # was superseded; the conflict it caused for a later one was called a false one.
+    "what another copy pushed under the same id comes between": (
+        112,
+        COPIES | {"events": 1500, "pause_ms": 300},
     ),
 }
 

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from entidb.db.records import BASE, READY, end_of
-from entidb.errors import CorruptionError, TransportError
+from entidb.errors import CorruptionError, HistoryChangedError, TransportError
 from entidb.protocol import PushRequest, SyncRequest
 from entidb.storage import MemoryStorage
 from entidb.sync import Conflict, ConflictResolution, Merge
@@ -726,6 +726,152 @@ def test_r18_what_is_below_superseded_content_is_done(on_top: bool) -> None:
     assert (a.pending, a.engine.status().held, a.engine.discarded()) == (0, 0, [])
     assert world.values() == {1: "third" if on_top else "second", 2: 0, 3: "merged"}
     assert_in_step(world, a)
+
+
+def twins_after_a_restore(policy: Any, start: Any, first: Any, second: Any) -> Any:
+    """A device with two writes pending, and its twin, which had the first one accepted in a
+    history that the server has lost: it knows of the second alone."""
+    world = World()
+    a = world.device(default_policy=policy)
+    world.put(("notes", 1, start))
+    a.sync()
+    world.clock.ms += 10_000
+    backup = world.backup_server()
+    for value in (first, second):
+        a.put(("notes", 1, value))
+        a.clock.ms += 10
+    twin = a.copy(push_operations_max=1)
+
+    def only_the_first(request: SyncRequest) -> None:
+        if len(twin.wire.pushes()) > 1:
+            raise TransportError("lost on the way")
+
+    twin.wire.before = only_the_first
+    with pytest.raises(TransportError):
+        twin.sync()
+    twin.wire.before = lambda request: None
+    assert [device.db.read_head().ready for device in (a, twin)] == [2, 1]
+    world.open_server(backup)
+    return world, a, twin
+
+
+def take_the_server_side(*devices: Device) -> None:
+    for device in devices:
+        with pytest.raises(HistoryChangedError):
+            device.sync()
+        device.engine.reset("server")
+
+
+@pytest.mark.parametrize("while_pushing", [True, False], ids=["while pushing", "before"])
+@pytest.mark.parametrize(
+    ("policy", "values", "end"),
+    [
+        ("merge", [{}, {"a": 1}, {"a": 1, "b": 1}, {"n": 1}], {"a": 1, "b": 1, "n": 1}),
+        (Merge(counters=["stock"]), [{"stock": n} for n in (5, 4, 3, 9)], {"stock": 7}),
+    ],
+    ids=["fields", "counters"],
+)
+def test_r18_what_is_below_superseded_content_can_be_unknown_to_the_server(
+    policy: Any, values: list[Any], end: Any, while_pushing: bool
+) -> None:
+    # The twin merges its write alone and pushes it under the id that the device's own has too.
+    start_value, first, second, theirs = values
+    world, a, twin = twins_after_a_restore(policy, start_value, first, second)
+    world.put(("notes", 1, theirs))
+    take_the_server_side(a, twin)
+    if while_pushing:
+        before_first_push(a, twin.settle)
+    else:
+        twin.settle()
+    a.settle()
+    twin.settle()
+    assert (world.values(), a.engine.discarded()) == ({1: end}, [])
+    assert_in_step(world, a)
+    assert_in_step(world, twin)
+
+
+def test_r18_what_waits_for_an_undecided_write_is_superseded_once() -> None:
+    stock = [{"stock": n} for n in (5, 4, 3)]
+    world, a, twin = twins_after_a_restore(Merge(counters=["stock"]), *stock)
+    world.put(("notes", 1, {"stock": 9}))
+    take_the_server_side(a, twin)
+    before_first_push(a, twin.settle)
+    result = a.sync()
+    assert (result.pushed, result.superseded, result.incomplete) == (1, 1, False)
+    assert a.db.read_head().ready == 0
+
+
+# ---------------------------------------------------------------- what a merge leaves below
+
+
+def written_and_written_back(policy: Any, *values: Any) -> tuple[World, Device]:
+    """Two entities were changed to ``values`` and back, and somebody has deleted both. As a whole
+    there is nothing to keep, so ``Merge`` merges; one step at a time there is."""
+    world, a = start(policy)
+    for value in (*values, 0):
+        a.put(("notes", 1, value), ("notes", 2, value))
+        a.clock.ms += 10
+    world.put(("notes", 1, None))
+    world.put(("notes", 2, None))
+    return world, a
+
+
+def in_steps(answers: dict[Any, ConflictResolution], alone: ConflictResolution) -> Policy:
+    """Answers by local value; what was changed back is merged as a whole, and lost as a step.
+    ``alone`` is the answer for "second" once it is the newest."""
+
+    def policy(conflict: Conflict) -> ConflictResolution:
+        step = conflict.base_version == conflict.remote_version
+        if conflict.local == 0:
+            return THEIRS if step else ConflictResolution.merge(None)
+        return alone if conflict.local == "second" and not step else answers[conflict.local]
+
+    return policy
+
+
+def discarded_values(device: Device) -> list[list[tuple[int, Any]]]:
+    return [[(key.int, v) for _, key, v in g.values()] for g in device.engine.discarded()]
+
+
+def test_r3_what_a_withdrawn_merge_leaves_below_it_is_withdrawn_as_a_whole() -> None:
+    world, a = written_and_written_back(Merge("server_wins"), "first")
+    result = a.sync()
+    assert discarded_values(a) == [[(1, "first"), (2, "first")], [(1, 0), (2, 0)]]
+    assert (len(result.withdrawn), a.pending, world.values()) == (2, 0, {3: 0})
+    assert_in_step(world, a)
+
+
+MERGED = {
+    "first": ConflictResolution.merge("first, merged"),
+    "second": ConflictResolution.merge("second, merged"),
+}
+
+
+def test_r25_what_a_withdrawn_merge_leaves_below_it_is_merged() -> None:
+    world, a = written_and_written_back(in_steps(MERGED, MERGED["second"]), "first", "second")
+    a.sync()
+    assert world.values() == {1: "second, merged", 2: "second, merged", 3: 0}
+    assert discarded_values(a) == [[(1, 0), (2, 0)]]
+    assert pushed_values(a) == ["first, merged"] * 2 + ["second, merged"] * 2
+    assert_in_step(world, a)
+
+
+def test_r25_what_a_withdrawn_merge_leaves_below_it_can_be_kept_as_it_was() -> None:
+    world, a = written_and_written_back(in_steps(MERGED, KEEP), "first", "second")
+    a.sync()
+    assert discarded_values(a) == [[(1, 0), (2, 0)]]
+    assert pushed_values(a) == ["first"] * 2 + ["second"] * 2
+    assert_in_step(world, a)
+
+
+def test_r25_what_a_withdrawn_merge_leaves_below_it_can_be_held() -> None:
+    _, a = written_and_written_back(in_steps(MERGED, SKIP), "first", "second")
+    a.sync()
+    status = a.engine.status()
+    assert (status.held, status.conflicts, status.pending) == (2, 2, 0)
+    assert a.values() == {1: "second", 2: "second", 3: 0}
+    assert discarded_values(a) == [[(1, 0), (2, 0)]]
+    assert_sound(a.db)
 
 
 # ---------------------------------------------------------------- rows that are missing

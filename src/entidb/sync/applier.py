@@ -839,8 +839,10 @@ class _Settling:
             if current is None:
                 continue  # withdrawn a moment ago, with the transaction it was built on
             if verdict == _SUPERSEDED:
-                self._rebase.settle_superseded(current)
-                settled.superseded += 1
+                if self._rebase.settle_superseded(current):
+                    settled.superseded += 1
+                else:
+                    settled.conflicts += 1
                 settled.pull = True
             elif verdict == _CONFLICT:
                 settled.conflicts += 1

@@ -194,37 +194,42 @@ class Rebase:
     def _decide(
         self, ref: Ref, chain: list[Step], ancestor: BaseRow, remote: BaseRow, known: bool
     ) -> None:
-        name = self._writer.catalogue.by_number[ref[0]].name
-        policy = self._policy_for(name)
-        last = chain[-1]
-        conflict = self._conflict(ref, ancestor, last.op.payload, remote, last, chain[0])
-        try:
-            resolution = ask(policy, conflict)
-            merged = (
-                self._merge_in_turn(ref, policy, chain, ancestor, remote, resolution)
-                if resolution.action is Action.MERGE
-                else None
-            )
-        except Exception as error:
-            # R26: a policy that raises holds the transaction, and the person gets to see why.
-            conflict = conflict.with_error(f"{type(error).__name__}: {error}")
-            self.hold(ref, chain, conflict, known)
-            return
-        if resolution.action is Action.SKIP or (merged is not None and merged.skipped):
-            self.hold(ref, chain, conflict, known)
-            return
-        self.report.resolved.append(Resolved(conflict, resolution))
-        self._drop_conflict(ref, known)
-        if resolution.action is Action.ACCEPT_REMOTE:
-            message = f"the policy of {conflict.collection!r} took the server's side"
-            self._withdraw_lost(chain, conflict, message)
-        elif merged is not None:
-            if merged.newest_lost:
-                # The merge of what came before stands; what was written last is kept in
-                # ``discarded`` (R4), because no later operation of this device took its place.
-                message = f"merging {conflict.collection!r} took the server's side at the end"
-                self._withdraw_lost([chain.pop()], conflict, message)
-            self._store_merged(ref, chain, remote, merged.payloads[: len(chain)])
+        policy = self._policy_for(self._writer.catalogue.by_number[ref[0]].name)
+        in_turn: Merged | None = None
+        while chain:
+            last = chain[-1]
+            conflict = self._conflict(ref, ancestor, last.op.payload, remote, last, chain[0])
+            try:
+                resolution = ask(policy, conflict)
+                if resolution.action is Action.MERGE and in_turn is None:
+                    in_turn = self._merge_in_turn(ref, policy, chain, ancestor, remote, resolution)
+            except Exception as error:
+                # R26: a policy that raises holds the transaction, and the person gets to see why.
+                conflict = conflict.with_error(f"{type(error).__name__}: {error}")
+                self.hold(ref, chain, conflict, known)
+                return
+            merged = in_turn if resolution.action is Action.MERGE else None
+            if resolution.action is Action.SKIP or (merged is not None and merged.skipped):
+                self.hold(ref, chain, conflict, known)
+                return
+            self.report.resolved.append(Resolved(conflict, resolution))
+            self._drop_conflict(ref, known)
+            known = False
+            if resolution.action is Action.ACCEPT_REMOTE:
+                message = f"the policy of {conflict.collection!r} took the server's side"
+                self._withdraw_lost(chain, conflict, message)
+                return
+            if merged is None:
+                return
+            if not merged.lost[len(chain) - 1]:
+                self._store_merged(ref, chain, remote, merged.payloads[: len(chain)])
+                return
+            # No later operation of this device took the place of what was written last, so it
+            # is kept in ``discarded`` (R4), with its whole transaction. The policy has not been
+            # asked about what is left yet: a transaction of it must not lose this operation
+            # alone because of what was on top (R3).
+            message = f"merging {conflict.collection!r} took the server's side at the end"
+            self._withdraw_lost([chain.pop()], conflict, message)
 
     def _merge_in_turn(
         self,
@@ -237,25 +242,25 @@ class Rebase:
     ) -> Merged:
         """R25, like a cherry-pick: each operation on what the one before it became."""
         if len(chain) == 1:
-            return Merged([first.payload])
+            return Merged([first.payload], [False])
         below, onto = ancestor, remote
-        payloads: list[bytes | None] = []
-        newest_lost = False
+        merged = Merged([], [])
         for step in chain:
-            if below.payload == onto.payload:
-                payloads.append(step.op.payload)
-            else:
-                conflict = self._conflict(ref, below, step.op.payload, onto, step, chain[0])
+            payload, lost = step.op.payload, False
+            if below.payload != onto.payload:
+                conflict = self._conflict(ref, below, payload, onto, step, chain[0])
                 answer = ask(policy, conflict)
                 if answer.action is Action.SKIP:
-                    return Merged([], skipped=True)
-                newest_lost = step is chain[-1] and answer.action is Action.ACCEPT_REMOTE
-                payloads.append(_answered(answer, step.op.payload, onto.payload))
+                    return Merged([], [], skipped=True)
+                lost = answer.action is Action.ACCEPT_REMOTE
+                payload = _answered(answer, payload, onto.payload)
+            merged.payloads.append(payload)
+            merged.lost.append(lost)
             timestamp = self._clamp(step.transaction.timestamp)
             device = self._writer.device_id
             below = BaseRow(remote.version, device, timestamp, step.op.payload)
-            onto = BaseRow(remote.version, device, timestamp, payloads[-1])
-        return Merged(payloads, newest_lost=newest_lost)
+            onto = BaseRow(remote.version, device, timestamp, payload)
+        return merged
 
     def _conflict(
         self,
@@ -619,15 +624,22 @@ class Rebase:
             if row.pending == transaction.sequence:
                 self.show_base(ref)
 
-    def settle_superseded(self, transaction: PendingTransaction) -> None:
+    def settle_superseded(self, transaction: PendingTransaction) -> bool:
         """Another copy of it was accepted with other content: the next pull brings that. What is
-        pending on top was built on content that is gone, so the policy is asked about it."""
+        pending on top was built on content that is gone, so the policy is asked about it.
+
+        False if an older transaction is still pending on one of its entities: it stays until that
+        one is settled, because what was accepted need not contain it. The copy can have had it
+        accepted in a history that the server has lost since (R29), and have merged this one
+        alone. The next pull puts both on top of what the server has."""
+        for op in transaction.operations:
+            if self._step((op.collection, op.entity_id), op.previous) is not None:
+                return False
         self.remove(transaction)
         for op in transaction.operations:
             ref = (op.collection, op.entity_id)
             row = self._writer.entity(ref)
             assert row is not None
-            self._drop_below(ref, op)
             if not row.pending:
                 continue  # deciding about another of its entities withdrew what was on top
             if row.pending == transaction.sequence:
@@ -640,6 +652,7 @@ class Rebase:
                 )
                 known = self._writer.get(conflict_key(*ref)) is not None
                 self._decide(ref, self._chain(ref, row), written, base, known)
+        return True
 
     def _drop_below(self, ref: Ref, op: PendingOp) -> None:
         """The server has what replaced the older pending operations on this entity. There are
@@ -657,12 +670,12 @@ class Rebase:
 
 
 class Merged(Struct):
-    """Outcome of merging a chain: a payload for each operation, unless skipped. ``newest_lost``
-    says that the last answer took the server's side."""
+    """Outcome of merging a chain: for each operation its payload, and whether the server's side
+    was taken for it; nothing if ``skipped``."""
 
     payloads: list[bytes | None]
+    lost: list[bool]
     skipped: bool = False
-    newest_lost: bool = False
 
 
 _GONE = PendingTransaction(0, NO_DEVICE, 0, [])

@@ -143,18 +143,19 @@ class ServerWatch:
         rows = self._rows(batch, records)
         touched: dict[Ref, None] = {}
         accepted = {
-            decode_accepted(raw)[0]: key[1:]
+            version: (key[1:], digest)
             for key, raw in batch.items()
             if key[:1] == ACCEPTED and raw is not None
+            for version, digest in (decode_accepted(raw),)
         }
         for version in range(first, head + 1):
-            transaction_id = accepted.pop(version, None)
-            if transaction_id is None:
+            found = accepted.pop(version, None)
+            if found is None:
                 writes = self._program_writes(version)
                 marks = [rows[ref][2] for ref, _ in writes if ref in rows]
                 self.history.append(None, b"", writes, marks[0] if marks else (b"", 0))
             else:
-                writes = self._accept(transaction_id, version)
+                writes = self._accept(*found, version)
             touched.update(dict.fromkeys(ref for ref, _ in writes))
         if accepted:
             self.checks.fail("ORDER", f"versions {sorted(accepted)} were used a second time")
@@ -189,31 +190,38 @@ class ServerWatch:
             self.checks.fail("EXACTLY-ONCE", f"commit {version} does not hold its transaction id")
         return self.program
 
-    def _accept(self, transaction_id: bytes, version: int) -> list[tuple[Ref, bytes | None]]:
-        """The oracle decides for itself whether this transaction could be accepted."""
+    def _accept(
+        self, transaction_id: bytes, digest: bytes, version: int
+    ) -> list[tuple[Ref, bytes | None]]:
+        """The oracle decides for itself whether this transaction could be accepted. Copies of a
+        device can push one id with different content to the same commit: what the server
+        remembers of it must be one of those, and the rows of the commit must be its (R14)."""
         known = self.history.accepted.get(transaction_id)
         self.checks.that(
             known is None or known[0] <= self.history.floor,
             "EXACTLY-ONCE",
             f"transaction {transaction_id.hex()} was accepted as {known} and as {version}",
         )
-        blamed: tuple[str, str] | None = None
-        for request, transaction, before in self._candidates(transaction_id):
-            blamed = self._lost_update(request, transaction, before)
-            if blamed is None:
-                names = request.collections
+        pushed = self._candidates(transaction_id)
+        if not pushed:
+            self.checks.fail("WHOLE", f"nobody pushed transaction {transaction_id.hex()}")
+        blamed = ("EXACTLY-ONCE", f"{transaction_id.hex()} is remembered with other content")
+        for request, transaction, before in pushed:
+            names = request.collections
+            if operations_digest(names, transaction.operations) != digest:
+                continue
+            lost = self._lost_update(request, transaction, before)
+            if lost is None:
                 writes: list[tuple[Ref, bytes | None]] = [
                     ((names[op.collection], op.entity_id), op.payload)
                     for op in transaction.operations
                 ]
-                digest = operations_digest(names, transaction.operations)
                 # R27: a timestamp from the future counts as now.
                 stamp = min(transaction.timestamp, self.latest_timestamp())
                 self.history.append(transaction_id, digest, writes, (request.device_id, stamp))
                 self.checks.passed("NO-LOST-UPDATE", len(writes))
                 return writes
-        if blamed is None:
-            self.checks.fail("WHOLE", f"nobody pushed transaction {transaction_id.hex()}")
+            blamed = lost
         self.checks.fail(*blamed)
 
     def latest_timestamp(self) -> int:
@@ -239,7 +247,7 @@ class ServerWatch:
             version, payload = self.history.latest(ref)
             # A tombstone at or below the floor may be gone; a device above it has seen so (R28).
             gone = payload is None and version <= self.history.floor <= request.cursor
-            if version > op.base_version and not gone and not self._wrote(before, version):
+            if version > op.base_version and not gone and not self._wrote(request, before, version):
                 kind = "NO-RESURRECTION" if payload is None else "NO-LOST-UPDATE"
                 return kind, (
                     f"{ref[0]}/{ref[1].hex()} is at version {version}, and was replaced by a "
@@ -249,9 +257,15 @@ class ServerWatch:
             return "NO-RESURRECTION", "a transaction from below the floor was accepted"
         return None
 
-    def _wrote(self, before: Sequence[PushTransaction], version: int) -> bool:
-        writer = self.history.writers[version]
-        return any(transaction.transaction_id == writer for transaction in before)
+    def _wrote(self, request: PushRequest, before: Sequence[PushTransaction], version: int) -> bool:
+        """Whether one of ``before``, of the same batch, is what was accepted as ``version``. With
+        other content it is superseded, and what was accepted came between (R13, R14)."""
+        writer, names = self.history.writers[version], request.collections
+        return writer is not None and any(
+            transaction.transaction_id == writer[0]
+            and operations_digest(names, transaction.operations) == writer[1]
+            for transaction in before
+        )
 
     def _compare(
         self, touched: Mapping[Ref, None], rows: Mapping[Ref, tuple[int, bytes | None, Mark]]
@@ -337,16 +351,18 @@ class ServerWatch:
     ) -> None:
         before = request.transactions[: request.transactions.index(transaction)]
         real = request.cursor < self.history.floor or any(
-            ref in refused or self._came_between(ref, op.base_version, before)
+            ref in refused or self._came_between(request, ref, op.base_version, before)
             for ref, op in zip(refs, transaction.operations, strict=True)
         )
         self.checks.that(
             real, "NO-FALSE-CONFLICT", f"nothing came between {transaction.transaction_id.hex()}"
         )
 
-    def _came_between(self, ref: Ref, base_version: int, before: Sequence[PushTransaction]) -> bool:
+    def _came_between(
+        self, request: PushRequest, ref: Ref, base_version: int, before: Sequence[PushTransaction]
+    ) -> bool:
         version = self.history.latest(ref)[0]
-        return version > base_version and not self._wrote(before, version)
+        return version > base_version and not self._wrote(request, before, version)
 
     def on_refusal(self, request: PullRequest | PushRequest, error: SyncError) -> None:
         """An error that makes a device start over needs its reason (R28, R29)."""

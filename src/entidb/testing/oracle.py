@@ -27,10 +27,11 @@ class History:
         self.identity = identity
         #: Entities written by each commit; position 0 is unused, so that versions are positions.
         self.commits: list[list[Ref]] = [[]]
-        #: Transaction id of each commit; None for programs on the server.
-        self.writers: list[bytes | None] = [None]
+        #: Transaction id and digest of each commit; None for programs on the server.
+        self.writers: list[tuple[bytes, bytes] | None] = [None]
         #: Device and timestamp of each commit, as the server keeps and sends them.
         self.marks: list[Mark] = [(b"", 0)]
+        #: By id: version and digest. One whose id was forgotten can be accepted again (R14).
         self.accepted: dict[bytes, tuple[int, bytes]] = {}
         self.floor = 0
         self._versions: dict[Ref, list[int]] = {}
@@ -50,7 +51,7 @@ class History:
         """The next commit; returns its version."""
         version = len(self.commits)
         self.commits.append([ref for ref, _ in writes])
-        self.writers.append(transaction_id)
+        self.writers.append(None if transaction_id is None else (transaction_id, digest))
         self.marks.append(mark)
         if transaction_id is not None:
             self.accepted[transaction_id] = (version, digest)
@@ -68,10 +69,9 @@ class History:
         """What a backup made at ``head`` becomes when it is opened."""
         made = History(identity)
         for version in range(1, head + 1):
-            writer = self.writers[version]
-            digest = b"" if writer is None else self.accepted[writer][1]
+            transaction_id, digest = self.writers[version] or (None, b"")
             writes = [(ref, self.state_at(ref, version)[1]) for ref in self.commits[version]]
-            made.append(writer, digest, writes, self.marks[version])
+            made.append(transaction_id, digest, writes, self.marks[version])
         made.floor = floor
         return made
 

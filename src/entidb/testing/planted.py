@@ -18,7 +18,15 @@ from unittest import mock
 from msgspec.structs import replace
 
 from entidb.db import Database, Role, adopt, maintenance, scope
-from entidb.db.records import READY, BaseRow, EntityRow, accepted_key, end_of, unpack_pending
+from entidb.db.records import (
+    READY,
+    BaseRow,
+    EntityRow,
+    PendingTransaction,
+    accepted_key,
+    end_of,
+    unpack_pending,
+)
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, ResetRequiredError, StorageFullError, SyncError
 from entidb.protocol import PullResponse, PushResult, Verdict
@@ -1311,6 +1319,47 @@ def _versions_outlive_their_history(garden: Garden) -> None:
         return foreign
 
     garden.replace(applier, "_foreign_collections", make)
+
+
+@_bug(
+    "superseded-takes-what-is-below",
+    "NO-SILENT-LOSS",
+    knobs=_CALM
+    | {
+        "events": 2000,
+        "devices": 2,
+        "tenants": 1,
+        "keys": 1,
+        "operations": 1,
+        "policy_notes": 3,
+        "policy_pairs": 3,
+        "policy_carts": 3,
+        "deletes": 0,
+        "copy_device": 60,
+        "restore_server": 30,
+        "restore_device": 0,
+        "latency_ms": 100,
+        "think_ms": 300,
+        "pause_ms": 100,
+        "lost": 20,
+        "disk_full": 0,
+        "person": 0,
+        "scope": 0,
+        "server_writes": 0,
+    },
+)
+def _superseded_takes_below(garden: Garden) -> None:
+    """What another copy of the device pushed of a transaction stands for the older ones too."""
+
+    def make(original: Any) -> Any:
+        def settle(self: Rebase, transaction: PendingTransaction) -> Any:
+            for op in transaction.operations:
+                self._drop_below((op.collection, op.entity_id), op)
+            return original(self, transaction)
+
+        return settle
+
+    garden.replace(Rebase, "settle_superseded", make)
 
 
 @_bug(
