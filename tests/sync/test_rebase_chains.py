@@ -848,8 +848,12 @@ MERGED = {
 
 
 def test_r25_what_a_withdrawn_merge_leaves_below_it_is_merged() -> None:
-    world, a = written_and_written_back(in_steps(MERGED, MERGED["second"]), "first", "second")
+    conflicts, noted = noting(in_steps(MERGED, MERGED["second"]))
+    world, a = written_and_written_back(noted, "first", "second")
     a.sync()
+    # The whole, its steps, and what is left when the newest is gone; then the other entity.
+    first_entity = [0, "first", "second", 0, "second"]
+    assert [c.local for c in conflicts] == [*first_entity, "second", "first", "second"]
     assert world.values() == {1: "second, merged", 2: "second, merged", 3: 0}
     assert discarded_values(a) == [[(1, 0), (2, 0)]]
     assert pushed_values(a) == ["first, merged"] * 2 + ["second, merged"] * 2
@@ -861,6 +865,26 @@ def test_r25_what_a_withdrawn_merge_leaves_below_it_can_be_kept_as_it_was() -> N
     a.sync()
     assert discarded_values(a) == [[(1, 0), (2, 0)]]
     assert pushed_values(a) == ["first"] * 2 + ["second"] * 2
+    assert_in_step(world, a)
+
+
+def test_r25_a_conflict_that_was_open_is_closed_once_by_a_merge_that_withdraws() -> None:
+    held = [SKIP]
+    decided = in_steps(MERGED, KEEP)
+
+    def policy(conflict: Conflict) -> ConflictResolution:
+        return held[0] if held else decided(conflict)
+
+    world, a = written_and_written_back(policy, "first", "second")
+    a.sync()
+    assert a.engine.status().conflicts == 2
+    held.clear()
+    for n in (1, 2):
+        world.put(("notes", n, "again"))
+        world.put(("notes", n, None))
+    a.settle()
+    assert world.values() == {1: "second", 2: "second", 3: 0}
+    assert a.engine.status().conflicts == 0
     assert_in_step(world, a)
 
 

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from entidb.errors import ScopeError, SyncStateError, TransportError
 from entidb.protocol import PullRequest, PushRequest, SyncRequest
@@ -506,6 +507,31 @@ def test_r29_nothing_is_pushed_that_is_built_on_another_history() -> None:
     assert a.engine.applier.prepare(BatchLimits(100, 10_000)) is None
     a.settle()
     assert world.values("tasks") == {1: "theirs"}
+
+
+def test_r29_what_is_outdated_out_of_scope_or_gone_keeps_nothing_else_back() -> None:
+    world, a = out_of_scope_in_a_reset("server_wins")
+    with a.db.write() as writer:
+        writer.set_sync_state(replace(writer.sync_state, outdated=["never made", "tasks"]))
+    a.put(("notes", 3, "mine"))
+    assert a.engine.applier.prepare(BatchLimits(100, 10_000)) is not None
+    a.settle()
+    assert world.values()[3] == "mine"
+
+
+def test_r29_outdated_collections_are_named_in_order() -> None:
+    world = World()
+    a = world.device()
+    world.put(("tasks", 1, "old"))
+    world.put(("lists", 1, "old"))
+    backup = world.backup_server()
+    world.put(("notes", 1, "lost"))
+    a.sync()
+    a.db.set_scope(["notes"])
+    world.open_server(backup)
+    a.engine.reset("server")
+    a.sync()
+    assert a.state.outdated == ["lists", "tasks"]
 
 
 def test_r29_outdated_collections_are_remembered_over_another_reset_and_narrowing() -> None:

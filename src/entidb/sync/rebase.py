@@ -218,18 +218,17 @@ class Rebase:
             if resolution.action is Action.ACCEPT_REMOTE:
                 message = f"the policy of {conflict.collection!r} took the server's side"
                 self._withdraw_lost(chain, conflict, message)
-                return
-            if merged is None:
-                return
-            if not merged.lost[len(chain) - 1]:
+            elif merged is not None:
+                if merged.lost[len(chain) - 1]:
+                    # No later operation of this device took the place of what was written last,
+                    # so it is kept in ``discarded`` (R4), with its whole transaction. The policy
+                    # has not been asked about what is left yet: a transaction of that must not
+                    # lose this operation alone because of what was on top (R3).
+                    message = f"merging {conflict.collection!r} took the server's side at the end"
+                    self._withdraw_lost([chain.pop()], conflict, message)
+                    continue
                 self._store_merged(ref, chain, remote, merged.payloads[: len(chain)])
-                return
-            # No later operation of this device took the place of what was written last, so it
-            # is kept in ``discarded`` (R4), with its whole transaction. The policy has not been
-            # asked about what is left yet: a transaction of it must not lose this operation
-            # alone because of what was on top (R3).
-            message = f"merging {conflict.collection!r} took the server's side at the end"
-            self._withdraw_lost([chain.pop()], conflict, message)
+            return
 
     def _merge_in_turn(
         self,

@@ -196,6 +196,16 @@ class SyncApplierContract:
             assert (settled.superseded, settled.pull, applier.ready()) == (1, True, 0)
             assert (self.values(applier), applier.state().have) == ({}, [])
 
+    def test_superseded_stays_while_an_older_write_to_the_entity_is_undecided(self) -> None:
+        with self.fresh() as applier:
+            self.put(applier, n1="x")
+            self.put(applier, n1="y")
+            batch = self.batch(applier)
+            verdicts = PushResult(Verdict.CONFLICT), PushResult(Verdict.SUPERSEDED, 4)
+            settled = applier.settle(batch, answer(batch, *verdicts), LIMITS)
+            assert (settled.superseded, settled.conflicts, settled.pull) == (0, 2, True)
+            assert (self.values(applier), applier.ready()) == ({1: "y"}, 2)
+
     def test_a_conflict_stays_and_asks_for_a_pull(self) -> None:
         with self.fresh() as applier:
             self.put(applier, n1="x")
