@@ -41,7 +41,7 @@ BODY_MAX = 20 * MIB
 #: What one of them may add to the process: two of the largest bodies, what they hold when
 #: decoded, and the allocator's slack. The bombs here are 1.5 GB where nothing stops them.
 GROWTH_MAX = 350 * MIB
-#: What many clients at once may add: the budget of all together (``in_flight_bytes_max``), and slack.
+#: What many clients at once may add: the budget of all together, and slack.
 HELD_MAX = ServerConfig.in_flight_bytes_max + 64 * MIB
 #: What the server still holds of all the others when those many come.
 LEFT_MAX = 150 * MIB
