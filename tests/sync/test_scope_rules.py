@@ -453,13 +453,14 @@ def test_r31_widening_before_a_pull_of_a_cycle_meets_what_the_server_has_as_a_co
 # ---------------------------------------------------------------- another history outside the scope
 
 
-def out_of_scope_in_a_reset(policy: str) -> tuple[World, Device]:
-    """A device that took in another history while "tasks" was not in its scope: its row of tasks 1
-    is of the lost version 3, and the server's version 3 is somebody else's."""
+def out_of_scope_in_a_reset(policy: str, *more: str) -> tuple[World, Device]:
+    """A device that took in another history while "tasks", and ``more``, were not in its scope:
+    its row of tasks 1 is of the last version of the lost one, and that of the server with the
+    same version is somebody else's."""
     world = World()
     a = world.device(default_policy=policy)
-    world.put(("tasks", 1, "old"))
-    world.put(("notes", 1, "old"))
+    for name in ("tasks", "notes", *more):
+        world.put((name, 1, "old"))
     backup = world.backup_server()
     world.put(("tasks", 1, "lost"))
     a.sync()
@@ -470,7 +471,7 @@ def out_of_scope_in_a_reset(policy: str) -> tuple[World, Device]:
     a.engine.reset("server")
     a.sync()
     assert a.values("tasks") == {1: "lost"}
-    assert a.state.outdated == ["tasks"]
+    assert a.state.outdated == [*more, "tasks"]
     return world, a
 
 
@@ -520,17 +521,7 @@ def test_r29_what_is_outdated_out_of_scope_or_gone_keeps_nothing_else_back() -> 
 
 
 def test_r29_outdated_collections_are_named_in_order() -> None:
-    world = World()
-    a = world.device()
-    world.put(("tasks", 1, "old"))
-    world.put(("lists", 1, "old"))
-    backup = world.backup_server()
-    world.put(("notes", 1, "lost"))
-    a.sync()
-    a.db.set_scope(["notes"])
-    world.open_server(backup)
-    a.engine.reset("server")
-    a.sync()
+    _, a = out_of_scope_in_a_reset("server_wins", "lists")
     assert a.state.outdated == ["lists", "tasks"]
 
 
