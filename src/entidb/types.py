@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import threading
 import time
 import uuid
@@ -103,6 +104,15 @@ def next_timestamp(now_ms: int, last: int) -> Timestamp:
     return Timestamp(max(now_ms << _HLC_COUNTER_BITS, last + 1))
 
 
+_from_bytes: Callable[[bytes], int] = int.from_bytes
+# The halves of an id: milliseconds, version, counter; variant, random bits.
+_HALVES = struct.Struct(">QQ")
+_pack_halves = _HALVES.pack
+_VERSION_7: Final = 7 << 12
+_VARIANT: Final = 0b10 << 62
+_RANDOM_BITS: Final = (1 << 62) - 1
+
+
 class IdSource:
     """Makes UUIDv7 ids (RFC 9562, section 5.7) that sort in the order they were made.
 
@@ -130,9 +140,8 @@ class IdSource:
             with suppress(RuntimeError):
                 self._lock.release()
             raise
-        random = int.from_bytes(self._entropy(8), "big") & ((1 << 62) - 1)
-        number = (tick >> 12) << 80 | 0x7 << 76 | (tick & 0xFFF) << 64 | 0b10 << 62 | random
-        return number.to_bytes(ID_BYTES, "big")
+        random = _from_bytes(self._entropy(8)) & _RANDOM_BITS
+        return _pack_halves((tick >> 12) << 16 | _VERSION_7 | tick & 0xFFF, _VARIANT | random)
 
     def new(self) -> uuid.UUID:
         return uuid_from_bytes(self.new_bytes())
@@ -144,7 +153,6 @@ _set_int = uuid.UUID.__dict__["int"].__set__
 _set_is_safe = uuid.UUID.__dict__["is_safe"].__set__
 _UNKNOWN: Final = uuid.SafeUUID.unknown
 _new_object = object.__new__
-_from_bytes: Callable[[bytes], int] = int.from_bytes
 
 
 def uuids_from_bytes(raws: Collection[bytes]) -> list[uuid.UUID]:

@@ -95,6 +95,10 @@ def write(db: Database) -> None:
         db.commit_writes(writer, {**writes, "other": {uid(2).bytes: b"cnew"}})
 
 
+def write_one(db: Database) -> None:
+    db.collection("notes")[uid(1)] = "new"
+
+
 def abort(db: Database) -> None:
     with pytest.raises(ZeroDivisionError), db.transaction() as tx:
         tx.collection("notes")[uid(1)] = 1 // len(tx.collection("other"))
@@ -111,10 +115,15 @@ def iterate(db: Database) -> None:
     assert len(list(db.collection("notes").items())) == 6
 
 
-WORKS: list[Work] = [commit, commit_by_hand, write, abort, read, iterate]
+WORKS: list[Work] = [commit, commit_by_hand, write, write_one, abort, read, iterate]
 OLD = {uid(1): "old", uid(3): "old", **{uid(n): n for n in range(10, 14)}}
 NEW = {**OLD, uid(1): "new"}
 del NEW[uid(3)]
+#: What a work that is done leaves in "notes" and "other".
+DONE: dict[Work, tuple[dict[Any, Any], dict[Any, Any]]] = {
+    **dict.fromkeys(WORKS, (NEW, {uid(2): "new"})),
+    write_one: ({**OLD, uid(1): "new"}, {}),
+}
 
 
 Open = Callable[[], Database]
@@ -124,9 +133,9 @@ def content(db: Database) -> tuple[dict[Any, Any], dict[Any, Any]]:
     return dict(db.collection("notes").items()), dict(db.collection("other").items())
 
 
-def check(db: Database, where: str) -> None:
-    """All or nothing, nothing damaged, nothing locked."""
-    assert content(db) in ((OLD, {}), (NEW, {uid(2): "new"})), where
+def check(db: Database, where: str, work: Work = commit) -> None:
+    """All of ``work`` or nothing of it, nothing damaged, nothing locked."""
+    assert content(db) in ((OLD, {}), DONE[work]), where
     assert db.verify() == [], where
     with db.transaction() as tx:
         tx.collection("notes")[uid(1)] = "newest"
@@ -193,7 +202,7 @@ def test_an_interrupt_at_any_line_leaves_a_database_that_closes_and_holds_all_or
             db.transaction()
         if isinstance(db.storage, LmdbStorage):
             with open_it() as again:
-                check(again, interrupter.where)
+                check(again, interrupter.where, work)
         if not interrupter.where:
             break
     assert at > 50
@@ -210,7 +219,7 @@ def test_after_an_interrupt_at_any_line_the_same_database_works_on(
             with suppress(KeyboardInterrupt), interrupter:
                 work(db)
             in_another_thread(partial(add_third, db), interrupter.where)
-            check(db, interrupter.where)
+            check(db, interrupter.where, work)
         if not interrupter.where:
             break
     assert set(unraisable) <= {KeyboardInterrupt}
@@ -231,7 +240,7 @@ def in_another_thread(work: Callable[[], object], where: str) -> None:
     assert raised == [], where
 
 
-@pytest.mark.parametrize("work", [commit, write])
+@pytest.mark.parametrize("work", [commit, write, write_one])
 def test_a_signal_handler_that_writes_or_closes_at_any_line_is_refused_or_obeyed(
     work: Work, fresh: Callable[[], Open]
 ) -> None:
@@ -244,7 +253,7 @@ def test_a_signal_handler_that_writes_or_closes_at_any_line_is_refused_or_obeyed
                     work(db)
             if isinstance(db.storage, LmdbStorage):
                 with open_it() as again:
-                    check(again, interrupter.where)
+                    check(again, interrupter.where, work)
         if not interrupter.where:
             break
 

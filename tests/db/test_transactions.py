@@ -10,6 +10,7 @@ import pytest
 
 from entidb.db import Database, Role, transaction
 from entidb.errors import (
+    CborEncodeError,
     DatabaseClosedError,
     ScopeError,
     StorageError,
@@ -302,8 +303,9 @@ def test_a_batch_written_in_columns_is_what_it_is_one_by_one(
     monkeypatch: pytest.MonkeyPatch, deleted: bool, there: bool
 ) -> None:
     found = []
-    for columns_from in (1, 1000):
-        monkeypatch.setattr(transaction, "_COLUMNS_FROM", columns_from)
+    for one_by_one in (False, True):
+        if one_by_one:
+            monkeypatch.setattr(transaction, "_in_columns", lambda groups: [])
         storage = MemoryStorage()
         db = Database(storage, clock=FakeClock(), entropy=random.Random(1).randbytes)
         db.declare_local("drafts")
@@ -325,6 +327,79 @@ def test_a_batch_written_in_columns_is_what_it_is_one_by_one(
         with storage.snapshot() as snapshot:
             found.append(snapshot.scan(b"", b"\xff"))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("name", ["notes", "drafts"])
+@pytest.mark.parametrize("before", [None, "x"])
+def test_one_entity_alone_is_stored_as_by_a_transaction(
+    role: Role, name: str, before: str | None
+) -> None:
+    found = []
+    for with_block in (False, True):
+        storage = MemoryStorage()
+        entropy = random.Random(1).randbytes
+        db = Database(storage, role=role, clock=FakeClock(), entropy=entropy)
+        db.declare_local("drafts")
+        if before is not None:
+            with db.transaction() as tx:
+                tx[name][uid(1)] = before
+        if with_block:
+            with db.transaction() as tx:
+                tx[name][uid(1)] = "set"
+            with db.transaction() as tx:
+                added = tx[name].add("added")
+        else:
+            db.collection(name)[uid(1)] = "set"
+            added = db.collection(name).add("added")
+        assert dict(db.collection(name).items()) == {uid(1): "set", added: "added"}
+        assert db.verify() == []
+        with storage.snapshot() as snapshot:
+            found.append(snapshot.scan(b"", b"\xff"))
+    assert found[0] == found[1]
+
+
+def test_one_entity_alone_is_refused_as_in_a_transaction(storage: WatchedStorage) -> None:
+    db = Database(storage, clock=FakeClock(), busy_timeout_s=0.05, transaction_bytes_max=100)
+    notes, commits = db.collection("notes"), storage.commits
+    with pytest.raises(TransactionTooLargeError):
+        notes.add("x" * 100)
+    with pytest.raises(ValueTypeError, match=r"uuid\.UUID"):
+        notes["1"] = "x"  # type: ignore[index]
+    with pytest.raises(CborEncodeError, match="cannot be None"):
+        notes.add(None)
+    with db.transaction() as tx:
+        with pytest.raises(TransactionError, match="already open in this thread"):
+            notes.add("x")
+        refused: list[str] = []
+
+        def add() -> None:
+            try:
+                notes.add("y")
+            except TransactionError as error:
+                refused.append(error.code)
+
+        thread = threading.Thread(target=add)
+        thread.start()
+        thread.join()
+        tx["notes"][uid(1)] = "of the transaction"
+    assert (refused, storage.commits, len(notes)) == (["busy"], commits + 1, 1)
+    notes[uid(2)] = "the turn is free"
+    db.close()
+    with pytest.raises(DatabaseClosedError):
+        notes[uid(3)] = "x"
+
+
+def test_a_collection_to_which_nothing_is_written_leaves_nothing(db: Database) -> None:
+    """What the sync engine stages may name one."""
+    with db.write() as writer:
+        assert db.commit_writes(writer, {"notes": {}}) == 0
+    assert (db.collections(), db.sequence) == ([], 0)
+    db.declare_local("drafts")
+    with db.write() as writer:
+        sequence = db.commit_writes(writer, {"notes": {}, "drafts": {uid(1).bytes: b"\x01"}})
+        assert sequence == 1
+    assert (db.read_head().ready, db.collections(), db.verify()) == (0, ["drafts"], [])
 
 
 def test_only_local_entities_in_a_batch_leave_no_outbox(db: Database) -> None:

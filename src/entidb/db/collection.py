@@ -213,6 +213,8 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
 
 #: Opens a transaction that commits when the block ends.
 OpenTransaction = Callable[[], AbstractContextManager[Any]]
+#: Commits one entity: (collection name, id or None for a new one, payload); returns the id.
+CommitOne = Callable[[str, bytes | None, bytes], bytes]
 
 
 class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
@@ -225,10 +227,12 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         codec: ValueCodec[V],
         open_rows: OpenRows,
         open_transaction: OpenTransaction,
+        commit_one: CommitOne,
         kind: type[V] | None,
     ) -> None:
         super().__init__(name, codec, open_rows)
         self._transaction = open_transaction
+        self._commit_one = commit_one
         self._kind = kind
 
     def _one(self, tx: Any) -> TransactionCollection[V]:
@@ -236,8 +240,7 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         return made
 
     def __setitem__(self, entity_id: uuid.UUID, value: V) -> None:
-        with self._transaction() as tx:
-            self._one(tx)[entity_id] = value
+        self._commit_one(self.name, id_bytes(entity_id), self._codec.encode(value))
 
     def __delitem__(self, entity_id: uuid.UUID) -> None:
         with self._transaction() as tx:
@@ -245,8 +248,7 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
 
     def add(self, value: V) -> uuid.UUID:
         """Store ``value`` under a new UUIDv7 and return it."""
-        with self._transaction() as tx:
-            return self._one(tx).add(value)
+        return uuid_from_bytes(self._commit_one(self.name, None, self._codec.encode(value)))
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values`` in one transaction."""

@@ -155,8 +155,7 @@ class _WriteBlock:
             enter_block(self._turn, self._leaving)
             database._take(self._turn)
             self._snapshot = snapshot = database.storage.snapshot()
-            rows = SnapshotRows(snapshot, database.read_catalogue(snapshot))
-            self._writer = database._writer(rows)
+            self._writer = database._writer(database._rows_to_write(snapshot))
             return self._writer
         except BaseException:
             self._end()
@@ -220,7 +219,9 @@ class Database:
         self._busy_timeout_s = busy_timeout_s
         self._turns = Turns()
         self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
+        #: Head and catalogue of the last commit, for whoever has the turn; None: not known.
         self._head_cache: bytes | None = None
+        self._committed_catalogue: Catalogue | None = None
         #: Moves before and after every attempt to commit: what was read while it stood still is
         #: still true while it has not moved (R17).
         self.commit_mark = 0
@@ -288,7 +289,8 @@ class Database:
         check_name(name)
         if local is not None:
             self.declare_local(name, local)
-        return Collection(name, codec_for(type), self._open_rows, self.transaction, type)
+        codec = codec_for(type)
+        return Collection(name, codec, self._open_rows, self.transaction, self.commit_one, type)
 
     def collections(self) -> list[str]:
         """Names of the collections that exist, in order."""
@@ -332,7 +334,7 @@ class Database:
         try:
             self._take(turn)
             snapshot = self.storage.snapshot()
-            rows = SnapshotRows(snapshot, self.read_catalogue(snapshot))
+            rows = self._rows_to_write(snapshot)
             identity = self._ids.new_bytes()
             commit, release = self._commit_transaction, self._end_transaction
             made = Transaction(identity, rows, turn, commit, release, self._ids.new_bytes)
@@ -352,14 +354,46 @@ class Database:
         self._deliver()
 
     def _commit_transaction(self, tx: Transaction) -> int:
-        self._begin_commit(tx._turn)
-        check_size(tx.writes, self.transaction_bytes_max)
-        if not tx.writes:
-            return 0
         rows = tx._rows.below
         assert isinstance(rows, SnapshotRows)
+        return self._commit_local(tx._turn, rows, tx.writes, tx.transaction_id)
+
+    def commit_one(self, name: str, entity_id: bytes | None, payload: bytes) -> bytes:
+        """Store one entity in a transaction of its own, under a new id where ``entity_id`` is
+        None; returns the id. Raises what ``transaction`` and its ``commit`` do. For collections;
+        programs write through those.
+
+        What most programs do most, so without the objects that a program holds on to: it is over
+        when this returns, so nobody else has to end its turn."""
+        turn = Turn()
+        snapshot = None
+        try:
+            self._take(turn)
+            snapshot = self.storage.snapshot()
+            rows = self._rows_to_write(snapshot)
+            transaction_id = self._ids.new_bytes()
+            made = self._ids.new_bytes() if entity_id is None else entity_id
+            self._commit_local(turn, rows, {name: {made: payload}}, transaction_id)
+            snapshot.close()
+            self._turns.give_back(turn)
+        except BaseException:
+            if snapshot is not None:
+                snapshot.close()
+            self._turns.give_back(turn)
+            self._deliver()
+            raise
+        self._deliver()
+        return made
+
+    def _commit_local(
+        self, turn: Turn, rows: SnapshotRows, writes: Writes, transaction_id: bytes
+    ) -> int:
+        self._begin_commit(turn)
+        check_size(writes, self.transaction_bytes_max)
+        if not writes:
+            return 0
         writer = self._writer(rows)
-        sequence = commit_local(writer, self.role, tx.writes, tx.transaction_id, self._tick(writer))
+        sequence = commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
         if sequence:
             self._store(writer, "local")
         return sequence
@@ -375,8 +409,7 @@ class Database:
         staged in it is dropped."""
         with self._open_rows() as rows:
             raw = rows.snapshot.get(META_HEAD)
-            head = Head() if raw is None else decode_head(raw)
-            yield Writer(rows.snapshot, rows.catalogue, head, self.device_id, 0)
+            yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, 0)
 
     def commit_writes(self, writer: Writer, writes: Writes) -> int:
         """Stage a local transaction with a new id within ``writer``; returns its sequence."""
@@ -384,13 +417,19 @@ class Database:
             return 0
         return commit_local(writer, self.role, writes, self._ids.new_bytes(), self._tick(writer))
 
+    def _rows_to_write(self, snapshot: StorageSnapshot) -> SnapshotRows:
+        """For whoever has the turn: nobody has committed since the last one who had it did."""
+        catalogue = self._committed_catalogue
+        if catalogue is None:
+            catalogue = self.read_catalogue(snapshot)
+        return SnapshotRows(snapshot, catalogue)
+
     def _writer(self, rows: SnapshotRows) -> Writer:
         raw = self._head_cache
         if raw is None:
             raw = rows.snapshot.get(META_HEAD)
-        head = Head() if raw is None else decode_head(raw)
         now = self.clock.now_ms()
-        return Writer(rows.snapshot, rows.catalogue, head, self.device_id, now)
+        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, now)
 
     def _tick(self, writer: Writer) -> int:
         writer.head.timestamp = next_timestamp(writer.now_ms, writer.head.timestamp)
@@ -403,7 +442,7 @@ class Database:
         # A map that has to grow waits for open snapshots, so this one must not be among them.
         writer.snapshot.close()
         # R17: whatever the commit does, nothing is answered from memory until it has worked.
-        self._head_cache = None
+        self._head_cache = self._committed_catalogue = None
         try:
             self.commit_mark += 1
             self.storage.commit(changes)
@@ -411,7 +450,8 @@ class Database:
         except BaseException:
             self.commit_mark += 1
             raise
-        self._head_cache = writer.head.encode()
+        self._head_cache = writer.encoded_head
+        self._committed_catalogue = writer.catalogue
         if self._observers and (rows := writer.feed_rows()):
             self._deliveries.append(self._describe(writer.head.sequence, rows, origin))
 

@@ -379,6 +379,12 @@ def encode_creation(
 ) -> bytes:
     """A ``PendingTransaction`` as it is encoded, from columns: of each collection its number, and
     id and payload of entities that no pending transaction has touched before."""
+    if len(created) == 1 and len(created[0][1]) == 1:
+        number, (entity_id,), (payload,) = created[0]
+        return (
+            _OUTBOX_FIRST.pack(transaction_id, timestamp, 1, number, entity_id, 0, len(payload))
+            + payload
+        )
     parts = [_OUTBOX.pack(transaction_id, timestamp, sum(len(ids) for _, ids, _ in created))]
     for number, ids, payloads in created:
         heads = map(_OUTBOX_OP.pack, repeat(number), ids, repeat(0), map(len, payloads))

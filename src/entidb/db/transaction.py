@@ -45,9 +45,6 @@ V = TypeVar("V")
 
 Writes = dict[str, dict[bytes, bytes | None]]
 
-#: Writes of one transaction for which columns cost less than a step of Python for each.
-_COLUMNS_FROM: Final = 8
-
 
 class Role(Enum):
     """What a database is, for life."""
@@ -188,10 +185,9 @@ class Transaction:
 
 def check_size(writes: Writes, bytes_max: int) -> None:
     """Raises ``TransactionTooLargeError`` where the programmer sees it (rules, "Limits")."""
-    size = sum(
-        OPERATION_OVERHEAD_BYTES * len(ids) + sum(map(len, filter(None, ids.values())))
-        for ids in writes.values()
-    )
+    size = 0
+    for ids in writes.values():
+        size += OPERATION_OVERHEAD_BYTES * len(ids) + sum(map(len, filter(None, ids.values())))
     if size > bytes_max:
         raise TransactionTooLargeError(
             f"this transaction is {size} bytes, the limit is {bytes_max} "
@@ -205,21 +201,21 @@ def commit_local(
     """Stage ``writes`` as one local transaction; returns its sequence, 0 if nothing changes.
 
     Deleting what is not there changes nothing and leaves no trace."""
-    groups = [(writer.collection(name), payloads) for name, payloads in writes.items()]
+    groups = [(writer.collection(name), sorted(ids), ids) for name, ids in writes.items() if ids]
     if len(groups) > 1:
         groups.sort(key=lambda group: group[0].number)
+    olds = writer.get_many(
+        [info.prefix + entity_id for info, ids, _ in groups for entity_id in ids]
+    )
+    if role is Role.DEVICE and not any(olds) and (created := _in_columns(groups)):
+        sequence = writer.next_sequence()
+        _create_on_device(writer, created, sequence, transaction_id, timestamp)
+        return sequence
     targets = [
         (info, entity_id, payloads[entity_id])
-        for info, payloads in groups
-        for entity_id in sorted(payloads)
+        for info, ids, payloads in groups
+        for entity_id in ids
     ]
-    olds = writer.get_many([info.prefix + entity_id for info, entity_id, _ in targets])
-    if role is Role.DEVICE and len(olds) >= _COLUMNS_FROM and not any(olds):
-        created = _in_columns(groups)
-        if created:
-            sequence = writer.next_sequence()
-            _create_on_device(writer, created, sequence, transaction_id, timestamp)
-            return sequence
     work = [
         (info, entity_id, payload, None if old is None else decode_entity(old))
         for (info, entity_id, payload), old in zip(targets, olds, strict=True)
@@ -237,15 +233,16 @@ def commit_local(
     return sequence
 
 
+#: Of each collection: ids in order, and what is written to each.
+Groups = list[tuple[CollectionInfo, list[bytes], dict[bytes, bytes | None]]]
 #: Of each collection its new entities: ids in order, and the payload of each.
 Created = list[tuple[CollectionInfo, list[bytes], list[bytes]]]
 
 
-def _in_columns(groups: list[tuple[CollectionInfo, dict[bytes, bytes | None]]]) -> Created:
+def _in_columns(groups: Groups) -> Created:
     """The writes as columns; nothing if some of them delete."""
     created = []
-    for info, payloads in groups:
-        ids = sorted(payloads)
+    for info, ids, payloads in groups:
         found = [payload for payload in map(payloads.get, ids) if payload is not None]
         if len(found) < len(ids):
             return []
@@ -257,7 +254,7 @@ def _create_on_device(
     writer: Writer, created: Created, sequence: int, transaction_id: bytes, timestamp: int
 ) -> None:
     """As ``_commit_on_device`` for a transaction that does nothing but create entities which
-    never had a row, as batches mostly do: in columns, without objects for each."""
+    never had a row, as most do: in columns, without objects for each."""
     state = writer.sync_state
     operations = []
     for info, ids, payloads in created:

@@ -27,6 +27,7 @@ from entidb.db.records import (
     PendingTransaction,
     count_key,
     decode_entity,
+    decode_head,
     decode_pending,
     feed_key,
     pack_u64,
@@ -53,16 +54,22 @@ class Writer:
     """The overlay of one commit. Only the thread that holds the database's writer lock uses it."""
 
     def __init__(
-        self, snapshot: Snapshot, catalogue: Catalogue, head: Head, device_id: bytes, now_ms: int
+        self,
+        snapshot: Snapshot,
+        catalogue: Catalogue,
+        head: bytes | None,
+        device_id: bytes,
+        now_ms: int,
     ) -> None:
         self.snapshot = snapshot
         self.catalogue = catalogue
-        self.head = head
+        self.head = Head() if head is None else decode_head(head)
+        #: As it is stored: before this commit, and after it from ``finish`` on.
+        self.encoded_head = self.head.encode() if head is None else head
         self.device_id = device_id
         self.now_ms = now_ms
         self.changes: dict[bytes, bytes | None] = {}
         self._counts: dict[int, int] = {}
-        self._head_before = head.encode()
 
     # ------------------------------------------------------------ raw rows
 
@@ -72,6 +79,8 @@ class Writer:
         return self.snapshot.get(key)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if len(keys) == 1:
+            return [self.get(keys[0])]
         found = self.snapshot.get_many(keys)
         changes = self.changes
         if changes:
@@ -170,6 +179,9 @@ class Writer:
         self, info: CollectionInfo, ids: Sequence[bytes], rows: Sequence[bytes], sequence: int
     ) -> None:
         """As ``add_entity`` for each, in columns."""
+        if len(ids) == 1:
+            self.add_entity(info, ids[0], rows[0], sequence)
+            return
         prefix, place = info.prefix, feed_key(sequence, info.number, NO_ID)[: -len(NO_ID)]
         self.changes.update(zip([prefix + entity_id for entity_id in ids], rows, strict=True))
         self.changes.update(dict.fromkeys([place + entity_id for entity_id in ids], b""))
@@ -241,7 +253,8 @@ class Writer:
         if META_CATALOGUE in self.changes:
             self.put(META_CATALOGUE, self.catalogue.encode())
         head = self.head.encode()
-        if head != self._head_before:
+        if head != self.encoded_head:
+            self.encoded_head = head
             self.put(META_HEAD, head)
         return self.changes
 
