@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from entidb.db import CommitEvent, Database, Role, purge_tombstones
+from entidb.errors import TransactionError
 from tests.support import FakeClock, World, uid
 
 
@@ -166,6 +167,55 @@ def test_an_observer_that_raises_stops_neither_commit_nor_the_others(
     db.collection("notes")[uid(1)] = "b"
     assert seen == [1, 2]
     assert [str(report.exc_value) for report in reported] == ["my own bug"] * 2
+
+
+def alone(db: Database) -> None:
+    db.collection("notes")[uid(1)] = "a"
+
+
+def in_a_transaction(db: Database) -> None:
+    with db.transaction() as tx:
+        tx.collection("notes")[uid(1)] = "a"
+
+
+def in_a_write_block(db: Database) -> None:
+    with db.write() as writer:
+        db.commit_writes(writer, {"notes": {uid(1).bytes: b"aa"}})
+
+
+WAYS = pytest.mark.parametrize("write", [alone, in_a_transaction, in_a_write_block])
+
+
+@WAYS
+def test_what_an_observer_writes_before_it_ends_the_program_is_told_of(
+    db: Database, write: Callable[[Database], None]
+) -> None:
+    seen: list[int] = []
+
+    def ending(commit: CommitEvent) -> None:
+        seen.append(commit.sequence)
+        if commit.sequence == 1:
+            db.collection("log")[uid(9)] = "the last"
+            raise SystemExit
+
+    db.observe(ending)
+    with pytest.raises(SystemExit):
+        write(db)
+    assert seen == [1, 2]
+
+
+@WAYS
+def test_a_refused_write_tells_nobody_of_the_commits_of_others(
+    db: Database, write: Callable[[Database], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An observer that it called would run inside this thread's transaction."""
+    told: list[str] = []
+    with db.transaction():
+        monkeypatch.setattr(db, "_deliver", lambda: told.append("now"))
+        with pytest.raises(TransactionError, match="already open"):
+            write(db)
+        assert told == []
+    assert told == ["now"]
 
 
 def test_an_observer_can_end_itself_and_ending_twice_is_fine(db: Database) -> None:

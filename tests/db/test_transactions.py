@@ -11,6 +11,7 @@ import pytest
 from entidb.db import Database, Role, transaction
 from entidb.errors import (
     CborEncodeError,
+    CommitUnknownError,
     DatabaseClosedError,
     ScopeError,
     StorageError,
@@ -292,6 +293,35 @@ def test_a_snapshot_cannot_be_written_to_and_not_be_read_after_closing(db: Datab
     snapshot.close()
     with pytest.raises(DatabaseClosedError):
         view[uid(1)]
+
+
+# ---------------------------------------------------------------- failed commits (R17)
+
+
+def test_r17_a_collection_whose_first_commit_failed_is_not_known(
+    db: Database, storage: WatchedStorage
+) -> None:
+    db.collection("a")[uid(1)] = "known"
+    storage.fail_next(error=StorageError("no"))
+    with pytest.raises(StorageError):
+        db.collection("b")[uid(2)] = "lost"
+    assert db.collections() == ["a"]
+    db.collection("b")[uid(2)] = "again"
+    assert (db.collections(), db.collection("b")[uid(2)]) == (["a", "b"], "again")
+    assert (len(db.collection("b")), db.sequence, db.verify()) == (1, 2, [])
+
+
+def test_r17_a_collection_of_a_commit_that_failed_after_all_was_done_keeps_its_number(
+    db: Database, storage: WatchedStorage
+) -> None:
+    db.collection("a")[uid(1)] = "known"
+    storage.fail_next(after=True, error=CommitUnknownError("who knows"))
+    with pytest.raises(CommitUnknownError):
+        db.collection("b")[uid(2)] = "there"
+    db.collection("c")[uid(3)] = "next"
+    assert db.collections() == ["a", "b", "c"]
+    assert (db.collection("b")[uid(2)], db.collection("c")[uid(3)]) == ("there", "next")
+    assert (db.sequence, db.verify()) == (3, [])
 
 
 # ---------------------------------------------------------------- in columns

@@ -167,11 +167,14 @@ class _WriteBlock:
                 self._database._begin_commit(self._turn)
                 self._database._store(self._writer, self._origin)
             self._end()
+            if kind is None:
+                self._database._deliver()
         except BaseException:
             self._end()
+            if kind is None:
+                # What was committed before an interrupt, or by an observer that raised one.
+                self._database._deliver()
             raise
-        if kind is None:
-            self._database._deliver()
 
     def _end(self) -> None:
         if self._snapshot is not None:
@@ -354,49 +357,31 @@ class Database:
         self._deliver()
 
     def _commit_transaction(self, tx: Transaction) -> int:
+        self._begin_commit(tx._turn)
+        check_size(tx.writes, self.transaction_bytes_max)
+        if not tx.writes:
+            return 0
         rows = tx._rows.below
         assert isinstance(rows, SnapshotRows)
-        return self._commit_local(tx._turn, rows, tx.writes, tx.transaction_id)
+        writer = self._writer(rows)
+        sequence = commit_local(writer, self.role, tx.writes, tx.transaction_id, self._tick(writer))
+        if sequence:
+            self._store(writer, "local")
+        return sequence
 
     def commit_one(self, name: str, entity_id: bytes | None, payload: bytes) -> bytes:
         """Store one entity in a transaction of its own, under a new id where ``entity_id`` is
         None; returns the id. Raises what ``transaction`` and its ``commit`` do. For collections;
         programs write through those.
 
-        What most programs do most, so without the objects that a program holds on to: it is over
-        when this returns, so nobody else has to end its turn."""
-        turn = Turn()
-        snapshot = None
-        try:
-            self._take(turn)
-            snapshot = self.storage.snapshot()
-            rows = self._rows_to_write(snapshot)
+        What programs do most, so without the objects that one holds on to in a transaction."""
+        with self.write("local") as writer:
             transaction_id = self._ids.new_bytes()
             made = self._ids.new_bytes() if entity_id is None else entity_id
-            self._commit_local(turn, rows, {name: {made: payload}}, transaction_id)
-            snapshot.close()
-            self._turns.give_back(turn)
-        except BaseException:
-            if snapshot is not None:
-                snapshot.close()
-            self._turns.give_back(turn)
-            self._deliver()
-            raise
-        self._deliver()
+            writes: Writes = {name: {made: payload}}
+            check_size(writes, self.transaction_bytes_max)
+            commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
         return made
-
-    def _commit_local(
-        self, turn: Turn, rows: SnapshotRows, writes: Writes, transaction_id: bytes
-    ) -> int:
-        self._begin_commit(turn)
-        check_size(writes, self.transaction_bytes_max)
-        if not writes:
-            return 0
-        writer = self._writer(rows)
-        sequence = commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
-        if sequence:
-            self._store(writer, "local")
-        return sequence
 
     def write(self, origin: str = "sync") -> AbstractContextManager[Writer]:
         """Stage one storage commit of any kind; committed when the block ends, dropped when it
