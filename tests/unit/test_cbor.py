@@ -283,6 +283,53 @@ def test_many_containers_beside_each_other_are_not_nesting() -> None:
     assert cbor.check(cbor.encode(value)) == value
 
 
+# ---------------------------------------------------------------- many at once
+
+
+def passes(payload: bytes) -> bool:
+    try:
+        return cbor.check(payload) is not None
+    except CborDecodeError:
+        return False
+
+
+GOOD = [cbor.encode([number, "x", {"n": 2.5}]) for number in range(40)]
+BAD = {
+    **{name: bytes.fromhex(form) for name, form in FORMS.items()},
+    "null": cbor.encode(None),
+    "too deep": b"\x81" * (NESTING_MAX + 1) + b"\x01",
+    "an item and a part": b"\x01\x82\x01",
+}
+
+
+@pytest.mark.parametrize("payload", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("at", [0, 15, 16, 39])
+def test_one_bad_payload_among_many_is_found(payload: bytes, at: int) -> None:
+    assert cbor.all_pass(GOOD)
+    assert not cbor.all_pass([*GOOD[:at], payload, *GOOD[at + 1 :]])
+
+
+@given(st.lists(VALUES, min_size=1, max_size=20), st.data())
+def test_many_at_once_pass_as_they_do_alone(values: list[Any], data: st.DataObject) -> None:
+    payloads = [cbor.encode(value) for value in values]
+    assert cbor.all_pass(payloads) == (None not in values)
+    # The same bytes cut elsewhere: together they are still one item behind the other.
+    joined = b"".join(payloads)
+    places = st.integers(0, len(joined))
+    size = len(payloads) - 1
+    cuts = sorted(data.draw(st.lists(places, min_size=size, max_size=size)))
+    cut = [joined[a:b] for a, b in zip([0, *cuts], [*cuts, len(joined)], strict=True)]
+    assert cbor.all_pass(cut) == all(map(passes, cut))
+
+
+@pytest.mark.parametrize("move", [1, -1], ids=["to the one before", "to the one after"])
+def test_a_byte_that_stands_with_the_neighbour_is_found(move: int) -> None:
+    joined, cut = GOOD[3] + GOOD[4], len(GOOD[3]) + move
+    assert not cbor.all_pass([*GOOD[:3], joined[:cut], joined[cut:], *GOOD[5:]])
+    assert not cbor.all_pass([*GOOD[:3], b"", joined, *GOOD[5:]])
+    assert not cbor.all_pass([*GOOD[:3], joined, *GOOD[5:]])
+
+
 @given(st.binary(max_size=200))
 @example(b"\xd8\x2a")
 @example(b"\x9a\xff\xff\xff\xff")

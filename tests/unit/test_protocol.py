@@ -536,6 +536,30 @@ def test_columns_say_the_same_as_commits():
     assert protocol.payload_bytes(again) == protocol.payload_bytes(page) == 3
 
 
+@pytest.mark.parametrize("tombstone", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 200])
+def test_columns_are_cut_into_rows_at_any_number(count: int, tombstone: bool):
+    payloads = [bytes([number]) * (number % 5) for number in range(count)]
+    operations = [
+        PullOperation(number % 3, number.to_bytes(16, "big"), payload)
+        for number, payload in enumerate(payloads)
+    ]
+    if tombstone and count:
+        operations[count // 2] = replace(operations[count // 2], payload=None)
+    commits = [
+        PullCommit(2**62 + number, bytes([number]) * 16, 2**63 + number, [op])
+        for number, op in enumerate(operations)
+    ]
+    rows = protocol.column_rows(in_columns(commits))
+    assert rows.ids == [op.entity_id for op in operations]
+    assert rows.payloads == [op.payload for op in operations]
+    assert list(rows.indexes) == [op.collection for op in operations]
+    assert rows.versions == [commit.version for commit in commits]
+    assert rows.timestamps == [commit.timestamp for commit in commits]
+    assert [head[8:24] for head in rows.heads] == [commit.device_id for commit in commits]
+    assert {len(head) for head in rows.heads} <= {32}
+
+
 # --- the document -----------------------------------------------------------------------------
 
 
