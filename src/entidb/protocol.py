@@ -368,6 +368,11 @@ def _cut(column: bytes, many: struct.Struct, size: int) -> list[bytes]:
     return pieces
 
 
+def column_versions(heads: bytes) -> list[int]:
+    """The version in each of ``PullColumns.heads``."""
+    return _u64s(heads)[::4].tolist()
+
+
 def _u64s(column: bytes) -> array.array[int]:
     """Every eight bytes of ``column``, big-endian."""
     numbers = array.array("Q", column)
@@ -825,7 +830,7 @@ def _check_columns(message: PullResponse, columns: PullColumns, names: int) -> N
         raise _invalid("$.columns.values", "they are not as long as their sizes say")
     if max(struct.unpack(f">{count}H", columns.indexes), default=-1) >= names:
         raise _no_such_collection("$.columns.indexes")
-    versions = _u64s(columns.heads)[::4].tolist()
+    versions = column_versions(columns.heads)
     if count and (versions[0] == 0 or not all(map(operator.le, versions, versions[1:]))):
         raise _invalid("$.columns.heads", "versions start at 1 and ascend")
     if not max(versions, default=0) <= message.cursor <= message.head:

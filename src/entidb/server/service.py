@@ -745,24 +745,27 @@ class _ColumnPage(_Page):
 
     def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
         count = self._fitting(places, raws)
+        if count == 0:
+            return not places
         rows = cast("Sequence[bytes]", raws[:count])
-        sequences = [sequence for sequence, _, _ in places[:count]]
-        if list(map(version_of, rows)) != sequences:
-            at = next(n for n, row in enumerate(rows) if version_of(row) != sequences[n])
-            raise _corrupt(sequences[at], places[at][2], "is not the entity's latest change")
-        for _, number, _ in places[:count]:
+        sequences, numbers, entity_ids = zip(*places[:count], strict=True)
+        heads = b"".join([row[ENTITY_HEAD - COLUMN_HEAD_BYTES : ENTITY_HEAD] for row in rows])
+        versions = protocol.column_versions(heads)
+        if versions != list(sequences):
+            at = next(n for n, version in enumerate(versions) if version != sequences[n])
+            raise _corrupt(sequences[at], entity_ids[at], "is not the entity's latest change")
+        for number in dict.fromkeys(numbers):
             if number not in self._indexes:
                 self._indexes[number] = len(self.names)
                 self.names.append(self._wanted[number].name)
-        self._ids += [entity_id for _, _, entity_id in places[:count]]
-        self._columns += [self._indexes[number] for _, number, _ in places[:count]]
-        self._heads += [row[ENTITY_HEAD - COLUMN_HEAD_BYTES : ENTITY_HEAD] for row in rows]
+        self._ids += entity_ids
+        self._columns += map(self._indexes.__getitem__, numbers)
+        self._heads.append(heads)
         self._sizes += [
             TOMBSTONE_SIZE if row[0] & TOMBSTONE else len(row) - ENTITY_HEAD for row in rows
         ]
         self._values += [row[ENTITY_HEAD:] for row in rows]
-        if count:
-            self._last = sequences[-1]
+        self._last = sequences[-1]
         return count == len(places)
 
     def _fitting(
