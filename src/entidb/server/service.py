@@ -745,10 +745,12 @@ class _ColumnPage(_Page):
 
     def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
         count = self._fitting(places, raws)
-        if count == 0:
-            return not places
-        rows = cast("Sequence[bytes]", raws[:count])
-        sequences, numbers, entity_ids = zip(*places[:count], strict=True)
+        if count:
+            self._keep(places[:count], cast("Sequence[bytes]", raws[:count]))
+        return count == len(places)
+
+    def _keep(self, places: Sequence[tuple[int, int, bytes]], rows: Sequence[bytes]) -> None:
+        sequences, numbers, entity_ids = zip(*places, strict=True)
         heads = b"".join([row[ENTITY_HEAD - COLUMN_HEAD_BYTES : ENTITY_HEAD] for row in rows])
         versions = protocol.column_versions(heads)
         if versions != list(sequences):
@@ -766,7 +768,6 @@ class _ColumnPage(_Page):
         ]
         self._values += [row[ENTITY_HEAD:] for row in rows]
         self._last = sequences[-1]
-        return count == len(places)
 
     def _fitting(
         self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]
