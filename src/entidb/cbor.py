@@ -29,7 +29,7 @@ import pathlib
 import re
 import struct
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
 import libipld
@@ -314,7 +314,7 @@ def check(payload: bytes) -> Any:
     return value
 
 
-def all_pass(payloads: list[bytes]) -> bool:
+def all_pass(payloads: Sequence[bytes]) -> bool:
     """Whether ``check`` accepts each of ``payloads`` and none of them is null, at half the price
     of asking one by one. What is wrong where this says False, ``check`` tells.
     """
@@ -325,17 +325,16 @@ def all_pass(payloads: list[bytes]) -> bool:
     return True
 
 
-def _obviously_pass(payloads: list[bytes]) -> bool:
-    # All of them are decoded as one list, which costs less than a call for each. That may cut
-    # the bytes elsewhere than between two payloads; but then some value has another encoding
-    # than the payload in its place.
+def _obviously_pass(payloads: Sequence[bytes]) -> bool:
+    # An item of CBOR ends where its own heads say, so bytes that are one item after another can
+    # be cut in one way only: if each payload is one item, and all of them joined are the encoding
+    # of all values in turn, then each is the encoding of its value.
     joined = b"".join(payloads)
     if len(joined) > CONTAINERS_MAX:
         # They may be too many to decode even one of them before they are counted.
         return False
     try:
-        values = _decode(array_head(len(payloads)) + joined)
-        canonical = list(map(_encode, values)) == payloads
+        canonical = _encode(list(map(_decode, payloads))) == array_head(len(payloads)) + joined
     except (ValueError, TypeError, RecursionError):
         return False
     return (
