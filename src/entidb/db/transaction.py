@@ -291,7 +291,7 @@ def _commit_on_device(
     device = writer.device_id
     for info, entity_id, payload, old in work:
         if info.synced and old is None and not held and payload is not None:
-            # A new entity, which most are: its row and its place in the feed, without objects.
+            # A new entity beside others: its row and its place in the feed, without objects.
             version = absent[info.name]
             head = pack_pending(DIRTY, sequence, version, device, timestamp, sequence)
             writer.add_entity(info, entity_id, head + payload, sequence)
