@@ -7,12 +7,14 @@ its commit sequence.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import struct
 import uuid
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+from operator import add
 from typing import Any, Final, cast
 
 from msgspec import Struct, field
@@ -98,6 +100,9 @@ OPERATION_OVERHEAD_BYTES = 32
 _ACCEPTED: Final = int(Verdict.ACCEPTED)
 #: States sent along with a conflict are a courtesy; the pull that follows brings everything.
 CONFLICT_STATES_MAX = 16
+
+#: Transactions that are decided in columns if they can be; fewer are faster one by one.
+_COLUMNS_FROM = 4
 
 #: Commits that are the newest few.
 RECENT_COMMITS = 64
@@ -507,16 +512,71 @@ class _Deciding:
             for t in transactions
         ]
         real = [key for each in keys for key in each if key is not None]
-        self._states = dict(zip(real, writer.get_many(real), strict=True))
+        rows = writer.get_many(real)
+        self._states = dict(zip(real, rows, strict=True))
         # Only a batch of that size can hold a transaction that is too large.
         size = payload_bytes(self._request) + _COUNTED_OVERHEAD_BYTES * sum(map(len, keys))
         self._may_be_large = size > self._bytes_max
-        seen = values or itertools.repeat(())
-        results = list(map(self._one, transactions, keys, known, seen))
+        results = None
+        alike = known.count(None) == len(known) and set(map(len, keys)) == {1}
+        if alike and len(keys) >= _COLUMNS_FROM:
+            results = self._accept_all(accepted_keys, real, rows)
+        if results is None:
+            seen = values or repeat(())
+            results = list(map(self._one, transactions, keys, known, seen))
         for place, by in zip(self._prefixes, self._counts, strict=True):
             if place is not None:
                 writer.count(place[0], by)
         return results
+
+    def _accept_all(
+        self, accepted_keys: list[bytes], keys: list[bytes], rows: list[bytes | None]
+    ) -> list[PushResult] | None:
+        """What ``_one`` says to each transaction of a batch as most are, in columns: unknown
+        transactions of one write, no entity twice, each built on what is here. None if it is not
+        like that; then nothing has changed. ``rows`` are what is stored at ``keys``."""
+        transactions = self._request.transactions
+        operations = [transaction.operations[0] for transaction in transactions]
+        payloads = [operation.payload for operation in operations]
+        if self._validates or self._below_floor or self._may_be_large or None in payloads:
+            return None
+        if not len(keys) == len(set(keys)) == len(set(accepted_keys)):
+            return None
+        replaced = [
+            (operation, unpack_entity(row))
+            for operation, row in zip(operations, rows, strict=True)
+            if row is not None
+        ]
+        if any(operation.base_version < old[2] for operation, old in replaced):
+            return None
+        self._make_collections()
+        head, changes, latest = self._writer.head, self._writer.changes, self._timestamp_max
+        versions = range(head.sequence + 1, head.sequence + 1 + len(keys))
+        head.sequence += len(keys)
+        sent = [transaction.timestamp for transaction in transactions]
+        stamps = [stamp if stamp <= latest else latest for stamp in sent]
+        head.timestamp = max(head.timestamp, *stamps)
+        indexes = [operation.collection for operation in operations]
+        for index, count in Counter(indexes).items():
+            self._counts[index] += count
+        numbers = [0 if place is None else place[0] for place in self._prefixes]
+        for operation, old in replaced:
+            index = operation.collection
+            changes[pack_feed_key(FEED, old[1], numbers[index], operation.entity_id)] = None
+            if not old[0] & TOMBSTONE:
+                self._counts[index] -= 1
+        heads = map(
+            pack_entity, repeat(REMOTE), versions, versions, repeat(self._device_id), stamps
+        )
+        stored = map(add, heads, cast("list[bytes]", payloads))
+        changes.update(zip(keys, stored, strict=True))
+        ids = [operation.entity_id for operation in operations]
+        of = map(numbers.__getitem__, indexes)
+        changes.update(zip(map(pack_feed_key, repeat(FEED), versions, of, ids), repeat(b"")))
+        digests = [digest_operations(self._digest_heads, t.operations) for t in transactions]
+        changes.update(zip(accepted_keys, map(pack_accepted, versions, digests), strict=True))
+        clamped = [0 if a == b else a for a, b in zip(stamps, sent, strict=True)]
+        return list(map(PushResult, repeat(_ACCEPTED), versions, clamped))
 
     def _one(
         self,
@@ -629,13 +689,16 @@ class _Deciding:
             ],
         )
 
+    def _make_collections(self) -> None:
+        if self._planned is not None:
+            self._writer.set_catalogue(self._planned)
+            self._planned = None
+
     def _accept(
         self, transaction: PushTransaction, places: list[bytes], digest: bytes
     ) -> PushResult:
         writer = self._writer
-        if self._planned is not None:
-            writer.set_catalogue(self._planned)
-            self._planned = None
+        self._make_collections()
         changes, states = writer.changes, self._states
         version = writer.next_sequence()
         stamp = transaction.timestamp
