@@ -13,6 +13,7 @@ import pytest
 from entidb import cbor
 from entidb.db import Database, Role, dump, inspect
 from entidb.db.records import (
+    FORMAT_VERSION,
     META_FORMAT,
     META_HEAD,
     META_IDENTITY,
@@ -162,7 +163,7 @@ def test_the_role_is_for_life(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     Database.open(tmp_path / "db").close()
     storage = LmdbStorage.open(tmp_path / "db")
-    newer = encode_format()[:8] + b"\x00\x02" + encode_format()[10:]
+    newer = encode_format()[:8] + (FORMAT_VERSION + 1).to_bytes(2, "big") + encode_format()[10:]
     storage.commit({META_FORMAT: newer})
     storage.close()
     for _ in range(2):

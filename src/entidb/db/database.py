@@ -37,7 +37,7 @@ from entidb.db.records import (
 )
 from entidb.db.rows import Rows, SnapshotRows
 from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_local
-from entidb.db.writer import Writer
+from entidb.db.writer import STALE_ROWS_MAX, Writer
 from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
@@ -206,6 +206,7 @@ class Database:
         entropy: Entropy = system_entropy,
         transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
         busy_timeout_s: float = 60.0,
+        stale_rows_max: int = STALE_ROWS_MAX,
         where: str = "this store",
     ) -> None:
         """A database on an open ``storage``, which it owns from now on. Programs use ``open``.
@@ -220,6 +221,7 @@ class Database:
         self.where = where
         self._ids = IdSource(self.clock, entropy)
         self._busy_timeout_s = busy_timeout_s
+        self._stale_rows_max = stale_rows_max
         self._turns = Turns()
         self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
         #: Head and catalogue of the last commit, for whoever has the turn; None: not known.
@@ -414,7 +416,8 @@ class Database:
         if raw is None:
             raw = rows.snapshot.get(META_HEAD)
         now = self.clock.now_ms()
-        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, now)
+        slack = self._stale_rows_max
+        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, now, slack)
 
     def _tick(self, writer: Writer) -> int:
         writer.head.timestamp = next_timestamp(writer.now_ms, writer.head.timestamp)

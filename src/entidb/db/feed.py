@@ -7,7 +7,7 @@ bounded by the number of entities; what changed twice shows up once, at the late
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, repeat
 from operator import length_hint
@@ -174,7 +174,7 @@ def feed_page(snapshot: Snapshot, after: int, limit: int) -> tuple[list[bytes], 
 def load_events(
     snapshot: Snapshot, catalogue: Catalogue, places: list[tuple[int, int, bytes]]
 ) -> list[ChangeEvent]:
-    """The events behind feed rows; rows that a replaced collection left behind are skipped."""
+    """The events behind feed rows; rows that are stale or of a replaced collection are skipped."""
     if not places:
         return []
     # In columns: for most pages no step of Python is taken for an event.
@@ -202,14 +202,25 @@ def load_events(
         names = [known[number].name for number in numbers]
     raws = snapshot.get_many(keys)
     ids = uuids_from_bytes(entity_ids)
-    return _alike(sequences, names, ids, raws) or _one_by_one(sequences, names, ids, raws)
+    events = _alike(sequences, names, ids, raws)
+    if events:
+        return events
+    # Without what has changed since: it comes with that change.
+    current = [
+        (sequence, name, entity_id, raw)
+        for sequence, name, entity_id, raw in zip(sequences, names, ids, raws, strict=True)
+        if raw is not None and unpack_shown(raw)[0] == sequence
+    ]
+    if 0 < len(current) < len(raws):
+        events = _alike(*zip(*current, strict=True))
+    return events or _one_by_one(current)
 
 
 def _alike(
     sequences: tuple[int, ...],
     names: Iterable[str],
-    ids: list[uuid.UUID],
-    raws: list[bytes | None],
+    ids: Sequence[uuid.UUID],
+    raws: Sequence[bytes | None],
 ) -> list[ChangeEvent]:
     """The events of rows that are all of one kind, as those of a page mostly are, without a step
     of Python for each; nothing if they are not."""
@@ -238,25 +249,16 @@ def _alike(
     )
 
 
-def _one_by_one(
-    sequences: tuple[int, ...],
-    names: Iterable[str],
-    ids: list[uuid.UUID],
-    raws: list[bytes | None],
-) -> list[ChangeEvent]:
+def _one_by_one(current: list[tuple[int, str, uuid.UUID, bytes]]) -> list[ChangeEvent]:
     events: list[ChangeEvent] = []
-    for sequence, name, entity_id, raw in zip(sequences, names, ids, raws, strict=True):
-        if raw is None:
-            continue
+    for sequence, name, entity_id, raw in current:
         # Unpacked here: an object for the row between two others costs as much as the event.
         if raw[0] & DIRTY:
-            flags, shown, version, device, timestamp, _ = unpack_pending(raw)
+            flags, _, version, device, timestamp, _ = unpack_pending(raw)
             payload = raw[PENDING_HEAD:]
         else:
-            flags, shown, version, device, timestamp = unpack_entity(raw)
+            flags, _, version, device, timestamp = unpack_entity(raw)
             payload = raw[ENTITY_HEAD:]
-        if shown != sequence:
-            continue
         gone = flags & TOMBSTONE
         events.append(
             ChangeEvent(

@@ -20,14 +20,15 @@ from entidb.db.records import (
     DISCARDED,
     ENTITY,
     FEED,
-    FORMAT_VERSION,
     HAS_BASE,
     HELD,
     IS_HELD,
     META_ADOPT,
     META_FLOOR,
+    META_FORMAT,
     META_HEAD,
     READY,
+    STALE,
     EntityRow,
     Head,
     base_key,
@@ -37,8 +38,10 @@ from entidb.db.records import (
     decode_entity,
     decode_head,
     decode_pending,
+    decode_stale,
     end_of,
     feed_key,
+    format_of,
     pack_u64,
     sequence_key,
     split_feed_key,
@@ -130,6 +133,8 @@ def purge_tombstones(database: Database, up_to: int) -> int:
             target = min(up_to, writer.head.sequence)
             if floor >= target:
                 break
+            # A feed row may be stale, but not of an entity that is forgotten.
+            writer.sweep_stale()
             keys, reached = _feed_part(writer, floor, target)
             for key in keys:
                 purged += _purge_row(writer, key)
@@ -213,6 +218,7 @@ class _Verify:
         self._unused = {table for table, _ in view.catalogue.garbage}
         self._garbage = {number for _, number in view.catalogue.garbage}
         self._live: dict[int, int] = {}
+        self._stale: set[bytes] = set()
         self._pendings: dict[int, tuple[bool, set[Ref]] | None] = {}
         stage = view.stage
         if stage is not None:
@@ -222,6 +228,7 @@ class _Verify:
         yield from self._rows("entity", ENTITY, self._entity)
         yield from self._rows("count", COUNT, self._count)
         yield from self._missing_counts()
+        yield from self._rows("list of stale feed rows", STALE, self._stale_list)
         yield from self._rows("feed row", FEED, self._feed)
         yield from self._rows("outbox transaction", READY, self._pending)
         yield from self._rows("held transaction", HELD, self._pending)
@@ -307,6 +314,12 @@ class _Verify:
         known = self._pendings[sequence]
         return None if known is None or ref not in known[1] else known[0]
 
+    def _stale_list(self, key: bytes, raw: bytes) -> Iterator[str]:
+        listed = decode_stale(raw)
+        if twice := self._stale.intersection(listed):
+            yield f"{len(twice)} feed rows are listed as stale twice"
+        self._stale.update(listed)
+
     def _feed(self, key: bytes, raw: bytes) -> Iterator[str]:
         sequence, number, entity_id = split_feed_key(key)
         if number == 0:
@@ -318,8 +331,10 @@ class _Verify:
         found = self._snapshot.get(info.prefix + entity_id)
         stale = found is None or decode_entity(found).sequence != sequence
         # Rows of a replaced table stay until it is emptied.
-        if stale and number not in self._garbage:
+        if stale and key not in self._stale and number not in self._garbage:
             yield f"feed row at {sequence} for {info.name}/{entity_id.hex()} is stale"
+        if key in self._stale and not stale:
+            yield f"feed row at {sequence} for {info.name}/{entity_id.hex()} is listed as stale"
 
     def _pending(self, key: bytes, raw: bytes) -> Iterator[str]:
         transaction = decode_pending(key, raw)
@@ -355,6 +370,8 @@ class _Verify:
 
     def _totals(self) -> Iterator[str]:
         head = self._head()
+        if (counted := self._view.stale_rows) != len(self._stale):
+            yield f"{counted} stale feed rows are counted, {len(self._stale)} are listed"
         for name, counted, kind in (
             ("ready", head.ready, READY),
             ("held", head.held, HELD),
@@ -403,11 +420,13 @@ def inspect(database: Database) -> dict[str, Any]:
             for name, info in sorted(view.catalogue.by_name.items())
         }
         floor = read_floor(view)
+        raw_format = view.snapshot.get(META_FORMAT)
+        assert raw_format is not None, "a database that is open has a format"
     storage = database.storage.info()
     return {
         "role": database.role.value,
         "device_id": database.device_id.hex(),
-        "format": FORMAT_VERSION,
+        "format": format_of(raw_format),
         "created_ms": database.created_ms,
         "sequence": head.sequence,
         "floor": floor,

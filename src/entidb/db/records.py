@@ -11,11 +11,13 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     m stage                              a pull that is being staged                (CBOR map)
     m adopt                              entities that are being made pending       (CBOR map)
     m floor                              tombstones at or below may be gone         (u64)
+    m stale                              how many feed rows are listed as stale     (u64)
     n collection:u32                     live entities of a collection              (u64)
     e table:u32 id:16                    an entity as readers see it                (EntityRow)
     b collection:u32 id:16               base of an entity with pending changes     (BaseRow)
     f sequence:u64 collection:u32 id:16  feed: this entity changed last here        (empty)
     f sequence:u64 0:u32 0:16            feed: collections were replaced as a whole (CBOR list)
+    s sequence:u64                       feed rows that this commit left stale      (FeedKeys)
     o sequence:u64                       outbox: transaction ready to be pushed     (OutboxRow)
     h sequence:u64                       outbox: transaction held by a conflict     (OutboxRow)
     c collection:u32 id:16               unresolved conflict                        (CBOR map)
@@ -42,7 +44,7 @@ from msgspec import Struct
 from entidb.errors import CorruptionError, FormatError
 
 FORMAT_MAGIC: Final = b"EntiDB\x00\x01"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 META_FORMAT: Final = b"mformat"
 META_HEAD: Final = b"mhead"
@@ -53,10 +55,12 @@ META_INFLIGHT: Final = b"minflight"
 META_STAGE: Final = b"mstage"
 META_ADOPT: Final = b"madopt"
 META_FLOOR: Final = b"mfloor"
+META_STALE: Final = b"mstale"
 
 ENTITY: Final = b"e"
 BASE: Final = b"b"
 FEED: Final = b"f"
+STALE: Final = b"s"
 READY: Final = b"o"
 HELD: Final = b"h"
 CONFLICT: Final = b"c"
@@ -124,6 +128,19 @@ def split_feed_keys(keys: Sequence[bytes]) -> list[tuple[int, int, bytes]]:
     return list(map(split_feed_key, keys))
 
 
+def encode_stale(keys: Sequence[bytes]) -> bytes:
+    """The list of these feed keys, without what all begin with."""
+    return b"".join([key[1:] for key in keys])
+
+
+def decode_stale(raw: bytes) -> list[bytes]:
+    """The feed keys of a list. Raises ``CorruptionError``."""
+    length = _FEED.size - 1
+    if len(raw) % length:
+        raise CorruptionError(f"a list of stale feed rows has {len(raw)} bytes; run verify")
+    return [FEED + raw[at : at + length] for at in range(0, len(raw), length)]
+
+
 def sequence_key(kind: bytes, sequence: int) -> bytes:
     return kind + _U64.pack(sequence)
 
@@ -164,6 +181,11 @@ def encode_format(*, backup: bool = False) -> bytes:
     return FORMAT_MAGIC + bytes((FORMAT_VERSION >> 8, FORMAT_VERSION & 255, int(backup)))
 
 
+def format_of(raw: bytes) -> int:
+    """The format version of a store, from its ``m format`` row."""
+    return int.from_bytes(raw[8:10], "big")
+
+
 def decode_format(raw: bytes | None, where: str) -> bool:
     """Whether the store is a backup copy that was never opened.
 
@@ -173,7 +195,7 @@ def decode_format(raw: bytes | None, where: str) -> bool:
             f"{where} holds data of another program, not an EntiDB database; "
             "it was left as it is. Give an empty or new directory."
         )
-    version = int.from_bytes(raw[8:10], "big")
+    version = format_of(raw)
     if version > FORMAT_VERSION:
         raise FormatError(
             f"{where} was written by a newer EntiDB (format {version}, this one reads up to "

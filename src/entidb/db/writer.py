@@ -15,12 +15,15 @@ from entidb.db.records import (
     FEED,
     HELD,
     META_CATALOGUE,
+    META_FORMAT,
     META_HEAD,
     META_INFLIGHT,
     META_STAGE,
+    META_STALE,
     META_SYNC,
     NO_ID,
     READY,
+    STALE,
     TOMBSTONE,
     EntityRow,
     Head,
@@ -29,6 +32,10 @@ from entidb.db.records import (
     decode_entity,
     decode_head,
     decode_pending,
+    decode_stale,
+    encode_format,
+    encode_stale,
+    end_of,
     feed_key,
     pack_u64,
     sequence_key,
@@ -46,6 +53,13 @@ from entidb.db.replica import (
 from entidb.errors import CorruptionError
 from entidb.storage import Snapshot
 
+#: Stale feed rows of one commit that are worth a list; to list fewer costs as much as to remove
+#: them.
+STALE_FROM = 4
+#: And how many may wait. All together are removed much faster than a few at a time, because they
+#: share pages; until then they take room, and readers of the feed pass over them.
+STALE_ROWS_MAX = 2000
+
 #: (collection number, entity id): what identifies an entity inside one database.
 Ref = tuple[int, bytes]
 
@@ -60,6 +74,7 @@ class Writer:
         head: bytes | None,
         device_id: bytes,
         now_ms: int,
+        stale_rows_max: int = STALE_ROWS_MAX,
     ) -> None:
         self.snapshot = snapshot
         self.catalogue = catalogue
@@ -70,6 +85,8 @@ class Writer:
         self.now_ms = now_ms
         self.changes: dict[bytes, bytes | None] = {}
         self._counts: dict[int, int] = {}
+        self._stale: list[bytes] = []
+        self._stale_rows_max = stale_rows_max
 
     # ------------------------------------------------------------ raw rows
 
@@ -195,10 +212,47 @@ class Writer:
         self.count(ref[0], -int(_live(old)))
 
     def move_feed(self, ref: Ref, old_sequence: int, sequence: int) -> None:
-        """The feed holds every entity once, at its latest change (R11)."""
+        """The feed holds every entity at its latest change (R11)."""
         if old_sequence:
-            self.changes[feed_key(old_sequence, *ref)] = None
+            self.leave_feed(feed_key(old_sequence, *ref))
         self.changes[feed_key(sequence, *ref)] = b""
+
+    def leave_feed(self, key: bytes) -> None:
+        """The feed row at ``key`` is stale: its entity is about to change again. It goes now, or
+        later together with others."""
+        if key in self.changes:
+            self.changes[key] = None
+        else:
+            self._stale.append(key)
+
+    @property
+    def stale_rows(self) -> int:
+        """How many stale feed rows wait to be removed."""
+        raw = self.get(META_STALE)
+        return 0 if raw is None else unpack_u64(raw)
+
+    def sweep_stale(self) -> None:
+        """Remove the stale feed rows that wait."""
+        if not self.stale_rows:
+            return
+        for key, raw in self.snapshot.scan(STALE, end_of(STALE)):
+            self.changes[key] = None
+            self.changes.update(dict.fromkeys(decode_stale(raw)))
+        self.put(META_STALE, pack_u64(0))
+
+    def _finish_stale(self) -> None:
+        stale, self._stale = self._stale, []
+        waiting = self.stale_rows + len(stale) if len(stale) >= STALE_FROM else 0
+        if not waiting or waiting > self._stale_rows_max:
+            self.changes.update(dict.fromkeys(stale))
+            if waiting:
+                self.sweep_stale()
+            return
+        self.put(sequence_key(STALE, self.head.sequence), encode_stale(stale))
+        if self.get(META_STALE) is None:
+            # From here on an older EntiDB, which knows no stale rows, has to stay away.
+            self.put(META_FORMAT, encode_format())
+        self.put(META_STALE, pack_u64(waiting))
 
     def put_replaced(self, sequence: int, record: bytes) -> None:
         """Tell the feed that whole collections were replaced (R20)."""
@@ -250,6 +304,8 @@ class Writer:
                     )
                 self.put(key, pack_u64(live))
         self._counts.clear()
+        if self._stale:
+            self._finish_stale()
         if META_CATALOGUE in self.changes:
             self.put(META_CATALOGUE, self.catalogue.encode())
         head = self.head.encode()

@@ -560,9 +560,10 @@ class _Deciding:
         for index, count in Counter(indexes).items():
             self._counts[index] += count
         numbers = [0 if place is None else place[0] for place in self._prefixes]
+        leave = self._writer.leave_feed
         for operation, old in replaced:
             index = operation.collection
-            changes[pack_feed_key(FEED, old[1], numbers[index], operation.entity_id)] = None
+            leave(pack_feed_key(FEED, old[1], numbers[index], operation.entity_id))
             if not old[0] & TOMBSTONE:
                 self._counts[index] -= 1
         heads = map(
@@ -712,7 +713,7 @@ class _Deciding:
             assert place is not None
             number, payload, old = place[0], op.payload, states[key]
             if old is not None:
-                changes[feed_key(unpack_entity(old)[1], number, op.entity_id)] = None
+                writer.leave_feed(feed_key(unpack_entity(old)[1], number, op.entity_id))
                 self._counts[op.collection] += live_delta(old, payload)
             elif payload is not None:
                 self._counts[op.collection] += 1
@@ -775,8 +776,8 @@ class _Page:
             if raw is None:
                 raise _corrupt(sequence, entity_id, "names an entity that is not there")
             flags, _, version, device, timestamp = unpack_entity(raw)
-            if version != sequence:
-                raise _corrupt(sequence, entity_id, "is not the entity's latest change")
+            if version != sequence and self._is_stale((sequence, number, entity_id), version):
+                continue
             if sequence != last:
                 if size >= bytes_max:
                     return False
@@ -790,6 +791,14 @@ class _Page:
             add(index, entity_id, None if flags & TOMBSTONE else raw[ENTITY_HEAD:])
         self._size = size
         return True
+
+    def _is_stale(self, place: tuple[int, int, bytes], version: int) -> bool:
+        """Whether the entity of a feed row, which is at ``version``, has changed since; then it
+        comes with that change. Raises ``CorruptionError`` if that cannot be."""
+        sequence, _, entity_id = place
+        if version < sequence or version > self._view.head.sequence:
+            raise _corrupt(sequence, entity_id, f"names an entity that is at {version}")
+        return version > sequence
 
     def encode(self, message: PullResponse) -> bytes:
         return self._encoded.encode(message)
@@ -807,18 +816,27 @@ class _ColumnPage(_Page):
         self._columns: list[int] = []
 
     def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
-        count = self._fitting(places, raws)
+        if None in raws:
+            sequence, _, entity_id = places[list(raws).index(None)]
+            raise _corrupt(sequence, entity_id, "names an entity that is not there")
+        rows = cast("Sequence[bytes]", raws)
+        heads = [row[ENTITY_HEAD - COLUMN_HEAD_BYTES : ENTITY_HEAD] for row in rows]
+        versions = protocol.column_versions(b"".join(heads))
+        if versions != [place[0] for place in places]:
+            kept = [at for at, v in enumerate(versions) if not self._is_stale(places[at], v)]
+            if not kept:
+                return True
+            places, rows = [places[at] for at in kept], [rows[at] for at in kept]
+            heads = [heads[at] for at in kept]
+        count = self._fitting(places, rows)
         if count:
-            self._keep(places[:count], cast("Sequence[bytes]", raws[:count]))
+            self._keep(places[:count], rows[:count], b"".join(heads[:count]))
         return count == len(places)
 
-    def _keep(self, places: Sequence[tuple[int, int, bytes]], rows: Sequence[bytes]) -> None:
+    def _keep(
+        self, places: Sequence[tuple[int, int, bytes]], rows: Sequence[bytes], heads: bytes
+    ) -> None:
         sequences, numbers, entity_ids = zip(*places, strict=True)
-        heads = b"".join([row[ENTITY_HEAD - COLUMN_HEAD_BYTES : ENTITY_HEAD] for row in rows])
-        versions = protocol.column_versions(heads)
-        if versions != list(sequences):
-            at = next(n for n, version in enumerate(versions) if version != sequences[n])
-            raise _corrupt(sequences[at], entity_ids[at], "is not the entity's latest change")
         for number in dict.fromkeys(numbers):
             if number not in self._indexes:
                 self._indexes[number] = len(self.names)
@@ -832,15 +850,9 @@ class _ColumnPage(_Page):
         self._values += [row[ENTITY_HEAD:] for row in rows]
         self._last = sequences[-1]
 
-    def _fitting(
-        self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]
-    ) -> int:
+    def _fitting(self, places: Sequence[tuple[int, int, bytes]], rows: Sequence[bytes]) -> int:
         """How many rows of these the page takes: all, or those before the commit that finds it
         full."""
-        if None in raws:
-            sequence, _, entity_id = places[list(raws).index(None)]
-            raise _corrupt(sequence, entity_id, "names an entity that is not there")
-        rows = cast("Sequence[bytes]", raws)
         overhead = OPERATION_OVERHEAD_BYTES - ENTITY_HEAD
         whole = self._size + sum(map(len, rows)) + overhead * len(rows)
         if whole < self._bytes_max:

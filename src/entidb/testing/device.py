@@ -143,7 +143,12 @@ class Device:
     def _open(self, storage: FaultyStorage) -> None:
         storage.armed = False
         self.storage = storage
-        self.database = Database(storage, clock=self.clock, entropy=self.entropy)
+        self.database = Database(
+            storage,
+            clock=self.clock,
+            entropy=self.entropy,
+            stale_rows_max=self.world.knobs.stale_rows,
+        )
         self.applier = BetweenApplier(
             self.database, policies=self.policies, between=self._others_act
         )

@@ -70,7 +70,11 @@ class Tenant:
         storage.armed = False
         self.storage = storage
         self.database = Database(
-            storage, role=Role.SERVER, clock=self.world.server_clock, entropy=self.entropy
+            storage,
+            role=Role.SERVER,
+            clock=self.world.server_clock,
+            entropy=self.entropy,
+            stale_rows_max=self.world.knobs.stale_rows,
         )
         knobs = self.world.knobs
         hook = self.world.options.validate

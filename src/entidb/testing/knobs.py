@@ -56,6 +56,7 @@ class Knobs:
     policy_pairs: int = 0
     policy_carts: int = 3
     group_ms: int = 0  # the server gathers pushes this long for one commit
+    stale_rows: int = 0  # feed rows that may wait to be removed, on devices and on the server
 
     # -- network
     latency_ms: int = 20
@@ -227,6 +228,7 @@ def draw(seed: int) -> Knobs:
         policy_notes=rng.randrange(len(POLICY_NAMES)),
         policy_pairs=rng.randrange(len(POLICY_NAMES)),
         policy_carts=rng.randrange(len(POLICY_NAMES)),
+        stale_rows=rng.choice((0, 6, 20, 2000)),
     )
     return Knobs(**chosen)
 

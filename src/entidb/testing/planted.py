@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from entidb.db import Database, Role, adopt, maintenance, scope
 from entidb.db.records import (
+    FEED,
     READY,
     BaseRow,
     EntityRow,
@@ -36,6 +37,7 @@ from entidb.server.service import DatabaseService, Grant
 from entidb.sync import applier, cycle
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.rebase import Rebase
+from entidb.testing import host
 from entidb.testing.simulator import Options, Run, simulate
 from entidb.types import SEQUENCE_MAX, system_entropy
 
@@ -88,7 +90,13 @@ class Finding:
 
 
 BUGS: dict[str, Bug] = {}
-_CALM: Final[dict[str, int]] = {"events": 700, "devices": 3, "keys": 5, "lmdb": 0}
+_CALM: Final[dict[str, int]] = {
+    "events": 700,
+    "devices": 3,
+    "keys": 5,
+    "lmdb": 0,
+    "stale_rows": 0,
+}
 _WILD: Final = _CALM | {"lost": 100, "repeated": 100}
 
 
@@ -999,6 +1007,52 @@ def _half_in_a_page(garden: Garden) -> None:
         return feed_page
 
     garden.replace(service, "feed_page", make)
+
+
+@_bug("stale-row-sent", "LIVENESS", "ORDER", knobs=_CALM | {"stale_rows": 2000, "operations": 8})
+def _stale_row_sent(garden: Garden) -> None:
+    """A page takes an entity where its feed row is stale, and not where it changed last."""
+    garden.replace(service._Page, "_is_stale", lambda original: lambda *place: False)
+
+
+@_bug(
+    "a-current-row-swept",
+    "CONVERGE",
+    "ORDER",
+    knobs=_CALM | {"stale_rows": 20, "operations": 8},
+)
+def _current_row_swept(garden: Garden) -> None:
+    """With the stale feed rows of a list the row of an entity's latest change is removed."""
+
+    def make(original: Any) -> Any:
+        def sweep(self: Writer) -> None:
+            if self.stale_rows:
+                newest = self.snapshot.scan_keys(FEED, end_of(FEED), limit=1, reverse=True)
+                self.changes.update(dict.fromkeys(newest))
+            original(self)
+
+        return sweep
+
+    garden.replace(Writer, "sweep_stale", make)
+
+
+@_bug(
+    "a-purge-leaves-stale-rows",
+    "UNEXPECTED",
+    "CONVERGE",
+    knobs=_CALM | {"stale_rows": 2000, "operations": 8, "purge": 80, "deletes": 400},
+)
+def _purge_leaves_stale_rows(garden: Garden) -> None:
+    """Feed rows of entities that were forgotten stay, and lead nowhere."""
+
+    def make(original: Any) -> Any:
+        def purge(database: Any, up_to: int) -> Any:
+            with mock.patch.object(Writer, "sweep_stale"):
+                return original(database, up_to)
+
+        return purge
+
+    garden.replace(host, "purge_tombstones", make)
 
 
 @_bug(
