@@ -136,7 +136,19 @@ def test_without_checksums_wrong_bytes_would_reach_a_peer(databases: dict[str, P
 def test_without_the_walk_over_the_pages_verify_would_miss_harm(
     databases: dict[str, Path],
 ) -> None:
-    sound, found = look_with_flips(databases["device"], in_structure, without="pages", count=FLIPS)
-    # A look that died told nobody anything either.
-    told = [entry for entry in found if entry["verify"].get("value") or "error" in entry["verify"]]
-    assert any(has_changed(entry, sound) for entry in found if entry not in told)
+    # Most harm is noticed by what a wrong page then holds; one bit in two hundred is not.
+    for part in range(10):
+
+        def choose(data: Path, source: random.Random, count: int, part: int = part) -> list[int]:
+            return in_structure(data, source, 10 * count)[part * count :][:count]
+
+        sound, found = look_with_flips(databases["device"], choose, without="pages")
+        # A look that died told nobody anything either.
+        missed = [
+            entry
+            for entry in found
+            if not entry["verify"].get("value") and "error" not in entry["verify"]
+        ]
+        if any(has_changed(entry, sound) for entry in missed):
+            return
+    pytest.fail(f"of {10 * FLIPS} flipped bits verify missed none")
