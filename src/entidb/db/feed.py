@@ -1,7 +1,8 @@
 """The change feed: for every entity its latest change, in commit order, resumable (R11).
 
 The same rows are a program's feed on a device and the log that a server's pull reads. A feed is
-bounded by the number of entities; what changed twice shows up once, at the later place.
+bounded by the number of entities; what changed twice shows up once, at the later place. Where it
+stood before, a row may wait to be removed (``writer``), which readers pass over.
 """
 
 from __future__ import annotations

@@ -540,7 +540,7 @@ class _Deciding:
         payloads = [operation.payload for operation in operations]
         if self._validates or self._below_floor or self._may_be_large or None in payloads:
             return None
-        if not len(keys) == len(set(keys)) == len(set(accepted_keys)):
+        if not len(transactions) == len(set(keys)) == len(set(accepted_keys)):
             return None
         replaced = [
             (operation, unpack_entity(row))

@@ -865,17 +865,15 @@ class _Settling:
         """What ``run`` does with an answer as most are, in columns: every transaction is accepted
         and has one operation, on an entity where it is the only pending one. False if it is not
         like that; then nothing has changed."""
-        results, keys, changes = self._response.results, batch.entity_keys, self._writer.changes
-        if batch.chained or len(keys) != len(batch.keys) or len(set(keys)) != len(keys):
-            return False
-        if {result.verdict for result in results} != {_ACCEPTED}:
+        results, keys, rows = self._response.results, batch.entity_keys, batch.entity_rows
+        if batch.chained or {result.verdict for result in results} != {_ACCEPTED}:
             return False
         versions = [result.version for result in results]
-        if min(versions) <= self._state.cursor or not changes.keys().isdisjoint(keys):
+        if min(versions) <= self._state.cursor:
             return False
-        rows = batch.entity_rows
         heads = zip(*map(unpack_pending, rows), strict=True)
         flags, shown, before, devices, stamps, pending = heads
+        # Not so where one has several operations, or an entity several transactions.
         if list(pending) != batch.sequences or any(map(ge, before, versions)):
             return False
         bases = [
@@ -887,6 +885,7 @@ class _Settling:
         given = [result.timestamp or stamp for result, stamp in zip(results, stamps, strict=True)]
         clean = map(pack_entity, gone, shown, versions, devices, given)
         values = [row[PENDING_HEAD:] for row in rows]
+        changes = self._writer.changes
         changes.update(dict.fromkeys([*bases, *batch.keys]))
         changes.update(zip(keys, map(add, clean, values), strict=True))
         for version in versions:
