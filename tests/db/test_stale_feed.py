@@ -29,6 +29,7 @@ from entidb.db.writer import STALE_FROM
 from entidb.errors import CorruptionError, StorageFullError
 from entidb.protocol import PullRequest, expanded
 from entidb.storage import MemoryStorage
+from entidb.storage.memory import MemorySnapshot
 from tests.server.test_service import op, push, tx, verdicts
 from tests.support import GRANT, FakeClock, World, assert_in_step, assert_sound, uid
 
@@ -63,6 +64,19 @@ def feed(database: Database) -> list[tuple[int, int]]:
 def everything(world: World) -> list[tuple[bytes, bytes]]:
     with world.server_storage.snapshot() as snapshot:
         return snapshot.scan(b"\0", b"\xff")
+
+
+def asked(world: World, **changes: Any) -> PullRequest:
+    assert world.server.history is not None
+    request = PullRequest(
+        db_id="shop",
+        device_id=b"d" * 16,
+        history=world.server.history,
+        cursor=0,
+        limit=1000,
+        bytes_max=1 << 20,
+    )
+    return replace(request, **changes)
 
 
 def waiting(database: Database) -> int:
@@ -160,15 +174,7 @@ def test_r19_pages_pass_over_stale_rows_and_move_on(limit: int, columns: bool) -
     for value in "abc":
         world.put(*[("notes", n, value) for n in range(6)], ("notes", 10 + ord(value), value))
     assert waiting(world.server) == 12
-    request = PullRequest(
-        db_id="shop",
-        device_id=b"d" * 16,
-        history=world.server.history or b"",
-        cursor=0,
-        limit=limit,
-        bytes_max=1 << 20,
-        columns=columns,
-    )
+    request = asked(world, limit=limit, columns=columns)
     found, more = [], True
     while more:
         page = expanded(world.service.pull(request, GRANT))
@@ -192,17 +198,51 @@ def test_a_feed_row_whose_entity_is_where_it_cannot_be_is_reported(
     changed = raw[:9] + pack_u64(version) + raw[17:]
     assert len(raw) > ENTITY_HEAD
     world.server_storage.inner.commit({key: changed})
-    request = PullRequest(
-        db_id="shop",
-        device_id=b"d" * 16,
-        history=world.server.history or b"",
-        cursor=0,
-        limit=10,
-        bytes_max=1 << 20,
-        columns=columns,
-    )
+    request = asked(world, columns=columns)
     with pytest.raises(CorruptionError, match=f"commit 3 for {uid(2).hex} .* at {version};"):
         world.service.pull(request, GRANT)
+
+
+def test_an_entity_is_read_once_however_often_it_stands_in_the_feed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    for value in range(8):
+        world.put(*[("notes", n, value) for n in range(6)])
+    assert len(feed(world.server)) == 48
+    sizes: list[int] = []
+    get_many = MemorySnapshot.get_many
+
+    def counting(snapshot: MemorySnapshot, keys: Any) -> Any:
+        sizes.append(len(keys))
+        return get_many(snapshot, keys)
+
+    monkeypatch.setattr(MemorySnapshot, "get_many", counting)
+    assert told(world.server) == [(8, n) for n in range(6)]
+    for columns in (False, True):
+        page = expanded(world.service.pull(asked(world, columns=columns), GRANT))
+        assert [commit.version for commit in page.commits] == [8]
+    assert sizes == [6, 6, 6]
+
+
+def test_a_page_reads_few_rows_at_a_time_where_stale_ones_are_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    large = "x" * 1000
+    world.put(*[("notes", n, "x") for n in range(100)])
+    world.put(*[("notes", n, large) for n in range(100)])
+    sizes: list[int] = []
+    get_many = MemorySnapshot.get_many
+
+    def counting(snapshot: MemorySnapshot, keys: Any) -> Any:
+        sizes.append(len(keys))
+        return get_many(snapshot, keys)
+
+    monkeypatch.setattr(MemorySnapshot, "get_many", counting)
+    page = world.service.pull(asked(world, limit=100, bytes_max=20_000), GRANT)
+    assert (page.commits, page.cursor, page.has_more) == ([], 1, True)
+    assert sizes == [16, 19, 19, 19, 19, 8]
 
 
 def test_devices_that_pull_many_changes_are_told_each_once_and_stay_in_step() -> None:
@@ -280,11 +320,13 @@ def test_verify_knows_which_rows_may_be_stale() -> None:
         ({key: raw + current, META_STALE: pack_u64(6)}, ["is listed as stale"]),
         ({sequence_key(STALE, 1): raw}, ["listed as stale twice"]),
         ({key: raw[:-1]}, ["cannot be read", "has 139 bytes"]),
+        ({feed_key(1, 1, uid(0).bytes): None}, ["1 feed rows that are listed", "not there"]),
     ):
         inner.commit(change)
         found = "\n".join(database.verify())
         assert all(fault in found for fault in faults), found
-        inner.commit({sequence_key(STALE, 1): None, key: raw, META_STALE: pack_u64(5)})
+        back = {sequence_key(STALE, 1): None, key: raw, META_STALE: pack_u64(5)}
+        inner.commit(back | {feed_key(1, 1, uid(0).bytes): b""})
         assert_sound(database)
 
 

@@ -219,6 +219,7 @@ class _Verify:
         self._garbage = {number for _, number in view.catalogue.garbage}
         self._live: dict[int, int] = {}
         self._stale: set[bytes] = set()
+        self._stale_there = 0
         self._pendings: dict[int, tuple[bool, set[Ref]] | None] = {}
         stage = view.stage
         if stage is not None:
@@ -330,6 +331,7 @@ class _Verify:
             return
         found = self._snapshot.get(info.prefix + entity_id)
         stale = found is None or decode_entity(found).sequence != sequence
+        self._stale_there += key in self._stale
         # Rows of a replaced table stay until it is emptied.
         if stale and key not in self._stale and number not in self._garbage:
             yield f"feed row at {sequence} for {info.name}/{entity_id.hex()} is stale"
@@ -372,6 +374,8 @@ class _Verify:
         head = self._head()
         if (counted := self._view.stale_rows) != len(self._stale):
             yield f"{counted} stale feed rows are counted, {len(self._stale)} are listed"
+        if missing := len(self._stale) - self._stale_there:
+            yield f"{missing} feed rows that are listed as stale are not there"
         for name, counted, kind in (
             ("ready", head.ready, READY),
             ("held", head.held, HELD),

@@ -24,7 +24,7 @@ from entidb import cbor, protocol
 from entidb.collector import paused
 from entidb.db import Database
 from entidb.db.catalogue import Catalogue, CollectionInfo
-from entidb.db.feed import feed_page
+from entidb.db.feed import feed_page, latest_of
 from entidb.db.maintenance import mark_clock, read_floor
 from entidb.db.records import (
     ACCEPTED,
@@ -755,15 +755,20 @@ class _Page:
             chosen = [place for place in chosen if not have.contains(place[0])]
         prefixes = {number: info.prefix for number, info in self._wanted.items()}
         keys = [prefixes[number] + entity_id for _, number, entity_id in chosen]
-        at = 0
+        kept = latest_of(keys)
+        if len(kept) < len(keys):
+            keys, chosen = [keys[at] for at in kept], [chosen[at] for at in kept]
+        at = read = 0
         rows = READ_ROWS
         while at < len(keys):
             raws = self._view.snapshot.get_many(keys[at : at + rows])
             if not self._add(chosen[at : at + rows], raws):
                 return self._last, True
             at += rows
-            # As many as fit, going by those that were read.
-            mean = self._size // at + 1
+            # As many as fit, going by those that were read; stale ones are none of the page's.
+            read += sum([len(raw) for raw in raws if raw is not None])
+            read += (OPERATION_OVERHEAD_BYTES - ENTITY_HEAD) * len(raws)
+            mean = read // at + 1
             rows = max(READ_ROWS, min((self._bytes_max - self._size) // mean, READ_ROWS_MAX))
         # A pull moves the cursor over what it leaves out as well (R31).
         return (places[-1][0] if more else head), more
