@@ -24,6 +24,7 @@ from entidb.db.records import (
     ENTITY_HEAD,
     META_FLOOR,
     META_HEAD,
+    META_STALE,
     PENDING_HEAD,
     REMOTE,
     TOMBSTONE,
@@ -208,8 +209,8 @@ def load_events(
     else:
         keys = [known[number].prefix + entity_id for _, number, entity_id in places]
         names = [known[number].name for number in numbers]
-    kept = latest_of(keys)
-    if len(kept) < len(keys):
+    waiting = snapshot.get(META_STALE)
+    if waiting and unpack_u64(waiting) and len(kept := latest_of(keys)) < len(keys):
         return load_events(snapshot, catalogue, [places[at] for at in kept])
     raws = snapshot.get_many(keys)
     ids = uuids_from_bytes(entity_ids)

@@ -517,9 +517,8 @@ class _Deciding:
         # Only a batch of that size can hold a transaction that is too large.
         size = payload_bytes(self._request) + _COUNTED_OVERHEAD_BYTES * sum(map(len, keys))
         self._may_be_large = size > self._bytes_max
-        results = None
-        alike = known.count(None) == len(known) and set(map(len, keys)) == {1}
-        if alike and len(keys) >= _COLUMNS_FROM:
+        results, count = None, len(keys)
+        if count >= _COLUMNS_FROM and known.count(None) == count and set(map(len, keys)) == {1}:
             results = self._accept_all(accepted_keys, real, rows)
         if results is None:
             seen = values or repeat(())
@@ -755,8 +754,7 @@ class _Page:
             chosen = [place for place in chosen if not have.contains(place[0])]
         prefixes = {number: info.prefix for number, info in self._wanted.items()}
         keys = [prefixes[number] + entity_id for _, number, entity_id in chosen]
-        kept = latest_of(keys)
-        if len(kept) < len(keys):
+        if self._view.stale_rows and len(kept := latest_of(keys)) < len(keys):
             keys, chosen = [keys[at] for at in kept], [chosen[at] for at in kept]
         at = read = 0
         rows = READ_ROWS
