@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
+
 from entidb import protocol
 from entidb.db import Database, Role, dump
 from entidb.db.records import META_FORMAT, encode_format
@@ -298,6 +300,32 @@ class World:
 
     def values(self, name: str = "notes") -> dict[int, Any]:
         return {i.int: value for i, value in self.server.collection(name).items()}
+
+
+class Columns:
+    """Whether what has a way in columns may take it, and how often it did. ``name`` is the method
+    of ``owner`` that is that way, and says ``no`` where it cannot be gone."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str, no: object) -> None:
+        self.allowed, self.taken = True, 0
+        way = getattr(owner, name)
+
+        def watching(owner: Any, *rest: Any) -> Any:
+            result = way(owner, *rest) if self.allowed else no
+            self.taken += result is not no
+            return result
+
+        patch.setattr(owner, name, watching)
+
+    def compare(self, life: Callable[[], list[Any]]) -> None:
+        """``life`` is the same without columns; what it answers is compared step by step."""
+        self.allowed = True
+        with_columns = life()
+        self.allowed = False
+        taken = self.taken
+        for step, expected in zip(with_columns, life(), strict=True):
+            assert step == expected
+        assert self.taken == taken
 
 
 def assert_sound(*databases: Database) -> None:

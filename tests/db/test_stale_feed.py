@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from entidb.db import Database, Role, purge_tombstones
+from entidb.db import Database, purge_tombstones
 from entidb.db.maintenance import inspect
 from entidb.db.records import (
     ENTITY,
@@ -27,17 +27,17 @@ from entidb.db.records import (
 )
 from entidb.db.writer import STALE_FROM
 from entidb.errors import CorruptionError, StorageFullError
-from entidb.protocol import PullRequest, expanded
+from entidb.protocol import expanded
 from entidb.storage import MemoryStorage
-from entidb.storage.memory import MemorySnapshot
+from tests.server.test_pages import asked, watch_reads
 from tests.server.test_service import op, push, tx, verdicts
 from tests.support import GRANT, FakeClock, World, assert_in_step, assert_sound, uid
 
 MAX = 20
 
 
-def opened(storage: Any = None, *, most: int = MAX, role: Role = Role.DEVICE) -> Database:
-    return Database(storage or MemoryStorage(), role=role, clock=FakeClock(), stale_rows_max=most)
+def opened(most: int = MAX) -> Database:
+    return Database(MemoryStorage(), clock=FakeClock(), stale_rows_max=most)
 
 
 def write(database: Database, numbers: Iterable[int], value: Any = "x") -> None:
@@ -64,19 +64,6 @@ def feed(database: Database) -> list[tuple[int, int]]:
 def everything(world: World) -> list[tuple[bytes, bytes]]:
     with world.server_storage.snapshot() as snapshot:
         return snapshot.scan(b"\0", b"\xff")
-
-
-def asked(world: World, **changes: Any) -> PullRequest:
-    assert world.server.history is not None
-    request = PullRequest(
-        db_id="shop",
-        device_id=b"d" * 16,
-        history=world.server.history,
-        cursor=0,
-        limit=1000,
-        bytes_max=1 << 20,
-    )
-    return replace(request, **changes)
 
 
 def waiting(database: Database) -> int:
@@ -123,7 +110,7 @@ def test_those_that_wait_go_together_with_the_commit_that_would_be_one_too_many(
 
 
 def test_none_waits_where_none_may() -> None:
-    database = opened(most=0)
+    database = opened(0)
     write(database, range(10))
     write(database, range(10), "y")
     assert (waiting(database), feed(database)) == (0, [(2, n) for n in range(10)])
@@ -210,14 +197,7 @@ def test_an_entity_is_read_once_however_often_it_stands_in_the_feed(
     for value in range(8):
         world.put(*[("notes", n, value) for n in range(6)])
     assert len(feed(world.server)) == 48
-    sizes: list[int] = []
-    get_many = MemorySnapshot.get_many
-
-    def counting(snapshot: MemorySnapshot, keys: Any) -> Any:
-        sizes.append(len(keys))
-        return get_many(snapshot, keys)
-
-    monkeypatch.setattr(MemorySnapshot, "get_many", counting)
+    sizes = watch_reads(monkeypatch)
     assert told(world.server) == [(8, n) for n in range(6)]
     for columns in (False, True):
         page = expanded(world.service.pull(asked(world, columns=columns), GRANT))
@@ -232,14 +212,7 @@ def test_a_page_reads_few_rows_at_a_time_where_stale_ones_are_large(
     large = "x" * 1000
     world.put(*[("notes", n, "x") for n in range(100)])
     world.put(*[("notes", n, large) for n in range(100)])
-    sizes: list[int] = []
-    get_many = MemorySnapshot.get_many
-
-    def counting(snapshot: MemorySnapshot, keys: Any) -> Any:
-        sizes.append(len(keys))
-        return get_many(snapshot, keys)
-
-    monkeypatch.setattr(MemorySnapshot, "get_many", counting)
+    sizes = watch_reads(monkeypatch)
     page = world.service.pull(asked(world, limit=100, bytes_max=20_000), GRANT)
     assert (page.commits, page.cursor, page.has_more) == ([], 1, True)
     assert sizes == [16, 19, 19, 19, 19, 8]

@@ -6,7 +6,6 @@ Every test lives the same life twice, the second time without columns, and compa
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from entidb.protocol import LIMITS, PushRequest, PushResponse, PushTransaction
 from entidb.server.service import Grant, Refusal, _Deciding
 from entidb.types import timestamp_from_ms
 from tests.server.test_service import NOW, op, request, tx
-from tests.support import GRANT, World, assert_sound, uid
+from tests.support import GRANT, Columns, World, assert_sound, uid
 
 #: "here" is local on the server, and ``COVERED`` leaves out "closed".
 NAMES = ["notes", "tasks", "here", "closed"]
@@ -26,34 +25,9 @@ COVERED = Grant("someone", True, True, frozenset({"notes", "tasks", "here", "fre
 SECOND = timestamp_from_ms(1000)
 
 
-class Columns:
-    """Whether batches may be decided in columns, and how many were."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.allowed, self.taken = True, 0
-        accept_all = _Deciding._accept_all
-
-        def watching(deciding: _Deciding, *rest: Any) -> Any:
-            results = accept_all(deciding, *rest) if self.allowed else None
-            self.taken += results is not None
-            return results
-
-        patch.setattr(_Deciding, "_accept_all", watching)
-
-    def compare(self, life: Callable[[], list[Any]]) -> None:
-        """``life`` is the same without columns; what it answers is compared step by step."""
-        self.allowed = True
-        with_columns = life()
-        self.allowed = False
-        taken = self.taken
-        for step, expected in zip(with_columns, life(), strict=True):
-            assert step == expected
-        assert self.taken == taken
-
-
 @pytest.fixture
 def columns(monkeypatch: pytest.MonkeyPatch) -> Columns:
-    return Columns(monkeypatch)
+    return Columns(monkeypatch, _Deciding, "_accept_all", None)
 
 
 def refuse(context: Any, transaction: Any) -> Refusal | None:

@@ -197,8 +197,8 @@ def test_r19_the_server_bounds_the_bytes_of_a_page_too() -> None:
 # ---------------------------------------------------------------- reading
 
 
-def reads(monkeypatch: pytest.MonkeyPatch, world: World, **changes: Any) -> list[int]:
-    """How many entities are read at a time while a page fills."""
+def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows are read at a time, from now on."""
     sizes: list[int] = []
     get_many = MemorySnapshot.get_many
 
@@ -206,8 +206,14 @@ def reads(monkeypatch: pytest.MonkeyPatch, world: World, **changes: Any) -> list
         sizes.append(len(keys))
         return get_many(self, keys)
 
+    monkeypatch.setattr(MemorySnapshot, "get_many", watching)
+    return sizes
+
+
+def reads(monkeypatch: pytest.MonkeyPatch, world: World, **changes: Any) -> list[int]:
+    """How many entities are read at a time while a page fills."""
     with monkeypatch.context() as patched:
-        patched.setattr(MemorySnapshot, "get_many", watching)
+        sizes = watch_reads(patched)
         world.service.pull_bytes(asked(world, **changes), GRANT)
     return sizes
 

@@ -6,7 +6,6 @@ Every test lives the same life twice, the second time without columns, and compa
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from entidb.db.replica import Inflight
 from entidb.protocol import PushResponse, PushResult, Verdict
 from entidb.sync.applier import BatchLimits, PushBatch, _Settling
 from entidb.types import timestamp_from_ms
-from tests.support import START_MS, Device, World, assert_sound
+from tests.support import START_MS, Columns, Device, World, assert_sound
 
 ACCEPTED, SUPERSEDED, CONFLICT = Verdict.ACCEPTED, Verdict.SUPERSEDED, Verdict.CONFLICT
 REJECTED = PushResult(Verdict.REJECTED, code="no")
@@ -23,34 +22,9 @@ NOW = timestamp_from_ms(START_MS)
 Step = tuple[Any, list[tuple[bytes, bytes]]]
 
 
-class Columns:
-    """Whether answers may be settled in columns, and how many were."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.allowed, self.taken = True, 0
-        settle_all = _Settling._settle_all
-
-        def watching(settling: _Settling, batch: PushBatch) -> bool:
-            done = self.allowed and settle_all(settling, batch)
-            self.taken += done
-            return done
-
-        patch.setattr(_Settling, "_settle_all", watching)
-
-    def compare(self, life: Callable[[], list[Step]]) -> None:
-        """``life`` is the same without columns; what it answers is compared step by step."""
-        self.allowed = True
-        with_columns = life()
-        self.allowed = False
-        taken = self.taken
-        for step, expected in zip(with_columns, life(), strict=True):
-            assert step == expected
-        assert self.taken == taken
-
-
 @pytest.fixture
 def columns(monkeypatch: pytest.MonkeyPatch) -> Columns:
-    return Columns(monkeypatch)
+    return Columns(monkeypatch, _Settling, "_settle_all", False)
 
 
 def start(**config: Any) -> Device:
