@@ -34,6 +34,7 @@ from entidb.db.records import (
     decode_format,
     decode_head,
     encode_format,
+    spacers,
 )
 from entidb.db.rows import Rows, SnapshotRows
 from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_local
@@ -684,7 +685,9 @@ class Database:
             "created_ms": self.clock.now_ms(),
             "history": self.entropy(16) if role is Role.SERVER else None,
         }
-        self.storage.commit({META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)})
+        rows = spacers(self.storage.info().half_page_bytes)
+        rows |= {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
+        self.storage.commit(rows)
         self._take_identity(identity)
 
     def _leave_backup(self, identity: dict[str, Any]) -> None:

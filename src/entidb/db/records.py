@@ -25,6 +25,9 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     t transaction:16                     accepted transaction: version, digest      (AcceptedRow)
     a group:u64 collection:u32 id:16     index of entities to be made pending       (empty)
     k time:u64                           server's clock at a commit sequence        (u64)
+    0 n:u8                               spacer before everything                   (zeros)
+    f 0:u64 0:u32 n:16                   spacer between entities and feed           (zeros)
+    g n:u8                               spacer behind the feed                     (zeros)
 
 Numbers are big-endian, so that keys sort by them. A collection's *number* is for life; its
 *table* is where its entities stand now, and changes when a first sync or a reset built the new
@@ -162,6 +165,24 @@ def adopt_key(group: int, collection: int, entity_id: bytes) -> bytes:
     return _FEED.pack(ADOPT, group, collection, entity_id)
 
 
+def spacers(half_page_bytes: int) -> dict[bytes, bytes]:
+    """Rows for the first commit of a store, which keep entities, feed and the rest on pages of
+    their own. ``half_page_bytes`` is as in ``StorageInfo``; 0 makes none.
+
+    Entities and feed grow at their ends. Where the last page of one holds the first rows of
+    the next, every split is one in the middle, and leaves a page behind that stays half empty;
+    at the end of a page a split leaves it full. The first row of a spacer is short and the second
+    takes half a page: so the next spacer's second row does not fit behind its first, both go to
+    a new page, and that page never gets so empty that the store joins it with another."""
+    if not half_page_bytes:
+        return {}
+    rows = {}
+    for short, long in _SPACERS:
+        rows[short] = b""
+        rows[long] = bytes(half_page_bytes - len(long))
+    return rows
+
+
 def split_numbered_key(key: bytes) -> tuple[int, bytes]:
     """(collection or table, entity_id) of an entity, base or conflict key."""
     _, number, entity_id = _NUMBERED.unpack(key)
@@ -173,6 +194,13 @@ def end_of(prefix: bytes) -> bytes:
     number = int.from_bytes(prefix, "big") + 1
     return number.to_bytes(len(prefix), "big")
 
+
+#: No commit has the sequence 0, so no reader of the feed comes across those in it.
+_SPACERS: Final = (
+    (b"0\0", b"0\1"),
+    (feed_key(0, 0, NO_ID), feed_key(0, 0, bytes(15) + b"\1")),
+    (b"g\0", b"g\1"),
+)
 
 # ---------------------------------------------------------------- format and head
 

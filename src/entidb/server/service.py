@@ -827,8 +827,6 @@ class _ColumnPage(_Page):
         versions = protocol.column_versions(b"".join(heads))
         if versions != [place[0] for place in places]:
             kept = [at for at, v in enumerate(versions) if not self._is_stale(places[at], v)]
-            if not kept:
-                return True
             places, rows = [places[at] for at in kept], [rows[at] for at in kept]
             heads = [heads[at] for at in kept]
         count = self._fitting(places, rows)

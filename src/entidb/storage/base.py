@@ -76,7 +76,9 @@ class Snapshot(Protocol):
 
 @dataclass(frozen=True)
 class StorageInfo:
-    """What ``inspect`` shows: sizes in bytes. ``used_bytes`` is what live pages take."""
+    """What ``inspect`` shows: sizes in bytes. ``used_bytes`` is what live pages take,
+    ``half_page_bytes`` what a key and its value may take for two such rows to share a page and
+    leave no room on it; 0 where there are no pages."""
 
     kind: str
     path: str | None
@@ -85,6 +87,7 @@ class StorageInfo:
     map_bytes: int
     records: int
     readers: int
+    half_page_bytes: int = 0
 
 
 class Storage(Protocol):

@@ -71,6 +71,10 @@ _SCAN_CHUNK_MAX: Final = 4096
 #: So many keys that are looked up together may be neighbours, which costs one look to find out.
 _WALK_FROM: Final = 32
 
+#: What a row takes of a page beside key and value: LMDB's head of a row (8) and its place (2), our
+#: checksum (4), and half of the page's own head (8).
+_ROW_OVERHEAD_BYTES: Final = 22
+
 #: CRC-32 of anything followed by its own CRC-32, little-endian: one call proves a record.
 _RESIDUE: Final = 0x2144DF1C
 
@@ -855,6 +859,7 @@ class LmdbStorage:
                 map_bytes=self._map_bytes,
                 records=stat["entries"],
                 readers=len(self._readers) - 1,
+                half_page_bytes=stat["psize"] // 2 - _ROW_OVERHEAD_BYTES,
             )
 
     def close(self) -> None:
