@@ -9,6 +9,7 @@ from entidb.db.records import BASE, ENTITY, READY, end_of
 from entidb.errors import CorruptionError, EntiDBError
 from entidb.protocol import PullRequest
 from entidb.storage import Storage
+from entidb.sync import applier
 from tests.support import Device, World, assert_in_step
 
 
@@ -33,7 +34,7 @@ def dirty() -> tuple[World, Device]:
 #: What is gone, whether the server has changed the entity too, and whether that can be survived.
 LOSSES = [
     ("row", ENTITY, False, False),
-    ("outbox", READY, False, True),
+    ("outbox", READY, False, False),
     ("outbox", READY, True, False),
     ("base", BASE, False, True),
     ("base", BASE, True, False),
@@ -59,6 +60,37 @@ def test_a_device_that_misses_a_record_of_its_pending_work_sends_nothing_made_up
             a.sync()
         assert world.values() == before
     assert world.server.verify() == []
+
+
+def test_nothing_is_sent_without_the_transaction_it_was_built_on() -> None:
+    """A damaged page can hide rows while those behind them are sound."""
+    world, a = dirty()
+    a.put(("notes", 1, "built on mine"))
+    with a.storage.inner.snapshot() as snapshot:
+        first, _ = snapshot.scan_keys(READY, end_of(READY))
+    a.storage.inner.commit({first: None})
+    a.restart()
+    with pytest.raises(CorruptionError, match="should hold 2 ready transactions and holds 1"):
+        a.sync()
+    assert world.values() == {1: "old"} and world.server.verify() == []
+
+
+def test_an_outbox_is_counted_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(applier, "_COUNTED_ROWS", 2)
+    world = World()
+    a = world.device()
+    for number in range(1, 6):
+        a.put(("notes", number, "new"))
+    lose_records(a.storage.inner, READY)
+    with pytest.raises(CorruptionError, match="should hold 5 ready transactions and holds 4"):
+        a.sync()
+    for rows in (1, 2, 3, 4, 5, 6):
+        monkeypatch.setattr(applier, "_COUNTED_ROWS", rows)
+        b = world.device()
+        for number in range(1, 6):
+            b.put(("notes", 10 * rows + number, "new"))
+        b.sync()
+        assert len(world.values()) == 5 * rows
 
 
 def test_a_server_whose_feed_names_a_row_that_is_gone_sends_no_page() -> None:

@@ -118,6 +118,8 @@ _MESSAGE_CHARS_MAX = 1000
 TIME_MS_MAX = 2**47
 #: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
 _PAGE_ROWS = 2000
+#: Keys read at a time to count them.
+_COUNTED_ROWS = 20_000
 #: Outbox rows read before it is known how large they are here.
 _FIRST_ROWS = 32
 
@@ -352,6 +354,7 @@ class DatabaseApplier:
             return None
         with paused(), self.database.write() as writer:
             self._take_confirmed(writer)
+            _check_ready(writer)
             batch = _choose(writer, limits, [], self.database.commit_mark)
             if batch is not None:
                 writer.set_inflight(Inflight(batch.ranges))
@@ -632,6 +635,21 @@ class MemorySyncApplier(DatabaseApplier):
 
 
 # ---------------------------------------------------------------- preparing
+
+
+def _check_ready(writer: Writer) -> None:
+    """Raises ``CorruptionError`` where the outbox does not hold as many transactions as it should.
+    A damaged page can hide rows, each of them sound: what is behind them would go out without
+    what it was built on."""
+    found, start = 0, READY
+    while keys := writer.snapshot.scan_keys(start, end_of(READY), limit=_COUNTED_ROWS):
+        found += len(keys)
+        start = keys[-1] + b"\0"
+    if found != writer.head.ready:
+        raise CorruptionError(
+            f"the outbox should hold {writer.head.ready} ready transactions and holds {found}; "
+            "nothing was sent. Run `entidb verify` on this database"
+        )
 
 
 def _choose(
