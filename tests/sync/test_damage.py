@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from entidb.db.catalogue import empty_catalogue
-from entidb.db.records import BASE, ENTITY, READY, end_of
-from entidb.errors import CorruptionError, EntiDBError
-from entidb.protocol import PullRequest
+from entidb.db.records import BASE, ENTITY, READY, end_of, sequence_key
+from entidb.errors import CorruptionError, EntiDBError, TransportError
+from entidb.protocol import PullRequest, PushRequest
 from entidb.storage import Storage
 from entidb.sync import applier
-from tests.support import Device, World, assert_in_step
+from tests.support import Device, World, assert_in_step, lose
 
 
 def lose_records(storage: Storage, prefix: bytes, last: int = 1) -> None:
@@ -70,8 +70,38 @@ def test_nothing_is_sent_without_the_transaction_it_was_built_on() -> None:
         first, _ = snapshot.scan_keys(READY, end_of(READY))
     a.storage.inner.commit({first: None})
     a.restart()
-    with pytest.raises(CorruptionError, match="should hold 2 ready transactions and holds 1"):
+    with pytest.raises(CorruptionError, match="should hold 2 transactions, 1 are found"):
         a.sync()
+    assert world.values() == {1: "old"} and world.server.verify() == []
+
+
+def test_a_transaction_nobody_counted_is_damage_too() -> None:
+    world, a = dirty()
+    with a.storage.inner.snapshot() as snapshot:
+        [(_, row)] = snapshot.scan(READY, end_of(READY))
+    a.storage.inner.commit({sequence_key(READY, 1): row})
+    a.restart()
+    with pytest.raises(CorruptionError, match="should hold 1 transactions, 2 are found"):
+        a.sync()
+    assert world.values() == {1: "old"}
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_what_was_in_flight_is_not_sent_again_without_a_part_of_it(lost: int) -> None:
+    world, a = dirty()
+    for value in ("two", "three"):
+        a.put(("notes", 1, value))
+    a.wire.before = lose(PushRequest)
+    with pytest.raises(TransportError):
+        a.sync()
+    with a.storage.inner.snapshot() as snapshot:
+        keys = snapshot.scan_keys(READY, end_of(READY))
+    assert len(keys) == 3
+    a.storage.inner.commit({keys[lost]: None})
+    a.restart()
+    for _ in range(2):
+        with pytest.raises(CorruptionError, match="were sent before are missing"):
+            a.sync()
     assert world.values() == {1: "old"} and world.server.verify() == []
 
 
@@ -82,7 +112,7 @@ def test_an_outbox_is_counted_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatc
     for number in range(1, 6):
         a.put(("notes", number, "new"))
     lose_records(a.storage.inner, READY)
-    with pytest.raises(CorruptionError, match="should hold 5 ready transactions and holds 4"):
+    with pytest.raises(CorruptionError, match="should hold 5 transactions, 4 are found"):
         a.sync()
     for rows in (1, 2, 3, 4, 5, 6):
         monkeypatch.setattr(applier, "_COUNTED_ROWS", rows)

@@ -34,6 +34,7 @@ from entidb.db.records import (
     decode_format,
     decode_head,
     encode_format,
+    is_spacer,
     spacers,
 )
 from entidb.db.rows import Rows, SnapshotRows
@@ -315,7 +316,7 @@ class Database:
     def changes(self, after: int = 0, *, collections: Iterable[str] | None = None) -> ChangeFeed:
         """What changed after commit ``after`` (exclusive), in commit order. See ``ChangeFeed``."""
         chosen = None if collections is None else frozenset(collections)
-        return ChangeFeed(self._open_rows, after, chosen)
+        return ChangeFeed(self._open_rows, max(after, 0), chosen)
 
     @property
     def sequence(self) -> int:
@@ -656,7 +657,9 @@ class Database:
     def _load(self, role: Role, create: bool) -> None:
         with self.storage.snapshot() as snapshot:
             raw_format = snapshot.get(META_FORMAT)
-            empty = raw_format is None and not snapshot.scan_keys(b"\0", b"\xff", limit=1)
+            empty = raw_format is None and not any(
+                not is_spacer(key) for key in snapshot.scan_keys(b"\0", b"\xff", limit=100)
+            )
             raw_identity = snapshot.get(META_IDENTITY)
             raw_head = snapshot.get(META_HEAD)
         if empty:
@@ -685,7 +688,9 @@ class Database:
             "created_ms": self.clock.now_ms(),
             "history": self.entropy(16) if role is Role.SERVER else None,
         }
-        rows = spacers(self.storage.info().half_page_bytes)
+        first, rows = spacers(self.storage.info().half_page_bytes)
+        # Who dies behind this leaves what ``_load`` takes for empty.
+        self.storage.commit(first)
         rows |= {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
         self.storage.commit(rows)
         self._take_identity(identity)

@@ -25,9 +25,9 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     t transaction:16                     accepted transaction: version, digest      (AcceptedRow)
     a group:u64 collection:u32 id:16     index of entities to be made pending       (empty)
     k time:u64                           server's clock at a commit sequence        (u64)
-    0 n:u8                               spacer before everything                   (zeros)
-    f 0:u64 0:u32 n:16                   spacer between entities and feed           (zeros)
-    g n:u8                               spacer behind the feed                     (zeros)
+    0 0:u64 0:u32 n:16                   spacer before everything                   (empty)
+    f 0:u64 0:u32 n:16                   spacer between entities and feed           (empty)
+    g 0:u64 0:u32 n:16                   spacer behind the feed                     (empty)
 
 Numbers are big-endian, so that keys sort by them. A collection's *number* is for life; its
 *table* is where its entities stand now, and changes when a first sync or a reset built the new
@@ -165,22 +165,35 @@ def adopt_key(group: int, collection: int, entity_id: bytes) -> bytes:
     return _FEED.pack(ADOPT, group, collection, entity_id)
 
 
-def spacers(half_page_bytes: int) -> dict[bytes, bytes]:
-    """Rows for the first commit of a store, which keep entities, feed and the rest on pages of
-    their own. ``half_page_bytes`` is as in ``StorageInfo``; 0 makes none.
+def spacers(half_page_bytes: int) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+    """Rows that keep entities, feed and the rest on pages of their own: those to store before
+    all others, and those they become with the next commit. ``half_page_bytes`` is as in
+    ``StorageInfo``; 0 makes none.
 
     Entities and feed grow at their ends. Where the last page of one holds the first rows of
     the next, every split is one in the middle, and leaves a page behind that stays half empty;
-    at the end of a page a split leaves it full. The first row of a spacer is short and the second
-    takes half a page: so the next spacer's second row does not fit behind its first, both go to
-    a new page, and that page never gets so empty that the store joins it with another."""
+    at the end of a page a split leaves it full. At first there are two rows of each kind, and the
+    second takes half a page: so it does not fit behind the kind before it, and begins a page
+    together with the first. That done, many short ones keep the page so full that the store does
+    not join it with the one before when what stands behind them leaves. One long row would do
+    that too, but rows that leave in great numbers can bring it to where others grow, and there it
+    would be in the way of every page; of short ones a split has little to fear."""
     if not half_page_bytes:
-        return {}
-    rows = {}
-    for short, long in _SPACERS:
-        rows[short] = b""
-        rows[long] = bytes(half_page_bytes - len(long))
-    return rows
+        return {}, {}
+    short = [key for kind in _SPACERS for key in _spacer_keys(kind, half_page_bytes // 50)]
+    first = {key: b"" for kind in _SPACERS for key in _spacer_keys(kind, 2)}
+    for kind in _SPACERS:
+        key = _spacer_keys(kind, 2)[1]
+        first[key] = bytes(half_page_bytes - len(key))
+    return first, dict.fromkeys(short, b"")
+
+
+def _spacer_keys(kind: bytes, count: int) -> list[bytes]:
+    return [_FEED.pack(kind, 0, 0, n.to_bytes(16, "big")) for n in range(count)]
+
+
+def is_spacer(key: bytes) -> bool:
+    return key[:1] in _SPACERS and key[1:13] == bytes(12)
 
 
 def split_numbered_key(key: bytes) -> tuple[int, bytes]:
@@ -196,11 +209,7 @@ def end_of(prefix: bytes) -> bytes:
 
 
 #: No commit has the sequence 0, so no reader of the feed comes across those in it.
-_SPACERS: Final = (
-    (b"0\0", b"0\1"),
-    (feed_key(0, 0, NO_ID), feed_key(0, 0, bytes(15) + b"\1")),
-    (b"g\0", b"g\1"),
-)
+_SPACERS: Final = (b"0", FEED, b"g")
 
 # ---------------------------------------------------------------- format and head
 

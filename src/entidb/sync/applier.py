@@ -327,8 +327,11 @@ class DatabaseApplier:
             inflight = view.inflight
             if inflight is None:
                 return []
-            both = (inflight.ranges, inflight.after)
-            return [_batch(view, ranges, mark) for ranges in both if ranges]
+            both = [ranges for ranges in (inflight.ranges, inflight.after) if ranges]
+            batches = [_batch(view, ranges, mark) for ranges in both]
+            if [batch.ranges for batch in batches] != both:
+                raise _outbox_damaged("transactions that were sent before are missing from it")
+            return batches
 
     def policy_for(self, collection: str) -> ConflictPolicy:
         return self._policies.get(collection, self._default)
@@ -646,10 +649,14 @@ def _check_ready(writer: Writer) -> None:
         found += len(keys)
         start = keys[-1] + b"\0"
     if found != writer.head.ready:
-        raise CorruptionError(
-            f"the outbox should hold {writer.head.ready} ready transactions and holds {found}; "
-            "nothing was sent. Run `entidb verify` on this database"
-        )
+        raise _outbox_damaged(f"it should hold {writer.head.ready} transactions, {found} are found")
+
+
+def _outbox_damaged(how: str) -> CorruptionError:
+    return CorruptionError(
+        f"the outbox is damaged: {how}. Nothing is sent. Run `entidb verify` on this database, "
+        "then restore a backup of it, or sync into a new directory"
+    )
 
 
 def _choose(

@@ -366,7 +366,13 @@ def _stale_rows(garden: Garden) -> None:
 _SMALL_BATCHES: Final = _CALM | {"push_operations_max": 1, "pause_ms": 3000, "ahead": 500}
 
 
-@_bug("following-builds-on-the-first", "NO-FALSE-CONFLICT", "LIVENESS", knobs=_SMALL_BATCHES)
+@_bug(
+    "following-builds-on-the-first",
+    "NO-FALSE-CONFLICT",
+    "LIVENESS",
+    "CONVERGE",
+    knobs=_SMALL_BATCHES,
+)
 def _following_not_apart(garden: Garden) -> None:
     """The batch after the one in flight may touch what that one touches."""
 
