@@ -146,7 +146,8 @@ class StorageFullError(StorageError):
 
 
 class CorruptionError(StorageError):
-    """A record whose checksum does not match. It was not returned and is not sent to anyone."""
+    """A record whose checksum does not match, or that is missing where others speak of it. It was
+    not returned, and nothing made of it is sent to anyone."""
 
     code = "corrupt_record"
 

@@ -233,6 +233,18 @@ def test_more_small_entities_are_read_at_a_time_and_few_large_ones(
     assert reads(monkeypatch, world, columns=columns, bytes_max=40_000) == [few, 23, few]
 
 
+@forms
+def test_as_many_small_entities_are_read_as_the_page_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, columns: bool
+) -> None:
+    world = World()
+    for n in range(100):
+        world.put(("notes", n, "x" * (54 - OPERATION_OVERHEAD_BYTES - 1)))
+    # Each counts 54 bytes, one less than the mean that is reckoned with: 4,000 hold 74 of them.
+    rest = (4000 - READ_ROWS * 54) // 55
+    assert reads(monkeypatch, world, columns=columns, bytes_max=4000)[:2] == [READ_ROWS, rest]
+
+
 def test_r19_a_page_that_is_full_where_a_read_ends_is_cut_there() -> None:
     world = World()
     for n in range(READ_ROWS + 1):
