@@ -399,6 +399,7 @@ def digests() -> Iterator[dict[str, Any]]:
             "order counts": [[1, OTHER, 7, None], [0, ENTITY, 7, PAYLOAD]],
             "an id like a link": [[1, ID_LIKE_A_LINK, 0, PAYLOAD_LIKE_A_LINK]],
             "thirty operations": many,
+            "nothing at all": [],
         }
     ):
         names = ["notes", "Läden/東京"]
@@ -411,12 +412,146 @@ def digests() -> Iterator[dict[str, Any]]:
         }
 
 
+# --- payloads ---------------------------------------------------------------------------------
+
+
+def payloads() -> Iterator[dict[str, Any]]:
+    """What a receiver must take, and what it must refuse, as the value of an entity."""
+    for name, value in _each(
+        {
+            "the largest integer": 2**64 - 1,
+            "the smallest integer": -(2**64),
+            "the largest integer that every language has": 2**53 - 1,
+            "one more than a double can tell apart": 2**53 + 1,
+            "an integer that a double would round": -(2**63) - 1,
+            "a one that is an integer": 1,
+            "a one that is a float": 1.0,
+            "a zero that is a float": 0.0,
+            "the smallest float": 5e-324,
+            "a float beyond all integers": 1.7976931348623157e308,
+            "a tenth": 0.1,
+            "a null inside": {"a": None},
+            "a false": False,
+            "an empty map": {},
+            "an empty list": [],
+            "an empty text": "",
+            "empty bytes": b"",
+            "keys in the order of their lengths": {"b": 1, "c": 2, "aa": 3, "é": 4},
+            "keys longer than 23 bytes": {"k" * 23: 1, "k" * 24: 2, "a" * 25: 3},
+            "text with a byte-order mark": "\ufeffmark",
+            "composed and decomposed text are two": ["é", "e\u0301"],
+            "text beyond the basic plane": "😀",
+            "text with a zero": "a\x00b",
+            "bytes that look like a link": ID_LIKE_A_LINK,
+            "64 lists inside each other": _nested(64),
+        }
+    ):
+        yield {"name": name, "valid": True, "hex": canonical(value).hex(), "value": _as_json(value)}
+    refused = {
+        "null, which is no value: a deletion has no payload": b"\xf6",
+        "65 lists inside each other": canonical(_nested(65)),
+        "nothing": b"",
+        "two items": b"\x01\x01",
+        "an integer in a longer form": b"\x18\x01",
+        "an integer of 64 bits in a longer form": b"\x1b" + bytes(7) + b"\x01",
+        "an integer above 64 bits, as a tag": b"\xc2\x49\x01" + bytes(8),
+        "a length in a longer form": b"\x78\x01a",
+        "a float of 32 bits": b"\xfa\x3f\x80\x00\x00",
+        "a float of 16 bits": b"\xf9\x3c\x00",
+        "negative zero": b"\xfb\x80" + bytes(7),
+        "not a number": b"\xfb\x7f\xf8" + bytes(6),
+        "infinity": b"\xfb\x7f\xf0" + bytes(6),
+        "a longer key before a shorter one": b"\xa2\x62aa\x01\x61b\x02",
+        "keys of one length out of order": b"\xa2\x61b\x01\x61a\x02",
+        "a key that comes twice": b"\xa2\x61a\x01\x61a\x01",
+        "a key that is a number": b"\xa1\x01\x02",
+        "a key that is bytes": b"\xa1\x41a\x02",
+        "half a surrogate": b"\x63\xed\xa0\x80",
+        "a surrogate pair in UTF-8": b"\x66\xed\xa0\xbd\xed\xb8\x80",
+        "text that is not UTF-8": b"\x61\xff",
+        "a list without an end": b"\x9f\x01\xff",
+        "text in pieces": b"\x7f\x61a\xff",
+        "a date as a tag": b"\xc1\x00",
+        "a link": b"\xd8\x2a\x51\x00" + ID_LIKE_A_LINK,
+        "undefined": b"\xf7",
+        "a simple value": b"\xe0",
+        "a list cut off": b"\x82\x01",
+    }
+    for name, data in refused.items():
+        yield {"name": name, "valid": False, "hex": data.hex()}
+
+
+def _nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+# --- answers that nobody may believe ----------------------------------------------------------
+
+
+def unbelieved() -> Iterator[dict[str, Any]]:
+    """Answers whose form is right and that cannot be true of their request: nothing of them may
+    be applied or settled."""
+    one = PUSH_REQUEST | {"collections": ["notes"], "cursor": 5}
+    two = [[bytes([n]) * 16, STAMP, [[0, bytes([n]) * 16, 0, PAYLOAD]]] for n in (1, 2)]
+    push = one | {"transactions": two}
+    for name, results, head in (
+        ("accepted beyond the head", [[0, 6], [0, 8]], 7),
+        ("superseded beyond the head", [[0, 6], [1, 8]], 7),
+        ("two accepted as one version", [[0, 6], [0, 6]], 7),
+        ("accepted and superseded as one version", [[0, 6], [1, 6]], 7),
+        ("one verdict too few", [[0, 6]], 7),
+        ("one verdict too many", [[0, 6], [0, 7], [2]], 7),
+    ):
+        answer = PUSH_RESPONSE | {"results": results, "head": head}
+        yield _unbelieved("PushRequest", "PushResponse", name, push, answer)
+    pull = PULL_REQUEST | {"cursor": 41, "have": [], "collections": None}
+    page = PULL_RESPONSE | {"cursor": 50, "head": 60, "commits": [], "collections": ["notes"]}
+
+    def commit(version: int, payload: bytes | None = PAYLOAD) -> list[Any]:
+        return [version, DEVICE, STAMP, [[0, ENTITY, payload]]]
+
+    for name, change in _each(
+        {
+            "a version at the cursor": {"commits": [commit(41)]},
+            "a version below the cursor": {"commits": [commit(7)]},
+            "a page that goes nowhere": {"cursor": 41},
+            "a page that goes back": {"cursor": 40},
+            "a payload that is null": {"commits": [commit(42, b"\xf6")]},
+            "a payload that is not canonical": {"commits": [commit(42, b"\x18\x01")]},
+            "a payload with a tag": {"commits": [commit(42, b"\xc1\x00")]},
+            "one entity in two commits": {"commits": [commit(42), commit(43)]},
+        }
+    ):
+        yield _unbelieved("PullRequest", "PullResponse", name, pull, page | change)
+
+
+def _unbelieved(
+    asked: str, kind: str, name: str, request: Message, answer: Message
+) -> dict[str, Any]:
+    return {
+        "request_type": asked,
+        "request": _as_json(request),
+        "type": kind,
+        "name": name,
+        "hex": canonical(answer).hex(),
+    }
+
+
 def _each(cases: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     return cases.items()
 
 
 def build() -> str:
-    vectors = {"valid": [*valid()], "refused": [*refused()], "digests": [*digests()]}
+    vectors = {
+        "valid": [*valid()],
+        "refused": [*refused()],
+        "digests": [*digests()],
+        "payloads": [*payloads()],
+        "unbelieved": [*unbelieved()],
+    }
     lines = []
     for name, rows in vectors.items():
         body = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)

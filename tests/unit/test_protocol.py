@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from msgspec import to_builtins
 from msgspec.structs import fields, replace
 
-from entidb import protocol
-from entidb.errors import ERROR_TABLE, ProtocolError, SyncCodecError
+from entidb import cbor, protocol
+from entidb.db.replica import ReplicaState
+from entidb.errors import ERROR_TABLE, CborDecodeError, ProtocolError, SyncCodecError
 from entidb.protocol import (
     HAVE_RANGES_MAX,
     LIMITS,
@@ -44,6 +45,7 @@ from entidb.protocol import (
     encode,
     expanded,
 )
+from entidb.sync.applier import BatchLimits, MemorySyncApplier
 
 ROOT = Path(__file__).parent.parent.parent
 VECTORS = json.loads((ROOT / "tests/vectors/protocol.json").read_text(encoding="utf-8"))
@@ -146,6 +148,61 @@ def test_a_digest_vector_is_reproduced(row: dict[str, Any]):
     operations = [PushOperation(*operation) for operation in from_json(row["operations"])]
     digest = protocol.operations_digest(row["collections"], operations)
     assert digest.hex() == row["sha256"]
+
+
+@pytest.mark.parametrize("row", VECTORS["payloads"], ids=named)
+def test_a_payload_vector_is_taken_or_refused_as_it_says(row: dict[str, Any]):
+    data = bytes.fromhex(row["hex"])
+    assert (cbor.all_pass([data]) or _passes(data)) is row["valid"]
+    if row["valid"]:
+        value = cbor.check(data)
+        assert repr(value) == repr(from_json(row["value"]))
+        assert cbor.encode(value) == data
+
+
+def _passes(data: bytes) -> bool:
+    """As a server and a device look at a payload from outside when the quick look says no."""
+    try:
+        return cbor.check(data) is not None
+    except CborDecodeError:
+        return False
+
+
+@pytest.mark.parametrize("row", VECTORS["unbelieved"], ids=named)
+def test_an_answer_that_cannot_be_true_changes_nothing_on_a_device(row: dict[str, Any]):
+    request = decode(KINDS[row["request_type"]], canonical(from_json(row["request"])))
+    answer = decode(KINDS[row["type"]], bytes.fromhex(row["hex"]))
+    applier = MemorySyncApplier()
+    with applier.database.write() as writer:
+        state = ReplicaState(
+            db_id=request.db_id, history=request.history, cursor=request.cursor, full=False
+        )
+        writer.set_sync_state(state)
+    believe = _page if isinstance(answer, PullResponse) else _verdicts
+    with pytest.raises((ProtocolError, SyncCodecError), match="nothing was"):
+        believe(applier, request, answer)
+    assert applier.state() == state
+    assert applier.stage() is None
+
+
+def _page(applier: MemorySyncApplier, request: Any, answer: PullResponse) -> None:
+    if answer.has_more:
+        applier.stage_page(request, answer, [])
+    else:
+        applier.apply(request, answer)
+
+
+def _verdicts(applier: MemorySyncApplier, request: PushRequest, answer: Any) -> None:
+    notes = applier.database.collection("notes")
+    for number in range(len(request.transactions)):
+        notes.add({"number": number})
+    batch = applier.prepare(BatchLimits())
+    assert batch is not None and len(batch.transactions) == len(request.transactions)
+    try:
+        applier.settle(batch, answer, None)
+    finally:
+        assert applier.ready() == len(request.transactions)
+        assert [b.ranges for b in applier.inflight()] == [batch.ranges]
 
 
 def test_digests_differ_in_order_and_content_but_not_in_base_versions():

@@ -1,0 +1,676 @@
+"""Writes the protocol's conversations, ``tests/vectors/conversations.json``.
+
+Each is a script of one device and its server: what a program does on the device, what the device
+must send, what it is answered, and what it must hold afterwards. ``docs/protocol.md``, last
+section, says how to read them; ``tests/protocol`` plays them with this project's own device.
+Running it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import cbor2
+
+TARGET: Final = Path(__file__).parent.parent / "tests" / "vectors" / "conversations.json"
+
+Json = dict[str, Any]
+
+DB: Final = "household"
+HISTORY: Final = {"hex": bytes(range(0xA0, 0xB0)).hex()}
+NEW_HISTORY: Final = {"hex": bytes(range(0xB0, 0xC0)).hex()}
+OTHER: Final = {"hex": "018f2f3e4a5b7c6d8e9fa0b1c2d3e4f5"}
+TIME: Final = 1_764_000_000_000
+STAMP: Final = TIME << 16
+E1, E2, E3 = ({"hex": f"0193000000007000800000000000000{n}"} for n in "123")
+LIMITS: Final = {
+    "transaction_bytes_max": 16777216,
+    "message_bytes_max": 67108864,
+    "push_operations_max": 100000,
+    "pull_operations_max": 100000,
+    "collections_max": 4096,
+}
+DEVICE: Final = {"is": "device"}
+
+
+def value(text: str) -> Json:
+    """The payload of an entity ``{"text": text}``."""
+    return {"hex": cbor2.dumps({"text": text}).hex()}
+
+
+# --- what a program does on the device ----------------------------------------------------------
+
+
+def commit(*writes: tuple[Any, ...]) -> Json:
+    """One local transaction of (entity, payload or None[, collection])."""
+    return {"do": "commit", "operations": [[*_named(write)] for write in writes]}
+
+
+def _named(write: tuple[Any, ...]) -> tuple[str, Json, Json | None]:
+    entity, payload, *name = write
+    return (name[0] if name else "notes", entity, payload)
+
+
+def sync(*exchanges: Json, ends: str = "synced") -> Json:
+    return {"do": "sync", "exchanges": [*exchanges], "ends": ends}
+
+
+RESTART: Final = {"do": "restart"}
+
+
+def choose(keep: str) -> Json:
+    return {"do": "choose", "keep": keep}
+
+
+def widen(*names: str) -> Json:
+    return {"do": "widen", "collections": [*names]}
+
+
+def holds(
+    view: dict[str, dict[str, Json]] | list[tuple[Json, Json]],
+    *,
+    pending: list[list[tuple[Any, ...]]] | None = None,
+    discarded: list[tuple[str, list[tuple[Any, ...]]]] | None = None,
+) -> Json:
+    """What the device must have now: every entity it shows, the outbox, the discarded list."""
+    notes = {entity["hex"]: payload for entity, payload in view} if isinstance(view, list) else {}
+    return {
+        "do": "holds",
+        "entities": view if isinstance(view, dict) else ({"notes": notes} if notes else {}),
+        "pending": [[[*_named(write)] for write in one] for one in pending or []],
+        "discarded": [
+            {"code": code, "operations": [[*_named(write)] for write in writes]}
+            for code, writes in discarded or []
+        ],
+    }
+
+
+# --- what goes over the wire --------------------------------------------------------------------
+
+
+def exchange(request: str, must: Json, answer: Json | None = None, **how: Any) -> Json:
+    row: Json = {"request": request, "must": must}
+    if answer is not None:
+        row["answer"] = answer
+    return row | how
+
+
+def handshake(
+    head: int, *, known: Json | None = HISTORY, now: Json = HISTORY, floor: int = 0
+) -> Json:
+    return exchange(
+        "handshake",
+        {"major": 1, "db_id": DB, "device_id": DEVICE, "history": known},
+        {
+            "major": 1,
+            "minor": 0,
+            "history": now,
+            "head": head,
+            "floor": floor,
+            "limits": LIMITS,
+            "features": [],
+            "time": TIME,
+        },
+    )
+
+
+def meeting(head: int, floor: int = 0) -> Json:
+    return handshake(head, known=None, floor=floor)
+
+
+def pull(
+    cursor: int,
+    *commits: list[Any],
+    head: int,
+    reaches: int | None = None,
+    floor: int = 0,
+    history: Json = HISTORY,
+    names: tuple[str, ...] = ("notes",),
+    **must: Any,
+) -> Json:
+    """A pull after ``cursor``; the page ends at ``reaches``, or at the head."""
+    end = head if reaches is None else reaches
+    return exchange(
+        "pull",
+        {"db_id": DB, "device_id": DEVICE, "history": history, "cursor": cursor, **must},
+        {
+            "collections": [*names] if commits else [],
+            "commits": [*commits],
+            "cursor": end,
+            "has_more": end != head,
+            "head": head,
+            "floor": floor,
+            "time": TIME,
+        },
+    )
+
+
+def changed(version: int, *writes: tuple[Json, Json | None], collection: int = 0) -> list[Any]:
+    """A commit of another device."""
+    return [version, OTHER, STAMP + version, [[collection, entity, p] for entity, p in writes]]
+
+
+def sent(transaction: str, *operations: tuple[Json, int | Json, Json | None]) -> list[Any]:
+    """A transaction as it must be sent. Its id and its time are the device's own, and have to be
+    the same each time it is sent."""
+    return [
+        {"is": transaction},
+        {"is": f"time of {transaction}"},
+        [[0, entity, base, payload] for entity, base, payload in operations],
+    ]
+
+
+def push(cursor: int, transactions: list[list[Any]], *results: list[Any], head: int = 0) -> Json:
+    row = _push(cursor, transactions)
+    row["answer"] = {
+        "results": [*results],
+        "collections": ["notes"],
+        "head": head or max((result[1] for result in results), default=0),
+        "time": TIME,
+    }
+    return row
+
+
+def _push(cursor: int, transactions: list[list[Any]], history: Json = HISTORY) -> Json:
+    return exchange(
+        "push",
+        {
+            "db_id": DB,
+            "device_id": DEVICE,
+            "history": history,
+            "cursor": cursor,
+            "collections": ["notes"],
+            "transactions": transactions,
+        },
+    )
+
+
+def absent(cursor: int) -> Json:
+    """The base version of an entity that the device never saw: 0, or any cursor up to its own at
+    which it was not there."""
+    return {"one of": [*range(cursor + 1)]}
+
+
+def optional(row: Json) -> Json:
+    """A device may send it, and need not."""
+    return row | {"optional": True}
+
+
+def lost(row: Json) -> Json:
+    """The server may have acted on it; its answer never comes."""
+    return {key: item for key, item in row.items() if key != "answer"} | {"lost": True}
+
+
+def refused(row: Json, status: int, code: str | None = None, **more: Any) -> Json:
+    """``code`` None: by something on the way that does not speak this protocol."""
+    bare = {key: item for key, item in row.items() if key != "answer"} | {"status": status}
+    if code is None:
+        return bare
+    body = {"code": code, "message": code, "retryable": False, "retry_after": None, "details": {}}
+    return bare | {"answer": body | more}
+
+
+def accepted(version: int, stamp: int = 0) -> list[Any]:
+    return [0, version, stamp, [], "", ""]
+
+
+def superseded(version: int) -> list[Any]:
+    return [1, version, 0, [], "", ""]
+
+
+def conflict(*states: tuple[Json, int, Json | None]) -> list[Any]:
+    return [2, 0, 0, [[0, entity, version, payload] for entity, version, payload in states], "", ""]
+
+
+def rejected(code: str) -> list[Any]:
+    return [3, 0, 0, [], code, f"refused with {code}"]
+
+
+# --- the conversations --------------------------------------------------------------------------
+
+A, B, C, D = (value(text) for text in ("a", "b", "c", "d"))
+#: The device meets an empty server.
+EMPTY: Final = (meeting(0), pull(0, head=0, full=True))
+#: The device meets a server that has E1 with the value A, as version 1.
+ONE: Final = (meeting(1), pull(0, changed(1, (E1, A)), head=1, full=True))
+
+_MADE: Final[list[Json]] = []
+
+
+def _conversation(
+    section: int, shows: str, policy: str = "server_wins", **device: Any
+) -> Callable[[Callable[[], list[Json]]], Callable[[], list[Json]]]:
+    """Keep what the function tells as a conversation; its name is that of the function."""
+
+    def keep(tell: Callable[[], list[Json]]) -> Callable[[], list[Json]]:
+        name = tell.__name__.replace("_", " ")
+        setup = {"db_id": DB, "policy": policy, "collections": None, "tokens": []} | device
+        row = {"name": name, "section": section, "shows": shows, "device": setup, "steps": tell()}
+        _MADE.append(row)
+        return tell
+
+    return keep
+
+
+@_conversation(5, "a first sync takes the server's history and its state")
+def a_first_sync() -> list[Json]:
+    return [
+        sync(
+            meeting(2),
+            pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True),
+        ),
+        holds([(E1, A), (E2, B)]),
+        sync(pull(2, head=2)),
+    ]
+
+
+@_conversation(5, "R10: a cycle with nothing to do is one pull, without a handshake")
+def nothing_to_do() -> list[Json]:
+    return [sync(*ONE), sync(pull(1, head=1)), sync(pull(1, head=1)), holds([(E1, A)])]
+
+
+@_conversation(5, "R5: a batch whose answer was lost is sent again as it was, before anything else")
+def a_lost_answer() -> list[Json]:
+    batch = [sent("t1", (E1, 0, A))]
+    return [
+        commit((E1, A)),
+        sync(*EMPTY, lost(push(0, batch, accepted(1))), ends="no_answer"),
+        holds([(E1, A)], pending=[[(E1, A)]]),
+        RESTART,
+        sync(handshake(1), push(0, batch, accepted(1)), pull(0, head=1)),
+        holds([(E1, A)]),
+    ]
+
+
+@_conversation(5, "R5, R8: what was committed after a lost answer waits, and is built on the first")
+def a_change_after_a_lost_answer() -> list[Json]:
+    batch = [sent("t1", (E1, 0, A))]
+    return [
+        commit((E1, A)),
+        sync(*EMPTY, lost(push(0, batch, accepted(1))), ends="no_answer"),
+        commit((E1, B)),
+        holds([(E1, B)], pending=[[(E1, A)], [(E1, B)]]),
+        sync(
+            handshake(1),
+            push(0, batch, accepted(1)),
+            pull(0, head=1),
+            push(1, [sent("t2", (E1, 1, B))], accepted(2)),
+        ),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(
+    6, "R21: what the device wrote itself need not come back, and does no harm if it does"
+)
+def the_own_version_comes_back() -> list[Json]:
+    own = [1, DEVICE, {"is": "time of t1"}, [[0, E1, A]]]
+    return [
+        commit((E1, A)),
+        sync(*EMPTY, push(0, [sent("t1", (E1, 0, A))], accepted(1))),
+        sync(pull(0, own, changed(2, (E2, B)), head=2)),
+        holds([(E1, A), (E2, B)]),
+        sync(pull(2, head=2)),
+    ]
+
+
+@_conversation(6, "R21: named in `have`, the own version is left out by the server")
+def the_own_version_is_left_out() -> list[Json]:
+    return [
+        commit((E1, A)),
+        sync(*EMPTY, push(0, [sent("t1", (E1, 0, A))], accepted(1))),
+        sync(pull(0, changed(2, (E2, B)), head=2, have={"at most": [[1, 1]]})),
+        holds([(E1, A), (E2, B)]),
+        commit((E1, C)),
+        sync(pull(2, head=2), push(2, [sent("t2", (E1, 1, C))], accepted(3))),
+    ]
+
+
+@_conversation(6, "R20: several pages become visible together, or not at all")
+def two_pages_and_the_second_is_lost() -> list[Json]:
+    return [
+        sync(*ONE),
+        sync(
+            pull(1, changed(2, (E1, B)), head=3, reaches=2),
+            lost(pull(2, changed(3, (E2, C)), head=3)),
+            ends="no_answer",
+        ),
+        holds([(E1, A)]),
+    ]
+
+
+@_conversation(6, "R20: pages are staged and applied in one step when the last is in")
+def two_pages() -> list[Json]:
+    return [
+        sync(*ONE),
+        sync(
+            pull(1, changed(2, (E1, B)), head=4, reaches=2),
+            pull(2, changed(3, (E2, C)), changed(4, (E1, None)), head=4),
+        ),
+        holds([(E2, C)]),
+        sync(pull(4, head=4)),
+    ]
+
+
+@_conversation(6, "a tombstone keeps its version: what is written there again is built on it")
+def written_again_after_a_deletion() -> list[Json]:
+    return [
+        sync(*ONE),
+        sync(pull(1, changed(2, (E1, None)), head=2)),
+        holds([]),
+        commit((E1, C)),
+        sync(pull(2, head=2), push(2, [sent("t1", (E1, 2, C))], accepted(3))),
+        holds([(E1, C)]),
+    ]
+
+
+@_conversation(6, "R24: the same bytes on both sides are no conflict, and nothing is left to push")
+def both_wrote_the_same() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        sync(pull(1, changed(2, (E1, B)), head=2)),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(6, "R24: deleted on both sides is no conflict")
+def both_deleted() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, None)),
+        sync(pull(1, changed(2, (E1, None)), head=2)),
+        holds([]),
+    ]
+
+
+@_conversation(6, "R25: `server_wins` withdraws the whole transaction, with what was built on it")
+def the_server_wins() -> list[Json]:
+    first = [(E1, B), (E2, B)]
+    return [
+        sync(*ONE),
+        commit(*first),
+        commit((E2, C)),
+        commit((E3, C)),
+        sync(
+            pull(1, changed(2, (E1, D)), head=2),
+            push(2, [sent("t3", (E3, absent(2), C))], accepted(3)),
+        ),
+        holds([(E1, D), (E3, C)], discarded=[("conflict", first), ("depends", [(E2, C)])]),
+    ]
+
+
+@_conversation(6, "R25: `client_wins` pushes on the new base, with the same id", "client_wins")
+def the_client_wins() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        sync(
+            pull(1, changed(2, (E1, D)), head=2),
+            push(2, [sent("t1", (E1, 2, B))], accepted(3)),
+        ),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(7, "R7: after `conflict` the device pulls, rebases and pushes again", "client_wins")
+def a_conflict_verdict() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        sync(
+            pull(1, head=1),
+            push(1, [sent("t1", (E1, 1, B))], conflict((E1, 2, D)), head=2),
+            pull(1, changed(2, (E1, D)), head=2),
+            push(2, [sent("t1", (E1, 2, B))], accepted(3)),
+        ),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(7, "R15: one bad transaction does not stop the others")
+def one_of_three_is_rejected() -> list[Json]:
+    return [
+        sync(*EMPTY),
+        commit((E1, A)),
+        commit((E2, B)),
+        commit((E3, C)),
+        sync(
+            pull(0, head=0),
+            push(
+                0,
+                [sent("t1", (E1, 0, A)), sent("t2", (E2, 0, B)), sent("t3", (E3, 0, C))],
+                accepted(1),
+                rejected("too_sweet"),
+                accepted(2),
+            ),
+        ),
+        holds([(E1, A), (E3, C)], discarded=[("too_sweet", [(E2, B)])]),
+    ]
+
+
+@_conversation(7, "R18: what was built on a rejected transaction is withdrawn with it")
+def a_rejected_transaction_and_its_dependent() -> list[Json]:
+    return [
+        sync(*EMPTY),
+        commit((E1, A)),
+        commit((E1, B), (E2, B)),
+        sync(
+            pull(0, head=0),
+            push(
+                0,
+                [sent("t1", (E1, 0, A)), sent("t2", (E1, 0, B), (E2, 0, B))],
+                rejected("too_sweet"),
+                conflict((E1, 0, None)),
+            ),
+            optional(pull(0, head=0)),
+        ),
+        holds([], discarded=[("too_sweet", [(E1, A)]), ("depends", [(E1, B), (E2, B)])]),
+    ]
+
+
+@_conversation(7, "R18: `superseded` ends the transaction; what counts is what the pull brings")
+def a_superseded_transaction() -> list[Json]:
+    return [
+        sync(*EMPTY),
+        commit((E1, A)),
+        sync(
+            pull(0, head=0),
+            push(0, [sent("t1", (E1, 0, A))], superseded(1)),
+            pull(0, changed(1, (E1, D)), head=1),
+        ),
+        holds([(E1, D)]),
+    ]
+
+
+@_conversation(7, "R18: `accepted` at or below the cursor changes no base")
+def accepted_below_the_cursor() -> list[Json]:
+    return [
+        sync(
+            meeting(4),
+            pull(0, changed(4, (E1, D)), head=4, full=True),
+        ),
+        commit((E1, B)),
+        sync(pull(4, head=4), push(4, [sent("t1", (E1, 4, B))], accepted(3), head=4)),
+        holds([(E1, D)]),
+    ]
+
+
+@_conversation(7, "R13: an entity that two transactions of a batch write is built on once")
+def two_changes_of_one_entity() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        commit((E1, C)),
+        sync(
+            pull(1, head=1),
+            push(1, [sent("t1", (E1, 1, B)), sent("t2", (E1, 1, C))], accepted(2), accepted(3)),
+        ),
+        holds([(E1, C)]),
+        commit((E1, D)),
+        sync(pull(1, head=3), push(3, [sent("t3", (E1, 3, D))], accepted(4))),
+    ]
+
+
+@_conversation(
+    4,
+    "401: a fresh token is asked for once, and the same request sent again",
+    tokens=["stale", "fresh"],
+)
+def a_fresh_token() -> list[Json]:
+    shaken = meeting(0)
+    return [
+        sync(
+            refused(shaken, 401, "unauthorized") | {"token": "stale"},
+            shaken | {"token": "fresh"},
+            pull(0, head=0, full=True) | {"token": "fresh"},
+        ),
+    ]
+
+
+@_conversation(4, "a server that is busy has decided nothing that the device could know: R5 holds")
+def a_busy_server() -> list[Json]:
+    batch = [sent("t1", (E1, 0, A))]
+    return [
+        commit((E1, A)),
+        sync(
+            *EMPTY,
+            refused(push(0, batch), 503, "busy", retryable=True, retry_after=2.0),
+            ends="busy",
+        ),
+        holds([(E1, A)], pending=[[(E1, A)]]),
+        sync(push(0, batch, accepted(1)), pull(0, head=1)),
+        holds([(E1, A)]),
+    ]
+
+
+@_conversation(4, "the login page of a network is no answer of the server")
+def a_captive_portal() -> list[Json]:
+    return [
+        sync(*ONE),
+        sync(
+            refused(pull(1, head=1), 200) | {"type": "text/html"},
+            ends="no_answer",
+        ),
+        sync(handshake(2), pull(1, changed(2, (E1, B)), head=2)),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(8, "R28: below the floor everything is pulled again; what is absent was deleted")
+def behind_the_floor() -> list[Json]:
+    return [
+        sync(
+            meeting(2),
+            pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True),
+        ),
+        commit((E3, C)),
+        sync(
+            refused(pull(2, head=9), 409, "reset_required", details={"floor": 5}),
+            pull(0, changed(9, (E2, D)), head=9, floor=5, full=True),
+            push(9, [sent("t1", (E3, absent(9), C))], accepted(10)),
+        ),
+        holds([(E2, D), (E3, C)]),
+    ]
+
+
+@_conversation(
+    8,
+    "R28: pending changes of an entity that is gone are a conflict with a deletion",
+    "client_wins",
+)
+def pending_behind_the_floor() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        sync(
+            refused(pull(1, head=9), 409, "reset_required", details={"floor": 5}),
+            pull(0, changed(9, (E2, D)), head=9, floor=5, full=True),
+            push(9, [sent("t1", (E1, 9, B))], accepted(10)),
+        ),
+        holds([(E1, B), (E2, D)]),
+    ]
+
+
+@_conversation(8, "R28: a floor that moves while everything is pulled starts the full pull over")
+def the_floor_moves() -> list[Json]:
+    return [
+        sync(
+            meeting(4, floor=1),
+            pull(0, changed(2, (E1, A)), head=4, reaches=2, floor=1, full=True),
+            pull(2, changed(4, (E2, B)), head=4, floor=3, full=True),
+            pull(0, changed(4, (E2, B)), head=4, floor=3, full=True),
+        ),
+        holds([(E2, B)]),
+    ]
+
+
+@_conversation(8, "R29: another history changes nothing until somebody has chosen; the server's")
+def another_history_keep_server() -> list[Json]:
+    return [
+        sync(
+            meeting(2),
+            pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True),
+        ),
+        commit((E3, C)),
+        sync(
+            refused(pull(2, head=2), 409, "history_changed", details={"history": NEW_HISTORY}),
+            ends="history_changed",
+        ),
+        holds([(E1, A), (E2, B), (E3, C)], pending=[[(E3, C)]]),
+        choose("server"),
+        sync(
+            handshake(1, known=None, now=NEW_HISTORY),
+            pull(0, changed(1, (E1, D)), head=1, full=True, history=NEW_HISTORY),
+            _push(1, [sent("t1", (E3, absent(1), C))], NEW_HISTORY)
+            | {"answer": push(1, [], accepted(2))["answer"]},
+        ),
+        holds([(E1, D), (E3, C)]),
+    ]
+
+
+@_conversation(
+    8, "R31: a wider scope is pulled from nothing before the device goes on", collections=["notes"]
+)
+def a_wider_scope() -> list[Json]:
+    both = {"set": ["lists", "notes"]}
+    return [
+        sync(
+            meeting(2),
+            pull(0, changed(1, (E1, A)), head=2, full=True, collections=["notes"]),
+        ),
+        widen("lists", "notes"),
+        sync(
+            handshake(2),
+            pull(
+                0, changed(2, (E2, B)), head=2, names=("lists",), full=True, collections=["lists"]
+            ),
+            pull(2, head=2, collections=both),
+        ),
+        holds({"notes": {E1["hex"]: A}, "lists": {E2["hex"]: B}}),
+    ]
+
+
+@_conversation(9, "R27: the server's clamped time is taken over for what was written")
+def a_clock_ahead() -> list[Json]:
+    return [
+        sync(*EMPTY),
+        commit((E1, A)),
+        sync(pull(0, head=0), push(0, [sent("t1", (E1, 0, A))], accepted(1, STAMP))),
+        holds([(E1, A)]),
+        sync(pull(0, head=1)),
+    ]
+
+
+def build() -> str:
+    body = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in _MADE)
+    return f'{{\n  "format": 1,\n  "conversations": [\n{body}\n  ]\n}}\n'
+
+
+if __name__ == "__main__":
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    TARGET.write_text(build(), encoding="utf-8")
+    print(f"wrote {TARGET.name}: {len(_MADE)} conversations")
