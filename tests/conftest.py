@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
+
+if os.environ.get("ENTIDB_TEST_STORE") == "sqlite":
+    # Before any test imports it: every store in memory is one on sqlite3 then.
+    from tests.storage.sqlite_store import take_the_place_of_memory
+
+    take_the_place_of_memory()
 
 # A loaded machine is slow, not wrong: no deadline, and no health check that measures time.
 settings.register_profile(

@@ -26,7 +26,7 @@ from entidb.server.service import (
     RECENT_COMMITS,
     Grant,
 )
-from entidb.storage.memory import MemorySnapshot
+from entidb.storage import MemoryStorage
 from tests.support import GRANT, World, uid
 
 Row = tuple[int, str, bytes, bytes | None]
@@ -200,13 +200,15 @@ def test_r19_the_server_bounds_the_bytes_of_a_page_too() -> None:
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows are read at a time, from now on."""
     sizes: list[int] = []
-    get_many = MemorySnapshot.get_many
+    kind = type(MemoryStorage().snapshot())
+    get_many: Any = kind.get_many
 
-    def watching(self: MemorySnapshot, keys: Sequence[bytes]) -> list[bytes | None]:
+    def watching(self: Any, keys: Sequence[bytes]) -> list[bytes | None]:
         sizes.append(len(keys))
-        return get_many(self, keys)
+        found: list[bytes | None] = get_many(self, keys)
+        return found
 
-    monkeypatch.setattr(MemorySnapshot, "get_many", watching)
+    monkeypatch.setattr(kind, "get_many", watching)
     return sizes
 
 

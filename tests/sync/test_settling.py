@@ -28,7 +28,7 @@ from entidb.protocol import (
     Verdict,
 )
 from entidb.server.service import Grant, Refusal
-from entidb.storage.memory import MemorySnapshot
+from entidb.storage import MemoryStorage
 from entidb.sync import Conflict, ConflictResolution
 from entidb.sync.applier import BatchLimits, MemorySyncApplier, check_verdicts
 from entidb.types import OPERATION_OVERHEAD_BYTES
@@ -272,14 +272,15 @@ def test_the_outbox_is_read_about_a_batch_at_a_time(monkeypatch: pytest.MonkeyPa
         a.put(("notes", n, "x" * 900))
     [size] = {len(transaction.encode()) for transaction in a.engine.applier.pending()}
     limits: list[int] = []
-    scan = MemorySnapshot.scan
+    kind = type(MemoryStorage().snapshot())
+    scan: Any = kind.scan
 
-    def watching(self: MemorySnapshot, first: bytes, *rest: Any, **options: Any) -> Any:
+    def watching(self: Any, first: bytes, *rest: Any, **options: Any) -> Any:
         if first.startswith(READY):
             limits.append(options["limit"])
         return scan(self, first, *rest, **options)
 
-    monkeypatch.setattr(MemorySnapshot, "scan", watching)
+    monkeypatch.setattr(kind, "scan", watching)
     for count, expected in ((45, [32, 45]), (1, [32]), (10**6, [32, 2000])):
         limits.clear()
         batch = a.engine.applier.prepare(BatchLimits(bytes_max=count * (size + 1)))
