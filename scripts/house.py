@@ -1,7 +1,7 @@
 """The figures of the source tree, and what of them may not get worse.
 
     python scripts/house.py            print all of them; exit code 1 if one is beyond its bound
-    python scripts/house.py --calls    also count the calls of one get, set, idle cycle, push and pull
+    python scripts/house.py --calls    also count the calls of a get, a set, an idle cycle, a push …
 
 A bound stands where a figure would otherwise creep: a module that tells five stories, a circle of
 imports, a hot path that takes one more call with every feature. ``docs/architecture.md`` says what

@@ -1,0 +1,110 @@
+"""This version beside 0.3.1: on one wire, in both directions, and on the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.compat.versions import device, server, source_of
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+BOTH = [("0.3.1", "now"), ("now", "0.3.1")]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("old")
+    return {version: source_of(version, folder) for version in ("0.3.1", "now")}
+
+
+def test_the_old_version_is_the_old_one(sources: dict[str, Path], tmp_path: Path) -> None:
+    with device(sources["0.3.1"], tmp_path / "d") as old:
+        assert old.open(path=str(tmp_path / "e"))["version"] == "0.3.1"
+
+
+@pytest.mark.parametrize(("on_devices", "on_server"), BOTH)
+@pytest.mark.parametrize("policy", ["server_wins", "client_wins", "last_write_wins", "merge"])
+def test_a_device_and_a_server_of_two_versions_keep_in_step(
+    sources: dict[str, Path], tmp_path: Path, on_devices: str, on_server: str, policy: str
+) -> None:
+    source = sources[on_devices]
+    with (
+        server(sources[on_server], tmp_path / "srv") as url,
+        device(source, tmp_path / "a", url, policy=policy) as a,
+        device(source, tmp_path / "b", url, policy=policy) as b,
+    ):
+        a.put(*[("notes", n, {"text": "first", "by": "a"}) for n in range(50)])
+        assert a.sync()["pushed"] == 1
+        assert b.sync()["pulled"] == 50
+        a.put(("notes", 1, {"text": "a", "by": "a"}), ("notes", 2, None))
+        b.put(("notes", 1, {"text": "b", "by": "b"}), ("lists", 1, [1, 2]))
+        b.put(("notes", 2, {"text": "kept", "by": "b"}))
+        for one in (a, b, a, b, a):
+            answer = one.sync()
+            assert "error" not in answer
+        assert answer["pending"] == 0
+        assert a.read() == b.read()
+        assert len(a.read()["notes"]) in (49, 50)
+        assert a.care() == b.care() == []
+
+
+def test_devices_of_both_versions_on_one_server_see_the_same(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    with (
+        server(sources["now"], tmp_path / "srv") as url,
+        device(sources["0.3.1"], tmp_path / "old", url, policy="client_wins") as old,
+        device(sources["now"], tmp_path / "new", url, policy="client_wins") as new,
+    ):
+        for turn in range(5):
+            for number, one in enumerate((old, new)):
+                one.put(("notes", turn, {"by": number}), ("notes", 100 + turn, {"turn": turn}))
+                one.put(("notes", 50 + number, None if turn % 2 else {"turn": turn}))
+            for one in (old, new, old):
+                assert "error" not in one.sync()
+        new.sync()
+        assert old.read() == new.read()
+
+
+@pytest.mark.parametrize(("first", "then"), BOTH)
+def test_the_files_of_a_device_go_from_one_version_to_the_other_and_back(
+    sources: dict[str, Path], tmp_path: Path, first: str, then: str
+) -> None:
+    """With what is pending, discarded and overruled in them."""
+    with server(sources["now"], tmp_path / "srv") as url:
+        with device(sources["now"], tmp_path / "b", url) as b:
+            b.put(("notes", 1, {"text": "base"}), ("notes", 2, {"text": "base"}))
+            b.sync()
+        expected = None
+        for turn, version in enumerate((first, then, first, then)):
+            policy = ("merge", "server_wins", "client_wins", "last_write_wins")[turn]
+            with device(sources[version], tmp_path / "a", url, policy=policy) as a:
+                assert a.care() == []
+                assert expected is None or a.read() == expected
+                assert "error" not in a.sync()
+                a.put(("notes", 1, {"text": f"a {turn}"}))
+                with device(sources["now"], tmp_path / "b", url) as b:
+                    b.put(("notes", 1, {"text": f"b {turn}"}), ("notes", 3, {"turn": turn}))
+                    b.sync()
+                assert "error" not in a.sync()
+                a.put(("notes", 2, {"text": f"pending {turn}"}))
+                expected = a.read()
+                assert a.care() == []
+
+
+@pytest.mark.parametrize(("first", "then"), BOTH)
+def test_the_files_of_a_server_go_from_one_version_to_the_other_and_back(
+    sources: dict[str, Path], tmp_path: Path, first: str, then: str
+) -> None:
+    for turn, version in enumerate((first, then, first)):
+        with (
+            server(sources[version], tmp_path / "srv") as url,
+            device(sources["now"], tmp_path / "a", url, policy="client_wins") as a,
+            device(sources["now"], tmp_path / f"fresh {turn}", url) as fresh,
+        ):
+            a.put(*[("notes", n, {"turn": turn}) for n in range(turn, 20)])
+            assert "error" not in a.sync()
+            assert "error" not in fresh.sync()
+            assert a.read() == fresh.read()
