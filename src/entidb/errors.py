@@ -18,6 +18,7 @@
     │   ├── StorageFullError           storage_full             disk or map; nothing was changed
     │   ├── CorruptionError            corrupt_record
     │   ├── FormatError                not_a_database | newer_format | truncated
+    │   ├── DatabaseMovedError         database_moved           the path leads to something else
     │   └── CommitUnknownError         commit_unknown           reopen and read to find out
     └── SyncError                      (codes: see ``ERROR_TABLE``)
         ├── TransportError             transport_error          retryable
@@ -156,6 +157,13 @@ class FormatError(StorageError):
     """What stands at the path is not a database this version can open. It was not touched."""
 
     code = "not_a_database"
+
+
+class DatabaseMovedError(StorageError):
+    """The path no longer leads to the database that is open: it was moved, deleted or replaced.
+    Nothing was written, neither to it nor to what stands there now."""
+
+    code = "database_moved"
 
 
 class CommitUnknownError(StorageError):

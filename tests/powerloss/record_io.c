@@ -214,15 +214,36 @@ int fsync(int descriptor) { return synced("fsync", descriptor); }
 
 int fdatasync(int descriptor) { return synced("fdatasync", descriptor); }
 
+static void note_rename(const char *from, const char *to) {
+    struct record record = {.kind = RENAME, .data_bytes = (uint32_t)strlen(to)};
+    note(&record, from, to);
+}
+
 int rename(const char *from, const char *to) {
     int (*real)(const char *, const char *) = next("rename");
     if (log_descriptor < 0 || strncmp(to, root, strlen(root)) != 0)
         return real(from, to);
     pthread_mutex_lock(&lock);
     int result = real(from, to);
+    if (result == 0)
+        note_rename(from, to);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+/* Names below a directory that is open, as the program uses them: relative, and both below it. */
+int renameat(int old_directory, const char *from, int new_directory, const char *to) {
+    int (*real)(int, const char *, int, const char *) = next("renameat");
+    char old_path[PATH_MAX], new_path[PATH_MAX], old_name[2 * PATH_MAX], new_name[2 * PATH_MAX];
+    if (log_descriptor < 0 || !watched(old_directory, old_path) ||
+        !watched(new_directory, new_path))
+        return real(old_directory, from, new_directory, to);
+    pthread_mutex_lock(&lock);
+    int result = real(old_directory, from, new_directory, to);
     if (result == 0) {
-        struct record record = {.kind = RENAME, .data_bytes = (uint32_t)strlen(to)};
-        note(&record, from, to);
+        snprintf(old_name, sizeof old_name, "%s/%s", old_path, from);
+        snprintf(new_name, sizeof new_name, "%s/%s", new_path, to);
+        note_rename(old_name, new_name);
     }
     pthread_mutex_unlock(&lock);
     return result;

@@ -22,7 +22,7 @@ from entidb import cbor
 from entidb.db import Database, Role
 from entidb.protocol import LIMITS, PushOperation, PushRequest, PushTransaction
 from entidb.server.service import DatabaseService, Grant
-from entidb.storage import lmdb as lmdb_storage
+from entidb.storage import place
 
 COMMITS = 24
 DB_ID = "shop"
@@ -123,13 +123,7 @@ def weaken(how: str) -> None:
 
         setattr(lmdb, "open", open_unsynced)  # noqa: B010
     elif how == "unnamed":
-        sync_path = lmdb_storage._sync_path
-
-        def sync_files_only(path: str) -> None:
-            if not os.path.isdir(path):
-                sync_path(path)
-
-        setattr(lmdb_storage, "_sync_path", sync_files_only)  # noqa: B010
+        setattr(place, "sync_directory", lambda descriptor: None)  # noqa: B010
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The store on disk: LMDB, with its traps closed.
 
 A store is a directory with ``data.mdb`` (the records), ``lock.mdb`` (LMDB's table of readers) and
-``entidb.lock`` (held with a file lock as long as the store is open, so that one process, and one
-object in it, has it). Each record's value ends with a CRC-32 over key and value, because LMDB does
-not notice a flipped bit.
+``entidb.lock``. That one process, and one object in it, has it is ``place``'s. Each record's value
+ends with a CRC-32 over key and value, because LMDB does not notice a flipped bit.
 
 Python's LMDB makes aborting a write transaction wait until no thread is inside an LMDB call, and
 growing the map, or closing, takes the ground from under every open snapshot. So a batch is complete
@@ -36,7 +35,7 @@ from entidb.errors import (
     CorruptionError,
     DatabaseClosedError,
     DatabaseForkedError,
-    DatabaseLockedError,
+    DatabaseMovedError,
     EntiDBError,
     FormatError,
     StorageError,
@@ -45,6 +44,8 @@ from entidb.errors import (
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 from entidb.storage.lmdb_file import check_data_file
 from entidb.storage.lmdb_pages import check_headers, closed_file_faults, page_faults, read_header
+from entidb.storage.place import DATA as _DATA
+from entidb.storage.place import LMDB_LOCK, LOCK, TEMPORARY, Place, restrict, sync_path, take_place
 from entidb.storage.resident import shed
 from entidb.storage.turns import Turn, Turns
 
@@ -77,8 +78,6 @@ _ROW_OVERHEAD_BYTES: Final = 22
 
 #: CRC-32 of anything followed by its own CRC-32, little-endian: one call proves a record.
 _RESIDUE: Final = 0x2144DF1C
-
-_DATA, _LMDB_LOCK, _OUR_LOCK, _TEMPORARY = "data.mdb", "lock.mdb", "entidb.lock", ".entidb-new"
 
 # Levels of the gate. Readers compare with these, so their order matters.
 _OPEN: Final = 0
@@ -404,11 +403,9 @@ class LmdbStorage:
     #: Contracts ask this: it has files, so ``backup`` works and it can be opened again.
     supports_files: Final = True
 
-    def __init__(
-        self, path: str, lock: _DirectoryLock, map_bytes: int, drain_seconds: float
-    ) -> None:
+    def __init__(self, path: str, place: Place, map_bytes: int, drain_seconds: float) -> None:
         self.path = path
-        self._lock = lock
+        self._place = place
         self._drain_seconds = drain_seconds
         self._turns = Turns()
         self._gate = _OPEN
@@ -438,14 +435,14 @@ class LmdbStorage:
         if not os.path.exists(data):
             return []
         try:
-            lock = _DirectoryLock(where)
+            place = take_place(where)
         except OSError as error:
             raise _storage_error(error, f"checking {where}") from error
         try:
             check_data_file(data)
             return closed_file_faults(data)
         finally:
-            lock.release()
+            place.release()
 
     @classmethod
     def open(
@@ -473,22 +470,23 @@ class LmdbStorage:
         try:
             if os.path.exists(data):
                 check_data_file(data)
-            lock = _DirectoryLock(where)
+            place = take_place(where)
         except OSError as error:
             raise _storage_error(error, f"opening {where}") from error
         try:
-            shutil.rmtree(os.path.join(where, _TEMPORARY), ignore_errors=True)
+            place.remove_temporary()
             if os.path.exists(data):
+                place.hold_data()
                 check_data_file(data)
                 check_headers(data)
             else:
-                _create(where)
-            return cls(where, lock, max(map_bytes, _MAP_BYTES_MIN), drain_seconds)
+                _create(place)
+            return cls(where, place, max(map_bytes, _MAP_BYTES_MIN), drain_seconds)
         except OSError as error:
-            lock.release()
+            place.release()
             raise _storage_error(error, f"opening {where}") from error
         except BaseException:
-            lock.release()
+            place.release()
             raise
 
     # ---- reading
@@ -568,6 +566,7 @@ class LmdbStorage:
     def _commit(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
         if self._gate:
             self._find_gate_open()
+        self._place.check()
         for _ in range(_GROWTHS_MAX):
             try:
                 self._write(puts, deletes)
@@ -641,6 +640,7 @@ class LmdbStorage:
                 txn.abort()
                 self._env.close()
                 self._readers.clear()
+                self._place.check()
                 check_data_file(os.path.join(self.path, _DATA))
                 self._open_environment()
                 committed = self._env.info()["last_txnid"]
@@ -778,20 +778,27 @@ class LmdbStorage:
 
     def compact(self) -> None:
         """Raises ``StorageError`` when snapshots stay open longer than ``drain_seconds``, or the
-        disk has no room for the copy; the store is as before then."""
-        temporary = os.path.join(self.path, _TEMPORARY)
+        disk has no room for the copy; ``DatabaseMovedError`` when another database stands at the
+        path by now. The store is as before then."""
         if self._gate >= _CLOSED:
             self._pass_gate()
         with self._turns.hold():
             if self._gate:
                 self._find_gate_open()
+            self._place.check()
             try:
-                self._copy_to(temporary)
-                self._swap(temporary)
+                self._copy_to(self._make_temporary())
+                self._swap()
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                self._place.remove_temporary()
 
-    def _swap(self, temporary: str) -> None:
+    def _make_temporary(self) -> str:
+        try:
+            return self._place.make_temporary()
+        except OSError as error:
+            raise _storage_error(error, f"compacting {self.path}") from error
+
+    def _swap(self) -> None:
         with self._gate_at(_DRAINING):
             if not self._drain():
                 raise StorageError(
@@ -802,11 +809,12 @@ class LmdbStorage:
             self._wait_until_idle()
             self._env.close()
             try:
-                os.replace(os.path.join(temporary, _DATA), os.path.join(self.path, _DATA))
-                _sync_path(self.path)
+                self._place.swap()
                 self._open_environment()
             except (OSError, lmdb.Error, EntiDBError) as error:
                 self._reopen_or_shut()
+                if isinstance(error, DatabaseMovedError):
+                    raise
                 raise _storage_error(error, f"compacting {self.path}") from error
 
     def _reopen_or_shut(self) -> None:
@@ -822,27 +830,28 @@ class LmdbStorage:
             raise StorageError(f"{where} exists; a backup needs a new directory")
         partial = f"{where}.partial-{os.getpid()}"
         try:
+            os.mkdir(partial, 0o700)
             with self.snapshot() as snapshot, snapshot._inside():
                 self._copy_to(partial)
             with contextlib.closing(LmdbStorage.open(partial, map_bytes=self._map_bytes)) as copy:
                 copy.commit(dict(changes))
-            for name in (_LMDB_LOCK, _OUR_LOCK):
+            for name in (LMDB_LOCK, LOCK):
                 os.unlink(os.path.join(partial, name))
-            _sync_path(partial)
+            sync_path(partial)
             os.rename(partial, where)
-            _sync_path(os.path.dirname(where))
+            sync_path(os.path.dirname(where))
         except OSError as error:
             raise _storage_error(error, f"writing the backup {where}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _copy_to(self, directory: str) -> None:
-        """A compacted, consistent and synced copy; ``env.copy`` reads one snapshot."""
+        """A compacted, consistent and synced copy in the empty ``directory``; ``env.copy`` reads
+        one snapshot."""
         try:
-            os.mkdir(directory, 0o700)
             self._env.copy(directory, compact=True)
-            _restrict(os.path.join(directory, _DATA))
-            _sync_path(os.path.join(directory, _DATA))
+            restrict(os.path.join(directory, _DATA))
+            sync_path(os.path.join(directory, _DATA))
         except (OSError, lmdb.Error) as error:
             raise _storage_error(error, f"copying {self.path} to {directory}") from error
 
@@ -854,7 +863,7 @@ class LmdbStorage:
             return StorageInfo(
                 kind="lmdb",
                 path=self.path,
-                file_bytes=os.path.getsize(os.path.join(self.path, _DATA)),
+                file_bytes=self._place.data_bytes(),
                 used_bytes=(pages + 2) * stat["psize"],
                 map_bytes=self._map_bytes,
                 records=stat["entries"],
@@ -887,11 +896,13 @@ class LmdbStorage:
         self._readers.clear()
         if self._env is not None:
             self._env.close()
-        self._lock.release()
+        self._place.release()
 
     def _open_environment(self) -> None:
         size = self._map_bytes
-        floor = max(_MAP_BYTES_MIN, os.path.getsize(os.path.join(self.path, _DATA)))
+        self._place.check()
+        self._place.make_lock_table()
+        floor = max(_MAP_BYTES_MIN, self._place.data_bytes())
         while True:
             try:
                 env = self._map(size)
@@ -905,11 +916,16 @@ class LmdbStorage:
                     raise _storage_error(error, f"mapping {self.path}") from error
                 # An address-space limit (ulimit -v, a 32-bit system): take what there is.
                 size //= 2
-        env.reader_check()
+        try:
+            self._place.check()  # LMDB went by the path.
+            env.reader_check()
+        except BaseException:
+            env.close()
+            raise
         self._map_bytes = max(size, env.info()["map_size"])
         self._env = env
         self._begin = env.begin
-        _restrict(os.path.join(self.path, _DATA))
+        restrict(os.path.join(self.path, _DATA))
 
     def _map(self, size: int) -> Any:
         return lmdb.open(
@@ -932,7 +948,7 @@ class LmdbStorage:
         transaction would clear the parent's slot in the shared table of readers."""
         _INHERITED.append((self._env, self._begin, [r.txn for r in self._readers]))
         self._gate = _FORKED
-        self._lock.forget()
+        self._place.forget()
 
 
 # ---------------------------------------------------------------- fork
@@ -985,7 +1001,7 @@ def _check_directory(where: str, create: bool) -> None:
             if not create:
                 raise FormatError(f"there is no database at {where}; check the path")
             os.makedirs(where, 0o700)
-            _sync_path(os.path.dirname(where))
+            sync_path(os.path.dirname(where))
             return
         names = set(os.listdir(where))
     except NotADirectoryError as error:
@@ -996,7 +1012,7 @@ def _check_directory(where: str, create: bool) -> None:
         raise _storage_error(error, f"opening {where}") from error
     if _DATA in names:
         return
-    others = names - {_LMDB_LOCK, _OUR_LOCK, _TEMPORARY}
+    others = names - {LMDB_LOCK, LOCK, TEMPORARY}
     if others:
         raise FormatError(
             f"{where} holds other things ({', '.join(sorted(others)[:3])}) and no database; it "
@@ -1006,97 +1022,12 @@ def _check_directory(where: str, create: bool) -> None:
         raise FormatError(f"there is no database in {where}; check the path")
 
 
-def _create(where: str) -> None:
+def _create(place: Place) -> None:
     """Put an empty data file in place in one step: a crash leaves none, never half of one."""
-    temporary = os.path.join(where, _TEMPORARY)
-    os.mkdir(temporary, 0o700)
     try:
-        lmdb.open(temporary, map_size=_MAP_BYTES_MIN, mode=0o600, lock=False).close()
-        _sync_path(os.path.join(temporary, _DATA))
-        os.replace(os.path.join(temporary, _DATA), os.path.join(where, _DATA))
-        _sync_path(where)
+        lmdb.open(place.make_temporary(), map_size=_MAP_BYTES_MIN, mode=0o600, lock=False).close()
+        place.swap()
     except lmdb.Error as error:
-        raise _storage_error(error, f"creating {where}") from error
+        raise _storage_error(error, f"creating {place.path}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _restrict(path: str) -> None:
-    if os.stat(path).st_mode & 0o077:
-        os.chmod(path, 0o600)
-
-
-def _sync_path(path: str) -> None:
-    """fsync a file, or a directory so that a rename in it is durable."""
-    if sys.platform == "win32" and os.path.isdir(path):
-        return  # Windows has no handle for it, and writes directory changes through.
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock_file(descriptor: int) -> None:
-        # Far behind the process number, which others must be able to read.
-        os.lseek(descriptor, 2**20, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-
-    def _unlock_file(descriptor: int) -> None:
-        os.lseek(descriptor, 2**20, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock_file(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _unlock_file(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-class _DirectoryLock:
-    """Exclusive use of a directory, across processes and within this one. The system releases it
-    when the process ends, however it ends."""
-
-    def __init__(self, directory: str) -> None:
-        path = os.path.join(directory, _OUR_LOCK)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            _lock_file(self._descriptor)
-        except OSError as error:
-            holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
-            os.close(self._descriptor)
-            raise DatabaseLockedError(_held_by(directory, holder)) from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        # Unlocked and not only closed: a child forked a moment ago still has the file open.
-        if self._descriptor >= 0:
-            _unlock_file(self._descriptor)
-        self.forget()
-
-    def forget(self) -> None:
-        """In a forked child: closing its copy leaves the parent's lock alone, and keeps the child
-        from holding it after the parent has gone."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _held_by(directory: str, holder: str) -> str:
-    if holder == str(os.getpid()):
-        return (
-            f"{directory} is already open in this process; use that object, or close it before "
-            "opening again"
-        )
-    process = f"process {holder}" if holder else "another process"
-    return (
-        f"{directory} is open in {process}; close it there, or reach it through a server "
-        "that runs in that process"
-    )
+        place.remove_temporary()

@@ -1,0 +1,488 @@
+"""Where a store stands: its directory, whose files they are, and that nobody else uses them.
+
+A path can come to mean another thing than what is open: somebody deletes a lock file, or moves the
+directory and puts a copy in its place. So two files are locked, ``entidb.lock`` and the data file
+itself, and the data file is known by its number in the file system (its inode), which is compared
+before something is written. What is made or replaced in the directory is reached through the open
+directory and not through its path.
+
+Locks are those of ``flock`` on POSIX, which belong to the open file. A record lock of ``fcntl`` is
+lost when any descriptor of the file is closed, and LMDB closes some. On Windows a file or directory
+that is open cannot be deleted, moved or replaced, so there one lock is enough and nothing is
+compared.
+
+Not here: what is in the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import shutil
+import stat
+import sys
+import time
+import weakref
+from typing import Final
+
+from entidb.errors import DatabaseLockedError, DatabaseMovedError, StorageError
+
+DATA: Final = "data.mdb"
+LMDB_LOCK: Final = "lock.mdb"
+LOCK: Final = "entidb.lock"
+TEMPORARY: Final = ".entidb-new"
+
+#: A lock file that was replaced between opening and locking it is opened again.
+_TRIES: Final = 10
+_BUSY: Final = frozenset((errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK))
+#: Longer than a tick of the clock that file systems take their times from; some count in seconds.
+_TICK_S: Final = 0.05
+_COARSE_TICK_S: Final = 3.0
+_NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        # Far behind the process number, which others must be able to read.
+        os.lseek(descriptor, 2**20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+    def _unlock(descriptor: int) -> None:
+        os.lseek(descriptor, 2**20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+    def _write_start(descriptor: int, content: bytes) -> None:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, content)
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _write_start(descriptor: int, content: bytes) -> None:
+        os.pwrite(descriptor, content, 0)
+
+
+# ---------------------------------------------------------------- locks
+
+
+class HeldError(Exception):
+    """Somebody else has the lock. ``holder`` is his process number, empty when it is not known.
+    Never leaves EntiDB: whoever asked for the lock says what it means."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+class FileLock:
+    """An open file with a lock on it, across processes and within this one. The system releases
+    it when the process ends, however it ends."""
+
+    __slots__ = ("__weakref__", "_process", "descriptor")
+
+    def __init__(self, descriptor: int) -> None:
+        """Takes over ``descriptor``. Raises ``HeldError``, or ``OSError`` where the file system
+        knows no locks; the descriptor is closed then."""
+        self._process = os.getpid()
+        self.descriptor = descriptor
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            held = HeldError(_system_holder(descriptor))
+            self.forget()
+            if error.errno in _BUSY:
+                raise held from error
+            raise
+        _LOCKS.add(self)
+
+    @classmethod
+    def take(cls, path: str, like: os.stat_result) -> FileLock:
+        """The lock of the file at ``path``, made if missing, with the process number in it.
+        Raises as the constructor."""
+        for _ in range(_TRIES):
+            try:
+                lock = cls(_open_or_make(path, like))
+            except HeldError as error:
+                raise HeldError(error.holder or written_holder(path)) from error
+            except FileNotFoundError:
+                if not os.path.isdir(os.path.dirname(path)):
+                    raise
+                continue
+            if is_at(path, lock.descriptor):
+                os.ftruncate(lock.descriptor, 0)
+                _write_start(lock.descriptor, f"{os.getpid()}\n".encode())
+                return lock
+            lock.release()
+        raise OSError(errno.EAGAIN, "the file is replaced again and again", path)
+
+    def release(self) -> None:
+        """Idempotent. Unlocked and not only closed: a child forked a moment ago still has the
+        file open. In such a child it is only closed: the lock is the parent's."""
+        if self.descriptor >= 0 and self._process == os.getpid():
+            _unlock(self.descriptor)
+        self.forget()
+
+    def forget(self) -> None:
+        """Close it; a lock that a parent process has too stays the parent's."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", -1) >= 0:
+            self.release()
+
+
+_LOCKS: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child keeps nothing locked after its parent has gone."""
+    for lock in list(_LOCKS):
+        lock.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _open_or_make(path: str, like: os.stat_result) -> int:
+    flags = os.O_RDWR | _NO_FOLLOW
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        try:
+            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return os.open(path, flags)
+    give_as(made, like)
+    return made
+
+
+def _system_holder(descriptor: int) -> str:
+    """The number of the process that has the file locked, where the system tells it."""
+    found = os.fstat(descriptor)
+    try:
+        with open("/proc/locks", encoding="ascii") as lines:
+            return _find_lock(list(lines), found)
+    except (OSError, ValueError):
+        return ""
+
+
+def written_holder(path: str) -> str:
+    """The process number that stands in the lock file at ``path``."""
+    try:
+        with open(path, "rb") as file:
+            written = file.read(20).strip()
+    except OSError:
+        return ""
+    return written.decode() if written.isdigit() else ""
+
+
+def _find_lock(lines: list[str], file: os.stat_result) -> str:
+    wanted = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    for line in lines:
+        # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:393218 0 EOF
+        fields = line.split()
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == wanted:
+            return fields[4] if fields[4].isdigit() else ""
+    return ""
+
+
+# ---------------------------------------------------------------- files and directories
+
+
+def is_at(path: str, descriptor: int) -> bool:
+    """Whether ``path`` names the file that ``descriptor`` has open."""
+    if sys.platform == "win32":
+        return True
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))
+
+
+def give_as(descriptor: int, like: os.stat_result) -> None:
+    """Give a new file, or one that takes the place of another, the owner and the permissions of
+    ``like``: what an administrator makes in a service's directory is still the service's. Whoever
+    may not give files away keeps this one."""
+    if sys.platform == "win32":
+        return
+    mine = os.fstat(descriptor)
+    if (mine.st_uid, mine.st_gid) != (like.st_uid, like.st_gid):
+        for uid in (like.st_uid, -1):
+            with contextlib.suppress(OSError):
+                os.fchown(descriptor, uid, like.st_gid)
+                break
+    wanted = stat.S_IMODE(like.st_mode) & (0o777 if stat.S_ISDIR(like.st_mode) else 0o666)
+    if stat.S_ISDIR(mine.st_mode) == stat.S_ISDIR(like.st_mode) and (
+        stat.S_IMODE(mine.st_mode) != wanted
+    ):
+        os.fchmod(descriptor, wanted)
+
+
+def restrict(path: str) -> None:
+    """Only the owner may read a file of his."""
+    found = os.stat(path)
+    if found.st_mode & 0o077 and (sys.platform == "win32" or found.st_uid == os.geteuid()):
+        os.chmod(path, 0o600)
+
+
+def sync_path(path: str) -> None:
+    """fsync a file, or a directory so that a rename in it is durable."""
+    if sys.platform == "win32" and os.path.isdir(path):
+        return  # Windows has no handle for it, and writes directory changes through.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        if os.path.isdir(path):
+            sync_directory(descriptor)
+        else:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+# ---------------------------------------------------------------- the place of a store
+
+
+class Place:
+    """A store's directory, in use by this object alone."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ``DatabaseLockedError``, ``OSError``."""
+        self.path = path
+        self.data_path = os.path.join(path, DATA)
+        #: File and line of the program that opened it.
+        self.opened_at = _caller()
+        self._data: FileLock | None = None
+        self._lock: FileLock | None = None
+        self._identity: tuple[int, int] | None = None
+        #: The directory as it was last seen, and as it stands if nothing in it has changed.
+        self._seen: tuple[int, int, int] | None = None
+        self._seen_at = 0.0
+        self._settled: tuple[int, int, int] | None = None
+        self._folder = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
+        try:
+            if os.path.exists(self.data_path):
+                # First, because it makes nothing where somebody else is at work.
+                self.hold_data()
+            self._lock = FileLock.take(os.path.join(path, LOCK), self._like())
+        except HeldError as error:
+            self.release()
+            raise DatabaseLockedError(self._held_by(error.holder)) from error
+        except BaseException:
+            self.release()
+            raise
+        _PLACES.add(self)
+
+    def hold_data(self) -> None:
+        """Lock the data file that stands here now, and know it from now on. Raises as the
+        constructor."""
+        if sys.platform == "win32" or self._data is not None:
+            return
+        for _ in range(_TRIES):
+            try:
+                held = FileLock(os.open(self.data_path, os.O_RDWR))
+            except HeldError as error:
+                raise DatabaseLockedError(self._held_by(error.holder)) from error
+            if is_at(self.data_path, held.descriptor):
+                self._know(held)
+                return
+            held.release()
+        raise StorageError(f"{self.data_path} is replaced again and again; see by whom")
+
+    def _know(self, held: FileLock) -> None:
+        before, self._data = self._data, held
+        found = os.fstat(held.descriptor)
+        self._identity = (found.st_ino, found.st_dev)
+        self._settled = self._seen = None
+        if before is not None:
+            before.release()
+
+    def check(self) -> None:
+        """Raise ``DatabaseMovedError`` if the path no longer leads to the file that is open. Cheap
+        enough to precede every commit.
+
+        The directory is looked at, and the file only when the directory has changed: where a
+        file's times have been read, some systems write them anew with every commit."""
+        if self._identity is None:
+            return
+        try:
+            here = os.stat(self.path)
+            seen = (here.st_mtime_ns, here.st_ino, here.st_dev)
+            if seen != self._settled:
+                self._check_data(seen)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._moved("nothing stands there any more") from error
+        except OSError:
+            return  # It cannot be looked at, which proves nothing: a process may give up rights.
+
+    def _check_data(self, seen: tuple[int, int, int]) -> None:
+        found = os.stat(self.data_path)
+        if (found.st_ino, found.st_dev) != self._identity:
+            raise self._moved("another database stands there now")
+        # Two changes within one tick of the system's clock leave the same time behind.
+        now = time.monotonic()
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        elif now - self._seen_at > (_TICK_S if seen[0] % 1_000_000_000 else _COARSE_TICK_S):
+            self._settled = seen
+
+    def _moved(self, what: str) -> DatabaseMovedError:
+        return DatabaseMovedError(
+            f"{self.path} is not the database that is open: {what}. It was moved, deleted or "
+            "replaced since it was opened; nothing was written to either. Put it back, or close "
+            "this one and open the path again"
+        )
+
+    def make_lock_table(self) -> None:
+        """LMDB's file, before LMDB makes it with an owner of its own."""
+        path = os.path.join(self.path, LMDB_LOCK)
+        # Only a new one is opened: closing it would take LMDB's record locks away.
+        with contextlib.suppress(FileExistsError):
+            made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
+            try:
+                give_as(made, self._like())
+            finally:
+                os.close(made)
+
+    def data_bytes(self) -> int:
+        """The size of the data file."""
+        if self._data is None:
+            return os.path.getsize(self.data_path)
+        return os.fstat(self._data.descriptor).st_size
+
+    # ---- replacing the data file
+
+    def make_temporary(self) -> str:
+        """An empty directory inside this one; its path."""
+        self.remove_temporary()
+        os.mkdir(self._at(TEMPORARY), 0o700, dir_fd=self._dir_fd())
+        return os.path.join(self.path, TEMPORARY)
+
+    def remove_temporary(self) -> None:
+        shutil.rmtree(self._at(TEMPORARY), ignore_errors=True, dir_fd=self._dir_fd())
+
+    def swap(self) -> None:
+        """Put the data file of the temporary directory in the place of the present one, durably,
+        with owner and permissions of the old one; the lock goes over without a gap. Nobody may
+        have either of them mapped."""
+        self.check()
+        new, old = self._at(TEMPORARY, DATA), self._at(DATA)
+        if sys.platform == "win32":
+            sync_path(new)
+            os.replace(new, old)
+            return
+        held = FileLock(os.open(new, os.O_RDWR, dir_fd=self._folder))
+        try:
+            give_as(held.descriptor, self._like())
+            os.fsync(held.descriptor)
+            os.replace(new, old, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        except BaseException:
+            held.release()
+            raise
+        self._know(held)
+        sync_directory(self._folder)
+
+    def _at(self, *names: str) -> str:
+        """The name of something in the directory, as the functions with ``dir_fd`` want it."""
+        return os.path.join(*names) if self._folder >= 0 else os.path.join(self.path, *names)
+
+    def _dir_fd(self) -> int | None:
+        return self._folder if self._folder >= 0 else None
+
+    def folder_stat(self) -> os.stat_result:
+        return os.stat(self.path) if self._folder < 0 else os.fstat(self._folder)
+
+    def _like(self) -> os.stat_result:
+        """Whose files these are."""
+        if self._data is not None:
+            return os.fstat(self._data.descriptor)
+        return os.stat(self.path)
+
+    # ---- the end
+
+    def release(self) -> None:
+        """Idempotent; every step of it too."""
+        if self._data is not None:
+            self._data.release()
+        if self._lock is not None:
+            self._lock.release()
+        self._close_folder()
+
+    def forget(self) -> None:
+        """In a forked child: the locks are the parent's."""
+        if self._data is not None:
+            self._data.forget()
+        if self._lock is not None:
+            self._lock.forget()
+        self._close_folder()
+
+    def _close_folder(self) -> None:
+        folder, self._folder = self._folder, -1
+        if folder >= 0:
+            os.close(folder)
+        _PLACES.discard(self)
+
+    def _held_by(self, holder: str) -> str:
+        here = find_here(self.path)
+        if here is not None:
+            return (
+                f"{self.path} is already open in this process, since {here.opened_at}: use that "
+                "object, or end it with close() or a `with` block before opening again. If no "
+                "name is left for it, an exception's traceback keeps it "
+                "(sys.last_exc, sys.last_value)"
+            )
+        holder = holder or written_holder(os.path.join(self.path, LOCK))
+        process = f"process {holder}" if holder else "another process"
+        return (
+            f"{self.path} is open in {process}; close it there, or reach it through a server "
+            "that runs in that process"
+        )
+
+
+_PLACES: weakref.WeakSet[Place] = weakref.WeakSet()
+
+
+def find_here(path: str) -> Place | None:
+    """The open place of this process in the directory at ``path``."""
+    with contextlib.suppress(OSError):
+        here = os.stat(path)
+        for place in list(_PLACES):
+            if os.path.samestat(here, place.folder_stat()):
+                return place
+    return None
+
+
+def take_place(path: str) -> Place:
+    """The directory at ``path``, for the caller alone. Raises as ``Place``."""
+    try:
+        return Place(path)
+    except DatabaseLockedError:
+        if find_here(path) is None:
+            raise
+    # An object that nobody refers to any more may still wait for the collector.
+    gc.collect()
+    return Place(path)
+
+
+def _caller() -> str:
+    """File and line of the innermost frame that is not EntiDB's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith("entidb."):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
