@@ -271,13 +271,19 @@ class World:
         assert isinstance(inner, MemoryStorage)
         return inner.copy([(META_FORMAT, encode_format(backup=True))])
 
+    def copy_files(self) -> MemoryStorage:
+        """The server's files as a person copies them, who does not know of ``entidb backup``."""
+        inner = self.server_storage.inner
+        assert isinstance(inner, MemoryStorage)
+        return inner.copy()
+
     def device(self, storage: Storage | None = None, **config: Any) -> Device:
         self._devices += 1
         return Device(self, storage or MemoryStorage(), self._devices, **config)
 
     def answer(self, request: SyncRequest, grant: Grant) -> SyncResponse:
         if isinstance(request, HandshakeRequest):
-            return self.service.handshake(request)
+            return self.service.handshake(request, grant)
         if isinstance(request, PullRequest):
             idle = self.service.idle_pull(request, grant)
             response = self.service.pull(request, grant)

@@ -414,6 +414,7 @@ def test_r16_a_group_is_one_commit_and_each_member_sees_those_before_it() -> Non
 def test_r16_one_members_failure_touches_no_other() -> None:
     world = World()
     stranger = Grant("stranger", True, False)
+    limited = Grant("limited", True, True, frozenset(["notes"]))
     bad = PushTransaction(uid(5).bytes, NOW, [PushOperation(0, uid(5).bytes, 0, b"\xff")])
     answers: list[PushResponse | SyncError] = world.service.push_many(
         [
@@ -421,7 +422,7 @@ def test_r16_one_members_failure_touches_no_other() -> None:
             (request(world, tx(2, op(2, "b"))), stranger),
             (request(world, tx(3, op(3, "c")), history=bytes(16)), GRANT),
             (request(world, bad), GRANT),
-            (request(world, tx(4, op(4, "d")), cursor=99), GRANT),
+            (request(world, tx(4, op(4, "d")), cursor=99), limited),
             (request(world, tx(5, op(5, "e"))), GRANT),
         ]
     )

@@ -26,6 +26,7 @@ from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, ReadCollection
 from entidb.db.feed import ChangeEvent, ChangeFeed, load_events
 from entidb.db.records import (
+    META_BEGUN,
     META_CATALOGUE,
     META_FORMAT,
     META_HEAD,
@@ -405,6 +406,26 @@ class Database:
         if not writes:
             return 0
         return commit_local(writer, self.role, writes, self._ids.new_bytes(), self._tick(writer))
+
+    def begin_history(self, times_max: int, within_ms: int) -> bool:
+        """Give a server's database a new history (R29), in one commit; whether it was done: more
+        than ``times_max`` times within ``within_ms`` it is not. Entities, versions and ids stay.
+        The times stand in the database, so whoever puts its files back puts them back too."""
+        with self.write() as writer:
+            since, now = writer.now_ms - within_ms, writer.now_ms
+            raw = writer.get(META_BEGUN)
+            times = [] if raw is None else cbor.decode_trusted(raw)
+            # One from beyond the present is a wrong clock's.
+            times = [time for time in times if since < time <= now]
+            if len(times) >= times_max:
+                return False
+            stored = writer.get(META_IDENTITY)
+            assert stored is not None, "a database that is open has an identity"
+            identity = {**cbor.decode_trusted(stored), "history": self.entropy(16)}
+            writer.put(META_IDENTITY, cbor.encode(identity))
+            writer.put(META_BEGUN, cbor.encode([*times, now]))
+        self._take_identity(identity)
+        return True
 
     def _rows_to_write(self, snapshot: StorageSnapshot) -> SnapshotRows:
         """For whoever has the turn: nobody has committed since the last one who had it did."""

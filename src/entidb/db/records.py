@@ -12,6 +12,7 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     m adopt                              entities that are being made pending       (CBOR map)
     m floor                              tombstones at or below may be gone         (u64)
     m stale                              how many feed rows are listed as stale     (u64)
+    m begun                              when histories began by a proof (R29)    (CBOR list)
     n collection:u32                     live entities of a collection              (u64)
     e table:u32 id:16                    an entity as readers see it                (EntityRow)
     b collection:u32 id:16               base of an entity with pending changes     (BaseRow)
@@ -59,6 +60,7 @@ META_STAGE: Final = b"mstage"
 META_ADOPT: Final = b"madopt"
 META_FLOOR: Final = b"mfloor"
 META_STALE: Final = b"mstale"
+META_BEGUN: Final = b"mbegun"
 
 ENTITY: Final = b"e"
 BASE: Final = b"b"

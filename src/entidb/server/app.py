@@ -274,7 +274,9 @@ class SyncApp:
     ) -> HttpResponse:
         running = self._start()
         if isinstance(request, HandshakeRequest):
-            answer = await self._run(running.reader, self.server.handshake, store.service, request)
+            answer = await self._run(
+                running.reader, self.server.handshake, store.service, request, grant
+            )
             return wire.message_response(encode(answer))
         response: HttpResponse
         idle = store.service.idle_pull(request, grant)

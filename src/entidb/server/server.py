@@ -143,7 +143,7 @@ class SyncServer:
 
     def _decide(self, store: Store, request: SyncRequest, grant: Grant) -> SyncResponse:
         if isinstance(request, HandshakeRequest):
-            return self.handshake(store.service, request)
+            return self.handshake(store.service, request, grant)
         if isinstance(request, PullRequest):
             return self.pull(store.service, request, grant)
         with store.push_lock:
@@ -172,8 +172,10 @@ class SyncServer:
             raise PermissionDeniedError("the token does not allow writing to this database")
         return grant
 
-    def handshake(self, service: DatabaseService, request: HandshakeRequest) -> HandshakeResponse:
-        answer = service.handshake(request)
+    def handshake(
+        self, service: DatabaseService, request: HandshakeRequest, grant: Grant | None = None
+    ) -> HandshakeResponse:
+        answer = service.handshake(request, grant)
         return replace(answer, features=[*answer.features, *self.encodings])
 
     def pull(self, service: DatabaseService, request: PullRequest, grant: Grant) -> PullResponse:

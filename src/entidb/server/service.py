@@ -107,6 +107,11 @@ _COLUMNS_FROM = 4
 #: Commits that are the newest few.
 RECENT_COMMITS = 64
 
+#: Histories that devices' proofs may begin (R29), in so long a time. What is proved by files that
+#: were put back is proved once for each time; more is a client that makes it up.
+HISTORIES_MAX = 4
+HISTORIES_WITHIN_MS = 3_600_000
+
 FEATURES = ["have", "full", "columns"]
 
 
@@ -191,17 +196,24 @@ class DatabaseService:
         #: The newest head that this service has seen; a hint.
         self._head = 0
         self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
+        #: A proof was heard since the database was opened (R29). What replaced its files did so
+        #: before, so whoever shows another has made it up.
+        self._heard_proof = False
 
     # ------------------------------------------------------------ handshake
 
-    def handshake(self, request: HandshakeRequest) -> HandshakeResponse:
-        """Raises ``VersionMismatchError``."""
+    def handshake(self, request: HandshakeRequest, grant: Grant | None = None) -> HandshakeResponse:
+        """Raises ``VersionMismatchError``. Without a ``grant`` nothing is believed of what the
+        device says it has seen."""
         if request.major != PROTOCOL_MAJOR:
             raise VersionMismatchError(
                 f"this server speaks protocol {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}, the client "
                 f"{request.major}.{request.minor}: update the older side"
             )
         head, floor = self._read_head_and_floor()
+        if grant is not None and request.history == self._history and request.cursor > head:
+            # The device learns it from this very answer, which names the history that began.
+            self._put_back(grant, request.cursor, head)
         return HandshakeResponse(
             major=PROTOCOL_MAJOR,
             minor=PROTOCOL_MINOR,
@@ -224,6 +236,8 @@ class DatabaseService:
         mark, head, floor = known
         if mark != self.database.commit_mark or _known_up_to(request) != head:
             return None
+        if _seen(request) > head:
+            return None  # what follows takes a commit
         self._check_pull(request, grant, head, floor)
         return PullResponse(
             collections=[],
@@ -238,7 +252,8 @@ class DatabaseService:
     def is_recent(self, request: PullRequest) -> bool:
         """Whether a pull asks for the newest few commits only. They were written a moment ago, so
         reading them waits for no disk."""
-        return not request.full and self._head - _known_up_to(request) <= RECENT_COMMITS
+        behind = self._head - _known_up_to(request)
+        return not request.full and 0 <= behind <= RECENT_COMMITS and _seen(request) <= self._head
 
     def pull(self, request: PullRequest, grant: Grant) -> PullResponse:
         """One page of the change feed (R19). Raises ``HistoryChangedError``,
@@ -247,6 +262,15 @@ class DatabaseService:
 
     def pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
         """As ``pull``, encoded: the values go from the store into the message as they are."""
+        try:
+            return self._pull_bytes(request, grant)
+        except HistoryChangedError as error:
+            head = error.details.get("head")
+            if head is None:
+                raise
+        raise self._put_back(grant, _seen(request), head)
+
+    def _pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
         mark = self.database.commit_mark
         with paused(), self.database.view() as view:
             head = view.head.sequence
@@ -272,9 +296,7 @@ class DatabaseService:
     def _check_pull(self, request: PullRequest, grant: Grant, head: int, floor: int) -> None:
         if not grant.read:
             raise PermissionDeniedError(f"this token may not read database {self.db_id!r}")
-        # What a device got for its own pushes counts as seen (R21).
-        seen = request.have[-1][1] if request.have else 0
-        self._check_history(request.history, max(request.cursor, seen), head)
+        self._check_history(request.history, _seen(request), head)
         if not request.full and request.cursor < floor:
             raise ResetRequiredError(
                 f"cursor {request.cursor} is below the floor {floor}: deletions in between are "
@@ -301,16 +323,24 @@ class DatabaseService:
         """
         # What can fail or take long is done before the writer lock is taken.
         checked = [self._precheck(request, grant) for request, grant in members]
+        seen = [_seen(request) for request, _ in members]
         answers: list[PushResponse | SyncError] = []
         with paused(), self.database.write() as writer:
             floor, known_head = read_floor(writer), writer.head.sequence
             mark = self.database.commit_mark
-            for (request, grant), values in zip(members, checked, strict=True):
+            proof = None
+            if max(seen, default=0) > known_head:
+                proof = self._proof(members, seen, known_head)
+            for (request, grant), values, newest in zip(members, checked, seen, strict=True):
+                if proof is not None:
+                    break  # nothing is decided in the history that ends here
                 if isinstance(values, SyncError):
                     answers.append(values)
                     continue
                 try:
-                    self._check_bases(request, known_head)
+                    # Nobody can have built on what no answer has told of yet: such a base would
+                    # let a write pass over what others are about to commit (R13).
+                    self._check_history(request.history, newest, known_head)
                     answers.append(self._decide(writer, request, grant, floor, values))
                 except SyncError as error:
                     answers.append(error)
@@ -318,6 +348,9 @@ class DatabaseService:
             if changed:
                 mark_clock(writer)
             head = writer.head.sequence
+        if proof is not None:
+            self._put_back(*proof)
+            return self.push_many(members)
         # A commit that has worked has moved the mark by two, and where nothing was accepted there
         # was none. If another has come since, the mark is elsewhere, and this is not known.
         self._known = (mark + 2 if changed else mark, head, floor)
@@ -374,7 +407,6 @@ class DatabaseService:
         floor: int,
         values: list[list[Any]],
     ) -> PushResponse:
-        self._check_history(request.history, request.cursor, writer.head.sequence)
         deciding = _Deciding(self, writer, request, grant, floor)
         results = deciding.run(values)
         return PushResponse(
@@ -383,12 +415,6 @@ class DatabaseService:
             head=writer.head.sequence,
             time=writer.now_ms,
         )
-
-    def _check_bases(self, request: PushRequest, head: int) -> None:
-        """Nobody can have built on what no answer has told of yet: such a base would let a write
-        pass over what others are about to commit (R13)."""
-        bases = [op.base_version for t in request.transactions for op in t.operations]
-        self._check_history(request.history, max(bases, default=0), head)
 
     def refusal(
         self, writer: Writer, grant: Grant, transaction: ValidateTransaction
@@ -435,12 +461,69 @@ class DatabaseService:
                 details={"history": self._history},
             )
         if cursor > head:
-            # The only sign of a data directory that was put back without `entidb backup`.
-            raise HistoryChangedError(
-                f"this device has seen commit {cursor}, but database {self.db_id!r} ends at "
-                f"{head}: the server's files were replaced by older ones",
-                details={"head": head},
+            raise self._seen_more(cursor, head)
+
+    def _seen_more(self, seen: int, head: int) -> HistoryChangedError:
+        return HistoryChangedError(
+            f"this device has seen commit {seen}, but database {self.db_id!r} ends at {head}: the "
+            "server's files were replaced by older ones. Choose "
+            'reset(keep="server") or reset(keep="device")',
+            details={"history": self._history, "head": head},
+        )
+
+    # ------------------------------------------------------------ files put back by hand (R29)
+
+    def _proof(
+        self, members: Sequence[tuple[PushRequest, Grant]], seen: Sequence[int], head: int
+    ) -> tuple[Grant, int, int] | None:
+        """The first of ``members`` that is to be believed; what ``_put_back`` is called with."""
+        for (request, grant), newest in zip(members, seen, strict=True):
+            if newest > head and request.history == self._history and self._believes(grant):
+                return grant, newest, head
+        return None
+
+    def _believes(self, grant: Grant) -> bool:
+        """Who may say of a database that its files are older than what it has answered: all
+        devices have to choose a side after that. So only those who could overwrite everything in
+        it anyway; they also know its history, which nobody has who never synchronised. And once
+        for each opening of the files, because the files change only between two."""
+        whole = grant.read and grant.write and grant.collections is None
+        return whole and not self._heard_proof
+
+    def _put_back(self, grant: Grant, seen: int, head: int) -> HistoryChangedError:
+        """A device has seen commit ``seen`` of this history, and its files end at ``head``: they
+        were put back without `entidb backup`. The database begins a new history, durable before
+        anybody hears of it, so that those who cannot prove it learn of it as well. Returns what
+        this device is told."""
+        error = self._seen_more(seen, head)
+        if not self._believes(grant):
+            _log.error(
+                "database %s: %r has seen commit %d, and it ends at %d. Either its files were put "
+                "back by hand, or that client makes it up. The history was kept: %s",
+                self.db_id,
+                grant.subject,
+                seen,
+                head,
+                "one proof was heard since the database was opened"
+                if self._heard_proof
+                else "only a token that may read and write all of it is believed",
             )
+            return error
+        begun = self.database.begin_history(HISTORIES_MAX, HISTORIES_WITHIN_MS)
+        self._heard_proof = True
+        self._known = None
+        _log.error(
+            "database %s: %r has seen commit %d, and it ends at %d: its files were put back by "
+            "hand, without `entidb backup`. %s",
+            self.db_id,
+            grant.subject,
+            seen,
+            head,
+            "A new history begins, and every device will have its application choose a side"
+            if begun
+            else f"The history was kept: {HISTORIES_MAX} have begun like this within an hour",
+        )
+        return self._seen_more(seen, head)
 
     def _read_head_and_floor(self) -> tuple[int, int]:
         with self.database.storage.snapshot() as snapshot:
@@ -898,6 +981,15 @@ class _Ranges:
             return False
         at = bisect_right(self._starts, version) - 1
         return at >= 0 and version <= self._ends[at]
+
+
+def _seen(request: PullRequest | PushRequest) -> int:
+    """The newest commit that the device says it has seen. What it got for its own pushes counts
+    (R21), and what it built on."""
+    if isinstance(request, PullRequest):
+        return max(request.cursor, request.have[-1][1] if request.have else 0)
+    bases = [op.base_version for t in request.transactions for op in t.operations]
+    return max(request.cursor, max(bases, default=0))
 
 
 def _known_up_to(request: PullRequest) -> int:

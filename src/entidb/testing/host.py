@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from entidb import protocol
+from entidb import cbor, protocol
 from entidb.db import Database, Role
 from entidb.db.maintenance import purge_tombstones
-from entidb.db.records import META_FORMAT, encode_format
+from entidb.db.records import META_FORMAT, META_IDENTITY, encode_format
 from entidb.errors import (
     CommitUnknownError,
     EntiDBError,
@@ -20,9 +20,17 @@ from entidb.errors import (
     StorageError,
     SyncError,
 )
-from entidb.protocol import ErrorResponse, HandshakeRequest, PullRequest, PushRequest
+from entidb.protocol import (
+    ErrorResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    PullRequest,
+    PushRequest,
+    SyncRequest,
+)
 from entidb.server.auth import JwtAuthenticator, mint_token
 from entidb.server.service import (
+    HISTORIES_MAX,
     DatabaseService,
     Grant,
     Refusal,
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
 SECRET = b"a secret of the simulator, long enough for HS256"
 AUDIENCE = "simulator"
 TOKEN_S = 30.0
+#: As many as a server believes in an hour, and one less.
+PUT_BACKS_MAX = HISTORIES_MAX - 1
 
 #: Told how a request was answered: whether it worked, and the bytes.
 Reply = Callable[[bool, bytes], None]
@@ -58,8 +68,14 @@ class Tenant:
         self.entropy = world.stream(f"entropy of {self.db_id}").randbytes
         self.workload = Workload(world.stream(f"work on {self.db_id}"), world.knobs, self.canary)
         self.queue: list[tuple[PushRequest, Grant, Reply]] = []
-        self.backup: tuple[MemoryStorage, int, int] | None = None
+        #: As ``files``, made with ``entidb backup``.
+        self.backup: tuple[MemoryStorage, History, int, int] | None = None
         self.restores = 0
+        #: Files that somebody has copied, with what they are a copy of: history, head, floor.
+        self.files: tuple[MemoryStorage, History, int, int] | None = None
+        self.put_backs = 0
+        #: The files were put back, and nobody has shown that yet (R29).
+        self.unproven = False
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
         self._open(world.new_store(self, None))
         assert self.database.history is not None
@@ -91,7 +107,23 @@ class Tenant:
         old: Mapping[bytes, bytes | None],
         records: Mapping[bytes, bytes],
     ) -> None:
+        if self.unproven and META_IDENTITY in batch:
+            identity = cbor.decode_trusted(records[META_IDENTITY])["history"]
+            self._begin(identity)
         self.watch.on_commit(batch, old, records)
+
+    def _begin(self, identity: bytes) -> None:
+        """The server has begun another history, as it is (R29)."""
+        old = self.watch.history
+        self.world.checks.that(
+            self.histories.get(identity) is None,
+            "ORDER",
+            f"{self.db_id} began a history that devices know",
+        )
+        self.world.trace("history begins", self.db_id, old.head)
+        self.watch.history = old.fork(identity, old.head, old.floor)
+        self.histories.add(self.watch.history)
+        self.unproven = False
 
     def _refuse(self, context: ValidateContext, transaction: ValidateTransaction) -> Refusal | None:
         try:
@@ -117,14 +149,16 @@ class Tenant:
     def make_backup(self) -> None:
         self.world.trace("backup", self.db_id)
         copy = self.storage.copy([(META_FORMAT, encode_format(backup=True))])
-        self.backup = copy, self.watch.history.head, self.watch.history.floor
+        history = self.watch.history
+        self.backup = copy, history, history.head, history.floor
 
     def restore(self) -> None:
         """The backup comes to life, with a history of its own (R29)."""
         assert self.backup is not None
-        copy, head, floor = self.backup
-        old = self.watch.history
+        copy, old, head, floor = self.backup
+        seen = self.watch.history.head
         self.queue.clear()
+        self.unproven = False
         self._open(self.world.new_store(self, read_records(copy)))
         assert self.database.history is not None
         self.restores += 1
@@ -135,10 +169,72 @@ class Tenant:
         )
         self.world.trace("restored", self.db_id, head)
         self.world.tell(
-            f"{self.db_id} is restored from the backup at {head}; devices had seen {old.head}"
+            f"{self.db_id} is restored from the backup at {head}; devices had seen {seen}"
         )
         self.watch.history = old.fork(self.database.history, head, floor)
         self.histories.add(self.watch.history)
+
+    # ------------------------------------------------------------ files put back by hand (R29)
+
+    def copy_files(self) -> None:
+        """Somebody copies the files, who does not know of ``entidb backup``."""
+        self.world.trace("copied", self.db_id)
+        history = self.watch.history
+        self.files = self.storage.copy(), history, history.head, history.floor
+
+    def may_be_put_back(self) -> bool:
+        """Whether some device would notice. Where none has seen more than the files hold, they
+        are the present state, as far as anybody knows."""
+        if self.files is None or self.put_backs >= PUT_BACKS_MAX:
+            return False
+        _, history, head, _ = self.files
+        return self._provers(history.identity, head)
+
+    def _provers(self, identity: bytes, head: int) -> bool:
+        return any(
+            device.watch.history is not None
+            and device.watch.history.identity == identity
+            and device.watch.cursor > head
+            and not device.watch.resetting
+            for device in self.world.devices
+            if device.tenant is self
+        )
+
+    def put_back(self) -> None:
+        """The copy is back, under the history it had. Devices that have seen more keep to the
+        oracle of that history as it was; the server goes on from another, which ends earlier."""
+        assert self.files is not None
+        copy, history, head, floor = self.files
+        self.files = None
+        self.put_backs += 1
+        self.queue.clear()
+        self.watch.history = history.fork(history.identity, head, floor)
+        self._open(self.world.new_store(self, read_records(copy)))
+        self.world.trace("put back", self.db_id, head)
+        self.world.tell(f"the files of {self.db_id} are put back to {head}")
+        self.unproven = True
+
+    def hears(self, request: SyncRequest) -> bool:
+        """After the files were put back, the first that gets through is one that proves it. (If
+        another did, nobody could know that it and those with the other past have parted.)"""
+        if not self.unproven:
+            return True
+        identity, head = self.watch.history.identity, self.watch.history.head
+        if request.history == identity and request.cursor > head:
+            return True
+        if not self._provers(identity, head):
+            # Those that could have were reset or restored meanwhile: the operator sees to it.
+            self._guarded(lambda: self.database.begin_history(10**6, 1))
+        return False
+
+    def proved(self, grant: Grant) -> None:
+        """A request that proves it was answered."""
+        believed = grant.read and grant.write and grant.collections is None
+        self.world.checks.that(
+            not (self.unproven and believed),
+            "ORDER",
+            f"{self.db_id} was shown a commit above its head, and kept its history",
+        )
 
     def purge(self, up_to: int) -> None:
         self.world.trace("purge", self.db_id, up_to)
@@ -175,6 +271,11 @@ class Tenant:
 
     # ------------------------------------------------------------ requests
 
+    def handshake(self, request: HandshakeRequest, grant: Grant) -> HandshakeResponse:
+        answer = self.service.handshake(request, grant)
+        self.proved(grant)
+        return answer
+
     def pull(self, request: PullRequest, grant: Grant) -> bytes:
         try:
             response = self.service.idle_pull(request, grant)
@@ -182,7 +283,9 @@ class Tenant:
                 response = self.service.pull(request, grant)
         except SyncError as error:
             self.watch.on_refusal(request, error)
+            self.proved(grant)
             raise
+        self.proved(grant)
         data = protocol.encode(response)
         self.world.host.check_canaries(self, data)
         self.watch.on_pull(request, response)
@@ -195,7 +298,7 @@ class Tenant:
         self.watch.head_before = self.watch.history.head
         if len(members) > 1:
             world.fired("group")
-        commits = self.storage.commits
+        commits = self.effects()
         try:
             answers = self.service.push_many([(request, grant) for request, grant, _ in members])
         except Crash:
@@ -205,7 +308,7 @@ class Tenant:
         except EntiDBError as error:
             unknown = isinstance(error, CommitUnknownError)
             if not unknown:
-                self._unchanged(commits)
+                self.unchanged(commits)
             self.reopen()
             for _, _, reply in members:
                 world.host.refuse(reply, ServerError("storage failed", code="storage_error"))
@@ -213,8 +316,9 @@ class Tenant:
         finally:
             self.watch.members = []
         if all(isinstance(answer, SyncError) for answer in answers):
-            self._unchanged(commits)
-        for (request, _, reply), answer in zip(members, answers, strict=True):
+            self.unchanged(commits)
+        for (request, grant, reply), answer in zip(members, answers, strict=True):
+            self.proved(grant)
             if isinstance(answer, SyncError):
                 self.watch.on_refusal(request, answer)
                 world.host.refuse(reply, answer)
@@ -227,9 +331,16 @@ class Tenant:
         if members:
             self.push(members)
 
-    def _unchanged(self, commits: int) -> None:
+    def effects(self) -> tuple[int, bytes]:
+        """What an error must not change; but for a history that begins, which has to be durable
+        before the error that says so."""
+        return self.storage.commits, self.watch.history.identity
+
+    def unchanged(self, before: tuple[int, bytes]) -> None:
+        commits, identity = before
+        begun = self.watch.history.identity != identity
         self.world.checks.that(
-            self.storage.commits == commits,
+            self.storage.commits == commits + begun,
             "NO-EFFECT",
             f"{self.db_id} changed its store and answered with an error",
         )
@@ -261,15 +372,12 @@ class Host:
 
     def receive(self, path: str, token: str, body: bytes, reply: Reply) -> None:
         """One request, as bytes."""
-        commits = [tenant.storage.commits for tenant in self.tenants]
+        before = [tenant.effects() for tenant in self.tenants]
         try:
             self._receive(path, token, body, reply)
         except SyncError as error:
-            self.world.checks.that(
-                commits == [tenant.storage.commits for tenant in self.tenants],
-                "NO-EFFECT",
-                f"a request answered with {error.code} changed the store",
-            )
+            for tenant, effects in zip(self.tenants, before, strict=True):
+                tenant.unchanged(effects)
             self.refuse(reply, error)
 
     def _receive(self, path: str, token: str, body: bytes, reply: Reply) -> None:
@@ -283,16 +391,38 @@ class Host:
             f"a token for another database opened {tenant.db_id}",
         )
         self.world.trace("server", type(request).__name__, request.device_id[:2].hex())
-        if isinstance(request, HandshakeRequest):
-            self.answer(tenant, reply, protocol.encode(tenant.service.handshake(request)))
-        elif isinstance(request, PullRequest):
-            self.answer(tenant, reply, tenant.pull(request, grant))
+        if not tenant.hears(request):
+            return
+        if not isinstance(request, PushRequest):
+            self._read(tenant, request, grant, reply)
         elif self.world.knobs.group_ms:
             if not tenant.queue:
                 self.world.after(self.world.knobs.group_ms, tenant.flush)
             tenant.queue.append((request, grant, reply))
         else:
             tenant.push([(request, grant, reply)])
+
+    def _read(
+        self,
+        tenant: Tenant,
+        request: HandshakeRequest | PullRequest,
+        grant: Grant,
+        reply: Reply,
+    ) -> None:
+        """Reading stores nothing, but for a history that begins (R29)."""
+        try:
+            if isinstance(request, HandshakeRequest):
+                answer = protocol.encode(tenant.handshake(request, grant))
+            else:
+                answer = tenant.pull(request, grant)
+        except Crash:
+            self.world.tell(f"{tenant.db_id} crashes while it begins a history")
+            tenant.reopen()
+        except StorageError:
+            tenant.reopen()
+            self.refuse(reply, ServerError("storage failed", code="storage_error"))
+        else:
+            self.answer(tenant, reply, answer)
 
     def answer(self, tenant: Tenant, reply: Reply, data: bytes) -> None:
         self.check_canaries(tenant, data)

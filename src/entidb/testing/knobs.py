@@ -96,6 +96,7 @@ class Knobs:
     server_disk_full: int = 0
     restore_server: int = 0
     restore_twice: int = 0
+    put_back: int = 0  # older files of the server, under the history they had
     purge: int = 0
     refuse: int = 0  # transactions the validate hook says no to
     refuse_raises: int = 0  # transactions the validate hook raises at
@@ -135,6 +136,7 @@ FAULTS: Final = (
     "server_disk_full",
     "restore_server",
     "restore_twice",
+    "put_back",
     "purge",
     "refuse",
     "refuse_raises",
@@ -186,6 +188,14 @@ LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "bulk": (10, 40),
 }
 
+#: As ``LEVELS``, for knobs that came later: each is drawn from a stream of its own, so that the
+#: seeds of before are still the runs they were wherever it is zero.
+LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
+    "put_back": (5, 20, 80),
+}
+#: How many runs in a hundred have one of those.
+LATER_PERCENT: Final = 15
+
 #: Length of a run, and how many runs in a hundred have it. Most bugs need a few dozen events with
 #: the right faults, so that many short runs, each with other knobs, find more than few long ones;
 #: the long ones are for what has to build up first.
@@ -230,6 +240,10 @@ def draw(seed: int) -> Knobs:
         policy_carts=rng.randrange(len(POLICY_NAMES)),
         stale_rows=rng.choice((0, 6, 20, 2000)),
     )
+    for name, levels in LATER_LEVELS.items():
+        own = stream(seed, f"knob {name}")
+        if own.randrange(100) < LATER_PERCENT:
+            chosen[name] = own.choice(levels)
     return Knobs(**chosen)
 
 

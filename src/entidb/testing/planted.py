@@ -868,6 +868,12 @@ def _recommit_loses(garden: Garden) -> None:
 # ---------------------------------------------------------------- the server
 
 
+@_bug("history-kept-after-the-proof", "ORDER", knobs=_CALM | {"put_back": 80})
+def _history_kept(garden: Garden) -> None:
+    """A server whose files were put back tells only those who can prove it."""
+    garden.replace(Database, "begin_history", lambda original: lambda self, times, within: False)
+
+
 @_bug("base-version-ignored", "NO-LOST-UPDATE", "NO-RESURRECTION")
 def _base_version_ignored(garden: Garden) -> None:
     """The server accepts whatever comes."""

@@ -322,6 +322,10 @@ class World:
 
     def _server_life(self, tenant: Tenant) -> None:
         knobs, rng = self.knobs, self.rng
+        if tenant.unproven:
+            return
+        if knobs.put_back and rng.random() * 100 < max(10, 2 * knobs.put_back):
+            self._put_files_back(tenant)
         if rng.random() * 200 < knobs.server_writes:
             self.fired("server_writes")
             tenant.program_writes()
@@ -339,6 +343,14 @@ class World:
                     self.after(500 + rng.randrange(5_000), lambda: self._restore_again(tenant))
                 else:
                     tenant.backup = None
+
+    def _put_files_back(self, tenant: Tenant) -> None:
+        """Somebody copies the server's files, and some time later puts them back."""
+        if tenant.files is None:
+            tenant.copy_files()
+        elif tenant.may_be_put_back() and self.rng.random() * 100 < self.knobs.put_back:
+            self.fired("put_back")
+            tenant.put_back()
 
     def _restore_again(self, tenant: Tenant) -> None:
         if not self.quiet and tenant.backup is not None:

@@ -179,6 +179,11 @@ class DeviceWatch:
         self.forget_reports()
         self.reported = {}
 
+    @property
+    def resetting(self) -> bool:
+        """Whether its bases belong to a history that it has given up (R29)."""
+        return self._foreign
+
     def compare_after_restart(self, records: Records) -> None:
         """LOCAL-DURABLE: what a restart finds is what had been acknowledged."""
         outbox, discarded, conflicts = self._lists(records)

@@ -1,0 +1,284 @@
+"""A server's files that were put back by hand, and the devices that prove it (R29)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entidb import Database, SyncConfig, SyncEngine
+from entidb.db import Role
+from entidb.db.records import META_IDENTITY
+from entidb.errors import HistoryChangedError, PermissionDeniedError
+from entidb.protocol import HandshakeRequest, PullRequest
+from entidb.server import ServerConfig, SyncServer
+from entidb.server.service import HISTORIES_MAX, HISTORIES_WITHIN_MS, Grant
+from entidb.sync import HttpTransport, LoopbackClient
+from tests.server.test_service import DEVICE, op, request, tx
+from tests.support import GRANT, Device, World, assert_in_step, uid
+
+LIMITED = Grant("limited", True, True, frozenset(["notes"]))
+READER = Grant("reader", True, False)
+WRITER = Grant("writer", False, True)
+
+
+def put_back_world() -> tuple[World, Device, Device]:
+    """``a`` has seen more than the server has now, ``b`` has not; both have something to say."""
+    world = World()
+    a, b = world.device(), world.device()
+    a.put(("notes", 1, "old"))
+    a.sync()
+    b.sync()
+    files = world.copy_files()
+    for n in range(2, 6):
+        a.put(("notes", n, "written after the copy"))
+        a.sync()
+    world.open_server(files)
+    return world, a, b
+
+
+def claim(world: World, kind: str, grant: Grant = GRANT, seen: int = 99) -> object:
+    """What a message says, to which commit ``seen`` is nothing special."""
+    history = world.server.history
+    assert history is not None
+    if kind == "handshake":
+        return world.service.handshake(
+            HandshakeRequest(
+                major=1, minor=0, db_id="shop", device_id=DEVICE, history=history, cursor=seen
+            ),
+            grant,
+        ).history
+    pull = PullRequest(
+        db_id="shop", device_id=DEVICE, history=history, cursor=0, limit=10, bytes_max=1000
+    )
+    if kind == "cursor":
+        pull = PullRequest(**{**_fields(pull), "cursor": seen})
+    elif kind == "have":
+        pull = PullRequest(**{**_fields(pull), "have": [(seen, seen)]})
+    else:
+        cursor, base = (seen, 0) if kind == "push" else (0, seen)
+        [answer] = world.service.push_many(
+            [(request(world, tx(1, op(1, "x", base)), cursor=cursor), grant)]
+        )
+        return answer
+    try:
+        world.service.idle_pull(pull, grant)
+        return world.service.pull(pull, grant)
+    except (HistoryChangedError, PermissionDeniedError) as error:
+        return error
+
+
+def _fields(message: PullRequest) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in message.__struct_fields__}
+
+
+KINDS = ["handshake", "cursor", "have", "push", "base"]
+
+
+def test_r29_the_first_proof_begins_a_history_that_every_device_learns_of() -> None:
+    world, a, b = put_back_world()
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+    b.put(("notes", 3, "b's"))
+    with pytest.raises(HistoryChangedError):
+        b.sync()
+    for device in (a, b):
+        device.engine.reset(keep="device")
+        device.settle()
+    a.settle()
+    assert world.values() == a.values() == b.values()
+    assert set(a.values()) == {1, 2, 3, 4, 5}
+    assert_in_step(world, a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_r29_a_cursor_a_range_a_base_or_a_handshake_above_the_head_proves_it(kind: str) -> None:
+    world, _, _ = put_back_world()
+    before = world.server.history
+    commits = world.server_storage.commits
+    answer = claim(world, kind)
+    after = world.server.history
+    assert after != before
+    assert world.server_storage.commits == commits + 1
+    if kind == "handshake":
+        assert answer == after
+    else:
+        assert isinstance(answer, HistoryChangedError)
+        assert answer.details["history"] == after
+    assert world.server.sequence == 1
+    world.restart_server()
+    assert world.server.history == after, "it is durable before anybody is told"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grant", [LIMITED, READER, WRITER], ids=lambda grant: grant.subject)
+def test_r29_a_token_that_may_not_read_and_write_everything_begins_no_history(
+    kind: str, grant: Grant
+) -> None:
+    world, _, _ = put_back_world()
+    before = world.server.history
+    commits = world.server_storage.commits
+    claim(world, kind, grant)
+    assert world.server.history == before
+    assert world.server_storage.commits == commits
+    # It took nothing away from those who are believed.
+    claim(world, kind)
+    assert world.server.history != before
+
+
+@pytest.mark.parametrize("kind", ["handshake", "push"])
+def test_r29_a_claim_about_another_history_begins_none(kind: str) -> None:
+    world, _, _ = put_back_world()
+    known, history = world.server.history, bytes(16)
+    if kind == "handshake":
+        world.service.handshake(
+            HandshakeRequest(
+                major=1, minor=0, db_id="shop", device_id=DEVICE, history=history, cursor=99
+            ),
+            GRANT,
+        )
+    else:
+        [answer] = world.service.push_many(
+            [(request(world, tx(1, op(1, "x", 99)), cursor=99, history=history), GRANT)]
+        )
+        assert isinstance(answer, HistoryChangedError)
+    assert world.server.history == known
+
+
+def test_r29_a_client_that_makes_it_up_gets_one_history_for_each_opening_of_the_files() -> None:
+    world, _, _ = put_back_world()
+    claim(world, "cursor")
+    begun = world.server.history
+    for kind in KINDS:
+        claim(world, kind)
+    assert world.server.history == begun
+
+
+def test_r29_and_a_few_in_an_hour_however_often_they_are_opened() -> None:
+    world, _, _ = put_back_world()
+    seen = {world.server.history}
+    for _ in range(HISTORIES_MAX + 3):
+        world.restart_server()
+        claim(world, "cursor")
+        seen.add(world.server.history)
+    assert len(seen) == 1 + HISTORIES_MAX
+    world.clock.ms += HISTORIES_WITHIN_MS
+    world.restart_server()
+    claim(world, "cursor")
+    assert len(seen | {world.server.history}) == 2 + HISTORIES_MAX
+
+
+def test_r29_a_wrong_clock_that_was_put_right_stops_no_proof() -> None:
+    world, _, _ = put_back_world()
+    now = world.clock.ms
+    world.clock.ms += 75 * 365 * 24 * HISTORIES_WITHIN_MS
+    for _ in range(HISTORIES_MAX):
+        world.restart_server()
+        claim(world, "cursor")
+    world.clock.ms = now
+    begun = world.server.history
+    world.restart_server()
+    claim(world, "cursor")
+    assert world.server.history != begun
+
+
+def test_r29_files_put_back_again_are_proved_again() -> None:
+    world, a, b = put_back_world()
+    seen = {world.server.history}
+    for _ in range(3):
+        with pytest.raises(HistoryChangedError):
+            a.sync()
+        seen.add(world.server.history)
+        a.engine.reset(keep="device")
+        a.settle()
+        with pytest.raises(HistoryChangedError):
+            b.sync()
+        b.engine.reset(keep="server")
+        b.settle()
+        assert_in_step(world, a, b)
+        # A copy of this life, which ends before what a does next.
+        files = world.copy_files()
+        a.put(("notes", 9, "after the copy"))
+        a.sync()
+        world.open_server(files)
+    assert len(seen) == 4
+
+
+def test_r29_a_history_that_cannot_be_stored_is_told_to_nobody() -> None:
+    world, a, _ = put_back_world()
+    before = world.server.history
+    world.server_storage.fail_next(error=OSError("no space"))
+    with pytest.raises(OSError, match="no space"):
+        a.sync()
+    assert world.server.history == before
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+    assert world.server.history != before
+
+
+def test_r29_nothing_of_a_group_is_decided_in_the_history_that_ends() -> None:
+    world, _, _ = put_back_world()
+    answers = world.service.push_many(
+        [
+            (request(world, tx(1, op(1, "x", 1))), GRANT),
+            (request(world, tx(2, op(2, "y")), cursor=99), GRANT),
+        ]
+    )
+    assert [type(answer) for answer in answers] == [HistoryChangedError, HistoryChangedError]
+    assert world.values() == {1: "old"}
+
+
+def test_r29_the_operator_is_told_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    world, _, _ = put_back_world()
+    with caplog.at_level(logging.ERROR, "entidb.server"):
+        claim(world, "cursor", LIMITED)
+        claim(world, "cursor")
+        claim(world, "cursor")
+    limited, begun, again = [record.getMessage() for record in caplog.records]
+    assert "'limited'" in limited
+    assert "the history was kept" in limited.lower()
+    assert "A new history begins" in begun
+    assert "makes it up" in again
+
+
+def test_r29_files_of_a_real_server_put_back_between_two_runs(tmp_path: Path) -> None:
+    data = tmp_path / "server"
+
+    def sync(database: Database) -> None:
+        with SyncServer(ServerConfig(data_dir=str(data), insecure_no_auth=True)) as server:
+            transport = HttpTransport("http://localhost", client=LoopbackClient(server))
+            with SyncEngine(SyncConfig(db_id="shop"), transport, database) as engine:
+                engine.sync()
+
+    a, b = Database.in_memory(), Database.in_memory()
+    a.collection("notes")[uid(1)] = "old"
+    sync(a)
+    sync(b)
+    [path] = data.iterdir()
+    saved = (path / "data.mdb").read_bytes()
+    a.collection("notes")[uid(2)] = "new"
+    sync(a)
+    sync(a)
+    (path / "data.mdb").write_bytes(saved)
+    with pytest.raises(HistoryChangedError):
+        sync(a)
+    b.collection("notes")[uid(2)] = "b's"
+    with pytest.raises(HistoryChangedError):
+        sync(b)
+    a.close()
+    b.close()
+
+
+def test_r29_the_identity_keeps_the_rest() -> None:
+    world, a, _ = put_back_world()
+    device_id, created = world.server.device_id, world.server.created_ms
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+    world.restart_server()
+    assert (world.server.device_id, world.server.created_ms) == (device_id, created)
+    assert world.server.role is Role.SERVER
+    with world.server.storage.snapshot() as snapshot:
+        assert snapshot.get(META_IDENTITY) is not None
+    assert world.server.verify() == []
