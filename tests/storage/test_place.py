@@ -19,7 +19,8 @@ from entidb.errors import (
     DatabaseMovedError,
     StorageError,
 )
-from entidb.storage import LmdbStorage
+from entidb.server import ServerConfig, SyncServer
+from entidb.storage import LmdbStorage, place
 from entidb.testing.contracts import read_all
 from tests.storage.test_lmdb_traps import FailingCommit, run_python
 
@@ -214,8 +215,8 @@ def test_a_directory_that_is_moved_at_the_swap_is_swapped_where_it_is_now(
     with pytest.raises(DatabaseClosedError):
         store.snapshot()
     assert files_of(path)["data.mdb"] == before
-    for place, content in ((path, b"other"), (path.with_name("aside"), b"db")):
-        with contextlib.closing(LmdbStorage.open(place)) as store:
+    for where, content in ((path, b"other"), (path.with_name("aside"), b"db")):
+        with contextlib.closing(LmdbStorage.open(where)) as store:
             assert read_all(store) == {b"name": content}
 
 
@@ -290,3 +291,72 @@ def test_a_database_says_so_and_reads_on(tmp_path: Path) -> None:
         (tmp_path / "aside").rename(tmp_path / "db")
         database.collection("notes").add({"n": 2})
         assert len(database.collection("notes")) == 2
+
+
+# ---------------------------------------------------------------- new directories are durable
+
+
+class Names:
+    """The directories that were made, and those that were not synced since in the one above."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[str] = []
+        self.waiting: set[str] = set()
+        self._mkdir, self._sync = os.mkdir, place.sync_directory
+        monkeypatch.setattr(os, "mkdir", self.mkdir)
+        monkeypatch.setattr(place, "sync_directory", self.sync)
+
+    def mkdir(self, path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        self._mkdir(path, mode, dir_fd=dir_fd)
+        if dir_fd is None:
+            self.made.append(os.path.realpath(path))
+            self.waiting.add(os.path.realpath(path))
+
+    def sync(self, descriptor: int) -> None:
+        self._sync(descriptor)
+        synced = os.readlink(f"/proc/self/fd/{descriptor}")
+        self.waiting = {each for each in self.waiting if os.path.dirname(each) != synced}
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("only Linux tells which directory a descriptor is")
+    return Names(monkeypatch)
+
+
+def test_every_new_directory_on_the_way_to_a_database_is_durable(
+    tmp_path: Path, names: Names
+) -> None:
+    Database.open(tmp_path / "a" / "b" / "c" / "db").close()
+    assert [Path(each).name for each in names.made] == ["a", "b", "c", "db"]
+    assert names.waiting == set()
+
+
+def test_directories_that_a_dead_process_made_are_durable_with_the_database(
+    tmp_path: Path, names: Names
+) -> None:
+    for path in ("a", "a/b", "a/b/db"):
+        os.mkdir(tmp_path / path)
+    assert len(names.waiting) == 3
+    Database.open(tmp_path / "a" / "b" / "db").close()
+    assert names.waiting == set()
+
+
+def test_a_servers_directories_are_durable(
+    tmp_path: Path, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ServerConfig(data_dir="srv/data", insecure_no_auth=True)
+    with SyncServer(config) as server:
+        assert [Path(each).name for each in names.made] == ["srv", "data"]
+        assert names.waiting == set()
+        server.database("shop")
+        assert [Path(each).name for each in names.made] == ["srv", "data", "shop.entidb"]
+        assert names.waiting == set()
+
+
+def test_a_backup_is_durable_in_its_directory(tmp_path: Path, names: Names) -> None:
+    with contextlib.closing(LmdbStorage.open(tmp_path / "db")) as store:
+        store.backup(str(tmp_path / "copy"))
+    assert names.waiting == set()

@@ -31,6 +31,7 @@ from entidb.errors import (
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.service import DatabaseService, ValidateHook
+from entidb.storage.place import make_directory
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -307,9 +308,10 @@ def _check_known_name(db_id: str) -> None:
 def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
     """Databases in directories below ``config.data_dir``, which is made if missing."""
     assert config.data_dir is not None
-    root = Path(config.data_dir)
+    root = Path(os.path.abspath(config.data_dir))
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not root.is_dir():
+            make_directory(str(root))
     except OSError as error:
         raise ConfigError(f"data_dir cannot be made: {error}") from error
 

@@ -45,7 +45,17 @@ from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 from entidb.storage.lmdb_file import check_data_file
 from entidb.storage.lmdb_pages import check_headers, closed_file_faults, page_faults, read_header
 from entidb.storage.place import DATA as _DATA
-from entidb.storage.place import LMDB_LOCK, LOCK, TEMPORARY, Place, restrict, sync_path, take_place
+from entidb.storage.place import (
+    LMDB_LOCK,
+    LOCK,
+    TEMPORARY,
+    Place,
+    make_directory,
+    restrict,
+    sync_names,
+    sync_path,
+    take_place,
+)
 from entidb.storage.resident import shed
 from entidb.storage.turns import Turn, Turns
 
@@ -1000,8 +1010,7 @@ def _check_directory(where: str, create: bool) -> None:
         if not os.path.lexists(where):
             if not create:
                 raise FormatError(f"there is no database at {where}; check the path")
-            os.makedirs(where, 0o700)
-            sync_path(os.path.dirname(where))
+            make_directory(where)
             return
         names = set(os.listdir(where))
     except NotADirectoryError as error:
@@ -1027,6 +1036,7 @@ def _create(place: Place) -> None:
     try:
         lmdb.open(place.make_temporary(), map_size=_MAP_BYTES_MIN, mode=0o600, lock=False).close()
         place.swap()
+        sync_names(place.path)
     except lmdb.Error as error:
         raise _storage_error(error, f"creating {place.path}") from error
     finally:

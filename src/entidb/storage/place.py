@@ -212,10 +212,9 @@ def is_at(path: str, descriptor: int) -> bool:
     return os.path.samestat(there, os.fstat(descriptor))
 
 
-def give_as(descriptor: int, like: os.stat_result) -> None:
-    """Give a new file, or one that takes the place of another, the owner and the permissions of
-    ``like``: what an administrator makes in a service's directory is still the service's. Whoever
-    may not give files away keeps this one."""
+def give_owner(descriptor: int, like: os.stat_result) -> None:
+    """Give a new file or directory the owner of ``like``: what an administrator makes in a
+    service's directory is the service's. Whoever may not give files away keeps this one."""
     if sys.platform == "win32":
         return
     mine = os.fstat(descriptor)
@@ -224,9 +223,16 @@ def give_as(descriptor: int, like: os.stat_result) -> None:
             with contextlib.suppress(OSError):
                 os.fchown(descriptor, uid, like.st_gid)
                 break
-    wanted = stat.S_IMODE(like.st_mode) & (0o777 if stat.S_ISDIR(like.st_mode) else 0o666)
-    if stat.S_ISDIR(mine.st_mode) == stat.S_ISDIR(like.st_mode) and (
-        stat.S_IMODE(mine.st_mode) != wanted
+
+
+def give_as(descriptor: int, like: os.stat_result) -> None:
+    """``give_owner``, and the permissions of ``like`` too if that is a file."""
+    give_owner(descriptor, like)
+    wanted = stat.S_IMODE(like.st_mode) & 0o666
+    if (
+        sys.platform != "win32"
+        and stat.S_ISREG(like.st_mode)
+        and stat.S_IMODE(os.fstat(descriptor).st_mode) != wanted
     ):
         os.fchmod(descriptor, wanted)
 
@@ -250,6 +256,32 @@ def sync_path(path: str) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: str) -> None:
+    """Make the directory ``path`` and what is missing above it, each durable in the one above and
+    with that one's owner; only he may use them. One that is there is left as it is."""
+    above = os.path.dirname(path)
+    if not os.path.lexists(above):
+        make_directory(above)
+    with contextlib.suppress(FileExistsError):  # Somebody else may make it at the same time.
+        os.mkdir(path, 0o700)
+        if sys.platform != "win32":
+            made = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            try:
+                give_owner(made, os.stat(above))
+            finally:
+                os.close(made)
+    sync_path(above)
+
+
+def sync_names(path: str) -> None:
+    """Make the names on the way to ``path`` durable: who made them may have died before he could.
+    A directory that this process may not read cannot be synced by it, nor was it made by it."""
+    while (above := os.path.dirname(path)) != path:
+        with contextlib.suppress(PermissionError):
+            sync_path(above)
+        path = above
 
 
 def sync_directory(descriptor: int) -> None:
