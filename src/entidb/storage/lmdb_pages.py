@@ -70,7 +70,8 @@ class Header:
 
 def check_headers(path: str) -> None:
     """Raise ``CorruptionError`` if the two headers of the file at ``path`` cannot both come from
-    LMDB, or the newer one does not fit the list of free pages that belongs to it.
+    LMDB, or the newer one does not fit the list of free pages that belongs to it. What a failed
+    write left in the older one is no damage: the next commit replaces it.
 
     For whoever has the file to itself: headers that are being written need not agree. A header
     with a wrong transaction number would make LMDB go back to the commit before the last one.
@@ -99,7 +100,7 @@ def closed_file_faults(path: str) -> list[str]:
         return [str(error)]
     finally:
         os.close(descriptor)
-    return list(page_faults(path, max(headers, key=lambda header: header.transaction)))
+    return list(page_faults(path, newer_first(headers)[0]))
 
 
 def read_header(path: str, transaction: int) -> Header | None:
@@ -156,28 +157,62 @@ def _read_header(raw: bytes) -> Header:
 
 
 def _header_fault(descriptor: int) -> str | None:
-    first, second = headers = _read_headers(descriptor)
+    headers = _read_headers(descriptor)
     for number, header in enumerate(headers):
         if header.number != number or header.page_flags != _META_FLAG:
             return f"header {number} is not marked as one"
         if header.free.flags != _INTEGER_KEY or header.main.flags or header.address:
             return f"header {number} names options that are never used"
+    newer, older = newer_first(headers)
     # Commits write the headers in turn: even numbers into the first, odd ones into the second.
-    fresh = first.transaction == second.transaction == 0
-    in_turn = first.transaction % 2 == 0 and second.transaction % 2 == 1
-    if not fresh and (not in_turn or abs(first.transaction - second.transaction) != 1):
-        return f"its headers are of commits {first.transaction} and {second.transaction}"
-    # A commit lists the pages it frees under its own number, and no later one is listed; into a
-    # tree that was not empty every commit frees at least the root it replaces. The pages of both
-    # commits are there: LMDB uses none of the older one's again before its header is replaced.
-    older, newer = sorted(headers, key=lambda header: header.transaction)
+    if newer.transaction % 2 != newer.number or older.transaction not in _before(newer.transaction):
+        numbers = f"{headers[0].transaction} and {headers[1].transaction}"
+        return f"its headers are of commits {numbers}"
+    # A commit lists the pages it frees under its own number, and no later one is listed.
     listed = _last_listed(descriptor, newer)
-    if listed > newer.transaction or (older.main.root != _NO_PAGE and listed != newer.transaction):
-        return f"the list of free pages of commit {newer.transaction} ends with commit {listed}"
-    listed = _last_listed(descriptor, older)
-    if listed > older.transaction:
-        return f"the list of free pages of commit {older.transaction} ends with commit {listed}"
+    if listed > newer.transaction:
+        return _wrong_end(newer, listed)
+    return _older_fault(descriptor, newer, listed, older)
+
+
+def _older_fault(descriptor: int, newer: Header, listed: int, older: Header) -> str | None:
+    """What the older header says against the newer one. LMDB does not read it, so nothing in it
+    has to be right: when the write of a header fails, LMDB puts back the commit number that was
+    there before, and leaves the roots of the commit that failed."""
+    try:
+        listed_before = _last_listed(descriptor, older)
+    except _Bad:
+        return None
+    if listed_before > older.transaction:
+        # The roots are of the commit after the newer one. Its header was not written whole, or it
+        # was, and its number is wrong now; but then nobody put the old last page back.
+        return _wrong_end(older, listed_before) if older.last_page > newer.last_page else None
+    # Into a tree that was not empty every commit frees at least the root it replaces. The pages
+    # of both commits are there: LMDB uses none of the older one's again before its header is
+    # replaced.
+    if older.main.root != _NO_PAGE and listed != newer.transaction:
+        return _wrong_end(newer, listed)
     return None
+
+
+def _wrong_end(header: Header, listed: int) -> str:
+    return f"the list of free pages of commit {header.transaction} ends with commit {listed}"
+
+
+def newer_first(headers: tuple[Header, Header]) -> tuple[Header, Header]:
+    """The header that LMDB goes by, and the other: the first while both are of no commit."""
+    first, second = headers
+    return (second, first) if second.transaction > first.transaction else (first, second)
+
+
+def _before(newest: int) -> set[int]:
+    """Which commits the other header can be of. A write of the next number that stopped between
+    its bytes, and was not put back, leaves the low ones of the new number and the rest of the old:
+    less than both, since without a carry it would be the new number."""
+    old, new = max(newest - 1, 0), newest + 1
+    masks = [(1 << 8 * count) - 1 for count in range(_U64.size)]
+    torn = {old & ~mask | new & mask for mask in masks}
+    return {number for number in torn if number < newest or number == newest == 0}
 
 
 def _last_listed(descriptor: int, header: Header) -> int:
