@@ -215,11 +215,14 @@ class PullResponse(Struct, frozen=True, kw_only=True):
 
 
 class PushRequest(Struct, frozen=True, kw_only=True):
+    """``collections`` may hold what is no name: that is wrong with the transactions that write
+    there, and not with the others (R15)."""
+
     db_id: Name
     device_id: Id
     history: Id
     cursor: Uint
-    collections: list[Name]
+    collections: list[str]
     transactions: list[PushTransaction]
 
 
@@ -765,7 +768,7 @@ def _check_pull_request(message: PullRequest, limits: Limits) -> None:
 
 def _check_push_request(message: PushRequest, limits: Limits) -> None:
     _check_name("$.db_id", message.db_id)
-    _check_collections(message.collections, limits)
+    _check_different(message.collections, limits)
     names = len(message.collections)
     seen: set[bytes] = set()
     count = 0
@@ -854,12 +857,16 @@ def _check_operations(
 
 
 def _check_collections(names: Collection[str], limits: Limits) -> None:
+    _check_different(names, limits)
+    for index, name in enumerate(names):
+        _check_name(f"$.collections[{index}]", name)
+
+
+def _check_different(names: Collection[str], limits: Limits) -> None:
     if len(names) > limits.collections_max:
         raise _too_large("$.collections", f"has {len(names)} names", limits.collections_max)
     if len(set(names)) != len(names):
         raise _invalid("$.collections", "a name comes twice")
-    for index, name in enumerate(names):
-        _check_name(f"$.collections[{index}]", name)
 
 
 def _check_name(place: str, name: str) -> None:

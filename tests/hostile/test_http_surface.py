@@ -22,8 +22,10 @@ from entidb.protocol import (
     PullResponse,
     PushOperation,
     PushRequest,
+    PushResponse,
     PushTransaction,
     SyncRequest,
+    Verdict,
     decode,
     encode,
     path_of,
@@ -226,8 +228,9 @@ def test_a_value_that_is_huge_in_memory_is_refused(server: ServerProcess) -> Non
         ],
     )
     before = server.store_hash()
-    status, _ = post(server, request)
-    assert status == 400
+    status, body = post(server, request)
+    [result] = decode(PushResponse, body).results
+    assert (status, result.verdict, result.code) == (200, Verdict.REJECTED, "codec_error")
     assert server.store_hash() == before
     serves(server)
 

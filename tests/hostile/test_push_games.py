@@ -8,7 +8,7 @@ import pytest
 
 from entidb import cbor
 from entidb.db.catalogue import Catalogue
-from entidb.errors import HistoryChangedError, PermissionDeniedError, SyncCodecError
+from entidb.errors import HistoryChangedError, PermissionDeniedError
 from entidb.protocol import (
     PullRequest,
     PushOperation,
@@ -235,6 +235,6 @@ def test_what_may_not_be_read_may_not_be_read_by_asking_for_it(world: World) -> 
 
 def test_null_is_no_value(world: World) -> None:
     before = store_hash(world.server)
-    with pytest.raises(SyncCodecError, match="null"):
-        push(world, PushTransaction(tid(1), 1, [PushOperation(0, tid(9), 0, b"\xf6")]))
+    [result] = push(world, PushTransaction(tid(1), 1, [PushOperation(0, tid(9), 0, b"\xf6")]))
+    assert (result.verdict, result.code) == (Verdict.REJECTED, "codec_error")
     assert store_hash(world.server) == before

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from entidb import cbor
 from entidb.db import Database, Role
 from entidb.db.maintenance import sequence_at
-from entidb.errors import HistoryChangedError, ResetRequiredError, SyncCodecError
+from entidb.errors import HistoryChangedError, ResetRequiredError
 from entidb.protocol import LIMITS, PushOperation, PushResponse, PushTransaction, transaction_bytes
 from entidb.server.service import (
     CONFLICT_STATES_MAX,
@@ -118,9 +119,67 @@ def test_r15_many_small_operations_make_a_transaction_too_large_as_well() -> Non
 def test_r15_a_payload_that_is_not_canonical_is_named_as_such() -> None:
     world = World()
     bad = PushTransaction(uid(1).bytes, NOW, [PushOperation(0, uid(1).bytes, 0, b"\x18\x01")])
-    [answer] = world.service.push_many([(request(world, bad), GRANT)])
-    assert isinstance(answer, SyncCodecError)
-    assert "not canonical" in str(answer)
+    [result] = push(world, bad)
+    assert (result.verdict, result.code) == (REJECTED, "codec_error")
+    assert "not canonical" in result.message and uid(1).bytes.hex() in result.message
+
+
+@pytest.mark.parametrize("validate", [None, lambda context, transaction: None])
+def test_r15_what_is_wrong_with_one_payload_is_the_verdict_on_its_transaction_alone(
+    validate: Any,
+) -> None:
+    world = World(validate=validate)
+    bad = PushTransaction(
+        uid(9).bytes,
+        NOW,
+        [
+            PushOperation(0, uid(8).bytes, 0, cbor.encode("sound")),
+            PushOperation(0, uid(9).bytes, 0, b"\xf6"),
+        ],
+    )
+    results = push(
+        world,
+        tx(1, op(1, "a")),
+        bad,
+        tx(2, op(2, "b")),
+        tx(3, op(8, "built on the bad one")),
+        tx(4, op(3, "c")),
+    )
+    assert verdicts(results) == [ACCEPTED, REJECTED, ACCEPTED, CONFLICT, ACCEPTED]
+    assert (results[1].code, "null" in results[1].message) == ("codec_error", True)
+    assert world.values() == {1: "a", 2: "b", 3: "c"}
+
+
+def test_r15_a_token_that_may_not_write_gets_a_verdict_on_each_transaction() -> None:
+    world = World()
+    read_only = Grant("reader", True, False)
+    commits = world.server_storage.commits
+    results = push(world, tx(1, op(1, "a")), tx(2, op(2, "b")), grant=read_only)
+    assert [(r.verdict, r.code) for r in results] == [(REJECTED, "forbidden")] * 2
+    assert "may not write" in results[0].message
+    assert world.server_storage.commits == commits
+
+
+def test_r14_what_was_accepted_stays_accepted_when_the_token_may_not_write_any_more() -> None:
+    world = World()
+    [first] = push(world, tx(1, op(1, "a")))
+    again, new = push(
+        world, tx(1, op(1, "a")), tx(2, op(2, "b")), grant=Grant("reader", True, False)
+    )
+    assert (again.verdict, again.version) == (ACCEPTED, first.version)
+    assert (new.verdict, new.code) == (REJECTED, "forbidden")
+
+
+def test_r15_an_impossible_name_is_the_verdict_on_what_writes_there_alone() -> None:
+    world = World()
+    names = ["notes", "", "x" * 256, "a\nb"]
+    results = push(
+        world,
+        *(tx(n + 1, op(n, "v", collection=n)) for n in range(4)),
+        collections=names,
+    )
+    assert [r.code for r in results] == ["", "invalid_name", "invalid_name", "invalid_name"]
+    assert world.server.collections() == ["notes"]
 
 
 def test_r15_a_collection_the_token_does_not_cover_does_not_come_to_be() -> None:

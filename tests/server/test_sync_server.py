@@ -130,7 +130,8 @@ def test_a_token_that_may_only_read_makes_no_database(server: SyncServer):
 
 def test_a_token_that_may_only_read_cannot_push(server: SyncServer):
     history = history_of(server)
-    assert ask(server, push(history, 1), "shop=r").code == "forbidden"
+    [result] = ask(server, push(history, 1), "shop=r").results
+    assert (result.verdict, result.code) == (Verdict.REJECTED, "forbidden")
     assert isinstance(ask(server, pull(history), "shop=r"), PullResponse)
     assert server.database("shop").sequence == 0
 

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from entidb import cbor, protocol
 from entidb.collector import paused
 from entidb.db import Database
-from entidb.db.catalogue import Catalogue, CollectionInfo
+from entidb.db.catalogue import COLLECTIONS_MAX, Catalogue, CollectionInfo
 from entidb.db.feed import feed_page, latest_of
 from entidb.db.maintenance import mark_clock, read_floor
 from entidb.db.records import (
@@ -51,9 +51,9 @@ from entidb.errors import (
     CborDecodeError,
     CorruptionError,
     HistoryChangedError,
+    InvalidNameError,
     PermissionDeniedError,
     ResetRequiredError,
-    SyncCodecError,
     SyncError,
     VersionMismatchError,
 )
@@ -79,7 +79,7 @@ from entidb.protocol import (
     transaction_bytes,
 )
 from entidb.types import OPERATION_OVERHEAD_BYTES as _COUNTED_OVERHEAD_BYTES
-from entidb.types import timestamp_from_ms, uuid_from_bytes
+from entidb.types import check_name, timestamp_from_ms, uuid_from_bytes
 
 _log = logging.getLogger("entidb.server")
 
@@ -167,6 +167,8 @@ class ValidateContext:
         return None if payload is None else cbor.decode_trusted(payload)
 
 
+#: Why a transaction is refused: code and message (R15).
+Fault = tuple[str, str]
 #: Answers None to let a transaction pass, or why not.
 ValidateHook = Callable[[ValidateContext, ValidateTransaction], Refusal | None]
 
@@ -331,17 +333,14 @@ class DatabaseService:
             proof = None
             if max(seen, default=0) > known_head:
                 proof = self._proof(members, seen, known_head)
-            for (request, grant), values, newest in zip(members, checked, seen, strict=True):
+            for (request, grant), found, newest in zip(members, checked, seen, strict=True):
                 if proof is not None:
                     break  # nothing is decided in the history that ends here
-                if isinstance(values, SyncError):
-                    answers.append(values)
-                    continue
                 try:
                     # Nobody can have built on what no answer has told of yet: such a base would
                     # let a write pass over what others are about to commit (R13).
                     self._check_history(request.history, newest, known_head)
-                    answers.append(self._decide(writer, request, grant, floor, values))
+                    answers.append(self._decide(writer, request, grant, floor, found))
                 except SyncError as error:
                     answers.append(error)
             changed = bool(writer.changes)
@@ -360,11 +359,12 @@ class DatabaseService:
             for answer in answers
         ]
 
-    def _precheck(self, request: PushRequest, grant: Grant) -> list[list[Any]] | SyncError:
+    def _precheck(self, request: PushRequest, grant: Grant) -> _Checked:
         """Proof that every payload is canonical (its bytes are stored and forwarded untouched);
-        and each payload's value, if there is a ``validate`` that will see it."""
+        and each payload's value, if there is a ``validate`` that will see it. What is wrong with
+        a payload is wrong with its transaction, and no other (R15)."""
         if not grant.write:
-            return PermissionDeniedError(f"this token may not write database {self.db_id!r}")
+            return _NOTHING_CHECKED
         keep = self._validate is not None
         if not keep:
             payloads = [
@@ -374,30 +374,21 @@ class DatabaseService:
                 if op.payload is not None
             ]
             if cbor.all_pass(payloads):
-                return []
-        check = cbor.check
-        values: list[list[Any]] = []
-        for transaction in request.transactions:
+                return _NOTHING_CHECKED
+        checked = _Checked([], {})
+        for index, transaction in enumerate(request.transactions):
             row = []
             for op in transaction.operations:
-                payload = op.payload
                 value = None
-                if payload is not None:
-                    try:
-                        value = check(payload)
-                    except CborDecodeError as error:
-                        return SyncCodecError(
-                            f"entity {op.entity_id.hex()} of transaction "
-                            f"{transaction.transaction_id.hex()} is not canonical: {error}"
-                        )
-                    if value is None:
-                        return SyncCodecError(
-                            f"entity {op.entity_id.hex()} is null; a deletion has no payload"
-                        )
-                if keep:
-                    row.append(value)
-            values.append(row)
-        return values
+                if op.payload is not None:
+                    value, fault = _value_of(op.payload)
+                    if fault is not None and index not in checked.faults:
+                        said = f"its entity {op.entity_id.hex()} {fault}"
+                        checked.faults[index] = "codec_error", said
+                row.append(value)
+            if keep:
+                checked.values.append(row)
+        return checked
 
     def _decide(
         self,
@@ -405,10 +396,10 @@ class DatabaseService:
         request: PushRequest,
         grant: Grant,
         floor: int,
-        values: list[list[Any]],
+        checked: _Checked,
     ) -> PushResponse:
-        deciding = _Deciding(self, writer, request, grant, floor)
-        results = deciding.run(values)
+        deciding = _Deciding(self, writer, request, grant, floor, checked.faults)
+        results = deciding.run(checked.values)
         return PushResponse(
             results=results,
             collections=request.collections,
@@ -535,6 +526,28 @@ class DatabaseService:
         self._known = None
 
 
+class _Checked(Struct, frozen=True):
+    """What was found in a push before it is decided: each payload's value, if somebody will look
+    at them, and what is wrong with which of its transactions (code and message)."""
+
+    values: list[list[Any]]
+    faults: dict[int, Fault]
+
+
+_NOTHING_CHECKED: Final = _Checked([], {})
+
+
+def _value_of(payload: bytes) -> tuple[Any, str | None]:
+    """The value of a payload, or what is wrong with it."""
+    try:
+        value = cbor.check(payload)
+    except CborDecodeError as error:
+        return None, f"is not canonical: {error}"
+    if value is None:
+        return None, "is null; a deletion has no payload"
+    return value, None
+
+
 class _Deciding:
     """The verdicts of one push, against a writer that has the earlier members of its group."""
 
@@ -545,11 +558,13 @@ class _Deciding:
         request: PushRequest,
         grant: Grant,
         floor: int,
+        faults: Mapping[int, Fault],
     ) -> None:
         self._service = service
         self._writer = writer
         self._request = request
         self._grant = grant
+        self._faults = faults
         self._digest_heads = digest_heads(request.collections)
         self._below_floor = request.cursor < floor
         self._prefixes = self._collections()
@@ -567,19 +582,43 @@ class _Deciding:
         self._bytes_max = service.limits.transaction_bytes_max
 
     def _collections(self) -> list[tuple[int, bytes] | None]:
-        """(number, key prefix) for each name; None where the token may not write."""
-        found: list[tuple[int, bytes] | None] = []
-        allowed = self._grant.collections
-        catalogue = self._writer.catalogue.adding_all(
-            name for name in self._request.collections if allowed is None or name in allowed
+        """(number, key prefix) for each name; None where nothing can be written, and then
+        ``_closed`` says why."""
+        present, names = self._writer.catalogue, self._request.collections
+        #: What is wrong with writing to a collection, by its place in the request.
+        self._closed: dict[int, Fault] = {}
+        for index, name in enumerate(names):
+            fault = self._closed_to(name)
+            if fault is not None:
+                self._closed[index] = fault
+        catalogue = present.adding_all(
+            name for index, name in enumerate(names) if index not in self._closed
         )
-        for name in self._request.collections:
-            info = catalogue.by_name.get(name) if allowed is None or name in allowed else None
-            # A collection that is local on the server is nobody else's (R31).
-            found.append((info.number, info.prefix) if info is not None and info.synced else None)
+        found: list[tuple[int, bytes] | None] = []
+        for index, name in enumerate(names):
+            info = None if index in self._closed else catalogue.by_name.get(name)
+            if info is None and index not in self._closed:
+                self._closed[index] = _no_room_for(name)
+            found.append(None if info is None else (info.number, info.prefix))
         # New collections come to be with the first transaction that is accepted, not before.
-        self._planned: Catalogue | None = None if catalogue is self._writer.catalogue else catalogue
+        self._planned: Catalogue | None = None if catalogue is present else catalogue
         return found
+
+    def _closed_to(self, name: str) -> Fault | None:
+        grant = self._grant
+        if not grant.write:
+            return "forbidden", f"this token may not write database {self._service.db_id!r}"
+        try:
+            check_name(name)
+        except InvalidNameError as error:
+            return "invalid_name", str(error)
+        if grant.collections is not None and name not in grant.collections:
+            return "forbidden", f"this token may not write collection {name!r}"
+        info = self._writer.catalogue.by_name.get(name)
+        if info is not None and not info.synced:
+            # A collection that is local on the server is nobody else's (R31).
+            return "forbidden", f"this token may not write collection {name!r}"
+        return None
 
     def run(self, values: list[list[Any]]) -> list[PushResult]:
         """The verdicts in order; ``values`` is empty where nobody will see them."""
@@ -605,7 +644,7 @@ class _Deciding:
             results = self._accept_all(accepted_keys, real, rows)
         if results is None:
             seen = values or repeat(())
-            results = list(map(self._one, transactions, keys, known, seen))
+            results = list(map(self._one, range(count), transactions, keys, known, seen))
         for place, by in zip(self._prefixes, self._counts, strict=True):
             if place is not None:
                 writer.count(place[0], by)
@@ -621,6 +660,8 @@ class _Deciding:
         operations = [transaction.operations[0] for transaction in transactions]
         payloads = [operation.payload for operation in operations]
         if self._validates or self._below_floor or self._may_be_large or None in payloads:
+            return None
+        if self._faults:
             return None
         if not len(transactions) == len(set(keys)) == len(set(accepted_keys)):
             return None
@@ -663,6 +704,7 @@ class _Deciding:
 
     def _one(
         self,
+        index: int,
         transaction: PushTransaction,
         keys: list[bytes | None],
         known: bytes | None,
@@ -671,12 +713,13 @@ class _Deciding:
         digest = digest_operations(self._digest_heads, transaction.operations)
         if known is not None:
             return self._known(transaction, known, digest, keys)
-        if None in keys:
-            return self._refuse(
-                [key for key in keys if key is not None],
-                "forbidden",
-                "this token may not write one of its collections",
+        if None in keys or index in self._faults:
+            place = next(
+                (op.collection for op in transaction.operations if op.collection in self._closed),
+                None,
             )
+            fault = self._faults[index] if place is None else self._closed[place]
+            return self._refuse([key for key in keys if key is not None], *fault)
         places = cast("list[bytes]", keys)
         if self._below_floor or self._conflicts(transaction, places):
             self._refused.update(places)
@@ -960,6 +1003,14 @@ class _ColumnPage(_Page):
             values=b"".join(self._values),
             indexes=struct.pack(f">{count}H", *self._columns),
         )
+
+
+def _no_room_for(name: str) -> Fault:
+    return (
+        "too_many_collections",
+        f"collection {name!r} does not fit: this database holds {COLLECTIONS_MAX} collections. "
+        "Use a field of the entity instead",
+    )
 
 
 def _corrupt(sequence: int, entity_id: bytes, why: str) -> CorruptionError:
