@@ -45,6 +45,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 
 class EntiDBError(Exception):
@@ -94,7 +95,29 @@ class TransactionTooLargeError(LocalError):
 
 
 class ValueTypeError(LocalError, TypeError):
+    """A value, a stored entity or a class that does not fit.
+
+    As far as they are known: ``collection`` and ``entity_id`` (a ``uuid.UUID``) name the entity,
+    ``field`` the place in it (``lines[3].price``), ``reason`` says what is wrong there.
+    """
+
     code = "value_type"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        collection: str | None = None,
+        entity_id: UUID | None = None,
+        field: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        super().__init__(message, code=code)
+        self.collection = collection
+        self.entity_id = entity_id
+        self.field = field
+        self.reason = reason
 
 
 class InvalidNameError(LocalError, ValueError):

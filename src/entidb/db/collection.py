@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar, overload
 
-from entidb.db.codec import ValueCodec
+from entidb.db.codec import Keep, ValueCodec, located
 from entidb.db.rows import Rows
 from entidb.errors import ValueTypeError
 from entidb.types import uuid_from_bytes
@@ -50,7 +50,13 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
             payload = rows.get(self.name, raw)
         if payload is None:
             raise KeyError(entity_id)
-        return self._codec.decode(payload)
+        return self._decode(raw, payload)
+
+    def _decode(self, raw: bytes, payload: bytes) -> V:
+        try:
+            return self._codec.decode(payload)
+        except ValueTypeError as error:
+            raise located(error, self.name, raw) from error
 
     @overload
     def get(self, key: uuid.UUID) -> V | None: ...
@@ -62,15 +68,18 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
         raw = id_bytes(key)
         with self._open() as rows:
             payload = rows.get(self.name, raw)
-        return default if payload is None else self._codec.decode(payload)
+        return default if payload is None else self._decode(raw, payload)
 
     def get_many(self, ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, V]:
         """The entities among ``ids`` that exist, from one snapshot; others are left out."""
         wanted = list(ids)
         with self._open() as rows:
             payloads = rows.get_many(self.name, [id_bytes(entity_id) for entity_id in wanted])
-        decode = self._codec.decode
-        return {i: decode(p) for i, p in zip(wanted, payloads, strict=True) if p is not None}
+        found = {}
+        for entity_id, payload in zip(wanted, payloads, strict=True):
+            if payload is not None:
+                found[entity_id] = self._decode(entity_id.bytes, payload)
+        return found
 
     def __contains__(self, entity_id: object) -> bool:
         raw = id_bytes(entity_id)
@@ -100,7 +109,11 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
             return
         decode = self._codec.decode
         for number, (raw, payload) in enumerate(self._pairs(start, stop, reverse), 1):
-            yield uuid_from_bytes(raw), decode(payload)
+            try:
+                value = decode(payload)
+            except ValueTypeError as error:
+                raise located(error, self.name, raw) from error
+            yield uuid_from_bytes(raw), value
             if number == limit:
                 return
 
@@ -152,13 +165,29 @@ class ValuesView(Generic[V]):
         self._collection = collection
 
     def __iter__(self) -> Iterator[V]:
-        decode = self._collection._codec.decode
-        return (decode(payload) for _, payload in self._collection.payloads())
+        collection = self._collection
+        decode = collection._codec.decode
+        for raw, payload in collection.payloads():
+            try:
+                value = decode(payload)
+            except ValueTypeError as error:
+                raise located(error, collection.name, raw) from error
+            yield value
 
     def __len__(self) -> int:
         return len(self._collection)
 
 
+def kept(keep: Keep, name: str, entity_id: bytes, payload: bytes, stored: bytes) -> bytes:
+    """What is written over ``stored``. Raises ``ValueTypeError``, which names the entity."""
+    try:
+        return keep(payload, stored)
+    except ValueTypeError as error:
+        raise located(error, name, entity_id) from error
+
+
+#: The payload at (collection name, id), the transaction's own writes included.
+Stored = Callable[[str, bytes], bytes | None]
 #: Stages one write: (collection name, id, payload or None).
 Stage = Callable[[str, bytes, bytes | None], None]
 
@@ -171,16 +200,45 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         name: str,
         codec: ValueCodec[V],
         open_rows: OpenRows,
+        stored: Stored,
         stage: Stage,
         new_id: Callable[[], bytes],
     ) -> None:
         super().__init__(name, codec, open_rows)
+        self._stored = stored
         self._stage = stage
         self._new_id = new_id
 
     def __setitem__(self, entity_id: uuid.UUID, value: V) -> None:
+        """Store ``value``; fields of the stored entity that its class does not know stay, unless
+        the collection was opened with ``exact=True``."""
         raw = id_bytes(entity_id)
-        self._stage(self.name, raw, self._codec.encode(value))
+        payload = self._codec.encode(value)
+        keep = self._codec.keep
+        if keep is not None:
+            stored = self._stored(self.name, raw)
+            if stored is not None:
+                payload = kept(keep, self.name, raw, payload, stored)
+        self._stage(self.name, raw, payload)
+
+    def patch(
+        self, entity_id: uuid.UUID, changes: Mapping[str, Any] | None = None, /, **fields: Any
+    ) -> None:
+        """Change the named fields of an entity, and nothing else of it: ``patch(id, price=4)``.
+
+        ``changes`` is for names that Python cannot write as keywords. A typed collection checks
+        them as its class does. Raises ``KeyError`` if there is no such entity, ``ValueTypeError``
+        for a field the class does not have and for a value that does not fit it."""
+        raw = id_bytes(entity_id)
+        stored = self._stored(self.name, raw)
+        if stored is None:
+            raise KeyError(entity_id)
+        try:
+            payload = self._codec.patch(stored, {**(changes or {}), **fields})
+        except ValueTypeError as error:
+            raise located(error, self.name, raw) from error
+        if payload != stored:
+            self._stage(self.name, raw, payload)
 
     def __delitem__(self, entity_id: uuid.UUID) -> None:
         if entity_id not in self:
@@ -213,8 +271,9 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
 
 #: Opens a transaction that commits when the block ends.
 OpenTransaction = Callable[[], AbstractContextManager[Any]]
-#: Commits one entity: (collection name, id or None for a new one, payload); returns the id.
-CommitOne = Callable[[str, bytes | None, bytes], bytes]
+#: Commits one entity: (collection name, id or None for a new one, payload, what to keep of the
+#: stored one); returns the id.
+CommitOne = Callable[[str, bytes | None, bytes, Keep | None], bytes]
 
 
 class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
@@ -228,19 +287,32 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         open_rows: OpenRows,
         open_transaction: OpenTransaction,
         commit_one: CommitOne,
-        kind: type[V] | None,
     ) -> None:
         super().__init__(name, codec, open_rows)
         self._transaction = open_transaction
         self._commit_one = commit_one
-        self._kind = kind
 
     def _one(self, tx: Any) -> TransactionCollection[V]:
-        made: TransactionCollection[V] = tx.collection(self.name, self._kind)
+        made: TransactionCollection[V] = tx.with_codec(self.name, self._codec)
         return made
 
     def __setitem__(self, entity_id: uuid.UUID, value: V) -> None:
-        self._commit_one(self.name, id_bytes(entity_id), self._codec.encode(value))
+        """Store ``value``; fields of the stored entity that its class does not know stay, unless
+        the collection was opened with ``exact=True``."""
+        codec = self._codec
+        self._commit_one(self.name, id_bytes(entity_id), codec.encode(value), codec.keep)
+
+    def patch(
+        self, entity_id: uuid.UUID, changes: Mapping[str, Any] | None = None, /, **fields: Any
+    ) -> None:
+        """Change the named fields of an entity, and nothing else of it, in one transaction:
+        ``patch(id, price=4)``.
+
+        ``changes`` is for names that Python cannot write as keywords. A typed collection checks
+        them as its class does. Raises ``KeyError`` if there is no such entity, ``ValueTypeError``
+        for a field the class does not have and for a value that does not fit it."""
+        with self._transaction() as tx:
+            self._one(tx).patch(entity_id, changes, **fields)
 
     def __delitem__(self, entity_id: uuid.UUID) -> None:
         with self._transaction() as tx:
@@ -248,7 +320,7 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
 
     def add(self, value: V) -> uuid.UUID:
         """Store ``value`` under a new UUIDv7 and return it."""
-        return uuid_from_bytes(self._commit_one(self.name, None, self._codec.encode(value)))
+        return uuid_from_bytes(self._commit_one(self.name, None, self._codec.encode(value), None))
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values`` in one transaction."""

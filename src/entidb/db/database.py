@@ -22,8 +22,8 @@ from msgspec import Struct
 
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
-from entidb.db.codec import codec_for
-from entidb.db.collection import Collection, ReadCollection
+from entidb.db.codec import Keep, codec_for
+from entidb.db.collection import Collection, ReadCollection, kept
 from entidb.db.feed import ChangeEvent, ChangeFeed, load_events
 from entidb.db.records import (
     META_BEGUN,
@@ -281,24 +281,33 @@ class Database:
 
     @overload
     def collection(
-        self, name: str, type: type[V], *, local: bool | None = None
+        self, name: str, type: type[V], *, local: bool | None = None, exact: bool = False
     ) -> Collection[V]: ...
 
     def collection(
-        self, name: str, type: type[Any] | None = None, *, local: bool | None = None
+        self,
+        name: str,
+        type: type[Any] | None = None,
+        *,
+        local: bool | None = None,
+        exact: bool = False,
     ) -> Collection[Any]:
         """The collection ``name`` as a mapping from ``uuid.UUID`` to values.
 
-        ``type`` makes it typed: a dataclass, an attrs class, a msgspec Struct or a pydantic model.
+        ``type`` makes it typed: a dataclass, an attrs class, a msgspec Struct, a TypedDict or a
+        pydantic model. What is written comes back equal, or the write is refused. Fields of a
+        stored entity that the class does not know, because a newer program wrote them, survive a
+        write; ``exact=True`` erases them.
         ``local=True`` declares that it never synchronises (R31); stored in the database.
-        Raises ``InvalidNameError``; ``ScopeError`` when a collection with data or pending
+        Raises ``InvalidNameError``; ``ValueTypeError`` for a class that cannot come back as it
+        was, naming the field; ``ScopeError`` when a collection with data or pending
         changes would turn local or synchronised (use ``set_scope`` and ``declare_local``).
         """
         check_name(name)
+        codec = codec_for(type, exact=exact)
         if local is not None:
             self.declare_local(name, local)
-        codec = codec_for(type)
-        return Collection(name, codec, self._open_rows, self.transaction, self.commit_one, type)
+        return Collection(name, codec, self._open_rows, self.transaction, self.commit_one)
 
     def collections(self) -> list[str]:
         """Names of the collections that exist, in order."""
@@ -374,15 +383,22 @@ class Database:
             self._store(writer, "local")
         return sequence
 
-    def commit_one(self, name: str, entity_id: bytes | None, payload: bytes) -> bytes:
+    def commit_one(
+        self, name: str, entity_id: bytes | None, payload: bytes, keep: Keep | None = None
+    ) -> bytes:
         """Store one entity in a transaction of its own, under a new id where ``entity_id`` is
-        None; returns the id. Raises what ``transaction`` and its ``commit`` do. For collections;
+        None; returns the id. ``keep`` makes what is written of ``payload`` and of what is stored,
+        if something is. Raises what ``transaction`` and its ``commit`` do. For collections;
         programs write through those.
 
         What programs do most, so without the objects that one holds on to in a transaction."""
         with self.write("local") as writer:
             transaction_id = self._ids.new_bytes()
             made = self._ids.new_bytes() if entity_id is None else entity_id
+            if keep is not None:
+                rows = SnapshotRows(writer.snapshot, writer.catalogue)
+                if (stored := rows.get(name, made)) is not None:
+                    payload = kept(keep, name, made, payload, stored)
             writes: Writes = {name: {made: payload}}
             check_size(writes, self.transaction_bytes_max)
             commit_local(writer, self.role, writes, transaction_id, self._tick(writer))

@@ -15,8 +15,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from entidb.db.catalogue import CollectionInfo
-from entidb.db.codec import codec_for
-from entidb.db.collection import TransactionCollection
+from entidb.db.codec import ValueCodec, codec_for
+from entidb.db.collection import Collection, TransactionCollection
 from entidb.db.records import (
     DIRTY,
     HAS_BASE,
@@ -102,17 +102,35 @@ class Transaction:
     def collection(self, name: str) -> TransactionCollection[Any]: ...
 
     @overload
-    def collection(self, name: str, type: type[V]) -> TransactionCollection[V]: ...
+    def collection(
+        self, name: str, type: type[V], *, exact: bool = False
+    ) -> TransactionCollection[V]: ...
 
-    def collection(self, name: str, type: type[Any] | None = None) -> TransactionCollection[Any]:
-        """The collection ``name`` inside this transaction. Raises ``InvalidNameError``."""
+    def collection(
+        self, name: str, type: type[Any] | None = None, *, exact: bool = False
+    ) -> TransactionCollection[Any]:
+        """The collection ``name`` inside this transaction; ``type`` and ``exact`` as in
+        ``Database.collection``. Raises ``InvalidNameError``, ``ValueTypeError``."""
+        return self.with_codec(name, codec_for(type, exact=exact))
+
+    def with_codec(self, name: str, codec: ValueCodec[V]) -> TransactionCollection[V]:
+        """As ``collection``, for what has a codec already."""
         self._check_open()
         check_name(name)
         return TransactionCollection(
-            name, codec_for(type), self._open_rows, self._stage, self._new_id
+            name, codec, self._open_rows, self._stored, self._stage, self._new_id
         )
 
-    def __getitem__(self, name: str) -> TransactionCollection[Any]:
+    @overload
+    def __getitem__(self, name: str) -> TransactionCollection[Any]: ...
+
+    @overload
+    def __getitem__(self, name: Collection[V]) -> TransactionCollection[V]: ...
+
+    def __getitem__(self, name: str | Collection[Any]) -> TransactionCollection[Any]:
+        """``tx["notes"]``; or ``tx[notes]``, the collection of a database with its type."""
+        if isinstance(name, Collection):
+            return self.with_codec(name.name, name._codec)
         return self.collection(name)
 
     def commit(self) -> int:
@@ -169,6 +187,11 @@ class Transaction:
         if mine is None:
             mine = self.writes[name] = {}
         mine[entity_id] = payload
+
+    def _stored(self, name: str, entity_id: bytes) -> bytes | None:
+        if self._state is not _OPEN:
+            self._check_open()
+        return self._rows.get(name, entity_id)
 
     @contextmanager
     def _open_rows(self) -> Iterator[Rows]:
