@@ -302,8 +302,9 @@ class Names:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[str] = []
         self.waiting: set[str] = set()
-        self._mkdir, self._sync = os.mkdir, place.sync_directory
+        self._mkdir, self._replace, self._sync = os.mkdir, os.replace, place.sync_directory
         monkeypatch.setattr(os, "mkdir", self.mkdir)
+        monkeypatch.setattr(os, "replace", self.replace)
         monkeypatch.setattr(place, "sync_directory", self.sync)
 
     def mkdir(self, path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
@@ -311,6 +312,12 @@ class Names:
         if dir_fd is None:
             self.made.append(os.path.realpath(path))
             self.waiting.add(os.path.realpath(path))
+
+    def replace(self, old: str, new: str, **options: int) -> None:
+        self._replace(old, new, **options)
+        if os.path.realpath(old) in self.waiting:
+            self.waiting.discard(os.path.realpath(old))
+            self.waiting.add(os.path.realpath(new))
 
     def sync(self, descriptor: int) -> None:
         self._sync(descriptor)

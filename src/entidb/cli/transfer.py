@@ -37,7 +37,8 @@ from entidb.cli.words import bind, existing_collection, json_option, key_id, ope
 from entidb.cli.words import words as positional
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
-from entidb.errors import CborEncodeError
+from entidb.errors import CborEncodeError, StorageError
+from entidb.storage.partial import Partial, remove_dead
 
 #: Rows of one transaction. Group commit on the server and sync batches like them of this size.
 BATCH_ROWS: Final = 1000
@@ -341,13 +342,22 @@ def _target(output: str | None) -> Iterator[IO[bytes]]:
         with path.open("wb") as raw:  # a pipe or a device
             yield raw
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as raw:
+    where = os.path.abspath(output)
+    remove_dead(os.path.dirname(where))
+    with _begin_file(where) as partial:
+        with open(partial.path, "wb") as raw:
             yield raw
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        partial.finish()
+
+
+def _begin_file(where: str) -> Partial:
+    try:
+        return Partial(where, "export")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {where}: {error.strerror}; name a file in a directory that is there and "
+            "that you may write to"
+        ) from error
 
 
 _SHOW_EVERY: Final = 1000

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import struct
 import sys
 import time
@@ -44,6 +43,7 @@ from entidb.errors import (
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 from entidb.storage.lmdb_file import check_data_file
 from entidb.storage.lmdb_pages import check_headers, closed_file_faults, page_faults, read_header
+from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.place import DATA as _DATA
 from entidb.storage.place import (
     LMDB_LOCK,
@@ -837,23 +837,29 @@ class LmdbStorage:
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
         where = os.path.abspath(os.fspath(path))
         if os.path.lexists(where):
-            raise StorageError(f"{where} exists; a backup needs a new directory")
-        partial = f"{where}.partial-{os.getpid()}"
+            raise _exists(where)
         try:
-            os.mkdir(partial, 0o700)
-            with self.snapshot() as snapshot, snapshot._inside():
-                self._copy_to(partial)
-            with contextlib.closing(LmdbStorage.open(partial, map_bytes=self._map_bytes)) as copy:
-                copy.commit(dict(changes))
-            for name in (LMDB_LOCK, LOCK):
-                os.unlink(os.path.join(partial, name))
-            sync_path(partial)
-            os.rename(partial, where)
-            sync_path(os.path.dirname(where))
+            remove_dead(os.path.dirname(where))
+            with Partial(where, "backup") as partial:
+                self._copy_for_backup(partial.path, changes)
+                # Meanwhile another backup to the same place may have come to its end.
+                if os.path.lexists(where):
+                    raise _exists(where)
+                partial.finish()
         except OSError as error:
             raise _storage_error(error, f"writing the backup {where}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def _copy_for_backup(
+        self, directory: str, changes: Iterable[tuple[bytes, bytes | None]]
+    ) -> None:
+        os.mkdir(directory, 0o700)
+        with self.snapshot() as snapshot, snapshot._inside():
+            self._copy_to(directory)
+        with contextlib.closing(LmdbStorage.open(directory, map_bytes=self._map_bytes)) as copy:
+            copy.commit(dict(changes))
+        for name in (LMDB_LOCK, LOCK):
+            os.unlink(os.path.join(directory, name))
+        sync_path(directory)
 
     def _copy_to(self, directory: str) -> None:
         """A compacted, consistent and synced copy in the empty ``directory``; ``env.copy`` reads
@@ -1002,6 +1008,10 @@ def _stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
     if len(puts) == len(keys):
         return puts, []
     return puts, [key for key in keys if batch[key] is None]
+
+
+def _exists(where: str) -> StorageError:
+    return StorageError(f"{where} exists; a backup needs a new directory")
 
 
 def _check_directory(where: str, create: bool) -> None:

@@ -1,0 +1,149 @@
+"""Files and directories that take several steps to make, and appear whole or not at all.
+
+They are made beside their place, in a directory whose name says what it is, under a lock that goes
+with the process. So two who make the same thing at once do not spoil it for each other, and what a
+dead process left behind is known for what it is and removed by the next who makes something there.
+
+Not here: what is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import time
+from typing import Final
+
+from entidb.errors import DatabaseLockedError
+from entidb.storage.place import FileLock, HeldError, give_as, sync_path
+
+_SUFFIX: Final = ".entidb-partial"
+_LOCK: Final = "lock"
+#: What EntiDB 0.3 called them: with the number of the process.
+_OLD: Final = re.compile(r".+\.partial-([0-9]{1,9})")
+_OLD_CONTENT: Final = frozenset(("data.mdb", "lock.mdb", "entidb.lock"))
+#: Looks at a lock that somebody has, and seconds between them. Who only cleans up has it briefly.
+_LOOKS: Final = 10
+_LOOK_SECONDS: Final = 0.05
+
+
+class Partial:
+    """What is being made for the place ``where``. ``path`` is where to make it; then ``finish``."""
+
+    def __init__(self, where: str, what: str) -> None:
+        """``what`` is the word for messages. Raises ``DatabaseLockedError`` if somebody else is
+        making it, ``OSError``."""
+        self._where = where
+        self._folder = f"{where}{_SUFFIX}"
+        self.path = os.path.join(self._folder, os.path.basename(where))
+        try:
+            self._lock = _take(self._folder)
+        except HeldError as error:
+            process = f"process {error.holder}" if error.holder else "another process"
+            raise DatabaseLockedError(
+                f"another {what} to {where} is under way in {process}; wait for it, or name "
+                "another place"
+            ) from error
+        try:
+            _clear(self._folder)
+        except BaseException:
+            self._end()
+            raise
+
+    def finish(self) -> None:
+        """Move it to its place, durably. A file there is replaced, and its owner and permissions
+        are kept; a directory is not replaced."""
+        with contextlib.suppress(FileNotFoundError):
+            _give_as(self.path, os.stat(self._where))
+        os.replace(self.path, self._where)
+        sync_path(os.path.dirname(self._where))
+
+    def _end(self) -> None:
+        if sys.platform == "win32":  # where nothing is removed that is open
+            self._lock.release()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.release()
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._end()
+        except BaseException:
+            self._end()  # Ctrl-C; each step may be repeated.
+            raise
+
+
+def _give_as(path: str, like: os.stat_result) -> None:
+    if sys.platform == "win32":
+        return  # Its files have no owner that counts.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        give_as(descriptor, like)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take(folder: str) -> FileLock:
+    for look in range(_LOOKS):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        try:
+            return FileLock.take(os.path.join(folder, _LOCK), os.stat(folder))
+        except FileNotFoundError:
+            continue  # Whoever had it is done, and has removed it.
+        except HeldError:
+            if look == _LOOKS - 1:
+                raise
+            time.sleep(_LOOK_SECONDS)
+    raise HeldError("")
+
+
+def _clear(folder: str) -> None:
+    """Remove what a dead process left in a directory whose lock is ours."""
+    for entry in list(os.scandir(folder)):
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def remove_dead(folder: str) -> None:
+    """Remove what dead processes left unfinished in ``folder``, as far as this one may."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            with contextlib.suppress(OSError, HeldError):
+                if not entry.is_dir(follow_symlinks=False):
+                    continue
+                if entry.name.endswith(_SUFFIX):
+                    _remove(entry.path)
+                elif (old := _OLD.fullmatch(entry.name)) and _is_old_and_dead(entry.path, old[1]):
+                    shutil.rmtree(entry.path)
+
+
+def _remove(folder: str) -> None:
+    lock = FileLock.take(os.path.join(folder, _LOCK), os.stat(folder))
+    try:
+        if sys.platform == "win32":
+            lock.release()
+        shutil.rmtree(folder)
+    finally:
+        lock.release()
+
+
+def _is_old_and_dead(path: str, process: str) -> bool:
+    """Whether this is the unfinished backup of a process of EntiDB 0.3 that is gone."""
+    if sys.platform == "win32" or not _OLD_CONTENT.issuperset(os.listdir(path)):
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    return False
