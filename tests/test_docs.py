@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import click
 import pytest
@@ -24,7 +25,7 @@ import pytest
 import entidb
 from entidb import errors, server, sync
 from entidb.cli.app import cli
-from entidb.db import Database, records
+from entidb.db import Database, F, records
 from tests.test_layers import ROWS
 
 ROOT = Path(__file__).parent.parent
@@ -422,6 +423,30 @@ def test_getting_started_runs_from_top_to_bottom(tmp_path: Path):
 def test_the_code_of_the_concepts_page_runs(tmp_path: Path):
     opened = "from entidb import Database\ndb = Database.open('db')\n"
     run_block(opened + "\n".join(blocks(DOCS / "concepts.md", "python")), tmp_path)
+
+
+@pytest.mark.process
+def test_the_code_of_the_page_on_finding_runs(tmp_path: Path):
+    code = "\n".join(blocks(DOCS / "finding.md", "python"))
+    made = (
+        "db = Database.open('db')\n"
+        "db.collection('stock').put_many((UUID(int=n), {'kind': 'tea' if n % 3 else 'cup',\n"
+        "    'price': n / 10, 'name': f'n{n}', 'sku': f'A-{n}', 'stock': n % 5})\n"
+        "    for n in range(200))"
+    )
+    opened = f"from uuid import UUID\nfrom entidb import Database, F\n{made}\n"
+    run_block(opened + code, tmp_path)
+
+
+def test_what_the_page_on_finding_shows_of_a_plan_is_what_is_printed(tmp_path: Path):
+    shown = text_of(DOCS / "finding.md").split("```pycon\n")[1].split("```")[0]
+    asked, said = shown.strip().split("\n")
+    prices = [("tea", 3), ("tea", 4.5), ("tea", None), ("cup", 9), ("cup", 1)]
+    with Database.open(tmp_path / "db") as db:
+        stock = db.collection("stock")
+        stock.put_many([(UUID(int=n), {"kind": k, "price": p}) for n, (k, p) in enumerate(prices)])
+        query = asked.removeprefix(">>> print(").removesuffix(")")
+        assert str(eval(query, {"stock": stock, "F": F})) == said
 
 
 def test_the_readme_names_the_two_commands():

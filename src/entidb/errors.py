@@ -8,6 +8,7 @@
     │   ├── TransactionError           transaction_state        nested, or used after its end
     │   ├── TransactionTooLargeError   transaction_too_large
     │   ├── ValueTypeError             value_type               refused by the collection's type
+    │   ├── QueryError                 invalid_query            a condition or order that cannot be
     │   ├── InvalidNameError           invalid_name
     │   ├── ScopeError                 scope_conflict
     │   └── ConfigError                invalid_config
@@ -118,6 +119,10 @@ class ValueTypeError(LocalError, TypeError):
         self.entity_id = entity_id
         self.field = field
         self.reason = reason
+
+
+class QueryError(LocalError, ValueError):
+    code = "invalid_query"
 
 
 class InvalidNameError(LocalError, ValueError):

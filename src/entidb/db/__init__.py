@@ -1,10 +1,12 @@
 """The embedded core: database, collections, transactions, outbox, change feed (row 2)."""
 
 from entidb.db.collection import Collection, ReadCollection, TransactionCollection
+from entidb.db.conditions import Condition, F
 from entidb.db.database import CommitEvent, Database, Snapshot
 from entidb.db.feed import ChangeEvent, ChangeFeed
 from entidb.db.maintenance import dump, inspect, purge_tombstones
 from entidb.db.outbox import DiscardedTransaction
+from entidb.db.query import Plan, Query
 from entidb.db.transaction import Role, Transaction
 
 __all__ = [
@@ -12,8 +14,12 @@ __all__ = [
     "ChangeFeed",
     "Collection",
     "CommitEvent",
+    "Condition",
     "Database",
     "DiscardedTransaction",
+    "F",
+    "Plan",
+    "Query",
     "ReadCollection",
     "Role",
     "Snapshot",

@@ -25,7 +25,7 @@ import msgspec
 from entidb import cbor
 from entidb.db.kinds import AS_TEXT, examine, is_model, is_typed_dict, label_of
 from entidb.db.models import Model, examine_model
-from entidb.db.shapes import Shape, keep_unknown
+from entidb.db.shapes import Fields, Shape, keep_unknown
 from entidb.errors import CborEncodeError, EntiDBError, ValueTypeError
 
 V = TypeVar("V")
@@ -37,6 +37,8 @@ Keep = Callable[[bytes, bytes], bytes]
 class ValueCodec(Protocol[V]):
     #: Takes over what the class does not know; None where there is nothing to take over.
     keep: Keep | None
+    #: The fields a value can be looked for by; None for any.
+    stored_names: tuple[str, ...] | None
 
     def encode(self, value: V) -> bytes: ...
 
@@ -54,6 +56,7 @@ class PlainCodec:
     """Values as canonical CBOR says them: maps, lists, text, bytes, numbers, booleans."""
 
     keep: Keep | None = None
+    stored_names: tuple[str, ...] | None = None
 
     def encode(self, value: Any) -> bytes:
         if value is None:
@@ -123,6 +126,9 @@ class TypedCodec(Generic[V]):
         )
         self._bare = bare
         self.keep: Keep | None = None if shape is None else partial(keep_unknown, shape)
+        self.stored_names: tuple[str, ...] | None = None
+        if isinstance(shape, Fields) and not shape.open:
+            self.stored_names = tuple(sorted(shape.known))
 
     def encode(self, value: V) -> bytes:
         if self._checked and not isinstance(value, self._origin):

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar, overload
 
 from entidb.db.codec import Keep, ValueCodec, located
+from entidb.db.conditions import Field
+from entidb.db.query import Query, Where
 from entidb.db.rows import Rows
 from entidb.errors import ValueTypeError
 from entidb.types import uuid_from_bytes
@@ -116,6 +118,19 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
             yield uuid_from_bytes(raw), value
             if number == limit:
                 return
+
+    @property
+    def where(self) -> Where[V]:
+        """The entities that meet conditions: ``stock.where(F.price > 3, kind="tea")``, or
+        ``stock.where.from_dict({"kind": "tea"})``. See ``Query``."""
+        return Where(self._query())
+
+    def order_by(self, *fields: str | Field) -> Query[V]:
+        """All entities, sorted by ``fields``: see ``Query.order_by``."""
+        return self._query().order_by(*fields)
+
+    def _query(self) -> Query[V]:
+        return Query(self)
 
     def items(self) -> PairsView[V]:  # type: ignore[override]
         return PairsView(self)
@@ -251,6 +266,15 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         self._stage(self.name, raw, self._codec.encode(value))
         return uuid_from_bytes(raw)
 
+    def _query(self) -> Query[V]:
+        return Query(self, delete=self._delete_found)
+
+    def _delete_found(self, query: Query[V]) -> int:
+        found = [raw for raw, _ in query._on(self)._found()]
+        for raw in found:
+            self._stage(self.name, raw, None)
+        return len(found)
+
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         pairs = values.items() if isinstance(values, Mapping) else values
         for entity_id, value in pairs:
@@ -291,6 +315,13 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         super().__init__(name, codec, open_rows)
         self._transaction = open_transaction
         self._commit_one = commit_one
+
+    def _query(self) -> Query[V]:
+        return Query(self, delete=self._delete_found)
+
+    def _delete_found(self, query: Query[V]) -> int:
+        with self._transaction() as tx:
+            return self._one(tx)._delete_found(query)
 
     def _one(self, tx: Any) -> TransactionCollection[V]:
         made: TransactionCollection[V] = tx.with_codec(self.name, self._codec)

@@ -1,0 +1,502 @@
+"""Conditions on the fields of an entity: what ``F.price > 3`` makes, and whether a value meets it.
+
+A condition speaks of plain values (maps, lists, text, bytes, numbers, booleans, None), so that a
+typed collection converts only what passes. Nothing is read here; ``query`` does that.
+
+Values of different kinds are never compared: ``F.price > 3`` passes over the text ``"4"``. In an
+order they stand behind each other: missing, None, false, true, numbers, text, bytes, lists, maps;
+1 < 1.5 < 2 whether integer or float, and exactly so beyond 2^53.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any, Final
+
+import msgspec
+
+from entidb import cbor
+from entidb.errors import CborEncodeError, QueryError
+
+Path = tuple[str, ...]
+#: Whether a plain value meets a condition.
+Test = Callable[[Any], bool]
+#: Bytes of which a payload must contain one, for its value to meet a condition.
+Needles = tuple[bytes, ...]
+
+
+class _Missing(Enum):
+    MISSING = "missing"
+
+
+MISSING: Final = _Missing.MISSING
+
+_NUMBERS: Final = (int, float)
+#: Place of each kind of value in an order; numbers have one place.
+_RANKS: Final[dict[type, int]] = {
+    _Missing: 0,
+    type(None): 1,
+    bool: 2,
+    int: 3,
+    float: 3,
+    str: 4,
+    bytes: 5,
+    list: 6,
+    dict: 7,
+}
+
+
+def order_key(value: Any) -> tuple[Any, ...]:
+    """What sorts like ``value`` in an order, beside values of any other kind. Equal values have
+    equal keys: 1 and 1.0 are."""
+    rank = _RANKS[type(value)]
+    if rank == 6:
+        return (6, [order_key(item) for item in value])
+    if rank == 7:
+        return (7, sorted((name, order_key(item)) for name, item in value.items()))
+    return (rank,) if rank < 2 else (rank, value)
+
+
+def field_of(value: Any, path: Path) -> Any:
+    """The field at ``path`` of a plain value, or ``MISSING``."""
+    for name in path:
+        if type(value) is not dict:
+            return MISSING
+        value = value.get(name, MISSING)
+    return value
+
+
+def written(path: Path) -> str:
+    """The field as one writes it: ``F.address.city`` or ``F['odd name']``."""
+    return "F" + "".join(f".{n}" if n.isidentifier() else f"[{n!r}]" for n in path)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as an entity stores it: dates, UUIDs, enums and decimals become what msgspec
+    makes of them. Raises ``QueryError`` for what no entity can hold."""
+    try:
+        made = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)
+        # One road for all: what comes back is what an entity would hold.
+        return cbor.decode_trusted(cbor.encode_message(made))
+    except (CborEncodeError, TypeError, ValueError) as error:
+        raise QueryError(
+            f"no entity can hold {value!r}, so none can be found by it: {error}"
+        ) from error
+
+
+# ---------------------------------------------------------------- conditions
+
+
+class Condition:
+    """What an entity has to meet. Join conditions with ``&``, ``|`` and ``~``."""
+
+    __slots__ = ()
+
+    def test(self) -> Test:
+        """A function that says of a plain value whether it meets this."""
+        raise AssertionError(type(self))
+
+    def needles(self) -> Needles | None:
+        """Bytes of which any payload that meets this contains one; None where there are none."""
+        return None
+
+    def paths(self) -> set[Path]:
+        """The fields it speaks of."""
+        raise AssertionError(type(self))
+
+    def __and__(self, other: Condition) -> Condition:
+        return _Joined(True, (self, _condition(other)))
+
+    def __or__(self, other: Condition) -> Condition:
+        return _Joined(False, (self, _condition(other)))
+
+    def __invert__(self) -> Condition:
+        return _Not(self)
+
+    def __bool__(self) -> bool:
+        raise QueryError(
+            "a condition is neither true nor false before it is asked of an entity: join "
+            "conditions with & | ~ and not with and, or, not; write between() for 2 < F.x < 5"
+        )
+
+
+def _condition(given: object) -> Condition:
+    if isinstance(given, Condition):
+        return given
+    raise QueryError(f"{given!r} is no condition: write one like F.price > 3")
+
+
+class _Joined(Condition):
+    """All of ``parts``, or any of them."""
+
+    __slots__ = ("all", "parts")
+
+    parts: tuple[Condition, ...]
+
+    def __init__(self, all_of: bool, parts: Iterable[Condition]) -> None:
+        self.all = all_of
+        flat: list[Condition] = []
+        for part in parts:
+            if isinstance(part, _Joined) and part.all is all_of:
+                flat += part.parts
+            else:
+                flat.append(part)
+        self.parts = tuple(flat)
+
+    def test(self) -> Test:
+        tests = tuple(part.test() for part in self.parts)
+        if len(tests) == 1:
+            return tests[0]
+        if len(tests) == 2:
+            one, other = tests
+            if self.all:
+                return lambda value: one(value) and other(value)
+            return lambda value: one(value) or other(value)
+        if self.all:
+            return lambda value: all(test(value) for test in tests)
+        return lambda value: any(test(value) for test in tests)
+
+    def needles(self) -> Needles | None:
+        found = [part.needles() for part in self.parts]
+        if self.all:
+            # The one that leaves the fewest: longest first, then with the fewest choices.
+            known = [one for one in found if one]
+            return max(known, key=lambda n: (min(map(len, n)), -len(n)), default=None)
+        if not found or any(one is None for one in found):
+            return None
+        return tuple(needle for one in found if one is not None for needle in one)
+
+    def paths(self) -> set[Path]:
+        return set().union(*(part.paths() for part in self.parts))
+
+    def __repr__(self) -> str:
+        sign = " & " if self.all else " | "
+        return sign.join(f"({p!r})" if isinstance(p, _Joined) else repr(p) for p in self.parts)
+
+
+class _Not(Condition):
+    __slots__ = ("part",)
+
+    def __init__(self, part: Condition) -> None:
+        self.part = part
+
+    def test(self) -> Test:
+        test = self.part.test()
+        return lambda value: not test(value)
+
+    def paths(self) -> set[Path]:
+        return self.part.paths()
+
+    def __invert__(self) -> Condition:
+        return self.part
+
+    def __repr__(self) -> str:
+        return f"~({self.part!r})"
+
+
+ALL: Final[Condition] = _Joined(True, ())
+
+
+class _Compared(Condition):
+    """One field, compared by ``sign`` with ``other`` as an entity would hold it."""
+
+    __slots__ = ("other", "path", "sign")
+
+    def __init__(self, path: Path, sign: str, other: Any) -> None:
+        self.path = path
+        self.sign = sign
+        self.other = plain(other)
+        if sign in _ORDERED and _RANKS[type(self.other)] < 3:
+            raise QueryError(
+                f"{written(path)} {sign} {other!r}: there is no order among {other!r} and others; "
+                "use == or is_null()"
+            )
+
+    def test(self) -> Test:
+        judge = _equals(self.other) if self.sign == "==" else _ordered(self.sign, self.other)
+        return _on_field(self.path, judge)
+
+    def needles(self) -> Needles | None:
+        if self.sign != "==":
+            return None
+        key = cbor.encode_message(self.path[-1])
+        return tuple(key + encoded for encoded in _encodings(self.other)) or None
+
+    def paths(self) -> set[Path]:
+        return {self.path}
+
+    def __repr__(self) -> str:
+        return f"{written(self.path)} {self.sign} {self.other!r}"
+
+
+_ORDERED: Final = ("<", "<=", ">", ">=")
+
+
+def _on_field(path: Path, judge: Test) -> Test:
+    if len(path) == 1:
+        name = path[0]
+        return lambda value: judge(value.get(name, MISSING)) if type(value) is dict else False
+    return lambda value: judge(field_of(value, path))
+
+
+def _equals(other: Any) -> Test:
+    kind = type(other)
+    if kind is bool or other is None:
+        return lambda got: got is other
+    if kind in _NUMBERS:
+        return lambda got: type(got) in _NUMBERS and got == other
+    if kind in (list, dict):
+        key = order_key(other)
+        return lambda got: type(got) is kind and order_key(got) == key
+    return lambda got: type(got) is kind and got == other
+
+
+def _ordered(sign: str, other: Any) -> Test:
+    kinds: tuple[type, ...] = _NUMBERS if type(other) in _NUMBERS else (type(other),)
+    if kinds[0] in (list, dict):
+        key = order_key(other)
+        whole = _compare(sign, key)
+        return lambda got: type(got) is kinds[0] and whole(order_key(got))
+    judge = _compare(sign, other)
+    return lambda got: type(got) in kinds and judge(got)
+
+
+def _compare(sign: str, other: Any) -> Test:
+    if sign == "<":
+        return lambda got: bool(got < other)
+    if sign == "<=":
+        return lambda got: bool(got <= other)
+    if sign == ">":
+        return lambda got: bool(got > other)
+    return lambda got: bool(got >= other)
+
+
+def _encodings(value: Any) -> list[bytes]:
+    """How an equal value can stand in a payload. Lists and maps with numbers in them can stand
+    in too many ways to look for."""
+    kind = type(value)
+    if kind in _NUMBERS:
+        found = [cbor.encode_message(value)]
+        if kind is int and abs(value) <= 2**63 and float(value) == value:
+            found.append(cbor.encode_message(float(value)))
+        elif kind is float and value.is_integer() and -(2**64) <= value < 2**64:
+            found.append(cbor.encode_message(int(value)))
+        elif kind is int:
+            return []
+        return found
+    return [] if kind in (list, dict) else [cbor.encode_message(value)]
+
+
+class _Asked(Condition):
+    """One field, asked for something that is no comparison."""
+
+    __slots__ = ("_judge", "_needles", "_says", "path")
+
+    def __init__(self, path: Path, says: str, judge: Test, needles: Needles | None = None) -> None:
+        self.path = path
+        self._says = says
+        self._judge = judge
+        self._needles = needles
+
+    def test(self) -> Test:
+        return _on_field(self.path, self._judge)
+
+    def needles(self) -> Needles | None:
+        return self._needles
+
+    def paths(self) -> set[Path]:
+        return {self.path}
+
+    def __repr__(self) -> str:
+        return written(self.path) + self._says
+
+
+class Field(Condition):
+    """One field of an entity, to make conditions of. By itself it asks whether the field is there
+    and says something: neither missing nor None, false, 0, or empty."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    # Fields inside fields. A name that is a method's here is written F["name"].
+
+    def __getattr__(self, name: str) -> Field:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Field((*self._path, name))
+
+    def __getitem__(self, name: str) -> Field:
+        if not isinstance(name, str):
+            raise QueryError(f"a field's name is text, not {name!r}")
+        return Field((*self._path, name))
+
+    # Comparisons.
+
+    def __eq__(self, other: object) -> Condition:  # type: ignore[override]
+        return _Compared(self._path, "==", other)
+
+    def __ne__(self, other: object) -> Condition:  # type: ignore[override]
+        """Also true where the field is missing, as ``value.get(name) != other`` is."""
+        return ~_Compared(self._path, "==", other)
+
+    def __lt__(self, other: Any) -> Condition:
+        return _Compared(self._path, "<", other)
+
+    def __le__(self, other: Any) -> Condition:
+        return _Compared(self._path, "<=", other)
+
+    def __gt__(self, other: Any) -> Condition:
+        return _Compared(self._path, ">", other)
+
+    def __ge__(self, other: Any) -> Condition:
+        return _Compared(self._path, ">=", other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def between(self, low: Any, high: Any) -> Condition:
+        """From ``low`` to ``high``, both included."""
+        parts = [_Compared(self._path, ">=", low), _Compared(self._path, "<=", high)]
+        return _Joined(True, parts)
+
+    def in_(self, values: Iterable[Any]) -> Condition:
+        """Equal to one of ``values``."""
+        if isinstance(values, str | bytes):
+            raise QueryError(f"in_ takes several values, not {values!r}: write in_([{values!r}])")
+        return _Joined(False, [self == value for value in values])
+
+    def startswith(self, start: str) -> Condition:
+        """Text that begins with ``start``."""
+        text = _text(start, "startswith")
+        judge: Test = lambda got: type(got) is str and got.startswith(text)  # noqa: E731
+        return _Asked(self._path, f".startswith({start!r})", judge, (text.encode(),))
+
+    def contains(self, part: Any) -> Condition:
+        """A list with a member equal to ``part``, or text with ``part`` in it."""
+        member = plain(part)
+        equal = _equals(member)
+        is_text = type(member) is str
+        encoded = (member.encode(),) if is_text else tuple(_encodings(member))
+
+        def judge(got: Any) -> bool:
+            if type(got) is list:
+                return any(equal(item) for item in got)
+            return is_text and type(got) is str and member in got
+
+        return _Asked(self._path, f".contains({part!r})", judge, encoded or None)
+
+    def exists(self) -> Condition:
+        """The field is there, whatever its value; also when it is None."""
+        return _Asked(self._path, ".exists()", lambda got: got is not MISSING)
+
+    def is_null(self) -> Condition:
+        """The field is there and None."""
+        return _Compared(self._path, "==", None)
+
+    # The field by itself.
+
+    def test(self) -> Test:
+        return _on_field(self._path, lambda got: got is not MISSING and bool(got))
+
+    def paths(self) -> set[Path]:
+        return {self._path}
+
+    def __repr__(self) -> str:
+        return written(self._path)
+
+
+def _text(given: object, method: str) -> str:
+    if isinstance(given, str):
+        return given
+    raise QueryError(f"{method} takes text, not {given!r}")
+
+
+class _Fields:
+    """``F``: the fields of an entity, by attribute or by ``F["any name"]``."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Field:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Field((name,))
+
+    def __getitem__(self, name: str) -> Field:
+        made: Field = Field(())[name]
+        return made
+
+    def __repr__(self) -> str:
+        return "F"
+
+
+F: Final = _Fields()
+
+
+# ---------------------------------------------------------------- conditions that come as data
+
+
+def all_of(conditions: Iterable[object], equal: Mapping[str, Any]) -> Condition:
+    """All of ``conditions``, and fields that are ``equal``."""
+    parts = [_condition(one) for one in conditions]
+    parts += [_Compared((name,), "==", value) for name, value in equal.items()]
+    if not parts:
+        return ALL
+    return parts[0] if len(parts) == 1 else _Joined(True, parts)
+
+
+#: How a condition is written as data: ``{"price": {"<": 5}}``.
+_SIGNS: Final[dict[str, Callable[[Field, Any], Condition]]] = {
+    "==": Field.__eq__,
+    "!=": Field.__ne__,
+    "<": Field.__lt__,
+    "<=": Field.__le__,
+    ">": Field.__gt__,
+    ">=": Field.__ge__,
+    "between": lambda field, value: field.between(*_pair(value)),
+    "in": lambda field, value: field.in_(value),
+    "startswith": lambda field, value: field.startswith(value),
+    "contains": lambda field, value: field.contains(value),
+    "exists": lambda field, value: field.exists() if value else ~field.exists(),
+    "is_null": lambda field, value: field.is_null() if value else ~field.is_null(),
+}
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value[0], value[1]
+    raise QueryError(f"between takes [low, high], not {value!r}")
+
+
+def from_dict(given: Mapping[str, Any]) -> Condition:
+    """The condition that ``given`` says: all of ``{"kind": "tea", "price": {"<": 5}}``.
+
+    A field inside a field is ``"address.city"``. ``"|"`` and ``"&"`` take a list of such maps,
+    ``"~"`` one. A value that is a map is compared with ``{"==": {…}}``. Raises ``QueryError``.
+    """
+    if not isinstance(given, Mapping):
+        raise QueryError(f"a condition as data is a map of fields, not {given!r}")
+    return _Joined(True, [part for name, value in given.items() for part in _entry(name, value)])
+
+
+def _entry(name: str, value: Any) -> list[Condition]:
+    if not isinstance(name, str):
+        raise QueryError(f"a field's name is text, not {name!r}")
+    if name in ("&", "|"):
+        if not isinstance(value, list | tuple):
+            raise QueryError(f'"{name}" takes a list of conditions, not {value!r}')
+        return [_Joined(name == "&", map(from_dict, value))]
+    if name == "~":
+        return [~from_dict(value)]
+    field = Field(tuple(name.split(".")))
+    if not isinstance(value, Mapping):
+        return [field.__eq__(value)]
+    unknown = value.keys() - _SIGNS.keys()
+    if unknown or not value:
+        raise QueryError(
+            f"field {name!r} is compared by one of {', '.join(_SIGNS)}, not by "
+            f"{', '.join(map(repr, sorted(map(str, unknown)))) or 'nothing'}; to compare it with a "
+            'map write {"==": {…}}'
+        )
+    return [_SIGNS[sign](field, other) for sign, other in value.items()]

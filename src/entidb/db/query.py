@@ -1,0 +1,412 @@
+"""Queries: which entities of a collection, in which order, and how many of them.
+
+A ``Query`` is a description; it reads when it is asked for something, each time from one snapshot
+of its own, or inside the transaction or snapshot that its collection belongs to. It is never
+changed: each method answers a new one. What a condition is stands in ``conditions``.
+
+Without an index a query looks at every entity, and decodes as few as it can: canonical CBOR has
+one encoding for a value, so an entity whose ``kind`` is ``"tea"`` holds the bytes of that key
+followed by those of that value, and one that does not hold them is passed over undecoded.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
+
+from msgspec import Struct
+
+from entidb import cbor
+from entidb.db.codec import ValueCodec
+from entidb.db.conditions import (
+    ALL,
+    Condition,
+    Field,
+    Needles,
+    Path,
+    Test,
+    all_of,
+    field_of,
+    from_dict,
+    order_key,
+    written,
+)
+from entidb.db.rows import Pair, Rows
+from entidb.errors import QueryError
+from entidb.types import uuid_from_bytes
+
+V = TypeVar("V")
+
+#: Entities kept at most while the first few of an order are looked for, for each that is wanted.
+_KEPT_FACTOR = 4
+_KEPT_MIN = 1000
+
+
+class Source(Protocol):
+    """The collection a query reads from."""
+
+    name: str
+
+    @property
+    def _codec(self) -> ValueCodec[Any]: ...
+
+    @property
+    def _open(self) -> Callable[[], AbstractContextManager[Rows]]: ...
+
+    def _decode(self, raw: bytes, payload: bytes) -> Any: ...
+
+
+class Order(Struct, frozen=True):
+    """One field to sort by."""
+
+    path: Path
+    descending: bool = False
+
+    def __str__(self) -> str:
+        return written(self.path) + (" descending" if self.descending else "")
+
+
+class Plan(Struct, frozen=True):
+    """How a query found its answer, and what that took.
+
+    ``collection`` was read by ``way`` (``scan``: every entity); ``entities`` were looked at,
+    ``decoded`` of them decoded because they could match, and ``found`` matched. ``condition`` and
+    ``order`` are the query's.
+    """
+
+    collection: str
+    way: str
+    condition: str
+    order: tuple[str, ...]
+    entities: int
+    decoded: int
+    found: int
+
+    def __str__(self) -> str:
+        sorting = f", sorted by {', '.join(self.order)}" if self.order else ""
+        return (
+            f"{self.way} of {self.collection!r} for {self.condition or 'everything'}{sorting}: "
+            f"{self.entities:,} entities looked at, {self.decoded:,} decoded, {self.found:,} found"
+        )
+
+
+class Where(Generic[V]):
+    """``where`` of a collection or a query: called with conditions, or given them as data."""
+
+    __slots__ = ("_query",)
+
+    def __init__(self, query: Query[V]) -> None:
+        self._query = query
+
+    def __call__(self, *conditions: Condition, **equal: Any) -> Query[V]:
+        """Those that meet all of ``conditions``, and whose fields are ``equal``.
+
+        Raises ``QueryError`` for a field that the collection's class does not have.
+        """
+        return self._query._and(all_of(conditions, equal))
+
+    def from_dict(self, given: Mapping[str, Any]) -> Query[V]:
+        """As the call, with conditions that come as data: ``{"kind": "tea", "price": {"<": 5}}``.
+
+        A field inside a field is ``"address.city"``; ``"&"`` and ``"|"`` take a list of such
+        maps, ``"~"`` one; a map is compared with ``{"==": {…}}``. Raises ``QueryError``.
+        """
+        return self._query._and(from_dict(given))
+
+
+class Query(Generic[V]):
+    """Entities of one collection, found when they are asked for.
+
+    Iterating gives ``(id, value)`` as ``collection.items()`` does, in the order of ids unless
+    ``order_by`` says another. ``values()`` and ``ids()`` give one half.
+    """
+
+    __slots__ = ("_after", "_condition", "_delete", "_limit", "_order", "_source")
+
+    def __init__(
+        self,
+        source: Source,
+        condition: Condition = ALL,
+        *,
+        order: tuple[Order, ...] = (),
+        limit: int | None = None,
+        after: tuple[tuple[Any, ...], bytes] | None = None,
+        delete: Callable[[Query[V]], int] | None = None,
+    ) -> None:
+        self._source = source
+        self._condition = condition
+        self._order = order
+        self._limit = limit
+        self._after = after
+        self._delete = delete
+
+    # ------------------------------------------------------------ narrowing
+
+    @property
+    def where(self) -> Where[V]:
+        """Only those that meet more conditions too: ``query.where(F.price > 3, kind="tea")``."""
+        return Where(self)
+
+    def order_by(self, *fields: str | Field) -> Query[V]:
+        """Sorted by ``fields``: a name, with dots for fields inside fields and a minus before it
+        for the largest first (``"-price"``), or ``F.price``.
+
+        Missing comes before None, then false, true, numbers, text, bytes, lists and maps.
+        Entities with equal fields stand in the order of their ids, or against it after a
+        descending field. Raises ``QueryError``.
+        """
+        if not fields:
+            raise QueryError('order_by needs a field: order_by("price")')
+        order = tuple(_order_of(field) for field in fields)
+        _check_fields(self._source, {one.path for one in order})
+        if self._after is not None:
+            raise QueryError("call order_by before after(): a page goes on in an order")
+        return self._with(order=order)
+
+    def limit(self, count: int) -> Query[V]:
+        """At most ``count`` of them. Raises ``QueryError``."""
+        given: object = count
+        if type(given) is not int or given < 0:
+            raise QueryError(f"limit takes a number from 0, not {given!r}")
+        return self._with(limit=count)
+
+    def after(self, last: tuple[uuid.UUID, V] | None) -> Query[V]:
+        """Only those behind ``last``, an ``(id, value)`` that an earlier page ended with: the way
+        to turn pages, which stays right while others write. None begins at the beginning.
+
+        Raises ``QueryError``.
+        """
+        if last is None:
+            return self._with(after=None)
+        given: object = last
+        if not isinstance(given, tuple) or list(map(type, given[:1])) != [uuid.UUID]:
+            raise QueryError(
+                f"after() takes the last (id, value) of the page before, or None, not {given!r}"
+            )
+        entity_id, value = last
+        stored = cbor.decode_trusted(self._source._codec.encode(value)) if self._order else None
+        return self._with(after=(self._keys(stored), entity_id.bytes))
+
+    def _and(self, added: Condition) -> Query[V]:
+        _check_fields(self._source, added.paths())
+        if added is ALL:
+            return self
+        return self._with(condition=added if self._condition is ALL else self._condition & added)
+
+    def _on(self, source: Source) -> Query[V]:
+        """The same question, asked of ``source``."""
+        return self._with(source=source)
+
+    def _with(self, **changes: Any) -> Query[V]:
+        made = Query[V](
+            self._source,
+            self._condition,
+            order=self._order,
+            limit=self._limit,
+            after=self._after,
+            delete=self._delete,
+        )
+        for name, value in changes.items():
+            setattr(made, f"_{name}", value)
+        return made
+
+    # ------------------------------------------------------------ asking
+
+    def __iter__(self) -> Iterator[tuple[uuid.UUID, V]]:
+        decode = self._source._decode
+        return ((uuid_from_bytes(raw), decode(raw, payload)) for raw, payload in self._found())
+
+    def values(self) -> Iterator[V]:
+        """Their values alone."""
+        decode = self._source._decode
+        return (decode(raw, payload) for raw, payload in self._found())
+
+    def ids(self) -> Iterator[uuid.UUID]:
+        """Their ids alone; nothing is converted to the collection's class."""
+        return (uuid_from_bytes(raw) for raw, _ in self._found())
+
+    def first(self) -> tuple[uuid.UUID, V] | None:
+        """The first ``(id, value)``, None where there is none."""
+        return next(iter(self._with(limit=_least(self._limit, 1))), None)
+
+    def one(self) -> tuple[uuid.UUID, V]:
+        """The only ``(id, value)``. Raises ``QueryError`` where there is none or another."""
+        found = list(self._with(limit=_least(self._limit, 2)))
+        if len(found) == 1:
+            return found[0]
+        how = "no entity" if not found else "more than one entity"
+        raise QueryError(f"{how} of {self._source.name!r} meets {self._condition!r}")
+
+    def exists(self) -> bool:
+        """Whether there is one."""
+        return next(self._with(limit=_least(self._limit, 1))._found(), None) is not None
+
+    def count(self) -> int:
+        """How many there are; with a limit, at most that many."""
+        if self._condition is ALL and self._after is None:
+            with self._source._open() as rows:
+                count = rows.count(self._source.name)
+            return count if self._limit is None else min(count, self._limit)
+        # The order does not matter for a number, unless a page begins inside of it.
+        counted = self if self._after is not None else self._with(order=())
+        return sum(1 for _ in counted._found())
+
+    def delete(self) -> int:
+        """Delete them, in one transaction; how many there were.
+
+        Raises ``QueryError`` on a snapshot, which cannot be written to.
+        """
+        if self._delete is None:
+            raise QueryError("a snapshot cannot be written to: ask the database's own collection")
+        return self._delete(self)
+
+    def explain(self) -> Plan:
+        """Run it, and say how the answer was found and what that took."""
+        tally = _Tally()
+        found = sum(1 for _ in self._found(tally))
+        return Plan(
+            collection=self._source.name,
+            way="scan",
+            condition="" if self._condition is ALL else repr(self._condition),
+            order=tuple(map(str, self._order)),
+            entities=tally.entities,
+            decoded=tally.decoded,
+            found=found,
+        )
+
+    def __repr__(self) -> str:
+        parts = [f"<Query of {self._source.name!r}"]
+        if self._condition is not ALL:
+            parts.append(f"where {self._condition!r}")
+        if self._order:
+            parts.append(f"by {', '.join(map(str, self._order))}")
+        if self._limit is not None:
+            parts.append(f"limit {self._limit}")
+        return " ".join(parts) + ">"
+
+    # ------------------------------------------------------------ finding
+
+    def _found(self, tally: _Tally | None = None) -> Iterator[Pair]:
+        """(id, payload) of what is asked for, in order. One snapshot, held until the end."""
+        if self._limit == 0:
+            return iter(())
+        pairs = self._sorted(tally) if self._order else self._in_id_order(tally)
+        return pairs if self._limit is None else islice(pairs, self._limit)
+
+    def _in_id_order(self, tally: _Tally | None) -> Iterator[Pair]:
+        start = b"" if self._after is None else self._after[1] + b"\0"
+        with self._source._open() as rows:
+            pairs = rows.pairs(self._source.name, start, None, False)
+            for raw, payload, _ in _matching(pairs, self._condition, tally):
+                yield raw, payload
+
+    def _sorted(self, tally: _Tally | None) -> Iterator[Pair]:
+        """All that match, sorted; with a limit only what can be among the first is kept."""
+        wanted = self._limit
+        most = None if wanted is None else max(_KEPT_MIN, _KEPT_FACTOR * wanted)
+        kept: list[tuple[tuple[Any, ...], bytes, bytes]] = []
+        with self._source._open() as rows:
+            pairs = rows.pairs(self._source.name, b"", None, False)
+            for raw, payload, value in _matching(pairs, self._condition, tally, decoded=True):
+                keys = self._keys(value)
+                if self._after is None or self._is_after(keys, raw):
+                    kept.append((keys, raw, payload))
+                    if most is not None and len(kept) > most:
+                        self._sort(kept)
+                        del kept[wanted:]
+            self._sort(kept)
+        return ((raw, payload) for _, raw, payload in kept)
+
+    def _keys(self, value: Any) -> tuple[Any, ...]:
+        return tuple(order_key(field_of(value, one.path)) for one in self._order)
+
+    def _sort(self, rows: list[tuple[tuple[Any, ...], bytes, bytes]]) -> None:
+        # Sorting is stable, so the last criterion goes first.
+        rows.sort(key=lambda row: row[1], reverse=self._order[-1].descending)
+        for at in reversed(range(len(self._order))):
+            rows.sort(key=lambda row, at=at: row[0][at], reverse=self._order[at].descending)  # type: ignore[misc]
+
+    def _is_after(self, keys: tuple[Any, ...], raw: bytes) -> bool:
+        assert self._after is not None
+        for key, last, order in zip(keys, self._after[0], self._order, strict=True):
+            if key != last:
+                return bool(key < last) if order.descending else bool(key > last)
+        last_id = self._after[1]
+        return raw < last_id if self._order[-1].descending else raw > last_id
+
+
+class _Tally:
+    """What finding took."""
+
+    def __init__(self) -> None:
+        self.entities = 0
+        self.decoded = 0
+
+
+def _matching(
+    pairs: Iterable[Pair], condition: Condition, tally: _Tally | None, *, decoded: bool = False
+) -> Iterator[tuple[bytes, bytes, Any]]:
+    """(id, payload, value) of those of ``pairs`` that meet ``condition``; the value may be None
+    where it is not needed and not ``decoded``."""
+    if tally is not None:
+        pairs = _counted(pairs, tally)
+    if condition is ALL and not decoded:
+        return ((raw, payload, None) for raw, payload in pairs)
+    return _tested(_holding(pairs, condition.needles()), condition.test(), tally)
+
+
+def _counted(pairs: Iterable[Pair], tally: _Tally) -> Iterator[Pair]:
+    for pair in pairs:
+        tally.entities += 1
+        yield pair
+
+
+def _holding(pairs: Iterable[Pair], needles: Needles | None) -> Iterable[Pair]:
+    if not needles:
+        return pairs
+    if len(needles) == 1:
+        (needle,) = needles
+        return (pair for pair in pairs if needle in pair[1])
+    return (pair for pair in pairs if any(needle in pair[1] for needle in needles))
+
+
+def _tested(
+    pairs: Iterable[Pair], test: Test, tally: _Tally | None
+) -> Iterator[tuple[bytes, bytes, Any]]:
+    decode = cbor.decode_trusted
+    for raw, payload in pairs:
+        value = decode(payload)
+        if tally is not None:
+            tally.decoded += 1
+        if test(value):
+            yield raw, payload, value
+
+
+def _least(limit: int | None, most: int) -> int:
+    return most if limit is None else min(limit, most)
+
+
+def _order_of(given: object) -> Order:
+    if isinstance(given, Field):
+        return Order(given._path)
+    if isinstance(given, str) and given.removeprefix("-"):
+        return Order(tuple(given.removeprefix("-").split(".")), given.startswith("-"))
+    raise QueryError(f'order_by takes a field, like "price", "-price" or F.price, not {given!r}')
+
+
+def _check_fields(source: Source, paths: Iterable[Path]) -> None:
+    """A field that the class of a typed collection does not know is a mistake of the program."""
+    known = source._codec.stored_names
+    if known is None:
+        return
+    for path in paths:
+        if path and path[0] not in known:
+            raise QueryError(
+                f"{source.name!r} has no field {path[0]!r}; its class has {', '.join(known)}"
+            )
+
+
+__all__ = ["Order", "Plan", "Query", "Where"]
