@@ -15,6 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from itertools import repeat
 from typing import Final, NewType, Protocol
 
@@ -42,6 +43,7 @@ NESTING_MAX: Final = 64
 #: however few it takes in CBOR.
 CONTAINERS_MAX: Final = 1024 * 1024
 _HLC_COUNTER_BITS: Final = 16
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # C0, DEL and C1: they would forge lines in logs and terminals. Surrogates have no UTF-8 at all.
 _NAME_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -97,6 +99,11 @@ def timestamp_from_ms(milliseconds: int) -> Timestamp:
 
 def ms_from_timestamp(timestamp: int) -> int:
     return timestamp >> _HLC_COUNTER_BITS
+
+
+def datetime_of(timestamp: int) -> datetime:
+    """The wall clock's part of a hybrid timestamp, in UTC, to the millisecond."""
+    return _EPOCH + timedelta(milliseconds=ms_from_timestamp(timestamp))
 
 
 def next_timestamp(now_ms: int, last: int) -> Timestamp:

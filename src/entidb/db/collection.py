@@ -5,17 +5,22 @@ The three differ only in where they read and what a write does; storage and reco
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any, Generic, TypeVar, overload
 
-from entidb.db.codec import Keep, ValueCodec, located
+from msgspec import Struct
+
+from entidb import cbor
+from entidb.db.codec import Keep, PlainCodec, ValueCodec, located
 from entidb.db.conditions import Field
 from entidb.db.query import Query, Where
 from entidb.db.rows import Rows
 from entidb.errors import ValueTypeError
-from entidb.types import uuid_from_bytes
+from entidb.types import datetime_of, uuid_from_bytes
 
 V = TypeVar("V")
 D = TypeVar("D")
@@ -32,6 +37,45 @@ def id_bytes(entity_id: object) -> bytes:
         f"an entity id is a uuid.UUID, got {type(entity_id).__name__}: use uuid.UUID(text), or "
         "`collection.add(value)` to have one made"
     )
+
+
+def natural_id(name: str, key: tuple[object, ...]) -> uuid.UUID:
+    """See ``ReadCollection.id_for``."""
+    parts: list[object] = [name]
+    for part in key:
+        if isinstance(part, uuid.UUID):
+            parts.append(part.bytes)
+        elif isinstance(part, str | bytes) or (
+            isinstance(part, int) and not isinstance(part, bool)
+        ):
+            parts.append(part)
+        else:
+            raise ValueTypeError(
+                f"a natural key is made of text, integers, bytes and UUIDs, not of {part!r}"
+            )
+    if not key:
+        raise ValueTypeError('id_for needs a key: id_for("sku-123")')
+    digest = bytearray(hashlib.sha256(cbor.encode(parts)).digest()[:16])
+    digest[6] = 0x80 | digest[6] & 0x0F
+    digest[8] = 0x80 | digest[8] & 0x3F
+    return uuid_from_bytes(bytes(digest))
+
+
+class EntityInfo(Struct, frozen=True, kw_only=True):
+    """What a database knows about an entity beside its value.
+
+    ``version`` is the server's commit that wrote what this builds on, 0 if the server never had
+    it. ``pending`` says that changes made here wait for the server's decision. ``device_id`` made
+    the newest change, at ``changed_at``, which is a hybrid clock's time and decides nothing
+    (R27). ``payload_bytes`` is the size of the value.
+    """
+
+    id: uuid.UUID
+    version: int
+    pending: bool
+    device_id: bytes
+    changed_at: datetime
+    payload_bytes: int
 
 
 class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
@@ -118,6 +162,38 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
             yield uuid_from_bytes(raw), value
             if number == limit:
                 return
+
+    def id_for(self, *key: str | int | bytes | uuid.UUID) -> uuid.UUID:
+        """The id of the entity with a natural key: always the same for this collection and
+        ``key``, so that what two devices make of one thing is one entity, and a conflict if they
+        disagree. ``stock[stock.id_for("sku-123")] = …``
+
+        It is a UUIDv8 (RFC 9562, section 5.8) of the SHA-256 of the canonical CBOR of
+        ``[name, *key]``, UUIDs as their bytes. Raises ``ValueTypeError`` for any other key.
+        """
+        return natural_id(self.name, key)
+
+    @property
+    def raw(self) -> ReadCollection[Any]:
+        """The same entities as plain values, also those that do not fit the class."""
+        return ReadCollection(self.name, PlainCodec(), self._open)
+
+    def info(self, entity_id: uuid.UUID) -> EntityInfo:
+        """Which version of an entity is here, who changed it and when, and whether the server
+        has decided on it. Raises ``KeyError`` if there is no such entity."""
+        raw = id_bytes(entity_id)
+        with self._open() as rows:
+            row = rows.row(self.name, raw)
+        if row is None or row.payload is None:
+            raise KeyError(entity_id)
+        return EntityInfo(
+            id=entity_id,
+            version=row.version,
+            pending=row.dirty,
+            device_id=row.device_id,
+            changed_at=datetime_of(row.timestamp),
+            payload_bytes=len(row.payload),
+        )
 
     @property
     def where(self) -> Where[V]:
@@ -275,6 +351,14 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
             self._stage(self.name, raw, None)
         return len(found)
 
+    def get_or_add(self, entity_id: uuid.UUID, value: V) -> V:
+        """The entity as it is, or ``value``, which is stored if there is none."""
+        found = self.get(entity_id)
+        if found is None:
+            self[entity_id] = value
+            return value
+        return found
+
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         pairs = values.items() if isinstance(values, Mapping) else values
         for entity_id, value in pairs:
@@ -352,6 +436,12 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
     def add(self, value: V) -> uuid.UUID:
         """Store ``value`` under a new UUIDv7 and return it."""
         return uuid_from_bytes(self._commit_one(self.name, None, self._codec.encode(value), None))
+
+    def get_or_add(self, entity_id: uuid.UUID, value: V) -> V:
+        """The entity as it is, or ``value``, which is stored if there is none; in one
+        transaction. With ``id_for`` a thing is made once, however often this is called."""
+        with self._transaction() as tx:
+            return self._one(tx).get_or_add(entity_id, value)
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values`` in one transaction."""

@@ -102,6 +102,10 @@ class Snapshot:
         check_name(name)
         return ReadCollection(name, codec_for(type), self._open)
 
+    def __getitem__(self, name: str) -> ReadCollection[Any]:
+        """``snapshot["notes"]`` is ``snapshot.collection("notes")``."""
+        return self.collection(name)
+
     def collections(self) -> list[str]:
         return sorted(self._rows.catalogue.by_name)
 
@@ -308,6 +312,10 @@ class Database:
         if local is not None:
             self.declare_local(name, local)
         return Collection(name, codec, self._open_rows, self.transaction, self.commit_one)
+
+    def __getitem__(self, name: str) -> Collection[Any]:
+        """``db["notes"]`` is ``db.collection("notes")``."""
+        return self.collection(name)
 
     def collections(self) -> list[str]:
         """Names of the collections that exist, in order."""

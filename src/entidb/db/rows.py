@@ -10,7 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from entidb.db.catalogue import Catalogue
-from entidb.db.records import count_key, end_of, payload_of, unpack_u64
+from entidb.db.records import (
+    EntityRow,
+    count_key,
+    decode_entity,
+    end_of,
+    payload_of,
+    unpack_u64,
+)
 from entidb.storage import Snapshot
 
 #: Entities read at a time while iterating: large enough to be fast, small enough to stay bounded.
@@ -25,6 +32,10 @@ class Rows(Protocol):
     def get(self, name: str, entity_id: bytes) -> bytes | None: ...
 
     def get_many(self, name: str, ids: Sequence[bytes]) -> list[bytes | None]: ...
+
+    def row(self, name: str, entity_id: bytes) -> EntityRow | None:
+        """The stored row, a tombstone included."""
+        ...
 
     def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
         """(id, payload) with start <= id < stop (None: to the end), in id order."""
@@ -48,6 +59,11 @@ class SnapshotRows:
             return None
         raw = self.snapshot.get(info.prefix + entity_id)
         return None if raw is None else payload_of(raw)
+
+    def row(self, name: str, entity_id: bytes) -> EntityRow | None:
+        info = self.catalogue.by_name.get(name)
+        raw = None if info is None else self.snapshot.get(info.prefix + entity_id)
+        return None if raw is None else decode_entity(raw)
 
     def get_many(self, name: str, ids: Sequence[bytes]) -> list[bytes | None]:
         info = self.catalogue.by_name.get(name)
@@ -97,6 +113,10 @@ class OverlayRows:
         if mine is not None and entity_id in mine:
             return mine[entity_id]
         return self.below.get(name, entity_id)
+
+    def row(self, name: str, entity_id: bytes) -> EntityRow | None:
+        """As it is stored: what this transaction wrote has no version and no time yet."""
+        return self.below.row(name, entity_id)
 
     def get_many(self, name: str, ids: Sequence[bytes]) -> list[bytes | None]:
         found = self.below.get_many(name, ids)
