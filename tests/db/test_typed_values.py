@@ -128,6 +128,9 @@ HELD: list[tuple[Any, Any]] = [
 
 
 def label(value: Any) -> str:
+    if isinstance(value, set | frozenset):
+        # The order of a set is another one in each process, and the processes compare these.
+        return f"{type(value).__name__} of {sorted(map(str, value))}"[:40]
     return str(value)[:40]
 
 
