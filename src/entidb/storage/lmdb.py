@@ -20,6 +20,7 @@ import os
 import struct
 import sys
 import time
+import warnings
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -414,6 +415,7 @@ class LmdbStorage:
     supports_files: Final = True
 
     def __init__(self, path: str, place: Place, map_bytes: int, drain_seconds: float) -> None:
+        self._made = False
         self.path = path
         self._place = place
         self._drain_seconds = drain_seconds
@@ -431,6 +433,8 @@ class LmdbStorage:
         self._begin: Callable[[], Any] = self._refuse_begin
         self._open_environment()
         _STORES.add(self)
+        #: Whether somebody has to close it.
+        self._made = True
 
     @staticmethod
     def closed_faults(path: str | os.PathLike[str]) -> list[str]:
@@ -898,6 +902,19 @@ class LmdbStorage:
             with self._gate_at(_FROZEN):
                 self._wait_until_idle()
                 self._shut()
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        # Nobody refers to it any more, so nobody is inside LMDB and nobody waits for a turn.
+        if not getattr(self, "_made", False) or self._gate >= _CLOSED:
+            return
+        try:
+            _warn(
+                f"unclosed database {self.path}, opened at {self._place.opened_at}",
+                ResourceWarning,
+                source=self,
+            )
+        finally:
+            self._shut()
 
     def _shut(self) -> None:
         """Close everything: the gate is frozen, nobody inside LMDB, the turn ours."""

@@ -476,8 +476,8 @@ class Place:
             return (
                 f"{self.path} is already open in this process, since {here.opened_at}: use that "
                 "object, or end it with close() or a `with` block before opening again. If no "
-                "name is left for it, an exception's traceback keeps it "
-                "(sys.last_exc, sys.last_value)"
+                "name is left for it, the traceback of the last uncaught exception keeps it "
+                "(sys.last_value, sys.last_traceback), until the next one"
             )
         holder = holder or written_holder(os.path.join(self.path, LOCK))
         process = f"process {holder}" if holder else "another process"
