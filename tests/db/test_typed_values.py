@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import ipaddress
 import pathlib
+import re
 import typing
 import uuid
 import zoneinfo
@@ -131,7 +132,8 @@ def label(value: Any) -> str:
     if isinstance(value, set | frozenset):
         # The order of a set is another one in each process, and the processes compare these.
         return f"{type(value).__name__} of {sorted(map(str, value))}"[:40]
-    return str(value)[:40]
+    # Nor may an address be in a name.
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:40]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
