@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from entidb.cli.rows import infer_cell
+from entidb.cli import transfer
+from entidb.cli.rows import Row, infer_cell
 from entidb.cli.words import key_id
 from entidb.db import Database
-from tests.cli.support import document, documents, done, dumped, entidb, failed, process, put
+from entidb.errors import StorageFullError
+from tests.cli.support import (
+    document,
+    documents,
+    done,
+    dumped,
+    entidb,
+    failed,
+    process,
+    put,
+)
 
 
 @pytest.fixture
@@ -57,6 +70,8 @@ def test_ten_thousand_values_of_every_kind_survive_the_round_trip(shop: Path, tm
         "new": 10_000,
         "replaced": 0,
         "unchanged": 0,
+        "repeated": 0,
+        "bad": 0,
         "transactions": 10,
     }
     before = dumped(shop, "things")
@@ -153,7 +168,13 @@ def test_cells_are_text_unless_types_are_named(shop: Path):
         ("-0", "-0"),
         ("-0.0", "-0.0"),
         ("0.0", 0.0),
-        ("1e3", 1000.0),
+        ("1e3", "1e3"),
+        ("0E0", "0E0"),
+        ("1E4", "1E4"),
+        ("1.10", "1.10"),
+        ("1.1", 1.1),
+        ("1e+16", 1e16),
+        ("2026-01-01", "2026-01-01"),
         ("1e999", "1e999"),
         ("18446744073709551615", 2**64 - 1),
         ("18446744073709551616", "18446744073709551616"),
@@ -163,6 +184,9 @@ def test_cells_are_text_unless_types_are_named(shop: Path):
         ("true", True),
         ("True", "True"),
         ('{"a":1}', {"a": 1}),
+        ('{"a": 1}', '{"a": 1}'),
+        ('{"aa":1,"b":2}', '{"aa":1,"b":2}'),
+        ("[1,2.50]", "[1,2.50]"),
         ("{a}", "{a}"),
         (" 1", " 1"),
     ],
@@ -237,3 +261,209 @@ def test_csv_columns_can_be_chosen(shop: Path):
 def test_what_is_no_map_is_no_csv_row(shop: Path):
     put(shop, "t", 1, [1])
     assert "ndjson" in failed(entidb("export", shop, "t", "--format", "csv"), 11, "invalid_input")
+
+
+# ---------------------------------------------------------------- keys and what replaces what
+
+
+CODES = "code,name\n0E0,Moriarty\n0E8,Crownpoint\n007,Bond\n7,Seven\n+7,Plus\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--infer",), ("--types", "code=text"), ("--na", "x")])
+def test_a_key_is_the_text_of_its_cell_whatever_the_cell_becomes(
+    shop: Path, options: tuple[str, ...]
+):
+    words = ("import", shop, "t", "-", "--format", "csv", "--key", "code", "--json", *options)
+    said = document(done(*words, stdin=CODES))
+    assert (said["new"], said["replaced"], said["repeated"]) == (5, 0, 0)
+    for code, name in (("0E0", "Moriarty"), ("0E8", "Crownpoint"), ("007", "Bond")):
+        assert json.loads(done("get", shop, "t", f"key:{code}"))["name"] == name
+    assert document(done(*words, stdin=CODES))["unchanged"] == 5
+
+
+def test_a_key_of_a_typed_column_is_its_text_too(shop: Path):
+    rows = "n\n07\n7\n"
+    said = done("import", shop, "t", "-", "--format", "csv", "--types", "n=int", "--key", "n",
+                "--json", stdin=rows)  # fmt: skip
+    assert document(said)["new"] == 2
+
+
+def test_whatever_is_inferred_is_exported_as_it_was_read(shop: Path, tmp_path: Path):
+    words = "0E0 1E4 007 1.10 +5 1_000 nan True true 5 1.5 -0 1e5 0x10 [1] null 1e-7 1e-07 .5 5."
+    cells = [*words.split(), " 5", "5 ", "2026-01-01", "[1, 2]"]
+    rows = "n,cell\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(cells))
+    done("import", shop, "t", "-", "--format", "csv", "--infer", "--key", "n", stdin=rows)
+    out = tmp_path / "out.csv"
+    done("export", shop, "t", "-o", out, "--fields", "n,cell")
+    with out.open(encoding="utf-8", newline="") as file:
+        found = {row["n"]: row["cell"] for row in csv.DictReader(file)}
+    assert found == {str(n): cell for n, cell in enumerate(cells)}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 1000])
+def test_rows_that_replace_each_other_within_a_file_are_counted_and_warned_of(
+    shop: Path, batch: int
+):
+    rows = "k,n\na,1\nb,1\na,2\na,2\nb,3\n"
+    words = ("import", shop, "t", "-", "--format", "csv", "--key", "k", "--batch", batch)
+    for _ in range(2):
+        result = entidb(*words, stdin=rows)
+        assert result.exit_code == 0
+        assert "row 3 has the id of an earlier row" in result.stderr
+        assert "2 rows replaced an earlier row of the same file" in result.stderr
+    result = entidb(*words, "--json", stdin="k,n\na,9\nc,1\n")
+    assert (document(result.stdout)["replaced"], document(result.stdout)["repeated"]) == (1, 0)
+    assert result.stderr == ""
+
+
+# ---------------------------------------------------------------- what a file may look like
+
+
+def csv_import(shop: Path, rows: str | bytes, *options: object) -> Any:
+    return entidb("import", shop, "t", "-", "--format", "csv", *options, stdin=rows)
+
+
+@pytest.mark.parametrize("option", ["--key", "--id-field"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(shop: Path, option: str):
+    line = failed(csv_import(shop, "iata,name\n", option, "nosuch"), 2, "usage")
+    assert f"{option} names 'nosuch'" in line and "iata, name" in line
+    line = failed(entidb("import", shop, "t", "-", "--key", "k", stdin='{"a":1,"b":2}'), 11,
+                  "invalid_input")  # fmt: skip
+    assert "'k'" in line and "'a', 'b'" in line
+    line = failed(csv_import(shop, "a,b\n,2\n", "--key", "a"), 11, "invalid_input")
+    assert "row 1" in line and "'a'" in line and "empty" in line
+
+
+@pytest.mark.parametrize(("between", "name"), [(";", ";"), ("\t", "tab"), ("|", "|")])
+def test_a_file_with_another_delimiter_is_not_taken_for_one_column(
+    shop: Path, between: str, name: str
+):
+    rows = f"a{between}b{between}c\n1{between}2{between}3\n"
+    line = failed(csv_import(shop, rows), 2, "usage")
+    assert f"--delimiter {name!r}" in line and "3" in line
+    assert csv_import(shop, rows, "--delimiter", name, "--json").exit_code == 0
+    assert document(done("list", shop, "t", "--json"))["value"] == {"a": "1", "b": "2", "c": "3"}
+    assert csv_import(shop, rows, "--delimiter", ",").exit_code == 0
+
+
+def test_a_tsv_file_has_tabs_between_its_cells(shop: Path, tmp_path: Path):
+    file = tmp_path / "t.tsv"
+    file.write_text("a\tb\n1\tx,y\n", encoding="utf-8")
+    done("import", shop, "t", file)
+    assert document(done("list", shop, "t", "--json"))["value"] == {"a": "1", "b": "x,y"}
+    done("export", shop, "t", "-o", file)
+    assert file.read_text(encoding="utf-8").splitlines()[0] == "$id\ta\tb"
+
+
+def test_cells_that_say_there_is_nothing_leave_their_field_out(shop: Path):
+    csv_import(shop, "a,b,c\nNA,1,-\n", "--na", "NA", "--na", "-", "--infer")
+    assert document(done("list", shop, "t", "--json"))["value"] == {"b": 1}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "latin-1"])
+def test_files_in_other_encodings_are_read_when_told(shop: Path, encoding: str):
+    rows = "name\nGröße\n".encode(encoding)
+    assert "--encoding" in failed(csv_import(shop, rows), 11, "invalid_input")
+    assert csv_import(shop, rows, "--encoding", encoding).exit_code == 0
+    assert document(done("list", shop, "t", "--json"))["value"] == {"name": "Größe"}
+    lines = '{"name":"Größe"}\n'.encode(encoding)
+    done("import", shop, "n", "-", "--encoding", encoding, stdin=lines)
+    assert document(done("list", shop, "n", "--json"))["value"] == {"name": "Größe"}
+
+
+def test_an_encoding_nobody_knows_is_a_usage_error(shop: Path):
+    assert "--encoding" in failed(csv_import(shop, "a\n", "--encoding", "klingon"), 2, "usage")
+    rows = "name\nGröße\n".encode()
+    assert "--encoding" in failed(
+        csv_import(shop, rows, "--encoding", "ascii"), 11, "invalid_input"
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_bad_rows_can_be_left_out_and_are_counted_and_named(shop: Path, batch: int):
+    rows = b'n,m\n1,1\n2\n3,x\n4,"a"b\n5,\xff\n6,6\n'
+    words = ("--skip-bad", "--types", "m=int", "--batch", batch)
+    result = csv_import(shop, rows, *words, "--json")
+    assert result.exit_code == 0
+    assert (document(result.stdout)["rows"], document(result.stdout)["bad"]) == (2, 4)
+    for row in (2, 3, 4, 5):
+        assert f"left out: row {row}: " in result.stderr
+    found = documents(done("list", shop, "t", "--json"))
+    assert [row["value"]["n"] for row in found] == ["1", "6"]
+    lines = '{"a":1}\nnull\noops\n{"a":1e999}\n{"a":2}\n'
+    said = document(done("import", shop, "n", "-", "--skip-bad", "--json", stdin=lines))
+    assert (said["rows"], said["bad"]) == (2, 3)
+
+
+def test_many_bad_rows_are_not_all_named(shop: Path):
+    rows = "a,b\n" + "1\n" * 500
+    result = csv_import(shop, rows, "--skip-bad")
+    assert "500 left out" in result.stdout and len(result.stderr.splitlines()) == 11
+
+
+def test_bad_rows_count_for_where_to_go_on(shop: Path):
+    rows = "n\n" + "".join(f"{n}\n" for n in range(7)) + '"x"y\n8\n9\noops\n'
+    result = csv_import(shop, rows, "--types", "n=int", "--batch", 2)
+    assert "--skip 6" in failed(result, 11, "invalid_input")
+    result = csv_import(shop, rows, "--types", "n=int", "--batch", 2, "--skip", 6, "--skip-bad")
+    assert (result.exit_code, "2 left out" in result.stdout) == (0, True)
+    found = documents(done("list", shop, "t", "--json"))
+    assert [row["value"]["n"] for row in found] == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+
+
+def test_put_and_import_make_the_database_and_say_so(tmp_path: Path):
+    for number, words in enumerate((("put", "t", "1"), ("import", "t", "-"))):
+        path = tmp_path / f"db{number}"
+        result = entidb(words[0], path, *words[1:], stdin="{}")
+        assert result.exit_code == 0 and f"made a database in {path}" in result.stderr
+        result = entidb(words[0], path, *words[1:], stdin="{}")
+        assert result.exit_code == 0 and "made" not in result.stderr
+        assert len(documents(done("list", path, "t", "--json"))) == 2
+
+
+def test_an_import_that_cannot_begin_makes_no_database(tmp_path: Path):
+    path = tmp_path / "db"
+    for words, stdin in (
+        (("import", path, "t", tmp_path / "none"), ""),
+        (("import", path, "t", "-", "--format", "csv", "--key", "x"), "a\n1\n"),
+        (("import", path, "t", "-"), "oops"),
+        (("import", path, "a\nb", "-"), "{}"),
+        (("put", path, "t", "oops"), ""),
+    ):
+        assert entidb(*words, stdin=stdin).exit_code != 0
+        assert not path.exists(), words
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "code"),
+    [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (StorageFullError("disk full"), 7)],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_interrupted_import_names_where_to_go_on(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, interrupt: BaseException, code: int
+):
+    def rows(*_: object) -> Iterator[Row]:
+        yield from ((n, {"n": n}, None) for n in range(1, 26))
+        raise interrupt
+
+    monkeypatch.setattr(transfer, "_rows_of", rows)
+    result = entidb("import", shop, "t", "-", "--batch", 10)
+    assert result.exit_code == code and len(result.stderr.splitlines()) == 1
+    assert "20 rows before it are committed: go on with --skip 20" in result.stderr
+    assert len(dumped(shop, "t")) == 20
+
+
+def test_an_interrupt_behind_a_commit_counts_what_was_committed(
+    shop: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before = Database._deliver
+
+    def deliver(database: Database) -> None:
+        before(database)
+        if database.sequence == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Database, "_deliver", deliver)
+    result = entidb("import", shop, "t", "-", "--batch", 10, stdin='{"n":1}\n' * 30)
+    assert result.exit_code == 130
+    assert len(dumped(shop, "t")) == 20 and "--skip 20" in result.stderr

@@ -125,8 +125,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _forget_stdout()
         return Exit.BROKEN_PIPE
-    except (KeyboardInterrupt, click.Abort):
-        return fail("interrupted", "stopped by Ctrl-C; what was committed stays", Exit.INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort) as stopped:
+        said = str(stopped) or "stopped by Ctrl-C; what was committed stays"
+        return fail("interrupted", said, Exit.INTERRUPTED)
     except click.ClickException as error:
         return _fail_usage(error)
     except EntiDBError as error:

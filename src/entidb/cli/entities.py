@@ -20,10 +20,12 @@ from entidb.cli.words import (
     is_database,
     json_option,
     opened,
+    opened_or_made,
     words,
 )
 from entidb.db import Database, inspect
 from entidb.db.collection import ReadCollection
+from entidb.types import check_name
 
 #: Entities ``list`` shows unless told otherwise.
 LIST_LIMIT = 100
@@ -61,11 +63,13 @@ def put_command(words: tuple[str, ...], directory: str | None, as_json: bool) ->
     """Store VALUE under ID, or under a new id, and print the id.
 
     VALUE is JSON, @FILE for JSON in a file, or - for JSON on standard input. Bytes are written as
-    {"$bytes": "…base64…"}. A negative number needs -- before the words.
+    {"$bytes": "…base64…"}. A negative number needs -- before the words. A database is made where
+    there is none.
     """
     bound = bind(words, directory, "COLLECTION", "[ID]", "VALUE")
     value = read_value(bound["VALUE"])
-    with opened(bound.path) as database:
+    check_name(bound["COLLECTION"])
+    with opened_or_made(bound.path) as database:
         collection = database.collection(bound["COLLECTION"])
         entity_id = _put_id(bound.get("ID"), database, collection)
         with database.transaction() as tx:

@@ -3,26 +3,35 @@
     NDJSON  one entity a line; a map has its id in the field ``$id``, any other value stands in
             ``$value`` beside it. Exact: what was exported is imported byte for byte.
     CSV     RFC 4180 with a header; an entity is a map of its columns. Types are lost, unless the
-            importer is told them.
+            importer is told them. What it infers it would write back as it was read.
 
 Which id a row gets, and what is committed when, is ``transfer``'s.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Iterable
-from typing import IO, Any, Final
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import IO, Any, Final, NoReturn
 
+from entidb import cbor
 from entidb.cli.exits import InputError, UsageError
+from entidb.cli.output import plural
 from entidb.cli.values import dump, parse
+from entidb.errors import CborEncodeError
 
-#: One row: its number in the file (a line, for NDJSON) and what stands in it.
-Row = tuple[int, Any]
+#: One row: its number in the file (a line, for NDJSON), what stands in it, and the texts of its
+#: key, where it has one.
+Row = tuple[int, Any, list[str] | None]
+#: Called with what is wrong with a row, which is then left out; it may raise it.
+Bad = Callable[[InputError], None]
 
 #: Bytes of a line, characters of a cell: above what one transaction can hold, so a larger one is
 #: refused while it is read and not after it has filled the memory.
@@ -37,27 +46,94 @@ _FRACTION: Final = re.compile(
 _BOOLEANS: Final = {"true": True, "false": False}
 
 
+def refuse(error: InputError) -> NoReturn:
+    """The ``Bad`` that ends the reading."""
+    raise error
+
+
+def check_encoding(name: str) -> str:
+    """``name`` of an encoding as Python knows it; UTF-8 may begin with a mark. Raises
+    ``UsageError``."""
+    try:
+        found = codecs.lookup(name).name
+    except (LookupError, ValueError):
+        raise UsageError(
+            f"--encoding {name!r:.60} is unknown; known are utf-8, utf-16, cp1252, latin-1 …"
+        ) from None
+    return "utf-8-sig" if found == "utf-8" else found
+
+
 # ---------------------------------------------------------------- NDJSON
 
 
-def read_ndjson(raw: IO[bytes]) -> Generator[Row, None, None]:
-    """Every line that is not empty. Raises ``InputError`` with the number of the line."""
-    number = 0
-    while line := raw.readline(LINE_BYTES_MAX + 1):
-        number += 1
-        if len(line) > LINE_BYTES_MAX:
-            raise InputError(f"line {number} is longer than {LINE_BYTES_MAX} bytes")
-        if line.isspace():
-            continue
+def read_ndjson(
+    raw: IO[bytes], *, encoding: str = "utf-8-sig", key: list[str] | None = None, bad: Bad = refuse
+) -> Generator[Row, None, None]:
+    """Every line that is not empty. What is wrong with a line goes to ``bad``, with its number."""
+    for number, line in enumerate(_lines(raw, encoding), 1):
         try:
-            yield number, parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"line {number} is not UTF-8 at byte {error.start}") from error
+            if len(line) > LINE_BYTES_MAX:
+                raise _TooLong(f"line {number} is longer than {LINE_BYTES_MAX} bytes")
+            if not line.isspace():
+                value = parse(_text_of(line, number))
+                yield number, value, None if key is None else _key_of(value, key)
+        except _TooLong:
+            raise
         except InputError as error:
             hint = ""
-            if number == 1 and line.lstrip()[:1] == b"[":
+            if number == 1 and line.lstrip()[:1] in (b"[", "["):
                 hint = "; a JSON array has to become one line for each element first"
-            raise InputError(f"line {number}: {error}{hint}", code=error.code) from error
+            place = "" if str(error).startswith(f"line {number}") else f"line {number}: "
+            bad(InputError(f"{place}{error}{hint}", code=error.code))
+
+
+class _TooLong(InputError):
+    """There is no going on behind such a line: nobody knows where it ends."""
+
+
+def _lines(raw: IO[bytes], encoding: str) -> Iterator[bytes | str]:
+    if encoding == "utf-8-sig":
+        # Bytes, so that one bad line is one bad line.
+        while line := raw.readline(LINE_BYTES_MAX + 1):
+            yield line
+        return
+    text = io.TextIOWrapper(raw, encoding=encoding)
+    try:
+        while decoded := text.readline(LINE_BYTES_MAX + 1):
+            yield decoded
+    except UnicodeError as error:
+        raise InputError(
+            f"the file is not {encoding} ({_reason(error)}); see --encoding"
+        ) from error
+    finally:
+        text.detach()
+
+
+def _text_of(line: bytes | str, number: int) -> str:
+    if isinstance(line, str):
+        return line
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise InputError(f"line {number} is not UTF-8 at byte {at}; see --encoding") from error
+
+
+def _reason(error: UnicodeError) -> str:
+    return getattr(error, "reason", None) or str(error)
+
+
+def _key_of(value: Any, names: list[str]) -> list[str]:
+    """The texts of the fields that make a row's key. Raises ``InputError``."""
+    if type(value) is not dict:
+        raise InputError("it is no map of fields, so it has no field of --key")
+    for name in names:
+        if name not in value:
+            there = ", ".join(map(repr, list(value)[:20])) or "none"
+            raise InputError(f"it has no field {name!r}, which --key names; its fields: {there}")
+        if value[name] in (None, ""):
+            raise InputError(f"its field {name!r}, which --key names, is empty")
+    return [key_text(value[name]) for name in names]
 
 
 def ndjson_line(entity_id: str, value: Any, id_field: str) -> bytes:
@@ -76,50 +152,127 @@ def ndjson_line(entity_id: str, value: Any, id_field: str) -> bytes:
 
 # ---------------------------------------------------------------- CSV
 
+#: What may stand between cells, if nobody says.
+_DELIMITERS: Final = (",", ";", "\t", "|")
 
-def read_csv(raw: IO[bytes], delimiter: str, types: CellTypes) -> Generator[Row, None, None]:
-    """Every record below the header as a map. Raises ``InputError`` with its number."""
+
+@dataclass(frozen=True)
+class CsvFormat:
+    """How a CSV file is read. ``delimiter`` None: nobody said; then it is a comma, unless the
+    header looks otherwise. ``columns`` are those that an option names, with its name."""
+
+    types: CellTypes
+    delimiter: str | None = None
+    usual: str = ","
+    encoding: str = "utf-8-sig"
+    key: list[str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+def read_csv(raw: IO[bytes], form: CsvFormat, *, bad: Bad = refuse) -> Generator[Row, None, None]:
+    """Every record below the header as a map. What is wrong with one goes to ``bad``, with its
+    number; ``InputError`` and ``UsageError`` are about the whole file."""
     # The module's own bound would refuse what this project's export wrote.
     csv.field_size_limit(LINE_BYTES_MAX)
-    text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-    place = "the header"
+    utf8 = form.encoding == "utf-8-sig"
+    # Bytes that are no UTF-8 become lone surrogates, and so the error of their row alone.
+    errors = "surrogateescape" if utf8 else "strict"
+    text = io.TextIOWrapper(raw, encoding=form.encoding, errors=errors, newline="")
+    place, number = "the header", 0
     try:
-        records = csv.reader(text, delimiter=delimiter, strict=True)
+        first = text.readline(LINE_BYTES_MAX)
+        delimiter = form.delimiter or _delimiter_of(first, form.usual)
+        records = csv.reader(
+            chain([first] if first else (), text), delimiter=delimiter, strict=True
+        )
         header = next(records, None)
         if header is None:
             return
-        _check_header(header, types)
-        place = "row 1"
-        for number, cells in enumerate(records, 1):
-            if cells:
-                place = f"row {number}"
-                yield number, types.row(header, cells)
-            place = f"row {number + 1}"
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}, or near it, is not UTF-8 ({error.reason})") from error
+        _check_text(header, utf8)
+        _check_header(header, form)
+        keys = None if form.key is None else [header.index(name) for name in form.key]
+        while True:
+            number += 1
+            place = f"row {number}"
+            try:
+                cells = next(records, None)
+                if cells is None:
+                    return
+                if cells:
+                    _check_text(cells, utf8)
+                    value = form.types.row(header, cells)
+                    yield number, value, None if keys is None else _key_cells(header, cells, keys)
+            except csv.Error as error:
+                bad(InputError(f"{place}: {error}"))
+            except InputError as error:
+                bad(InputError(f"{place}: {error}", code=error.code))
+    except UnicodeError as error:
+        what = f"is not {form.encoding} ({_reason(error)}); see --encoding"
+        raise InputError(f"{place}, or near it, {what}") from error
     except csv.Error as error:
         raise InputError(f"{place}: {error}") from error
     except InputError as error:
-        raise InputError(f"{place}: {error}", code=error.code) from error
+        raise InputError(
+            str(error) if str(error).startswith(place) else f"{place}: {error}", code=error.code
+        ) from error
     finally:
         text.detach()  # the stream is its owner's to close
 
 
-def _check_header(header: list[str], types: CellTypes) -> None:
+def _delimiter_of(first: str, usual: str) -> str:
+    """``usual``, if it makes the most columns of the header. Raises ``UsageError``."""
+    counts = {
+        each: len(next(csv.reader([first], delimiter=each), [])) for each in {usual, *_DELIMITERS}
+    }
+    best = max(counts, key=lambda each: (counts[each], each == usual))
+    if best != usual:
+        shown = "tab" if best == "\t" else best
+        this = "tab" if usual == "\t" else usual
+        raise UsageError(
+            f"the header has {plural(counts[usual], 'column')} if {this!r} stands between them, "
+            f"and {counts[best]} if {shown!r} does: give --delimiter {shown!r} (or {this!r})"
+        )
+    return usual
+
+
+def _check_text(cells: list[str], utf8: bool) -> None:
+    joined = "".join(cells)
+    if not utf8 or joined.isascii():
+        return
+    try:
+        joined.encode()
+    except UnicodeEncodeError:
+        raise InputError("it is not UTF-8; give its --encoding, such as cp1252") from None
+
+
+def _check_header(header: list[str], form: CsvFormat) -> None:
     for name in header:
         if header.count(name) > 1:
             raise InputError(f"the header names the column {name!r} twice")
-    unknown = [name for name in types.named if name not in header]
-    if unknown:
-        raise UsageError(f"--types names {unknown[0]!r}, the columns are {', '.join(header)}")
+    wanted = {**dict.fromkeys(form.types.named, "--types"), **form.columns}
+    for name, option in wanted.items():
+        if name not in header:
+            columns = ", ".join(header[:50])
+            raise UsageError(f"{option} names {name!r}, the columns are {columns}")
+
+
+def _key_cells(header: list[str], cells: list[str], keys: list[int]) -> list[str]:
+    for at in keys:
+        if not cells[at]:
+            raise InputError(f"its cell {header[at]!r}, which --key names, is empty")
+    return [cells[at] for at in keys]
 
 
 class CellTypes:
     """What the cells of a CSV file mean. ``named`` maps columns to one of ``TYPES``; the others
-    are text, or with ``infer`` what they look like."""
+    are text, or with ``infer`` what they look like. Cells that are one of ``missing`` leave the
+    field out."""
 
-    def __init__(self, named: dict[str, str], *, infer: bool = False) -> None:
+    def __init__(
+        self, named: dict[str, str], *, infer: bool = False, missing: frozenset[str] = frozenset()
+    ) -> None:
         self.named = named
+        self._missing = missing
         self._default: Callable[[str], Any] = infer_cell if infer else str
 
     def row(self, header: list[str], cells: list[str]) -> dict[str, Any]:
@@ -127,6 +280,8 @@ class CellTypes:
             raise InputError(f"it has {len(cells)} cells, the header {len(header)}")
         made: dict[str, Any] = {}
         for name, cell in zip(header, cells, strict=True):
+            if cell in self._missing:
+                continue
             kind = self.named.get(name)
             try:
                 value = self._default(cell) if kind is None else _typed(kind, cell)
@@ -147,24 +302,29 @@ def _typed(kind: str, cell: str) -> Any:
 
 def infer_cell(cell: str) -> Any:
     """What ``cell`` looks like: whole number, number, true or false, JSON map or list, nothing,
-    or else text. Leading zeros are text: telephone numbers and postal codes are not numbers."""
+    or else text. Nothing is taken for anything that would not be written back as it was read:
+    ``007``, ``1.10``, ``1E4`` and ``True`` are text."""
     if cell == "":
         return _MISSING
     if cell in _BOOLEANS:
         return _BOOLEANS[cell]
-    number = _inferred_number(cell)
-    if number is not None:
-        return number
     if cell[0] in "{[":
-        try:
-            return parse(cell)
-        except InputError:
-            return cell
-    return cell
+        return _inferred_json(cell)
+    number = _inferred_number(cell)
+    return cell if number is None or cell_text(number) != cell else number
+
+
+def _inferred_json(cell: str) -> Any:
+    try:
+        value = parse(cell)
+        # As it comes back: a map's keys are in another order then.
+        return value if cell_text(cbor.decode(cbor.encode(value))) == cell else cell
+    except (InputError, CborEncodeError):
+        return cell
 
 
 def _inferred_number(cell: str) -> int | float | None:
-    """The number that ``cell`` spells exactly; None for -0, and for what would be rounded away."""
+    """The number that ``cell`` spells; None if it is none that can be stored."""
     if _INTEGER.fullmatch(cell):
         whole = int(cell)
         return whole if -(2**64) <= whole < 2**64 and cell != "-0" else None
@@ -212,30 +372,43 @@ def parse_types(given: str | None) -> dict[str, str]:
 
 
 class CsvWriter:
-    """Writes records below a header, which is written at once."""
+    """Writes records below a header; ``flush`` writes what is waiting."""
 
     def __init__(self, raw: IO[bytes], columns: list[str], delimiter: str) -> None:
         self._raw = raw
-        self._columns = columns
         self._buffer = io.StringIO()
-        self._writer = csv.writer(self._buffer, delimiter=delimiter, lineterminator="\n")
-        self._write(columns)
+        self._add = csv.writer(self._buffer, delimiter=delimiter, lineterminator="\n").writerow
+        self._columns = columns
+        self._add(columns)
 
-    def add(self, row: dict[str, Any]) -> None:
-        self._write([cell_text(row.get(name)) for name in self._columns])
+    def add(self, entity_id: str, row: dict[str, Any]) -> None:
+        """A record: the id, and the fields of ``row`` that have a column."""
+        get = row.get
+        self._add([entity_id, *[cell_text(get(name)) for name in self._columns[1:]]])
+        if self._buffer.tell() > _BUFFER_CHARACTERS:
+            self.flush()
 
-    def _write(self, cells: Iterable[str]) -> None:
-        self._writer.writerow(cells)
+    def flush(self) -> None:
         self._raw.write(self._buffer.getvalue().encode())
         self._buffer.seek(0)
         self._buffer.truncate()
 
 
+_BUFFER_CHARACTERS: Final = 64 << 10
+
+
 def cell_text(value: Any) -> str:
     """A value as a cell: text as it is, null and what is not there empty, all else as JSON."""
+    kind = type(value)
+    if kind is str:
+        return value  # type: ignore[no-any-return]
     if value is None:
         return ""
-    return value if isinstance(value, str) else dump(value)
+    if kind is int or kind is float:
+        return repr(value)
+    if kind is bool:
+        return "true" if value else "false"
+    return dump(value)
 
 
 def key_text(value: Any) -> str:

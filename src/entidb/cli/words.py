@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from entidb.cli.exits import InputError, NotFoundError, UsageError
+from entidb.cli.output import note, safe
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
 
@@ -126,6 +127,16 @@ def opened(path: str) -> Iterator[Database]:
             code="no_database",
         )
     with Database.open(path, create=False) as database:
+        yield database
+
+
+@contextmanager
+def opened_or_made(path: str) -> Iterator[Database]:
+    """The database at ``path``; made, and said so, if there is nothing there."""
+    made = not is_database(path)
+    with Database.open(path) as database:
+        if made:
+            note(f"made a database in {safe(path)}")
         yield database
 
 
