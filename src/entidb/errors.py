@@ -208,6 +208,9 @@ class SyncError(EntiDBError):
     """
 
     code = "sync_error"
+    #: Who refused the request where that proves that nothing of it was decided (R5): ``server``
+    #: in its own words, ``path`` for whatever stands before it. None: that is open.
+    refused_by: str | None = None
 
     def __init__(
         self,
@@ -329,6 +332,23 @@ ERROR_TABLE: dict[str, ErrorRow] = {
 }
 
 
+#: Codes with which a server says that it has not looked at what it was sent, or at what is in it:
+#: nothing was decided, so a push counts as not sent (R5).
+REFUSALS: frozenset[str] = frozenset(
+    (
+        "invalid_message",
+        "codec_error",
+        "version_mismatch",
+        "forbidden",
+        "unknown_database",
+        "not_found",
+        "method_not_allowed",
+        "too_large",
+        "unsupported_media_type",
+    )
+)
+
+
 def error_from_code(
     code: str,
     message: str,
@@ -340,4 +360,7 @@ def error_from_code(
     because a newer server may have learned new ones."""
     row = ERROR_TABLE.get(code)
     kind = row.error if row is not None else ServerError
-    return kind(message, code=code, retry_after=retry_after, details=details)
+    error = kind(message, code=code, retry_after=retry_after, details=details)
+    if code in REFUSALS:
+        error.refused_by = "server"
+    return error

@@ -132,11 +132,15 @@ _ACCEPTED, _SUPERSEDED, _CONFLICT = (
 class BatchLimits(Struct, frozen=True):
     """How much one push batch may hold; a larger single transaction is sent alone. Transactions
     committed after ``sequence_max`` wait for the next cycle, so that a cycle ends even while
-    somebody keeps writing."""
+    somebody keeps writing. Those in ``without``, by their sequence, are left out, with all that is
+    built on them."""
 
     operations_max: int = 5000
     bytes_max: int = 4 * 1024 * 1024
     sequence_max: int = SEQUENCE_MAX
+    transactions_max: int = SEQUENCE_MAX
+    collections_max: int = SEQUENCE_MAX
+    without: frozenset[int] = frozenset()
 
 
 class PushBatch(Struct):
@@ -240,6 +244,21 @@ class SyncApplier(Protocol):
         """Apply the verdicts (R18) on the first batch in flight; ``following`` is the other, if
         there is one. If ``limits`` are given and no pull is needed first, prepare one more, as
         ``prepare`` or ``prepare_after`` would."""
+        ...
+
+    def unsend(self) -> None:
+        """The batches in flight count as not sent (R5): an answer proves that nothing of what was
+        sent now was decided. A pull comes before anything of it is withdrawn, because an earlier
+        sending may have arrived."""
+        ...
+
+    def refuse(self, batch: PushBatch, code: str, message: str) -> RebaseReport:
+        """Withdraw the transactions of ``batch``, the first in flight, which the server refuses
+        for good (R4), with those built on them. Nothing is in flight afterwards."""
+        ...
+
+    def still_pending(self, sequences: Iterable[int]) -> list[int]:
+        """Those of these local commits whose transactions are in the outbox."""
         ...
 
     def confirm(self, cursor: int) -> None:
@@ -408,6 +427,29 @@ class DatabaseApplier:
             if following is not None:
                 _still_fresh(following, mark)
             return settled
+
+    def unsend(self) -> None:
+        with self.database.write() as writer:
+            writer.set_inflight(None)
+
+    def refuse(self, batch: PushBatch, code: str, message: str) -> RebaseReport:
+        with paused(), self.database.write() as writer:
+            inflight = writer.inflight
+            if inflight is None or inflight.ranges != batch.ranges:
+                raise SyncStateError("the batch was settled already by another engine")
+            rebase = Rebase(writer, self.policy_for, writer.now_ms)
+            reason = code[:_CODE_CHARS_MAX], message[:_MESSAGE_CHARS_MAX]
+            for sequence in batch.sequences:
+                transaction = rebase.load(sequence)
+                if transaction is not None:  # else it was built on one before it
+                    rebase.withdraw([transaction], *reason, [])
+            rebase.release()
+            writer.set_inflight(None)
+            return rebase.report
+
+    def still_pending(self, sequences: Iterable[int]) -> list[int]:
+        with self.database.view() as view:
+            return [sequence for sequence in sequences if view.pending(sequence) is not None]
 
     # ------------------------------------------------------------ pull
 
@@ -713,12 +755,19 @@ def _batch(
     payloads: list[bytes | None] = []
     operations = size = 0
     changes = view.changes
+    few = limits is None or len(infos) <= limits.collections_max
+    left_out: set[bytes] = set()
     for key, stored in itertools.chain.from_iterable(_pages(view.snapshot, ranges, limits)):
         # What this very commit has moved, changed or withdrawn is read from it.
         row = changes.get(key, stored)
         if row is None:
             continue
         transaction_id, stamp, count, number, entity_id, previous, length = unpack_outbox_first(row)
+        if limits is not None:
+            if limits.without and _leave_out(view, key, row, limits.without, left_out):
+                continue
+            if len(batch.keys) >= limits.transactions_max:
+                break
         operations += count
         size += len(row)
         if limits is not None and (operations > limits.operations_max or size > limits.bytes_max):
@@ -728,6 +777,8 @@ def _batch(
             entity_key = infos[number].prefix + entity_id
             if entity_key in apart:
                 break
+            if not few and _too_many(batch, [number], limits):
+                break
             batch.numbers.append(number)
             batch.entity_keys.append(entity_key)
             payloads.append(row[OUTBOX_FIRST:] if length >= 0 else None)
@@ -735,6 +786,8 @@ def _batch(
             writes = decode_pending(key, row).operations
             entity_keys = [infos[op.collection].prefix + op.entity_id for op in writes]
             if not apart.isdisjoint(entity_keys):
+                break
+            if not few and _too_many(batch, [op.collection for op in writes], limits):
                 break
             batch.numbers += [op.collection for op in writes]
             batch.entity_keys += entity_keys
@@ -750,6 +803,25 @@ def _batch(
     batch.ranges = ranges_of(batch.sequences)
     _add_transactions(view, batch, ids, stamps, payloads)
     return batch
+
+
+def _leave_out(
+    view: Writer, key: bytes, row: bytes, without: frozenset[int], left_out: set[bytes]
+) -> bool:
+    """Whether a transaction is kept back, or touches an entity of one that is (``left_out``)."""
+    infos = view.catalogue.by_number
+    writes = decode_pending(key, row).operations
+    keys = [infos[op.collection].prefix + op.entity_id for op in writes]
+    if sequence_of(key) not in without and left_out.isdisjoint(keys):
+        return False
+    left_out.update(keys)
+    return True
+
+
+def _too_many(batch: PushBatch, numbers: list[int], limits: BatchLimits | None) -> bool:
+    """Whether the batch would name more collections than a message may."""
+    assert limits is not None
+    return bool(batch.keys) and len({*batch.numbers, *numbers}) > limits.collections_max
 
 
 def _pages(

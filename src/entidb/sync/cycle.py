@@ -25,6 +25,7 @@ from entidb.errors import (
     ProtocolError,
     ResetRequiredError,
     ServerError,
+    SyncError,
     VersionMismatchError,
 )
 from entidb.protocol import (
@@ -46,6 +47,7 @@ from entidb.protocol import (
 from entidb.sync.applier import BatchLimits, PushBatch, Settled, SyncApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.rebase import RebaseReport
+from entidb.sync.refusal import KeptBack, Path, Search, closed, is_for_good, is_missing_right
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
 #: A reset that has to start over more often than this in one cycle ends it; the next goes on.
@@ -76,6 +78,7 @@ class Connection:
     history: bytes = b""
     limits: Limits | None = None
     features: list[str] = field(default_factory=list)
+    path: Path = field(default_factory=Path)
 
     @property
     def made(self) -> bool:
@@ -83,6 +86,7 @@ class Connection:
 
     def forget(self) -> None:
         self.limits = None
+        self.path.try_again()
 
 
 class Cycle:
@@ -106,11 +110,20 @@ class Cycle:
         self._progress = progress
         self._check = check
         self._pushed = self._pushed_bytes = 0
+        self._search = Search()
+        #: A verdict of this round asks for a pull before anything more is pushed.
+        self._pull_due = False
+        #: How a push with nothing in it is answered; asked when it has to be known.
+        self._empty: SyncError | None = None
+        self._asked_empty = False
+        #: Why nothing can be pushed at all.
+        self._closed: SyncError | None = None
         self.result = SyncCycleResult()
 
     def run(self) -> Flow:
         """The cycle. Returns its result; raises ``SyncError`` subclasses, with everything that
         was settled or applied until then kept."""
+        self._connection.path.begin_cycle()
         if not self._connection.made:
             yield from self._connect()
         inflight = self._applier.inflight()
@@ -123,15 +136,14 @@ class Cycle:
             self._adopt()
             yield from self._pull()
             self._adopt()
-            batch = self._applier.prepare(self._limits())
-            if batch is None:
-                break
-            self._enter(SyncState.PUSHING)
-            again = yield from self._push(batch)
+            again = yield from self._push_ready()
             if not again:
                 break
         else:
             self.result.incomplete = True
+        self._tell_kept_back()
+        if self._closed is not None:
+            raise closed(self._closed)
         self._enter(SyncState.SYNCED)
         return self.result
 
@@ -170,9 +182,13 @@ class Cycle:
         server, config = self._connection.limits, self._config
         assert server is not None, "a push comes after the handshake"
         # Half of the server's message leaves room for names, ids and heads around payloads.
+        bytes_max = min(config.push_bytes_max, server.message_bytes_max // 2)
         return BatchLimits(
             operations_max=min(config.push_operations_max, server.push_operations_max),
-            bytes_max=min(config.push_bytes_max, server.message_bytes_max // 2),
+            bytes_max=min(bytes_max, self._connection.path.bytes_max),
+            transactions_max=self._search.transactions_max,
+            collections_max=server.collections_max,
+            without=frozenset(self._connection.path.kept),
         )
 
     # ------------------------------------------------------------ pushing
@@ -183,9 +199,111 @@ class Cycle:
         state, total = self._applier.state(), sum(len(batch.keys) for batch in batches)
         batch: PushBatch | None
         for batch, following in zip(batches, [*batches[1:], None], strict=True):
-            request = self._push_request(batch, state)
-            response = yield from self._ask(request, PushResponse)
+            try:
+                response = yield from self._ask_push(batch, state)
+            except _RefusedError as refused:
+                # Whether it arrived when it was sent before is for the pull to say, and for the
+                # server, which knows every transaction it has accepted (R14).
+                self._applier.unsend()
+                if refused.error.code == "too_large" and len(batch.keys) > 1:
+                    self._connection.path.refused(batch.bytes)
+                return
             self._settle(batch, response, None, following, total)
+
+    def _push_ready(self) -> Generator[Step, SyncResponse | None, bool]:
+        """Push what is ready, in batches that get through; whether a pull has to come before
+        more. Ends: each turn settles, withdraws or keeps back transactions, or halves a limit."""
+        limits = self._limits()
+        while (batch := self._applier.prepare(limits)) is not None:
+            self._enter(SyncState.PUSHING)
+            self._pull_due = False
+            try:
+                if not self._search.active:
+                    return (yield from self._push(batch))
+                yield from self._push_alone(batch)
+            except _RefusedError as refused:
+                yield from self._take_refusal(refused.batch, refused.error)
+            if self._pull_due or self._closed is not None:
+                return self._pull_due
+            # What is committed from now on waits for the next cycle.
+            until = min(limits.sequence_max, self._applier.sequence())
+            limits = replace(self._limits(), sequence_max=until)
+        return False
+
+    def _push_alone(self, batch: PushBatch) -> Generator[Step, SyncResponse | None, None]:
+        """Push ``batch`` and none after it, while those are looked for that are refused."""
+        self._pushed = self._pushed_bytes = 0
+        response = yield from self._ask_push(batch, self._applier.state())
+        self._pull_due = self._settle(batch, response, None, None, self._applier.ready()).pull
+        self._search.passed(len(batch.keys))
+
+    def _take_refusal(
+        self, batch: PushBatch, error: SyncError
+    ) -> Generator[Step, SyncResponse | None, None]:
+        """A new batch was refused as a whole, and nothing of it was decided (R5). It counts as
+        not sent; what it was refused for is cut smaller, looked for, withdrawn or kept back."""
+        applier, path, count = self._applier, self._connection.path, len(batch.keys)
+        if error.code == "too_large" and count > 1:
+            applier.unsend()
+            path.refused(batch.bytes)
+            return
+        if not self._asked_empty:
+            self._empty = yield from self._ask_empty()
+            self._asked_empty = True
+        if self._empty is not None and not is_missing_right(self._empty):
+            # It is not about any transaction, so none is withdrawn.
+            applier.unsend()
+            self._closed = error
+            return
+        if self._empty is not None:
+            self._report(applier.refuse(batch, self._empty.code, self._empty.message))
+            return
+        if count == 1 and is_for_good(error):
+            self._report(applier.refuse(batch, error.code, error.message))
+        else:
+            applier.unsend()
+        if count == 1 and not is_for_good(error):
+            sequence, identity = batch.sequences[0], batch.transactions[0].transaction_id
+            path.kept[sequence] = KeptBack(sequence, identity, error.code, error.message)
+        self._search.refused(count)
+
+    def _ask_empty(self) -> Generator[Step, SyncResponse | None, SyncError | None]:
+        """Whether a push is refused that has nothing in it: then it is not for what is in it."""
+        state = self._applier.state()
+        request = PushRequest(
+            db_id=self._config.db_id,
+            device_id=self._applier.device_id,
+            history=_history(state),
+            cursor=state.cursor,
+            collections=[],
+            transactions=[],
+        )
+        try:
+            yield from self._ask(request, PushResponse)
+        except SyncError as error:
+            if error.refused_by is None:
+                raise
+            return error
+        return None
+
+    def _ask_push(
+        self, batch: PushBatch, state: ReplicaState, request: PushRequest | None = None
+    ) -> Generator[Step, SyncResponse | None, PushResponse]:
+        """The verdicts on ``batch``. Raises ``_RefusedError`` where an answer proves that there
+        are none; any other error leaves it open, and the batch in flight (R5)."""
+        try:
+            asked = self._push_request(batch, state) if request is None else request
+            return (yield from self._ask(asked, PushResponse))
+        except SyncError as error:
+            if error.refused_by is None:
+                raise
+            raise _RefusedError(batch, error) from error
+
+    def _tell_kept_back(self) -> None:
+        path = self._connection.path
+        if path.kept:
+            pending = self._applier.still_pending(path.kept)
+            self.result.kept_back = path.forget_all_but(pending)
 
     def _push(self, batch: PushBatch) -> Generator[Step, SyncResponse | None, bool]:
         """Push ``batch`` and those after it; whether a pull has to come before more.
@@ -212,9 +330,9 @@ class Cycle:
             after = None if following is None else self._push_request(following, state)
             if after is not None:
                 yield Ahead(after)
-            response = yield from self._ask(request, PushResponse)
+            response = yield from self._ask_push(batch, state, request)
             settled = self._settle(batch, response, None if pull else limits, following, total)
-            pull = pull or settled.pull
+            pull = self._pull_due = pull or settled.pull
             if following is not None and after is not None:
                 batch, request, following = following, after, settled.next_batch
             elif settled.next_batch is not None:
@@ -407,6 +525,15 @@ class Cycle:
         self.result.unresolved += report.unresolved
         self.result.withdrawn += report.withdrawn
         self.result.done += report.done
+
+
+class _RefusedError(Exception):
+    """A push was refused as a whole, with an answer that proves that nothing was decided."""
+
+    def __init__(self, batch: PushBatch, error: SyncError) -> None:
+        super().__init__(str(error))
+        self.batch = batch
+        self.error = error
 
 
 class FullPull(Enum):

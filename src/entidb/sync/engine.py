@@ -25,6 +25,7 @@ from entidb.sync.cycle import Ahead, Connection, Cycle
 from entidb.sync.http import HttpTransport
 from entidb.sync.policies import Conflict, ConflictResolution
 from entidb.sync.rebase import RebaseReport
+from entidb.sync.refusal import kept_back_error
 from entidb.sync.state import (
     SyncCycleResult,
     SyncProgress,
@@ -153,7 +154,9 @@ class SyncEngine:
             result.duration_s = self._clock.monotonic() - began
             self.stats.add(result)
             self._last_success_ms = self._clock.now_ms()
-            self._last_error = None
+            kept = result.kept_back
+            # The cycle has done all it could, and somebody has to hear of what it could not.
+            self._last_error = kept_back_error(kept) if kept else None
             return result
 
     def _one_cycle(self) -> SyncCycleResult:

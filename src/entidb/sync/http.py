@@ -94,6 +94,9 @@ _STATUS_CODES: Final[dict[int, str]] = {
     504: "timeout",
     507: "storage_full",
 }
+#: Statuses of 4xx that say nothing for good: who asks, how often, and what passes by itself.
+_PASSING: Final = frozenset((401, 407, 408, 409, 421, 423, 425, 429, 499))
+_UNSUPPORTED_MEDIA_TYPE: Final = 415
 #: A login page redirects for the moment; these two say that the URL is wrong for good.
 _MOVED_FOR_GOOD: Final = (301, 308)
 _NETWORK_LOGIN_REQUIRED: Final = 511  # RFC 6585, section 6
@@ -149,6 +152,8 @@ class HttpTransport(BaseTransport):
         #: Encodings this side can undo, best first, and the one it packs requests with.
         self._encodings = _encodings(self._config.compression, _is_loopback(host))
         self._request_encoding: str | None = None
+        #: False once a packed request was refused for being packed.
+        self._packs = True
         self._headers = {
             "Content-Type": CONTENT_TYPE,
             "Accept": CONTENT_TYPE,
@@ -165,12 +170,18 @@ class HttpTransport(BaseTransport):
     def _exchange(self, request: SyncRequest) -> SyncResponse:
         ahead = self._carrier.take(request)
         if ahead is not None:
-            return self._understood(request, ahead.result())
-        return self._understood(request, self._carry(request, *self._packed(encode(request))))
+            response = ahead.result()
+        else:
+            response = self._carry(request, *self._packed(encode(request)))
+        if response.status == _UNSUPPORTED_MEDIA_TYPE and self._request_encoding is not None:
+            # The server takes packed bodies, but something before it does not.
+            self._packs, self._request_encoding = False, None
+            response = self._carry(request, *self._packed(encode(request)))
+        return self._understood(request, response)
 
     def _understood(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
         answer = self._read(request, response)
-        if isinstance(answer, HandshakeResponse):
+        if isinstance(answer, HandshakeResponse) and self._packs:
             self._request_encoding = _first_of(self._encodings, answer.features)
         return answer
 
@@ -268,6 +279,10 @@ class HttpTransport(BaseTransport):
 
     def _spoken_error(self, response: HttpResponse, answer: ErrorResponse) -> SyncError:
         error = error_from_response(answer)
+        if answer.code not in ERROR_TABLE and _refuses(response.status) and not answer.retryable:
+            # A newer server has a reason that this device does not know; it is one all the same.
+            error = ProtocolError(answer.message, code=answer.code, details=error.details)
+            error.refused_by = "server"
         if error.retry_after is None:
             error.retry_after = self._retry_after(response)
         return error
@@ -285,7 +300,10 @@ class HttpTransport(BaseTransport):
             )
         code = _STATUS_CODES.get(status, "server_error" if status >= 500 else "invalid_message")
         kind = ERROR_TABLE[code].error
-        return kind(said, code=code, retry_after=self._retry_after(response))
+        error = kind(said, code=code, retry_after=self._retry_after(response))
+        if _refuses(status):
+            error.refused_by = "path"
+        return error
 
     def _retry_after(self, response: HttpResponse) -> float | None:
         """Seconds, from either form of the header (RFC 9110, section 10.2.3)."""
@@ -518,6 +536,11 @@ def _is_loopback(host: str) -> bool:
 def _is_cbor(response: HttpResponse) -> bool:
     kind = response.headers.get("content-type", "")
     return kind.partition(";")[0].strip().lower() == CONTENT_TYPE
+
+
+def _refuses(status: int) -> bool:
+    """Whether a status proves that the request was not acted on (R5)."""
+    return 400 <= status < 500 and status not in _PASSING
 
 
 def _content_type_note(response: HttpResponse) -> str:

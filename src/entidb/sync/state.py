@@ -9,6 +9,7 @@ from msgspec import Struct, field
 from entidb.errors import SyncStateError
 from entidb.sync.policies import Conflict
 from entidb.sync.rebase import Resolved, Withdrawn
+from entidb.sync.refusal import KeptBack
 
 
 class SyncState(Enum):
@@ -57,6 +58,7 @@ class SyncCycleResult(Struct):
     Counts are operations for ``pulled`` and ``pushed_operations``, transactions for the others.
     ``conflicts`` were decided by a policy, ``unresolved`` wait for ``resolve()``, ``withdrawn``
     went to the discarded list (R4); ``done`` are ids of transactions the server had already (R24).
+    ``kept_back`` are pending transactions that do not get through to the server (R5).
     ``incomplete`` says that conflicts were still coming after ``rounds_max`` rounds (R7): the rest
     is pending, sync again. ``reset`` says everything was pulled anew.
     """
@@ -69,6 +71,7 @@ class SyncCycleResult(Struct):
     unresolved: list[Conflict] = field(default_factory=list)
     withdrawn: list[Withdrawn] = field(default_factory=list)
     done: list[bytes] = field(default_factory=list)
+    kept_back: list[KeptBack] = field(default_factory=list)
     rounds: int = 0
     requests: int = 0
     bytes_pulled: int = 0

@@ -1,0 +1,145 @@
+"""A push that is refused as a whole: what a device learns from it, and remembers (R5).
+
+An answer that proves that nothing was decided ends the flight. What to do then is the cycle's;
+here is how it finds the transactions that are meant (``Search``), and what it remembers of the
+way to the server while a connection lasts (``Path``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from msgspec import Struct
+
+from entidb.errors import ProtocolError, SyncError
+from entidb.types import SEQUENCE_MAX
+
+#: What a server refuses for good, whatever else is sent with it: such a transaction is withdrawn
+#: (R4). All other refusals can be undone by somebody else, so the transaction is kept back.
+_FOR_GOOD: Final = frozenset(("codec_error", "forbidden", "invalid_message", "too_large"))
+#: What was learned about the way is tried again after so many cycles of one connection.
+TRY_AGAIN_CYCLES: Final = 100
+#: From this size on a batch that passed leads to one without a limit.
+_SEARCH_MAX: Final = 1024
+_SHOWN_MAX: Final = 3
+
+
+class KeptBack(Struct, frozen=True):
+    """A transaction that does not get through to the server, and why: ``code`` and ``message``
+    are those of the refusal. It stays pending and visible, with those built on it, and is tried
+    again with the next connection."""
+
+    sequence: int
+    transaction_id: bytes
+    code: str
+    message: str
+
+
+@dataclass
+class Path:
+    """What gets through to the server, as far as this device has found out.
+
+    ``bytes_max`` is the size of a batch that was small enough, or has not been refused yet;
+    ``kept`` are transactions that did not get through alone, by their sequence."""
+
+    bytes_max: int = SEQUENCE_MAX
+    kept: dict[int, KeptBack] = field(default_factory=dict)
+    _cycles: int = 0
+
+    def begin_cycle(self) -> None:
+        self._cycles += 1
+        if self._cycles > TRY_AGAIN_CYCLES:
+            self.try_again()
+
+    def try_again(self) -> None:
+        """Somebody may have raised a limit since: let the next batches find out, one step up."""
+        self._cycles = 0
+        self.kept.clear()
+        self.bytes_max = min(2 * self.bytes_max, SEQUENCE_MAX)
+
+    def refused(self, size: int) -> None:
+        """A batch of several transactions and ``size`` bytes was too large."""
+        self.bytes_max = max(1, size // 2)
+
+    def forget_all_but(self, sequences: Iterable[int]) -> list[KeptBack]:
+        """Drop what is not pending any more; returns the rest."""
+        self.kept = {sequence: self.kept[sequence] for sequence in sequences}
+        return list(self.kept.values())
+
+
+class Search:
+    """Which transactions of a refused batch are the refused ones: halve it until one is alone.
+
+    ``transactions_max`` is how many the next batch may have. While some are ``suspects``, they
+    are the first that are ready, and one of them is refused."""
+
+    def __init__(self) -> None:
+        self.transactions_max = SEQUENCE_MAX
+        self._suspects = 0
+
+    @property
+    def active(self) -> bool:
+        return self.transactions_max < SEQUENCE_MAX
+
+    def refused(self, count: int) -> None:
+        """A batch of ``count`` transactions was refused; a single one was dealt with."""
+        self._suspects = count if count > 1 else 0
+        self.transactions_max = max(1, count // 2)
+
+    def passed(self, count: int) -> None:
+        if self._suspects > count:
+            self._suspects -= count
+            self.transactions_max = max(1, self._suspects // 2)
+            return
+        # The one was found. Where there is another soon, this finds it with few requests.
+        self._suspects = 0
+        wider = 2 * self.transactions_max
+        self.transactions_max = wider if wider < _SEARCH_MAX else SEQUENCE_MAX
+
+
+def is_for_good(error: SyncError) -> bool:
+    """Whether a transaction that was refused alone with ``error`` can never be accepted: the
+    server itself has said so."""
+    return error.refused_by == "server" and error.code in _FOR_GOOD
+
+
+def is_missing_right(error: SyncError) -> bool:
+    """Whether the server says that this token may not write the database at all."""
+    return error.refused_by == "server" and error.code == "forbidden"
+
+
+def closed(error: SyncError) -> SyncError:
+    """``error``, which refuses every push, whatever is in it."""
+    made = type(error)(
+        f"nothing can be pushed: {error.message}. What is pending stays pending, and what others "
+        "wrote was pulled",
+        code=error.code,
+        retry_after=error.retry_after,
+        details=error.details,
+    )
+    made.refused_by = error.refused_by
+    return made
+
+
+def kept_back_error(kept: list[KeptBack]) -> SyncError:
+    """What ``status()`` says while transactions do not get through."""
+    first = kept[0]
+    ids = ", ".join(entry.transaction_id.hex() for entry in kept[:_SHOWN_MAX])
+    more = "" if len(kept) <= _SHOWN_MAX else f" and {len(kept) - _SHOWN_MAX} more"
+    way_out = (
+        "raise the limit for bodies of whatever stands before the server (nginx: "
+        "client_max_body_size)"
+        if first.code == "too_large"
+        else "have whatever stands before the server let them through"
+    )
+    return ProtocolError(
+        f"{len(kept)} transactions do not get through to the server and are kept back, the rest "
+        f"goes on: {first.message}. They stay pending and are tried again with the next "
+        f"connection; {way_out}. Transactions: {ids}{more}",
+        code=first.code,
+    )
+
+
+__all__ = ["KeptBack", "Path", "Search", "closed", "is_for_good", "is_missing_right"]
