@@ -22,6 +22,8 @@ from typing import Any, Self
 import pytest
 
 from entidb.errors import (
+    ERROR_TABLE,
+    REFUSALS,
     AuthenticationError,
     ConfigError,
     PermissionDeniedError,
@@ -483,6 +485,77 @@ def test_a_proxys_page_means_what_its_status_says(
     assert (type(error), error.code, error.retryable) == (kind, code, retryable)
     assert str(status) in error.message
     assert ("nginx" in error.message) == bool(body)
+
+
+@pytest.mark.parametrize(
+    "status", [400, 402, 403, 404, 405, 406, 410, 411, 413, 414, 415, 416, 417, 418, 422, 431, 451]
+)
+def test_a_status_that_proves_that_nothing_was_decided_says_so(status: int):
+    error = error_of(reply(b"<h1>nginx</h1>", f"{status} X", content_type="text/html"))
+    assert (error.refused_by, error.retryable) == ("path", False)
+
+
+@pytest.mark.parametrize(
+    "status",
+    [200, 204, 302, 401, 407, 408, 409, 421, 423, 425, 429, 499, 500, 501, 502, 503, 504, 507, 511],
+)
+def test_a_status_that_leaves_it_open_whether_the_server_acted_says_nothing(status: int):
+    body = b"" if status == 204 else b"<h1>nginx</h1>"
+    assert error_of(reply(body, f"{status} X", content_type="text/html")).refused_by is None
+
+
+@pytest.mark.parametrize("code", sorted(ERROR_TABLE))
+def test_the_servers_own_words_say_whether_anything_was_decided(code: str):
+    error = error_of(refusal(code, f"{ERROR_TABLE[code].status} X"))
+    assert error.refused_by == ("server" if code in REFUSALS else None)
+    assert not (error.refused_by and error.retryable)
+
+
+def test_what_the_device_finds_wrong_with_an_answer_proves_nothing():
+    for error in (
+        error_of(reply(b"\xff")),
+        error_of(reply(encode(HANDSHAKE))),
+        error_of(reply(encode(BIG_PAGE)), response_bytes_max=1024),
+    ):
+        assert isinstance(error, ProtocolError)
+        assert error.refused_by is None
+
+
+@pytest.mark.parametrize(
+    ("status", "retryable", "kind", "refused_by"),
+    [
+        (413, False, ProtocolError, "server"),
+        (422, False, ProtocolError, "server"),
+        (422, True, ServerError, None),
+        (429, False, ServerError, None),
+        (500, False, ServerError, None),
+    ],
+)
+def test_a_code_of_a_newer_server_is_a_refusal_if_its_status_is_one(
+    status: int, retryable: bool, kind: type[SyncError], refused_by: str | None
+):
+    said = ErrorResponse(code="limit_exceeded", message="tomorrow's", retryable=retryable)
+    error = error_of(reply(encode(said), f"{status} X"))
+    assert (type(error), error.code) == (kind, "limit_exceeded")
+    assert error.refused_by == refused_by
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_packed_body_that_is_refused_for_being_packed_is_sent_unpacked(ahead: bool):
+    no = reply(b"no", "415 X", content_type="text/plain")
+    yes = reply(encode(PAGE))
+    with RawServer(reply(encode(welcome("gzip"))), no, yes) as server:
+        transport = HttpTransport(server.url, config=HttpConfig(compression="gzip"))
+        with transport:
+            transport.handshake(HANDSHAKE)
+            if ahead:
+                transport.send_ahead(BIG_PUSH)
+            with pytest.raises(ProtocolError, match="PushResponse"):
+                transport.push(BIG_PUSH)
+    packed, plain = server.received[1:]
+    assert packed.headers["content-encoding"] == "gzip"
+    assert "content-encoding" not in plain.headers
+    assert plain.body == encode(BIG_PUSH)
 
 
 @pytest.mark.parametrize(
