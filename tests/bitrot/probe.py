@@ -5,7 +5,8 @@
 prints one line of JSON per bit: what reading it gave, what ``verify`` found, and what got out to a
 peer. Each of the three happens in a process of its own, so that one that is killed by a signal, or
 never ends, says so and stops nothing. WITHOUT is ``nothing``, or the guard that is taken away to
-show that it is needed: ``checksums`` or ``pages``.
+show that it is needed, ``checksums`` or ``pages``, or the ``look`` at a file before it is opened,
+as if the bit had flipped afterwards.
 """
 
 from __future__ import annotations
@@ -233,8 +234,11 @@ def look_at(pristine: Path, bit: int | None) -> dict[str, Any]:
 def take_away(guard: str) -> None:
     if guard == "checksums":
         setattr(lmdb_storage, "crc32", lambda *parts: lmdb_storage._RESIDUE)  # noqa: B010
+    elif guard == "look":
+        setattr(lmdb_storage, "closed_file_faults", lambda path: [])  # noqa: B010
     elif guard == "pages":
         setattr(lmdb_storage, "page_faults", lambda path, header: iter(()))  # noqa: B010
+        setattr(lmdb_storage, "closed_file_faults", lambda path: [])  # noqa: B010
 
 
 def main(pristine: Path, bits: list[int]) -> None:

@@ -5,6 +5,9 @@
  * so that a sync covers exactly the writes recorded before it. What a file held before is not
  * recorded, so the directory has to be new. journal.py reads the log.
  *
+ * With POWERLOSS_FAIL_HEADERS every write of that number that would be on disk when it returns fails
+ * instead, with EIO, after it has reached the system: whether it reaches the disk nobody knows.
+ *
  * Not recorded: stores to mapped files, which the database does not do to its data file.
  */
 #define _GNU_SOURCE
@@ -36,10 +39,13 @@ struct record {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static const char *root;
 static int log_descriptor = -1;
+static int fail_each, headers;
 
 __attribute__((constructor)) static void begin(void) {
     const char *log = getenv("POWERLOSS_LOG");
     root = getenv("POWERLOSS_ROOT");
+    if (getenv("POWERLOSS_FAIL_HEADERS") != NULL)
+        fail_each = atoi(getenv("POWERLOSS_FAIL_HEADERS"));
     if (log != NULL && root != NULL)
         log_descriptor = open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 }
@@ -99,11 +105,12 @@ static struct record about(int descriptor, uint32_t kind) {
 }
 
 static void note_write(int descriptor, const char *path, const char *data, ssize_t count,
-                       off_t offset) {
+                       off_t offset, int fails) {
     if (count <= 0)
         return;
     int kept = errno;
     struct record record = about(descriptor, WRITE);
+    record.durable = record.durable && !fails;
     record.offset = (uint64_t)offset;
     record.data_bytes = (uint32_t)count;
     note(&record, path, data);
@@ -119,7 +126,7 @@ ssize_t write(int descriptor, const void *data, size_t count) {
     ssize_t written = real(descriptor, data, count);
     if (written > 0)
         note_write(descriptor, path, data, written,
-                   lseek(descriptor, 0, SEEK_CUR) - (off_t)written);
+                   lseek(descriptor, 0, SEEK_CUR) - (off_t)written, 0);
     pthread_mutex_unlock(&lock);
     return written;
 }
@@ -131,9 +138,13 @@ ssize_t pwrite(int descriptor, const void *data, size_t count, off_t offset) {
         return real(descriptor, data, count, offset);
     pthread_mutex_lock(&lock);
     ssize_t written = real(descriptor, data, count, offset);
-    note_write(descriptor, path, data, written, offset);
+    int fails = fail_each > 0 && (fcntl(descriptor, F_GETFL) & O_DSYNC) && ++headers % fail_each == 0;
+    note_write(descriptor, path, data, written, offset, fails);
     pthread_mutex_unlock(&lock);
-    return written;
+    if (!fails)
+        return written;
+    errno = EIO;
+    return -1;
 }
 
 ssize_t pwrite64(int descriptor, const void *data, size_t count, off64_t offset) {
@@ -147,7 +158,7 @@ static void note_parts(int descriptor, const char *path, const struct iovec *par
         ssize_t length = (ssize_t)parts[part].iov_len;
         if (length > written)
             length = written;
-        note_write(descriptor, path, parts[part].iov_base, length, offset);
+        note_write(descriptor, path, parts[part].iov_base, length, offset, 0);
         offset += length;
         written -= length;
     }

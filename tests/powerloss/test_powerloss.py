@@ -64,6 +64,8 @@ def record(shim: Path, tmp_path: Path, role: str, how: str) -> list[Event]:
         "POWERLOSS_ROOT": str(root),
         "POWERLOSS_LOG": str(log),
     }
+    if how in ("failing", "unsettled"):
+        environment["POWERLOSS_FAIL_HEADERS"] = "4"
     subprocess.run(
         [sys.executable, "-m", "tests.powerloss.worker", str(root), role, how],
         cwd=HERE.parents[1], env=environment, check=True,
@@ -190,3 +192,21 @@ def test_without_syncing_directories_a_compaction_would_lose_commits(
     found = [losses(moment, tmp_path / "image") for moment in moments(events, "device")]
     # Not only the whole database: an old file under the name of the compacted one.
     assert any("was acknowledged" in line for lines in found for line in lines)
+
+
+def test_a_header_that_was_written_and_said_it_was_not_does_no_harm(
+    shim: Path, tmp_path: Path
+) -> None:
+    events = record(shim, tmp_path, "device", "failing")
+    tried = newest = 0
+    for moment in moments(events, "failing"):
+        assert losses(moment, tmp_path / "image") == [], f"seed {SEED}, moment {tried}"
+        tried, newest = tried + 1, moment.commits
+    assert newest == COMMITS
+
+
+def test_without_a_sync_after_a_failed_commit_half_a_transaction_would_be_found(
+    shim: Path, tmp_path: Path
+) -> None:
+    events = record(shim, tmp_path, "device", "unsettled")
+    assert any(losses(moment, tmp_path / "image") for moment in moments(events, "unsettled"))

@@ -1,9 +1,10 @@
 """The process whose writes are recorded: commits, and says so in a file after each has returned.
 
-    python -m tests.powerloss.worker ROOT device|server safe|unsynced|unnamed
+    python -m tests.powerloss.worker ROOT device|server safe|unsynced|unnamed|failing|unsettled
 
 ``unsynced`` opens LMDB without its syncs, ``unnamed`` never syncs a directory: both are there to
-show that what they leave out is needed.
+show that what they leave out is needed. ``failing`` expects commits to fail, and tries each again
+with other content beside it, in the same pages; ``unsettled`` leaves out what follows a failure.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import lmdb
 
 from entidb import cbor
 from entidb.db import Database, Role
+from entidb.errors import StorageError
 from entidb.protocol import LIMITS, PushOperation, PushRequest, PushTransaction
 from entidb.server.service import DatabaseService, Grant
+from entidb.storage import lmdb as lmdb_storage
 from entidb.storage import place
 
 COMMITS = 24
@@ -54,8 +57,9 @@ def shared(commit: int) -> dict[str, Any]:
 
 
 class _Worker:
-    def __init__(self, root: Path, role: str) -> None:
+    def __init__(self, root: Path, role: str, failing: bool) -> None:
         self._root = root
+        self._failing = failing
         self._acks = os.open(root / "acknowledged", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._role = role
         self._commits = 0
@@ -68,9 +72,9 @@ class _Worker:
         for step in range(4):
             for _ in range(COMMITS // 4):
                 self._commit()
-            if step == 1:
+            if step == 1 and not self._failing:
                 self._database.compact()
-            if step == 2:
+            if step == 2 and not self._failing:
                 self._back_up()
         self._database.close()
 
@@ -78,12 +82,27 @@ class _Worker:
         number = self._commits = self._commits + 1
         if self._role == "server":
             self._push(number)
+        elif self._failing:
+            while not self._try(number):
+                continue
         else:
-            with self._database.transaction() as tx:
-                for each, content in parts(number).items():
-                    tx.collection("notes")[each] = content
-                tx.collection("notes")[uuid.UUID(int=0)] = shared(number)
+            self._write(number, {})
         self._acknowledge(commit=number)
+
+    def _try(self, number: int) -> bool:
+        try:
+            self._write(number, {uuid.uuid4(): {"tried": os.urandom(4000)} for _ in range(5)})
+        except StorageError:
+            return False
+        return True
+
+    def _write(self, number: int, beside: dict[uuid.UUID, Any]) -> None:
+        with self._database.transaction() as tx:
+            for each, content in beside.items():
+                tx.collection("beside")[each] = content
+            for each, content in parts(number).items():
+                tx.collection("notes")[each] = content
+            tx.collection("notes")[uuid.UUID(int=0)] = shared(number)
 
     def _push(self, number: int) -> None:
         writes = {**parts(number), uuid.UUID(int=0): shared(number)}
@@ -124,8 +143,10 @@ def weaken(how: str) -> None:
         setattr(lmdb, "open", open_unsynced)  # noqa: B010
     elif how == "unnamed":
         setattr(place, "sync_directory", lambda descriptor: None)  # noqa: B010
+    elif how == "unsettled":
+        setattr(lmdb_storage, "write_headers_again", lambda path: None)  # noqa: B010
 
 
 if __name__ == "__main__":
     weaken(sys.argv[3])
-    _Worker(Path(sys.argv[1]), sys.argv[2]).run()
+    _Worker(Path(sys.argv[1]), sys.argv[2], sys.argv[3] in ("failing", "unsettled")).run()

@@ -321,7 +321,7 @@ def test_verify_of_an_open_store_stops_at_damaged_pages(
     image = Image(bytearray(sound))
     harm(image)
     (tmp_path / "data.mdb").write_bytes(image.raw)
-    with contextlib.closing(LmdbStorage.open(tmp_path)) as store:
+    with contextlib.closing(LmdbStorage.open(tmp_path, salvage=True)) as store:
         faults = list(store.verify())
     assert len(faults) == 1 and says in faults[0]
 
@@ -340,7 +340,7 @@ def test_a_range_that_leads_to_another_page_is_damage_and_not_an_answer(
     (tmp_path / "data.mdb").write_bytes(image.raw)
     start, stop = (b"\0", keys[1][0]) if reverse else (keys[1][-1] + b"\0", b"\xff")
     with (
-        contextlib.closing(LmdbStorage.open(tmp_path)) as store,
+        contextlib.closing(LmdbStorage.open(tmp_path, salvage=True)) as store,
         store.snapshot() as snapshot,
         pytest.raises(CorruptionError, match="run verify"),
     ):

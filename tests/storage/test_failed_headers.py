@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ def commits(path: Path, count: int, keep: range) -> Iterator[Failed]:
 
 
 def check_opens(path: Path, image: bytes, content: dict[bytes, bytes]) -> None:
-    path.mkdir(exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
     (path / "data.mdb").write_bytes(image)
     assert closed_file_faults(str(path / "data.mdb")) == []
     with contextlib.closing(LmdbStorage.open(path)) as store:

@@ -450,7 +450,10 @@ def test_a_flipped_bit_in_a_key_without_a_value_is_found_when_keys_are_proved(
         store.commit(dict.fromkeys(keys, b""))
     path = tmp_path / "data.mdb"
     path.write_bytes(path.read_bytes().replace(keys[50], b"key-0058"))
-    with contextlib.closing(LmdbStorage.open(tmp_path)) as store, store.snapshot() as snapshot:
+    with (
+        contextlib.closing(LmdbStorage.open(tmp_path, salvage=True)) as store,
+        store.snapshot() as snapshot,
+    ):
         assert snapshot.scan_keys(b"k", b"l", limit=50, proved=True) == keys[:50]
         with pytest.raises(CorruptionError, match=b"key-0058".hex()):
             snapshot.scan_keys(b"k", b"l", proved=True)

@@ -252,19 +252,23 @@ class Database:
         create: bool = True,
         role: Role | None = None,
         map_bytes: int | None = None,
+        salvage: bool = False,
         **options: Any,
     ) -> Database:
         """Open the database in directory ``path``; made if missing and ``create``.
 
         ``map_bytes`` bounds how large it can grow before the map is enlarged (default 64 GiB,
-        1 TiB for a server; address space, not disk). Other options are those of the constructor.
+        1 TiB for a server; address space, not disk). ``salvage`` opens a file with damaged pages
+        too, to read what can still be read: do it in a process of its own, because a damaged page
+        may end it. Other options are those of the constructor.
 
         Raises ``FormatError`` (not a database, truncated, newer; left untouched),
+        ``CorruptionError`` (damaged pages; left untouched),
         ``DatabaseLockedError`` (open in another process, or twice in this one), ``StorageError``.
         """
         where = os.fspath(path)
         size = map_bytes or (MAP_BYTES_SERVER if role is Role.SERVER else MAP_BYTES_DEVICE)
-        storage = LmdbStorage.open(where, create=create, map_bytes=size)
+        storage = LmdbStorage.open(where, create=create, map_bytes=size, salvage=salvage)
         try:
             if role is None:
                 role = _stored_role(storage)

@@ -42,8 +42,15 @@ from entidb.errors import (
     StorageFullError,
 )
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
-from entidb.storage.lmdb_file import check_data_file
-from entidb.storage.lmdb_pages import check_headers, closed_file_faults, page_faults, read_header
+from entidb.storage.lmdb_file import check_data_file, write_headers_again
+from entidb.storage.lmdb_pages import (
+    check_headers,
+    closed_file_faults,
+    damaged_file,
+    page_faults,
+    read_header,
+    read_raw_headers,
+)
 from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.place import DATA as _DATA
 from entidb.storage.place import (
@@ -98,6 +105,11 @@ _CLOSED: Final = 3
 _FORKED: Final = 4
 
 _U32: Final = struct.Struct("<I")
+#: Damaged files that were looked at, as they were then, and their faults.
+_DAMAGED: Final[dict[str, tuple[tuple[int, ...], list[str]]]] = {}
+_DAMAGED_MAX: Final = 1024
+_FAULTS_KEPT: Final = 10
+
 #: What an empty value takes with its checksum.
 _LENGTHS_OF_NOTHING: Final = {_U32.size}
 
@@ -167,7 +179,7 @@ class LmdbSnapshot:
         if stored is None:
             return None
         if crc32(stored, crc32(key)) != _RESIDUE:
-            raise _corrupt(key)
+            raise self._corrupt(key)
         return stored[:-4]
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -193,11 +205,11 @@ class LmdbSnapshot:
         # LMDB leaves out what is not there, so positions agree only when nothing is missing.
         if len(found) == len(keys):
             return [
-                stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else _raise_corrupt(key)
+                stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else self._raise_corrupt(key)
                 for key, stored in found
             ]
         values = {
-            key: stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else _raise_corrupt(key)
+            key: stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else self._raise_corrupt(key)
             for key, stored in found
         }
         return list(map(values.get, keys))
@@ -207,7 +219,10 @@ class LmdbSnapshot:
     ) -> list[tuple[bytes, bytes]]:
         pairs = self._range(start, stop, limit, reverse, values=True)
         return [
-            (key, stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else _raise_corrupt(key))
+            (
+                key,
+                stored[:-4] if crc32(stored, crc32(key)) == _RESIDUE else self._raise_corrupt(key),
+            )
             for key, stored in pairs
         ]
 
@@ -231,7 +246,7 @@ class LmdbSnapshot:
         ):
             for key, value in found:
                 if crc32(value, crc32(key)) != _RESIDUE:
-                    raise _corrupt(key)
+                    raise self._corrupt(key)
         return keys
 
     def close(self) -> None:
@@ -282,6 +297,7 @@ class LmdbSnapshot:
                 first = chunk[0][0] if values else chunk[0]
                 if first >= stop if reverse else first < start:
                     # A damaged page can lead to an older copy of another, sound in itself.
+                    self._store._doubtful = True
                     raise CorruptionError(
                         f"looking for {start.hex()} in {self._store.path} finds {first.hex()}: the "
                         "file is damaged; run verify, and restore a backup"
@@ -294,6 +310,16 @@ class LmdbSnapshot:
             left -= inside
             chunk_size = min(chunk_size * 4, _SCAN_CHUNK_MAX)
         return found
+
+    def _corrupt(self, key: bytes) -> CorruptionError:
+        self._store._doubtful = True
+        return CorruptionError(
+            f"the record at key {key.hex()} fails its checksum; it was not returned. "
+            "Run verify, and restore a backup"
+        )
+
+    def _raise_corrupt(self, key: bytes) -> NoReturn:
+        raise self._corrupt(key)
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[Any]:
@@ -334,6 +360,7 @@ class LmdbSnapshot:
             raise StorageError(
                 "the store was opened again after a failed commit; take a new snapshot"
             ) from error
+        self._store._doubtful = True
         raise _storage_error(error, f"reading {self._store.path}") from error
 
 
@@ -394,17 +421,6 @@ def _count_inside(chunk: list[Any], start: bytes, stop: bytes, reverse: bool, va
     return bisect_left(keys, stop)
 
 
-def _corrupt(key: bytes) -> CorruptionError:
-    return CorruptionError(
-        f"the record at key {key.hex()} fails its checksum; it was not returned. "
-        "Run verify, and restore a backup"
-    )
-
-
-def _raise_corrupt(key: bytes) -> NoReturn:
-    raise _corrupt(key)
-
-
 # ---------------------------------------------------------------- the store
 
 
@@ -429,6 +445,8 @@ class LmdbStorage:
         self._map_bytes = map_bytes
         #: Rows read and written since it was looked how much of the file is resident.
         self._touched = 0
+        #: Whether something came up that may come from a damaged page: then the next one looks.
+        self._doubtful = False
         self._env: Any = None
         self._begin: Callable[[], Any] = self._refuse_begin
         self._open_environment()
@@ -454,7 +472,10 @@ class LmdbStorage:
             raise _storage_error(error, f"checking {where}") from error
         try:
             check_data_file(data)
-            return closed_file_faults(data)
+            faults = closed_file_faults(data)
+            if not faults:
+                place.leave_as_found()
+            return faults
         finally:
             place.release()
 
@@ -466,6 +487,7 @@ class LmdbStorage:
         create: bool = True,
         map_bytes: int = MAP_BYTES_DEFAULT,
         drain_seconds: float = _DRAIN_SECONDS,
+        salvage: bool = False,
     ) -> LmdbStorage:
         """Open the store in the directory ``path``, for this object alone.
 
@@ -474,9 +496,14 @@ class LmdbStorage:
         the system allows less. ``drain_seconds`` is how long a commit that must grow the map waits
         for open snapshots.
 
+        A file that was not closed, or was changed since, is looked at before it is mapped: every
+        page that can be reached is read once. ``salvage`` opens one with damaged pages too, to
+        save what can still be read; a damaged page may end the process.
+
         Raises ``DatabaseLockedError`` if it is open already, here or in another process;
         ``FormatError`` (``not_a_database``, ``truncated``) if something else stands there, which
-        is not touched; ``StorageError``. Not for network file systems.
+        is not touched; ``CorruptionError`` for damaged pages, likewise; ``StorageError``. Not for
+        network file systems.
         """
         where = os.path.abspath(os.fspath(path))
         data = os.path.join(where, _DATA)
@@ -492,10 +519,12 @@ class LmdbStorage:
             if os.path.exists(data):
                 place.hold_data()
                 check_data_file(data)
-                check_headers(data)
+                _check_closed(place, salvage)
             else:
                 _create(place)
-            return cls(where, place, max(map_bytes, _MAP_BYTES_MIN), drain_seconds)
+            store = cls(where, place, max(map_bytes, _MAP_BYTES_MIN), drain_seconds)
+            store._doubtful = salvage
+            return store
         except OSError as error:
             place.release()
             raise _storage_error(error, f"opening {where}") from error
@@ -589,6 +618,7 @@ class LmdbStorage:
             except lmdb.MapFullError:
                 self._grow()
             except lmdb.Error as error:
+                self._doubtful = True
                 raise _storage_error(error, f"writing {self.path}") from error
         raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
 
@@ -642,6 +672,7 @@ class LmdbStorage:
 
         Returns if the commit is there after all and durable; raises otherwise.
         """
+        self._doubtful = True
         doing = f"committing to {self.path}"
         assert isinstance(error, Exception)
         reason = self._commit_failure(error, doing)
@@ -656,10 +687,10 @@ class LmdbStorage:
                 self._readers.clear()
                 self._place.check()
                 check_data_file(os.path.join(self.path, _DATA))
+                # Whatever the outcome: what is read now has to be what a power cut leaves.
+                write_headers_again(os.path.join(self.path, _DATA))
                 self._open_environment()
                 committed = self._env.info()["last_txnid"]
-                if committed > committed_before:
-                    self._env.sync(True)
             except (lmdb.Error, OSError, EntiDBError) as second:
                 self._shut()
                 raise CommitUnknownError(
@@ -929,7 +960,15 @@ class LmdbStorage:
         self._readers.clear()
         if self._env is not None:
             self._env.close()
+            if not self._doubtful:
+                self._leave()
         self._place.release()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):
+            headers, transaction = read_raw_headers(self._place.data_path)
+            if headers:
+                self._place.leave(headers, transaction)
 
     def _open_environment(self) -> None:
         size = self._map_bytes
@@ -1056,6 +1095,37 @@ def _check_directory(where: str, create: bool) -> None:
         )
     if not create:
         raise FormatError(f"there is no database in {where}; check the path")
+
+
+def _check_closed(place: Place, salvage: bool) -> None:
+    """Raise ``CorruptionError`` unless LMDB can use the data file without harm: it stops the
+    process where a page is not what it must be.
+
+    The file that was closed here, untouched since, is what it was then. Any other is looked at,
+    and brought onto the disk as it is read: whoever had it open may have died after a write that
+    failed and before the sync that has to follow."""
+    left = place.left()
+    check_headers(place.data_path, 0 if left is None else left.transaction)
+    if place.is_as_left(read_raw_headers(place.data_path)[0]) or salvage:
+        return
+    faults = _known_faults(place.data_path)
+    if faults:
+        raise damaged_file(place.data_path, faults)
+    write_headers_again(place.data_path)
+
+
+def _known_faults(data: str) -> list[str]:
+    """As ``closed_file_faults``. A damaged file is read once and not at each try to open it."""
+    found = os.stat(data)
+    file = (found.st_ino, found.st_dev, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    known = _DAMAGED.get(data)
+    if known is not None and known[0] == file:
+        return known[1]
+    _DAMAGED.pop(data, None)
+    faults = closed_file_faults(data)
+    if faults and len(_DAMAGED) < _DAMAGED_MAX:
+        _DAMAGED[data] = (file, faults[:_FAULTS_KEPT])
+    return faults
 
 
 def _create(place: Place) -> None:

@@ -2,7 +2,7 @@
 
 Touching a page behind the end of a mapped file is a SIGBUS, which no program survives, so the file
 is looked at before it is mapped. Layout: LMDB 0.9, ``mdb.c`` (MDB_page, MDB_meta, MDB_node), in
-the byte order of the machine. Nothing here changes a file.
+the byte order of the machine. Nothing here changes what a file says.
 """
 
 from __future__ import annotations
@@ -43,6 +43,22 @@ def check_data_file(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _check(descriptor, path, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
+def write_headers_again(path: str) -> None:
+    """Bring a file that nobody has mapped onto the disk as it is read now; raises ``OSError``.
+
+    After a write that failed the two can differ: the system may take for written what never was,
+    and the disk may hold the header of a commit that failed, under whose pages the next commit
+    would write before it replaces that header. A sync alone writes only what counts as changed."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        page_bytes = _read_meta(descriptor, path, 0).page_bytes
+        for offset in (0, page_bytes):
+            os.pwrite(descriptor, os.pread(descriptor, _META_BYTES, offset), offset)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

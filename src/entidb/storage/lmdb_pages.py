@@ -68,23 +68,47 @@ class Header:
     transaction: int
 
 
-def check_headers(path: str) -> None:
+def check_headers(path: str, known: int = 0) -> None:
     """Raise ``CorruptionError`` if the two headers of the file at ``path`` cannot both come from
     LMDB, or the newer one does not fit the list of free pages that belongs to it. What a failed
     write left in the older one is no damage: the next commit replaces it.
+
+    ``known`` is a commit that was certainly there once.
 
     For whoever has the file to itself: headers that are being written need not agree. A header
     with a wrong transaction number would make LMDB go back to the commit before the last one.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fault = _header_fault(descriptor)
+        fault = _header_fault(descriptor, known)
     except _Bad as error:
         fault = str(error)
     finally:
         os.close(descriptor)
     if fault is not None:
-        raise CorruptionError(f"{path} is damaged: {fault}; it was not touched. Restore a backup")
+        raise damaged_file(path, [fault])
+
+
+def damaged_file(path: str, faults: list[str]) -> CorruptionError:
+    more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    return CorruptionError(
+        f"{path} is damaged: {faults[0]}{more}; it was not touched. Restore a backup, or fetch a "
+        "device's data anew from its server"
+    )
+
+
+def read_raw_headers(path: str) -> tuple[bytes, int]:
+    """The bytes of both headers, and the number of the commit that LMDB goes by; nothing and 0
+    where there are none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        headers = _read_headers(descriptor)
+        raw = [os.pread(descriptor, _META_BYTES, n * headers[0].page_bytes) for n in (0, 1)]
+    except _Bad:
+        return b"", 0
+    finally:
+        os.close(descriptor)
+    return b"".join(raw), newer_first(headers)[0].transaction
 
 
 def closed_file_faults(path: str) -> list[str]:
@@ -156,7 +180,7 @@ def _read_header(raw: bytes) -> Header:
     return Header(page_bytes, number, page_flags, address, free, main, last_page, transaction)
 
 
-def _header_fault(descriptor: int) -> str | None:
+def _header_fault(descriptor: int, known: int = 0) -> str | None:
     headers = _read_headers(descriptor)
     for number, header in enumerate(headers):
         if header.number != number or header.page_flags != _META_FLAG:
@@ -172,10 +196,12 @@ def _header_fault(descriptor: int) -> str | None:
     listed = _last_listed(descriptor, newer)
     if listed > newer.transaction:
         return _wrong_end(newer, listed)
-    return _older_fault(descriptor, newer, listed, older)
+    return _older_fault(descriptor, newer, listed, older, known)
 
 
-def _older_fault(descriptor: int, newer: Header, listed: int, older: Header) -> str | None:
+def _older_fault(
+    descriptor: int, newer: Header, listed: int, older: Header, known: int
+) -> str | None:
     """What the older header says against the newer one. LMDB does not read it, so nothing in it
     has to be right: when the write of a header fails, LMDB puts back the commit number that was
     there before, and leaves the roots of the commit that failed."""
@@ -186,7 +212,8 @@ def _older_fault(descriptor: int, newer: Header, listed: int, older: Header) -> 
     if listed_before > older.transaction:
         # The roots are of the commit after the newer one. Its header was not written whole, or it
         # was, and its number is wrong now; but then nobody put the old last page back.
-        return _wrong_end(older, listed_before) if older.last_page > newer.last_page else None
+        was_there = known > newer.transaction or older.last_page > newer.last_page
+        return _wrong_end(older, listed_before) if was_there else None
     # Into a tree that was not empty every commit frees at least the root it replaces. The pages
     # of both commits are there: LMDB uses none of the older one's again before its header is
     # replaced.

@@ -25,6 +25,8 @@ import stat
 import sys
 import time
 import weakref
+import zlib
+from dataclasses import dataclass
 from typing import Final
 
 from entidb.errors import DatabaseLockedError, DatabaseMovedError, StorageError
@@ -40,6 +42,8 @@ _BUSY: Final = frozenset((errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.E
 #: Longer than a tick of the clock that file systems take their times from; some count in seconds.
 _TICK_S: Final = 0.05
 _COARSE_TICK_S: Final = 3.0
+#: More than process number and note take.
+_NOTE_BYTES_MAX: Final = 512
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 
 if sys.platform == "win32":
@@ -71,6 +75,11 @@ else:
         os.pwrite(descriptor, content, 0)
 
 
+def _read_start(descriptor: int) -> bytes:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return os.read(descriptor, _NOTE_BYTES_MAX)
+
+
 # ---------------------------------------------------------------- locks
 
 
@@ -87,13 +96,15 @@ class FileLock:
     """An open file with a lock on it, across processes and within this one. The system releases
     it when the process ends, however it ends."""
 
-    __slots__ = ("__weakref__", "_process", "descriptor")
+    __slots__ = ("__weakref__", "_process", "descriptor", "found")
 
     def __init__(self, descriptor: int) -> None:
         """Takes over ``descriptor``. Raises ``HeldError``, or ``OSError`` where the file system
         knows no locks; the descriptor is closed then."""
         self._process = os.getpid()
         self.descriptor = descriptor
+        #: What the file held before the process number was written into it.
+        self.found = b""
         try:
             _lock(descriptor)
         except OSError as error:
@@ -118,11 +129,16 @@ class FileLock:
                     raise
                 continue
             if is_at(path, lock.descriptor):
-                os.ftruncate(lock.descriptor, 0)
-                _write_start(lock.descriptor, f"{os.getpid()}\n".encode())
+                lock.found = _read_start(lock.descriptor)
+                lock.write(b"")
                 return lock
             lock.release()
         raise OSError(errno.EAGAIN, "the file is replaced again and again", path)
+
+    def write(self, note: bytes) -> None:
+        """Write the process number, and ``note`` behind it for whoever takes the lock next."""
+        os.ftruncate(self.descriptor, 0)
+        _write_start(self.descriptor, f"{os.getpid()}\n".encode() + note)
 
     def release(self) -> None:
         """Idempotent. Unlocked and not only closed: a child forked a moment ago still has the
@@ -182,7 +198,7 @@ def written_holder(path: str) -> str:
     """The process number that stands in the lock file at ``path``."""
     try:
         with open(path, "rb") as file:
-            written = file.read(20).strip()
+            written = file.read(20).partition(b"\n")[0]
     except OSError:
         return ""
     return written.decode() if written.isdigit() else ""
@@ -291,6 +307,30 @@ def sync_directory(descriptor: int) -> None:
 # ---------------------------------------------------------------- the place of a store
 
 
+@dataclass(frozen=True)
+class Left:
+    """What closing a store left: its newest commit, and what tells its data file from others:
+    number, size, times and checksum of the headers."""
+
+    transaction: int
+    file: tuple[int, ...]
+
+
+def _left_line(left: Left) -> bytes:
+    return f"closed {left.transaction} {' '.join(map(str, left.file))} .\n".encode()
+
+
+def _read_left(raw: bytes) -> Left | None:
+    _, _, note = raw.partition(b"\n")
+    fields = note.split()
+    if len(fields) != 8 or fields[0] != b"closed" or fields[-1] != b".":
+        return None
+    if not all(field.isdigit() for field in fields[1:-1]):
+        return None
+    transaction, *file = map(int, fields[1:-1])
+    return Left(transaction, tuple(file))
+
+
 class Place:
     """A store's directory, in use by this object alone."""
 
@@ -397,6 +437,49 @@ class Place:
         if self._data is None:
             return os.path.getsize(self.data_path)
         return os.fstat(self._data.descriptor).st_size
+
+    # ---- what the last one left
+
+    def left(self) -> Left | None:
+        """What stands in the lock file since the store was last closed; None if it was not closed,
+        or by a version that leaves nothing."""
+        return None if self._lock is None else _read_left(self._lock.found)
+
+    def is_as_left(self, headers: bytes) -> bool:
+        """Whether the data file is the very one that was closed last, untouched since. What a
+        disk changes by itself does not show here."""
+        left = self.left()
+        return left is not None and left.file == self._signature(headers)
+
+    def leave(self, headers: bytes, transaction: int) -> None:
+        """Note that the data file is well as it is now. To be called when nobody has it mapped.
+
+        Where the file's own times are too coarse to show a later change, or are not ours to set,
+        nothing is noted and the next one looks for himself."""
+        if self._lock is None or self._data is None:
+            return
+        with contextlib.suppress(OSError):
+            found = os.fstat(self._data.descriptor)
+            # A time that no later write leaves behind, however soon it comes: those are of the
+            # system's clock, which ticks.
+            times = (found.st_atime_ns, found.st_mtime_ns + 1)
+            os.utime(self._data.descriptor, ns=times)
+            if os.fstat(self._data.descriptor).st_mtime_ns == times[1]:
+                self._lock.write(_left_line(Left(transaction, self._signature(headers))))
+
+    def leave_as_found(self) -> None:
+        """Note again what the last one left: nothing was changed."""
+        if self._lock is not None:
+            _, _, note = self._lock.found.partition(b"\n")
+            with contextlib.suppress(OSError):
+                self._lock.write(note)
+
+    def _signature(self, headers: bytes) -> tuple[int, ...]:
+        if self._data is None:
+            return ()
+        found = os.fstat(self._data.descriptor)
+        times = (found.st_mtime_ns, found.st_ctime_ns)
+        return found.st_ino, found.st_size, *times, zlib.crc32(headers)
 
     # ---- replacing the data file
 
