@@ -96,7 +96,7 @@ def _inspected(found: dict[str, Any]) -> Iterator[tuple[str, object]]:
     yield "history", found["history"] or "-"
     yield "cursor", f"{found['cursor']:,}"
     yield "floor", f"{found['floor']:,}"
-    for name in ("pending", "held", "conflicts", "discarded"):
+    for name in ("pending", "held", "conflicts", "discarded", "overruled"):
         yield name, f"{found[name]:,}"
     yield "file", f"{size_text(storage['file_bytes'])} ({storage['kind']}, {storage['path']})"
     yield "in use", f"{size_text(storage['used_bytes'])} of {plural(storage['records'], 'record')}"

@@ -1,5 +1,6 @@
 """``status``, ``pending``, ``conflicts``, ``resolve``, ``discarded``, ``reset``: what is not on the
-server yet, what waits for a person, and what was withdrawn. Nothing here needs a network.
+server yet, what waits for a person, and what was withdrawn or overruled. Nothing here needs a
+network.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from entidb.cli.output import (
 from entidb.cli.summary import place
 from entidb.cli.values import print_json, read_value, shown
 from entidb.cli.words import bind, full_id, json_option, opened, pick_id, words
-from entidb.db import Database, DiscardedTransaction, Role, inspect
+from entidb.db import Database, DiscardedTransaction, OverruledValue, Role, inspect
 from entidb.db.outbox import read_pending
 from entidb.db.records import PendingOp, PendingTransaction
 from entidb.errors import ConfigError
@@ -68,6 +69,7 @@ def status_command(words: tuple[str, ...], directory: str | None, as_json: bool)
         "held": found["held"],
         "conflicts": found["conflicts"],
         "discarded": found["discarded"],
+        "overruled": found["overruled"],
     }
     if as_json:
         print_json(document)
@@ -98,6 +100,7 @@ def _status(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "held", f"{plural(found['held'], 'transaction')}, by conflicts"
     yield "conflicts", _open(found["conflicts"], "conflict", "`entidb conflicts`")
     yield "discarded", _open(found["discarded"], "transaction", "`entidb discarded`")
+    yield "overruled", _open(found["overruled"], "value", "`entidb discarded`")
 
 
 def _open(count: int, noun: str, command: str) -> str:
@@ -279,11 +282,12 @@ def _one_conflict(found: list[Conflict], collection: str, text: str) -> Conflict
 
 @click.command("discarded")
 @words("")
-@click.option("--recommit", metavar="ID", help="Commit this transaction again, on what is there "
-              "now; the next sync pushes it.")  # fmt: skip
-@click.option("--prune", metavar="ID", help="Forget this transaction for good.")
-@click.option("--recommit-all", is_flag=True, help="Commit all of them again, oldest first.")
-@click.option("--prune-all", "--all", is_flag=True, help="Forget all of them for good.")
+@click.option("--recommit", metavar="ID", help="Commit this transaction again, or write this "
+              "overruled value back, on what is there now; the next sync pushes it.")  # fmt: skip
+@click.option("--prune", metavar="ID", help="Forget this transaction, or value, for good.")
+@click.option("--recommit-all", is_flag=True, help="Commit all transactions again, oldest first.")
+@click.option("--prune-all", "--all", is_flag=True, help="Forget all transactions and overruled "
+              "values for good.")  # fmt: skip
 @json_option
 def discarded_command(
     words: tuple[str, ...],
@@ -294,18 +298,22 @@ def discarded_command(
     prune_all: bool,
     as_json: bool,
 ) -> None:
-    """List what was withdrawn, why, and what it lost to.
+    """List what was withdrawn or overruled, why, and what it lost to.
 
-    With --recommit or --prune, decide what becomes of it.
+    Withdrawn transactions have a UUID as ID. Values that a policy or a person decided against,
+    whoever wrote them, have one such as o17. With --recommit or --prune, decide what becomes
+    of one.
     """
     path = bind(words, directory).path
     if sum(map(bool, (recommit, prune, recommit_all, prune_all))) > 1:
         raise UsageError("one thing at a time: --recommit, --prune, --recommit-all or --prune-all")
     with opened(path) as database:
         applier = _applier(database)
-        found = applier.discarded()
+        found: list[DiscardedTransaction | OverruledValue] = [*applier.discarded()]
+        withdrawn = len(found)
+        found += applier.overruled()
         if recommit or recommit_all:
-            chosen = found if recommit_all else [_one_discarded(found, str(recommit))]
+            chosen = found[:withdrawn] if recommit_all else [_one_discarded(found, str(recommit))]
             for each in chosen:
                 applier.recommit(each)
             _say_done("committed again", chosen, as_json, "recommitted")
@@ -318,29 +326,84 @@ def discarded_command(
             _list_discarded(found, as_json)
 
 
-def _one_discarded(found: list[DiscardedTransaction], text: str) -> DiscardedTransaction:
-    identity = pick_id(text, (each.id for each in found), "discarded transaction")
-    return next(each for each in found if each.id == identity)
+def _one_discarded(
+    found: list[DiscardedTransaction | OverruledValue], text: str
+) -> DiscardedTransaction | OverruledValue:
+    if text.startswith("o"):
+        for each in found:
+            if isinstance(each, OverruledValue) and _handle(each) == text:
+                return each
+        raise NotFoundError(f"there is no overruled value {text!r}; `entidb discarded` lists them")
+    transactions = [each for each in found if isinstance(each, DiscardedTransaction)]
+    identity = pick_id(text, (each.id for each in transactions), "discarded transaction")
+    return next(each for each in transactions if each.id == identity)
 
 
-def _say_done(done: str, chosen: list[DiscardedTransaction], as_json: bool, name: str) -> None:
+def _handle(each: DiscardedTransaction | OverruledValue) -> str:
+    """What names it on the command line: no UUID begins with an o."""
+    return f"o{each.number}" if isinstance(each, OverruledValue) else str(each.id)
+
+
+def _say_done(
+    done: str,
+    chosen: list[DiscardedTransaction | OverruledValue],
+    as_json: bool,
+    name: str,
+) -> None:
     if as_json:
-        print_json({name: [str(each.id) for each in chosen]})
-    else:
-        say(f"{done}: {plural(len(chosen), 'transaction')}")
+        print_json({name: [_handle(each) for each in chosen]})
+        return
+    values = sum(isinstance(each, OverruledValue) for each in chosen)
+    counts = [plural(len(chosen) - values, "transaction")] if len(chosen) > values else []
+    counts += [plural(values, "overruled value")] if values else []
+    say(f"{done}: {' and '.join(counts) or 'nothing'}")
 
 
-def _list_discarded(found: list[DiscardedTransaction], as_json: bool) -> None:
+def _list_discarded(found: list[DiscardedTransaction | OverruledValue], as_json: bool) -> None:
     for each in found:
-        if as_json:
+        if isinstance(each, OverruledValue):
+            if as_json:
+                print_json(_overruled_document(each))
+            else:
+                for line in _overruled_lines(each):
+                    say(line)
+        elif as_json:
             print_json(_discarded_document(each))
         else:
             for line in _discarded_lines(each):
                 say(line)
     if not found:
-        note("nothing was withdrawn")
+        note("nothing was withdrawn or overruled")
     elif not as_json:
         note("--recommit ID commits one again, --prune ID forgets it")
+
+
+def _overruled_lines(each: OverruledValue) -> Iterator[str]:
+    first, *rest = each.explain().splitlines()
+    yield f"{_handle(each)}  overruled {time_text(each.at_ms)} by a {each.decided_by}"
+    yield f"  {safe(first)}"
+    for line in rest:
+        yield fit(safe(line))
+
+
+def _overruled_document(each: OverruledValue) -> dict[str, Any]:
+    return {
+        "overruled": _handle(each),
+        "code": each.code,
+        "collection": each.collection,
+        "id": str(each.entity_id),
+        "path": list(each.path),
+        "side": each.side,
+        "decided_by": each.decided_by,
+        "overruled_ms": each.at_ms,
+        "transaction": str(uuid_from_bytes(each.transaction_id)),
+        "device_id": each.device_id.hex(),
+        "lost": _side(each.payload, each.version or None, each.timestamp),
+        "lost_to": {
+            "device_id": each.lost_to_device.hex(),
+            **_side(each.won_payload, each.lost_to_version or None, each.lost_to_timestamp),
+        },
+    }
 
 
 def _discarded_lines(each: DiscardedTransaction) -> Iterator[str]:

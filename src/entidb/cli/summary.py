@@ -56,6 +56,8 @@ def _facts(result: SyncCycleResult, status: SyncStatus) -> Iterator[tuple[str, s
         yield "  conflicts", f"{said} (by the policy)"
     if result.withdrawn:
         yield "  withdrawn", plural(len(result.withdrawn), "transaction")
+    if result.overruled:
+        yield "  overruled", f"{plural(result.overruled, 'value')}, kept: see `entidb discarded`"
     if status.conflicts:
         yield "  unresolved", plural(status.conflicts, "conflict")
 
@@ -113,6 +115,7 @@ def document(result: SyncCycleResult, status: SyncStatus) -> dict[str, Any]:
         "held": status.held,
         "open_conflicts": status.conflicts,
         "discarded": status.discarded,
+        "overruled": result.overruled,
         "cursor": status.cursor,
         "history": status.history,
         "reset": result.reset,

@@ -6,6 +6,7 @@ from entidb.db.database import CommitEvent, Database, Snapshot
 from entidb.db.feed import ChangeEvent, ChangeFeed
 from entidb.db.maintenance import dump, inspect, purge_tombstones
 from entidb.db.outbox import DiscardedTransaction
+from entidb.db.overruled import OverruledValue
 from entidb.db.query import Plan, Query
 from entidb.db.transaction import Role, Transaction
 
@@ -20,6 +21,7 @@ __all__ = [
     "F",
     "Plan",
     "Query",
+    "OverruledValue",
     "ReadCollection",
     "Role",
     "Snapshot",

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from entidb.db import overruled
+from entidb.db.fields import Side
 from entidb.db.records import (
     ADOPT,
     META_ADOPT,
+    NO_ID,
     EntityRow,
     adopt_key,
     decode_entity,
@@ -23,7 +26,7 @@ from entidb.db.records import (
 )
 from entidb.db.replica import Adopt, decode_record, encode_record
 from entidb.db.transaction import Writes
-from entidb.db.writer import Writer
+from entidb.db.writer import Ref, Writer
 from entidb.types import OPERATION_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
@@ -54,8 +57,9 @@ def has_adoption(database: Database) -> bool:
         return snapshot.get(META_ADOPT) is not None
 
 
-def adopt_step(database: Database) -> bool:
-    """One bounded commit of the adoption; whether there may be more to do."""
+def adopt_step(database: Database, *, keeps: bool = True) -> bool:
+    """One bounded commit of the adoption; whether there may be more to do. With ``keeps``, what
+    the server has where this device's side is committed again is kept as overruled (R4)."""
     with database.write("local") as writer:
         raw = writer.get(META_ADOPT)
         if raw is None:
@@ -65,7 +69,7 @@ def adopt_step(database: Database) -> bool:
             adopt = _index(writer, adopt)
             writer.put(META_ADOPT, encode_record(adopt))
             return True
-        if _commit_groups(database, writer, adopt):
+        if _commit_groups(database, writer, adopt, keeps):
             return True
         writer.delete(META_ADOPT)
         return False
@@ -90,7 +94,7 @@ def _index(writer: Writer, adopt: Adopt) -> Adopt:
     return replace(adopt, indexed=True)
 
 
-def _commit_groups(database: Database, writer: Writer, adopt: Adopt) -> bool:
+def _commit_groups(database: Database, writer: Writer, adopt: Adopt, keeps: bool) -> bool:
     keys = writer.snapshot.scan_keys(ADOPT, end_of(ADOPT), limit=COMMIT_ROWS)
     if not keys:
         return False
@@ -101,6 +105,7 @@ def _commit_groups(database: Database, writer: Writer, adopt: Adopt) -> bool:
         sources.setdefault(number, []).append((table, bool(compare)))
     group, size = -1, 0
     writes: Writes = {}
+    keeper = overruled.Keeper(writer, writer.now_ms)
     for key in keys:
         at, number, entity_id = split_feed_key(key)
         writer.delete(key)
@@ -110,6 +115,9 @@ def _commit_groups(database: Database, writer: Writer, adopt: Adopt) -> bool:
         row = next((row for row in found if row is not None), None)
         if row is None:
             continue
+        now = writer.entity((number, entity_id))
+        if keeps and now is not None and now.payload != row.payload:
+            _overrule(keeper, (number, entity_id), now, row)
         weight = OPERATION_OVERHEAD_BYTES + len(row.payload or b"")
         if at != group or size + weight > database.transaction_bytes_max:
             database.commit_writes(writer, writes)
@@ -117,7 +125,16 @@ def _commit_groups(database: Database, writer: Writer, adopt: Adopt) -> bool:
         size += weight
         writes.setdefault(writer.catalogue.by_number[number].name, {})[entity_id] = row.payload
     database.commit_writes(writer, writes)
+    keeper.store()
     return True
+
+
+def _overrule(keeper: overruled.Keeper, ref: Ref, now: EntityRow, row: EntityRow) -> None:
+    """What the server has, ``now``, loses to ``row``. Nobody knows what both were made from."""
+    theirs = now.device_id, now.timestamp, now.version
+    mine = row.device_id, row.timestamp, 0
+    lost = (Side.REMOTE, (), now.payload, row.payload, None)
+    keeper.add(ref, mine, theirs, NO_ID, [lost], overruled.BY_RESET)
 
 
 def _whole_groups(writer: Writer, keys: list[bytes]) -> list[bytes]:

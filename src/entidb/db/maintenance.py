@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from operator import lt
 from typing import TYPE_CHECKING, Any
 
 from entidb import cbor
+from entidb.db.overruled import read_head, values_of
 from entidb.db.records import (
     ACCEPTED,
     BASE,
@@ -27,6 +29,7 @@ from entidb.db.records import (
     META_FLOOR,
     META_FORMAT,
     META_HEAD,
+    OVERRULED,
     READY,
     STALE,
     EntityRow,
@@ -44,6 +47,7 @@ from entidb.db.records import (
     format_of,
     pack_u64,
     sequence_key,
+    sequence_of,
     split_feed_key,
     split_numbered_key,
     table_prefix,
@@ -220,6 +224,7 @@ class _Verify:
         self._live: dict[int, int] = {}
         self._stale: set[bytes] = set()
         self._stale_there = 0
+        self._overruled = 0
         self._pendings: dict[int, tuple[bool, set[Ref]] | None] = {}
         stage = view.stage
         if stage is not None:
@@ -236,6 +241,7 @@ class _Verify:
         yield from self._rows("base", BASE, self._base)
         yield from self._rows("conflict", CONFLICT, self._conflict)
         yield from self._rows("accepted transaction", ACCEPTED, self._accepted)
+        yield from self._rows("list of overruled values", OVERRULED, self._overruled_list)
         yield from self._totals()
 
     def _rows(
@@ -370,8 +376,23 @@ class _Verify:
         if decode_accepted(raw)[0] > self._head().sequence:
             yield f"accepted transaction {key[1:].hex()} is above the head"
 
+    def _overruled_list(self, key: bytes, raw: bytes) -> Iterator[str]:
+        values = values_of(raw)
+        for value in values:
+            for payload in (value.payload, value.won_payload):
+                if payload is not None:
+                    cbor.check(payload)
+        numbers = [value.number for value in values]
+        self._overruled += len(numbers)
+        ascending = all(map(lt, numbers, numbers[1:]))
+        above = read_head(self._view).next <= max(numbers, default=0)
+        if not numbers or numbers[0] < sequence_of(key) or not ascending or above:
+            yield f"list of overruled values {sequence_of(key)} has the numbers {numbers[:10]}"
+
     def _totals(self) -> Iterator[str]:
         head = self._head()
+        if (counted := read_head(self._view).count) != self._overruled:
+            yield f"{counted} overruled values are counted, {self._overruled} are listed"
         if (counted := self._view.stale_rows) != len(self._stale):
             yield f"{counted} stale feed rows are counted, {len(self._stale)} are listed"
         if missing := len(self._stale) - self._stale_there:
@@ -424,6 +445,7 @@ def inspect(database: Database) -> dict[str, Any]:
             for name, info in sorted(view.catalogue.by_name.items())
         }
         floor = read_floor(view)
+        overruled = read_head(view).count
         raw_format = view.snapshot.get(META_FORMAT)
         assert raw_format is not None, "a database that is open has a format"
     storage = database.storage.info()
@@ -439,6 +461,7 @@ def inspect(database: Database) -> dict[str, Any]:
         "held": head.held,
         "conflicts": head.conflicts,
         "discarded": head.discarded,
+        "overruled": overruled,
         "history": (database.history or state.history or b"").hex() or None,
         "db_id": state.db_id,
         "cursor": state.reached,

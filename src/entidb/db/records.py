@@ -13,6 +13,7 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     m floor                              tombstones at or below may be gone         (u64)
     m stale                              how many feed rows are listed as stale     (u64)
     m begun                              when histories began by a proof (R29)    (CBOR list)
+    m overruled                          values decided against: next, count, oldest (Overruled)
     n collection:u32                     live entities of a collection              (u64)
     e table:u32 id:16                    an entity as readers see it                (EntityRow)
     b collection:u32 id:16               base of an entity with pending changes     (BaseRow)
@@ -23,6 +24,7 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     h sequence:u64                       outbox: transaction held by a conflict     (OutboxRow)
     c collection:u32 id:16               unresolved conflict                        (CBOR map)
     d sequence:u64                       discarded transaction                      (CBOR map)
+    l number:u64                         values that a policy decided against       (OverruledRow)
     t transaction:16                     accepted transaction: version, digest      (AcceptedRow)
     a group:u64 collection:u32 id:16     index of entities to be made pending       (empty)
     k time:u64                           server's clock at a commit sequence        (u64)
@@ -61,6 +63,7 @@ META_ADOPT: Final = b"madopt"
 META_FLOOR: Final = b"mfloor"
 META_STALE: Final = b"mstale"
 META_BEGUN: Final = b"mbegun"
+META_OVERRULED: Final = b"moverruled"
 
 ENTITY: Final = b"e"
 BASE: Final = b"b"
@@ -70,6 +73,7 @@ READY: Final = b"o"
 HELD: Final = b"h"
 CONFLICT: Final = b"c"
 DISCARDED: Final = b"d"
+OVERRULED: Final = b"l"
 ACCEPTED: Final = b"t"
 COUNT: Final = b"n"
 ADOPT: Final = b"a"
@@ -469,6 +473,35 @@ def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:
     return PendingTransaction(
         sequence_of(key), transaction_id, timestamp, operations, key[:1] == HELD
     )
+
+
+# ---------------------------------------------------------------- overruled values
+
+_OVERRULED_HEAD = Packer(">QQQ")
+#: Number, whether it was the server's, who decided; id; device, time and version of the value's
+#: writer, and of the other side; transaction; lengths of collection, path, value, what won, base
+#: (-1: there is none).
+_OVERRULED = Packer(">QBB16s16sQQ16sQQ16sHIiii")
+pack_overruled = _OVERRULED.pack
+unpack_overruled = _OVERRULED.unpack_from
+OVERRULED_FIXED: Final = _OVERRULED.size
+
+
+class OverruledHead(Struct, gc=False):
+    """Of the values that policies decided against: the number the next one gets, how many are
+    kept, and when the first of them was decided about (milliseconds; 0: none is kept). Not in
+    ``Head``: an older EntiDB knows nothing of them."""
+
+    next: int = 1
+    count: int = 0
+    oldest_ms: int = 0
+
+    def encode(self) -> bytes:
+        return _OVERRULED_HEAD.pack(self.next, self.count, self.oldest_ms)
+
+
+def decode_overruled_head(raw: bytes | None) -> OverruledHead:
+    return OverruledHead() if raw is None else OverruledHead(*_OVERRULED_HEAD.unpack(raw))
 
 
 # ---------------------------------------------------------------- accepted transactions

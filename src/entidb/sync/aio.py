@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from entidb.db import Database, DiscardedTransaction
+from entidb.db import Database, DiscardedTransaction, OverruledValue
 from entidb.errors import EntiDBError, SyncCancelledError
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
@@ -99,6 +99,9 @@ class AsyncSyncEngine:
 
     async def discarded(self) -> list[DiscardedTransaction]:
         return await asyncio.to_thread(self.engine.discarded)
+
+    async def overruled(self) -> list[OverruledValue]:
+        return await asyncio.to_thread(self.engine.overruled)
 
     async def __aenter__(self) -> AsyncSyncEngine:
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from operator import add, ge
 from typing import Any, Protocol, cast
 
@@ -17,15 +17,22 @@ from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.collector import paused
-from entidb.db import Database
+from entidb.db import Database, overruled
 from entidb.db.adopt import adopt_step, has_adoption
 from entidb.db.catalogue import CollectionInfo
+from entidb.db.fields import with_field
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.outbox import (
     DiscardedTransaction,
     discard_key,
     read_discarded,
     read_pending,
+)
+from entidb.db.overruled import (
+    OVERRULED_DAYS,
+    OVERRULED_MAX,
+    OverruledValue,
+    read_overruled,
 )
 from entidb.db.records import (
     CONFLICT,
@@ -66,6 +73,7 @@ from entidb.db.replica import (
     ranges_above,
     ranges_of,
 )
+from entidb.db.transaction import Writes
 from entidb.db.writer import Ref, Writer
 from entidb.errors import (
     CborDecodeError,
@@ -97,7 +105,6 @@ from entidb.sync.policies import (
     resolve_policy,
 )
 from entidb.sync.rebase import (
-    PolicyFor,
     Rebase,
     RebaseReport,
     Withdrawn,
@@ -111,6 +118,7 @@ from entidb.types import (
     timestamp_from_ms,
 )
 
+_DAY_MS = 24 * 3600 * 1000
 #: What is kept of a server's words for a refusal.
 _CODE_CHARS_MAX = 100
 _MESSAGE_CHARS_MAX = 1000
@@ -299,7 +307,8 @@ class DatabaseApplier:
     """The ``SyncApplier`` on an EntiDB database.
 
     ``policies`` maps collection names to policies (names or callables), ``default_policy`` is for
-    the others. Only one engine uses a database at a time.
+    the others. Of the values they decide against the newest ``overruled_max`` are kept, for
+    ``overruled_days`` days (R4). Only one engine uses a database at a time.
     """
 
     def __init__(
@@ -308,8 +317,13 @@ class DatabaseApplier:
         *,
         default_policy: str | ConflictPolicy = "server_wins",
         policies: Mapping[str, str | ConflictPolicy] | None = None,
+        overruled_max: int = OVERRULED_MAX,
+        overruled_days: float = OVERRULED_DAYS,
     ) -> None:
         self.database = database
+        self._overruled_max = overruled_max
+        self._overruled_days = overruled_days
+        self._heard_ms = 0
         self._default = resolve_policy(default_policy)
         self._confirmed = 0
         self._policies = {name: resolve_policy(p) for name, p in (policies or {}).items()}
@@ -354,6 +368,10 @@ class DatabaseApplier:
 
     def policy_for(self, collection: str) -> ConflictPolicy:
         return self._policies.get(collection, self._default)
+
+    def _rebase(self, writer: Writer, server_ms: int, foreign: Set[int] = frozenset()) -> Rebase:
+        keeps = self._overruled_max > 0
+        return Rebase(writer, self.policy_for, server_ms, foreign=foreign, keeps=keeps)
 
     # ------------------------------------------------------------ binding
 
@@ -407,13 +425,15 @@ class DatabaseApplier:
                 "transactions; nothing was settled"
             )
         check_verdicts(response)
+        self._heard_ms = response.time
         with paused(), self.database.write() as writer:
             inflight = writer.inflight
             kept = [] if following is None else following.ranges
             if inflight is None or (inflight.ranges, inflight.after) != (batch.ranges, kept):
                 raise SyncStateError("the batch was settled already by another engine")
             mark = self.database.commit_mark
-            settled = _Settling(writer, self.policy_for, response).run(batch, batch.mark == mark)
+            rebase = self._rebase(writer, response.time)
+            settled = _Settling(writer, rebase, response).run(batch, batch.mark == mark)
             next_batch = None
             if limits is not None and not settled.pull:
                 apart = frozenset() if following is None else frozenset(following.entity_keys)
@@ -466,10 +486,11 @@ class DatabaseApplier:
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         response = expanded(response)
         check_page(request, response)
+        self._heard_ms = response.time
         with paused(), self.database.write() as writer:
             state = self._check_belongs(writer, request)
             foreign = _foreign_collections(writer, state)
-            rebase = Rebase(writer, self.policy_for, response.time, foreign=foreign)
+            rebase = self._rebase(writer, response.time, foreign)
             _hear_clock(writer, response)
             _take_page(writer, rebase, response)
             rebase.release()
@@ -487,6 +508,7 @@ class DatabaseApplier:
     ) -> Stage:
         rows = None if response.columns is None else column_rows(response.columns)
         check_page(request, response, rows)
+        self._heard_ms = response.time
         with self.database.write() as writer:
             state = self._check_belongs(writer, request)
             stage = writer.stage
@@ -524,7 +546,7 @@ class DatabaseApplier:
                 raise SyncStateError("the stage belongs to another state; sync again")
             _check_adopted(writer)
             foreign = _foreign_collections(writer, state)
-            rebase = Rebase(writer, self.policy_for, stage.time_ms, foreign=foreign)
+            rebase = self._rebase(writer, stage.time_ms, foreign)
             _publish(writer, rebase, stage, state)
             rebase.release()
             return rebase.report
@@ -539,10 +561,23 @@ class DatabaseApplier:
     def adopt(self) -> bool:
         if not has_adoption(self.database):
             return False
-        return adopt_step(self.database)
+        return adopt_step(self.database, keeps=self._overruled_max > 0)
 
     def tidy(self) -> bool:
-        return sweep_garbage(self.database)
+        return sweep_garbage(self.database) or self._prune_overruled()
+
+    def _prune_overruled(self) -> bool:
+        """Forget a bounded part of the overruled values that are too many or too old. Their age
+        counts by the earlier one of two clocks, this device's and the one last heard from the
+        server: one that is wrong by years forgets nothing."""
+        now_ms = min(self.database.clock.now_ms(), self._heard_ms)
+        before_ms = int(now_ms - self._overruled_days * _DAY_MS)
+        with self.database.view() as view:
+            head = overruled.read_head(view)
+        if not head.count or (head.count <= self._overruled_max and head.oldest_ms >= before_ms):
+            return False
+        with self.database.write() as writer:
+            return overruled.prune(writer, count_max=self._overruled_max, before_ms=before_ms)
 
     def _check_belongs(self, writer: Writer, request: PullRequest) -> ReplicaState:
         """R22: history and cursor are still those the answer belongs to."""
@@ -602,21 +637,39 @@ class DatabaseApplier:
                     "since this conflict was listed; list them again",
                     code="conflict_changed",
                 )
-            rebase = Rebase(writer, self.policy_for, writer.now_ms)
+            rebase = self._rebase(writer, writer.now_ms)
             rebase.resolve(ref, conflict, resolution)
             rebase.release()
             return rebase.report
 
-    # ------------------------------------------------------------ discarded (R4)
+    # ------------------------------------------------------------ discarded and overruled (R4)
 
     def discarded(self) -> list[DiscardedTransaction]:
         """Withdrawn transactions, oldest first."""
         with self.database.view() as view:
             return read_discarded(view.snapshot)
 
-    def recommit(self, discarded: DiscardedTransaction) -> int:
+    def overruled(self) -> list[OverruledValue]:
+        """Values that a policy or a person decided against, whoever wrote them, oldest first."""
+        with self.database.view() as view:
+            return read_overruled(view.snapshot)
+
+    def overruled_count(self) -> int:
+        """How many of them there are."""
+        with self.database.view() as view:
+            return overruled.read_head(view).count
+
+    def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:
         """Commit a discarded transaction again, as a new one on the present state, and take it
-        off the list; returns the commit sequence."""
+        off the list; returns the commit sequence.
+
+        Of an overruled value its field is written back, of an overruled entity the fields that
+        were changed, and nothing else of what is there now; 0 is returned if that changes
+        nothing. Raises ``ConflictError``
+        (``discarded_gone``) if it is not in its list any more, and (``overruled_place_gone``) if
+        the entity is deleted, or holds no map where the field was; then nothing has changed."""
+        if isinstance(discarded, OverruledValue):
+            return self._put_back(discarded)
         with self.database.write("local") as writer:
             key = discard_key(discarded)
             if writer.get(key) is None:
@@ -632,8 +685,41 @@ class DatabaseApplier:
                 writes.setdefault(name, {})[entity_id] = payload
             return self.database.commit_writes(writer, writes)
 
-    def prune(self, discarded: DiscardedTransaction) -> bool:
-        """Forget a discarded transaction for good; returns whether it was there."""
+    def _put_back(self, value: OverruledValue) -> int:
+        with self.database.write("local") as writer:
+            if not overruled.forget(writer, value.number):
+                raise ConflictError(
+                    f"the overruled value {value.number} of {value.collection}/{value.entity_id} "
+                    "is not kept any more; list them again",
+                    code="discarded_gone",
+                )
+            info = writer.catalogue.by_name.get(value.collection)
+            row = None if info is None else writer.entity((info.number, value.id_bytes))
+            there = payload = None if row is None else row.payload
+            fields = value.fields()
+            if there is None and value.payload is not None and not value.path:
+                # The entity is not there, so it comes back whole.
+                fields = [((), value.payload, None)]
+            for path, lost, _ in fields:
+                try:
+                    payload = with_field(payload, path, lost)
+                except LookupError:
+                    raise ConflictError(
+                        f"{value.collection}/{value.entity_id} is deleted, or has no place for "
+                        f"field {'.'.join(path)!r} any more; write the entity itself",
+                        code="overruled_place_gone",
+                    ) from None
+            if payload == there:
+                return 0
+            writes: Writes = {value.collection: {value.id_bytes: payload}}
+            return self.database.commit_writes(writer, writes)
+
+    def prune(self, discarded: DiscardedTransaction | OverruledValue) -> bool:
+        """Forget a discarded transaction, or an overruled value, for good; returns whether it
+        was there."""
+        if isinstance(discarded, OverruledValue):
+            with self.database.write("local") as writer:
+                return overruled.forget(writer, discarded.number)
         with self.database.write("local") as writer:
             key = discard_key(discarded)
             if writer.get(key) is None:
@@ -907,10 +993,10 @@ def check_verdicts(response: PushResponse) -> None:
 class _Settling:
     """The verdicts of one answer, applied within one commit (R18)."""
 
-    def __init__(self, writer: Writer, policy_for: PolicyFor, response: PushResponse) -> None:
+    def __init__(self, writer: Writer, rebase: Rebase, response: PushResponse) -> None:
         self._writer = writer
         self._response = response
-        self._rebase = Rebase(writer, policy_for, response.time)
+        self._rebase = rebase
         self._state = writer.sync_state
         self._have = [list(pair) for pair in self._state.have]
         self._settled = Settled(report=self._rebase.report)

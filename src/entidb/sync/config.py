@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal, Self, get_args
 
+from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.sync.policies import ConflictPolicy, resolve_policy
 from entidb.types import check_name
@@ -29,6 +30,8 @@ _MIB: Final = 1024 * 1024
 _SECONDS_MAX: Final = 7 * 24 * 3600.0
 _OPERATIONS_MAX: Final = 1_000_000
 _BYTES_MAX: Final = 1024 * _MIB
+_VALUES_MAX: Final = 10_000_000
+_DAYS_MAX: Final = 36_500.0
 _ATTEMPTS_MAX: Final = 1000
 _ROUNDS_MAX: Final = 1000
 _MULTIPLIER_MAX: Final = 100.0
@@ -166,6 +169,11 @@ class SyncConfig(HttpConfig):
     default_policy: str | ConflictPolicy = "server_wins"
     #: Policy per collection: a name, a ``ConflictPolicy``, or a function of the conflict.
     policies: Mapping[str, str | ConflictPolicy] = field(default_factory=dict)
+    #: How many values that a policy decided against are kept (R4), the newest ones; 0 keeps none.
+    #: Ten thousand are some megabytes, and more than anybody looks through.
+    overruled_max: int = OVERRULED_MAX
+    #: Days they are kept at most: as long as a server keeps its tombstones.
+    overruled_days: float = OVERRULED_DAYS
     retry: RetryConfig = field(default_factory=RetryConfig)
 
     def __post_init__(self) -> None:
@@ -175,6 +183,8 @@ class SyncConfig(HttpConfig):
         self._check_collections()
         self._check_sizes()
         _check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)
+        _check_int("overruled_max", self.overruled_max, 0, _VALUES_MAX)
+        _check_number("overruled_days", self.overruled_days, 0.0, _DAYS_MAX)
         if not isinstance(self.retry, RetryConfig):
             raise ConfigError(f"retry must be a RetryConfig, not {_kind(self.retry)}")
         self._check_policies()

@@ -525,6 +525,7 @@ class Cycle:
         self.result.unresolved += report.unresolved
         self.result.withdrawn += report.withdrawn
         self.result.done += report.done
+        self.result.overruled += report.overruled
 
 
 class _RefusedError(Exception):

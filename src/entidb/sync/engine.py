@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from entidb.db import Database, DiscardedTransaction
+from entidb.db import Database, DiscardedTransaction, OverruledValue
 from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
@@ -69,7 +69,11 @@ class SyncEngine:
     ) -> None:
         if isinstance(applier, Database):
             applier = DatabaseApplier(
-                applier, default_policy=config.default_policy, policies=config.policies
+                applier,
+                default_policy=config.default_policy,
+                policies=config.policies,
+                overruled_max=config.overruled_max,
+                overruled_days=config.overruled_days,
             )
         self.config = config
         self.applier = applier
@@ -278,6 +282,7 @@ class SyncEngine:
             last_error=None if error is None else str(error),
             last_error_code=None if error is None else error.code,
             next_retry_s=None if at is None else max(0.0, at - self._clock.monotonic()),
+            overruled=self.applier.overruled_count(),
         )
 
     # ------------------------------------------------------------ conflicts, discarded, reset
@@ -297,12 +302,18 @@ class SyncEngine:
         """Withdrawn transactions (R4), oldest first."""
         return self.applier.discarded()
 
-    def recommit(self, discarded: DiscardedTransaction) -> int:
-        """Commit a discarded transaction again on the present state; returns its sequence."""
+    def overruled(self) -> list[OverruledValue]:
+        """Values that a policy or a person decided against, field by field, whoever wrote them
+        (R4), oldest first. Kept as ``overruled_max`` and ``overruled_days`` say."""
+        return self.applier.overruled()
+
+    def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:
+        """Commit a discarded transaction again on the present state, or write an overruled value
+        back to its field; returns the commit's sequence. Raises ``ConflictError``."""
         return self.applier.recommit(discarded)
 
-    def prune(self, discarded: DiscardedTransaction) -> bool:
-        """Forget a discarded transaction for good."""
+    def prune(self, discarded: DiscardedTransaction | OverruledValue) -> bool:
+        """Forget a discarded transaction, or an overruled value, for good."""
         return self.applier.prune(discarded)
 
     def reset(self, keep: str) -> None:

@@ -16,8 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import uuid
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, Final, NoReturn, Protocol
@@ -26,11 +25,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from entidb import cbor
+from entidb.db.fields import ABSENT as _ABSENT
+from entidb.db.fields import Overruled, Path, Side, lost_fields, shown, when_by
+from entidb.db.fields import same as _same
 from entidb.errors import ConfigError
-from entidb.types import ID_BYTES, ms_from_timestamp, uuid_from_bytes
-
-#: Where a field is inside an entity: the keys on the way to it.
-Path = tuple[str, ...]
+from entidb.types import ID_BYTES, uuid_from_bytes
 
 CREATE_CREATE: Final = "create/create"
 UPDATE_UPDATE: Final = "update/update"
@@ -137,15 +136,29 @@ class Action(Enum):
     SKIP = "skip"
 
 
-class ConflictResolution(Struct, frozen=True, gc=False):
+class ConflictResolution(Struct, frozen=True, eq=False, gc=False):
     """A policy's answer. Make one with the four constructors.
 
     ``payload`` is the merged value in canonical CBOR; None for a deletion and for all actions
     but ``Action.MERGE``.
+
+    ``overruled`` is what a merge decided against, where it knows: a counter that adds up both
+    sides has neither one's value, and overrules nobody. None: the values are compared, and what
+    either side changed and the answer does not hold counts as overruled (R4). It is no part of
+    the answer, so two that differ in nothing else are equal.
     """
 
     action: Action
     payload: bytes | None = None
+    overruled: tuple[Overruled, ...] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ConflictResolution):
+            return NotImplemented
+        return (self.action, self.payload) == (other.action, other.payload)
+
+    def __hash__(self) -> int:
+        return hash((self.action, self.payload))
 
     @property
     def value(self) -> Any:
@@ -176,6 +189,34 @@ class ConflictResolution(Struct, frozen=True, gc=False):
         return _SKIP
 
 
+def overruled_by(resolution: ConflictResolution, conflict: Conflict) -> Sequence[Overruled]:
+    """What ``resolution`` decides against (R4): what one side changed of the base and the outcome
+    does not hold. Nothing if it is still open.
+
+    ``keep_local`` is a decision about the entity, so that is what is overruled; of large ones, and
+    where there is a value of a third kind, it is the fields."""
+    if resolution.overruled is not None:
+        return resolution.overruled
+    base, local, remote = conflict.base_payload, conflict.local_payload, conflict.remote_payload
+    action = resolution.action
+    if action is Action.SKIP:
+        return ()
+    if action is Action.KEEP_LOCAL:
+        if remote in (base, local):
+            return ()
+        size = len(base or b"") + len(local or b"") + len(remote or b"")
+        if size <= _WHOLE_BYTES_MAX:
+            return ((Side.REMOTE, (), remote, local, base),)
+    value = {Action.KEEP_LOCAL: local, Action.ACCEPT_REMOTE: remote}.get(action, resolution.payload)
+    return [
+        (side, path, lost, won, None if path else base)
+        for side, payload in ((Side.LOCAL, local), (Side.REMOTE, remote))
+        for path, lost, won in lost_fields(base, payload, value)
+    ]
+
+
+#: Entities that are kept whole, with their base, rather than looked through at once.
+_WHOLE_BYTES_MAX: Final = 8192
 _ACCEPT_REMOTE: Final = ConflictResolution(Action.ACCEPT_REMOTE)
 _KEEP_LOCAL: Final = ConflictResolution(Action.KEEP_LOCAL)
 _SKIP: Final = ConflictResolution(Action.SKIP)
@@ -235,14 +276,11 @@ _WHOLE: Final[Mapping[str, ConflictPolicy]] = MappingProxyType(
 # ---------------------------------------------------------------- three-way merge by field
 
 
-class _Marker(Enum):
-    ABSENT = "absent"
+class _Rule(Enum):
     COUNTER = "counter"
     SET = "set"
 
 
-#: A field that is not there. Not None, which is null, a value like any other.
-_ABSENT: Final = _Marker.ABSENT
 _NO_FIELDS: Final[Mapping[str, Any]] = MappingProxyType({})
 _INTEGER_MIN: Final = -(2**64)
 _INTEGER_MAX: Final = 2**64 - 1
@@ -285,8 +323,8 @@ class Merge:
         self._fallback = _resolve_fallback(fallback)
         self._fallback_is_whole = any(self._fallback is policy for policy in _WHOLE.values())
         self._rules: dict[str, Any] = {}
-        counter_paths = _add_rules(self._rules, "counters", counters, _Marker.COUNTER)
-        set_paths = _add_rules(self._rules, "sets", sets, _Marker.SET)
+        counter_paths = _add_rules(self._rules, "counters", counters, _Rule.COUNTER)
+        set_paths = _add_rules(self._rules, "sets", sets, _Rule.SET)
         self._arguments = (fallback, counter_paths, set_paths)
 
     @property
@@ -297,9 +335,9 @@ class Merge:
     def __call__(self, conflict: Conflict, /) -> ConflictResolution:
         base, local, remote = conflict.base_payload, conflict.local_payload, conflict.remote_payload
         if local == base:
-            return ConflictResolution(Action.MERGE, remote)
+            return ConflictResolution(Action.MERGE, remote, ())
         if remote == base:
-            return ConflictResolution(Action.MERGE, local)
+            return ConflictResolution(Action.MERGE, local, ())
         was, mine, theirs = _decode(base), _decode(local), _decode(remote)
         if was is None:
             was = _NO_FIELDS
@@ -307,11 +345,12 @@ class Merge:
             return _checked(self._fallback(conflict))
         if type(mine) is not dict or type(theirs) is not dict:
             return _checked(self._fallback(conflict))
+        lost: list[Overruled] = []
         try:
-            merged = self._merge_maps(conflict, was, mine, theirs, self._rules, ())
+            merged = self._merge_maps(conflict, was, mine, theirs, self._rules, (), lost)
         except _LeftOpen:
             return _SKIP
-        return ConflictResolution(Action.MERGE, cbor.encode(merged))
+        return ConflictResolution(Action.MERGE, cbor.encode(merged), tuple(lost))
 
     def __repr__(self) -> str:
         fallback, counters, sets = self._arguments
@@ -326,6 +365,7 @@ class Merge:
         remote: dict[str, Any],
         rules: Mapping[str, Any],
         path: Path,
+        lost: list[Overruled],
     ) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         # Fields that only the base has were removed on both sides. No set of keys here: its order
@@ -341,28 +381,43 @@ class Merge:
                 value = mine
             else:
                 rule = rules.get(key)
-                value = self._both_changed(conflict, was, mine, theirs, rule, (*path, key))
+                value = self._both_changed(conflict, was, mine, theirs, rule, (*path, key), lost)
             if value is not _ABSENT:
                 merged[key] = value
         return merged
 
     def _both_changed(
-        self, conflict: Conflict, was: Any, mine: Any, theirs: Any, rule: Any, path: Path
+        self,
+        conflict: Conflict,
+        was: Any,
+        mine: Any,
+        theirs: Any,
+        rule: Any,
+        path: Path,
+        lost: list[Overruled],
     ) -> Any:
-        if rule is _Marker.COUNTER and _are_numbers(was, mine, theirs):
+        if rule is _Rule.COUNTER and _are_numbers(was, mine, theirs):
             # Before the comparison: two devices that both took one out of 5 wrote the same 4.
             return _add_up(was, mine, theirs, path)
         if type(mine) is dict and type(theirs) is dict and (was is _ABSENT or type(was) is dict):
             inner = rule if type(rule) is dict else _NO_FIELDS
             below = _NO_FIELDS if was is _ABSENT else was
-            return self._merge_maps(conflict, below, mine, theirs, inner, path)
+            return self._merge_maps(conflict, below, mine, theirs, inner, path, lost)
         if _same(mine, theirs):
             return mine
-        if rule is _Marker.SET and _are_lists(was, mine, theirs):
+        if rule is _Rule.SET and _are_lists(was, mine, theirs):
             return _unite(was, mine, theirs)
-        return self._ask(conflict, was, mine, theirs, path)
+        return self._ask(conflict, was, mine, theirs, path, lost)
 
-    def _ask(self, conflict: Conflict, was: Any, mine: Any, theirs: Any, path: Path) -> Any:
+    def _ask(
+        self,
+        conflict: Conflict,
+        was: Any,
+        mine: Any,
+        theirs: Any,
+        path: Path,
+        lost: list[Overruled],
+    ) -> Any:
         if not self._fallback_is_whole:
             conflict = replace(
                 conflict,
@@ -375,8 +430,18 @@ class Merge:
         if resolution.action is Action.SKIP:
             raise _LeftOpen
         if resolution.action is Action.MERGE:
-            return _ABSENT if resolution.payload is None else _decode(resolution.payload)
-        return mine if resolution.action is Action.KEEP_LOCAL else theirs
+            value = _ABSENT if resolution.payload is None else _decode(resolution.payload)
+            chosen = resolution.payload
+            if not _same(mine, value):
+                lost.append((Side.LOCAL, path, _encode(mine), chosen, None))
+            if not _same(theirs, value):
+                lost.append((Side.REMOTE, path, _encode(theirs), chosen, None))
+            return value
+        if resolution.action is Action.KEEP_LOCAL:
+            lost.append((Side.REMOTE, path, _encode(theirs), _encode(mine), None))
+            return mine
+        lost.append((Side.LOCAL, path, _encode(mine), _encode(theirs), None))
+        return theirs
 
 
 class _LeftOpen(Exception):
@@ -407,7 +472,7 @@ def _resolve_fallback(spec: str | ConflictPolicy) -> ConflictPolicy:
     return policy
 
 
-def _add_rules(rules: dict[str, Any], option: str, paths: FieldPaths, rule: _Marker) -> list[str]:
+def _add_rules(rules: dict[str, Any], option: str, paths: FieldPaths, rule: _Rule) -> list[str]:
     if isinstance(paths, str):
         raise ConfigError(f"{option} takes several paths; write {option}=({paths!r},)")
     shown = []
@@ -424,7 +489,7 @@ def _is_key(key: object) -> bool:
     return isinstance(key, str) and key != ""
 
 
-def _add_rule(rules: dict[str, Any], path: Path, rule: _Marker) -> None:
+def _add_rule(rules: dict[str, Any], path: Path, rule: _Rule) -> None:
     *parents, last = path
     for key in parents:
         rules = rules.setdefault(key, {})
@@ -452,21 +517,12 @@ def _encode(field: Any) -> bytes | None:
     return None if field is _ABSENT else cbor.encode(field)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two fields are the same bytes. Python finds 1, 1.0 and True equal; CBOR does not."""
-    kind = type(one)
-    if kind is not type(other) or one != other:
-        return False
-    # Equal maps and lists can still hold a 1 against a 1.0 further in.
-    return (kind is not dict and kind is not list) or cbor.encode(one) == cbor.encode(other)
-
-
 def _are_numbers(was: Any, mine: Any, theirs: Any) -> bool:
     return all(type(field) in _NUMBER_OR_ABSENT for field in (was, mine, theirs))
 
 
 # type() and not isinstance(): True is an int to Python, and no count.
-_NUMBER_OR_ABSENT: Final = frozenset({int, float, _Marker})
+_NUMBER_OR_ABSENT: Final = frozenset({int, float, type(_ABSENT)})
 
 
 def _add_up(was: Any, mine: Any, theirs: Any, path: Path) -> int | float:
@@ -579,8 +635,6 @@ TRUTH_TABLE: Final[tuple[TruthRow, ...]] = (
 # ---------------------------------------------------------------- explain
 
 _FIELDS_SHOWN_MAX: Final = 20
-_VALUE_SHOWN_MAX: Final = 200
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _STORY: Final = {
     CREATE_CREATE: "was created here and on the server, with different values",
     UPDATE_UPDATE: "was changed here and on the server",
@@ -611,45 +665,23 @@ def _explain(conflict: Conflict) -> list[str]:
 
 
 def _side(name: str, origin: str, payload: bytes | None, absent: str) -> str:
-    return f"  {name:<6}  {_shown(payload, absent)}   ({origin})"
+    return f"  {name:<6}  {shown(payload, absent)}   ({origin})"
 
 
 def _base_origin(conflict: Conflict) -> str:
     if conflict.base_payload is None:
         return "before either change"
-    origin = _by(conflict.base_timestamp, conflict.base_device)
+    origin = when_by(conflict.base_timestamp, conflict.base_device)
     return f"version {conflict.base_version}, {origin}"
 
 
 def _local_origin(conflict: Conflict) -> str:
-    return f"not on the server yet, {_by(conflict.local_timestamp, conflict.local_device)}"
+    return f"not on the server yet, {when_by(conflict.local_timestamp, conflict.local_device)}"
 
 
 def _remote_origin(conflict: Conflict) -> str:
-    origin = _by(conflict.remote_timestamp, conflict.remote_device)
+    origin = when_by(conflict.remote_timestamp, conflict.remote_device)
     return f"version {conflict.remote_version}, {origin}"
-
-
-def _by(timestamp: int, device: bytes) -> str:
-    when = _time(ms_from_timestamp(timestamp)) if timestamp else "at an unknown time"
-    return when if device == _NO_DEVICE else f"{when} by device {device.hex()[:8]}"
-
-
-def _time(milliseconds: int) -> str:
-    try:
-        moment = _EPOCH + timedelta(milliseconds=milliseconds)
-    except OverflowError:
-        # 48 bits of milliseconds reach past the year 9999, where Python's calendar ends.
-        return f"{milliseconds} ms after 1970"
-    return moment.isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
-
-
-def _shown(payload: bytes | None, absent: str) -> str:
-    if payload is None:
-        return absent
-    # repr escapes control characters: a value must not write to somebody's terminal.
-    text = repr(_decode(payload))
-    return text if len(text) <= _VALUE_SHOWN_MAX else text[:_VALUE_SHOWN_MAX] + " …"
 
 
 def _differences(conflict: Conflict) -> list[str]:

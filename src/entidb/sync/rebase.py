@@ -13,12 +13,15 @@ and verdicts are ``applier``'s; policies only answer, they are in ``policies``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from entidb import cbor
+from entidb.db.fields import Overruled
+from entidb.db.overruled import BY_PERSON, BY_POLICY, BY_RESET, Keeper
 from entidb.db.records import (
     DISCARDED,
     HAS_BASE,
@@ -40,7 +43,13 @@ from entidb.db.records import (
 )
 from entidb.db.writer import Ref, Writer
 from entidb.errors import CorruptionError
-from entidb.sync.policies import Action, Conflict, ConflictPolicy, ConflictResolution
+from entidb.sync.policies import (
+    Action,
+    Conflict,
+    ConflictPolicy,
+    ConflictResolution,
+    overruled_by,
+)
 from entidb.types import timestamp_from_ms
 
 PolicyFor = Callable[[str], ConflictPolicy]
@@ -63,13 +72,15 @@ class Resolved(Struct, frozen=True):
 
 
 class RebaseReport(Struct):
-    """What one rebase did. ``done`` are ids of transactions the server had already (R24)."""
+    """What one rebase did. ``done`` are ids of transactions the server had already (R24),
+    ``overruled`` counts the values that were decided against and are kept (R4)."""
 
     pulled: int = 0
     resolved: list[Resolved] = field(default_factory=list)
     unresolved: list[Conflict] = field(default_factory=list)
     withdrawn: list[Withdrawn] = field(default_factory=list)
     done: list[bytes] = field(default_factory=list)
+    overruled: int = 0
 
 
 class Step(Struct):
@@ -82,7 +93,8 @@ class Step(Struct):
 class Rebase:
     """One rebase. ``server_ms`` is the server's clock: a local timestamp beyond it is clamped for
     the policies as the server will clamp it (R27). In the collections ``foreign`` (numbers) bytes
-    are compared, not versions, because their entities come from another history (R29)."""
+    are compared, not versions, because their entities come from another history (R29). With
+    ``keeps`` what is decided against is kept (R4). ``release`` has to be called at the end."""
 
     def __init__(
         self,
@@ -91,6 +103,7 @@ class Rebase:
         server_ms: int,
         *,
         foreign: Set[int] = frozenset(),
+        keeps: bool = True,
     ) -> None:
         self.report = RebaseReport()
         self._writer = writer
@@ -100,6 +113,10 @@ class Rebase:
         self._loaded: dict[int, PendingTransaction] = {}
         self._sequence = 0
         self._released = False
+        # A clock that is wrong must not let what is kept be forgotten too soon, or never.
+        self._keeper = Keeper(writer, min(writer.now_ms, server_ms))
+        self._keeps = keeps
+        self._taken_back: set[Ref] = set()
 
     # ------------------------------------------------------------ taking server state
 
@@ -169,9 +186,15 @@ class Rebase:
         return 0
 
     def replace_base(self, ref: Ref, remote: BaseRow) -> None:
-        """Put what is pending on another base without asking anybody (R29)."""
+        """Put what is pending on another base without asking anybody (R29). What somebody wrote
+        there since is overruled by it."""
         row = self._writer.entity(ref)
         assert row is not None
+        if remote.payload is not None:
+            top = self._chain(ref, row)[-1]
+            conflict = self._conflict(ref, self._base(ref, row), row.payload, remote, top, top)
+            lost = self._against(ConflictResolution.keep_local(), conflict)
+            self._overrule(ref, top, remote, lost, BY_RESET)
         self._set_base(ref, row, remote)
 
     def _adds_up(self, ref: Ref, ancestor: BaseRow, remote: BaseRow) -> bool:
@@ -202,7 +225,9 @@ class Rebase:
             try:
                 resolution = ask(policy, conflict)
                 if resolution.action is Action.MERGE and in_turn is None:
-                    in_turn = self._merge_in_turn(ref, policy, chain, ancestor, remote, resolution)
+                    in_turn = self._merge_in_turn(
+                        ref, policy, chain, ancestor, remote, conflict, resolution
+                    )
             except Exception as error:
                 # R26: a policy that raises holds the transaction, and the person gets to see why.
                 conflict = conflict.with_error(f"{type(error).__name__}: {error}")
@@ -228,6 +253,10 @@ class Rebase:
                     self._withdraw_lost([chain.pop()], conflict, message)
                     continue
                 self._store_merged(ref, chain, remote, merged.payloads[: len(chain)])
+                for step, lost in zip(chain, merged.overruled, strict=False):
+                    self._overrule(ref, step, remote, lost)
+            else:
+                self._overrule(ref, last, remote, self._against(resolution, conflict))
             return
 
     def _merge_in_turn(
@@ -237,24 +266,29 @@ class Rebase:
         chain: list[Step],
         ancestor: BaseRow,
         remote: BaseRow,
+        asked: Conflict,
         first: ConflictResolution,
     ) -> Merged:
-        """R25, like a cherry-pick: each operation on what the one before it became."""
+        """R25, like a cherry-pick: each operation on what the one before it became. ``first`` is
+        the answer to ``asked``, which is about the newest."""
         if len(chain) == 1:
-            return Merged([first.payload], [False])
+            return Merged([first.payload], [False], [self._against(first, asked)])
         below, onto = ancestor, remote
-        merged = Merged([], [])
+        merged = Merged([], [], [])
         for step in chain:
             payload, lost = step.op.payload, False
+            against: Sequence[Overruled] = ()
             if below.payload != onto.payload:
                 conflict = self._conflict(ref, below, payload, onto, step, chain[0])
                 answer = ask(policy, conflict)
                 if answer.action is Action.SKIP:
-                    return Merged([], [], skipped=True)
+                    return Merged([], [], [], skipped=True)
                 lost = answer.action is Action.ACCEPT_REMOTE
                 payload = _answered(answer, payload, onto.payload)
+                against = self._against(answer, conflict)
             merged.payloads.append(payload)
             merged.lost.append(lost)
+            merged.overruled.append(against)
             timestamp = self._clamp(step.transaction.timestamp)
             device = self._writer.device_id
             below = BaseRow(remote.version, device, timestamp, step.op.payload)
@@ -371,6 +405,40 @@ class Rebase:
         else:
             self._writer.show(ref, new, old, self.sequence())
 
+    # ------------------------------------------------------------ overruled values (R4)
+
+    def _against(self, resolution: ConflictResolution, conflict: Conflict) -> Sequence[Overruled]:
+        """What ``resolution`` decides against, where that is kept."""
+        return overruled_by(resolution, conflict) if self._keeps else ()
+
+    def _overrule(
+        self,
+        ref: Ref,
+        step: Step,
+        remote: BaseRow,
+        lost: Sequence[Overruled],
+        decided_by: int = BY_POLICY,
+    ) -> None:
+        """Remember what was decided against about ``step`` and the server's state ``remote``."""
+        if not lost:
+            return
+        transaction = step.transaction
+        mine = self._writer.device_id, self._clamp(transaction.timestamp), 0
+        theirs = remote.device_id, remote.timestamp, remote.version
+        self._keeper.add(ref, mine, theirs, transaction.transaction_id, lost, decided_by)
+
+    def _keep_overruled(self) -> None:
+        """Store what was decided against, in the commit that decides."""
+        # Where all that was pending was withdrawn after that, the server's side stands.
+        stands = {ref for ref in self._taken_back if self._is_clean(ref)}
+        if stands:
+            self._keeper.drop_remote(stands)
+        self.report.overruled += self._keeper.store()
+
+    def _is_clean(self, ref: Ref) -> bool:
+        row = self._writer.entity(ref)
+        return row is None or not row.pending
+
     # ------------------------------------------------------------ withdrawing (R4)
 
     def _withdraw_lost(self, chain: list[Step], conflict: Conflict, message: str) -> None:
@@ -401,6 +469,7 @@ class Rebase:
             for op in transaction.operations:
                 # The oldest withdrawn operation of an entity names what stays under it.
                 touched.setdefault((op.collection, op.entity_id), op.previous)
+        self._taken_back.update(touched)
         for ref, previous in touched.items():
             self.show_top(ref, self._step(ref, previous))
 
@@ -488,7 +557,9 @@ class Rebase:
             self._released = True
 
     def release(self) -> None:
-        """Let held transactions go that no open conflict holds any more. Call once at the end."""
+        """Let held transactions go that no open conflict holds any more, and keep what was
+        decided against. Call once at the end."""
+        self._keep_overruled()
         if not self._released:
             return
         held_refs: set[Ref] = set()
@@ -517,12 +588,19 @@ class Rebase:
         row = self._writer.entity(ref)
         assert row is not None, "an open conflict keeps its entity dirty"
         chain = self._chain(ref, row)
+        top = chain[-1]
+        stored = self._writer.get(conflict_key(*ref))
+        assert stored is not None, "the conflict is open"
+        asked = decode_conflict(stored, conflict.collection, ref, row.payload)
         self.report.resolved.append(Resolved(conflict, resolution))
         self._drop_conflict(ref, True)
+        if resolution.action is not Action.ACCEPT_REMOTE:
+            # Whoever decides saw the conflict as it was listed; what counts is what is there now.
+            lost = self._against(replace(resolution, overruled=None), asked)
+            self._overrule(ref, top, self._base(ref, row), lost, BY_PERSON)
         if resolution.action is Action.ACCEPT_REMOTE:
             self._withdraw_lost(chain, conflict, "a person took the server's side")
         elif resolution.action is Action.MERGE:
-            top = chain[-1]
             top.op.payload = resolution.payload
             self._save(top.transaction)
             self.show_top(ref, top)
@@ -669,11 +747,12 @@ class Rebase:
 
 
 class Merged(Struct):
-    """Outcome of merging a chain: for each operation its payload, and whether the server's side
-    was taken for it; nothing if ``skipped``."""
+    """Outcome of merging a chain: for each operation its payload, whether the server's side was
+    taken for it, and what was decided against; nothing if ``skipped``."""
 
     payloads: list[bytes | None]
     lost: list[bool]
+    overruled: list[Sequence[Overruled]]
     skipped: bool = False
 
 

@@ -59,6 +59,7 @@ class SyncCycleResult(Struct):
     ``conflicts`` were decided by a policy, ``unresolved`` wait for ``resolve()``, ``withdrawn``
     went to the discarded list (R4); ``done`` are ids of transactions the server had already (R24).
     ``kept_back`` are pending transactions that do not get through to the server (R5).
+    ``overruled`` counts the values that a policy decided against and that are kept (R4).
     ``incomplete`` says that conflicts were still coming after ``rounds_max`` rounds (R7): the rest
     is pending, sync again. ``reset`` says everything was pulled anew.
     """
@@ -72,6 +73,7 @@ class SyncCycleResult(Struct):
     withdrawn: list[Withdrawn] = field(default_factory=list)
     done: list[bytes] = field(default_factory=list)
     kept_back: list[KeptBack] = field(default_factory=list)
+    overruled: int = 0
     rounds: int = 0
     requests: int = 0
     bytes_pulled: int = 0
@@ -112,6 +114,7 @@ class SyncStats(Struct):
     bytes_pulled: int = 0
     bytes_pushed: int = 0
     retries: int = 0
+    overruled: int = 0
 
     def add(self, result: SyncCycleResult) -> None:
         self.cycles += 1
@@ -119,6 +122,7 @@ class SyncStats(Struct):
         self.pushed += result.pushed
         self.conflicts += len(result.conflicts) + len(result.unresolved)
         self.withdrawn += len(result.withdrawn)
+        self.overruled += result.overruled
         self.requests += result.requests
         self.bytes_pulled += result.bytes_pulled
         self.bytes_pushed += result.bytes_pushed
@@ -126,7 +130,8 @@ class SyncStats(Struct):
 
 class SyncStatus(Struct, frozen=True):
     """What a person wants to know about a device. ``cursor`` is the server commit up to which it
-    has everything, its own included. ``*_ms`` are wall-clock milliseconds since 1970;
+    has everything, its own included. ``discarded`` counts withdrawn transactions, ``overruled``
+    values that a policy decided against (R4). ``*_ms`` are wall-clock milliseconds since 1970;
     ``next_retry_s`` is how long until the next attempt, None where none is planned."""
 
     state: SyncState
@@ -141,3 +146,4 @@ class SyncStatus(Struct, frozen=True):
     last_error: str | None
     last_error_code: str | None
     next_retry_s: float | None
+    overruled: int = 0
