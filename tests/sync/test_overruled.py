@@ -9,10 +9,10 @@ import pytest
 
 from entidb.cbor import encode
 from entidb.db import OverruledValue
-from entidb.db.fields import lost_fields, with_field
+from entidb.db.fields import Side, lost_fields, with_field
 from entidb.errors import ConflictError, StorageFullError
 from entidb.sync import Conflict, ConflictResolution, Merge
-from entidb.sync.policies import Side, merge, overruled_by
+from entidb.sync.policies import merge, overruled_by
 from tests.support import DAY_MS, Device, World, assert_in_step, assert_sound, uid
 
 BASE = {"text": "", "prio": 1, "size": {"w": 1, "h": 1}}

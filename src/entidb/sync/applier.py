@@ -457,7 +457,7 @@ class DatabaseApplier:
             inflight = writer.inflight
             if inflight is None or inflight.ranges != batch.ranges:
                 raise SyncStateError("the batch was settled already by another engine")
-            rebase = Rebase(writer, self.policy_for, writer.now_ms)
+            rebase = self._rebase(writer, writer.now_ms)
             reason = code[:_CODE_CHARS_MAX], message[:_MESSAGE_CHARS_MAX]
             for sequence in batch.sequences:
                 transaction = rebase.load(sequence)
