@@ -54,6 +54,7 @@ HANDSHAKE_RESPONSE: Final[Message] = {
     "limits": LIMITS,
     "features": ["zstd", "gzip"],
     "time": 1764000000123,
+    "granted": ["Läden/東京", "notes"],
 }
 PULL_REQUEST: Final[Message] = {
     "db_id": "household",
@@ -80,6 +81,7 @@ PULL_RESPONSE: Final[Message] = {
     "head": 2**63 - 1,
     "floor": 0,
     "time": 1764000000123,
+    "granted": ["lists", "notes"],
 }
 #: The first two commits of ``PULL_RESPONSE``, three operations, a tombstone among them.
 PULL_COLUMNS: Final[Message] = {
@@ -142,7 +144,8 @@ COMPLETE: Final[dict[str, Message]] = {
 DEFAULTS: Final[dict[str, Message]] = {
     "HandshakeRequest": {"client": ""},
     "PullRequest": {"have": [], "collections": None, "full": False, "columns": False},
-    "PullResponse": {"columns": None},
+    "HandshakeResponse": {"granted": None},
+    "PullResponse": {"columns": None, "granted": None},
     "ErrorResponse": {"retry_after": None, "details": {}},
 }
 
@@ -186,6 +189,9 @@ def _valid_edges() -> Iterator[dict[str, Any]]:
     full: Message = {"cursor": 0, "full": True, "columns": True}
     yield _valid("PullRequest", "a full pull", PULL_REQUEST | full)
     yield _valid("PullResponse", "in columns", PULL_RESPONSE | IN_COLUMNS)
+    yield _valid("HandshakeResponse", "nothing is granted", HANDSHAKE_RESPONSE | {"granted": []})
+    everything: Message = {"granted": None}
+    yield _valid("PullResponse", "all in columns", PULL_RESPONSE | IN_COLUMNS | everything)
     none: Message = dict.fromkeys(PULL_COLUMNS, b"")
     yield _valid("PullResponse", "empty columns", PULL_RESPONSE | IN_COLUMNS | {"columns": none})
     nothing: Message = {"collections": [], "transactions": []}
@@ -340,6 +346,8 @@ def _refused_together() -> Iterator[dict[str, Any]]:
             "version 0": {"commits": [[0, DEVICE, 0, pulled]]},
             "an entity twice in a commit": {"commits": [[42, DEVICE, 0, pulled * 2]]},
             "a collection that is not there": {"commits": [[42, DEVICE, 0, [[2, ENTITY, None]]]]},
+            "a grant that comes twice": {"granted": ["notes", "notes"]},
+            "an empty name in the grant": {"granted": [""]},
             "a cursor below the last commit": {"cursor": 4294967295},
             "a cursor above the head": {"head": 4294967295},
         }

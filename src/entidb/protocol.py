@@ -171,6 +171,9 @@ class HandshakeRequest(Struct, frozen=True, kw_only=True):
 
 
 class HandshakeResponse(Struct, frozen=True, kw_only=True):
+    """``granted`` names the collections that the token grants; None means all, or a server that
+    does not say (R31)."""
+
     major: Uint
     minor: Uint
     history: Id
@@ -179,6 +182,7 @@ class HandshakeResponse(Struct, frozen=True, kw_only=True):
     limits: Limits
     features: list[str]
     time: Uint  # server's clock, ms since 1970
+    granted: list[Name] | None = None
 
 
 class PullRequest(Struct, frozen=True, kw_only=True):
@@ -202,7 +206,8 @@ class PullRequest(Struct, frozen=True, kw_only=True):
 class PullResponse(Struct, frozen=True, kw_only=True):
     """``cursor`` is what the device has after applying this page; the last page
     (``has_more`` false) says the head it has reached (R19). ``time`` is the server's clock in
-    ms since 1970. With ``columns`` there are no ``commits``; ``expanded`` makes some of them."""
+    ms since 1970. With ``columns`` there are no ``commits``; ``expanded`` makes some of them.
+    ``granted`` is what the page was made under, as in the handshake."""
 
     collections: list[Name]
     commits: list[PullCommit]
@@ -212,6 +217,7 @@ class PullResponse(Struct, frozen=True, kw_only=True):
     head: Uint
     floor: Uint
     time: Uint
+    granted: list[Name] | None = None
 
 
 class PushRequest(Struct, frozen=True, kw_only=True):
@@ -550,7 +556,7 @@ def encode_columns(
     """``message`` with these columns in the place of its own."""
     columns = {"ids": ids, "heads": heads, "sizes": sizes, "values": values, "indexes": indexes}
     parts = [
-        cbor.map_head(8),
+        cbor.map_head(9),
         cbor.text("head") + _uint(message.head),
         cbor.text("time") + _uint(message.time),
         cbor.text("floor") + _uint(message.floor),
@@ -561,6 +567,7 @@ def encode_columns(
         parts += (cbor.text(name), _bytes_head(len(column)), column)
     parts += (
         cbor.text("commits") + _array_head(0),
+        cbor.text("granted") + _granted(message),
         cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
         cbor.text("collections") + _names(message.collections),
     )
@@ -608,7 +615,7 @@ class PullPage:
         self._close()
         return b"".join(
             (
-                cbor.map_head(8),
+                cbor.map_head(9),
                 cbor.text("head") + _uint(message.head),
                 cbor.text("time") + _uint(message.time),
                 cbor.text("floor") + _uint(message.floor),
@@ -616,10 +623,15 @@ class PullPage:
                 cbor.text("columns") + _NULL,
                 cbor.text("commits") + _array_head(self._commits),
                 *self._parts,
+                cbor.text("granted") + _granted(message),
                 cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
                 cbor.text("collections") + _names(message.collections),
             )
         )
+
+
+def _granted(message: PullResponse) -> bytes:
+    return _NULL if message.granted is None else _names(message.granted)
 
 
 def _names(names: Sequence[str]) -> bytes:
@@ -753,6 +765,10 @@ def _check_handshake_request(message: HandshakeRequest, limits: Limits) -> None:
     _check_name("$.db_id", message.db_id)
 
 
+def _check_handshake_response(message: HandshakeResponse, limits: Limits) -> None:
+    _check_granted(message.granted, limits)
+
+
 def _check_pull_request(message: PullRequest, limits: Limits) -> None:
     _check_name("$.db_id", message.db_id)
     if message.collections is not None:
@@ -802,6 +818,7 @@ def _check_push_response(message: PushResponse, limits: Limits) -> None:
 
 def _check_pull_response(message: PullResponse, limits: Limits) -> None:
     _check_collections(message.collections, limits)
+    _check_granted(message.granted, limits)
     names = len(message.collections)
     if message.columns is not None:
         _check_columns(message, message.columns, names)
@@ -856,17 +873,24 @@ def _check_operations(
         raise _invalid(f"{place}.{field}", "an entity comes twice")
 
 
-def _check_collections(names: Collection[str], limits: Limits) -> None:
-    _check_different(names, limits)
+def _check_granted(names: Collection[str] | None, limits: Limits) -> None:
+    if names is not None:
+        _check_collections(names, limits, "$.granted")
+
+
+def _check_collections(
+    names: Collection[str], limits: Limits, place: str = "$.collections"
+) -> None:
+    _check_different(names, limits, place)
     for index, name in enumerate(names):
-        _check_name(f"$.collections[{index}]", name)
+        _check_name(f"{place}[{index}]", name)
 
 
-def _check_different(names: Collection[str], limits: Limits) -> None:
+def _check_different(names: Collection[str], limits: Limits, place: str = "$.collections") -> None:
     if len(names) > limits.collections_max:
-        raise _too_large("$.collections", f"has {len(names)} names", limits.collections_max)
+        raise _too_large(place, f"has {len(names)} names", limits.collections_max)
     if len(set(names)) != len(names):
-        raise _invalid("$.collections", "a name comes twice")
+        raise _invalid(place, "a name comes twice")
 
 
 def _check_name(place: str, name: str) -> None:
@@ -890,6 +914,7 @@ def _too_large(place: str, what: str, limit: int) -> ProtocolError:
 
 _CHECKS: Final[dict[type, Callable[[Any, Limits], None]]] = {
     HandshakeRequest: _check_handshake_request,
+    HandshakeResponse: _check_handshake_response,
     PullRequest: _check_pull_request,
     PullResponse: _check_pull_response,
     PushRequest: _check_push_request,

@@ -251,7 +251,7 @@ def test_errors_name_the_floor_the_history_and_the_head() -> None:
     assert below.value.details == {"floor": 2}
     with pytest.raises(HistoryChangedError) as beyond:
         pull(world, 3)
-    assert beyond.value.details == {"head": 2}
+    assert beyond.value.details == {"head": 2, "history": world.server.history}
     with pytest.raises(HistoryChangedError) as other:
         pull(world, 2, history=DEVICE)
     assert other.value.details == {"history": world.server.history}

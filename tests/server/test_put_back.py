@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from entidb import Database, SyncConfig, SyncEngine
 from entidb.db import Role
@@ -269,6 +270,22 @@ def test_r29_files_of_a_real_server_put_back_between_two_runs(tmp_path: Path) ->
         sync(b)
     a.close()
     b.close()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_r29_a_device_that_nobody_believes_stops_all_the_same(full: bool) -> None:
+    world, a, _ = put_back_world()
+    a.wire.grant = LIMITED
+    with a.db.write() as writer:
+        writer.set_sync_state(replace(writer.sync_state, full=full))
+    for _ in range(2):
+        with pytest.raises(HistoryChangedError, match="older"):
+            a.sync()
+    assert world.values() == {1: "old"}
+    assert set(a.values()) == {1, 2, 3, 4, 5}
+    a.engine.reset(keep="device")
+    a.settle()
+    assert world.values() == a.values()
 
 
 def test_r29_the_identity_keeps_the_rest() -> None:

@@ -287,6 +287,7 @@ def pull_responses(draw: st.DrawFn) -> PullResponse:
         head=draw(st.integers(cursor, 2**63 - 1)),
         floor=draw(sequences),
         time=draw(sequences),
+        granted=draw(st.none() | name_lists),
     )
 
 

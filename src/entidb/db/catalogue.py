@@ -101,6 +101,13 @@ class Catalogue:
             rows.append((last + 1 + index, name, self.next_table + index, False))
         return Catalogue(rows, self.next_table + len(fitting), self.scope, self.garbage)
 
+    def in_scope(self, name: str) -> bool:
+        """Whether the collection synchronises, or would if there were one of that name."""
+        info = self.by_name.get(name)
+        if info is not None:
+            return info.synced
+        return self.scope is None or name in self.scope
+
     def with_scope(self, scope: frozenset[str] | None) -> Catalogue:
         return Catalogue(self._rows(), self.next_table, scope, self.garbage)
 

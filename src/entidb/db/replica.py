@@ -43,7 +43,8 @@ class ReplicaState(Struct, frozen=True):
     ``foreign`` says the entities' versions belong to another history (R29), so that only bytes
     can be compared; ``keep_device`` that newer entities of this device are committed again.
     ``outdated`` names collections that were not in scope when that ended, so that the versions of
-    their entities are of another history still.
+    their entities are of another history still. ``granted`` names what the token grants of the
+    database, sorted, as the server has said it; None is everything (R31).
     """
 
     db_id: str | None = None
@@ -55,6 +56,10 @@ class ReplicaState(Struct, frozen=True):
     foreign: bool = False
     keep_device: bool = False
     outdated: list[str] = []
+    granted: list[str] | None = None
+
+    def grants(self, collection: str) -> bool:
+        return self.granted is None or collection in self.granted
 
     @property
     def reached(self) -> int:
@@ -67,7 +72,7 @@ class ReplicaState(Struct, frozen=True):
     def base_version_of_absent(self, collection: str) -> int:
         """What the device knows about an entity it has no row of: absent at the cursor, if the
         cursor speaks of the collection at all."""
-        if self.full or collection in self.uncovered:
+        if self.full or collection in self.uncovered or not self.grants(collection):
             return 0
         return self.cursor
 

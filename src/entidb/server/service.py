@@ -67,6 +67,7 @@ from entidb.protocol import (
     Limits,
     PullRequest,
     PullResponse,
+    PushOperation,
     PushRequest,
     PushResponse,
     PushResult,
@@ -123,6 +124,20 @@ class Grant(Struct, frozen=True):
     write: bool
     collections: frozenset[str] | None = None
     claims: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def named(self) -> list[str] | None:
+        """The collections as they are told to the device (R31), which would refuse an answer with
+        a name that no collection can have."""
+        return None if self.collections is None else sorted(filter(_is_name, self.collections))
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except InvalidNameError:
+        return False
+    return True
 
 
 class Refusal(Struct, frozen=True):
@@ -225,6 +240,7 @@ class DatabaseService:
             limits=self.limits,
             features=self.features,
             time=self.database.clock.now_ms(),
+            granted=None if grant is None else grant.named,
         )
 
     # ------------------------------------------------------------ pull
@@ -249,6 +265,7 @@ class DatabaseService:
             head=head,
             floor=floor,
             time=self.database.clock.now_ms(),
+            granted=grant.named,
         )
 
     def is_recent(self, request: PullRequest) -> bool:
@@ -292,6 +309,7 @@ class DatabaseService:
                     head=head,
                     floor=floor,
                     time=self.database.clock.now_ms(),
+                    granted=grant.named,
                 )
             )
 
@@ -756,16 +774,22 @@ class _Deciding:
             self._refused.update(key for key in keys if key is not None)
             return PushResult(Verdict.SUPERSEDED, version)
         clamped = 0
-        for key in keys:
+        for op, key in zip(transaction.operations, keys, strict=True):
             if key is None:
-                continue
-            self._written[key] = version
-            raw = self._states[key]
+                # Accepted under another token; what was clamped is the device's own (R31).
+                raw = self._ungranted(op)
+            else:
+                self._written[key] = version
+                raw = self._states[key]
             if raw is not None and unpack_entity(raw)[2] == version:
                 # The same answer as the first time, what was clamped then (R27) included.
                 stamp = unpack_entity(raw)[4]
                 clamped = stamp if stamp != transaction.timestamp else 0
         return PushResult(Verdict.ACCEPTED, version, clamped)
+
+    def _ungranted(self, op: PushOperation) -> bytes | None:
+        info = self._writer.catalogue.by_name.get(self._request.collections[op.collection])
+        return None if info is None else self._writer.get(info.prefix + op.entity_id)
 
     def _conflicts(self, transaction: PushTransaction, places: list[bytes]) -> bool:
         states, refused = self._states, self._refused

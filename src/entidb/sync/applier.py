@@ -97,6 +97,7 @@ from entidb.protocol import (
     expanded,
 )
 from entidb.storage import Snapshot
+from entidb.sync.grants import take_grant
 from entidb.sync.policies import (
     Action,
     Conflict,
@@ -291,6 +292,12 @@ class SyncApplier(Protocol):
 
     def restart_stage(self, *, full: bool) -> None:
         """Forget what is staged; ``full`` asks for everything from 0 at the next pull (R28)."""
+        ...
+
+    def grant(self, granted: list[str] | None) -> RebaseReport:
+        """Make these collections (None: all) what the token grants, as the server has said (R31).
+        Nothing may be in flight. Raises ``PermissionDeniedError`` where a reset is to keep what
+        is not granted; then nothing changes."""
         ...
 
     def adopt(self) -> bool:
@@ -557,6 +564,16 @@ class DatabaseApplier:
             state = writer.sync_state
             if full and not state.full:
                 writer.set_sync_state(replace(state, full=True))
+
+    def grant(self, granted: list[str] | None) -> RebaseReport:
+        with paused(), self.database.write() as writer:
+            if writer.inflight is not None:
+                raise SyncStateError("a push is in flight; it must be settled before a grant (R5)")
+            _check_adopted(writer)
+            rebase = self._rebase(writer, writer.now_ms)
+            take_grant(writer, rebase, granted)
+            rebase.release()
+            return rebase.report
 
     def adopt(self) -> bool:
         if not has_adoption(self.database):
@@ -1009,7 +1026,7 @@ class _Settling:
             found = self._writer.get_many(batch.entity_keys)
             batch.entity_rows = [row or b"" for row in found]
         elif self._settle_all(batch):
-            self._store_have()
+            self._store_have(batch)
             return settled
         at = 0
         results = self._response.results
@@ -1041,7 +1058,7 @@ class _Settling:
                 self._rebase.withdraw([current], code, message, [])
                 settled.rejected += 1
         self._rebase.release()
-        self._store_have()
+        self._store_have(batch)
         return settled
 
     def _settle_all(self, batch: PushBatch) -> bool:
@@ -1130,12 +1147,19 @@ class _Settling:
         self._rebase.forget(sequence)
         return True
 
-    def _store_have(self) -> None:
-        if self._have == self._state.have:
-            return
-        # Too many ranges only mean that some own changes come back and are skipped (R21).
-        kept = self._have[-HAVE_RANGES_MAX:]
-        self._writer.set_sync_state(replace(self._state, have=kept))
+    def _store_have(self, batch: PushBatch) -> None:
+        state = self._state
+        if self._have != state.have:
+            # Too many ranges only mean that some own changes come back and are skipped (R21).
+            state = replace(state, have=self._have[-HAVE_RANGES_MAX:])
+        if state.granted is not None and self._settled.accepted:
+            # Accepted under a token that was wider for a moment: nothing else will come of these,
+            # so what is there goes with the next look at the grant (R31).
+            strange = {name for name in batch.collections if not state.grants(name)}
+            if strange:
+                state = replace(state, uncovered=sorted(strange.union(state.uncovered)))
+        if state is not self._state:
+            self._writer.set_sync_state(state)
 
 
 def _writes(transaction: PendingTransaction) -> list[tuple[int, bytes, bytes | None]]:
@@ -1494,7 +1518,10 @@ def _full_collections(writer: Writer, stage: Stage) -> list[int]:
     return sorted(
         info.number
         for info in writer.catalogue.by_name.values()
-        if info.synced and (stage.full is None or info.name in stage.full)
+        if info.synced
+        and (stage.full is None or info.name in stage.full)
+        # That something is not there proves nothing about what the token does not grant (R31).
+        and writer.sync_state.grants(info.name)
     )
 
 

@@ -46,6 +46,7 @@ from entidb.protocol import (
 )
 from entidb.sync.applier import BatchLimits, PushBatch, Settled, SyncApplier
 from entidb.sync.config import SyncConfig
+from entidb.sync.grants import needs_grant
 from entidb.sync.rebase import RebaseReport
 from entidb.sync.refusal import KeptBack, Path, Search, closed, is_for_good, is_missing_right
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
@@ -79,6 +80,8 @@ class Connection:
     limits: Limits | None = None
     features: list[str] = field(default_factory=list)
     path: Path = field(default_factory=Path)
+    #: What the handshake said is granted; pulls say it again, and may say something else.
+    granted: list[str] | None = None
 
     @property
     def made(self) -> bool:
@@ -124,7 +127,8 @@ class Cycle:
         """The cycle. Returns its result; raises ``SyncError`` subclasses, with everything that
         was settled or applied until then kept."""
         self._connection.path.begin_cycle()
-        if not self._connection.made:
+        fresh = not self._connection.made
+        if fresh:
             yield from self._connect()
         inflight = self._applier.inflight()
         if inflight:
@@ -134,6 +138,10 @@ class Cycle:
             self.result.rounds += 1
             self._enter(SyncState.PULLING)
             self._adopt()
+            if fresh:
+                # Not before what is in flight was settled: nothing else may touch that (R5).
+                self._heed_grant(self._connection.granted)
+                fresh = False
             yield from self._pull()
             self._adopt()
             again = yield from self._push_ready()
@@ -173,10 +181,12 @@ class Cycle:
                 'restored from a backup or made anew. Choose reset(keep="server") to take its '
                 'state, or reset(keep="device") to commit again what it no longer has'
             )
+        _check_not_back(state, response)
         self._applier.bind(self._config.db_id, response.history)
         self._connection.history = response.history
         self._connection.limits = response.limits
         self._connection.features = response.features
+        self._connection.granted = response.granted
 
     def _limits(self) -> BatchLimits:
         server, config = self._connection.limits, self._config
@@ -375,6 +385,7 @@ class Cycle:
 
     def _pull(self) -> Generator[Step, SyncResponse | None, None]:
         """Bring the database to the server's head, in one step for its readers (R20)."""
+        reason = "moving its floor while everything is being pulled"
         for _ in range(RESETS_MAX):
             try:
                 complete = yield from self._pull_once()
@@ -382,15 +393,40 @@ class Cycle:
                 # R28: below the floor; everything is pulled again, the outbox stays.
                 self._applier.restart_stage(full=True)
                 continue
+            except _GrantChanged as change:
+                # R31: nothing of that page counts, it was made under another grant.
+                reason = "changing what it grants while that is being pulled"
+                self._heed_grant(change.granted)
+                continue
             if complete:
                 return
-        raise ServerError(
-            "the server keeps moving its floor while everything is being pulled; sync again later"
-        )
+        raise ServerError(f"the server keeps {reason}; sync again later")
+
+    def _heed_grant(self, granted: list[str] | None) -> None:
+        """Make what the server grants this device's own (R31)."""
+        now = None if granted is None else sorted(granted)
+        state = self._applier.state()
+        if now != state.granted or needs_grant(state):
+            self._check()
+            self._report(self._applier.grant(now))
+
+    def _ask_page(
+        self, request: PullRequest, state: ReplicaState
+    ) -> Generator[Step, SyncResponse | None, PullResponse]:
+        """A page made under the grant that the device knows."""
+        response = yield from self._ask(request, PullResponse)
+        _check_not_back(state, response)
+        granted = response.granted
+        if granted != state.granted and (granted is None or sorted(granted) != state.granted):
+            raise _GrantChanged(granted)
+        return response
 
     def _pull_once(self) -> Generator[Step, SyncResponse | None, bool]:
         """One try; False if the floor moved under a full pull, which then starts over."""
         state, stage = self._applier.state(), self._applier.stage()
+        if needs_grant(state):
+            self._heed_grant(state.granted)
+            state, stage = self._applier.state(), self._applier.stage()
         if stage is not None and (stage.history != state.history or stage.cursor != state.cursor):
             self._applier.restart_stage(full=False)
             stage = None
@@ -430,7 +466,7 @@ class Cycle:
             # Nothing can be done here before the first page is in, and it comes sooner.
             request = replace(request, limit=min(usual, FIRST_PAGE_OPERATIONS))
         for _ in range(PAGES_MAX):
-            response = yield from self._ask(request, PullResponse)
+            response = yield from self._ask_page(request, state)
             if floor is not None and response.floor != floor:
                 self._applier.restart_stage(full=state.full)
                 return FullPull.RESTARTED
@@ -459,7 +495,7 @@ class Cycle:
         request = self._pull_request(state, cursor)
         done = size = 0
         for _ in range(PAGES_MAX):
-            response = expanded((yield from self._ask(request, PullResponse)))
+            response = expanded((yield from self._ask_page(request, state)))
             if stage is None and not full and not response.has_more:
                 if not response.commits and state.cursor < response.cursor <= state.reached:
                     # R10: only own commits are new, so nothing needs to be stored now.
@@ -537,6 +573,14 @@ class _RefusedError(Exception):
         self.error = error
 
 
+class _GrantChanged(Exception):
+    """A page was made under another grant than the one this device knows."""
+
+    def __init__(self, granted: list[str] | None) -> None:
+        super().__init__(granted)
+        self.granted = granted
+
+
 class FullPull(Enum):
     """How pulling everything ended."""
 
@@ -553,6 +597,18 @@ def _endless() -> ServerError:
         f"the server has still more after {PAGES_MAX} pages; they are kept, so sync again to go "
         "on from there"
     )
+
+
+def _check_not_back(state: ReplicaState, response: HandshakeResponse | PullResponse) -> None:
+    """A full pull says nothing of the cursor, so it is the device that has to notice there that the
+    server has gone back (R29)."""
+    if response.head < state.cursor:
+        raise HistoryChangedError(
+            f"this device has seen commit {state.cursor}, and the server's database ends at "
+            f"{response.head}: its files were replaced by older ones. Choose "
+            'reset(keep="server") to take its state, or reset(keep="device") to commit again what '
+            "it no longer has"
+        )
 
 
 def _history(state: ReplicaState) -> bytes:

@@ -292,7 +292,11 @@ class ServerWatch:
     # ------------------------------------------------------------ answers
 
     def on_push(
-        self, request: PushRequest, response: PushResponse, records: Mapping[bytes, bytes]
+        self,
+        request: PushRequest,
+        response: PushResponse,
+        records: Mapping[bytes, bytes],
+        granted: frozenset[str] | None = None,
     ) -> None:
         self._check_history(request.history)
         names = request.collections
@@ -336,6 +340,11 @@ class ServerWatch:
             else:
                 self.checks.that(
                     self.any_refusal
+                    or (
+                        granted is not None
+                        and result.code == "forbidden"
+                        and any(ref[0] not in granted for ref in refs)
+                    )
                     or any(op.payload and POISON in op.payload for op in transaction.operations),
                     "NO-POISON",
                     f"{name} was refused ({result.code}: {result.message}) without a reason",
@@ -393,7 +402,12 @@ class ServerWatch:
             "a request that named another history was answered",
         )
 
-    def on_pull(self, request: PullRequest, response: PullResponse) -> None:
+    def on_pull(
+        self,
+        request: PullRequest,
+        response: PullResponse,
+        granted: frozenset[str] | None = None,
+    ) -> None:
         self._check_history(request.history)
         history, checks = self.history, self.checks
         names = response.collections
@@ -406,6 +420,7 @@ class ServerWatch:
             (version, ref): payload
             for version, ref, payload in history.changes(request.cursor, response.cursor)
             if (request.collections is None or ref[0] in request.collections)
+            and (granted is None or ref[0] in granted)
             and not has_version(request.have, version)
         }
         for key in due.keys() ^ sent.keys() if due.keys() != sent.keys() else ():

@@ -54,6 +54,8 @@ TIMEOUT_MS = 1500
 TIDY_STEPS = 3
 #: What a device may be told to synchronise.
 SCOPES = (None, COLLECTIONS[:2], COLLECTIONS[:3], COLLECTIONS[1:3])
+#: What the token of a device may be for.
+GRANTS = (None, None, COLLECTIONS[:1], COLLECTIONS[:2], COLLECTIONS[1:3], COLLECTIONS[2:], ())
 
 
 class DeviceClock:
@@ -112,6 +114,8 @@ class Device:
             rounds_max=knobs.rounds_max,
         )
         self.policies = policies(knobs, self._on_policy, world.options.policy)
+        #: The collections its tokens are for; None: all.
+        self.granted: tuple[str, ...] | None = None
         self.token = world.host.token(tenant)
         self.flow: Flow | None = None
         self.cycle: Cycle | None = None
@@ -356,6 +360,14 @@ class Device:
             self.world.trace(fault, self.name)
             self.world.fired(fault)
 
+    def change_grant(self) -> None:
+        """Somebody gives this device a token for other collections."""
+        self.granted = self.rng.choice([names for names in GRANTS if names != self.granted])
+        self.token = self.world.host.token(self.tenant, self.granted)
+        self.world.trace("grant", self.name, self.granted)
+        self.world.tell(f"{self.name} gets a token for {self.granted or 'nothing'}")
+        self.world.fired("grants")
+
     def choose_history(self) -> None:
         """The person's answer to ``HistoryChangedError`` (R29)."""
         keep = self.rng.choice(("server", "device"))
@@ -420,6 +432,11 @@ class Device:
             self.world.checks.fail("CONVERGE", f"{self.name} finds its own store damaged: {error}")
         if isinstance(error, HistoryChangedError):
             self.needs_choice = True
+        if isinstance(error, PermissionDeniedError) and self.watch.resetting:
+            # The token is too narrow for a reset that keeps the device's side; so somebody gives
+            # it a wider one.
+            self.granted = None
+            self.token = self.world.host.token(self.tenant)
         if error is not None:
             self.connection.forget()
             return
@@ -554,7 +571,7 @@ class Device:
             # 401: one fresh token, and the same request again.
             exchange.renewed = True
             self.world.fired("expired_token")
-            self.token = self.world.host.token(self.tenant)
+            self.token = self.world.host.token(self.tenant, self.granted)
             self._send(exchange)
             return
         self._settle(exchange, outcome)

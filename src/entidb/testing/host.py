@@ -288,7 +288,7 @@ class Tenant:
         self.proved(grant)
         data = protocol.encode(response)
         self.world.host.check_canaries(self, data)
-        self.watch.on_pull(request, response)
+        self.watch.on_pull(request, response, grant.collections)
         return data
 
     def push(self, members: list[tuple[PushRequest, Grant, Reply]]) -> None:
@@ -323,7 +323,7 @@ class Tenant:
                 self.watch.on_refusal(request, answer)
                 world.host.refuse(reply, answer)
                 continue
-            self.watch.on_push(request, answer, self.storage.records)
+            self.watch.on_push(request, answer, self.storage.records, grant.collections)
             world.host.answer(self, reply, protocol.encode(answer))
 
     def flush(self) -> None:
@@ -358,11 +358,13 @@ class Host:
             SECRET, "HS256", audience=AUDIENCE, clock=world.server_clock
         )
 
-    def token(self, tenant: Tenant) -> str:
+    def token(self, tenant: Tenant, granted: tuple[str, ...] | None = None) -> str:
+        """A token for a database, or for some of its collections."""
+        rights = {"rights": "rw", "collections": None if granted is None else list(granted)}
         made = mint_token(
             SECRET,
             subject="a device",
-            databases=[tenant.db_id],
+            databases={tenant.db_id: "rw" if granted is None else rights},
             expires_s=TOKEN_S if self.world.knobs.expired_token else 10_000_000,
             audience=AUDIENCE,
             clock=self.world.server_clock,

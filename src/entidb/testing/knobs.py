@@ -84,6 +84,7 @@ class Knobs:
     ahead: int = 0  # pages are asked for while the one before is staged
     local_in_cycle: int = 0  # a commit between two steps of a cycle that has no request out
     scope: int = 0
+    grants: int = 0  # tokens whose collections change
     scope_in_cycle: int = 0  # between two steps of a cycle, such as after its pull
     local_collection: int = 0
     person: int = 0  # resolve, recommit, prune
@@ -127,6 +128,7 @@ FAULTS: Final = (
     "local_in_cycle",
     "scope",
     "scope_in_cycle",
+    "grants",
     "local_collection",
     "person",
     "reader",
@@ -192,6 +194,7 @@ LEVELS: Final[dict[str, tuple[int, ...]]] = {
 #: seeds of before are still the runs they were wherever it is zero.
 LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "put_back": (5, 20, 80),
+    "grants": (20, 80, 300),
 }
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from entidb.db import Database, Role, adopt, maintenance, scope
 from entidb.db.records import (
+    DISCARDED,
     FEED,
     READY,
     BaseRow,
@@ -34,7 +35,7 @@ from entidb.protocol import PullResponse, PushResult, Verdict
 from entidb.server import service
 from entidb.server.auth import Grants
 from entidb.server.service import DatabaseService, Grant
-from entidb.sync import applier, cycle
+from entidb.sync import applier, cycle, grants
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.rebase import Rebase
 from entidb.testing import host
@@ -715,6 +716,92 @@ def _reset_forgets_device(garden: Garden) -> None:
         return schedule
 
     garden.replace(adopt, "schedule_adoption", make)
+
+
+_GRANTED: Final = _CALM | {"grants": 300}
+
+
+@_bug("wider-grant-forgotten", "PREFIX", "CONVERGE", "NO-RESURRECTION", knobs=_GRANTED)
+def _wider_grant_forgotten(garden: Garden) -> None:
+    """What a token grants anew is not pulled from the beginning."""
+    garden.replace(grants, "_gained", lambda original: lambda *rest: (set(), False))
+
+
+@_bug("narrower-grant-keeps-what-is-there", "PREFIX", knobs=_GRANTED)
+def _narrower_grant_keeps(garden: Garden) -> None:
+    """Entities stay on a device whose token grants them no more."""
+    garden.replace(grants, "_remove", lambda original: lambda writer, rebase, lost: None)
+
+
+@_bug(
+    "narrower-grant-drops-what-is-pending",
+    "NO-SILENT-LOSS",
+    "RESET-KEEPS-OUTBOX",
+    "CONVERGE",
+    knobs=_GRANTED,
+)
+def _narrower_grant_drops(garden: Garden) -> None:
+    """Pending transactions go with the collections that are granted no more, and nobody is told."""
+
+    def make(original: Any) -> Any:
+        def withdraw(writer: Writer, rebase: Rebase, lost: Any) -> None:
+            before = dict(writer.changes)
+            counted = writer.head.discarded
+            original(writer, rebase, lost)
+            for key in [key for key in writer.changes if key[:1] == DISCARDED]:
+                if key not in before:
+                    del writer.changes[key]
+            writer.head.discarded = counted
+            rebase.report.withdrawn.clear()
+
+        return withdraw
+
+    garden.replace(grants, "_withdraw", make)
+
+
+@_bug(
+    "absence-outside-the-grant-counts",
+    "NO-LOST-UPDATE",
+    "NO-RESURRECTION",
+    "PREFIX",
+    knobs=_GRANTED | {"purge": 80, "pull_operations_max": 2},
+)
+def _absence_counts(garden: Garden) -> None:
+    """A full pull takes what is absent for deleted, also what the token does not grant."""
+
+    def make(original: Any) -> Any:
+        def full(writer: Writer, stage: Any) -> Any:
+            state = writer.sync_state
+            writer.set_sync_state(replace(state, granted=None))
+            found = original(writer, stage)
+            writer.set_sync_state(state)
+            return found
+
+        return full
+
+    garden.replace(applier, "_full_collections", make)
+
+
+@_bug(
+    "grant-between-pages-ignored",
+    "PREFIX",
+    "CONVERGE",
+    "NO-RESURRECTION",
+    "WHOLE",
+    knobs=_GRANTED | {"pull_operations_max": 2, "latency_ms": 200},
+)
+def _grant_between_pages(garden: Garden) -> None:
+    """What comes while something is staged counts, whatever it was made under."""
+
+    def make(original: Any) -> Any:
+        def ask(self: cycle.Cycle, request: Any, state: Any) -> Any:
+            if self._applier.stage() is None:
+                return (yield from original(self, request, state))
+            return (yield from self._ask(request, PullResponse))
+
+        return ask
+
+    garden.replace(cycle.Cycle, "_ask_page", make)
 
 
 @_bug("have-begins-one-early", "PREFIX", "ORDER", "NO-RESURRECTION")

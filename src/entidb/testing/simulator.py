@@ -39,6 +39,7 @@ _WORLD_FAULTS: Final = (
     "partition_one_way",
     "clock_jump",
     "scope",
+    "grants",
     "local_collection",
     "restore_device",
     "copy_device",
@@ -51,6 +52,7 @@ _TOLD: Final = frozenset(
         "clock_jump",
         "scope",
         "scope_in_cycle",
+        "grants",
         "local_collection",
         "crash_before",
         "crash_after",
@@ -292,6 +294,8 @@ class World:
             # A scope is mostly given from the first day on, and widened later.
             if (knobs.scope or knobs.scope_in_cycle) and self.rng.random() < 0.5:
                 device.change_scope()
+            if knobs.grants and self.rng.random() < 0.5:
+                device.change_grant()
             self._schedule_device(device)
         for tenant in self.host.tenants:
             self._often(1000, partial(self._server_life, tenant))
@@ -373,6 +377,8 @@ class World:
             device.clock.offset_ms += rng.randint(-86_400_000, 86_400_000)
         if rng.random() * 1000 < knobs.scope:
             device.change_scope()
+        if knobs.grants and rng.random() * 1000 < knobs.grants:
+            device.change_grant()
         if rng.random() * 1000 < knobs.local_collection:
             device.change_local()
         if rng.random() * 1000 < 10 * knobs.restore_device:
@@ -410,7 +416,9 @@ class World:
         for device in self.devices:
             device.storage.armed = False
             device.close_reader()
-            device.token = self.host.token(device.tenant)
+            if device.granted is not None and self.rng.random() < 0.5:
+                device.granted = None
+            device.token = self.host.token(device.tenant, device.granted)
         self._drain()
 
     def _drain(self) -> None:
@@ -497,7 +505,10 @@ class World:
                 scope = view.catalogue.scope
                 local = {i.name for i in view.catalogue.by_name.values() if i.local}
             due = [
-                row for row in rows if row[0] in synced or (scope is None and row[0] not in local)
+                row
+                for row in rows
+                if (row[0] in synced or (scope is None and row[0] not in local))
+                and (device.granted is None or row[0] in device.granted)
             ]
             there = list(dump(device.database))
             self.dumps.append(hashlib.sha256(repr(there).encode()).hexdigest())

@@ -152,6 +152,8 @@ class DeviceWatch:
         self._full = True
         self._keep_device = False
         self._unheard = False
+        #: What the device was told that its token grants; None: all (R31).
+        self._granted: frozenset[str] | None = None
 
     # ------------------------------------------------------------ beginning again
 
@@ -172,6 +174,7 @@ class DeviceWatch:
         self._foreign, self._outdated = state.foreign, frozenset(state.outdated)
         self._full = state.full
         self._keep_device = state.keep_device
+        self._granted = None if state.granted is None else frozenset(state.granted)
         self._catalogue_raw, self._catalogue, self.due = None, empty_catalogue(), {}
         self._take_catalogue(records)
         self.excluded, self._unheard = context.excluded, context.unheard
@@ -231,6 +234,8 @@ class DeviceWatch:
         commit = DeviceCommit(batch, old, records, self._prefixes)
         was_foreign, keep_device = self._foreign, self._keep_device
         excluded = self.excluded
+        if commit.sync:
+            self._take_grant(records, sync_state(records))
         moved = self._take_state(sync_state(records)) if commit.sync else ()
         fresh = [info.name for info in switched]
         # What the cursor is said to speak of from now on has to be there, all of it (R31).
@@ -286,6 +291,35 @@ class DeviceWatch:
                             f"a collection left the scope of {self.name} with the pending write "
                             f"of {op.entity_id.hex()}",
                         )
+
+    def _grants(self, name: str) -> bool:
+        return self._granted is None or name in self._granted
+
+    def _take_grant(self, records: Records, state: ReplicaState) -> None:
+        """R31: what is granted anew is not spoken of by the cursor until it was pulled; of what is
+        granted no more nothing stays, and nothing is pending."""
+        granted = None if state.granted is None else frozenset(state.granted)
+        if granted == self._granted:
+            return
+        was, self._granted = self._granted, granted
+        synced = {info.name: info for info in self._catalogue.by_name.values() if info.synced}
+        if was is not None:
+            anew = synced.keys() if granted is None else granted
+            gained = dict.fromkeys(sorted(name for name in anew if name not in was))
+            self.excluded = self.excluded | gained
+            self._unheard |= granted is None and self._catalogue.scope is None
+        lost = {info.prefix: name for name, info in synced.items() if not self._grants(name)}
+        self._check_gone(records, lost)
+
+    def _check_gone(self, records: Records, lost: Mapping[bytes, str]) -> None:
+        for key, raw in records.items() if lost else ():
+            if key[:5] in lost and not raw[0] & TOMBSTONE:
+                self.checks.fail(
+                    "PREFIX",
+                    f"{self.name} keeps {lost[key[:5]]}/{key[5:].hex()}, which its token grants no "
+                    "more",
+                )
+        self.checks.passed("PREFIX", len(lost))
 
     def _take_state(self, state: ReplicaState) -> Iterable[Ref]:
         """Follow the cursor; returns the entities that must look different now."""
@@ -357,7 +391,7 @@ class DeviceWatch:
             info = by_name.get(name)
             if name not in compared:
                 in_scope = (scope is None or name in scope) if info is None else info.synced
-                compared[name] = in_scope and name not in self.excluded
+                compared[name] = in_scope and name not in self.excluded and self._grants(name)
             if compared[name]:
                 self._compare_base(records, info, ref)
         self.checks.passed("PREFIX", len(refs))
@@ -367,7 +401,7 @@ class DeviceWatch:
         if self._foreign:
             return
         for info in self._catalogue.by_name.values():
-            if not info.synced or info.name in self.excluded:
+            if not info.synced or info.name in self.excluded or not self._grants(info.name):
                 continue
             ids = {key[5:]: None for key in records if key[:5] == info.prefix}
             for ref in self.history.refs() if self.history is not None else ():

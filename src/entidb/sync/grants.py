@@ -1,0 +1,134 @@
+"""What a device does when the server says that its token grants other collections (R31).
+
+Grants are scope that somebody else decides: a wider one is a widening, a narrower one a narrowing.
+Everything here happens inside one ``Writer``; when to look at a grant is ``cycle``'s, what leaves
+the scope by the person's own choice is ``db.scope``'s.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from entidb import cbor
+from entidb.db.catalogue import Catalogue, CollectionInfo
+from entidb.db.outbox import read_pending
+from entidb.db.records import DIRTY, TOMBSTONE, end_of
+from entidb.db.replica import ReplicaState
+from entidb.db.writer import Writer
+from entidb.errors import PermissionDeniedError
+from entidb.sync.rebase import Rebase
+
+_PAGE_ROWS = 1000
+
+
+def take_grant(writer: Writer, rebase: Rebase, granted: list[str] | None) -> None:
+    """Make ``granted`` (None: everything) what this device may see, with what follows.
+
+    What is gained is pulled from nothing, because the cursor passed over it. Of what is not
+    granted, pending transactions are withdrawn as ``forbidden``, and then the entities go, also
+    those that another token has let in meanwhile. Raises ``PermissionDeniedError`` where that
+    would throw away what a reset is to commit again (R29); then nothing changes.
+    """
+    state, catalogue = writer.sync_state, writer.catalogue
+    now = replace(state, granted=granted)
+    lost = [
+        info for info in catalogue.by_name.values() if info.synced and not now.grants(info.name)
+    ]
+    if state.foreign and state.keep_device:
+        _check_nothing_to_keep(writer, lost)
+    writer.abandon_stage()
+    _withdraw(writer, rebase, lost)
+    _remove(writer, rebase, lost)
+    gone = {info.name for info in lost}
+    gained, full = _gained(state, catalogue, granted)
+    writer.set_sync_state(
+        replace(
+            now,
+            uncovered=sorted(name for name in {*state.uncovered, *gained} if now.grants(name)),
+            full=state.full or full,
+            outdated=[name for name in state.outdated if name not in gone],
+        )
+    )
+
+
+def needs_grant(state: ReplicaState) -> bool:
+    """Whether a wider scope took in collections that are not granted: they will not come."""
+    return state.granted is not None and not all(map(state.grants, state.uncovered))
+
+
+def _gained(
+    state: ReplicaState, catalogue: Catalogue, granted: list[str] | None
+) -> tuple[set[str], bool]:
+    """Names in scope that come from nothing now, and whether everything does: from a list of names
+    to all, because there may be collections that this device has never heard of."""
+    if state.granted is None:
+        return set(), False
+    names = catalogue.scope if granted is None else granted
+    if names is None:
+        return set(), True
+    return {name for name in names if not state.grants(name) and catalogue.in_scope(name)}, False
+
+
+def _withdraw(writer: Writer, rebase: Rebase, lost: list[CollectionInfo]) -> None:
+    numbers = {info.number: info.name for info in lost}
+    roots, touched = [], set()
+    for transaction in read_pending(writer.snapshot) if numbers else ():
+        names = {
+            numbers[op.collection] for op in transaction.operations if op.collection in numbers
+        }
+        found = rebase.load(transaction.sequence) if names else None
+        if found is not None:
+            roots.append(found)
+            touched |= names
+    if roots:
+        message = (
+            f"the token does not grant {_listed(touched)}: what was written there cannot be "
+            "pushed. Commit it again when it is granted"
+        )
+        rebase.withdraw(roots, "forbidden", message, [])
+
+
+def _remove(writer: Writer, rebase: Rebase, lost: list[CollectionInfo]) -> None:
+    """Empty collections, in one small commit: their tables are replaced, and emptied later."""
+    filled = [info for info in lost if _has_rows(writer, info)]
+    if not filled:
+        return
+    catalogue, moves = writer.catalogue, {}
+    for info in filled:
+        moves[info.number], catalogue = catalogue.allocating()
+    writer.set_catalogue(catalogue.moving(moves))
+    for info in filled:
+        writer.set_count(info.number, 0)
+    writer.put_replaced(rebase.sequence(), cbor.encode(sorted(info.name for info in filled)))
+
+
+def _has_rows(writer: Writer, info: CollectionInfo) -> bool:
+    return bool(writer.snapshot.scan_keys(info.prefix, end_of(info.prefix), limit=1))
+
+
+def _check_nothing_to_keep(writer: Writer, lost: list[CollectionInfo]) -> None:
+    kept = {info.name for info in lost if _has_clean(writer, info)}
+    if kept:
+        raise PermissionDeniedError(
+            f'the token does not grant {_listed(kept)}, where reset(keep="device") is to commit '
+            "again what this device has. Sync with a token that grants it, or choose "
+            'reset(keep="server")'
+        )
+
+
+def _has_clean(writer: Writer, info: CollectionInfo) -> bool:
+    start, stop = info.prefix, end_of(info.prefix)
+    while page := writer.snapshot.scan(start, stop, limit=_PAGE_ROWS):
+        if any(not row[0] & (DIRTY | TOMBSTONE) for _, row in page):
+            return True
+        start = page[-1][0] + b"\0"
+    return False
+
+
+def _listed(names: set[str]) -> str:
+    return ("collections " if len(names) > 1 else "collection ") + ", ".join(
+        map(repr, sorted(names))
+    )
+
+
+__all__ = ["needs_grant", "take_grant"]
