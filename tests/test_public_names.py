@@ -79,3 +79,36 @@ def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch: pytest.M
     monkeypatch.delitem(vars(entidb), "Database", raising=False)
     with pytest.raises(ModuleNotFoundError, match="lmdb"):
         entidb.Database  # noqa: B018
+
+
+def test_everything_can_be_imported_at_once_also_without_the_servers_packages():
+    block = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in %r:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in %r else found(name)
+from entidb import *
+assert Database and SyncEngine and ServerConfig and EntiDBError
+try:
+    from entidb import create_app
+except ImportError as error:
+    assert 'pip install "entidb[server]"' in str(error) and "PyJWT" in str(error), error
+else:
+    raise AssertionError("it was found")
+print("done")
+"""
+    missing = tuple(entidb._SERVER_EXTRA)
+    ended = subprocess.run(
+        [sys.executable, "-c", block % (missing, missing)],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ended.stdout == "done\n", ended.stderr

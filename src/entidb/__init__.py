@@ -97,6 +97,82 @@ if TYPE_CHECKING:
         SyncTransport,
     )
 
+    __all__ = [
+        "Database",
+        "Collection",
+        "Transaction",
+        "Snapshot",
+        "ChangeFeed",
+        "ChangeEvent",
+        "F",
+        "Query",
+        "AsyncSyncEngine",
+        "SyncEngine",
+        "SyncConfig",
+        "RetryConfig",
+        "SyncState",
+        "SyncStats",
+        "SyncCycleResult",
+        "SyncResult",
+        "SyncApplier",
+        "DatabaseApplier",
+        "MemorySyncApplier",
+        "SyncTransport",
+        "HttpTransport",
+        "HttpClient",
+        "LoopbackClient",
+        "LoopbackServer",
+        "MockTransport",
+        "Conflict",
+        "ConflictPolicy",
+        "ConflictResolution",
+        "SyncRequest",
+        "SyncResponse",
+        "SyncServer",
+        "ServerConfig",
+        "create_app",
+        "CborEncode",
+        "CborDecode",
+        "EntiDBError",
+        "LocalError",
+        "DatabaseClosedError",
+        "DatabaseLockedError",
+        "DatabaseMovedError",
+        "DatabaseForkedError",
+        "TransactionError",
+        "TransactionTooLargeError",
+        "ValueTypeError",
+        "QueryError",
+        "InvalidNameError",
+        "ScopeError",
+        "ConfigError",
+        "CodecError",
+        "CborEncodeError",
+        "CborDecodeError",
+        "StorageError",
+        "StorageFullError",
+        "CorruptionError",
+        "FormatError",
+        "CommitUnknownError",
+        "SyncError",
+        "TransportError",
+        "SyncTimeoutError",
+        "TlsError",
+        "ProtocolError",
+        "SyncCodecError",
+        "VersionMismatchError",
+        "AuthenticationError",
+        "PermissionDeniedError",
+        "ServerError",
+        "ServerBusyError",
+        "ConflictError",
+        "SyncCancelledError",
+        "SyncStateError",
+        "HistoryChangedError",
+        "ResetRequiredError",
+        "__version__",
+    ]
+
 __version__: Final = VERSION
 
 #: Home module of each public name.
@@ -187,87 +263,22 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
     ),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
-#: What the server needs beyond the core; the other packages stand on the core alone.
-_SERVER_EXTRA: Final = frozenset({"jwt", "prometheus_client", "starlette", "uvicorn"})
-
-__all__ = [
-    "Database",
-    "Collection",
-    "Transaction",
-    "Snapshot",
-    "ChangeFeed",
-    "ChangeEvent",
-    "F",
-    "Query",
-    "AsyncSyncEngine",
-    "SyncEngine",
-    "SyncConfig",
-    "RetryConfig",
-    "SyncState",
-    "SyncStats",
-    "SyncCycleResult",
-    "SyncResult",
-    "SyncApplier",
-    "DatabaseApplier",
-    "MemorySyncApplier",
-    "SyncTransport",
-    "HttpTransport",
-    "HttpClient",
-    "LoopbackClient",
-    "LoopbackServer",
-    "MockTransport",
-    "Conflict",
-    "ConflictPolicy",
-    "ConflictResolution",
-    "SyncRequest",
-    "SyncResponse",
-    "SyncServer",
-    "ServerConfig",
-    "create_app",
-    "CborEncode",
-    "CborDecode",
-    "EntiDBError",
-    "LocalError",
-    "DatabaseClosedError",
-    "DatabaseLockedError",
-    "DatabaseMovedError",
-    "DatabaseForkedError",
-    "TransactionError",
-    "TransactionTooLargeError",
-    "ValueTypeError",
-    "QueryError",
-    "InvalidNameError",
-    "ScopeError",
-    "ConfigError",
-    "CodecError",
-    "CborEncodeError",
-    "CborDecodeError",
-    "StorageError",
-    "StorageFullError",
-    "CorruptionError",
-    "FormatError",
-    "CommitUnknownError",
-    "SyncError",
-    "TransportError",
-    "SyncTimeoutError",
-    "TlsError",
-    "ProtocolError",
-    "SyncCodecError",
-    "VersionMismatchError",
-    "AuthenticationError",
-    "PermissionDeniedError",
-    "ServerError",
-    "ServerBusyError",
-    "ConflictError",
-    "SyncCancelledError",
-    "SyncStateError",
-    "HistoryChangedError",
-    "ResetRequiredError",
-    "__version__",
-]
+#: What the server needs beyond the core, as Python and as pip call it; the other packages stand
+#: on the core alone.
+_SERVER_EXTRA: Final = {
+    "jwt": "PyJWT",
+    "prometheus_client": "prometheus-client",
+    "starlette": "starlette",
+    "uvicorn": "uvicorn",
+}
+_NEED_EXTRA: Final = ("SyncServer", "create_app")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        value: Any = _importable()
+        globals()[name] = value
+        return value
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'entidb' has no attribute {name!r}")
@@ -277,13 +288,23 @@ def __getattr__(name: str) -> Any:
         if error.name is None or error.name.partition(".")[0] not in _SERVER_EXTRA:
             raise
         raise ImportError(
-            f"entidb.{name} needs the package {error.name!r}: "
-            'install it with  pip install "entidb[server]"',
+            f"entidb.{name} needs a package that is not installed "
+            f'({_SERVER_EXTRA[error.name.partition(".")[0]]}): pip install "entidb[server]"',
             name=error.name,
         ) from error
     globals()[name] = value  # from now on an ordinary attribute
     return value
 
 
+def _importable() -> list[str]:
+    """What ``from entidb import *`` brings: all public names, and those that need the server's
+    packages where they are installed."""
+    from importlib.util import find_spec
+
+    extra = all(find_spec(name) is not None for name in _SERVER_EXTRA)
+    left_out = () if extra else _NEED_EXTRA
+    return [name for name in (*_HOME_OF, "__version__") if name not in left_out]
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOME_OF, "__version__", "__all__"})

@@ -45,8 +45,10 @@ is what the engine obeys (rules, "Limits"). Nobody parses a message. Nothing els
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-from uuid import UUID
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 
 class EntiDBError(Exception):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import click
@@ -10,9 +12,9 @@ import pytest
 
 from entidb import errors
 from entidb.cli import exits
-from entidb.cli.app import COMMANDS, cli
+from entidb.cli.app import COMMANDS, SUMMARIES, cli
 from entidb.cli.exits import Exit, exit_of
-from tests.cli.support import ROOT, document, done, put
+from tests.cli.support import ROOT, TIMEOUT_S, document, done, environment, put
 
 MANUAL = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 SECTION = re.compile(r"^### `entidb (\w+)[^`]*`\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
@@ -52,6 +54,30 @@ def test_every_command_and_option_has_help(name: str):
     assert found.help and not found.help.startswith("(not available")
     for parameter in found.params:
         assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself_and_loads_none():
+    assert {name: command(name).get_short_help_str(200) for name in COMMANDS} == SUMMARIES
+    code = (
+        "import sys; sys.argv = ['entidb', '--help']; from entidb.cli import main; main();"
+        "print(*(name for name in sys.modules if name.partition('.')[0] in "
+        "('entidb', 'msgspec', 'httpx2', 'lmdb', 'rich', 'uvicorn', 'jwt')), file=sys.stderr)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=TIMEOUT_S,
+        check=True,
+    )
+    assert all(f"  {name} " in ended.stdout for name in COMMANDS)
+    assert set(ended.stderr.split()) <= {
+        "entidb",
+        "entidb.version",
+        "entidb.errors",
+        *(f"entidb.cli{part}" for part in ("", ".app", ".exits", ".output")),
+    }
 
 
 def test_the_list_of_commands_cuts_no_sentence_off():

@@ -53,6 +53,37 @@ def test_a_reader_that_stops_early_ends_the_command_quietly(shop: Path, words: t
     assert said == b""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file descriptors of POSIX")
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("list", "DIR", "notes"), 0),
+        (("export", "DIR", "notes", "--format", "csv"), 0),
+        (("put", "DIR", "more", "1"), 0),
+        (("--help",), 0),
+        (("get", "DIR", "notes", "x"), 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_a_stream_that_is_closed_changes_nothing_but_what_is_shown(
+    shop: Path, words: tuple[str, ...], code: int, number: int
+):
+    line = command(*(shop if word == "DIR" else word for word in words))
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {number}{"<" if number == 0 else ">"}&-', "sh", *line],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=environment(),
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert b"internal" not in ended.stderr and (code or not ended.stderr or number == 0)
+    with Database.open(shop) as database:
+        assert database.verify() == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_an_output_that_is_full_is_an_error(shop: Path):
     with open("/dev/full", "wb") as full:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Final, NoReturn
@@ -47,6 +46,31 @@ COMMANDS: Final[dict[str, str]] = {
     "demo": "demo:demo_command",
     "version": "care:version_command",
 }
+#: What ``--help`` says of each without loading it: the first sentence of its own help.
+SUMMARIES: Final[dict[str, str]] = {
+    "init": "Make a new, empty database in the directory DIR.",
+    "put": "Store VALUE under ID, or under a new id, and print the id.",
+    "get": "Print the entity ID of COLLECTION as JSON.",
+    "delete": "Delete the entity ID of COLLECTION.",
+    "list": "List the collections, or the entities of one in order of ids.",
+    "import": "Read the rows of a file into a collection.",
+    "export": "Write a collection as NDJSON or CSV.",
+    "sync": "Synchronise with the server at URL: pull, merge, push.",
+    "status": "Say what is synchronised, pending, and waiting for you.",
+    "pending": "List what the server has not decided yet, oldest first.",
+    "conflicts": "List the conflicts that wait for you, with all values.",
+    "resolve": "Decide a conflict; the next sync pushes what was decided.",
+    "discarded": "List what was withdrawn, why, and what it lost to.",
+    "reset": "Start over with a server that was restored or made anew.",
+    "serve": "Serve the databases in DIR to devices.",
+    "token": "Make a token that `entidb serve` accepts, and print it.",
+    "verify": "Check every record, checksum and cross-reference.",
+    "inspect": "Show what is in a database: sizes, counters, identity.",
+    "compact": "Give unused room back to the file system.",
+    "backup": "Write a consistent copy to the new directory TARGET.",
+    "demo": "Show everything on this machine: a server, three devices, and what can go wrong.",
+    "version": "Show the versions of EntiDB and what it stands on.",
+}
 
 
 class _Entidb(click.Group):
@@ -54,6 +78,10 @@ class _Entidb(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         place = COMMANDS.get(cmd_name)
@@ -114,6 +142,7 @@ def cli() -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; its exit code. Raises nothing but what a debugger wants to see."""
+    _open_missing_streams()
     _make_streams_safe()
     try:
         with _sigterm_as_exit():
@@ -172,6 +201,8 @@ def _fail_usage(error: click.ClickException) -> int:
 
 def _print_details() -> None:
     if os.environ.get("ENTIDB_DEBUG") not in (None, "", "0"):
+        import traceback
+
         traceback.print_exc()
 
 
@@ -191,6 +222,21 @@ def _sigterm_as_exit() -> Any:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _open_missing_streams() -> None:
+    """A standard stream that was closed (``>&-``) reads and writes nothing. Left as it is, the
+    next file opened would get its number: a database that everything on standard error goes into.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        mode = "w" if number else "r"
+        setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _make_streams_safe() -> None:

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from entidb.types import ms_from_timestamp
-
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -72,6 +70,8 @@ def time_text(milliseconds: int) -> str:
 
 def timestamp_text(timestamp: int) -> str:
     """As ``time_text``, for a hybrid logical clock."""
+    from entidb.types import ms_from_timestamp
+
     return time_text(ms_from_timestamp(timestamp))
 
 

@@ -63,9 +63,12 @@ def __getattr__(name: str) -> Any:
     try:
         value = getattr(import_module(f"{__name__}.{home}"), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing in _EXTRA:
+            # pip knows the package ``jwt`` as another one than the one that is needed.
+            package = {"jwt": "PyJWT"}.get(missing, missing.replace("_", "-"))
             raise ImportError(
-                f"entidb.server.{name} needs packages that are not installed ({error.name}): "
+                f"entidb.server.{name} needs packages that are not installed ({package}): "
                 'pip install "entidb[server]"',
                 name=error.name,
             ) from error
