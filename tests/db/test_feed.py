@@ -169,6 +169,39 @@ def test_an_observer_that_raises_stops_neither_commit_nor_the_others(
     assert [str(report.exc_value) for report in reported] == ["my own bug"] * 2
 
 
+def test_an_observer_that_raises_is_reported_by_the_hook_of_the_interpreter(
+    db: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    def broken(commit: CommitEvent) -> None:
+        raise ValueError("my own bug")
+
+    db.observe(broken)
+    db.collection("notes")[uid(1)] = "a"
+    assert db.collection("notes")[uid(1)] == "a"
+    said = capsys.readouterr().err
+    assert "ValueError: my own bug" in said
+    assert "broken" in said and "observer" in said
+
+
+def test_an_observer_that_is_interrupted_does_not_silence_the_others(db: Database) -> None:
+    seen: list[int] = []
+
+    def interrupted(commit: CommitEvent) -> None:
+        raise KeyboardInterrupt
+
+    stop = db.observe(interrupted)
+    db.observe(lambda commit: seen.append(commit.sequence))
+    with pytest.raises(KeyboardInterrupt):
+        db.collection("notes")[uid(1)] = "a"
+    assert seen == [1]
+    stop()
+    stop()
+    db.collection("notes")[uid(1)] = "b"
+    assert seen == [1, 2]
+
+
 def alone(db: Database) -> None:
     db.collection("notes")[uid(1)] = "a"
 

@@ -15,7 +15,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from msgspec import Struct
@@ -25,6 +24,7 @@ from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
 from entidb.db.codec import Keep, codec_for
 from entidb.db.collection import Collection, ReadCollection, kept
 from entidb.db.feed import ChangeEvent, ChangeFeed, load_events
+from entidb.db.listeners import add_listener, report_bug
 from entidb.db.records import (
     META_BEGUN,
     META_CATALOGUE,
@@ -500,15 +500,20 @@ class Database:
         """Call ``observer`` after every commit that changes what readers see, in commit order,
         outside all locks, in the thread that committed; returns a function that ends it.
 
-        What an observer raises goes to ``sys.unraisablehook``: the commit is durable and cannot
-        fail any more."""
-        self._observers.append(observer)
+        What an observer raises goes to ``sys.unraisablehook``, the other observers are called,
+        and the commit returns: it is durable and cannot fail any more. (Ctrl-C and other
+        ``BaseException`` go on to whoever commits, after the other observers.) Raises
+        ``ConfigError`` for what cannot be called, and for an ``async def``."""
+        return add_listener(self._observers, observer, "observe")
 
-        def stop() -> None:
-            if observer in self._observers:
-                self._observers.remove(observer)
+    def tells_observers(self, thread: int | None) -> bool:
+        """Whether ``thread`` is calling observers now."""
+        return any(turn.thread == thread for turn in self._delivering.first())
 
-        return stop
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread has a transaction open, or waits for one."""
+        return self._turns.mine() is not None
 
     def _describe(
         self, sequence: int, feed: list[tuple[tuple[int, int, bytes], bytes]], origin: str
@@ -537,11 +542,17 @@ class Database:
                 raise
 
     def _call_observers(self, event: CommitEvent) -> None:
-        for observer in list(self._observers):
+        self._call_each(iter(list(self._observers)), event)
+
+    def _call_each(self, observers: Iterator[Observer], event: CommitEvent) -> None:
+        for observer in observers:
             try:
                 observer(event)
             except Exception as error:
-                sys.unraisablehook(_Unraisable(error, observer))
+                report_bug(error, observer)
+            except BaseException:
+                self._call_each(observers, event)
+                raise
 
     # ------------------------------------------------------------ scope and engine
 
@@ -758,17 +769,6 @@ class Database:
         self.created_ms: int = identity["created_ms"]
         #: A server database's history (R29); None on a device.
         self.history: bytes | None = identity["history"]
-
-
-class _Unraisable:
-    """What ``sys.unraisablehook`` wants to be called with."""
-
-    def __init__(self, error: Exception, where: object) -> None:
-        self.exc_type: type[BaseException] = type(error)
-        self.exc_value: BaseException | None = error
-        self.exc_traceback: TracebackType | None = error.__traceback__
-        self.err_msg: str | None = "an observer of a database raised"
-        self.object: object = where
 
 
 def _stored_role(storage: Storage) -> Role:

@@ -96,6 +96,10 @@ class Turns:
         """Whether somebody stands in line, if only with a void turn. Cheap, for readers."""
         return bool(self._line)
 
+    def first(self) -> list[Turn]:
+        """The turn that somebody has now, or nothing."""
+        return self._line[:1]
+
     def idle(self) -> bool:
         """Whether nobody has the turn."""
         return all(turn.void for turn in self._line[:1])
