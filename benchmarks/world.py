@@ -209,6 +209,12 @@ class RecordingClient:
             self.exchanges.append(Exchange(url, headers, body, response))
         return response
 
+    def interrupt(self) -> None:
+        self.client.interrupt()
+
+    def resume(self) -> None:
+        self.client.resume()
+
     def close(self) -> None:
         self.client.close()
 

@@ -1,24 +1,29 @@
 """The asyncio engine: the same cycles, without blocking the event loop.
 
-A cycle is short bursts of storage commits and waiting for the network. Both run in a worker
-thread, so that a slow disk never stalls the loop either; cancelling the task cancels the cycle.
+A cycle is short bursts of storage commits and waiting for the network. Both run in a thread of
+their own, so that a slow disk never stalls the loop either; cancelling the task cancels the cycle.
+It is not one of the loop's pool, which others may have filled with work that waits for this.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from entidb.db import Database, DiscardedTransaction, OverruledValue
-from entidb.errors import EntiDBError, SyncCancelledError
+from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.engine import SyncEngine
+from entidb.sync.interrupt import Job
 from entidb.sync.policies import Conflict, ConflictResolution
 from entidb.sync.rebase import RebaseReport
 from entidb.sync.state import SyncCycleResult, SyncState, SyncStats, SyncStatus
 from entidb.sync.transport import SyncTransport
+
+T = TypeVar("T")
 
 
 class AsyncSyncEngine:
@@ -39,44 +44,106 @@ class AsyncSyncEngine:
     ) -> None:
         self.engine = SyncEngine(config, transport, applier, token=token, **options)
         self._wake = asyncio.Event()
+        #: Where ``run`` runs, and what ends it; None while it does not.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = threading.Event()
 
     async def sync(self) -> SyncCycleResult:
-        """One cycle. If the task is cancelled the cycle ends at its next step, and only then does
-        ``CancelledError`` go on: nothing runs on behind the caller's back (R9)."""
-        running = asyncio.ensure_future(asyncio.to_thread(self.engine.sync))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            self.engine.cancel()
-            await asyncio.wait([running])
-            if not running.cancelled():
-                running.exception()  # Taken, so that it is not reported as never retrieved.
-            raise
+        """One cycle. If the task is cancelled the cycle ends at its next step, a request that is
+        under way within 100 ms, and only then does ``CancelledError`` go on: nothing runs on
+        behind the caller's back, and the next cycle goes on from there (R9)."""
+        return (await self._cycle(None)).result()
+
+    async def _cycle(self, stopped: threading.Event | None) -> Job[SyncCycleResult]:
+        cancelled = threading.Event()
+        job: Job[SyncCycleResult]
+        job = Job(lambda _: self.engine.run_cycle(cancelled, stopped), "entidb-aio-sync")
+        await self._ended(job, lambda: self.engine.cancel_cycle(cancelled))
+        return job
+
+    async def _ended(self, job: Job[T], cancel: Callable[[], None]) -> None:
+        """Start ``job`` and wait for its end, also when cancelled, as often as that may be."""
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+
+        def tell() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(over.set)
+
+        job.start(tell)
+        was_cancelled: asyncio.CancelledError | None = None
+        while not over.is_set():
+            try:
+                await over.wait()
+            except asyncio.CancelledError as error:
+                was_cancelled = error
+                cancel()
+        if was_cancelled is not None:
+            raise was_cancelled
 
     async def run(self) -> None:
-        """Sync now, and then every ``interval_s`` seconds or when woken, until cancelled. Errors
-        do not end it; they show in ``status()``."""
-        while True:
-            self._wake.clear()
-            try:
-                await self.sync()
-            except SyncCancelledError:
-                raise
-            except EntiDBError as error:
-                # R9: a background engine goes on at its next turn.
-                self.engine.note_error(error)
-            try:
-                await asyncio.wait_for(self._wake.wait(), self.engine.config.interval_s)
-            except TimeoutError:
-                continue
+        """Sync now, and then every ``interval_s`` seconds or when woken, until the task is
+        cancelled; after ``stop()`` or ``close()`` it returns. Errors do not end it, nor do bugs of
+        listeners, observers and policies, which also go to ``threading.excepthook``; they show in
+        ``status()``. Raises ``SyncStateError`` if it runs already."""
+        if self._loop is not None:
+            raise SyncStateError("this engine runs in the background already")
+        self._loop, self._stop = asyncio.get_running_loop(), threading.Event()
+        stopped = self._stop
+        try:
+            while not (stopped.is_set() or self.engine.closed):
+                self._wake.clear()
+                await self._turn(stopped)
+                if stopped.is_set() or self.engine.closed:
+                    return
+                await self._pause()
+        finally:
+            self._loop = None
+
+    async def _turn(self, stopped: threading.Event) -> None:
+        job = await self._cycle(stopped)
+        try:
+            job.result()
+        except SyncCancelledError:
+            return  # asked for; the state shows it
+        except EntiDBError as error:
+            # R9: a background engine goes on at its next turn.
+            self.engine.note_error(error)
+        except BaseException as error:
+            self.engine.note_bug(error)
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(self.engine.config.interval_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
 
     def wake(self) -> None:
-        """Let ``run()`` sync now. Call it on the event loop's thread."""
-        self._wake.set()
+        """Let ``run()`` sync now, or try again now where it waits to; see ``SyncEngine.wake``.
+        From any thread."""
+        self.engine.wake()
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._wake.set)
+
+    def cancel(self) -> None:
+        """As ``SyncEngine.cancel``. From any thread."""
+        self.engine.cancel()
+
+    def stop(self) -> None:
+        """Let ``run()`` return, cancelling a cycle in progress. Returns at once. From any thread,
+        a listener or an observer."""
+        self._stop.set()
+        self.engine.cancel()
+        self.wake()
 
     async def close(self) -> None:
         """End what is running and let another engine have the database. Idempotent."""
-        await asyncio.to_thread(self.engine.close)
+        self.stop()
+        job: Job[None] = Job(lambda _: self.engine.close(), "entidb-aio-close")
+        await self._ended(job, lambda: None)
+        job.result()
 
     @property
     def state(self) -> SyncState:

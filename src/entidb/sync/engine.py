@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from entidb.db import Database, DiscardedTransaction, OverruledValue
+from entidb.db.listeners import add_listener
 from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
@@ -18,11 +19,12 @@ from entidb.errors import (
     SyncError,
     SyncStateError,
 )
-from entidb.protocol import SyncResponse
+from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.cycle import Ahead, Connection, Cycle
 from entidb.sync.http import HttpTransport
+from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.policies import Conflict, ConflictResolution
 from entidb.sync.rebase import RebaseReport
 from entidb.sync.refusal import kept_back_error
@@ -39,6 +41,13 @@ from entidb.types import Clock, SystemClock
 
 #: Bounded parts of replaced tables removed after a cycle; the rest waits for the next one.
 TIDY_STEPS = 50
+
+#: How long ``stop`` waits for a cycle, in turns. What takes longer is a commit of minutes, or a
+#: cycle that waits for the caller in a way nobody can see.
+_END_TURN_S = 0.02
+_END_TURNS_MAX = 1500
+#: For how many of them the same listener has to be seen until it is not waited for any more.
+_INSIDE_TURNS = 3
 
 StateListener = Callable[[SyncState, SyncState], None]
 ProgressListener = Callable[[SyncProgress], None]
@@ -96,16 +105,31 @@ class SyncEngine:
         self._connection = Connection()
         self._state = SyncState.IDLE
         self._cycle_lock = threading.Lock()
+        #: Of the cycle in progress. Together with ``_cycle_thread`` under ``_running_lock``, which
+        #: is re-entrant for signal handlers.
         self._cancel = threading.Event()
+        self._cycle_thread: int | None = None
+        self._running_lock = threading.RLock()
         self._wake = threading.Event()
+        #: Ends a wait between two attempts: set by ``cancel`` and ``wake``.
+        self._nudge = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        #: Not 0 while the cycle's thread is inside a listener of somebody else's.
+        self._telling = 0
+        self._told = 0
+        self._ending: threading.Thread | None = None
+        self._interrupts = Interrupts()
+        self._interrupt_transport = getattr(self.transport, "interrupt", None)
+        #: A ``send`` that was left to itself, of a transport that cannot be interrupted.
+        self._left_alone: threading.Event | None = None
         self._state_listeners: list[StateListener] = []
         self._progress_listeners: list[ProgressListener] = []
         self._last_success_ms: int | None = None
         self._last_error: EntiDBError | None = None
         self._next_try_at: float | None = None
         self._closed = False
+        self._detached = False
 
     # ------------------------------------------------------------ cycles
 
@@ -117,21 +141,55 @@ class SyncEngine:
         ``SyncStateError`` if a cycle is running in another thread. Whatever it raises, nothing
         pending is lost and the next call goes on from there (R9).
         """
-        if self._closed:
-            raise DatabaseClosedError("this sync engine is closed; make another one")
+        return self.run_cycle(threading.Event())
+
+    def run_cycle(
+        self, cancelled: threading.Event, stopped: threading.Event | None = None
+    ) -> SyncCycleResult:
+        """As ``sync``, with the event that ``cancel_cycle`` takes: one that is set already, or
+        ``stopped``, ends the cycle before it begins."""
+        self._check_not_closed()
         if not self._cycle_lock.acquire(blocking=False):
             raise SyncStateError("a sync cycle is running already; wait for it or cancel() it")
         try:
-            self._cancel.clear()
+            with self._running_lock:
+                if stopped is not None and stopped.is_set():
+                    cancelled.set()
+                self._cancel = cancelled
+                self._cycle_thread = threading.get_ident()
             return self._sync_with_retries()
         finally:
             self._next_try_at = None
+            with self._running_lock:
+                self._cycle_thread = None
             self._cycle_lock.release()
+            if self._closed:  # from a listener or an observer of this cycle
+                self._detach()
 
     def cancel(self) -> None:
         """Make a running cycle end at its next step with ``SyncCancelledError``; if none runs,
-        nothing happens."""
-        self._cancel.set()
+        nothing happens. Returns at once. A request that is under way ends within 100 ms, however
+        silent the network is, and its connection is closed. From any thread, a listener, an
+        observer or a signal handler."""
+        with self._running_lock:
+            if self._cycle_thread is not None:
+                self.cancel_cycle(self._cancel)
+
+    def cancel_cycle(self, cancelled: threading.Event) -> None:
+        """Cancel the one cycle that ``run_cycle`` was given ``cancelled`` for, also before it
+        begins."""
+        with self._running_lock:
+            cancelled.set()
+            if self._cycle_thread is None or self._cancel is not cancelled:
+                return
+            self._nudge.set()
+            if self._interrupt_transport is not None:
+                self._interrupt_transport()
+            self._interrupts.interrupt()
+
+    def _check_not_closed(self) -> None:
+        if self._closed:
+            raise DatabaseClosedError("this sync engine is closed; make another one")
 
     def _sync_with_retries(self) -> SyncCycleResult:
         began = self._clock.monotonic()
@@ -143,6 +201,10 @@ class SyncEngine:
                 self._enter(SyncState.IDLE)
                 raise
             except EntiDBError as error:
+                if isinstance(error, SyncError) and self._cancel.is_set():
+                    # Whatever a request that was cut off says of it.
+                    self._enter(SyncState.IDLE)
+                    raise SyncCancelledError("cancelled; sync again to go on from here") from error
                 self._failed(error)
                 if not error.retryable or attempt >= self.config.retry.attempts_max:
                     self._enter(SyncState.ERROR)
@@ -164,6 +226,10 @@ class SyncEngine:
             return result
 
     def _one_cycle(self) -> SyncCycleResult:
+        # An interrupt counts until here. What is cancelled after it is interrupted after it, and
+        # what was cancelled before it ends at the first look at the flag, before any request.
+        self._interrupts.clear()
+        self._wait_for_left_alone()
         self.transport.forget_ahead()
         if not self.transport.connected:
             self._connection.forget()
@@ -206,21 +272,56 @@ class SyncEngine:
                 if isinstance(step, Ahead):
                     self.transport.send_ahead(step.request)
                 else:
-                    response = self.transport.send(step)
+                    response = self._send(step)
             except SyncError as failed:
                 error = failed
 
+    def _send(self, request: SyncRequest) -> SyncResponse:
+        if self._interrupt_transport is not None:
+            return self.transport.send(request)
+        self._left_alone = over = threading.Event()
+
+        def work(watch: Watch) -> SyncResponse:
+            try:
+                return self.transport.send(request)
+            finally:
+                over.set()
+
+        response = self._interrupts.call(work, "entidb-transport")
+        self._left_alone = None
+        return response
+
+    def _wait_for_left_alone(self) -> None:
+        """A transport carries one request at a time."""
+        if self._left_alone is not None:
+            self._check_cancelled()
+            self._interrupts.wait(self._left_alone)
+            self._left_alone = None
+
     def _wait(self, attempt: int, error: EntiDBError) -> None:
+        self._nudge.clear()  # before listeners hear of the wait, who may wake it
         self._enter(SyncState.RETRY_WAIT)
         self.stats.retries += 1
         retry_after = error.retry_after if isinstance(error, SyncError) else None
         delay = self.config.retry.delay_s(attempt, self._random.random(), retry_after=retry_after)
-        self._next_try_at = self._clock.monotonic() + delay
-        cancelled = self._clock.wait(self._cancel, delay)
-        self._next_try_at = None
-        if cancelled:
+        asked_for = min(retry_after or 0.0, self.config.retry.retry_after_max_s)
+        self._pause(delay, asked_for)
+        if self._cancel.is_set():
             self._enter(SyncState.IDLE)
             raise SyncCancelledError("cancelled while waiting to try again")
+        self._wake.clear()  # the attempt that begins now is what was asked for
+
+    def _pause(self, seconds: float, asked_for_s: float) -> None:
+        """Until woken or cancelled; what the server asked for is waited for also when woken."""
+        began = self._clock.monotonic()
+        self._next_try_at = began + seconds
+        if not self._cancel.is_set():
+            self._clock.wait(self._nudge, seconds)
+            left = began + asked_for_s - self._clock.monotonic()
+            if left > 0 and self._nudge.is_set() and not self._cancel.is_set():
+                self._next_try_at = began + asked_for_s
+                self._clock.wait(self._cancel, left)
+        self._next_try_at = None
 
     def _failed(self, error: EntiDBError) -> None:
         self.stats.failures += 1
@@ -240,29 +341,44 @@ class SyncEngine:
     def state(self) -> SyncState:
         return self._state
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def _enter(self, state: SyncState) -> None:
         old = self._state
         if state is old:
             return
         check_move(old, state)
         self._state = state
-        for listener in list(self._state_listeners):
-            listener(old, state)
+        if self._state_listeners:
+            self._tell(self._state_listeners, old, state)
 
     def _tell_progress(self, progress: SyncProgress) -> None:
-        for listener in list(self._progress_listeners):
-            listener(progress)
+        if self._progress_listeners:
+            self._tell(self._progress_listeners, progress)
+
+    def _tell(self, listeners: Sequence[Callable[..., None]], *what: Any) -> None:
+        try:
+            for listener in list(listeners):
+                self._told += 1
+                self._telling = self._told
+                listener(*what)
+        finally:
+            self._telling = 0
 
     def on_state(self, listener: StateListener) -> Callable[[], None]:
         """Call ``listener(old, new)`` at every state change, in the thread that syncs; returns a
-        function that ends it. What a listener raises ends the cycle."""
-        self._state_listeners.append(listener)
-        return lambda: self._state_listeners.remove(listener)
+        function that ends it. What a listener raises ends the cycle.
+
+        A listener may call ``cancel``, ``stop``, ``close`` and ``wake``; they return at once, and
+        the cycle ends at its next step. Raises ``ConfigError`` for what cannot be called, and for
+        an ``async def``, which would only be called and never awaited."""
+        return add_listener(self._state_listeners, listener, "on_state")
 
     def on_progress(self, listener: ProgressListener) -> Callable[[], None]:
         """Call ``listener(SyncProgress)`` after every page and batch; as ``on_state``."""
-        self._progress_listeners.append(listener)
-        return lambda: self._progress_listeners.remove(listener)
+        return add_listener(self._progress_listeners, listener, "on_progress")
 
     def status(self) -> SyncStatus:
         """What is waiting, what went wrong, what comes next."""
@@ -317,7 +433,10 @@ class SyncEngine:
         return self.applier.prune(discarded)
 
     def reset(self, keep: str) -> None:
-        """After ``HistoryChangedError``: choose ``"server"`` or ``"device"`` (R29), then sync."""
+        """After ``HistoryChangedError``: choose ``"server"`` or ``"device"`` (R29), then sync.
+        Waits for a cycle in progress; inside one (a listener) it raises ``SyncStateError``."""
+        if self._cycle_thread == threading.get_ident():
+            raise SyncStateError("reset() inside a sync cycle: call it when the cycle is over")
         with self._cycle_lock:
             self.applier.reset(keep)
             self._connection.forget()
@@ -327,62 +446,121 @@ class SyncEngine:
     def start(self) -> None:
         """Sync now, and then every ``interval_s`` seconds, in a background thread, until
         ``stop()``. Errors do not end it: they show in ``status()`` and are tried again at the
-        next turn."""
+        next turn. So do bugs of listeners, observers and policies, which also go to
+        ``threading.excepthook``. Raises ``DatabaseClosedError`` on a closed engine."""
+        self._check_not_closed()
         if self._thread is not None:
             raise SyncStateError("this engine runs in the background already")
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._run, name="entidb-sync", daemon=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(self._stop, self._ending), name="entidb-sync", daemon=True
+        )
         self._thread.start()
 
     def wake(self) -> None:
-        """Let the background thread sync now instead of at its next turn."""
+        """Let the background thread sync now instead of at its next turn, or try again now where
+        it waits to try again, but never before the time a server asked for (``Retry-After``)."""
         self._wake.set()
+        self._nudge.set()
 
     def stop(self) -> None:
-        """End background running, cancelling a cycle in progress; returns when it has ended."""
+        """End background running, cancelling a cycle in progress; returns when it has ended, which
+        takes no longer than a commit that is under way, however silent the network is.
+
+        What would have to wait for itself does not wait: called by the cycle's own thread (a
+        listener, an observer) or inside a transaction it returns at once, and where the cycle is
+        inside a listener or an observer, within 100 ms. The cycle then ends by itself at its next
+        step, without another request. From any thread, and from a signal handler."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._stop.set()
-        self._cancel.set()
-        self._wake.set()
-        thread.join()
+        self._end_run()
+        self._ending = thread
+        if thread is not threading.current_thread():
+            self._wait_for(lambda seconds: _joined(thread, seconds), thread.ident)
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
+    def _end_run(self) -> None:
+        self._stop.set()
+        self.cancel()
+        self._wake.set()
+
+    def _wait_for(self, ended: Callable[[float], bool], cycle_thread: int | None) -> bool:
+        """Wait for the cycle's thread; whether it has ended."""
+        if self.database.in_transaction:
+            return ended(0)  # it may be what the cycle waits for
+        before, alike = 0, 0
+        for _ in range(_END_TURNS_MAX):
+            if ended(_END_TURN_S):
+                return True
+            inside = self._telling or -self.database.tells_observers(cycle_thread)
+            alike = alike + 1 if inside and inside == before else 0
+            before = inside
+            if alike == _INSIDE_TURNS:
+                return False
+        return False
+
+    def _run(self, stopped: threading.Event, before: threading.Thread | None) -> None:
+        while before is not None and before.is_alive() and not stopped.is_set():
+            before.join(_END_TURN_S)  # started again by a listener of its own last cycle
+        while not stopped.is_set():
             self._wake.clear()
             try:
-                self.sync()
+                self.run_cycle(threading.Event(), stopped)
+            except SyncCancelledError:
+                pass  # asked for; the state shows it
             except EntiDBError as error:
                 # Kept for status(); a background engine goes on at its next turn (R9).
-                if not isinstance(error, SyncCancelledError):
-                    self.note_error(error)
-            except Exception as error:
-                # A listener's bug, or ours: syncing goes on, and somebody has to hear of it.
-                self.note_error(SyncError(f"the cycle failed: {error!r}"))
-                told = (type(error), error, error.__traceback__, threading.current_thread())
-                threading.excepthook(threading.ExceptHookArgs(told))
-            if self._stop.is_set():
+                self.note_error(error)
+            except BaseException as error:
+                self.note_bug(error)
+            if stopped.is_set() or self._closed:
                 return
             self._clock.wait(self._wake, self.config.interval_s)
 
+    def note_bug(self, error: BaseException) -> None:
+        """Show what is not an error of ours in ``status()``, and tell ``threading.excepthook``: a
+        listener's bug, or ours. Syncing goes on, and somebody has to hear of it."""
+        self.note_error(SyncError(f"the cycle failed: {error!r}"))
+        told = (type(error), error, error.__traceback__, threading.current_thread())
+        threading.excepthook(threading.ExceptHookArgs(told))
+
     def close(self) -> None:
-        """Stop, close the transport, and let another engine have the database. Idempotent."""
-        if self._closed:
+        """Stop, close the transport, and let another engine have the database. Idempotent.
+
+        Waits as ``stop`` does. Where it does not wait for a cycle in progress, that cycle lets go
+        of the database when it has ended."""
+        if self._detached:
             return
-        # Closing the transport first ends a request that is under way.
-        self.cancel()
+        self._closed = True
+        thread = self._cycle_thread
+        self._end_run()
         self.transport.close()
         self.stop()
-        with self._cycle_lock:
-            self._closed = True
-            self.database.detach_engine(self)
+        if thread != threading.get_ident() and self._wait_for(self._is_idle, thread):
+            self._detach()
+
+    def _is_idle(self, seconds: float) -> bool:
+        idle = self._cycle_lock.acquire(timeout=seconds)
+        if idle:
+            self._cycle_lock.release()
+        return idle
+
+    def _detach(self) -> None:
+        with self._running_lock:
+            if not self._detached:
+                self._detached = True
+                self.database.detach_engine(self)
 
     def __enter__(self) -> SyncEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _joined(thread: threading.Thread, seconds: float) -> bool:
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def resolution_of(

@@ -38,6 +38,7 @@ from entidb.errors import (
     AuthenticationError,
     ConfigError,
     ProtocolError,
+    SyncCancelledError,
     SyncCodecError,
     SyncError,
     SyncStateError,
@@ -57,6 +58,7 @@ from entidb.protocol import (
     encode,
 )
 from entidb.sync.config import HttpConfig
+from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.transport import BaseTransport, HttpClient, HttpResponse, error_from_response
 from entidb.types import Clock, Entropy, SystemClock, system_entropy
 from entidb.version import VERSION
@@ -164,13 +166,16 @@ class HttpTransport(BaseTransport):
         self._request_id_prefix = entropy(8).hex()
         tells = getattr(self._client, "tells_when_sent", False)
         self._carrier = _Carrier(self._clock, tells)
+        self._interrupts = Interrupts()
+        self._interrupt_client: Callable[[], None] | None
+        self._interrupt_client = getattr(self._client, "interrupt", None)
 
     # -- sending ------------------------------------------------------------------------------
 
     def _exchange(self, request: SyncRequest) -> SyncResponse:
         ahead = self._carrier.take(request)
         if ahead is not None:
-            response = ahead.result()
+            response = ahead.result(self._interrupts)
         else:
             response = self._carry(request, *self._packed(encode(request)))
         if response.status == _UNSUPPORTED_MEDIA_TYPE and self._request_encoding is not None:
@@ -212,8 +217,14 @@ class HttpTransport(BaseTransport):
         url = self._urls[type(request)]
         telling = {} if on_sent is None else {"on_sent": on_sent}
         timeout_s = self._config.total_timeout_s
+        client = self._client
         try:
-            return self._client.request("POST", url, headers, body, timeout_s, **telling)
+            if self._interrupt_client is not None:
+                return client.request("POST", url, headers, body, timeout_s, **telling)
+            return self._interrupts.call(
+                lambda _: client.request("POST", url, headers, body, timeout_s, **telling),
+                "entidb-request",
+            )
         except _FOREIGN as error:
             raise _translated(error, url) from error
 
@@ -232,16 +243,22 @@ class HttpTransport(BaseTransport):
     def _ask_token(self, *, refresh: bool) -> str:
         if isinstance(self._token, str):
             return self._token
-        assert self._token is not None
-        with self._token_lock:  # two requests at once ask one after the other
-            try:
-                token: object = self._token(refresh)
-            except SyncError:
-                raise
-            except OSError as error:  # no network for the token either; that passes
-                raise TransportError(f"the token provider failed: {error}") from error
-            except Exception as error:
-                raise AuthenticationError(f"the token provider failed: {error!r}") from error
+        provide = self._token
+        assert provide is not None
+
+        def ask(watch: Watch) -> object:
+            with self._token_lock:  # two requests at once ask one after the other
+                watch.check()
+                return provide(refresh)
+
+        try:
+            token = self._interrupts.call(ask, "entidb-token")
+        except SyncError:
+            raise
+        except OSError as error:  # no network for the token either; that passes
+            raise TransportError(f"the token provider failed: {error}") from error
+        except Exception as error:
+            raise AuthenticationError(f"the token provider failed: {error!r}") from error
         if not isinstance(token, str) or _TOKEN.fullmatch(token) is None:
             raise AuthenticationError(
                 "the token provider returned no token: it has to be visible ASCII text"
@@ -329,12 +346,22 @@ class HttpTransport(BaseTransport):
 
     def forget_ahead(self) -> None:
         self._carrier.drop()
+        self._interrupts.clear()
+        if self._interrupt_client is not None:
+            self._client.resume()  # type: ignore[attr-defined]
+
+    def interrupt(self) -> None:
+        """End what is under way and what is sent until ``forget_ahead``; see ``SyncTransport``."""
+        self._interrupts.interrupt()
+        if self._interrupt_client is not None:
+            self._interrupt_client()
 
     def close(self) -> None:
         """Close the client, which ends what is under way, and wait for the thread to see it."""
         super().close()
         self._carrier.drop()
         self._client.close()
+        self._interrupts.interrupt()
         self._carrier.join()
 
 
@@ -367,9 +394,9 @@ class _Ahead:
         self.good = self._response is not None and self._response.status == 200
         return self.good
 
-    def result(self) -> HttpResponse:
+    def result(self, interrupts: Interrupts) -> HttpResponse:
         # Bounded by the request's own timeout.
-        self.done.wait()
+        interrupts.wait(self.done)
         if self._error is not None:
             raise self._error
         assert self._response is not None
@@ -681,10 +708,12 @@ class HttpxClient:
         self._config = config or HttpConfig()
         self._ssl_context = ssl_context
         self._clock = clock or SystemClock()
-        self._lock = threading.Lock()
+        # Re-entrant for signal handlers that close or interrupt.
+        self._lock = threading.RLock()
         self._routes: dict[str, _Route] = {}
         self._transports: dict[str, httpx2.HTTPTransport] = {}
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._interrupts = Interrupts()
         self._watchdog = _Watchdog(self._clock, self._cut_all)
         self._closed = False
 
@@ -700,42 +729,80 @@ class HttpxClient:
     ) -> HttpResponse:
         """See ``HttpClient``. Raises ``TransportError``, ``SyncTimeoutError``, ``TlsError`` (not
         retryable), or ``ProtocolError`` ``too_large`` for a body over ``response_bytes_max``."""
+        if self._closed:
+            raise _closed()
+        watch = self._interrupts.begin()
+        try:
+            watch.check()
+            route = self._routes.get(url) or self._open_route(url)
+            exchange = _Exchange(url, route, method, headers, body, timeout_s, on_sent)
+            try:
+                return self._attempt(exchange, _Steps(self, watch, on_sent, connects=False))
+            except _NewConnectionError:
+                return self._connect_apart(exchange)
+        finally:
+            self._interrupts.end(watch)
+
+    def _connect_apart(self, exchange: _Exchange) -> HttpResponse:
+        """A request that needs a new connection, on a thread of its own: looking up the name,
+        connecting and the TLS handshake hear of nothing, so they are left to themselves when
+        somebody says stop. What was connected until then is closed there."""
+
+        def work(watch: Watch) -> HttpResponse:
+            return self._attempt(exchange, _Steps(self, watch, exchange.on_sent, connects=True))
+
+        try:
+            return self._interrupts.call(work, "entidb-connect")
+        except SyncCancelledError:
+            self._check_not_closed()
+            raise
+
+    def _attempt(self, exchange: _Exchange, steps: _Steps) -> HttpResponse:
+        url, timeout_s = exchange.url, exchange.timeout_s
         ticket = self._watchdog.watch(timeout_s)
         try:
-            route = self._routes.get(url) or self._open_route(url)
-            response = self._send(route, method, headers, body, timeout_s, on_sent)
+            response = self._send(exchange, steps)
         except _FOREIGN as error:
-            if self._closed:
-                raise SyncStateError("the client was closed during the request") from error
+            self._check_not_closed(error)
+            steps.watch.check()
             if self._watchdog.struck(ticket):
                 raise _overdue(url, timeout_s) from error
             raise _translated(error, url) from error
         finally:
+            steps.end()
             late = self._watchdog.done(ticket)
-        if late:  # what was cut can look complete
+        steps.watch.check()  # what was cut can look complete
+        if late:
             raise _overdue(url, timeout_s)
         return response
+
+    def _check_not_closed(self, cause: Exception | None = None) -> None:
+        if self._closed:
+            raise SyncStateError("the client was closed during the request") from cause
+
+    def interrupt(self) -> None:
+        """End all requests with ``SyncCancelledError``, also those that begin before ``resume``;
+        their connections are closed."""
+        self._interrupts.interrupt()
+        self._cut_all()
+
+    def resume(self) -> None:
+        """After ``interrupt``: what begins from now on is carried out."""
+        self._interrupts.clear()
 
     def open(self, url: str) -> None:
         """Make ready for requests to ``url``; nothing is sent, and no connection made."""
         self._open_route(url)
 
-    def _send(
-        self,
-        route: _Route,
-        method: str,
-        headers: Mapping[str, str],
-        body: bytes,
-        timeout_s: float,
-        on_sent: Callable[[], None] | None,
-    ) -> HttpResponse:
-        trace = self._trace if on_sent is None else functools.partial(self._trace_sent, on_sent)
+    def _send(self, exchange: _Exchange, steps: _Steps) -> HttpResponse:
+        route, body = exchange.route, exchange.body
+        length = ("Content-Length", str(len(body)))
         request = httpx2.Request(
-            method,
+            exchange.method,
             route.url,
-            headers=[("Host", route.host), *headers.items(), ("Content-Length", str(len(body)))],
+            headers=[("Host", route.host), *exchange.headers.items(), length],
             stream=httpx2.ByteStream(body),
-            extensions={"timeout": self._timeouts(timeout_s), "trace": trace},
+            extensions={"timeout": self._timeouts(exchange.timeout_s), "trace": steps},
         )
         response = route.transport.handle_request(request)
         try:
@@ -773,7 +840,7 @@ class HttpxClient:
     def _open_route(self, url: str) -> _Route:
         with self._lock:
             if self._closed:
-                raise SyncStateError("the client is closed: make a new one")
+                raise _closed()
             target = httpx2.URL(url)
             origin = f"{target.scheme}://{target.netloc.decode('ascii')}"
             transport = self._transports.get(origin)
@@ -792,23 +859,13 @@ class HttpxClient:
             return httpx2.HTTPTransport(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         return httpx2.HTTPTransport(verify=self._ssl_context or True, proxy=proxy)
 
-    def _trace_sent(self, on_sent: Callable[[], None], event: str, info: Mapping[str, Any]) -> None:
-        self._trace(event, info)
-        if event.endswith("send_request_body.complete"):
-            on_sent()
-
     # -- ending what is under way -------------------------------------------------------------
 
-    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Called by the library at each step; new connections are remembered, to be cut."""
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            stream = info["return_value"]
-            with self._lock:
-                self._sockets.add(stream.get_extra_info("socket"))
-                closed = self._closed
-            if closed:
-                stream.close()
-                raise SyncStateError("the client was closed during the request")
+    def remember(self, connection: socket.socket) -> None:
+        """Know a new connection, to be cut. Raises ``SyncStateError`` when closed meanwhile."""
+        with self._lock:
+            self._sockets.add(connection)
+        self._check_not_closed()
 
     def _cut_all(self) -> None:
         """Wake every thread that waits for a socket. Closing one would not: on Linux a poll goes
@@ -826,7 +883,7 @@ class HttpxClient:
             transports = list(self._transports.values())
             self._transports.clear()
             self._routes.clear()
-        self._cut_all()
+        self.interrupt()
         self._watchdog.close()
         for transport in transports:
             transport.close()
@@ -841,10 +898,89 @@ class _Route:
     transport: httpx2.HTTPTransport
 
 
+@dataclass(frozen=True)
+class _Exchange:
+    """What is asked of ``HttpxClient``."""
+
+    url: str
+    route: _Route
+    method: str
+    headers: Mapping[str, str]
+    body: bytes
+    timeout_s: float
+    on_sent: Callable[[], None] | None
+
+
+class _NewConnectionError(Exception):
+    """No kept connection is left, and this thread is not one that may be left to itself."""
+
+
+class _Steps:
+    """Told by the library of every step of one exchange (its ``trace`` extension)."""
+
+    def __init__(
+        self,
+        client: HttpxClient,
+        watch: Watch,
+        on_sent: Callable[[], None] | None,
+        *,
+        connects: bool,
+    ) -> None:
+        self.watch = watch
+        self._client = client
+        self._on_sent = on_sent
+        self._connects = connects
+        self._connection: socket.socket | None = None
+        self._during_handshake: socket.socket | None = None
+
+    def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith("send_request_body.complete"):
+            if self._on_sent is not None:
+                self._on_sent()
+        elif event.endswith("connect_tcp.started"):
+            if not self._connects:
+                raise _NewConnectionError
+        elif event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._connected(info["return_value"])
+        elif event.endswith("start_tls.started"):
+            self._shake_hands()
+
+    def _connected(self, stream: Any) -> None:
+        self.end()
+        self._connection = stream.get_extra_info("socket")
+        assert self._connection is not None
+        try:
+            self._client.remember(self._connection)
+            self.watch.check()
+        except SyncError:
+            stream.close()
+            raise
+
+    def _shake_hands(self) -> None:
+        """Wrapping a socket in TLS takes it away from its object, and the new one is not known
+        before the handshake is over: a duplicate can be cut meanwhile."""
+        if isinstance(self._connection, ssl.SSLSocket):
+            return  # to a proxy over TLS; that one stays what it is
+        assert self._connection is not None
+        self._during_handshake = self._connection.dup()
+        self._client.remember(self._during_handshake)
+        self.watch.check()
+
+    def end(self) -> None:
+        """The handshake is over, or there was none. A duplicate would keep a connection open."""
+        if self._during_handshake is not None:
+            self._during_handshake.close()
+            self._during_handshake = None
+
+
 def _proxy(scheme: str, host: str) -> str | None:
     proxies = urllib.request.getproxies()
     proxy = proxies.get(scheme) or proxies.get("all")
     return None if proxy is None or urllib.request.proxy_bypass(host) else proxy
+
+
+def _closed() -> SyncStateError:
+    return SyncStateError("the client is closed: make a new one")
 
 
 def _overdue(url: str, timeout_s: float) -> SyncTimeoutError:

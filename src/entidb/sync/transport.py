@@ -19,7 +19,14 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
-from entidb.errors import ProtocolError, SyncError, SyncStateError, TransportError, error_from_code
+from entidb.errors import (
+    ProtocolError,
+    SyncCancelledError,
+    SyncError,
+    SyncStateError,
+    TransportError,
+    error_from_code,
+)
 from entidb.protocol import (
     ErrorResponse,
     HandshakeRequest,
@@ -51,6 +58,11 @@ class SyncTransport(Protocol):
       or ``close``; a refusal leaves it as it is. While it is false a handshake is due (R10).
     - One request at a time, from one thread at a time; ``close`` may come from any thread, ends
       a request that is under way with a ``SyncError``, and may be called again.
+    - A transport that has a method ``interrupt()`` promises: it may come from any thread and from
+      a signal handler, returns at once, and makes the ``send`` that is under way, and every one
+      until the next ``forget_ahead``, raise ``SyncCancelledError`` within 100 ms. Its connection
+      is closed. The engine calls ``send`` of a transport without it on a thread of its own, which
+      it leaves to itself when it is told to stop; no other ``send`` begins before that one ends.
     """
 
     @property
@@ -103,7 +115,7 @@ class BaseTransport(ABC):
         self._check_open()
         try:
             answer = check_response(request, self._exchange(request))
-        except TransportError:
+        except (TransportError, SyncCancelledError):
             self._connected = False
             raise
         self._connected = not self._closed
@@ -230,8 +242,13 @@ class HttpClient(Protocol):
     - Where no answer comes, it raises a ``SyncError``, ``TimeoutError`` or another ``OSError``.
     - ``request`` can be called from two threads at once. ``close`` ends both with an error.
     - A client whose ``tells_when_sent`` is true takes one more argument, the keyword ``on_sent``:
-      called without arguments, in the same thread, when the whole request has been handed to the
-      system. It must not raise.
+      called without arguments, by whichever thread sends, when the whole request has been handed
+      to the system. It must not raise.
+    - A client with a method ``interrupt()`` ends with ``SyncCancelledError``, within 100 ms,
+      every request that is under way and every one that begins before its method ``resume()`` is
+      called; the connections of those are closed. Both return at once and may come from any
+      thread. Requests of a client without them run on threads of their own, and are left to
+      themselves when the engine is told to stop.
     """
 
     def request(

@@ -1,0 +1,149 @@
+"""Ending a wait from another thread: what makes ``stop()`` prompt whatever the network does.
+
+Some waits hear nobody: looking up a name, connecting, a TLS handshake, somebody else's transport
+or token function. They run on a thread of their own, and who waits for it can be told to go on
+without it; what comes of it then is thrown away by whoever started it. Waits for a socket that is
+known are ended by shutting it down, in ``http.py``.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from entidb.errors import SyncCancelledError, TransportError
+
+T = TypeVar("T")
+
+
+class Watch:
+    """One wait that can be interrupted."""
+
+    __slots__ = ("event", "interrupted")
+
+    def __init__(self, event: threading.Event | None) -> None:
+        self.event = event
+        self.interrupted = False
+
+    def check(self) -> None:
+        """Raises ``SyncCancelledError`` if it was interrupted."""
+        if self.interrupted:
+            raise SyncCancelledError("cancelled; sync again to go on from here")
+
+
+class Interrupts:
+    """All waits of one transport, client or engine. Once interrupted, new ones end at once too,
+    until ``clear``: between a look at a flag and the start of a wait nothing can slip through.
+    Thread-safe; ``interrupt`` may come from a signal handler."""
+
+    def __init__(self) -> None:
+        # Re-entrant for signal handlers, which run between any two steps of the main thread.
+        self._lock = threading.RLock()
+        self._watches: list[Watch] = []
+        self._raised = False
+
+    def interrupt(self) -> None:
+        with self._lock:
+            self._raised = True
+            watches = list(self._watches)
+            for watch in watches:
+                watch.interrupted = True
+        for watch in watches:
+            if watch.event is not None:
+                watch.event.set()
+
+    def clear(self) -> None:
+        """What was interrupted stays so; what begins from now on goes on."""
+        with self._lock:
+            self._raised = False
+
+    def begin(self, event: threading.Event | None = None) -> Watch:
+        """From here until ``end`` an interrupt reaches this watch, and sets ``event``."""
+        watch = Watch(event)
+        with self._lock:
+            watch.interrupted = self._raised
+            self._watches.append(watch)
+        return watch
+
+    def end(self, watch: Watch) -> None:
+        with self._lock:
+            self._watches.remove(watch)
+
+    def wait(self, event: threading.Event) -> None:
+        """Wait until ``event`` is set. Raises ``SyncCancelledError`` when interrupted."""
+        watch = self.begin(event)
+        try:
+            watch.check()
+            event.wait()
+        finally:
+            self.end(watch)
+        watch.check()
+
+    def call(self, work: Callable[[Watch], T], name: str) -> T:
+        """``work()`` on a thread called ``name``, and what it returns or raises.
+
+        Raises ``SyncCancelledError`` at once when interrupted, and leaves the thread to itself:
+        ``work`` gets the watch that tells it so."""
+        job = Job(work, name)
+        watch = self.begin(job.done)
+        job.watch = watch
+        try:
+            watch.check()
+            job.start()
+            job.done.wait()
+            watch.check()
+        except BaseException:
+            # Also Ctrl-C: nobody waits for the thread any more.
+            watch.interrupted = True
+            raise
+        finally:
+            self.end(watch)
+        return job.result()
+
+
+class Job(Generic[T]):
+    """Work on a thread of its own."""
+
+    def __init__(self, work: Callable[[Watch], T], name: str) -> None:
+        self.done = threading.Event()
+        self.watch = Watch(None)
+        self._work = work
+        self._name = name
+        self._tell: Callable[[], None] | None = None
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+
+    def start(self, tell: Callable[[], None] | None = None) -> None:
+        """Begin; ``tell`` is called when the thread is through. Raises ``TransportError``."""
+        self._tell = tell
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(self._run,), name=self._name)
+        thread.daemon = True
+        try:
+            thread.start()
+        except RuntimeError as error:  # out of threads, or the interpreter is ending
+            raise TransportError(f"no thread could be started for the network: {error}") from error
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._work(self.watch))
+        except BaseException as error:  # goes on in the thread that waits
+            self._error = error
+        finally:
+            self.done.set()
+            if self._tell is not None:
+                self._tell()
+
+    def result(self) -> T:
+        error, self._error = self._error, None
+        if error is None:
+            return self._results[0]
+        try:
+            raise error
+        finally:
+            del error  # its traceback refers to this frame
+
+
+__all__ = ["Interrupts", "Job", "Watch"]
