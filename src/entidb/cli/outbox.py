@@ -31,7 +31,7 @@ from entidb.cli.words import bind, full_id, json_option, opened, pick_id, words
 from entidb.db import Database, DiscardedTransaction, OverruledValue, Role, inspect
 from entidb.db.outbox import read_pending
 from entidb.db.records import PendingOp, PendingTransaction
-from entidb.errors import ConfigError
+from entidb.errors import ConfigError, ConflictError
 from entidb.sync import Conflict, ConflictResolution, DatabaseApplier
 from entidb.types import ms_from_timestamp, uuid_from_bytes
 
@@ -234,16 +234,17 @@ def resolve_command(
         chosen = applier.conflicts()
         if not every:
             chosen = [_one_conflict(chosen, bound["COLLECTION"], bound["ID"])]
-        still_open = {(each.collection, each.id_bytes) for each in chosen}
         withdrawn = resolved = 0
         for conflict in chosen:
-            # Taking the server's side can settle others that the same transaction touched.
-            if (conflict.collection, conflict.id_bytes) not in still_open:
-                continue
-            report = applier.resolve(conflict, resolution)
+            try:
+                report = applier.resolve(conflict, resolution)
+            except ConflictError as error:
+                # Taking the server's side can settle others that the same transaction touched.
+                if error.code == "conflict_gone" and resolved:
+                    continue
+                raise
             withdrawn += len(report.withdrawn)
             resolved += 1
-            still_open = {(each.collection, each.id_bytes) for each in applier.conflicts()}
         left = database.read_head().conflicts
     if as_json:
         print_json({"resolved": resolved, "withdrawn": withdrawn, "open_conflicts": left})

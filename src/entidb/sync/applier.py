@@ -47,6 +47,7 @@ from entidb.db.records import (
     TOMBSTONE,
     BaseRow,
     EntityRow,
+    PendingOp,
     PendingTransaction,
     base_key,
     conflict_key,
@@ -1104,7 +1105,9 @@ class _Settling:
             return
         transaction = batch.pending(index)
         current = self._rebase.load(transaction.sequence)
-        if current is None or _writes(current) != _writes(transaction):
+        if current is None or _writes(self._rebase.operations(current)) != _writes(
+            transaction.operations
+        ):
             # An earlier verdict of this answer withdrew or merged it here, while a copy of this
             # device had it accepted as it was (R30): only a pull can bring what was accepted.
             self._settled.pull = True
@@ -1162,8 +1165,8 @@ class _Settling:
             self._writer.set_sync_state(state)
 
 
-def _writes(transaction: PendingTransaction) -> list[tuple[int, bytes, bytes | None]]:
-    return [(op.collection, op.entity_id, op.payload) for op in transaction.operations]
+def _writes(operations: list[PendingOp]) -> list[tuple[int, bytes, bytes | None]]:
+    return [(op.collection, op.entity_id, op.payload) for op in operations]
 
 
 # ---------------------------------------------------------------- applying

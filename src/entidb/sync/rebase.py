@@ -25,7 +25,6 @@ from entidb.db.overruled import BY_PERSON, BY_POLICY, BY_RESET, Keeper
 from entidb.db.records import (
     DISCARDED,
     HAS_BASE,
-    HELD,
     IS_HELD,
     NO_DEVICE,
     REMOTE,
@@ -37,8 +36,6 @@ from entidb.db.records import (
     base_key,
     conflict_key,
     decode_base,
-    decode_pending,
-    end_of,
     sequence_key,
 )
 from entidb.db.writer import Ref, Writer
@@ -111,8 +108,15 @@ class Rebase:
         self._timestamp_max = timestamp_from_ms(server_ms) | 0xFFFF
         self._foreign = foreign
         self._loaded: dict[int, PendingTransaction] = {}
+        # Of transactions with many operations: those by entity, and which lists have more.
+        self._by_entity: dict[int, dict[Ref, PendingOp]] = {}
+        self._shrunk: set[int] = set()
+        # A transaction may be touched once for each of its entities, and is encoded once.
+        self._unsaved: dict[int, PendingTransaction] = {}
         self._sequence = 0
-        self._released = False
+        # Entities and transactions that nothing may hold any more.
+        self._freed: set[Ref] = set()
+        self._freed_sequences: set[int] = set()
         # A clock that is wrong must not let what is kept be forgotten too soon, or never.
         self._keeper = Keeper(writer, min(writer.now_ms, server_ms))
         self._keeps = keeps
@@ -173,7 +177,7 @@ class Rebase:
         ours would reach the server without this operation, and what it wrote would be gone
         without a trace if the newest were withdrawn for what else it touches."""
         last = len(chain) - 1
-        if any(len(step.transaction.operations) > 1 for step in chain):
+        if any(len(self.operations(step.transaction)) > 1 for step in chain):
             last = 0
         for index in range(len(chain) - 1, -1, -1):
             step = chain[index]
@@ -349,13 +353,31 @@ class Rebase:
         self._relink(ref, left)
 
     def _remove_op(self, step: Step) -> None:
-        transaction = step.transaction
-        transaction.operations.remove(step.op)
-        if transaction.operations:
+        transaction, op = step.transaction, step.op
+        by_entity = self._ops_by_entity(transaction)
+        del by_entity[op.collection, op.entity_id]
+        self._shrunk.add(transaction.sequence)
+        if transaction.held:
+            self._freed_sequences.add(transaction.sequence)
+        if by_entity:
             self._save(transaction)
             return
         self.remove(transaction)
         self.report.done.append(transaction.transaction_id)
+
+    def _ops_by_entity(self, transaction: PendingTransaction) -> dict[Ref, PendingOp]:
+        found = self._by_entity.get(transaction.sequence)
+        if found is None:
+            found = {(op.collection, op.entity_id): op for op in transaction.operations}
+            self._by_entity[transaction.sequence] = found
+        return found
+
+    def operations(self, transaction: PendingTransaction) -> list[PendingOp]:
+        """What the transaction still writes."""
+        if transaction.sequence in self._shrunk:
+            self._shrunk.remove(transaction.sequence)
+            transaction.operations = list(self._by_entity[transaction.sequence].values())
+        return transaction.operations
 
     def _relink(self, ref: Ref, chain: list[Step]) -> None:
         """Make ``chain`` the whole chain of the entity and show what is on top of it."""
@@ -466,38 +488,44 @@ class Rebase:
         touched: dict[Ref, int] = {}
         for transaction in everything:
             self.remove(transaction)
-            for op in transaction.operations:
+            for op in self.operations(transaction):
                 # The oldest withdrawn operation of an entity names what stays under it.
                 touched.setdefault((op.collection, op.entity_id), op.previous)
         self._taken_back.update(touched)
         for ref, previous in touched.items():
             self.show_top(ref, self._step(ref, previous))
 
-    def _closure(self, roots: list[PendingTransaction]) -> list[PendingTransaction]:
+    def _closure(
+        self, roots: list[PendingTransaction], *, past_held: bool = True
+    ) -> list[PendingTransaction]:
         """``roots`` and every later pending transaction that touches an entity they touched, and
-        so on; oldest first."""
+        so on; oldest first. Without ``past_held`` nothing is followed from those that are held:
+        what depends on them is held already.
+
+        Every chain is walked once, however many of its transactions are found."""
         found = {transaction.sequence: transaction for transaction in roots}
         queue = list(roots)
+        walked: dict[Ref, int] = {}
         while queue:
             transaction = queue.pop()
-            for op in transaction.operations:
-                for later in self._later((op.collection, op.entity_id), transaction.sequence):
+            for op in self.operations(transaction):
+                ref = (op.collection, op.entity_id)
+                at = walked.get(ref, -1)
+                if at < 0:
+                    row = self._writer.entity(ref)
+                    assert row is not None
+                    at = row.pending
+                while at > transaction.sequence:
+                    step = self._step(ref, at)
+                    assert step is not None
+                    later = step.transaction
                     if later.sequence not in found:
                         found[later.sequence] = later
-                        queue.append(later)
+                        if past_held or not later.held:
+                            queue.append(later)
+                    at = step.op.previous
+                walked[ref] = at
         return [found[sequence] for sequence in sorted(found)]
-
-    def _later(self, ref: Ref, sequence: int) -> list[PendingTransaction]:
-        row = self._writer.entity(ref)
-        assert row is not None
-        found = []
-        at = row.pending
-        while at > sequence:
-            step = self._step(ref, at)
-            assert step is not None
-            found.append(step.transaction)
-            at = step.op.previous
-        return found
 
     def _discard(
         self, transaction: PendingTransaction, code: str, message: str, lost: list[list[Any]]
@@ -510,7 +538,7 @@ class Rebase:
             "message": message,
             "operations": [
                 [names[op.collection].name, op.entity_id, op.payload]
-                for op in transaction.operations
+                for op in self.operations(transaction)
             ],
             "lost_to": lost,
             "at_ms": self._writer.now_ms,
@@ -530,7 +558,8 @@ class Rebase:
         if not known:
             self._writer.head.conflicts += 1
         self.report.unresolved.append(conflict)
-        for transaction in self._closure([step.transaction for step in chain]):
+        free = [step.transaction for step in chain if not step.transaction.held]
+        for transaction in self._closure(free, past_held=False):
             self._set_held(transaction, True)
 
     def _set_held(self, transaction: PendingTransaction, held: bool) -> None:
@@ -542,10 +571,12 @@ class Rebase:
         self._save(transaction)
         writer.head.held += 1 if held else -1
         writer.head.ready += -1 if held else 1
-        for op in transaction.operations:
+        for op in self.operations(transaction):
             ref = (op.collection, op.entity_id)
             row = writer.entity(ref)
             assert row is not None
+            if held and row.flags & IS_HELD:
+                continue
             if row.pending == transaction.sequence or held:
                 row.flags = row.flags | IS_HELD if held else row.flags & ~IS_HELD
                 writer.put_entity(ref, row, row)
@@ -554,33 +585,45 @@ class Rebase:
         if known:
             self._writer.delete(conflict_key(*ref))
             self._writer.head.conflicts -= 1
-            self._released = True
+            self._freed.add(ref)
 
     def release(self) -> None:
         """Let held transactions go that no open conflict holds any more, and keep what was
         decided against. Call once at the end."""
         self._keep_overruled()
-        if not self._released:
-            return
-        held_refs: set[Ref] = set()
-        for transaction in self._held():
-            refs = {(op.collection, op.entity_id) for op in transaction.operations}
-            open_conflict = any(self._writer.get(conflict_key(*ref)) is not None for ref in refs)
-            if open_conflict or refs & held_refs:
-                held_refs |= refs
-            else:
+        for transaction in self._closure(self._freed_transactions()):
+            if transaction.held and not self._is_blocked(transaction):
                 self._set_held(transaction, False)
+        for transaction in self._unsaved.values():
+            self.operations(transaction)
+            self._writer.put_pending(transaction)
+        self._unsaved = {}
 
-    def _held(self) -> list[PendingTransaction]:
-        """Every held transaction as this commit leaves it, oldest first."""
-        pairs = dict(self._writer.snapshot.scan(HELD, end_of(HELD)))
-        for key, value in self._writer.changes.items():
-            if key[:1] == HELD:
-                if value is None:
-                    pairs.pop(key, None)
-                else:
-                    pairs[key] = value
-        return [self._remember(decode_pending(key, pairs[key])) for key in sorted(pairs)]
+    def _freed_transactions(self) -> list[PendingTransaction]:
+        """Held transactions that something which held them has let go."""
+        found: dict[int, PendingTransaction] = {}
+        for ref in self._freed:
+            row = self._writer.entity(ref)
+            if row is not None and row.pending:
+                for step in self._chain(ref, row):
+                    found[step.transaction.sequence] = step.transaction
+        for sequence in self._freed_sequences:
+            transaction = self.load(sequence)
+            if transaction is not None:
+                found[sequence] = transaction
+        self._freed, self._freed_sequences = set(), set()
+        return list(found.values())
+
+    def _is_blocked(self, transaction: PendingTransaction) -> bool:
+        """Whether an open conflict, or one below it that is still held, holds the transaction."""
+        for op in self.operations(transaction):
+            ref = (op.collection, op.entity_id)
+            below = self._step(ref, op.previous)
+            if below is not None and below.transaction.held:
+                return True
+            if self._writer.get(conflict_key(*ref)) is not None:
+                return True
+        return False
 
     def resolve(self, ref: Ref, conflict: Conflict, resolution: ConflictResolution) -> None:
         """What a person decided about an open conflict (R25). A value becomes the newest pending
@@ -628,6 +671,9 @@ class Rebase:
         transaction = self.load(sequence) if sequence else None
         if transaction is None:
             return None
+        if len(transaction.operations) > _FEW_OPERATIONS or sequence in self._shrunk:
+            found = self._ops_by_entity(transaction).get(ref)
+            return None if found is None else Step(transaction, found)
         for op in transaction.operations:
             if op.entity_id == ref[1] and op.collection == ref[0]:
                 return Step(transaction, op)
@@ -645,19 +691,22 @@ class Rebase:
         return self._loaded.setdefault(transaction.sequence, transaction)
 
     def _save(self, transaction: PendingTransaction) -> None:
-        self._writer.put_pending(transaction)
+        self._unsaved[transaction.sequence] = transaction
 
     def remove(self, transaction: PendingTransaction) -> None:
         """Take a transaction out of the outbox; its entities are the caller's."""
         self._writer.delete(transaction.key)
         self._loaded[transaction.sequence] = _GONE
+        self._unsaved.pop(transaction.sequence, None)
         if transaction.held:
+            self._freed.update((op.collection, op.entity_id) for op in transaction.operations)
             self._writer.head.held -= 1
         else:
             self._writer.head.ready -= 1
 
     def forget(self, sequence: int) -> None:
         """The transaction was taken out of the outbox elsewhere in this commit."""
+        self._unsaved.pop(sequence, None)
         if sequence in self._loaded:
             self._loaded[sequence] = _GONE
 
@@ -690,7 +739,7 @@ class Rebase:
     ) -> None:
         """The server has it as ``version``."""
         self.remove(transaction)
-        for op in transaction.operations:
+        for op in self.operations(transaction):
             ref = (op.collection, op.entity_id)
             row = self._writer.entity(ref)
             assert row is not None, "an unsettled operation keeps its entity dirty"
@@ -709,11 +758,11 @@ class Rebase:
         one is settled, because what was accepted need not contain it. The copy can have had it
         accepted in a history that the server has lost since (R29), and have merged this one
         alone. The next pull puts both on top of what the server has."""
-        for op in transaction.operations:
+        for op in self.operations(transaction):
             if self._step((op.collection, op.entity_id), op.previous) is not None:
                 return False
         self.remove(transaction)
-        for op in transaction.operations:
+        for op in self.operations(transaction):
             ref = (op.collection, op.entity_id)
             row = self._writer.entity(ref)
             assert row is not None
@@ -756,6 +805,8 @@ class Merged(Struct):
     skipped: bool = False
 
 
+#: So few operations are looked through faster than they are put into a dictionary.
+_FEW_OPERATIONS = 8
 _GONE = PendingTransaction(0, NO_DEVICE, 0, [])
 
 

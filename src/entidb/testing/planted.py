@@ -465,7 +465,7 @@ def _withdrawn_still_shown(garden: Garden) -> None:
 @_bug("dependents-left-behind", "WHOLE", "PREFIX", "CONVERGE", "READ-YOUR-WRITES", "UNEXPECTED")
 def _dependents_left(garden: Garden) -> None:
     """What was built on a withdrawn transaction stays pending."""
-    garden.replace(Rebase, "_closure", lambda original: lambda self, roots: list(roots))
+    garden.replace(Rebase, "_closure", lambda original: lambda self, roots, **more: list(roots))
 
 
 @_bug("idle-cycle-asks-twice", "LIVENESS")
@@ -892,7 +892,7 @@ def _dependents_not_held(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def hold(self: Rebase, *rest: Any) -> None:
-            with mock.patch.object(self, "_closure", list):
+            with mock.patch.object(self, "_closure", lambda roots, **more: list(roots)):
                 original(self, *rest)
 
         return hold
@@ -907,15 +907,7 @@ def _dependents_not_held(garden: Garden) -> None:
 )
 def _one_releases_all(garden: Garden) -> None:
     """Deciding one conflict lets go what is held by others."""
-
-    def make(original: Any) -> Any:
-        def release(self: Rebase) -> None:
-            for transaction in self._held() if self._released else ():
-                self._set_held(transaction, False)
-
-        return release
-
-    garden.replace(Rebase, "release", make)
+    garden.replace(Rebase, "_is_blocked", lambda original: lambda self, transaction: False)
 
 
 @_bug(
