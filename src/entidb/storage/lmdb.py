@@ -894,6 +894,7 @@ class LmdbStorage:
             copy.commit(dict(changes))
         for name in (LMDB_LOCK, LOCK):
             os.unlink(os.path.join(directory, name))
+        self._place.give(directory)
         sync_path(directory)
 
     def _copy_to(self, directory: str) -> None:
