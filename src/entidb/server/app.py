@@ -89,7 +89,8 @@ def create_app(config: ServerConfig | SyncServer) -> SyncApp:
 
     Run by itself it starts and stops with the ASGI lifespan. Mounted in another app, whose server
     does not tell mounted apps of the lifespan, wrap ``async with app.lifespan():`` into that app's
-    own; a ``SyncServer`` of yours stays yours to close. Raises ``ConfigError``.
+    own; a ``SyncServer`` of yours stays yours to close. Raises ``ConfigError``;
+    ``DatabaseLockedError`` if another server has the directory.
     """
     if isinstance(config, SyncServer):
         return SyncApp(config, owned=False)
@@ -143,6 +144,11 @@ class SyncApp:
             await asyncio.to_thread(self.server.close)
         if running is not None:
             await asyncio.to_thread(running.close)
+
+    def discard(self) -> None:
+        """Close what the app opened, when it never ran."""
+        if self._owned:
+            self.server.close()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()

@@ -1,7 +1,7 @@
 """Running the app on uvicorn: addresses, TLS, signals, and connections that do nothing.
 
-One process per data directory: the store has one writer, and pushes share commits only within a
-process. What is served is ``app``'s.
+One server per data directory, in one process: the store has one writer, and pushes share commits
+only within a process. What is served is ``app``'s.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from entidb.errors import ConfigError
-from entidb.server.app import create_app
+from entidb.server.app import SyncApp, create_app
 from entidb.server.config import ServerConfig
 from entidb.server.server import SyncServer
 
@@ -65,7 +65,8 @@ def serve(
     Prints the address once it is bound, as one line on standard error, and writes it to
     ``ready_file``. Other keywords are those of ``Listen``. Logs go to standard error unless the
     program has set up logging. Raises ``ConfigError`` for an address that cannot be bound, for
-    certificates that cannot be read, and for anything but loopback without authentication.
+    certificates that cannot be read, and for anything but loopback without authentication;
+    ``DatabaseLockedError`` if another server has the directory.
     """
     _log_to_stderr()
 
@@ -125,27 +126,30 @@ def _prepare(
     config: ServerConfig | SyncServer, listen: Listen, announce: Callable[[str], None]
 ) -> _Runner:
     settings = config.config if isinstance(config, SyncServer) else config
-    bound = _bind(listen, settings)
+    # First, so that a directory that another server has is not called a port that is taken.
+    app = create_app(config)
+    bound = None
     try:
-        uvicorn_config = _uvicorn_config(config, settings, listen)
+        bound = _bind(listen, settings)
+        uvicorn_config = _uvicorn_config(app, settings, listen)
         name = bound.getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         scheme = "https" if listen.tls_cert else "http"
         return _Runner(_Server(uvicorn_config, announce, f"{scheme}://{host}:{name[1]}"), bound)
     except BaseException:
-        bound.close()
+        if bound is not None:
+            bound.close()
+        app.discard()
         raise
 
 
-def _uvicorn_config(
-    config: ServerConfig | SyncServer, settings: ServerConfig, listen: Listen
-) -> uvicorn.Config:
+def _uvicorn_config(app: SyncApp, settings: ServerConfig, listen: Listen) -> uvicorn.Config:
     if (listen.tls_cert is None) != (listen.tls_key is None):
         raise ConfigError("tls_cert and tls_key go together: give both or none")
     if listen.tls_cert is not None:
         _check_certificate(listen.tls_cert, listen.tls_key)
     return uvicorn.Config(
-        create_app(config),
+        app,
         http=_connection_class(settings),
         ws="none",
         lifespan="on",

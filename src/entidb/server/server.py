@@ -35,7 +35,7 @@ from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants, authenticator_for
 from entidb.server.config import ServerConfig
 from entidb.server.service import DatabaseService, Grant
-from entidb.server.stores import OpenDatabase, Store, Stores, in_memory, on_disk
+from entidb.server.stores import DataDirectory, OpenDatabase, Store, Stores, in_memory, on_disk
 from entidb.server.wire import HttpResponse
 from entidb.types import Clock, Entropy, SystemClock, system_entropy
 
@@ -46,7 +46,8 @@ class SyncServer:
     """Serves the databases of ``config.data_dir``. Close it, or use it as a context manager.
 
     ``open_database`` replaces where databases come from. Raises ``ConfigError`` for settings that
-    cannot work: a key that cannot be read, a hook that cannot be imported, no directory.
+    cannot work: a key that cannot be read, a hook that cannot be imported, no directory, or none
+    that can be written; ``DatabaseLockedError`` if another server has the directory.
     """
 
     def __init__(
@@ -70,9 +71,15 @@ class SyncServer:
         }
         if open_database is None and config.data_dir is None:
             open_database = in_memory(**options)
-        elif open_database is None:
+        self._directory: DataDirectory | None = None
+        if open_database is None:
+            self._directory = DataDirectory.take(config)
             open_database = on_disk(config, **options)
-        self.stores = Stores(config, clock=self.clock, open_database=open_database)
+        try:
+            self.stores = Stores(config, clock=self.clock, open_database=open_database)
+        except BaseException:
+            self._release_directory()
+            raise
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(6).hex()
 
@@ -230,7 +237,14 @@ class SyncServer:
 
     def close(self) -> None:
         """Finish what is queued and close all databases. Idempotent."""
-        self.stores.close()
+        try:
+            self.stores.close()
+        finally:
+            self._release_directory()
+
+    def _release_directory(self) -> None:
+        if self._directory is not None:
+            self._directory.release()
 
     def __enter__(self) -> Self:
         return self

@@ -8,8 +8,11 @@ more, and opened again by the next request (R17). What a request means is not kn
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from entidb.db.maintenance import mark_clock, sequence_at
 from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
+    DatabaseLockedError,
     EntiDBError,
     InvalidNameError,
     PermissionDeniedError,
@@ -31,10 +35,13 @@ from entidb.errors import (
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.service import DatabaseService, ValidateHook
-from entidb.storage.place import make_directory
+from entidb.storage.place import FileLock, HeldError, is_at, make_directory
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
+
+#: Locked by the server of a data directory; no database is called so.
+SERVER_LOCK: Final = "entidb-server.lock"
 
 _DAY_MS: Final = 24 * 3600 * 1000
 _RETRY_S: Final = 1.0
@@ -305,15 +312,83 @@ def _check_known_name(db_id: str) -> None:
 # ---------------------------------------------------------------- where databases come from
 
 
-def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
-    """Databases in directories below ``config.data_dir``, which is made if missing."""
+class DataDirectory:
+    """``config.data_dir``, for one server: made if missing, and locked as long as it is served.
+    Several processes that work for one server would share this object's lock."""
+
+    def __init__(self, root: str, locks: list[FileLock]) -> None:
+        self._lock_path = os.path.join(root, SERVER_LOCK)
+        self._locks = locks
+
+    @classmethod
+    def take(cls, config: ServerConfig) -> DataDirectory:
+        """Raises ``ConfigError`` for a place that cannot be made or written, and
+        ``DatabaseLockedError`` if another server has it, in this process or in another."""
+        root = _root(config)
+        try:
+            make_directory(root)
+            try:
+                return cls._lock(root)
+            except HeldError as error:
+                if error.holder != str(os.getpid()):
+                    raise
+            # A server that nobody refers to any more may still wait for the collector.
+            gc.collect()
+            return cls._lock(root)
+        except HeldError as error:
+            raise _served(root, error.holder) from error
+        except OSError as error:
+            raise _unusable(root, error) from error
+
+    @classmethod
+    def _lock(cls, root: str) -> DataDirectory:
+        locks = [FileLock.take(os.path.join(root, SERVER_LOCK), os.stat(root))]
+        try:
+            if sys.platform != "win32":
+                # A lock file can be deleted, so the directory itself is locked too.
+                locks.append(FileLock(os.open(root, os.O_RDONLY)))
+        except BaseException:
+            locks[0].release()
+            raise
+        return cls(root, locks)
+
+    def release(self) -> None:
+        """Idempotent. Leaves no lock file behind; who dies does, which does no harm."""
+        with contextlib.suppress(OSError):
+            if self._locks[0].descriptor >= 0 and is_at(self._lock_path, self._locks[0].descriptor):
+                os.unlink(self._lock_path)
+        for lock in self._locks:
+            lock.release()
+
+
+def _root(config: ServerConfig) -> str:
     assert config.data_dir is not None
-    root = Path(os.path.abspath(config.data_dir))
-    try:
-        if not root.is_dir():
-            make_directory(str(root))
-    except OSError as error:
-        raise ConfigError(f"data_dir cannot be made: {error}") from error
+    return os.path.abspath(config.data_dir)
+
+
+def _served(root: str, holder: str) -> DatabaseLockedError:
+    if holder == str(os.getpid()):
+        return DatabaseLockedError(
+            f"{root} is served by another server in this process; close that one first, or give "
+            "another directory"
+        )
+    process = f"process {holder}" if holder else "another process"
+    return DatabaseLockedError(
+        f"{root} is served by {process} already; stop that server, or give another directory"
+    )
+
+
+def _unusable(root: str, error: OSError) -> ConfigError:
+    what = "cannot be used" if os.path.isdir(root) else "cannot be made"
+    return ConfigError(
+        f"data_dir {what}: {root}: {error.strerror}; give a directory that the user of the server "
+        "may write to"
+    )
+
+
+def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
+    """Databases in directories below ``config.data_dir``."""
+    root = Path(_root(config))
 
     def open_database(db_id: str, create: bool) -> Database:
         path = root / directory_name(db_id)

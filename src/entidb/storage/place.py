@@ -277,6 +277,8 @@ def sync_path(path: str) -> None:
 def make_directory(path: str) -> None:
     """Make the directory ``path`` and what is missing above it, each durable in the one above and
     with that one's owner; only he may use them. One that is there is left as it is."""
+    if os.path.isdir(path):
+        return
     above = os.path.dirname(path)
     if not os.path.lexists(above):
         make_directory(above)

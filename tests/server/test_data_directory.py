@@ -1,0 +1,202 @@
+"""One server for a directory: a second one is refused when it starts, whoever starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from entidb.db import Database
+from entidb.errors import ConfigError, DatabaseLockedError
+from entidb.server import ServerConfig, SyncServer, create_app, serving
+from entidb.server.stores import list_databases
+from entidb.testing.contracts import STUCK_SECONDS
+from tests.cli.support import command, environment
+from tests.storage.test_lmdb_traps import ENVIRONMENT
+
+
+def config(path: Path) -> ServerConfig:
+    return ServerConfig(data_dir=path, insecure_no_auth=True)
+
+
+@contextlib.contextmanager
+def served_elsewhere(path: Path) -> Iterator[int]:
+    """The number of a process that serves the directory."""
+    code = """
+        import sys
+        from entidb.server import ServerConfig, SyncServer
+        with SyncServer(ServerConfig(data_dir=sys.argv[1], insecure_no_auth=True)):
+            print("serving", flush=True)
+            sys.stdin.read()
+    """
+    other = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == b"serving"
+        yield other.pid
+    finally:
+        other.kill()
+        other.communicate(timeout=STUCK_SECONDS)
+
+
+def test_a_second_serve_is_refused_with_the_number_of_the_first(tmp_path: Path) -> None:
+    with served_elsewhere(tmp_path / "data") as process:
+        # Both would listen on one port, too; the directory is the better reason.
+        with serving(ServerConfig(data_dir=None, insecure_no_auth=True)) as url:
+            port = url.rpartition(":")[2]
+            second = subprocess.run(
+                command("serve", tmp_path / "data", "--insecure-no-auth", "--port", port),
+                env=environment(), capture_output=True, text=True, timeout=STUCK_SECONDS,
+                check=False,
+            )  # fmt: skip
+        assert second.returncode == 8, second.stderr
+        assert second.stderr.startswith("error[database_locked]: ")
+        assert f"is served by process {process} already; stop that server" in second.stderr
+    SyncServer(config(tmp_path / "data")).close()
+
+
+def test_a_second_server_is_refused_though_the_lock_file_was_deleted(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("a file that is open cannot be deleted")
+    with served_elsewhere(tmp_path / "data") as process:
+        (tmp_path / "data" / "entidb-server.lock").unlink()
+        with pytest.raises(DatabaseLockedError, match="is served by") as raised:
+            SyncServer(config(tmp_path / "data"))
+        if os.path.exists("/proc/locks"):
+            assert f"process {process} " in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [SyncServer, create_app])
+def test_servers_that_programs_make_are_refused_too(tmp_path: Path, make: type) -> None:
+    with SyncServer(config(tmp_path)) as first:
+        with pytest.raises(DatabaseLockedError, match="another server in this process"):
+            make(config(tmp_path))
+        first.database("shop").collection("notes").add({"n": 1})
+    made = make(config(tmp_path))
+    with contextlib.closing(getattr(made, "server", made)):
+        assert list_databases(tmp_path) == ["shop"]
+
+
+def test_a_server_that_was_refused_an_address_lets_the_directory_go(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="loopback"), serving(config(tmp_path), host="0.0.0.0"):
+        pass
+    with serving(config(tmp_path)) as url:
+        assert url
+    SyncServer(config(tmp_path)).close()
+
+
+def test_a_server_that_ended_leaves_nothing_but_databases(tmp_path: Path) -> None:
+    with SyncServer(config(tmp_path)) as server:
+        server.database("shop")
+        assert sorted(os.listdir(tmp_path)) == ["entidb-server.lock", "shop.entidb"]
+    assert os.listdir(tmp_path) == ["shop.entidb"]
+
+
+def test_a_server_that_was_lost_does_not_keep_its_directory(tmp_path: Path) -> None:
+    lost: list[object] = [SyncServer(config(tmp_path))]
+    lost.append(lost)
+    del lost
+    SyncServer(config(tmp_path)).close()
+
+
+def test_closing_twice_does_not_take_the_directory_from_the_next(tmp_path: Path) -> None:
+    first = SyncServer(config(tmp_path))
+    first.close()
+    with SyncServer(config(tmp_path)):
+        first.close()
+        with pytest.raises(DatabaseLockedError):
+            SyncServer(config(tmp_path))
+
+
+def test_the_databases_of_a_served_directory_can_still_be_looked_after(tmp_path: Path) -> None:
+    with SyncServer(config(tmp_path)) as server:
+        server.database("open")
+        Database.open(tmp_path / "idle.entidb").close()
+        assert list_databases(tmp_path) == ["idle", "open"]
+
+
+def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    code = """
+        import os, sys
+        from entidb.server import ServerConfig, SyncServer
+        config = ServerConfig(data_dir=sys.argv[1], insecure_no_auth=True)
+        server = SyncServer(config)
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.close(writing)
+            server.close()
+            os.read(reading, 1)  # until the parent closes its end
+            os._exit(0)
+        try:
+            SyncServer(config)
+        except Exception as error:
+            print(type(error).__name__)
+        server.close()
+        SyncServer(config).close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=STUCK_SECONDS, check=False,
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.stderr) == ("DatabaseLockedError", "")
+
+
+# ---------------------------------------------------------------- places that cannot be served
+
+
+def test_a_data_dir_that_cannot_be_made_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "data"):
+        with pytest.raises(ConfigError, match=r"data_dir cannot be made: .*file"):
+            SyncServer(config(path))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_data_dir_that_cannot_be_written_is_a_config_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: str, flags: int, *rest: object, **options: object) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), path)
+        raise FileNotFoundError(errno.ENOENT, "No such file", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match=r"data_dir cannot be used: .* may write to"):
+        SyncServer(config(tmp_path))
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="only root becomes somebody else"
+)
+def test_serve_says_at_start_that_it_may_not_write(tmp_path: Path) -> None:
+    for path in (tmp_path, *tmp_path.parents[:3]):
+        with contextlib.suppress(OSError):
+            path.chmod(0o755)
+    code = """
+        import os, sys
+        from entidb.cli.app import run
+        os.setgroups([])
+        os.setgid(4711)
+        os.setuid(4711)
+        sys.exit(run(["serve", sys.argv[1], "--insecure-no-auth", "--port", "0"]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", "import entidb.server.run, entidb.cli.serving\n"
+         + textwrap.dedent(code), str(tmp_path)],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=STUCK_SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "error[invalid_config]: data_dir cannot be used" in done.stderr
+    assert os.listdir(tmp_path) == []
