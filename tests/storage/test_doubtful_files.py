@@ -68,7 +68,8 @@ def test_a_store_whose_process_was_killed_is_looked_at(closed: Path, looks: list
     code = """
         import os, signal, sys
         from entidb.storage import LmdbStorage
-        LmdbStorage.open(sys.argv[1]).commit({b"a": b"1"})
+        store = LmdbStorage.open(sys.argv[1])
+        store.commit({b"a": b"1"})
         os.kill(os.getpid(), signal.SIGKILL)
     """
     run_killed(code, closed)
