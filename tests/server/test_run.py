@@ -117,6 +117,22 @@ def stored(data_dir: Path, history: bytes) -> set[int]:
     return found
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
+def test_a_hangup_ends_nothing_and_says_so(tmp_path: Path):
+    with process(tmp_path) as (server, url):
+        with Client(url) as client:
+            history = client.history()
+            server.send_signal(signal.SIGHUP)
+            answer = client.send(push(history, 1)).message(PushResponse)
+            assert answer.results[0].verdict == Verdict.ACCEPTED
+        said = "SIGHUP ends nothing"
+        while said not in (tmp_path / "stderr").read_text():
+            assert server.poll() is None
+            time.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(WAIT_S) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_cleanly_and_it_has_said_where_it_listened(
     tmp_path: Path, number: signal.Signals

@@ -13,6 +13,7 @@ from entidb.db import Database, Role
 from entidb.errors import (
     DatabaseLockedError,
     PermissionDeniedError,
+    ProtocolError,
     ServerBusyError,
     StorageError,
 )
@@ -102,10 +103,10 @@ def test_what_is_no_database_is_not_listed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("db_id", ["../shop", "..", "a/b", "", "x" * 101, ".x"])
-def test_a_name_that_leads_elsewhere_is_an_unknown_database(place: Place, db_id: str):
-    with pytest.raises(PermissionDeniedError) as caught:
+def test_a_name_that_leads_elsewhere_is_said_to_be_no_name(place: Place, db_id: str):
+    with pytest.raises(ProtocolError, match="is no name for a database") as caught:
         place.use(db_id)
-    assert caught.value.code == "unknown_database"
+    assert caught.value.code == "invalid_message"
     assert place.opener.opened == []
 
 

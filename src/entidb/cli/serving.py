@@ -32,6 +32,8 @@ SETTINGS: Final[dict[str, str]] = {
     "jwt_secret_env": "Environment variable with that secret.",
     "jwt_public_key_file": "PEM file of the public key tokens are signed for (Ed25519 or RSA).",
     "insecure_no_auth": "Let everybody do everything. Works on loopback only.",
+    "allowed_hosts": "Another name this server is asked for by, without tokens; repeat it.",
+    "cors_origins": "Origin of a web page that may use this server; repeat it.",
     "audience": "What a token's `aud` has to name.",
     "leeway_s": "Seconds a token counts beyond its times.",
     "create_databases": "Make a database when a token that may write first asks for it.",
@@ -86,6 +88,9 @@ def _option(name: str, default: Any, meaning: str) -> Callable[[F], F]:
     flag = "--" + name.replace("_", "-")
     if default is True:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
+    if isinstance(default, tuple):
+        envvar = f"ENTIDB_SERVE_{name.upper()}"
+        return click.option(flag, name, multiple=True, help=meaning, envvar=envvar)
     names = [flag, *([_ALIASES[name]] if name in _ALIASES else [])]
     kind = str if default is None else type(default)
     return click.option(

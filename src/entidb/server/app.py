@@ -45,6 +45,7 @@ from entidb.protocol import (
 )
 from entidb.server import wire
 from entidb.server.config import ServerConfig
+from entidb.server.origins import check_single
 from entidb.server.server import SyncServer
 from entidb.server.service import Grant
 from entidb.server.stores import Store
@@ -81,6 +82,8 @@ _PAGE_FRAMING_BYTES: Final = 256 * 1024
 #: Pages being read or waiting in front of the reader; the rest wait here and hold no room.
 _PAGES_AHEAD: Final = 2
 _HOUSEKEEP_S: Final = 30.0
+#: Characters of one value in a line of the access log.
+_LOGGED_MAX: Final = 500
 _PLAIN: Final = frozenset(("/healthz", "/v1/info", "/metrics"))
 
 
@@ -172,6 +175,11 @@ class SyncApp:
         with self._budget.hold() as held:
             try:
                 response = await self._respond_or_explain(exchange, held)
+                response.headers.update(
+                    self.server.origins.answer_headers(
+                        exchange.headers, preflight=exchange.preflight
+                    )
+                )
                 exchange.status = response.status
                 exchange.bytes_out = len(response.body)
                 await self._send(exchange, response, send)
@@ -196,6 +204,12 @@ class SyncApp:
             return response
 
     async def _respond(self, exchange: _Exchange, held: _Held) -> HttpResponse:
+        check_single(exchange.raw_headers)
+        origins = self.server.origins
+        origins.check(exchange.headers)
+        if self._config.cors_origins and origins.is_preflight(exchange.method, exchange.headers):
+            exchange.preflight = True
+            return HttpResponse(204)
         if exchange.path in _PLAIN and (exchange.path != "/metrics" or self._metrics is not None):
             return self._plain(exchange)
         wire.check_route(exchange.method, exchange.path)
@@ -445,6 +459,8 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, server: SyncServer) -> None:
         self.method: str = scope["method"]
         self.path = _path_in_app(scope)
+        self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.preflight = False
         self.headers = {
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in scope["headers"]
@@ -533,7 +549,15 @@ class _Exchange:
             "gone": self.gone,
         }
         line.update({name: value for name, value in optional.items() if value is not None})
-        return json.encode(line).decode()
+        return json.encode({name: _loggable(value) for name, value in line.items()}).decode()
+
+
+def _loggable(value: object) -> object:
+    """Text that can be written, whatever a client or an authenticator put into it: no request
+    goes without its line."""
+    if not isinstance(value, str):
+        return value
+    return value[:_LOGGED_MAX].encode("utf-8", "backslashreplace").decode()
 
 
 def _path_in_app(scope: Scope) -> str:

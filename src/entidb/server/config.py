@@ -8,6 +8,7 @@ from the network and a directory is on a disk. No clock, no sockets, no files ar
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
+from entidb.server.origins import check_names
 from entidb.types import TRANSACTION_BYTES_MAX
 
 _MIB: Final = 1024 * 1024
@@ -68,6 +70,14 @@ class ServerConfig:
     authenticator: Callable[[str | None], Any] | None = None
     #: Let everybody read and write everything. ``serve`` then binds to loopback only.
     insecure_no_auth: bool = False
+
+    #: Names, without ports, by which a server without authentication may be asked for beside
+    #: ``localhost`` and the loopback addresses. Any other Host is refused there: it may be that
+    #: of a web page which has made its name point at this machine.
+    allowed_hosts: tuple[str, ...] = ()
+    #: Origins of web pages that may use this server from a browser (CORS), such as
+    #: ``"https://app.example.org"``. None unless named.
+    cors_origins: tuple[str, ...] = ()
 
     #: Called for every transaction of every push, as a function or as ``"module:function"``;
     #: see ``entidb.server.ValidateHook``.
@@ -132,6 +142,7 @@ class ServerConfig:
             raise ConfigError("data_dir is empty: name a directory")
         if not self.audience:
             raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
+        check_names(self.allowed_hosts, self.cors_origins)
         self._check_auth()
         self._check_validate()
 
@@ -159,10 +170,13 @@ class ServerConfig:
             )
         if self.authenticator is not None and not callable(self.authenticator):
             raise ConfigError("authenticator is a function from a token to Grants")
+        if self.authenticator is not None:
+            _check_not_async("authenticator", self.authenticator)
 
     def _check_validate(self) -> None:
         hook: object = self.validate
         if hook is None or callable(hook):
+            _check_not_async("validate", hook)
             return
         if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
             raise ConfigError(f'validate is a function or "module:function", not {hook!r}')
@@ -191,6 +205,7 @@ class ServerConfig:
             raise ConfigError(f"validate={hook!r} cannot be loaded: {error}") from error
         if not callable(found):
             raise ConfigError(f"validate={hook!r} is a {type(found).__name__} and not a function")
+        _check_not_async(f"validate={hook!r}", found)
         return found  # type: ignore[no-any-return]
 
 
@@ -236,6 +251,17 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not low <= number <= high:  # which NaN is not
         raise ConfigError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
+
+
+def _check_not_async(name: str, function: object) -> None:
+    """It is called from a thread that no event loop runs in; nobody would await what it returns."""
+    called = getattr(function, "__call__", None)  # noqa: B004, an object may be a function too
+    for each in (function, called, getattr(function, "func", None)):
+        if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
+            raise ConfigError(
+                f"{name} is an async function, and is called from threads: give a plain one, which "
+                "answers from memory"
+            )
 
 
 # ---------------------------------------------------------------- names of databases

@@ -35,6 +35,7 @@ DEFAULT_PORT: Final = 4984
 _HEAD_BYTES_MAX: Final = 64 * 1024
 _KEEP_ALIVE_S: Final = 75
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_HANGUP: Final = getattr(signal, "SIGHUP", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,11 +267,19 @@ def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
         server.should_exit = True
 
     before = {each: signal.signal(each, stop) for each in _STOP_SIGNALS}
+    if _HANGUP is not None:
+        before[_HANGUP] = signal.signal(_HANGUP, _stay)
     try:
         yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _stay(number: int, frame: FrameType | None) -> None:
+    """A terminal that closes, or an operator who means "read your settings again", ends no
+    server: by itself the signal would, without a word."""
+    os.write(2, b"entidb: SIGHUP ends nothing and reads nothing again; restart for new settings\n")
 
 
 def _connection_class(settings: ServerConfig) -> type[HttpToolsProtocol]:

@@ -34,6 +34,7 @@ from entidb.protocol import (
 from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants, authenticator_for
 from entidb.server.config import ServerConfig
+from entidb.server.origins import Origins
 from entidb.server.service import DatabaseService, Grant
 from entidb.server.stores import DataDirectory, OpenDatabase, Store, Stores, in_memory, on_disk
 from entidb.server.wire import HttpResponse
@@ -63,6 +64,12 @@ class SyncServer:
         self.limits = config.limits()
         #: Content encodings taken and made; part of the handshake's ``features``.
         self.encodings: Final = wire.ENCODINGS if config.compression else ()
+        #: From where requests may come, for whoever serves them over HTTP.
+        self.origins: Final = Origins(
+            open_to_all=config.insecure_no_auth,
+            hosts=config.allowed_hosts,
+            cors=config.cors_origins,
+        )
         self._authenticate: Authenticator = authenticator_for(config, self.clock)
         options: dict[str, Any] = {
             "clock": self.clock,
@@ -162,7 +169,11 @@ class SyncServer:
 
     def authenticate(self, token: str | None) -> Grants:
         """Raises ``AuthenticationError``."""
-        return self._authenticate(token)
+        grants: object = self._authenticate(token)
+        if not isinstance(grants, Grants):
+            # A program's own authenticator; it is the operator who has to hear of this.
+            raise TypeError(f"the authenticator answered {grants!r:.100} and not Grants")
+        return grants
 
     def decode(self, path: str, body: bytes) -> SyncRequest:
         """Raises ``ProtocolError`` and ``SyncCodecError``."""

@@ -28,6 +28,7 @@ from entidb.errors import (
     EntiDBError,
     InvalidNameError,
     PermissionDeniedError,
+    ProtocolError,
     ServerBusyError,
     StorageError,
     TransactionError,
@@ -306,7 +307,8 @@ def _check_known_name(db_id: str) -> None:
     try:
         check_db_id(db_id)
     except InvalidNameError as error:
-        raise unknown_database() from error
+        # Not "unknown", which sends people to look for a database: there can be none.
+        raise ProtocolError(str(error)) from error
 
 
 # ---------------------------------------------------------------- where databases come from
