@@ -44,8 +44,7 @@ Place = tuple[Path, Callable[[], None]]
 @contextlib.contextmanager
 def full_map(path: Path, patch: pytest.MonkeyPatch) -> Iterator[Place]:
     patch.setattr("entidb.storage.lmdb.MAP_BYTES_MAX", 2 * MAP)
-    patch.setattr("entidb.db.database.MAP_BYTES_DEVICE", MAP)
-    patch.setattr("entidb.db.database.MAP_BYTES_SERVER", MAP)
+    patch.setattr("entidb.storage.lmdb.MAP_ROOM_BYTES", MAP // 2)
     yield path, lambda: patch.setattr("entidb.storage.lmdb.MAP_BYTES_MAX", 64 * MAP)
 
 

@@ -66,10 +66,6 @@ from entidb.types import (
 
 V = TypeVar("V")
 
-#: A device's map: virtual address space, not memory or disk.
-MAP_BYTES_DEVICE = 64 << 30
-MAP_BYTES_SERVER = 1 << 40
-
 
 class CommitEvent(Struct, frozen=True):
     """What observers are called with, once per storage commit that changed what readers see.
@@ -257,18 +253,17 @@ class Database:
     ) -> Database:
         """Open the database in directory ``path``; made if missing and ``create``.
 
-        ``map_bytes`` bounds how large it can grow before the map is enlarged (default 64 GiB,
-        1 TiB for a server; address space, not disk). ``salvage`` opens a file with damaged pages
-        too, to read what can still be read: do it in a process of its own, because a damaged page
-        may end it. Other options are those of the constructor.
+        ``map_bytes`` bounds how large it can grow before the map is enlarged (address space, not
+        disk; by default twice what there is, and 4 GiB). ``salvage`` opens a file with damaged
+        pages too, to read what can still be read: do it in a process of its own, because a damaged
+        page may end it. Other options are those of the constructor.
 
         Raises ``FormatError`` (not a database, truncated, newer; left untouched),
         ``CorruptionError`` (damaged pages; left untouched),
         ``DatabaseLockedError`` (open in another process, or twice in this one), ``StorageError``.
         """
         where = os.fspath(path)
-        size = map_bytes or (MAP_BYTES_SERVER if role is Role.SERVER else MAP_BYTES_DEVICE)
-        storage = LmdbStorage.open(where, create=create, map_bytes=size, salvage=salvage)
+        storage = LmdbStorage.open(where, create=create, map_bytes=map_bytes, salvage=salvage)
         try:
             if role is None:
                 role = _stored_role(storage)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import struct
 import sys
@@ -42,6 +43,7 @@ from entidb.errors import (
     StorageFullError,
 )
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
+from entidb.storage.disk_errors import address_space_limit, disk_error, short_write_error
 from entidb.storage.lmdb_file import check_data_file, write_headers_again
 from entidb.storage.lmdb_pages import (
     check_headers,
@@ -67,8 +69,11 @@ from entidb.storage.place import (
 from entidb.storage.resident import shed
 from entidb.storage.turns import Turn, Turns
 
-#: Virtual and sparse: a large map costs nothing until it is filled.
-MAP_BYTES_DEFAULT: Final = 64 * 2**30
+#: Room in a new map beside twice the file: virtual, but of 2**47 bytes that a process has. So many
+#: databases can be open, and the map of few has to grow while somebody reads.
+MAP_ROOM_BYTES: Final = 4 * 2**30
+#: Of a limit on address space, the part that one database takes to begin with.
+_MAP_SHARE: Final = 2048
 MAP_BYTES_MAX: Final = 2**46
 _MAP_BYTES_MIN: Final = 2**20
 #: LMDB's own bound on a value is 4 GiB; this one leaves room for the checksum on any system.
@@ -82,6 +87,15 @@ _GATE_SECONDS: Final = 60.0
 _GATE_LOOK_SECONDS: Final = 0.001
 #: Rows read or written between two looks at how much of the file is resident.
 _SHED_EVERY_ROWS: Final = 20_000
+#: Commits, and rows of one, between two looks at whether the map should grow.
+_ROOM_EVERY_COMMITS: Final = 64
+_ROOM_EVERY_ROWS: Final = 1000
+#: How to ask for address space and nothing else.
+_ASIDE: Final[dict[str, int]] = (
+    {}
+    if sys.platform == "win32"
+    else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, "prot": mmap.PROT_READ}
+)
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
 #: Records between two looks at ``stop``: small ranges do not read far over their end.
@@ -113,31 +127,57 @@ _FAULTS_KEPT: Final = 10
 #: What an empty value takes with its checksum.
 _LENGTHS_OF_NOTHING: Final = {_U32.size}
 
-_FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-
-#: How LMDB's errors leave this module; the first match counts.
-_ERRORS: Final[tuple[tuple[type[Exception], type[EntiDBError], str], ...]] = (
+#: How LMDB's errors leave this module; the first match counts. Others are the system's.
+_ERRORS: Final[tuple[tuple[type[Exception], type[StorageError], str], ...]] = (
     (lmdb.MapFullError, StorageFullError, "the map is full; open with a larger map_bytes"),
-    (lmdb.DiskError, StorageFullError, "the disk is full; free space and try again"),
     (lmdb.ReadersFullError, StorageError, "too many open snapshots; close them sooner"),
     (lmdb.CorruptedError, CorruptionError, "the file is damaged; restore a backup"),
     (lmdb.PageNotFoundError, CorruptionError, "the file is damaged; restore a backup"),
     (lmdb.InvalidError, FormatError, "not a database; check the path"),
     (lmdb.VersionMismatchError, FormatError, "another LMDB format; check the path"),
-    (lmdb.ReadonlyError, StorageError, "no permission to write; check owner and mode"),
+)
+#: What LMDB's errors for what the system says are called where they carry no number.
+_CODES: Final[tuple[tuple[type[Exception], int], ...]] = (
+    (lmdb.DiskError, errno.ENOSPC),
+    (lmdb.ReadonlyError, errno.EACCES),
+    (lmdb.MemoryError, errno.ENOMEM),
 )
 
 
-def _storage_error(error: Exception, doing: str) -> EntiDBError:
+def _storage_error(error: Exception, doing: str) -> StorageError:
+    """Ours for what LMDB or the system raised. Their words do not go with it: they stand in what
+    it is raised from."""
+    if isinstance(error, EntiDBError):
+        kind_of = type(error) if isinstance(error, StorageError) else StorageError
+        return kind_of(f"{doing}: {error}", code=error.code)
     for kind, ours, hint in _ERRORS:
         if isinstance(error, kind):
-            return ours(f"{doing}: {hint} ({error})")
-    if getattr(error, "code", 0) in _FULL or getattr(error, "errno", 0) in _FULL:
-        return StorageFullError(f"{doing}: the disk is full; free space and try again ({error})")
-    return StorageError(f"{doing}: {error}")
+            return ours(f"{doing}: {hint}")
+    code = _code(error)
+    if code:
+        return disk_error(code, doing)
+    return StorageError(
+        f"{doing}: this failed inside LMDB; run verify, and report it if all is well"
+    )
+
+
+def _code(error: Exception) -> int:
+    """The system's number for ``error``, 0 if it has none."""
+    number = getattr(error, "errno", None) or getattr(error, "code", None)
+    if isinstance(number, int) and number > 0:
+        return number
+    return next((code for kind, code in _CODES if isinstance(error, kind)), 0)
 
 
 # ---------------------------------------------------------------- snapshots
+
+
+@contextlib.contextmanager
+def _foreign_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, lmdb.Error) as error:
+        raise _storage_error(error, doing) from error
 
 
 class _Reader:
@@ -330,6 +370,10 @@ class LmdbSnapshot:
             if self._store._gate > _DRAINING:
                 self._step_aside()
             yield reader.txn
+        except lmdb.Error as error:
+            reader.busy = False
+            self._explain(error)
+            raise
         finally:
             reader.busy = False
 
@@ -442,7 +486,9 @@ class LmdbStorage:
         self._readers: set[_Reader] = set()
         #: Transactions of snapshots that were closed while LMDB was out of bounds.
         self._orphans: list[Any] = []
+        #: 0 until the file has been looked at.
         self._map_bytes = map_bytes
+        self._commits = 0
         #: Rows read and written since it was looked how much of the file is resident.
         self._touched = 0
         #: Whether something came up that may come from a damaged page: then the next one looks.
@@ -485,16 +531,17 @@ class LmdbStorage:
         path: str | os.PathLike[str],
         *,
         create: bool = True,
-        map_bytes: int = MAP_BYTES_DEFAULT,
+        map_bytes: int | None = None,
         drain_seconds: float = _DRAIN_SECONDS,
         salvage: bool = False,
     ) -> LmdbStorage:
         """Open the store in the directory ``path``, for this object alone.
 
         With ``create`` a missing or empty directory becomes an empty store (directory 0700,
-        files 0600). ``map_bytes`` bounds the size until a commit doubles it; less is mapped where
-        the system allows less. ``drain_seconds`` is how long a commit that must grow the map waits
-        for open snapshots.
+        files 0600). ``map_bytes`` bounds the size until a commit doubles it, by default what the
+        file has and as much again, and some GiB where address space has no limit; less is mapped
+        where the system allows less. ``drain_seconds`` is how long a commit that must grow the map
+        waits for open snapshots.
 
         A file that was not closed, or was changed since, is looked at before it is mapped: every
         page that can be reached is read once. ``salvage`` opens one with damaged pages too, to
@@ -522,7 +569,8 @@ class LmdbStorage:
                 _check_closed(place, salvage)
             else:
                 _create(place)
-            store = cls(where, place, max(map_bytes, _MAP_BYTES_MIN), drain_seconds)
+            size = 0 if map_bytes is None else max(map_bytes, _MAP_BYTES_MIN)
+            store = cls(where, place, size, drain_seconds)
             store._doubtful = salvage
             return store
         except OSError as error:
@@ -613,14 +661,19 @@ class LmdbStorage:
         for _ in range(_GROWTHS_MAX):
             try:
                 self._write(puts, deletes)
-                self._touched += len(puts) + len(deletes)
-                return
+                break
             except lmdb.MapFullError:
-                self._grow()
+                self._grow(sum(len(key) + len(value) for key, value in puts))
             except lmdb.Error as error:
                 self._doubtful = True
-                raise _storage_error(error, f"writing {self.path}") from error
-        raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
+                raise self._commit_failure(error, f"writing {self.path}") from error
+        else:
+            raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
+        rows = len(puts) + len(deletes)
+        self._touched += rows
+        self._commits += 1
+        if self._commits % _ROOM_EVERY_COMMITS == 0 or rows > _ROOM_EVERY_ROWS:
+            self._grow_early()
 
     def _write(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
         txn, committed_before = None, None
@@ -647,25 +700,62 @@ class LmdbStorage:
             self._wait_until_idle()
             txn.abort()
 
-    def _grow(self) -> None:
-        """Double the map. Open snapshots would not survive it, so they are waited for."""
-        size = min(self._map_bytes * 2, MAP_BYTES_MAX)
-        if size == self._map_bytes:
-            raise StorageFullError(f"{self.path} has reached {size} bytes; nothing was changed")
+    def _grow(self, batch_bytes: int) -> None:
+        """Make the map larger by more than a batch of ``batch_bytes`` can need, and twice as large
+        where the system gives that. Open snapshots would not survive it, so they are waited for."""
+        now = self._map_bytes
+        if now >= MAP_BYTES_MAX:
+            raise StorageFullError(f"{self.path} has reached {now} bytes; nothing was changed")
         with self._gate_at(_DRAINING):
             if not self._drain():
                 raise StorageFullError(
-                    f"{self.path} has to grow over {self._map_bytes} bytes, and "
+                    f"{self.path} has to grow over {now} bytes, and "
                     f"{len(self._readers)} snapshots stay open; nothing was changed. "
                     "Close snapshots sooner, or open with a larger map_bytes"
                 )
+            for more in (max(now, 4 * batch_bytes), max(now // 4, 2 * batch_bytes)):
+                if self._map_more(more):
+                    return
+        raise StorageFullError(
+            f"the system gives this process no address space for {self.path} to grow beyond "
+            f"{now} bytes (ulimit -v, RLIMIT_AS); nothing was changed. Raise the limit"
+        )
+
+    def _grow_early(self) -> None:
+        """Make room while there is still some, if nobody would have to be waited for."""
+        if self._readers or self._map_bytes >= MAP_BYTES_MAX:
+            return
+        used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if used * 2 < self._map_bytes:
+            return
+        # The commit is durable, whatever becomes of this: a store that it shuts says so later.
+        with contextlib.suppress(StorageError), self._gate_at(_DRAINING):
+            if not self._readers:
+                self._map_more(self._map_bytes)
+
+    def _map_more(self, more: int) -> bool:
+        """Map up to ``more`` bytes more; whether the system gives them. Without readers only.
+
+        LMDB gives up the old map before it asks for the new one, and reads through neither if it
+        does not get that; so the system is asked first."""
+        size = min(self._map_bytes + more, MAP_BYTES_MAX)
+        try:
+            mmap.mmap(-1, size - self._map_bytes, **_ASIDE).close()
+            self._env.set_mapsize(size)
+        except (OSError, ValueError, OverflowError):
+            return False
+        except lmdb.Error as error:
+            # Somebody else took it meanwhile. What was mapped a moment ago can be mapped again.
+            self._gate = _FROZEN
+            self._env.close()
             try:
-                self._env.set_mapsize(size)
-            except lmdb.Error as error:
-                raise StorageFullError(
-                    f"the system does not map {size} bytes for {self.path}; nothing was changed"
-                ) from error
-            self._map_bytes = size
+                self._open_environment()
+            except (OSError, lmdb.Error, EntiDBError) as second:
+                self._shut()
+                raise _storage_error(second, f"mapping {self.path}") from error
+            return False
+        self._map_bytes = size
+        return True
 
     def _settle(self, error: BaseException, committed_before: int, txn: Any) -> None:
         """Find out what a failed commit did: close, open again, compare transaction numbers.
@@ -693,23 +783,21 @@ class LmdbStorage:
                 committed = self._env.info()["last_txnid"]
             except (lmdb.Error, OSError, EntiDBError) as second:
                 self._shut()
+                after = _storage_error(second, "opening it again")
                 raise CommitUnknownError(
-                    f"{doing}: {error}; then: {second}. The store is closed; open it again and "
-                    "read to find out whether the commit is there"
+                    f"{_storage_error(error, doing)}. Then: {after}. The store is closed; open it "
+                    "again and read to find out whether the commit is there"
                 ) from error
         if committed == committed_before:
             raise reason from error
 
-    def _commit_failure(self, error: Exception, doing: str) -> EntiDBError:
-        reason = _storage_error(error, doing)
-        if isinstance(reason, StorageFullError):
-            return reason
+    def _commit_failure(self, error: Exception, doing: str) -> StorageError:
         # LMDB reports a write that stopped half-way as EIO, whatever stopped it.
-        with contextlib.suppress(OSError):
-            room = os.statvfs(self.path)
-            if room.f_bavail * room.f_frsize < 2**20:
-                return _storage_error(OSError(errno.ENOSPC, str(error)), doing)
-        return StorageError(f"{doing}: {error}; nothing was changed")
+        if _code(error) == errno.EIO:
+            reason = short_write_error(self.path, self._place.data_bytes(), doing)
+        else:
+            reason = _storage_error(error, doing)
+        return type(reason)(f"{reason}; nothing was changed", code=reason.code)
 
     # ---- the gate
 
@@ -782,20 +870,22 @@ class LmdbStorage:
             if self._gate:
                 self._find_gate_open()
             snapshot = self.snapshot()
-            header = read_header(data, snapshot._transaction_number())
+            with _foreign_errors(f"verifying {self.path}"):
+                header = read_header(data, snapshot._transaction_number())
         with snapshot:
             if header is None:
                 yield "the header of the newest commit cannot be found"
                 return
             damaged = False
             for fault in page_faults(data, header):
-                damaged = True
+                damaged = self._doubtful = True
                 yield fault
             if damaged:
                 return
             try:
                 yield from self._verify(snapshot)
-            except (CorruptionError, lmdb.Error) as error:
+            except StorageError as error:
+                self._doubtful = True
                 yield f"the walk ended early: {error}"
 
     def _verify(self, snapshot: LmdbSnapshot) -> Iterator[str]:
@@ -890,7 +980,7 @@ class LmdbStorage:
         os.mkdir(directory, 0o700)
         with self.snapshot() as snapshot, snapshot._inside():
             self._copy_to(directory)
-        with contextlib.closing(LmdbStorage.open(directory, map_bytes=self._map_bytes)) as copy:
+        with contextlib.closing(LmdbStorage.open(directory)) as copy:
             copy.commit(dict(changes))
         for name in (LMDB_LOCK, LOCK):
             os.unlink(os.path.join(directory, name))
@@ -972,10 +1062,11 @@ class LmdbStorage:
                 self._place.leave(headers, transaction)
 
     def _open_environment(self) -> None:
-        size = self._map_bytes
         self._place.check()
         self._place.make_lock_table()
-        floor = max(_MAP_BYTES_MIN, self._place.data_bytes())
+        data_bytes = self._place.data_bytes()
+        floor = max(_MAP_BYTES_MIN, data_bytes)
+        size = self._map_bytes or _map_bytes_for(data_bytes)
         while True:
             try:
                 env = self._map(size)
@@ -1042,6 +1133,14 @@ if hasattr(os, "register_at_fork"):
 
 
 # ---------------------------------------------------------------- batches and files
+
+
+def _map_bytes_for(data_bytes: int) -> int:
+    """How much to map of a file of that size, so that it can grow for a while."""
+    limit = address_space_limit()
+    room = MAP_ROOM_BYTES if limit is None else min(MAP_ROOM_BYTES, limit // _MAP_SHARE)
+    steps = (2 * data_bytes + room) // _MAP_BYTES_MIN + 1
+    return min(steps * _MAP_BYTES_MIN, MAP_BYTES_MAX)
 
 
 def _stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:

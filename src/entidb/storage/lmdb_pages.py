@@ -43,6 +43,15 @@ class _Bad(Exception):
     """A page that cannot be read any further; the message is the fault."""
 
 
+#: The last two: a file that is cut short, or a number that leads out of its page, in a place where
+#: nothing compares it first.
+_UNREADABLE: Final = (_Bad, struct.error, IndexError)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, _Bad) else "a page is not what it must be"
+
+
 @dataclass(frozen=True)
 class _Tree:
     flags: int
@@ -81,8 +90,8 @@ def check_headers(path: str, known: int = 0) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fault = _header_fault(descriptor, known)
-    except _Bad as error:
-        fault = str(error)
+    except _UNREADABLE as error:
+        fault = _said(error)
     finally:
         os.close(descriptor)
     if fault is not None:
@@ -104,7 +113,7 @@ def read_raw_headers(path: str) -> tuple[bytes, int]:
     try:
         headers = _read_headers(descriptor)
         raw = [os.pread(descriptor, _META_BYTES, n * headers[0].page_bytes) for n in (0, 1)]
-    except _Bad:
+    except _UNREADABLE:
         return b"", 0
     finally:
         os.close(descriptor)
@@ -120,8 +129,8 @@ def closed_file_faults(path: str) -> list[str]:
         if fault is not None:
             return [fault]
         headers = _read_headers(descriptor)
-    except _Bad as error:
-        return [str(error)]
+    except _UNREADABLE as error:
+        return [_said(error)]
     finally:
         os.close(descriptor)
     return list(page_faults(path, newer_first(headers)[0]))
@@ -133,7 +142,7 @@ def read_header(path: str, transaction: int) -> Header | None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         headers = _read_headers(descriptor)
-    except _Bad:
+    except _UNREADABLE:
         return None
     finally:
         os.close(descriptor)
@@ -146,8 +155,8 @@ def page_faults(path: str, header: Header) -> Iterator[str]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from _Walk(descriptor, header).run()
-    except _Bad as error:
-        yield f"the walk over the pages ended early: {error}"
+    except _UNREADABLE as error:
+        yield f"the walk over the pages ended early: {_said(error)}"
     finally:
         os.close(descriptor)
 
@@ -156,13 +165,13 @@ def page_faults(path: str, header: Header) -> Iterator[str]:
 
 
 def _read_headers(descriptor: int) -> tuple[Header, Header]:
-    raw = os.pread(descriptor, _META_BYTES, 0)
+    raw = _pread(descriptor, _META_BYTES, 0)
     if len(raw) < _META_BYTES:
         raise _Bad("the file is shorter than its header")
     (page_bytes,) = struct.unpack_from("=I", raw, _PAGE_SIZE_AT)
     if page_bytes not in _PAGE_SIZES:
         raise _Bad(f"the header names a page size of {page_bytes}")
-    second = os.pread(descriptor, _META_BYTES, page_bytes)
+    second = _pread(descriptor, _META_BYTES, page_bytes)
     if len(second) < _META_BYTES:
         raise _Bad("the file is shorter than its headers")
     if second[_PAGE_SIZE_AT : _PAGE_SIZE_AT + 4] != raw[_PAGE_SIZE_AT : _PAGE_SIZE_AT + 4]:
@@ -207,7 +216,7 @@ def _older_fault(
     there before, and leaves the roots of the commit that failed."""
     try:
         listed_before = _last_listed(descriptor, older)
-    except _Bad:
+    except _UNREADABLE:
         return None
     if listed_before > older.transaction:
         # The roots are of the commit after the newer one. Its header was not written whole, or it
@@ -270,10 +279,18 @@ def _last_node(page: bytes, lower: int) -> int:
     return at
 
 
+def _pread(descriptor: int, count: int, offset: int) -> bytes:
+    try:
+        return os.pread(descriptor, count, offset)
+    except OSError as error:
+        said = os.strerror(error.errno or 0).lower()
+        raise _Bad(f"the disk does not give what is at byte {offset}: {said}") from error
+
+
 def _read_page(descriptor: int, number: int, page_bytes: int) -> bytes:
     page = b""
     if number * page_bytes < 2**62:
-        page = os.pread(descriptor, page_bytes, number * page_bytes)
+        page = _pread(descriptor, page_bytes, number * page_bytes)
     if len(page) < page_bytes:
         raise _Bad(f"page {number} is behind the end of the file")
     return page
@@ -317,7 +334,7 @@ class _Walk:
         """Take the pages of a value that has its own, with one header; how many there are."""
         count = (_PAGE_HEADER.size - 1 + length) // self._bytes + 1
         self.take(first, count)
-        raw = os.pread(self._descriptor, _PAGE_HEADER.size, first * self._bytes)
+        raw = _pread(self._descriptor, _PAGE_HEADER.size, first * self._bytes)
         number, _, flags, low, high = _PAGE_HEADER.unpack(raw)
         if number != first or flags != _OVERFLOW or low | high << 16 != count:
             raise _Bad(f"page {first} does not begin a value of {length} bytes")
@@ -325,7 +342,7 @@ class _Walk:
 
     def read_value(self, first: int, length: int) -> bytes:
         at = first * self._bytes + _PAGE_HEADER.size
-        return os.pread(self._descriptor, length, at)
+        return _pread(self._descriptor, length, at)
 
     def _free_pages(self, lists: list[tuple[bytes, bytes]]) -> Iterator[str]:
         last_page = self._header.last_page
