@@ -308,8 +308,38 @@ def test_r5_an_older_server_that_forbids_the_whole_push_is_understood() -> None:
     assert [gone.code for gone in a.engine.discarded()] == ["forbidden"] * 3
     assert "does not allow writing" in a.engine.discarded()[0].message
     assert (len(result.withdrawn), a.pending, a.values()[1000]) == (3, 0, "theirs")
-    # The batch, and one with nothing in it: that it is not about a single transaction.
-    assert [len(request.transactions) for request in refused] == [3, 0]
+    # The batch, again after a pull, and one with nothing in it: it is about no transaction.
+    assert [len(request.transactions) for request in refused] == [3, 3, 0]
+
+
+def test_r5_a_token_for_another_database_withdraws_nothing() -> None:
+    """It is forbidden to pull as well, and comes to light before anything is withdrawn."""
+    world = World()
+    a = with_work(world, count=3, size=1)
+    pulls = iter([None])
+
+    def hook(request: SyncRequest) -> None:
+        if not isinstance(request, PullRequest) or next(pulls, "no more"):
+            raise error_from_code("forbidden", "the token does not grant this database")
+
+    a.wire.before = hook
+    for _ in range(3):
+        with pytest.raises(PermissionDeniedError):
+            a.sync()
+        assert (a.pending, a.engine.discarded()) == (3, [])
+    open_gate(a)
+    a.sync()
+    assert_in_step(world, a)
+
+
+def test_r5_one_round_a_cycle_is_enough_to_learn_that_nothing_may_be_written() -> None:
+    world = World()
+    a = world.device(rounds_max=1)
+    a.put(("notes", 1, "mine"))
+    gate(a, everything(older_server_forbids))
+    assert a.sync().incomplete
+    assert [gone.code for gone in a.sync().withdrawn] == ["forbidden"]
+    assert a.pending == 0
 
 
 def test_r5_a_right_that_came_back_before_it_was_needed_withdraws_nothing() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from entidb.cli.output import facts, plural, safe, size_text
-from entidb.sync import Action, Conflict, SyncCycleResult, SyncStatus
+from entidb.sync import Action, Conflict, KeptBack, SyncCycleResult, SyncStatus, Withdrawn
 from entidb.types import uuid_from_bytes
 
 #: What a policy did with a conflict, in a person's words.
@@ -78,6 +78,14 @@ def _withdrawn(result: SyncCycleResult) -> Iterator[str]:
 
 
 def _open_ends(result: SyncCycleResult, status: SyncStatus) -> Iterator[str]:
+    for each in result.kept_back[:_SHOWN_MAX]:
+        identity = uuid_from_bytes(each.transaction_id)
+        yield f"  kept back {identity} [{each.code}]: {safe(each.message)}"
+    if result.kept_back:
+        yield (
+            "  something before the server refuses what is kept back; it stays pending and is "
+            "tried again"
+        )
     if status.conflicts:
         yield (
             f"  {plural(status.held, 'transaction')} held until you decide: see "
@@ -103,14 +111,8 @@ def document(result: SyncCycleResult, status: SyncStatus) -> dict[str, Any]:
             for each in result.conflicts
         ],
         "unresolved": [place(each) for each in result.unresolved],
-        "withdrawn": [
-            {
-                "transaction": str(uuid_from_bytes(each.transaction_id)),
-                "code": each.code,
-                "message": each.message,
-            }
-            for each in result.withdrawn
-        ],
+        "withdrawn": [_refused(each) for each in result.withdrawn],
+        "kept_back": [_refused(each) for each in result.kept_back],
         "pending": status.pending,
         "held": status.held,
         "open_conflicts": status.conflicts,
@@ -125,6 +127,14 @@ def document(result: SyncCycleResult, status: SyncStatus) -> dict[str, Any]:
         "bytes_pulled": result.bytes_pulled,
         "bytes_pushed": result.bytes_pushed,
         "duration_s": round(result.duration_s, 3),
+    }
+
+
+def _refused(each: Withdrawn | KeptBack) -> dict[str, Any]:
+    return {
+        "transaction": str(uuid_from_bytes(each.transaction_id)),
+        "code": each.code,
+        "message": each.message,
     }
 
 

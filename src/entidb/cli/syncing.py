@@ -274,7 +274,7 @@ def _report_lines(result: SyncCycleResult, status: SyncStatus, url: str) -> None
 
 
 def _exit_of(result: SyncCycleResult, status: SyncStatus) -> Exit:
-    unfinished = result.incomplete or status.conflicts or status.held
+    unfinished = result.incomplete or result.kept_back or status.conflicts or status.held
     return Exit.UNRESOLVED if unfinished else Exit.OK
 
 

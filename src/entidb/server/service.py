@@ -394,15 +394,15 @@ class DatabaseService:
             if cbor.all_pass(payloads):
                 return _NOTHING_CHECKED
         checked = _Checked([], {})
-        for index, transaction in enumerate(request.transactions):
-            row = []
+        for transaction in request.transactions:
+            identity, row = transaction.transaction_id, []
             for op in transaction.operations:
                 value = None
                 if op.payload is not None:
                     value, fault = _value_of(op.payload)
-                    if fault is not None and index not in checked.faults:
+                    if fault is not None and identity not in checked.faults:
                         said = f"its entity {op.entity_id.hex()} {fault}"
-                        checked.faults[index] = "codec_error", said
+                        checked.faults[identity] = "codec_error", said
                 row.append(value)
             if keep:
                 checked.values.append(row)
@@ -546,10 +546,10 @@ class DatabaseService:
 
 class _Checked(Struct, frozen=True):
     """What was found in a push before it is decided: each payload's value, if somebody will look
-    at them, and what is wrong with which of its transactions (code and message)."""
+    at them, and what is wrong with its transactions, by their ids."""
 
     values: list[list[Any]]
-    faults: dict[int, Fault]
+    faults: dict[bytes, Fault]
 
 
 _NOTHING_CHECKED: Final = _Checked([], {})
@@ -576,7 +576,7 @@ class _Deciding:
         request: PushRequest,
         grant: Grant,
         floor: int,
-        faults: Mapping[int, Fault],
+        faults: Mapping[bytes, Fault],
     ) -> None:
         self._service = service
         self._writer = writer
@@ -662,7 +662,7 @@ class _Deciding:
             results = self._accept_all(accepted_keys, real, rows)
         if results is None:
             seen = values or repeat(())
-            results = list(map(self._one, range(count), transactions, keys, known, seen))
+            results = list(map(self._one, transactions, keys, known, seen))
         for place, by in zip(self._prefixes, self._counts, strict=True):
             if place is not None:
                 writer.count(place[0], by)
@@ -722,7 +722,6 @@ class _Deciding:
 
     def _one(
         self,
-        index: int,
         transaction: PushTransaction,
         keys: list[bytes | None],
         known: bytes | None,
@@ -731,12 +730,13 @@ class _Deciding:
         digest = digest_operations(self._digest_heads, transaction.operations)
         if known is not None:
             return self._known(transaction, known, digest, keys)
-        if None in keys or index in self._faults:
+        identity = transaction.transaction_id
+        if None in keys or identity in self._faults:
             place = next(
                 (op.collection for op in transaction.operations if op.collection in self._closed),
                 None,
             )
-            fault = self._faults[index] if place is None else self._closed[place]
+            fault = self._faults[identity] if place is None else self._closed[place]
             return self._refuse([key for key in keys if key is not None], *fault)
         places = cast("list[bytes]", keys)
         if self._below_floor or self._conflicts(transaction, places):

@@ -24,6 +24,7 @@ from entidb.sync.policies import (
     server_wins,
 )
 from entidb.sync.rebase import RebaseReport, Resolved, Withdrawn
+from entidb.sync.refusal import KeptBack
 from entidb.sync.state import (
     TRANSITIONS,
     SyncCycleResult,
@@ -61,6 +62,7 @@ __all__ = [
     "HttpResponse",
     "HttpTransport",
     "HttpxClient",
+    "KeptBack",
     "LoopbackClient",
     "LoopbackServer",
     "MemorySyncApplier",

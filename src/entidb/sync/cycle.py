@@ -48,7 +48,7 @@ from entidb.sync.applier import BatchLimits, PushBatch, Settled, SyncApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.grants import needs_grant
 from entidb.sync.rebase import RebaseReport
-from entidb.sync.refusal import KeptBack, Path, Search, closed, is_for_good, is_missing_right
+from entidb.sync.refusal import KeptBack, Path, Search, closed, is_for_good, is_forbidden
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
 #: A reset that has to start over more often than this in one cycle ends it; the next goes on.
@@ -257,16 +257,16 @@ class Cycle:
             applier.unsend()
             path.refused(batch.bytes)
             return
+        if is_forbidden(error):
+            yield from self._take_no_right(batch, error)
+            return
         if not self._asked_empty:
             self._empty = yield from self._ask_empty()
             self._asked_empty = True
-        if self._empty is not None and not is_missing_right(self._empty):
+        if self._empty is not None:
             # It is not about any transaction, so none is withdrawn.
             applier.unsend()
             self._closed = error
-            return
-        if self._empty is not None:
-            self._report(applier.refuse(batch, self._empty.code, self._empty.message))
             return
         if count == 1 and is_for_good(error):
             self._report(applier.refuse(batch, error.code, error.message))
@@ -276,6 +276,21 @@ class Cycle:
             sequence, identity = batch.sequences[0], batch.transactions[0].transaction_id
             path.kept[sequence] = KeptBack(sequence, identity, error.code, error.message)
         self._search.refused(count)
+
+    def _take_no_right(
+        self, batch: PushBatch, error: SyncError
+    ) -> Generator[Step, SyncResponse | None, None]:
+        """A server before 0.4 says with this that the token may not write; any server, that it
+        grants nothing on this database, and then nothing is withdrawn. So what is pending is
+        withdrawn only if a pull between two such answers was allowed, and a push is refused even
+        with nothing in it."""
+        path, seen = self._connection.path, self._connection.path.forbidden
+        path.forbidden = True
+        if seen and (yield from self._ask_empty()) is not None:
+            self._report(self._applier.refuse(batch, error.code, error.message))
+            return
+        self._applier.unsend()
+        self._pull_due = True
 
     def _ask_empty(self) -> Generator[Step, SyncResponse | None, SyncError | None]:
         """Whether a push is refused that has nothing in it: then it is not for what is in it."""
@@ -303,11 +318,13 @@ class Cycle:
         are none; any other error leaves it open, and the batch in flight (R5)."""
         try:
             asked = self._push_request(batch, state) if request is None else request
-            return (yield from self._ask(asked, PushResponse))
+            response = yield from self._ask(asked, PushResponse)
         except SyncError as error:
             if error.refused_by is None:
                 raise
             raise _RefusedError(batch, error) from error
+        self._connection.path.forbidden = False
+        return response
 
     def _tell_kept_back(self) -> None:
         path = self._connection.path

@@ -18,7 +18,7 @@ from entidb.types import SEQUENCE_MAX
 
 #: What a server refuses for good, whatever else is sent with it: such a transaction is withdrawn
 #: (R4). All other refusals can be undone by somebody else, so the transaction is kept back.
-_FOR_GOOD: Final = frozenset(("codec_error", "forbidden", "invalid_message", "too_large"))
+_FOR_GOOD: Final = frozenset(("codec_error", "invalid_message", "too_large"))
 #: What was learned about the way is tried again after so many cycles of one connection.
 TRY_AGAIN_CYCLES: Final = 100
 #: From this size on a batch that passed leads to one without a limit.
@@ -42,10 +42,12 @@ class Path:
     """What gets through to the server, as far as this device has found out.
 
     ``bytes_max`` is the size of a batch that was small enough, or has not been refused yet;
-    ``kept`` are transactions that did not get through alone, by their sequence."""
+    ``kept`` are transactions that did not get through alone, by their sequence; ``forbidden``
+    says that the last push was refused because of the token."""
 
     bytes_max: int = SEQUENCE_MAX
     kept: dict[int, KeptBack] = field(default_factory=dict)
+    forbidden: bool = False
     _cycles: int = 0
 
     def begin_cycle(self) -> None:
@@ -56,6 +58,7 @@ class Path:
     def try_again(self) -> None:
         """Somebody may have raised a limit since: let the next batches find out, one step up."""
         self._cycles = 0
+        self.forbidden = False
         self.kept.clear()
         self.bytes_max = min(2 * self.bytes_max, SEQUENCE_MAX)
 
@@ -105,8 +108,8 @@ def is_for_good(error: SyncError) -> bool:
     return error.refused_by == "server" and error.code in _FOR_GOOD
 
 
-def is_missing_right(error: SyncError) -> bool:
-    """Whether the server says that this token may not write the database at all."""
+def is_forbidden(error: SyncError) -> bool:
+    """Whether the server itself says that this token may not do this."""
     return error.refused_by == "server" and error.code == "forbidden"
 
 
@@ -142,4 +145,4 @@ def kept_back_error(kept: list[KeptBack]) -> SyncError:
     )
 
 
-__all__ = ["KeptBack", "Path", "Search", "closed", "is_for_good", "is_missing_right"]
+__all__ = ["KeptBack", "Path", "Search", "closed", "is_for_good", "is_forbidden"]

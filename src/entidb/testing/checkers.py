@@ -297,6 +297,8 @@ class ServerWatch:
         response: PushResponse,
         records: Mapping[bytes, bytes],
         granted: frozenset[str] | None = None,
+        *,
+        may_write: bool = True,
     ) -> None:
         self._check_history(request.history)
         names = request.collections
@@ -345,6 +347,7 @@ class ServerWatch:
                         and result.code == "forbidden"
                         and any(ref[0] not in granted for ref in refs)
                     )
+                    or (result.code == "forbidden" and not may_write)
                     or any(op.payload and POISON in op.payload for op in transaction.operations),
                     "NO-POISON",
                     f"{name} was refused ({result.code}: {result.message}) without a reason",

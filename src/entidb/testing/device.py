@@ -28,6 +28,7 @@ from entidb.errors import (
     SyncCancelledError,
     SyncError,
     SyncTimeoutError,
+    TransportError,
     error_from_code,
 )
 from entidb.protocol import ErrorResponse, PushRequest, PushResponse, SyncRequest, SyncResponse
@@ -41,6 +42,7 @@ from entidb.sync.cycle import Ahead, Connection, Cycle, Flow
 from entidb.testing.between import BetweenApplier
 from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
+from entidb.testing.gateway import Gateway
 from entidb.testing.host import Tenant
 from entidb.testing.watch import Context, DeviceWatch
 from entidb.testing.workload import COLLECTIONS, DRAFTS, policies
@@ -116,7 +118,9 @@ class Device:
         self.policies = policies(knobs, self._on_policy, world.options.policy)
         #: The collections its tokens are for; None: all.
         self.granted: tuple[str, ...] | None = None
-        self.token = world.host.token(tenant)
+        self.gateway = Gateway(world.stream(f"way of {name}"), knobs, world.fired)
+        self.watch.refused = tenant.refused
+        self.renew_token()
         self.flow: Flow | None = None
         self.cycle: Cycle | None = None
         self.waiting: Exchange | None = None
@@ -130,6 +134,10 @@ class Device:
         self.looked_at: Conflict | None = None
         self.was_connected = False
         self._open(world.new_store(self, records))
+
+    def renew_token(self) -> None:
+        write = not self.gateway.read_only
+        self.token = self.world.host.token(self.tenant, self.granted, write=write)
 
     def rates(self) -> dict[str, int]:
         return {name: getattr(self.world.knobs, name) for name in COMMIT_FAULTS}
@@ -363,7 +371,7 @@ class Device:
     def change_grant(self) -> None:
         """Somebody gives this device a token for other collections."""
         self.granted = self.rng.choice([names for names in GRANTS if names != self.granted])
-        self.token = self.world.host.token(self.tenant, self.granted)
+        self.renew_token()
         self.world.trace("grant", self.name, self.granted)
         self.world.tell(f"{self.name} gets a token for {self.granted or 'nothing'}")
         self.world.fired("grants")
@@ -436,7 +444,7 @@ class Device:
             # The token is too narrow for a reset that keeps the device's side; so somebody gives
             # it a wider one.
             self.granted = None
-            self.token = self.world.host.token(self.tenant)
+            self.renew_token()
         if error is not None:
             self.connection.forget()
             return
@@ -527,6 +535,8 @@ class Device:
         exchange.sent = True
         world, request = self.world, exchange.request
         path, body = protocol.path_of(request), protocol.encode(request)
+        if isinstance(request, PushRequest) and (world.knobs.body_limit or world.knobs.firewall):
+            self._check_built_on(request)
         token = self.token
         if not world.quiet and self.rng.random() * 1000 < world.knobs.wrong_token:
             world.fired("wrong_token")
@@ -534,10 +544,37 @@ class Device:
             if self.rng.random() < 0.3:
                 token = token[:-3]
         for delay, data in world.network.deliveries(self.name, "up", body, world.now):
-            world.after(delay, partial(self._arrive, exchange, path, token, data))
+            whole = len(data) == len(body)
+            world.after(delay, partial(self._arrive, exchange, path, token, data, whole))
         world.after(TIMEOUT_MS, lambda: self._timeout(exchange))
 
-    def _arrive(self, exchange: Exchange, path: str, token: str, data: bytes) -> None:
+    def _check_built_on(self, request: PushRequest) -> None:
+        """ORDER: nothing is pushed without what it was built on."""
+        sent = {transaction.transaction_id for transaction in request.transactions}
+        left_out: set[tuple[int, bytes]] = set()
+        for transaction in self.applier.pending():
+            refs = {(op.collection, op.entity_id) for op in transaction.operations}
+            if transaction.transaction_id not in sent:
+                left_out |= refs
+                continue
+            self.world.checks.that(
+                left_out.isdisjoint(refs),
+                "ORDER",
+                f"{self.name} pushes {transaction.transaction_id.hex()} without what it was built "
+                "on",
+            )
+
+    def _arrive(self, exchange: Exchange, path: str, token: str, data: bytes, whole: bool) -> None:
+        refusal = self.gateway.refusal(path, data)
+        if refusal is not None:
+            self.world.after(1, lambda: self._heard(exchange, refusal))
+            return
+        if not whole:
+            # Whatever the server makes of half a body, its connection is closed by then.
+            self.world.host.receive(path, token, data, lambda ok, body: None)
+            cut_off = TransportError("the connection was cut off")
+            self.world.after(1, lambda: self._heard(exchange, cut_off))
+            return
         self.world.host.receive(path, token, data, lambda ok, body: self._reply(exchange, ok, body))
 
     def _reply(self, exchange: Exchange, ok: bool, body: bytes) -> None:
@@ -571,10 +608,16 @@ class Device:
             # 401: one fresh token, and the same request again.
             exchange.renewed = True
             self.world.fired("expired_token")
-            self.token = self.world.host.token(self.tenant, self.granted)
+            self.renew_token()
             self._send(exchange)
             return
         self._settle(exchange, outcome)
+
+    def _heard(self, exchange: Exchange, refusal: SyncError) -> None:
+        """Something else than the server has answered."""
+        waiting = exchange is self.waiting or exchange in self.ahead
+        if waiting and exchange.outcome is None:
+            self._settle(exchange, refusal)
 
     def _settle(self, exchange: Exchange, outcome: SyncResponse | SyncError) -> None:
         exchange.outcome = outcome

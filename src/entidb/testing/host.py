@@ -16,8 +16,10 @@ from entidb.db.records import META_FORMAT, META_IDENTITY, encode_format
 from entidb.errors import (
     CommitUnknownError,
     EntiDBError,
+    PermissionDeniedError,
     ServerError,
     StorageError,
+    SyncCodecError,
     SyncError,
 )
 from entidb.protocol import (
@@ -41,7 +43,7 @@ from entidb.storage import MemoryStorage
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
 from entidb.testing.oracle import Histories, History
-from entidb.testing.workload import PolicyFailure, Workload, validate
+from entidb.testing.workload import INVALID, PolicyFailure, Workload, validate
 
 if TYPE_CHECKING:
     from entidb.testing.simulator import World
@@ -68,6 +70,9 @@ class Tenant:
         self.entropy = world.stream(f"entropy of {self.db_id}").randbytes
         self.workload = Workload(world.stream(f"work on {self.db_id}"), world.knobs, self.canary)
         self.queue: list[tuple[PushRequest, Grant, Reply]] = []
+        #: Codes for which transactions were truly refused, each with a push of which nothing was
+        #: decided.
+        self.refused: dict[bytes, set[str]] = {}
         #: As ``files``, made with ``entidb backup``.
         self.backup: tuple[MemoryStorage, History, int, int] | None = None
         self.restores = 0
@@ -323,8 +328,36 @@ class Tenant:
                 self.watch.on_refusal(request, answer)
                 world.host.refuse(reply, answer)
                 continue
-            self.watch.on_push(request, answer, self.storage.records, grant.collections)
+            self.watch.on_push(
+                request,
+                answer,
+                self.storage.records,
+                grant.collections,
+                may_write=grant.write,
+            )
             world.host.answer(self, reply, protocol.encode(answer))
+
+    def forbid(self, request: PushRequest) -> None:
+        for transaction in request.transactions:
+            self.refused.setdefault(transaction.transaction_id, set()).add("forbidden")
+
+    def refuse_as_before(self, request: PushRequest, grant: Grant) -> None:
+        """A server of 0.3 refuses a push whole for a missing right, or for one invalid payload."""
+        if not grant.write:
+            self.world.fired("older_server")
+            self.forbid(request)
+            raise PermissionDeniedError("the token does not allow writing to this database")
+        mark = INVALID.encode()
+        invalid = [
+            transaction.transaction_id
+            for transaction in request.transactions
+            if any(mark in (op.payload or b"") for op in transaction.operations)
+        ]
+        if invalid:
+            self.world.fired("invalid")
+            for identity in invalid:
+                self.refused.setdefault(identity, set()).add("codec_error")
+            raise SyncCodecError(f"transaction {invalid[0].hex()} is not canonical")
 
     def flush(self) -> None:
         members, self.queue = self.queue, []
@@ -358,13 +391,16 @@ class Host:
             SECRET, "HS256", audience=AUDIENCE, clock=world.server_clock
         )
 
-    def token(self, tenant: Tenant, granted: tuple[str, ...] | None = None) -> str:
+    def token(
+        self, tenant: Tenant, granted: tuple[str, ...] | None = None, *, write: bool = True
+    ) -> str:
         """A token for a database, or for some of its collections."""
-        rights = {"rights": "rw", "collections": None if granted is None else list(granted)}
+        may = "rw" if write else "r"
+        rights = {"rights": may, "collections": None if granted is None else list(granted)}
         made = mint_token(
             SECRET,
             subject="a device",
-            databases={tenant.db_id: "rw" if granted is None else rights},
+            databases={tenant.db_id: may if granted is None else rights},
             expires_s=TOKEN_S if self.world.knobs.expired_token else 10_000_000,
             audience=AUDIENCE,
             clock=self.world.server_clock,
@@ -385,7 +421,11 @@ class Host:
     def _receive(self, path: str, token: str, body: bytes, reply: Reply) -> None:
         grants = self._authenticator(token)
         request = protocol.decode_request(path, body)
-        grant = grants.on(request.db_id)
+        try:
+            grant = grants.on(request.db_id)
+        except PermissionDeniedError:
+            self._forbidden(request)
+            raise
         tenant = next(t for t in self.tenants if t.db_id == request.db_id)
         self.world.checks.that(
             self._issued.get(token) is tenant,
@@ -397,12 +437,21 @@ class Host:
             return
         if not isinstance(request, PushRequest):
             self._read(tenant, request, grant, reply)
-        elif self.world.knobs.group_ms:
+            return
+        if self.world.knobs.older_server or self.world.knobs.invalid:
+            tenant.refuse_as_before(request, grant)
+        if self.world.knobs.group_ms:
             if not tenant.queue:
                 self.world.after(self.world.knobs.group_ms, tenant.flush)
             tenant.queue.append((request, grant, reply))
         else:
             tenant.push([(request, grant, reply)])
+
+    def _forbidden(self, request: SyncRequest) -> None:
+        """A token that grants nothing on this database; it may be another's."""
+        for tenant in self.tenants:
+            if isinstance(request, PushRequest) and tenant.db_id == request.db_id:
+                tenant.forbid(request)
 
     def _read(
         self,

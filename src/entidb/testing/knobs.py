@@ -102,6 +102,13 @@ class Knobs:
     refuse: int = 0  # transactions the validate hook says no to
     refuse_raises: int = 0  # transactions the validate hook raises at
 
+    # -- pushes that are refused as a whole (R5)
+    body_limit: int = 0  # looks at which a proxy's limit for bodies changes
+    firewall: int = 0  # transactions that a firewall, which comes and goes, lets nobody push
+    read_only: int = 0  # looks at which a token loses the right to write, or gets it back
+    older_server: int = 0  # 1: a server of 0.3, which refuses a push whole for one transaction
+    invalid: int = 0  # transactions such a server finds invalid
+
 
 #: Knobs whose events are counted; one that never fires in 1,000 seeds is an error.
 FAULTS: Final = (
@@ -139,6 +146,11 @@ FAULTS: Final = (
     "restore_server",
     "restore_twice",
     "put_back",
+    "body_limit",
+    "firewall",
+    "read_only",
+    "older_server",
+    "invalid",
     "purge",
     "refuse",
     "refuse_raises",
@@ -195,6 +207,11 @@ LEVELS: Final[dict[str, tuple[int, ...]]] = {
 LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "put_back": (5, 20, 80),
     "grants": (20, 80, 300),
+    "body_limit": (200, 1000),
+    "firewall": (50, 300),
+    "read_only": (50, 300),
+    "older_server": (1,),
+    "invalid": (20, 60),
 }
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15

@@ -30,14 +30,21 @@ from entidb.db.records import (
     unpack_pending,
 )
 from entidb.db.writer import Writer
-from entidb.errors import ProtocolError, ResetRequiredError, StorageFullError, SyncError
-from entidb.protocol import PullResponse, PushResult, Verdict
+from entidb.errors import (
+    ProtocolError,
+    ResetRequiredError,
+    StorageFullError,
+    SyncCodecError,
+    SyncError,
+)
+from entidb.protocol import PullResponse, PushResponse, PushResult, Verdict
 from entidb.server import service
 from entidb.server.auth import Grants
 from entidb.server.service import DatabaseService, Grant
 from entidb.sync import applier, cycle, grants
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.rebase import Rebase
+from entidb.sync.refusal import Path
 from entidb.testing import host
 from entidb.testing.simulator import Options, Run, simulate
 from entidb.types import SEQUENCE_MAX, system_entropy
@@ -395,6 +402,79 @@ def _following_forgotten(garden: Garden) -> None:
 def _in_flight_forgotten(garden: Garden) -> None:
     """A batch without an answer is not sent again first."""
     garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: [])
+
+
+# ---------------------------------------------------------------- pushes refused as a whole
+
+_POISONED: Final = _CALM | {"older_server": 1, "invalid": 60}
+
+
+@_bug("refused-push-stays-in-flight", "LIVENESS", knobs=_POISONED)
+def _refusal_keeps_the_flight(garden: Garden) -> None:
+    """A push that is refused as a whole is sent again before anything else, for ever."""
+
+    def make(original: Any) -> Any:
+        def ask(self: Any, batch: Any, state: Any, request: Any = None) -> Any:
+            asked = self._push_request(batch, state) if request is None else request
+            return (yield from self._ask(asked, PushResponse))
+
+        return ask
+
+    garden.replace(cycle.Cycle, "_ask_push", make)
+
+
+@_bug("refusal-withdraws-the-batch", "NO-SILENT-LOSS", knobs=_POISONED | {"pause_ms": 3000})
+def _refusal_withdraws_all(garden: Garden) -> None:
+    """For one transaction that is refused, all that were sent with it are withdrawn."""
+
+    def make(original: Any) -> Any:
+        def take(self: Any, batch: Any, error: SyncError) -> Any:
+            yield from ()
+            self._report(self._applier.refuse(batch, error.code, error.message))
+
+        return take
+
+    garden.replace(cycle.Cycle, "_take_refusal", make)
+
+
+@_bug("own-doubt-is-a-refusal", "NO-SILENT-LOSS", knobs=_CALM | {"cut": 300})
+def _own_doubt(garden: Garden) -> None:
+    """What the device finds wrong with an answer counts as if the server had refused."""
+    garden.replace(SyncCodecError, "refused_by", lambda original: "server")
+
+
+@_bug("kept-back-for-ever", "LIVENESS", knobs=_CALM | {"body_limit": 1000, "firewall": 300})
+def _kept_for_ever(garden: Garden) -> None:
+    """What did not get through once is never tried again."""
+    garden.replace(Path, "try_again", lambda original: lambda self: None)
+
+
+@_bug("kept-back-without-what-follows", "ORDER", knobs=_CALM | {"firewall": 300})
+def _kept_alone(garden: Garden) -> None:
+    """What is built on a transaction that is kept back goes out without it."""
+
+    def make(original: Any) -> Any:
+        def leave_out(view: Any, key: bytes, row: bytes, without: Any, left_out: Any) -> Any:
+            return original(view, key, row, without, set())
+
+        return leave_out
+
+    garden.replace(applier, "_leave_out", make)
+
+
+@_bug("rights-before-what-was-accepted", "EXACTLY-ONCE", knobs=_WILD | {"read_only": 300})
+def _rights_first(garden: Garden) -> None:
+    """A token that may not write any more is refused what it had accepted before."""
+
+    def make(original: Any) -> Any:
+        def known(self: Any, transaction: Any, row: bytes, digest: bytes, keys: Any) -> Any:
+            if not self._grant.write:
+                return self._refuse([], "forbidden", "this token may not write")
+            return original(self, transaction, row, digest, keys)
+
+        return known
+
+    garden.replace(service._Deciding, "_known", make)
 
 
 @_bug("rejected-is-tried-again", "LIVENESS", "NO-POISON", knobs=_CALM | {"refuse": 100})
@@ -1224,7 +1304,13 @@ def _head_known(garden: Garden) -> None:
     garden.replace(DatabaseService, "push_many", make)
 
 
-@_bug("one-refusal-fails-the-batch", "NO-POISON", "LIVENESS", knobs=_CALM | {"refuse": 100})
+@_bug(
+    "one-refusal-fails-the-batch",
+    "NO-POISON",
+    "LIVENESS",
+    "NO-SILENT-LOSS",
+    knobs=_CALM | {"refuse": 100},
+)
 def _refusal_fails_batch(garden: Garden) -> None:
     """A refused transaction makes the whole push an error."""
 

@@ -43,6 +43,9 @@ _WORLD_FAULTS: Final = (
     "local_collection",
     "restore_device",
     "copy_device",
+    "body_limit",
+    "firewall",
+    "read_only",
 )
 #: Faults that turn a run: part of its story, where the others are part of the trace only.
 _TOLD: Final = frozenset(
@@ -366,6 +369,7 @@ class World:
         """One look at everything that happens to single devices."""
         knobs, rng = self.knobs, self.rng
         device = rng.choice(self.devices)
+        self._change_way(device)
         if rng.random() * 1000 < knobs.partition:
             self.fired("partition")
             self.network.partition(device.name, self.now + rng.randrange(30_000), one_way=False)
@@ -385,6 +389,13 @@ class World:
             self._copy_or_restore(device)
         if rng.random() * 1000 < knobs.copy_device and len(self.devices) < DEVICES_MAX:
             self._copy(device)
+
+    def _change_way(self, device: Device) -> None:
+        """What stands between a device and the server changes, and what its token grants."""
+        knobs = self.knobs
+        if (knobs.body_limit or knobs.firewall or knobs.read_only) and device.gateway.change():
+            self.tell(f"{device.name} may {'only read' if device.gateway.read_only else 'write'}")
+            device.renew_token()
 
     def _copy_or_restore(self, device: Device) -> None:
         if device.saved is None or self.rng.random() < 0.5:
@@ -418,7 +429,9 @@ class World:
             device.close_reader()
             if device.granted is not None and self.rng.random() < 0.5:
                 device.granted = None
-            device.token = self.host.token(device.tenant, device.granted)
+            device.gateway.open()
+            device.connection.path.try_again()
+            device.renew_token()
         self._drain()
 
     def _drain(self) -> None:

@@ -50,6 +50,10 @@ Records = Mapping[bytes, bytes]
 _E, _B, _O, _H, _D, _C = ENTITY[0], BASE[0], READY[0], HELD[0], DISCARDED[0], CONFLICT[0]
 
 
+#: Reasons for which a server of 0.3 refuses a whole push, and which count for one transaction.
+_REFUSED_WHOLE = frozenset(("codec_error", "forbidden", "invalid_message", "too_large"))
+
+
 class Context(NamedTuple):
     """What the bases of a store belong to; a copy of the store takes it along."""
 
@@ -143,6 +147,8 @@ class DeviceWatch:
         self.unreported: dict[bytes, None] = {}
         self.unreported_conflicts: dict[Ref, None] = {}
         self.reported: dict[bytes, None] = {}
+        #: Codes for which the server has refused transactions, with their whole push (R5).
+        self.refused: Mapping[bytes, set[str]] = {}
         self._catalogue_raw: bytes | None = None
         self._catalogue: Catalogue = empty_catalogue()
         self._prefixes: dict[bytes, CollectionInfo] = {}
@@ -582,12 +588,26 @@ class DeviceWatch:
                 f"{self.name} discarded {was.transaction_id.hex()} under another id",
             )
             self._check_dropped(commit, was, kept, "NO-SILENT-LOSS")
+            if all(self._grants(name) for name, _, _ in listed["operations"]):
+                self._check_refused(was.transaction_id, listed["code"])
             return True
         answer = self.answers.get(was.transaction_id)
         if answer is None or answer.verdict not in (Verdict.ACCEPTED, Verdict.SUPERSEDED):
             return False
         history = self.answered_by
         return history is not None and was.transaction_id in history.accepted
+
+    def _check_refused(self, identity: bytes, code: str) -> None:
+        """What is withdrawn as refused was refused, and for that reason (R4, R5)."""
+        if code not in _REFUSED_WHOLE:
+            return
+        answer = self.answers.get(identity)
+        verdict = answer is not None and answer.verdict == Verdict.REJECTED and answer.code == code
+        self.checks.that(
+            verdict or code in self.refused.get(identity, ()),
+            "NO-SILENT-LOSS",
+            f"{self.name} withdrew {identity.hex()} as {code!r}, which nobody has said of it",
+        )
 
     def _check_dropped(
         self,

@@ -26,6 +26,8 @@ CARTS: Final = "carts"
 DRAFTS: Final = "drafts"
 COLLECTIONS: Final = (NOTES, GROUP_COLLECTION, CARTS, DRAFTS)
 REFUSED, RAISES = POISON.decode() + "-refused", POISON.decode() + "-raises"
+#: What a firewall on the way dislikes, and what an older server finds invalid.
+FILTERED, INVALID = POISON.decode() + "-filtered", POISON.decode() + "-invalid"
 
 #: (collection, id, value or None for delete)
 Write = tuple[str, uuid.UUID, Any]
@@ -97,10 +99,17 @@ class Workload:
         return value
 
     def _poison(self) -> str:
-        chance = self._rng.random() * 1000
-        if chance < self._knobs.refuse:
-            return REFUSED
-        return RAISES if chance < self._knobs.refuse + self._knobs.refuse_raises else ""
+        chance, knobs = self._rng.random() * 1000, self._knobs
+        for mark, rate in (
+            (REFUSED, knobs.refuse),
+            (RAISES, knobs.refuse_raises),
+            (FILTERED, knobs.firewall),
+            (INVALID, knobs.invalid),
+        ):
+            if chance < rate:
+                return mark
+            chance -= rate
+        return ""
 
 
 # ---------------------------------------------------------------- policies
