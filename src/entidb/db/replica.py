@@ -45,6 +45,8 @@ class ReplicaState(Struct, frozen=True):
     ``outdated`` names collections that were not in scope when that ended, so that the versions of
     their entities are of another history still. ``granted`` names what the token grants of the
     database, sorted, as the server has said it; None is everything (R31).
+    ``unsettled`` are ranges of outbox sequences, (first, last, cursor): transactions that were in
+    flight when the device was at ``cursor``, got no answer, and may have been accepted (R28).
     """
 
     db_id: str | None = None
@@ -57,6 +59,7 @@ class ReplicaState(Struct, frozen=True):
     keep_device: bool = False
     outdated: list[str] = []
     granted: list[str] | None = None
+    unsettled: list[list[int]] = []
 
     def grants(self, collection: str) -> bool:
         return self.granted is None or collection in self.granted

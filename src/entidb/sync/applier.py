@@ -256,6 +256,11 @@ class SyncApplier(Protocol):
         ``prepare`` or ``prepare_after`` would."""
         ...
 
+    def doubt(self) -> None:
+        """What is in flight was sent, and its answer is lost: until a pull has shown what became of
+        it, remember that the server may have accepted it (R28)."""
+        ...
+
     def unsend(self) -> None:
         """The batches in flight count as not sent (R5): an answer proves that nothing of what was
         sent now was decided. A pull comes before anything of it is withdrawn, because an earlier
@@ -456,6 +461,10 @@ class DatabaseApplier:
                 _still_fresh(following, mark)
             return settled
 
+    def doubt(self) -> None:
+        with self.database.write() as writer:
+            _doubt(writer)
+
     def unsend(self) -> None:
         with self.database.write() as writer:
             writer.set_inflight(None)
@@ -490,6 +499,9 @@ class DatabaseApplier:
             # Only the cursor: what a wider scope still has to bring is no business of this pull.
             have = ranges_above(state.have, confirmed)
             writer.set_sync_state(replace(state, cursor=confirmed, have=have))
+        if writer.sync_state.unsettled:
+            # A pull has reached the head, and it was no reset: it showed what became of those.
+            writer.set_sync_state(replace(writer.sync_state, unsettled=[]))
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         response = expanded(response)
@@ -761,6 +773,7 @@ class DatabaseApplier:
             raise ConfigError(f"keep={keep!r}: choose 'server' or 'device'")
         with self.database.write() as writer:
             writer.abandon_stage()
+            _doubt(writer)
             writer.set_inflight(None)
             state = writer.sync_state
             writer.set_sync_state(
@@ -1354,6 +1367,7 @@ def _move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
         uncovered=[],
         foreign=False,
         keep_device=False,
+        unsettled=[],
         outdated=sorted(
             info.name
             for info in writer.catalogue.by_name.values()
@@ -1507,7 +1521,8 @@ def _publish(writer: Writer, rebase: Rebase, stage: Stage, state: ReplicaState) 
     dirty = _dirty_of(writer, set(full))
     if full:
         _switch_tables(writer, rebase, stage, full)
-        _carry_over(writer, rebase, dirty, old_tables, cursor, state.keep_device)
+        unsettled = _unsettled(writer, stage, state)
+        _carry_over(writer, rebase, dirty, old_tables, cursor, state.keep_device, unsettled)
     _apply_deltas(writer, rebase, stage)
     if state.keep_device:
         from entidb.db.adopt import schedule_adoption
@@ -1564,10 +1579,11 @@ def _carry_over(
     old_tables: dict[int, int],
     cursor: int,
     keep_device: bool,
+    unsettled: Set[Ref],
 ) -> None:
     """Put entities with pending changes into the new tables with their old bases, then let the
     rebase see what the server has for them (R28)."""
-    incoming = []
+    incoming, doubtful = [], []
     for ref, row in dirty:
         staged = writer.entity(ref)
         had_base = bool(row.flags & HAS_BASE)
@@ -1579,6 +1595,9 @@ def _carry_over(
         # The row lives on in the new table only; the feed row moves with it.
         writer.delete(old_table_key)
         writer.put_entity(ref, row, staged)
+        if staged is None and not had_base and ref in unsettled:
+            doubtful.append((ref, remote))
+            continue
         if staged is None and not had_base:
             # Never on the server, and still not: no conflict, but now known up to the cursor.
             row.version = cursor
@@ -1591,6 +1610,33 @@ def _carry_over(
         incoming.append((ref, remote))
     for ref, remote in incoming:
         rebase.take_dirty(ref, remote)
+    for ref, remote in doubtful:
+        rebase.take_unsettled(ref, remote)
+
+
+def _doubt(writer: Writer) -> None:
+    inflight, state = writer.inflight, writer.sync_state
+    if inflight is None:
+        return
+    sent = [[first, last, state.cursor] for first, last in (*inflight.ranges, *inflight.after)]
+    unsettled = [each for each in state.unsettled if each not in sent] + sent
+    if unsettled != state.unsettled:
+        writer.set_sync_state(replace(state, unsettled=unsettled))
+
+
+def _unsettled(writer: Writer, stage: Stage, state: ReplicaState) -> set[Ref]:
+    """Entities of transactions that the server may have accepted and forgotten: those that were in
+    flight before its floor moved past where the device was. Where it has not, it would have known
+    them when they came again (R14). Where a person keeps the device's side, that is decided."""
+    ranges = [each for each in state.unsettled if each[2] < stage.floor]
+    if not ranges or state.keep_device:
+        return set()
+    return {
+        (op.collection, op.entity_id)
+        for transaction in read_pending(writer.snapshot)
+        if any(first <= transaction.sequence <= last for first, last, _ in ranges)
+        for op in transaction.operations
+    }
 
 
 def _apply_deltas(writer: Writer, rebase: Rebase, stage: Stage) -> None:

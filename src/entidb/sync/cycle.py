@@ -132,6 +132,7 @@ class Cycle:
             yield from self._connect()
         inflight = self._applier.inflight()
         if inflight:
+            self._applier.doubt()
             self._enter(SyncState.PUSHING)
             yield from self._push_again(inflight)
         for _ in range(self._config.rounds_max):
@@ -455,6 +456,7 @@ class Cycle:
             # A cursor of 0 is no proof: the server may have been empty, and this device may have
             # pushed since. Then what the server no longer has must go, so it is staged.
             known = state.cursor > 0 or bool(state.have) or state.foreign or bool(state.outdated)
+            known = known or bool(state.unsettled)
             first_sync = full is None and not known
             outcome = yield from self._pull_full(state, stage, full, first_sync)
             if outcome is not FullPull.STAGED:

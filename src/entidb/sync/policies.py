@@ -332,6 +332,11 @@ class Merge:
         """Counters add up even where both sides arrived at the same bytes."""
         return bool(self._arguments[1])
 
+    @property
+    def fallback(self) -> ConflictPolicy:
+        """What decides where nothing can be merged by field."""
+        return self._fallback
+
     def __call__(self, conflict: Conflict, /) -> ConflictResolution:
         base, local, remote = conflict.base_payload, conflict.local_payload, conflict.remote_payload
         if local == base:

@@ -167,6 +167,22 @@ class Rebase:
             return
         self._decide(ref, chain, ancestor, remote, conflict_raw is not None)
 
+    def take_unsettled(self, ref: Ref, remote: BaseRow) -> None:
+        """Nothing is known to have been on the server, but what is pending was in flight, and may
+        have been accepted, and deleted by somebody since (R28). So the absence counts as a
+        deletion. It is decided whole: no field can be merged with it."""
+        row = self._writer.entity(ref)
+        if row is None or not row.pending:
+            return  # an earlier conflict withdrew what was pending here
+        base, known = self._base(ref, row), self._writer.get(conflict_key(*ref)) is not None
+        self._set_base(ref, row, remote)
+        chain = self._chain(ref, row)
+        if done := self._done_prefix(chain, remote):
+            self._drop_conflict(ref, known)
+            self._drop_done(ref, chain, done)
+            return
+        self._decide(ref, chain, base, remote, known, whole=True)
+
     def _done_prefix(self, chain: list[Step], remote: BaseRow) -> int:
         """How many operations of the chain the server state ``remote`` already contains (R24).
 
@@ -219,9 +235,18 @@ class Rebase:
     # ------------------------------------------------------------ deciding
 
     def _decide(
-        self, ref: Ref, chain: list[Step], ancestor: BaseRow, remote: BaseRow, known: bool
+        self,
+        ref: Ref,
+        chain: list[Step],
+        ancestor: BaseRow,
+        remote: BaseRow,
+        known: bool,
+        *,
+        whole: bool = False,
     ) -> None:
         policy = self._policy_for(self._writer.catalogue.by_number[ref[0]].name)
+        if whole:
+            policy = getattr(policy, "fallback", policy)
         in_turn: Merged | None = None
         while chain:
             last = chain[-1]

@@ -124,6 +124,8 @@ class Device:
         self.flow: Flow | None = None
         self.cycle: Cycle | None = None
         self.waiting: Exchange | None = None
+        #: Transactions whose answer got lost: the server may have accepted them (R28).
+        self.watch.unanswered = {}
         #: Requests known ahead of time, in order; one is sent when the one before it is answered.
         self.ahead: list[Exchange] = []
         self.hints_ignored = False
@@ -172,6 +174,8 @@ class Device:
 
     def restart(self) -> None:
         """The process is gone; another one opens what is durable."""
+        for exchange in (self.waiting, *self.ahead):
+            self._unanswered(exchange)
         self.world.trace("restart", self.name)
         self.restarts += 1
         self._open(self.world.reopen_store(self))
@@ -185,6 +189,8 @@ class Device:
     def replace_store(self, saved: Saved) -> None:
         """An older copy of the device comes back."""
         self._open(self.world.new_store(self, saved[0]))
+        # Of what this device has sent since that copy was made it knows nothing any more (R30).
+        self.watch.unanswered = {}
         self.watch.adopt(self.storage.records, saved[1])
 
     def check_store(self) -> None:
@@ -386,6 +392,8 @@ class Device:
         self.connection.forget()
         if self.guarded(lambda: self.applier.reset(keep)):
             self.needs_choice = False
+            if keep == "device":
+                self.watch.unanswered = {}  # then it is the person who brings it back
             # What is withdrawn from now on is reported as on a new server.
             self.watch.reported = {}
 
@@ -584,7 +592,16 @@ class Device:
 
     def _timeout(self, exchange: Exchange) -> None:
         if exchange.outcome is None:
+            if exchange is self.waiting:
+                self._unanswered(exchange)
             self._settle(exchange, SyncTimeoutError("no answer in time"))
+
+    def _unanswered(self, exchange: Exchange | None) -> None:
+        if exchange is None or not exchange.sent or exchange.outcome is not None:
+            return
+        if isinstance(exchange.request, PushRequest):
+            for transaction in exchange.request.transactions:
+                self.watch.unanswered[transaction.transaction_id] = None
 
     def _received(self, exchange: Exchange, ok: bool, data: bytes) -> None:
         if exchange.outcome is not None or (

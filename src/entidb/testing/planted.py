@@ -798,6 +798,17 @@ def _reset_forgets_device(garden: Garden) -> None:
     garden.replace(adopt, "schedule_adoption", make)
 
 
+@_bug(
+    "in-flight-forgotten-at-a-reset",
+    "NO-RESURRECTION",
+    knobs=_CALM | {"lost": 300, "purge": 80, "deletes": 400, "keys": 2, "events": 400},
+)
+def _forgotten_at_a_reset(garden: Garden) -> None:
+    """What was in flight and is not on the server counts as never accepted, though the server has
+    forgotten what it accepted."""
+    garden.replace(applier, "_unsettled", lambda original: lambda writer, stage, state: set())
+
+
 _GRANTED: Final = _CALM | {"grants": 300}
 
 

@@ -142,6 +142,8 @@ class DeviceWatch:
         self.answers: dict[bytes, PushResult] = {}
         self.answered_by: History | None = None
         self.calls: dict[Ref, ConflictResolution] = {}
+        #: Transactions that were sent and got no answer.
+        self.unanswered: dict[bytes, None] = {}
         self.by_person: dict[Ref, None] = {}
         #: What the commits since the last report put on the lists (SURFACED-ONCE).
         self.unreported: dict[bytes, None] = {}
@@ -160,6 +162,8 @@ class DeviceWatch:
         self._unheard = False
         #: What the device was told that its token grants; None: all (R31).
         self._granted: frozenset[str] | None = None
+        #: What the device remembers of lost answers, as it is stored (R28).
+        self._unsettled: list[list[int]] = []
 
     # ------------------------------------------------------------ beginning again
 
@@ -179,7 +183,7 @@ class DeviceWatch:
             self._move(state)
         self._foreign, self._outdated = state.foreign, frozenset(state.outdated)
         self._full = state.full
-        self._keep_device = state.keep_device
+        self._keep_device, self._unsettled = state.keep_device, state.unsettled
         self._granted = None if state.granted is None else frozenset(state.granted)
         self._catalogue_raw, self._catalogue, self.due = None, empty_catalogue(), {}
         self._take_catalogue(records)
@@ -251,6 +255,8 @@ class DeviceWatch:
         self._check_outbox(commit, reset=bool(switched) or self._foreign != was_foreign)
         self._check_lists(commit)
         self._check_prefix(commit, moved, fresh)
+        if switched and self.unanswered:
+            self._check_deletions_stay(commit, old, known, switched)
         self._check_views(commit)
         self._check_due(commit)
         self.calls, self.by_person = {}, {}
@@ -329,6 +335,7 @@ class DeviceWatch:
 
     def _take_state(self, state: ReplicaState) -> Iterable[Ref]:
         """Follow the cursor; returns the entities that must look different now."""
+        self._unsettled = state.unsettled
         self._outdated = frozenset(state.outdated)
         if state.foreign:
             # R29: until the reset is through, the bases are those of the old history.
@@ -401,6 +408,42 @@ class DeviceWatch:
             if compared[name]:
                 self._compare_base(records, info, ref)
         self.checks.passed("PREFIX", len(refs))
+
+    def _check_deletions_stay(
+        self,
+        commit: DeviceCommit,
+        old: Mapping[bytes, bytes | None],
+        known: Mapping[str, CollectionInfo],
+        switched: list[CollectionInfo],
+    ) -> None:
+        """What was accepted without an answer, was deleted by somebody since, and forgotten, does
+        not come back with a reset unless a policy says so (R28)."""
+        history = self.history
+        if history is None:
+            return
+        for sequence in self.outbox.values():
+            raw = commit.records.get(sequence_key(READY, sequence))
+            pending = None if raw is None else decode_pending(sequence_key(READY, sequence), raw)
+            if pending is None or pending.transaction_id not in self.unanswered:
+                continue
+            accepted = history.accepted.get(pending.transaction_id)
+            if accepted is None or not 0 < accepted[0] <= history.floor:
+                continue
+            for op in pending.operations:
+                info = self._catalogue.by_number[op.collection]
+                ref = (info.name, op.entity_id)
+                if info not in switched or op.payload is None or ref in self.calls:
+                    continue
+                was = old.get(known[info.name].prefix + op.entity_id)
+                unaware = was is not None and unpack_pending(was)[2] < accepted[0]
+                wrote = ref in history.commits[accepted[0]]
+                if unaware and wrote and history.state_at(ref, self.cursor)[1] is None:
+                    self.checks.fail(
+                        "NO-RESURRECTION",
+                        f"{self.name} would bring back {ref[0]}/{ref[1].hex()}, which it had "
+                        f"accepted as {accepted[0]}, and which was deleted since",
+                    )
+                self.checks.passed("NO-RESURRECTION")
 
     def check_everything(self, records: Records) -> None:
         """PREFIX without induction, for the end of a run and after restarts."""
@@ -869,6 +912,11 @@ class DeviceWatch:
         ):
             # What it was built on is gone: another copy of this device pushed something else.
             return
+        if conflict.remote_payload is None and conflict.base_payload is None:
+            sequence = self.outbox.get(conflict.transaction_id, 0)
+            if any(first <= sequence <= last for first, last, _ in self._unsettled):
+                # It may have been accepted, and deleted since; nobody can know any more (R28).
+                return
         if ref in self.open_conflicts:
             # An open conflict keeps its first base, which may be of a copy's transaction, or of
             # the history before a reset.

@@ -169,6 +169,10 @@ def _watched(
         watch(conflict, answer)
         return answer
 
+    fallback = getattr(policy, "fallback", None)
+    if fallback is not None:
+        # What decides whole is asked where nothing can be merged (R28).
+        ask.fallback = _watched(fallback, watch)  # type: ignore[attr-defined]
     return ask
 
 
