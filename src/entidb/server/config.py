@@ -102,7 +102,8 @@ class ServerConfig:
     in_flight_bytes_max: int = 256 * _MIB
     #: Pushes that wait for a commit, in each database. Beyond it pushes are answered ``busy``.
     push_queue_max: int = 1000
-    #: Connections at once; more are answered 503.
+    #: Connections at once. Idle ones are closed for new ones; when all are being answered, more
+    #: are answered ``busy``.
     connections_max: int = 2000
 
     #: Seconds for the head of a request, from its first byte or from the connection.

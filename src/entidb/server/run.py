@@ -6,7 +6,6 @@ only within a process. What is served is ``app``'s.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -23,16 +22,21 @@ from types import FrameType
 from typing import Any, Final
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from entidb.errors import ConfigError
 from entidb.server.app import SyncApp, create_app
 from entidb.server.config import ServerConfig
+from entidb.server.connections import (
+    connection_class,
+    files_needed,
+    fit_connections,
+    raise_file_limit,
+)
 from entidb.server.server import SyncServer
 
+logger = logging.getLogger("entidb.server")
+
 DEFAULT_PORT: Final = 4984
-#: Bytes of a request's line and headers. A token is at most 8 KiB.
-_HEAD_BYTES_MAX: Final = 64 * 1024
 _KEEP_ALIVE_S: Final = 75
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _HANGUP: Final = getattr(signal, "SIGHUP", None)
@@ -151,7 +155,7 @@ def _uvicorn_config(app: SyncApp, settings: ServerConfig, listen: Listen) -> uvi
         _check_certificate(listen.tls_cert, listen.tls_key)
     return uvicorn.Config(
         app,
-        http=_connection_class(settings),
+        http=connection_class(settings, _connections_max(settings)),
         ws="none",
         lifespan="on",
         interface="asgi3",
@@ -161,13 +165,30 @@ def _uvicorn_config(app: SyncApp, settings: ServerConfig, listen: Listen) -> uvi
         backlog=listen.backlog,
         root_path=listen.root_path,
         forwarded_allow_ips=listen.trusted_proxies,
-        limit_concurrency=settings.connections_max,
         timeout_keep_alive=_KEEP_ALIVE_S,
         # Without it one client that does not read keeps a stopping server for ever.
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
         ssl_certfile=listen.tls_cert,
         ssl_keyfile=listen.tls_key,
     )
+
+
+def _connections_max(settings: ServerConfig) -> int:
+    """As many connections as are asked for, or as this process may have open files for."""
+    needed = files_needed(settings)
+    files = raise_file_limit(needed)
+    most = fit_connections(settings, files)
+    if most < settings.connections_max:
+        logger.warning(
+            "connections_max is %d, and this process may have %d open files: %d connections are "
+            "taken. Raise the limit (ulimit -n %d, or LimitNOFILE in a systemd unit), or lower "
+            "connections_max or databases_open_max",
+            settings.connections_max,
+            files,
+            most,
+            needed,
+        )
+    return most
 
 
 def _check_certificate(cert: str, key: str | None) -> None:
@@ -280,84 +301,3 @@ def _stay(number: int, frame: FrameType | None) -> None:
     """A terminal that closes, or an operator who means "read your settings again", ends no
     server: by itself the signal would, without a word."""
     os.write(2, b"entidb: SIGHUP ends nothing and reads nothing again; restart for new settings\n")
-
-
-def _connection_class(settings: ServerConfig) -> type[HttpToolsProtocol]:
-    """uvicorn's connection, with an end to those that never ask and those that never read.
-
-    uvicorn itself waits for ever for the head of a first request, takes heads of any size, and
-    keeps what a client does not read until that one goes away by itself.
-    """
-
-    class Connection(HttpToolsProtocol):
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            self._head_timer = _Timer(self.loop, settings.head_timeout_s)
-            self._write_timer = _Timer(self.loop, settings.write_timeout_s)
-            self._head_bytes = 0
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._expect_head()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._head_timer.stop()
-            self._write_timer.stop()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if not self._head_timer.running and self._is_idle():
-                self._expect_head()
-            self._head_bytes += len(data)
-            super().data_received(data)
-            if self._head_timer.running and self._head_bytes > _HEAD_BYTES_MAX:
-                self.transport.abort()
-
-        def on_headers_complete(self) -> None:
-            self._head_timer.stop()
-            self._head_bytes = 0
-            super().on_headers_complete()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._write_timer.start(self.transport.abort)
-
-        def resume_writing(self) -> None:
-            self._write_timer.stop()
-            super().resume_writing()
-
-        def timeout_keep_alive_handler(self) -> None:
-            # Closing would first wait for the client to read the rest.
-            if self.transport.get_write_buffer_size():
-                self.transport.abort()
-            super().timeout_keep_alive_handler()
-
-        def _is_idle(self) -> bool:
-            cycle: RequestResponseCycle | None = self.cycle
-            return cycle is None or cycle.response_complete
-
-        def _expect_head(self) -> None:
-            self._head_bytes = 0
-            self._head_timer.start(self.transport.abort)
-
-    return Connection
-
-
-class _Timer:
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._loop = loop
-        self._seconds = seconds
-        self._handle: asyncio.TimerHandle | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._handle is not None
-
-    def start(self, call: Callable[[], None]) -> None:
-        if self._handle is None:
-            self._handle = self._loop.call_later(self._seconds, call)
-
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None

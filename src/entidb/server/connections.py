@@ -1,0 +1,280 @@
+"""Connections of the server: how many there may be, which one goes when there are too many, and an
+end to those that never ask and those that never read.
+
+A device that syncs in the background keeps its connection between two cycles and does nothing with
+it. So idle connections do not count against anybody: when all are taken, the one that has been
+idle for longest is closed for the new one, and its device makes another when it has something to
+say. Only when every connection is being answered is a request told to come again, and its
+connection closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from entidb.protocol import ErrorResponse
+from entidb.server import wire
+from entidb.server.config import ServerConfig
+
+logger = logging.getLogger("entidb.server")
+
+#: Bytes of a request's line and headers. A token is at most 8 KiB.
+_HEAD_BYTES_MAX: Final = 64 * 1024
+#: Seconds that a connection gets before its first request comes, even when all are taken.
+_FIRST_WORD_S: Final = 1.0
+#: Connections beyond the limit that are told so; more are closed without a word.
+_TOLD_SHARE: Final = 10
+_TOLD_MIN: Final = 16
+#: Seconds, spread over twice as much, until one who was turned away may come again.
+_RETRY_S: Final = 1.0
+#: Files that a process needs for anything else: standard streams, the loop, logs, libraries.
+_OTHER_FILES: Final = 64
+#: Files of an open database: its data, the readers' table, and the locks.
+_DATABASE_FILES: Final = 6
+
+#: Multiples of it, without their whole part, are spread evenly, however many there are.
+_GOLDEN: Final = 0.6180339887
+_turned_away = itertools.count()
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class Connections:
+    """All connections of one server. Used from its event loop only."""
+
+    def __init__(self, most: int, clock: Callable[[], float]) -> None:
+        self.most = most
+        self._told_most = most + max(_TOLD_MIN, most // _TOLD_SHARE)
+        self._clock = clock
+        self.count = 0
+        #: Those that have been answered and wait for their next request, longest first; and those
+        #: that have not asked anything yet, with the time since when.
+        self.idle: OrderedDict[Connection, None] = OrderedDict()
+        self.new: OrderedDict[Connection, float] = OrderedDict()
+
+    def enter(self, connection: Connection) -> bool:
+        """Count ``connection``. False if there is not even time to tell it that it has to go."""
+        self.count += 1
+        self.new[connection] = self._clock()
+        return self.count <= self._told_most
+
+    def leave(self, connection: Connection) -> None:
+        self.count -= 1
+        self.idle.pop(connection, None)
+        self.new.pop(connection, None)
+
+    def asks(self, connection: Connection) -> bool:
+        """A request of ``connection`` is beginning; whether there is room for it."""
+        self.idle.pop(connection, None)
+        self.new.pop(connection, None)
+        while self.count - self._closing > self.most:
+            if not self._close_one():
+                return False
+        return True
+
+    def rests(self, connection: Connection) -> None:
+        """``connection`` has its answer, and nothing else was asked."""
+        self.idle[connection] = None
+        if self.count - self._closing > self.most:
+            self._close_one()
+
+    _closing = 0
+
+    def _close_one(self) -> bool:
+        if self.idle:
+            connection, _ = self.idle.popitem(last=False)
+        elif self.new and self._clock() - next(iter(self.new.values())) >= _FIRST_WORD_S:
+            connection, _ = self.new.popitem(last=False)
+        else:
+            return False
+        # Its end is only counted when the loop comes to it, and until then it is none any more.
+        connection.making_room = True
+        self._closing += 1
+        connection.transport.close()
+        return True
+
+    def closed(self, connection: Connection) -> None:
+        self.leave(connection)
+        if connection.making_room:
+            self._closing -= 1
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, within limits.
+
+    uvicorn itself waits for ever for the head of a first request, takes heads of any size, keeps
+    what a client does not read until that one goes away by itself, and counts idle connections
+    like busy ones.
+    """
+
+    #: Set by ``connection_class``.
+    settings: ServerConfig
+    connections_of_all: Connections
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.making_room = False
+        self._head_timer = _Timer(self.loop, self.settings.head_timeout_s)
+        self._write_timer = _Timer(self.loop, self.settings.write_timeout_s)
+        self._head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+        if not self.connections_of_all.enter(self):
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.stop()
+        self._write_timer.stop()
+        self.connections_of_all.closed(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._head_timer.running and self._is_idle():
+            self._expect_head()
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_timer.running and self._head_bytes > _HEAD_BYTES_MAX:
+            self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        self._head_timer.stop()
+        self._head_bytes = 0
+        if self.connections_of_all.asks(self) or self.url.startswith(b"/healthz"):
+            super().on_headers_complete()
+            return
+        # What looks after the server has to be answered most of all when there is too much.
+        usual, self.app = self.app, _turn_away
+        super().on_headers_complete()
+        self.app = usual
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_idle() and not self.transport.is_closing():
+            self.connections_of_all.rests(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer.start(self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._write_timer.stop()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        # Closing would first wait for the client to read the rest.
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def _is_idle(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is None or cycle.response_complete
+
+    def _expect_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer.start(self.transport.abort)
+
+
+def connection_class(settings: ServerConfig, most: int) -> type[Connection]:
+    """The class of a server's connections, of which there are ``most`` at once."""
+
+    def now() -> float:
+        return asyncio.get_running_loop().time()
+
+    named = {"settings": settings, "connections_of_all": Connections(most, now)}
+    return type("Connection", (Connection,), named)
+
+
+async def _turn_away(scope: Scope, receive: Any, send: Send) -> None:
+    """The answer to a request for which there is no room."""
+    # Who was turned away together should not come back together.
+    retry_after = _RETRY_S * (1 + 2 * (next(_turned_away) * _GOLDEN % 1))
+    response = wire.error_response(
+        ErrorResponse(
+            code="busy",
+            message="this server has as many connections as it takes; come again",
+            retryable=True,
+            retry_after=retry_after,
+        )
+    )
+    named = response.headers | {
+        "connection": "close",
+        "content-length": str(len(response.body)),
+    }
+    headers = [(name.encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+class _Timer:
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._handle: asyncio.TimerHandle | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._handle is not None
+
+    def start(self, call: Callable[[], None]) -> None:
+        if self._handle is None:
+            self._handle = self._loop.call_later(self._seconds, call)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
+# ---------------------------------------------------------------- open files
+
+
+def files_needed(settings: ServerConfig) -> int:
+    """Open files that the limits of ``settings`` can come to."""
+    told = max(_TOLD_MIN, settings.connections_max // _TOLD_SHARE)
+    return settings.connections_max + told + _database_files(settings) + _OTHER_FILES
+
+
+def _database_files(settings: ServerConfig) -> int:
+    return 0 if settings.data_dir is None else _DATABASE_FILES * settings.databases_open_max
+
+
+def fit_connections(settings: ServerConfig, files: int | None) -> int:
+    """How many connections there may be where the process may have ``files`` open files (None:
+    any number). Databases get half of them at most."""
+    if files is None or files_needed(settings) <= files:
+        return settings.connections_max
+    left = files - min(_database_files(settings), files // 2) - _OTHER_FILES - _TOLD_MIN
+    return max(1, min(settings.connections_max, left * _TOLD_SHARE // (_TOLD_SHARE + 1)))
+
+
+def raise_file_limit(needed: int) -> int | None:
+    """Let this process have ``needed`` open files, as far as the system lets it by itself; how
+    many it may have now, None where there is no such limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    if soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (OSError, ValueError):
+            # Some systems have a limit below the one they tell of; then it stays as it is.
+            logger.debug("the limit of %d open files could not be raised", soft)
+    return soft

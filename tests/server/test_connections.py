@@ -1,0 +1,165 @@
+"""How many connections there may be, and which one goes when there are too many."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from entidb import Database, RetryConfig, SyncConfig, SyncEngine
+from entidb.protocol import encode
+from entidb.server import ServerConfig, SyncServer, serving
+from entidb.server.connections import Connections, files_needed, fit_connections
+from tests.server.support import Client, handshake
+from tests.server.test_app import eventually
+
+pytestmark = pytest.mark.process
+
+LIMIT = 8
+
+
+@contextlib.contextmanager
+def running(**settings: Any) -> Iterator[str]:
+    server = SyncServer.in_memory(**{"connections_max": LIMIT, **settings})
+    with server, serving(server) as url:
+        yield url
+
+
+def silent(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    return socket.create_connection((str(parts.hostname), parts.port or 0), timeout=30)
+
+
+def test_the_connection_that_has_been_idle_for_longest_is_closed_for_a_new_one() -> None:
+    with running() as url, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(url)) for _ in range(LIMIT)]
+        for client in clients:
+            client.history()
+        clients[0].history()  # the second is the oldest now
+        stack.enter_context(Client(url)).history()
+        left = clients[1].connection.sock
+        assert left is not None
+        left.settimeout(30)
+        assert left.recv(1) == b""
+        for client in (clients[0], *clients[2:]):
+            client.history()
+
+
+def test_ten_times_as_many_devices_as_connections_all_get_in_and_stay_in_step() -> None:
+    retry = RetryConfig(attempts_max=20, delay_initial_s=0.05, delay_max_s=0.5)
+    config = SyncConfig(db_id="shop", interval_s=0.2, retry=retry)
+    with running(push_queue_max=1000) as url:
+        engines = [SyncEngine(config, url, Database.in_memory()) for _ in range(10 * LIMIT)]
+        for number, engine in enumerate(engines):
+            engine.database.collection("notes").add({"n": number})
+            engine.start()
+        try:
+            eventually(lambda: all(len(e.database.collection("notes")) == 80 for e in engines))
+            assert all(engine.status().pending == 0 for engine in engines)
+        finally:
+            threads = [threading.Thread(target=engine.close) for engine in engines]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+
+def test_when_all_are_busy_a_request_is_told_to_come_again_and_its_connection_is_closed() -> None:
+    body = encode(handshake())
+    begun = (
+        b"POST /v1/handshake HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/cbor\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    with running() as url, contextlib.ExitStack() as stack:
+        busy = [stack.enter_context(silent(url)) for _ in range(LIMIT)]
+        for line in busy:
+            line.sendall(begun)
+        with Client(url) as late:
+            eventually(lambda: _turned_away(late))
+            answer = late.send(handshake())
+            assert (answer.status, answer.code) == (503, "busy")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.headers["connection"] == "close"
+        with Client(url) as watcher:
+            assert watcher.request("GET", "/healthz").status == 200
+        for line in busy:
+            line.sendall(body)
+            assert line.recv(12) == b"HTTP/1.1 200"
+        with Client(url) as again:
+            assert again.send(handshake()).status == 200
+
+
+def _turned_away(client: Client) -> bool:
+    """The heads of those who are busy may still be on their way."""
+    return client.send(handshake()).status == 503
+
+
+def test_those_who_connect_and_say_nothing_make_room_for_those_who_ask() -> None:
+    with running() as url, contextlib.ExitStack() as stack:
+        for _ in range(LIMIT + 2):
+            stack.enter_context(silent(url))
+        with Client(url) as client:
+            eventually(lambda: client.send(handshake()).status == 200)
+
+
+class _Line:
+    """A connection as ``Connections`` sees it."""
+
+    def __init__(self) -> None:
+        self.making_room = False
+        self.is_closed = False
+        self.transport = self
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_one_that_is_closing_makes_room_once_and_counts_no_more() -> None:
+    connections: Any = Connections(2, lambda: 0.0)
+    lines = [_Line() for _ in range(5)]
+    for line in lines[:2]:
+        assert connections.enter(line) and connections.asks(line)
+        connections.rests(line)
+    for line in lines[2:4]:
+        assert connections.enter(line) and connections.asks(line)
+    assert [line.is_closed for line in lines] == [True, True, False, False, False]
+    assert connections.enter(lines[4]) and not connections.asks(lines[4])
+    for line in lines[:2]:
+        connections.closed(line)
+    connections.closed(lines[4])
+    assert connections.count == 2
+    assert connections.enter(lines[4]) and not connections.asks(lines[4])
+    connections.rests(lines[2])
+    assert lines[2].is_closed
+
+
+# ---------------------------------------------------------------- open files
+
+
+def test_the_limits_fit_into_the_files_that_a_process_may_open(tmp_path: Any) -> None:
+    config = ServerConfig(data_dir=tmp_path, insecure_no_auth=True)
+    needed = files_needed(config)
+    assert fit_connections(config, None) == fit_connections(config, needed) == 2000
+    few = fit_connections(config, 1024)
+    assert 300 < few < 1024 - 6 * 64
+    assert 0 < fit_connections(config, 128) < 64
+    assert fit_connections(config, 16) == 1
+    memory = ServerConfig(data_dir=None, insecure_no_auth=True, databases_open_max=100_000)
+    assert fit_connections(memory, 4096) == 2000
+
+
+def test_fewer_connections_than_asked_for_are_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("entidb.server.run.raise_file_limit", lambda needed: 256)
+    with running(connections_max=5000) as url, Client(url) as client:
+        assert client.send(handshake()).status == 200
+    [said] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "this process may have 256 open files" in said
+    assert "ulimit -n" in said
