@@ -15,14 +15,14 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "entidb"
 
 ROWS = {
-    **dict.fromkeys(("version", "collector", "errors", "types", "cbor"), 0),
+    **dict.fromkeys(("version", "collector", "errors", "types", "cbor", "credentials"), 0),
     **dict.fromkeys(("storage", "protocol"), 1),
     "db": 2,
     **dict.fromkeys(("sync", "server"), 3),
     **dict.fromkeys(("cli", "testing"), 4),
 }
 #: Row 0 has an order of its own: everything may raise the errors, and the codec needs no clock.
-ROW_0_ORDER = ("version", "collector", "errors", "types", "cbor")
+ROW_0_ORDER = ("version", "collector", "errors", "types", "cbor", "credentials")
 #: The package itself names everything, lazily; ``python -m entidb`` is the command line.
 UNRANKED = {"__init__", "__main__"}
 

@@ -384,6 +384,32 @@ def test_sigterm_is_how_a_service_manager_ends_a_watch(scene: Scene):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(("options", "code"), [(("--watch",), Exit.OK), ((), Exit.TERMINATED)])
+def test_sigterm_waits_for_no_server_that_is_silent(
+    scene: Scene, options: tuple[str, ...], code: Exit
+):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        running = subprocess.Popen(
+            command("sync", scene.home / "a", url, "--timeout", "3600", *options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(**scene.env),
+        )
+        connection, _ = silent.accept()
+        assert connection.recv(1)
+        running.terminate()
+        running.communicate(timeout=10)
+        assert running.returncode == code
+        while connection.recv(65536):
+            pass
+        connection.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_is_heard_while_a_server_does_not_answer(scene: Scene):
     import socket
 
@@ -411,6 +437,7 @@ def test_ctrl_c_is_heard_while_a_server_does_not_answer(scene: Scene):
 def test_serve_and_token_work_together_as_processes(tmp_path: Path):
     secret = tmp_path / "secret"
     secret.write_text(SECRET, encoding="utf-8")
+    secret.chmod(0o644)
     ready = tmp_path / "ready"
     server = subprocess.Popen(
         command("serve", tmp_path / "srv", "--port", 0, "--ready-file", ready),
@@ -423,6 +450,7 @@ def test_serve_and_token_work_together_as_processes(tmp_path: Path):
         assert server.stderr is not None
         said, _, url = server.stderr.readline().strip().rpartition(" ")
         assert said == "entidb: serving on"
+        assert f"chmod 600 {secret}" in server.stderr.readline()
         grant = ("--subject", "me", "--database", "shop")
         token = done("token", "--secret-file", secret, *grant).strip()
         put(tmp_path / "a", "notes", 1, "x")

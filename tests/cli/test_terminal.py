@@ -112,6 +112,7 @@ def test_a_server_that_cannot_be_reached_is_waited_for_visibly(tmp_path: Path):
 def test_a_token_on_a_terminal_says_for_whom_and_until_when(tmp_path: Path):
     secret = tmp_path / "secret"
     secret.write_text("correct horse battery staple, twice over", encoding="utf-8")
+    secret.chmod(0o600)
     words = ("token", "--secret-file", secret, "--subject", "ann", "--database", "shop=r")
     code, said = on_a_terminal(*words)
     assert code == 0 and "for ann, until " in said

@@ -3,6 +3,8 @@ happened: each is one sentence that helps."""
 
 from __future__ import annotations
 
+import errno
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,17 @@ from entidb.cli.exits import Exit
 from entidb.cli.summary import document as summary_document
 from entidb.cli.summary import lines
 from entidb.db import Database
-from entidb.errors import TransportError
+from entidb.errors import (
+    CommitUnknownError,
+    CorruptionError,
+    EntiDBError,
+    ProtocolError,
+    StorageError,
+    StorageFullError,
+    TlsError,
+    TransactionError,
+    TransportError,
+)
 from entidb.protocol import PushRequest
 from entidb.server import Refusal, ServerConfig, mint_token, serving
 from entidb.storage import LmdbStorage
@@ -173,6 +185,37 @@ def test_a_key_that_cannot_be_read_is_a_usage_error(tmp_path: Path):
     failed(entidb(*words, "--secret-env", "NOT_SET_ANYWHERE"), Exit.USAGE, "invalid_config")
 
 
+def test_a_secret_and_a_token_are_made_for_their_owner_alone(tmp_path: Path):
+    secret, token = tmp_path / "secret", tmp_path / "token"
+    assert done("secret", "--out", secret) == ""
+    words = ("token", "--secret-file", secret, "--subject", "a", "--database", "shop")
+    assert done(*words, "--out", token) == ""
+    assert document(done(*words, "--out", token, "--json"))["token"] is None
+    for path in (secret, token):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert len(secret.read_text().strip()) == 64
+    said = failed(entidb("secret", "-o", secret), Exit.USAGE, "invalid_config")
+    assert "there already" in said
+    assert done("secret") != done("secret")
+
+
+def test_a_secret_or_token_that_everybody_can_read_is_warned_of(tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET)
+    secret.chmod(0o644)
+    words = ("token", "--secret-file", secret, "--subject", "a", "--database", "shop")
+    result = entidb(*words)
+    assert result.exit_code == 0 and f"chmod 600 {secret}" in result.stderr
+    done("init", tmp_path / "a")
+    config = ServerConfig(data_dir=None, insecure_no_auth=True, access_log=False)
+    (tmp_path / "token").write_text("a-token")
+    (tmp_path / "token").chmod(0o644)
+    with serving(config) as url:
+        result = entidb("sync", tmp_path / "a", url, "--db", "shop",
+                        "--token-file", tmp_path / "token")  # fmt: skip
+    assert result.exit_code == 0 and f"chmod 600 {tmp_path / 'token'}" in result.stderr
+
+
 def test_a_watch_goes_on_over_what_passes_and_ends_at_what_cannot_pass_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -213,6 +256,59 @@ def test_a_watch_goes_on_over_what_passes_and_ends_at_what_cannot_pass_by_itself
     assert result.stderr.count("waiting [database_locked]") == 1
     assert result.stdout.count("synchronised shop with") == 2
     assert "3 cycles: 0 changes pulled, 1 transaction pushed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "passing",
+    [
+        TlsError("certificate is not yet valid"),
+        StorageFullError("no space left"),
+        StorageError("input/output error"),
+        CommitUnknownError("reopen and read"),
+        ProtocolError("moved to a login page", code="redirected"),
+        TransportError("no route"),
+        TransactionError("another thread writes", code="busy"),
+    ],
+    ids=lambda error: error.code,
+)
+def test_a_watch_goes_on_over_every_error_that_passes(
+    passing: EntiDBError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from entidb.cli import syncing
+
+    done("init", tmp_path / "a")
+    errors: list[EntiDBError] = [passing, passing, CorruptionError("damaged")]
+
+    def run(job: object, database: Database) -> Any:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(syncing._Sync, "run", run)
+    result = entidb("sync", tmp_path / "a", "http://localhost", "--db", "shop", "--watch",
+                    "--interval", "0")  # fmt: skip
+    assert result.exit_code == Exit.STORAGE
+    assert errors == []
+    assert result.stderr.count(f"waiting [{passing.code}]") == 1
+
+
+def test_a_watch_whose_log_has_no_room_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from entidb.cli import syncing
+
+    done("init", tmp_path / "a")
+    turns: list[int] = []
+
+    def run(job: object, database: Database) -> Any:
+        turns.append(1)
+        raise TransportError("no route") if len(turns) < 3 else CorruptionError("damaged")
+
+    def note(text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(syncing._Sync, "run", run)
+    monkeypatch.setattr(syncing, "note", note)
+    result = entidb("sync", tmp_path / "a", "http://localhost", "--db", "shop", "--watch",
+                    "--interval", "0")  # fmt: skip
+    assert len(turns) == 3
+    assert result.exit_code == Exit.STORAGE and "corrupt_record" in result.stderr
 
 
 def _only(valid: set[str]) -> Any:

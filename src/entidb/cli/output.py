@@ -112,6 +112,15 @@ def note(text: str) -> None:
     click.echo(styled(text, err=True, dim=True), err=True)
 
 
+def warn_of_exposure(path: str | os.PathLike[str], what: str) -> None:
+    """Say it if everybody on this machine can read a credential."""
+    from entidb.credentials import exposure
+
+    warning = exposure(path, what)
+    if warning is not None:
+        note(f"warning: {one_line(warning)}")
+
+
 def table(rows: Iterable[Sequence[str]], heads: Sequence[str] = ()) -> Iterator[str]:
     """Lines of aligned columns under bold ``heads``. Widths count cells, so that Chinese and
     emoji do not push the rest around. All rows are held at once: not for long lists."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import secrets
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
 
 from entidb.cli.exits import UsageError
-from entidb.cli.output import say, time_text
+from entidb.cli.output import say, time_text, warn_of_exposure
 from entidb.cli.values import parse, print_json
 from entidb.cli.words import json_option
+from entidb.credentials import read_credential, write_credential
 from entidb.errors import ConfigError
 from entidb.server.config import ServerConfig
 from entidb.types import SystemClock
@@ -129,7 +130,7 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
     listen = {name: given.pop(name) for name in LISTEN}
     if not any(given[name] for name in (*_ALIASES, "insecure_no_auth")):
         raise UsageError(
-            "who may sync? give --secret-file FILE (make one with `openssl rand -hex 32`), "
+            "who may sync? give --secret-file FILE (make one with `entidb secret --out FILE`), "
             "--public-key-file FILE, or --insecure-no-auth for a try on this machine"
         )
     if given["validate"] is not None:
@@ -140,7 +141,27 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
     serve(config, **listen)
 
 
-# ---------------------------------------------------------------- tokens
+# ---------------------------------------------------------------- secrets and tokens
+
+
+@click.command("secret")
+@click.option("--out", "-o", "out", metavar="FILE",
+              help="Write it here, readable for you alone. A file that is there stays.",
+)  # fmt: skip
+@json_option
+def secret_command(out: str | None, as_json: bool) -> None:
+    """Make a secret for `entidb serve` and `entidb token`, and print it.
+
+    Whoever has it can make tokens for every database. It is 32 random bytes in hexadecimal digits.
+    """
+    secret = secrets.token_hex(32)
+    if out is not None:
+        write_credential(out, secret, replace=False)
+    if as_json:
+        print_json({"secret": secret if out is None else None, "path": out})
+    elif out is None:
+        say(secret)
+
 
 _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -160,6 +181,8 @@ _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--audience", default="entidb", show_default=True, help="As the server's --audience.")
 @click.option("--claim", "claims", multiple=True, metavar="NAME=JSON",
               help="A claim for the server's validate hook.")  # fmt: skip
+@click.option("--out", "-o", "out", metavar="FILE",
+              help="Write it here, readable for you alone, instead of printing it.")  # fmt: skip
 @json_option
 def token_command(
     secret_file: str | None,
@@ -170,12 +193,13 @@ def token_command(
     expires: str,
     audience: str,
     claims: tuple[str, ...],
+    out: str | None,
     as_json: bool,
 ) -> None:
     """Make a token that `entidb serve` accepts, and print it.
 
-    It needs the server's secret, or the private key. The output is a credential: write it to a
-    file that only you can read (umask 077).
+    It needs the server's secret, or the private key. The token is a credential: --out writes it to
+    a file that only you can read.
     """
     key = _key(secret_file, secret_env, private_key_file)
     granted = dict(_grant(each) for each in databases)
@@ -193,17 +217,21 @@ def token_command(
         claims=dict(_claim(each) for each in claims),
         clock=clock,
     )
+    if out is not None:
+        write_credential(out, token, replace=True)
+    _warn_of_exposure(secret_file, secret_env, private_key_file)
     if as_json:
         print_json(
             {
-                "token": token,
+                "token": token if out is None else None,
                 "subject": subject,
                 "databases": granted,
                 "expires_ms": expires_ms,
             }
         )
         return
-    say(token)
+    if out is None:
+        say(token)
     if sys.stdout.isatty():
         click.echo(f"for {subject}, until {time_text(expires_ms)}", err=True)
 
@@ -220,11 +248,18 @@ def _key(secret_file: str | None, secret_env: str | None, private: str | None) -
         if secret is None:
             raise ConfigError(f"the environment variable {secret_env} is not set")
         return secret.encode()
-    path = Path(str(private or secret_file))
+    path, what = str(private or secret_file), "secret file" if private is None else "key file"
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        return read_credential(path, what)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+
+
+def _warn_of_exposure(secret_file: str | None, secret_env: str | None, private: str | None) -> None:
+    if private is not None:
+        warn_of_exposure(private, "key file")
+    elif secret_env is None and secret_file is not None:
+        warn_of_exposure(secret_file, "secret file")
 
 
 def _grant(text: str) -> tuple[str, str]:

@@ -7,25 +7,40 @@ at, R9). Between the cycles of a watch the database is closed, so that other com
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
 import click
 
 from entidb.cli.exits import Exit, UsageError
-from entidb.cli.output import Bar, note, plural, progress, say, time_text
+from entidb.cli.output import (
+    Bar,
+    note,
+    one_line,
+    plural,
+    progress,
+    say,
+    time_text,
+    warn_of_exposure,
+)
 from entidb.cli.summary import document, lines
 from entidb.cli.values import print_json
 from entidb.cli.words import bind, json_option, opened
 from entidb.cli.words import words as positional
+from entidb.credentials import read_token
 from entidb.db import Database
 from entidb.errors import (
+    CommitUnknownError,
     ConfigError,
     DatabaseLockedError,
     EntiDBError,
+    StorageError,
+    StorageFullError,
+    TlsError,
 )
 from entidb.sync import (
     DatabaseApplier,
@@ -98,12 +113,14 @@ def sync_command(
         **_policies(policies),
     }
     job = _Sync(path, url, db_id, _token(token, token_file), collections, settings)
+    job.token_file = token_file if token is None else None
     report = _report_json if as_json else _report_lines
     if watch:
         return _watch(job, interval, report)
     with opened(path) as database:
         result, status = job.run(database)
     report(result, status, url)
+    job.warn()
     return _exit_of(result, status)
 
 
@@ -144,10 +161,7 @@ def _token(token: str | None, file: str | None) -> str | Callable[[bool], str] |
         return token.strip()
     if file is None:
         return _environment("ENTIDB_TOKEN").strip() or None
-    try:
-        known = [_read_token(file)]
-    except OSError as error:
-        raise UsageError(f"cannot read the token file {file}: {error.strerror}") from error
+    known = [_read_token(file)]
 
     def provide(refused: bool) -> str:
         if refused:
@@ -158,7 +172,11 @@ def _token(token: str | None, file: str | None) -> str | Callable[[bool], str] |
 
 
 def _read_token(file: str) -> str:
-    return Path(file).read_text(encoding="utf-8").strip()
+    try:
+        return read_token(file)
+    except ConfigError as error:
+        # Also when it is read again: then somebody is about to write it.
+        raise UsageError(str(error)) from error
 
 
 # ---------------------------------------------------------------- cycles
@@ -182,9 +200,15 @@ class _Sync:
         self._token = token
         self._collections = collections
         self._settings = settings
+        self.token_file: str | None = None
         # Everything that can be wrong on the command line is found before anything is opened.
         self._config("checked", None)
         HttpTransport(url, token=token, config=self._config("checked", None)).close()
+
+    def warn(self) -> None:
+        """After what was asked for: an error stays one line."""
+        if self.token_file is not None:
+            warn_of_exposure(self.token_file, "token file")
 
     def run(self, database: Database) -> tuple[SyncCycleResult, SyncStatus]:
         """One cycle. Raises what ``SyncEngine.sync`` raises, and ``KeyboardInterrupt``."""
@@ -291,10 +315,11 @@ def _watch(job: _Sync, interval: float, report: Report) -> int:
             raise
         return Exit.OK
     finally:
-        note(
-            f"{plural(totals.cycles, 'cycle')}: {plural(totals.pulled, 'change')} pulled, "
-            f"{plural(totals.pushed, 'transaction')} pushed"
-        )
+        with _no_room_to_say():
+            note(
+                f"{plural(totals.cycles, 'cycle')}: {plural(totals.pulled, 'change')} pulled, "
+                f"{plural(totals.pushed, 'transaction')} pushed"
+            )
 
 
 def _watch_on(job: _Sync, interval: float, report: Report, totals: _Totals) -> NoReturn:
@@ -308,24 +333,55 @@ def _watch_on(job: _Sync, interval: float, report: Report, totals: _Totals) -> N
             with opened(job.path) as database:
                 result, status = job.run(database)
         except EntiDBError as error:
-            if not (error.retryable or isinstance(error, DatabaseLockedError)):
+            if not _passes(error):
                 raise
             said = _say_once(said, error)
         else:
             said = ""
             totals.add(result)
             if totals.cycles == 1 or result.changed:
-                note(time_text(clock.now_ms()))
-                report(result, status, job.url)
+                with _no_room_to_say():
+                    note(time_text(clock.now_ms()))
+                    report(result, status, job.url)
+                if totals.cycles == 1:
+                    job.warn()
         clock.wait(never, interval)
+
+
+def _passes(error: EntiDBError) -> bool:
+    """Whether the next turn of a watch can go well without anybody changing what it was told. The
+    login page of a network shows a certificate of its own, and so does a clock that starts in 1970
+    make every certificate "not yet valid"; disks get room again."""
+    if isinstance(error, _PASSING):
+        return True
+    # A disk that fails for once; its subclasses say what is wrong for good.
+    return error.retryable or type(error) is StorageError or error.code in _PASSING_CODES
+
+
+_PASSING: Final = (DatabaseLockedError, TlsError, StorageFullError, CommitUnknownError)
+#: The login page of a network redirects and says that it is for good; another thread writes.
+_PASSING_CODES: Final = ("redirected", "busy")
 
 
 def _say_once(said: str, error: EntiDBError) -> str:
     """A server that is away for the night is worth one line."""
-    line = f"waiting [{error.code}]: {error}"
+    line = f"waiting [{error.code}]: {one_line(str(error))}"
     if line != said:
-        note(line)
+        with _no_room_to_say():
+            note(line)
     return line
+
+
+@contextmanager
+def _no_room_to_say() -> Iterator[None]:
+    """Output into a file on a full disk is lost, and what it speaks of goes on."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
 
 
 class _Totals:

@@ -14,7 +14,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import jwt
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPubl
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 from msgspec import Struct, ValidationError, convert
 
+from entidb.credentials import read_credential
 from entidb.errors import AuthenticationError, ConfigError, PermissionDeniedError
 from entidb.server.config import ServerConfig, check_db_id
 from entidb.server.service import Grant
@@ -253,15 +253,15 @@ def check_secret(secret: bytes, where: str = "the secret") -> bytes:
     if len(secret) < SECRET_BYTES_MIN:
         raise ConfigError(
             f"{where} holds {len(secret)} bytes, {SECRET_BYTES_MIN} are needed: make one with "
-            "`openssl rand -hex 32`"
+            "`entidb secret --out FILE`"
         )
     return secret
 
 
 def _read(path: str | os.PathLike[str], setting: str) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
+        return read_credential(path, "file")
+    except ConfigError as error:
         raise ConfigError(f"{setting}: {error}") from error
 
 

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import uvicorn
 
+from entidb.credentials import exposure
 from entidb.errors import ConfigError
 from entidb.server.app import SyncApp, create_app
 from entidb.server.config import ServerConfig
@@ -69,9 +70,10 @@ def serve(
 
     Prints the address once it is bound, as one line on standard error, and writes it to
     ``ready_file``. Other keywords are those of ``Listen``. Logs go to standard error unless the
-    program has set up logging. Raises ``ConfigError`` for an address that cannot be bound, for
-    certificates that cannot be read, and for anything but loopback without authentication;
-    ``DatabaseLockedError`` if another server has the directory.
+    program has set up logging. Warns there of a secret or a key that everybody on this machine can
+    read. Raises ``ConfigError`` for an address that cannot be bound, for certificates that cannot
+    be read, and for anything but loopback without authentication; ``DatabaseLockedError`` if
+    another server has the directory.
     """
     _log_to_stderr()
 
@@ -79,6 +81,7 @@ def serve(
         print(f"entidb: serving on {url}", file=sys.stderr, flush=True)
         if ready_file is not None:
             _write_ready(Path(ready_file), url)
+        _warn_of_exposure(config, listen.get("tls_key"))
 
     runner = _prepare(config, Listen(host=host, port=port, **listen), announce)
     with _stopped_by_signals(runner.server):
@@ -236,6 +239,14 @@ def _write_ready(path: Path, url: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(url + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _warn_of_exposure(config: ServerConfig | SyncServer, tls_key: Any) -> None:
+    secret = getattr(config, "jwt_secret_file", None)
+    for path, what in ((secret, "secret file"), (tls_key, "key file")):
+        warning = None if path is None else exposure(path, what)
+        if warning is not None:
+            print(f"entidb: warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _log_to_stderr() -> None:

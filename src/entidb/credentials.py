@@ -1,0 +1,122 @@
+"""Files that hold a secret or a token: how they are read, written, and who else can read them.
+
+Nothing here says what a credential means, and no message repeats one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from entidb.errors import ConfigError
+
+#: Bytes. No secret or key is longer; a file that is, is another file.
+CREDENTIAL_BYTES_MAX: Final = 64 * 1024
+_UTF8_MARK: Final = b"\xef\xbb\xbf"
+_UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_credential(path: str | os.PathLike[str], what: str) -> bytes:
+    """What the file at ``path`` holds, without a UTF-8 mark and whitespace at either end.
+
+    ``what`` names it in messages: ``token file``. Raises ``ConfigError`` if it cannot be read, is
+    empty, is UTF-16 text, is larger than ``CREDENTIAL_BYTES_MAX``, or if everybody on this machine
+    can write to it: then it is nobody's secret."""
+    where = f"the {what} {os.fspath(path)}"
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(CREDENTIAL_BYTES_MAX + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {where}: {reason}") from error
+    if os.name == "posix" and stat.S_ISREG(mode) and mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"{where} can be written by everybody on this machine, so what is in it proves "
+            f"nothing: `chmod 600 {os.fspath(path)}`, and make a new one"
+        )
+    if len(data) > CREDENTIAL_BYTES_MAX:
+        raise ConfigError(f"{where} is larger than {CREDENTIAL_BYTES_MAX} bytes: another file?")
+    if data.startswith(_UTF16_MARKS) or b"\0" in data:
+        raise ConfigError(
+            f"{where} is UTF-16 text, as `>` of Windows PowerShell writes it: save it as UTF-8 or "
+            "ASCII (`… | Out-File -Encoding ascii FILE`)"
+        )
+    data = data.removeprefix(_UTF8_MARK).strip()
+    if not data:
+        raise ConfigError(f"{where} is empty")
+    return data
+
+
+def read_token(path: str | os.PathLike[str]) -> str:
+    """The bearer token in a file. Raises ``ConfigError`` as ``read_credential``, and for what no
+    HTTP header can carry."""
+    data = read_credential(path, "token file")
+    where = f"the token file {os.fspath(path)}"
+    if data[:7].lower() == b"bearer ":
+        raise ConfigError(f'{where} begins with "Bearer": keep only the token itself in it')
+    if len(data.split()) > 1:
+        raise ConfigError(f"{where} holds more than one word: keep only the token itself in it")
+    if not all(0x21 <= byte <= 0x7E for byte in data):
+        raise ConfigError(f"{where} holds something other than visible ASCII text: no token")
+    return data.decode("ascii")
+
+
+def exposure(path: str | os.PathLike[str], what: str) -> str | None:
+    """What to warn of if everybody on this machine can read the file at ``path``, else None."""
+    if os.name != "posix":
+        return None
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None  # whoever reads it says so
+    if not stat.S_ISREG(mode) or not mode & stat.S_IROTH:
+        return None
+    name = os.fspath(path)
+    return f"the {what} {name} can be read by everybody on this machine: `chmod 600 {name}`"
+
+
+def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) -> None:
+    """Write ``text`` and a newline into a file that only its owner can read, from the first byte
+    on. It appears when it is complete. Raises ``ConfigError`` if it cannot be written, or if it is
+    there and ``replace`` is false."""
+    target = Path(path)
+    try:
+        if not replace and os.path.lexists(target):
+            raise ConfigError(f"{target} is there already, and is not overwritten: remove it first")
+        # mkstemp makes files that only their owner can read.
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                os.replace(name, target)
+            else:
+                _appear(name, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot write {target}: {reason}") from error
+
+
+def _appear(name: str, target: Path) -> None:
+    """Move without replacing what somebody else has put there meanwhile, where the system can."""
+    try:
+        os.link(name, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.rename(name, target)  # no hard links here
+    else:
+        os.unlink(name)

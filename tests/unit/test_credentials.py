@@ -1,0 +1,114 @@
+"""Files with a secret or a token, as people, shells and editors really make them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from entidb.credentials import exposure, read_credential, read_token, write_credential
+from entidb.errors import ConfigError
+
+posix = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+TOKEN = "eyJhbGciOi.eyJzdWIiOi.c2lnbmF0dXJl"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "credential"
+    path.touch(mode=0o600)
+    return path
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TOKEN.encode(),
+        TOKEN.encode() + b"\n",
+        TOKEN.encode() + b"\r\n\r\n",
+        b"  " + TOKEN.encode() + b"\t",
+        b"\xef\xbb\xbf" + TOKEN.encode() + b"\r\n",
+    ],
+)
+def test_a_token_is_read_without_its_mark_and_whitespace(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
+    assert read_token(file) == TOKEN
+    assert read_credential(file, "secret file") == TOKEN.encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (TOKEN.encode("utf-16"), "UTF-16"),
+        (b"\xfe\xff" + TOKEN.encode("utf-16-be"), "UTF-16"),
+        (TOKEN.encode("utf-16-le"), "UTF-16"),
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"Bearer " + TOKEN.encode(), '"Bearer"'),
+        (b"Authorization: Bearer " + TOKEN.encode(), "more than one word"),
+        (TOKEN.encode() + b"\n" + TOKEN.encode(), "more than one word"),
+        ("tökén".encode(), "visible ASCII"),
+        (b"\xff\x80\x81", "visible ASCII"),
+        (b"x" * 70_000, "larger than"),
+    ],
+)
+def test_what_is_no_token_is_named_and_not_repeated(file: Path, data: bytes, said: str) -> None:
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_token(file)
+    assert str(file) in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", ".", "nul\0byte"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_credential(f"{tmp_path}/{name}", "secret file")
+
+
+@posix
+@pytest.mark.parametrize(
+    ("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True), (0o604, True)]
+)
+def test_who_else_can_read_is_warned_of(file: Path, mode: int, warned: bool) -> None:
+    file.write_text(TOKEN)
+    file.chmod(mode)
+    warning = exposure(file, "token file")
+    assert (warning is not None) is warned
+    assert warning is None or f"chmod 600 {file}" in warning
+    assert read_token(file) == TOKEN
+
+
+@posix
+def test_a_file_that_everybody_can_write_is_refused(file: Path) -> None:
+    file.write_text(TOKEN)
+    file.chmod(0o666)
+    with pytest.raises(ConfigError, match="written by everybody"):
+        read_token(file)
+
+
+def test_nothing_is_warned_of_where_there_is_no_file(tmp_path: Path) -> None:
+    assert exposure(tmp_path / "none", "token file") is None
+
+
+def test_a_credential_is_written_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    before = os.umask(0)
+    try:
+        write_credential(path, TOKEN, replace=False)
+    finally:
+        os.umask(before)
+    assert read_token(path) == TOKEN
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="there already"):
+        write_credential(path, "other", replace=False)
+    assert read_token(path) == TOKEN
+    write_credential(path, "other", replace=True)
+    assert read_token(path) == "other"
+    assert os.listdir(tmp_path) == ["token"]
+    with pytest.raises(ConfigError, match="cannot write"):
+        write_credential(tmp_path / "none" / "token", TOKEN, replace=True)
