@@ -97,7 +97,8 @@ def test_a_backup_of_a_server_begins_another_history(tmp_path: Path):
         assert history is not None
     done("backup", tmp_path / "server", tmp_path / "copy")
     assert document(done("inspect", tmp_path / "server", "--json"))["history"] == history.hex()
-    assert document(done("inspect", tmp_path / "copy", "--json"))["history"] != history.hex()
+    with Database.open(tmp_path / "copy") as copy:
+        assert copy.history not in (None, history)
 
 
 def test_version_names_what_a_report_of_a_problem_needs(monkeypatch: pytest.MonkeyPatch):

@@ -330,7 +330,8 @@ def test_a_killed_process_leaves_nothing_to_clean_up(tmp_path: Path) -> None:
     code = """
         import os, signal, sys
         from entidb.storage import LmdbStorage
-        LmdbStorage.open(sys.argv[1]).commit({b"a": b"1"})
+        store = LmdbStorage.open(sys.argv[1])
+        store.commit({b"a": b"1"})
         os.kill(os.getpid(), signal.SIGKILL)
     """
     path = tmp_path / "db"

@@ -60,7 +60,7 @@ def _faults(path: str) -> list[str]:
         faults = LmdbStorage.closed_faults(path)
         if faults:
             return faults
-        with opened(path) as database:
+        with opened(path, read_only=True) as database:
             return database.verify()
     except CorruptionError as error:
         return [str(error)]
@@ -76,7 +76,7 @@ def _faults(path: str) -> list[str]:
 def inspect_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
     """Show what is in a database: sizes, counters, identity."""
     path = bind(words, directory).path
-    with opened(path) as database:
+    with opened(path, read_only=True) as database:
         found = inspect(database)
     if as_json:
         print_json(found)
@@ -132,7 +132,7 @@ def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool)
     """
     bound = bind(words, directory, "TARGET")
     target = bound["TARGET"]
-    with opened(bound.path) as database:
+    with opened(bound.path, read_only=True) as database:
         if Path(target).exists():
             raise UsageError(f"{target} exists already: name a new directory", code="exists")
         database.backup(target)

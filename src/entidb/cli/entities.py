@@ -95,7 +95,7 @@ def get_command(words: tuple[str, ...], directory: str | None, as_json: bool) ->
     With --json as one line, with its collection and id.
     """
     bound = bind(words, directory, "COLLECTION", "ID")
-    with opened(bound.path) as database:
+    with opened(bound.path, read_only=True) as database:
         collection = existing_collection(database, bound["COLLECTION"])
         entity_id = find_id(bound["ID"], collection)
         value = collection[entity_id]
@@ -143,7 +143,7 @@ def list_command(
     if limit < 0:
         raise UsageError("--limit is 0 or more")
     name = bound.get("COLLECTION")
-    with opened(bound.path) as database:
+    with opened(bound.path, read_only=True) as database:
         if name is None:
             _list_collections(database, as_json)
             return

@@ -53,7 +53,7 @@ def _applier(database: Database) -> DatabaseApplier:
 def status_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
     """Say what is synchronised, pending, and waiting for you."""
     path = bind(words, directory).path
-    with opened(path) as database:
+    with opened(path, read_only=True) as database:
         found = inspect(database)
         scope = database.scope
     document = {
@@ -117,7 +117,7 @@ def pending_command(words: tuple[str, ...], directory: str | None, as_json: bool
     """List what the server has not decided yet, oldest first."""
     path = bind(words, directory).path
     count = 0
-    with opened(path) as database:
+    with opened(path, read_only=True) as database:
         sent = {n for batch in _applier(database).inflight() for n in batch.sequences}
         with database.view() as view:
             names = {number: info.name for number, info in view.catalogue.by_number.items()}
@@ -178,7 +178,7 @@ def _pending_line(transaction: PendingTransaction, state: str, names: dict[int, 
 def conflicts_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
     """List the conflicts that wait for you, with all values."""
     path = bind(words, directory).path
-    with opened(path) as database:
+    with opened(path, read_only=True) as database:
         found = _applier(database).conflicts()
     for conflict in found:
         if as_json:

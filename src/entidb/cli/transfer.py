@@ -227,7 +227,7 @@ def export_command(
     chosen = _format_of(kind, output)
     if as_json and output in (None, "-"):
         raise UsageError("--json is about the summary; give --output for the rows")
-    with opened(bound.path) as database:
+    with opened(bound.path, read_only=True) as database:
         collection = existing_collection(database, bound["COLLECTION"])
         with database.snapshot() as snapshot:
             source = snapshot.collection(collection.name)

@@ -119,14 +119,15 @@ def is_database(path: str) -> bool:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Database]:
-    """The database at ``path``, which has to be there."""
+def opened(path: str, *, read_only: bool = False) -> Iterator[Database]:
+    """The database at ``path``, which has to be there. ``read_only`` is for commands that only
+    look: they make no file, and a backup stays one."""
     if not Path(path).exists():
         raise NotFoundError(
             f"there is no database at {path}; make one with `entidb init {path}`",
             code="no_database",
         )
-    with Database.open(path, create=False) as database:
+    with Database.open(path, create=False, read_only=read_only) as database:
         yield database
 
 

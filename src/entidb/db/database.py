@@ -211,6 +211,7 @@ class Database:
         busy_timeout_s: float = 60.0,
         stale_rows_max: int = STALE_ROWS_MAX,
         where: str = "this store",
+        read_only: bool = False,
     ) -> None:
         """A database on an open ``storage``, which it owns from now on. Programs use ``open``.
 
@@ -222,6 +223,7 @@ class Database:
         self.entropy = entropy
         self.transaction_bytes_max = transaction_bytes_max
         self.where = where
+        self._read_only = read_only
         self._ids = IdSource(self.clock, entropy)
         self._busy_timeout_s = busy_timeout_s
         self._stale_rows_max = stale_rows_max
@@ -249,6 +251,7 @@ class Database:
         role: Role | None = None,
         map_bytes: int | None = None,
         salvage: bool = False,
+        read_only: bool = False,
         **options: Any,
     ) -> Database:
         """Open the database in directory ``path``; made if missing and ``create``.
@@ -256,18 +259,25 @@ class Database:
         ``map_bytes`` bounds how large it can grow before the map is enlarged (address space, not
         disk; by default twice what there is, and 4 GiB). ``salvage`` opens a file with damaged
         pages too, to read what can still be read: do it in a process of its own, because a damaged
-        page may end it. Other options are those of the constructor.
+        page may end it. ``read_only`` makes and changes no file, so that a backup stays one and
+        files that may not be written can be read; several processes may do so at once (not on
+        Windows), and what would write raises ``TransactionError``. Other options are those of the
+        constructor.
 
         Raises ``FormatError`` (not a database, truncated, newer; left untouched),
         ``CorruptionError`` (damaged pages; left untouched),
         ``DatabaseLockedError`` (open in another process, or twice in this one), ``StorageError``.
         """
         where = os.fspath(path)
-        storage = LmdbStorage.open(where, create=create, map_bytes=map_bytes, salvage=salvage)
+        create = create and not read_only
+        storage = LmdbStorage.open(
+            where, create=create, map_bytes=map_bytes, salvage=salvage, read_only=read_only
+        )
         try:
             if role is None:
                 role = _stored_role(storage)
-            return cls(storage, role=role, create=create, where=where, **options)
+            options |= {"where": where, "read_only": read_only}
+            return cls(storage, role=role, create=create, **options)
         except BaseException:
             storage.close()
             raise
@@ -629,6 +639,8 @@ class Database:
 
     def compact(self) -> None:
         """Empty what was replaced and give unused room back to the file system."""
+        if self._read_only:
+            raise self._no_writing()
         from entidb.db.maintenance import sweep_garbage
 
         while sweep_garbage(self):
@@ -689,6 +701,8 @@ class Database:
         """It is ``turn``'s turn to write. ``give_back`` is the caller's, whatever this raises."""
         if self._closed:
             raise DatabaseClosedError(f"{self.where} is closed; open it again to use it")
+        if self._read_only:
+            raise self._no_writing()
         if self._turns.mine() is not None:
             raise TransactionError(
                 "a transaction is already open in this thread; write through it "
@@ -700,6 +714,11 @@ class Database:
                 f"{self._busy_timeout_s:g} s; keep transactions short",
                 code="busy",
             )
+
+    def _no_writing(self) -> TransactionError:
+        return TransactionError(
+            f"{self.where} was opened only to read; open it without read_only to write"
+        )
 
     def _begin_commit(self, turn: Turn) -> None:
         turn.committing = True
@@ -733,7 +752,7 @@ class Database:
                 f"{self.where} is a {self.role.value} database, not a {role.value} one; "
                 "give another directory"
             )
-        if backup:
+        if backup and not self._read_only:
             self._leave_backup(identity)
 
     def _initialise(self, role: Role) -> None:

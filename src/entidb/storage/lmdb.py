@@ -474,10 +474,18 @@ class LmdbStorage:
     #: Contracts ask this: it has files, so ``backup`` works and it can be opened again.
     supports_files: Final = True
 
-    def __init__(self, path: str, place: Place, map_bytes: int, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        place: Place,
+        map_bytes: int,
+        drain_seconds: float,
+        read_only: bool = False,
+    ) -> None:
         self._made = False
         self.path = path
         self._place = place
+        self._read_only = read_only
         self._drain_seconds = drain_seconds
         self._turns = Turns()
         self._gate = _OPEN
@@ -513,7 +521,7 @@ class LmdbStorage:
         if not os.path.exists(data):
             return []
         try:
-            place = take_place(where)
+            place = take_place(where, read_only=True)
         except OSError as error:
             raise _storage_error(error, f"checking {where}") from error
         try:
@@ -534,6 +542,7 @@ class LmdbStorage:
         map_bytes: int | None = None,
         drain_seconds: float = _DRAIN_SECONDS,
         salvage: bool = False,
+        read_only: bool = False,
     ) -> LmdbStorage:
         """Open the store in the directory ``path``, for this object alone.
 
@@ -547,6 +556,9 @@ class LmdbStorage:
         page that can be reached is read once. ``salvage`` opens one with damaged pages too, to
         save what can still be read; a damaged page may end the process.
 
+        ``read_only`` makes and changes no file, so it also works where nothing can be written, and
+        beside others who only read (not on Windows).
+
         Raises ``DatabaseLockedError`` if it is open already, here or in another process;
         ``FormatError`` (``not_a_database``, ``truncated``) if something else stands there, which
         is not touched; ``CorruptionError`` for damaged pages, likewise; ``StorageError``. Not for
@@ -554,23 +566,24 @@ class LmdbStorage:
         """
         where = os.path.abspath(os.fspath(path))
         data = os.path.join(where, _DATA)
-        _check_directory(where, create)
+        _check_directory(where, create and not read_only)
         try:
             if os.path.exists(data):
                 check_data_file(data)
-            place = take_place(where)
+            place = take_place(where, read_only)
         except OSError as error:
             raise _storage_error(error, f"opening {where}") from error
         try:
-            place.remove_temporary()
+            if not read_only:
+                place.remove_temporary()
             if os.path.exists(data):
                 place.hold_data()
                 check_data_file(data)
-                _check_closed(place, salvage)
+                _check_closed(place, salvage, read_only)
             else:
                 _create(place)
             size = 0 if map_bytes is None else max(map_bytes, _MAP_BYTES_MIN)
-            store = cls(where, place, size, drain_seconds)
+            store = cls(where, place, size, drain_seconds, read_only)
             store._doubtful = salvage
             return store
         except OSError as error:
@@ -657,6 +670,8 @@ class LmdbStorage:
     def _commit(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
         if self._gate:
             self._find_gate_open()
+        if self._read_only:
+            raise self._no_writing()
         self._place.check()
         for _ in range(_GROWTHS_MAX):
             try:
@@ -920,12 +935,17 @@ class LmdbStorage:
         with self._turns.hold():
             if self._gate:
                 self._find_gate_open()
+            if self._read_only:
+                raise self._no_writing()
             self._place.check()
             try:
                 self._copy_to(self._make_temporary())
                 self._swap()
             finally:
                 self._place.remove_temporary()
+
+    def _no_writing(self) -> StorageError:
+        return StorageError(f"{self.path} was opened only to read; open it without read_only")
 
     def _make_temporary(self) -> str:
         try:
@@ -1051,7 +1071,7 @@ class LmdbStorage:
         self._readers.clear()
         if self._env is not None:
             self._env.close()
-            if not self._doubtful:
+            if not self._doubtful and not self._read_only:
                 self._leave()
         self._place.release()
 
@@ -1063,7 +1083,8 @@ class LmdbStorage:
 
     def _open_environment(self) -> None:
         self._place.check()
-        self._place.make_lock_table()
+        if not self._read_only:
+            self._place.make_lock_table()
         data_bytes = self._place.data_bytes()
         floor = max(_MAP_BYTES_MIN, data_bytes)
         size = self._map_bytes or _map_bytes_for(data_bytes)
@@ -1082,14 +1103,16 @@ class LmdbStorage:
                 size //= 2
         try:
             self._place.check()  # LMDB went by the path.
-            env.reader_check()
+            if not self._read_only:
+                env.reader_check()
         except BaseException:
             env.close()
             raise
         self._map_bytes = max(size, env.info()["map_size"])
         self._env = env
         self._begin = env.begin
-        restrict(os.path.join(self.path, _DATA))
+        if not self._read_only:
+            restrict(os.path.join(self.path, _DATA))
 
     def _map(self, size: int) -> Any:
         return lmdb.open(
@@ -1101,7 +1124,9 @@ class LmdbStorage:
             sync=True,
             metasync=True,
             writemap=False,
-            lock=True,
+            readonly=self._read_only,
+            # Nobody writes meanwhile, so there is no need of a table of readers.
+            lock=not self._read_only,
         )
 
     def _refuse_begin(self) -> Any:
@@ -1197,7 +1222,7 @@ def _check_directory(where: str, create: bool) -> None:
         raise FormatError(f"there is no database in {where}; check the path")
 
 
-def _check_closed(place: Place, salvage: bool) -> None:
+def _check_closed(place: Place, salvage: bool, read_only: bool) -> None:
     """Raise ``CorruptionError`` unless LMDB can use the data file without harm: it stops the
     process where a page is not what it must be.
 
@@ -1211,7 +1236,8 @@ def _check_closed(place: Place, salvage: bool) -> None:
     faults = _known_faults(place.data_path)
     if faults:
         raise damaged_file(place.data_path, faults)
-    write_headers_again(place.data_path)
+    if not read_only:
+        write_headers_again(place.data_path)
 
 
 def _known_faults(data: str) -> list[str]:

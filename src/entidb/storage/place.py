@@ -49,8 +49,8 @@ _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(descriptor: int) -> None:
-        # Far behind the process number, which others must be able to read.
+    def _lock(descriptor: int, shared: bool) -> None:
+        # Far behind the process number, which others must be able to read. There is no shared kind.
         os.lseek(descriptor, 2**20, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
@@ -65,8 +65,9 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _lock(descriptor: int, shared: bool) -> None:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
 
     def _unlock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -98,15 +99,15 @@ class FileLock:
 
     __slots__ = ("__weakref__", "_process", "descriptor", "found")
 
-    def __init__(self, descriptor: int) -> None:
-        """Takes over ``descriptor``. Raises ``HeldError``, or ``OSError`` where the file system
-        knows no locks; the descriptor is closed then."""
+    def __init__(self, descriptor: int, *, shared: bool = False) -> None:
+        """Takes over ``descriptor``; ``shared`` with others who only read. Raises ``HeldError``,
+        or ``OSError`` where the file system knows no locks; the descriptor is closed then."""
         self._process = os.getpid()
         self.descriptor = descriptor
         #: What the file held before the process number was written into it.
         self.found = b""
         try:
-            _lock(descriptor)
+            _lock(descriptor, shared)
         except OSError as error:
             held = HeldError(_system_holder(descriptor))
             self.forget()
@@ -134,6 +135,18 @@ class FileLock:
                 return lock
             lock.release()
         raise OSError(errno.EAGAIN, "the file is replaced again and again", path)
+
+    @classmethod
+    def read(cls, path: str) -> FileLock | None:
+        """A shared lock of the file at ``path``, which is not changed; None if there is none.
+        Raises as the constructor."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        except FileNotFoundError:
+            return None
+        lock = cls(descriptor, shared=True)
+        lock.found = _read_start(descriptor)
+        return lock
 
     def write(self, note: bytes) -> None:
         """Write the process number, and ``note`` behind it for whoever takes the lock next."""
@@ -334,11 +347,13 @@ def _read_left(raw: bytes) -> Left | None:
 
 
 class Place:
-    """A store's directory, in use by this object alone."""
+    """A store's directory, in use by this object alone; or, ``read_only``, by several processes
+    of which none changes or makes anything."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, read_only: bool = False) -> None:
         """Raises ``DatabaseLockedError``, ``OSError``."""
         self.path = path
+        self.read_only = read_only and sys.platform != "win32"
         self.data_path = os.path.join(path, DATA)
         #: File and line of the program that opened it.
         self.opened_at = _caller()
@@ -351,10 +366,15 @@ class Place:
         self._settled: tuple[int, int, int] | None = None
         self._folder = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
         try:
+            if find_here(path) is not None:
+                raise HeldError("")  # LMDB opens a file once in a process, for reading too.
             if os.path.exists(self.data_path):
                 # First, because it makes nothing where somebody else is at work.
                 self.hold_data()
-            self._lock = FileLock.take(os.path.join(path, LOCK), self._like())
+            lock = os.path.join(path, LOCK)
+            self._lock = (
+                FileLock.read(lock) if self.read_only else FileLock.take(lock, self._like())
+            )
         except HeldError as error:
             self.release()
             raise DatabaseLockedError(self._held_by(error.holder)) from error
@@ -370,7 +390,8 @@ class Place:
             return
         for _ in range(_TRIES):
             try:
-                held = FileLock(os.open(self.data_path, os.O_RDWR))
+                kind = os.O_RDONLY if self.read_only else os.O_RDWR
+                held = FileLock(os.open(self.data_path, kind), shared=self.read_only)
             except HeldError as error:
                 raise DatabaseLockedError(self._held_by(error.holder)) from error
             if is_at(self.data_path, held.descriptor):
@@ -471,7 +492,7 @@ class Place:
 
     def leave_as_found(self) -> None:
         """Note again what the last one left: nothing was changed."""
-        if self._lock is not None:
+        if self._lock is not None and not self.read_only:
             _, _, note = self._lock.found.partition(b"\n")
             with contextlib.suppress(OSError):
                 self._lock.write(note)
@@ -596,16 +617,16 @@ def find_here(path: str) -> Place | None:
     return None
 
 
-def take_place(path: str) -> Place:
-    """The directory at ``path``, for the caller alone. Raises as ``Place``."""
+def take_place(path: str, read_only: bool = False) -> Place:
+    """The directory at ``path``, for the caller. Raises as ``Place``."""
     try:
-        return Place(path)
+        return Place(path, read_only)
     except DatabaseLockedError:
         if find_here(path) is None:
             raise
     # An object that nobody refers to any more may still wait for the collector.
     gc.collect()
-    return Place(path)
+    return Place(path, read_only)
 
 
 def _caller() -> str:
