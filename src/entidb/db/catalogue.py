@@ -12,8 +12,8 @@ from typing import Any
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.db.records import table_prefix
-from entidb.errors import CorruptionError, ScopeError
+from entidb.db.records import table_prefix, unreadable
+from entidb.errors import CborDecodeError, CorruptionError, ScopeError
 
 #: Rows of collections are read at every change of the catalogue; more than this is a design that
 #: wants a field instead of a collection.
@@ -144,14 +144,17 @@ class Catalogue:
 
 
 def decode_catalogue(raw: bytes) -> Catalogue:
-    record: dict[str, Any] = cbor.decode_trusted(raw)
-    scope = record["scope"]
-    return Catalogue(
-        [(n, x, t, local) for n, x, t, local in record["collections"]],
-        record["next_table"],
-        None if scope is None else frozenset(scope),
-        tuple((t, n) for t, n in record["garbage"]),
-    )
+    try:
+        record: dict[str, Any] = cbor.decode_trusted(raw)
+        scope = record["scope"]
+        return Catalogue(
+            [(n, x, t, local) for n, x, t, local in record["collections"]],
+            record["next_table"],
+            None if scope is None else frozenset(scope),
+            tuple((t, n) for t, n in record["garbage"]),
+        )
+    except (CborDecodeError, KeyError, TypeError, ValueError) as error:
+        raise unreadable("the catalogue", raw) from error
 
 
 def empty_catalogue(scope: frozenset[str] | None = None) -> Catalogue:

@@ -19,7 +19,7 @@ from entidb.db.codec import Keep, PlainCodec, ValueCodec, located
 from entidb.db.conditions import Field
 from entidb.db.query import Query, Where
 from entidb.db.rows import Rows
-from entidb.errors import ValueTypeError
+from entidb.errors import CorruptionError, ValueTypeError
 from entidb.types import datetime_of, uuid_from_bytes
 
 V = TypeVar("V")
@@ -374,7 +374,13 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
     def clear(self) -> None:
         """Delete every entity of the collection."""
         for entity_id in list(self):
-            del self[entity_id]
+            try:
+                del self[entity_id]
+            except KeyError as error:
+                raise CorruptionError(
+                    f"entity {entity_id} is found by walking through {self.name!r}, and not by "
+                    "looking it up; run verify, and restore a backup"
+                ) from error
 
 
 #: Opens a transaction that commits when the block ends.

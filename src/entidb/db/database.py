@@ -43,6 +43,7 @@ from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_
 from entidb.db.writer import STALE_ROWS_MAX, Writer
 from entidb.errors import (
     ConfigError,
+    CorruptionError,
     DatabaseClosedError,
     DatabaseLockedError,
     FormatError,
@@ -777,12 +778,15 @@ class Database:
         self._take_identity(identity)
 
     def _take_identity(self, identity: dict[str, Any]) -> None:
-        self.role = Role(identity["role"])
-        #: 16 bytes that name this database in what it writes (R30).
-        self.device_id: bytes = identity["device_id"]
-        self.created_ms: int = identity["created_ms"]
-        #: A server database's history (R29); None on a device.
-        self.history: bytes | None = identity["history"]
+        try:
+            self.role = Role(identity["role"])
+            #: 16 bytes that name this database in what it writes (R30).
+            self.device_id: bytes = identity["device_id"]
+            self.created_ms: int = identity["created_ms"]
+            #: A server database's history (R29); None on a device.
+            self.history: bytes | None = identity["history"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _no_identity() from error
 
 
 def _stored_role(storage: Storage) -> Role:
@@ -793,4 +797,8 @@ def _stored_role(storage: Storage) -> Role:
     try:
         return Role(cbor.decode_trusted(raw)["role"])
     except (KeyError, TypeError, ValueError) as error:
-        raise StorageError("the identity record cannot be read; restore from a backup") from error
+        raise _no_identity() from error
+
+
+def _no_identity() -> StorageError:
+    return CorruptionError("the identity record cannot be read; restore a backup")

@@ -25,6 +25,7 @@ from entidb.db.records import (
     META_FLOOR,
     META_HEAD,
     META_STALE,
+    NOT_ONE,
     PENDING_HEAD,
     REMOTE,
     TOMBSTONE,
@@ -35,6 +36,7 @@ from entidb.db.records import (
     unpack_pending,
     unpack_shown,
     unpack_u64,
+    unreadable,
 )
 from entidb.db.rows import SnapshotRows
 from entidb.db.writer import feed_bounds
@@ -214,18 +216,23 @@ def load_events(
         return load_events(snapshot, catalogue, [places[at] for at in kept])
     raws = snapshot.get_many(keys)
     ids = uuids_from_bytes(entity_ids)
-    events = _alike(sequences, names, ids, raws)
-    if events:
-        return events
-    # Without what has changed since: it comes with that change.
-    current = [
-        (sequence, name, entity_id, raw)
-        for sequence, name, entity_id, raw in zip(sequences, names, ids, raws, strict=True)
-        if raw is not None and unpack_shown(raw)[0] == sequence
-    ]
-    if 0 < len(current) < len(raws):
-        events = _alike(*zip(*current, strict=True))
-    return events or _one_by_one(current)
+    try:
+        events = _alike(sequences, names, ids, raws)
+        if events:
+            return events
+        # Without what has changed since: it comes with that change.
+        current = [
+            (sequence, name, entity_id, raw)
+            for sequence, name, entity_id, raw in zip(sequences, names, ids, raws, strict=True)
+            if raw is not None and unpack_shown(raw)[0] == sequence
+        ]
+        if 0 < len(current) < len(raws):
+            events = _alike(*zip(*current, strict=True))
+        return events or _one_by_one(current)
+    except NOT_ONE as error:
+        raise unreadable(
+            "an entity", min((raw for raw in raws if raw is not None), key=len)
+        ) from error
 
 
 def _alike(

@@ -20,7 +20,9 @@ from entidb.db.records import (
     end_of,
     sequence_key,
     sequence_of,
+    unreadable,
 )
+from entidb.errors import CborDecodeError
 from entidb.storage import Snapshot
 from entidb.types import SEQUENCE_MAX, uuid_from_bytes
 
@@ -98,7 +100,11 @@ def discard_key(discarded: DiscardedTransaction) -> bytes:
 
 
 def read_discarded(snapshot: Snapshot) -> list[DiscardedTransaction]:
-    return [
-        DiscardedTransaction(sequence_of(key), **cbor.decode_trusted(raw))
-        for key, raw in snapshot.scan(DISCARDED, end_of(DISCARDED))
-    ]
+    return [_decode_discarded(key, raw) for key, raw in snapshot.scan(DISCARDED, end_of(DISCARDED))]
+
+
+def _decode_discarded(key: bytes, raw: bytes) -> DiscardedTransaction:
+    try:
+        return DiscardedTransaction(sequence_of(key), **cbor.decode_trusted(raw))
+    except (CborDecodeError, TypeError) as error:
+        raise unreadable("a discarded transaction", raw) from error

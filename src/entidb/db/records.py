@@ -93,8 +93,22 @@ pack_u64 = _U64.pack
 pack_feed_key = _FEED.pack
 
 
+#: What unpacking raises for bytes that are not what stands where they were found.
+NOT_ONE: Final = (UnpackError, IndexError)
+
+
+def unreadable(what: str, raw: bytes) -> CorruptionError:
+    """The error for a record whose checksum is right and that is none of its kind all the same: a
+    damaged page can lead to another, and a bug can write one."""
+    found = f"{len(raw)} bytes are stored where {what} should be"
+    return CorruptionError(f"{found}; run verify, and restore a backup")
+
+
 def unpack_u64(raw: bytes) -> int:
-    number: int = _U64.unpack(raw)[0]
+    try:
+        number: int = _U64.unpack(raw)[0]
+    except NOT_ONE as error:
+        raise unreadable("a number", raw) from error
     return number
 
 
@@ -155,7 +169,10 @@ def sequence_key(kind: bytes, sequence: int) -> bytes:
 
 
 def sequence_of(key: bytes) -> int:
-    number: int = _U64.unpack_from(key, 1)[0]
+    try:
+        number: int = _U64.unpack_from(key, 1)[0]
+    except NOT_ONE as error:
+        raise unreadable("a key with a sequence", key) from error
     return number
 
 
@@ -204,7 +221,10 @@ def is_spacer(key: bytes) -> bool:
 
 def split_numbered_key(key: bytes) -> tuple[int, bytes]:
     """(collection or table, entity_id) of an entity, base or conflict key."""
-    _, number, entity_id = _NUMBERED.unpack(key)
+    try:
+        _, number, entity_id = _NUMBERED.unpack(key)
+    except NOT_ONE as error:
+        raise unreadable("a key with an entity's id", key) from error
     return number, entity_id
 
 
@@ -269,7 +289,10 @@ class Head(Struct, gc=False):
 
 
 def decode_head(raw: bytes) -> Head:
-    return Head(*_HEAD.unpack(raw))
+    try:
+        return Head(*_HEAD.unpack(raw))
+    except NOT_ONE as error:
+        raise unreadable("the head", raw) from error
 
 
 # ---------------------------------------------------------------- entities
@@ -339,25 +362,34 @@ class EntityRow(Struct, gc=False):
 
 
 def decode_entity(raw: bytes) -> EntityRow:
-    flags = raw[0]
-    if flags & DIRTY:
-        flags, sequence, version, device, timestamp, pending = unpack_pending(raw)
-        payload = None if flags & TOMBSTONE else raw[PENDING_HEAD:]
-        return EntityRow(flags, sequence, version, device, timestamp, pending, payload)
-    flags, sequence, version, device, timestamp = unpack_entity(raw)
-    payload = None if flags & TOMBSTONE else raw[ENTITY_HEAD:]
-    return EntityRow(flags, sequence, version, device, timestamp, 0, payload)
+    try:
+        flags = raw[0]
+        if flags & DIRTY:
+            flags, sequence, version, device, timestamp, pending = unpack_pending(raw)
+            payload = None if flags & TOMBSTONE else raw[PENDING_HEAD:]
+            return EntityRow(flags, sequence, version, device, timestamp, pending, payload)
+        flags, sequence, version, device, timestamp = unpack_entity(raw)
+        payload = None if flags & TOMBSTONE else raw[ENTITY_HEAD:]
+        return EntityRow(flags, sequence, version, device, timestamp, 0, payload)
+    except NOT_ONE as error:
+        raise unreadable("an entity", raw) from error
 
 
 def version_of(raw: bytes) -> int:
     """The version in an encoded ``EntityRow``; of a dirty one its base's."""
-    version: int = _U64.unpack_from(raw, 9)[0]
+    try:
+        version: int = _U64.unpack_from(raw, 9)[0]
+    except NOT_ONE as error:
+        raise unreadable("an entity", raw) from error
     return version
 
 
 def payload_of(raw: bytes) -> bytes | None:
     """The payload of an encoded ``EntityRow``, None for a tombstone: what a plain read needs."""
-    flags = raw[0]
+    try:
+        flags = raw[0]
+    except IndexError as error:
+        raise unreadable("an entity", raw) from error
     if flags & TOMBSTONE:
         return None
     return raw[PENDING_HEAD:] if flags & DIRTY else raw[ENTITY_HEAD:]
@@ -380,7 +412,10 @@ class BaseRow(Struct, gc=False):
 
 
 def decode_base(raw: bytes) -> BaseRow:
-    version, device, timestamp = _BASE.unpack_from(raw)
+    try:
+        version, device, timestamp = _BASE.unpack_from(raw)
+    except NOT_ONE as error:
+        raise unreadable("a base", raw) from error
     return BaseRow(version, device, timestamp, raw[_BASE.size :])
 
 
@@ -458,18 +493,21 @@ def encode_creation(
 
 
 def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:
-    transaction_id, timestamp, count = _OUTBOX.unpack_from(raw)
-    at = _OUTBOX.size
     operations = []
-    for _ in range(count):
-        collection, entity_id, previous, length = _OUTBOX_OP.unpack_from(raw, at)
-        at += _OUTBOX_OP.size
-        if length < 0:
-            payload = None
-        else:
-            payload = raw[at : at + length]
-            at += length
-        operations.append(PendingOp(collection, entity_id, previous, payload))
+    try:
+        transaction_id, timestamp, count = _OUTBOX.unpack_from(raw)
+        at = _OUTBOX.size
+        for _ in range(count):
+            collection, entity_id, previous, length = _OUTBOX_OP.unpack_from(raw, at)
+            at += _OUTBOX_OP.size
+            if length < 0:
+                payload = None
+            else:
+                payload = raw[at : at + length]
+                at += length
+            operations.append(PendingOp(collection, entity_id, previous, payload))
+    except NOT_ONE as error:
+        raise unreadable("a pending transaction", raw) from error
     return PendingTransaction(
         sequence_of(key), transaction_id, timestamp, operations, key[:1] == HELD
     )
@@ -501,7 +539,12 @@ class OverruledHead(Struct, gc=False):
 
 
 def decode_overruled_head(raw: bytes | None) -> OverruledHead:
-    return OverruledHead() if raw is None else OverruledHead(*_OVERRULED_HEAD.unpack(raw))
+    if raw is None:
+        return OverruledHead()
+    try:
+        return OverruledHead(*_OVERRULED_HEAD.unpack(raw))
+    except NOT_ONE as error:
+        raise unreadable("the head of overruled values", raw) from error
 
 
 # ---------------------------------------------------------------- accepted transactions
@@ -518,5 +561,8 @@ def encode_accepted(version: int, digest: bytes) -> bytes:
 
 def decode_accepted(raw: bytes) -> tuple[int, bytes]:
     """(version, SHA-256 digest of the operations)"""
-    version, digest = _ACCEPTED.unpack(raw)
+    try:
+        version, digest = _ACCEPTED.unpack(raw)
+    except NOT_ONE as error:
+        raise unreadable("an accepted transaction", raw) from error
     return version, digest

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 from typing import TypeVar
 
-from msgspec import Struct, convert, to_builtins
+from msgspec import Struct, ValidationError, convert, to_builtins
 
 from entidb import cbor
+from entidb.db.records import unreadable
+from entidb.errors import CborDecodeError
 
 T = TypeVar("T", bound=Struct)
 
@@ -24,7 +26,10 @@ def encode_record(record: Struct) -> bytes:
 
 
 def decode_record(kind: type[T], raw: bytes) -> T:
-    return convert(cbor.decode_trusted(raw), kind, builtin_types=(bytes,))
+    try:
+        return convert(cbor.decode_trusted(raw), kind, builtin_types=(bytes,))
+    except (ValidationError, CborDecodeError) as error:
+        raise unreadable(f"the record {kind.__name__}", raw) from error
 
 
 @functools.lru_cache(maxsize=16)

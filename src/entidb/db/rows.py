@@ -17,8 +17,12 @@ from entidb.db.records import (
     end_of,
     payload_of,
     unpack_u64,
+    unreadable,
 )
 from entidb.storage import Snapshot
+
+#: More entities than any disk has room for.
+_COUNT_MAX = 2**48
 
 #: Entities read at a time while iterating: large enough to be fast, small enough to stay bounded.
 PAGE_ROWS = 512
@@ -95,7 +99,10 @@ class SnapshotRows:
     def count(self, name: str) -> int:
         info = self.catalogue.by_name.get(name)
         raw = None if info is None else self.snapshot.get(count_key(info.number))
-        return 0 if raw is None else unpack_u64(raw)
+        number = 0 if raw is None else unpack_u64(raw)
+        if number > _COUNT_MAX:
+            raise unreadable("a count of entities", raw or b"")
+        return number
 
 
 class OverlayRows:
