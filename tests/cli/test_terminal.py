@@ -27,13 +27,13 @@ WIDTH = 60
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def on_a_terminal(*words: object, **env: str) -> tuple[int, str]:
+def on_a_terminal(*words: object, width: int = WIDTH, **env: str) -> tuple[int, str]:
     """Run a command whose three streams are a terminal; its exit code and all it wrote."""
     import struct
     import termios
 
     near, far = pty.openpty()
-    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     plain = environment(**{"TERM": "xterm", **env})
     for name in {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"} - set(env):
         plain.pop(name, None)
@@ -67,8 +67,8 @@ def test_long_lines_are_cut_to_the_width_of_the_terminal(shop: Path):
 def test_heads_of_tables_are_bold_unless_nobody_wants_colours(shop: Path):
     _, coloured = on_a_terminal("list", shop)
     assert "\x1b[1m" in coloured
-    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-        _, plain = on_a_terminal("list", shop, **env)
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        _, plain = on_a_terminal("list", shop, **{name: value})  # type: ignore[arg-type]
         assert ESCAPES.search(plain) is None
         assert plain == ESCAPES.sub("", coloured)
 
@@ -118,3 +118,27 @@ def test_a_token_on_a_terminal_says_for_whom_and_until_when(tmp_path: Path):
     assert code == 0 and "for ann, until " in said
     _, document = on_a_terminal(*words, "--json", "--expires", "90s")
     assert json.loads(document)["databases"] == {"shop": "r"}
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_narrow_terminals_get_short_ids_and_no_line_that_is_too_wide(tmp_path: Path, width: int):
+    from rich.cells import cell_len
+
+    path = tmp_path / ("a directory with a long name " * 3).strip()
+    entity_id = put(path, "notes " * 12, 1, {"text": "世界" * 40})
+    lines = [("list", path), ("list", path, "notes " * 12), ("status", path), ("pending", path)]
+    for words in lines:
+        code, said = on_a_terminal(*words, width=width, NO_COLOR="1")
+        assert code == 0
+        assert all(cell_len(line) <= width for line in said.splitlines()), said
+    assert f"…{entity_id.hex[-12:]}" in on_a_terminal("list", path, "notes " * 12, width=width)[1]
+    code, said = on_a_terminal("get", path, "notes " * 12, f"…{entity_id.hex[-12:]}", width=width)
+    assert code == 0 and "世界" in said
+    code, said = on_a_terminal("status", path, width=width, NO_COLOR="1")
+    assert "".join(str(path).split()) in "".join(said.split())
+
+
+def test_wide_terminals_and_pipes_get_whole_ids(shop: Path):
+    whole = re.compile(r"^[0-9a-f-]{36}  ", re.MULTILINE)
+    assert len(whole.findall(on_a_terminal("list", shop, "notes", width=120)[1])) == 2
+    assert len(whole.findall(done("list", shop, "notes"))) == 2

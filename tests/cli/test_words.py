@@ -4,7 +4,11 @@ happened: each is one sentence that helps."""
 from __future__ import annotations
 
 import errno
+import json
+import os
+import re
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +25,7 @@ from entidb.errors import (
     CorruptionError,
     EntiDBError,
     ProtocolError,
+    ServerError,
     StorageError,
     StorageFullError,
     TlsError,
@@ -483,3 +488,92 @@ def test_a_long_list_of_withdrawals_is_cut_with_their_number():
     said = summary_of(a, a.sync())
     assert said.count("[no]: never") == 10
     assert "… and 4 more" in said
+
+
+# ---------------------------------------------------------------- ids by their end
+
+
+def test_ids_that_were_made_together_are_told_apart_by_their_ends(tmp_path: Path):
+    with Database.open(tmp_path / "db") as database, database.transaction() as tx:
+        ids = [tx.collection("notes").add({"n": n}) for n in range(50)]
+    line = failed(entidb("get", tmp_path / "db", "notes", ids[3].hex[:8]), 2, "ambiguous_id")
+    offered = re.search(r"as in ([0-9a-f]+)", line)
+    assert offered is not None and ids[0].hex.endswith(offered[1])
+    end = ids[7].hex[-12:]
+    for text in (end[-6:], str(ids[7])[-17:], f"…{end}", f"...{end[-7:]}"):
+        assert json.loads(done("get", tmp_path / "db", "notes", text)) == {"n": 7}
+    done("put", tmp_path / "db", "notes", ids[7].hex[-7:], '{"n":"seven"}')
+    done("delete", tmp_path / "db", "notes", ids[8].hex[-12:])
+    with Database.open(tmp_path / "db") as database:
+        notes = database.collection("notes")
+        assert notes[ids[7]] == {"n": "seven"} and ids[8] not in notes and len(notes) == 49
+
+
+def test_a_text_that_begins_one_id_and_ends_another_is_ambiguous(tmp_path: Path):
+    first, second = uuid.UUID("abcd" + "0" * 28), uuid.UUID("1" * 28 + "abcd")
+    with Database.open(tmp_path / "db") as database:
+        database.collection("notes").put_many({first: 1, second: 2})
+    line = failed(entidb("delete", tmp_path / "db", "notes", "abcd"), 2, "ambiguous_id")
+    assert str(first) in line and str(second) in line
+    assert done("get", tmp_path / "db", "notes", "…abcd").strip() == "2"
+    assert done("get", tmp_path / "db", "notes", "abcd0").strip() == "1"
+    failed(entidb("get", tmp_path / "db", "notes", "…abcd0"), 3, "not_found")
+    failed(entidb("get", tmp_path / "db", "notes", "…"), 2, "invalid_id")
+
+
+# ---------------------------------------------------------------- what others wrote
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e\x9b31m\r\n"
+
+
+def test_what_a_server_says_cannot_steer_a_terminal_or_fill_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done("init", tmp_path / "db")
+
+    def refuse(*_: object) -> None:
+        raise ServerError(HOSTILE * 2000, code=HOSTILE * 700)
+
+    monkeypatch.setattr("entidb.cli.outbox.inspect", refuse)
+    result = entidb("status", tmp_path / "db")
+    assert len(result.stderr.splitlines()) == 1 and len(result.stderr) < 1200
+    assert result.stderr.isprintable() or result.stderr.rstrip("\n").isprintable()
+    assert result.stderr.startswith("error[\\u001b]0;owned")
+
+
+def test_names_and_values_cannot_steer_a_terminal(tmp_path: Path):
+    name = "a\u202eb"
+    put(tmp_path / "db", name, 1, {HOSTILE: HOSTILE})
+    path = tmp_path / "db"
+    rows = f"k,v\nx,{chr(0x9B)}\nx,2\n"
+    for words in (
+        ("list", path),
+        ("list", path, name),
+        ("get", path, name, "1"),
+        ("status", path),
+        ("inspect", path),
+        ("pending", path),
+        ("import", path, name, "-", "--format", "csv", "--key", "k"),
+        ("import", path, name, "-", "--format", "csv", "--key", HOSTILE),
+        ("list", path, HOSTILE),
+        ("get", tmp_path / HOSTILE, name, "1"),
+        ("export", path, name, "--output", tmp_path / "no" / HOSTILE),
+    ):
+        result = entidb(*words, stdin=rows)
+        for line in (result.stdout + result.stderr).split("\n"):
+            assert line.isprintable(), (words, line)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths that are any bytes")
+def test_a_path_that_is_not_utf8_is_a_path_like_any_other(tmp_path: Path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4d")
+    copy, file = f"{path} copy", f"{path}.ndjson"
+    done("put", path, "notes", '{"a":1}')
+    done("export", path, "notes", "-o", file)
+    done("import", path, "more", file)
+    done("backup", path, copy)
+    done("compact", path)
+    for each in (path, copy):
+        assert "\\udce4" in done("verify", each).encode("ascii", "backslashreplace").decode()
+        assert document(done("inspect", each, "--json"))["collections"]["notes"]["entities"] == 1

@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from entidb.cli.exits import HINTS, TEXTS, Exit, exit_of
-from entidb.cli.output import one_line
+from entidb.cli.output import code_text, one_line
 from entidb.errors import EntiDBError
 from entidb.version import VERSION
 
@@ -179,7 +179,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def fail(code: str, message: str, exit_code: Exit) -> int:
     """Print the one line of an error; returns the exit code."""
     with contextlib.suppress(BrokenPipeError):
-        click.echo(f"error[{code}]: {one_line(message)}", err=True)
+        click.echo(f"error[{code_text(code)}]: {one_line(message)}", err=True)
     return exit_code
 
 

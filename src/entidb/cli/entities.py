@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from entidb.cli.exits import UsageError
-from entidb.cli.output import fit, note, plural, say, table
+from entidb.cli.output import fit, id_text, note, plural, say, table
 from entidb.cli.values import print_json, read_value, shown
 from entidb.cli.words import (
     bind,
@@ -153,7 +153,7 @@ def list_command(
             if as_json:
                 print_json({"id": str(entity_id), "value": value})
             else:
-                say(fit(f"{entity_id}  {shown(value)}"))
+                say(fit(f"{id_text(entity_id)}  {shown(value)}"))
         following = next(pairs, None)
     if following is not None:
         note(f"there are more: --limit 0 for all, --start {following[0]} to go on")

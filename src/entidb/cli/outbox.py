@@ -15,9 +15,12 @@ import click
 from entidb import cbor
 from entidb.cli.exits import NotFoundError, UsageError
 from entidb.cli.output import (
+    code_text,
     facts,
     fit,
+    id_text,
     note,
+    one_line,
     plural,
     safe,
     say,
@@ -166,7 +169,7 @@ def _pending_line(transaction: PendingTransaction, state: str, names: dict[int, 
     what = ", ".join(f"{count} {kind} in {safe(name)}" for (name, kind), count in counts.items())
     identity = uuid_from_bytes(transaction.transaction_id)
     when = timestamp_text(transaction.timestamp)
-    return f"{identity}  {when}  {state:<5}  {what} ({size_text(size)})"
+    return f"{id_text(identity)}  {when}  {state:<5}  {what} ({size_text(size)})"
 
 
 # ---------------------------------------------------------------- conflicts
@@ -408,16 +411,17 @@ def _overruled_document(each: OverruledValue) -> dict[str, Any]:
 
 
 def _discarded_lines(each: DiscardedTransaction) -> Iterator[str]:
-    yield f"{each.id}  withdrawn {time_text(each.at_ms)} [{each.code}]"
-    yield f"  why: {safe(each.message)}"
+    when = time_text(each.at_ms)
+    yield f"{id_text(each.id)}  withdrawn {when} [{code_text(each.code)}]"
+    yield f"  why: {one_line(each.message)}"
     values = each.values()
     for name, entity_id, value in values[:_OPERATIONS_SHOWN]:
-        yield fit(f"  wrote {safe(name)} {entity_id}  {_shown_or(value, 'deleted')}")
+        yield fit(f"  wrote {safe(name)} {id_text(entity_id)}  {_shown_or(value, 'deleted')}")
     if len(values) > _OPERATIONS_SHOWN:
         yield f"  … and {len(values) - _OPERATIONS_SHOWN:,} more, with --json"
     for name, raw, _, _, _, payload in each.lost_to[:_OPERATIONS_SHOWN]:
         value = None if payload is None else cbor.decode_trusted(payload)
-        where = f"{safe(name)} {uuid_from_bytes(raw)}"
+        where = f"{safe(name)} {id_text(uuid_from_bytes(raw))}"
         yield fit(f"  lost to {where}  {_shown_or(value, 'deleted')}")
 
 

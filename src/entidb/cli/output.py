@@ -19,12 +19,19 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 if TYPE_CHECKING:
+    import uuid
+
     from rich.progress import Progress
 
 #: Control characters and those that turn the direction of text around: both can forge a line.
 _UNSAFE: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
+#: Characters of an error's message and of its code that reach a terminal.
+MESSAGE_MAX: Final = 1000
+CODE_MAX: Final = 64
+#: Columns below which ids are shortened.
+NARROW: Final = 80
 _SIZES: Final = ("KiB", "MiB", "GiB", "TiB")
 
 
@@ -36,9 +43,26 @@ def safe(text: str) -> str:
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def one_line(text: str) -> str:
-    """``text`` as one line that is safe to show."""
-    return safe(" ".join(text.split()))
+def one_line(text: str, characters_max: int = MESSAGE_MAX) -> str:
+    """``text``, as a server or a file may have written it, as one line that is safe to show: no
+    longer than ``characters_max``."""
+    # Cut first: what is thrown away need not be split and escaped.
+    line = safe(" ".join(text[: 2 * characters_max].split()))
+    cut = len(line) > characters_max or len(text) > 2 * characters_max
+    return line[: characters_max - 1] + "…" if cut else line
+
+
+def code_text(code: str) -> str:
+    """An error's code as it is shown; servers may send anything for one."""
+    return one_line(code, CODE_MAX)
+
+
+def id_text(entity_id: uuid.UUID) -> str:
+    """An id for a person: whole, or on a narrow terminal its end, which names it as well. The
+    beginnings of ids are the time they were made, and much the same."""
+    if columns() >= NARROW:
+        return str(entity_id)
+    return f"…{entity_id.hex[-12:]}"
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
@@ -85,31 +109,51 @@ def is_terminal(stream: Any) -> bool:
         return False
 
 
+def columns() -> int:
+    """How many there are; in a pipe more than anything needs."""
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else _NO_END
+
+
+_NO_END: Final = 1 << 30
+
+
+class Styled(str):
+    """Text with escape sequences of our own."""
+
+    __slots__ = ()
+
+
 def styled(text: str, *, err: bool = False, **style: Any) -> str:
     """``text`` in a colour, where that is wanted."""
     stream = sys.stderr if err else sys.stdout
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain or not is_terminal(stream) else click.style(text, **style)
+    if plain or not is_terminal(stream):
+        return text
+    return Styled(click.style(_safe_lines(text), **style))
 
 
-def fit(text: str) -> str:
-    """``text`` cut to the terminal's width; in a pipe it stays as it is."""
-    if not is_terminal(sys.stdout):
+def fit(text: str, width: int | None = None) -> str:
+    """``text`` cut to ``width``, or to the terminal's; in a pipe it stays as it is."""
+    width = columns() if width is None else width
+    if width == _NO_END:
         return text
     from rich.cells import cell_len, set_cell_size
 
-    width = shutil.get_terminal_size().columns
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def say(text: str = "") -> None:
-    """One line, or several, of ordinary output."""
-    click.echo(text)
+    """One line, or several, of ordinary output. Nothing but our own colours steers a terminal."""
+    click.echo(text if isinstance(text, Styled) else _safe_lines(text))
 
 
 def note(text: str) -> None:
     """A line beside the output proper, on standard error."""
-    click.echo(styled(text, err=True, dim=True), err=True)
+    click.echo(styled(_safe_lines(text), err=True, dim=True), err=True)
+
+
+def _safe_lines(text: str) -> str:
+    return "\n".join(map(safe, text.split("\n")))
 
 
 def warn_of_exposure(path: str | os.PathLike[str], what: str) -> None:
@@ -123,21 +167,58 @@ def warn_of_exposure(path: str | os.PathLike[str], what: str) -> None:
 
 def table(rows: Iterable[Sequence[str]], heads: Sequence[str] = ()) -> Iterator[str]:
     """Lines of aligned columns under bold ``heads``. Widths count cells, so that Chinese and
-    emoji do not push the rest around. All rows are held at once: not for long lists."""
+    emoji do not push the rest around; what is too wide for the terminal is cut where most is.
+    All rows are held at once: not for long lists."""
     from rich.cells import cell_len
 
     lines = [[safe(cell) for cell in row] for row in rows]
     everything = [list(heads), *lines] if heads else lines
-    widths = [max(map(cell_len, column)) for column in zip(*everything, strict=True)]
+    widths = _fitting([max(map(cell_len, column)) for column in zip(*everything, strict=True)])
     for number, line in enumerate(everything):
-        padded = (cell + " " * (w - cell_len(cell)) for cell, w in zip(line, widths, strict=True))
+        cells = (fit(cell, w) if cell_len(cell) > w else cell for cell, w in _paired(line, widths))
+        padded = (cell + " " * (w - cell_len(cell)) for cell, w in _paired(cells, widths))
         text = "  ".join(padded).rstrip()
         yield styled(text, bold=True) if heads and not number else text
 
 
+def _paired(cells: Iterable[str], widths: list[int]) -> Iterator[tuple[str, int]]:
+    return zip(cells, widths, strict=True)
+
+
+def _fitting(widths: list[int]) -> list[int]:
+    """``widths`` made smaller, the largest first, until a line fits."""
+    widths, room = list(widths), columns()
+    while sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > _COLUMN_MIN:
+        at = widths.index(max(widths))
+        others = sum(widths) - widths[at] + 2 * (len(widths) - 1)
+        second = max([_COLUMN_MIN, *(w for n, w in enumerate(widths) if n != at)])
+        widths[at] = max(room - others, min(second, widths[at] - 1), _COLUMN_MIN)
+    return widths
+
+
+_COLUMN_MIN: Final = 6
+
+
 def facts(pairs: Iterable[tuple[str, object]]) -> Iterator[str]:
-    """Lines of names and what they are, aligned."""
-    return table([(name, str(value)) for name, value in pairs])
+    """Lines of names and what they are, aligned. What is too wide for the terminal gets lines of
+    its own below its name, because nothing of it may be cut off."""
+    from rich.cells import cell_len
+
+    lines = [(safe(name), safe(str(value))) for name, value in pairs]
+    names = max((cell_len(name) for name, _ in lines), default=0)
+    room = columns() - names - 2
+    for name, value in lines:
+        if cell_len(value) <= room or not value:
+            yield f"{name}{' ' * (names - cell_len(name))}  {value}".rstrip()
+            continue
+        yield name
+        yield from (f"    {part}" for part in _wrapped(value, columns() - 4))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, max(width, 10), break_on_hyphens=False)
 
 
 @contextmanager

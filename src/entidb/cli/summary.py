@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
-from entidb.cli.output import facts, plural, safe, size_text
+from entidb.cli.output import code_text, facts, id_text, one_line, plural, safe, size_text
 from entidb.sync import Action, Conflict, KeptBack, SyncCycleResult, SyncStatus, Withdrawn
 from entidb.types import uuid_from_bytes
 
@@ -71,7 +71,7 @@ def _withdrawn(result: SyncCycleResult) -> Iterator[str]:
         return
     for each in result.withdrawn[:_SHOWN_MAX]:
         identity = uuid_from_bytes(each.transaction_id)
-        yield f"  withdrawn {identity} [{each.code}]: {safe(each.message)}"
+        yield f"  withdrawn {id_text(identity)} [{code_text(each.code)}]: {one_line(each.message)}"
     if len(result.withdrawn) > _SHOWN_MAX:
         yield f"  … and {len(result.withdrawn) - _SHOWN_MAX:,} more"
     yield "  nothing is lost: see `entidb discarded`, which can commit them again"
@@ -80,7 +80,7 @@ def _withdrawn(result: SyncCycleResult) -> Iterator[str]:
 def _open_ends(result: SyncCycleResult, status: SyncStatus) -> Iterator[str]:
     for each in result.kept_back[:_SHOWN_MAX]:
         identity = uuid_from_bytes(each.transaction_id)
-        yield f"  kept back {identity} [{each.code}]: {safe(each.message)}"
+        yield f"  kept back {id_text(identity)} [{code_text(each.code)}]: {one_line(each.message)}"
     if result.kept_back:
         yield (
             "  something before the server refuses what is kept back; it stays pending and is "

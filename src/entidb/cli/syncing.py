@@ -19,6 +19,7 @@ import click
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import (
     Bar,
+    code_text,
     note,
     one_line,
     plural,
@@ -365,7 +366,7 @@ _PASSING_CODES: Final = ("redirected", "busy")
 
 def _say_once(said: str, error: EntiDBError) -> str:
     """A server that is away for the night is worth one line."""
-    line = f"waiting [{error.code}]: {one_line(str(error))}"
+    line = f"waiting [{code_text(error.code)}]: {one_line(str(error))}"
     if line != said:
         with _no_room_to_say():
             note(line)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -26,6 +27,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _HEX: Final = re.compile(r"[0-9a-f]{1,32}")
 _KEY: Final = "key:"
+#: What stands before the end of an id where its beginning is left out.
+_CUT: Final = ("…", "...")
 #: Ids of imported rows with a key of their own; docs/cli.md has the rule for other programs.
 _NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_DNS, "import.entidb")
 
@@ -167,9 +170,10 @@ def full_id(text: str, collection: str) -> uuid.UUID | None:
 
 
 def find_id(text: str, collection: ReadCollection[Any]) -> uuid.UUID:
-    """The entity of ``collection`` that ``text`` names: an id, the beginning of one, or ``key:…``.
+    """The entity of ``collection`` that ``text`` names: an id, its beginning or its end, or
+    ``key:…``.
 
-    Raises ``NotFoundError``; ``UsageError`` if several begin so, or if it is no id at all.
+    Raises ``NotFoundError``; ``UsageError`` if several begin or end so, or if it is no id at all.
     """
     whole = full_id(text, collection.name)
     if whole is not None:
@@ -177,30 +181,58 @@ def find_id(text: str, collection: ReadCollection[Any]) -> uuid.UUID:
             raise _no_entity(text, collection.name)
         return whole
     digits = _digits(text)
-    start = uuid.UUID(hex=digits.ljust(32, "0"))
-    after = int(digits, 16) + 1 << 4 * (32 - len(digits))
-    stop = uuid.UUID(int=after) if after < 1 << 128 else None
-    found = [entity_id for entity_id, _ in collection.range(start, stop, limit=2)]
+    found: list[uuid.UUID] = [] if _is_end(text) else _beginning_with(digits, collection)
+    ends = (uuid.UUID(bytes=raw) for raw, _ in collection.payloads() if _ends_with(raw, digits))
+    found = list(dict.fromkeys([*found, *islice(ends, 2)]))
     return _only(text, found, f"entity of {collection.name}")
 
 
+def _beginning_with(digits: str, collection: ReadCollection[Any]) -> list[uuid.UUID]:
+    start = uuid.UUID(hex=digits.ljust(32, "0"))
+    after = int(digits, 16) + 1 << 4 * (32 - len(digits))
+    stop = uuid.UUID(int=after) if after < 1 << 128 else None
+    return [entity_id for entity_id, _ in collection.range(start, stop, limit=2)]
+
+
+def _ends_with(raw: bytes, digits: str) -> bool:
+    return raw[-(len(digits) + 1) // 2 :].hex().endswith(digits)
+
+
 def pick_id(text: str, ids: Iterable[uuid.UUID], noun: str) -> uuid.UUID:
-    """The one of ``ids`` that begins with ``text``. Raises as ``find_id``."""
+    """The one of ``ids`` that begins or ends with ``text``. Raises as ``find_id``."""
     digits = _digits(text)
-    found = [each for each in dict.fromkeys(ids) if each.hex.startswith(digits)]
+    found = [
+        each
+        for each in dict.fromkeys(ids)
+        if each.hex.endswith(digits) or (not _is_end(text) and each.hex.startswith(digits))
+    ]
     return _only(text, found, noun)
+
+
+def _is_end(text: str) -> bool:
+    """Whether ``text`` says itself that it is the end of an id, as shortened ids are shown."""
+    return text.startswith(_CUT)
 
 
 def _only(text: str, found: list[uuid.UUID], noun: str) -> uuid.UUID:
     if not found:
-        raise NotFoundError(f"there is no {noun} with an id that begins with {text!r}")
+        raise NotFoundError(f"there is no {noun} with an id that begins or ends with {text!r}")
     if len(found) > 1:
+        first, second = found[:2]
         raise UsageError(
-            f"more than one {noun} begins with {text!r}, such as {found[0]} and {found[1]}; "
-            "give more of the id",
+            f"more than one {noun} begins or ends with {text!r}, such as {first} and {second}; "
+            f"give the end of the id, as in {_end_of(first, second)}",
             code="ambiguous_id",
         )
     return found[0]
+
+
+def _end_of(entity_id: uuid.UUID, other: uuid.UUID) -> str:
+    """The shortest end of ``entity_id`` worth typing that tells it from ``other``."""
+    length = 6
+    while length < 32 and other.hex.endswith(entity_id.hex[-length:]):
+        length += 2
+    return entity_id.hex[-length:]
 
 
 def _no_entity(text: str, collection: str) -> NotFoundError:
@@ -208,11 +240,11 @@ def _no_entity(text: str, collection: str) -> NotFoundError:
 
 
 def _digits(text: str) -> str:
-    digits = text.lower().replace("-", "")
+    digits = text.removeprefix("…").removeprefix("...").lower().replace("-", "")
     if _HEX.fullmatch(digits) is None:
         raise UsageError(
-            f"{text[:80]!r} is no id: give a UUID, its first digits, or key:TEXT for an entity "
-            "imported with --key",
+            f"{text[:80]!r} is no id: give a UUID, its first or last digits, or key:TEXT for an "
+            "entity imported with --key",
             code="invalid_id",
         )
     return digits

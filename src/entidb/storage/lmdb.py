@@ -1011,7 +1011,7 @@ class LmdbStorage:
         """A compacted, consistent and synced copy in the empty ``directory``; ``env.copy`` reads
         one snapshot."""
         try:
-            self._env.copy(directory, compact=True)
+            self._env.copy(_as_bytes(directory), compact=True)
             restrict(os.path.join(directory, _DATA))
             sync_path(os.path.join(directory, _DATA))
         except (OSError, lmdb.Error) as error:
@@ -1116,7 +1116,7 @@ class LmdbStorage:
 
     def _map(self, size: int) -> Any:
         return lmdb.open(
-            self.path,
+            _as_bytes(self.path),
             map_size=size,
             create=False,
             mode=0o600,
@@ -1254,10 +1254,17 @@ def _known_faults(data: str) -> list[str]:
     return faults
 
 
+def _as_bytes(path: str) -> str | bytes:
+    """``path`` as LMDB's binding takes it: text it would encode as UTF-8, which not every path
+    is."""
+    return path if sys.platform == "win32" else os.fsencode(path)
+
+
 def _create(place: Place) -> None:
     """Put an empty data file in place in one step: a crash leaves none, never half of one."""
     try:
-        lmdb.open(place.make_temporary(), map_size=_MAP_BYTES_MIN, mode=0o600, lock=False).close()
+        where = _as_bytes(place.make_temporary())
+        lmdb.open(where, map_size=_MAP_BYTES_MIN, mode=0o600, lock=False).close()
         place.swap()
         sync_names(place.path)
     except lmdb.Error as error:
