@@ -29,13 +29,13 @@ import pathlib
 import re
 import struct
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
 import libipld
 
 from entidb.errors import CborDecodeError, CborEncodeError
-from entidb.types import CONTAINERS_MAX, NESTING_MAX
+from entidb.types import CONTAINERS_MAX, NESTING_MAX, VALUE_CONTAINERS_MAX, VALUE_ITEMS_MAX
 
 _encode = libipld.encode_dag_cbor
 _decode = libipld.decode_dag_cbor
@@ -51,7 +51,7 @@ _NULL: Final = b"\xf6"
 _AT_ONCE: Final = 16
 #: All bytes that cannot be the head of an array or a map.
 _NOT_CONTAINER: Final = bytes(b for b in range(256) if not 0x80 <= b <= 0xBF)
-#: Weights for ``heavier``: every item counts, or arrays and maps only.
+#: Weights for ``weigh`` and ``heavier``: every item counts, or arrays and maps only.
 ITEMS: Final = b"\x01" * 256
 _CONTAINERS: Final = bytes(0x80 <= b <= 0xBF for b in range(256))
 
@@ -81,8 +81,8 @@ class CborDecode(Protocol):
 
 def encode(value: Any) -> bytes:
     """The canonical encoding of ``value``: maps with text keys, lists, text, bytes, integers,
-    floats, booleans and None, at most ``NESTING_MAX`` containers inside each other and
-    ``CONTAINERS_MAX`` in all.
+    floats, booleans and None, at most ``NESTING_MAX`` containers inside each other,
+    ``VALUE_CONTAINERS_MAX`` in all, and ``VALUE_ITEMS_MAX`` items of any kind.
 
     Subclasses of these types (``StrEnum``, ``OrderedDict``) are written as their base. Raises
     ``CborEncodeError``, whose ``path`` and message name the place and the way out.
@@ -94,8 +94,8 @@ def encode(value: Any) -> bytes:
         and _nested_too_deep(value)
     ):
         raise _diagnose(value, "nested too deep")
-    if len(payload) > CONTAINERS_MAX and _too_many_containers(payload):
-        raise CborEncodeError(f"$: {_TOO_MANY}; make several entities of it")
+    if len(payload) > VALUE_CONTAINERS_MAX and (reason := too_much(payload)) is not None:
+        raise CborEncodeError(f"$: {reason}; make several entities of it")
     return payload
 
 
@@ -356,6 +356,17 @@ def _passes(payload: bytes) -> bool:
         return False
 
 
+def too_much(payload: bytes) -> str | None:
+    """Why ``payload`` is too much work to be written as one value, None if it is not. What was
+    stored before there was this bound is read all the same (``check``)."""
+    if len(payload) > VALUE_CONTAINERS_MAX:
+        if containers_over(payload, VALUE_CONTAINERS_MAX):
+            return f"more than {VALUE_CONTAINERS_MAX} maps and lists in one value"
+        if len(payload) > VALUE_ITEMS_MAX and heavier(payload, ITEMS, VALUE_ITEMS_MAX):
+            return f"more than {VALUE_ITEMS_MAX} keys and values in one value"
+    return None
+
+
 def _is_flat(payload: bytes) -> bool:
     return (
         len(payload) <= NESTING_MAX or len(payload.translate(None, _NOT_CONTAINER)) <= NESTING_MAX
@@ -365,9 +376,32 @@ def _is_flat(payload: bytes) -> bool:
 def _too_many_containers(payload: bytes) -> bool:
     # An empty list is one byte here and seventy once it is decoded, and the garbage collector
     # looks at each: 16 MiB of them are 1.2 GB and ten seconds.
-    return len(payload.translate(None, _NOT_CONTAINER)) > CONTAINERS_MAX and heavier(
-        payload, _CONTAINERS, CONTAINERS_MAX
-    )
+    return containers_over(payload, CONTAINERS_MAX)
+
+
+def containers_over(payload: bytes, limit: int) -> bool:
+    """Whether ``payload`` has more arrays and maps than ``limit``."""
+    return containers_at_most(payload) > limit and heavier(payload, _CONTAINERS, limit)
+
+
+def containers_in(payload: bytes) -> int:
+    """How many arrays and maps ``payload`` has."""
+    return weigh(payload, _CONTAINERS, len(payload))
+
+
+def containers_together(payloads: Iterable[bytes], limit: int) -> int | None:
+    """How many arrays and maps ``payloads`` have together, or a number not below that; None if
+    they are more than ``limit``."""
+    values = list(payloads)
+    at_most = sum(map(containers_at_most, values))
+    if at_most <= limit:
+        return at_most
+    count = 0
+    for value in values:
+        count += weigh(value, _CONTAINERS, limit - count)
+        if count > limit:
+            return None
+    return count
 
 
 def containers_at_most(data: bytes) -> int:
@@ -376,22 +410,28 @@ def containers_at_most(data: bytes) -> int:
 
 
 def heavier(data: bytes, weights: bytes, limit: int) -> bool:
-    """Whether the items of ``data`` weigh more than ``limit``, by the first byte of each. Looks
-    at heads only and builds nothing, so that what is too much for memory never gets there. What
-    it says of bytes that are no CBOR is of no account: decoding refuses them."""
+    """Whether the items of ``data`` weigh more than ``limit``."""
+    return weigh(data, weights, limit) > limit
+
+
+def weigh(data: bytes, weights: bytes, limit: int) -> int:
+    """What the items of ``data`` weigh, by the first byte of each; as soon as that is over
+    ``limit``, what they weigh up to there. Looks at heads only and builds nothing, so that what is
+    too much for memory never gets there. What it says of bytes that are no CBOR is of no account:
+    decoding refuses them."""
     position = weight = 0
     end = len(data)
     while position < end:
         head = data[position]
         weight += weights[head]
         if weight > limit:
-            return True
+            return weight
         step = _STEPS[head]
         if not step:
             width = 1 << (head & 31) - 24
             step = 1 + width + int.from_bytes(data[position + 1 : position + 1 + width], "big")
         position += step
-    return False
+    return weight
 
 
 def decode_message(data: bytes) -> Any:

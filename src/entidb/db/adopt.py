@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from entidb import cbor
 from entidb.db import overruled
 from entidb.db.fields import Side
 from entidb.db.records import (
@@ -27,7 +28,7 @@ from entidb.db.records import (
 from entidb.db.replica import Adopt, decode_record, encode_record
 from entidb.db.transaction import Writes
 from entidb.db.writer import Ref, Writer
-from entidb.types import OPERATION_OVERHEAD_BYTES
+from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_CONTAINERS_MAX
 
 if TYPE_CHECKING:
     from entidb.db.database import Database
@@ -103,7 +104,7 @@ def _commit_groups(database: Database, writer: Writer, adopt: Adopt, keeps: bool
     sources: dict[int, list[tuple[int, bool]]] = {}
     for number, table, compare in _sources(adopt):
         sources.setdefault(number, []).append((table, bool(compare)))
-    group, size = -1, 0
+    group, room = -1, _Room(database.transaction_bytes_max)
     writes: Writes = {}
     keeper = overruled.Keeper(writer, writer.now_ms)
     for key in keys:
@@ -118,11 +119,10 @@ def _commit_groups(database: Database, writer: Writer, adopt: Adopt, keeps: bool
         now = writer.entity((number, entity_id))
         if keeps and now is not None and now.payload != row.payload:
             _overrule(keeper, (number, entity_id), now, row)
-        weight = OPERATION_OVERHEAD_BYTES + len(row.payload or b"")
-        if at != group or size + weight > database.transaction_bytes_max:
+        if at != group or not room.add(row.payload):
             database.commit_writes(writer, writes)
-            writes, group, size = {}, at, 0
-        size += weight
+            writes, group, room = {}, at, _Room(database.transaction_bytes_max)
+            room.add(row.payload)
         writes.setdefault(writer.catalogue.by_number[number].name, {})[entity_id] = row.payload
     database.commit_writes(writer, writes)
     keeper.store()
@@ -166,3 +166,34 @@ def _wanted(
     if now.pending or now.version >= row.version or now.payload == row.payload:
         return None
     return row
+
+
+class _Room:
+    """What one transaction may still hold (``check_size``)."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._size = 0
+        self._payloads: list[bytes] = []
+        #: Arrays and maps in all payloads, and at most as many while nobody has counted them.
+        self._containers = 0
+        self._counted = False
+
+    def add(self, payload: bytes | None) -> bool:
+        """False if there is no room for one more write, which is not added then."""
+        value = payload or b""
+        size = self._size + OPERATION_OVERHEAD_BYTES + len(value)
+        containers = self._containers + (
+            cbor.containers_in(value) if self._counted else cbor.containers_at_most(value)
+        )
+        if containers > TRANSACTION_CONTAINERS_MAX and not self._counted:
+            self._counted = True
+            self._containers = sum(map(cbor.containers_in, self._payloads))
+            self._payloads.clear()
+            containers = self._containers + cbor.containers_in(value)
+        if size > self._bytes_max or containers > TRANSACTION_CONTAINERS_MAX:
+            return False
+        if not self._counted:
+            self._payloads.append(value)
+        self._size, self._containers = size, containers
+        return True

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
+from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.codec import ValueCodec, codec_for
 from entidb.db.collection import Collection, TransactionCollection
@@ -39,7 +40,7 @@ from entidb.db.rows import OverlayRows, Rows
 from entidb.db.writer import Writer
 from entidb.errors import TransactionError, TransactionTooLargeError
 from entidb.storage.turns import EndOfBlock, Turn, enter_block
-from entidb.types import OPERATION_OVERHEAD_BYTES, check_name
+from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_CONTAINERS_MAX, check_name
 
 V = TypeVar("V")
 
@@ -216,6 +217,14 @@ def check_size(writes: Writes, bytes_max: int) -> None:
             f"this transaction is {size} bytes, the limit is {bytes_max} "
             "(transaction_bytes_max): commit it in smaller parts"
         )
+    if size > TRANSACTION_CONTAINERS_MAX:
+        payloads = (payload for ids in writes.values() for payload in ids.values() if payload)
+        if cbor.containers_together(payloads, TRANSACTION_CONTAINERS_MAX) is None:
+            # Small in bytes, and long work for everybody who decodes it.
+            raise TransactionTooLargeError(
+                f"the values of this transaction have more than {TRANSACTION_CONTAINERS_MAX} maps "
+                "and lists together: commit it in smaller parts"
+            )
 
 
 def commit_local(

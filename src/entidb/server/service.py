@@ -79,6 +79,7 @@ from entidb.protocol import (
     payload_bytes,
     transaction_bytes,
 )
+from entidb.server.work import Fault, too_much
 from entidb.types import OPERATION_OVERHEAD_BYTES as _COUNTED_OVERHEAD_BYTES
 from entidb.types import check_name, timestamp_from_ms, uuid_from_bytes
 
@@ -183,7 +184,6 @@ class ValidateContext:
 
 
 #: Why a transaction is refused: code and message (R15).
-Fault = tuple[str, str]
 #: Answers None to let a transaction pass, or why not.
 ValidateHook = Callable[[ValidateContext, ValidateTransaction], Refusal | None]
 
@@ -342,7 +342,8 @@ class DatabaseService:
         errors: then nothing was accepted and nothing is known any more (R17).
         """
         # What can fail or take long is done before the writer lock is taken.
-        checked = [self._precheck(request, grant) for request, grant in members]
+        with paused():
+            checked = [self._prechecked(request, grant) for request, grant in members]
         seen = [_seen(request) for request, _ in members]
         answers: list[PushResponse | SyncError] = []
         with paused(), self.database.write() as writer:
@@ -354,6 +355,9 @@ class DatabaseService:
             for (request, grant), found, newest in zip(members, checked, seen, strict=True):
                 if proof is not None:
                     break  # nothing is decided in the history that ends here
+                if isinstance(found, SyncError):
+                    answers.append(found)
+                    continue
                 try:
                     # Nobody can have built on what no answer has told of yet: such a base would
                     # let a write pass over what others are about to commit (R13).
@@ -377,6 +381,12 @@ class DatabaseService:
             for answer in answers
         ]
 
+    def _prechecked(self, request: PushRequest, grant: Grant) -> _Checked | SyncError:
+        try:
+            return self._precheck(request, grant)
+        except SyncError as error:
+            return error
+
     def _precheck(self, request: PushRequest, grant: Grant) -> _Checked:
         """Proof that every payload is canonical (its bytes are stored and forwarded untouched);
         and each payload's value, if there is a ``validate`` that will see it. What is wrong with
@@ -384,7 +394,8 @@ class DatabaseService:
         if not grant.write:
             return _NOTHING_CHECKED
         keep = self._validate is not None
-        if not keep:
+        faults = too_much(request)
+        if not keep and not faults:
             payloads = [
                 op.payload
                 for t in request.transactions
@@ -393,16 +404,16 @@ class DatabaseService:
             ]
             if cbor.all_pass(payloads):
                 return _NOTHING_CHECKED
-        checked = _Checked([], {})
+        checked = _Checked([], faults)
         for transaction in request.transactions:
             identity, row = transaction.transaction_id, []
             for op in transaction.operations:
                 value = None
-                if op.payload is not None:
+                if op.payload is not None and identity not in faults:
                     value, fault = _value_of(op.payload)
-                    if fault is not None and identity not in checked.faults:
+                    if fault is not None:
                         said = f"its entity {op.entity_id.hex()} {fault}"
-                        checked.faults[identity] = "codec_error", said
+                        faults[identity] = "codec_error", said
                 row.append(value)
             if keep:
                 checked.values.append(row)
