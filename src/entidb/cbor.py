@@ -105,7 +105,7 @@ def encode_message(value: Any) -> bytes:
     try:
         payload: bytes = _encode(value)
     except (ValueError, TypeError, RecursionError) as error:
-        raise _diagnose(value, str(error)) from error
+        raise _diagnose(value, "canonical CBOR cannot say it") from error
     # A search for one byte costs a fraction of a search for a pattern, and mostly settles it.
     if 0xFB in payload and _ZERO in payload and _has_negative_zero(value):
         raise _diagnose(value, "-0.0")
@@ -291,7 +291,7 @@ def decode(data: bytes) -> Any:
     try:
         canonical = _encode(value) == data and not (0xD8 in data and _LINK in data)
     except (ValueError, TypeError, RecursionError) as error:
-        raise CborDecodeError(f"not canonical CBOR: {error}") from error
+        raise CborDecodeError(f"not canonical CBOR: {_why(error)}") from error
     if not canonical:
         # A link, a longer form than needed, or only a byte string that looks like one of them.
         _verify_heads(data)
@@ -447,7 +447,29 @@ def decode_trusted(data: bytes) -> Any:
     try:
         return _decode(data)
     except (ValueError, TypeError, RecursionError) as error:
-        raise CborDecodeError(f"not canonical CBOR: {error}") from error
+        raise CborDecodeError(f"not canonical CBOR: {_why(error)}") from error
+
+
+#: What a part of libipld's message means, in our words; the first match counts.
+_REASONS: Final = (
+    ("UnicodeDecodeError", "text that is not UTF-8"),
+    ("recursion", "nested too deep"),
+    ("sorted and unique", "map keys that are out of order, or twice"),
+    ("keys must be strings", "a map key that is no text"),
+    ("Indefinite", "an indefinite length"),
+    ("out of range", "a number that is NaN, infinite or too large"),
+    ("tags are not supported", "a tag"),
+    ("CID", "a tag"),
+    ("multiple objects", "bytes after the item"),
+    ("end of data", "it ends too early"),
+    ("exceeds remaining", "it ends too early"),
+    ("major type", "a float that is not 64 bits, or a simple value"),
+)
+
+
+def _why(error: Exception) -> str:
+    text = str(error)
+    return next((ours for part, ours in _REASONS if part in text), "bytes outside the profile")
 
 
 def _verify_heads(data: bytes) -> None:

@@ -30,7 +30,13 @@ from msgspec.structs import replace
 from entidb import cbor
 from entidb.collector import paused
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
-from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES, TRANSACTION_BYTES_MAX, check_name
+from entidb.types import (
+    ID_BYTES,
+    OPERATION_OVERHEAD_BYTES,
+    TRANSACTION_BYTES_MAX,
+    check_name,
+    reason_of_msgspec,
+)
 
 PROTOCOL_MAJOR: Final = 1
 PROTOCOL_MINOR: Final = 0
@@ -737,7 +743,9 @@ def _decode(kind: type[_Message], data: bytes, limits: Limits) -> _Message:
     try:
         message = convert(raw, kind, builtin_types=(bytes,), strict=True)
     except ValidationError as error:
-        raise ProtocolError(f"this is no {kind.__name__}: {error}") from error
+        field, reason = reason_of_msgspec(str(error))
+        where = "" if field is None else f"field {field}: "
+        raise ProtocolError(f"this is no {kind.__name__}: {where}{reason}") from error
     check = _CHECKS.get(kind)
     if check is not None:
         check(message, limits)

@@ -184,3 +184,20 @@ def uuid_from_bytes(raw: bytes) -> uuid.UUID:
     _set_int(made, int.from_bytes(raw, "big"))
     _set_is_safe(made, _UNKNOWN)
     return made
+
+
+_PLACE: Final = re.compile(r"^(?P<what>.*) - at `(?P<place>.*)`$", re.DOTALL)
+_MISSING: Final = re.compile(r"^Object missing required field `(?P<name>.*)`$")
+
+
+def reason_of_msgspec(text: str) -> tuple[str | None, str]:
+    """Field and reason out of the text of a ``msgspec.ValidationError``, in our words: people who
+    read it know fields, and not that library."""
+    found = _PLACE.match(text)
+    what, place = (found["what"], found["place"]) if found else (text, "$")
+    place = place.replace("key` in `", "").removeprefix("$").lstrip(".").replace("[...]", "[]")
+    missing = _MISSING.match(what)
+    if missing is not None:
+        return f"{place}.{missing['name']}".lstrip("."), "it is missing"
+    what = " ".join(what.replace("`", "").split())
+    return place or None, what[:1].lower() + what[1:]

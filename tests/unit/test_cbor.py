@@ -394,3 +394,29 @@ def test_the_codec_protocols_are_recognised_at_run_time() -> None:
     assert isinstance(Point(), cbor.CborEncode)
     assert isinstance(Point(), cbor.CborDecode)
     assert not isinstance(object(), cbor.CborEncode)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "ends too early"),
+        (b"\x82\x01", "ends too early"),
+        (b"\xa1\x01", "ends too early"),
+        (b"\x7a\xff\xff\xff\xff", "ends too early"),
+        (b"\x61\xff", "not UTF-8"),
+        (b"\xa2aa\x01aa\x02", "out of order, or twice"),
+        (b"\xa1\x01\x01", "no text"),
+        (b"\x9f", "indefinite"),
+        (b"\xfb\x7f\xf8\0\0\0\0\0\0", "NaN"),
+        (b"\xc1\x01", "a tag"),
+        (b"\xd8\x2a\x41\x00", "a tag"),
+        (b"\x81" * 5000 + b"\x01", "too deep"),
+        (b"\x01\x01", "bytes after the item"),
+        (b"\xf9\x3c\x00", "not 64 bits"),
+        (b"\xf7", "simple value"),
+    ],
+)
+def test_what_is_wrong_with_bytes_is_said_in_our_words(data: bytes, reason: str) -> None:
+    with pytest.raises(CborDecodeError, match=reason) as caught:
+        cbor.decode(data)
+    assert "DAG" not in str(caught.value) and "Error" not in str(caught.value)

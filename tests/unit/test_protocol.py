@@ -651,3 +651,23 @@ def test_the_document_names_every_path_and_limit():
     for word in (*PATHS, str(HAVE_RANGES_MAX), protocol.CONTENT_TYPE, *Limits.__struct_fields__):
         assert word in DOCS
     assert f"version {protocol.PROTOCOL_MAJOR}.{protocol.PROTOCOL_MINOR}" in DOCS
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"db_id": None}, "field db_id: it is missing"),
+        ({"db_id": 5}, "field db_id: expected str, got int"),
+        ({"device_id": b"short"}, "field device_id: expected bytes of length >= 16"),
+        ({"transactions": [5]}, "field transactions[0]: expected"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_said_in_our_words(
+    changes: dict[str, Any], said: str
+) -> None:
+    raw = {**cbor.decode(encode(push())), **changes}
+    data = cbor.encode_message({name: value for name, value in raw.items() if value is not None})
+    with pytest.raises(ProtocolError) as caught:
+        decode(PushRequest, data)
+    assert said in str(caught.value)
+    assert "$" not in str(caught.value) and "`" not in str(caught.value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 import types
 import typing
@@ -27,6 +26,7 @@ from entidb.db.kinds import AS_TEXT, examine, is_model, is_typed_dict, label_of
 from entidb.db.models import Model, examine_model
 from entidb.db.shapes import Fields, Shape, keep_unknown
 from entidb.errors import CborEncodeError, EntiDBError, ValueTypeError
+from entidb.types import reason_of_msgspec
 
 V = TypeVar("V")
 
@@ -289,7 +289,7 @@ class MsgspecCodec(TypedCodec[V]):
         except ValueTypeError:
             raise
         except msgspec.ValidationError as error:
-            raise _does_not_fit(*_from_msgspec(str(error))) from error
+            raise _does_not_fit(*reason_of_msgspec(str(error))) from error
         except Exception as error:
             raise _does_not_fit(None, f"{type(error).__name__}: {error}") from error
 
@@ -494,21 +494,6 @@ def _cannot_be_stored(name: str, error: Exception) -> ValueTypeError:
 
 def _does_not_fit(field: str | None, reason: str) -> ValueTypeError:
     return ValueTypeError(reason, field=field, reason=reason)
-
-
-_PLACE: Final = re.compile(r"^(?P<what>.*) - at `(?P<place>.*)`$", re.DOTALL)
-_MISSING: Final = re.compile(r"^Object missing required field `(?P<name>.*)`$")
-
-
-def _from_msgspec(text: str) -> tuple[str | None, str]:
-    """Field and reason out of msgspec's message, in our words."""
-    found = _PLACE.match(text)
-    what, place = (found["what"], found["place"]) if found else (text, "$")
-    place = place.replace("key` in `", "").removeprefix("$").lstrip(".").replace("[...]", "[]")
-    missing = _MISSING.match(what)
-    if missing is not None:
-        return f"{place}.{missing['name']}".lstrip("."), "it is missing"
-    return place or None, _plain_text(what[:1].lower() + what[1:])
 
 
 def _plain_text(text: str) -> str:
