@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 from typing import IO, Any, Final
 
 import click
@@ -251,9 +250,8 @@ def _target(output: str | None) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         return
     assert output is not None
-    path = Path(output)
-    if path.exists() and not path.is_file():
-        with path.open("wb") as raw:  # a pipe or a device
+    if os.path.exists(output) and not os.path.isfile(output):
+        with _open_special(output) as raw:
             yield raw
         return
     where = os.path.abspath(output)
@@ -264,14 +262,25 @@ def _target(output: str | None) -> Iterator[IO[bytes]]:
         partial.finish()
 
 
+def _open_special(path: str) -> IO[bytes]:
+    try:
+        return open(path, "wb")  # a pipe or a device
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
 def _begin_file(where: str) -> Partial:
     try:
         return Partial(where, "export")
     except OSError as error:
-        raise StorageError(
-            f"cannot write {where}: {error.strerror}; name a file in a directory that is there and "
-            "that you may write to"
-        ) from error
+        raise _not_writable(where, error) from error
+
+
+def _not_writable(path: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot write {path}: {error.strerror}; name a file in a directory that is there and that "
+        "you may write to"
+    )
 
 
 _SHOW_EVERY: Final = 1000

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -115,7 +114,7 @@ def _named(given: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str | No
 
 
 def is_database(path: str) -> bool:
-    return Path(path, "data.mdb").is_file()
+    return os.path.isfile(os.path.join(path, "data.mdb"))
 
 
 # ---------------------------------------------------------------- opening
@@ -125,13 +124,24 @@ def is_database(path: str) -> bool:
 def opened(path: str, *, read_only: bool = False) -> Iterator[Database]:
     """The database at ``path``, which has to be there. ``read_only`` is for commands that only
     look: they make no file, and a backup stays one."""
-    if not Path(path).exists():
+    if not _is_there(path):
         raise NotFoundError(
             f"there is no database at {path}; make one with `entidb init {path}`",
             code="no_database",
         )
     with Database.open(path, create=False, read_only=read_only) as database:
         yield database
+
+
+def _is_there(path: str) -> bool:
+    """What may not be looked at may be there: opening it says what is wrong."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

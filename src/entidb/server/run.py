@@ -14,6 +14,7 @@ import signal
 import socket
 import ssl
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,8 +73,8 @@ def serve(
     ``ready_file``. Other keywords are those of ``Listen``. Logs go to standard error unless the
     program has set up logging. Warns there of a secret or a key that everybody on this machine can
     read. Raises ``ConfigError`` for an address that cannot be bound, for certificates that cannot
-    be read, and for anything but loopback without authentication; ``DatabaseLockedError`` if
-    another server has the directory.
+    be read, for a ``ready_file`` that cannot be written, and for anything but loopback without
+    authentication; ``DatabaseLockedError`` if another server has the directory.
     """
     _log_to_stderr()
 
@@ -83,6 +84,8 @@ def serve(
             _write_ready(Path(ready_file), url)
         _warn_of_exposure(config, listen.get("tls_key"))
 
+    if ready_file is not None:
+        _check_ready(Path(ready_file))
     runner = _prepare(config, Listen(host=host, port=port, **listen), announce)
     with _stopped_by_signals(runner.server):
         runner.run()
@@ -232,6 +235,17 @@ def _bind(listen: Listen, settings: ServerConfig) -> socket.socket:
         raise ConfigError(f"cannot listen on {where}: {error}", code="cannot_bind") from error
     bound.set_inheritable(False)
     return bound
+
+
+def _check_ready(path: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise ConfigError(
+            f"ready_file cannot be written: {path}: {error.strerror}; name a file in a directory "
+            "that the user of the server may write to"
+        ) from error
 
 
 def _write_ready(path: Path, url: str) -> None:

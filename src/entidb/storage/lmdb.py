@@ -1198,7 +1198,7 @@ def _exists(where: str) -> StorageError:
 def _check_directory(where: str, create: bool) -> None:
     """Make the directory, or refuse one that holds something else."""
     try:
-        if not os.path.lexists(where):
+        if not _is_there(where):
             if not create:
                 raise FormatError(f"there is no database at {where}; check the path")
             make_directory(where)
@@ -1258,6 +1258,15 @@ def _as_bytes(path: str) -> str | bytes:
     """``path`` as LMDB's binding takes it: text it would encode as UTF-8, which not every path
     is."""
     return path if sys.platform == "win32" else os.fsencode(path)
+
+
+def _is_there(path: str) -> bool:
+    """Unlike ``os.path.lexists``, which also takes what may not be looked at for missing."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _create(place: Place) -> None:

@@ -1,0 +1,92 @@
+"""Places that may not be written are refused at the start, with what to do and nothing made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.support import TIMEOUT_S, done, environment
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX's")
+
+#: Somebody who may not write where root may. What is imported may lie where he may not read.
+RUN_AS_SOMEBODY = """
+    import csv, difflib, encodings.idna, importlib, os, resource, sys
+    import entidb.server.run
+    from entidb.cli.app import COMMANDS, run
+    for place in COMMANDS.values():
+        importlib.import_module("entidb.cli." + place.partition(":")[0])
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(4711)
+        os.setuid(4711)
+    sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory with a database in it, ``shut`` that may not be written, and ``hidden`` that
+    may not be looked into."""
+    for each in (tmp_path, *tmp_path.parents[:4]):
+        with contextlib.suppress(OSError):
+            each.chmod(each.stat().st_mode | 0o055)
+    done("init", tmp_path / "db")
+    done("put", tmp_path / "db", "notes", "1")
+    for name, mode in (("shut", 0o555), ("hidden", 0o000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    if os.geteuid() == 0:
+        for each in (tmp_path / "db", *(tmp_path / "db").iterdir()):
+            os.chown(each, 4711, 4711)
+    yield tmp_path
+    for name in ("shut", "hidden"):
+        (tmp_path / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("init PLACE/shut/db", 7, "no permission; check owner and mode"),
+        ("init PLACE/hidden/db", 7, "no permission; check owner and mode"),
+        ("list PLACE/hidden/db", 7, "no permission; check owner and mode"),
+        ("verify PLACE/hidden/db", 7, "no permission; check owner and mode"),
+        ("backup PLACE/db PLACE/shut/copy", 7, "no permission; check owner and mode"),
+        ("backup PLACE/db PLACE/missing/copy", 7, "check the path"),
+        ("export PLACE/db notes -o PLACE/shut/x.csv", 7, "that you may write to"),
+        ("export PLACE/db notes -o PLACE/missing/x.csv", 7, "that you may write to"),
+        ("export PLACE/db notes -o PLACE/db", 7, "that you may write to"),
+        ("serve PLACE/shut --insecure-no-auth", 2, "data_dir cannot be used"),
+        ("serve PLACE/shut/data --insecure-no-auth", 2, "data_dir cannot be made"),
+        ("serve PLACE/hidden/data --insecure-no-auth", 2, "data_dir cannot be made"),
+        ("serve PLACE/db/data.mdb --insecure-no-auth", 2, "data_dir cannot be made"),
+        (
+            "serve PLACE/db --insecure-no-auth --ready-file PLACE/shut/ready",
+            2,
+            "ready_file cannot be written",
+        ),
+    ],
+)
+def test_a_place_that_may_not_be_used_is_refused_at_the_start(
+    place: Path, line: str, code: int, said: str
+) -> None:
+    before = sorted(os.listdir(place)), sorted(os.listdir(place / "db"))
+    words = [word.replace("PLACE", str(place)) for word in line.split()]
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(RUN_AS_SOMEBODY), *words],
+        capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert ended.returncode == code, ended.stderr
+    (last,) = ended.stderr.splitlines()
+    assert last.startswith("error[")
+    assert said in last
+    assert "Errno" not in last
+    assert str(place) in last
+    assert (sorted(os.listdir(place)), sorted(os.listdir(place / "db"))) == before
