@@ -142,7 +142,7 @@ def vocabulary() -> set[str]:
 
 VOCABULARY = vocabulary()
 #: Names that belong to other programs, or that a reader is to choose.
-FOREIGN = {"your_policy"}
+FOREIGN = {"your_policy", "BigInt", "TextEncoder", "TextDecoder"}
 
 
 @BY_NAME
