@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -47,12 +46,10 @@ def misdirect(path: Path, seed: int = 1) -> None:
     """A branch page's bytes in the place of a leaf's, as a disk that writes to the wrong place
     leaves them. LMDB ends the process over it."""
     data = path / "data.mdb"
-    raw = bytearray(data.read_bytes())
-    kinds = {at // PAGE: raw[at + 10] for at in range(2 * PAGE, len(raw), PAGE)}
-    branch = next(page for page, kind in kinds.items() if kind == 1)
-    leaf = random.Random(seed).choice([page for page, kind in kinds.items() if kind == 2])
-    raw[leaf * PAGE : (leaf + 1) * PAGE] = raw[branch * PAGE : (branch + 1) * PAGE]
-    data.write_bytes(raw)
+    image = Image(bytearray(data.read_bytes()))
+    branch, leaf = image.root * PAGE, image.child(seed % len(image.nodes(image.root))) * PAGE
+    image.raw[leaf : leaf + PAGE] = image.raw[branch : branch + PAGE]
+    data.write_bytes(image.raw)
 
 
 def test_a_store_that_was_closed_is_opened_without_reading_its_pages(

@@ -33,6 +33,7 @@ from entidb.errors import (
     StorageError,
     TransactionError,
 )
+from entidb.server.checks import CheckingError, Checks
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.service import DatabaseService, ValidateHook
@@ -104,7 +105,8 @@ class Stores:
         #: Guards the table and the counters of its entries; never held during I/O.
         self._lock = threading.Lock()
         #: Held while a database is opened or closed, so that it is open once. Opening takes less
-        #: than a millisecond, which is why one lock for all of them is enough.
+        #: than a millisecond, which is why one lock for all of them is enough: a large file that
+        #: has to be read first is read elsewhere (``checks``).
         self._changing = threading.Lock()
         self._closed = False
 
@@ -152,7 +154,12 @@ class Stores:
     def pin(self, db_id: str, *, create: bool) -> Database:
         """The database, kept open until ``close``. After a storage error this one is closed;
         call again for the one that took its place."""
-        store = self.use(db_id, create=create)
+        while True:
+            try:
+                store = self.use(db_id, create=create)
+                break
+            except CheckingError as checking:
+                checking.done.wait()
         store.pinned = True
         self.release(store)
         return store.database
@@ -391,11 +398,13 @@ def _unusable(root: str, error: OSError) -> ConfigError:
 def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
     """Databases in directories below ``config.data_dir``."""
     root = Path(_root(config))
+    checks = Checks()
 
     def open_database(db_id: str, create: bool) -> Database:
         path = root / directory_name(db_id)
         if not create and not path.is_dir():
             raise unknown_database()
+        checks.require(path)
         return Database.open(path, create=create, role=Role.SERVER, **options)
 
     return open_database

@@ -331,6 +331,20 @@ class Left:
     file: tuple[int, ...]
 
 
+def is_closed(path: str, headers: bytes) -> bool:
+    """As ``Place.is_as_left``, of the directory at ``path``, without taking it: a hint. Raises
+    ``OSError``."""
+    left = None
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(path, LOCK), "rb") as file:
+        left = _read_left(file.read(_NOTE_BYTES_MAX))
+    return left is not None and left.file == _signature(os.stat(os.path.join(path, DATA)), headers)
+
+
+def _signature(found: os.stat_result, headers: bytes) -> tuple[int, ...]:
+    times = (found.st_mtime_ns, found.st_ctime_ns)
+    return found.st_ino, found.st_size, *times, zlib.crc32(headers)
+
+
 def _left_line(left: Left) -> bytes:
     return f"closed {left.transaction} {' '.join(map(str, left.file))} .\n".encode()
 
@@ -498,11 +512,7 @@ class Place:
                 self._lock.write(note)
 
     def _signature(self, headers: bytes) -> tuple[int, ...]:
-        if self._data is None:
-            return ()
-        found = os.fstat(self._data.descriptor)
-        times = (found.st_mtime_ns, found.st_ctime_ns)
-        return found.st_ino, found.st_size, *times, zlib.crc32(headers)
+        return () if self._data is None else _signature(os.fstat(self._data.descriptor), headers)
 
     # ---- replacing the data file
 
