@@ -15,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import ipaddress
 import itertools
+import os
 import re
 import socket
 import ssl
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -59,7 +61,13 @@ from entidb.protocol import (
 )
 from entidb.sync.config import HttpConfig
 from entidb.sync.interrupt import Interrupts, Watch
-from entidb.sync.transport import BaseTransport, HttpClient, HttpResponse, error_from_response
+from entidb.sync.transport import (
+    BaseTransport,
+    HttpClient,
+    HttpResponse,
+    error_from_response,
+    printable,
+)
 from entidb.types import Clock, Entropy, SystemClock, system_entropy
 from entidb.version import VERSION
 
@@ -76,10 +84,34 @@ _EXCEPTIONS: Final[tuple[tuple[type[Exception], type[SyncError]], ...]] = (
     (httpx2.LocalProtocolError, ProtocolError),
     (httpx2.TransportError, TransportError),
     (httpx2.InvalidURL, ProtocolError),
+    (UnicodeError, ProtocolError),
     (TimeoutError, SyncTimeoutError),
     (OSError, TransportError),
 )
 _FOREIGN: Final = tuple(foreign for foreign, _ in _EXCEPTIONS)
+
+#: What happened, by what stands in the chain of causes; first match wins.
+_CAUSES: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (httpx2.ConnectTimeout, "no connection within connect_timeout_s"),
+    (httpx2.ReadTimeout, "no answer within read_timeout_s"),
+    (httpx2.WriteTimeout, "the request could not be sent within read_timeout_s"),
+    (httpx2.PoolTimeout, "no connection was free within connect_timeout_s"),
+    (socket.gaierror, "the name of the host is not known: check the URL, and the network"),
+    (ConnectionRefusedError, "nothing listens there: check the URL, and whether the server runs"),
+    (ConnectionResetError, "the connection was cut"),
+    (BrokenPipeError, "the connection was cut"),
+    (UnicodeError, "the name of the host cannot be one: check the URL"),
+)
+#: How OpenSSL says that what it read is no TLS.
+_NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE",
+                   "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")  # fmt: skip
+#: What the library says of a TLS alert that it takes for a status line: the second, when the first
+#: byte is none that a line can begin with.
+_TLS_RECORDS: Final = (r"\x15\x03", "illegal request line")
+#: How servers of TLS answer a request in the clear, in words.
+_WANTS_TLS: Final = re.compile(rb"HTTPS (port|server)", re.IGNORECASE)
+#: Variables that name other certificate authorities, in the order in which they count.
+_AUTHORITIES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 #: What a status means when the body does not say it in our words. Anything else of 5xx may pass
 #: (a proxy whose server restarts), anything else of 4xx will not.
@@ -298,7 +330,7 @@ class HttpTransport(BaseTransport):
         error = error_from_response(answer)
         if answer.code not in ERROR_TABLE and _refuses(response.status) and not answer.retryable:
             # A newer server has a reason that this device does not know; it is one all the same.
-            error = ProtocolError(answer.message, code=answer.code, details=error.details)
+            error = ProtocolError(error.message, code=error.code, details=error.details)
             error.refused_by = "server"
         if error.retry_after is None:
             error.retry_after = self._retry_after(response)
@@ -317,6 +349,10 @@ class HttpTransport(BaseTransport):
             )
         code = _STATUS_CODES.get(status, "server_error" if status >= 500 else "invalid_message")
         kind = ERROR_TABLE[code].error
+        if url.startswith("http:") and _WANTS_TLS.search(body[: 2 * _SNIPPET_MAX]):
+            said += "; TLS is spoken there: write https://"
+        elif code == "not_found":
+            said += "; check the path of the URL"
         error = kind(said, code=code, retry_after=self._retry_after(response))
         if _refuses(status):
             error.refused_by = "path"
@@ -515,21 +551,31 @@ def _check_url(url: object) -> tuple[str, str]:
     """The URL without a trailing slash, and its host; ``ConfigError`` if it cannot work."""
     example = "write https://host[:port][/path]"
     if not isinstance(url, str) or _BAD_URL.search(url):
-        raise ConfigError(f"url {url!r} is not a URL: {example}")
+        raise ConfigError(f"url {_shown(url)} is not a URL: {example}")
     try:
         parts = urlsplit(url)
         port = parts.port
         host = parts.hostname
         httpx2.URL(url)
+        if host is not None:
+            host.encode("idna")  # as looking it up does
     except (ValueError, httpx2.InvalidURL) as error:
-        raise ConfigError(f"url {url!r} is not a URL ({error}): {example}") from error
+        raise ConfigError(f"url {_shown(url)} is not a URL: {example}") from error
     if parts.scheme not in ("http", "https") or not host or port == 0:
-        raise ConfigError(f"url {url!r} needs http or https and a host: {example}")
+        raise ConfigError(f"url {_shown(url)} needs http or https and a host: {example}")
     if parts.username is not None or parts.password is not None:
         raise ConfigError("url holds a user or a password: give the credential as token=")
     if "?" in url or "#" in url:
-        raise ConfigError(f"url {url!r} has a query or a fragment: {example}")
-    return url.rstrip("/"), host
+        raise ConfigError(f"url {_shown(url)} has a query or a fragment: {example}")
+    # Schemes may be written in capitals; what compares them here does not expect it.
+    return parts.scheme + url[len(parts.scheme) :].rstrip("/"), host
+
+
+def _shown(url: object) -> str:
+    """``url`` for a message: short, and without a password."""
+    if isinstance(url, str):
+        url = re.sub(r"//[^/@]*@", "//…@", url[:_SNIPPET_MAX])
+    return repr(url)[: _SNIPPET_MAX + 40]
 
 
 def _check_token(token: object, url: str, host: str, config: HttpConfig) -> None:
@@ -572,21 +618,18 @@ def _refuses(status: int) -> bool:
 
 def _content_type_note(response: HttpResponse) -> str:
     kind = response.headers.get("content-type", "").partition(";")[0].strip()
-    return f" with {_printable(kind)}" if kind else " without a content type"
+    if kind.lower() in ("text/html", "application/xhtml+xml"):
+        return f" with a web page ({kind})"
+    return f" with {printable(kind[:80])}" if kind else " without a content type"
 
 
 def _snippet(body: bytes) -> str:
-    text = " ".join(_printable(body[: 2 * _SNIPPET_MAX].decode("utf-8", "replace")).split())
+    text = " ".join(printable(body[: 2 * _SNIPPET_MAX].decode("utf-8", "replace")).split())
     return f': "{text[:_SNIPPET_MAX]}"' if text else ""
 
 
-def _printable(text: str) -> str:
-    """Without what could steer a terminal or forge a line of a log."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def _redirect_error(said: str, response: HttpResponse) -> SyncError:
-    target = _printable(response.headers.get("location", "")[:_SNIPPET_MAX])
+    target = printable(response.headers.get("location", "")[:_SNIPPET_MAX])
     message = f"{said}, which points to {target!r}; redirects are not followed: correct the URL"
     if response.status in _MOVED_FOR_GOOD:
         return ProtocolError(message, code="redirected")
@@ -595,19 +638,52 @@ def _redirect_error(said: str, response: HttpResponse) -> SyncError:
 
 def _translated(error: Exception, url: str) -> SyncError:
     """One of our errors for one of the client library's or the system's."""
-    failure = _tls_failure(error)
+    failure = _in_chain(error, ssl.SSLCertVerificationError)
     if failure is not None:
         return TlsError(
             f"the certificate of {url} was not accepted ({failure.verify_message}): check the "
             "URL, this device's clock, and its certificate authorities"
         )
     kind = next(ours for foreign, ours in _EXCEPTIONS if isinstance(error, foreign))
-    return kind(f"{url}: {str(error) or type(error).__name__}")
+    return kind(f"{url}: {_cause(error, url)}")
 
 
-def _tls_failure(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+def _cause(error: Exception, url: str) -> str:
+    """What happened, and what to do about it, for a person who knows neither our library nor the
+    numbers of a system."""
+    hint = "; if the server speaks TLS, write https://" if url.startswith("http:") else ""
+    for foreign, known in _CAUSES:
+        if _in_chain(error, foreign) is not None:
+            return known + (hint if foreign is ConnectionResetError else "")
+    tls = _in_chain(error, ssl.SSLError)
+    if tls is not None:
+        if tls.reason in _NOT_TLS:
+            return "no TLS is spoken there: the port may be one for http://"
+        named = (tls.reason or "").replace("_", " ").lower()
+        return f"TLS failed{f' ({named})' if named else ''}: check the URL and the server's TLS"
+    if isinstance(error, httpx2.ProxyError):
+        return f"the proxy refused: {printable(str(error))[:_SNIPPET_MAX]}"
+    if isinstance(error, httpx2.RemoteProtocolError):
+        said = str(error)
+        if url.startswith("http:") and any(each in said for each in _TLS_RECORDS):
+            return "no HTTP is spoken there, but TLS: write https://"
+        if "without sending" in said:
+            return f"the server hung up without an answer{hint}"
+        return f"what answers there is not HTTP, or was cut: check the URL{hint}"
+    system = _in_chain(error, OSError)
+    if system is not None and system.strerror:
+        return printable(system.strerror[:_SNIPPET_MAX]).lower()
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and str(error):
+        return printable(str(error)[:_SNIPPET_MAX])  # of a client of somebody else's
+    return "the connection failed"
+
+
+_E = TypeVar("_E", bound=BaseException)
+
+
+def _in_chain(error: BaseException | None, kind: type[_E]) -> _E | None:
     for _ in range(10):  # a chain of causes has no bound of its own
-        if error is None or isinstance(error, ssl.SSLCertVerificationError):
+        if error is None or isinstance(error, kind):
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -669,7 +745,7 @@ def _decompress(encoding: str, body: bytes, limit: int) -> bytes:
         stream = _zstd.ZstdDecompressor(options=options)
         unpack = functools.partial(stream.decompress, body, max_length=limit + 1)
     else:
-        named = _printable(encoding[:40])
+        named = printable(encoding[:40])
         raise SyncCodecError(f"the answer is packed as {named!r}, which was not asked for")
     try:
         data: bytes = unpack()
@@ -854,10 +930,16 @@ class HttpxClient:
 
     def _open_transport(self, url: httpx2.URL) -> httpx2.HTTPTransport:
         proxy = None if _is_loopback(url.host) else _proxy(url.scheme, url.host)
-        if proxy is None and url.scheme == "http":
+        verify: ssl.SSLContext | bool = self._ssl_context or True
+        if url.scheme == "http" and (proxy is None or not proxy.startswith("https:")):
             # No TLS here, so reading the authorities (tens of milliseconds) would be for nothing.
-            return httpx2.HTTPTransport(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        return httpx2.HTTPTransport(verify=self._ssl_context or True, proxy=proxy)
+            verify = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        elif verify is True:
+            _check_authorities()
+        try:
+            return httpx2.HTTPTransport(verify=verify, proxy=proxy)
+        except OSError as error:  # ssl.SSLError too
+            raise _authorities_error(error) from error
 
     # -- ending what is under way -------------------------------------------------------------
 
@@ -974,9 +1056,57 @@ class _Steps:
 
 
 def _proxy(scheme: str, host: str) -> str | None:
+    """The URL of the proxy to ``host`` that the environment (or the system) names; None if there
+    is none. Raises ``ConfigError`` for one that cannot work."""
     proxies = urllib.request.getproxies()
-    proxy = proxies.get(scheme) or proxies.get("all")
-    return None if proxy is None or urllib.request.proxy_bypass(host) else proxy
+    name = next((name for name in (scheme, "all") if proxies.get(name)), None)
+    if name is None or urllib.request.proxy_bypass(host):
+        return None
+    given = proxies[name].strip()
+    # Without a scheme, as curl and others take it.
+    proxy = given if "://" in given else "http://" + given.removeprefix("//")
+    try:
+        parts = urlsplit(proxy)
+        works = bool(parts.hostname) and parts.port != 0 and not _BAD_URL.search(proxy)
+        httpx2.URL(proxy)
+    except (ValueError, httpx2.InvalidURL):
+        works = False
+    where = f"the proxy of the environment ({name.upper()}_PROXY)"
+    without = f"correct it, or name {host} in NO_PROXY"
+    if not works:
+        raise ConfigError(f"{where} is not a URL like http://host:port: {without}")
+    if parts.scheme not in ("http", "https", "socks5", "socks5h"):
+        shown = printable(parts.scheme[:40])
+        raise ConfigError(f"{where} is of a kind that is not known, {shown!r}: {without}")
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        raise ConfigError(f"{where} speaks SOCKS, which needs a package: pip install socksio")
+    return proxy
+
+
+def _check_authorities() -> None:
+    """OpenSSL takes directories that are not there without a word, and then trusts nobody."""
+    if os.environ.get("SSL_CERT_FILE"):
+        return
+    named = os.environ.get("SSL_CERT_DIR")
+    if named and not any(os.path.isdir(each) for each in named.split(os.pathsep)):
+        raise ConfigError(
+            f"SSL_CERT_DIR is {named!r}, and that is no directory: correct it, or unset it to use "
+            "the certificate authorities of the system"
+        )
+
+
+def _authorities_error(error: OSError) -> ConfigError:
+    name = next((each for each in _AUTHORITIES if os.environ.get(each)), None)
+    if name is None:
+        return ConfigError("the certificate authorities of this system cannot be read")
+    if isinstance(error, ssl.SSLError):
+        why = "holds no certificates in PEM form"
+    else:
+        why = f"cannot be read ({error.strerror or 'input/output error'})"
+    return ConfigError(
+        f"{name} is {os.environ[name]!r}, which {why}: correct it, or unset it to use the "
+        "certificate authorities of the system"
+    )
 
 
 def _closed() -> SyncStateError:

@@ -163,10 +163,22 @@ def check_response(request: SyncRequest, response: SyncResponse) -> Answer:
     return response
 
 
+#: What is kept of what a server says of an error: enough for every honest one.
+CODE_CHARS_MAX = 64
+MESSAGE_CHARS_MAX = 1000
+
+
+def printable(text: str) -> str:
+    """Without what could steer a terminal or forge a line of a log."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def error_from_response(response: ErrorResponse) -> SyncError:
+    """The exception for what a server said, cut to a length and to characters that can be shown:
+    it ends on somebody's terminal, and the server may be anybody's."""
     return error_from_code(
-        response.code,
-        response.message,
+        printable(response.code[:CODE_CHARS_MAX]).replace(" ", "_") or "server_error",
+        printable(response.message[:MESSAGE_CHARS_MAX]),
         # A negative time would be a wait that has no end in some schedulers.
         retry_after=None if response.retry_after is None else max(response.retry_after, 0.0),
         details=dict(response.details),
