@@ -182,7 +182,7 @@ def _push(cursor: int, transactions: list[list[Any]], history: Json = HISTORY) -
             "device_id": DEVICE,
             "history": history,
             "cursor": cursor,
-            "collections": ["notes"],
+            "collections": ["notes"] if transactions else [],
             "transactions": transactions,
         },
     )
@@ -202,6 +202,11 @@ def optional(row: Json) -> Json:
 def lost(row: Json) -> Json:
     """The server may have acted on it; its answer never comes."""
     return {key: item for key, item in row.items() if key != "answer"} | {"lost": True}
+
+
+def granted(row: Json, names: list[str] | None) -> Json:
+    """``row`` with an answer that names what the token grants."""
+    return row | {"answer": row["answer"] | {"granted": names}}
 
 
 def refused(row: Json, status: int, code: str | None = None, **more: Any) -> Json:
@@ -544,6 +549,116 @@ def a_busy_server() -> list[Json]:
         holds([(E1, A)], pending=[[(E1, A)]]),
         sync(push(0, batch, accepted(1)), pull(0, head=1)),
         holds([(E1, A)]),
+    ]
+
+
+@_conversation(
+    5, "R5: a proxy with a limit for bodies: half as many at a time, until they get through"
+)
+def a_proxy_takes_less() -> list[Json]:
+    one, other = sent("t1", (E1, 0, A)), sent("t2", (E2, 0, B))
+    return [
+        commit((E1, A)),
+        commit((E2, B)),
+        sync(
+            *EMPTY,
+            refused(_push(0, [one, other]), 413),
+            push(0, [one], accepted(1)),
+            push(0, [other], accepted(2)),
+        ),
+        holds([(E1, A), (E2, B)]),
+    ]
+
+
+@_conversation(5, "R5: one transaction that an older server takes for broken is withdrawn alone")
+def an_older_server_refuses_a_payload() -> list[Json]:
+    good, bad = sent("t1", (E1, 0, A)), sent("t2", (E2, 0, B))
+    return [
+        commit((E1, A)),
+        commit((E2, B)),
+        sync(
+            *EMPTY,
+            refused(_push(0, [good, bad]), 400, "codec_error"),
+            push(0, [], head=0),
+            push(0, [good], accepted(1)),
+            refused(_push(0, [bad]), 400, "codec_error"),
+        ),
+        holds([(E1, A)], discarded=[("codec_error", [(E2, B)])]),
+        sync(pull(0, head=1)),
+    ]
+
+
+@_conversation(5, "R5: what something on the way dislikes is kept, and stops nothing else")
+def a_firewall_dislikes_one() -> list[Json]:
+    good, bad = sent("t1", (E1, 0, A)), sent("t2", (E2, 0, B))
+    return [
+        commit((E1, A)),
+        commit((E2, B)),
+        sync(
+            *EMPTY,
+            refused(_push(0, [good, bad]), 403),
+            push(0, [], head=0),
+            push(0, [good], accepted(1)),
+            refused(_push(0, [bad]), 403),
+        ),
+        holds([(E1, A), (E2, B)], pending=[[(E2, B)]]),
+        sync(pull(0, changed(2, (E3, C)), head=2)),
+        holds([(E1, A), (E2, B), (E3, C)], pending=[[(E2, B)]]),
+    ]
+
+
+@_conversation(5, "R5: an older server and a token that may only read")
+def an_older_server_and_a_token_that_may_not_write() -> list[Json]:
+    batch = [sent("t1", (E1, 0, A))]
+    return [
+        commit((E1, A)),
+        sync(
+            *EMPTY,
+            refused(_push(0, batch), 403, "forbidden"),
+            pull(0, head=0),
+            refused(_push(0, batch), 403, "forbidden"),
+            refused(_push(0, []), 403, "forbidden"),
+        ),
+        holds([], discarded=[("forbidden", [(E1, A)])]),
+        sync(pull(0, changed(1, (E2, B)), head=1)),
+        holds([(E2, B)], discarded=[("forbidden", [(E1, A)])]),
+    ]
+
+
+@_conversation(8, "R31: what is granted no more goes; what is pending there is withdrawn")
+def a_narrower_grant() -> list[Json]:
+    lists = {"lists": {E2["hex"]: B}}
+    start = granted(
+        pull(0, changed(1, (E1, A)), [2, OTHER, STAMP, [[1, E2, B]]], head=2, full=True), None
+    )
+    start["answer"]["collections"] = ["notes", "lists"]
+    return [
+        sync(granted(meeting(2), None), start),
+        commit((E1, C)),
+        holds({"notes": {E1["hex"]: C}, **lists}, pending=[[(E1, C)]]),
+        sync(
+            granted(pull(2, changed(3, (E3, D)), head=3, names=("lists",)), ["lists"]),
+            granted(pull(2, changed(3, (E3, D)), head=3, names=("lists",)), ["lists"]),
+        ),
+        holds({"lists": {E2["hex"]: B, E3["hex"]: D}}, discarded=[("forbidden", [(E1, C)])]),
+    ]
+
+
+@_conversation(8, "R31: what is granted anew is pulled from nothing, because the cursor is past it")
+def a_wider_grant() -> list[Json]:
+    first = pull(0, [2, OTHER, STAMP, [[0, E2, B]]], head=2, full=True, names=("lists",))
+    return [
+        sync(granted(meeting(2), ["lists"]), granted(first, ["lists"])),
+        holds({"lists": {E2["hex"]: B}}),
+        sync(
+            granted(pull(2, head=2), ["lists", "notes"]),
+            granted(
+                pull(0, changed(1, (E1, A)), head=2, full=True, collections=["notes"]),
+                ["lists", "notes"],
+            ),
+            granted(pull(2, head=2), ["lists", "notes"]),
+        ),
+        holds({"notes": {E1["hex"]: A}, "lists": {E2["hex"]: B}}),
     ]
 
 
