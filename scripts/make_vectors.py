@@ -44,6 +44,7 @@ LIMITS: Final[Message] = {
     "push_operations_max": 100000,
     "pull_operations_max": 100000,
     "collections_max": 4096,
+    "database_collections_max": 65536,
 }
 HANDSHAKE_RESPONSE: Final[Message] = {
     "major": 1,

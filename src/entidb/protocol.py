@@ -31,6 +31,7 @@ from entidb import cbor
 from entidb.collector import paused
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
 from entidb.types import (
+    COLLECTIONS_MAX,
     ID_BYTES,
     OPERATION_OVERHEAD_BYTES,
     TRANSACTION_BYTES_MAX,
@@ -61,6 +62,9 @@ class Limits(Struct, frozen=True, kw_only=True):
     push_operations_max: Uint
     pull_operations_max: Uint
     collections_max: Uint
+    #: Collections that the database holds; what goes beyond is rejected, transaction by
+    #: transaction. Servers before 0.4 do not say, and hold so many.
+    database_collections_max: Uint = 1024
 
 
 #: What a device accepts from any server, and what a server starts from. One transaction of the
@@ -71,6 +75,7 @@ LIMITS: Final = Limits(
     push_operations_max=100_000,
     pull_operations_max=100_000,
     collections_max=4096,
+    database_collections_max=COLLECTIONS_MAX,
 )
 
 

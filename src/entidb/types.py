@@ -32,6 +32,15 @@ ID_BYTES: Final = 16
 SEQUENCE_MAX: Final = 2**63 - 1
 #: Default and lower bound every server must accept (rules, "Limits").
 TRANSACTION_BYTES_MAX: Final = 16 * 1024 * 1024
+#: Collections of a database that synchronise, and as many again that are local. What it costs is
+#: the list of them: it is one record, which is read with every snapshot, and a new collection
+#: writes it again.
+COLLECTIONS_MAX: Final = 65_536
+#: Collections that one transaction writes to: its commit goes whole into one page, and older
+#: devices take 4,096 names in one.
+TRANSACTION_COLLECTIONS_MAX: Final = 2048
+#: Names in a scope: they all stand in every pull.
+SCOPE_NAMES_MAX: Final = 4096
 #: What one entity write counts beside its payload, in ``transaction_bytes_max``: more than its id,
 #: versions and heads take on the wire, so that what fits here also fits there.
 OPERATION_OVERHEAD_BYTES: Final = 64

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from entidb.db import Database, Role, transaction
+from entidb.db import Database, Role, catalogue, transaction
 from entidb.errors import (
     CborEncodeError,
     CommitUnknownError,
@@ -218,15 +218,70 @@ def test_a_commit_that_fails_changes_nothing_and_frees_the_lock(
     assert db.verify() == []
 
 
-def test_too_many_collections_are_refused(db: Database) -> None:
+def test_too_many_collections_are_refused(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "COLLECTIONS_MAX", 20)
     with db.transaction() as tx:
-        for n in range(1024):
+        for n in range(20):
             tx.collection(f"c{n}")[uid(1)] = n
     with pytest.raises(ScopeError) as caught:
         db.collection("one more")[uid(1)] = 1
     assert caught.value.code == "too_many_collections"
-    assert len(db.collections()) == 1024
+    assert len(db.collections()) == 20
     db.collection("c5")[uid(1)] = "still works"
+
+
+def test_local_collections_do_not_count_against_those_that_synchronise(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "COLLECTIONS_MAX", 5)
+    for n in range(5):
+        db.declare_local(f"local{n}")
+        db.collection(f"c{n}")[uid(1)] = n
+        db.collection(f"local{n}")[uid(1)] = n
+    with pytest.raises(ScopeError, match="are local"):
+        db.declare_local("one more")
+    with pytest.raises(ScopeError, match="synchronise"):
+        db.collection("one more")[uid(1)] = 1
+    assert len(db.collections()) == 10
+
+
+def test_thousands_of_collections_in_one_transaction_are_linear_work(db: Database) -> None:
+    copies = 0
+    original = catalogue.Catalogue.copy
+
+    def copy(self: catalogue.Catalogue) -> catalogue.Catalogue:
+        nonlocal copies
+        copies += 1
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue.Catalogue, "copy", copy)
+        with db.transaction() as tx:
+            for n in range(2048):
+                tx.collection(f"c{n}")[uid(1)] = n
+    assert copies == 1
+    assert len(db.collections()) == 2048
+    assert db.verify() == []
+
+
+def write_to(tx: transaction.Transaction, collections: int) -> None:
+    for n in range(collections):
+        tx.collection(f"c{n}")[uid(1)] = n
+    tx.commit()
+
+
+def test_a_transaction_writes_to_a_bounded_number_of_collections(db: Database) -> None:
+    tx = db.transaction()
+    with tx, pytest.raises(TransactionTooLargeError, match="2048"):
+        write_to(tx, 2049)
+    assert (db.collections(), db.sequence) == ([], 0)
+
+
+def test_a_scope_names_a_bounded_number_of_collections(db: Database) -> None:
+    with pytest.raises(ScopeError) as caught:
+        db.set_scope([f"c{n}" for n in range(4097)])
+    assert caught.value.code == "too_many_collections"
+    assert db.scope is None
 
 
 # ---------------------------------------------------------------- reading inside

@@ -1,7 +1,7 @@
 """Which collections a database has, where their entities stand, and which of them synchronise.
 
-A catalogue is immutable; a commit that changes it stores a new one. Readers use the one of their
-own snapshot, because a publication (R20) moves collections to other tables.
+A catalogue that was stored is immutable; a commit that changes it stores another. Readers use the
+one of their own snapshot, because a publication (R20) moves collections to other tables.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from msgspec import Struct
 from entidb import cbor
 from entidb.db.records import table_prefix, unreadable
 from entidb.errors import CborDecodeError, CorruptionError, ScopeError
+from entidb.types import COLLECTIONS_MAX
 
-#: Rows of collections are read at every change of the catalogue; more than this is a design that
-#: wants a field instead of a collection.
-COLLECTIONS_MAX = 1024
+#: What a server can make a device take, beside what the device has of its own.
+_PULLED_MAX = 4 * COLLECTIONS_MAX
 
 
 class CollectionInfo(Struct, frozen=True):
@@ -42,10 +42,11 @@ class _ByNumber(dict[int, CollectionInfo]):
 
 
 class Catalogue:
-    """Collections by name and by number. ``scope`` None means all that are not local;
-    ``garbage`` lists (table, collection) pairs that were replaced and wait to be emptied."""
+    """Collections by name and by number, the newest of which is ``last_number``. ``scope`` None
+    means all that are not local; ``garbage`` lists (table, collection) pairs that were replaced
+    and wait to be emptied."""
 
-    __slots__ = ("by_name", "by_number", "garbage", "next_table", "scope")
+    __slots__ = ("by_name", "by_number", "garbage", "last_number", "next_table", "scope")
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Catalogue:
             synced = not local and (scope is None or name in scope)
             info = CollectionInfo(number, name, table, local, synced, table_prefix(table))
             self.by_name[name] = self.by_number[number] = info
+        self.last_number = max(self.by_number, default=0)
 
     def encode(self) -> bytes:
         return cbor.encode(
@@ -79,24 +81,53 @@ class Catalogue:
 
     def adding(self, name: str, *, local: bool = False) -> Catalogue:
         """With a new, empty collection. Raises ``ScopeError`` when there are too many."""
-        if len(self.by_name) >= COLLECTIONS_MAX:
+        made = self.copy()
+        made.add(name, local=local)
+        return made
+
+    def copy(self) -> Catalogue:
+        """One that nobody else reads yet, for ``add``."""
+        made = Catalogue([], self.next_table, self.scope, self.garbage)
+        made.by_name, made.by_number = dict(self.by_name), _ByNumber(self.by_number)
+        made.last_number = self.last_number
+        return made
+
+    def add(self, name: str, *, local: bool = False) -> CollectionInfo:
+        """A new, empty collection in this very catalogue, which must be a ``copy`` that is not
+        stored yet. Raises ``ScopeError`` when there are too many."""
+        synced = not local and (self.scope is None or name in self.scope)
+        if not self.room(synced=synced):
             raise ScopeError(
-                f"collection {name!r} would be number {COLLECTIONS_MAX + 1}; a database holds at "
-                f"most {COLLECTIONS_MAX} collections. Use a field of the entity instead.",
+                f"collection {name!r} does not fit: a database holds at most {COLLECTIONS_MAX} "
+                f"collections that {'synchronise' if synced else 'are local'}. Use a field of the "
+                "entity instead.",
                 code="too_many_collections",
             )
-        number = max(self.by_number, default=0) + 1
-        rows = [*self._rows(), (number, name, self.next_table, local)]
-        return Catalogue(rows, self.next_table + 1, self.scope, self.garbage)
+        number = self.last_number + 1
+        table = self.next_table
+        info = CollectionInfo(number, name, table, local, synced, table_prefix(table))
+        self.by_name[name] = self.by_number[number] = info
+        self.next_table, self.last_number = table + 1, number
+        return info
 
-    def adding_all(self, names: Iterable[str]) -> Catalogue:
-        """With those of ``names`` that are missing and fit, in one step: one by one, a message
-        with a thousand new names would cost half a second. Itself if none is missing."""
+    def room(self, *, synced: bool) -> int:
+        """How many more collections fit. Local ones do not count against those that synchronise,
+        nor the other way round."""
+        if len(self.by_name) < COLLECTIONS_MAX:
+            return COLLECTIONS_MAX - len(self.by_name)
+        there = sum(info.synced is synced for info in self.by_name.values())
+        return max(0, COLLECTIONS_MAX - there)
+
+    def adding_all(self, names: Iterable[str], *, pulled: bool = False) -> Catalogue:
+        """With those of ``names`` that are missing and fit, in one step. Itself if none is
+        missing. What is ``pulled`` fits: the server has counted it, and what this device has of
+        its own must not keep it out."""
         missing = [name for name in names if name not in self.by_name]
         if not missing:
             return self
-        rows, last = self._rows(), max(self.by_number, default=0)
-        fitting = missing[: COLLECTIONS_MAX - len(rows)]
+        rows, last = self._rows(), self.last_number
+        room = max(0, _PULLED_MAX - len(rows)) if pulled else self.room(synced=True)
+        fitting = missing[:room]
         for index, name in enumerate(fitting):
             rows.append((last + 1 + index, name, self.next_table + index, False))
         return Catalogue(rows, self.next_table + len(fitting), self.scope, self.garbage)
@@ -137,6 +168,7 @@ class Catalogue:
         """The same collections, shared and not built again: there may be a thousand."""
         made = Catalogue([], next_table, self.scope, garbage)
         made.by_name, made.by_number = self.by_name, self.by_number
+        made.last_number = self.last_number
         return made
 
     def _rows(self) -> list[tuple[int, str, int, bool]]:
@@ -161,4 +193,4 @@ def empty_catalogue(scope: frozenset[str] | None = None) -> Catalogue:
     return Catalogue([], 1, scope, ())
 
 
-__all__ = ["Catalogue", "CollectionInfo", "decode_catalogue", "empty_catalogue"]
+__all__ = ["COLLECTIONS_MAX", "Catalogue", "CollectionInfo", "decode_catalogue", "empty_catalogue"]

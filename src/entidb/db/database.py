@@ -497,6 +497,10 @@ class Database:
             raise
         self._head_cache = writer.encoded_head
         self._committed_catalogue = writer.catalogue
+        raw = changes.get(META_CATALOGUE)
+        if raw is not None:
+            # Readers need not decode what was in hand a moment ago.
+            self._catalogue_cache = raw, writer.catalogue
         if self._observers and (rows := writer.feed_rows()):
             self._deliveries.append(self._describe(writer.head.sequence, rows, origin))
 

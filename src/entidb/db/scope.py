@@ -16,6 +16,7 @@ from entidb.db.records import (
 from entidb.db.writer import Writer
 from entidb.errors import ScopeError
 from entidb.storage import Snapshot
+from entidb.types import SCOPE_NAMES_MAX
 
 _PAGE = 500
 
@@ -23,6 +24,12 @@ _PAGE = 500
 def change_scope(writer: Writer, wanted: frozenset[str] | None) -> None:
     """Make ``wanted`` the scope, with everything that follows from it."""
     catalogue = writer.catalogue
+    if wanted is not None and len(wanted) > SCOPE_NAMES_MAX:
+        raise ScopeError(
+            f"a scope names at most {SCOPE_NAMES_MAX} collections, not {len(wanted)}: synchronise "
+            "all with None, and declare local what should stay here",
+            code="too_many_collections",
+        )
     for name in sorted(wanted or ()):
         info = catalogue.by_name.get(name)
         if info is not None and info.local:

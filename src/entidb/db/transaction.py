@@ -40,7 +40,12 @@ from entidb.db.rows import OverlayRows, Rows
 from entidb.db.writer import Writer
 from entidb.errors import TransactionError, TransactionTooLargeError
 from entidb.storage.turns import EndOfBlock, Turn, enter_block
-from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_CONTAINERS_MAX, check_name
+from entidb.types import (
+    OPERATION_OVERHEAD_BYTES,
+    TRANSACTION_COLLECTIONS_MAX,
+    TRANSACTION_CONTAINERS_MAX,
+    check_name,
+)
 
 V = TypeVar("V")
 
@@ -209,6 +214,11 @@ class Transaction:
 
 def check_size(writes: Writes, bytes_max: int) -> None:
     """Raises ``TransactionTooLargeError`` where the programmer sees it (rules, "Limits")."""
+    if len(writes) > TRANSACTION_COLLECTIONS_MAX:
+        raise TransactionTooLargeError(
+            f"the transaction writes to {len(writes)} collections, and may to "
+            f"{TRANSACTION_COLLECTIONS_MAX}; nothing was written. Split it"
+        )
     size = 0
     for ids in writes.values():
         size += OPERATION_OVERHEAD_BYTES * len(ids) + sum(map(len, filter(None, ids.values())))

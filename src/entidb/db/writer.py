@@ -85,6 +85,7 @@ class Writer:
         self.now_ms = now_ms
         self.changes: dict[bytes, bytes | None] = {}
         self._counts: dict[int, int] = {}
+        self._grown: Catalogue | None = None
         self._stale: list[bytes] = []
         self._stale_rows_max = stale_rows_max
 
@@ -128,8 +129,11 @@ class Writer:
         there are too many."""
         info = self.catalogue.by_name.get(name)
         if info is None:
-            self.set_catalogue(self.catalogue.adding(name))
-            info = self.catalogue.by_name[name]
+            if self.catalogue is not self._grown:
+                # Nobody else sees it before it is stored, so that the next ones cost nothing.
+                self._grown = self.catalogue.copy()
+            info = self._grown.add(name)
+            self.set_catalogue(self._grown)
         return info
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, Final
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
 from entidb.server.origins import check_names
-from entidb.types import TRANSACTION_BYTES_MAX
+from entidb.types import COLLECTIONS_MAX, TRANSACTION_BYTES_MAX
 
 _MIB: Final = 1024 * 1024
 #: Room in a message beside one transaction of the largest size: names, ids and framing.
@@ -190,6 +190,7 @@ class ServerConfig:
             push_operations_max=self.push_operations_max,
             pull_operations_max=self.pull_operations_max,
             collections_max=self.collections_max,
+            database_collections_max=COLLECTIONS_MAX,
         )
 
     def load_validate(self) -> Callable[..., Any] | None:

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from entidb import cbor, protocol
 from entidb.collector import paused
 from entidb.db import Database
-from entidb.db.catalogue import COLLECTIONS_MAX, Catalogue, CollectionInfo
+from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.feed import feed_page, latest_of
 from entidb.db.maintenance import mark_clock, read_floor
 from entidb.db.records import (
@@ -80,8 +80,14 @@ from entidb.protocol import (
     transaction_bytes,
 )
 from entidb.server.work import Fault, too_much
+from entidb.types import (
+    COLLECTIONS_MAX,
+    TRANSACTION_COLLECTIONS_MAX,
+    check_name,
+    timestamp_from_ms,
+    uuid_from_bytes,
+)
 from entidb.types import OPERATION_OVERHEAD_BYTES as _COUNTED_OVERHEAD_BYTES
-from entidb.types import check_name, timestamp_from_ms, uuid_from_bytes
 
 _log = logging.getLogger("entidb.server")
 
@@ -96,6 +102,9 @@ READ_ROWS_MAX = 64
 #: Payload bytes of a page at most, whatever a client asks for; a larger single commit is sent
 #: whole (R19).
 PAGE_BYTES_MAX = 8 * 1024 * 1024
+#: A page ends at the first commit after it names so many collections. With the largest commit it
+#: still names fewer than the 4,096 that devices take.
+PAGE_NAMES_MAX = 1024
 #: What a pulled operation takes on the wire beside its payload, roughly.
 OPERATION_OVERHEAD_BYTES = 32
 #: The plain number: looking a member up in its enum for every transaction costs more.
@@ -609,6 +618,7 @@ class _Deciding:
         #: By how much each collection's count changes.
         self._counts = [0] * len(request.collections)
         self._bytes_max = service.limits.transaction_bytes_max
+        self._many_names = len(request.collections) > TRANSACTION_COLLECTIONS_MAX
 
     def _collections(self) -> list[tuple[int, bytes] | None]:
         """(number, key prefix) for each name; None where nothing can be written, and then
@@ -620,9 +630,13 @@ class _Deciding:
             fault = self._closed_to(name)
             if fault is not None:
                 self._closed[index] = fault
-        catalogue = present.adding_all(
-            name for index, name in enumerate(names) if index not in self._closed
-        )
+        catalogue = present
+        missing = [i for i, name in enumerate(names) if name not in present.by_name]
+        if missing:
+            # Only what is written to: a name alone makes no collection.
+            used = {op.collection for t in self._request.transactions for op in t.operations}
+            wanted = [i for i in missing if i in used and i not in self._closed]
+            catalogue = present.adding_all(names[i] for i in wanted)
         found: list[tuple[int, bytes] | None] = []
         for index, name in enumerate(names):
             info = None if index in self._closed else catalogue.by_name.get(name)
@@ -763,6 +777,12 @@ class _Deciding:
                 f"it is {size} bytes, this server accepts {self._bytes_max} "
                 "(transaction_bytes_max)",
             )
+        if self._many_names:
+            names = len({op.collection for op in transaction.operations})
+            if names > TRANSACTION_COLLECTIONS_MAX:
+                most = TRANSACTION_COLLECTIONS_MAX
+                said = f"it writes to {names} collections, a transaction may to {most}"
+                return self._refuse(places, "too_large", said)
         if self._validates:
             refusal = self._service.refusal(
                 self._writer, self._grant, self._described(transaction, values)
@@ -943,7 +963,7 @@ class _Page:
             if version != sequence and self._is_stale((sequence, number, entity_id), version):
                 continue
             if sequence != last:
-                if size >= bytes_max:
+                if size >= bytes_max or len(indexes) >= PAGE_NAMES_MAX:
                     return False
                 begin(version, device, timestamp)
                 last = self._last = sequence
@@ -1017,12 +1037,13 @@ class _ColumnPage(_Page):
         full."""
         overhead = OPERATION_OVERHEAD_BYTES - ENTITY_HEAD
         whole = self._size + sum(map(len, rows)) + overhead * len(rows)
-        if whole < self._bytes_max:
+        full_of_names = len(self._indexes) >= PAGE_NAMES_MAX
+        if whole < self._bytes_max and not full_of_names:
             self._size = whole
             return len(rows)
         last = self._last
         for at, ((sequence, _, _), row) in enumerate(zip(places, rows, strict=True)):
-            if sequence != last and self._size >= self._bytes_max:
+            if sequence != last and (full_of_names or self._size >= self._bytes_max):
                 return at
             last = sequence
             self._size += len(row) + overhead

@@ -1297,7 +1297,7 @@ def _targets(writer: Writer, response: PullResponse) -> list[CollectionInfo | No
     wanted: list[CollectionInfo | None] = []
     scope = writer.catalogue.scope
     known = writer.catalogue.adding_all(
-        name for name in response.collections if scope is None or name in scope
+        (name for name in response.collections if scope is None or name in scope), pulled=True
     )
     if known is not writer.catalogue:
         writer.set_catalogue(known)
