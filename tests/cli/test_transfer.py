@@ -467,3 +467,39 @@ def test_an_interrupt_behind_a_commit_counts_what_was_committed(
     result = entidb("import", shop, "t", "-", "--batch", 10, stdin='{"n":1}\n' * 30)
     assert result.exit_code == 130
     assert len(dumped(shop, "t")) == 20 and "--skip 20" in result.stderr
+
+
+# ---------------------------------------------------------------- the order of columns
+
+
+def header_of(path: Path, file: Path) -> list[str]:
+    done("export", path, "t", "-o", file)
+    return file.read_text(encoding="utf-8").splitlines()[0].split(",")
+
+
+def test_columns_are_exported_in_the_order_they_were_imported_in(shop: Path, tmp_path: Path):
+    out = tmp_path / "out.csv"
+    csv_import(shop, "zeta,a,Mitte,bb\n,1,2,3\n1,2,3,4\n", "--infer", "--key", "a")
+    assert header_of(shop, out) == ["$id", "zeta", "a", "Mitte", "bb"]
+    csv_import(shop, "new,a,zeta\n1,9,3\n", "--key", "a")
+    assert header_of(shop, out) == ["$id", "new", "a", "zeta", "Mitte", "bb"]
+    put(shop, "t", 1, {"zz": 1, "y": 2})
+    assert header_of(shop, out) == ["$id", "new", "a", "zeta", "Mitte", "bb", "y", "zz"]
+    done("backup", shop, tmp_path / "copy")
+    assert header_of(tmp_path / "copy", out)[1] == "new"
+    assert done("verify", shop)
+
+
+def test_the_order_of_json_rows_counts_too_and_columns_that_are_gone_do_not(
+    shop: Path, tmp_path: Path
+):
+    done("import", shop, "t", "-", "--key", "k", stdin='{"z":1,"k":"a"}\n{"k":"b","y":1,"z":2}\n')
+    assert header_of(shop, tmp_path / "out.csv") == ["$id", "z", "k", "y"]
+    done("delete", shop, "t", "key:b")
+    assert header_of(shop, tmp_path / "out.csv") == ["$id", "z", "k"]
+
+
+def test_an_order_of_very_many_columns_is_not_kept(shop: Path, tmp_path: Path):
+    names = [f"{n:05}" + "x" * 60 for n in range(2000, 0, -1)]
+    assert csv_import(shop, ",".join(names) + "\n" + "1," * 1999 + "1\n").exit_code == 0
+    assert header_of(shop, tmp_path / "out.csv") == ["$id", *sorted(names)]

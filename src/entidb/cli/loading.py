@@ -79,12 +79,15 @@ class Import:
     repeated: int = 0
     bad: int = 0
     transactions: int = 0
+    #: The fields of the rows, in the order of the file.
+    order: dict[str, None] = field(default_factory=dict)
     #: Rows of the file, from its beginning, that are dealt with.
     done: int = 0
     _seen: int = 0
     _waiting: list[tuple[int, uuid.UUID, Any, bytes]] = field(default_factory=list)
     _bytes: int = 0
     _started: int = -1
+    _kept: int = 0
 
     @cached_property
     def database(self) -> Database:
@@ -145,6 +148,8 @@ class Import:
         if value is None:
             raise InputError("null cannot be an entity")
         payload = cbor.encode(value)
+        if type(value) is dict and not value.keys() <= self.order.keys():
+            self.order.update(dict.fromkeys(value))
         self._waiting.append((row[0], entity_id, value, payload))
         self._bytes += len(payload)
         if len(self._waiting) >= self.batch or self._bytes >= BATCH_BYTES:
@@ -166,6 +171,9 @@ class Import:
             # Also when it was interrupted behind the commit, which then is a fact.
             if tx is not None and (tx.sequence or counts.nothing):
                 self._count(counts, bool(tx.sequence))
+        if len(self.order) > self._kept:
+            self._kept = len(self.order)
+            self.database.keep_column_order(self.collection, list(self.order))
         self.committed()
 
     def _count(self, counts: _Counts, written: bool) -> None:

@@ -167,6 +167,8 @@ class CsvFormat:
     encoding: str = "utf-8-sig"
     key: list[str] | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    #: Called with the names of all columns, in order.
+    on_header: Callable[[list[str]], object] = list
 
 
 def read_csv(raw: IO[bytes], form: CsvFormat, *, bad: Bad = refuse) -> Generator[Row, None, None]:
@@ -190,6 +192,7 @@ def read_csv(raw: IO[bytes], form: CsvFormat, *, bad: Bad = refuse) -> Generator
             return
         _check_text(header, utf8)
         _check_header(header, form)
+        form.on_header(header)
         keys = None if form.key is None else [header.index(name) for name in form.key]
         while True:
             number += 1

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from typing import IO, Any, Final
 
 import click
@@ -35,6 +36,7 @@ from entidb.cli.rows import (
 from entidb.cli.values import print_json
 from entidb.cli.words import bind, existing_collection, json_option, opened, opened_or_made
 from entidb.cli.words import words as positional
+from entidb.db import Database
 from entidb.db.collection import ReadCollection
 from entidb.errors import StorageError
 from entidb.storage.partial import Partial, remove_dead
@@ -136,6 +138,7 @@ def import_command(
             skip,
             skip_bad,
         )
+        form = replace(form, on_header=lambda names: job.order.update(dict.fromkeys(names)))
         rows = _rows_of(raw, chosen, form, job.on_bad)
         with closing(rows):
             job.run(rows)
@@ -233,6 +236,8 @@ def export_command(
             with _target(output) as raw, progress("exporting", len(source)) as bar:
                 if chosen == "csv":
                     columns = None if fields is None else fields.split(",")
+                    if columns is None:
+                        columns = _all_fields(source, id_field, database)
                     between = _delimiter(delimiter, output)
                     count = _export_csv(source, raw, id_field, columns, between, bar)
                 else:
@@ -307,12 +312,11 @@ def _export_csv(
     source: ReadCollection[Any],
     raw: IO[bytes],
     id_field: str,
-    columns: list[str] | None,
+    columns: list[str],
     delimiter: str,
     bar: Bar,
 ) -> int:
-    names = _all_fields(source, id_field) if columns is None else columns
-    writer = CsvWriter(raw, [id_field, *names], delimiter)
+    writer = CsvWriter(raw, [id_field, *columns], delimiter)
     count = 0
     for raw_id, payload in source.payloads():
         text = _id_text(raw_id)
@@ -324,8 +328,9 @@ def _export_csv(
     return count
 
 
-def _all_fields(source: ReadCollection[Any], id_field: str) -> list[str]:
-    """A first walk over everything: the header stands before the last row is known."""
+def _all_fields(source: ReadCollection[Any], id_field: str, database: Database) -> list[str]:
+    """A first walk over everything: the header stands before the last row is known. In the order
+    of the file they were imported from, where that is known."""
     found: dict[str, None] = {}
     for raw_id, payload in source.payloads():
         value = cbor.decode_trusted(payload)
@@ -335,7 +340,8 @@ def _all_fields(source: ReadCollection[Any], id_field: str) -> list[str]:
         raise UsageError(
             f"entities have a field {id_field!r} themselves: choose another --id-field"
         )
-    return list(found)
+    known = [name for name in database.column_order(source.name) if name in found]
+    return list(dict.fromkeys([*known, *found]))
 
 
 def _map_of(entity_id: str, value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sys
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -28,6 +28,7 @@ from entidb.db.listeners import add_listener, report_bug
 from entidb.db.records import (
     META_BEGUN,
     META_CATALOGUE,
+    META_COLUMNS,
     META_FORMAT,
     META_HEAD,
     META_IDENTITY,
@@ -66,6 +67,9 @@ from entidb.types import (
 )
 
 V = TypeVar("V")
+
+#: Names of the columns of one collection that are worth remembering.
+COLUMNS_BYTES_MAX = 64 << 10
 
 
 class CommitEvent(Struct, frozen=True):
@@ -440,6 +444,26 @@ class Database:
         if not writes:
             return 0
         return commit_local(writer, self.role, writes, self._ids.new_bytes(), self._tick(writer))
+
+    def column_order(self, name: str) -> list[str]:
+        """In which order an imported file had the fields of collection ``name``; canonical CBOR
+        keeps none. Empty if nobody knows. Of this device alone."""
+        with self._open_rows() as rows:
+            raw = rows.snapshot.get(META_COLUMNS)
+        order: list[str] = [] if raw is None else cbor.decode_trusted(raw).get(name, [])
+        return order
+
+    def keep_column_order(self, name: str, columns: Sequence[str]) -> None:
+        """Remember ``columns`` for ``column_order``, in front of those that are known already;
+        nothing, where they are more than ``COLUMNS_BYTES_MAX``."""
+        check_name(name)
+        order = list(dict.fromkeys([*columns, *self.column_order(name)]))
+        if order == self.column_order(name) or len("".join(order).encode()) > COLUMNS_BYTES_MAX:
+            return
+        with self.write("local") as writer:
+            raw = writer.get(META_COLUMNS)
+            known = {} if raw is None else cbor.decode_trusted(raw)
+            writer.put(META_COLUMNS, cbor.encode({**known, name: order}))
 
     def begin_history(self, times_max: int, within_ms: int) -> bool:
         """Give a server's database a new history (R29), in one commit; whether it was done: more

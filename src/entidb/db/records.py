@@ -12,6 +12,7 @@ the same table, a test compares). Nothing else in the project packs or unpacks s
     m adopt                              entities that are being made pending       (CBOR map)
     m floor                              tombstones at or below may be gone         (u64)
     m stale                              how many feed rows are listed as stale     (u64)
+    m columns                            order of the columns of imported files     (CBOR map)
     m begun                              when histories began by a proof (R29)    (CBOR list)
     m overruled                          values decided against: next, count, oldest (Overruled)
     n collection:u32                     live entities of a collection              (u64)
@@ -63,6 +64,7 @@ META_ADOPT: Final = b"madopt"
 META_FLOOR: Final = b"mfloor"
 META_STALE: Final = b"mstale"
 META_BEGUN: Final = b"mbegun"
+META_COLUMNS: Final = b"mcolumns"
 META_OVERRULED: Final = b"moverruled"
 
 ENTITY: Final = b"e"
