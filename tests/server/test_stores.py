@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from entidb.db import Database, Role
 from entidb.errors import (
@@ -297,6 +298,48 @@ def test_tombstones_are_kept_until_their_retention_is_over(tmp_path: Path):
     place.clock.advance(89 * DAY_S)
     place.stores.housekeep()
     assert floor(store) == 0
+    place.stores.close()
+
+
+def committed(store: Store, number: int) -> None:
+    """As ``pushed``, by a device that is not behind the floor."""
+    request = push(store.database.history or b"", number)
+    (answer,) = store.service.push_many([(replace(request, cursor=number - 1), GRANT)])
+    assert isinstance(answer, PushResponse)
+    assert answer.results[0].verdict == Verdict.ACCEPTED
+
+
+@pytest.mark.parametrize("retention_s", [1, 60, 600, 3000])
+def test_a_retention_of_less_than_an_hour_is_kept(tmp_path: Path, retention_s: int):
+    place = Place(tmp_path, idle_close_s=0.0, tombstone_retention_days=retention_s / DAY_S)
+    store = place.use()
+    for number in range(1, 30):
+        committed(store, number)
+        place.clock.advance(retention_s / 10)
+        place.stores.housekeep()
+    # What is older than the retention is gone, but for the distance of two looks; the rest stays.
+    assert (10 if retention_s == 1 else 14) <= floor(store) <= 20
+    for _ in range(2):  # the first look notes that nothing came after the last commit
+        place.clock.advance(2 * retention_s)
+        place.stores.housekeep()
+    assert floor(store) == 29
+    place.stores.release(store)
+    place.stores.close()
+
+
+def test_a_servers_clock_that_was_in_2100_does_not_stop_retention(tmp_path: Path):
+    place = Place(tmp_path, idle_close_s=0.0)
+    store = place.use()
+    pushed(store, 1)
+    place.clock.advance(75 * 365 * DAY_S)
+    pushed(store, 2)
+    place.clock.advance(-75 * 365 * DAY_S)
+    for day in range(120):
+        committed(store, 3 + day)
+        place.clock.advance(DAY_S)
+        place.stores.housekeep()
+    assert 25 <= floor(store) <= 35
+    place.stores.release(store)
     place.stores.close()
 
 

@@ -64,12 +64,15 @@ from entidb.types import (
     check_name,
     next_timestamp,
     system_entropy,
+    timestamp_from_ms,
 )
 
 V = TypeVar("V")
 
 #: Names of the columns of one collection that are worth remembering.
 COLUMNS_BYTES_MAX = 64 << 10
+#: By so much a server's clock may go back, and what it writes is still later than what it wrote.
+CLOCK_BACK_MS = 60_000
 
 
 class CommitEvent(Struct, frozen=True):
@@ -501,7 +504,12 @@ class Database:
         return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, now, slack)
 
     def _tick(self, writer: Writer) -> int:
-        writer.head.timestamp = next_timestamp(writer.now_ms, writer.head.timestamp)
+        last = writer.head.timestamp
+        if self.role is Role.SERVER and last > timestamp_from_ms(writer.now_ms + CLOCK_BACK_MS):
+            # Nobody tells a server what time it is, so a time far beyond its clock is one from when
+            # that was wrong (R27). Small steps back are made up for as anywhere.
+            last = 0
+        writer.head.timestamp = next_timestamp(writer.now_ms, last)
         return writer.head.timestamp
 
     def _store(self, writer: Writer, origin: str) -> None:

@@ -62,8 +62,9 @@ if TYPE_CHECKING:
 
 SWEEP_ROWS = 5_000
 PURGE_ROWS = 5_000
-#: One clock mark an hour is fine enough for a retention of days.
+#: One clock mark an hour is fine enough for a retention of days; and so many in one of less.
 CLOCK_MARK_MS = 3_600_000
+CLOCK_MARKS_MIN = 24
 _PAGE = 2_000
 #: Pending transactions remembered by ``verify``: entities of several may alternate.
 _PENDINGS_KEPT = 64
@@ -105,12 +106,22 @@ def _sweepable(writer: Writer) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------- tombstones (R28)
 
 
-def mark_clock(writer: Writer) -> None:
-    """Remember, once an hour, which commit sequence the clock stands at: retention is in days,
-    and the timestamps of entities are their devices' and may be old."""
+def clock_mark_ms(retention_ms: int) -> int:
+    """How far apart clock marks stand, so that they are fine enough for a retention."""
+    return min(CLOCK_MARK_MS, max(1, retention_ms // CLOCK_MARKS_MIN))
+
+
+def mark_clock(writer: Writer, every_ms: int = CLOCK_MARK_MS) -> None:
+    """Remember, once in ``every_ms``, which commit sequence the clock stands at: the timestamps of
+    entities are their devices' and may be old. Marks from beyond the present are dropped: they were
+    made while the clock was wrong, and none would be made until it is there again (R27)."""
     stop = CLOCK_MARK + pack_u64(2**64 - 1)
     newest = writer.snapshot.scan_keys(CLOCK_MARK, stop, limit=1, reverse=True)
-    if not newest or unpack_u64(newest[0][1:]) + CLOCK_MARK_MS <= writer.now_ms:
+    if newest and unpack_u64(newest[0][1:]) > writer.now_ms:
+        for key in writer.snapshot.scan_keys(CLOCK_MARK + pack_u64(writer.now_ms + 1), stop):
+            writer.delete(key)
+        newest = []
+    if not newest or unpack_u64(newest[0][1:]) + every_ms <= writer.now_ms:
         writer.put(CLOCK_MARK + pack_u64(writer.now_ms), pack_u64(writer.head.sequence))
 
 
@@ -479,6 +490,7 @@ def inspect(database: Database) -> dict[str, Any]:
 __all__ = [
     "dump",
     "inspect",
+    "clock_mark_ms",
     "mark_clock",
     "purge_tombstones",
     "read_floor",

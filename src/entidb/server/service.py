@@ -25,7 +25,7 @@ from entidb.collector import paused
 from entidb.db import Database
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.feed import feed_page, latest_of
-from entidb.db.maintenance import mark_clock, read_floor
+from entidb.db.maintenance import CLOCK_MARK_MS, mark_clock, read_floor
 from entidb.db.records import (
     ACCEPTED,
     ENTITY_HEAD,
@@ -209,9 +209,12 @@ class DatabaseService:
         limits: Limits,
         validate: ValidateHook | None = None,
         encodings: Sequence[str] = (),
+        clock_mark_ms: int = CLOCK_MARK_MS,
     ) -> None:
         """``encodings`` are the content encodings the HTTP side understands; they are told to
-        devices among the features."""
+        devices among the features. ``clock_mark_ms`` is how often it is remembered where the clock
+        stands (R28)."""
+        self._clock_mark_ms = clock_mark_ms
         self.features = [*FEATURES, *encodings]
         self.database = database
         self.db_id = db_id
@@ -376,7 +379,7 @@ class DatabaseService:
                     answers.append(error)
             changed = bool(writer.changes)
             if changed:
-                mark_clock(writer)
+                mark_clock(writer, self._clock_mark_ms)
             head = writer.head.sequence
         if proof is not None:
             self._put_back(*proof)

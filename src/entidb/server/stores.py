@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from entidb.db import Database, Role, purge_tombstones
-from entidb.db.maintenance import mark_clock, sequence_at
+from entidb.db.maintenance import clock_mark_ms, mark_clock, sequence_at
 from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
@@ -47,6 +47,8 @@ SERVER_LOCK: Final = "entidb-server.lock"
 
 _DAY_MS: Final = 24 * 3600 * 1000
 _RETRY_S: Final = 1.0
+#: Tombstones are looked for no more often, however short they are kept.
+_PURGE_INTERVAL_S_MIN: Final = 1.0
 
 #: Opens the database of that name, making it if it is not there and the second argument says so;
 #: else ``PermissionDeniedError``, code ``unknown_database``.
@@ -99,6 +101,11 @@ class Stores:
         self._open_database = open_database
         self._validate: ValidateHook | None = config.load_validate()
         self._limits = config.limits()
+        self._retention_ms = int(config.tombstone_retention_days * _DAY_MS)
+        self._clock_mark_ms = clock_mark_ms(self._retention_ms)
+        # A retention of minutes is kept in minutes.
+        often_s = max(_PURGE_INTERVAL_S_MIN, self._retention_ms / 4000)
+        self._purge_interval_s = min(config.purge_interval_s, often_s)
         #: Called on a writer's thread after the members of a group have been told.
         self.on_group: Callable[[], None] = _nothing
         self._stores: dict[str, Store] = {}
@@ -173,7 +180,11 @@ class Stores:
         self._make_room()
         database = self._open_database(db_id, create and self._config.create_databases)
         service = DatabaseService(
-            database, db_id=db_id, limits=self._limits, validate=self._validate
+            database,
+            db_id=db_id,
+            limits=self._limits,
+            validate=self._validate,
+            clock_mark_ms=self._clock_mark_ms,
         )
         store = Store(db_id, database, service, self._committer(service))
         store.used_at = self._clock.monotonic()
@@ -269,15 +280,14 @@ class Stores:
 
     def _purge(self, store: Store) -> None:
         now = self._clock.monotonic()
-        due = store.purged_at is None or now - store.purged_at >= self._config.purge_interval_s
+        due = store.purged_at is None or now - store.purged_at >= self._purge_interval_s
         if not due:
             return
         store.purged_at = now
         with store.database.write() as writer:
             if writer.head.sequence:
-                mark_clock(writer)
-        retention_ms = int(self._config.tombstone_retention_days * _DAY_MS)
-        up_to = sequence_at(store.database, self._clock.now_ms() - retention_ms)
+                mark_clock(writer, self._clock_mark_ms)
+        up_to = sequence_at(store.database, self._clock.now_ms() - self._retention_ms)
         if up_to:
             purged = purge_tombstones(store.database, up_to)
             logger.info("database %s: purged %d tombstones", store.db_id, purged)

@@ -126,6 +126,10 @@ _CODE_CHARS_MAX = 100
 _MESSAGE_CHARS_MAX = 1000
 #: Beyond this (the year 6429) a hybrid logical clock comes near the end of its 64 bits.
 TIME_MS_MAX = 2**47
+#: As a timestamp: by so much (a second) a clock may be ahead of the server's before pending
+#: transactions are looked through for it. Clocks that are kept in step differ by less, and the
+#: server makes up for that (R27).
+CLOCK_SLACK = timestamp_from_ms(1000)
 #: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
 _PAGE_ROWS = 2000
 #: Keys read at a time to count them.
@@ -151,6 +155,8 @@ class BatchLimits(Struct, frozen=True):
     transactions_max: int = SEQUENCE_MAX
     collections_max: int = SEQUENCE_MAX
     without: frozenset[int] = frozenset()
+    #: The server's clock as the newest answer said it, in ms; 0 if none did.
+    server_ms: int = 0
 
 
 class PushBatch(Struct):
@@ -403,8 +409,13 @@ class DatabaseApplier:
     # ------------------------------------------------------------ push
 
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
-        if not self.database.read_head().ready:
+        head = self.database.read_head()
+        if not head.ready:
             return None
+        latest = _latest(limits.server_ms)
+        if limits.server_ms and head.timestamp > latest + CLOCK_SLACK:
+            with paused(), self.database.write() as writer:
+                _lower_clock(writer, latest)
         with paused(), self.database.write() as writer:
             self._take_confirmed(writer)
             _check_ready(writer)
@@ -447,6 +458,7 @@ class DatabaseApplier:
             mark = self.database.commit_mark
             rebase = self._rebase(writer, response.time)
             settled = _Settling(writer, rebase, response).run(batch, batch.mark == mark)
+            _lower_idle_clock(writer, _latest(response.time))
             next_batch = None
             if limits is not None and not settled.pull:
                 apart = frozenset() if following is None else frozenset(following.entity_keys)
@@ -1286,10 +1298,44 @@ def _is_missing(writer: Writer, state: ReplicaState, request: PullRequest) -> bo
 def _hear_clock(writer: Writer, response: PullResponse, rows: ColumnRows | None = None) -> None:
     """The clock is a hybrid one (R27): what is written after this is later than what was seen,
     however slow the device's own clock is, but never beyond what the server says the time is."""
-    latest = timestamp_from_ms(min(response.time, TIME_MS_MAX)) | 0xFFFF
+    latest = _latest(response.time)
     stamps = rows.timestamps if rows is not None else [c.timestamp for c in response.commits]
     newest = max(stamps, default=0)
     writer.head.timestamp = max(writer.head.timestamp, min(newest, latest))
+    _lower_idle_clock(writer, latest)
+
+
+def _latest(server_ms: int) -> int:
+    """The latest timestamp that the server lets pass at this time of its clock."""
+    return timestamp_from_ms(min(server_ms, TIME_MS_MAX)) | 0xFFFF
+
+
+def _lower_idle_clock(writer: Writer, latest: int) -> None:
+    """A clock that was ahead comes back (R27): else all that is written until its time has really
+    come would count as later than what others write. Where something is pending this waits for the
+    next push (``_lower_clock``), because the clock stays after what this device wrote."""
+    head = writer.head
+    if head.timestamp > latest and not head.ready and not head.held:
+        head.timestamp = latest
+
+
+def _lower_clock(writer: Writer, latest: int) -> None:
+    """As ``_lower_idle_clock``, with what is pending: it gets the time that the server would make
+    of it now. What is in flight has to stay as it was sent (R5)."""
+    if writer.inflight is not None:
+        return
+    for transaction in read_pending(writer.snapshot):
+        if transaction.timestamp <= latest:
+            continue
+        transaction.timestamp = latest
+        writer.put_pending(transaction)
+        for op in transaction.operations:
+            ref = (op.collection, op.entity_id)
+            row = writer.entity(ref)
+            if row is not None and row.pending == transaction.sequence:
+                row.timestamp = latest
+                writer.put_entity(ref, row, row)
+    writer.head.timestamp = min(writer.head.timestamp, latest)
 
 
 def _targets(writer: Writer, response: PullResponse) -> list[CollectionInfo | None]:

@@ -113,6 +113,8 @@ class Cycle:
         self._progress = progress
         self._check = check
         self._pushed = self._pushed_bytes = 0
+        #: The server's clock, as the newest pull said it.
+        self._server_ms = 0
         self._search = Search()
         #: A verdict of this round asks for a pull before anything more is pushed.
         self._pull_due = False
@@ -200,6 +202,7 @@ class Cycle:
             transactions_max=self._search.transactions_max,
             collections_max=server.collections_max,
             without=frozenset(self._connection.path.kept),
+            server_ms=self._server_ms,
         )
 
     # ------------------------------------------------------------ pushing
@@ -434,6 +437,7 @@ class Cycle:
         """A page made under the grant that the device knows."""
         response = yield from self._ask(request, PullResponse)
         _check_not_back(state, response)
+        self._server_ms = response.time
         granted = response.granted
         if granted != state.granted and (granted is None or sorted(granted) != state.granted):
             raise _GrantChanged(granted)

@@ -346,7 +346,8 @@ class Rebase:
             remote_device=remote.device_id,
             base_timestamp=base.timestamp,
             local_timestamp=self._clamp(step.transaction.timestamp),
-            remote_timestamp=remote.timestamp,
+            # A mark that a server made while its own clock was wrong (R27).
+            remote_timestamp=self._clamp(remote.timestamp),
             transaction_id=first.transaction.transaction_id,
         )
 

@@ -949,6 +949,12 @@ def _clamped_not_taken(garden: Garden) -> None:
     garden.replace(applier._Settling, "_accepted", make)
 
 
+@_bug("clock-stays-ahead", "CLOCK", knobs=_TIMES)
+def _clock_stays_ahead(garden: Garden) -> None:
+    """A device that was in the future once writes from there until that has come."""
+    garden.replace(applier, "_lower_idle_clock", lambda original: lambda writer, latest: None)
+
+
 @_bug("clock-not-heard", "CLOCK", knobs=_TIMES)
 def _clock_not_heard(garden: Garden) -> None:
     """A slow device writes with times before those it has seen, and loses to its own past."""

@@ -24,12 +24,14 @@ from entidb.db.records import (
     HELD,
     META_ADOPT,
     META_CATALOGUE,
+    META_HEAD,
     META_SYNC,
     READY,
     TOMBSTONE,
     PendingTransaction,
     base_key,
     decode_base,
+    decode_head,
     decode_pending,
     payload_of,
     sequence_key,
@@ -253,6 +255,7 @@ class DeviceWatch:
         if switched and keep_device and not self._foreign:
             self._owe_newer(records, known, switched)
         self._check_outbox(commit, reset=bool(switched) or self._foreign != was_foreign)
+        self._check_clock(commit, records)
         self._check_lists(commit)
         self._check_prefix(commit, moved, fresh)
         if switched and self.unanswered:
@@ -564,6 +567,25 @@ class DeviceWatch:
                     f"after what it replaced, {decode_base(raw).timestamp}",
                 )
         self.checks.passed("CLOCK")
+
+    def _check_clock(self, commit: DeviceCommit, records: Records) -> None:
+        """CLOCK: with an answer to all that was pending, the device's logical clock is not ahead of
+        the server's any more, so that what it writes next does not win for ever (R27)."""
+        if self.outbox or META_HEAD not in records:
+            return
+        for was, now in commit.outbox.values():
+            answer = (
+                None if was is None or now is not None else self.answers.get(was.transaction_id)
+            )
+            if answer is not None and answer.verdict == Verdict.ACCEPTED:
+                latest = timestamp_from_ms(self._server_clock.now_ms()) | 0xFFFF
+                ahead = decode_head(records[META_HEAD]).timestamp
+                self.checks.that(
+                    ahead <= latest,
+                    "CLOCK",
+                    f"the clock of {self.name} stays ahead of the server's, {ahead} of {latest}",
+                )
+                return
 
     # ------------------------------------------------------------ what is to become pending
 
