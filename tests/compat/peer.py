@@ -25,13 +25,20 @@ class Peer:
     database: Database
     engine: SyncEngine
 
-    def open(self, path: str, url: str = "", policy: str = "server_wins", **more: Any) -> Any:
+    def open(
+        self,
+        path: str,
+        url: str = "",
+        policy: str = "server_wins",
+        token: str | None = None,
+        **more: Any,
+    ) -> Any:
         self.database = Database.open(path)
         if url:
             config = SyncConfig(
                 db_id="shop", default_policy=policy, retry=RetryConfig.none(), **more
             )
-            self.engine = SyncEngine(config, url, self.database)
+            self.engine = SyncEngine(config, url, self.database, token=token)
         return {"version": VERSION}
 
     def write(self, writes: list[Any]) -> Any:
@@ -49,6 +56,10 @@ class Peer:
         except SyncError as error:
             return {"error": error.code}
         status = self.engine.status()
+        codes = [entry.code for entry in self.engine.discarded()]
+        return {"discarded": codes, **self._counts(result, status)}
+
+    def _counts(self, result: Any, status: Any) -> dict[str, Any]:
         return {"pulled": result.pulled, "pushed": result.pushed, "pending": status.pending}
 
     def read(self) -> Any:

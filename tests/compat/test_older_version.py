@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from entidb.server import mint_token
 from tests.compat.versions import device, server, source_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -108,3 +109,55 @@ def test_the_files_of_a_server_go_from_one_version_to_the_other_and_back(
             assert "error" not in a.sync()
             assert "error" not in fresh.sync()
             assert a.read() == fresh.read()
+
+
+@pytest.mark.parametrize(("on_devices", "on_server"), BOTH)
+def test_a_token_that_may_only_read_stops_no_pull_whichever_side_is_older(
+    sources: dict[str, Path], tmp_path: Path, on_devices: str, on_server: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * 32)
+    secret.chmod(0o600)
+    tokens = {
+        rights: mint_token(b"s" * 32, subject="somebody", databases={"shop": rights})
+        for rights in ("r", "rw")
+    }
+    source = sources[on_devices]
+    with (
+        server(sources[on_server], tmp_path / "srv", "--jwt-secret-file", str(secret)) as url,
+        device(source, tmp_path / "a", url, token=tokens["rw"]) as a,
+        device(source, tmp_path / "b", url, token=tokens["r"]) as b,
+    ):
+        a.put(("notes", 1, "one"))
+        a.sync()
+        b.put(("notes", 7, "mine"))
+        b.put(("notes", 8, "mine too"))
+        for number in (2, 3, 4):
+            a.put(("notes", number, "theirs"))
+            a.sync()
+            answer = b.sync()
+            assert answer["discarded"] == ["forbidden", "forbidden"]
+            assert answer["pending"] == 0
+            assert str(number) in b.read()["notes"]
+        assert a.read() == b.read()
+        assert a.care() == b.care() == []
+
+
+def test_collections_beyond_the_limit_of_an_older_server_stop_nothing(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    with (
+        server(sources["0.3.1"], tmp_path / "srv") as url,
+        device(sources["now"], tmp_path / "a", url) as a,
+        device(sources["now"], tmp_path / "b", url) as b,
+    ):
+        for one, name in ((a, "a"), (b, "b")):
+            for number in range(600):
+                one.put((f"{name}{number}", 1, number))
+            answer = one.sync()
+            assert (answer["pending"], "error" in answer) == (0, False)
+        assert set(answer["discarded"]) == {"forbidden"}
+        a.put(("a1", 2, "later"))
+        for one in (a, b):
+            one.sync()
+        assert b.read()["a1"] == {"1": 1, "2": "later"}

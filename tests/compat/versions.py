@@ -96,7 +96,9 @@ def server(source: Path, folder: Path, *options: str) -> Iterator[str]:
     """``entidb serve`` of that version; its URL."""
     ready = folder.with_suffix(".ready")
     ready.unlink(missing_ok=True)
-    words = ["serve", str(folder), "--port", "0", "--insecure-no-auth", "--ready-file", str(ready)]
+    words = ["serve", str(folder), "--port", "0", "--ready-file", str(ready)]
+    if "--jwt-secret-file" not in options:
+        words.append("--insecure-no-auth")
     with subprocess.Popen(
         [sys.executable, "-m", "entidb", *words, *options],
         env=environment(source),
