@@ -284,10 +284,15 @@ def test_equal_sets_are_equal_bytes(db: Database, library: str) -> None:
     assert first == second
 
 
+class Name(str):
+    pass
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(
     ("kind", "value", "plain"),
     [
+        (str, Name("a"), "a"),
         (float, numpy.float64(1.5), 1.5),
         (float, numpy.float64(-0.0), 0.0),
         (int, numpy.int64(4), 4),
@@ -297,7 +302,7 @@ def test_equal_sets_are_equal_bytes(db: Database, library: str) -> None:
     ],
     ids=label,
 )
-def test_numpy_scalars_become_the_numbers_they_are(
+def test_numpy_scalars_and_subclasses_become_the_plain_values_they_are(
     db: Database, library: str, kind: Any, value: Any, plain: Any
 ) -> None:
     holder = class_with(library, kind)
@@ -381,6 +386,10 @@ class Record:
     other: int = pydantic.Field(default=3, alias="another")
 
 
+class Forest(pydantic.RootModel[dict[str, "Forest"]]):
+    pass
+
+
 FIELD = pydantic.Field
 ALLOW, FORBID = pydantic.ConfigDict(extra="allow"), pydantic.ConfigDict(extra="forbid")
 STRICT = pydantic.ConfigDict(strict=True)
@@ -421,6 +430,19 @@ MODELS: dict[str, Callable[[], Any]] = {
     )(pet=Dog()),
     "union with a tag": lambda: model(pets=(list[Cat | Dog], ...))(pets=[Dog(), Cat()]),
     "union told apart by fields": lambda: model(it=(HasA | HasB, ...))(it=HasB(b=1)),
+    "any json": lambda: model(it=(pydantic.JsonValue, ...))(it={"a": [1, None, "b"]}),
+    "root that contains itself": lambda: Forest({"a": Forest({"b": Forest({})})}),
+    "base64": lambda: model(it=(pydantic.Base64Bytes, ...))(it=b"YQ=="),
+    "callable discriminator": lambda: model(
+        pet=(
+            typing.Annotated[
+                typing.Annotated[Cat, pydantic.Tag("cat")]
+                | typing.Annotated[Dog, pydantic.Tag("dog")],
+                pydantic.Discriminator(lambda v: v["kind"] if isinstance(v, dict) else v.kind),
+            ],
+            ...,
+        )
+    )(pet=Dog()),
     "dataclass": lambda: Record(1),
     "bytes or text": lambda: model(it=(bytes | str, ...))(it=b"a"),
     "default dict": lambda: model(counts=(collections.Counter[str], ...))(counts={"a": 1}),

@@ -299,6 +299,12 @@ class MsgspecCodec(TypedCodec[V]):
             return codec._plain(value)
         if isinstance(value, AS_TEXT):
             return str(value)
+        if isinstance(value, str):
+            return str(value)
+        if isinstance(value, bytes):
+            return bytes(value)
+        if isinstance(value, (int, float)):
+            return int(value) if isinstance(value, int) else float(value)
         item = _numpy_item(value)
         if item is value:
             raise TypeError(f"{type(value).__name__} is no class that can be stored")

@@ -116,13 +116,21 @@ class _Walk:
     def __init__(self) -> None:
         self.model = Model()
         self._made: dict[Any, Seen] = {}
+        #: Names of the type aliases that are being followed.
+        self._aliases: set[str] = set()
 
     # ------------------------------------------------------------ annotations
 
     def annotation(self, note: Any, path: str, extra: tuple[Any, ...]) -> Seen:
         """The place that is annotated with ``note`` and has ``extra`` beside it: what stands in
         ``Annotated``, and ``"custom"`` for a serializer of its own."""
+        if type(note).__name__ == "TypeAliasType":
+            return self._alias(note, path, extra)
+        if getattr(note, "__forward_arg__", note if isinstance(note, str) else "") in self._aliases:
+            return self._itself()
         note, extra = _unwrapped(note, extra)
+        if type(note).__name__ == "TypeAliasType":
+            return self._alias(note, path, extra)
         self._metadata(extra)
         if note in _NEED_PYTHON or _is_secret(note):
             self.model.python = True
@@ -154,6 +162,19 @@ class _Walk:
         if origin in _MAPS:
             return self._map(origin, arguments, path)
         return self._class(note, origin, path, extra)
+
+    def _alias(self, alias: Any, path: str, extra: tuple[Any, ...]) -> Seen:
+        if alias.__name__ in self._aliases:
+            return self._itself()
+        self._aliases.add(alias.__name__)
+        found = self.annotation(alias.__value__, path, extra)
+        self._aliases.discard(alias.__name__)
+        return found
+
+    def _itself(self) -> Seen:
+        """A type that contains itself without a class between: what it holds is not followed."""
+        self.model.python = True
+        return _CLEAR[Any]
 
     def _union(self, arguments: tuple[Any, ...], path: str, extra: tuple[Any, ...]) -> Seen:
         decided = any(
@@ -236,7 +257,11 @@ class _Walk:
     def _model(self, kind: Any, path: str) -> Seen:
         _complete(kind, path)
         if getattr(kind, "__pydantic_root_model__", False):
-            return self.annotation(kind.model_fields["root"].annotation, path, ())
+            self._made[kind] = self._itself()
+            info = kind.model_fields["root"]
+            found = self.annotation(info.annotation, path, tuple(info.metadata))
+            self._made[kind] = found
+            return found
         shape = Fields(label_of(kind))
         made = self._made[kind] = seen("map", shape=shape, label=shape.name)
         config = kind.model_config
@@ -353,8 +378,6 @@ def _unwrapped(note: Any, extra: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]
             note = typing.get_args(note)[0]
         elif isinstance(note, typing.NewType):
             note = note.__supertype__
-        elif hasattr(note, "__value__") and type(note).__name__ == "TypeAliasType":
-            note = note.__value__
         else:
             return note, extra
 
