@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from entidb.db import Database
+from entidb.db import Database, Role
 from entidb.errors import ConfigError, DatabaseLockedError
+from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import ServerConfig, SyncServer, create_app, serving
 from entidb.server.stores import list_databases
 from entidb.testing.contracts import STUCK_SECONDS
 from tests.cli.support import command, environment
+from tests.server.support import handshake, push
 from tests.storage.test_lmdb_traps import ENVIRONMENT
 
 
@@ -200,3 +202,35 @@ def test_serve_says_at_start_that_it_may_not_write(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "error[invalid_config]: data_dir cannot be used" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- databases that are replaced
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="what is open cannot be moved on Windows")
+def test_a_database_that_is_replaced_under_a_server_is_not_written_and_then_served_as_it_is(
+    tmp_path: Path,
+) -> None:
+    for name, n in (("data/shop.entidb", 1), ("restored", 2)):
+        with Database.open(tmp_path / name, role=Role.SERVER) as database:
+            database.collection("notes").add({"n": n})
+    with SyncServer(config(tmp_path / "data")) as server:
+        before = server.handle("/v1/handshake", None, handshake())
+        assert isinstance(before, HandshakeResponse)
+        (tmp_path / "data" / "shop.entidb").rename(tmp_path / "aside")
+        (tmp_path / "restored").rename(tmp_path / "data" / "shop.entidb")
+        refused = server.handle("/v1/push", None, push(before.history, 7))
+        assert isinstance(refused, ErrorResponse)
+        assert refused.code == "storage_error"
+        after = server.handle("/v1/handshake", None, handshake())
+        assert isinstance(after, HandshakeResponse)
+        assert after.history != before.history
+        moved = server.handle("/v1/push", None, push(before.history, 7))
+        assert isinstance(moved, ErrorResponse)
+        assert moved.code == "history_changed"
+        assert isinstance(server.handle("/v1/push", None, push(after.history, 7)), PushResponse)
+    for path, numbers in ((tmp_path / "aside", [1]), (tmp_path / "data" / "shop.entidb", [2])):
+        with Database.open(path) as database:
+            stored = list(database.collection("notes").values())
+            assert [each["n"] for each in stored if isinstance(each, dict)] == numbers
+            assert database.verify() == []
