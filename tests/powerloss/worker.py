@@ -144,7 +144,7 @@ def weaken(how: str) -> None:
     elif how == "unnamed":
         setattr(place, "sync_directory", lambda descriptor: None)  # noqa: B010
     elif how == "unsettled":
-        setattr(lmdb_storage, "write_headers_again", lambda path: None)  # noqa: B010
+        setattr(lmdb_storage, "write_headers_again", lambda descriptor, path: None)  # noqa: B010
 
 
 if __name__ == "__main__":

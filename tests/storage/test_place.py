@@ -241,6 +241,29 @@ def test_looking_for_the_outcome_of_a_commit_opens_no_other_database(
         assert read_all(store) == {b"name": b"other"}
 
 
+def test_verifying_a_database_that_was_moved_reads_no_other(pair: tuple[Path, Path]) -> None:
+    path, other = pair
+    with contextlib.closing(LmdbStorage.open(path)) as store:
+        put_in_place(path, other)
+        with pytest.raises(DatabaseMovedError):
+            list(store.verify())
+
+
+def test_closing_a_database_that_was_moved_leaves_the_other_alone(
+    pair: tuple[Path, Path],
+) -> None:
+    path, other = pair
+    store = LmdbStorage.open(path)
+    store.commit({b"a": b"1"})
+    put_in_place(path, other)
+    before = files_of(path)
+    store.close()
+    assert files_of(path) == before
+    for where, content in ((path, b"other"), (path.with_name("aside"), b"db")):
+        with contextlib.closing(LmdbStorage.open(where)) as store:
+            assert read_all(store)[b"name"] == content
+
+
 def test_a_process_that_may_not_look_any_more_goes_on_writing(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

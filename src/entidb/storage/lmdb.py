@@ -816,7 +816,8 @@ class LmdbStorage:
                 self._place.check()
                 check_data_file(os.path.join(self.path, _DATA))
                 # Whatever the outcome: what is read now has to be what a power cut leaves.
-                write_headers_again(os.path.join(self.path, _DATA))
+                with self._place.data_file() as descriptor:
+                    write_headers_again(descriptor, self._place.data_path)
                 self._open_environment()
                 committed = self._env.info()["last_txnid"]
             except (lmdb.Error, OSError, EntiDBError) as second:
@@ -907,6 +908,7 @@ class LmdbStorage:
         with self._turns.hold():
             if self._gate:
                 self._find_gate_open()
+            self._place.check()
             snapshot = self.snapshot()
             with _foreign_errors(f"verifying {self.path}"):
                 header = read_header(data, snapshot._transaction_number())
@@ -1262,7 +1264,8 @@ def _check_closed(place: Place, salvage: bool, read_only: bool) -> None:
     # From now on it can change within a tick of the system's clock.
     _LOOKED.pop(place.data_path, None)
     if not read_only:
-        write_headers_again(place.data_path)
+        with place.data_file() as descriptor:
+            write_headers_again(descriptor, place.data_path)
 
 
 def _known_faults(data: str) -> list[str]:

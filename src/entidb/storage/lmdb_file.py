@@ -47,20 +47,17 @@ def check_data_file(path: str) -> None:
         os.close(descriptor)
 
 
-def write_headers_again(path: str) -> None:
+def write_headers_again(descriptor: int, path: str) -> None:
     """Bring a file that nobody has mapped onto the disk as it is read now; raises ``OSError``.
+    ``descriptor`` may write it, ``path`` is for messages.
 
     After a write that failed the two can differ: the system may take for written what never was,
     and the disk may hold the header of a commit that failed, under whose pages the next commit
     would write before it replaces that header. A sync alone writes only what counts as changed."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        page_bytes = _read_meta(descriptor, path, 0).page_bytes
-        for offset in (0, page_bytes):
-            os.pwrite(descriptor, os.pread(descriptor, _META_BYTES, offset), offset)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    page_bytes = _read_meta(descriptor, path, 0).page_bytes
+    for offset in (0, page_bytes):
+        os.pwrite(descriptor, os.pread(descriptor, _META_BYTES, offset), offset)
+    os.fsync(descriptor)
 
 
 def _check(descriptor: int, path: str, size: int) -> None:

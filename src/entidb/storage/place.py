@@ -26,6 +26,7 @@ import sys
 import time
 import weakref
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,6 +46,8 @@ _COARSE_TICK_S: Final = 3.0
 #: More than process number and note take.
 _NOTE_BYTES_MAX: Final = 512
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
+#: Windows would read and write line ends.
+_BINARY: Final = getattr(os, "O_BINARY", 0)
 
 if sys.platform == "win32":
     import msvcrt
@@ -185,7 +188,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _open_or_make(path: str, like: os.stat_result) -> int:
-    flags = os.O_RDWR | _NO_FOLLOW
+    flags = os.O_RDWR | _NO_FOLLOW | _BINARY
     try:
         return os.open(path, flags)
     except FileNotFoundError:
@@ -468,6 +471,18 @@ class Place:
                 give_as(made, self._like())
             finally:
                 os.close(made)
+
+    @contextlib.contextmanager
+    def data_file(self) -> Iterator[int]:
+        """A descriptor of the data file that is locked, whatever the path leads to."""
+        if self._data is not None:
+            yield self._data.descriptor
+            return
+        descriptor = os.open(self.data_path, os.O_RDWR | _BINARY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def data_bytes(self) -> int:
         """The size of the data file."""
