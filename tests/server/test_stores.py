@@ -223,7 +223,9 @@ def test_a_group_that_fails_breaks_its_database_and_its_members_are_told(place: 
     assert getattr(answers[0], "code", None) == "storage_error"
     storage.commit = real
     place.stores.release(store)
-    assert place.use().database.sequence == 0
+    after = place.use()
+    assert after is not store
+    assert after.database.sequence == 0
 
 
 def test_closing_finishes_what_is_queued(place: Place, tmp_path: Path):
