@@ -4,13 +4,14 @@ an honest server finds the device in good order afterwards."""
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
-from entidb.db import dump
-from entidb.errors import EntiDBError, HistoryChangedError, ServerError
+from entidb.db import Database, dump
+from entidb.errors import EntiDBError, HistoryChangedError, ServerError, StorageFullError
 from entidb.server import SyncServer
-from entidb.sync import HttpTransport, LoopbackClient, RetryConfig, SyncConfig, SyncEngine
+from entidb.sync import HttpTransport, LoopbackClient, RetryConfig, SyncConfig, SyncEngine, room
 from entidb.sync import cycle as cycle_module
 from entidb.testing.fuzz import LIES, GarblingServer, hostile_server, wired
 from tests.hostile.support import (
@@ -21,7 +22,7 @@ from tests.hostile.support import (
     honest_server,
     waited_s,
 )
-from tests.support import DB_ID, FakeClock, World, uid
+from tests.support import DB_ID, FakeClock, Wire, World, uid
 
 PAGES = 30
 #: Of one attempt: a handshake, a batch to settle, and in each round all resets and a push.
@@ -162,3 +163,45 @@ def test_endless_pages_end_the_cycle_and_the_next_one_goes_on_from_there() -> No
                 engine.sync()
         engine.sync()
     assert list(dump(victim.db)) == list(dump(world.server))
+
+
+def test_a_pull_stops_at_its_bytes_and_goes_on_from_there_when_it_may_take_more() -> None:
+    world = World()
+    for number in range(PAGES // 2):
+        world.put(("notes", 100 + number, "x" * 1000))
+    victim = Victim(9, attempts_max=1, pull_operations_max=1, staged_bytes_max=5000)
+    victim.write(1)
+    with victim.engine(wired(honest_server(world))) as engine:
+        for _ in range(2):
+            with pytest.raises(StorageFullError, match="staged_bytes_max") as caught:
+                engine.sync()
+            assert caught.value.code == "pull_too_large"
+        stage = engine.applier.stage()
+        assert stage is not None and 0 < stage.size <= 5000
+        assert engine.status().pending > 0
+        assert uid(100) not in victim.db.collection("notes")
+    assert victim.db.verify() == []
+    cursor = stage.full_cursor
+    victim.config |= {"staged_bytes_max": 1 << 30}
+    with victim.engine(wired(honest_server(world))) as engine:
+        engine.sync()
+    assert cursor > 0
+    assert list(dump(victim.db)) == list(dump(world.server))
+
+
+def test_a_pull_leaves_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10_000]
+    monkeypatch.setattr(room, "STAGED_BYTES_SMALL", 4000)
+    monkeypatch.setattr(room, "_free_bytes", lambda path: free[0])
+    world = World()
+    for number in range(PAGES // 2):
+        world.put(("notes", number, "x" * 100_000))
+    config = SyncConfig(db_id=DB_ID, pull_operations_max=1, retry=RetryConfig.none())
+    with Database.open(tmp_path / "device") as db:
+        with SyncEngine(config, Wire(world), db) as engine:
+            with pytest.raises(StorageFullError, match="left on the disk"):
+                engine.sync()
+            assert "notes" not in db.collections() or not len(db.collection("notes"))
+            free[0] = 10 << 20
+            engine.sync()
+        assert list(dump(db)) == list(dump(world.server))

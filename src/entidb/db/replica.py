@@ -103,7 +103,8 @@ class Stage(Struct, frozen=True):
     it began (R28). ``first_head`` is the head at its first page: below it every entity comes
     once, so that ``counts`` (live entities per new table) need no look-ups. ``operations`` counts
     what went into new tables; the others are counted when they are applied. ``time_ms`` is the
-    server's clock with the newest page.
+    server's clock with the newest page. ``size`` is about how many bytes it takes; a program before
+    0.4 did not count them.
     """
 
     history: bytes
@@ -119,6 +120,7 @@ class Stage(Struct, frozen=True):
     counts: dict[str, int] = {}
     operations: int = 0
     time_ms: int = 0
+    size: int = 0
 
 
 class Adopt(Struct, frozen=True):

@@ -112,6 +112,7 @@ from entidb.sync.rebase import (
     Withdrawn,
     decode_conflict,
 )
+from entidb.sync.room import STAGED_BYTES_MAX, check_room, staged_bytes
 from entidb.types import (
     ID_BYTES,
     OPERATION_OVERHEAD_BYTES,
@@ -327,7 +328,8 @@ class DatabaseApplier:
 
     ``policies`` maps collection names to policies (names or callables), ``default_policy`` is for
     the others. Of the values they decide against the newest ``overruled_max`` are kept, for
-    ``overruled_days`` days (R4). Only one engine uses a database at a time.
+    ``overruled_days`` days (R4). A pull of several pages takes at most ``staged_bytes_max`` bytes,
+    and leaves a quarter of the disk's free space. Only one engine uses a database at a time.
     """
 
     def __init__(
@@ -338,8 +340,10 @@ class DatabaseApplier:
         policies: Mapping[str, str | ConflictPolicy] | None = None,
         overruled_max: int = OVERRULED_MAX,
         overruled_days: float = OVERRULED_DAYS,
+        staged_bytes_max: int = STAGED_BYTES_MAX,
     ) -> None:
         self.database = database
+        self._staged_bytes_max = staged_bytes_max
         self._overruled_max = overruled_max
         self._overruled_days = overruled_days
         self._heard_ms = 0
@@ -560,6 +564,9 @@ class DatabaseApplier:
                 )
             if rows is not None and not _comes_once(stage, response, rows):
                 response, rows = expanded(response), None
+            size = stage.size + staged_bytes(response)
+            check_room(self.database.storage, size, self._staged_bytes_max)
+            stage = replace(stage, size=size)
             _hear_clock(writer, response, rows)
             if rows is None:
                 stage = _stage_operations(writer, stage, request, response)

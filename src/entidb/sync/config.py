@@ -20,6 +20,7 @@ from typing import Final, Literal, Self, get_args
 from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.sync.policies import ConflictPolicy, resolve_policy
+from entidb.sync.room import STAGED_BYTES_MAX
 from entidb.types import check_name
 
 Compression = Literal["auto", "zstd", "gzip", "none"]
@@ -34,6 +35,7 @@ _VALUES_MAX: Final = 10_000_000
 _DAYS_MAX: Final = 36_500.0
 _ATTEMPTS_MAX: Final = 1000
 _ROUNDS_MAX: Final = 1000
+_STAGED_BYTES_LIMIT: Final = 1 << 50
 _MULTIPLIER_MAX: Final = 100.0
 
 
@@ -161,6 +163,10 @@ class SyncConfig(HttpConfig):
     push_bytes_max: int = 4 * _MIB
     pull_operations_max: int = 5000
     pull_bytes_max: int = 4 * _MIB
+    #: Bytes that one pull of several pages may bring before it is complete: a server that goes on
+    #: for ever must not fill the disk. The first sync of a large database has to fit. Beside it,
+    #: a pull leaves a quarter of what was free on the disk.
+    staged_bytes_max: int = STAGED_BYTES_MAX
     #: Pull, rebase and push again at most this often in one cycle (R7).
     rounds_max: int = 5
     #: Seconds between two cycles of a background run, when nothing asks for one earlier.
@@ -184,6 +190,7 @@ class SyncConfig(HttpConfig):
         self._check_sizes()
         _check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)
         _check_int("overruled_max", self.overruled_max, 0, _VALUES_MAX)
+        _check_int("staged_bytes_max", self.staged_bytes_max, 1, _STAGED_BYTES_LIMIT)
         _check_number("overruled_days", self.overruled_days, 0.0, _DAYS_MAX)
         if not isinstance(self.retry, RetryConfig):
             raise ConfigError(f"retry must be a RetryConfig, not {_kind(self.retry)}")

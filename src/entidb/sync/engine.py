@@ -82,6 +82,7 @@ class SyncEngine:
                 default_policy=config.default_policy,
                 policies=config.policies,
                 overruled_max=config.overruled_max,
+                staged_bytes_max=config.staged_bytes_max,
                 overruled_days=config.overruled_days,
             )
         self.config = config
