@@ -26,6 +26,7 @@ from msgspec import json, to_builtins
 
 from entidb.errors import (
     DatabaseClosedError,
+    PermissionDeniedError,
     ProtocolError,
     ServerBusyError,
     StorageError,
@@ -222,7 +223,10 @@ class SyncApp:
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
         grant = self.server.permit(request, grants)
-        store = await self._use(request.db_id, create=grant.write)
+        try:
+            store = await self._use(request.db_id, create=self.server.makes(request, grant))
+        except PermissionDeniedError as error:
+            raise self.server.missing(request, grant, error) from error
         if isinstance(request, PushRequest):
             return await self._push(exchange, store, request, grant)
         try:

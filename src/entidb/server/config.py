@@ -269,10 +269,15 @@ def _check_not_async(name: str, function: object) -> None:
 # ---------------------------------------------------------------- names of databases
 
 
+def is_db_id(db_id: str) -> bool:
+    """Whether a server database may be called so."""
+    return _DB_ID.fullmatch(db_id) is not None
+
+
 def check_db_id(db_id: str) -> str:
     """``db_id`` itself if a server database may be called so: 1 to 100 ASCII letters, digits,
     dots, underscores and dashes, beginning with a letter or digit; else ``InvalidNameError``."""
-    if _DB_ID.fullmatch(db_id) is None:
+    if not is_db_id(db_id):
         raise InvalidNameError(
             f"{db_id[:100]!r} is no name for a database: use up to 100 of A-Z a-z 0-9 . _ -, "
             "beginning with a letter or digit"

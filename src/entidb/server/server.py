@@ -18,7 +18,12 @@ from typing import Any, Final, Self
 from msgspec.structs import replace
 
 from entidb.db import Database
-from entidb.errors import PermissionDeniedError, ProtocolError, SyncError
+from entidb.errors import (
+    HistoryChangedError,
+    PermissionDeniedError,
+    ProtocolError,
+    SyncError,
+)
 from entidb.protocol import (
     PATHS,
     ErrorResponse,
@@ -33,7 +38,7 @@ from entidb.protocol import (
 )
 from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants, authenticator_for
-from entidb.server.config import ServerConfig
+from entidb.server.config import ServerConfig, is_db_id
 from entidb.server.origins import Origins
 from entidb.server.service import DatabaseService, Grant
 from entidb.server.stores import DataDirectory, OpenDatabase, Store, Stores, in_memory, on_disk
@@ -151,8 +156,12 @@ class SyncServer:
 
     def _answer(self, request: SyncRequest, grants: Grants) -> SyncResponse:
         grant = self.permit(request, grants)
-        with self.stores.using(request.db_id, create=grant.write) as store:
-            return self._decide(store, request, grant)
+        try:
+            using = self.stores.using(request.db_id, create=self.makes(request, grant))
+            with using as store:
+                return self._decide(store, request, grant)
+        except PermissionDeniedError as error:
+            raise self.missing(request, grant, error) from error
 
     def _decide(self, store: Store, request: SyncRequest, grant: Grant) -> SyncResponse:
         if isinstance(request, HandshakeRequest):
@@ -187,6 +196,26 @@ class SyncServer:
         if isinstance(request, PullRequest) and not grant.read:
             raise PermissionDeniedError("the token does not allow reading this database")
         return grant
+
+    def makes(self, request: SyncRequest, grant: Grant) -> bool:
+        """Whether a database that is not there is made for this message: for a device that has
+        never met one. Who knows its history means one that should be there."""
+        return grant.write and request.history is None
+
+    def missing(
+        self, request: SyncRequest, grant: Grant, error: PermissionDeniedError
+    ) -> SyncError:
+        """What a device is told whose database is not there. To one that could have it made anew
+        it is as if that had another history: the application chooses (R29)."""
+        anew = grant.write and self.config.create_databases and request.history is not None
+        if error.code != "unknown_database" or not anew or not is_db_id(request.db_id):
+            return error
+        return HistoryChangedError(
+            f"this server has no database {request.db_id!r}, of which this device has a copy: "
+            "check db_id and the address of the server. If it was lost, "
+            'reset(keep="device") makes it anew '
+            'from what this device has, and reset(keep="server") makes it anew and empty'
+        )
 
     def handshake(
         self, service: DatabaseService, request: HandshakeRequest, grant: Grant | None = None

@@ -400,11 +400,7 @@ class DatabaseApplier:
 
     def bind(self, db_id: str, history: bytes) -> None:
         state = self.state()
-        if state.db_id not in (None, db_id):
-            raise ConfigError(
-                f"this device holds a copy of database {state.db_id!r}, not of {db_id!r}; sync "
-                f"with db_id={state.db_id!r}, or use another directory for {db_id!r}"
-            )
+        check_replica_of(state, db_id)
         if state.db_id == db_id and state.history == history:
             return
         with self.database.write() as writer:
@@ -806,6 +802,16 @@ class DatabaseApplier:
                     keep_device=keep == "device",
                 )
             )
+
+
+def check_replica_of(state: ReplicaState, db_id: str) -> None:
+    """Raises ``ConfigError`` if the device is a replica of another database: before the server is
+    asked, which might make one of that name."""
+    if state.db_id not in (None, db_id):
+        raise ConfigError(
+            f"this device holds a copy of database {state.db_id!r}, not of {db_id!r}; sync "
+            f"with db_id={state.db_id!r}, or use another directory for {db_id!r}"
+        )
 
 
 class MemorySyncApplier(DatabaseApplier):

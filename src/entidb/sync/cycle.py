@@ -44,7 +44,7 @@ from entidb.protocol import (
     operations_count,
     payload_bytes,
 )
-from entidb.sync.applier import BatchLimits, PushBatch, Settled, SyncApplier
+from entidb.sync.applier import BatchLimits, PushBatch, Settled, SyncApplier, check_replica_of
 from entidb.sync.config import SyncConfig
 from entidb.sync.grants import needs_grant
 from entidb.sync.rebase import RebaseReport
@@ -163,6 +163,7 @@ class Cycle:
     def _connect(self) -> Generator[Step, SyncResponse | None, None]:
         self._enter(SyncState.CONNECTING)
         state = self._applier.state()
+        check_replica_of(state, self._config.db_id)
         request = HandshakeRequest(
             major=PROTOCOL_MAJOR,
             minor=PROTOCOL_MINOR,
