@@ -297,6 +297,34 @@ def test_a_reset_that_keeps_the_device_keeps_what_the_server_has_instead():
     assert_in_step(world, a)
 
 
+def test_a_conflict_that_is_open_at_a_reset_is_against_what_the_server_has_now():
+    world = World()
+    a = world.device(default_policy="manual")
+    world.put(("notes", 1, BASE))
+    a.sync()
+    backup = world.backup_server()
+    a.put(("notes", 1, with_text("mine")))
+    world.put(("notes", 2, "x"))
+    world.put(("notes", 1, with_text("lost with the history")))
+    a.sync()
+    seen = a.engine.conflicts()[0]
+    world.open_server(backup)
+    world.put(("notes", 1, with_text("of the new history")))
+    a.engine.reset("device")
+    a.sync()
+    (conflict,) = a.engine.conflicts()
+    assert conflict.remote["text"] == "of the new history"
+    assert [(v.decided_by, v.value["text"]) for v in a.engine.overruled()] == [
+        ("reset", "lost with the history")
+    ]
+    with pytest.raises(ConflictError) as caught:
+        a.engine.resolve(seen, "theirs")
+    assert caught.value.code == "conflict_changed"
+    a.engine.resolve(conflict, "theirs")
+    assert a.values()[1]["text"] == "of the new history"
+    assert_sound(a.db)
+
+
 # ---------------------------------------------------------------- what becomes of it
 
 

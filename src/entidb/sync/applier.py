@@ -676,7 +676,12 @@ class DatabaseApplier:
                     "list them again",
                     code="conflict_gone",
                 )
-            if decode_conflict(raw, "", ref, None).remote_version != conflict.remote_version:
+            now = decode_conflict(raw, "", ref, None)
+            # The same number can be of another history (R29).
+            if (now.remote_version, now.remote_payload) != (
+                conflict.remote_version,
+                conflict.remote_payload,
+            ):
                 raise ConflictError(
                     f"the server's side of {conflict.collection}/{conflict.entity_id} has changed "
                     "since this conflict was listed; list them again",

@@ -207,14 +207,36 @@ class Rebase:
 
     def replace_base(self, ref: Ref, remote: BaseRow) -> None:
         """Put what is pending on another base without asking anybody (R29). What somebody wrote
-        there since is overruled by it."""
+        there since is overruled by it. A conflict that is open stays so, against the new base;
+        what it was against is lost with its history, so that is kept."""
         row = self._writer.entity(ref)
         assert row is not None
-        if remote.payload is not None:
-            top = self._chain(ref, row)[-1]
+        top = self._chain(ref, row)[-1]
+        raw = self._writer.get(conflict_key(*ref))
+        if raw is None:
+            against = remote
             conflict = self._conflict(ref, self._base(ref, row), row.payload, remote, top, top)
+        else:
+            name = self._writer.catalogue.by_number[ref[0]].name
+            conflict = decode_conflict(raw, name, ref, row.payload)
+            against = BaseRow(
+                conflict.remote_version,
+                conflict.remote_device,
+                conflict.remote_timestamp,
+                conflict.remote_payload,
+            )
+            now = replace(
+                conflict,
+                remote_version=remote.version,
+                remote_device=remote.device_id,
+                remote_timestamp=remote.timestamp,
+                remote_payload=remote.payload,
+            )
+            self._writer.put(conflict_key(*ref), encode_conflict(now))
+            self.report.unresolved.append(now)
+        if against.payload is not None:
             lost = self._against(ConflictResolution.keep_local(), conflict)
-            self._overrule(ref, top, remote, lost, BY_RESET)
+            self._overrule(ref, top, against, lost, BY_RESET)
         self._set_base(ref, row, remote)
 
     def _adds_up(self, ref: Ref, ancestor: BaseRow, remote: BaseRow) -> bool:
