@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from entidb.db.adopt import adopt_step
 from entidb.errors import ScopeError, SyncStateError, TransportError
 from entidb.protocol import PullRequest, PushRequest, SyncRequest
 from entidb.server.service import Grant
@@ -543,4 +544,25 @@ def test_r29_outdated_collections_are_remembered_over_another_reset_and_narrowin
     world.put(("notes", 1, "changed"))
     a.db.set_scope(None)
     a.sync()
+    assert_in_step(world, a)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 2000])
+def test_r31_what_was_one_transaction_becomes_pending_as_one_in_commits_of_any_size(rows: int):
+    world = World()
+    a = world.device(collections=("notes",))
+    for first in (0, 3, 6):
+        a.put(*[("tasks", first + n, f"of {first}") for n in range(3)])
+    a.put(("tasks", 9, "alone"))
+    a.db.set_scope(None)
+    while adopt_step(a.db, rows=rows):
+        pass
+    pending = list(a.engine.applier.pending())
+    assert [[op.entity_id[-1] for op in each.operations] for each in pending] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+        [9],
+    ]
+    a.settle()
     assert_in_step(world, a)

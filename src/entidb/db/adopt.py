@@ -58,9 +58,10 @@ def has_adoption(database: Database) -> bool:
         return snapshot.get(META_ADOPT) is not None
 
 
-def adopt_step(database: Database, *, keeps: bool = True) -> bool:
-    """One bounded commit of the adoption; whether there may be more to do. With ``keeps``, what
-    the server has where this device's side is committed again is kept as overruled (R4)."""
+def adopt_step(database: Database, *, keeps: bool = True, rows: int = COMMIT_ROWS) -> bool:
+    """One bounded commit of the adoption, of about ``rows`` entities; whether there may be more to
+    do. With ``keeps``, what the server has where this device's side is committed again is kept as
+    overruled (R4)."""
     with database.write("local") as writer:
         raw = writer.get(META_ADOPT)
         if raw is None:
@@ -70,7 +71,7 @@ def adopt_step(database: Database, *, keeps: bool = True) -> bool:
             adopt = _index(writer, adopt)
             writer.put(META_ADOPT, encode_record(adopt))
             return True
-        if _commit_groups(database, writer, adopt, keeps):
+        if _commit_groups(database, writer, adopt, keeps, rows):
             return True
         writer.delete(META_ADOPT)
         return False
@@ -95,11 +96,13 @@ def _index(writer: Writer, adopt: Adopt) -> Adopt:
     return replace(adopt, indexed=True)
 
 
-def _commit_groups(database: Database, writer: Writer, adopt: Adopt, keeps: bool) -> bool:
-    keys = writer.snapshot.scan_keys(ADOPT, end_of(ADOPT), limit=COMMIT_ROWS)
+def _commit_groups(
+    database: Database, writer: Writer, adopt: Adopt, keeps: bool, rows: int
+) -> bool:
+    keys = writer.snapshot.scan_keys(ADOPT, end_of(ADOPT), limit=rows)
     if not keys:
         return False
-    if len(keys) == COMMIT_ROWS:
+    if len(keys) == rows:
         keys = _whole_groups(writer, keys)
     sources: dict[int, list[tuple[int, bool]]] = {}
     for number, table, compare in _sources(adopt):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from entidb.db.adopt import adopt_step, has_adoption
 from entidb.db.replica import ReplicaState, Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse
 from entidb.sync import DatabaseApplier, RebaseReport
@@ -20,9 +21,18 @@ class BetweenApplier(DatabaseApplier):
     """The real applier; ``between`` is called before each of its steps in a cycle and may do what
     another thread could."""
 
-    def __init__(self, *rest: Any, between: Callable[[], None], **options: Any) -> None:
+    def __init__(
+        self, *rest: Any, between: Callable[[], None], adopt_rows: int, **options: Any
+    ) -> None:
         super().__init__(*rest, **options)
         self._between = between
+        self._adopt_rows = adopt_rows
+
+    def adopt(self) -> bool:
+        """In such small commits that groups meet their ends."""
+        if not has_adoption(self.database):
+            return False
+        return adopt_step(self.database, keeps=self._overruled_max > 0, rows=self._adopt_rows)
 
     def state(self) -> ReplicaState:
         self._between()

@@ -41,7 +41,8 @@ from entidb.types import Clock, timestamp_from_ms
 
 #: Every invariant: its name, and what it says.
 INVARIANTS: Final[dict[str, str]] = {
-    "NO-SILENT-LOSS": "a committed transaction is pending, on the server, or discarded",
+    "NO-SILENT-LOSS": "a committed transaction is pending, on the server, or discarded, and what "
+    "is decided against is kept",
     "LOCAL-DURABLE": "a device restarts with every commit it has acknowledged",
     "SERVER-DURABLE": "what an answer calls accepted is on the server's disk",
     "WHOLE": "nobody ever sees part of a transaction",

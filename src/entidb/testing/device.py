@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from entidb import protocol
-from entidb.db import Database
+from entidb.db import Database, OverruledValue
 from entidb.db.maintenance import verify
 from entidb.errors import (
     AuthenticationError,
@@ -44,8 +44,9 @@ from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
 from entidb.testing.host import Tenant
+from entidb.testing.losers import Limits
 from entidb.testing.watch import Context, DeviceWatch
-from entidb.testing.workload import COLLECTIONS, DRAFTS, policies
+from entidb.testing.workload import COLLECTIONS, DRAFTS, combined_fields, policies
 
 if TYPE_CHECKING:
     from entidb.testing.simulator import World
@@ -104,6 +105,10 @@ class Device:
             world.fired("clock_offset_ms")
         self.clock = DeviceClock(world, offset)
         self.watch = DeviceWatch(world.checks, name, tenant.histories, world.server_clock)
+        losers = self.watch.losers
+        losers.limits = Limits(knobs.overruled_max, knobs.overruled_s / 86_400)
+        losers.combined = combined_fields(knobs)
+        losers.judges = world.options.policy is None
         self.saved: Saved | None = None
         self.restarts = 0
         self.reader: tuple[Any, list[tuple[bytes, bytes]]] | None = None
@@ -164,7 +169,12 @@ class Device:
             stale_rows_max=self.world.knobs.stale_rows,
         )
         self.applier = BetweenApplier(
-            self.database, policies=self.policies, between=self._others_act
+            self.database,
+            policies=self.policies,
+            overruled_max=self.watch.losers.limits.count_max,
+            overruled_days=self.watch.losers.limits.days,
+            between=self._others_act,
+            adopt_rows=self.world.knobs.adopt_rows,
         )
         self.connection = Connection()
         self.flow = self.cycle = self.waiting = None
@@ -264,15 +274,24 @@ class Device:
         """Somebody works through conflicts and discarded transactions."""
         restarts = self.restarts
         kept = self.watch.unreported, self.watch.unreported_conflicts
+        losers = self.watch.losers.set_aside()
         self.watch.unreported, self.watch.unreported_conflicts = {}, {}
         self.guarded(self._decide_something)
         if restarts == self.restarts:
             self.watch.unreported, self.watch.unreported_conflicts = kept
+            self.watch.losers.take_back(losers)
         self.watch.by_person_ids = ()
         self.watch.by_person = {}
+        self.watch.losers.by_person = None
 
     def _decide_something(self) -> None:
         conflicts, discarded = self.applier.conflicts(), self.applier.discarded()
+        overruled = self.applier.overruled()
+        self.world.checks.that(
+            overruled == [kept for _, kept in sorted(self.watch.losers.kept.items())],
+            "SURFACED-ONCE",
+            f"{self.name} lists other overruled values than it keeps",
+        )
         listed = [_place(conflict) for conflict in conflicts]
         self.world.checks.that(
             sorted(listed) == sorted(self.watch.open_conflicts)
@@ -293,6 +312,9 @@ class Device:
             self.world.trace("resolve", self.name, resolution.action.value)
             self._decide(conflict, resolution)
             self.world.fired("person")
+        elif overruled and (not discarded or self.rng.random() < 0.5):
+            self._deal_with(self.rng.choice(overruled))
+            self.world.fired("person")
         elif discarded:
             entry = self.rng.choice(discarded)
             self.watch.by_person_ids = (entry.transaction_id,)
@@ -304,6 +326,21 @@ class Device:
             else:
                 self.applier.prune(entry)
             self.world.fired("person")
+
+    def _deal_with(self, value: OverruledValue) -> None:
+        """Somebody writes an overruled value back, or forgets it."""
+        self.watch.losers.by_person = value.number
+        again = value.collection != GROUP_COLLECTION and self.rng.random() < 0.3
+        self.world.trace("write back" if again else "forget", self.name)
+        if not again:
+            self.applier.prune(value)
+            return
+        try:
+            self.applier.recommit(value)
+        except ConflictError as error:
+            self.world.trace("refused", error.code)
+            return
+        self.watch.on_written_back(self.storage.records, value)
 
     def _decide_late(self) -> bool:
         """Now and then somebody decides about a conflict as they saw it some time ago; whether
@@ -417,7 +454,7 @@ class Device:
         """Drive the cycle to its next request."""
         flow = self.flow
         assert flow is not None
-        self.watch.calls = {}
+        self.watch.forget_questions()
         try:
             while True:
                 step = flow.throw(outcome) if isinstance(outcome, SyncError) else flow.send(outcome)
@@ -438,7 +475,7 @@ class Device:
 
     def _ended(self, result: SyncCycleResult | None, error: EntiDBError | None) -> None:
         assert self.cycle is not None
-        self.watch.calls = {}
+        self.watch.forget_questions()
         self.world.trace("ended", self.name, "" if error is None else error.code)
         self.watch.on_report(self.cycle.result)
         self.flow = self.waiting = None
@@ -542,6 +579,8 @@ class Device:
     def _send(self, exchange: Exchange) -> None:
         exchange.sent = True
         world, request = self.world, exchange.request
+        if isinstance(request, PushRequest):
+            self.watch.on_push(self.storage.records, request)
         path, body = protocol.path_of(request), protocol.encode(request)
         if isinstance(request, PushRequest) and (world.knobs.body_limit or world.knobs.firewall):
             self._check_built_on(request)

@@ -56,6 +56,10 @@ class Knobs:
     policy_pairs: int = 0
     policy_carts: int = 3
     group_ms: int = 0  # the server gathers pushes this long for one commit
+    singles: int = 0  # transactions of one write and no group: most batches are of such
+    adopt_rows: int = 2_000  # entities that one commit of an adoption makes pending
+    overruled_max: int = 10_000  # overruled values that a device keeps
+    overruled_s: int = 1_000_000  # and seconds for which it does
     stale_rows: int = 0  # feed rows that may wait to be removed, on devices and on the server
 
     # -- network
@@ -264,6 +268,12 @@ def draw(seed: int) -> Knobs:
         own = stream(seed, f"knob {name}")
         if own.randrange(100) < LATER_PERCENT:
             chosen[name] = own.choice(levels)
+    own = stream(seed, "overruled values")
+    chosen["overruled_max"] = own.choice((0, 2, 10, 10_000, 10_000, 10_000))
+    chosen["overruled_s"] = own.choice((5, 1_000_000, 1_000_000))
+    own = stream(seed, "what is mostly so")
+    chosen["singles"] = own.choice((0, 0, 0, 950))
+    chosen["adopt_rows"] = own.choice((2_000, 2_000, 4))
     return Knobs(**chosen)
 
 

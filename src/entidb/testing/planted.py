@@ -17,7 +17,9 @@ from unittest import mock
 
 from msgspec.structs import replace
 
-from entidb.db import Database, Role, adopt, maintenance, scope
+from entidb.db import Database, Role, adopt, maintenance, overruled, scope
+from entidb.db.fields import Side
+from entidb.db.overruled import Keeper
 from entidb.db.records import (
     DISCARDED,
     FEED,
@@ -27,6 +29,7 @@ from entidb.db.records import (
     PendingTransaction,
     accepted_key,
     end_of,
+    unpack_entity,
     unpack_pending,
 )
 from entidb.db.writer import Writer
@@ -37,7 +40,7 @@ from entidb.errors import (
     SyncCodecError,
     SyncError,
 )
-from entidb.protocol import PullResponse, PushResponse, PushResult, Verdict
+from entidb.protocol import PullResponse, PushResponse, PushResult, Verdict, digest_operations
 from entidb.server import service
 from entidb.server.auth import Grants
 from entidb.server.service import DatabaseService, Grant
@@ -895,6 +898,23 @@ def _grant_between_pages(garden: Garden) -> None:
     garden.replace(cycle.Cycle, "_ask_page", make)
 
 
+@_bug(
+    "adopted-group-cut-in-two",
+    "WHOLE",
+    knobs=_CALM
+    | {"restore_server": 50, "adopt_rows": 4, "push_operations_max": 1, "operations": 0},
+)
+def _adopted_group_cut(garden: Garden) -> None:
+    """What was one transaction is made pending as two, where a bounded commit ends."""
+    garden.replace(adopt, "_whole_groups", lambda original: lambda writer, keys: keys)
+
+
+@_bug("base-versions-one-high", "NO-LOST-UPDATE")
+def _base_one_high(garden: Garden) -> None:
+    """A push names base versions one above those the device has."""
+    garden.replace(applier, "version_of", lambda original: lambda row: original(row) + 1)
+
+
 @_bug("have-begins-one-early", "PREFIX", "ORDER", "NO-RESURRECTION")
 def _have_one_early(garden: Garden) -> None:
     """A pull says that the device has the commit before its own as well."""
@@ -983,6 +1003,119 @@ def _discarded_later(garden: Garden) -> None:
     garden.replace(Rebase, "_discard", make)
 
 
+@_bug("loser-not-kept", "NO-SILENT-LOSS")
+def _loser_not_kept(garden: Garden) -> None:
+    """What a policy decides against is not kept."""
+    garden.replace(Keeper, "add", lambda original: lambda self, *rest: None)
+
+
+@_bug("own-side-kept-only", "NO-SILENT-LOSS", knobs=_CALM | {"policy_notes": 1})
+def _own_side_only(garden: Garden) -> None:
+    """What the server's side loses to this device is not kept."""
+
+    def make(original: Any) -> Any:
+        def add(self: Keeper, *rest: Any) -> None:
+            ref, mine, theirs, identity, lost, *more = rest
+            own = [each for each in lost if each[0] is Side.LOCAL]
+            if own:
+                original(self, ref, mine, theirs, identity, own, *more)
+
+        return add
+
+    garden.replace(Keeper, "add", make)
+
+
+@_bug("loser-kept-in-a-second-commit", "NO-SILENT-LOSS", knobs=_CALM | {"crash_after": 60})
+def _loser_later(garden: Garden) -> None:
+    """What a policy decides against is kept with the next commit only."""
+    waiting: list[tuple[Any, ...]] = []
+
+    def make(original: Any) -> Any:
+        def store(self: Keeper) -> int:
+            late, waiting[:] = waiting[:], self._values
+            self._values = late
+            made: int = original(self)
+            return made
+
+        return store
+
+    garden.replace(Keeper, "store", make)
+
+
+@_bug("wrong-side-kept", "NO-SILENT-LOSS")
+def _wrong_side_kept(garden: Garden) -> None:
+    """The value that won is kept, and not the one that lost."""
+
+    def make(original: Any) -> Any:
+        def add(self: Keeper, *rest: Any) -> None:
+            ref, mine, theirs, identity, lost, *more = rest
+            turned = [(side, path, won, lost, base) for side, path, lost, won, base in lost]
+            original(self, ref, mine, theirs, identity, turned, *more)
+
+        return add
+
+    garden.replace(Keeper, "add", make)
+
+
+@_bug("persons-loser-not-kept", "NO-SILENT-LOSS", knobs=_CALM | {"policy_notes": 7, "person": 100})
+def _persons_loser(garden: Garden) -> None:
+    """What a person decides against is not kept."""
+
+    def make(original: Any) -> Any:
+        def resolve(self: Rebase, *rest: Any) -> None:
+            with mock.patch.object(self, "_keeps", False):
+                original(self, *rest)
+
+        return resolve
+
+    garden.replace(Rebase, "resolve", make)
+
+
+@_bug("prune-takes-one-more", "NO-SILENT-LOSS", knobs=_CALM | {"overruled_max": 2})
+def _prune_one_more(garden: Garden) -> None:
+    """Pruning leaves one overruled value less than may be kept."""
+
+    def make(original: Any) -> Any:
+        def prune(writer: Writer, *, count_max: int, before_ms: int) -> bool:
+            more: bool = original(writer, count_max=count_max - 1, before_ms=before_ms)
+            return more
+
+        return prune
+
+    garden.replace(overruled, "prune", make)
+
+
+@_bug("prune-takes-the-newest", "NO-SILENT-LOSS", knobs=_CALM | {"overruled_max": 2})
+def _prune_newest(garden: Garden) -> None:
+    """Where there are too many overruled values the newest are forgotten."""
+    garden.replace(
+        overruled, "_numbers", lambda original: lambda raw: list(reversed(original(raw)))
+    )
+
+
+@_bug(
+    "prune-by-a-wrong-clock", "NO-SILENT-LOSS", knobs=_CALM | {"clock_offset_ms": 315_576_000_000}
+)
+def _prune_wrong_clock(garden: Garden) -> None:
+    """The age of overruled values counts by the device's clock alone."""
+
+    def make(original: Any) -> Any:
+        def prune(self: DatabaseApplier) -> bool:
+            self._heard_ms = 2**60
+            done: bool = original(self)
+            return done
+
+        return prune
+
+    garden.replace(DatabaseApplier, "_prune_overruled", make)
+
+
+@_bug("written-back-nowhere", "READ-YOUR-WRITES", knobs=_CALM | {"person": 100})
+def _written_back_nowhere(garden: Garden) -> None:
+    """An overruled value leaves the list, and its field stays as it is."""
+    garden.replace(applier, "with_field", lambda original: lambda payload, path, field: payload)
+
+
 @_bug("dependents-not-held", "SURFACED-ONCE", knobs=_CALM | {"policy_notes": 7, "policy_pairs": 7})
 def _dependents_not_held(garden: Garden) -> None:
     """What was built on a transaction in conflict is pushed without it."""
@@ -1056,6 +1189,43 @@ def _base_version_ignored(garden: Garden) -> None:
     garden.replace(
         service._Deciding, "_conflicts", lambda original: lambda self, transaction, places: False
     )
+
+
+_COLUMNS: Final = _CALM | {"singles": 1000, "keys": 40, "pause_ms": 3000}
+
+
+@_bug("base-version-ignored-in-columns", "NO-LOST-UPDATE", "NO-RESURRECTION", knobs=_COLUMNS)
+def _base_ignored_in_columns(garden: Garden) -> None:
+    """Deciding many transactions at once takes what was built one version too low."""
+
+    def lower(row: bytes) -> tuple[Any, ...]:
+        flags, sequence, version, *more = unpack_entity(row)
+        return flags, sequence, version - 1, *more
+
+    def make(original: Any) -> Any:
+        def accept_all(self: Any, *rest: Any) -> Any:
+            with mock.patch.object(service, "unpack_entity", lower):
+                return original(self, *rest)
+
+        return accept_all
+
+    garden.replace(service._Deciding, "_accept_all", make)
+
+
+@_bug("digests-in-columns-of-one", "EXACTLY-ONCE", knobs=_COLUMNS)
+def _digests_in_columns(garden: Garden) -> None:
+    """Of many transactions decided at once all are remembered with the content of the first."""
+
+    def make(original: Any) -> Any:
+        def accept_all(self: Any, *rest: Any) -> Any:
+            first = self._request.transactions[0].operations
+            one = digest_operations(self._digest_heads, first)
+            with mock.patch.object(service, "digest_operations", return_value=one):
+                return original(self, *rest)
+
+        return accept_all
+
+    garden.replace(service._Deciding, "_accept_all", make)
 
 
 @_bug("equal-version-conflicts", "NO-FALSE-CONFLICT", "LIVENESS")

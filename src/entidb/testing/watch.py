@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, CollectionInfo, decode_catalogue, empty_catalogue
 from entidb.db.outbox import DiscardedTransaction
+from entidb.db.overruled import OverruledValue
 from entidb.db.records import (
     BASE,
     CONFLICT,
@@ -30,6 +31,7 @@ from entidb.db.records import (
     TOMBSTONE,
     PendingTransaction,
     base_key,
+    conflict_key,
     decode_base,
     decode_head,
     decode_pending,
@@ -39,12 +41,15 @@ from entidb.db.records import (
     split_numbered_key,
     unpack_entity,
     unpack_pending,
+    version_of,
 )
 from entidb.db.replica import ReplicaState, decode_record
-from entidb.protocol import PushResult, Verdict
+from entidb.protocol import PushRequest, PushResult, Verdict
 from entidb.storage.base import Batch
 from entidb.sync import Action, Conflict, ConflictResolution, RebaseReport, SyncCycleResult
+from entidb.sync.rebase import decode_conflict
 from entidb.testing.checkers import GROUP_COLLECTION, Checks, group_is_whole
+from entidb.testing.losers import Losers, leaves, lost_leaves
 from entidb.testing.oracle import NEVER, Histories, History, Mark, Ref, State
 from entidb.types import Clock, timestamp_from_ms
 
@@ -54,6 +59,8 @@ _E, _B, _O, _H, _D, _C = ENTITY[0], BASE[0], READY[0], HELD[0], DISCARDED[0], CO
 
 #: Reasons for which a server of 0.3 refuses a whole push, and which count for one transaction.
 _REFUSED_WHOLE = frozenset(("codec_error", "forbidden", "invalid_message", "too_large"))
+#: What a policy was asked, and what it answered.
+Question = tuple[Conflict, ConflictResolution]
 
 
 class Context(NamedTuple):
@@ -147,6 +154,9 @@ class DeviceWatch:
         #: Transactions that were sent and got no answer.
         self.unanswered: dict[bytes, None] = {}
         self.by_person: dict[Ref, None] = {}
+        #: What was asked about an entity since the last commit, and answered.
+        self.questions: dict[Ref, list[Question]] = {}
+        self.losers = Losers(checks, name, server_clock)
         #: What the commits since the last report put on the lists (SURFACED-ONCE).
         self.unreported: dict[bytes, None] = {}
         self.unreported_conflicts: dict[Ref, None] = {}
@@ -191,6 +201,7 @@ class DeviceWatch:
         self._take_catalogue(records)
         self.excluded, self._unheard = context.excluded, context.unheard
         self.due = dict(context.due)
+        self.losers.adopt(records)
         self.forget_reports()
         self.reported = {}
 
@@ -208,7 +219,9 @@ class DeviceWatch:
             self.open_conflicts,
         )
         self.checks.that(
-            same and (self._foreign or sync_state(records).cursor == self.cursor),
+            same
+            and self.losers.same_as(records)
+            and (self._foreign or sync_state(records).cursor == self.cursor),
             "LOCAL-DURABLE",
             f"{self.name} came back with another outbox, list or cursor than it had",
         )
@@ -217,7 +230,12 @@ class DeviceWatch:
     def forget_reports(self) -> None:
         """A crash ends the cycle that would have reported; the lists still have everything."""
         self.unreported, self.unreported_conflicts = {}, {}
-        self.calls = {}
+        self.forget_questions()
+        self.losers.forget_reports()
+
+    def forget_questions(self) -> None:
+        """What was asked came to nothing: no commit followed."""
+        self.calls, self.questions = {}, {}
 
     def _lists(
         self, records: Records
@@ -257,12 +275,14 @@ class DeviceWatch:
         self._check_outbox(commit, reset=bool(switched) or self._foreign != was_foreign)
         self._check_clock(commit, records)
         self._check_lists(commit)
+        self._check_losers(commit, batch, old)
         self._check_prefix(commit, moved, fresh)
         if switched and self.unanswered:
             self._check_deletions_stay(commit, old, known, switched)
         self._check_views(commit)
         self._check_due(commit)
-        self.calls, self.by_person = {}, {}
+        self.forget_questions()
+        self.by_person = {}
 
     def _take_catalogue(self, records: Records) -> list[CollectionInfo]:
         """Collections that now stand in another table (R20)."""
@@ -732,6 +752,66 @@ class DeviceWatch:
         known = None if self.history is None else self.history.accepted.get(was.transaction_id)
         return known is not None and self._truth(ref, known[0]) == payload
 
+    # ------------------------------------------------------------ what was decided against
+
+    def _check_losers(
+        self, commit: DeviceCommit, batch: Batch, old: Mapping[bytes, bytes | None]
+    ) -> None:
+        """R4: what was decided against in this commit is kept in it."""
+        added = self.losers.on_commit(batch, old)
+        by_person = self._decided_by_person(commit, old)
+        self.losers.check_undecided([*self.questions, *by_person], added)
+        for ref, asked in {**self.questions, **by_person}.items():
+            if ref in self.open_conflicts:
+                continue
+            info = self._catalogue.by_name[ref[0]]
+            raw = commit.records.get(info.prefix + ref[1])
+            discarded = _discarded_payloads(commit, ref)
+            outcomes = [(asked[0][0], None if raw is None else payload_of(raw))]
+            if len(asked) > 1 and asked[0][1].action is Action.MERGE:
+                # The steps of a chain, each decided on what the one before it became (R25): the
+                # first question was about the newest and decided nothing but that. Where some are
+                # withdrawn after all, nobody knows which question was about what is left.
+                outcomes = [] if discarded else [(c, outcome_of(c, a)) for c, a in asked[1:]]
+            for conflict, outcome in outcomes:
+                self.losers.check(
+                    conflict,
+                    outcome,
+                    added.get(ref, ()),
+                    discarded,
+                    combines=ref not in by_person,
+                    accepted=self._accepted_in(commit, (info.number, ref[1])),
+                )
+
+    def _decided_by_person(
+        self, commit: DeviceCommit, old: Mapping[bytes, bytes | None]
+    ) -> dict[Ref, list[Question]]:
+        found = {}
+        for name, entity_id in self.by_person:
+            info = self._catalogue.by_name[name]
+            raw = old.get(conflict_key(info.number, entity_id))
+            if raw is None:
+                continue
+            entity = info.prefix + entity_id
+            # Where the view does not change, its row need not be in the commit either.
+            was = old[entity] if entity in old else commit.records.get(entity)
+            local = None if was is None else payload_of(was)
+            place = (info.number, entity_id)
+            conflict = decode_conflict(raw, name, place, local)
+            found[name, entity_id] = [(conflict, ConflictResolution.skip())]
+        return found
+
+    def _accepted_in(self, commit: DeviceCommit, place: tuple[int, bytes]) -> bool:
+        """Whether a transaction on the entity left the outbox because the server has it."""
+        for was, now in commit.outbox.values():
+            answer = None if was is None else self.answers.get(was.transaction_id)
+            if answer is None or now is not None or was is None:
+                continue
+            on_it = any((op.collection, op.entity_id) == place for op in was.operations)
+            if on_it and answer.verdict in (Verdict.ACCEPTED, Verdict.SUPERSEDED):
+                return True
+        return False
+
     # ------------------------------------------------------------ SURFACED-ONCE
 
     def _check_lists(self, commit: DeviceCommit) -> None:
@@ -797,6 +877,7 @@ class DeviceWatch:
         twice = [identity.hex() for identity in withdrawn if identity in self.reported]
         self.checks.that(not twice, "SURFACED-ONCE", f"{self.name} reported {twice} again")
         self.reported.update(dict.fromkeys(withdrawn))
+        self.losers.check_report(report.overruled)
         resolved = report.conflicts if isinstance(report, SyncCycleResult) else report.resolved
         told = {(r.conflict.collection, r.conflict.id_bytes): None for r in resolved}
         told.update({(c.collection, c.id_bytes): None for c in report.unresolved})
@@ -874,6 +955,21 @@ class DeviceWatch:
                 f"{self.name} does not read what it has just written to {name}/{entity_id.hex()}",
             )
 
+    def on_push(self, records: Records, request: PushRequest) -> None:
+        """Every operation names the version that the device has as its base: what somebody wrote
+        after that is a conflict (R13)."""
+        for transaction in request.transactions:
+            for op in transaction.operations:
+                name = request.collections[op.collection]
+                raw = records.get(self._catalogue.by_name[name].prefix + op.entity_id)
+                version = None if raw is None else version_of(raw)
+                self.checks.that(
+                    version == op.base_version,
+                    "NO-LOST-UPDATE",
+                    f"{self.name} pushes a write of {name}/{op.entity_id.hex()} as made on "
+                    f"{op.base_version}, and has {version}",
+                )
+
     def on_recommitted(self, records: Records, entry: DiscardedTransaction) -> None:
         """A discarded transaction was committed again: all of it is in the view."""
         for name, entity_id, payload in entry.operations:
@@ -884,6 +980,21 @@ class DeviceWatch:
                 "READ-YOUR-WRITES",
                 f"{self.name} does not read what it has committed again, {name}/{entity_id.hex()}",
             )
+
+    def on_written_back(self, records: Records, value: OverruledValue) -> None:
+        """An overruled value was written back: the view has it again."""
+        raw = records.get(self._catalogue.by_name[value.collection].prefix + value.id_bytes)
+        view = leaves(None if raw is None else payload_of(raw))
+        due = lost_leaves(value.base_payload, value.payload, value.won_payload)
+        if value.path:
+            held = leaves(value.payload)
+            due = [((*value.path, *inner), leaf) for inner, leaf in held.items()]
+        self.checks.that(
+            all(view.get(path) == leaf for path, leaf in due),
+            "READ-YOUR-WRITES",
+            f"{self.name} does not read what it has written back to {value.collection}/"
+            f"{value.id_bytes.hex()}",
+        )
 
     def _check_row(
         self, records: Records, transaction_id: bytes, writes: Mapping[Ref, bytes | None]
@@ -915,6 +1026,8 @@ class DeviceWatch:
         if first:
             # Later questions about the same entity are the steps of one merge (R25).
             self.calls[ref] = ConflictResolution.skip() if answer is None else answer
+        asked = self.questions.setdefault(ref, [])
+        asked.append((conflict, ConflictResolution.skip() if answer is None else answer))
         latest = timestamp_from_ms(self._server_clock.now_ms()) | 0xFFFF
         self.checks.that(
             conflict.local_timestamp <= latest,
@@ -982,6 +1095,24 @@ def decode_catalogue_of(records: Records) -> Catalogue:
 def discarded_id(raw: bytes) -> bytes:
     record: dict[str, Any] = cbor.decode_trusted(raw)
     return DiscardedTransaction(0, **record).transaction_id
+
+
+def outcome_of(conflict: Conflict, answer: ConflictResolution) -> bytes | None:
+    if answer.action is Action.MERGE:
+        return answer.payload
+    keeps = answer.action is Action.KEEP_LOCAL
+    return conflict.local_payload if keeps else conflict.remote_payload
+
+
+def _discarded_payloads(commit: DeviceCommit, ref: Ref) -> list[bytes | None]:
+    """What the transactions that this commit withdraws wrote to an entity."""
+    records = [cbor.decode_trusted(new) for _, _, new in commit.discards if new is not None]
+    return [
+        payload
+        for record in records
+        for name, entity_id, payload in record["operations"]
+        if (name, entity_id) == ref
+    ]
 
 
 def base_payload(records: Records, info: CollectionInfo, entity_id: bytes) -> bytes | None:

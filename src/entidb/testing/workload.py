@@ -58,6 +58,10 @@ class Workload:
         self._made += 1
         token = f"{self._canary}{self._made}"
         poison = self._poison()
+        if knobs.singles and rng.random() * 1000 < knobs.singles:
+            name = rng.choice((NOTES, NOTES, CARTS, DRAFTS))
+            key = entity_id(name, rng.randrange(knobs.keys))
+            return [(name, key, self._value(token, poison))]
         writes: dict[tuple[str, uuid.UUID], Any] = {}
         count = rng.randint(0, knobs.operations)
         if knobs.bulk and rng.random() * 1000 < knobs.bulk:
@@ -124,6 +128,20 @@ def make_policy(name: str) -> ConflictPolicy:
     if name == "callable":
         return longest_wins
     return raises_sometimes if name == "raises" else resolve_policy(name)
+
+
+def combined_fields(knobs: Knobs) -> dict[str, frozenset[str]]:
+    """Fields that the policy of a collection adds up or joins."""
+    named = {
+        NOTES: knobs.policy_notes,
+        GROUP_COLLECTION: knobs.policy_pairs,
+        CARTS: knobs.policy_carts,
+    }
+    return {
+        name: frozenset("ns")
+        for name, index in named.items()
+        if POLICY_NAMES[index] == "merge_counters"
+    }
 
 
 def longest_wins(conflict: Conflict) -> ConflictResolution:
