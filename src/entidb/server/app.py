@@ -1,13 +1,16 @@
 """The server as an ASGI app: to be run by ``serve`` or any ASGI server, or mounted in another app.
 
     event loop     reads bodies, checks tokens, decodes, answers idle pulls, sends
-    reader thread  pulls and handshakes: one thread, because readers of the store must not pile up
+    reader thread  pulls and handshakes: one thread, because readers of the store must not pile up;
+                   each database has at most two pages in front of it, so they take turns
+    unpackers      unpack and decode large bodies, which takes long
     writer thread  one for each database: decides and commits groups of pushes (``group_commit``)
-    opener thread  opens databases and unpacks large bodies; the housekeeper closes and purges
+    opener thread  opens databases; the housekeeper closes and purges
 
 Every request holds bytes of one budget while its body and answer are in memory, so that however
-many clients send slowly or stop reading, memory is bounded. What a request means is decided in
-``server`` and ``service``; this module moves bytes, and knows ASGI.
+many clients send slowly or stop reading, memory is bounded; and nobody gets all of it: what one
+subject sends and what one database answers leaves room for others. What a request means is decided
+in ``server`` and ``service``; this module moves bytes, and knows ASGI.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -68,6 +72,9 @@ access_logger = logging.getLogger("entidb.access")
 _CHUNK_BYTES: Final = 64 * 1024
 #: Larger bodies are unpacked off the event loop.
 _INLINE_UNPACK_BYTES: Final = 64 * 1024
+#: Larger ones, unpacked, are decoded off it: what is no message of ours can take long in there.
+_INLINE_DECODE_BYTES: Final = 128 * 1024
+_UNPACKERS: Final = 2
 #: Seconds that a refused request gets to finish sending what nobody will read: a client that is
 #: cut off while it sends sees a broken connection and not the reason.
 _DRAIN_S: Final = 5.0
@@ -80,8 +87,13 @@ _LINE_WAIT_S: Final = 15.0
 _RETRY_S: Final = 1.0
 #: What a page takes beside its entity values, generously, when room for it is set aside.
 _PAGE_FRAMING_BYTES: Final = 256 * 1024
-#: Pages being read or waiting in front of the reader; the rest wait here and hold no room.
+#: Pages of one database being read or waiting in front of the reader; the rest wait and hold no
+#: room. With one more the reader would not idle between two of them, and with many a database
+#: would be served before all others.
 _PAGES_AHEAD: Final = 2
+#: How many times what is free one subject or one database may hold: three quarters of everything
+#: if it is alone, and the more of them hold much, the less each, so that some is always free.
+_SHARE: Final = 3
 _HOUSEKEEP_S: Final = 30.0
 #: Characters of one value in a line of the access log.
 _LOGGED_MAX: Final = 500
@@ -220,22 +232,32 @@ class SyncApp:
             )
         grants = self.server.authenticate(wire.bearer_token(exchange.headers))
         exchange.subject = grants.subject
+        held.charge(("subject", grants.subject))
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
         grant = self.server.permit(request, grants)
-        try:
-            store = await self._use(request.db_id, create=self.server.makes(request, grant))
-        except PermissionDeniedError as error:
-            raise self.server.missing(request, grant, error) from error
         if isinstance(request, PushRequest):
+            store = await self._use_for(request, grant)
             return await self._push(exchange, store, request, grant)
+        return await self._read(exchange, request, grant, held)
+
+    @asynccontextmanager
+    async def _using(self, request: SyncRequest, grant: Grant) -> AsyncIterator[Store]:
+        """``Stores.using``, without waiting on the event loop."""
+        store = await self._use_for(request, grant)
         try:
-            return await self._read(exchange, store, request, grant, held)
+            yield store
         except (StorageError, DatabaseClosedError) as error:
             store.report(error)
             raise
         finally:
             self.server.stores.release(store)
+
+    async def _use_for(self, request: SyncRequest, grant: Grant) -> Store:
+        try:
+            return await self._use(request.db_id, create=self.server.makes(request, grant))
+        except PermissionDeniedError as error:
+            raise self.server.missing(request, grant, error) from error
 
     async def _use(self, db_id: str, *, create: bool) -> Store:
         stores = self.server.stores
@@ -270,7 +292,11 @@ class SyncApp:
             ) from error
         if encoding is not None:
             body = await self._unpack(encoding, body, limit, held)
-        request = self.server.decode(exchange.path, body)
+        if len(body) <= _INLINE_DECODE_BYTES:
+            request = self.server.decode(exchange.path, body)
+        else:
+            unpackers = self._start().unpackers
+            request = await self._run(unpackers, self.server.decode, exchange.path, body)
         if isinstance(request, PushRequest):
             # It waits for its turn decoded, and small operations are much larger that way.
             size = _OPERATION_MEMORY_BYTES * operations_count(request)
@@ -278,11 +304,13 @@ class SyncApp:
         return request
 
     async def _unpack(self, encoding: str, body: bytes, limit: int, held: _Held) -> bytes:
-        # How large it will be only shows afterwards, but one at a time is unpacked.
+        # How large it will be only shows afterwards, but few at a time are unpacked.
         if len(body) <= _INLINE_UNPACK_BYTES:
             unpacked = wire.decompress(encoding, body, limit)
         else:
-            unpacked = await self._run(self._start().opener, wire.decompress, encoding, body, limit)
+            unpacked = await self._run(
+                self._start().unpackers, wire.decompress, encoding, body, limit
+            )
         held.take(len(unpacked))
         return unpacked
 
@@ -291,44 +319,38 @@ class SyncApp:
     async def _read(
         self,
         exchange: _Exchange,
-        store: Store,
         request: HandshakeRequest | PullRequest,
         grant: Grant,
         held: _Held,
     ) -> HttpResponse:
         running = self._start()
-        if isinstance(request, HandshakeRequest):
-            answer = await self._run(
-                running.reader, self.server.handshake, store.service, request, grant
-            )
-            return wire.message_response(encode(answer))
-        response: HttpResponse
-        idle = store.service.idle_pull(request, grant)
-        if idle is not None:
-            return wire.message_response(encode(idle))
-        request = self.server.bounded(request)
-        if store.service.is_recent(request):
-            # What somebody has just pushed, for everybody else: at once, and without waiting in
-            # front of the reader, behind somebody's first sync.
-            await held.reserve(min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max()))
-            response = self._page(store, request, grant, exchange.headers)
-            held.resize(len(response.body))
-            return response
-        try:
-            async with asyncio.timeout(_LINE_WAIT_S):
-                await running.pages.acquire()
-        except TimeoutError as error:
-            # Those in front may be clients that have stopped reading: whoever waits behind them
-            # is told, instead of finding out by a timeout of its own.
-            raise _no_room() from error
-        try:
-            await held.reserve(min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max()))
-            response = await self._run(
-                running.reader, self._page, store, request, grant, exchange.headers
-            )
-            held.resize(len(response.body))
-        finally:
-            running.pages.release()
+        async with self._using(request, grant) as store:
+            if isinstance(request, HandshakeRequest):
+                answer = await self._run(
+                    running.reader, self.server.handshake, store.service, request, grant
+                )
+                return wire.message_response(encode(answer))
+            idle = store.service.idle_pull(request, grant)
+            if idle is not None:
+                return wire.message_response(encode(idle))
+            request = self.server.bounded(request)
+            room = min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max())
+            held.charge(("database", request.db_id))
+            response: HttpResponse
+            if store.service.is_recent(request) and held.try_reserve(room):
+                # What somebody has just pushed, for everybody else: at once, and without waiting
+                # in front of the reader, behind somebody's first sync.
+                response = self._page(store, request, grant, exchange.headers)
+                held.resize(len(response.body))
+                return response
+        # Who waits is no user of the database: it could not be opened again after an error.
+        async with running.line(request.db_id):
+            await held.reserve(room)
+            async with self._using(request, grant) as store:
+                response = await self._run(
+                    running.reader, self._page, store, request, grant, exchange.headers
+                )
+                held.resize(len(response.body))
         return response
 
     def _page(
@@ -583,7 +605,9 @@ class _Running:
         self.loop = loop
         self.reader = ThreadPoolExecutor(1, "entidb-reader")
         self.opener = ThreadPoolExecutor(1, "entidb-opener")
-        self.pages = asyncio.Semaphore(_PAGES_AHEAD)
+        self.unpackers = ThreadPoolExecutor(_UNPACKERS, "entidb-unpacker")
+        #: Who reads and who waits to read, by database; there as long as somebody does.
+        self._lines: dict[str, _Line] = {}
         #: Answers of the writers' threads on their way to the loop.
         self.ready: deque[
             tuple[asyncio.Future[PushResponse | SyncError], PushResponse | SyncError]
@@ -595,6 +619,30 @@ class _Running:
             target=self._housekeep, name="entidb-housekeeper", daemon=True
         )
         self._housekeeper.start()
+
+    @asynccontextmanager
+    async def line(self, db_id: str) -> AsyncIterator[None]:
+        """A turn among those who read pages of ``db_id``. Raises ``ServerBusyError``."""
+        line = self._lines.get(db_id)
+        if line is None:
+            line = self._lines[db_id] = _Line(asyncio.Semaphore(_PAGES_AHEAD))
+        line.members += 1
+        try:
+            try:
+                async with asyncio.timeout(_LINE_WAIT_S):
+                    await line.turns.acquire()
+            except TimeoutError as error:
+                # Those in front may be clients that have stopped reading: whoever waits behind
+                # them is told, instead of finding out by a timeout of its own.
+                raise _no_room() from error
+            try:
+                yield
+            finally:
+                line.turns.release()
+        finally:
+            line.members -= 1
+            if not line.members:
+                del self._lines[db_id]
 
     def _wake(self) -> None:
         """One wakeup of the loop for all answers of a group."""
@@ -626,51 +674,96 @@ class _Running:
         self._housekeeper.join()
         self.reader.shutdown()
         self.opener.shutdown()
+        self.unpackers.shutdown()
+
+
+@dataclass
+class _Line:
+    turns: asyncio.Semaphore
+    members: int = 0
 
 
 # ---------------------------------------------------------------- memory
 
+#: To whom bytes are charged: a subject or a database, by name.
+_Account = tuple[str, str]
+
 
 class _Budget:
-    """Bytes in memory for all requests together. Used from the event loop only."""
+    """Bytes in memory for all requests together, shared between those they are charged to. Used
+    from the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._used_by: dict[_Account, int] = {}
+        self._waiting: deque[tuple[int, _Account | None, asyncio.Future[None]]] = deque()
 
     def hold(self) -> _Held:
         return _Held(self)
 
-    def take(self, size: int) -> bool:
-        if self.used + size > self.limit:
+    def take(self, size: int, account: _Account | None = None) -> bool:
+        if self.used + size > self.limit or not self._is_fair(size, account):
             return False
-        self.used += size
+        self.charge(size, account)
         return True
 
-    def give(self, size: int) -> None:
-        self.used -= size
-        # In order, so that a large page is not overtaken for ever by small ones.
-        while self._waiting:
-            wanted, future = self._waiting[0]
-            if not future.done():
-                if not self.take(wanted):
-                    return
-                future.set_result(None)
-            self._waiting.popleft()
+    def charge(self, size: int, account: _Account | None) -> None:
+        """As ``take``, whether or not there is room: it is in memory already."""
+        self.used += size
+        if account is not None and size:
+            self._used_by[account] = self._used_by.get(account, 0) + size
 
-    async def wait(self, size: int) -> None:
+    def _is_fair(self, size: int, account: _Account | None) -> bool:
+        # Whoever holds nothing yet gets what it wants, if it is there.
+        held = 0 if account is None else self._used_by.get(account, 0)
+        return not held or held + size <= _SHARE * (self.limit - self.used)
+
+    def give(self, size: int, account: _Account | None = None) -> None:
+        self.used -= size
+        if account is not None and size:
+            left = self._used_by[account] - size
+            if left:
+                self._used_by[account] = left
+            else:
+                del self._used_by[account]
+        if self._waiting:
+            self._serve()
+
+    def _serve(self) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        while waiting:
+            entry = waiting.popleft()
+            size, account, future = entry
+            if future.done():
+                continue
+            if self.take(size, account):
+                future.set_result(None)
+                continue
+            self._waiting.append(entry)
+            if self._is_fair(size, account):
+                # In order, so that a large page is not overtaken for ever by small ones. Only who
+                # holds more than its share lets others pass.
+                break
+        self._waiting.extend(waiting)
+
+    async def wait(self, size: int, account: _Account | None = None) -> None:
         """Take ``size``, as soon as there is room. Raises ``TimeoutError``."""
-        if not self._waiting and self.take(size):
+        if not self._waiting and self.take(size, account):
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, future))
+        self._waiting.append((size, account, future))
+        self._serve()
         try:
             async with asyncio.timeout(_ROOM_WAIT_S):
                 await future
         except BaseException:
             if future.done() and not future.cancelled():
-                self.give(size)
+                self.give(size, account)
+            else:
+                # What stood behind it may fit.
+                future.cancel()
+                self._serve()
             raise
 
 
@@ -680,6 +773,7 @@ class _Held:
     def __init__(self, budget: _Budget) -> None:
         self._budget = budget
         self._size = 0
+        self._account: _Account | None = None
 
     def __enter__(self) -> _Held:
         return self
@@ -687,17 +781,33 @@ class _Held:
     def __exit__(self, *exc: object) -> None:
         self.clear()
 
+    def charge(self, account: _Account) -> None:
+        """To whom it counts from now on, with what is held already."""
+        size = self._size
+        self.clear()
+        self._account = account
+        self._budget.charge(size, account)
+        self._size = size
+
     def take(self, size: int) -> None:
         """Raises ``ServerBusyError``: who is sending would not be read while it waits."""
-        if not self._budget.take(size):
+        if not self._budget.take(size, self._account):
             raise _no_room()
         self._size += size
+
+    def try_reserve(self, size: int) -> bool:
+        """As ``reserve``, if there is room at once."""
+        self.clear()
+        if not self._budget.take(size, self._account):
+            return False
+        self._size = size
+        return True
 
     async def reserve(self, size: int) -> None:
         """Room for an answer; what its request held is done with. Raises ``ServerBusyError``."""
         self.clear()
         try:
-            await self._budget.wait(size)
+            await self._budget.wait(size, self._account)
         except TimeoutError as error:
             raise _no_room() from error
         self._size = size
@@ -707,12 +817,15 @@ class _Held:
         in memory by now, so that is not asked any more."""
         change = self._size - size
         self._size = size
-        self._budget.give(change)
+        if change >= 0:
+            self._budget.give(change, self._account)
+        else:
+            self._budget.charge(-change, self._account)
 
     def clear(self) -> None:
         size, self._size = self._size, 0
         if size:
-            self._budget.give(size)
+            self._budget.give(size, self._account)
 
 
 def _no_room() -> ServerBusyError:

@@ -192,7 +192,6 @@ class ValidateContext:
         return None if payload is None else cbor.decode_trusted(payload)
 
 
-#: Why a transaction is refused: code and message (R15).
 #: Answers None to let a transaction pass, or why not.
 ValidateHook = Callable[[ValidateContext, ValidateTransaction], Refusal | None]
 
