@@ -39,20 +39,19 @@ def too_much(request: PushRequest) -> dict[bytes, Fault]:
     left: list[bytes] = []
     together = 0
     for transaction in transactions:
-        payloads = [op.payload for op in transaction.operations if op.payload is not None]
-        count = _containers(payloads)
-        if count is None:
-            faults[transaction.transaction_id] = (
+        fault = _fault_of_values(transaction)
+        if fault is None:
+            payloads = [op.payload for op in transaction.operations if op.payload is not None]
+            count = _containers(payloads)
+            if count is not None:
+                together += count
+                left += payloads
+                continue
+            fault = (
                 "too_large",
                 f"its values have more than {TRANSACTION_CONTAINERS_MAX} maps and lists together",
             )
-            continue
-        fault = _fault_of_values(transaction)
-        if fault is None:
-            together += count
-            left += payloads
-        else:
-            faults[transaction.transaction_id] = fault
+        faults[transaction.transaction_id] = fault
     if (
         together > PUSH_CONTAINERS_MAX
         and len(transactions) - len(faults) > 1
