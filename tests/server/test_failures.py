@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from entidb.db import Database, Role
 from entidb.errors import ConfigError, StorageError, StorageFullError
 from entidb.protocol import PullResponse, PushResponse, Verdict
 from entidb.server import ServerConfig, SyncServer, create_app, serving
-from tests.server.support import Client, ManualClock, pull, push
+from tests.server.support import Client, ManualClock, handshake, pull, push
+from tests.storage.test_doubtful_files import misdirect
 
 pytestmark = pytest.mark.process
 
@@ -82,6 +84,23 @@ def test_a_page_that_cannot_be_read_is_told_so_and_the_next_one_is_sent(tmp_path
         page = client.send(pull(history)).message(PullResponse)
         assert len(page.commits) == 2
         assert server.database("shop") is not before
+
+
+def test_one_damaged_page_ends_neither_the_server_nor_its_other_databases(tmp_path: Path):
+    for name in ("bad", "good"):
+        with Database.open(tmp_path / f"{name}.entidb", role=Role.SERVER) as database:
+            for number in range(200):
+                database.collection("notes").add({"n": number, "text": "x" * 200})
+    sound = (tmp_path / "bad.entidb" / "data.mdb").read_bytes()
+    misdirect(tmp_path / "bad.entidb")
+    with on_disk(tmp_path) as (_, client):
+        for _ in range(3):
+            answer = client.send(handshake("bad"))
+            assert (answer.status, answer.code) == (500, "storage_error")
+            assert client.history("good")
+        # As somebody does who restores it while the server runs.
+        (tmp_path / "bad.entidb" / "data.mdb").write_bytes(sound)
+        assert client.history("bad")
 
 
 def test_housekeeping_that_fails_is_logged_and_tried_again(caplog: pytest.LogCaptureFixture):
