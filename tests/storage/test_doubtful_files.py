@@ -61,6 +61,18 @@ def test_a_store_that_was_closed_is_opened_without_reading_its_pages(
     assert looks == []
 
 
+def test_opening_and_closing_without_a_commit_leaves_the_file_as_it_was(
+    closed: Path, looks: list[str]
+) -> None:
+    before = (closed / "data.mdb").stat()
+    for _ in range(3):
+        with contextlib.closing(LmdbStorage.open(closed)) as store:
+            assert len(read_all(store)) == 500
+    after = (closed / "data.mdb").stat()
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    assert looks == []
+
+
 def test_a_store_whose_process_was_killed_is_looked_at(closed: Path, looks: list[str]) -> None:
     code = """
         import os, signal, sys

@@ -511,6 +511,10 @@ class Place:
         if self._lock is None or self._data is None:
             return
         with contextlib.suppress(OSError):
+            if self.is_as_left(headers):
+                # Nothing was written: whoever copies what has changed need not copy this.
+                self.leave_as_found()
+                return
             found = os.fstat(self._data.descriptor)
             # A time that no later write leaves behind, however soon it comes: those are of the
             # system's clock, which ticks.
