@@ -229,6 +229,46 @@ class SyncApplierContract:
             assert self.values(applier) == {3: "z"}
             assert [gone.code for gone in applier.discarded()] == ["no", "depends"]
 
+    def test_what_counts_as_not_sent_stays_pending_and_can_be_cut_otherwise(self) -> None:
+        with self.fresh() as applier:
+            for number in range(1, 4):
+                self.put(applier, **{f"n{number}": number})
+            first = self.batch(applier, BatchLimits(operations_max=1))
+            assert applier.prepare_after(first, LIMITS) is not None
+            applier.unsend()
+            assert (applier.inflight(), applier.ready()) == ([], 3)
+            again = self.batch(applier, BatchLimits(transactions_max=2))
+            assert [len(again.transactions), again.transactions[0]] == [2, first.transactions[0]]
+
+    def test_what_is_refused_for_good_is_withdrawn_with_those_built_on_it(self) -> None:
+        with self.fresh() as applier:
+            self.put(applier, n1="x")
+            self.put(applier, n1="y", n2="y")
+            self.put(applier, n3="z")
+            batch = self.batch(applier, BatchLimits(transactions_max=1))
+            report = applier.refuse(batch, "no", "never")
+            assert [gone.code for gone in report.withdrawn] == ["no", "depends"]
+            assert [gone.code for gone in applier.discarded()] == ["no", "depends"]
+            assert self.values(applier) == {3: "z"}
+            assert (applier.inflight(), applier.ready()) == ([], 1)
+            with raises(SyncStateError):
+                applier.refuse(batch, "no", "never")
+
+    def test_what_is_left_out_keeps_those_built_on_it_back(self) -> None:
+        with self.fresh() as applier:
+            self.put(applier, n1="x")
+            self.put(applier, n1="y", n2="y")
+            self.put(applier, n2="z")
+            self.put(applier, n3="apart")
+            first = self.batch(applier, BatchLimits(transactions_max=1))
+            [sequence] = first.sequences
+            assert applier.still_pending([sequence, sequence + 1000]) == [sequence]
+            applier.unsend()
+            batch = self.batch(applier, BatchLimits(without=frozenset((sequence,))))
+            ids = [[op.entity_id for op in tx.operations] for tx in batch.transactions]
+            assert ids == [[entity(3).bytes]]
+            assert [b.transactions for b in applier.inflight()] == [batch.transactions]
+
     def test_a_batch_is_settled_once(self) -> None:
         with self.fresh() as applier:
             self.put(applier, n1="x")
