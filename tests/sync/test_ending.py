@@ -732,6 +732,12 @@ class WithAsyncCall:
         raise AssertionError("nobody awaits this")
 
 
+@pytest.mark.parametrize("wrong", [a_coroutine, WithAsyncCall()])
+def test_a_token_function_that_nobody_would_await_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="token needs a plain function"):
+        HttpTransport("http://localhost", token=wrong)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "listener", a_coroutine, WithAsyncCall()])
 @pytest.mark.parametrize("where", ["on_state", "on_progress", "observe"])
 def test_what_cannot_be_called_is_refused_where_it_is_given(where: str, wrong: Any) -> None:

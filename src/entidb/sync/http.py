@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from entidb.db.listeners import check_plain
 from entidb.errors import (
     ERROR_TABLE,
     AuthenticationError,
@@ -581,6 +582,8 @@ def _shown(url: object) -> str:
 def _check_token(token: object, url: str, host: str, config: HttpConfig) -> None:
     if token is None:
         return
+    if callable(token):
+        check_plain(token, "token")
     if not callable(token) and (not isinstance(token, str) or _TOKEN.fullmatch(token) is None):
         raise ConfigError("token must be visible ASCII text, or a function that returns some")
     if url.startswith("https:") or _is_loopback(host) or config.allow_insecure_token:
