@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,6 +30,27 @@ _NO_PAGE: Final = 2**64 - 1
 _PAGE_SIZES: Final = frozenset(1 << n for n in range(9, 17))
 
 
+if sys.platform == "win32":
+
+    def open_to_read(path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_BINARY)
+
+    def read_at(descriptor: int, count: int, offset: int) -> bytes:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, count)
+
+    def write_at(descriptor: int, content: bytes, offset: int) -> int:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, content)
+
+else:
+
+    def open_to_read(path: str) -> int:
+        return os.open(path, os.O_RDONLY)
+
+    read_at, write_at = os.pread, os.pwrite
+
+
 @dataclass(frozen=True)
 class _Meta:
     page_bytes: int
@@ -40,7 +62,7 @@ class _Meta:
 def check_data_file(path: str) -> None:
     """Raise ``FormatError`` (``not_a_database`` or ``truncated``) unless every page that can be
     reached in the file at ``path`` lies inside it."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_to_read(path)
     try:
         _check(descriptor, path, os.fstat(descriptor).st_size)
     finally:
@@ -56,7 +78,7 @@ def write_headers_again(descriptor: int, path: str) -> None:
     would write before it replaces that header. A sync alone writes only what counts as changed."""
     page_bytes = _read_meta(descriptor, path, 0).page_bytes
     for offset in (0, page_bytes):
-        os.pwrite(descriptor, os.pread(descriptor, _META_BYTES, offset), offset)
+        write_at(descriptor, read_at(descriptor, _META_BYTES, offset), offset)
     os.fsync(descriptor)
 
 
@@ -76,7 +98,7 @@ def _check(descriptor: int, path: str, size: int) -> None:
 
 
 def _read_meta(descriptor: int, path: str, offset: int) -> _Meta:
-    raw = os.pread(descriptor, _META_BYTES, offset)
+    raw = read_at(descriptor, _META_BYTES, offset)
     if len(raw) < _META_BYTES:
         known = len(raw) >= 24 and struct.unpack_from("=I", raw, 16)[0] == _MAGIC
         if known or not raw or offset:
@@ -106,7 +128,7 @@ def _reachable_inside(descriptor: int, meta: _Meta, size: int) -> bool:
         seen += 1
         if number >= pages or seen > pages:
             return False
-        page = os.pread(descriptor, meta.page_bytes, number * meta.page_bytes)
+        page = read_at(descriptor, meta.page_bytes, number * meta.page_bytes)
         children, end = _page_targets(page)
         if end > pages:
             return False

@@ -21,6 +21,7 @@ from typing import Final
 
 from entidb.errors import CorruptionError
 from entidb.storage.base import KEY_BYTES_MAX
+from entidb.storage.lmdb_file import open_to_read, read_at
 
 _PAGE_HEADER: Final = struct.Struct("=QHHHH")
 _META: Final = struct.Struct("=IIQQ")
@@ -87,7 +88,7 @@ def check_headers(path: str, known: int = 0) -> None:
     For whoever has the file to itself: headers that are being written need not agree. A header
     with a wrong transaction number would make LMDB go back to the commit before the last one.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_to_read(path)
     try:
         fault = _header_fault(descriptor, known)
     except _UNREADABLE as error:
@@ -109,10 +110,10 @@ def damaged_file(path: str, faults: list[str]) -> CorruptionError:
 def read_raw_headers(path: str) -> tuple[bytes, int]:
     """The bytes of both headers, and the number of the commit that LMDB goes by; nothing and 0
     where there are none."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_to_read(path)
     try:
         headers = _read_headers(descriptor)
-        raw = [os.pread(descriptor, _META_BYTES, n * headers[0].page_bytes) for n in (0, 1)]
+        raw = [read_at(descriptor, _META_BYTES, n * headers[0].page_bytes) for n in (0, 1)]
     except _UNREADABLE:
         return b"", 0
     finally:
@@ -123,7 +124,7 @@ def read_raw_headers(path: str) -> tuple[bytes, int]:
 def closed_file_faults(path: str) -> list[str]:
     """As ``page_faults``, of the newest commit in a file that nobody has open: for looking at a
     file before it is mapped, which a program need not survive if it is damaged."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_to_read(path)
     try:
         fault = _header_fault(descriptor)
         if fault is not None:
@@ -139,7 +140,7 @@ def closed_file_faults(path: str) -> list[str]:
 def read_header(path: str, transaction: int) -> Header | None:
     """The header of commit ``transaction``, None if there is none. Its place is written again two
     commits later, so the caller keeps writers away."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_to_read(path)
     try:
         headers = _read_headers(descriptor)
     except _UNREADABLE:
@@ -152,7 +153,7 @@ def read_header(path: str, transaction: int) -> Header | None:
 def page_faults(path: str, header: Header) -> Iterator[str]:
     """One line per fault in the trees that belong to ``header``; nothing when all is well. The
     caller holds a snapshot of that commit, so that writers do not use its pages again."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_to_read(path)
     try:
         yield from _Walk(descriptor, header).run()
     except _UNREADABLE as error:
@@ -281,7 +282,7 @@ def _last_node(page: bytes, lower: int) -> int:
 
 def _pread(descriptor: int, count: int, offset: int) -> bytes:
     try:
-        return os.pread(descriptor, count, offset)
+        return read_at(descriptor, count, offset)
     except OSError as error:
         said = os.strerror(error.errno or 0).lower()
         raise _Bad(f"the disk does not give what is at byte {offset}: {said}") from error

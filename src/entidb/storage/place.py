@@ -202,10 +202,13 @@ def _open_or_make(path: str, like: os.stat_result) -> int:
 
 def _system_holder(descriptor: int) -> str:
     """The number of the process that has the file locked, where the system tells it."""
+    if sys.platform == "win32":
+        return ""
     found = os.fstat(descriptor)
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     try:
         with open("/proc/locks", encoding="ascii") as lines:
-            return _find_lock(list(lines), found)
+            return _find_lock(list(lines), wanted)
     except (OSError, ValueError):
         return ""
 
@@ -220,8 +223,7 @@ def written_holder(path: str) -> str:
     return written.decode() if written.isdigit() else ""
 
 
-def _find_lock(lines: list[str], file: os.stat_result) -> str:
-    wanted = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+def _find_lock(lines: list[str], wanted: str) -> str:
     for line in lines:
         # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:393218 0 EOF
         fields = line.split()
