@@ -527,6 +527,7 @@ class DatabaseApplier:
             _take_page(writer, rebase, response)
             rebase.release()
             _move_cursor(writer, state, response.cursor)
+            _lower_idle_clock(writer, _latest(response.time))
             return rebase.report
 
     def stage_page(

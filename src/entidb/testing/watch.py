@@ -26,6 +26,7 @@ from entidb.db.records import (
     META_ADOPT,
     META_CATALOGUE,
     META_HEAD,
+    META_INFLIGHT,
     META_SYNC,
     READY,
     TOMBSTONE,
@@ -273,7 +274,8 @@ class DeviceWatch:
         if switched and keep_device and not self._foreign:
             self._owe_newer(records, known, switched)
         self._check_outbox(commit, reset=bool(switched) or self._foreign != was_foreign)
-        self._check_clock(commit, records)
+        if META_INFLIGHT in batch:
+            self._check_clock(commit, records)
         self._check_lists(commit)
         self._check_losers(commit, batch, old)
         self._check_prefix(commit, moved, fresh)
@@ -593,19 +595,21 @@ class DeviceWatch:
         the server's any more, so that what it writes next does not win for ever (R27)."""
         if self.outbox or META_HEAD not in records:
             return
-        for was, now in commit.outbox.values():
-            answer = (
-                None if was is None or now is not None else self.answers.get(was.transaction_id)
+        listed = {sequence for sequence, _, _ in commit.discards}
+        gone = [
+            was.transaction_id
+            for sequence, (was, now) in commit.outbox.items()
+            if was is not None and now is None and sequence not in listed
+        ]
+        answers = [self.answers[identity] for identity in gone if identity in self.answers]
+        if any(answer.verdict == Verdict.ACCEPTED for answer in answers):
+            latest = timestamp_from_ms(self._server_clock.now_ms()) | 0xFFFF
+            ahead = decode_head(records[META_HEAD]).timestamp
+            self.checks.that(
+                ahead <= latest,
+                "CLOCK",
+                f"the clock of {self.name} stays ahead of the server's, {ahead} of {latest}",
             )
-            if answer is not None and answer.verdict == Verdict.ACCEPTED:
-                latest = timestamp_from_ms(self._server_clock.now_ms()) | 0xFFFF
-                ahead = decode_head(records[META_HEAD]).timestamp
-                self.checks.that(
-                    ahead <= latest,
-                    "CLOCK",
-                    f"the clock of {self.name} stays ahead of the server's, {ahead} of {latest}",
-                )
-                return
 
     # ------------------------------------------------------------ what is to become pending
 
