@@ -33,6 +33,7 @@ from entidb.errors import (
     StorageError,
     TransactionError,
 )
+from entidb.server.allocator import large_pieces_apart
 from entidb.server.checks import CheckingError, Checks
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
 from entidb.server.group_commit import GroupCommitter
@@ -415,7 +416,8 @@ def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
         if not create and not path.is_dir():
             raise unknown_database()
         checks.require(path)
-        return Database.open(path, create=create, role=Role.SERVER, **options)
+        with large_pieces_apart():
+            return Database.open(path, create=create, role=Role.SERVER, **options)
 
     return open_database
 
