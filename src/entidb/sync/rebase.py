@@ -193,7 +193,7 @@ class Rebase:
         ours would reach the server without this operation, and what it wrote would be gone
         without a trace if the newest were withdrawn for what else it touches."""
         last = len(chain) - 1
-        if any(len(self.operations(step.transaction)) > 1 for step in chain):
+        if last and any(len(self.operations(step.transaction)) > 1 for step in chain):
             last = 0
         for index in range(len(chain) - 1, -1, -1):
             step = chain[index]
@@ -305,7 +305,8 @@ class Rebase:
                     continue
                 self._store_merged(ref, chain, remote, merged.payloads[: len(chain)])
                 for step, lost in zip(chain, merged.overruled, strict=False):
-                    self._overrule(ref, step, remote, lost)
+                    if lost:
+                        self._overrule(ref, step, remote, lost)
             else:
                 self._overrule(ref, last, remote, self._against(resolution, conflict))
             return
@@ -642,8 +643,9 @@ class Rebase:
         for transaction in self._closure(self._freed_transactions()):
             if transaction.held and not self._is_blocked(transaction):
                 self._set_held(transaction, False)
+        for sequence in self._shrunk.intersection(self._unsaved):
+            self.operations(self._unsaved[sequence])
         for transaction in self._unsaved.values():
-            self.operations(transaction)
             self._writer.put_pending(transaction)
         self._unsaved = {}
 
