@@ -1,0 +1,103 @@
+"""The wire messages: shapes, limits, encoding and decoding. No transport, no decisions.
+
+    messages   the shapes, and what each message may hold
+    columns    a pulled page without an object for each operation
+    digests    what two transactions have in common if they wrote the same (R14)
+    encoding   messages to canonical CBOR
+    decoding   bytes to messages: shape, limits, and what two fields say of each other
+    heads      the first bytes of CBOR items, made once
+
+The normative text is ``docs/protocol.md``. What depends on state (history, cursor, permissions) is
+for the server's service and the device's cycle; payloads are checked once, where they enter a
+database.
+"""
+
+from entidb.protocol.columns import (
+    COLUMN_HEAD_BYTES,
+    TOMBSTONE_SIZE,
+    ColumnRows,
+    column_rows,
+    column_versions,
+    expanded,
+)
+from entidb.protocol.decoding import decode, decode_request, decode_response
+from entidb.protocol.digests import digest_heads, digest_operations, operations_digest
+from entidb.protocol.encoding import PullPage, encode, encode_columns
+from entidb.protocol.messages import (
+    CONTENT_TYPE,
+    HAVE_RANGES_MAX,
+    LIMITS,
+    PATHS,
+    PROTOCOL_MAJOR,
+    PROTOCOL_MINOR,
+    ErrorResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    Limits,
+    PullColumns,
+    PullCommit,
+    PullOperation,
+    PullRequest,
+    PullResponse,
+    PushOperation,
+    PushRequest,
+    PushResponse,
+    PushResult,
+    PushTransaction,
+    ServerState,
+    SyncRequest,
+    SyncResponse,
+    Verdict,
+    operations_count,
+    path_of,
+    payload_bytes,
+    response_type,
+    transaction_bytes,
+)
+
+__all__ = [
+    "COLUMN_HEAD_BYTES",
+    "CONTENT_TYPE",
+    "HAVE_RANGES_MAX",
+    "LIMITS",
+    "PATHS",
+    "PROTOCOL_MAJOR",
+    "PROTOCOL_MINOR",
+    "TOMBSTONE_SIZE",
+    "ColumnRows",
+    "ErrorResponse",
+    "HandshakeRequest",
+    "HandshakeResponse",
+    "Limits",
+    "PullColumns",
+    "PullCommit",
+    "PullOperation",
+    "PullPage",
+    "PullRequest",
+    "PullResponse",
+    "PushOperation",
+    "PushRequest",
+    "PushResponse",
+    "PushResult",
+    "PushTransaction",
+    "ServerState",
+    "SyncRequest",
+    "SyncResponse",
+    "Verdict",
+    "column_rows",
+    "column_versions",
+    "decode",
+    "decode_request",
+    "decode_response",
+    "digest_heads",
+    "digest_operations",
+    "encode",
+    "encode_columns",
+    "expanded",
+    "operations_count",
+    "operations_digest",
+    "path_of",
+    "payload_bytes",
+    "response_type",
+    "transaction_bytes",
+]

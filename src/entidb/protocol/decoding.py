@@ -1,0 +1,299 @@
+"""Bytes to messages: shape, limits, and what two fields say of each other.
+
+It does not look into payloads, which are checked once, where they enter a database.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import struct
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final, cast
+
+from msgspec import ValidationError, convert
+
+from entidb import cbor
+from entidb.collector import paused
+from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
+from entidb.protocol.columns import COLUMN_HEAD_BYTES, TOMBSTONE_SIZE, column_versions
+from entidb.protocol.messages import (
+    HAVE_RANGES_MAX,
+    LIMITS,
+    PATHS,
+    AnyMessage,
+    HandshakeRequest,
+    HandshakeResponse,
+    Limits,
+    PullColumns,
+    PullOperation,
+    PullRequest,
+    PullResponse,
+    PushOperation,
+    PushRequest,
+    PushResponse,
+    ServerState,
+    SyncRequest,
+    SyncResponse,
+    Verdict,
+    response_type,
+)
+from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES, check_name, reason_of_msgspec
+
+# --- decoding ---------------------------------------------------------------------------------
+
+# libipld reads a link as if it were the byte string in it. Whatever it takes for one has this
+# form: the end of a head of tag 42, then a byte string that begins with 0. Bytes inside an id or
+# a payload may look the same, once in a hundred million; the strict decoder then tells which it
+# is. Handing it every message would cost five times as much as all the rest of decoding, for
+# integers in their shortest form, which do not matter in an envelope.
+_LINK: Final = re.compile(
+    rb"\x2a(?<=[\xd8\x00]\x2a)(?:[\x41-\x57]|\x58.|\x59..|\x5a.{4}|\x5b.{8})\x00", re.DOTALL
+)
+#: Larger messages are worth keeping the collector away.
+_SMALL_BYTES_MAX: Final = 16 * 1024
+#: Smaller messages are decoded without a look at how many items they hold.
+_DENSE_BYTES_MAX: Final = 1024 * 1024
+#: So few items are counted at once: a page in columns has not more, however large it is.
+_FEW_ITEMS: Final = 256
+#: What a list or a map takes in memory (a map of one pair takes most), what anything else takes
+#: for each of its bytes (a text of two letters takes most), and what both may take together where
+#: no more is looked at: counting lists and maps is a hundred times faster than finding all items.
+_CONTAINER_MEMORY: Final = 240
+_OTHER_MEMORY: Final = 20
+_DECODED_BYTES_MAX: Final = 128 * 1024 * 1024
+
+
+def decode_request(path: str, data: bytes, limits: Limits = LIMITS) -> SyncRequest:
+    """The request posted to ``path``. Errors as in ``decode``; a path that is none of ``PATHS``
+    is a ``ProtocolError`` with the code ``not_found``."""
+    kind = PATHS.get(path)
+    if kind is None:
+        raise ProtocolError(f"no message is posted to {path!r}", code="not_found")
+    return decode(cast("type[PushRequest]", kind), data, limits)
+
+
+def decode_response(request: SyncRequest, data: bytes, limits: Limits = LIMITS) -> SyncResponse:
+    """The answer to ``request``. Whether it is an ``ErrorResponse`` instead is said by the HTTP
+    status; that one is read with ``decode(ErrorResponse, data)``. A push must be answered with
+    one result for each transaction."""
+    response = decode(cast("type[PushResponse]", response_type(request)), data, limits)
+    if isinstance(request, PushRequest) and len(response.results) != len(request.transactions):
+        raise ProtocolError(
+            f"{len(response.results)} results answer {len(request.transactions)} transactions"
+        )
+    return response
+
+
+def decode(kind: type[AnyMessage], data: bytes, limits: Limits = LIMITS) -> AnyMessage:
+    """``data`` as a message of ``kind``; all its promises hold afterwards.
+
+    Raises ``SyncCodecError`` for what is not CBOR of the profile, ``ProtocolError`` for a wrong
+    shape (code ``invalid_message``) or a limit (code ``too_large``); the message names the place,
+    ``$`` being the envelope: ``$.transactions[3].operations[0]``. Payloads are not looked into.
+    """
+    if len(data) > limits.message_bytes_max:
+        raise _too_large("$", f"is {len(data)} bytes", limits.message_bytes_max)
+    if len(data) > _SMALL_BYTES_MAX:
+        with paused():
+            return _decode(kind, data, limits)
+    return _decode(kind, data, limits)
+
+
+def _decode(kind: type[AnyMessage], data: bytes, limits: Limits) -> AnyMessage:
+    if len(data) > _DENSE_BYTES_MAX:
+        _check_density(data, limits)
+    try:
+        raw = cbor.decode_trusted(data)
+        if _LINK.search(data) is not None:
+            cbor.decode(data)
+    except CborDecodeError as error:
+        raise SyncCodecError(f"{kind.__name__} is not CBOR of the profile: {error}") from error
+    try:
+        message = convert(raw, kind, builtin_types=(bytes,), strict=True)
+    except ValidationError as error:
+        field, reason = reason_of_msgspec(str(error))
+        where = "" if field is None else f"field {field}: "
+        raise ProtocolError(f"this is no {kind.__name__}: {where}{reason}") from error
+    check = _CHECKS.get(kind)
+    if check is not None:
+        check(message, limits)
+    return message
+
+
+def _check_density(data: bytes, limits: Limits) -> None:
+    """Refuse what is small on the wire and huge in memory, before it is decoded: lists of nothing
+    take seventy times their bytes, and seconds. An operation has five items and counts
+    ``OPERATION_OVERHEAD_BYTES``; one alone in its transaction or result has at most twelve."""
+    operations = max(limits.push_operations_max, limits.pull_operations_max)
+    largest = limits.message_bytes_max // OPERATION_OVERHEAD_BYTES
+    most = 12 * operations + limits.collections_max + 3 * HAVE_RANGES_MAX + 1024
+    most += min(5 * largest, len(data) // 4)
+    if not cbor.heavier(data, cbor.ITEMS, _FEW_ITEMS):
+        return
+    containers = cbor.containers_at_most(data)
+    if _CONTAINER_MEMORY * containers + _OTHER_MEMORY * len(data) <= _DECODED_BYTES_MAX:
+        return
+    if cbor.heavier(data, cbor.ITEMS, most):
+        raise _too_large("$", f"has more than {most} items", most)
+
+
+def _check_handshake_request(message: HandshakeRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+
+
+def _check_handshake_response(message: HandshakeResponse, limits: Limits) -> None:
+    _check_granted(message.granted, limits)
+
+
+def _check_pull_request(message: PullRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+    if message.collections is not None:
+        _check_collections(message.collections, limits)
+    if len(message.have) > HAVE_RANGES_MAX:
+        raise _too_large("$.have", f"has {len(message.have)} ranges", HAVE_RANGES_MAX)
+    end = -1
+    for index, (first, last) in enumerate(message.have):
+        if not end < first <= last:
+            raise _invalid(f"$.have[{index}]", "ranges ascend and do not overlap")
+        end = last
+
+
+def _check_push_request(message: PushRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+    _check_different(message.collections, limits)
+    names = len(message.collections)
+    seen: set[bytes] = set()
+    count = 0
+    for index, transaction in enumerate(message.transactions):
+        operations = transaction.operations
+        seen.add(transaction.transaction_id)
+        if len(seen) <= index:
+            raise _invalid(f"$.transactions[{index}]", "the transaction id came before")
+        count += len(operations)
+        if len(operations) == 1:
+            if operations[0].collection >= names:
+                raise _no_such_collection(f"$.transactions[{index}].operations[0]")
+        else:
+            _check_operations(f"$.transactions[{index}]", operations, names)
+    # A transaction alone is bounded by its bytes: refusing it here would stop the outbox for good.
+    if count > limits.push_operations_max and len(message.transactions) > 1:
+        raise _too_large("$.transactions", f"have {count} operations", limits.push_operations_max)
+
+
+def _check_push_response(message: PushResponse, limits: Limits) -> None:
+    _check_collections(message.collections, limits)
+    names = len(message.collections)
+    for index, result in enumerate(message.results):
+        if result.verdict <= Verdict.SUPERSEDED and result.version == 0:
+            raise _invalid(f"$.results[{index}]", "an accepted transaction has a version")
+        if result.verdict == Verdict.REJECTED and not result.code:
+            raise _invalid(f"$.results[{index}]", "a rejected transaction has a code")
+        if result.states:
+            _check_operations(f"$.results[{index}]", result.states, names, "states")
+
+
+def _check_pull_response(message: PullResponse, limits: Limits) -> None:
+    _check_collections(message.collections, limits)
+    _check_granted(message.granted, limits)
+    names = len(message.collections)
+    if message.columns is not None:
+        _check_columns(message, message.columns, names)
+        return
+    version = 0
+    for index, commit in enumerate(message.commits):
+        if commit.version <= version:
+            raise _invalid(f"$.commits[{index}]", "versions start at 1 and ascend")
+        version = commit.version
+        operations = commit.operations
+        if len(operations) == 1:
+            if operations[0].collection >= names:
+                raise _no_such_collection(f"$.commits[{index}].operations[0]")
+        else:
+            _check_operations(f"$.commits[{index}]", operations, names)
+    if not version <= message.cursor <= message.head:
+        raise _invalid("$.cursor", "it lies between the last commit of the page and the head")
+
+
+def _check_columns(message: PullResponse, columns: PullColumns, names: int) -> None:
+    count, rest = divmod(len(columns.ids), ID_BYTES)
+    lengths = (len(columns.heads), len(columns.sizes), len(columns.indexes))
+    if rest or lengths != (COLUMN_HEAD_BYTES * count, 4 * count, 2 * count):
+        raise _invalid("$.columns", "they are not all of one number of rows")
+    if message.commits:
+        raise _invalid("$.commits", "a page has commits or columns")
+    sizes = struct.unpack(f">{count}I", columns.sizes)
+    if sum(sizes) - sizes.count(TOMBSTONE_SIZE) * TOMBSTONE_SIZE != len(columns.values):
+        raise _invalid("$.columns.values", "they are not as long as their sizes say")
+    if max(struct.unpack(f">{count}H", columns.indexes), default=-1) >= names:
+        raise _no_such_collection("$.columns.indexes")
+    versions = column_versions(columns.heads)
+    if count and (versions[0] == 0 or not all(map(operator.le, versions, versions[1:]))):
+        raise _invalid("$.columns.heads", "versions start at 1 and ascend")
+    if not max(versions, default=0) <= message.cursor <= message.head:
+        raise _invalid("$.cursor", "it lies between the last commit of the page and the head")
+
+
+def _check_operations(
+    place: str,
+    operations: Sequence[PushOperation | PullOperation | ServerState],
+    names: int,
+    field: str = "operations",
+) -> None:
+    """Every collection index means something, and no entity comes twice: two writes of one
+    entity in one transaction would have no order that a reader could see."""
+    for index, operation in enumerate(operations):
+        if operation.collection >= names:
+            raise _no_such_collection(f"{place}.{field}[{index}]")
+    entities = {(operation.collection, operation.entity_id) for operation in operations}
+    if len(entities) != len(operations):
+        raise _invalid(f"{place}.{field}", "an entity comes twice")
+
+
+def _check_granted(names: Collection[str] | None, limits: Limits) -> None:
+    if names is not None:
+        _check_collections(names, limits, "$.granted")
+
+
+def _check_collections(
+    names: Collection[str], limits: Limits, place: str = "$.collections"
+) -> None:
+    _check_different(names, limits, place)
+    for index, name in enumerate(names):
+        _check_name(f"{place}[{index}]", name)
+
+
+def _check_different(names: Collection[str], limits: Limits, place: str = "$.collections") -> None:
+    if len(names) > limits.collections_max:
+        raise _too_large(place, f"has {len(names)} names", limits.collections_max)
+    if len(set(names)) != len(names):
+        raise _invalid(place, "a name comes twice")
+
+
+def _check_name(place: str, name: str) -> None:
+    try:
+        check_name(name)
+    except InvalidNameError as error:
+        raise _invalid(place, str(error)) from error
+
+
+def _no_such_collection(place: str) -> ProtocolError:
+    return _invalid(place, "its collection is not in $.collections")
+
+
+def _invalid(place: str, what: str) -> ProtocolError:
+    return ProtocolError(f"{place}: {what}")
+
+
+def _too_large(place: str, what: str, limit: int) -> ProtocolError:
+    return ProtocolError(f"{place}: {what}, the limit is {limit}", code="too_large")
+
+
+_CHECKS: Final[dict[type, Callable[[Any, Limits], None]]] = {
+    HandshakeRequest: _check_handshake_request,
+    HandshakeResponse: _check_handshake_response,
+    PullRequest: _check_pull_request,
+    PullResponse: _check_pull_response,
+    PushRequest: _check_push_request,
+    PushResponse: _check_push_response,
+}

@@ -1,0 +1,41 @@
+"""The digest of what a transaction wrote (R14)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from entidb import cbor
+from entidb.protocol.heads import ID, NULL, array_head, bytes_head
+from entidb.protocol.messages import PushOperation
+
+
+def operations_digest(collections: Sequence[str], operations: Sequence[PushOperation]) -> bytes:
+    """SHA-256 of what a transaction writes (R14): the canonical CBOR array of
+    ``[collection name, entity_id, payload or null]`` in order.
+
+    Base versions and timestamps are left out: a transaction that was rebased onto an equal state
+    still writes the same, and its second coming is the same transaction.
+    """
+    return digest_operations(digest_heads(collections), operations)
+
+
+def digest_heads(collections: Sequence[str]) -> list[bytes]:
+    """What every operation on a collection begins with in a digest; once for a whole message."""
+    return [b"\x83" + cbor.text(name) + ID for name in collections]
+
+
+def digest_operations(heads: Sequence[bytes], operations: Sequence[PushOperation]) -> bytes:
+    """As ``operations_digest``, with the ``digest_heads`` of the message."""
+    if len(operations) == 1:
+        (operation,) = operations
+        payload = operation.payload
+        if payload is not None:
+            head = b"\x81" + heads[operation.collection] + operation.entity_id
+            return hashlib.sha256(head + bytes_head(len(payload)) + payload).digest()
+    parts = [array_head(len(operations))]
+    for operation in operations:
+        payload = operation.payload
+        parts += (heads[operation.collection], operation.entity_id)
+        parts += (NULL,) if payload is None else (bytes_head(len(payload)), payload)
+    return hashlib.sha256(b"".join(parts)).digest()

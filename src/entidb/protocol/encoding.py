@@ -1,0 +1,204 @@
+"""Messages to canonical CBOR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from msgspec import to_builtins
+
+from entidb import cbor
+from entidb.protocol.heads import _UINTS, ID, NULL, array_head, bytes_head, uint
+from entidb.protocol.messages import (
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    ServerState,
+    SyncRequest,
+    SyncResponse,
+)
+
+
+def encode(message: SyncRequest | SyncResponse) -> bytes:
+    """``message`` as canonical CBOR. Its own shape is taken on trust; a message that breaks its
+    type's promises raises whatever Python raises, or is refused by the other side."""
+    return _ENCODERS.get(type(message), _encode_small)(message)
+
+
+def _encode_small(message: SyncRequest | SyncResponse) -> bytes:
+    return cbor.encode_message(to_builtins(message, builtin_types=(bytes,)))
+
+
+def _encode_pull_request(message: PullRequest) -> bytes:
+    envelope = to_builtins(message, builtin_types=(bytes,))
+    return cbor.encode_message(envelope | {"have": [list(ends) for ends in message.have]})
+
+
+def _encode_push_request(message: PushRequest) -> bytes:
+    parts = [
+        cbor.map_head(6),
+        cbor.text("db_id") + cbor.text(message.db_id),
+        cbor.text("cursor") + uint(message.cursor),
+        cbor.text("history") + ID + message.history,
+        cbor.text("device_id") + ID + message.device_id,
+        cbor.text("collections") + _names(message.collections),
+        cbor.text("transactions") + array_head(len(message.transactions)),
+    ]
+    heads = [b"\x84" + uint(index) + ID for index in range(len(message.collections))]
+    for transaction in message.transactions:
+        operations = transaction.operations
+        parts += (
+            b"\x83\x50",
+            transaction.transaction_id,
+            uint(transaction.timestamp),
+            array_head(len(operations)),
+        )
+        for operation in operations:
+            payload = operation.payload
+            head = heads[operation.collection]
+            base = uint(operation.base_version)
+            if payload is None:
+                parts += (head, operation.entity_id, base, NULL)
+            else:
+                parts += (head, operation.entity_id, base, bytes_head(len(payload)), payload)
+    return b"".join(parts)
+
+
+def _encode_push_response(message: PushResponse) -> bytes:
+    parts = [
+        cbor.map_head(4),
+        cbor.text("head") + uint(message.head),
+        cbor.text("time") + uint(message.time),
+        cbor.text("results") + array_head(len(message.results)),
+    ]
+    for result in message.results:
+        parts += (
+            b"\x86",
+            _UINTS[result.verdict],
+            uint(result.version),
+            uint(result.timestamp),
+            _states(result.states) if result.states else b"\x80",
+            cbor.text(result.code) + cbor.text(result.message) if result.code else b"\x60\x60",
+        )
+    parts.append(cbor.text("collections") + _names(message.collections))
+    return b"".join(parts)
+
+
+def _states(states: list[ServerState]) -> bytes:
+    parts = [array_head(len(states))]
+    for state in states:
+        parts += (b"\x84", uint(state.collection), ID, state.entity_id, uint(state.version))
+        payload = state.payload
+        parts += (NULL,) if payload is None else (bytes_head(len(payload)), payload)
+    return b"".join(parts)
+
+
+def _encode_pull_response(message: PullResponse) -> bytes:
+    columns = message.columns
+    if columns is not None:
+        return encode_columns(
+            message, columns.ids, columns.heads, columns.sizes, columns.values, columns.indexes
+        )
+    page = PullPage()
+    for commit in message.commits:
+        page.begin(commit.version, commit.device_id, commit.timestamp)
+        for operation in commit.operations:
+            page.add(operation.collection, operation.entity_id, operation.payload)
+    return page.encode(message)
+
+
+def encode_columns(
+    message: PullResponse, ids: bytes, heads: bytes, sizes: bytes, values: bytes, indexes: bytes
+) -> bytes:
+    """``message`` with these columns in the place of its own."""
+    columns = {"ids": ids, "heads": heads, "sizes": sizes, "values": values, "indexes": indexes}
+    parts = [
+        cbor.map_head(9),
+        cbor.text("head") + uint(message.head),
+        cbor.text("time") + uint(message.time),
+        cbor.text("floor") + uint(message.floor),
+        cbor.text("cursor") + uint(message.cursor),
+        cbor.text("columns") + cbor.map_head(5),
+    ]
+    for name, column in columns.items():
+        parts += (cbor.text(name), bytes_head(len(column)), column)
+    parts += (
+        cbor.text("commits") + array_head(0),
+        cbor.text("granted") + _granted(message),
+        cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
+        cbor.text("collections") + _names(message.collections),
+    )
+    return b"".join(parts)
+
+
+class PullPage:
+    """A ``PullResponse`` that is encoded while it is put together."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._commits = 0
+        #: Where in ``_parts`` the number of the present commit's operations stands.
+        self._count_at = 0
+        self._operations = 0
+        self._heads: dict[int, bytes] = {}
+
+    def begin(self, version: int, device_id: bytes, timestamp: int) -> None:
+        """The next commit; it must get an operation."""
+        if self._operations != 1:
+            self._close()
+        self._commits += 1
+        self._operations = 0
+        parts = self._parts
+        parts += (b"\x84", uint(version), ID, device_id, uint(timestamp), b"\x81")
+        self._count_at = len(parts) - 1
+
+    def add(self, collection: int, entity_id: bytes, payload: bytes | None) -> None:
+        """One more operation of the present commit; ``collection`` is its index in the page."""
+        self._operations += 1
+        head = self._heads.get(collection)
+        if head is None:
+            head = self._heads[collection] = b"\x83" + uint(collection) + ID
+        if payload is None:
+            self._parts += (head, entity_id, NULL)
+        else:
+            self._parts += (head, entity_id, bytes_head(len(payload)), payload)
+
+    def _close(self) -> None:
+        if self._commits:
+            self._parts[self._count_at] = array_head(self._operations)
+
+    def encode(self, message: PullResponse) -> bytes:
+        """``message`` with the commits of this page."""
+        self._close()
+        return b"".join(
+            (
+                cbor.map_head(9),
+                cbor.text("head") + uint(message.head),
+                cbor.text("time") + uint(message.time),
+                cbor.text("floor") + uint(message.floor),
+                cbor.text("cursor") + uint(message.cursor),
+                cbor.text("columns") + NULL,
+                cbor.text("commits") + array_head(self._commits),
+                *self._parts,
+                cbor.text("granted") + _granted(message),
+                cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
+                cbor.text("collections") + _names(message.collections),
+            )
+        )
+
+
+def _granted(message: PullResponse) -> bytes:
+    return NULL if message.granted is None else _names(message.granted)
+
+
+def _names(names: Sequence[str]) -> bytes:
+    return array_head(len(names)) + b"".join(map(cbor.text, names))
+
+
+_ENCODERS: Final[dict[type, Callable[[Any], bytes]]] = {
+    PullRequest: _encode_pull_request,
+    PushRequest: _encode_push_request,
+    PushResponse: _encode_push_response,
+    PullResponse: _encode_pull_response,
+}

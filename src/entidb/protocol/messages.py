@@ -1,0 +1,304 @@
+"""The shapes of the wire messages, their limits and their paths.
+
+The normative text is ``docs/protocol.md``. Envelopes are maps with text keys, unknown keys are
+ignored; inside, transactions, commits and operations are arrays with fixed positions (elements
+that a newer minor version appends are ignored), and collection names stand once per message:
+operations hold an index into ``collections``. What depends on state (history, cursor, permissions)
+is for the server's service and the device's cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Annotated, Any, Final, TypeVar
+
+from msgspec import Meta, Struct
+
+from entidb.types import COLLECTIONS_MAX, ID_BYTES, OPERATION_OVERHEAD_BYTES, TRANSACTION_BYTES_MAX
+
+PROTOCOL_MAJOR: Final = 1
+PROTOCOL_MINOR: Final = 0
+CONTENT_TYPE: Final = "application/cbor"
+#: More ranges than this in ``PullRequest.have`` are refused; a device sends fewer (R21).
+HAVE_RANGES_MAX: Final = 4096
+Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+#: No upper bound is named (msgspec knows none above an int64): CBOR itself ends at 2**64 - 1.
+Stamp = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+#: ``entidb.types.check_name`` sees to the rest: bytes, not characters, and no control characters.
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What the server accepts at most; in the handshake. All byte counts are uncompressed."""
+
+    transaction_bytes_max: Uint
+    message_bytes_max: Uint
+    push_operations_max: Uint
+    pull_operations_max: Uint
+    collections_max: Uint
+    #: Collections that the database holds; what goes beyond is rejected, transaction by
+    #: transaction. Servers before 0.4 do not say, and hold so many.
+    database_collections_max: Uint = 1024
+
+
+#: What a device accepts from any server, and what a server starts from. One transaction of the
+#: largest size every server must accept fits into a message, whatever the names and the framing.
+LIMITS: Final = Limits(
+    transaction_bytes_max=TRANSACTION_BYTES_MAX,
+    message_bytes_max=4 * TRANSACTION_BYTES_MAX,
+    push_operations_max=100_000,
+    pull_operations_max=100_000,
+    collections_max=4096,
+    database_collections_max=COLLECTIONS_MAX,
+)
+
+
+class PushOperation(Struct, frozen=True, array_like=True, gc=False):
+    """One entity write. ``payload`` is the entity's canonical CBOR, None deletes it.
+    ``base_version`` is the version the device built on (R13)."""
+
+    collection: Uint
+    entity_id: Id
+    base_version: Uint
+    payload: bytes | None
+
+
+class PushTransaction(Struct, frozen=True, array_like=True, gc=False):
+    """One local transaction, whole (R3). ``timestamp`` is a hybrid logical clock (R27)."""
+
+    transaction_id: Id
+    timestamp: Stamp
+    operations: Annotated[list[PushOperation], Meta(min_length=1)]
+
+
+class PullOperation(Struct, frozen=True, array_like=True, gc=False):
+    """The latest change of one entity; ``payload`` None is a tombstone."""
+
+    collection: Uint
+    entity_id: Id
+    payload: bytes | None
+
+
+class PullCommit(Struct, frozen=True, array_like=True, gc=False):
+    """What is still the latest of one server commit. ``device_id`` wrote it at ``timestamp``."""
+
+    version: Uint
+    device_id: Id
+    timestamp: Stamp
+    operations: list[PullOperation]
+
+
+class PullColumns(Struct, frozen=True, kw_only=True):
+    """The operations of a page as columns instead of commits: nothing to build for each of them
+    on either side, where a first sync brings a million. Row by row, big-endian, without gaps:
+
+    ``ids`` the entity's id (16 bytes); ``heads`` version (8), device (16) and timestamp (8) of
+    the commit, operations of one commit next to each other; ``sizes`` the length of the payload
+    (4), ``TOMBSTONE_SIZE`` for a tombstone; ``indexes`` the position in ``collections`` (2);
+    ``values`` the payloads.
+    """
+
+    ids: bytes
+    heads: bytes
+    sizes: bytes
+    values: bytes
+    indexes: bytes
+
+
+class Verdict(IntEnum):
+    """What the server decided about one transaction (R15)."""
+
+    #: Durable on the server as the commit ``version``.
+    ACCEPTED = 0
+    #: Another copy of this transaction id was accepted with other content, as ``version``.
+    SUPERSEDED = 1
+    #: Built on something that has changed; ``states`` holds what the server has now.
+    CONFLICT = 2
+    #: Refused for good, with ``code`` and ``message``.
+    REJECTED = 3
+
+
+class ServerState(Struct, frozen=True, array_like=True, gc=False):
+    """What the server has for an entity of a refused transaction. ``payload`` None with a
+    ``version`` above 0 is a tombstone; version 0 means it has never heard of it."""
+
+    collection: Uint
+    entity_id: Id
+    version: Uint
+    payload: bytes | None
+
+
+class PushResult(Struct, frozen=True, array_like=True, gc=False):
+    """The verdict on one transaction of a push, in the order of the request.
+
+    ``version`` with ACCEPTED and SUPERSEDED, else 0. ``timestamp`` is 0 unless the server
+    clamped the transaction's (R27). ``states`` with CONFLICT; their payloads may be left out by
+    a server that keeps answers small (the pull that follows brings them). ``code`` and
+    ``message`` with REJECTED.
+    """
+
+    verdict: Annotated[int, Meta(ge=0, le=3)]
+    version: Uint = 0
+    timestamp: Stamp = 0
+    states: list[ServerState] = []
+    code: str = ""
+    message: str = ""
+
+
+class HandshakeRequest(Struct, frozen=True, kw_only=True):
+    major: Uint
+    minor: Uint
+    db_id: Name
+    device_id: Id
+    history: Id | None
+    cursor: Uint
+    client: Annotated[str, Meta(max_length=255)] = ""
+
+
+class HandshakeResponse(Struct, frozen=True, kw_only=True):
+    """``granted`` names the collections that the token grants; None means all, or a server that
+    does not say (R31)."""
+
+    major: Uint
+    minor: Uint
+    history: Id
+    head: Uint
+    floor: Uint
+    limits: Limits
+    features: list[str]
+    time: Uint  # server's clock, ms since 1970
+    granted: list[Name] | None = None
+
+
+class PullRequest(Struct, frozen=True, kw_only=True):
+    """``cursor`` is inclusive: send what is after it. ``have`` holds inclusive ranges
+    ``[first, last]`` of versions above the cursor the device already has (R21).
+    ``full`` starts from nothing: the floor does not matter (R28). ``columns`` takes the page as
+    ``PullColumns``; only for a server with that feature."""
+
+    db_id: Name
+    device_id: Id
+    history: Id
+    cursor: Uint
+    have: list[tuple[Uint, Uint]] = []
+    limit: Positive
+    bytes_max: Positive
+    collections: list[Name] | None = None
+    full: bool = False
+    columns: bool = False
+
+
+class PullResponse(Struct, frozen=True, kw_only=True):
+    """``cursor`` is what the device has after applying this page; the last page
+    (``has_more`` false) says the head it has reached (R19). ``time`` is the server's clock in
+    ms since 1970. With ``columns`` there are no ``commits``; ``expanded`` makes some of them.
+    ``granted`` is what the page was made under, as in the handshake."""
+
+    collections: list[Name]
+    commits: list[PullCommit]
+    columns: PullColumns | None = None
+    cursor: Uint
+    has_more: bool
+    head: Uint
+    floor: Uint
+    time: Uint
+    granted: list[Name] | None = None
+
+
+class PushRequest(Struct, frozen=True, kw_only=True):
+    """``collections`` may hold what is no name: that is wrong with the transactions that write
+    there, and not with the others (R15)."""
+
+    db_id: Name
+    device_id: Id
+    history: Id
+    cursor: Uint
+    collections: list[str]
+    transactions: list[PushTransaction]
+
+
+class PushResponse(Struct, frozen=True, kw_only=True):
+    """``collections`` names what the indexes in ``states`` mean; ``time`` as in the pull."""
+
+    results: list[PushResult]
+    collections: list[Name]
+    head: Uint
+    time: Uint
+
+
+class ErrorResponse(Struct, frozen=True, kw_only=True):
+    """``code`` is a row of ``entidb.errors.ERROR_TABLE``; ``retry_after`` in seconds."""
+
+    code: str
+    message: str
+    retryable: bool
+    retry_after: Annotated[float, Meta(ge=0)] | None = None
+    details: dict[str, Any] = {}
+
+
+SyncRequest = HandshakeRequest | PullRequest | PushRequest
+SyncResponse = HandshakeResponse | PullResponse | PushResponse | ErrorResponse
+AnyMessage = TypeVar("AnyMessage", bound=SyncRequest | SyncResponse)
+#: HTTP path of each request.
+PATHS: Final[dict[str, type[SyncRequest]]] = {
+    "/v1/handshake": HandshakeRequest,
+    "/v1/pull": PullRequest,
+    "/v1/push": PushRequest,
+}
+_RESPONSES: Final[dict[type, type[SyncResponse]]] = {
+    HandshakeRequest: HandshakeResponse,
+    PullRequest: PullResponse,
+    PushRequest: PushResponse,
+}
+_PATH_OF: Final = {kind: path for path, kind in PATHS.items()}
+
+
+def path_of(request: SyncRequest) -> str:
+    """The HTTP path ``request`` is posted to."""
+    return _PATH_OF[type(request)]
+
+
+def response_type(request: SyncRequest) -> type[SyncResponse]:
+    """What answers ``request`` if nothing goes wrong; else it is an ``ErrorResponse``."""
+    return _RESPONSES[type(request)]
+
+
+# --- measures ---------------------------------------------------------------------------------
+
+
+def transaction_bytes(operations: Iterable[PushOperation]) -> int:
+    """What counts against ``transaction_bytes_max``: payloads, and a fixed overhead for each
+    operation. A transaction above it gets the verdict REJECTED, code ``too_large``, and the rest
+    of its batch goes on (R15); that is why ``decode`` lets it pass."""
+    size = 0
+    for operation in operations:
+        payload = operation.payload
+        size += OPERATION_OVERHEAD_BYTES + (len(payload) if payload is not None else 0)
+    return size
+
+
+def operations_count(message: PushRequest | PullResponse) -> int:
+    if isinstance(message, PullResponse) and message.columns is not None:
+        return len(message.columns.ids) // ID_BYTES
+    return sum([len(group.operations) for group in _groups(message)])
+
+
+def payload_bytes(message: PushRequest | PullResponse) -> int:
+    """Bytes of entity values in ``message``, without ids and framing."""
+    if isinstance(message, PullResponse) and message.columns is not None:
+        return len(message.columns.values)
+    return sum(
+        [
+            len(operation.payload)
+            for group in _groups(message)
+            for operation in group.operations
+            if operation.payload is not None
+        ]
+    )
+
+
+def _groups(message: PushRequest | PullResponse) -> Sequence[PushTransaction | PullCommit]:
+    return message.transactions if isinstance(message, PushRequest) else message.commits
