@@ -67,6 +67,14 @@ def test_a_second_serve_is_refused_with_the_number_of_the_first(tmp_path: Path) 
     SyncServer(config(tmp_path / "data")).close()
 
 
+def test_a_directory_that_is_itself_a_database_is_no_place_for_a_server(tmp_path: Path) -> None:
+    with Database.open(tmp_path / "db") as database:
+        database["notes"].add("here")
+    with pytest.raises(ConfigError, match="is itself a database"):
+        SyncServer(config(tmp_path / "db"))
+    assert list_databases(tmp_path / "db") == []
+
+
 def test_a_second_server_is_refused_though_the_lock_file_was_deleted(tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("a file that is open cannot be deleted")

@@ -284,6 +284,14 @@ def test_observers_on_the_server_are_told_of_a_push() -> None:
     assert [(e.kind, e.entity_id) for e in told] == [("put", uid(2)), ("delete", uid(1))]
 
 
+def test_r15_what_a_hook_says_is_cut_and_made_printable() -> None:
+    hook = lambda context, transaction: Refusal("no\x1b[31m\n" + "x" * 500, "\x07" + "y" * 9000)  # noqa: E731
+    world = World(validate=hook)
+    (result,) = push(world, tx(1, op(1, "a")))
+    assert result.code == "no[31m" + "x" * 56
+    assert result.message == "y" * 999
+
+
 def test_r15_a_refusal_without_a_code_reaches_the_device() -> None:
     def validate(context: ValidateContext, transaction: ValidateTransaction) -> Refusal | None:
         bad = any(op.value == "bad" for op in transaction.operations)

@@ -123,6 +123,10 @@ RECENT_COMMITS = 64
 HISTORIES_MAX = 4
 HISTORIES_WITHIN_MS = 3_600_000
 
+#: Of what a ``validate`` hook says, as much as a device keeps.
+_CODE_CHARS_MAX: Final = 64
+_MESSAGE_CHARS_MAX: Final = 1000
+
 FEATURES = ["have", "full", "columns"]
 
 
@@ -462,10 +466,7 @@ class DatabaseService:
 
         try:
             refusal = hook(ValidateContext(self.db_id, grant, read), transaction)
-            if refusal is not None and not refusal.code:
-                # A device believes no refusal without a code, and would ask again for ever.
-                return Refusal("rejected", refusal.message)
-            return refusal
+            return None if refusal is None else _sendable(refusal)
         except Exception:
             # The operator gets the traceback; what a hook says inside is not for devices.
             _log.exception("validate refused transaction %s by raising", transaction.transaction_id)
@@ -564,6 +565,16 @@ class DatabaseService:
 
     def close(self) -> None:
         self._known = None
+
+
+def _sendable(refusal: Refusal) -> Refusal:
+    """A hook's words as they may cross the network and end on somebody's terminal. A device
+    believes no refusal without a code, and would ask again for ever."""
+    code = "".join(c for c in refusal.code[:_CODE_CHARS_MAX] if c.isprintable())
+    message = "".join(
+        c if c.isprintable() else " " for c in refusal.message[:_MESSAGE_CHARS_MAX]
+    ).strip()
+    return Refusal(code or "rejected", message)
 
 
 class _Checked(Struct, frozen=True):

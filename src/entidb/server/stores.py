@@ -38,7 +38,7 @@ from entidb.server.checks import CheckingError, Checks
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.service import DatabaseService, ValidateHook
-from entidb.storage.place import FileLock, HeldError, is_at, make_directory
+from entidb.storage.place import DATA, FileLock, HeldError, is_at, make_directory
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -383,7 +383,13 @@ class DataDirectory:
 
 def _root(config: ServerConfig) -> str:
     assert config.data_dir is not None
-    return os.path.abspath(config.data_dir)
+    root = os.path.abspath(config.data_dir)
+    if os.path.exists(os.path.join(root, DATA)):
+        raise ConfigError(
+            f"{root} is itself a database, and a server keeps databases in directories below its "
+            "own: name an empty directory, or the one above"
+        )
+    return root
 
 
 def _served(root: str, holder: str) -> DatabaseLockedError:
