@@ -12,7 +12,8 @@ from entidb.db import OverruledValue
 from entidb.db.fields import Side, lost_fields, with_field
 from entidb.errors import ConflictError, StorageFullError
 from entidb.sync import Conflict, ConflictResolution, Merge
-from entidb.sync.policies import merge, overruled_by
+from entidb.sync.conflict import overruled_by
+from entidb.sync.merging import merge
 from tests.support import DAY_MS, Device, World, assert_in_step, assert_sound, uid
 
 BASE = {"text": "", "prio": 1, "size": {"w": 1, "h": 1}}

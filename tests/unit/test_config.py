@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from entidb.errors import ConfigError
 from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
-from entidb.sync.policies import client_wins
+from entidb.sync.whole_policies import client_wins
 
 MIB = 1024 * 1024
 

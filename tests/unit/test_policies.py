@@ -15,23 +15,12 @@ from hypothesis import strategies as st
 
 from entidb import cbor
 from entidb.errors import CborEncodeError, ConfigError
-from entidb.sync import policies
-from entidb.sync.policies import (
-    CONFLICT_KINDS,
-    POLICIES,
-    TRUTH_TABLE,
-    Action,
-    Conflict,
-    ConflictResolution,
-    Merge,
-    TruthRow,
-    client_wins,
-    last_write_wins,
-    manual,
-    merge,
-    resolve_policy,
-    server_wins,
-)
+from entidb.sync import truth_table
+from entidb.sync.conflict import CONFLICT_KINDS, Action, Conflict, ConflictResolution
+from entidb.sync.merging import Merge, merge
+from entidb.sync.policies import POLICIES, resolve_policy
+from entidb.sync.truth_table import TRUTH_TABLE, TruthRow
+from entidb.sync.whole_policies import client_wins, last_write_wins, manual, server_wins
 from entidb.types import timestamp_from_ms
 
 DOCS = Path(__file__).parents[2] / "docs" / "conflicts.md"
@@ -215,7 +204,7 @@ def test_what_cannot_be_a_policy_is_refused_with_the_way_out(spec, says):
 def _values_of(kind: str, when: str) -> tuple[Any, Any, Any]:
     base = {"title": "old", "body": "old"}
     local, remote = {"title": "mine", "body": "old"}, {"title": "theirs", "body": "old"}
-    if when == policies.WHEN_OTHER_FIELDS:
+    if when == truth_table.WHEN_OTHER_FIELDS:
         remote = {"title": "old", "body": "theirs"}
         if kind == "create/create":
             return None, {"title": "mine"}, {"body": "theirs"}
@@ -232,8 +221,8 @@ def _times_of(when: str) -> list[tuple[int, int]]:
     older: tuple[int, int] = (OLDER, NEWER)
     equal: tuple[int, int] = (NEWER, NEWER)
     return {
-        policies.WHEN_LOCAL_NEWER: [newer],
-        policies.WHEN_REMOTE_NEWER: [older, equal],
+        truth_table.WHEN_LOCAL_NEWER: [newer],
+        truth_table.WHEN_REMOTE_NEWER: [older, equal],
     }.get(when, [newer, older, equal])
 
 

@@ -1,6 +1,6 @@
 """Values by their fields: what of one is missing in another, a field put back, a line for people.
 
-Pure functions of payloads, without a database. What a merge decides is ``sync.policies``'s.
+Pure functions of payloads, without a database. What a merge decides is ``sync.merging``'s.
 """
 
 from __future__ import annotations

@@ -7,22 +7,12 @@ from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.aio import AsyncSyncEngine
 from entidb.sync.applier import BatchLimits, DatabaseApplier, MemorySyncApplier, SyncApplier
 from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
+from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 from entidb.sync.cycle import Cycle
 from entidb.sync.engine import SyncEngine
 from entidb.sync.http import HttpTransport, HttpxClient
-from entidb.sync.policies import (
-    Action,
-    Conflict,
-    ConflictPolicy,
-    ConflictResolution,
-    Merge,
-    client_wins,
-    last_write_wins,
-    manual,
-    merge,
-    resolve_policy,
-    server_wins,
-)
+from entidb.sync.merging import Merge, merge
+from entidb.sync.policies import resolve_policy
 from entidb.sync.rebase import RebaseReport, Resolved, Withdrawn
 from entidb.sync.refusal import KeptBack
 from entidb.sync.state import (
@@ -41,6 +31,7 @@ from entidb.sync.transport import (
     MockTransport,
     SyncTransport,
 )
+from entidb.sync.whole_policies import client_wins, last_write_wins, manual, server_wins
 
 _T = TypeVar("_T")
 

@@ -16,9 +16,9 @@ from entidb.db import Database, DiscardedTransaction, OverruledValue
 from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
+from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.engine import SyncEngine
 from entidb.sync.interrupt import Job
-from entidb.sync.policies import Conflict, ConflictResolution
 from entidb.sync.rebase import RebaseReport
 from entidb.sync.state import SyncCycleResult, SyncState, SyncStats, SyncStatus
 from entidb.sync.transport import SyncTransport

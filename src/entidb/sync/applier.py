@@ -98,14 +98,9 @@ from entidb.protocol import (
     expanded,
 )
 from entidb.storage import Snapshot
+from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 from entidb.sync.grants import take_grant
-from entidb.sync.policies import (
-    Action,
-    Conflict,
-    ConflictPolicy,
-    ConflictResolution,
-    resolve_policy,
-)
+from entidb.sync.policies import resolve_policy
 from entidb.sync.rebase import (
     Rebase,
     RebaseReport,

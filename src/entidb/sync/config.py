@@ -19,7 +19,8 @@ from typing import Final, Literal, Self, get_args
 
 from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
 from entidb.errors import ConfigError, InvalidNameError
-from entidb.sync.policies import ConflictPolicy, resolve_policy
+from entidb.sync.conflict import ConflictPolicy
+from entidb.sync.policies import resolve_policy
 from entidb.sync.room import STAGED_BYTES_MAX
 from entidb.types import check_name
 

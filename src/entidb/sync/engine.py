@@ -22,10 +22,10 @@ from entidb.errors import (
 from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
+from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.cycle import Ahead, Connection, Cycle
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import Interrupts, Watch
-from entidb.sync.policies import Conflict, ConflictResolution
 from entidb.sync.rebase import RebaseReport
 from entidb.sync.refusal import kept_back_error
 from entidb.sync.state import (

@@ -40,13 +40,7 @@ from entidb.db.records import (
 )
 from entidb.db.writer import Ref, Writer
 from entidb.errors import CorruptionError
-from entidb.sync.policies import (
-    Action,
-    Conflict,
-    ConflictPolicy,
-    ConflictResolution,
-    overruled_by,
-)
+from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution, overruled_by
 from entidb.types import timestamp_from_ms
 
 PolicyFor = Callable[[str], ConflictPolicy]

@@ -7,7 +7,7 @@ from enum import Enum
 from msgspec import Struct, field
 
 from entidb.errors import SyncStateError
-from entidb.sync.policies import Conflict
+from entidb.sync.conflict import Conflict
 from entidb.sync.rebase import Resolved, Withdrawn
 from entidb.sync.refusal import KeptBack
 
