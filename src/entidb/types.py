@@ -6,6 +6,7 @@ run the real code: nothing below the command line reads the clock or calls ``ran
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -19,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import repeat
 from typing import Final, NewType, Protocol
 
-from entidb.errors import InvalidNameError
+from entidb.errors import ConfigError, InvalidNameError
 
 #: Commit sequence of a database: 1 is the first commit, 0 means "never".
 Sequence = NewType("Sequence", int)
@@ -103,6 +104,52 @@ class SystemClock:
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
         return event.wait(seconds)
+
+
+# ---------------------------------------------------------------- what a setting may be
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Raises ``ConfigError``, which names the setting."""
+    # bool is an int to Python, and a mistake to a reader.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be a whole number, not {kind_name(value)}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raises ``ConfigError``, which names the setting."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be a number, not {kind_name(value)}")
+    if not (low <= value <= high) or math.isnan(value):
+        raise ConfigError(f"{name} must be from {low:g} to {high:g}, not {value}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises ``ConfigError``, which names the setting."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {value!r}")
+
+
+def kind_name(value: object) -> str:
+    """What ``value`` is, for a message."""
+    return "None" if value is None else type(value).__name__
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """``path`` as text. Raises ``ConfigError`` for what no file of this system can be called, and
+    ``TypeError`` as ``open`` does for what is no path."""
+    text = os.fsdecode(os.fspath(path))
+    if not text:
+        raise ConfigError("the path is empty: name a directory")  # and not the current one
+    try:
+        taken = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        taken = False
+    if not taken:
+        raise ConfigError(f"{text!r:.200} cannot be the path of a file here: name another")
+    return text
 
 
 def system_entropy(length: int) -> bytes:

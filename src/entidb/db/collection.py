@@ -360,9 +360,25 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         return found
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
-        pairs = values.items() if isinstance(values, Mapping) else values
-        for entity_id, value in pairs:
+        """Store all of ``values``: a mapping, or pairs. Raises ``ValueTypeError``."""
+        for pair in values.items() if isinstance(values, Mapping) else values:
+            try:
+                entity_id, value = pair
+            except (TypeError, ValueError):
+                raise ValueTypeError(
+                    f"several values are given as a mapping, or as pairs of id and value, not as "
+                    f"{pair!r:.60}; `add` makes the id of a new value"
+                ) from None
             self[entity_id] = value
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As ``dict.update``. Raises ``ValueTypeError``."""
+        if len(args) > 1:
+            raise TypeError(f"update takes one mapping, not {len(args)}")
+        for given in args:
+            keys = None if isinstance(given, Mapping) else getattr(given, "keys", None)
+            self.put_many(given if keys is None else ((key, given[key]) for key in keys()))
+        self.put_many(kwargs)  # type: ignore[arg-type]  # refused: a name is no id
 
     def discard(self, entity_id: uuid.UUID) -> bool:
         """Delete if there; returns whether it was."""

@@ -409,6 +409,7 @@ class Field(Condition):
 
 def _text(given: object, method: str) -> str:
     if isinstance(given, str):
+        plain(given)  # what cannot be stored, such as a lone surrogate, cannot be found
         return given
     raise QueryError(f"{method} takes text, not {given!r}")
 

@@ -56,19 +56,29 @@ from entidb.storage import LmdbStorage, MemoryStorage, Storage
 from entidb.storage import Snapshot as StorageSnapshot
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
+    SEQUENCE_MAX,
     TRANSACTION_BYTES_MAX,
     Clock,
     Entropy,
     IdSource,
     SystemClock,
+    check_bool,
+    check_int,
     check_name,
+    check_number,
     next_timestamp,
+    path_text,
     system_entropy,
     timestamp_from_ms,
 )
 
 V = TypeVar("V")
 
+#: Bounds that only keep a typo from going unnoticed; ``map_bytes``: what a process can address.
+_MAP_BYTES_MAX = 1 << 46
+_TRANSACTION_BYTES_LIMIT = 1 << 30
+_BUSY_TIMEOUT_MAX_S = 7 * 24 * 3600.0
+_STALE_ROWS_LIMIT = 10_000_000
 #: Names of the columns of one collection that are worth remembering.
 COLUMNS_BYTES_MAX = 64 << 10
 #: By so much a server's clock may go back, and what it writes is still later than what it wrote.
@@ -224,8 +234,14 @@ class Database:
         """A database on an open ``storage``, which it owns from now on. Programs use ``open``.
 
         ``role`` matters when the store is new; an existing one keeps its own, and
-        ``ConfigError`` says so if ``role`` is another. Raises ``FormatError``.
+        ``ConfigError`` says so if ``role`` is another, or which setting cannot be. Raises
+        ``FormatError``.
         """
+        _check_settings(
+            transaction_bytes_max=transaction_bytes_max,
+            busy_timeout_s=busy_timeout_s,
+            stale_rows_max=stale_rows_max,
+        )
         self.storage = storage
         self.clock: Clock = clock or SystemClock()
         self.entropy = entropy
@@ -272,11 +288,15 @@ class Database:
         Windows), and what would write raises ``TransactionError``. Other options are those of the
         constructor.
 
-        Raises ``FormatError`` (not a database, truncated, newer; left untouched),
+        Raises ``ConfigError`` for a setting that cannot be (nothing is made then),
+        ``FormatError`` (not a database, truncated, newer; left untouched),
         ``CorruptionError`` (damaged pages; left untouched),
         ``DatabaseLockedError`` (open in another process, or twice in this one), ``StorageError``.
         """
-        where = os.fspath(path)
+        where = path_text(path)
+        check_bool("salvage", salvage)
+        check_bool("read_only", read_only)
+        _check_settings(map_bytes=map_bytes, **options)
         create = create and not read_only
         storage = LmdbStorage.open(
             where, create=create, map_bytes=map_bytes, salvage=salvage, read_only=read_only
@@ -349,9 +369,15 @@ class Database:
             raise
 
     def changes(self, after: int = 0, *, collections: Iterable[str] | None = None) -> ChangeFeed:
-        """What changed after commit ``after`` (exclusive), in commit order. See ``ChangeFeed``."""
-        chosen = None if collections is None else frozenset(collections)
-        return ChangeFeed(self._open_rows, max(after, 0), chosen)
+        """What changed after commit ``after`` (exclusive), in commit order. See ``ChangeFeed``.
+        Raises ``ConfigError`` for what is no cursor, and names that cannot be."""
+        given: object = after
+        if not isinstance(given, int) or isinstance(given, bool):
+            raise ConfigError(
+                f"after must be the number of a commit, as `cursor` gives it, not {given!r:.60}"
+            )
+        chosen = None if collections is None else _names(collections)
+        return ChangeFeed(self._open_rows, min(max(after, 0), SEQUENCE_MAX), chosen)
 
     @property
     def sequence(self) -> int:
@@ -629,14 +655,12 @@ class Database:
 
         Widening makes what is already in the new collections pending and pulls them from the
         beginning at the next sync; narrowing keeps the local data. Raises ``ScopeError`` if a
-        collection that would leave has pending changes."""
+        collection that would leave has pending changes; ``ConfigError`` for what are no names."""
         from entidb.db.scope import change_scope
 
         if self.role is Role.SERVER:
             raise ScopeError("a server has no scope; declare_local() keeps a collection on it")
-        wanted = None if collections is None else frozenset(collections)
-        for name in sorted(wanted or ()):
-            check_name(name)
+        wanted = None if collections is None else _names(collections)
         if wanted == self.scope:
             return
         with self.write("local") as writer:
@@ -686,8 +710,9 @@ class Database:
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a consistent copy to the new directory ``path`` while work goes on. A server
-        opened from it begins a new history (R29). Raises ``StorageError`` if ``path`` exists."""
-        self.storage.backup(os.fspath(path), [(META_FORMAT, encode_format(backup=True))])
+        opened from it begins a new history (R29). Raises ``StorageError`` if ``path`` exists,
+        ``ConfigError`` for what cannot be a path."""
+        self.storage.backup(path_text(path), [(META_FORMAT, encode_format(backup=True))])
 
     def new_id(self) -> uuid.UUID:
         """A new UUIDv7, later than all before it."""
@@ -823,6 +848,34 @@ class Database:
             self.history: bytes | None = identity["history"]
         except (KeyError, TypeError, ValueError) as error:
             raise _no_identity() from error
+
+
+def _check_settings(
+    *,
+    map_bytes: int | None = None,
+    transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
+    busy_timeout_s: float = 0.0,
+    stale_rows_max: int = STALE_ROWS_MAX,
+    **others: Any,
+) -> None:
+    """Raises ``ConfigError``; ``others`` are the constructor's to judge."""
+    if map_bytes is not None:
+        check_int("map_bytes", map_bytes, 1, _MAP_BYTES_MAX)
+    check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)
+    check_number("busy_timeout_s", busy_timeout_s, 0.0, _BUSY_TIMEOUT_MAX_S)
+    check_int("stale_rows_max", stale_rows_max, 0, _STALE_ROWS_LIMIT)
+
+
+def _names(collections: Iterable[str]) -> frozenset[str]:
+    """Raises ``ConfigError``, ``InvalidNameError``."""
+    if isinstance(collections, str | bytes) or not isinstance(collections, Iterable):
+        raise ConfigError(
+            f"collections must be several names or None, not {collections!r:.60}: write ('notes',)"
+        )
+    names = list(collections)
+    for name in names:
+        check_name(name)
+    return frozenset(names)
 
 
 def _stored_role(storage: Storage) -> Role:

@@ -11,6 +11,7 @@ followed by those of that value, and one that does not hold them is passed over 
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -171,7 +172,7 @@ class Query(Generic[V]):
         given: object = count
         if type(given) is not int or given < 0:
             raise QueryError(f"limit takes a number from 0, not {given!r}")
-        return self._with(limit=count)
+        return self._with(limit=min(count, sys.maxsize))
 
     def after(self, last: tuple[uuid.UUID, V] | None) -> Query[V]:
         """Only those behind ``last``, an ``(id, value)`` that an earlier page ended with: the way

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from entidb.db import Database
 from entidb.errors import (
+    ConfigError,
     HistoryChangedError,
     PermissionDeniedError,
     ProtocolError,
@@ -43,7 +44,7 @@ from entidb.server.origins import Origins
 from entidb.server.service import DatabaseService, Grant
 from entidb.server.stores import DataDirectory, OpenDatabase, Store, Stores, in_memory, on_disk
 from entidb.server.wire import HttpResponse
-from entidb.types import Clock, Entropy, SystemClock, system_entropy
+from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy
 
 logger = logging.getLogger("entidb.server")
 
@@ -64,6 +65,8 @@ class SyncServer:
         entropy: Entropy = system_entropy,
         open_database: OpenDatabase | None = None,
     ) -> None:
+        if not isinstance(config, ServerConfig):
+            raise ConfigError(f"config must be a ServerConfig, not {kind_name(config)}")
         self.config = config
         self.clock: Clock = clock or SystemClock()
         self.limits = config.limits()

@@ -660,6 +660,10 @@ class DatabaseApplier:
         """Deal with an unresolved conflict; its transactions, and those that waited for them, are
         pushed by the next cycle. Raises ``ConflictError`` (``conflict_gone``) if it is not open,
         and (``conflict_changed``) if the server's side has changed since it was listed."""
+        if not isinstance(conflict, Conflict):
+            raise ConfigError(
+                f"resolve takes an entry of conflicts(), not {conflict!r:.60}; list them first"
+            )
         if resolution.action is Action.SKIP:
             raise ConflictError("skip leaves a conflict open", code="conflict_skipped")
         with self.database.write("local") as writer:
@@ -716,6 +720,7 @@ class DatabaseApplier:
         the entity is deleted, or holds no map where the field was; then nothing has changed."""
         if isinstance(discarded, OverruledValue):
             return self._put_back(discarded)
+        _check_entry("recommit", discarded)
         with self.database.write("local") as writer:
             key = discard_key(discarded)
             if writer.get(key) is None:
@@ -766,6 +771,7 @@ class DatabaseApplier:
         if isinstance(discarded, OverruledValue):
             with self.database.write("local") as writer:
                 return overruled.forget(writer, discarded.number)
+        _check_entry("prune", discarded)
         with self.database.write("local") as writer:
             key = discard_key(discarded)
             if writer.get(key) is None:
@@ -1723,6 +1729,14 @@ def _apply_deltas(writer: Writer, rebase: Rebase, stage: Stage) -> None:
     dirty.sort(key=lambda item: item[:2])
     for _, ref, remote in dirty:
         rebase.take_dirty(ref, remote)
+
+
+def _check_entry(method: str, given: object) -> None:
+    if not isinstance(given, DiscardedTransaction):
+        raise ConfigError(
+            f"{method} takes an entry of discarded() or overruled(), not {given!r:.60}; list them "
+            "first"
+        )
 
 
 __all__ = [

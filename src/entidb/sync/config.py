@@ -11,7 +11,6 @@ of policies mean is in ``policies.py``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,7 +21,7 @@ from entidb.errors import ConfigError, InvalidNameError
 from entidb.sync.conflict import ConflictPolicy
 from entidb.sync.policies import resolve_policy
 from entidb.sync.room import STAGED_BYTES_MAX
-from entidb.types import check_name
+from entidb.types import check_bool, check_int, check_name, check_number, kind_name
 
 Compression = Literal["auto", "zstd", "gzip", "none"]
 COMPRESSIONS: Final[tuple[str, ...]] = get_args(Compression)
@@ -67,12 +66,12 @@ class RetryConfig:
     retry_after_max_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        _check_int("attempts_max", self.attempts_max, 1, _ATTEMPTS_MAX)
-        _check_number("delay_initial_s", self.delay_initial_s, 0.0, _SECONDS_MAX)
-        _check_number("delay_max_s", self.delay_max_s, 0.0, _SECONDS_MAX)
-        _check_number("multiplier", self.multiplier, 1.0, _MULTIPLIER_MAX)
-        _check_bool("jitter", self.jitter)
-        _check_number("retry_after_max_s", self.retry_after_max_s, 0.0, _SECONDS_MAX)
+        check_int("attempts_max", self.attempts_max, 1, _ATTEMPTS_MAX)
+        check_number("delay_initial_s", self.delay_initial_s, 0.0, _SECONDS_MAX)
+        check_number("delay_max_s", self.delay_max_s, 0.0, _SECONDS_MAX)
+        check_number("multiplier", self.multiplier, 1.0, _MULTIPLIER_MAX)
+        check_bool("jitter", self.jitter)
+        check_number("retry_after_max_s", self.retry_after_max_s, 0.0, _SECONDS_MAX)
         if self.delay_max_s < self.delay_initial_s:
             raise ConfigError(
                 f"delay_max_s ({self.delay_max_s}) is below delay_initial_s "
@@ -137,11 +136,11 @@ class HttpConfig:
 
     def __post_init__(self) -> None:
         for name in ("connect_timeout_s", "read_timeout_s", "total_timeout_s"):
-            _check_number(name, getattr(self, name), 0.001, _SECONDS_MAX)
-        _check_int("response_bytes_max", self.response_bytes_max, 1024, _BYTES_MAX)
+            check_number(name, getattr(self, name), 0.001, _SECONDS_MAX)
+        check_int("response_bytes_max", self.response_bytes_max, 1024, _BYTES_MAX)
         _check_choice("compression", self.compression, COMPRESSIONS)
-        _check_int("compression_min_bytes", self.compression_min_bytes, 0, _BYTES_MAX)
-        _check_bool("allow_insecure_token", self.allow_insecure_token)
+        check_int("compression_min_bytes", self.compression_min_bytes, 0, _BYTES_MAX)
+        check_bool("allow_insecure_token", self.allow_insecure_token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +188,12 @@ class SyncConfig(HttpConfig):
         _check_client(self.client)
         self._check_collections()
         self._check_sizes()
-        _check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)
-        _check_int("overruled_max", self.overruled_max, 0, _VALUES_MAX)
-        _check_int("staged_bytes_max", self.staged_bytes_max, 1, _STAGED_BYTES_LIMIT)
-        _check_number("overruled_days", self.overruled_days, 0.0, _DAYS_MAX)
+        check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)
+        check_int("overruled_max", self.overruled_max, 0, _VALUES_MAX)
+        check_int("staged_bytes_max", self.staged_bytes_max, 1, _STAGED_BYTES_LIMIT)
+        check_number("overruled_days", self.overruled_days, 0.0, _DAYS_MAX)
         if not isinstance(self.retry, RetryConfig):
-            raise ConfigError(f"retry must be a RetryConfig, not {_kind(self.retry)}")
+            raise ConfigError(f"retry must be a RetryConfig, not {kind_name(self.retry)}")
         self._check_policies()
 
     def _check_collections(self) -> None:
@@ -217,15 +216,15 @@ class SyncConfig(HttpConfig):
 
     def _check_sizes(self) -> None:
         for name in ("push_operations_max", "pull_operations_max"):
-            _check_int(name, getattr(self, name), 1, _OPERATIONS_MAX)
+            check_int(name, getattr(self, name), 1, _OPERATIONS_MAX)
         for name in ("push_bytes_max", "pull_bytes_max"):
-            _check_int(name, getattr(self, name), 1, _BYTES_MAX)
-        _check_int("rounds_max", self.rounds_max, 1, _ROUNDS_MAX)
+            check_int(name, getattr(self, name), 1, _BYTES_MAX)
+        check_int("rounds_max", self.rounds_max, 1, _ROUNDS_MAX)
 
     def _check_policies(self) -> None:
         _check_policy("default_policy", self.default_policy)
         if not isinstance(self.policies, Mapping):
-            raise ConfigError(f"policies must map collection names, not {_kind(self.policies)}")
+            raise ConfigError(f"policies must map collection names, not {kind_name(self.policies)}")
         for name, policy in self.policies.items():
             _check_name("policies", name)
             _check_policy(f"policies[{name!r}]", policy)
@@ -257,30 +256,6 @@ def _check_policy(setting: str, policy: str | ConflictPolicy) -> None:
         raise ConfigError(f"{setting}: {error}") from error
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    # bool is an int to Python, and a mistake to a reader.
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be a whole number, not {_kind(value)}")
-    if not low <= value <= high:
-        raise ConfigError(f"{name} must be from {low} to {high}, not {value}")
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be a number, not {_kind(value)}")
-    if not (low <= value <= high) or math.isnan(value):
-        raise ConfigError(f"{name} must be from {low:g} to {high:g}, not {value}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, not {value!r}")
-
-
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else type(value).__name__

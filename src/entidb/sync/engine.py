@@ -37,7 +37,7 @@ from entidb.sync.state import (
     check_move,
 )
 from entidb.sync.transport import SyncTransport
-from entidb.types import Clock, SystemClock
+from entidb.types import Clock, SystemClock, kind_name
 
 #: Bounded parts of replaced tables removed after a cycle; the rest waits for the next one.
 TIDY_STEPS = 50
@@ -76,6 +76,7 @@ class SyncEngine:
         clock: Clock | None = None,
         random_source: random.Random | None = None,
     ) -> None:
+        _check_parts(config, transport, applier)
         if isinstance(applier, Database):
             applier = DatabaseApplier(
                 applier,
@@ -557,6 +558,20 @@ class SyncEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _check_parts(config: object, transport: object, applier: object) -> None:
+    """Raises ``ConfigError``: what stands in the wrong place would be noticed in a cycle."""
+    if not isinstance(config, SyncConfig):
+        raise ConfigError(f"config must be a SyncConfig, not {kind_name(config)}")
+    if not isinstance(transport, str) and not callable(getattr(transport, "send", None)):
+        raise ConfigError(
+            f"transport must be the URL of a server or a SyncTransport, not {kind_name(transport)}"
+        )
+    if not isinstance(applier, Database | DatabaseApplier):
+        raise ConfigError(
+            f"applier must be a Database or a DatabaseApplier, not {kind_name(applier)}"
+        )
 
 
 def _joined(thread: threading.Thread, seconds: float) -> bool:
