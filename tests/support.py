@@ -28,7 +28,8 @@ from entidb.protocol import (
     SyncRequest,
     SyncResponse,
 )
-from entidb.server.service import DatabaseService, Grant, ValidateHook
+from entidb.server.hooks import Grant, ValidateHook
+from entidb.server.service import DatabaseService
 from entidb.storage import MemoryStorage, Snapshot, Storage
 from entidb.storage.base import Batch, StorageInfo
 from entidb.sync import RetryConfig, SyncConfig, SyncCycleResult, SyncEngine

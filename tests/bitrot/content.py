@@ -12,7 +12,8 @@ from typing import Any
 from entidb.db import Database, Role
 from entidb.errors import SyncError
 from entidb.protocol import LIMITS, HandshakeRequest, PullRequest, SyncRequest, SyncResponse
-from entidb.server.service import DatabaseService, Grant
+from entidb.server.hooks import Grant
+from entidb.server.service import DatabaseService
 from entidb.sync import RetryConfig, SyncConfig, SyncEngine
 from entidb.sync.transport import BaseTransport
 from tests.support import FakeClock

@@ -19,7 +19,8 @@ from entidb.protocol import (
     Verdict,
     encode,
 )
-from entidb.server.service import PAGE_BYTES_MAX, READ_ROWS, Grant
+from entidb.server.hooks import Grant
+from entidb.server.pages import PAGE_BYTES_MAX, READ_ROWS
 from tests.hostile.support import store_hash
 from tests.support import GRANT, World, uid
 

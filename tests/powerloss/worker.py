@@ -23,7 +23,8 @@ from entidb import cbor
 from entidb.db import Database, Role
 from entidb.errors import StorageError
 from entidb.protocol import LIMITS, PushOperation, PushRequest, PushTransaction
-from entidb.server.service import DatabaseService, Grant
+from entidb.server.hooks import Grant
+from entidb.server.service import DatabaseService
 from entidb.storage import lmdb as lmdb_storage
 from entidb.storage import place
 

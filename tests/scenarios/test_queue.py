@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from entidb.errors import SyncCancelledError, TransportError
 from entidb.protocol import LIMITS, PullRequest, SyncRequest
-from entidb.server.service import Grant, Refusal
+from entidb.server.hooks import Grant, Refusal
 from entidb.storage.base import Batch
 from entidb.sync import RetryConfig, SyncState
 from tests.hostile.support import accepted

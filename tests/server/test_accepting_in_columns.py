@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from entidb.db import purge_tombstones
 from entidb.protocol import LIMITS, PushRequest, PushResponse, PushTransaction
-from entidb.server.service import Grant, Refusal, _Deciding
+from entidb.server.decide import Deciding
+from entidb.server.hooks import Grant, Refusal
 from entidb.types import timestamp_from_ms
 from tests.server.test_service import NOW, op, request, tx
 from tests.support import GRANT, Columns, World, assert_sound, uid
@@ -27,7 +28,7 @@ SECOND = timestamp_from_ms(1000)
 
 @pytest.fixture
 def columns(monkeypatch: pytest.MonkeyPatch) -> Columns:
-    return Columns(monkeypatch, _Deciding, "_accept_all", None)
+    return Columns(monkeypatch, Deciding, "_accept_all", None)
 
 
 def refuse(context: Any, transaction: Any) -> Refusal | None:

@@ -34,7 +34,8 @@ from entidb.protocol import (
 from entidb.protocol import encode as encoded
 from entidb.server import ServerConfig, SyncServer, create_app, mint_token, serving
 from entidb.server.app import SyncApp, _Budget, _path_in_app
-from entidb.server.service import DatabaseService, Grant
+from entidb.server.hooks import Grant
+from entidb.server.service import DatabaseService
 from entidb.server.wire import ENCODINGS, compress
 from tests.server.support import DEVICE, SECRET, Client, handshake, pull, push
 

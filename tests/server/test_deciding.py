@@ -14,14 +14,9 @@ from entidb.db import Database, Role
 from entidb.db.maintenance import sequence_at
 from entidb.errors import HistoryChangedError, ResetRequiredError
 from entidb.protocol import LIMITS, PushOperation, PushResponse, PushTransaction, transaction_bytes
-from entidb.server.service import (
-    CONFLICT_STATES_MAX,
-    DatabaseService,
-    Grant,
-    Refusal,
-    ValidateContext,
-    ValidateTransaction,
-)
+from entidb.server.decide import CONFLICT_STATES_MAX
+from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransaction
+from entidb.server.service import DatabaseService
 from entidb.storage import LmdbStorage
 from entidb.types import timestamp_from_ms
 from tests.server.test_service import (

@@ -16,7 +16,8 @@ from entidb.errors import CorruptionError, ServerBusyError
 from entidb.protocol import PullRequest, encode
 from entidb.server import ServerConfig, SyncServer, create_app, serving
 from entidb.server.app import SyncApp, _Budget
-from entidb.server.service import DatabaseService, Grant
+from entidb.server.hooks import Grant
+from entidb.server.service import DatabaseService
 from tests.server.support import Client, pull, push
 from tests.server.test_app import _served, eventually, head, raw, running
 

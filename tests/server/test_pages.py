@@ -18,14 +18,9 @@ from entidb.protocol import (
     PushTransaction,
     expanded,
 )
-from entidb.server.service import (
-    OPERATION_OVERHEAD_BYTES,
-    PAGE_BYTES_MAX,
-    READ_ROWS,
-    READ_ROWS_MAX,
-    RECENT_COMMITS,
-    Grant,
-)
+from entidb.server.hooks import Grant
+from entidb.server.pages import OPERATION_OVERHEAD_BYTES, PAGE_BYTES_MAX, READ_ROWS, READ_ROWS_MAX
+from entidb.server.service import RECENT_COMMITS
 from entidb.storage import MemoryStorage
 from tests.support import GRANT, World, uid
 

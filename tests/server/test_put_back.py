@@ -15,7 +15,8 @@ from entidb.db.records import META_IDENTITY
 from entidb.errors import HistoryChangedError, PermissionDeniedError
 from entidb.protocol import HandshakeRequest, PullRequest
 from entidb.server import ServerConfig, SyncServer
-from entidb.server.service import HISTORIES_MAX, HISTORIES_WITHIN_MS, Grant
+from entidb.server.hooks import Grant
+from entidb.server.service import HISTORIES_MAX, HISTORIES_WITHIN_MS
 from entidb.sync import HttpTransport, LoopbackClient
 from tests.server.test_service import DEVICE, op, request, tx
 from tests.support import GRANT, Device, World, assert_in_step, uid

@@ -30,7 +30,7 @@ from entidb.protocol import (
     PushTransaction,
     Verdict,
 )
-from entidb.server.service import Grant, Refusal, ValidateContext, ValidateTransaction
+from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransaction
 from entidb.types import timestamp_from_ms
 from tests.support import GRANT, START_MS, World, assert_sound, uid
 

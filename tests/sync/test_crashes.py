@@ -14,7 +14,7 @@ import pytest
 from entidb.db import dump, purge_tombstones
 from entidb.errors import StorageError, TransportError
 from entidb.protocol import SyncRequest, SyncResponse
-from entidb.server.service import Grant
+from entidb.server.hooks import Grant
 from entidb.sync import Conflict, ConflictResolution
 from tests.support import Crash, Device, World, assert_in_step, assert_sound
 
@@ -58,7 +58,7 @@ def rivals(world: World) -> None:
 
 
 def base(**config: Any) -> tuple[World, Device]:
-    from entidb.server.service import Refusal
+    from entidb.server.hooks import Refusal
 
     world = World(
         validate=lambda context, transaction: (

@@ -11,7 +11,7 @@ import pytest
 from entidb.db import dump, purge_tombstones
 from entidb.errors import PermissionDeniedError, SyncError, TransportError
 from entidb.protocol import HandshakeResponse, PullRequest, PullResponse, PushRequest, SyncRequest
-from entidb.server.service import Grant
+from entidb.server.hooks import Grant
 from entidb.sync import ConflictResolution
 from tests.support import GRANT, Crash, Device, World, assert_in_step, assert_sound, lose, uid
 

@@ -6,7 +6,7 @@ import pytest
 
 from entidb.db import catalogue
 from entidb.protocol import LIMITS, HandshakeResponse, PullRequest, PullResponse, Verdict
-from entidb.server import service
+from entidb.server.pages import PAGE_NAMES_MAX, READ_ROWS_MAX
 from entidb.types import COLLECTIONS_MAX
 from tests.support import GRANT, Device, World, assert_in_step, uid
 
@@ -123,7 +123,7 @@ def test_no_page_names_more_collections_than_a_device_takes(columns: bool) -> No
         if not answer.has_more:
             break
     assert (len(names), pages) == (6000, 3)
-    assert LIMITS.collections_max > service.PAGE_NAMES_MAX + 2048 + service.READ_ROWS_MAX
+    assert LIMITS.collections_max > PAGE_NAMES_MAX + 2048 + READ_ROWS_MAX
     a = world.device()
     a.sync()
     assert_in_step(world, a)

@@ -10,7 +10,7 @@ import pytest
 
 from entidb.db.records import PendingTransaction
 from entidb.db.writer import Writer
-from entidb.server.service import Refusal, ValidateContext, ValidateTransaction
+from entidb.server.hooks import Refusal, ValidateContext, ValidateTransaction
 from entidb.sync.merging import Merge
 from entidb.sync.rebase import Rebase
 from tests.support import Device, World, assert_in_step, assert_sound, uid

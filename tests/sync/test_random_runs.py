@@ -13,7 +13,7 @@ from entidb.db import purge_tombstones
 from entidb.db.outbox import read_pending
 from entidb.errors import HistoryChangedError, ScopeError, SyncStateError, TransportError
 from entidb.protocol import PullRequest, SyncRequest
-from entidb.server.service import Refusal
+from entidb.server.hooks import Refusal
 from entidb.sync import Conflict, ConflictResolution
 from tests.support import Crash, Device, World, assert_in_step, assert_sound
 

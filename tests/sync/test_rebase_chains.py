@@ -548,7 +548,7 @@ def test_r25_a_value_from_a_person_is_kept_while_another_conflict_holds_it() -> 
 
 def test_r18_what_went_with_a_refused_transaction_needs_no_pull() -> None:
     def validate(context: Any, transaction: Any) -> Any:
-        from entidb.server.service import Refusal
+        from entidb.server.hooks import Refusal
 
         refused = any(op.value == "bad" for op in transaction.operations)
         return Refusal("bad", "no") if refused else None

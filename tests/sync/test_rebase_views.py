@@ -106,7 +106,7 @@ def test_what_is_accepted_is_not_told_again_and_stays_local() -> None:
 
 def test_a_withdrawal_down_to_what_this_device_pushed_is_told_as_local() -> None:
     def validate(context: Any, transaction: Any) -> Any:
-        from entidb.server.service import Refusal
+        from entidb.server.hooks import Refusal
 
         refused = any(op.value == "bad" for op in transaction.operations)
         return Refusal("bad", "no") if refused else None

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from entidb.db.adopt import adopt_step
 from entidb.errors import ScopeError, SyncStateError, TransportError
 from entidb.protocol import PullRequest, PushRequest, SyncRequest
-from entidb.server.service import Grant
+from entidb.server.hooks import Grant
 from entidb.sync import BatchLimits
 from tests.support import Device, World, assert_in_step, assert_sound, lose, uid
 

@@ -27,7 +27,7 @@ from entidb.protocol import (
     SyncRequest,
     Verdict,
 )
-from entidb.server.service import Grant, Refusal
+from entidb.server.hooks import Grant, Refusal
 from entidb.storage import MemoryStorage
 from entidb.sync import Conflict, ConflictResolution
 from entidb.sync.applier import BatchLimits, MemorySyncApplier, check_verdicts

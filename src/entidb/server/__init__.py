@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     )
     from entidb.server.config import ServerConfig
     from entidb.server.group_commit import GroupCommitter
-    from entidb.server.run import Listen, serve, serving
-    from entidb.server.server import SyncServer
-    from entidb.server.service import (
-        DatabaseService,
+    from entidb.server.hooks import (
         Grant,
         Refusal,
         ValidateContext,
@@ -31,16 +28,16 @@ if TYPE_CHECKING:
         ValidateOperation,
         ValidateTransaction,
     )
+    from entidb.server.run import Listen, serve, serving
+    from entidb.server.server import SyncServer
+    from entidb.server.service import DatabaseService
 
 _HOMES: Final[dict[str, tuple[str, ...]]] = {
     "app": ("SyncApp", "create_app"),
     "auth": ("Authenticator", "Grants", "JwtAuthenticator", "Rights", "mint_token"),
     "config": ("ServerConfig",),
     "group_commit": ("GroupCommitter",),
-    "run": ("Listen", "serve", "serving"),
-    "server": ("SyncServer",),
-    "service": (
-        "DatabaseService",
+    "hooks": (
         "Grant",
         "Refusal",
         "ValidateContext",
@@ -48,6 +45,9 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "ValidateOperation",
         "ValidateTransaction",
     ),
+    "run": ("Listen", "serve", "serving"),
+    "server": ("SyncServer",),
+    "service": ("DatabaseService",),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 #: What the ``server`` extra brings.

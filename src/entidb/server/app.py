@@ -50,9 +50,9 @@ from entidb.protocol import (
 )
 from entidb.server import wire
 from entidb.server.config import ServerConfig
+from entidb.server.hooks import Grant
 from entidb.server.origins import check_single
 from entidb.server.server import SyncServer
-from entidb.server.service import Grant
 from entidb.server.stores import Store
 from entidb.server.wire import HttpResponse
 from entidb.version import VERSION

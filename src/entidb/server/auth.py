@@ -26,7 +26,7 @@ from msgspec import Struct, ValidationError, convert
 from entidb.credentials import read_credential
 from entidb.errors import AuthenticationError, ConfigError, PermissionDeniedError
 from entidb.server.config import ServerConfig, check_db_id
-from entidb.server.service import Grant
+from entidb.server.hooks import Grant
 from entidb.types import Clock, SystemClock
 
 #: RFC 7518, section 3.2: a key at least as long as the hash.

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from entidb.errors import EntiDBError, ServerBusyError, ServerError, SyncError
 from entidb.protocol import PushRequest, PushResponse
-from entidb.server.service import DatabaseService, Grant
+from entidb.server.hooks import Grant
+from entidb.server.service import DatabaseService
 
 Done = Callable[[PushResponse | SyncError], None]
 Member = tuple[PushRequest, Grant, Done]

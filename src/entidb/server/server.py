@@ -40,8 +40,9 @@ from entidb.protocol import (
 from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants, authenticator_for
 from entidb.server.config import ServerConfig, is_db_id
+from entidb.server.hooks import Grant
 from entidb.server.origins import Origins
-from entidb.server.service import DatabaseService, Grant
+from entidb.server.service import DatabaseService
 from entidb.server.stores import DataDirectory, OpenDatabase, Store, Stores, in_memory, on_disk
 from entidb.server.wire import HttpResponse
 from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy

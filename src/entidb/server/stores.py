@@ -37,7 +37,8 @@ from entidb.server.allocator import large_pieces_apart
 from entidb.server.checks import CheckingError, Checks
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
 from entidb.server.group_commit import GroupCommitter
-from entidb.server.service import DatabaseService, ValidateHook
+from entidb.server.hooks import ValidateHook
+from entidb.server.service import DatabaseService
 from entidb.storage.place import DATA, FileLock, HeldError, is_at, make_directory
 from entidb.types import Clock
 

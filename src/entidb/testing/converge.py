@@ -17,12 +17,7 @@ from typing import Any, Final
 from unittest import mock
 
 from entidb.errors import ConfigError
-from entidb.server.service import (
-    Refusal,
-    ValidateContext,
-    ValidateHook,
-    ValidateTransaction,
-)
+from entidb.server.hooks import Refusal, ValidateContext, ValidateHook, ValidateTransaction
 from entidb.sync import Conflict, ConflictPolicy, ConflictResolution, resolve_policy
 from entidb.testing.checkers import Violation
 from entidb.testing.simulator import Options, simulate

@@ -31,14 +31,8 @@ from entidb.protocol import (
     SyncRequest,
 )
 from entidb.server.auth import JwtAuthenticator, mint_token
-from entidb.server.service import (
-    HISTORIES_MAX,
-    DatabaseService,
-    Grant,
-    Refusal,
-    ValidateContext,
-    ValidateTransaction,
-)
+from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransaction
+from entidb.server.service import HISTORIES_MAX, DatabaseService
 from entidb.storage import MemoryStorage
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records

@@ -41,9 +41,10 @@ from entidb.errors import (
     SyncError,
 )
 from entidb.protocol import PullResponse, PushResponse, PushResult, Verdict, digest_operations
-from entidb.server import service
+from entidb.server import decide, pages, service
 from entidb.server.auth import Grants
-from entidb.server.service import DatabaseService, Grant
+from entidb.server.hooks import Grant
+from entidb.server.service import DatabaseService
 from entidb.sync import applier, cycle, grants
 from entidb.sync.applier import DatabaseApplier
 from entidb.sync.rebase import Rebase
@@ -477,7 +478,7 @@ def _rights_first(garden: Garden) -> None:
 
         return known
 
-    garden.replace(service._Deciding, "_known", make)
+    garden.replace(decide.Deciding, "_known", make)
 
 
 @_bug("rejected-is-tried-again", "LIVENESS", "NO-POISON", knobs=_CALM | {"refuse": 100})
@@ -947,7 +948,7 @@ def _clamp_forgotten_on_server(garden: Garden) -> None:
 
         return accept
 
-    garden.replace(service._Deciding, "_accept", make)
+    garden.replace(decide.Deciding, "_accept", make)
 
 
 @_bug("clamp-forgotten-on-the-device", "CLOCK", knobs=_TIMES)
@@ -1187,7 +1188,7 @@ def _history_kept(garden: Garden) -> None:
 def _base_version_ignored(garden: Garden) -> None:
     """The server accepts whatever comes."""
     garden.replace(
-        service._Deciding, "_conflicts", lambda original: lambda self, transaction, places: False
+        decide.Deciding, "_conflicts", lambda original: lambda self, transaction, places: False
     )
 
 
@@ -1209,7 +1210,7 @@ def _base_ignored_in_columns(garden: Garden) -> None:
 
         return accept_all
 
-    garden.replace(service._Deciding, "_accept_all", make)
+    garden.replace(decide.Deciding, "_accept_all", make)
 
 
 @_bug("digests-in-columns-of-one", "EXACTLY-ONCE", knobs=_COLUMNS)
@@ -1225,7 +1226,7 @@ def _digests_in_columns(garden: Garden) -> None:
 
         return accept_all
 
-    garden.replace(service._Deciding, "_accept_all", make)
+    garden.replace(decide.Deciding, "_accept_all", make)
 
 
 @_bug("equal-version-conflicts", "NO-FALSE-CONFLICT", "LIVENESS")
@@ -1243,7 +1244,7 @@ def _equal_version_conflicts(garden: Garden) -> None:
 
         return conflicts
 
-    garden.replace(service._Deciding, "_conflicts", make)
+    garden.replace(decide.Deciding, "_conflicts", make)
 
 
 @_bug("same-batch-conflicts", "NO-FALSE-CONFLICT")
@@ -1258,7 +1259,7 @@ def _same_batch_conflicts(garden: Garden) -> None:
 
         return conflicts
 
-    garden.replace(service._Deciding, "_conflicts", make)
+    garden.replace(decide.Deciding, "_conflicts", make)
 
 
 @_bug("ids-not-remembered", "EXACTLY-ONCE", knobs=_WILD)
@@ -1273,7 +1274,7 @@ def _ids_not_remembered(garden: Garden) -> None:
 
         return accept
 
-    garden.replace(service._Deciding, "_accept", make)
+    garden.replace(decide.Deciding, "_accept", make)
 
 
 @_bug("ids-in-a-second-commit", "EXACTLY-ONCE", knobs=_WILD)
@@ -1300,7 +1301,7 @@ def _ids_in_second_commit(garden: Garden) -> None:
 
         return push_many
 
-    garden.replace(service._Deciding, "_accept", make_accept)
+    garden.replace(decide.Deciding, "_accept", make_accept)
     garden.replace(DatabaseService, "push_many", make_push)
 
 
@@ -1319,7 +1320,7 @@ def _ids_not_looked_up(garden: Garden) -> None:
 
         return one
 
-    garden.replace(service._Deciding, "_one", make)
+    garden.replace(decide.Deciding, "_one", make)
 
 
 @_bug(
@@ -1350,7 +1351,7 @@ def _half_accepted(garden: Garden) -> None:
 
         return accept
 
-    garden.replace(service._Deciding, "_accept", make)
+    garden.replace(decide.Deciding, "_accept", make)
 
 
 @_bug("half-a-transaction-in-a-page", "ORDER", "WHOLE", knobs=_CALM | {"pull_operations_max": 2})
@@ -1364,13 +1365,13 @@ def _half_in_a_page(garden: Garden) -> None:
 
         return feed_page
 
-    garden.replace(service, "feed_page", make)
+    garden.replace(pages, "feed_page", make)
 
 
 @_bug("stale-row-sent", "LIVENESS", "ORDER", knobs=_CALM | {"stale_rows": 2000, "operations": 8})
 def _stale_row_sent(garden: Garden) -> None:
     """A page takes an entity where its feed row is stale, and not where it changed last."""
-    garden.replace(service._Page, "_is_stale", lambda original: lambda *place: False)
+    garden.replace(pages.Page, "_is_stale", lambda original: lambda *place: False)
 
 
 @_bug(
@@ -1431,7 +1432,7 @@ def _group_on_old_state(garden: Garden) -> None:
 
         return run
 
-    garden.replace(service._Deciding, "run", make)
+    garden.replace(decide.Deciding, "run", make)
 
 
 @_bug("version-used-twice", "WHOLE", "ORDER", "EXACTLY-ONCE")
@@ -1449,7 +1450,7 @@ def _version_twice(garden: Garden) -> None:
 
         return accept
 
-    garden.replace(service._Deciding, "_accept", make)
+    garden.replace(decide.Deciding, "_accept", make)
 
 
 @_bug("answered-from-memory", "SERVER-DURABLE", knobs=_CALM | {"server_disk_full": 100})
@@ -1507,7 +1508,7 @@ def _refusal_fails_batch(garden: Garden) -> None:
 
         return refuse
 
-    garden.replace(service._Deciding, "_refuse", make)
+    garden.replace(decide.Deciding, "_refuse", make)
 
 
 @_bug("refusal-spreads", "NO-POISON", knobs=_CALM | {"refuse": 100, "pause_ms": 3000})
@@ -1531,8 +1532,8 @@ def _refusal_spreads(garden: Garden) -> None:
 
         return one
 
-    garden.replace(service._Deciding, "_refuse", make_refuse)
-    garden.replace(service._Deciding, "_one", make_one)
+    garden.replace(decide.Deciding, "_refuse", make_refuse)
+    garden.replace(decide.Deciding, "_one", make_one)
 
 
 @_bug("error-leaves-traces", "NO-EFFECT", knobs=_CALM | {"purge": 50, "pause_ms": 3000})
@@ -1601,7 +1602,7 @@ def _floor_ignored_in_pushes(garden: Garden) -> None:
 
         return init
 
-    garden.replace(service._Deciding, "__init__", make)
+    garden.replace(decide.Deciding, "__init__", make)
 
 
 @_bug("reset-without-need", "RESET-ENDS", "LIVENESS", knobs=_CALM | {"purge": 50})
@@ -1674,7 +1675,8 @@ def _own_gap_jumped(garden: Garden) -> None:
     def make(original: Any) -> Any:
         return lambda request: request.have[-1][1] if request.have else request.cursor
 
-    garden.replace(service, "_known_up_to", make)
+    for room in (service, pages):
+        garden.replace(room, "known_up_to", make)
 
 
 @_bug("ids-forgotten-above-the-floor", "EXACTLY-ONCE", knobs=_WILD | {"purge": 80})

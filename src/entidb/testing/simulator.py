@@ -22,7 +22,7 @@ from itertools import count
 from typing import Final, Protocol
 
 from entidb.db.maintenance import dump, verify
-from entidb.server.service import ValidateHook
+from entidb.server.hooks import ValidateHook
 from entidb.storage import LmdbStorage, MemoryStorage, Storage
 from entidb.sync import ConflictPolicy
 from entidb.testing import knobs as knob

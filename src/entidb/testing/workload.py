@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
-from entidb.server.service import Refusal, ValidateContext, ValidateTransaction
+from entidb.server.hooks import Refusal, ValidateContext, ValidateTransaction
 from entidb.sync import Conflict, ConflictPolicy, ConflictResolution, Merge, resolve_policy
 from entidb.testing.checkers import GROUP_COLLECTION, GROUP_SIZE, POISON
 from entidb.testing.knobs import POLICY_NAMES, Knobs

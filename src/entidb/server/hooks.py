@@ -1,0 +1,97 @@
+"""What a ``validate`` hook is given and answers, and what a token grants on one database."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any, Final
+
+from msgspec import Struct, field
+
+from entidb import cbor
+from entidb.errors import InvalidNameError
+from entidb.types import check_name
+
+#: Of what a ``validate`` hook says, as much as a device keeps.
+_CODE_CHARS_MAX: Final = 64
+_MESSAGE_CHARS_MAX: Final = 1000
+
+
+class Grant(Struct, frozen=True):
+    """What a token allows on one database. ``collections`` None means all."""
+
+    subject: str
+    read: bool
+    write: bool
+    collections: frozenset[str] | None = None
+    claims: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def named(self) -> list[str] | None:
+        """The collections as they are told to the device (R31), which would refuse an answer with
+        a name that no collection can have."""
+        return None if self.collections is None else sorted(filter(_is_name, self.collections))
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except InvalidNameError:
+        return False
+    return True
+
+
+class Refusal(Struct, frozen=True):
+    """A ``validate`` hook's no: ``code`` for programs, ``message`` for the person (R15)."""
+
+    code: str
+    message: str
+
+
+class ValidateOperation(Struct, frozen=True):
+    """One write of a transaction. ``value`` None deletes."""
+
+    collection: str
+    entity_id: uuid.UUID
+    value: Any
+
+
+class ValidateTransaction(Struct, frozen=True):
+    """A transaction before it is accepted."""
+
+    transaction_id: uuid.UUID
+    device_id: bytes
+    timestamp: int
+    operations: list[ValidateOperation]
+
+
+class ValidateContext:
+    """What a hook may know: who sends (``subject``, ``claims``), which database, and, through
+    ``get``, the state the transaction would be accepted on."""
+
+    def __init__(
+        self, db_id: str, grant: Grant, read: Callable[[str, bytes], bytes | None]
+    ) -> None:
+        self.db_id = db_id
+        self.subject = grant.subject
+        self.claims = grant.claims
+        self._read = read
+
+    def get(self, collection: str, entity_id: uuid.UUID) -> Any:
+        """The entity's value now, None if there is none."""
+        payload = self._read(collection, entity_id.bytes)
+        return None if payload is None else cbor.decode_trusted(payload)
+
+
+#: Answers None to let a transaction pass, or why not.
+ValidateHook = Callable[[ValidateContext, ValidateTransaction], Refusal | None]
+
+
+def sendable(refusal: Refusal) -> Refusal:
+    """A hook's words as they may cross the network and end on somebody's terminal. A device
+    believes no refusal without a code, and would ask again for ever."""
+    code = "".join(c for c in refusal.code[:_CODE_CHARS_MAX] if c.isprintable())
+    message = "".join(
+        c if c.isprintable() else " " for c in refusal.message[:_MESSAGE_CHARS_MAX]
+    ).strip()
+    return Refusal(code or "rejected", message)
