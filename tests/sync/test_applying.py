@@ -20,7 +20,7 @@ from entidb.protocol import (
     Verdict,
 )
 from entidb.sync import Conflict, ConflictResolution
-from entidb.sync.applier import BatchLimits
+from entidb.sync.apply.seam import BatchLimits
 from entidb.types import timestamp_from_ms
 from tests.support import START_MS, Device, World, assert_in_step, uid
 

@@ -9,7 +9,7 @@ from entidb.db.records import BASE, ENTITY, READY, end_of, sequence_key
 from entidb.errors import CorruptionError, EntiDBError, TransportError
 from entidb.protocol import PullRequest, PushRequest
 from entidb.storage import Storage
-from entidb.sync import applier
+from entidb.sync.apply import batch
 from tests.support import Device, World, assert_in_step, lose
 
 
@@ -106,7 +106,7 @@ def test_what_was_in_flight_is_not_sent_again_without_a_part_of_it(lost: int) ->
 
 
 def test_an_outbox_is_counted_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(applier, "_COUNTED_ROWS", 2)
+    monkeypatch.setattr(batch, "_COUNTED_ROWS", 2)
     world = World()
     a = world.device()
     for number in range(1, 6):
@@ -115,7 +115,7 @@ def test_an_outbox_is_counted_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CorruptionError, match="should hold 5 transactions, 4 are found"):
         a.sync()
     for rows in (1, 2, 3, 4, 5, 6):
-        monkeypatch.setattr(applier, "_COUNTED_ROWS", rows)
+        monkeypatch.setattr(batch, "_COUNTED_ROWS", rows)
         b = world.device()
         for number in range(1, 6):
             b.put(("notes", 10 * rows + number, "new"))

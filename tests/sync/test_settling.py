@@ -30,7 +30,9 @@ from entidb.protocol import (
 from entidb.server.hooks import Grant, Refusal
 from entidb.storage import MemoryStorage
 from entidb.sync import Conflict, ConflictResolution
-from entidb.sync.applier import BatchLimits, MemorySyncApplier, check_verdicts
+from entidb.sync.apply.applier import MemorySyncApplier
+from entidb.sync.apply.seam import BatchLimits
+from entidb.sync.apply.settle import check_verdicts
 from entidb.types import OPERATION_OVERHEAD_BYTES
 from tests.support import (
     GRANT,

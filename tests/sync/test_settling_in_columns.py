@@ -12,7 +12,8 @@ import pytest
 
 from entidb.db.replica import Inflight
 from entidb.protocol import PushResponse, PushResult, Verdict
-from entidb.sync.applier import BatchLimits, PushBatch, _Settling
+from entidb.sync.apply.seam import BatchLimits, PushBatch
+from entidb.sync.apply.settle import Settling
 from entidb.types import timestamp_from_ms
 from tests.support import START_MS, Columns, Device, World, assert_sound
 
@@ -24,7 +25,7 @@ Step = tuple[Any, list[tuple[bytes, bytes]]]
 
 @pytest.fixture
 def columns(monkeypatch: pytest.MonkeyPatch) -> Columns:
-    return Columns(monkeypatch, _Settling, "_settle_all", False)
+    return Columns(monkeypatch, Settling, "_settle_all", False)
 
 
 def start(**config: Any) -> Device:

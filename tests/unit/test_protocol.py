@@ -45,7 +45,8 @@ from entidb.protocol import (
     encode,
     expanded,
 )
-from entidb.sync.applier import BatchLimits, MemorySyncApplier
+from entidb.sync.apply.applier import MemorySyncApplier
+from entidb.sync.apply.seam import BatchLimits
 
 ROOT = Path(__file__).parent.parent.parent
 VECTORS = json.loads((ROOT / "tests/vectors/protocol.json").read_text(encoding="utf-8"))

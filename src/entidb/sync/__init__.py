@@ -5,7 +5,8 @@ from typing import Annotated, TypeVar
 from entidb.errors import SyncError
 from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.aio import AsyncSyncEngine
-from entidb.sync.applier import BatchLimits, DatabaseApplier, MemorySyncApplier, SyncApplier
+from entidb.sync.apply.applier import DatabaseApplier, MemorySyncApplier
+from entidb.sync.apply.seam import BatchLimits, SyncApplier
 from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 from entidb.sync.cycle import Cycle

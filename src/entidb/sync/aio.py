@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from entidb.db import Database, DiscardedTransaction, OverruledValue
 from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
-from entidb.sync.applier import DatabaseApplier
+from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.engine import SyncEngine

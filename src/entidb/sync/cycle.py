@@ -44,7 +44,8 @@ from entidb.protocol import (
     operations_count,
     payload_bytes,
 )
-from entidb.sync.applier import BatchLimits, PushBatch, Settled, SyncApplier, check_replica_of
+from entidb.sync.apply.position import check_replica_of
+from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled, SyncApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.grants import needs_grant
 from entidb.sync.rebase import RebaseReport

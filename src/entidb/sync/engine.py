@@ -20,7 +20,7 @@ from entidb.errors import (
     SyncStateError,
 )
 from entidb.protocol import SyncRequest, SyncResponse
-from entidb.sync.applier import DatabaseApplier
+from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.cycle import Ahead, Connection, Cycle

@@ -22,7 +22,8 @@ from entidb.protocol import (
     PushResult,
     Verdict,
 )
-from entidb.sync.applier import BatchLimits, DatabaseApplier, PushBatch
+from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.seam import BatchLimits, PushBatch
 from entidb.testing.contracts import raises
 
 DB_ID = "contract"

@@ -14,7 +14,7 @@ from entidb.db.adopt import adopt_step, has_adoption
 from entidb.db.replica import ReplicaState, Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse
 from entidb.sync import DatabaseApplier, RebaseReport
-from entidb.sync.applier import BatchLimits, PushBatch, Settled
+from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
 
 
 class BetweenApplier(DatabaseApplier):

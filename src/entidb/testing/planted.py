@@ -45,8 +45,10 @@ from entidb.server import decide, pages, service
 from entidb.server.auth import Grants
 from entidb.server.hooks import Grant
 from entidb.server.service import DatabaseService
-from entidb.sync import applier, cycle, grants
-from entidb.sync.applier import DatabaseApplier
+from entidb.sync import cycle, grants
+from entidb.sync.apply import applier, batch, clock, page, position, publish, review, settle
+from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.review import Review
 from entidb.sync.rebase import Rebase
 from entidb.sync.refusal import Path
 from entidb.testing import host
@@ -172,11 +174,11 @@ def _cursor_before_data(garden: Garden) -> None:
         def apply(self: DatabaseApplier, request: Any, response: Any) -> Any:
             with self.database.write() as writer:
                 state = writer.sync_state
-                applier._move_cursor(writer, state, response.cursor)
+                position.move_cursor(writer, state, response.cursor)
             with self.database.write() as writer:
-                foreign = applier._foreign_collections(writer, state)
+                foreign = position.foreign_collections(writer, state)
                 rebase = Rebase(writer, self.policy_for, response.time, foreign=foreign)
-                applier._take_page(writer, rebase, response)
+                page.take_page(writer, rebase, response)
                 rebase.release()
             return rebase.report
 
@@ -188,11 +190,14 @@ def _cursor_before_data(garden: Garden) -> None:
 @_bug("cursor-one-short", "ORDER", "PREFIX")
 def _cursor_one_short(garden: Garden) -> None:
     """After a page the cursor is one short of what was applied."""
-    garden.replace(
-        applier,
-        "_move_cursor",
-        lambda original: lambda writer, state, cursor: original(writer, state, max(0, cursor - 1)),
-    )
+    for module in (applier, publish):
+        garden.replace(
+            module,
+            "move_cursor",
+            lambda original: (
+                lambda writer, state, cursor: original(writer, state, max(0, cursor - 1))
+            ),
+        )
 
 
 @_bug("base-not-replaced", "PREFIX")
@@ -223,7 +228,7 @@ def _deletions_not_applied(garden: Garden) -> None:
 )
 def _deltas_lost(garden: Garden) -> None:
     """What a pull of several pages brought is published without its changes."""
-    garden.replace(applier, "_apply_deltas", lambda original: lambda writer, rebase, stage: None)
+    garden.replace(publish, "_apply_deltas", lambda original: lambda writer, rebase, stage: None)
 
 
 @_bug(
@@ -242,7 +247,7 @@ def _page_by_page(garden: Garden) -> None:
             if not request.full:
                 with self.database.write() as writer:
                     rebase = Rebase(writer, self.policy_for, response.time)
-                    applier._take_page(writer, rebase, response)
+                    page.take_page(writer, rebase, response)
                     rebase.release()
             return stage
 
@@ -264,7 +269,7 @@ def _own_ranges_wrong(garden: Garden) -> None:
 
         return add
 
-    garden.replace(applier, "add_to_ranges", make)
+    garden.replace(settle, "add_to_ranges", make)
 
 
 @_bug("done-is-a-conflict", "NO-FALSE-CONFLICT")
@@ -308,7 +313,7 @@ def _any_answer_clears(garden: Garden) -> None:
 
         return run
 
-    garden.replace(applier._Settling, "run", make)
+    garden.replace(settle.Settling, "run", make)
 
 
 @_bug(
@@ -357,7 +362,7 @@ def _newer_write_settled(garden: Garden) -> None:
 
         return newest
 
-    garden.replace(applier._Settling, "_settle_newest", make)
+    garden.replace(settle.Settling, "_settle_newest", make)
 
 
 def _pretend_newest(sequence: int) -> Callable[[bytes], tuple[Any, ...]]:
@@ -372,7 +377,7 @@ def _stale_rows(garden: Garden) -> None:
     def make(original: Any) -> Any:
         return lambda self, batch, fresh: original(self, batch, True)
 
-    garden.replace(applier._Settling, "run", make)
+    garden.replace(settle.Settling, "run", make)
 
 
 _SMALL_BATCHES: Final = _CALM | {"push_operations_max": 1, "pause_ms": 3000, "ahead": 500}
@@ -393,7 +398,7 @@ def _following_not_apart(garden: Garden) -> None:
             writer, limits, inflight, mark
         )
 
-    garden.replace(applier, "_choose", make)
+    garden.replace(applier, "choose", make)
 
 
 @_bug("following-forgotten", "LIVENESS", "NO-FALSE-CONFLICT", "UNEXPECTED", knobs=_SMALL_BATCHES)
@@ -463,7 +468,7 @@ def _kept_alone(garden: Garden) -> None:
 
         return leave_out
 
-    garden.replace(applier, "_leave_out", make)
+    garden.replace(batch, "_leave_out", make)
 
 
 @_bug("rights-before-what-was-accepted", "EXACTLY-ONCE", knobs=_WILD | {"read_only": 300})
@@ -625,7 +630,7 @@ def _reset_drops_outbox(garden: Garden) -> None:
 
         return publish
 
-    garden.replace(applier, "_publish", make)
+    garden.replace(applier, "publish_stage", make)
 
 
 @_bug("random-from-outside", "SAME-SEED")
@@ -655,7 +660,7 @@ def _widening_cleared(garden: Garden) -> None:
         def take_confirmed(self: DatabaseApplier, writer: Writer) -> None:
             state = writer.sync_state
             if state.cursor < self._confirmed <= state.reached:
-                applier._move_cursor(writer, state, self._confirmed)
+                position.move_cursor(writer, state, self._confirmed)
 
         return take_confirmed
 
@@ -704,7 +709,7 @@ def _changes_during_widening(garden: Garden) -> None:
 
         return stage
 
-    garden.replace(applier, "_stage_operations", make)
+    garden.replace(applier, "stage_operations", make)
 
 
 @_bug("stage-counts-twice", "CONVERGE", knobs=_SCOPED | {"pull_operations_max": 2})
@@ -718,7 +723,7 @@ def _stage_counts_twice(garden: Garden) -> None:
 
         return stage
 
-    garden.replace(applier, "_stage_operations", make)
+    garden.replace(applier, "stage_operations", make)
 
 
 @_bug(
@@ -743,7 +748,7 @@ def _tombstones_lost(garden: Garden) -> None:
 
         return apply_deltas
 
-    garden.replace(applier, "_apply_deltas", make)
+    garden.replace(publish, "_apply_deltas", make)
 
 
 @_bug(
@@ -799,7 +804,7 @@ def _reset_forgets_device(garden: Garden) -> None:
 
         return schedule
 
-    garden.replace(adopt, "schedule_adoption", make)
+    garden.replace(publish, "schedule_adoption", make)
 
 
 @_bug(
@@ -810,7 +815,7 @@ def _reset_forgets_device(garden: Garden) -> None:
 def _forgotten_at_a_reset(garden: Garden) -> None:
     """What was in flight and is not on the server counts as never accepted, though the server has
     forgotten what it accepted."""
-    garden.replace(applier, "_unsettled", lambda original: lambda writer, stage, state: set())
+    garden.replace(publish, "_unsettled", lambda original: lambda writer, stage, state: set())
 
 
 _GRANTED: Final = _CALM | {"grants": 300}
@@ -874,7 +879,7 @@ def _absence_counts(garden: Garden) -> None:
 
         return full
 
-    garden.replace(applier, "_full_collections", make)
+    garden.replace(publish, "_full_collections", make)
 
 
 @_bug(
@@ -913,7 +918,7 @@ def _adopted_group_cut(garden: Garden) -> None:
 @_bug("base-versions-one-high", "NO-LOST-UPDATE")
 def _base_one_high(garden: Garden) -> None:
     """A push names base versions one above those the device has."""
-    garden.replace(applier, "version_of", lambda original: lambda row: original(row) + 1)
+    garden.replace(batch, "version_of", lambda original: lambda row: original(row) + 1)
 
 
 @_bug("have-begins-one-early", "PREFIX", "ORDER", "NO-RESURRECTION")
@@ -967,19 +972,20 @@ def _clamped_not_taken(garden: Garden) -> None:
 
         return accepted
 
-    garden.replace(applier._Settling, "_accepted", make)
+    garden.replace(settle.Settling, "_accepted", make)
 
 
 @_bug("clock-stays-ahead", "CLOCK", knobs=_TIMES)
 def _clock_stays_ahead(garden: Garden) -> None:
     """A device that was in the future once writes from there until that has come."""
-    garden.replace(applier, "_lower_idle_clock", lambda original: lambda writer, latest: None)
+    for module in (applier, clock):
+        garden.replace(module, "lower_idle_clock", lambda original: lambda writer, latest: None)
 
 
 @_bug("clock-not-heard", "CLOCK", knobs=_TIMES)
 def _clock_not_heard(garden: Garden) -> None:
     """A slow device writes with times before those it has seen, and loses to its own past."""
-    garden.replace(applier, "_hear_clock", lambda original: lambda *rest: None)
+    garden.replace(applier, "hear_clock", lambda original: lambda *rest: None)
 
 
 # ---------------------------------------------------------------- what waits for a person
@@ -1114,7 +1120,7 @@ def _prune_wrong_clock(garden: Garden) -> None:
 @_bug("written-back-nowhere", "READ-YOUR-WRITES", knobs=_CALM | {"person": 100})
 def _written_back_nowhere(garden: Garden) -> None:
     """An overruled value leaves the list, and its field stays as it is."""
-    garden.replace(applier, "with_field", lambda original: lambda payload, path, field: payload)
+    garden.replace(review, "with_field", lambda original: lambda payload, path, field: payload)
 
 
 @_bug("dependents-not-held", "SURFACED-ONCE", knobs=_CALM | {"policy_notes": 7, "policy_pairs": 7})
@@ -1150,7 +1156,7 @@ def _stale_decision(garden: Garden) -> None:
     """A person's decision counts although the server's side has changed since they looked."""
 
     def make(original: Any) -> Any:
-        def resolve(self: DatabaseApplier, conflict: Any, resolution: Any) -> Any:
+        def resolve(self: Review, conflict: Any, resolution: Any) -> Any:
             for now in self.conflicts():
                 if (now.collection, now.id_bytes) == (conflict.collection, conflict.id_bytes):
                     conflict = now
@@ -1158,7 +1164,7 @@ def _stale_decision(garden: Garden) -> None:
 
         return resolve
 
-    garden.replace(DatabaseApplier, "resolve", make)
+    garden.replace(Review, "resolve", make)
 
 
 @_bug("recommit-loses-a-write", "READ-YOUR-WRITES", "WHOLE", knobs=_CALM | {"person": 100})
@@ -1166,13 +1172,13 @@ def _recommit_loses(garden: Garden) -> None:
     """A discarded transaction is committed again without its first write."""
 
     def make(original: Any) -> Any:
-        def recommit(self: DatabaseApplier, discarded: Any) -> int:
+        def recommit(self: Review, discarded: Any) -> int:
             made: int = original(self, replace(discarded, operations=discarded.operations[1:]))
             return made
 
         return recommit
 
-    garden.replace(DatabaseApplier, "recommit", make)
+    garden.replace(Review, "recommit", make)
 
 
 # ---------------------------------------------------------------- the server

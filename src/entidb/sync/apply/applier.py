@@ -1,0 +1,360 @@
+"""The device's side of a cycle in terms of its database: each method one storage commit.
+
+The cycle (``cycle``) decides what to ask the server and calls these in order; what happens to
+pending transactions is ``rebase``'s. Nothing here does network I/O or waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from entidb.collector import paused
+from entidb.db import Database, overruled
+from entidb.db.adopt import adopt_step, has_adoption
+from entidb.db.maintenance import sweep_garbage
+from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
+from entidb.db.records import (
+    META_SYNC,
+)
+from entidb.db.replica import Inflight, ReplicaState, Stage, decode_state, ranges_above
+from entidb.db.writer import Writer
+from entidb.errors import ProtocolError, SyncStateError
+from entidb.protocol import PullRequest, PullResponse, PushResponse, column_rows, expanded
+from entidb.sync.apply.batch import batch_of, check_ready, choose, outbox_damaged, still_fresh
+from entidb.sync.apply.clock import (
+    CLOCK_SLACK,
+    hear_clock,
+    latest_timestamp,
+    lower_clock,
+    lower_idle_clock,
+)
+from entidb.sync.apply.page import check_page, take_page
+from entidb.sync.apply.position import (
+    check_adopted,
+    check_belongs,
+    check_replica_of,
+    foreign_collections,
+    move_cursor,
+    remember_doubt,
+    scope_changed,
+)
+from entidb.sync.apply.publish import publish_stage
+from entidb.sync.apply.review import Review
+from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
+from entidb.sync.apply.settle import CODE_CHARS_MAX, MESSAGE_CHARS_MAX, Settling, check_verdicts
+from entidb.sync.apply.stage import comes_once, stage_operations, stage_rows
+from entidb.sync.conflict import ConflictPolicy
+from entidb.sync.grants import take_grant
+from entidb.sync.rebase import RebaseReport
+from entidb.sync.room import STAGED_BYTES_MAX, check_room, staged_bytes
+
+_DAY_MS = 24 * 3600 * 1000
+
+
+class DatabaseApplier(Review):
+    """The ``SyncApplier`` on an EntiDB database.
+
+    ``policies`` maps collection names to policies (names or callables), ``default_policy`` is for
+    the others. Of the values they decide against the newest ``overruled_max`` are kept, for
+    ``overruled_days`` days (R4). A pull of several pages takes at most ``staged_bytes_max`` bytes,
+    and leaves a quarter of the disk's free space. Only one engine uses a database at a time.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        default_policy: str | ConflictPolicy = "server_wins",
+        policies: Mapping[str, str | ConflictPolicy] | None = None,
+        overruled_max: int = OVERRULED_MAX,
+        overruled_days: float = OVERRULED_DAYS,
+        staged_bytes_max: int = STAGED_BYTES_MAX,
+    ) -> None:
+        super().__init__(
+            database, default_policy=default_policy, policies=policies, keeps=overruled_max > 0
+        )
+        self._staged_bytes_max = staged_bytes_max
+        self._overruled_max = overruled_max
+        self._overruled_days = overruled_days
+        self._heard_ms = 0
+        self._confirmed = 0
+
+    # ------------------------------------------------------------ reading
+
+    @property
+    def device_id(self) -> bytes:
+        return self.database.device_id
+
+    def sequence(self) -> int:
+        return self.database.sequence
+
+    def ready(self) -> int:
+        return self.database.read_head().ready
+
+    def state(self) -> ReplicaState:
+        with self.database.storage.snapshot() as snapshot:
+            raw = snapshot.get(META_SYNC)
+        return ReplicaState() if raw is None else decode_state(raw)
+
+    def stage(self) -> Stage | None:
+        with self.database.view() as view:
+            return view.stage
+
+    def scope(self) -> list[str] | None:
+        scope = self.database.scope
+        return None if scope is None else sorted(scope)
+
+    def inflight(self) -> list[PushBatch]:
+        # Read before the snapshot is taken: what moves it later makes the rows stale.
+        mark = self.database.commit_mark
+        with self.database.view() as view:
+            inflight = view.inflight
+            if inflight is None:
+                return []
+            both = [ranges for ranges in (inflight.ranges, inflight.after) if ranges]
+            batches = [batch_of(view, ranges, mark) for ranges in both]
+            if [batch.ranges for batch in batches] != both:
+                raise outbox_damaged("transactions that were sent before are missing from it")
+            return batches
+
+    # ------------------------------------------------------------ binding
+
+    def bind(self, db_id: str, history: bytes) -> None:
+        state = self.state()
+        check_replica_of(state, db_id)
+        if state.db_id == db_id and state.history == history:
+            return
+        with self.database.write() as writer:
+            writer.set_sync_state(replace(writer.sync_state, db_id=db_id, history=history))
+
+    # ------------------------------------------------------------ push
+
+    def prepare(self, limits: BatchLimits) -> PushBatch | None:
+        head = self.database.read_head()
+        if not head.ready:
+            return None
+        latest = latest_timestamp(limits.server_ms)
+        if limits.server_ms and head.timestamp > latest + CLOCK_SLACK:
+            with paused(), self.database.write() as writer:
+                lower_clock(writer, latest)
+        with paused(), self.database.write() as writer:
+            self._take_confirmed(writer)
+            check_ready(writer)
+            batch = choose(writer, limits, [], self.database.commit_mark)
+            if batch is not None:
+                writer.set_inflight(Inflight(batch.ranges))
+            return batch
+
+    def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
+        with paused(), self.database.write() as writer:
+            inflight = writer.inflight
+            if inflight is None or inflight.ranges != batch.ranges or inflight.after:
+                raise SyncStateError("the batch was settled already by another engine")
+            mark = self.database.commit_mark
+            after = choose(writer, limits, batch.ranges, mark, frozenset(batch.entity_keys))
+            if after is not None:
+                writer.set_inflight(Inflight(batch.ranges, after.ranges))
+                still_fresh(batch, mark)
+            return after
+
+    def settle(
+        self,
+        batch: PushBatch,
+        response: PushResponse,
+        limits: BatchLimits | None,
+        following: PushBatch | None = None,
+    ) -> Settled:
+        if len(response.results) != len(batch.transactions):
+            raise ProtocolError(
+                f"the server answered {len(response.results)} verdicts to {len(batch.keys)} "
+                "transactions; nothing was settled"
+            )
+        check_verdicts(response)
+        self._heard_ms = response.time
+        with paused(), self.database.write() as writer:
+            inflight = writer.inflight
+            kept = [] if following is None else following.ranges
+            if inflight is None or (inflight.ranges, inflight.after) != (batch.ranges, kept):
+                raise SyncStateError("the batch was settled already by another engine")
+            mark = self.database.commit_mark
+            rebase = self._rebase(writer, response.time)
+            settled = Settling(writer, rebase, response).run(batch, batch.mark == mark)
+            lower_idle_clock(writer, latest_timestamp(response.time))
+            next_batch = None
+            if limits is not None and not settled.pull:
+                apart = frozenset() if following is None else frozenset(following.entity_keys)
+                taken = sorted([*batch.ranges, *kept])
+                next_batch = choose(writer, limits, taken, mark, apart)
+            settled.next_batch = next_batch
+            left = [kept] if kept else []
+            if next_batch is not None:
+                left.append(next_batch.ranges)
+            writer.set_inflight(Inflight(*left) if left else None)
+            if following is not None:
+                still_fresh(following, mark)
+            return settled
+
+    def doubt(self) -> None:
+        with self.database.write() as writer:
+            remember_doubt(writer)
+
+    def unsend(self) -> None:
+        with self.database.write() as writer:
+            writer.set_inflight(None)
+
+    def refuse(self, batch: PushBatch, code: str, message: str) -> RebaseReport:
+        with paused(), self.database.write() as writer:
+            inflight = writer.inflight
+            if inflight is None or inflight.ranges != batch.ranges:
+                raise SyncStateError("the batch was settled already by another engine")
+            rebase = self._rebase(writer, writer.now_ms)
+            reason = code[:CODE_CHARS_MAX], message[:MESSAGE_CHARS_MAX]
+            for sequence in batch.sequences:
+                transaction = rebase.load(sequence)
+                if transaction is not None:  # else it was built on one before it
+                    rebase.withdraw([transaction], *reason, [])
+            rebase.release()
+            writer.set_inflight(None)
+            return rebase.report
+
+    def still_pending(self, sequences: Iterable[int]) -> list[int]:
+        with self.database.view() as view:
+            return [sequence for sequence in sequences if view.pending(sequence) is not None]
+
+    # ------------------------------------------------------------ pull
+
+    def confirm(self, cursor: int) -> None:
+        self._confirmed = cursor
+
+    def _take_confirmed(self, writer: Writer) -> None:
+        state, confirmed = writer.sync_state, self._confirmed
+        if state.cursor < confirmed <= state.reached:
+            # Only the cursor: what a wider scope still has to bring is no business of this pull.
+            have = ranges_above(state.have, confirmed)
+            writer.set_sync_state(replace(state, cursor=confirmed, have=have))
+        if writer.sync_state.unsettled:
+            # A pull has reached the head, and it was no reset: it showed what became of those.
+            writer.set_sync_state(replace(writer.sync_state, unsettled=[]))
+
+    def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
+        response = expanded(response)
+        check_page(request, response)
+        self._heard_ms = response.time
+        with paused(), self.database.write() as writer:
+            state = check_belongs(writer, request)
+            foreign = foreign_collections(writer, state)
+            rebase = self._rebase(writer, response.time, foreign)
+            hear_clock(writer, response)
+            take_page(writer, rebase, response)
+            rebase.release()
+            move_cursor(writer, state, response.cursor)
+            lower_idle_clock(writer, latest_timestamp(response.time))
+            return rebase.report
+
+    def stage_page(
+        self, request: PullRequest, response: PullResponse, full: list[str] | None
+    ) -> Stage:
+        with paused():
+            return self._stage_page(request, response, full)
+
+    def _stage_page(
+        self, request: PullRequest, response: PullResponse, full: list[str] | None
+    ) -> Stage:
+        rows = None if response.columns is None else column_rows(response.columns)
+        check_page(request, response, rows)
+        self._heard_ms = response.time
+        with self.database.write() as writer:
+            state = check_belongs(writer, request)
+            stage = writer.stage
+            if stage is None and full != [] and not request.full:
+                # The stage this page continues was abandoned: as the first page of another it
+                # would pass for everything there is.
+                raise scope_changed()
+            if stage is None:
+                stage = Stage(
+                    history=request.history,
+                    cursor=state.cursor,
+                    floor=response.floor,
+                    first_head=response.head,
+                    full=full,
+                    full_done=full == [],
+                    delta_cursor=state.cursor,
+                )
+            if rows is not None and not comes_once(stage, response, rows):
+                response, rows = expanded(response), None
+            size = stage.size + staged_bytes(response)
+            check_room(self.database.storage, size, self._staged_bytes_max)
+            stage = replace(stage, size=size)
+            hear_clock(writer, response, rows)
+            if rows is None:
+                stage = stage_operations(writer, stage, request, response)
+            else:
+                stage = stage_rows(writer, stage, response, rows)
+            writer.set_stage(stage)
+            return stage
+
+    def publish(self) -> RebaseReport:
+        with paused(), self.database.write() as writer:
+            stage = writer.stage
+            if stage is None:
+                raise SyncStateError("there is nothing staged to publish")
+            state = writer.sync_state
+            if stage.history != state.history or stage.cursor != state.cursor:
+                raise SyncStateError("the stage belongs to another state; sync again")
+            check_adopted(writer)
+            foreign = foreign_collections(writer, state)
+            rebase = self._rebase(writer, stage.time_ms, foreign)
+            publish_stage(writer, rebase, stage, state)
+            rebase.release()
+            return rebase.report
+
+    def restart_stage(self, *, full: bool) -> None:
+        with self.database.write() as writer:
+            writer.abandon_stage()
+            state = writer.sync_state
+            if full and not state.full:
+                writer.set_sync_state(replace(state, full=True))
+
+    def grant(self, granted: list[str] | None) -> RebaseReport:
+        with paused(), self.database.write() as writer:
+            if writer.inflight is not None:
+                raise SyncStateError("a push is in flight; it must be settled before a grant (R5)")
+            check_adopted(writer)
+            rebase = self._rebase(writer, writer.now_ms)
+            take_grant(writer, rebase, granted)
+            rebase.release()
+            return rebase.report
+
+    def adopt(self) -> bool:
+        if not has_adoption(self.database):
+            return False
+        return adopt_step(self.database, keeps=self._keeps)
+
+    def tidy(self) -> bool:
+        return sweep_garbage(self.database) or self._prune_overruled()
+
+    def _prune_overruled(self) -> bool:
+        """Forget a bounded part of the overruled values that are too many or too old. Their age
+        counts by the earlier one of two clocks, this device's and the one last heard from the
+        server: one that is wrong by years forgets nothing."""
+        now_ms = min(self.database.clock.now_ms(), self._heard_ms)
+        before_ms = int(now_ms - self._overruled_days * _DAY_MS)
+        with self.database.view() as view:
+            head = overruled.read_head(view)
+        if not head.count or (head.count <= self._overruled_max and head.oldest_ms >= before_ms):
+            return False
+        with self.database.write() as writer:
+            return overruled.prune(writer, count_max=self._overruled_max, before_ms=before_ms)
+
+
+class MemorySyncApplier(DatabaseApplier):
+    """A ``SyncApplier`` on a database in memory, for tests: the real rules without files."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(Database.in_memory(), **options)
+
+
+__all__ = ["DatabaseApplier", "MemorySyncApplier"]

@@ -1,0 +1,238 @@
+"""A push batch: chosen from the outbox, and built again exactly as it was sent (R5).
+
+Nothing here writes; who chooses a batch marks it as in flight in the same commit. What becomes of
+the verdicts is ``settle``'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
+
+from entidb.db.records import (
+    DIRTY,
+    OUTBOX_FIRST,
+    READY,
+    decode_pending,
+    end_of,
+    sequence_key,
+    sequence_of,
+    unpack_outbox_first,
+    version_of,
+)
+from entidb.db.replica import ranges_of
+from entidb.db.writer import Writer
+from entidb.errors import CorruptionError
+from entidb.protocol import PushOperation, PushTransaction
+from entidb.storage import Snapshot
+from entidb.sync.apply.position import outdated_in_scope
+from entidb.sync.apply.seam import BatchLimits, PushBatch
+from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES
+
+#: Keys read at a time to count them.
+_COUNTED_ROWS = 20_000
+#: Outbox rows read before it is known how large they are here.
+_FIRST_ROWS = 32
+#: And at most, so that they take little memory.
+_ROWS_MAX = 2000
+
+
+def check_ready(writer: Writer) -> None:
+    """Raises ``CorruptionError`` where the outbox does not hold as many transactions as it should.
+    A damaged page can hide rows, each of them sound: what is behind them would go out without
+    what it was built on."""
+    found, start = 0, READY
+    while keys := writer.snapshot.scan_keys(start, end_of(READY), limit=_COUNTED_ROWS):
+        found += len(keys)
+        start = keys[-1] + b"\0"
+    if found != writer.head.ready:
+        raise outbox_damaged(f"it should hold {writer.head.ready} transactions, {found} are found")
+
+
+def outbox_damaged(how: str) -> CorruptionError:
+    return CorruptionError(
+        f"the outbox is damaged: {how}. Nothing is sent. Run `entidb verify` on this database, "
+        "then restore a backup of it, or sync into a new directory"
+    )
+
+
+def choose(
+    writer: Writer,
+    limits: BatchLimits,
+    inflight: list[list[int]],
+    mark: int,
+    apart: frozenset[bytes] = frozenset(),
+) -> PushBatch | None:
+    """The next batch, for the caller to mark as in flight in the commit this is part of (R5).
+
+    Rows within the ascending ranges ``inflight`` belong to other batches, or have just been
+    settled and are gone but still in the snapshot. The batch ends before the first transaction
+    that touches an entity in ``apart``."""
+    if outdated_in_scope(writer):
+        # What is built on another history has to meet this one first (R29).
+        return None
+    gaps = _gaps(inflight, limits.sequence_max)
+    # The commit moves the mark by two, and changes nothing of what is read here.
+    batch = batch_of(writer, gaps, mark + 2, limits, apart)
+    return batch if batch.keys else None
+
+
+def _gaps(ranges: list[list[int]], end: int) -> Iterator[tuple[int, int]]:
+    """What is not in the ascending ``ranges`` up to ``end``, as (first, last)."""
+    start = 0
+    for first, last in ranges:
+        if first > start:
+            yield start, first - 1
+        start = last + 1
+    yield start, end
+
+
+def still_fresh(batch: PushBatch, mark: int) -> None:
+    """The commit under way, at ``mark``, changes no entity of ``batch``."""
+    if batch.mark == mark:
+        batch.mark += 2
+
+
+def batch_of(
+    view: Writer,
+    ranges: Iterable[Sequence[int]],
+    mark: int,
+    limits: BatchLimits | None = None,
+    apart: frozenset[bytes] = frozenset(),
+) -> PushBatch:
+    """The batch of the outbox rows in ``ranges``: all, or as many as ``limits`` allow, up to the
+    first that touches an entity in ``apart``. Base versions come from the entities: nothing
+    rebases them while the batch is in flight, so it is the same however often it is built."""
+    infos = view.catalogue.by_number
+    batch = PushBatch([], [], [], set(), [], [], [], [], [], [], view.sync_state.cursor, 0, mark)
+    ids: list[bytes] = []
+    stamps: list[int] = []
+    payloads: list[bytes | None] = []
+    operations = size = 0
+    changes = view.changes
+    few = limits is None or len(infos) <= limits.collections_max
+    left_out: set[bytes] = set()
+    for key, stored in itertools.chain.from_iterable(_pages(view.snapshot, ranges, limits)):
+        # What this very commit has moved, changed or withdrawn is read from it.
+        row = changes.get(key, stored)
+        if row is None:
+            continue
+        transaction_id, stamp, count, number, entity_id, previous, length = unpack_outbox_first(row)
+        if limits is not None:
+            if limits.without and _leave_out(view, key, row, limits.without, left_out):
+                continue
+            if len(batch.keys) >= limits.transactions_max:
+                break
+        operations += count
+        size += len(row)
+        if limits is not None and (operations > limits.operations_max or size > limits.bytes_max):
+            if batch.keys:
+                break
+        if count == 1:
+            entity_key = infos[number].prefix + entity_id
+            if entity_key in apart:
+                break
+            if not few and _too_many(batch, [number], limits):
+                break
+            batch.numbers.append(number)
+            batch.entity_keys.append(entity_key)
+            payloads.append(row[OUTBOX_FIRST:] if length >= 0 else None)
+        else:
+            writes = decode_pending(key, row).operations
+            entity_keys = [infos[op.collection].prefix + op.entity_id for op in writes]
+            if not apart.isdisjoint(entity_keys):
+                break
+            if not few and _too_many(batch, [op.collection for op in writes], limits):
+                break
+            batch.numbers += [op.collection for op in writes]
+            batch.entity_keys += entity_keys
+            payloads += [op.payload for op in writes]
+            previous = any(op.previous for op in writes)
+        if previous:
+            batch.chained.add(len(batch.keys))
+        batch.keys.append(key)
+        batch.rows.append(row)
+        batch.counts.append(count)
+        ids.append(transaction_id)
+        stamps.append(stamp)
+    batch.ranges = ranges_of(batch.sequences)
+    _add_transactions(view, batch, ids, stamps, payloads)
+    return batch
+
+
+def _leave_out(
+    view: Writer, key: bytes, row: bytes, without: frozenset[int], left_out: set[bytes]
+) -> bool:
+    """Whether a transaction is kept back, or touches an entity of one that is (``left_out``)."""
+    infos = view.catalogue.by_number
+    writes = decode_pending(key, row).operations
+    keys = [infos[op.collection].prefix + op.entity_id for op in writes]
+    if sequence_of(key) not in without and left_out.isdisjoint(keys):
+        return False
+    left_out.update(keys)
+    return True
+
+
+def _too_many(batch: PushBatch, numbers: list[int], limits: BatchLimits | None) -> bool:
+    """Whether the batch would name more collections than a message may."""
+    assert limits is not None
+    return bool(batch.keys) and len({*batch.numbers, *numbers}) > limits.collections_max
+
+
+def _pages(
+    snapshot: Snapshot, ranges: Iterable[Sequence[int]], limits: BatchLimits | None
+) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Outbox rows in ``ranges``, so many at a time that they are about a batch together: rows are
+    a hundred bytes or sixteen million."""
+    bytes_max = BatchLimits().bytes_max if limits is None else limits.bytes_max
+    rows = _FIRST_ROWS
+    for first, last in ranges:
+        start, stop = sequence_key(READY, first), sequence_key(READY, last) + b"\0"
+        while page := snapshot.scan(start, stop, limit=rows):
+            yield page
+            start = page[-1][0] + b"\0"
+            mean = sum([len(row) for _, row in page]) // len(page) + 1
+            if len(page) < rows:
+                break
+            rows = max(_FIRST_ROWS, min(bytes_max // mean, _ROWS_MAX))
+
+
+def _add_transactions(
+    view: Writer,
+    batch: PushBatch,
+    ids: list[bytes],
+    stamps: list[int],
+    payloads: list[bytes | None],
+) -> None:
+    """The wire form of what is in ``batch``; ``ids`` and ``stamps`` are its transactions'."""
+    rows = view.get_many(batch.entity_keys)
+    if not all(row is not None and row[0] & DIRTY for row in rows):
+        at = next(n for n, row in enumerate(rows) if row is None or not row[0] & DIRTY)
+        missing = batch.entity_keys[at][-ID_BYTES:].hex()
+        raise CorruptionError(
+            f"entity {missing} has pending changes and no row that says so; nothing was sent. Run "
+            "verify, and restore a backup"
+        )
+    batch.entity_rows = cast("list[bytes]", rows)
+    indexes = {number: index for index, number in enumerate(dict.fromkeys(batch.numbers))}
+    operations = list(
+        map(
+            PushOperation,
+            map(indexes.__getitem__, batch.numbers),
+            [key[-ID_BYTES:] for key in batch.entity_keys],
+            map(version_of, batch.entity_rows),
+            payloads,
+        )
+    )
+    if len(operations) == len(ids):
+        groups = [[operation] for operation in operations]
+    else:
+        ends = list(itertools.accumulate(batch.counts))
+        groups = [
+            operations[end - count : end] for end, count in zip(ends, batch.counts, strict=True)
+        ]
+    batch.transactions = list(map(PushTransaction, ids, stamps, groups))
+    batch.collections = [view.catalogue.by_number[number].name for number in indexes]
+    batch.bytes = OPERATION_OVERHEAD_BYTES * len(operations)
+    batch.bytes += sum([len(payload) for payload in payloads if payload is not None])

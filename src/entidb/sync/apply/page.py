@@ -1,0 +1,143 @@
+"""A pulled page: everything of it that can be wrong, and taking one that is the last (R22, R23).
+
+Pages of a pull of several are ``stage``'s. Where the device stands afterwards is ``position``'s.
+"""
+
+from __future__ import annotations
+
+from entidb import cbor
+from entidb.db.catalogue import CollectionInfo
+from entidb.db.records import BaseRow, decode_entity
+from entidb.db.writer import Ref, Writer
+from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
+from entidb.protocol import ColumnRows, PullRequest, PullResponse
+from entidb.sync.rebase import Rebase
+from entidb.types import check_name
+
+
+def check_page(
+    request: PullRequest, response: PullResponse, rows: ColumnRows | None = None
+) -> None:
+    """Everything of a page that can be wrong, before anything is touched: canonical payloads,
+    names, and versions in order within what was asked for. ``rows`` are those of its columns,
+    if it has some. Raises ``ProtocolError``."""
+    for name in response.collections:
+        try:
+            check_name(name)
+        except InvalidNameError as error:
+            raise ProtocolError(f"the server sent an impossible name: {error}") from error
+    last = request.cursor
+    if rows is not None:
+        if max(rows.indexes, default=-1) >= len(response.collections):
+            raise ProtocolError(
+                "the server's page names a collection that it does not list; nothing was applied"
+            )
+        if rows.versions:
+            if rows.versions[0] <= last:
+                raise _version_back(rows.versions[0], last)
+            last = rows.versions[-1]
+        places = zip(rows.versions, rows.ids, rows.payloads, strict=True)
+        payloads = rows.payloads
+    else:
+        for commit in response.commits:
+            if commit.version <= last:
+                raise _version_back(commit.version, last)
+            last = commit.version
+            for op in commit.operations:
+                if op.collection >= len(response.collections):
+                    raise ProtocolError(
+                        f"version {commit.version} names a collection that its page does not; "
+                        "nothing was applied"
+                    )
+        operations = [(c.version, op) for c in response.commits for op in c.operations]
+        payloads = [op.payload for _, op in operations]
+        places = zip(
+            [version for version, _ in operations],
+            [op.entity_id for _, op in operations],
+            payloads,
+            strict=True,
+        )
+    if not cbor.all_pass([payload for payload in payloads if payload is not None]):
+        for version, entity_id, payload in places:
+            _check_payload(version, entity_id, payload)
+    if response.cursor < last or response.head < response.cursor:
+        raise ProtocolError(
+            f"the server's page ends at cursor {response.cursor} with head {response.head}, but "
+            f"holds version {last}; nothing was applied"
+        )
+    if response.has_more and response.cursor <= request.cursor:
+        raise ProtocolError(
+            f"the server says there is more after cursor {request.cursor}, but its page does not "
+            "move on; nothing was applied"
+        )
+
+
+def _version_back(version: int, last: int) -> ProtocolError:
+    return ProtocolError(f"the server sent version {version} after {last}; nothing was applied")
+
+
+def _check_payload(version: int, entity_id: bytes, payload: bytes | None) -> None:
+    if payload is None:
+        return
+    try:
+        value = cbor.check(payload)
+    except CborDecodeError as error:
+        raise SyncCodecError(
+            f"entity {entity_id.hex()} of version {version} is not canonical: {error}; nothing "
+            "was applied"
+        ) from error
+    if value is None:
+        raise SyncCodecError(
+            f"entity {entity_id.hex()} of version {version} is null, and a deletion has no "
+            "payload; nothing was applied"
+        )
+
+
+def targets_of(writer: Writer, response: PullResponse) -> list[CollectionInfo | None]:
+    """The collection behind each index of the page; None for one that is local here (R31)."""
+    wanted: list[CollectionInfo | None] = []
+    scope = writer.catalogue.scope
+    known = writer.catalogue.adding_all(
+        (name for name in response.collections if scope is None or name in scope), pulled=True
+    )
+    if known is not writer.catalogue:
+        writer.set_catalogue(known)
+    for name in response.collections:
+        if scope is not None and name not in scope:
+            wanted.append(None)
+            continue
+        info = writer.collection(name)
+        wanted.append(info if info.synced else None)
+    return wanted
+
+
+def take_page(writer: Writer, rebase: Rebase, response: PullResponse) -> None:
+    targets = targets_of(writer, response)
+    places: list[tuple[Ref, BaseRow]] = []
+    keys = []
+    for version, device, timestamp, operations in (
+        (c.version, c.device_id, c.timestamp, c.operations) for c in response.commits
+    ):
+        for op in operations:
+            info = targets[op.collection]
+            if info is not None:
+                keys.append(info.prefix + op.entity_id)
+                places.append(
+                    (
+                        (info.number, op.entity_id),
+                        BaseRow(version, device, timestamp, op.payload),
+                    )
+                )
+    if len(set(keys)) != len(keys):
+        raise ProtocolError("the server sent an entity twice in one page; nothing was applied")
+    dirty = []
+    for (ref, remote), raw in zip(places, writer.get_many(keys), strict=True):
+        old = None if raw is None else decode_entity(raw)
+        if old is not None and old.pending:
+            dirty.append((old.pending, ref, remote))
+        else:
+            rebase.take_clean(ref, remote, old)
+    # Oldest pending work first, so that what depends on it is decided after it.
+    dirty.sort(key=lambda item: item[:2])
+    for _, ref, remote in dirty:
+        rebase.take_dirty(ref, remote)

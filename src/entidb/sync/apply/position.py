@@ -1,0 +1,113 @@
+"""Where the device stands in the server's history, and whether an answer still fits there.
+
+Whose replica it is, its cursor, what is of another history, what is in doubt: the fields of
+``ReplicaState``, checked and moved. Entities are not touched here.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from entidb.db.records import META_ADOPT
+from entidb.db.replica import ReplicaState, ranges_above
+from entidb.db.writer import Writer
+from entidb.errors import ConfigError, SyncStateError
+from entidb.protocol import PullRequest
+
+
+def check_replica_of(state: ReplicaState, db_id: str) -> None:
+    """Raises ``ConfigError`` if the device is a replica of another database: before the server is
+    asked, which might make one of that name."""
+    if state.db_id not in (None, db_id):
+        raise ConfigError(
+            f"this device holds a copy of database {state.db_id!r}, not of {db_id!r}; sync "
+            f"with db_id={state.db_id!r}, or use another directory for {db_id!r}"
+        )
+
+
+def check_belongs(writer: Writer, request: PullRequest) -> ReplicaState:
+    """R22: history and cursor are still those the answer belongs to."""
+    state = writer.sync_state
+    if state.history != request.history:
+        raise SyncStateError("the history changed while the answer was on its way; sync again")
+    if writer.inflight is not None:
+        raise SyncStateError("a push is in flight; it must be settled before a pull (R5)")
+    stage = writer.stage
+    expected = state.cursor
+    if stage is not None:
+        expected = stage.delta_cursor if stage.full_done else stage.full_cursor
+    elif request.full:
+        expected = 0
+    if expected != request.cursor:
+        raise SyncStateError("the cursor moved while the answer was on its way; sync again")
+    # A stage is abandoned when the scope changes, so it needs no such check.
+    if stage is None and not is_missing(writer, state, request):
+        raise scope_changed()
+    check_adopted(writer)
+    return state
+
+
+def scope_changed() -> SyncStateError:
+    return SyncStateError("the scope changed while the answer was on its way; sync again")
+
+
+def check_adopted(writer: Writer) -> None:
+    """What a wider scope or a reset has still to make pending must meet server state as pending
+    work does: taken for clean, it would be lost, or pass over what it never saw (R4, R31)."""
+    if writer.get(META_ADOPT) is not None:
+        raise scope_changed()
+
+
+def is_missing(writer: Writer, state: ReplicaState, request: PullRequest) -> bool:
+    """Whether what was asked for is still what is missing: a scope that was widened meanwhile
+    must not count as covered by an answer that does not speak of it (R31)."""
+    if not request.full:
+        return not (state.full or state.uncovered)
+    asked = None if request.collections is None else frozenset(request.collections)
+    return asked == (writer.catalogue.scope if state.full else frozenset(state.uncovered))
+
+
+def foreign_collections(writer: Writer, state: ReplicaState) -> frozenset[int]:
+    """Numbers of the collections whose entities have versions of another history (R29)."""
+    return frozenset(
+        info.number
+        for info in writer.catalogue.by_name.values()
+        if state.foreign or info.name in state.outdated
+    )
+
+
+def outdated_in_scope(writer: Writer) -> bool:
+    found = map(writer.catalogue.by_name.get, writer.sync_state.outdated)
+    return any(info is not None and info.synced for info in found)
+
+
+def move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
+    """Only a pull moves the cursor (R22)."""
+    foreign = foreign_collections(writer, state)
+    now = replace(
+        state,
+        cursor=cursor,
+        have=ranges_above(state.have, cursor),
+        full=False,
+        uncovered=[],
+        foreign=False,
+        keep_device=False,
+        unsettled=[],
+        outdated=sorted(
+            info.name
+            for info in writer.catalogue.by_name.values()
+            if not info.synced and info.number in foreign
+        ),
+    )
+    if now != state:
+        writer.set_sync_state(now)
+
+
+def remember_doubt(writer: Writer) -> None:
+    inflight, state = writer.inflight, writer.sync_state
+    if inflight is None:
+        return
+    sent = [[first, last, state.cursor] for first, last in (*inflight.ranges, *inflight.after)]
+    unsettled = [each for each in state.unsettled if each not in sent] + sent
+    if unsettled != state.unsettled:
+        writer.set_sync_state(replace(state, unsettled=unsettled))

@@ -1,0 +1,237 @@
+"""What a person or a program looks at and decides on a device, between cycles.
+
+Open conflicts (R25, R26), what was withdrawn or overruled (R4), the outbox, a reset (R29): each
+change is one storage commit, and the next cycle pushes what comes of it. The steps of a cycle are
+``applier``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+
+from msgspec.structs import replace
+
+from entidb.db import Database, overruled
+from entidb.db.fields import with_field
+from entidb.db.outbox import DiscardedTransaction, discard_key, read_discarded, read_pending
+from entidb.db.overruled import OverruledValue, read_overruled
+from entidb.db.records import (
+    CONFLICT,
+    PendingTransaction,
+    conflict_key,
+    end_of,
+    split_numbered_key,
+)
+from entidb.db.transaction import Writes
+from entidb.db.writer import Writer
+from entidb.errors import ConfigError, ConflictError
+from entidb.sync.apply.position import (
+    remember_doubt,
+)
+from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
+from entidb.sync.policies import resolve_policy
+from entidb.sync.rebase import Rebase, RebaseReport, decode_conflict
+
+_DAY_MS = 24 * 3600 * 1000
+
+
+class Review:
+    """A device's database with the policies of its collections: by name or callable in
+    ``policies``, ``default_policy`` for the others. With ``keeps`` what they decide against is
+    kept (R4)."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        default_policy: str | ConflictPolicy,
+        policies: Mapping[str, str | ConflictPolicy] | None,
+        keeps: bool,
+    ) -> None:
+        self.database = database
+        self._default = resolve_policy(default_policy)
+        self._policies = {name: resolve_policy(p) for name, p in (policies or {}).items()}
+        self._keeps = keeps
+
+    def policy_for(self, collection: str) -> ConflictPolicy:
+        return self._policies.get(collection, self._default)
+
+    def _rebase(self, writer: Writer, server_ms: int, foreign: Set[int] = frozenset()) -> Rebase:
+        return Rebase(writer, self.policy_for, server_ms, foreign=foreign, keeps=self._keeps)
+
+    # ------------------------------------------------------------ conflicts (R25, R26)
+
+    def conflicts(self) -> list[Conflict]:
+        """Unresolved conflicts, in order of collection and id."""
+        found = []
+        with self.database.view() as view:
+            names = view.catalogue.by_number
+            for key, raw in view.snapshot.scan(CONFLICT, end_of(CONFLICT)):
+                number, entity_id = split_numbered_key(key)
+                info = names[number]
+                row = view.entity((number, entity_id))
+                local = None if row is None else row.payload
+                found.append(decode_conflict(raw, info.name, (number, entity_id), local))
+        return found
+
+    def resolve(self, conflict: Conflict, resolution: ConflictResolution) -> RebaseReport:
+        """Deal with an unresolved conflict; its transactions, and those that waited for them, are
+        pushed by the next cycle. Raises ``ConflictError`` (``conflict_gone``) if it is not open,
+        and (``conflict_changed``) if the server's side has changed since it was listed."""
+        if not isinstance(conflict, Conflict):
+            raise ConfigError(
+                f"resolve takes an entry of conflicts(), not {conflict!r:.60}; list them first"
+            )
+        if resolution.action is Action.SKIP:
+            raise ConflictError("skip leaves a conflict open", code="conflict_skipped")
+        with self.database.write("local") as writer:
+            info = writer.catalogue.by_name.get(conflict.collection)
+            ref = (0 if info is None else info.number, conflict.id_bytes)
+            raw = None if info is None else writer.get(conflict_key(*ref))
+            if raw is None:
+                raise ConflictError(
+                    f"there is no open conflict on {conflict.collection}/{conflict.entity_id}; "
+                    "list them again",
+                    code="conflict_gone",
+                )
+            now = decode_conflict(raw, "", ref, None)
+            # The same number can be of another history (R29).
+            if (now.remote_version, now.remote_payload) != (
+                conflict.remote_version,
+                conflict.remote_payload,
+            ):
+                raise ConflictError(
+                    f"the server's side of {conflict.collection}/{conflict.entity_id} has changed "
+                    "since this conflict was listed; list them again",
+                    code="conflict_changed",
+                )
+            rebase = self._rebase(writer, writer.now_ms)
+            rebase.resolve(ref, conflict, resolution)
+            rebase.release()
+            return rebase.report
+
+    # ------------------------------------------------------------ discarded and overruled (R4)
+
+    def discarded(self) -> list[DiscardedTransaction]:
+        """Withdrawn transactions, oldest first."""
+        with self.database.view() as view:
+            return read_discarded(view.snapshot)
+
+    def overruled(self) -> list[OverruledValue]:
+        """Values that a policy or a person decided against, whoever wrote them, oldest first."""
+        with self.database.view() as view:
+            return read_overruled(view.snapshot)
+
+    def overruled_count(self) -> int:
+        """How many of them there are."""
+        with self.database.view() as view:
+            return overruled.read_head(view).count
+
+    def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:
+        """Commit a discarded transaction again, as a new one on the present state, and take it
+        off the list; returns the commit sequence.
+
+        Of an overruled value its field is written back, of an overruled entity the fields that
+        were changed, and nothing else of what is there now; 0 is returned if that changes
+        nothing. Raises ``ConflictError``
+        (``discarded_gone``) if it is not in its list any more, and (``overruled_place_gone``) if
+        the entity is deleted, or holds no map where the field was; then nothing has changed."""
+        if isinstance(discarded, OverruledValue):
+            return self._put_back(discarded)
+        _check_entry("recommit", discarded)
+        with self.database.write("local") as writer:
+            key = discard_key(discarded)
+            if writer.get(key) is None:
+                raise ConflictError(
+                    f"transaction {discarded.transaction_id.hex()} is not in the discarded list "
+                    "any more",
+                    code="discarded_gone",
+                )
+            writer.delete(key)
+            writer.head.discarded -= 1
+            writes: dict[str, dict[bytes, bytes | None]] = {}
+            for name, entity_id, payload in discarded.operations:
+                writes.setdefault(name, {})[entity_id] = payload
+            return self.database.commit_writes(writer, writes)
+
+    def _put_back(self, value: OverruledValue) -> int:
+        with self.database.write("local") as writer:
+            if not overruled.forget(writer, value.number):
+                raise ConflictError(
+                    f"the overruled value {value.number} of {value.collection}/{value.entity_id} "
+                    "is not kept any more; list them again",
+                    code="discarded_gone",
+                )
+            info = writer.catalogue.by_name.get(value.collection)
+            row = None if info is None else writer.entity((info.number, value.id_bytes))
+            there = payload = None if row is None else row.payload
+            fields = value.fields()
+            if there is None and value.payload is not None and not value.path:
+                # The entity is not there, so it comes back whole.
+                fields = [((), value.payload, None)]
+            for path, lost, _ in fields:
+                try:
+                    payload = with_field(payload, path, lost)
+                except LookupError:
+                    raise ConflictError(
+                        f"{value.collection}/{value.entity_id} is deleted, or has no place for "
+                        f"field {'.'.join(path)!r} any more; write the entity itself",
+                        code="overruled_place_gone",
+                    ) from None
+            if payload == there:
+                return 0
+            writes: Writes = {value.collection: {value.id_bytes: payload}}
+            return self.database.commit_writes(writer, writes)
+
+    def prune(self, discarded: DiscardedTransaction | OverruledValue) -> bool:
+        """Forget a discarded transaction, or an overruled value, for good; returns whether it
+        was there."""
+        if isinstance(discarded, OverruledValue):
+            with self.database.write("local") as writer:
+                return overruled.forget(writer, discarded.number)
+        _check_entry("prune", discarded)
+        with self.database.write("local") as writer:
+            key = discard_key(discarded)
+            if writer.get(key) is None:
+                return False
+            writer.delete(key)
+            writer.head.discarded -= 1
+            return True
+
+    def pending(self) -> Iterator[PendingTransaction]:
+        """The outbox, oldest first, held ones included."""
+        with self.database.view() as view:
+            yield from read_pending(view.snapshot)
+
+    # ------------------------------------------------------------ reset (R29)
+
+    def reset(self, keep: str) -> None:
+        """Start over with the server's present history. ``keep="server"`` takes its state;
+        ``keep="device"`` also commits again what this device has newer or the server no longer
+        has. Pending transactions stay pending either way."""
+        if keep not in ("server", "device"):
+            raise ConfigError(f"keep={keep!r}: choose 'server' or 'device'")
+        with self.database.write() as writer:
+            writer.abandon_stage()
+            remember_doubt(writer)
+            writer.set_inflight(None)
+            state = writer.sync_state
+            writer.set_sync_state(
+                replace(
+                    state,
+                    history=None,
+                    cursor=0,
+                    have=[],
+                    full=True,
+                    foreign=True,
+                    keep_device=keep == "device",
+                )
+            )
+
+
+def _check_entry(method: str, given: object) -> None:
+    if not isinstance(given, DiscardedTransaction):
+        raise ConfigError(
+            f"{method} takes an entry of discarded() or overruled(), not {given!r:.60}; list them "
+            "first"
+        )

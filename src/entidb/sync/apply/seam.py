@@ -1,0 +1,196 @@
+"""What a cycle needs of a device, and the values the two exchange.
+
+The cycle knows this alone; ``applier`` is the implementation on a database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from msgspec import Struct, field
+
+from entidb.db.records import PendingTransaction, decode_pending, sequence_of
+from entidb.db.replica import ReplicaState, Stage
+from entidb.protocol import PullRequest, PullResponse, PushResponse, PushTransaction
+from entidb.sync.rebase import RebaseReport
+from entidb.types import SEQUENCE_MAX
+
+
+class BatchLimits(Struct, frozen=True):
+    """How much one push batch may hold; a larger single transaction is sent alone. Transactions
+    committed after ``sequence_max`` wait for the next cycle, so that a cycle ends even while
+    somebody keeps writing. Those in ``without``, by their sequence, are left out, with all that is
+    built on them."""
+
+    operations_max: int = 5000
+    bytes_max: int = 4 * 1024 * 1024
+    sequence_max: int = SEQUENCE_MAX
+    transactions_max: int = SEQUENCE_MAX
+    collections_max: int = SEQUENCE_MAX
+    without: frozenset[int] = frozenset()
+    #: The server's clock as the newest answer said it, in ms; 0 if none did.
+    server_ms: int = 0
+
+
+class PushBatch(Struct):
+    """A batch that is in flight (R5): what is sent, and what it was made of.
+
+    Of each transaction its outbox row (``keys``, ``rows``) and how many operations it has
+    (``counts``); ``chained`` are the places of those with an operation that follows another
+    pending one on the same entity. Of each operation, one after another, the collection's number
+    and the entity's row (``entity_rows``), which is still the entity's own while the database's
+    ``commit_mark`` is ``mark``. Columns and not objects: a batch has thousands of each.
+    """
+
+    keys: list[bytes]
+    rows: list[bytes]
+    counts: list[int]
+    chained: set[int]
+    numbers: list[int]
+    entity_keys: list[bytes]
+    entity_rows: list[bytes]
+    ranges: list[list[int]]
+    collections: list[str]
+    transactions: list[PushTransaction]
+    cursor: int
+    bytes: int
+    mark: int
+
+    @property
+    def sequences(self) -> list[int]:
+        """The local commits that made its transactions."""
+        return [sequence_of(key) for key in self.keys]
+
+    def pending(self, index: int) -> PendingTransaction:
+        """Its transaction number ``index`` as it was sent."""
+        return decode_pending(self.keys[index], self.rows[index])
+
+
+class Settled(Struct):
+    """What settling did. ``pull`` says the cycle must pull before it pushes more than what is in
+    flight; ``next_batch`` was prepared in the same commit."""
+
+    accepted: int = 0
+    accepted_operations: int = 0
+    superseded: int = 0
+    conflicts: int = 0
+    rejected: int = 0
+    pull: bool = False
+    next_batch: PushBatch | None = None
+    report: RebaseReport = field(default_factory=RebaseReport)
+
+
+class SyncApplier(Protocol):
+    """What a cycle needs of a device. Each method is one storage commit, or none where nothing
+    changes; each can be the last thing that ever happens, and the next cycle goes on from there.
+    """
+
+    def state(self) -> ReplicaState: ...
+
+    def stage(self) -> Stage | None: ...
+
+    def scope(self) -> list[str] | None:
+        """Names to ask the server for; None for all."""
+        ...
+
+    @property
+    def device_id(self) -> bytes: ...
+
+    def sequence(self) -> int:
+        """The newest local commit."""
+        ...
+
+    def ready(self) -> int:
+        """How many transactions wait to be pushed."""
+        ...
+
+    def bind(self, db_id: str, history: bytes) -> None:
+        """Remember whose replica this is. Raises ``ConfigError`` if it is another database's."""
+        ...
+
+    def inflight(self) -> list[PushBatch]:
+        """The batches that may have been sent and have no answer (R5), exactly as they were sent,
+        in order: none, one, or two."""
+        ...
+
+    def prepare(self, limits: BatchLimits) -> PushBatch | None:
+        """Choose the next batch and make it durable as in flight; None if nothing is ready."""
+        ...
+
+    def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
+        """Choose the batch after ``batch``, the only one in flight, and make it durable as in
+        flight behind it. It touches no entity that ``batch`` touches, so it is right whatever
+        becomes of ``batch``; None if there is no such batch."""
+        ...
+
+    def settle(
+        self,
+        batch: PushBatch,
+        response: PushResponse,
+        limits: BatchLimits | None,
+        following: PushBatch | None = None,
+    ) -> Settled:
+        """Apply the verdicts (R18) on the first batch in flight; ``following`` is the other, if
+        there is one. If ``limits`` are given and no pull is needed first, prepare one more, as
+        ``prepare`` or ``prepare_after`` would."""
+        ...
+
+    def doubt(self) -> None:
+        """What is in flight was sent, and its answer is lost: until a pull has shown what became of
+        it, remember that the server may have accepted it (R28)."""
+        ...
+
+    def unsend(self) -> None:
+        """The batches in flight count as not sent (R5): an answer proves that nothing of what was
+        sent now was decided. A pull comes before anything of it is withdrawn, because an earlier
+        sending may have arrived."""
+        ...
+
+    def refuse(self, batch: PushBatch, code: str, message: str) -> RebaseReport:
+        """Withdraw the transactions of ``batch``, the first in flight, which the server refuses
+        for good (R4), with those built on them. Nothing is in flight afterwards."""
+        ...
+
+    def still_pending(self, sequences: Iterable[int]) -> list[int]:
+        """Those of these local commits whose transactions are in the outbox."""
+        ...
+
+    def confirm(self, cursor: int) -> None:
+        """A pull has reached ``cursor`` and brought nothing but the device's own commits. Not
+        worth a storage commit (R10): the next one that is made anyway takes the cursor along."""
+        ...
+
+    def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
+        """Apply one page that reaches the head: data, cursor, rebase, feed (R20, R22)."""
+        ...
+
+    def stage_page(
+        self, request: PullRequest, response: PullResponse, full: list[str] | None
+    ) -> Stage:
+        """Keep one page of several, durable and out of sight. ``full`` are the collections
+        that come from nothing (None: all)."""
+        ...
+
+    def publish(self) -> RebaseReport:
+        """Make a complete stage the database's state in one commit."""
+        ...
+
+    def restart_stage(self, *, full: bool) -> None:
+        """Forget what is staged; ``full`` asks for everything from 0 at the next pull (R28)."""
+        ...
+
+    def grant(self, granted: list[str] | None) -> RebaseReport:
+        """Make these collections (None: all) what the token grants, as the server has said (R31).
+        Nothing may be in flight. Raises ``PermissionDeniedError`` where a reset is to keep what
+        is not granted; then nothing changes."""
+        ...
+
+    def adopt(self) -> bool:
+        """Make the next bounded part of entities pending that a wider scope or a reset brought
+        up (R29, R31); whether there may be more."""
+        ...
+
+    def tidy(self) -> bool:
+        """Remove a bounded part of what was replaced; whether there may be more."""
+        ...

@@ -1,0 +1,219 @@
+"""The verdicts of one answer, checked, and applied in one commit (R18).
+
+An answer as most are goes in columns (``Settling._settle_all``), a transaction as most are without
+objects (``_settle_newest``); what either leaves alone goes through ``rebase``, whose outcome is
+the law for both.
+"""
+
+from __future__ import annotations
+
+from operator import add, ge
+
+from msgspec.structs import replace
+
+from entidb.db.records import (
+    DIRTY,
+    HAS_BASE,
+    PENDING_HEAD,
+    TOMBSTONE,
+    PendingOp,
+    base_key,
+    pack_entity,
+    sequence_of,
+    unpack_pending,
+)
+from entidb.db.replica import HAVE_RANGES_MAX, add_to_ranges
+from entidb.db.writer import Writer
+from entidb.errors import ProtocolError
+from entidb.protocol import PushResponse, Verdict
+from entidb.sync.apply.seam import PushBatch, Settled
+from entidb.sync.rebase import Rebase
+from entidb.types import ID_BYTES
+
+#: What is kept of a server's words for a refusal.
+CODE_CHARS_MAX = 100
+MESSAGE_CHARS_MAX = 1000
+# Plain numbers: looking a member up in its enum for every transaction costs more than the rest.
+_ACCEPTED, _SUPERSEDED, _CONFLICT = (
+    int(verdict) for verdict in (Verdict.ACCEPTED, Verdict.SUPERSEDED, Verdict.CONFLICT)
+)
+
+
+def check_verdicts(response: PushResponse) -> None:
+    """What cannot be true of verdicts, before anything is touched: a transaction leaves the
+    outbox for a version of its own that the server's head covers (R12), or not at all. Raises
+    ``ProtocolError``."""
+    results, head = response.results, response.head
+    versions = [result.version for result in results if result.verdict <= _SUPERSEDED]
+    if versions and not 0 < min(versions) <= max(versions) <= head:
+        worst = min(versions) if min(versions) <= 0 else max(versions)
+        raise ProtocolError(
+            f"the server says a transaction was accepted as version {worst}, with its head at "
+            f"{head}; nothing was settled"
+        )
+    if len(set(versions)) != len(versions):
+        raise ProtocolError(
+            "the server says of two transactions that they were accepted as the same version; "
+            "nothing was settled"
+        )
+
+
+class Settling:
+    """The verdicts of one answer, applied within one commit (R18)."""
+
+    def __init__(self, writer: Writer, rebase: Rebase, response: PushResponse) -> None:
+        self._writer = writer
+        self._response = response
+        self._rebase = rebase
+        self._state = writer.sync_state
+        self._have = [list(pair) for pair in self._state.have]
+        self._settled = Settled(report=self._rebase.report)
+
+    def run(self, batch: PushBatch, fresh: bool) -> Settled:
+        """``fresh`` says that the rows in the batch are still the entities' own."""
+        settled = self._settled
+        if not fresh:
+            # No row at all is for ``_settle_newest`` to leave alone.
+            found = self._writer.get_many(batch.entity_keys)
+            batch.entity_rows = [row or b"" for row in found]
+        elif self._settle_all(batch):
+            self._store_have(batch)
+            return settled
+        at = 0
+        results = self._response.results
+        for index, (count, result) in enumerate(zip(batch.counts, results, strict=True)):
+            place = at
+            at += count
+            verdict = result.verdict
+            if verdict == _ACCEPTED:
+                self._accepted(batch, index, place, result.version, result.timestamp)
+                settled.accepted += 1
+                settled.accepted_operations += count
+                continue
+            current = self._rebase.load(sequence_of(batch.keys[index]))
+            if current is None:
+                continue  # withdrawn a moment ago, with the transaction it was built on
+            if verdict == _SUPERSEDED:
+                if self._rebase.settle_superseded(current):
+                    settled.superseded += 1
+                else:
+                    settled.conflicts += 1
+                settled.pull = True
+            elif verdict == _CONFLICT:
+                settled.conflicts += 1
+                settled.pull = True
+            else:
+                # Every transaction built on this one keeps a copy of these.
+                code = result.code[:CODE_CHARS_MAX] or "rejected"
+                message = result.message[:MESSAGE_CHARS_MAX] or "refused by the server"
+                self._rebase.withdraw([current], code, message, [])
+                settled.rejected += 1
+        self._rebase.release()
+        self._store_have(batch)
+        return settled
+
+    def _settle_all(self, batch: PushBatch) -> bool:
+        """What ``run`` does with an answer as most are, in columns: every transaction is accepted
+        and has one operation, on an entity where it is the only pending one. False if it is not
+        like that; then nothing has changed."""
+        results, keys, rows = self._response.results, batch.entity_keys, batch.entity_rows
+        if batch.chained or {result.verdict for result in results} != {_ACCEPTED}:
+            return False
+        versions = [result.version for result in results]
+        if min(versions) <= self._state.cursor:
+            return False
+        heads = zip(*map(unpack_pending, rows), strict=True)
+        flags, shown, before, devices, stamps, pending = heads
+        # Not so where one has several operations, or an entity several transactions.
+        if list(pending) != batch.sequences or any(map(ge, before, versions)):
+            return False
+        bases = [
+            base_key(number, key[-ID_BYTES:])
+            for number, key, flag in zip(batch.numbers, keys, flags, strict=True)
+            if flag & HAS_BASE
+        ]
+        gone = [flag & TOMBSTONE for flag in flags]
+        given = [result.timestamp or stamp for result, stamp in zip(results, stamps, strict=True)]
+        clean = map(pack_entity, gone, shown, versions, devices, given)
+        values = [row[PENDING_HEAD:] for row in rows]
+        changes = self._writer.changes
+        changes.update(dict.fromkeys([*bases, *batch.keys]))
+        changes.update(zip(keys, map(add, clean, values), strict=True))
+        for version in versions:
+            add_to_ranges(self._have, version)
+        self._writer.head.ready -= len(keys)
+        self._settled.accepted += len(keys)
+        self._settled.accepted_operations += len(keys)
+        return True
+
+    def _accepted(
+        self, batch: PushBatch, index: int, place: int, version: int, timestamp: int
+    ) -> None:
+        cursor = self._state.cursor
+        if version > cursor and self._settle_newest(batch, index, place, version, timestamp):
+            add_to_ranges(self._have, version)
+            return
+        transaction = batch.pending(index)
+        current = self._rebase.load(transaction.sequence)
+        if current is None or _writes(self._rebase.operations(current)) != _writes(
+            transaction.operations
+        ):
+            # An earlier verdict of this answer withdrew or merged it here, while a copy of this
+            # device had it accepted as it was (R30): only a pull can bring what was accepted.
+            self._settled.pull = True
+            if current is not None:
+                self._rebase.settle_superseded(current)
+            return
+        if version > cursor:
+            add_to_ranges(self._have, version)
+        stamp = timestamp or transaction.timestamp
+        self._rebase.settle_accepted(current, version, stamp, cursor)
+
+    def _settle_newest(
+        self, batch: PushBatch, index: int, place: int, version: int, timestamp: int
+    ) -> bool:
+        """The common case, without objects: every entity has this transaction as its only pending
+        one and a base that is older. Its rows then just become clean, in place."""
+        changes = self._writer.changes
+        outbox_key = batch.keys[index]
+        sequence = sequence_of(outbox_key)
+        if index in batch.chained and any(
+            op.previous and self._rebase.load(op.previous) is not None
+            for op in batch.pending(index).operations
+        ):
+            return False
+        made: list[tuple[bytes, bytes | None]] = []
+        for at in range(place, place + batch.counts[index]):
+            key, row = batch.entity_keys[at], batch.entity_rows[at]
+            if not row or not row[0] & DIRTY or key in changes:
+                return False
+            flags, shown, base, device, stamp, pending = unpack_pending(row)
+            if pending != sequence or base >= version:
+                return False
+            if flags & HAS_BASE:
+                made.append((base_key(batch.numbers[at], key[-ID_BYTES:]), None))
+            head = pack_entity(flags & TOMBSTONE, shown, version, device, timestamp or stamp)
+            made.append((key, head + row[PENDING_HEAD:]))
+        changes[outbox_key] = None
+        changes.update(made)
+        self._writer.head.ready -= 1
+        self._rebase.forget(sequence)
+        return True
+
+    def _store_have(self, batch: PushBatch) -> None:
+        state = self._state
+        if self._have != state.have:
+            # Too many ranges only mean that some own changes come back and are skipped (R21).
+            state = replace(state, have=self._have[-HAVE_RANGES_MAX:])
+        if state.granted is not None and self._settled.accepted:
+            # Accepted under a token that was wider for a moment: nothing else will come of these,
+            # so what is there goes with the next look at the grant (R31).
+            strange = {name for name in batch.collections if not state.grants(name)}
+            if strange:
+                state = replace(state, uncovered=sorted(strange.union(state.uncovered)))
+        if state is not self._state:
+            self._writer.set_sync_state(state)
+
+
+def _writes(operations: list[PendingOp]) -> list[tuple[int, bytes, bytes | None]]:
+    return [(op.collection, op.entity_id, op.payload) for op in operations]

@@ -1,0 +1,149 @@
+"""The pages of one pull, kept out of sight until the last of them is in (R20, R28).
+
+They go into tables of their own. ``publish`` makes them what readers see.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from msgspec.structs import replace
+
+from entidb.db.records import REMOTE, TOMBSTONE, pack_entity, table_prefix, unpack_entity
+from entidb.db.replica import Stage
+from entidb.db.writer import Writer
+from entidb.errors import ProtocolError
+from entidb.protocol import ColumnRows, PullRequest, PullResponse
+from entidb.sync.apply.page import targets_of
+
+
+def comes_once(stage: Stage, response: PullResponse, rows: ColumnRows) -> bool:
+    """Whether everything on this page belongs to the full part of the stage, and is below the
+    head at its first page: then no page before or after it has any of these entities."""
+    newest = rows.versions[-1] if rows.versions else 0
+    names = stage.full
+    return (
+        not stage.full_done
+        and newest <= stage.first_head
+        and (names is None or all(name in names for name in response.collections))
+    )
+
+
+def stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: ColumnRows) -> Stage:
+    """As ``stage_operations``, for a page in columns whose entities come once: its tombstones
+    remove nothing, and its rows are those of the server but for the number of its commit."""
+    tables, counts = dict(stage.tables), dict(stage.counts)
+    targets = targets_of(writer, response)
+    prefixes = [
+        None if info is None else table_prefix(_table_for(writer, tables, info.number))
+        for info in targets
+    ]
+    fresh = bytes((REMOTE,)) + bytes(8)
+    made = [
+        (prefix + entity_id, fresh + head + payload)
+        for index, entity_id, head, payload in zip(
+            rows.indexes, rows.ids, rows.heads, rows.payloads, strict=True
+        )
+        if payload is not None and (prefix := prefixes[index]) is not None
+    ]
+    before = len(writer.changes)
+    writer.changes.update(made)
+    sent, operations = Counter(rows.indexes), 0
+    gone = Counter(
+        index for index, payload in zip(rows.indexes, rows.payloads, strict=True) if payload is None
+    )
+    twice = len(writer.changes) != before + len(made)
+    if twice or (gone and len(set(zip(rows.indexes, rows.ids, strict=True))) != len(rows.ids)):
+        raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
+    for index, info in enumerate(targets):
+        if info is not None:
+            number = str(info.number)
+            counts[number] = counts.get(number, 0) + sent[index] - gone[index]
+            operations += sent[index]
+    return replace(
+        stage,
+        full_cursor=response.cursor,
+        full_done=not response.has_more,
+        tables=tables,
+        counts=counts,
+        operations=stage.operations + operations,
+        time_ms=response.time,
+    )
+
+
+def _table_for(writer: Writer, tables: dict[str, int], collection: int) -> int:
+    """The stage's table of a collection, allocated when it is needed first."""
+    number = str(collection)
+    if number not in tables:
+        table, catalogue = writer.catalogue.allocating()
+        writer.set_catalogue(catalogue)
+        tables[number] = table
+    return tables[number]
+
+
+def stage_operations(
+    writer: Writer, stage: Stage, request: PullRequest, response: PullResponse
+) -> Stage:
+    """Write a page into the stage's own tables. In collections that come from nothing a tombstone
+    only removes; in the others it must stay, to be applied."""
+    full_phase = not stage.full_done
+    # After the full part of some collections the changes of the others follow; a change of a
+    # full one then goes straight into its new table.
+    tables, deltas, counts = dict(stage.tables), dict(stage.deltas), dict(stage.counts)
+    prefixes: list[tuple[bytes, str, bool] | None] = []
+    for info in targets_of(writer, response):
+        is_full = info is not None and (stage.full is None or info.name in stage.full)
+        if info is None or (full_phase and not is_full):
+            # A collection that was not asked for now: its changes come after the full part.
+            prefixes.append(None)
+            continue
+        table = _table_for(writer, tables if is_full else deltas, info.number)
+        prefixes.append((table_prefix(table), str(info.number), is_full))
+    operations = 0
+    changes = writer.changes
+    for commit in response.commits:
+        head = pack_entity(REMOTE, 0, commit.version, commit.device_id, commit.timestamp)
+        gone = pack_entity(
+            REMOTE | TOMBSTONE, 0, commit.version, commit.device_id, commit.timestamp
+        )
+        unseen = commit.version <= stage.first_head and full_phase
+        for op in commit.operations:
+            target = prefixes[op.collection]
+            if target is None:
+                continue
+            prefix, number, is_full = target
+            operations += is_full
+            key = prefix + op.entity_id
+            if key in changes:
+                raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
+            payload = op.payload
+            if not is_full:
+                changes[key] = gone if payload is None else head + payload
+                continue
+            if not unseen:
+                there = writer.get(key)
+                if there is not None:
+                    if unpack_entity(there)[2] >= commit.version:
+                        continue
+                    counts[number] -= 1
+            if payload is None:
+                changes[key] = None
+            else:
+                changes[key] = head + payload
+                counts[number] = counts.get(number, 0) + 1
+    full_cursor, full_done, delta_cursor = stage.full_cursor, stage.full_done, stage.delta_cursor
+    if full_phase:
+        full_cursor, full_done = response.cursor, not response.has_more
+    else:
+        delta_cursor = response.cursor
+    return replace(
+        stage,
+        full_cursor=full_cursor,
+        full_done=full_done,
+        delta_cursor=delta_cursor,
+        tables=tables,
+        deltas=deltas,
+        counts=counts,
+        operations=stage.operations + operations,
+        time_ms=response.time,
+    )
