@@ -23,6 +23,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
 from entidb.errors import ServerBusyError
+from entidb.packing import ENCODINGS, compress
 from entidb.protocol import (
     CONTENT_TYPE,
     HandshakeResponse,
@@ -36,7 +37,6 @@ from entidb.server import ServerConfig, SyncServer, create_app, mint_token, serv
 from entidb.server.app import SyncApp, _Budget, _path_in_app
 from entidb.server.hooks import Grant
 from entidb.server.service import DatabaseService
-from entidb.server.wire import ENCODINGS, compress
 from tests.server.support import DEVICE, SECRET, Client, handshake, pull, push
 
 pytestmark = pytest.mark.process

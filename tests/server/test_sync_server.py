@@ -21,6 +21,7 @@ from entidb.errors import (
     SyncError,
     error_from_code,
 )
+from entidb.packing import ENCODINGS, compress
 from entidb.protocol import (
     CONTENT_TYPE,
     ErrorResponse,
@@ -34,7 +35,7 @@ from entidb.protocol import (
     path_of,
 )
 from entidb.server import Grants, Refusal, Rights, SyncServer
-from entidb.server.wire import ENCODINGS, HttpResponse, compress, error_response, failure
+from entidb.server.wire import HttpResponse, error_response, failure
 from tests.server.support import ManualClock, handshake, number_id, pull, push
 
 RIGHTS = {

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import pytest
 
+from entidb import packing
 from entidb.errors import (
     ERROR_TABLE,
     REFUSALS,
@@ -52,9 +53,9 @@ from entidb.protocol import (
     decode,
     encode,
 )
-from entidb.sync import http
 from entidb.sync.config import HttpConfig
 from entidb.sync.http import HttpResponse, HttpTransport, HttpxClient
+from entidb.sync.http.failures import too_large
 
 try:
     zstd: Any = importlib.import_module("compression.zstd")
@@ -786,6 +787,10 @@ ZEROES = bytes(50_000_000)
 PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
 
 
+def unpacked(encoding: str, body: bytes, limit: int) -> bytes:
+    return packing.decompress(encoding, body, limit, "the answer", too_large)
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
 def test_a_packed_answer_is_unpacked(encoding: str):
     packed = PACK[encoding](encode(BIG_PAGE))
@@ -804,8 +809,8 @@ def test_a_bomb_goes_off_at_the_limit(encoding: str):
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
 def test_unpacking_holds_no_more_than_the_limit(encoding: str):
     with pytest.raises(ProtocolError, match="larger than"):
-        http._decompress(encoding, PACK[encoding](ZEROES), 1000)
-    assert http._decompress(encoding, PACK[encoding](bytes(1000)), 1000) == bytes(1000)
+        unpacked(encoding, PACK[encoding](ZEROES), 1000)
+    assert unpacked(encoding, PACK[encoding](bytes(1000)), 1000) == bytes(1000)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
@@ -829,7 +834,7 @@ def test_a_zstd_window_beyond_8_mib_is_refused():
     compressor = zstd.ZstdCompressor(options=options)
     packed = compressor.compress(bytes(range(256)) * 100_000) + compressor.flush()
     with pytest.raises(SyncCodecError, match="not the zstd it says"):
-        http._decompress("zstd", packed, 10**9)
+        unpacked("zstd", packed, 10**9)
 
 
 @pytest.mark.parametrize("encoding", ["br", "deflate", "gzip, gzip", "x\x1bx"])
@@ -908,7 +913,7 @@ def test_encodings_are_offered_as_the_settings_say(url: str, mode: Any, accepted
 
 
 def test_without_the_zstd_package_gzip_is_offered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(http, "_zstd", None)
+    monkeypatch.setattr(packing, "ENCODINGS", ("gzip",))
     client = canned(PAGE)
     HttpTransport("https://example.org", client=client).pull(PULL)
     assert client.sent[0][1]["Accept-Encoding"] == "gzip"
@@ -939,7 +944,7 @@ def test_a_request_is_packed_only_as_the_server_said_it_can_read(
     assert "Content-Encoding" not in client.sent[0][1]
     assert client.sent[2][1].get("Content-Encoding") == used
     body = client.sent[2][2]
-    plain = http._decompress(used, body, 10**6) if used else body
+    plain = unpacked(used, body, 10**6) if used else body
     assert decode(PushRequest, plain) == BIG_PUSH
     assert len(body) < 1000 or used is None
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 
 from msgspec.structs import replace
 
+from entidb import packing
 from entidb.db import Database
 from entidb.errors import (
     ConfigError,
@@ -72,7 +73,7 @@ class SyncServer:
         self.clock: Clock = clock or SystemClock()
         self.limits = config.limits()
         #: Content encodings taken and made; part of the handshake's ``features``.
-        self.encodings: Final = wire.ENCODINGS if config.compression else ()
+        self.encodings: Final = packing.ENCODINGS if config.compression else ()
         #: From where requests may come, for whoever serves them over HTTP.
         self.origins: Final = Origins(
             open_to_all=config.insecure_no_auth,

@@ -1,22 +1,18 @@
 """HTTP without a socket: what a request must look like, and how messages and errors become answers.
 
-Shared by the ASGI app and the server that is called in process. Sizes, content encodings, statuses
-and headers live here; reading from a connection does not.
+Shared by the ASGI app and the server that is called in process. Sizes, statuses and headers
+live here; how a body is packed is for ``packing``, reading from a connection for ``app``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
 import math
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
+from entidb import packing
 from entidb.errors import (
     ERROR_TABLE,
     DatabaseClosedError,
@@ -24,7 +20,6 @@ from entidb.errors import (
     ProtocolError,
     StorageError,
     StorageFullError,
-    SyncCodecError,
     SyncError,
     TransactionError,
 )
@@ -33,25 +28,6 @@ from entidb.protocol import CONTENT_TYPE, PATHS, ErrorResponse, encode
 JSON_TYPE: Final = "application/json"
 _SERVER_ERROR: Final = "server_error"
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_GZIP_LEVEL: Final = 1  # level 6 packs a tenth better at a third of the speed
-_GZIP_WBITS: Final = 16 + zlib.MAX_WBITS
-_ZSTD_LEVEL: Final = 3
-_ZSTD_WINDOW_LOG_MAX: Final = 23  # 8 MiB, what RFC 9659 lets a content encoding ask for
-
-
-def _load_zstd() -> ModuleType | None:
-    for name in ("compression.zstd", "backports.zstd"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
-    return None
-
-
-_zstd: Final[Any] = _load_zstd()
-_UNPACK_ERRORS: Final[tuple[type[Exception], ...]] = (
-    (zlib.error,) if _zstd is None else (zlib.error, _zstd.ZstdError)
-)
-#: What this server can undo and make, best first.
-ENCODINGS: Final[tuple[str, ...]] = ("gzip",) if _zstd is None else ("zstd", "gzip")
 
 
 @dataclass(frozen=True)
@@ -88,9 +64,9 @@ def content_encoding(headers: Mapping[str, str]) -> str | None:
     encoding = headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
         return None
-    if encoding not in ENCODINGS:
+    if encoding not in packing.ENCODINGS:
         raise ProtocolError(
-            "this server unpacks " + ", ".join(ENCODINGS), code="unsupported_media_type"
+            "this server unpacks " + ", ".join(packing.ENCODINGS), code="unsupported_media_type"
         )
     return encoding
 
@@ -129,27 +105,9 @@ def request_id(headers: Mapping[str, str]) -> str | None:
 
 
 def decompress(encoding: str, body: bytes, limit: int) -> bytes:
-    """The unpacked body, never more than ``limit`` bytes of it in memory.
-
-    Raises ``ProtocolError`` (too_large) beyond, ``SyncCodecError`` if it is not one complete
-    stream of that encoding: anything after it would be room to hide something in.
-    """
-    if encoding == "zstd":
-        options = {_zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG_MAX}
-        stream = _zstd.ZstdDecompressor(options=options)
-        unpack = functools.partial(stream.decompress, body, max_length=limit + 1)
-    else:
-        stream = zlib.decompressobj(_GZIP_WBITS)
-        unpack = functools.partial(stream.decompress, body, limit + 1)
-    try:
-        data: bytes = unpack()
-    except _UNPACK_ERRORS as error:
-        raise SyncCodecError(f"the body is not {encoding}, whatever its headers say") from error
-    if len(data) > limit:
-        raise too_large(limit)
-    if not stream.eof or stream.unused_data:
-        raise SyncCodecError(f"the body's {encoding} is cut off, or something follows it")
-    return data
+    """The unpacked body. Raises ``ProtocolError`` (too_large) for one over ``limit`` bytes, and
+    ``SyncCodecError`` for one that is not packed as its headers say; see ``packing``."""
+    return packing.decompress(encoding, body, limit, "the body", too_large)
 
 
 def accepted_encoding(headers: Mapping[str, str]) -> str | None:
@@ -161,14 +119,8 @@ def accepted_encoding(headers: Mapping[str, str]) -> str | None:
     for part in given[:1000].lower().split(","):
         name, *parameters = (piece.strip() for piece in part.split(";"))
         taken[name] = not any(re.fullmatch(r"q=0(\.0*)?", piece) for piece in parameters)
-    return next((name for name in ENCODINGS if taken.get(name, taken.get("*", False))), None)
-
-
-def compress(encoding: str, body: bytes) -> bytes:
-    if encoding == "zstd":
-        packed: bytes = _zstd.compress(body, _ZSTD_LEVEL)
-        return packed
-    return zlib.compress(body, _GZIP_LEVEL, _GZIP_WBITS)
+    others = taken.get("*", False)
+    return next((name for name in packing.ENCODINGS if taken.get(name, others)), None)
 
 
 # ---------------------------------------------------------------- answers
@@ -178,7 +130,7 @@ def message_response(body: bytes, encoding: str | None = None) -> HttpResponse:
     """A message, already encoded, as the answer; packed with ``encoding`` if that is shorter."""
     headers = {"content-type": CONTENT_TYPE}
     if encoding is not None:
-        packed = compress(encoding, body)
+        packed = packing.compress(encoding, body)
         if len(packed) < len(body):
             headers["content-encoding"] = encoding
             body = packed

@@ -1,0 +1,24 @@
+"""Sync messages over HTTP: addresses, tokens, compression, sizes, and every way it can go wrong.
+
+    transport      what goes into a request, and what its answer is for the engine
+    answers        answers that report an error: in the protocol's words, or by their status
+    failures       no answer at all: foreign exceptions as ours, in words for a person
+    ahead          requests that leave before the engine asks for their answers
+    client         the client that ships: connections, deadlines, ending what is under way
+    steps          the steps of one exchange as the client library reports them
+    watchdog       the thread that ends what takes longer than it may in all
+    address        which URLs and which tokens a device may use
+    surroundings   proxies and certificate authorities of the environment
+
+A server may be hostile, or not be one of ours at all (a hotel's login page, a proxy's error
+page): an answer costs at most ``response_bytes_max`` bytes on the wire, the same again unpacked,
+and ``total_timeout_s``; no redirect is followed, so a token goes to the URL's host and to no
+other. Only this package knows the client library. Retrying, and what an error means for the
+outbox, live elsewhere. The normative text is ``docs/protocol.md``, "HTTP".
+"""
+
+from entidb.sync.http.client import HttpxClient
+from entidb.sync.http.transport import HttpTransport, Token
+from entidb.sync.transport import HttpClient, HttpResponse
+
+__all__ = ["HttpClient", "HttpResponse", "HttpTransport", "HttpxClient", "Token"]

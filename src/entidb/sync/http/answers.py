@@ -1,0 +1,118 @@
+"""What an answer that is no message says went wrong, as a ``SyncError``: an error in the protocol's
+words, or else the status of whoever stands at that address.
+
+A request that got no answer at all is the subject of ``failures``.
+"""
+
+from __future__ import annotations
+
+import re
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+from entidb.errors import ERROR_TABLE, ProtocolError, SyncError, TransportError
+from entidb.protocol import CONTENT_TYPE, ErrorResponse
+from entidb.sync.http.failures import SNIPPET_MAX
+from entidb.sync.transport import HttpResponse, error_from_response, printable
+from entidb.types import Clock
+
+#: How servers of TLS answer a request in the clear, in words.
+_WANTS_TLS: Final = re.compile(rb"HTTPS (port|server)", re.IGNORECASE)
+#: What a status means when the body does not say it in our words. Anything else of 5xx may pass
+#: (a proxy whose server restarts), anything else of 4xx will not.
+_STATUS_CODES: Final[dict[int, str]] = {
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "too_large",
+    415: "unsupported_media_type",
+    429: "rate_limited",
+    503: "busy",
+    504: "timeout",
+    507: "storage_full",
+}
+#: Statuses of 4xx that say nothing for good: who asks, how often, and what passes by itself.
+_PASSING: Final = frozenset((401, 407, 408, 409, 421, 423, 425, 429, 499))
+#: A login page redirects for the moment; these two say that the URL is wrong for good.
+_MOVED_FOR_GOOD: Final = (301, 308)
+_NETWORK_LOGIN_REQUIRED: Final = 511  # RFC 6585, section 6
+
+
+def is_cbor(response: HttpResponse) -> bool:
+    kind = response.headers.get("content-type", "")
+    return kind.partition(";")[0].strip().lower() == CONTENT_TYPE
+
+
+def spoken_error(response: HttpResponse, answer: ErrorResponse, clock: Clock) -> SyncError:
+    """The error that ``answer`` reports, in the protocol's words."""
+    error = error_from_response(answer)
+    if answer.code not in ERROR_TABLE and _refuses(response.status) and not answer.retryable:
+        # A newer server has a reason that this device does not know; it is one all the same.
+        error = ProtocolError(error.message, code=error.code, details=error.details)
+        error.refused_by = "server"
+    if error.retry_after is None:
+        error.retry_after = _retry_after(response, clock)
+    return error
+
+
+def status_error(url: str, response: HttpResponse, body: bytes, clock: Clock) -> SyncError:
+    """What the status means, for an answer whose body says nothing in the protocol's words."""
+    status = response.status
+    said = f"{url} answered {status}{_content_type_note(response)}{_snippet(body)}"
+    if 300 <= status < 400:
+        return _redirect_error(said, response)
+    if status < 300 or status == _NETWORK_LOGIN_REQUIRED:
+        # Retryable, because it is mostly the login page of a network one has just joined.
+        return TransportError(
+            f"{said}; no EntiDB server answers there: check the URL, or log in to the network",
+            code="unexpected_answer",
+        )
+    code = _STATUS_CODES.get(status, "server_error" if status >= 500 else "invalid_message")
+    kind = ERROR_TABLE[code].error
+    if url.startswith("http:") and _WANTS_TLS.search(body[: 2 * SNIPPET_MAX]):
+        said += "; TLS is spoken there: write https://"
+    elif code == "not_found":
+        said += "; check the path of the URL"
+    error = kind(said, code=code, retry_after=_retry_after(response, clock))
+    if _refuses(status):
+        error.refused_by = "path"
+    return error
+
+
+def _retry_after(response: HttpResponse, clock: Clock) -> float | None:
+    """Seconds, from either form of the header (RFC 9110, section 10.2.3)."""
+    value = response.headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except (ValueError, IndexError):
+        return None
+    return max(0.0, date.timestamp() - clock.now_ms() / 1000)
+
+
+def _refuses(status: int) -> bool:
+    """Whether a status proves that the request was not acted on (R5)."""
+    return 400 <= status < 500 and status not in _PASSING
+
+
+def _content_type_note(response: HttpResponse) -> str:
+    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    if kind.lower() in ("text/html", "application/xhtml+xml"):
+        return f" with a web page ({kind})"
+    return f" with {printable(kind[:80])}" if kind else " without a content type"
+
+
+def _snippet(body: bytes) -> str:
+    text = " ".join(printable(body[: 2 * SNIPPET_MAX].decode("utf-8", "replace")).split())
+    return f': "{text[:SNIPPET_MAX]}"' if text else ""
+
+
+def _redirect_error(said: str, response: HttpResponse) -> SyncError:
+    target = printable(response.headers.get("location", "")[:SNIPPET_MAX])
+    message = f"{said}, which points to {target!r}; redirects are not followed: correct the URL"
+    if response.status in _MOVED_FOR_GOOD:
+        return ProtocolError(message, code="redirected")
+    return TransportError(message + ", or log in to the network", code="redirected")

@@ -1,0 +1,278 @@
+"""What goes into a request, and what its answer is for the engine: tokens, packing, sizes.
+
+``HttpTransport`` does not move bytes (``client``), nor put what went wrong into words (``answers``,
+``failures``); retrying, and what an error means for the outbox, live outside of this package.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from entidb import packing
+from entidb.errors import (
+    AuthenticationError,
+    ConfigError,
+    ProtocolError,
+    SyncCodecError,
+    SyncError,
+    TransportError,
+)
+from entidb.protocol import (
+    CONTENT_TYPE,
+    PATHS,
+    ErrorResponse,
+    HandshakeResponse,
+    SyncRequest,
+    SyncResponse,
+    decode,
+    decode_response,
+    encode,
+)
+from entidb.sync.config import HttpConfig
+from entidb.sync.http.address import TOKEN, check_token, check_url, is_loopback
+from entidb.sync.http.ahead import Ahead, Carrier
+from entidb.sync.http.answers import is_cbor, spoken_error, status_error
+from entidb.sync.http.client import ready_client
+from entidb.sync.http.failures import FOREIGN, too_large, translated
+from entidb.sync.interrupt import Interrupts, Watch
+from entidb.sync.transport import (
+    BaseTransport,
+    HttpClient,
+    HttpResponse,
+    printable,
+)
+from entidb.types import Clock, Entropy, SystemClock, system_entropy
+from entidb.version import VERSION
+
+#: A bearer token, or what gives one: called with False before every request, so it should answer
+#: from memory, and with True when the server refused the last one.
+Token = str | Callable[[bool], str]
+_UNSUPPORTED_MEDIA_TYPE: Final = 415
+
+
+class HttpTransport(BaseTransport):
+    """A ``SyncTransport`` that posts canonical CBOR to ``url``.
+
+    ``url`` is the address the server's app stands at, with a path if it is mounted under one
+    (``https://example.org/sync``). ``token`` is sent as ``Authorization: Bearer``; see ``Token``.
+    On 401 a function is asked once for a fresh one and the request sent once more. ``client``
+    moves the bytes, an ``HttpxClient`` by default, and is closed with the transport. ``config``
+    may be a ``SyncConfig``.
+
+    Raises ``ConfigError`` for a URL or a token that cannot work, with code ``insecure_token`` for
+    a token that would cross a network readable by anybody on the way.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: Token | None = None,
+        client: HttpClient | None = None,
+        config: HttpConfig | None = None,
+        clock: Clock | None = None,
+        entropy: Entropy = system_entropy,
+    ) -> None:
+        super().__init__()
+        self._config = config or HttpConfig()
+        self._clock = clock or SystemClock()
+        base, host = check_url(url)
+        check_token(token, base, host, self._config)
+        self._token = token
+        self._token_lock = threading.Lock()
+        self._urls: dict[type, str] = {kind: base + path for path, kind in PATHS.items()}
+        self._client = client or ready_client(self._config, self._clock, base)
+        #: Encodings this side can undo, best first, and the one it packs requests with.
+        self._encodings = _encodings(self._config.compression, is_loopback(host))
+        self._request_encoding: str | None = None
+        #: False once a packed request was refused for being packed.
+        self._packs = True
+        self._headers = {
+            "Content-Type": CONTENT_TYPE,
+            "Accept": CONTENT_TYPE,
+            "Accept-Encoding": ", ".join(self._encodings) or "identity",
+            "User-Agent": f"entidb/{VERSION}",
+        }
+        self._request_ids = itertools.count(1)
+        self._request_id_prefix = entropy(8).hex()
+        tells = getattr(self._client, "tells_when_sent", False)
+        self._carrier = Carrier(self._clock, tells)
+        self._interrupts = Interrupts()
+        self._interrupt_client: Callable[[], None] | None
+        self._interrupt_client = getattr(self._client, "interrupt", None)
+
+    # -- sending ------------------------------------------------------------------------------
+
+    def _exchange(self, request: SyncRequest) -> SyncResponse:
+        ahead = self._carrier.take(request)
+        if ahead is not None:
+            response = ahead.result(self._interrupts)
+        else:
+            response = self._carry(request, *self._packed(encode(request)))
+        if response.status == _UNSUPPORTED_MEDIA_TYPE and self._request_encoding is not None:
+            # The server takes packed bodies, but something before it does not.
+            self._packs, self._request_encoding = False, None
+            response = self._carry(request, *self._packed(encode(request)))
+        return self._understood(request, response)
+
+    def _understood(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
+        answer = self._read(request, response)
+        if isinstance(answer, HandshakeResponse) and self._packs:
+            self._request_encoding = _first_of(self._encodings, answer.features)
+        return answer
+
+    def _carry(
+        self,
+        request: SyncRequest,
+        headers: dict[str, str],
+        body: bytes,
+        on_sent: Callable[[], None] | None = None,
+    ) -> HttpResponse:
+        response = self._post(request, headers, body, refresh=False, on_sent=on_sent)
+        if response.status == 401 and callable(self._token):
+            response = self._post(request, headers, body, refresh=True)
+        return response
+
+    def _post(
+        self,
+        request: SyncRequest,
+        headers: dict[str, str],
+        body: bytes,
+        *,
+        refresh: bool,
+        on_sent: Callable[[], None] | None = None,
+    ) -> HttpResponse:
+        headers["X-Request-Id"] = f"{self._request_id_prefix}-{next(self._request_ids)}"
+        if self._token is not None:
+            headers["Authorization"] = "Bearer " + self._ask_token(refresh=refresh)
+        url = self._urls[type(request)]
+        telling = {} if on_sent is None else {"on_sent": on_sent}
+        timeout_s = self._config.total_timeout_s
+        client = self._client
+        try:
+            if self._interrupt_client is not None:
+                return client.request("POST", url, headers, body, timeout_s, **telling)
+            return self._interrupts.call(
+                lambda _: client.request("POST", url, headers, body, timeout_s, **telling),
+                "entidb-request",
+            )
+        except FOREIGN as error:
+            raise translated(error, url) from error
+
+    def _packed(self, body: bytes) -> tuple[dict[str, str], bytes]:
+        """Headers of a new request and the body, packed where that is agreed on and pays."""
+        headers = dict(self._headers)
+        encoding = self._request_encoding
+        if encoding is None or len(body) < self._config.compression_min_bytes:
+            return headers, body
+        packed = packing.compress(encoding, body)
+        if len(packed) >= len(body):
+            return headers, body
+        headers["Content-Encoding"] = encoding
+        return headers, packed
+
+    def _ask_token(self, *, refresh: bool) -> str:
+        if isinstance(self._token, str):
+            return self._token
+        provide = self._token
+        assert provide is not None
+
+        def ask(watch: Watch) -> object:
+            with self._token_lock:  # two requests at once ask one after the other
+                watch.check()
+                return provide(refresh)
+
+        try:
+            token = self._interrupts.call(ask, "entidb-token")
+        except SyncError:
+            raise
+        except OSError as error:  # no network for the token either; that passes
+            raise TransportError(f"the token provider failed: {error}") from error
+        except Exception as error:
+            raise AuthenticationError(f"the token provider failed: {error!r}") from error
+        if not isinstance(token, str) or TOKEN.fullmatch(token) is None:
+            raise AuthenticationError(
+                "the token provider returned no token: it has to be visible ASCII text"
+            )
+        return token
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def _read(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
+        if response.status != 200 or not is_cbor(response):
+            raise self._error(request, response)
+        return decode_response(request, self._unpacked(response))
+
+    def _unpacked(self, response: HttpResponse) -> bytes:
+        limit = self._config.response_bytes_max
+        if len(response.body) > limit:
+            raise too_large(limit)
+        encoding = response.headers.get("content-encoding", "identity").strip().lower()
+        if encoding in ("identity", ""):
+            return response.body
+        if encoding not in packing.ENCODINGS:
+            named = printable(encoding[:40])
+            raise SyncCodecError(f"the answer is packed as {named!r}, which was not asked for")
+        return packing.decompress(encoding, response.body, limit, "the answer", too_large)
+
+    def _error(self, request: SyncRequest, response: HttpResponse) -> SyncError:
+        """What the answer says went wrong: in our words if it has them, else by its status."""
+        url = self._urls[type(request)]
+        try:
+            body = self._unpacked(response)
+            if is_cbor(response):
+                return spoken_error(response, decode(ErrorResponse, body), self._clock)
+        except ProtocolError:
+            # Not one of our servers, or a broken one: its status still says something, and is
+            # what decides about retrying.
+            body = b""
+        return status_error(url, response, body, self._clock)
+
+    # -- ahead of time ------------------------------------------------------------------------
+
+    def send_ahead(self, request: SyncRequest) -> None:
+        """Start ``request`` on a thread of its own, or have it follow what is there already; see
+        ``SyncTransport.send_ahead``. While that thread is busy with what was dropped, or two are
+        waiting already, the hint is ignored."""
+        if self._closed:
+            return
+        headers, body = self._packed(encode(request))
+        self._carrier.add(Ahead(request, functools.partial(self._carry, request, headers, body)))
+
+    def forget_ahead(self) -> None:
+        self._carrier.drop()
+        self._interrupts.clear()
+        if self._interrupt_client is not None:
+            self._client.resume()  # type: ignore[attr-defined]
+
+    def interrupt(self) -> None:
+        """End what is under way and what is sent until ``forget_ahead``; see ``SyncTransport``."""
+        self._interrupts.interrupt()
+        if self._interrupt_client is not None:
+            self._interrupt_client()
+
+    def close(self) -> None:
+        """Close the client, which ends what is under way, and wait for the thread to see it."""
+        super().close()
+        self._carrier.drop()
+        self._client.close()
+        self._interrupts.interrupt()
+        self._carrier.join()
+
+
+def _encodings(mode: str, loopback: bool) -> tuple[str, ...]:
+    """The encodings that this side asks for, best first."""
+    if mode == "none" or (mode == "auto" and loopback):
+        return ()
+    if mode == "zstd" and "zstd" not in packing.ENCODINGS:
+        raise ConfigError('compression="zstd" needs a package: pip install "entidb[zstd]"')
+    return packing.ENCODINGS if mode == "auto" else (mode,)
+
+
+def _first_of(wanted: Iterable[str], offered: Iterable[str]) -> str | None:
+    have = frozenset(offered)
+    return next((name for name in wanted if name in have), None)
