@@ -143,6 +143,25 @@ FOUND = {
         112,
         COPIES | {"events": 1500, "pause_ms": 300},
     ),
+    # A transaction in conflict lost one of its writes, which the server had by then; what came
+    # after that write had been held by nothing else, and stayed so for good.
+    "what is held through a write that is gone is let go": (
+        1267,
+        {
+            "events": 364,
+            "commit_unknown": 0,
+            "copy_device": 0,
+            "crash_after": 0,
+            "disk_full": 0,
+            "local_collection": 0,
+            "partition": 0,
+            "partition_one_way": 0,
+            "server_writes": 0,
+        },
+    ),
+    "the same in a history that begins anew": (3835, {"crash_after": 0}),
+    "the same with a reset that keeps the device's side": (4704, {}),
+    "the same in a large outbox": (5083, {}),
 }
 
 

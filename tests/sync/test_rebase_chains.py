@@ -13,6 +13,7 @@ from entidb.errors import CorruptionError, HistoryChangedError, TransportError
 from entidb.protocol import PushRequest, SyncRequest
 from entidb.storage import MemoryStorage
 from entidb.sync import Conflict, ConflictResolution, Merge
+from entidb.testing.planted import BUGS, planted
 from entidb.types import timestamp_from_ms
 from tests.support import Device, World, assert_in_step, assert_sound, lose, uid
 
@@ -502,6 +503,45 @@ def test_r25_what_is_let_go_and_depends_on_what_is_held_by_the_same_page_stays_h
     a.engine.resolve(a.engine.conflicts()[0], "mine")
     a.settle()
     assert world.values() == {1: "mine", 2: "older", 3: "newer"}
+    assert_in_step(world, a)
+
+
+def held_through_a_write() -> tuple[World, Device]:
+    """Note 1 is in conflict, and holds a transaction that wrote notes 1 and 2; that one holds a
+    later one on note 2."""
+    world, a = start("manual")
+    world.put(("notes", 1, "theirs"))
+    a.put(("notes", 1, "mine"), ("notes", 2, "mine"))
+    a.put(("notes", 2, "later"))
+    a.sync()
+    assert a.engine.status().held == 2
+    return world, a
+
+
+def test_r25_what_was_held_through_a_write_that_the_server_has_by_now_is_let_go() -> None:
+    world, a = held_through_a_write()
+    world.put(("notes", 2, "mine"))
+    a.sync()
+    status = a.engine.status()
+    assert (status.held, status.pending, status.conflicts) == (1, 0, 1)
+    assert world.values()[2] == "later"
+    a.engine.resolve(a.engine.conflicts()[0], "mine")
+    a.settle()
+    assert world.values() == {1: "mine", 2: "later", 3: 0}
+    assert_in_step(world, a)
+
+
+def test_r25_what_an_older_version_left_held_goes_with_the_last_conflict() -> None:
+    world, a = held_through_a_write()
+    world.put(("notes", 2, "mine"))
+    with planted(BUGS["held-for-no-reason"]):
+        a.sync()
+    assert a.engine.status().held == 2
+    a.engine.resolve(a.engine.conflicts()[0], "mine")
+    status = a.engine.status()
+    assert (status.held, status.pending, status.conflicts) == (0, 2, 0)
+    a.settle()
+    assert world.values() == {1: "mine", 2: "later", 3: 0}
     assert_in_step(world, a)
 
 

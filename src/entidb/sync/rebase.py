@@ -13,7 +13,7 @@ and verdicts are ``applier``'s; policies only answer, they are in ``policies``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 from msgspec import Struct, field
@@ -25,6 +25,7 @@ from entidb.db.overruled import BY_PERSON, BY_POLICY, BY_RESET, Keeper
 from entidb.db.records import (
     DISCARDED,
     HAS_BASE,
+    HELD,
     IS_HELD,
     NO_DEVICE,
     REMOTE,
@@ -36,7 +37,9 @@ from entidb.db.records import (
     base_key,
     conflict_key,
     decode_base,
+    end_of,
     sequence_key,
+    sequence_of,
 )
 from entidb.db.writer import Ref, Writer
 from entidb.errors import CorruptionError
@@ -402,6 +405,8 @@ class Rebase:
         self._shrunk.add(transaction.sequence)
         if transaction.held:
             self._freed_sequences.add(transaction.sequence)
+            # What came after it here may have been held by nothing else.
+            self._freed.add((op.collection, op.entity_id))
         if by_entity:
             self._save(transaction)
             return
@@ -634,6 +639,10 @@ class Rebase:
         """Let held transactions go that no open conflict holds any more, and keep what was
         decided against. Call once at the end."""
         self._keep_overruled()
+        head = self._writer.head
+        if head.held and not head.conflicts:
+            # Nothing can hold anything any more; a file of version 0.3 can have some that stayed.
+            self._freed_sequences.update(self._held())
         for transaction in self._closure(self._freed_transactions()):
             if transaction.held and not self._is_blocked(transaction):
                 self._set_held(transaction, False)
@@ -642,6 +651,13 @@ class Rebase:
         for transaction in self._unsaved.values():
             self._writer.put_pending(transaction)
         self._unsaved = {}
+
+    def _held(self) -> Iterator[int]:
+        """The local commits whose transactions were held before this commit, and may be still."""
+        start = HELD
+        while keys := self._writer.snapshot.scan_keys(start, end_of(HELD), limit=_PAGE_ROWS):
+            yield from map(sequence_of, keys)
+            start = keys[-1] + b"\0"
 
     def _freed_transactions(self) -> list[PendingTransaction]:
         """Held transactions that something which held them has let go."""
@@ -849,6 +865,8 @@ class Merged(Struct):
     skipped: bool = False
 
 
+#: Keys of held transactions read at a time.
+_PAGE_ROWS = 2000
 #: So few operations are looked through faster than they are put into a dictionary.
 _FEW_OPERATIONS = 8
 _GONE = PendingTransaction(0, NO_DEVICE, 0, [])

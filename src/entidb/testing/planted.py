@@ -1148,6 +1148,28 @@ def _one_releases_all(garden: Garden) -> None:
 
 
 @_bug(
+    "held-for-no-reason",
+    "LIVENESS",
+    knobs=_CALM
+    | {"policy_notes": 7, "policy_pairs": 7, "operations": 4, "lost": 50}
+    | {"restore_device": 30, "put_back": 60},
+)
+def _held_for_no_reason(garden: Garden) -> None:
+    """What was held only through a write that the server has by now stays held."""
+
+    def make(original: Any) -> Any:
+        def remove(self: Rebase, step: Any) -> None:
+            freed = set(self._freed)
+            original(self, step)
+            if self.load(step.transaction.sequence) is not None:
+                self._freed = freed
+
+        return remove
+
+    garden.replace(Rebase, "_remove_op", make)
+
+
+@_bug(
     "stale-decision-taken",
     "SURFACED-ONCE",
     knobs=_CALM | {"policy_notes": 7, "policy_pairs": 7, "think_ms": 100, "pause_ms": 100},

@@ -865,6 +865,33 @@ class DeviceWatch:
                     "SURFACED-ONCE",
                     f"{self.name} does not hold what is in conflict on {entity_id.hex()}",
                 )
+        self._check_why_held(commit)
+
+    def _check_why_held(self, commit: DeviceCommit) -> None:
+        """Nothing is held but by an open conflict, or by what is below it and held itself: nobody
+        could ever let it go."""
+        freed = any(conflict is None for _, _, conflict in commit.conflicts)
+        pairs = commit.outbox.values()
+        if not freed and not any(one and one.held for pair in pairs for one in pair):
+            return
+        holding: set[tuple[int, int, bytes]] = set()
+        for sequence in sorted(self.outbox.values()):
+            key = sequence_key(HELD, sequence)
+            raw = commit.records.get(key)
+            if raw is None:
+                continue
+            operations = decode_pending(key, raw).operations
+            reasons = (
+                (op.previous, op.collection, op.entity_id) in holding
+                or conflict_key(op.collection, op.entity_id) in commit.records
+                for op in operations
+            )
+            self.checks.that(
+                any(reasons),
+                "LIVENESS",
+                f"{self.name} holds commit {sequence}, and nothing holds it",
+            )
+            holding.update((sequence, op.collection, op.entity_id) for op in operations)
 
     #: Ids a person is dealing with right now; set by ``by_person_deals_with``.
     by_person_ids: tuple[bytes, ...] = ()
