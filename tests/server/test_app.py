@@ -34,8 +34,10 @@ from entidb.protocol import (
 )
 from entidb.protocol import encode as encoded
 from entidb.server import ServerConfig, SyncServer, create_app, mint_token, serving
-from entidb.server.app import SyncApp, _Budget, _path_in_app
+from entidb.server.app import SyncApp
+from entidb.server.exchange import path_in_app
 from entidb.server.hooks import Grant
+from entidb.server.room import Budget
 from entidb.server.service import DatabaseService
 from tests.server.support import DEVICE, SECRET, Client, handshake, pull, push
 
@@ -392,7 +394,7 @@ def _scope(method: str, path: str, **fields: Any) -> dict[str, Any]:
 
 def test_a_budget_gives_room_in_the_order_it_was_asked_for():
     async def story() -> list[int]:
-        budget = _Budget(100)
+        budget = Budget(100)
         assert budget.take(100)
         order: list[int] = []
 
@@ -414,7 +416,7 @@ def test_a_budget_gives_room_in_the_order_it_was_asked_for():
 
 def test_who_stops_waiting_for_room_takes_none():
     async def story() -> None:
-        budget = _Budget(10)
+        budget = Budget(10)
         budget.take(10)
         waiting = asyncio.ensure_future(budget.wait(5))
         await asyncio.sleep(0)
@@ -429,7 +431,7 @@ def test_who_stops_waiting_for_room_takes_none():
 
 def test_room_that_came_as_the_waiter_left_is_given_back():
     async def story() -> None:
-        budget = _Budget(10)
+        budget = Budget(10)
         budget.take(10)
         waiting = asyncio.ensure_future(budget.wait(5))
         await asyncio.sleep(0)
@@ -443,7 +445,7 @@ def test_room_that_came_as_the_waiter_left_is_given_back():
 
 def test_a_page_that_turns_out_larger_is_counted_as_it_is():
     async def story() -> None:
-        budget = _Budget(100)
+        budget = Budget(100)
         with budget.hold() as held:
             held.take(20)
             await held.reserve(40)
@@ -474,8 +476,8 @@ def test_a_server_that_is_full_says_busy_and_when_to_come_again():
 def test_who_waits_too_long_behind_other_pages_is_told_to_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("entidb.server.app._LINE_WAIT_S", 0.1)
-    monkeypatch.setattr("entidb.server.app._PAGES_AHEAD", 1)
+    monkeypatch.setattr("entidb.server.threads.LINE_WAIT_S", 0.1)
+    monkeypatch.setattr("entidb.server.threads.PAGES_AHEAD", 1)
     reading, go_on = threading.Event(), threading.Event()
     real = DatabaseService.pull_bytes
 
@@ -583,7 +585,7 @@ def test_it_can_be_mounted_under_a_path_of_another_app(tmp_path: Path):
     ],
 )
 def test_the_path_is_the_one_below_the_mount(root: str, path: str, found: str):
-    assert _path_in_app({"path": path, "root_path": root}) == found
+    assert path_in_app({"path": path, "root_path": root}) == found
 
 
 def test_a_server_of_ones_own_stays_open_when_the_app_stops():

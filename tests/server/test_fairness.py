@@ -15,8 +15,9 @@ import pytest
 from entidb.errors import CorruptionError, ServerBusyError
 from entidb.protocol import PullRequest, encode
 from entidb.server import ServerConfig, SyncServer, create_app, serving
-from entidb.server.app import SyncApp, _Budget
+from entidb.server.app import SyncApp
 from entidb.server.hooks import Grant
+from entidb.server.room import Budget
 from entidb.server.service import DatabaseService
 from tests.server.support import Client, pull, push
 from tests.server.test_app import _served, eventually, head, raw, running
@@ -30,7 +31,7 @@ WAIT_S = 20.0
 
 
 def test_one_database_never_holds_all_room() -> None:
-    budget = _Budget(1000)
+    budget = Budget(1000)
     while budget.take(10, ("database", "greedy")):
         continue
     assert 700 <= budget.used <= 800
@@ -39,7 +40,7 @@ def test_one_database_never_holds_all_room() -> None:
 
 
 def test_many_greedy_databases_leave_room_for_one_more() -> None:
-    budget = _Budget(10_000)
+    budget = Budget(10_000)
     greedy = [("database", str(number)) for number in range(8)]
     for _ in range(1000):
         for account in greedy:
@@ -49,7 +50,7 @@ def test_many_greedy_databases_leave_room_for_one_more() -> None:
 
 def test_who_holds_more_than_its_share_lets_those_behind_it_pass() -> None:
     async def story() -> None:
-        budget = _Budget(100)
+        budget = Budget(100)
         greedy, other = ("database", "greedy"), ("database", "other")
         assert budget.take(75, greedy)
         assert not budget.take(10, greedy)
@@ -67,14 +68,14 @@ def test_who_holds_more_than_its_share_lets_those_behind_it_pass() -> None:
 
 
 def test_who_gives_up_waiting_lets_those_behind_it_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("entidb.server.app._ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr("entidb.server.room.ROOM_WAIT_S", 0.05)
 
     async def story() -> None:
-        budget = _Budget(100)
+        budget = Budget(100)
         assert budget.take(60, ("database", "first"))
         large = asyncio.ensure_future(budget.wait(90, ("database", "large")))
         await asyncio.sleep(0)
-        monkeypatch.setattr("entidb.server.app._ROOM_WAIT_S", WAIT_S)
+        monkeypatch.setattr("entidb.server.room.ROOM_WAIT_S", WAIT_S)
         small = asyncio.ensure_future(budget.wait(40, ("database", "small")))
         with pytest.raises(TimeoutError):
             await large
@@ -84,7 +85,7 @@ def test_who_gives_up_waiting_lets_those_behind_it_pass(monkeypatch: pytest.Monk
 
 
 def test_what_a_request_holds_moves_with_whom_it_is_charged_to() -> None:
-    budget = _Budget(100)
+    budget = Budget(100)
     with budget.hold() as held:
         held.take(10)
         held.charge(("subject", "ann"))
@@ -177,7 +178,7 @@ def test_databases_take_turns_in_front_of_the_reader(monkeypatch: pytest.MonkeyP
 def test_a_broken_database_is_opened_again_while_others_wait_in_its_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("entidb.server.app._PAGES_AHEAD", 1)
+    monkeypatch.setattr("entidb.server.threads.PAGES_AHEAD", 1)
     config = ServerConfig(data_dir=tmp_path, insecure_no_auth=True)
     with SyncServer(config) as server, serving(server) as url, Client(url) as client:
         history = client.history()

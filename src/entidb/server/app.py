@@ -17,13 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import json, to_builtins
@@ -50,53 +46,30 @@ from entidb.protocol import (
 )
 from entidb.server import wire
 from entidb.server.config import ServerConfig
+from entidb.server.exchange import Exchange, GoneError, Message, Receive, Scope, Send
 from entidb.server.hooks import Grant
 from entidb.server.origins import check_single
+from entidb.server.room import RETRY_S, Budget, Held
 from entidb.server.server import SyncServer
 from entidb.server.stores import Store
+from entidb.server.threads import Running
 from entidb.server.wire import HttpResponse
 from entidb.version import VERSION
 
 if TYPE_CHECKING:
     from entidb.server.metrics import Metrics
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-logger = logging.getLogger("entidb.server")
 access_logger = logging.getLogger("entidb.access")
-
 #: Sent at a time: as much as a transport buffers by itself before it asks to wait.
 _CHUNK_BYTES: Final = 64 * 1024
 #: Larger bodies are unpacked off the event loop.
 _INLINE_UNPACK_BYTES: Final = 64 * 1024
 #: Larger ones, unpacked, are decoded off it: what is no message of ours can take long in there.
 _INLINE_DECODE_BYTES: Final = 128 * 1024
-_UNPACKERS: Final = 2
-#: Seconds that a refused request gets to finish sending what nobody will read: a client that is
-#: cut off while it sends sees a broken connection and not the reason.
-_DRAIN_S: Final = 5.0
 #: What an operation of a decoded push takes in memory beside its payload (measured: 500 to 600).
 _OPERATION_MEMORY_BYTES: Final = 512
-#: Seconds a pull waits for room in the budget before it is told to come again.
-_ROOM_WAIT_S: Final = 5.0
-#: Seconds it waits for the pages in front of it before that.
-_LINE_WAIT_S: Final = 15.0
-_RETRY_S: Final = 1.0
 #: What a page takes beside its entity values, generously, when room for it is set aside.
 _PAGE_FRAMING_BYTES: Final = 256 * 1024
-#: Pages of one database being read or waiting in front of the reader; the rest wait and hold no
-#: room. With one more the reader would not idle between two of them, and with many a database
-#: would be served before all others.
-_PAGES_AHEAD: Final = 2
-#: How many times what is free one subject or one database may hold: three quarters of everything
-#: if it is alone, and the more of them hold much, the less each, so that some is always free.
-_SHARE: Final = 3
-_HOUSEKEEP_S: Final = 30.0
-#: Characters of one value in a line of the access log.
-_LOGGED_MAX: Final = 500
 _PLAIN: Final = frozenset(("/healthz", "/v1/info", "/metrics"))
 
 
@@ -120,8 +93,8 @@ class SyncApp:
         self.server = server
         self._config = server.config
         self._owned = owned
-        self._budget = _Budget(server.config.in_flight_bytes_max)
-        self._running: _Running | None = None
+        self._budget = Budget(server.config.in_flight_bytes_max)
+        self._running: Running | None = None
         self._stopping = False
         self._metrics = _make_metrics(self) if server.config.metrics else None
 
@@ -174,17 +147,17 @@ class SyncApp:
         await self.aclose()
         await send({"type": "lifespan.shutdown.complete"})
 
-    def _start(self) -> _Running:
+    def _start(self) -> Running:
         loop = asyncio.get_running_loop()
         running = self._running
         if running is None or running.loop is not loop:
-            running = self._running = _Running(loop, self.server)
+            running = self._running = Running(loop, self.server)
         return running
 
     # ------------------------------------------------------------ one request
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = _Exchange(scope, receive, self.server)
+        exchange = Exchange(scope, receive, self.server)
         with self._budget.hold() as held:
             try:
                 response = await self._respond_or_explain(exchange, held)
@@ -196,15 +169,15 @@ class SyncApp:
                 exchange.status = response.status
                 exchange.bytes_out = len(response.body)
                 await self._send(exchange, response, send)
-            except _GoneError as gone:
+            except GoneError as gone:
                 # Nobody is there to be answered; what was committed stays.
                 exchange.gone = str(gone)
         self._note(exchange)
 
-    async def _respond_or_explain(self, exchange: _Exchange, held: _Held) -> HttpResponse:
+    async def _respond_or_explain(self, exchange: Exchange, held: Held) -> HttpResponse:
         try:
             return await self._respond(exchange, held)
-        except _GoneError:
+        except GoneError:
             raise
         except Exception as error:
             answer = self.server.explain(error, exchange.id)
@@ -216,7 +189,7 @@ class SyncApp:
                 response.headers["allow"] = "GET, HEAD"
             return response
 
-    async def _respond(self, exchange: _Exchange, held: _Held) -> HttpResponse:
+    async def _respond(self, exchange: Exchange, held: Held) -> HttpResponse:
         check_single(exchange.raw_headers)
         origins = self.server.origins
         origins.check(exchange.headers)
@@ -228,7 +201,7 @@ class SyncApp:
         wire.check_route(exchange.method, exchange.path)
         if self._stopping:
             raise ServerBusyError(
-                "the server is shutting down", code="shutting_down", retry_after=_RETRY_S
+                "the server is shutting down", code="shutting_down", retry_after=RETRY_S
             )
         grants = self.server.authenticate(wire.bearer_token(exchange.headers))
         exchange.subject = grants.subject
@@ -278,7 +251,7 @@ class SyncApp:
 
     # ------------------------------------------------------------ reading a request
 
-    async def _read_request(self, exchange: _Exchange, held: _Held) -> SyncRequest:
+    async def _read_request(self, exchange: Exchange, held: Held) -> SyncRequest:
         headers, limit = exchange.headers, self._config.body_bytes_max
         wire.check_content_type(headers)
         encoding = self.server.request_encoding(headers)
@@ -303,7 +276,7 @@ class SyncApp:
             held.take(min(size, self._room_max()))
         return request
 
-    async def _unpack(self, encoding: str, body: bytes, limit: int, held: _Held) -> bytes:
+    async def _unpack(self, encoding: str, body: bytes, limit: int, held: Held) -> bytes:
         # How large it will be only shows afterwards, but few at a time are unpacked.
         if len(body) <= _INLINE_UNPACK_BYTES:
             unpacked = wire.decompress(encoding, body, limit)
@@ -318,10 +291,10 @@ class SyncApp:
 
     async def _read(
         self,
-        exchange: _Exchange,
+        exchange: Exchange,
         request: HandshakeRequest | PullRequest,
         grant: Grant,
-        held: _Held,
+        held: Held,
     ) -> HttpResponse:
         running = self._start()
         async with self._using(request, grant) as store:
@@ -369,7 +342,7 @@ class SyncApp:
     # ------------------------------------------------------------ push
 
     async def _push(
-        self, exchange: _Exchange, store: Store, request: PushRequest, grant: Grant
+        self, exchange: Exchange, store: Store, request: PushRequest, grant: Grant
     ) -> HttpResponse:
         running = self._start()
         future: asyncio.Future[PushResponse | SyncError] = running.loop.create_future()
@@ -397,7 +370,7 @@ class SyncApp:
 
     # ------------------------------------------------------------ plain addresses
 
-    def _plain(self, exchange: _Exchange) -> HttpResponse:
+    def _plain(self, exchange: Exchange) -> HttpResponse:
         if exchange.method not in ("GET", "HEAD"):
             raise ProtocolError("read this with GET", code="method_not_allowed")
         if exchange.path == "/metrics":
@@ -420,7 +393,7 @@ class SyncApp:
 
     # ------------------------------------------------------------ answering
 
-    async def _send(self, exchange: _Exchange, response: HttpResponse, send: Send) -> None:
+    async def _send(self, exchange: Exchange, response: HttpResponse, send: Send) -> None:
         body = response.body
         headers = [
             (name.encode("latin-1"), value.encode("latin-1"))
@@ -445,13 +418,13 @@ class SyncApp:
                 for message in messages:
                     await send(message)
         except TimeoutError as error:
-            raise _GoneError("stopped reading its answer") from error
+            raise GoneError("stopped reading its answer") from error
         except OSError as error:
-            raise _GoneError("closed the connection") from error
+            raise GoneError("closed the connection") from error
 
     # ------------------------------------------------------------ records
 
-    def _note(self, exchange: _Exchange) -> None:
+    def _note(self, exchange: Exchange) -> None:
         seconds = exchange.seconds()
         if self._metrics is not None:
             self._metrics.answered(exchange.path, exchange.status, seconds)
@@ -470,363 +443,3 @@ def _make_metrics(app: SyncApp) -> Metrics:
         in_flight_bytes=lambda: app.in_flight_bytes,
         open_databases=lambda: app.server.stores.open_count,
     )
-
-
-class _GoneError(Exception):
-    """The client of this request is not there any more, or as good as."""
-
-
-# ---------------------------------------------------------------- one request and its answer
-
-
-class _Exchange:
-    """What is known of one request, and its body as long as it is coming in."""
-
-    def __init__(self, scope: Scope, receive: Receive, server: SyncServer) -> None:
-        self.method: str = scope["method"]
-        self.path = _path_in_app(scope)
-        self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
-        self.preflight = False
-        self.headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
-        self.id = wire.request_id(self.headers) or server.new_request_id()
-        self.client: str | None = scope["client"][0] if scope.get("client") else None
-        self.body_read = not self._announces_body()
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.status = 0
-        self.subject: str | None = None
-        self.db_id: str | None = None
-        self.code: str | None = None
-        self.gone: str | None = None
-        self._receive = receive
-        self._clock = server.clock
-        self._began = server.clock.monotonic()
-
-    def _announces_body(self) -> bool:
-        length = self.headers.get("content-length", "0")
-        return length != "0" or "transfer-encoding" in self.headers
-
-    async def read(self, limit: int, held: _Held) -> bytes:
-        """The whole body. Raises ``ProtocolError`` (too_large), ``ServerBusyError``."""
-        buffer: bytes | bytearray = b""
-        while True:
-            piece, more = await self._next()
-            if self.bytes_in > limit:
-                raise wire.too_large(limit)
-            held.take(len(piece))
-            if not buffer:
-                buffer = piece
-            else:
-                # One buffer: a list of pieces would cost more than the bytes in them.
-                if isinstance(buffer, bytes):
-                    buffer = bytearray(buffer)
-                buffer += piece
-            if not more:
-                return bytes(buffer)
-
-    async def drain(self, limit: int) -> None:
-        """Let the client finish sending what was refused, within bounds; what is left then is
-        cut off by closing the connection."""
-        if self.body_read or "expect" in self.headers:
-            return
-        try:
-            async with asyncio.timeout(_DRAIN_S):
-                while self.bytes_in <= 2 * limit:
-                    _, more = await self._next()
-                    if not more:
-                        return
-        except TimeoutError:
-            return
-
-    async def _next(self) -> tuple[bytes, bool]:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise _GoneError("closed the connection while sending")
-        piece: bytes = message.get("body", b"")
-        more: bool = message.get("more_body", False)
-        self.bytes_in += len(piece)
-        self.body_read = not more
-        return piece, more
-
-    def seconds(self) -> float:
-        return self._clock.monotonic() - self._began
-
-    def log_line(self, seconds: float) -> str:
-        line = {
-            "time": datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC).isoformat(
-                timespec="milliseconds"
-            ),
-            "request_id": self.id,
-            "client": self.client,
-            "method": self.method,
-            "path": self.path[:200],
-            "status": self.status,
-            "ms": round(seconds * 1000, 3),
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-        }
-        optional = {
-            "subject": self.subject,
-            "db_id": self.db_id,
-            "code": self.code,
-            "gone": self.gone,
-        }
-        line.update({name: value for name, value in optional.items() if value is not None})
-        return json.encode({name: _loggable(value) for name, value in line.items()}).decode()
-
-
-def _loggable(value: object) -> object:
-    """Text that can be written, whatever a client or an authenticator put into it: no request
-    goes without its line."""
-    if not isinstance(value, str):
-        return value
-    return value[:_LOGGED_MAX].encode("utf-8", "backslashreplace").decode()
-
-
-def _path_in_app(scope: Scope) -> str:
-    """The path below the place this app is mounted at."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "").rstrip("/")
-    if root and (path == root or path.startswith(root + "/")):
-        return path[len(root) :] or "/"
-    return path
-
-
-# ---------------------------------------------------------------- threads
-
-
-class _Running:
-    """Threads, and what is bound to one event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, server: SyncServer) -> None:
-        self.loop = loop
-        self.reader = ThreadPoolExecutor(1, "entidb-reader")
-        self.opener = ThreadPoolExecutor(1, "entidb-opener")
-        self.unpackers = ThreadPoolExecutor(_UNPACKERS, "entidb-unpacker")
-        #: Who reads and who waits to read, by database; there as long as somebody does.
-        self._lines: dict[str, _Line] = {}
-        #: Answers of the writers' threads on their way to the loop.
-        self.ready: deque[
-            tuple[asyncio.Future[PushResponse | SyncError], PushResponse | SyncError]
-        ] = deque()
-        self._server = server
-        self._stop = threading.Event()
-        server.stores.on_group = self._wake
-        self._housekeeper = threading.Thread(
-            target=self._housekeep, name="entidb-housekeeper", daemon=True
-        )
-        self._housekeeper.start()
-
-    @asynccontextmanager
-    async def line(self, db_id: str) -> AsyncIterator[None]:
-        """A turn among those who read pages of ``db_id``. Raises ``ServerBusyError``."""
-        line = self._lines.get(db_id)
-        if line is None:
-            line = self._lines[db_id] = _Line(asyncio.Semaphore(_PAGES_AHEAD))
-        line.members += 1
-        try:
-            try:
-                async with asyncio.timeout(_LINE_WAIT_S):
-                    await line.turns.acquire()
-            except TimeoutError as error:
-                # Those in front may be clients that have stopped reading: whoever waits behind
-                # them is told, instead of finding out by a timeout of its own.
-                raise _no_room() from error
-            try:
-                yield
-            finally:
-                line.turns.release()
-        finally:
-            line.members -= 1
-            if not line.members:
-                del self._lines[db_id]
-
-    def _wake(self) -> None:
-        """One wakeup of the loop for all answers of a group."""
-        try:
-            self.loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:
-            # The loop is closed: nobody waits for these answers any more, and the devices ask
-            # again (R5).
-            self.ready.clear()
-
-    def _deliver(self) -> None:
-        while self.ready:
-            future, answer = self.ready.popleft()
-            if not future.done():
-                future.set_result(answer)
-
-    def _housekeep(self) -> None:
-        config = self._server.config
-        pause = min(_HOUSEKEEP_S, config.purge_interval_s, (config.idle_close_s or 60.0) / 2)
-        while not self._server.clock.wait(self._stop, max(pause, 0.1)):
-            try:
-                self._server.housekeep()
-            except Exception:
-                # The next round may work, and without housekeeping nothing is ever closed.
-                logger.exception("housekeeping failed")
-
-    def close(self) -> None:
-        self._stop.set()
-        self._housekeeper.join()
-        self.reader.shutdown()
-        self.opener.shutdown()
-        self.unpackers.shutdown()
-
-
-@dataclass
-class _Line:
-    turns: asyncio.Semaphore
-    members: int = 0
-
-
-# ---------------------------------------------------------------- memory
-
-#: To whom bytes are charged: a subject or a database, by name.
-_Account = tuple[str, str]
-
-
-class _Budget:
-    """Bytes in memory for all requests together, shared between those they are charged to. Used
-    from the event loop only."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self._used_by: dict[_Account, int] = {}
-        self._waiting: deque[tuple[int, _Account | None, asyncio.Future[None]]] = deque()
-
-    def hold(self) -> _Held:
-        return _Held(self)
-
-    def take(self, size: int, account: _Account | None = None) -> bool:
-        if self.used + size > self.limit or not self._is_fair(size, account):
-            return False
-        self.charge(size, account)
-        return True
-
-    def charge(self, size: int, account: _Account | None) -> None:
-        """As ``take``, whether or not there is room: it is in memory already."""
-        self.used += size
-        if account is not None and size:
-            self._used_by[account] = self._used_by.get(account, 0) + size
-
-    def _is_fair(self, size: int, account: _Account | None) -> bool:
-        # Whoever holds nothing yet gets what it wants, if it is there.
-        held = 0 if account is None else self._used_by.get(account, 0)
-        return not held or held + size <= _SHARE * (self.limit - self.used)
-
-    def give(self, size: int, account: _Account | None = None) -> None:
-        self.used -= size
-        if account is not None and size:
-            left = self._used_by[account] - size
-            if left:
-                self._used_by[account] = left
-            else:
-                del self._used_by[account]
-        if self._waiting:
-            self._serve()
-
-    def _serve(self) -> None:
-        waiting, self._waiting = self._waiting, deque()
-        while waiting:
-            entry = waiting.popleft()
-            size, account, future = entry
-            if future.done():
-                continue
-            if self.take(size, account):
-                future.set_result(None)
-                continue
-            self._waiting.append(entry)
-            if self._is_fair(size, account):
-                # In order, so that a large page is not overtaken for ever by small ones. Only who
-                # holds more than its share lets others pass.
-                break
-        self._waiting.extend(waiting)
-
-    async def wait(self, size: int, account: _Account | None = None) -> None:
-        """Take ``size``, as soon as there is room. Raises ``TimeoutError``."""
-        if not self._waiting and self.take(size, account):
-            return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, account, future))
-        self._serve()
-        try:
-            async with asyncio.timeout(_ROOM_WAIT_S):
-                await future
-        except BaseException:
-            if future.done() and not future.cancelled():
-                self.give(size, account)
-            else:
-                # What stood behind it may fit.
-                future.cancel()
-                self._serve()
-            raise
-
-
-class _Held:
-    """What one request holds of the budget, given back at the end of the block."""
-
-    def __init__(self, budget: _Budget) -> None:
-        self._budget = budget
-        self._size = 0
-        self._account: _Account | None = None
-
-    def __enter__(self) -> _Held:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.clear()
-
-    def charge(self, account: _Account) -> None:
-        """To whom it counts from now on, with what is held already."""
-        size = self._size
-        self.clear()
-        self._account = account
-        self._budget.charge(size, account)
-        self._size = size
-
-    def take(self, size: int) -> None:
-        """Raises ``ServerBusyError``: who is sending would not be read while it waits."""
-        if not self._budget.take(size, self._account):
-            raise _no_room()
-        self._size += size
-
-    def try_reserve(self, size: int) -> bool:
-        """As ``reserve``, if there is room at once."""
-        self.clear()
-        if not self._budget.take(size, self._account):
-            return False
-        self._size = size
-        return True
-
-    async def reserve(self, size: int) -> None:
-        """Room for an answer; what its request held is done with. Raises ``ServerBusyError``."""
-        self.clear()
-        try:
-            await self._budget.wait(size, self._account)
-        except TimeoutError as error:
-            raise _no_room() from error
-        self._size = size
-
-    def resize(self, size: int) -> None:
-        """What was reserved turned out to be ``size``. A page over it, one large transaction, is
-        in memory by now, so that is not asked any more."""
-        change = self._size - size
-        self._size = size
-        if change >= 0:
-            self._budget.give(change, self._account)
-        else:
-            self._budget.charge(-change, self._account)
-
-    def clear(self) -> None:
-        size, self._size = self._size, 0
-        if size:
-            self._budget.give(size, self._account)
-
-
-def _no_room() -> ServerBusyError:
-    return ServerBusyError("too much is under way on this server", retry_after=_RETRY_S)

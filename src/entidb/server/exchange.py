@@ -1,0 +1,149 @@
+"""One request of an ASGI server: what is known of it, its body as long as it comes in, and its line
+in the access log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from msgspec import json
+
+from entidb.server import wire
+from entidb.server.room import Held
+from entidb.server.server import SyncServer
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+#: Seconds that a refused request gets to finish sending what nobody will read: a client that is
+#: cut off while it sends sees a broken connection and not the reason.
+_DRAIN_S: Final = 5.0
+#: Characters of one value in a line of the access log.
+_LOGGED_MAX: Final = 500
+
+
+class GoneError(Exception):
+    """The client of this request is not there any more, or as good as."""
+
+
+# ---------------------------------------------------------------- one request and its answer
+
+
+class Exchange:
+    """What is known of one request, and its body as long as it is coming in."""
+
+    def __init__(self, scope: Scope, receive: Receive, server: SyncServer) -> None:
+        self.method: str = scope["method"]
+        self.path = path_in_app(scope)
+        self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.preflight = False
+        self.headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        self.id = wire.request_id(self.headers) or server.new_request_id()
+        self.client: str | None = scope["client"][0] if scope.get("client") else None
+        self.body_read = not self._announces_body()
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.status = 0
+        self.subject: str | None = None
+        self.db_id: str | None = None
+        self.code: str | None = None
+        self.gone: str | None = None
+        self._receive = receive
+        self._clock = server.clock
+        self._began = server.clock.monotonic()
+
+    def _announces_body(self) -> bool:
+        length = self.headers.get("content-length", "0")
+        return length != "0" or "transfer-encoding" in self.headers
+
+    async def read(self, limit: int, held: Held) -> bytes:
+        """The whole body. Raises ``ProtocolError`` (too_large), ``ServerBusyError``."""
+        buffer: bytes | bytearray = b""
+        while True:
+            piece, more = await self._next()
+            if self.bytes_in > limit:
+                raise wire.too_large(limit)
+            held.take(len(piece))
+            if not buffer:
+                buffer = piece
+            else:
+                # One buffer: a list of pieces would cost more than the bytes in them.
+                if isinstance(buffer, bytes):
+                    buffer = bytearray(buffer)
+                buffer += piece
+            if not more:
+                return bytes(buffer)
+
+    async def drain(self, limit: int) -> None:
+        """Let the client finish sending what was refused, within bounds; what is left then is
+        cut off by closing the connection."""
+        if self.body_read or "expect" in self.headers:
+            return
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                while self.bytes_in <= 2 * limit:
+                    _, more = await self._next()
+                    if not more:
+                        return
+        except TimeoutError:
+            return
+
+    async def _next(self) -> tuple[bytes, bool]:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise GoneError("closed the connection while sending")
+        piece: bytes = message.get("body", b"")
+        more: bool = message.get("more_body", False)
+        self.bytes_in += len(piece)
+        self.body_read = not more
+        return piece, more
+
+    def seconds(self) -> float:
+        return self._clock.monotonic() - self._began
+
+    def log_line(self, seconds: float) -> str:
+        line = {
+            "time": datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC).isoformat(
+                timespec="milliseconds"
+            ),
+            "request_id": self.id,
+            "client": self.client,
+            "method": self.method,
+            "path": self.path[:200],
+            "status": self.status,
+            "ms": round(seconds * 1000, 3),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
+        optional = {
+            "subject": self.subject,
+            "db_id": self.db_id,
+            "code": self.code,
+            "gone": self.gone,
+        }
+        line.update({name: value for name, value in optional.items() if value is not None})
+        return json.encode({name: _loggable(value) for name, value in line.items()}).decode()
+
+
+def _loggable(value: object) -> object:
+    """Text that can be written, whatever a client or an authenticator put into it: no request
+    goes without its line."""
+    if not isinstance(value, str):
+        return value
+    return value[:_LOGGED_MAX].encode("utf-8", "backslashreplace").decode()
+
+
+def path_in_app(scope: Scope) -> str:
+    """The path below the place this app is mounted at."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    if root and (path == root or path.startswith(root + "/")):
+        return path[len(root) :] or "/"
+    return path
