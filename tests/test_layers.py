@@ -30,7 +30,7 @@ UNRANKED = {"__init__", "__main__"}
 #: Third-party package -> where it may be imported: a module, or a package with a final slash.
 SEAMS = {
     "libipld": ("cbor.py",),
-    "lmdb": ("storage/lmdb.py",),
+    "lmdb": ("storage/lmdb/",),
     "httpx2": ("sync/http/",),
     "starlette": ("server/",),
     "uvicorn": ("server/",),

@@ -41,8 +41,10 @@ from entidb.protocol import (
     SyncRequest,
     Verdict,
 )
-from entidb.storage import lmdb as lmdb_storage
-from entidb.storage.lmdb_pages import closed_file_faults
+from entidb.storage.lmdb import doubt, store
+from entidb.storage.lmdb import snapshot as reading
+from entidb.storage.lmdb.batches import RESIDUE
+from entidb.storage.lmdb.pages import closed_file_faults
 from entidb.sync import MockTransport
 from tests.bitrot.content import DB_ID, GRANT, engine_on, service_on
 from tests.bitrot.flips import flip
@@ -233,12 +235,12 @@ def look_at(pristine: Path, bit: int | None) -> dict[str, Any]:
 
 def take_away(guard: str) -> None:
     if guard == "checksums":
-        setattr(lmdb_storage, "crc32", lambda *parts: lmdb_storage._RESIDUE)  # noqa: B010
+        setattr(reading, "crc32", lambda *parts: RESIDUE)  # noqa: B010
     elif guard == "look":
-        setattr(lmdb_storage, "closed_file_faults", lambda path: [])  # noqa: B010
+        setattr(doubt, "closed_file_faults", lambda path: [])  # noqa: B010
     elif guard == "pages":
-        setattr(lmdb_storage, "page_faults", lambda path, header: iter(()))  # noqa: B010
-        setattr(lmdb_storage, "closed_file_faults", lambda path: [])  # noqa: B010
+        setattr(store, "page_faults", lambda path, header: iter(()))  # noqa: B010
+        setattr(doubt, "closed_file_faults", lambda path: [])  # noqa: B010
 
 
 def main(pristine: Path, bits: list[int]) -> None:

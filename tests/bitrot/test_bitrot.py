@@ -21,8 +21,8 @@ import pytest
 
 import entidb
 from entidb.errors import FormatError
-from entidb.storage.lmdb_file import check_data_file
-from entidb.storage.lmdb_pages import closed_file_faults
+from entidb.storage.lmdb.closed_file import check_data_file
+from entidb.storage.lmdb.pages import closed_file_faults
 from tests.bitrot.content import build
 from tests.bitrot.flips import anywhere, flip, in_headers, in_structure
 from tests.bitrot.probe import look_at

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="permissions are
 #: Somebody who may not write where root may. What is imported may lie where he may not read.
 RUN_AS_SOMEBODY = """
     import csv, difflib, encodings.idna, importlib, os, resource, sys
-    import entidb.server.run
+    import entidb.server.run, entidb.storage.lmdb
     from entidb.cli.app import COMMANDS, run
     for place in COMMANDS.values():
         importlib.import_module("entidb.cli." + place.partition(":")[0])

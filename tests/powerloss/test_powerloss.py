@@ -25,7 +25,7 @@ from entidb.db import Database
 from entidb.db.outbox import read_pending
 from entidb.db.records import accepted_key
 from entidb.errors import EntiDBError
-from entidb.storage.lmdb_pages import closed_file_faults
+from entidb.storage.lmdb.pages import closed_file_faults
 from tests.powerloss.journal import SYNC, WRITE, Disk, Event, read_events
 from tests.powerloss.worker import COMMITS, parts, shared, transaction_id
 

@@ -25,8 +25,8 @@ from entidb.errors import StorageError
 from entidb.protocol import LIMITS, PushOperation, PushRequest, PushTransaction
 from entidb.server.hooks import Grant
 from entidb.server.service import DatabaseService
-from entidb.storage import lmdb as lmdb_storage
-from entidb.storage import place
+from entidb.storage import directories
+from entidb.storage.lmdb import doubt, open_file, place
 
 COMMITS = 24
 DB_ID = "shop"
@@ -143,9 +143,11 @@ def weaken(how: str) -> None:
 
         setattr(lmdb, "open", open_unsynced)  # noqa: B010
     elif how == "unnamed":
-        setattr(place, "sync_directory", lambda descriptor: None)  # noqa: B010
+        for module in (directories, place):
+            setattr(module, "sync_directory", lambda descriptor: None)  # noqa: B010
     elif how == "unsettled":
-        setattr(lmdb_storage, "write_headers_again", lambda descriptor, path: None)  # noqa: B010
+        for module in (doubt, open_file):
+            setattr(module, "write_headers_again", lambda descriptor, path: None)  # noqa: B010
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ Place = tuple[Path, Callable[[], None]]
 
 @contextlib.contextmanager
 def full_map(path: Path, patch: pytest.MonkeyPatch) -> Iterator[Place]:
-    patch.setattr("entidb.storage.lmdb.MAP_BYTES_MAX", 2 * MAP)
-    patch.setattr("entidb.storage.lmdb.MAP_ROOM_BYTES", MAP // 2)
-    yield path, lambda: patch.setattr("entidb.storage.lmdb.MAP_BYTES_MAX", 64 * MAP)
+    patch.setattr("entidb.storage.lmdb.open_file.MAP_BYTES_MAX", 2 * MAP)
+    patch.setattr("entidb.storage.lmdb.open_file.MAP_ROOM_BYTES", MAP // 2)
+    yield path, lambda: patch.setattr("entidb.storage.lmdb.open_file.MAP_BYTES_MAX", 64 * MAP)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from entidb.errors import CorruptionError, ServerBusyError
 from entidb.server import ServerConfig
 from entidb.server.checks import CheckingError
 from entidb.server.stores import OpenDatabase, Store, Stores, on_disk
-from entidb.storage import LmdbStorage
+from entidb.storage import opening
 from entidb.testing.contracts import STUCK_SECONDS
 from entidb.types import SystemClock
 from tests.storage.test_doubtful_files import misdirect
@@ -24,14 +24,14 @@ from tests.storage.test_doubtful_files import misdirect
 def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Lets the reading of files that are not known to be well come to its end."""
     go_on = threading.Event()
-    real = LmdbStorage.look
+    real = opening.look
 
     def look(path: str) -> None:
         assert go_on.wait(STUCK_SECONDS)
         real(path)
 
     monkeypatch.setattr("entidb.server.checks.AT_ONCE_BYTES", 0)
-    monkeypatch.setattr(LmdbStorage, "look", staticmethod(look))
+    monkeypatch.setattr(opening, "look", look)
     yield go_on
     go_on.set()
 

@@ -12,7 +12,7 @@ import pytest
 
 from entidb.errors import CorruptionError, DatabaseLockedError, FormatError
 from entidb.storage import LmdbStorage
-from entidb.storage.lmdb_pages import closed_file_faults
+from entidb.storage.lmdb.pages import closed_file_faults
 from entidb.testing.contracts import read_all
 
 PAGE = 4096

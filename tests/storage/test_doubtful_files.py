@@ -12,7 +12,7 @@ import pytest
 from entidb.db import Database
 from entidb.errors import CommitUnknownError, CorruptionError, StorageError
 from entidb.storage import LmdbStorage
-from entidb.storage.lmdb_pages import closed_file_faults
+from entidb.storage.lmdb.pages import closed_file_faults
 from entidb.testing.contracts import read_all
 from tests.storage.test_damaged_pages import Image
 from tests.storage.test_lmdb_traps import FailingCommit, run_killed, run_python
@@ -38,7 +38,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         looked.append(path)
         return real(path)
 
-    monkeypatch.setattr("entidb.storage.lmdb.closed_file_faults", look)
+    monkeypatch.setattr("entidb.storage.lmdb.doubt.closed_file_faults", look)
     return looked
 
 
@@ -228,9 +228,9 @@ def test_a_failed_commit_is_synced_whatever_became_of_it(
     for commits in (True, False):
         store = LmdbStorage.open(tmp_path / str(commits))
         store.commit({b"a": b"1"})
-        store._env = FailingCommit(store._env, commits=commits)
+        store._file.env = FailingCommit(store._file.env, commits=commits)
         with monkeypatch.context() as patch:
-            patch.setattr("entidb.storage.lmdb_file.os.fsync", fail)
+            patch.setattr("entidb.storage.lmdb.closed_file.os.fsync", fail)
             with pytest.raises(CommitUnknownError, match="open it again"):
                 store.commit({b"a": b"2"})
         with contextlib.closing(LmdbStorage.open(store.path)) as again:
@@ -245,7 +245,7 @@ def test_a_store_that_was_not_closed_is_synced_before_it_is_used(
 
     (closed / "entidb.lock").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("entidb.storage.lmdb_file.os.fsync", fail)
+        patch.setattr("entidb.storage.lmdb.closed_file.os.fsync", fail)
         with pytest.raises(StorageError):
             LmdbStorage.open(closed)
     LmdbStorage.open(closed).close()

@@ -18,7 +18,7 @@ import pytest
 from entidb.db import Database, Role
 from entidb.errors import CorruptionError
 from entidb.storage import LmdbStorage
-from entidb.storage.lmdb_pages import check_headers, closed_file_faults
+from entidb.storage.lmdb.pages import check_headers, closed_file_faults
 from entidb.testing.contracts import read_all
 
 PAGE = 4096

@@ -116,7 +116,7 @@ def test_a_batch_that_fails_inside_its_transaction_ends_beside_busy_readers(
     store: LmdbStorage,
 ) -> None:
     def write_badly() -> None:
-        with store._turns.hold():
+        with store._gate.turns.hold():
             store._write([(b"a", b"1"), (b"k" * 512, b"2")], [])
 
     keys = [b"%03d" % n for n in range(100)]
@@ -170,7 +170,7 @@ def test_a_long_snapshot_while_the_map_must_grow_is_an_error_that_says_so(tmp_pa
 def test_a_map_at_its_limit_is_an_error_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("entidb.storage.lmdb.MAP_BYTES_MAX", 2 * SMALL)
+    monkeypatch.setattr("entidb.storage.lmdb.open_file.MAP_BYTES_MAX", 2 * SMALL)
     with contextlib.closing(LmdbStorage.open(tmp_path / "db", map_bytes=SMALL)) as store:
         with pytest.raises(StorageFullError, match="nothing was changed"):
             store.commit({b"big": bytes(4 * SMALL)})
@@ -205,8 +205,8 @@ def test_opening_clears_the_slots_of_killed_readers(tmp_path: Path) -> None:
     path = tmp_path / "db"
     run_killed(code, path)
     with contextlib.closing(LmdbStorage.open(path)) as store:
-        assert store._env.reader_check() == 0
-        assert "no active readers" in store._env.readers()
+        assert store._file.env.reader_check() == 0
+        assert "no active readers" in store._file.env.readers()
 
 
 def test_too_many_snapshots_are_an_error_and_the_store_goes_on(store: LmdbStorage) -> None:
@@ -261,7 +261,7 @@ def test_a_forked_child_is_refused_and_the_parent_is_not_disturbed(tmp_path: Pat
         store = LmdbStorage.open(sys.argv[1])
         store.commit({b"a": b"1"})
         snapshot = store.snapshot()
-        slots = store._env.readers()
+        slots = store._file.env.readers()
         child = os.fork()
         if child == 0:
             refused = 0
@@ -277,7 +277,7 @@ def test_a_forked_child_is_refused_and_the_parent_is_not_disturbed(tmp_path: Pat
             del snapshot, store
             sys.exit(refused)  # the whole way out, so that everything is freed
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        assert store._env.readers() == slots, "the child cleared the parent's reader slot"
+        assert store._file.env.readers() == slots, "the child cleared the parent's reader slot"
         store.commit({b"a": b"3"})
         assert snapshot.get(b"a") == b"1"
         store.close()
@@ -462,7 +462,7 @@ def test_a_flipped_bit_in_a_key_without_a_value_is_found_when_keys_are_proved(
 
 def test_a_value_under_another_key_is_noticed(store: LmdbStorage) -> None:
     store.commit({b"a": b"1"})
-    with store._env.begin(write=True) as txn:
+    with store._file.env.begin(write=True) as txn:
         txn.put(b"b", txn.get(b"a"))
     with store.snapshot() as snapshot, pytest.raises(CorruptionError):
         snapshot.get(b"b")
@@ -560,7 +560,7 @@ class FailingCommit:
 
 
 def test_a_failed_commit_that_is_there_after_all_returns(store: LmdbStorage) -> None:
-    store._env = FailingCommit(store._env, commits=True)
+    store._file.env = FailingCommit(store._file.env, commits=True)
     store.commit({b"a": b"1"})
     assert read_all(store) == {b"a": b"1"}
 
@@ -568,7 +568,7 @@ def test_a_failed_commit_that_is_there_after_all_returns(store: LmdbStorage) -> 
 def test_a_failed_commit_that_is_not_there_raises_and_the_store_goes_on(
     store: LmdbStorage,
 ) -> None:
-    store._env = FailingCommit(store._env, commits=False)
+    store._file.env = FailingCommit(store._file.env, commits=False)
     with pytest.raises(StorageError, match="nothing was changed") as raised:
         store.commit({b"a": b"1"})
     assert not isinstance(raised.value, CommitUnknownError)
@@ -581,7 +581,7 @@ def test_a_failed_commit_beside_a_long_snapshot_ends(tmp_path: Path) -> None:
     with contextlib.closing(LmdbStorage.open(tmp_path / "db", drain_seconds=0.1)) as store:
         store.commit({b"a": b"1"})
         snapshot = store.snapshot()
-        store._env = FailingCommit(store._env, commits=False)
+        store._file.env = FailingCommit(store._file.env, commits=False)
         with pytest.raises(StorageError):
             store.commit({b"a": b"2"})
         with pytest.raises(StorageError, match="take a new snapshot"):
@@ -597,8 +597,8 @@ def test_a_commit_whose_outcome_stays_unknown_closes_the_store(
     def broken() -> None:
         raise OSError(5, "Input/output error")
 
-    store._env = FailingCommit(store._env, commits=True)
-    monkeypatch.setattr(store, "_open_environment", broken)
+    store._file.env = FailingCommit(store._file.env, commits=True)
+    monkeypatch.setattr(store._file, "_open", broken)
     with pytest.raises(CommitUnknownError, match="open it again"):
         store.commit({b"a": b"1"})
     with pytest.raises(DatabaseClosedError):
@@ -625,7 +625,7 @@ def test_only_the_owner_can_read_the_files(tmp_path: Path) -> None:
 
 
 def test_writes_go_through_to_the_disk_and_never_through_the_map(store: LmdbStorage) -> None:
-    flags = store._env.flags()
+    flags = store._file.env.flags()
     assert flags["sync"]
     assert flags["metasync"]
     assert not flags["writemap"]

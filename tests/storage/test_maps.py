@@ -100,10 +100,10 @@ class ShrinkingSystem:
 def test_a_map_that_was_lost_while_it_grew_is_mapped_again(tmp_path: Path) -> None:
     with contextlib.closing(LmdbStorage.open(tmp_path / "db", map_bytes=MIB)) as store:
         store.commit({b"a": b"1"})
-        before = store._env
-        store._env = ShrinkingSystem(before)
+        before = store._file.env
+        store._file.env = ShrinkingSystem(before)
         store.commit({b"big": bytes(3 * MIB)})
-        assert store._env is not before
+        assert store._file.env is not before
         assert len(read_all(store)) == 2
 
 
@@ -114,8 +114,8 @@ def test_a_durable_commit_returns_even_if_the_map_is_lost_behind_it(
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     store = LmdbStorage.open(tmp_path / "db", map_bytes=MIB)
-    store._env = ShrinkingSystem(store._env)
-    monkeypatch.setattr(store, "_open_environment", broken)
+    store._file.env = ShrinkingSystem(store._file.env)
+    monkeypatch.setattr(store._file, "_open", broken)
     store.commit({b"%04d" % n: bytes(400) for n in range(1200)})
     with pytest.raises(DatabaseClosedError):
         store.snapshot()

@@ -12,7 +12,7 @@ import pytest
 
 from entidb.db import Database
 from entidb.server import ServerConfig, SyncServer
-from entidb.storage.place import give_owner, restrict
+from entidb.storage.directories import give_owner, restrict
 from tests.cli.support import done
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="files have no owner that counts")

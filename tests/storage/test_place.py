@@ -20,7 +20,7 @@ from entidb.errors import (
     StorageError,
 )
 from entidb.server import ServerConfig, SyncServer
-from entidb.storage import LmdbStorage, place
+from entidb.storage import LmdbStorage, directories
 from entidb.testing.contracts import read_all
 from tests.storage.test_lmdb_traps import FailingCommit, run_python
 
@@ -225,7 +225,7 @@ def test_looking_for_the_outcome_of_a_commit_opens_no_other_database(
 ) -> None:
     path, other = pair
     store = LmdbStorage.open(path)
-    failing = FailingCommit(store._env, commits=True)
+    failing = FailingCommit(store._file.env, commits=True)
     real = failing.begin
 
     def begin(write: bool = False) -> object:
@@ -233,7 +233,7 @@ def test_looking_for_the_outcome_of_a_commit_opens_no_other_database(
         return real(write)
 
     failing.begin = begin  # type: ignore[method-assign]
-    store._env = failing
+    store._file.env = failing
     with pytest.raises(CommitUnknownError, match="moved"):
         store.commit({b"a": b"1"})
     store.close()
@@ -325,10 +325,11 @@ class Names:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[str] = []
         self.waiting: set[str] = set()
-        self._mkdir, self._replace, self._sync = os.mkdir, os.replace, place.sync_directory
+        self._mkdir, self._replace, self._sync = os.mkdir, os.replace, directories.sync_directory
         monkeypatch.setattr(os, "mkdir", self.mkdir)
         monkeypatch.setattr(os, "replace", self.replace)
-        monkeypatch.setattr(place, "sync_directory", self.sync)
+        for module in ("directories", "lmdb.place"):
+            monkeypatch.setattr(f"entidb.storage.{module}.sync_directory", self.sync)
 
     def mkdir(self, path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         self._mkdir(path, mode, dir_fd=dir_fd)

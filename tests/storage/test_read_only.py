@@ -162,6 +162,7 @@ def test_files_that_may_not_be_written_can_be_read(backup: Path) -> None:
         import os, resource, sys
         from entidb.db import Database
         from entidb.errors import StorageError
+        from entidb.storage import LmdbStorage
         os.setgroups([])
         os.setgid(4711)
         os.setuid(4711)

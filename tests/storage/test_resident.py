@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from entidb.storage import LmdbStorage
-from entidb.storage.resident import mapped_bytes, shed
+from entidb.storage.lmdb.resident import mapped_bytes, shed
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only Linux says what is resident"
@@ -58,7 +58,7 @@ def test_a_store_lets_go_by_itself_after_many_rows(
     store: LmdbStorage, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[str] = []
-    monkeypatch.setattr("entidb.storage.lmdb.shed", asked.append)
+    monkeypatch.setattr("entidb.storage.lmdb.gate.shed", asked.append)
     for _ in range(3):
         read_everything(store)
     assert asked and asked[0].endswith("data.mdb")

@@ -18,7 +18,7 @@ from entidb.db import inspect
 from entidb.db.records import FORMAT_VERSION
 from entidb.errors import CorruptionError, FormatError
 from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
-from entidb.storage import LmdbStorage
+from entidb.storage.opening import closed_faults
 from entidb.version import VERSION
 
 #: Packages whose versions matter when somebody reports a problem.
@@ -57,7 +57,7 @@ def _faults(path: str) -> list[str]:
     """A database that is too damaged to be opened is at fault too; one that is none is not."""
     try:
         # Its pages first, without mapping them: a damaged one could end this process.
-        faults = LmdbStorage.closed_faults(path)
+        faults = closed_faults(path)
         if faults:
             return faults
         with opened(path, read_only=True) as database:

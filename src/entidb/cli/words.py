@@ -21,6 +21,7 @@ from entidb.cli.exits import InputError, NotFoundError, UsageError
 from entidb.cli.output import note, safe
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
+from entidb.storage.opening import holds_store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -114,7 +115,7 @@ def _named(given: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str | No
 
 
 def is_database(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "data.mdb"))
+    return holds_store(path)
 
 
 # ---------------------------------------------------------------- opening

@@ -52,7 +52,7 @@ from entidb.errors import (
     StorageError,
     TransactionError,
 )
-from entidb.storage import LmdbStorage, MemoryStorage, Storage
+from entidb.storage import MemoryStorage, Storage, open_storage
 from entidb.storage import Snapshot as StorageSnapshot
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
@@ -298,7 +298,7 @@ class Database:
         check_bool("read_only", read_only)
         _check_settings(map_bytes=map_bytes, **options)
         create = create and not read_only
-        storage = LmdbStorage.open(
+        storage = open_storage(
             where, create=create, map_bytes=map_bytes, salvage=salvage, read_only=read_only
         )
         try:

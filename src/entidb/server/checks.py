@@ -14,7 +14,7 @@ import threading
 from typing import Final
 
 from entidb.errors import ServerBusyError
-from entidb.storage import LmdbStorage
+from entidb.storage import opening
 
 #: Files up to here are read while they are opened, in less than a tenth of a second.
 AT_ONCE_BYTES: Final = 8 * 2**20
@@ -51,7 +51,7 @@ class Checks:
                 return
             done = self._running.get(where)
         if done is None:
-            if LmdbStorage.doubtful_bytes(where) <= AT_ONCE_BYTES:
+            if opening.doubtful_bytes(where) <= AT_ONCE_BYTES:
                 return
             done = self._start(where)
         raise CheckingError(done)
@@ -70,7 +70,7 @@ class Checks:
     def _check(self, where: str, done: threading.Event) -> None:
         try:
             with self._one_at_a_time:
-                LmdbStorage.look(where)
+                opening.look(where)
         finally:
             with self._lock:
                 self._running.pop(where, None)

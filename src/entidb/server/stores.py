@@ -39,7 +39,9 @@ from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.hooks import ValidateHook
 from entidb.server.service import DatabaseService
-from entidb.storage.place import DATA, FileLock, HeldError, is_at, make_directory
+from entidb.storage.directories import is_at, make_directory
+from entidb.storage.locks import FileLock, HeldError
+from entidb.storage.opening import holds_store
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -385,7 +387,7 @@ class DataDirectory:
 def _root(config: ServerConfig) -> str:
     assert config.data_dir is not None
     root = os.path.abspath(config.data_dir)
-    if os.path.exists(os.path.join(root, DATA)):
+    if holds_store(root):
         raise ConfigError(
             f"{root} is itself a database, and a server keeps databases in directories below its "
             "own: name an empty directory, or the one above"

@@ -1,6 +1,6 @@
 """What the system says when a file cannot be written or read, in words that say what to do next.
 
-Not here: what LMDB itself finds wrong (``lmdb``).
+Not here: what LMDB itself finds wrong (``lmdb/failures``).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ import time
 from typing import Final
 
 from entidb.errors import DatabaseLockedError
-from entidb.storage.place import FileLock, HeldError, give_as, sync_path
+from entidb.storage.directories import give_as, sync_path
+from entidb.storage.locks import FileLock, HeldError
 
 _SUFFIX: Final = ".entidb-partial"
 _LOCK: Final = "lock"

@@ -23,7 +23,7 @@ from typing import Final, Protocol
 
 from entidb.db.maintenance import dump, verify
 from entidb.server.hooks import ValidateHook
-from entidb.storage import LmdbStorage, MemoryStorage, Storage
+from entidb.storage import MemoryStorage, Storage, open_storage
 from entidb.sync import ConflictPolicy
 from entidb.testing import knobs as knob
 from entidb.testing.checkers import Checks, Violation
@@ -172,7 +172,7 @@ class World:
         self._order = count()
         self._directory: str | None = None
         self._stores = count()
-        self._on_disk: list[LmdbStorage] = []
+        self._on_disk: list[Storage] = []
         self.rng = self.stream("world")
         self._crashes = self.stream("crashes")
         self.server_clock = DeviceClock(self)
@@ -223,10 +223,10 @@ class World:
         store = owner.storage
         if isinstance(store.inner, MemoryStorage):
             return self._faulty(owner, store.copy())
-        assert isinstance(store.inner, LmdbStorage)
-        path = store.inner.path
+        path = store.inner.info().path
+        assert path is not None
         store.inner.close()
-        inner = self._open_lmdb(path)
+        inner = self._open_on_disk(path)
         self.checks.that(
             read_records(inner) == dict(store.records),
             "LOCAL-DURABLE" if isinstance(owner, Device) else "SERVER-DURABLE",
@@ -240,12 +240,12 @@ class World:
         if self._directory is None:
             self._directory = tempfile.mkdtemp(prefix="entidb-simulator-")
             self.fired("lmdb")
-        return self._open_lmdb(f"{self._directory}/{next(self._stores)}")
+        return self._open_on_disk(f"{self._directory}/{next(self._stores)}")
 
-    def _open_lmdb(self, path: str) -> LmdbStorage:
+    def _open_on_disk(self, path: str) -> Storage:
         """With a map that soon has to grow. Nobody else closes snapshots meanwhile, so waiting
         for them is of no use: a reader that stays makes the commit fail as "full" instead."""
-        made = LmdbStorage.open(path, map_bytes=_MAP_BYTES, drain_seconds=0.0)
+        made = open_storage(path, map_bytes=_MAP_BYTES, drain_seconds=0.0)
         self._on_disk.append(made)
         return made
 

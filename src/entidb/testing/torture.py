@@ -39,7 +39,7 @@ from urllib.parse import urlsplit
 from entidb.db import Database, DiscardedTransaction, Role, dump
 from entidb.db.outbox import read_discarded
 from entidb.errors import EntiDBError
-from entidb.storage.lmdb_pages import closed_file_faults
+from entidb.storage.opening import closed_faults
 from entidb.testing.torture_proxy import FAIR, Proxy, Weather
 from entidb.testing.torture_worker import DB_ID, end_with_parent
 from entidb.testing.torture_workload import SUMS, parts_seen, parts_stored
@@ -481,7 +481,7 @@ class Torture:
 
     @contextlib.contextmanager
     def _open(self, path: Path, role: Role) -> Iterator[Database]:
-        for fault in closed_file_faults(str(path / "data.mdb")):
+        for fault in closed_faults(path):
             raise TortureFailure(f"{path}: {fault}")
         with Database.open(path, create=False, role=role) as database:
             yield database

@@ -6,22 +6,18 @@ itself, and the data file is known by its number in the file system (its inode),
 before something is written. What is made or replaced in the directory is reached through the open
 directory and not through its path.
 
-Locks are those of ``flock`` on POSIX, which belong to the open file. A record lock of ``fcntl`` is
-lost when any descriptor of the file is closed, and LMDB closes some. On Windows a file or directory
-that is open cannot be deleted, moved or replaced, so there one lock is enough and nothing is
-compared.
+On Windows a file or directory that is open cannot be deleted, moved or replaced, so there one lock
+is enough and nothing is compared.
 
-Not here: what is in the files.
+Not here: what is in the files, and the locks themselves (``locks``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import os
 import shutil
-import stat
 import sys
 import time
 import weakref
@@ -31,300 +27,23 @@ from dataclasses import dataclass
 from typing import Final
 
 from entidb.errors import DatabaseLockedError, DatabaseMovedError, StorageError
+from entidb.storage.directories import (
+    NO_FOLLOW,
+    give_as,
+    give_owner,
+    is_at,
+    sync_directory,
+    sync_path,
+)
+from entidb.storage.locks import BINARY, NOTE_BYTES_MAX, TRIES, FileLock, HeldError, written_holder
 
 DATA: Final = "data.mdb"
 LMDB_LOCK: Final = "lock.mdb"
 LOCK: Final = "entidb.lock"
 TEMPORARY: Final = ".entidb-new"
-
-#: A lock file that was replaced between opening and locking it is opened again.
-_TRIES: Final = 10
-_BUSY: Final = frozenset((errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK))
 #: Longer than a tick of the clock that file systems take their times from; some count in seconds.
 _TICK_S: Final = 0.05
 _COARSE_TICK_S: Final = 3.0
-#: More than process number and note take.
-_NOTE_BYTES_MAX: Final = 512
-_NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
-#: Windows would read and write line ends.
-_BINARY: Final = getattr(os, "O_BINARY", 0)
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int, shared: bool) -> None:
-        # Far behind the process number, which others must be able to read. There is no shared kind.
-        os.lseek(descriptor, 2**20, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-
-    def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, 2**20, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-
-    def _write_start(descriptor: int, content: bytes) -> None:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, content)
-
-else:
-    import fcntl
-
-    def _lock(descriptor: int, shared: bool) -> None:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-
-    def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-    def _write_start(descriptor: int, content: bytes) -> None:
-        os.pwrite(descriptor, content, 0)
-
-
-def _read_start(descriptor: int) -> bytes:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return os.read(descriptor, _NOTE_BYTES_MAX)
-
-
-# ---------------------------------------------------------------- locks
-
-
-class HeldError(Exception):
-    """Somebody else has the lock. ``holder`` is his process number, empty when it is not known.
-    Never leaves EntiDB: whoever asked for the lock says what it means."""
-
-    def __init__(self, holder: str) -> None:
-        super().__init__(holder)
-        self.holder = holder
-
-
-class FileLock:
-    """An open file with a lock on it, across processes and within this one. The system releases
-    it when the process ends, however it ends."""
-
-    __slots__ = ("__weakref__", "_process", "descriptor", "found")
-
-    def __init__(self, descriptor: int, *, shared: bool = False) -> None:
-        """Takes over ``descriptor``; ``shared`` with others who only read. Raises ``HeldError``,
-        or ``OSError`` where the file system knows no locks; the descriptor is closed then."""
-        self._process = os.getpid()
-        self.descriptor = descriptor
-        #: What the file held before the process number was written into it.
-        self.found = b""
-        try:
-            _lock(descriptor, shared)
-        except OSError as error:
-            held = HeldError(_system_holder(descriptor))
-            self.forget()
-            if error.errno in _BUSY:
-                raise held from error
-            raise
-        _LOCKS.add(self)
-
-    @classmethod
-    def take(cls, path: str, like: os.stat_result) -> FileLock:
-        """The lock of the file at ``path``, made if missing, with the process number in it.
-        Raises as the constructor."""
-        for _ in range(_TRIES):
-            try:
-                lock = cls(_open_or_make(path, like))
-            except HeldError as error:
-                raise HeldError(error.holder or written_holder(path)) from error
-            except FileNotFoundError:
-                if not os.path.isdir(os.path.dirname(path)):
-                    raise
-                continue
-            if is_at(path, lock.descriptor):
-                lock.found = _read_start(lock.descriptor)
-                lock.write(b"")
-                return lock
-            lock.release()
-        raise OSError(errno.EAGAIN, "the file is replaced again and again", path)
-
-    @classmethod
-    def read(cls, path: str) -> FileLock | None:
-        """A shared lock of the file at ``path``, which is not changed; None if there is none.
-        Raises as the constructor."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW)
-        except FileNotFoundError:
-            return None
-        lock = cls(descriptor, shared=True)
-        lock.found = _read_start(descriptor)
-        return lock
-
-    def write(self, note: bytes) -> None:
-        """Write the process number, and ``note`` behind it for whoever takes the lock next."""
-        os.ftruncate(self.descriptor, 0)
-        _write_start(self.descriptor, f"{os.getpid()}\n".encode() + note)
-
-    def release(self) -> None:
-        """Idempotent. Unlocked and not only closed: a child forked a moment ago still has the
-        file open. In such a child it is only closed: the lock is the parent's."""
-        if self.descriptor >= 0 and self._process == os.getpid():
-            _unlock(self.descriptor)
-        self.forget()
-
-    def forget(self) -> None:
-        """Close it; a lock that a parent process has too stays the parent's."""
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        if getattr(self, "descriptor", -1) >= 0:
-            self.release()
-
-
-_LOCKS: weakref.WeakSet[FileLock] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """A child keeps nothing locked after its parent has gone."""
-    for lock in list(_LOCKS):
-        lock.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _open_or_make(path: str, like: os.stat_result) -> int:
-    flags = os.O_RDWR | _NO_FOLLOW | _BINARY
-    try:
-        return os.open(path, flags)
-    except FileNotFoundError:
-        try:
-            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return os.open(path, flags)
-    give_as(made, like)
-    return made
-
-
-def _system_holder(descriptor: int) -> str:
-    """The number of the process that has the file locked, where the system tells it."""
-    if sys.platform == "win32":
-        return ""
-    found = os.fstat(descriptor)
-    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    try:
-        with open("/proc/locks", encoding="ascii") as lines:
-            return _find_lock(list(lines), wanted)
-    except (OSError, ValueError):
-        return ""
-
-
-def written_holder(path: str) -> str:
-    """The process number that stands in the lock file at ``path``."""
-    try:
-        with open(path, "rb") as file:
-            written = file.read(20).partition(b"\n")[0]
-    except OSError:
-        return ""
-    return written.decode() if written.isdigit() else ""
-
-
-def _find_lock(lines: list[str], wanted: str) -> str:
-    for line in lines:
-        # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:393218 0 EOF
-        fields = line.split()
-        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == wanted:
-            return fields[4] if fields[4].isdigit() else ""
-    return ""
-
-
-# ---------------------------------------------------------------- files and directories
-
-
-def is_at(path: str, descriptor: int) -> bool:
-    """Whether ``path`` names the file that ``descriptor`` has open."""
-    if sys.platform == "win32":
-        return True
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(there, os.fstat(descriptor))
-
-
-def give_owner(descriptor: int, like: os.stat_result) -> None:
-    """Give a new file or directory the owner of ``like``: what an administrator makes in a
-    service's directory is the service's. Whoever may not give files away keeps this one."""
-    if sys.platform == "win32":
-        return
-    mine = os.fstat(descriptor)
-    if (mine.st_uid, mine.st_gid) != (like.st_uid, like.st_gid):
-        for uid in (like.st_uid, -1):
-            with contextlib.suppress(OSError):
-                os.fchown(descriptor, uid, like.st_gid)
-                break
-
-
-def give_as(descriptor: int, like: os.stat_result) -> None:
-    """``give_owner``, and the permissions of ``like`` too if that is a file."""
-    give_owner(descriptor, like)
-    wanted = stat.S_IMODE(like.st_mode) & 0o666
-    if (
-        sys.platform != "win32"
-        and stat.S_ISREG(like.st_mode)
-        and stat.S_IMODE(os.fstat(descriptor).st_mode) != wanted
-    ):
-        os.fchmod(descriptor, wanted)
-
-
-def restrict(path: str) -> None:
-    """Only the owner may read a file of his."""
-    found = os.stat(path)
-    if found.st_mode & 0o077 and (sys.platform == "win32" or found.st_uid == os.geteuid()):
-        os.chmod(path, 0o600)
-
-
-def sync_path(path: str) -> None:
-    """fsync a file, or a directory so that a rename in it is durable."""
-    if sys.platform == "win32" and os.path.isdir(path):
-        return  # Windows has no handle for it, and writes directory changes through.
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        if os.path.isdir(path):
-            sync_directory(descriptor)
-        else:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_directory(path: str) -> None:
-    """Make the directory ``path`` and what is missing above it, each durable in the one above and
-    with that one's owner; only he may use them. One that is there is left as it is."""
-    if os.path.isdir(path):
-        return
-    above = os.path.dirname(path)
-    if not os.path.lexists(above):
-        make_directory(above)
-    with contextlib.suppress(FileExistsError):  # Somebody else may make it at the same time.
-        os.mkdir(path, 0o700)
-        if sys.platform != "win32":
-            made = os.open(path, os.O_RDONLY | _NO_FOLLOW)
-            try:
-                give_owner(made, os.stat(above))
-            finally:
-                os.close(made)
-    sync_path(above)
-
-
-def sync_names(path: str) -> None:
-    """Make the names on the way to ``path`` durable: who made them may have died before he could.
-    A directory that this process may not read cannot be synced by it, nor was it made by it."""
-    while (above := os.path.dirname(path)) != path:
-        with contextlib.suppress(PermissionError):
-            sync_path(above)
-        path = above
-
-
-def sync_directory(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-# ---------------------------------------------------------------- the place of a store
 
 
 @dataclass(frozen=True)
@@ -341,7 +60,7 @@ def is_closed(path: str, headers: bytes) -> bool:
     ``OSError``."""
     left = None
     with contextlib.suppress(FileNotFoundError), open(os.path.join(path, LOCK), "rb") as file:
-        left = _read_left(file.read(_NOTE_BYTES_MAX))
+        left = _read_left(file.read(NOTE_BYTES_MAX))
     return left is not None and left.file == _signature(os.stat(os.path.join(path, DATA)), headers)
 
 
@@ -407,7 +126,7 @@ class Place:
         constructor."""
         if sys.platform == "win32" or self._data is not None:
             return
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             try:
                 kind = os.O_RDONLY if self.read_only else os.O_RDWR
                 held = FileLock(os.open(self.data_path, kind), shared=self.read_only)
@@ -468,7 +187,7 @@ class Place:
         path = os.path.join(self.path, LMDB_LOCK)
         # Only a new one is opened: closing it would take LMDB's record locks away.
         with contextlib.suppress(FileExistsError):
-            made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
+            made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
             try:
                 give_as(made, self._like())
             finally:
@@ -480,7 +199,7 @@ class Place:
         if self._data is not None:
             yield self._data.descriptor
             return
-        descriptor = os.open(self.data_path, os.O_RDWR | _BINARY)
+        descriptor = os.open(self.data_path, os.O_RDWR | BINARY)
         try:
             yield descriptor
         finally:
@@ -579,7 +298,7 @@ class Place:
         if sys.platform == "win32":
             return
         for path in (os.path.join(copy, DATA), copy):
-            made = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            made = os.open(path, os.O_RDONLY | NO_FOLLOW)
             try:
                 give_owner(made, self._like())
             finally:

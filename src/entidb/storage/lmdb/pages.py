@@ -7,8 +7,7 @@ one thing is compared: page numbers, bounds, the order of keys over page borders
 header, and that no page is used twice or is used and free at once. That last one is what finds a
 pointer that leads to an older copy of a page.
 
-Layout: as in ``lmdb_file``, which looks at files before they are opened. What records hold is
-proved by their own checksums (``lmdb``). Nothing here changes a file.
+What records hold is proved by their own checksums (``snapshot``). Nothing here changes a file.
 """
 
 from __future__ import annotations
@@ -21,21 +20,27 @@ from typing import Final
 
 from entidb.errors import CorruptionError
 from entidb.storage.base import KEY_BYTES_MAX
-from entidb.storage.lmdb_file import open_to_read, read_at
+from entidb.storage.lmdb.layout import (
+    BIG_DATA,
+    BRANCH,
+    LEAF,
+    META,
+    META_BYTES,
+    META_END,
+    META_FLAG,
+    NO_PAGE,
+    NODE,
+    OVERFLOW,
+    PAGE_HEADER,
+    PAGE_SIZES,
+    TREE,
+    open_to_read,
+    read_at,
+)
 
-_PAGE_HEADER: Final = struct.Struct("=QHHHH")
-_META: Final = struct.Struct("=IIQQ")
-_TREE: Final = struct.Struct("=IHHQQQQQ")
-_META_END: Final = struct.Struct("=QQ")
-_NODE: Final = struct.Struct("=HHHH")
 _U64: Final = struct.Struct("=Q")
-_META_BYTES: Final = _PAGE_HEADER.size + _META.size + 2 * _TREE.size + _META_END.size
-_PAGE_SIZE_AT: Final = _PAGE_HEADER.size + _META.size
-_BRANCH, _LEAF, _OVERFLOW, _META_FLAG = 0x01, 0x02, 0x04, 0x08
-_BIG_DATA: Final = 0x01
+_PAGE_SIZE_AT: Final = PAGE_HEADER.size + META.size
 _INTEGER_KEY: Final = 0x08
-_NO_PAGE: Final = 2**64 - 1
-_PAGE_SIZES: Final = frozenset(1 << n for n in range(9, 17))
 #: LMDB's own bound (CURSOR_STACK).
 _DEPTH_MAX: Final = 32
 
@@ -113,7 +118,7 @@ def read_raw_headers(path: str) -> tuple[bytes, int]:
     descriptor = open_to_read(path)
     try:
         headers = _read_headers(descriptor)
-        raw = [read_at(descriptor, _META_BYTES, n * headers[0].page_bytes) for n in (0, 1)]
+        raw = [read_at(descriptor, META_BYTES, n * headers[0].page_bytes) for n in (0, 1)]
     except _UNREADABLE:
         return b"", 0
     finally:
@@ -166,14 +171,14 @@ def page_faults(path: str, header: Header) -> Iterator[str]:
 
 
 def _read_headers(descriptor: int) -> tuple[Header, Header]:
-    raw = _pread(descriptor, _META_BYTES, 0)
-    if len(raw) < _META_BYTES:
+    raw = _pread(descriptor, META_BYTES, 0)
+    if len(raw) < META_BYTES:
         raise _Bad("the file is shorter than its header")
     (page_bytes,) = struct.unpack_from("=I", raw, _PAGE_SIZE_AT)
-    if page_bytes not in _PAGE_SIZES:
+    if page_bytes not in PAGE_SIZES:
         raise _Bad(f"the header names a page size of {page_bytes}")
-    second = _pread(descriptor, _META_BYTES, page_bytes)
-    if len(second) < _META_BYTES:
+    second = _pread(descriptor, META_BYTES, page_bytes)
+    if len(second) < META_BYTES:
         raise _Bad("the file is shorter than its headers")
     if second[_PAGE_SIZE_AT : _PAGE_SIZE_AT + 4] != raw[_PAGE_SIZE_AT : _PAGE_SIZE_AT + 4]:
         raise _Bad("the headers name different page sizes")
@@ -181,11 +186,11 @@ def _read_headers(descriptor: int) -> tuple[Header, Header]:
 
 
 def _read_header(raw: bytes) -> Header:
-    number, _, page_flags, _, _ = _PAGE_HEADER.unpack_from(raw, 0)
-    _, _, address, _ = _META.unpack_from(raw, _PAGE_HEADER.size)
-    free = _Tree(*_TREE.unpack_from(raw, _PAGE_SIZE_AT)[1:])
-    main = _Tree(*_TREE.unpack_from(raw, _PAGE_SIZE_AT + _TREE.size)[1:])
-    last_page, transaction = _META_END.unpack_from(raw, _META_BYTES - _META_END.size)
+    number, _, page_flags, _, _ = PAGE_HEADER.unpack_from(raw, 0)
+    _, _, address, _ = META.unpack_from(raw, PAGE_HEADER.size)
+    free = _Tree(*TREE.unpack_from(raw, _PAGE_SIZE_AT)[1:])
+    main = _Tree(*TREE.unpack_from(raw, _PAGE_SIZE_AT + TREE.size)[1:])
+    last_page, transaction = META_END.unpack_from(raw, META_BYTES - META_END.size)
     (page_bytes,) = struct.unpack_from("=I", raw, _PAGE_SIZE_AT)
     return Header(page_bytes, number, page_flags, address, free, main, last_page, transaction)
 
@@ -193,7 +198,7 @@ def _read_header(raw: bytes) -> Header:
 def _header_fault(descriptor: int, known: int = 0) -> str | None:
     headers = _read_headers(descriptor)
     for number, header in enumerate(headers):
-        if header.number != number or header.page_flags != _META_FLAG:
+        if header.number != number or header.page_flags != META_FLAG:
             return f"header {number} is not marked as one"
         if header.free.flags != _INTEGER_KEY or header.main.flags or header.address:
             return f"header {number} names options that are never used"
@@ -227,7 +232,7 @@ def _older_fault(
     # Into a tree that was not empty every commit frees at least the root it replaces. The pages
     # of both commits are there: LMDB uses none of the older one's again before its header is
     # replaced.
-    if older.main.root != _NO_PAGE and listed != newer.transaction:
+    if older.main.root != NO_PAGE and listed != newer.transaction:
         return _wrong_end(newer, listed)
     return None
 
@@ -256,26 +261,26 @@ def _last_listed(descriptor: int, header: Header) -> int:
     """The last key in the list of free pages; 0 if the list is empty."""
     number, page = header.free.root, b""
     for _ in range(_DEPTH_MAX):
-        if number == _NO_PAGE:
+        if number == NO_PAGE:
             return 0
         page = _read_page(descriptor, number, header.page_bytes)
-        _, _, flags, lower, _ = _PAGE_HEADER.unpack_from(page, 0)
+        _, _, flags, lower, _ = PAGE_HEADER.unpack_from(page, 0)
         at = _last_node(page, lower)
-        low, high, node_flags, _ = _NODE.unpack_from(page, at)
-        if flags == _LEAF and at + 16 <= len(page):
+        low, high, node_flags, _ = NODE.unpack_from(page, at)
+        if flags == LEAF and at + 16 <= len(page):
             last: int = _U64.unpack_from(page, at + 8)[0]
             return last
-        if flags != _BRANCH:
+        if flags != BRANCH:
             raise _Bad(f"page {number} is no page of the list of free pages")
         number = low | high << 16 | node_flags << 32
     raise _Bad("the list of free pages is too deep")
 
 
 def _last_node(page: bytes, lower: int) -> int:
-    if not _PAGE_HEADER.size < lower <= len(page) or lower % 2:
+    if not PAGE_HEADER.size < lower <= len(page) or lower % 2:
         raise _Bad("a page of the list of free pages has wrong bounds")
     at: int = struct.unpack_from("=H", page, lower - 2)[0]
-    if at + _NODE.size > len(page):
+    if at + NODE.size > len(page):
         raise _Bad("a page of the list of free pages has wrong bounds")
     return at
 
@@ -333,16 +338,16 @@ class _Walk:
 
     def take_value(self, first: int, length: int) -> int:
         """Take the pages of a value that has its own, with one header; how many there are."""
-        count = (_PAGE_HEADER.size - 1 + length) // self._bytes + 1
+        count = (PAGE_HEADER.size - 1 + length) // self._bytes + 1
         self.take(first, count)
-        raw = _pread(self._descriptor, _PAGE_HEADER.size, first * self._bytes)
-        number, _, flags, low, high = _PAGE_HEADER.unpack(raw)
-        if number != first or flags != _OVERFLOW or low | high << 16 != count:
+        raw = _pread(self._descriptor, PAGE_HEADER.size, first * self._bytes)
+        number, _, flags, low, high = PAGE_HEADER.unpack(raw)
+        if number != first or flags != OVERFLOW or low | high << 16 != count:
             raise _Bad(f"page {first} does not begin a value of {length} bytes")
         return count
 
     def read_value(self, first: int, length: int) -> bytes:
-        at = first * self._bytes + _PAGE_HEADER.size
+        at = first * self._bytes + PAGE_HEADER.size
         return _pread(self._descriptor, length, at)
 
     def _free_pages(self, lists: list[tuple[bytes, bytes]]) -> Iterator[str]:
@@ -381,7 +386,7 @@ class _TreeWalk:
     def run(self) -> Iterator[str]:
         tree = self._tree
         name = "records" if self._records is None else "free pages"
-        if tree.root != _NO_PAGE:
+        if tree.root != NO_PAGE:
             self._descend(tree.root, 1, None, None)
         found = (self._branches, self._leaves, self._overflow, self._entries)
         counted = (tree.branch_pages, tree.leaf_pages, tree.overflow_pages, tree.entries)
@@ -395,13 +400,13 @@ class _TreeWalk:
         self, number: int, depth: int, low: bytes | int | None, high: bytes | int | None
     ) -> None:
         page = self._walk.page(number)
-        stored, _, flags, lower, upper = _PAGE_HEADER.unpack_from(page, 0)
+        stored, _, flags, lower, upper = PAGE_HEADER.unpack_from(page, 0)
         if stored != number:
             raise _Bad(f"page {number} says it is page {stored}")
-        if depth > self._tree.depth or flags != (_BRANCH if depth < self._tree.depth else _LEAF):
+        if depth > self._tree.depth or flags != (BRANCH if depth < self._tree.depth else LEAF):
             raise _Bad(f"page {number} is of the wrong kind for its place in the tree")
-        nodes = self._nodes(page, number, lower, upper, branch=flags == _BRANCH)
-        if flags == _LEAF:
+        nodes = self._nodes(page, number, lower, upper, branch=flags == BRANCH)
+        if flags == LEAF:
             self._leaves += 1
             for key, length, at, big in nodes:
                 self._leaf_node(number, page, key, length, at, big, low, high)
@@ -456,27 +461,27 @@ class _TreeWalk:
         """(key, child page or length of the value, where the value begins, whether it is on pages
         of its own) of each node. Together the nodes fill the page from ``upper`` to its end."""
         size = len(page)
-        if lower % 2 or not _PAGE_HEADER.size < lower <= upper <= size:
+        if lower % 2 or not PAGE_HEADER.size < lower <= upper <= size:
             raise _Bad(f"page {number} has wrong bounds")
-        offsets = struct.unpack_from(f"={(lower - _PAGE_HEADER.size) // 2}H", page, 16)
+        offsets = struct.unpack_from(f"={(lower - PAGE_HEADER.size) // 2}H", page, 16)
         nodes = []
         spans = []
         for at in offsets:
-            if at < upper or at % 2 or at + _NODE.size > size:
+            if at < upper or at % 2 or at + NODE.size > size:
                 raise _Bad(f"page {number} has a node outside its bounds")
-            low, high, flags, key_bytes = _NODE.unpack_from(page, at)
-            value_at = at + _NODE.size + key_bytes
+            low, high, flags, key_bytes = NODE.unpack_from(page, at)
+            value_at = at + NODE.size + key_bytes
             if branch:
                 length, big, stored = low | high << 16 | flags << 32, False, 0
             else:
-                length, big = low | high << 16, flags == _BIG_DATA
+                length, big = low | high << 16, flags == BIG_DATA
                 stored = 8 if big else length
             if key_bytes > KEY_BYTES_MAX or value_at + stored > size:
                 raise _Bad(f"page {number} has a node that does not fit it")
-            if not branch and (flags & ~_BIG_DATA or not key_bytes):
+            if not branch and (flags & ~BIG_DATA or not key_bytes):
                 raise _Bad(f"page {number} has a node of an unknown kind")
             spans.append((at, value_at + stored + ((value_at + stored) & 1)))
-            nodes.append((page[at + _NODE.size : value_at], length, value_at, big))
+            nodes.append((page[at + NODE.size : value_at], length, value_at, big))
         spans.sort()
         ends = [upper, *(end for _, end in spans)]
         if [start for start, _ in spans] != ends[:-1] or ends[-1] != size:

@@ -1,54 +1,37 @@
-"""What stands in an LMDB data file, read with ``pread`` and never mapped.
+"""Whether a file is an LMDB data file and all there: read with ``pread`` and never mapped.
 
 Touching a page behind the end of a mapped file is a SIGBUS, which no program survives, so the file
-is looked at before it is mapped. Layout: LMDB 0.9, ``mdb.c`` (MDB_page, MDB_meta, MDB_node), in
-the byte order of the machine. Nothing here changes what a file says.
+is looked at before it is mapped. Nothing here changes what a file says.
+
+Not here: whether its pages are sound (``pages``).
 """
 
 from __future__ import annotations
 
 import os
 import struct
-import sys
 from dataclasses import dataclass
-from typing import Final
 
 from entidb.errors import FormatError
-
-_MAGIC: Final = 0xBEEFC0DE
-_VERSION: Final = 1
-_PAGE_HEADER: Final = struct.Struct("=QHHHH")
-#: magic, version, address, map size; then two trees; then last page, transaction.
-_META: Final = struct.Struct("=IIQQ")
-_TREE: Final = struct.Struct("=IHHQQQQQ")
-_META_END: Final = struct.Struct("=QQ")
-_NODE: Final = struct.Struct("=HHHH")
-_META_BYTES: Final = _PAGE_HEADER.size + _META.size + 2 * _TREE.size + _META_END.size
-_BRANCH, _LEAF, _META_FLAG = 0x01, 0x02, 0x08
-_BIG_DATA: Final = 0x01
-_NO_PAGE: Final = 2**64 - 1
-_PAGE_SIZES: Final = frozenset(1 << n for n in range(9, 17))
-
-
-if sys.platform == "win32":
-
-    def open_to_read(path: str) -> int:
-        return os.open(path, os.O_RDONLY | os.O_BINARY)
-
-    def read_at(descriptor: int, count: int, offset: int) -> bytes:
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, count)
-
-    def write_at(descriptor: int, content: bytes, offset: int) -> int:
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.write(descriptor, content)
-
-else:
-
-    def open_to_read(path: str) -> int:
-        return os.open(path, os.O_RDONLY)
-
-    read_at, write_at = os.pread, os.pwrite
+from entidb.storage.lmdb.layout import (
+    BIG_DATA,
+    BRANCH,
+    LEAF,
+    MAGIC,
+    META,
+    META_BYTES,
+    META_END,
+    META_FLAG,
+    NO_PAGE,
+    NODE,
+    PAGE_HEADER,
+    PAGE_SIZES,
+    TREE,
+    VERSION,
+    open_to_read,
+    read_at,
+    write_at,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,7 @@ def write_headers_again(descriptor: int, path: str) -> None:
     would write before it replaces that header. A sync alone writes only what counts as changed."""
     page_bytes = _read_meta(descriptor, path, 0).page_bytes
     for offset in (0, page_bytes):
-        write_at(descriptor, read_at(descriptor, _META_BYTES, offset), offset)
+        write_at(descriptor, read_at(descriptor, META_BYTES, offset), offset)
     os.fsync(descriptor)
 
 
@@ -98,30 +81,30 @@ def _check(descriptor: int, path: str, size: int) -> None:
 
 
 def _read_meta(descriptor: int, path: str, offset: int) -> _Meta:
-    raw = read_at(descriptor, _META_BYTES, offset)
-    if len(raw) < _META_BYTES:
-        known = len(raw) >= 24 and struct.unpack_from("=I", raw, 16)[0] == _MAGIC
+    raw = read_at(descriptor, META_BYTES, offset)
+    if len(raw) < META_BYTES:
+        known = len(raw) >= 24 and struct.unpack_from("=I", raw, 16)[0] == MAGIC
         if known or not raw or offset:
-            raise _truncated(path, offset + len(raw), offset + _META_BYTES)
+            raise _truncated(path, offset + len(raw), offset + META_BYTES)
         raise _not_a_database(path, "it is too short")
-    _, _, flags, _, _ = _PAGE_HEADER.unpack_from(raw, 0)
-    magic, version, _, _ = _META.unpack_from(raw, 16)
-    if magic != _MAGIC or not flags & _META_FLAG:
+    _, _, flags, _, _ = PAGE_HEADER.unpack_from(raw, 0)
+    magic, version, _, _ = META.unpack_from(raw, 16)
+    if magic != MAGIC or not flags & META_FLAG:
         raise _not_a_database(path, "its header is not LMDB's")
-    if version != _VERSION:
-        raise _not_a_database(path, f"its LMDB format is {version} and not {_VERSION}")
-    free = _TREE.unpack_from(raw, 40)
-    main = _TREE.unpack_from(raw, 88)
-    if free[0] not in _PAGE_SIZES:
+    if version != VERSION:
+        raise _not_a_database(path, f"its LMDB format is {version} and not {VERSION}")
+    free = TREE.unpack_from(raw, 40)
+    main = TREE.unpack_from(raw, 88)
+    if free[0] not in PAGE_SIZES:
         raise _not_a_database(path, f"its page size is {free[0]}")
-    last_page, transaction = _META_END.unpack_from(raw, 136)
+    last_page, transaction = META_END.unpack_from(raw, 136)
     return _Meta(free[0], (free[7], main[7]), last_page, transaction)
 
 
 def _reachable_inside(descriptor: int, meta: _Meta, size: int) -> bool:
     """Walk both trees; whether all their pages end inside ``size`` bytes."""
     pages = size // meta.page_bytes
-    todo = [root for root in meta.roots if root != _NO_PAGE]
+    todo = [root for root in meta.roots if root != NO_PAGE]
     seen = 0
     while todo:
         number = todo.pop()
@@ -138,23 +121,23 @@ def _reachable_inside(descriptor: int, meta: _Meta, size: int) -> bool:
 
 def _page_targets(page: bytes) -> tuple[list[int], int]:
     """The child pages of a branch page, and the page after the last big value of a leaf page."""
-    _, _, flags, lower, _ = _PAGE_HEADER.unpack_from(page, 0)
-    count = (min(lower, len(page)) - _PAGE_HEADER.size) // 2
+    _, _, flags, lower, _ = PAGE_HEADER.unpack_from(page, 0)
+    count = (min(lower, len(page)) - PAGE_HEADER.size) // 2
     children: list[int] = []
     end = 0
-    for offset in struct.unpack_from(f"={count}H", page, _PAGE_HEADER.size):
-        if offset + _NODE.size > len(page):
-            return [], _NO_PAGE
-        low, high, node_flags, key_bytes = _NODE.unpack_from(page, offset)
-        if flags & _BRANCH:
+    for offset in struct.unpack_from(f"={count}H", page, PAGE_HEADER.size):
+        if offset + NODE.size > len(page):
+            return [], NO_PAGE
+        low, high, node_flags, key_bytes = NODE.unpack_from(page, offset)
+        if flags & BRANCH:
             children.append(low | high << 16 | node_flags << 32)
-        elif flags & _LEAF and node_flags & _BIG_DATA:
-            at = offset + _NODE.size + key_bytes
+        elif flags & LEAF and node_flags & BIG_DATA:
+            at = offset + NODE.size + key_bytes
             if at + 8 > len(page):
-                return [], _NO_PAGE
+                return [], NO_PAGE
             (first,) = struct.unpack_from("=Q", page, at)
             data_bytes = low | high << 16
-            end = max(end, first + (_PAGE_HEADER.size - 1 + data_bytes) // len(page) + 1)
+            end = max(end, first + (PAGE_HEADER.size - 1 + data_bytes) // len(page) + 1)
     return children, end
 
 

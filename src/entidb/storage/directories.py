@@ -1,0 +1,103 @@
+"""Files and directories: whose they are, who may read them, and that they survive a power cut.
+
+Not here: who is using them (``locks``), and files that take several steps to make (``partial``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+from typing import Final
+
+NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
+
+
+def is_at(path: str, descriptor: int) -> bool:
+    """Whether ``path`` names the file that ``descriptor`` has open."""
+    if sys.platform == "win32":
+        return True
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))
+
+
+def give_owner(descriptor: int, like: os.stat_result) -> None:
+    """Give a new file or directory the owner of ``like``: what an administrator makes in a
+    service's directory is the service's. Whoever may not give files away keeps this one."""
+    if sys.platform == "win32":
+        return
+    mine = os.fstat(descriptor)
+    if (mine.st_uid, mine.st_gid) != (like.st_uid, like.st_gid):
+        for uid in (like.st_uid, -1):
+            with contextlib.suppress(OSError):
+                os.fchown(descriptor, uid, like.st_gid)
+                break
+
+
+def give_as(descriptor: int, like: os.stat_result) -> None:
+    """``give_owner``, and the permissions of ``like`` too if that is a file."""
+    give_owner(descriptor, like)
+    wanted = stat.S_IMODE(like.st_mode) & 0o666
+    if (
+        sys.platform != "win32"
+        and stat.S_ISREG(like.st_mode)
+        and stat.S_IMODE(os.fstat(descriptor).st_mode) != wanted
+    ):
+        os.fchmod(descriptor, wanted)
+
+
+def restrict(path: str) -> None:
+    """Only the owner may read a file of his."""
+    found = os.stat(path)
+    if found.st_mode & 0o077 and (sys.platform == "win32" or found.st_uid == os.geteuid()):
+        os.chmod(path, 0o600)
+
+
+def sync_path(path: str) -> None:
+    """fsync a file, or a directory so that a rename in it is durable."""
+    if sys.platform == "win32" and os.path.isdir(path):
+        return  # Windows has no handle for it, and writes directory changes through.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        if os.path.isdir(path):
+            sync_directory(descriptor)
+        else:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: str) -> None:
+    """Make the directory ``path`` and what is missing above it, each durable in the one above and
+    with that one's owner; only he may use them. One that is there is left as it is."""
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path)
+    if not os.path.lexists(above):
+        make_directory(above)
+    with contextlib.suppress(FileExistsError):  # Somebody else may make it at the same time.
+        os.mkdir(path, 0o700)
+        if sys.platform != "win32":
+            made = os.open(path, os.O_RDONLY | NO_FOLLOW)
+            try:
+                give_owner(made, os.stat(above))
+            finally:
+                os.close(made)
+    sync_path(above)
+
+
+def sync_names(path: str) -> None:
+    """Make the names on the way to ``path`` durable: who made them may have died before he could.
+    A directory that this process may not read cannot be synced by it, nor was it made by it."""
+    while (above := os.path.dirname(path)) != path:
+        with contextlib.suppress(PermissionError):
+            sync_path(above)
+        path = above
+
+
+def sync_directory(descriptor: int) -> None:
+    os.fsync(descriptor)

@@ -1,0 +1,41 @@
+"""What is stored of a batch: a CRC-32 over key and value ends each value, because LMDB does not
+notice a flipped bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+from zlib import crc32
+
+from entidb.errors import StorageError
+from entidb.storage.base import KEY_BYTES_MAX, Batch
+
+#: LMDB's own bound on a value is 4 GiB; this one leaves room for the checksum on any system.
+_VALUE_BYTES_MAX: Final = 2**31 - 16
+#: CRC-32 of anything followed by its own CRC-32, little-endian: one call proves a record.
+RESIDUE: Final = 0x2144DF1C
+U32: Final = struct.Struct("<I")
+
+
+def stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+    """The batch in key order with its checksums, and the keys to delete. Everything LMDB would
+    refuse is refused here, where no transaction has to be aborted for it."""
+    keys = sorted(batch)
+    longest = max(map(len, keys), default=1)
+    if longest > KEY_BYTES_MAX or (keys and not keys[0]):
+        raise StorageError(
+            f"a key of {longest if keys[0] else 0} bytes cannot be stored; keys have 1 to "
+            f"{KEY_BYTES_MAX} bytes"
+        )
+    if max(map(len, filter(None, batch.values())), default=0) > _VALUE_BYTES_MAX:
+        raise StorageError(f"a value of over {_VALUE_BYTES_MAX} bytes cannot be stored; split it")
+    pack = U32.pack
+    puts = [
+        (key, value + pack(crc32(value, crc32(key))))
+        for key in keys
+        if (value := batch[key]) is not None
+    ]
+    if len(puts) == len(keys):
+        return puts, []
+    return puts, [key for key in keys if batch[key] is None]

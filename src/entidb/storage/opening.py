@@ -1,0 +1,62 @@
+"""Stores on disk: opening one, and looking at one that is closed. The only place that knows which
+backend a directory holds; the layers above ask here.
+
+A backend is imported when the first store on disk is asked for (each function imports it): a
+program that keeps its databases in memory, or opens none, does not load it. One that gives up its
+rights, or changes its root directory, before it opens a database imports
+``entidb.storage.LmdbStorage`` first.
+
+Not here: what a store promises (``base``), and a store in memory (``memory``).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from entidb.storage.base import Storage
+
+
+def open_storage(path: str | os.PathLike[str], **options: Any) -> Storage:
+    """Open the store in the directory ``path``. ``options`` and errors are those of
+    ``LmdbStorage.open``."""
+    from entidb.storage.lmdb import LmdbStorage
+
+    return LmdbStorage.open(path, **options)
+
+
+def holds_store(path: str | os.PathLike[str]) -> bool:
+    """Whether a store stands in the directory ``path``, of whatever state."""
+    from entidb.storage.lmdb.place import DATA
+
+    return os.path.isfile(os.path.join(path, DATA))
+
+
+def closed_faults(path: str | os.PathLike[str]) -> list[str]:
+    """What is wrong with the files of the closed store in ``path``, found without opening it: a
+    damaged one can end the process that does. Empty when all is well, or when there is no store.
+
+    Raises ``DatabaseLockedError`` if it is open, here or in another process, ``FormatError`` if it
+    is not a store at all."""
+    from entidb.storage.lmdb import LmdbStorage
+
+    return LmdbStorage.closed_faults(path)
+
+
+def doubtful_bytes(path: str | os.PathLike[str]) -> int:
+    """How many bytes opening the store in ``path`` would read to see that it is well; 0 if none,
+    or if there is no store. Cheap, and a hint: nothing is locked."""
+    from entidb.storage.lmdb import LmdbStorage
+
+    return LmdbStorage.doubtful_bytes(path)
+
+
+def look(path: str | os.PathLike[str]) -> None:
+    """Read the store in ``path`` as opening it would, so that opening need not: for doing it
+    somewhere else. What is found is what opening raises, as long as the files are the same."""
+    from entidb.storage.lmdb import LmdbStorage
+
+    LmdbStorage.look(path)
+
+
+__all__ = ["closed_faults", "doubtful_bytes", "holds_store", "look", "open_storage"]
