@@ -8,7 +8,7 @@ from pathlib import Path
 
 from entidb.testing.checkers import INVARIANTS
 from entidb.testing.knobs import Knobs
-from entidb.testing.planted import BUGS
+from tests.planted import BUGS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
 

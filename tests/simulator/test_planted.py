@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from entidb.testing.checkers import INVARIANTS
-from entidb.testing.planted import BUGS, SEEDS_MAX, find
 from entidb.testing.simulator import Options, simulate
+from tests.planted import BUGS, SEEDS_MAX, find
 
 
 def test_at_least_twenty_five_bugs_are_planted_and_described():
@@ -37,3 +41,11 @@ def test_every_invariant_that_a_bug_names_exists():
 def test_every_invariant_has_a_bug_that_can_show_its_checker():
     first = {bug.expected[0] for bug in BUGS.values()}
     assert {*INVARIANTS} <= first | {name for bug in BUGS.values() for name in bug.expected[:3]}
+
+
+def test_outside_of_a_checkout_there_are_no_planted_bugs_and_one_line_says_so(tmp_path: Path):
+    command = [sys.executable, "-m", "entidb.testing", "--planted"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "run this in a checkout" in found.stderr
+    assert len(found.stderr.splitlines()) == 1

@@ -9,8 +9,8 @@ import pytest
 
 from entidb.testing import batch, prove
 from entidb.testing.batch import parse_range
-from entidb.testing.planted import BUGS, planted
 from entidb.testing.prove import main, missing, read_chunks
+from tests.planted import BUGS, planted
 
 
 @pytest.fixture(autouse=True)

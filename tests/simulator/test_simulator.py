@@ -14,8 +14,8 @@ from entidb.testing import knobs as knob
 from entidb.testing.__main__ import main
 from entidb.testing.batch import run_seeds, shrink
 from entidb.testing.checkers import INVARIANTS
-from entidb.testing.planted import BUGS, planted
 from entidb.testing.simulator import Options, simulate
+from tests.planted import BUGS, planted
 
 SEEDS = int(os.environ.get("ENTIDB_SIMULATOR_SEEDS", "1000"))
 JOBS = min(2, os.cpu_count() or 1)

@@ -13,8 +13,8 @@ from entidb.errors import CorruptionError, HistoryChangedError, TransportError
 from entidb.protocol import PushRequest, SyncRequest
 from entidb.storage import MemoryStorage
 from entidb.sync import Conflict, ConflictResolution, Merge
-from entidb.testing.planted import BUGS, planted
 from entidb.types import timestamp_from_ms
+from tests.planted import BUGS, planted
 from tests.support import Device, World, assert_in_step, assert_sound, lose, uid
 
 KEEP = ConflictResolution.keep_local()

@@ -1,0 +1,37 @@
+"""Bugs put into the real code on purpose, to show that the checkers can fail.
+
+``python -m entidb.testing --planted``, from a checkout, plants each, alone, and says which
+invariant noticed and after how many seeds. By subject:
+
+    pulling     pulling and applying pages
+    pushing     pushing, and settling what was answered
+    refusals    pushes refused as a whole, and transactions that are rejected, withdrawn, held
+    commits     what one commit of a device holds, and when it is acknowledged
+    scopes      scopes and grants that change, adoption, the stage of a first sync or a reset
+    clocks      the logical clock, on both sides
+    waiting     what waits for a person: discarded, overruled, in conflict
+    deciding    how the server decides about a push
+    serving     the server's pages, its group commits, and what an error does to others
+    histories   histories, floors, tenants and backups of the server
+"""
+
+from importlib import import_module
+
+from tests.planted.garden import BUGS, SEEDS_MAX, Bug, Finding, find, planted, try_all
+
+#: The rooms register their bugs as they are imported: in the order in which ``--planted`` goes.
+for _room in (
+    "pulling",
+    "pushing",
+    "refusals",
+    "commits",
+    "scopes",
+    "clocks",
+    "waiting",
+    "deciding",
+    "serving",
+    "histories",
+):
+    import_module(f"{__name__}.{_room}")
+
+__all__ = ["BUGS", "SEEDS_MAX", "Bug", "Finding", "find", "planted", "try_all"]

@@ -1,0 +1,274 @@
+"""Planted bugs: histories, floors, tenants and backups of the server."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest import mock
+
+from entidb.db import Database, maintenance
+from entidb.db.records import (
+    PendingTransaction,
+)
+from entidb.db.writer import Writer
+from entidb.errors import (
+    ResetRequiredError,
+    SyncError,
+)
+from entidb.server import decide, pages, service
+from entidb.server.auth import Grants
+from entidb.server.hooks import Grant
+from entidb.server.service import DatabaseService
+from entidb.sync.apply import applier
+from entidb.sync.rebase import Rebase
+from tests.planted.garden import CALM, WILD, Garden, bug
+
+
+@bug(
+    "history-ignored",
+    "ORDER",
+    "PREFIX",
+    knobs=CALM | {"restore_server": 30, "events": 2000, "pause_ms": 100},
+)
+def _history_ignored(garden: Garden) -> None:
+    """The server answers requests that name the history before a restore."""
+    garden.replace(
+        DatabaseService, "_check_history", lambda original: lambda self, history, cursor, head: None
+    )
+
+
+@bug(
+    "floor-ignored-in-pulls",
+    "NO-RESURRECTION",
+    "PREFIX",
+    knobs=CALM | {"purge": 50, "pause_ms": 3000, "deletes": 400},
+)
+def _floor_ignored_in_pulls(garden: Garden) -> None:
+    """A device below the floor gets a page instead of a reset."""
+
+    def make(original: Any) -> Any:
+        def check(self: DatabaseService, *rest: Any) -> None:
+            with contextlib.suppress(ResetRequiredError):
+                original(self, *rest)
+
+        return check
+
+    garden.replace(DatabaseService, "_check_pull", make)
+
+
+@bug(
+    "floor-ignored-in-pushes",
+    "NO-RESURRECTION",
+    "NO-LOST-UPDATE",
+    knobs=WILD | {"purge": 50, "pause_ms": 3000, "deletes": 400, "lost": 300},
+)
+def _floor_ignored_in_pushes(garden: Garden) -> None:
+    """A push from below the floor is decided as if tombstones were all there."""
+
+    def make(original: Any) -> Any:
+        def init(self: Any, *rest: Any) -> None:
+            original(self, *rest)
+            self._below_floor = False
+
+        return init
+
+    garden.replace(decide.Deciding, "__init__", make)
+
+
+@bug("reset-without-need", "RESET-ENDS", "LIVENESS", knobs=CALM | {"purge": 50})
+def _reset_without_need(garden: Garden) -> None:
+    """A device at the floor is told to reset as well, for ever."""
+
+    def make(original: Any) -> Any:
+        def check(self: Any, request: Any, grant: Grant, head: int, floor: int) -> None:
+            original(self, request, grant, head, floor)
+            if floor and not request.full and request.cursor <= floor + 3:
+                raise ResetRequiredError("planted")
+
+        return check
+
+    garden.replace(DatabaseService, "_check_pull", make)
+
+
+@bug(
+    "purge-beyond-the-floor",
+    "ORDER",
+    "NO-RESURRECTION",
+    "PREFIX",
+    "CONVERGE",
+    knobs=CALM | {"purge": 50, "deletes": 400, "pause_ms": 3000},
+)
+def _purge_beyond_floor(garden: Garden) -> None:
+    """Purging forgets tombstones above the floor it announces."""
+
+    def make(original: Any) -> Any:
+        def part(writer: Writer, floor: int, target: int) -> Any:
+            keys, reached = original(writer, floor, writer.head.sequence)
+            return keys, min(reached, target)
+
+        return part
+
+    garden.replace(maintenance, "_feed_part", make)
+
+
+@bug("token-opens-everything", "TENANT", knobs=CALM | {"tenants": 2, "wrong_token": 100})
+def _token_opens_everything(garden: Garden) -> None:
+    """A valid token opens every database."""
+    garden.replace(
+        Grants, "on", lambda original: lambda self, db_id: Grant(self.subject, True, True)
+    )
+
+
+@bug("pages-shared-between-databases", "TENANT", knobs=CALM | {"tenants": 2, "devices": 4})
+def _pages_shared(garden: Garden) -> None:
+    """Pages are cached by cursor, and the database is left out of the key."""
+    pages: dict[tuple[int, bool, str], Any] = {}
+
+    def make(original: Any) -> Any:
+        def pull(self: DatabaseService, request: Any, grant: Grant) -> Any:
+            page = original(self, request, grant)
+            key = (request.cursor, request.columns, str(request.collections))
+            if page.commits or page.columns is not None:
+                known = pages.setdefault(key, (self.db_id, page))
+                return known[1] if known[0] != self.db_id else page
+            return page
+
+        return pull
+
+    garden.replace(DatabaseService, "pull", make)
+
+
+@bug("own-gap-jumped", "ORDER", "PREFIX", knobs=CALM | {"push_operations_max": 1})
+def _own_gap_jumped(garden: Garden) -> None:
+    """The server takes a device to have everything up to its newest own commit."""
+
+    def make(original: Any) -> Any:
+        return lambda request: request.have[-1][1] if request.have else request.cursor
+
+    for room in (service, pages):
+        garden.replace(room, "known_up_to", make)
+
+
+@bug("ids-forgotten-above-the-floor", "EXACTLY-ONCE", knobs=WILD | {"purge": 80})
+def _ids_forgotten(garden: Garden) -> None:
+    """Purging forgets the ids of all transactions, not only of those at or below the floor."""
+
+    def make(original: Any) -> Any:
+        def forget(database: Database) -> None:
+            with mock.patch.object(maintenance, "read_floor", return_value=2**60):
+                original(database)
+
+        return forget
+
+    garden.replace(maintenance, "_forget_accepted", make)
+
+
+@bug(
+    "backup-keeps-its-history",
+    "ORDER",
+    knobs=CALM | {"restore_server": 50, "events": 2000, "pause_ms": 100},
+)
+def _backup_keeps_history(garden: Garden) -> None:
+    """A server that comes back from a backup does not tell its devices so."""
+
+    def make(original: Any) -> Any:
+        def leave(self: Database, identity: dict[str, Any]) -> None:
+            known = identity["history"]
+            with mock.patch.object(self, "entropy", return_value=known):
+                original(self, identity)
+
+        return leave
+
+    garden.replace(Database, "_leave_backup", make)
+
+
+@bug(
+    "versions-outlive-their-history",
+    "PREFIX",
+    "NO-FALSE-CONFLICT",
+    "NO-LOST-UPDATE",
+    "CONVERGE",
+    knobs=CALM
+    | {
+        "restore_server": 30,
+        "scope": 60,
+        "scope_in_cycle": 60,
+        "keys": 2,
+        "events": 1500,
+        "pause_ms": 300,
+    },
+)
+def _versions_outlive_their_history(garden: Garden) -> None:
+    """A scope that widens compares versions with those of a history that was lost meanwhile."""
+
+    def make(original: Any) -> Any:
+        def foreign(writer: Any, state: Any) -> frozenset[int]:
+            none: frozenset[int] = frozenset()
+            return original(writer, state) if state.foreign else none
+
+        return foreign
+
+    garden.replace(applier, "_foreign_collections", make)
+
+
+@bug(
+    "superseded-takes-what-is-below",
+    "NO-SILENT-LOSS",
+    knobs=CALM
+    | {
+        "events": 2000,
+        "devices": 2,
+        "tenants": 1,
+        "keys": 1,
+        "operations": 1,
+        "policy_notes": 3,
+        "policy_pairs": 3,
+        "policy_carts": 3,
+        "deletes": 0,
+        "copy_device": 60,
+        "restore_server": 30,
+        "restore_device": 0,
+        "latency_ms": 100,
+        "think_ms": 300,
+        "pause_ms": 100,
+        "lost": 20,
+        "disk_full": 0,
+        "person": 0,
+        "scope": 0,
+        "server_writes": 0,
+    },
+)
+def _superseded_takes_below(garden: Garden) -> None:
+    """What another copy of the device pushed of a transaction stands for the older ones too."""
+
+    def make(original: Any) -> Any:
+        def settle(self: Rebase, transaction: PendingTransaction) -> Any:
+            for op in transaction.operations:
+                self._drop_below((op.collection, op.entity_id), op)
+            return original(self, transaction)
+
+        return settle
+
+    garden.replace(Rebase, "settle_superseded", make)
+
+
+@bug(
+    "a-group-shares-one-failure",
+    "NO-EFFECT",
+    "ORDER",
+    "RESET-ENDS",
+    knobs=CALM
+    | {"group_ms": 500, "devices": 6, "pause_ms": 100, "restore_server": 50, "late": 300},
+)
+def _group_shares_failure(garden: Garden) -> None:
+    """One push of a group that cannot be decided fails the others."""
+
+    def make(original: Any) -> Any:
+        def push_many(self: DatabaseService, members: Any) -> Any:
+            answers = original(self, members)
+            errors = [answer for answer in answers if isinstance(answer, SyncError)]
+            return [errors[0] for _ in answers] if errors else answers
+
+        return push_many
+
+    garden.replace(DatabaseService, "push_many", make)

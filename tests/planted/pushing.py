@@ -1,0 +1,138 @@
+"""Planted bugs: pushing, and settling what was answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+from unittest import mock
+
+from msgspec.structs import replace
+
+from entidb.db.records import (
+    BaseRow,
+    unpack_pending,
+)
+from entidb.protocol import PushResult, Verdict
+from entidb.sync.apply import applier, settle
+from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.rebase import Rebase
+from tests.planted.garden import CALM, WILD, Garden, bug
+
+
+@bug("any-answer-clears-the-outbox", "NO-SILENT-LOSS", knobs=WILD)
+def _any_answer_clears(garden: Garden) -> None:
+    """A conflict takes the transaction out of the outbox."""
+
+    def make(original: Any) -> Any:
+        def run(self: Any, batch: Any, fresh: bool) -> Any:
+            if not self._state.cursor:
+                return original(self, batch, fresh)
+            self._response = replace(
+                self._response,
+                results=[
+                    PushResult(Verdict.ACCEPTED, 1) if r.verdict == Verdict.CONFLICT else r
+                    for r in self._response.results
+                ],
+            )
+            return original(self, batch, fresh)
+
+        return run
+
+    garden.replace(settle.Settling, "run", make)
+
+
+@bug(
+    "accepted-below-cursor-moves-base",
+    "PREFIX",
+    "NO-RESURRECTION",
+    knobs=WILD | {"copy_device": 20},
+)
+def _accepted_moves_base(garden: Garden) -> None:
+    """An old transaction that is accepted again becomes the base, though newer is known."""
+
+    def make(original: Any) -> Any:
+        def settle(self: Rebase, transaction: Any, version: int, stamp: int, cursor: int) -> None:
+            self.remove(transaction)
+            for op in transaction.operations:
+                ref = (op.collection, op.entity_id)
+                row = self._writer.entity(ref)
+                assert row is not None
+                written = BaseRow(version, self._writer.device_id, stamp, op.payload)
+                self._set_base(ref, row, written)
+                if row.pending == transaction.sequence:
+                    self.show_base(ref)
+
+        return settle
+
+    garden.replace(Rebase, "settle_accepted", make)
+
+
+@bug(
+    "newer-write-settled-too",
+    "READ-YOUR-WRITES",
+    "PREFIX",
+    "NO-SILENT-LOSS",
+    "CONVERGE",
+    "UNEXPECTED",
+)
+def _newer_write_settled(garden: Garden) -> None:
+    """An answer to an older batch cleans entities that were written since."""
+
+    def make(original: Any) -> Any:
+        def newest(self: Any, batch: Any, index: int, *rest: Any) -> bool:
+            sequence = batch.sequences[index]
+            with mock.patch.object(applier, "unpack_pending", _pretend_newest(sequence)):
+                settled: bool = original(self, batch, index, *rest)
+            return settled
+
+        return newest
+
+    garden.replace(settle.Settling, "_settle_newest", make)
+
+
+def _pretend_newest(sequence: int) -> Callable[[bytes], tuple[Any, ...]]:
+    real = unpack_pending
+    return lambda raw: (*real(raw)[:5], sequence)
+
+
+@bug("stale-rows-settled", "READ-YOUR-WRITES", "NO-SILENT-LOSS", "CONVERGE", "UNEXPECTED")
+def _stale_rows(garden: Garden) -> None:
+    """Settling trusts the rows it read when the batch was made, whatever was written since."""
+
+    def make(original: Any) -> Any:
+        return lambda self, batch, fresh: original(self, batch, True)
+
+    garden.replace(settle.Settling, "run", make)
+
+
+_SMALL_BATCHES: Final = CALM | {"push_operations_max": 1, "pause_ms": 3000, "ahead": 500}
+
+
+@bug(
+    "following-builds-on-the-first",
+    "NO-FALSE-CONFLICT",
+    "LIVENESS",
+    "CONVERGE",
+    knobs=_SMALL_BATCHES,
+)
+def _following_not_apart(garden: Garden) -> None:
+    """The batch after the one in flight may touch what that one touches."""
+
+    def make(original: Any) -> Any:
+        return lambda writer, limits, inflight, mark, apart=None: original(
+            writer, limits, inflight, mark
+        )
+
+    garden.replace(applier, "choose", make)
+
+
+@bug("following-forgotten", "LIVENESS", "NO-FALSE-CONFLICT", "UNEXPECTED", knobs=_SMALL_BATCHES)
+def _following_forgotten(garden: Garden) -> None:
+    """After a crash only the first of two batches in flight is sent again."""
+    garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: original(self)[:1])
+
+
+@bug("in-flight-forgotten", "LIVENESS", "NO-FALSE-CONFLICT", knobs=WILD)
+def _in_flight_forgotten(garden: Garden) -> None:
+    """A batch without an answer is not sent again first."""
+    garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: [])
