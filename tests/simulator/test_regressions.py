@@ -162,6 +162,19 @@ FOUND = {
     "the same in a history that begins anew": (3835, {"crash_after": 0}),
     "the same with a reset that keeps the device's side": (4704, {}),
     "the same in a large outbox": (5083, {}),
+    # Not in the product: the answer to one push superseded several transactions, and the question
+    # each decision began with was taken for a decision of its own.
+    "several decisions of one commit are told apart": (
+        10397,
+        {
+            "copy_device": 10,
+            "restore_device": 10,
+            "put_back": 40,
+            "policy_notes": 4,
+            "policy_pairs": 7,
+            "person": 20,
+        },
+    ),
 }
 
 

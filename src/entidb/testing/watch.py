@@ -7,7 +7,8 @@ where the commit, or a moving cursor, could have changed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from entidb import cbor
@@ -776,7 +777,8 @@ class DeviceWatch:
                 # The steps of a chain, each decided on what the one before it became (R25): the
                 # first question was about the newest and decided nothing but that. Where some are
                 # withdrawn after all, nobody knows which question was about what is left.
-                outcomes = [] if discarded else [(c, outcome_of(c, a)) for c, a in asked[1:]]
+                steps = [] if discarded else _steps(asked[1:])
+                outcomes = [(c, outcome_of(c, a)) for c, a in steps]
             for conflict, outcome in outcomes:
                 self.losers.check(
                     conflict,
@@ -1133,6 +1135,16 @@ def outcome_of(conflict: Conflict, answer: ConflictResolution) -> bytes | None:
         return answer.payload
     keeps = answer.action is Action.KEEP_LOCAL
     return conflict.local_payload if keeps else conflict.remote_payload
+
+
+def _steps(asked: list[Question]) -> Iterator[Question]:
+    """Questions without those about the newest write of a chain that a further decision of the
+    same commit began with: the first step of its chain has the same two sides under it."""
+    for question, following in pairwise(asked):
+        now, then = question[0], following[0]
+        if (now.base_payload, now.remote_payload) != (then.base_payload, then.remote_payload):
+            yield question
+    yield from asked[-1:]
 
 
 def _discarded_payloads(commit: DeviceCommit, ref: Ref) -> list[bytes | None]:
