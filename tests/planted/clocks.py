@@ -7,7 +7,7 @@ from typing import Any, Final
 from entidb.protocol import PushResult
 from entidb.server import decide
 from entidb.sync.apply import applier, clock, settle
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 from tests.planted.garden import CALM, Garden, bug
 
 _TIMES: Final = CALM | {"clock_offset_ms": 315_576_000_000}

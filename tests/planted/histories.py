@@ -19,8 +19,8 @@ from entidb.server import decide, pages, service
 from entidb.server.auth import Grants
 from entidb.server.hooks import Grant
 from entidb.server.service import DatabaseService
-from entidb.sync.apply import applier
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply import applier, position
+from entidb.sync.apply.rebase import Rebase
 from tests.planted.garden import CALM, WILD, Garden, bug
 
 
@@ -208,7 +208,8 @@ def _versions_outlive_their_history(garden: Garden) -> None:
 
         return foreign
 
-    garden.replace(applier, "_foreign_collections", make)
+    for module in (applier, position):
+        garden.replace(module, "foreign_collections", make)
 
 
 @bug(

@@ -10,7 +10,7 @@ from entidb.db.records import (
 from entidb.db.writer import Writer
 from entidb.sync.apply import applier, page, position, publish, settle
 from entidb.sync.apply.applier import DatabaseApplier
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 from tests.planted.garden import CALM, Garden, bug
 
 

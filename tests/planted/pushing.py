@@ -15,7 +15,7 @@ from entidb.db.records import (
 from entidb.protocol import PushResult, Verdict
 from entidb.sync.apply import applier, settle
 from entidb.sync.apply.applier import DatabaseApplier
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 from tests.planted.garden import CALM, WILD, Garden, bug
 
 

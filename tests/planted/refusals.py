@@ -13,7 +13,7 @@ from entidb.protocol import PushResponse
 from entidb.server import decide
 from entidb.sync import cycle
 from entidb.sync.apply import batch
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 from entidb.sync.refusal import Path
 from tests.planted.garden import CALM, WILD, Garden, bug
 

@@ -18,7 +18,7 @@ from entidb.protocol import PullResponse
 from entidb.sync import cycle, grants
 from entidb.sync.apply import applier, batch, position, publish
 from entidb.sync.apply.applier import DatabaseApplier
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 from tests.planted.garden import CALM, Garden, bug
 
 _SCOPED: Final = CALM | {"scope": 150, "scope_in_cycle": 100, "pause_ms": 100, "tenants": 1}

@@ -13,8 +13,8 @@ from entidb.db.overruled import Keeper
 from entidb.db.writer import Writer
 from entidb.sync.apply import review
 from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.review import Review
-from entidb.sync.rebase import Rebase
 from tests.planted.garden import CALM, Garden, bug
 
 

@@ -11,8 +11,8 @@ import pytest
 from entidb.db.records import PendingTransaction
 from entidb.db.writer import Writer
 from entidb.server.hooks import Refusal, ValidateContext, ValidateTransaction
+from entidb.sync.apply.rebase import Rebase
 from entidb.sync.merging import Merge
-from entidb.sync.rebase import Rebase
 from tests.support import Device, World, assert_in_step, assert_sound, uid
 
 SMALL, LARGE = 40, 160

@@ -17,7 +17,7 @@ from entidb.protocol import (
     SyncRequest,
     expanded,
 )
-from entidb.sync.rebase import RebaseReport
+from entidb.sync.apply.report import RebaseReport
 from tests.support import Crash, Device, World, assert_in_step, assert_sound, uid
 
 

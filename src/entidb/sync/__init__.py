@@ -6,6 +6,7 @@ from entidb.errors import SyncError
 from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.aio import AsyncSyncEngine
 from entidb.sync.apply.applier import DatabaseApplier, MemorySyncApplier
+from entidb.sync.apply.report import RebaseReport, Resolved, Withdrawn
 from entidb.sync.apply.seam import BatchLimits, SyncApplier
 from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
@@ -14,7 +15,6 @@ from entidb.sync.engine import SyncEngine
 from entidb.sync.http import HttpTransport, HttpxClient
 from entidb.sync.merging import Merge, merge
 from entidb.sync.policies import resolve_policy
-from entidb.sync.rebase import RebaseReport, Resolved, Withdrawn
 from entidb.sync.refusal import KeptBack
 from entidb.sync.state import (
     TRANSITIONS,

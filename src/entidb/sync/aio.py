@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from entidb.db import Database, DiscardedTransaction, OverruledValue
 from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
 from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.report import RebaseReport
 from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.engine import SyncEngine
 from entidb.sync.interrupt import Job
-from entidb.sync.rebase import RebaseReport
 from entidb.sync.state import SyncCycleResult, SyncState, SyncStats, SyncStatus
 from entidb.sync.transport import SyncTransport
 

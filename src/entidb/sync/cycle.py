@@ -45,10 +45,10 @@ from entidb.protocol import (
     payload_bytes,
 )
 from entidb.sync.apply.position import check_replica_of
+from entidb.sync.apply.report import RebaseReport
 from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled, SyncApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.grants import needs_grant
-from entidb.sync.rebase import RebaseReport
 from entidb.sync.refusal import KeptBack, Path, Search, closed, is_for_good, is_forbidden
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 

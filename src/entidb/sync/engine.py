@@ -21,12 +21,12 @@ from entidb.errors import (
 )
 from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.report import RebaseReport
 from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.cycle import Ahead, Connection, Cycle
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import Interrupts, Watch
-from entidb.sync.rebase import RebaseReport
 from entidb.sync.refusal import kept_back_error
 from entidb.sync.state import (
     SyncCycleResult,

@@ -16,7 +16,7 @@ from entidb.db.records import DIRTY, TOMBSTONE, end_of
 from entidb.db.replica import ReplicaState
 from entidb.db.writer import Writer
 from entidb.errors import PermissionDeniedError
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 
 _PAGE_ROWS = 1000
 

@@ -7,8 +7,8 @@ from enum import Enum
 from msgspec import Struct, field
 
 from entidb.errors import SyncStateError
+from entidb.sync.apply.report import Resolved, Withdrawn
 from entidb.sync.conflict import Conflict
-from entidb.sync.rebase import Resolved, Withdrawn
 from entidb.sync.refusal import KeptBack
 
 

@@ -49,7 +49,7 @@ from entidb.db.replica import ReplicaState, decode_record
 from entidb.protocol import PushRequest, PushResult, Verdict
 from entidb.storage.base import Batch
 from entidb.sync import Action, Conflict, ConflictResolution, RebaseReport, SyncCycleResult
-from entidb.sync.rebase import decode_conflict
+from entidb.sync.apply.conflict_rows import decode_conflict
 from entidb.testing.checkers import GROUP_COLLECTION, Checks, group_is_whole
 from entidb.testing.losers import Losers, leaves, lost_leaves
 from entidb.testing.oracle import NEVER, Histories, History, Mark, Ref, State

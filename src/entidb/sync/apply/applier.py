@@ -42,13 +42,13 @@ from entidb.sync.apply.position import (
     scope_changed,
 )
 from entidb.sync.apply.publish import publish_stage
+from entidb.sync.apply.report import RebaseReport
 from entidb.sync.apply.review import Review
 from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
 from entidb.sync.apply.settle import CODE_CHARS_MAX, MESSAGE_CHARS_MAX, Settling, check_verdicts
 from entidb.sync.apply.stage import comes_once, stage_operations, stage_rows
 from entidb.sync.conflict import ConflictPolicy
 from entidb.sync.grants import take_grant
-from entidb.sync.rebase import RebaseReport
 from entidb.sync.room import STAGED_BYTES_MAX, check_room, staged_bytes
 
 _DAY_MS = 24 * 3600 * 1000

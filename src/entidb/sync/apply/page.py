@@ -11,7 +11,7 @@ from entidb.db.records import BaseRow, decode_entity
 from entidb.db.writer import Ref, Writer
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
 from entidb.protocol import ColumnRows, PullRequest, PullResponse
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 from entidb.types import check_name
 
 

@@ -15,7 +15,7 @@ from entidb.db.records import HAS_BASE, BaseRow, EntityRow, decode_entity, end_o
 from entidb.db.replica import ReplicaState, Stage
 from entidb.db.writer import Ref, Writer
 from entidb.sync.apply.position import move_cursor
-from entidb.sync.rebase import Rebase
+from entidb.sync.apply.rebase import Rebase
 
 #: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
 _PAGE_ROWS = 2000

@@ -25,12 +25,14 @@ from entidb.db.records import (
 from entidb.db.transaction import Writes
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, ConflictError
+from entidb.sync.apply.conflict_rows import decode_conflict
 from entidb.sync.apply.position import (
     remember_doubt,
 )
+from entidb.sync.apply.rebase import Rebase
+from entidb.sync.apply.report import RebaseReport
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 from entidb.sync.policies import resolve_policy
-from entidb.sync.rebase import Rebase, RebaseReport, decode_conflict
 
 _DAY_MS = 24 * 3600 * 1000
 

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from entidb.db.records import PendingTransaction, decode_pending, sequence_of
 from entidb.db.replica import ReplicaState, Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse, PushTransaction
-from entidb.sync.rebase import RebaseReport
+from entidb.sync.apply.report import RebaseReport
 from entidb.types import SEQUENCE_MAX
 
 

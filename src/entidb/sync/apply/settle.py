@@ -26,8 +26,8 @@ from entidb.db.replica import HAVE_RANGES_MAX, add_to_ranges
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError
 from entidb.protocol import PushResponse, Verdict
+from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.seam import PushBatch, Settled
-from entidb.sync.rebase import Rebase
 from entidb.types import ID_BYTES
 
 #: What is kept of a server's words for a refusal.
