@@ -96,7 +96,8 @@ def test_an_output_that_is_full_is_an_error(shop: Path):
             timeout=TIMEOUT_S,
             check=False,
         )
-    one_error(ended, Exit.STORAGE, "os_error")
+    line = one_error(ended, Exit.STORAGE, "os_error")
+    assert "standard output" in line and "Errno" not in line
 
 
 def test_a_database_that_another_process_has_open_is_locked(shop: Path):

@@ -503,3 +503,94 @@ def test_an_order_of_very_many_columns_is_not_kept(shop: Path, tmp_path: Path):
     names = [f"{n:05}" + "x" * 60 for n in range(2000, 0, -1)]
     assert csv_import(shop, ",".join(names) + "\n" + "1," * 1999 + "1\n").exit_code == 0
     assert header_of(shop, tmp_path / "out.csv") == ["$id", *sorted(names)]
+
+
+# ---------------------------------------------------------------- files that are something else
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"PK\x03\x04\x14\0\n\n", ".xlsx"),
+        (b"\x1f\x8b\x08\0\n", "gzip"),
+        (b"PAR1\x15\x04\n", "Parquet"),
+        ("a,b\n1,2\n".encode("utf-16"), "--encoding utf-16"),
+        ("a,b\n1,2\n".encode("utf-16-le"), "--encoding utf-16-le"),
+        ("a,b\n1,2\n".encode("utf-16-be"), "--encoding utf-16-be"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "ndjson"])
+def test_a_file_that_is_no_text_in_utf8_is_called_what_it_is(
+    shop: Path, start: bytes, said: str, kind: str
+):
+    result = entidb("import", shop, "t", "-", "--format", kind, stdin=start)
+    assert said in failed(result, 11, "invalid_input")
+
+
+@pytest.mark.parametrize("name", ["hex", "rot13", "base64", "zlib", "undefined", "a\0b"])
+def test_an_encoding_that_is_none_of_text_is_a_usage_error(shop: Path, name: str):
+    assert "--encoding" in failed(csv_import(shop, "a\n1\n", "--encoding", name), 2, "usage")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_mark_is_no_part_of_the_first_field_in_any_encoding(shop: Path, encoding: str):
+    rows = "\ufeffname\nGröße\n".encode(encoding)
+    assert csv_import(shop, rows, "--encoding", encoding).exit_code == 0
+    assert document(done("list", shop, "t", "--json"))["value"] == {"name": "Größe"}
+    lines = '\ufeff{"name":"Größe"}\n'.encode(encoding)
+    done("import", shop, "n", "-", "--encoding", encoding, stdin=lines)
+    assert document(done("list", shop, "n", "--json"))["value"] == {"name": "Größe"}
+
+
+def test_a_json_array_of_maps_on_one_line_is_not_taken_for_one_entity(shop: Path):
+    result = entidb("import", shop, "t", "-", stdin='[{"a":1},{"a":2}]\n')
+    assert "one line for each element" in failed(result, 11, "invalid_input")
+    done(
+        "import",
+        shop,
+        "t",
+        "-",
+        stdin=f'{{"$id":"{uuid.UUID(int=1)}","$value":[{{"a":1}}]}}\n[1,2]\n',
+    )
+    found = [each["value"] for each in documents(done("list", shop, "t", "--json"))]
+    assert sorted(found, key=str) == [[1, 2], [{"a": 1}]]
+
+
+def test_a_map_over_several_lines_is_said_to_be_one(shop: Path):
+    result = entidb("import", shop, "t", "-", stdin='{\n "a": 1\n}\n')
+    assert "one line" in failed(result, 11, "invalid_json")
+
+
+def test_a_key_that_na_says_is_nothing_makes_no_entity(shop: Path):
+    rows = "code,n\nNA,1\nNA,2\nA,3\n"
+    result = csv_import(shop, rows, "--key", "code", "--na", "NA")
+    assert "--na" in failed(result, 11, "invalid_input")
+    said = document(
+        csv_import(shop, rows, "--key", "code", "--na", "NA", "--skip-bad", "--json").stdout
+    )
+    assert (said["new"], said["bad"], said["repeated"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("option", ["--key", "--id-field"])
+def test_an_empty_option_is_not_the_same_as_none(shop: Path, option: str):
+    assert option in failed(csv_import(shop, "a\n1\n", option, ""), 2, "usage")
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_number_with_an_underscore_is_none(shop: Path, kind: str):
+    result = csv_import(shop, "a\n1_0\n", "--types", f"a={kind}")
+    assert "'1_0'" in failed(result, 11, "invalid_input")
+
+
+def test_an_empty_path_is_refused_everywhere(shop: Path, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    calls: tuple[tuple[object, ...], ...] = (
+        ("init", ""),
+        ("list", "--dir", ""),
+        ("backup", shop, ""),
+        ("import", shop, "t", ""),
+        ("export", shop, "t", "-o", ""),
+    )
+    for words in calls:
+        assert "empty" in failed(entidb(*words), 2, "usage")
+    assert [each.name for each in tmp_path.iterdir()] == [shop.name]

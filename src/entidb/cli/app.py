@@ -169,7 +169,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return fail("missing_extra", str(error), Exit.FAILURE)
     except OSError as error:
         _print_details()
-        return fail("os_error", str(error), Exit.STORAGE)
+        return fail("os_error", _os_words(error), Exit.STORAGE)
     except Exception as error:
         _print_details()
         hint = "this is a bug in EntiDB; ENTIDB_DEBUG=1 shows where"
@@ -181,6 +181,14 @@ def fail(code: str, message: str, exit_code: Exit) -> int:
     with contextlib.suppress(BrokenPipeError):
         click.echo(f"error[{code_text(code)}]: {one_line(message)}", err=True)
     return exit_code
+
+
+def _os_words(error: OSError) -> str:
+    what = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {what}"
+    # What has a name is named where it is opened.
+    return f"standard output or a file that was open: {what}; what was committed stays"
 
 
 def _with_hint(error: EntiDBError) -> str:

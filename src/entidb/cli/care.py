@@ -13,7 +13,7 @@ import click
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import facts, plural, say, size_text, time_text
 from entidb.cli.values import print_json
-from entidb.cli.words import bind, json_option, opened, words
+from entidb.cli.words import bind, json_option, not_empty, opened, words
 from entidb.db import inspect
 from entidb.db.records import FORMAT_VERSION
 from entidb.errors import CorruptionError, FormatError
@@ -131,7 +131,7 @@ def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool)
     A server that is started from it begins a new history, which devices notice.
     """
     bound = bind(words, directory, "TARGET")
-    target = bound["TARGET"]
+    target = not_empty("TARGET", bound["TARGET"])
     with opened(bound.path, read_only=True) as database:
         if Path(target).exists():
             raise UsageError(f"{target} exists already: name a new directory", code="exists")

@@ -36,6 +36,8 @@ Bad = Callable[[InputError], None]
 #: Bytes of a line, characters of a cell: above what one transaction can hold, so a larger one is
 #: refused while it is read and not after it has filled the memory.
 LINE_BYTES_MAX: Final = 64 << 20
+#: A byte order mark, where the name of the encoding does not take it away.
+_MARK: Final = "\ufeff"
 ID_FIELD: Final = "$id"
 VALUE_FIELD: Final = "$value"
 
@@ -56,11 +58,36 @@ def check_encoding(name: str) -> str:
     ``UsageError``."""
     try:
         found = codecs.lookup(name).name
+        # Some are from bytes to bytes, or refuse everything.
+        io.TextIOWrapper(io.BytesIO(), encoding=found).read()
     except (LookupError, ValueError):
         raise UsageError(
             f"--encoding {name!r:.60} is unknown; known are utf-8, utf-16, cp1252, latin-1 …"
         ) from None
     return "utf-8-sig" if found == "utf-8" else found
+
+
+#: What files begin with that are often taken for tables, and what to do with one.
+_FOREIGN: Final = {
+    b"PK\x03\x04": "a zip archive, as .xlsx and .ods are: save the table as CSV",
+    b"\xd0\xcf\x11\xe0": "a workbook of Excel: save the table as CSV",
+    b"\x1f\x8b": "packed with gzip: unpack it first",
+    b"PAR1": "a Parquet file: write it as CSV or NDJSON",
+    b"SQLite format 3\0": "an SQLite database: write the table as CSV",
+    b"\xff\xfe": "UTF-16: give --encoding utf-16",
+    b"\xfe\xff": "UTF-16: give --encoding utf-16",
+}
+
+
+def _check_start(start: bytes) -> None:
+    """Raises ``InputError`` for files that are no text in UTF-8, though their bytes may be."""
+    for mark, what in _FOREIGN.items():
+        if start.startswith(mark):
+            raise InputError(f"the file is {what}")
+    for first, name in ((1, "utf-16-le"), (0, "utf-16-be")):  # without a mark
+        halves = start[first:64:2]
+        if halves.count(0) * 2 > len(halves) > 1:
+            raise InputError(f"the file looks like UTF-16: give --encoding {name}")
 
 
 # ---------------------------------------------------------------- NDJSON
@@ -71,18 +98,30 @@ def read_ndjson(
 ) -> Generator[Row, None, None]:
     """Every line that is not empty. What is wrong with a line goes to ``bad``, with its number."""
     for number, line in enumerate(_lines(raw, encoding), 1):
+        if number == 1:
+            if isinstance(line, bytes):
+                _check_start(line)
+            else:
+                line = line.removeprefix(_MARK)
         try:
             if len(line) > LINE_BYTES_MAX:
                 raise _TooLong(f"line {number} is longer than {LINE_BYTES_MAX} bytes")
             if not line.isspace():
                 value = parse(_text_of(line, number))
+                if number == 1 and type(value) is list and dict in map(type, value):
+                    # One entity that is a whole table is nothing that anybody means.
+                    raise InputError("it is a JSON array of maps")
                 yield number, value, None if key is None else _key_of(value, key)
         except _TooLong:
             raise
         except InputError as error:
             hint = ""
             if number == 1 and line.lstrip()[:1] in (b"[", "["):
-                hint = "; a JSON array has to become one line for each element first"
+                hint = (
+                    "; a JSON array has to become one line for each element first (`jq -c '.[]'`)"
+                )
+            elif number == 1 and line.strip() in (b"{", "{"):
+                hint = "; an entity has to stand on one line (`jq -c .`)"
             place = "" if str(error).startswith(f"line {number}") else f"line {number}: "
             bad(InputError(f"{place}{error}{hint}", code=error.code))
 
@@ -182,7 +221,9 @@ def read_csv(raw: IO[bytes], form: CsvFormat, *, bad: Bad = refuse) -> Generator
     text = io.TextIOWrapper(raw, encoding=form.encoding, errors=errors, newline="")
     place, number = "the header", 0
     try:
-        first = text.readline(LINE_BYTES_MAX)
+        first = text.readline(LINE_BYTES_MAX).removeprefix(_MARK)
+        if utf8:
+            _check_start(first[:64].encode(errors="surrogateescape"))
         delimiter = form.delimiter or _delimiter_of(first, form.usual)
         records = csv.reader(
             chain([first] if first else (), text), delimiter=delimiter, strict=True
@@ -204,7 +245,12 @@ def read_csv(raw: IO[bytes], form: CsvFormat, *, bad: Bad = refuse) -> Generator
                 if cells:
                     _check_text(cells, utf8)
                     value = form.types.row(header, cells)
-                    yield number, value, None if keys is None else _key_cells(header, cells, keys)
+                    key = (
+                        None
+                        if keys is None
+                        else _key_cells(header, cells, keys, form.types.missing)
+                    )
+                    yield number, value, key
             except csv.Error as error:
                 bad(InputError(f"{place}: {error}"))
             except InputError as error:
@@ -259,10 +305,17 @@ def _check_header(header: list[str], form: CsvFormat) -> None:
             raise UsageError(f"{option} names {name!r}, the columns are {columns}")
 
 
-def _key_cells(header: list[str], cells: list[str], keys: list[int]) -> list[str]:
+def _key_cells(
+    header: list[str], cells: list[str], keys: list[int], missing: frozenset[str]
+) -> list[str]:
     for at in keys:
         if not cells[at]:
             raise InputError(f"its cell {header[at]!r}, which --key names, is empty")
+        if cells[at] in missing:
+            raise InputError(
+                f"its cell {header[at]!r}, which --key names, is {cells[at]!r}, which --na says is "
+                "nothing"
+            )
     return [cells[at] for at in keys]
 
 
@@ -275,15 +328,15 @@ class CellTypes:
         self, named: dict[str, str], *, infer: bool = False, missing: frozenset[str] = frozenset()
     ) -> None:
         self.named = named
-        self._missing = missing
+        self.missing = missing
         self._default: Callable[[str], Any] = infer_cell if infer else str
 
     def row(self, header: list[str], cells: list[str]) -> dict[str, Any]:
         if len(cells) != len(header):
-            raise InputError(f"it has {len(cells)} cells, the header {len(header)}")
+            raise InputError(f"it has {plural(len(cells), 'cell')}, the header {len(header)}")
         made: dict[str, Any] = {}
         for name, cell in zip(header, cells, strict=True):
-            if cell in self._missing:
+            if cell in self.missing:
                 continue
             kind = self.named.get(name)
             try:
@@ -344,8 +397,19 @@ def _boolean(cell: str) -> bool:
         raise ValueError(cell) from None
 
 
+def _int(cell: str) -> int:
+    return int(_plain(cell))
+
+
+def _plain(cell: str) -> str:
+    """A number of a table. Raises ``ValueError`` for ``1_0``, which is 10 in Python alone."""
+    if "_" in cell:
+        raise ValueError(cell)
+    return cell
+
+
 def _float(cell: str) -> float:
-    number = float(cell)
+    number = float(_plain(cell))
     if not math.isfinite(number):
         raise ValueError(cell)
     return number
@@ -354,7 +418,7 @@ def _float(cell: str) -> float:
 #: Names that ``--types`` knows.
 TYPES: Final[dict[str, Callable[[str], Any]]] = {
     "text": str,
-    "int": int,
+    "int": _int,
     "float": _float,
     "bool": _boolean,
     "json": parse,

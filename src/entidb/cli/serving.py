@@ -250,9 +250,15 @@ def _key(secret_file: str | None, secret_env: str | None, private: str | None) -
         return secret.encode()
     path, what = str(private or secret_file), "secret file" if private is None else "key file"
     try:
-        return read_credential(path, what)
+        key = read_credential(path, what)
     except ConfigError as error:
         raise UsageError(str(error)) from error
+    if private is not None and b"PRIVATE KEY" not in key:
+        raise UsageError(
+            f"the key file {private} holds no private key in PEM form; a secret is given with "
+            "--secret-file"
+        )
+    return key
 
 
 def _warn_of_exposure(secret_file: str | None, secret_env: str | None, private: str | None) -> None:
@@ -276,8 +282,20 @@ def _seconds(text: str) -> float:
     return float(found[1]) * _UNIT_S[found[2]]
 
 
+#: Claims that every token has.
+_OPTION_OF = {
+    "sub": "say it with --subject",
+    "aud": "say it with --audience",
+    "exp": "say it with --expires",
+    "databases": "say it with --database",
+    "iat": "a token says itself when it was made",
+}
+
+
 def _claim(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--claim wants NAME=JSON, not {text!r}")
+    if name in _OPTION_OF:
+        raise UsageError(f"--claim {name}: {_OPTION_OF[name]}")
     return name, parse(value)

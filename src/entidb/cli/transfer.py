@@ -34,7 +34,14 @@ from entidb.cli.rows import (
     read_ndjson,
 )
 from entidb.cli.values import print_json
-from entidb.cli.words import bind, existing_collection, json_option, opened, opened_or_made
+from entidb.cli.words import (
+    bind,
+    existing_collection,
+    json_option,
+    not_empty,
+    opened,
+    opened_or_made,
+)
 from entidb.cli.words import words as positional
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
@@ -108,7 +115,10 @@ def import_command(
         raise UsageError("--key and --id-field are two ways to get an id: give one of them")
     if batch < 1 or skip < 0:
         raise UsageError("--batch is 1 or more, --skip 0 or more")
-    file, name = bound["FILE"], check_name(bound["COLLECTION"])
+    for option, given in (("--key", key), ("--id-field", id_field)):
+        if given == "":
+            raise UsageError(f"{option} is empty: name a field, or leave it out")
+    file, name = not_empty("FILE", bound["FILE"]), check_name(bound["COLLECTION"])
     chosen = _format_of(kind, file)
     if chosen != "csv" and (types or infer or missing or delimiter):
         raise UsageError(
@@ -226,6 +236,8 @@ def export_command(
     again. CSV has no types: see docs/cli.md.
     """
     bound = bind(words, directory, "COLLECTION")
+    if output == "":
+        raise UsageError("--output is empty: name a file, or leave it out for standard output")
     chosen = _format_of(kind, output)
     if as_json and output in (None, "-"):
         raise UsageError("--json is about the summary; give --output for the rows")

@@ -77,7 +77,10 @@ _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_re
 def read_value(given: str) -> Any:
     """The value of a VALUE argument: JSON, ``-`` for standard input, ``@FILE`` for a file."""
     if given == "-":
-        return parse(_text(sys.stdin.buffer.read(), "standard input"))
+        text = _text(sys.stdin.buffer.read(), "standard input")
+        if not text.strip():
+            raise InputError("standard input is empty, and the value was to come from it")
+        return parse(text)
     if given.startswith("@"):
         path = Path(given[1:])
         try:

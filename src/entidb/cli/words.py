@@ -76,15 +76,22 @@ def bind(given: tuple[str, ...], directory: str | None, *names: str) -> Bound:
     default = os.environ.get("ENTIDB_DIR") or None
     least = sum(1 for name in names if not name.startswith("["))
     if directory is not None:
-        return Bound(directory, _named(given, names))
+        return Bound(not_empty("DIR", directory), _named(given, names))
     fits_without = default is not None and least <= len(given) <= len(names)
     fits_with = least + 1 <= len(given) <= len(names) + 1
     if fits_with and (not fits_without or is_database(given[0])):
-        return Bound(given[0], _named(given[1:], names))
+        return Bound(not_empty("DIR", given[0]), _named(given[1:], names))
     if fits_without:
         assert default is not None
         return Bound(default, _named(given, names))
     raise _misfit(given, least, names, default)
+
+
+def not_empty(name: str, path: str) -> str:
+    # The system takes an empty path for none, or for the current directory.
+    if not path:
+        raise UsageError(f"{name} is empty: name the path")
+    return path
 
 
 def _misfit(

@@ -198,10 +198,20 @@ def _connections_max(settings: ServerConfig) -> int:
 
 
 def _check_certificate(cert: str, key: str | None) -> None:
+    for name, path in (("tls_cert", cert), ("tls_key", key or cert)):
+        try:
+            with open(path, "rb"):
+                pass
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{name}: cannot read {path}: {reason}") from error
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"the certificate {cert} with key {key}: {error}") from error
+        fault = "one of them is not in PEM form, or the key has a password: take it away"
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            fault = "they do not belong together: give the key that the certificate was made for"
+        raise ConfigError(f"the certificate {cert} with the key {key}: {fault}") from error
 
 
 def _bind(listen: Listen, settings: ServerConfig) -> socket.socket:
