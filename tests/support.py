@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from entidb.server.hooks import Grant, ValidateHook
 from entidb.server.service import DatabaseService
 from entidb.storage import MemoryStorage, Snapshot, Storage
 from entidb.storage.base import Batch, StorageInfo
+from entidb.storage.regions import spacers_of
 from entidb.sync import RetryConfig, SyncConfig, SyncCycleResult, SyncEngine
 from entidb.sync.transport import BaseTransport
 
@@ -110,6 +111,9 @@ class WatchedStorage:
 
     def info(self) -> StorageInfo:
         return self.inner.info()
+
+    def spacers(self, regions: Sequence[bytes]) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+        return spacers_of(self.inner, regions)
 
     def close(self) -> None:
         self.inner.close()

@@ -8,30 +8,31 @@ from typing import Any
 import pytest
 
 from entidb import cbor
-from entidb.db import Database, Role, database, purge_tombstones
+from entidb.db import Database, Role, purge_tombstones
 from entidb.db.records import (
     FEED,
     META_FORMAT,
     NO_ID,
     READY,
+    SPACED,
     end_of,
     feed_key,
     is_spacer,
     sequence_key,
-    spacers,
 )
 from entidb.errors import FormatError
 from entidb.storage import LmdbStorage, MemoryStorage
+from entidb.storage.lmdb.spacers import half_page, spacers
+from entidb.storage.regions import spacers_of
 from tests.support import FakeClock
 
 BODY = {"title": "x" * 150}
 PAYLOAD = cbor.encode(BODY)
-#: With pages of 4096 bytes.
-HALF_PAGE = 2026
+PAGE = 4096
 
 
 def without_spacers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "spacers", lambda half_page_bytes: ({}, {}))
+    monkeypatch.setattr(LmdbStorage, "spacers", lambda self, regions: ({}, {}))
 
 
 def opened(path: Path, **options: Any) -> Database:
@@ -103,8 +104,8 @@ def test_entities_that_leave_in_great_numbers_leave_no_harm(keep, tmp_path, monk
 
 def test_the_first_rows_begin_pages_and_those_they_become_fill_a_part(tmp_path):
     storage = LmdbStorage.open(tmp_path / "store")
-    half = storage.info().half_page_bytes
-    first, rows = spacers(half)
+    half = half_page(stat_of(storage)["psize"])
+    first, rows = storage.spacers(SPACED)
     kinds = len({key[:1] for key in rows})
     storage.commit(first)
     assert stat_of(storage)["leaf_pages"] == kinds
@@ -127,7 +128,7 @@ def stat_of(storage: LmdbStorage) -> dict[str, int]:
 
 def test_half_a_page_is_all_that_stays_in_the_tree(tmp_path):
     storage = LmdbStorage.open(tmp_path / "store")
-    half = storage.info().half_page_bytes
+    half = half_page(stat_of(storage)["psize"])
     storage.commit({b"a": bytes(half - 1), b"b": bytes(half - 1)})
     stat = stat_of(storage)
     assert (stat["leaf_pages"], stat["overflow_pages"]) == (1, 0)
@@ -137,7 +138,7 @@ def test_half_a_page_is_all_that_stays_in_the_tree(tmp_path):
 
 
 def test_they_are_between_the_kinds_they_keep_apart():
-    first, rows = spacers(HALF_PAGE)
+    first, rows = spacers(SPACED, PAGE)
     assert all(map(is_spacer, rows)) and all(map(is_spacer, first))
     kinds = sorted({key[:1] for key in rows})
     assert kinds[0] < b"a" and kinds[1] == FEED and b"f" < kinds[2] < b"h"
@@ -146,15 +147,15 @@ def test_they_are_between_the_kinds_they_keep_apart():
 
 
 def test_a_store_without_pages_has_none():
-    assert spacers(0) == ({}, {})
     storage = MemoryStorage()
+    assert spacers_of(storage, SPACED) == ({}, {})
     with Database(storage, clock=FakeClock()), storage.snapshot() as snapshot:
         assert snapshot.scan_keys(b"", b"\xff") == [b"mformat", b"midentity"]
 
 
 def test_who_dies_between_spacers_and_identity_finds_an_empty_store(tmp_path):
     storage = LmdbStorage.open(tmp_path / "db")
-    first, rows = spacers(storage.info().half_page_bytes)
+    first, rows = storage.spacers(SPACED)
     storage.commit(first)
     storage.close()
     with pytest.raises(FormatError, match="holds no EntiDB database"):
@@ -166,7 +167,7 @@ def test_who_dies_between_spacers_and_identity_finds_an_empty_store(tmp_path):
 
 def test_a_store_that_only_begins_like_one_is_left_alone(tmp_path):
     storage = LmdbStorage.open(tmp_path / "db")
-    first, _ = spacers(storage.info().half_page_bytes)
+    first, _ = storage.spacers(SPACED)
     storage.commit(first | {b"somebody": b"else"})
     storage.close()
     with pytest.raises(FormatError, match="another program"):

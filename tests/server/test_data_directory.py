@@ -203,7 +203,7 @@ def test_serve_says_at_start_that_it_may_not_write(tmp_path: Path) -> None:
         sys.exit(run(["serve", sys.argv[1], "--insecure-no-auth", "--port", "0"]))
     """
     done = subprocess.run(
-        [sys.executable, "-c", "import entidb.server.run, entidb.cli.serving\n"
+        [sys.executable, "-c", "import entidb.server.run, entidb.cli.serving, entidb.storage.lmdb\n"
          + textwrap.dedent(code), str(tmp_path)],
         capture_output=True, text=True, env=ENVIRONMENT, timeout=STUCK_SECONDS, check=False,
     )  # fmt: skip

@@ -32,12 +32,12 @@ from entidb.db.records import (
     META_FORMAT,
     META_HEAD,
     META_IDENTITY,
+    SPACED,
     Head,
     decode_format,
     decode_head,
     encode_format,
     is_spacer,
-    spacers,
 )
 from entidb.db.rows import Rows, SnapshotRows
 from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_local
@@ -54,6 +54,7 @@ from entidb.errors import (
 )
 from entidb.storage import MemoryStorage, Storage, open_storage
 from entidb.storage import Snapshot as StorageSnapshot
+from entidb.storage.regions import spacers_of
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
     SEQUENCE_MAX,
@@ -824,7 +825,7 @@ class Database:
             "created_ms": self.clock.now_ms(),
             "history": self.entropy(16) if role is Role.SERVER else None,
         }
-        first, rows = spacers(self.storage.info().half_page_bytes)
+        first, rows = spacers_of(self.storage, SPACED)
         # Who dies behind this leaves what ``_load`` takes for empty.
         self.storage.commit(first)
         rows |= {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}

@@ -190,35 +190,9 @@ def adopt_key(group: int, collection: int, entity_id: bytes) -> bytes:
     return _FEED.pack(ADOPT, group, collection, entity_id)
 
 
-def spacers(half_page_bytes: int) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
-    """Rows that keep entities, feed and the rest on pages of their own: those to store before
-    all others, and those they become with the next commit. ``half_page_bytes`` is as in
-    ``StorageInfo``; 0 makes none.
-
-    Entities and feed grow at their ends. Where the last page of one holds the first rows of
-    the next, every split is one in the middle, and leaves a page behind that stays half empty;
-    at the end of a page a split leaves it full. At first there are two rows of each kind, and the
-    second takes half a page: so it does not fit behind the kind before it, and begins a page
-    together with the first. That done, many short ones keep the page so full that the store does
-    not join it with the one before when what stands behind them leaves. One long row would do
-    that too, but rows that leave in great numbers can bring it to where others grow, and there it
-    would be in the way of every page; of short ones a split has little to fear."""
-    if not half_page_bytes:
-        return {}, {}
-    short = [key for kind in _SPACERS for key in _spacer_keys(kind, half_page_bytes // 50)]
-    first = {key: b"" for kind in _SPACERS for key in _spacer_keys(kind, 2)}
-    for kind in _SPACERS:
-        key = _spacer_keys(kind, 2)[1]
-        first[key] = bytes(half_page_bytes - len(key))
-    return first, dict.fromkeys(short, b"")
-
-
-def _spacer_keys(kind: bytes, count: int) -> list[bytes]:
-    return [_FEED.pack(kind, 0, 0, n.to_bytes(16, "big")) for n in range(count)]
-
-
 def is_spacer(key: bytes) -> bool:
-    return key[:1] in _SPACERS and key[1:13] == bytes(12)
+    """Whether ``key`` is of a row that a store wants between regions (``SPACED``)."""
+    return key[:13] in SPACED
 
 
 def split_numbered_key(key: bytes) -> tuple[int, bytes]:
@@ -236,8 +210,9 @@ def end_of(prefix: bytes) -> bytes:
     return number.to_bytes(len(prefix), "big")
 
 
-#: No commit has the sequence 0, so no reader of the feed comes across those in it.
-_SPACERS: Final = (b"0", FEED, b"g")
+#: Where regions begin that grow at their ends: entities, feed, the rest. No commit has the sequence
+#: 0, so no reader of the feed comes across the rows in it.
+SPACED: Final = tuple(kind + bytes(12) for kind in (b"0", FEED, b"g"))
 
 # ---------------------------------------------------------------- format and head
 

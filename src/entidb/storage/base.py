@@ -76,9 +76,8 @@ class Snapshot(Protocol):
 
 @dataclass(frozen=True)
 class StorageInfo:
-    """What ``inspect`` shows: sizes in bytes. ``used_bytes`` is what live pages take,
-    ``half_page_bytes`` what a key and its value may take for two such rows to share a page and
-    leave no room on it; 0 where there are no pages."""
+    """What ``inspect`` shows: sizes in bytes. ``used_bytes`` is what live records take, with all
+    that the store needs to find them."""
 
     kind: str
     path: str | None
@@ -87,7 +86,6 @@ class StorageInfo:
     map_bytes: int
     records: int
     readers: int
-    half_page_bytes: int = 0
 
 
 class Storage(Protocol):

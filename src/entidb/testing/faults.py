@@ -7,12 +7,13 @@ What breaks, and when, is drawn from the random streams given in; what is checke
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from entidb.errors import CommitUnknownError, StorageFullError
 from entidb.storage import MemoryStorage, Storage
 from entidb.storage.base import Batch, Snapshot, StorageInfo
+from entidb.storage.regions import spacers_of
 
 
 class Crash(BaseException):
@@ -102,6 +103,9 @@ class FaultyStorage:
 
     def info(self) -> StorageInfo:
         return self.inner.info()
+
+    def spacers(self, regions: Sequence[bytes]) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+        return spacers_of(self.inner, regions)
 
     def close(self) -> None:
         self.inner.close()

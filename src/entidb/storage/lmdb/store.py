@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import lmdb
@@ -35,6 +35,7 @@ from entidb.storage.lmdb.open_file import MAP_BYTES_MIN, OpenFile, as_bytes, cre
 from entidb.storage.lmdb.pages import page_faults, read_header
 from entidb.storage.lmdb.place import DATA, LMDB_LOCK, LOCK, Place, take_place
 from entidb.storage.lmdb.snapshot import LmdbSnapshot, record_faults
+from entidb.storage.lmdb.spacers import spacers
 from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.turns import Turn
 
@@ -45,9 +46,6 @@ _ROOM_EVERY_COMMITS: Final = 64
 _ROOM_EVERY_ROWS: Final = 1000
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
-#: What a row takes of a page beside key and value: LMDB's head of a row (8) and its place (2), our
-#: checksum (4), and half of the page's own head (8).
-_ROW_OVERHEAD_BYTES: Final = 22
 
 
 def _is_over(txn: Any) -> bool:
@@ -365,8 +363,12 @@ class LmdbStorage:
                 map_bytes=self._file.map_bytes,
                 records=stat["entries"],
                 readers=len(self._gate.readers) - 1,
-                half_page_bytes=stat["psize"] // 2 - _ROW_OVERHEAD_BYTES,
             )
+
+    def spacers(self, regions: Sequence[bytes]) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+        with self.snapshot() as snapshot, snapshot.inside() as txn:
+            page_bytes = txn.stat()["psize"]
+        return spacers(regions, page_bytes)
 
     def close(self) -> None:
         """Idempotent; waits for a commit that is under way. Open snapshots raise afterwards.
