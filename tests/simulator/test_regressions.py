@@ -175,6 +175,12 @@ FOUND = {
             "person": 20,
         },
     ),
+    # A reset withdrew, for a conflict elsewhere, a creation whose answer had been lost; the device
+    # knew nothing of the deletion then, and what was written there again was a conflict for ever.
+    "what a reset withdraws leaves the deletion to build on": (
+        480,
+        {"policy_notes": 7, "policy_pairs": 7, "operations": 4, "keys": 10, "person": 10},
+    ),
 }
 
 

@@ -227,3 +227,24 @@ def test_r28_a_deletion_in_flight_of_what_is_gone_is_done() -> None:
     assert 1 not in world.values()
     assert 1 not in f.values()
     assert_in_step(world, f)
+
+
+def test_r28_what_is_written_after_another_conflict_withdrew_it_is_built_on_the_deletion() -> None:
+    world = World()
+    f = world.device()
+    world.put(("notes", 7, "old"))
+    f.sync()
+    f.put(("notes", 7, "f's"), ("notes", 1, "f's"))
+    f.wire.after = lose(PushRequest)
+    with pytest.raises(TransportError):
+        f.sync()
+    world.put(("notes", 7, "newer"))
+    purge(world)
+    world.put(("notes", 1, None))
+    result = f.sync()
+    assert [each.code for each in result.withdrawn] == ["conflict"]
+    f.put(("notes", 1, "again"))
+    result = f.sync()
+    assert (result.pushed, result.conflicts) == (1, [])
+    assert world.values() == {1: "again", 7: "newer"}
+    assert_in_step(world, f)

@@ -107,7 +107,10 @@ class Rebase(Outcomes):
         deletion. It is decided whole: no field can be merged with it."""
         row = self._writer.entity(ref)
         if row is None or not row.pending:
-            return  # an earlier conflict withdrew what was pending here
+            # An earlier conflict withdrew what was pending here. What is written next is built on
+            # the absence all the same.
+            self.take_clean(ref, remote, row)
+            return
         base, known = self._base(ref, row), self._writer.get(conflict_key(*ref)) is not None
         self._set_base(ref, row, remote)
         chain = self._chain(ref, row)
