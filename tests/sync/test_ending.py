@@ -511,6 +511,31 @@ def test_a_reset_inside_a_cycle_is_refused_instead_of_waiting_for_itself() -> No
     assert refused
 
 
+def test_a_reset_by_a_token_provider_is_refused_although_it_runs_on_a_helpers_thread() -> None:
+    refused: list[str] = []
+    with SyncServer.in_memory() as server, written() as db:
+
+        def provider(refresh: bool) -> str:
+            with contextlib.suppress(SyncStateError):
+                engine.reset("server")
+                return "the reset went through in the middle of a cycle"
+            refused.append(threading.current_thread().name)
+            return "token"
+
+        client = LoopbackClient(server)
+        transport = HttpTransport("http://localhost", token=provider, client=client)
+        with SyncEngine(CONFIG, transport, db) as engine:
+            cycle = threading.Thread(target=engine.sync, daemon=True)
+            cycle.start()
+            cycle.join(PROMPT_S)
+            waits_for_itself = cycle.is_alive()
+            engine.cancel()
+            cycle.join(PROMPT_S)
+        assert not waits_for_itself
+        assert set(refused) == {"entidb-token"}
+        assert server.database("shop").collection("notes")[uid(1)] == "mine"
+
+
 @pytest.mark.parametrize("way", ["stop", "cancel", "engine.close"])
 def test_a_listener_of_the_asyncio_engine_can_end_it(way: str) -> None:
     async def main() -> None:

@@ -26,7 +26,7 @@ from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.cycle import Ahead, Connection, Cycle
 from entidb.sync.http import HttpTransport
-from entidb.sync.interrupt import Interrupts, Watch
+from entidb.sync.interrupt import Interrupts, Watch, acting_thread
 from entidb.sync.refusal import kept_back_error
 from entidb.sync.state import (
     SyncCycleResult,
@@ -436,8 +436,9 @@ class SyncEngine:
 
     def reset(self, keep: str) -> None:
         """After ``HistoryChangedError``: choose ``"server"`` or ``"device"`` (R29), then sync.
-        Waits for a cycle in progress; inside one (a listener) it raises ``SyncStateError``."""
-        if self._cycle_thread == threading.get_ident():
+        Waits for a cycle in progress; inside one (a listener, a token provider) it raises
+        ``SyncStateError``."""
+        if self._cycle_thread == acting_thread():
             raise SyncStateError("reset() inside a sync cycle: call it when the cycle is over")
         with self._cycle_lock:
             self.applier.reset(keep)

@@ -16,6 +16,18 @@ from typing import Generic, TypeVar
 from entidb.errors import SyncCancelledError, TransportError
 
 T = TypeVar("T")
+_acting = threading.local()
+
+
+def acting_thread() -> int:
+    """The thread that waits for what this one does, through all helpers in between; this one if
+    it is no helper. Whoever asks whether it runs inside a cycle compares this."""
+    return getattr(_acting, "ident", None) or threading.get_ident()
+
+
+def act_for(ident: int) -> None:
+    """From here to its end, this thread works for the thread ``ident``."""
+    _acting.ident = ident
 
 
 class Watch:
@@ -111,6 +123,7 @@ class Job(Generic[T]):
         self.watch = Watch(None)
         self._work = work
         self._name = name
+        self._for = acting_thread()
         self._tell: Callable[[], None] | None = None
         self._results: list[T] = []
         self._error: BaseException | None = None
@@ -127,6 +140,7 @@ class Job(Generic[T]):
             raise TransportError(f"no thread could be started for the network: {error}") from error
 
     def _run(self) -> None:
+        act_for(self._for)
         try:
             self._results.append(self._work(self.watch))
         except BaseException as error:  # goes on in the thread that waits
@@ -146,4 +160,4 @@ class Job(Generic[T]):
             del error  # its traceback refers to this frame
 
 
-__all__ = ["Interrupts", "Job", "Watch"]
+__all__ = ["Interrupts", "Job", "Watch", "act_for", "acting_thread"]

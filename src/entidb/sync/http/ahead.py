@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from entidb.protocol import SyncRequest
-from entidb.sync.interrupt import Interrupts
+from entidb.sync.interrupt import Interrupts, act_for, acting_thread
 from entidb.sync.transport import HttpResponse
 from entidb.types import Clock
 
@@ -88,7 +88,10 @@ class Carrier:
             self._started = len(self._queue)
             self._thread_age = self._age
             self._thread = threading.Thread(
-                target=self._run, args=(ahead, self._age), name="entidb-send-ahead", daemon=True
+                target=self._run,
+                args=(ahead, self._age, acting_thread()),
+                name="entidb-send-ahead",
+                daemon=True,
             )
             self._thread.start()
         if self._tells_when_sent:
@@ -125,7 +128,8 @@ class Carrier:
             # daemon, and its answer goes nowhere.
             thread.join(_JOIN_S)
 
-    def _run(self, ahead: Ahead | None, age: int) -> None:
+    def _run(self, ahead: Ahead | None, age: int, ident: int) -> None:
+        act_for(ident)
         answered: Ahead | None = None
         while ahead is not None:
             good = self._carry(ahead, answered)
