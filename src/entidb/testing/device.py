@@ -6,10 +6,9 @@ fall between any two of its requests. A crash drops the generator and opens the 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from entidb import protocol
 from entidb.db import Database, OverruledValue
@@ -47,9 +46,7 @@ from entidb.testing.host import Tenant
 from entidb.testing.losers import Limits
 from entidb.testing.watch import Context, DeviceWatch
 from entidb.testing.workload import COLLECTIONS, DRAFTS, combined_fields, policies
-
-if TYPE_CHECKING:
-    from entidb.testing.simulator import World
+from entidb.testing.world import World, WorldClock
 
 #: A copy of a device: its records, and what its bases belong to.
 Saved = tuple[dict[bytes, bytes], Context]
@@ -59,23 +56,6 @@ TIDY_STEPS = 3
 SCOPES = (None, COLLECTIONS[:2], COLLECTIONS[:3], COLLECTIONS[1:3])
 #: What the token of a device may be for.
 GRANTS = (None, None, COLLECTIONS[:1], COLLECTIONS[:2], COLLECTIONS[1:3], COLLECTIONS[2:], ())
-
-
-class DeviceClock:
-    """Simulated time, off by ``offset_ms``. ``wait`` never sleeps."""
-
-    def __init__(self, world: World, offset_ms: int = 0) -> None:
-        self._world = world
-        self.offset_ms = offset_ms
-
-    def now_ms(self) -> int:
-        return self._world.epoch_ms + self._world.now + self.offset_ms
-
-    def monotonic(self) -> float:
-        return self._world.now / 1000
-
-    def wait(self, event: threading.Event, seconds: float) -> bool:
-        return event.is_set()
 
 
 class Exchange:
@@ -91,6 +71,10 @@ class Exchange:
 class Device:
     """See the module."""
 
+    #: What the names of its storage faults begin with.
+    faults_begin = ""
+    durable = "LOCAL-DURABLE"
+
     def __init__(
         self, world: World, name: str, tenant: Tenant, records: Mapping[bytes, bytes] | None
     ) -> None:
@@ -103,8 +87,9 @@ class Device:
         offset = self.rng.randint(-knobs.clock_offset_ms, knobs.clock_offset_ms)
         if offset:
             world.fired("clock_offset_ms")
-        self.clock = DeviceClock(world, offset)
+        self.clock = WorldClock(world, offset)
         self.watch = DeviceWatch(world.checks, name, tenant.histories, world.server_clock)
+        tenant.device_watches.append(self.watch)
         losers = self.watch.losers
         losers.limits = Limits(knobs.overruled_max, knobs.overruled_s / 86_400)
         losers.combined = combined_fields(knobs)
@@ -144,7 +129,7 @@ class Device:
 
     def renew_token(self) -> None:
         write = not self.gateway.read_only
-        self.token = self.world.host.token(self.tenant, self.granted, write=write)
+        self.token = self.tenant.host.token(self.tenant, self.granted, write=write)
 
     def rates(self) -> dict[str, int]:
         return {name: getattr(self.world.knobs, name) for name in COMMIT_FAULTS}
@@ -587,7 +572,8 @@ class Device:
         token = self.token
         if not world.quiet and self.rng.random() * 1000 < world.knobs.wrong_token:
             world.fired("wrong_token")
-            token = world.host.token(self.rng.choice(world.host.tenants))
+            host = self.tenant.host
+            token = host.token(self.rng.choice(host.tenants))
             if self.rng.random() < 0.3:
                 token = token[:-3]
         for delay, data in world.network.deliveries(self.name, "up", body, world.now):
@@ -612,17 +598,18 @@ class Device:
             )
 
     def _arrive(self, exchange: Exchange, path: str, token: str, data: bytes, whole: bool) -> None:
+        host = self.tenant.host
         refusal = self.gateway.refusal(path, data)
         if refusal is not None:
             self.world.after(1, lambda: self._heard(exchange, refusal))
             return
         if not whole:
             # Whatever the server makes of half a body, its connection is closed by then.
-            self.world.host.receive(path, token, data, lambda ok, body: None)
+            host.receive(path, token, data, lambda ok, body: None)
             cut_off = TransportError("the connection was cut off")
             self.world.after(1, lambda: self._heard(exchange, cut_off))
             return
-        self.world.host.receive(path, token, data, lambda ok, body: self._reply(exchange, ok, body))
+        host.receive(path, token, data, lambda ok, body: self._reply(exchange, ok, body))
 
     def _reply(self, exchange: Exchange, ok: bool, body: bytes) -> None:
         world = self.world
@@ -723,6 +710,3 @@ def _place(conflict: Conflict) -> tuple[str, bytes]:
 def _group(conflict: Conflict) -> tuple[str, bytes]:
     """What the ids of a group have in common: all but the number of the member."""
     return conflict.collection, conflict.id_bytes[:-1]
-
-
-__all__ = ["Device", "DeviceClock"]

@@ -7,7 +7,6 @@ one: an error answer, and after a storage error everything is opened again (R17)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from entidb import cbor, protocol
 from entidb.db import Database, Role
@@ -37,10 +36,9 @@ from entidb.storage import MemoryStorage
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
 from entidb.testing.oracle import Histories, History
+from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import INVALID, PolicyFailure, Workload, validate
-
-if TYPE_CHECKING:
-    from entidb.testing.simulator import World
+from entidb.testing.world import World
 
 SECRET = b"a secret of the simulator, long enough for HS256"
 AUDIENCE = "simulator"
@@ -55,8 +53,13 @@ Reply = Callable[[bool, bytes], None]
 class Tenant:
     """One database of the server, with its oracle."""
 
-    def __init__(self, world: World, index: int) -> None:
-        self.world = world
+    #: What the names of its storage faults begin with.
+    faults_begin = "server_"
+    durable = "SERVER-DURABLE"
+
+    def __init__(self, host: Host, index: int) -> None:
+        self.host = host
+        self.world = world = host.world
         self.name = self.db_id = f"tenant{index}"
         #: In every payload of this database, and never in an answer for another.
         self.canary = f"<{'alpha' if index == 0 else 'omega'}>"
@@ -75,6 +78,8 @@ class Tenant:
         self.put_backs = 0
         #: The files were put back, and nobody has shown that yet (R29).
         self.unproven = False
+        #: Of the devices that synchronise with it.
+        self.device_watches: list[DeviceWatch] = []
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
         self._open(world.new_store(self, None))
         assert self.database.history is not None
@@ -191,12 +196,11 @@ class Tenant:
 
     def _provers(self, identity: bytes, head: int) -> bool:
         return any(
-            device.watch.history is not None
-            and device.watch.history.identity == identity
-            and device.watch.cursor > head
-            and not device.watch.resetting
-            for device in self.world.devices
-            if device.tenant is self
+            watch.history is not None
+            and watch.history.identity == identity
+            and watch.cursor > head
+            and not watch.resetting
+            for watch in self.device_watches
         )
 
     def put_back(self) -> None:
@@ -286,7 +290,7 @@ class Tenant:
             raise
         self.proved(grant)
         data = protocol.encode(response)
-        self.world.host.check_canaries(self, data)
+        self.host.check_canaries(self, data)
         self.watch.on_pull(request, response, grant.collections)
         return data
 
@@ -310,7 +314,7 @@ class Tenant:
                 self.unchanged(commits)
             self.reopen()
             for _, _, reply in members:
-                world.host.refuse(reply, ServerError("storage failed", code="storage_error"))
+                self.host.refuse(reply, ServerError("storage failed", code="storage_error"))
             return
         finally:
             self.watch.members = []
@@ -320,7 +324,7 @@ class Tenant:
             self.proved(grant)
             if isinstance(answer, SyncError):
                 self.watch.on_refusal(request, answer)
-                world.host.refuse(reply, answer)
+                self.host.refuse(reply, answer)
                 continue
             self.watch.on_push(
                 request,
@@ -329,7 +333,7 @@ class Tenant:
                 grant.collections,
                 may_write=grant.write,
             )
-            world.host.answer(self, reply, protocol.encode(answer))
+            self.host.answer(self, reply, protocol.encode(answer))
 
     def forbid(self, request: PushRequest) -> None:
         for transaction in request.transactions:
@@ -378,7 +382,7 @@ class Host:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.tenants = [Tenant(world, index) for index in range(world.knobs.tenants)]
+        self.tenants = [Tenant(self, index) for index in range(world.knobs.tenants)]
         #: Which database each token was made for.
         self._issued: dict[str, Tenant] = {}
         self._authenticator = JwtAuthenticator(

@@ -8,29 +8,20 @@ to rest, in step, within bounds. One seed gives one trace, in any process.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import logging
-import random
-import shutil
-import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
-from typing import Final, Protocol
+from typing import Final
 
 from entidb.db.maintenance import dump, verify
-from entidb.server.hooks import ValidateHook
-from entidb.storage import MemoryStorage, Storage, open_storage
-from entidb.sync import ConflictPolicy
-from entidb.testing import knobs as knob
-from entidb.testing.checkers import Checks, Violation
-from entidb.testing.device import Device, DeviceClock
-from entidb.testing.faults import FaultyStorage, Network, read_records
+from entidb.testing.checkers import Violation
+from entidb.testing.device import Device
 from entidb.testing.host import Host, Tenant
 from entidb.testing.knobs import Knobs
+from entidb.testing.world import Options, World
 
 Row = tuple[str, bytes, int, bytes]
 
@@ -47,59 +38,11 @@ _WORLD_FAULTS: Final = (
     "firewall",
     "read_only",
 )
-#: Faults that turn a run: part of its story, where the others are part of the trace only.
-_TOLD: Final = frozenset(
-    (
-        "partition",
-        "partition_one_way",
-        "clock_jump",
-        "scope",
-        "scope_in_cycle",
-        "grants",
-        "local_collection",
-        "crash_before",
-        "crash_after",
-        "commit_unknown",
-        "server_crash_before",
-        "server_crash_after",
-        "server_commit_unknown",
-    )
-)
-_MAP_BYTES: Final = 1 << 16
-EPOCH_MS = 1_750_000_000_000
 DEVICES_MAX = 10
 #: Rounds of the quiet phase: in each every device syncs once and every person decides once.
 QUIET_ROUNDS_MAX = 60
 #: Scheduled events of one quiet round at most: a device that never ends would show here.
 QUIET_EVENTS_MAX = 400_000
-STORY_LINES_MAX = 400
-
-
-class Owner(Protocol):
-    """Who a store belongs to: a device, or a database of the server."""
-
-    name: str
-    storage: FaultyStorage
-
-    def rates(self) -> dict[str, int]: ...
-
-    def stored(
-        self,
-        batch: Mapping[bytes, bytes | None],
-        old: Mapping[bytes, bytes | None],
-        records: Mapping[bytes, bytes],
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is given beside its seed. ``policy`` stands for every collection's, ``validate``
-    for the server's hook; ``trace`` is told every event."""
-
-    settings: Mapping[str, int] = field(default_factory=dict)
-    policy: ConflictPolicy | None = None
-    validate: ValidateHook | None = None
-    trace: Callable[[str], None] | None = None
 
 
 @dataclass
@@ -122,17 +65,19 @@ class Run:
 def simulate(seed: int, options: Options | None = None) -> Run:
     """Run ``seed``. Never raises for what the code under test does: that is in the result."""
     options = options or Options()
-    world = World(seed, options)
+    simulation = Simulation(seed, options)
+    world = simulation.world
+    invariant, message = None, ""
     # Hooks that raise are part of many runs; a log line for each would hide the story.
     log = logging.getLogger("entidb.server")
     disabled, log.disabled = log.disabled, True
     try:
-        world.run()
+        simulation.run()
     except Violation as violation:
-        world.invariant, world.message = violation.invariant, violation.message
+        invariant, message = violation.invariant, violation.message
     except Exception:
         # What no invariant foresaw is a bug all the same.
-        world.invariant, world.message = "UNEXPECTED", traceback.format_exc()
+        invariant, message = "UNEXPECTED", traceback.format_exc()
     finally:
         log.disabled = disabled
         world.close()
@@ -143,136 +88,25 @@ def simulate(seed: int, options: Options | None = None) -> Run:
         world.digest.hexdigest(),
         world.faults,
         world.checks.counts,
-        world.invariant,
-        world.message,
+        invariant,
+        message,
         world.story,
-        world.dumps,
+        simulation.dumps,
     )
 
 
-class World:
-    """One run: time, chance, and everybody in it."""
+class Simulation:
+    """One run: a world, everybody in it, and what befalls them."""
 
     def __init__(self, seed: int, options: Options) -> None:
-        self.seed = seed
-        self.options = options
-        self.knobs = knob.override(knob.draw(seed), dict(options.settings))
-        self.now = 0
-        self.epoch_ms = EPOCH_MS
-        self.quiet = False
-        self.events = 0
-        self.digest = hashlib.sha256(f"{seed} {self.knobs}".encode())
-        self.faults: Counter[str] = Counter()
-        self.checks = Checks()
-        self.story: list[str] = []
+        self.world = world = World(seed, options)
+        self.rng, self.knobs, self.checks = world.rng, world.knobs, world.checks
         self.dumps: list[str] = []
-        self.invariant: str | None = None
-        self.message = ""
-        self._heap: list[tuple[int, int, Callable[[], None]]] = []
-        self._order = count()
-        self._directory: str | None = None
-        self._stores = count()
-        self._on_disk: list[Storage] = []
-        self.rng = self.stream("world")
-        self._crashes = self.stream("crashes")
-        self.server_clock = DeviceClock(self)
-        self.network = Network(self.stream("network"), asdict(self.knobs), self.fired)
-        self.host = Host(self)
+        self.host = Host(world)
         self.devices: list[Device] = []
         for index in range(self.knobs.devices):
             tenant = self.host.tenants[index % len(self.host.tenants)]
-            name = f"d{index}"
-            self.devices.append(Device(self, name, tenant, None))
-
-    # ------------------------------------------------------------ time, chance, trace
-
-    def stream(self, name: str) -> random.Random:
-        return knob.stream(self.seed, name)
-
-    def after(self, delay_ms: int, action: Callable[[], None]) -> None:
-        heapq.heappush(self._heap, (self.now + delay_ms, next(self._order), action))
-
-    def trace(self, *parts: object) -> None:
-        """One event: part of what makes two runs the same."""
-        self.events += 1
-        line = f"{self.now} {' '.join(map(str, parts))}\n"
-        self.digest.update(line.encode())
-        if self.options.trace is not None:
-            self.options.trace(line[:-1])
-
-    def fired(self, fault: str) -> None:
-        self.faults[fault] += 1
-        self.trace("fault", fault)
-        if fault in _TOLD:
-            self.tell(fault.replace("_", " "))
-
-    def tell(self, line: str) -> None:
-        if len(self.story) < STORY_LINES_MAX:
-            self.story.append(f"{self.now:>8} ms  {line}")
-
-    # ------------------------------------------------------------ stores
-
-    def new_store(self, owner: Owner, records: Mapping[bytes, bytes] | None) -> FaultyStorage:
-        """A store for ``owner`` with these records in it."""
-        inner = self._inner()
-        inner.commit(dict(records or {}))
-        return self._faulty(owner, inner)
-
-    def reopen_store(self, owner: Owner) -> FaultyStorage:
-        """What a new process finds: the durable state, and nothing else."""
-        store = owner.storage
-        if isinstance(store.inner, MemoryStorage):
-            return self._faulty(owner, store.copy())
-        path = store.inner.info().path
-        assert path is not None
-        store.inner.close()
-        inner = self._open_on_disk(path)
-        self.checks.that(
-            read_records(inner) == dict(store.records),
-            "LOCAL-DURABLE" if isinstance(owner, Device) else "SERVER-DURABLE",
-            f"the store of {owner.name} came back with other records than were committed",
-        )
-        return self._faulty(owner, inner)
-
-    def _inner(self) -> Storage:
-        if not self.knobs.lmdb:
-            return MemoryStorage()
-        if self._directory is None:
-            self._directory = tempfile.mkdtemp(prefix="entidb-simulator-")
-            self.fired("lmdb")
-        return self._open_on_disk(f"{self._directory}/{next(self._stores)}")
-
-    def _open_on_disk(self, path: str) -> Storage:
-        """With a map that soon has to grow. Nobody else closes snapshots meanwhile, so waiting
-        for them is of no use: a reader that stays makes the commit fail as "full" instead."""
-        made = open_storage(path, map_bytes=_MAP_BYTES, drain_seconds=0.0)
-        self._on_disk.append(made)
-        return made
-
-    def _faulty(self, owner: Owner, inner: Storage) -> FaultyStorage:
-        def observe(
-            batch: Mapping[bytes, bytes | None],
-            old: Mapping[bytes, bytes | None],
-            records: Mapping[bytes, bytes],
-        ) -> None:
-            self.trace("stored", owner.name, len(batch))
-            owner.stored(batch, old, records)
-
-        rates = owner.rates()
-        prefix = "server_" if isinstance(owner, Tenant) else ""
-        return FaultyStorage(
-            inner,
-            self._crashes,
-            rates,
-            fired=lambda fault: self.fired(prefix + fault),
-            observe=observe,
-        )
-
-    def close(self) -> None:
-        for store in self._on_disk:
-            store.close()
-        if self._directory is not None:
-            shutil.rmtree(self._directory)
+            self.devices.append(Device(world, f"d{index}", tenant, None))
 
     # ------------------------------------------------------------ the two phases
 
@@ -280,16 +114,11 @@ class World:
         """Both phases. Raises ``Violation``."""
         self._begin()
         left = self.knobs.events
-        while left and self._heap:
-            self._step()
+        while left and self.world.step():
             left -= 1
         self._heal()
         self._come_to_rest()
         self._check_rest()
-
-    def _step(self) -> None:
-        self.now, _, action = heapq.heappop(self._heap)
-        action()
 
     def _begin(self) -> None:
         knobs = self.knobs
@@ -318,12 +147,12 @@ class World:
         """Do ``action`` again and again, ``mean_ms`` apart on average, until it is quiet."""
 
         def again() -> None:
-            if self.quiet:
+            if self.world.quiet:
                 return
             action()
-            self.after(1 + int(self.rng.expovariate(1 / mean_ms)), again)
+            self.world.after(1 + int(self.rng.expovariate(1 / mean_ms)), again)
 
-        self.after(int(self.rng.random() * mean_ms), again)
+        self.world.after(int(self.rng.random() * mean_ms), again)
 
     # ------------------------------------------------------------ what befalls the world
 
@@ -334,20 +163,21 @@ class World:
         if knobs.put_back and rng.random() * 100 < max(10, 2 * knobs.put_back):
             self._put_files_back(tenant)
         if rng.random() * 200 < knobs.server_writes:
-            self.fired("server_writes")
+            self.world.fired("server_writes")
             tenant.program_writes()
         if rng.random() * 100 < knobs.purge and tenant.watch.history.head:
-            self.fired("purge")
+            self.world.fired("purge")
             history = tenant.watch.history
             tenant.purge(rng.randint(history.floor, history.head))
         if knobs.restore_server:
             if tenant.backup is None and rng.random() * 100 < max(10, 2 * knobs.restore_server):
                 tenant.make_backup()
             elif tenant.backup is not None and rng.random() * 100 < knobs.restore_server:
-                self.fired("restore_server")
+                self.world.fired("restore_server")
                 tenant.restore()
                 if rng.random() * 1000 < knobs.restore_twice:
-                    self.after(500 + rng.randrange(5_000), lambda: self._restore_again(tenant))
+                    again = partial(self._restore_again, tenant)
+                    self.world.after(500 + rng.randrange(5_000), again)
                 else:
                     tenant.backup = None
 
@@ -356,12 +186,12 @@ class World:
         if tenant.files is None:
             tenant.copy_files()
         elif tenant.may_be_put_back() and self.rng.random() * 100 < self.knobs.put_back:
-            self.fired("put_back")
+            self.world.fired("put_back")
             tenant.put_back()
 
     def _restore_again(self, tenant: Tenant) -> None:
-        if not self.quiet and tenant.backup is not None:
-            self.fired("restore_twice")
+        if not self.world.quiet and tenant.backup is not None:
+            self.world.fired("restore_twice")
             tenant.restore()
             tenant.backup = None
 
@@ -371,13 +201,11 @@ class World:
         device = rng.choice(self.devices)
         self._change_way(device)
         if rng.random() * 1000 < knobs.partition:
-            self.fired("partition")
-            self.network.partition(device.name, self.now + rng.randrange(30_000), one_way=False)
+            self._part(device, "partition", one_way=False)
         if rng.random() * 1000 < knobs.partition_one_way:
-            self.fired("partition_one_way")
-            self.network.partition(device.name, self.now + rng.randrange(30_000), one_way=True)
+            self._part(device, "partition_one_way", one_way=True)
         if rng.random() * 1000 < knobs.clock_jump:
-            self.fired("clock_jump")
+            self.world.fired("clock_jump")
             device.clock.offset_ms += rng.randint(-86_400_000, 86_400_000)
         if rng.random() * 1000 < knobs.scope:
             device.change_scope()
@@ -390,27 +218,34 @@ class World:
         if rng.random() * 1000 < knobs.copy_device and len(self.devices) < DEVICES_MAX:
             self._copy(device)
 
+    def _part(self, device: Device, fault: str, *, one_way: bool) -> None:
+        world = self.world
+        world.fired(fault)
+        until = world.now + self.rng.randrange(30_000)
+        world.network.partition(device.name, until, one_way=one_way)
+
     def _change_way(self, device: Device) -> None:
         """What stands between a device and the server changes, and what its token grants."""
         knobs = self.knobs
         if (knobs.body_limit or knobs.firewall or knobs.read_only) and device.gateway.change():
-            self.tell(f"{device.name} may {'only read' if device.gateway.read_only else 'write'}")
+            may = "only read" if device.gateway.read_only else "write"
+            self.world.tell(f"{device.name} may {may}")
             device.renew_token()
 
     def _copy_or_restore(self, device: Device) -> None:
         if device.saved is None or self.rng.random() < 0.5:
             device.saved = device.save()
             return
-        self.fired("restore_device")
-        self.tell(f"{device.name} is restored from an older copy")
+        self.world.fired("restore_device")
+        self.world.tell(f"{device.name} is restored from an older copy")
         device.replace_store(device.saved)
 
     def _copy(self, device: Device) -> None:
-        self.fired("copy_device")
+        self.world.fired("copy_device")
         name = f"{device.name}c{len(self.devices)}"
-        self.tell(f"{name} is a copy of {device.name}")
+        self.world.tell(f"{name} is a copy of {device.name}")
         records, context = device.save()
-        made = Device(self, name, device.tenant, records)
+        made = Device(self.world, name, device.tenant, records)
         made.watch.adopt(made.storage.records, context)
         self.devices.append(made)
         self._schedule_device(made)
@@ -418,10 +253,10 @@ class World:
     # ------------------------------------------------------------ coming to rest
 
     def _heal(self) -> None:
-        self.trace("heal")
-        self.tell("the faults stop")
-        self.quiet = True
-        self.network.armed = False
+        self.world.trace("heal")
+        self.world.tell("the faults stop")
+        self.world.quiet = True
+        self.world.network.armed = False
         for tenant in self.host.tenants:
             tenant.storage.armed = False
         for device in self.devices:
@@ -436,9 +271,8 @@ class World:
 
     def _drain(self) -> None:
         for _ in range(QUIET_EVENTS_MAX):
-            if not self._heap:
+            if not self.world.step():
                 return
-            self._step()
         self.checks.fail("LIVENESS", "one round of cycles does not come to an end")
 
     def _come_to_rest(self) -> None:
@@ -452,7 +286,7 @@ class World:
                 while device.watch.open_conflicts and device.flow is None:
                     device.person()
                     busy = True
-                self.after(self.rng.randrange(50), device.begin_cycle)
+                self.world.after(self.rng.randrange(50), device.begin_cycle)
             self._drain()
             for device in self.devices:
                 busy |= not self._at_rest(device)
@@ -539,3 +373,6 @@ def _difference(there: list[Row], due: list[Row]) -> str:
     missing = [row[:3] for row in due if row not in there]
     extra = [row[:3] for row in there if row not in due]
     return f"missing {missing[:3]}, extra {extra[:3]}"
+
+
+__all__ = ["Options", "Run", "simulate"]
