@@ -11,8 +11,15 @@ import pytest
 from entidb.db import Database, dump
 from entidb.errors import EntiDBError, HistoryChangedError, ServerError, StorageFullError
 from entidb.server import SyncServer
-from entidb.sync import HttpTransport, LoopbackClient, RetryConfig, SyncConfig, SyncEngine, room
-from entidb.sync import cycle as cycle_module
+from entidb.sync import (
+    HttpTransport,
+    LoopbackClient,
+    RetryConfig,
+    SyncConfig,
+    SyncEngine,
+    pulling,
+    room,
+)
 from entidb.testing.fuzz import LIES, GarblingServer, hostile_server, wired
 from tests.hostile.support import (
     ATTEMPTS,
@@ -26,14 +33,14 @@ from tests.support import DB_ID, FakeClock, Wire, World, uid
 
 PAGES = 30
 #: Of one attempt: a handshake, a batch to settle, and in each round all resets and a push.
-REQUESTS_MAX = 2 + 5 * (cycle_module.RESETS_MAX * 2 * PAGES + 20)
+REQUESTS_MAX = 2 + 5 * (pulling.RESETS_MAX * 2 * PAGES + 20)
 #: A ``Retry-After`` counts for an hour at most, the backoff for a minute.
 WAIT_MAX_S = CYCLES * ATTEMPTS * (3600 + 60)
 
 
 @pytest.fixture(autouse=True)
 def few_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cycle_module, "PAGES_MAX", PAGES)
+    monkeypatch.setattr(pulling, "PAGES_MAX", PAGES)
 
 
 def a_world() -> World:

@@ -11,9 +11,10 @@ from entidb.errors import (
 )
 from entidb.protocol import PushResponse
 from entidb.server import decide
-from entidb.sync import cycle
 from entidb.sync.apply import batch
 from entidb.sync.apply.rebase import Rebase
+from entidb.sync.pulling import Pulling
+from entidb.sync.pushing import Pushing
 from entidb.sync.refusal import Path
 from tests.planted.garden import CALM, WILD, Garden, bug
 
@@ -27,11 +28,11 @@ def _refusal_keeps_the_flight(garden: Garden) -> None:
     def make(original: Any) -> Any:
         def ask(self: Any, batch: Any, state: Any, request: Any = None) -> Any:
             asked = self._push_request(batch, state) if request is None else request
-            return (yield from self._ask(asked, PushResponse))
+            return (yield from self._exchange.ask(asked, PushResponse))
 
         return ask
 
-    garden.replace(cycle.Cycle, "_ask_push", make)
+    garden.replace(Pushing, "_ask_push", make)
 
 
 @bug("refusal-withdraws-the-batch", "NO-SILENT-LOSS", knobs=_POISONED | {"pause_ms": 3000})
@@ -41,11 +42,11 @@ def _refusal_withdraws_all(garden: Garden) -> None:
     def make(original: Any) -> Any:
         def take(self: Any, batch: Any, error: SyncError) -> Any:
             yield from ()
-            self._report(self._applier.refuse(batch, error.code, error.message))
+            self._exchange.report(self._exchange.applier.refuse(batch, error.code, error.message))
 
         return take
 
-    garden.replace(cycle.Cycle, "_take_refusal", make)
+    garden.replace(Pushing, "_take_refusal", make)
 
 
 @bug("own-doubt-is-a-refusal", "NO-SILENT-LOSS", knobs=CALM | {"cut": 300})
@@ -170,4 +171,4 @@ def _idle_cycle_asks_twice(garden: Garden) -> None:
 
         return pull
 
-    garden.replace(cycle.Cycle, "_pull", make)
+    garden.replace(Pulling, "pull", make)

@@ -15,10 +15,12 @@ from entidb.db.records import (
 )
 from entidb.db.writer import Writer
 from entidb.protocol import PullResponse
-from entidb.sync import cycle, grants
+from entidb.sync import grants
 from entidb.sync.apply import applier, batch, position, publish
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.rebase import Rebase
+from entidb.sync.exchange import Exchange
+from entidb.sync.pulling import Pulling
 from tests.planted.garden import CALM, Garden, bug
 
 _SCOPED: Final = CALM | {"scope": 150, "scope_in_cycle": 100, "pause_ms": 100, "tenants": 1}
@@ -140,7 +142,7 @@ def _floor_moves(garden: Garden) -> None:
 
         return ask
 
-    garden.replace(cycle.Cycle, "_ask", make)
+    garden.replace(Exchange, "ask", make)
 
 
 @bug("narrowing-leaves-pending-behind", "NO-SILENT-LOSS", knobs=_SCOPED)
@@ -266,14 +268,14 @@ def _grant_between_pages(garden: Garden) -> None:
     """What comes while something is staged counts, whatever it was made under."""
 
     def make(original: Any) -> Any:
-        def ask(self: cycle.Cycle, request: Any, state: Any) -> Any:
-            if self._applier.stage() is None:
+        def ask(self: Any, request: Any, state: Any) -> Any:
+            if self._exchange.applier.stage() is None:
                 return (yield from original(self, request, state))
-            return (yield from self._ask(request, PullResponse))
+            return (yield from self._exchange.ask(request, PullResponse))
 
         return ask
 
-    garden.replace(cycle.Cycle, "_ask_page", make)
+    garden.replace(Pulling, "_ask_page", make)
 
 
 @bug(
@@ -303,4 +305,4 @@ def _have_one_early(garden: Garden) -> None:
 
         return pull_request
 
-    garden.replace(cycle.Cycle, "_pull_request", make)
+    garden.replace(Pulling, "_pull_request", make)

@@ -18,7 +18,7 @@ from entidb.protocol import (
     PushRequest,
     SyncRequest,
 )
-from entidb.sync import SyncProgress, SyncState, cycle
+from entidb.sync import SyncProgress, SyncState, pulling
 from entidb.types import OPERATION_OVERHEAD_BYTES
 from tests.support import Device, World, assert_in_step, lose, uid
 
@@ -160,7 +160,7 @@ def test_progress_counts_batches_that_are_sent_again() -> None:
 def test_r20_the_first_page_of_everything_is_small_and_each_is_hinted_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cycle, "FIRST_PAGE_OPERATIONS", 3)
+    monkeypatch.setattr(pulling, "FIRST_PAGE_OPERATIONS", 3)
     world = World()
     for n in range(12):
         world.put(("notes", n, "old"))
@@ -186,7 +186,7 @@ def test_r20_the_first_page_of_everything_is_small_and_each_is_hinted_at(
 def test_r20_a_first_sync_that_goes_on_asks_for_whole_pages_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cycle, "FIRST_PAGE_OPERATIONS", 3)
+    monkeypatch.setattr(pulling, "FIRST_PAGE_OPERATIONS", 3)
     world = World()
     for n in range(12):
         world.put(("notes", n, "old"))
@@ -280,7 +280,7 @@ def test_r22_changes_on_a_page_that_does_not_move_the_cursor_are_an_error(
 def test_r7_a_pull_ends_after_so_many_pages_and_goes_on_in_the_next_cycle(
     monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
-    monkeypatch.setattr(cycle, "PAGES_MAX", 2)
+    monkeypatch.setattr(pulling, "PAGES_MAX", 2)
     world = World()
     a = world.device(pull_operations_max=2)
     if not first:

@@ -24,7 +24,8 @@ from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
-from entidb.sync.cycle import Ahead, Connection, Cycle
+from entidb.sync.cycle import Cycle
+from entidb.sync.exchange import Ahead, Connection
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import Interrupts, Watch, acting_thread
 from entidb.sync.refusal import kept_back_error

@@ -37,7 +37,8 @@ from entidb.sync import (
     SyncConfig,
     SyncCycleResult,
 )
-from entidb.sync.cycle import Ahead, Connection, Cycle, Flow
+from entidb.sync.cycle import Cycle
+from entidb.sync.exchange import Ahead, Connection, Flow
 from entidb.testing.between import BetweenApplier
 from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage

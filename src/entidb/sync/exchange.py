@@ -1,0 +1,117 @@
+"""What the two halves of a cycle share: the device, the connection, and one request at a time.
+
+A half is a generator of ``Step``s that is sent responses. What is asked for in which order is
+``pulling``'s and ``pushing``'s; ``cycle`` puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from msgspec import Struct
+
+from entidb.db.replica import ReplicaState
+from entidb.errors import (
+    HistoryChangedError,
+    ProtocolError,
+)
+from entidb.protocol import (
+    HandshakeResponse,
+    Limits,
+    PullResponse,
+    PushResponse,
+    SyncRequest,
+    SyncResponse,
+)
+from entidb.sync.apply.report import RebaseReport
+from entidb.sync.apply.seam import SyncApplier
+from entidb.sync.config import SyncConfig
+from entidb.sync.refusal import Path
+from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
+
+
+class Ahead(Struct, frozen=True):
+    """A hint to the driver: this request will be asked for next, or after the one that is under
+    way. It may be sent as soon as that one has its answer, while what came before is being staged
+    or settled. Answered with None at once; ignoring it is fine."""
+
+    request: SyncRequest
+
+
+R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse)
+Step = SyncRequest | Ahead
+Flow = Generator[Step, SyncResponse | None, SyncCycleResult]
+
+
+@dataclass
+class Connection:
+    """What a handshake brought; kept between cycles until the transport reconnects (R10)."""
+
+    history: bytes = b""
+    limits: Limits | None = None
+    features: list[str] = field(default_factory=list)
+    path: Path = field(default_factory=Path)
+    #: What the handshake said is granted; pulls say it again, and may say something else.
+    granted: list[str] | None = None
+
+    @property
+    def made(self) -> bool:
+        return self.limits is not None
+
+    def forget(self) -> None:
+        self.limits = None
+        self.path.try_again()
+
+
+@dataclass
+class Exchange:
+    """One cycle's dealings with the server; ``Cycle`` says what the callables are for."""
+
+    applier: SyncApplier
+    config: SyncConfig
+    connection: Connection
+    enter: Callable[[SyncState], None]
+    progress: Callable[[SyncProgress], None]
+    check: Callable[[], None]
+    #: The server's clock, as the newest pull said it.
+    server_ms: int = 0
+    result: SyncCycleResult = field(default_factory=SyncCycleResult)
+
+    def ask(self, request: SyncRequest, kind: type[R]) -> Generator[Step, SyncResponse | None, R]:
+        """One request and its answer, which is of ``kind``; raises ``ProtocolError`` if not."""
+        self.check()
+        self.result.requests += 1
+        response = yield request
+        if not isinstance(response, kind):
+            raise ProtocolError(
+                f"expected {kind.__name__}, the server answered {type(response).__name__}"
+            )
+        return response
+
+    def report(self, report: RebaseReport) -> None:
+        """Add what one step did to the result of the cycle."""
+        self.result.pulled += report.pulled
+        self.result.conflicts += report.resolved
+        self.result.unresolved += report.unresolved
+        self.result.withdrawn += report.withdrawn
+        self.result.done += report.done
+        self.result.overruled += report.overruled
+
+
+def history_of(state: ReplicaState) -> bytes:
+    assert state.history is not None, "the handshake bound the history"
+    return state.history
+
+
+def check_not_back(state: ReplicaState, response: HandshakeResponse | PullResponse) -> None:
+    """A full pull says nothing of the cursor, so it is the device that has to notice there that the
+    server has gone back (R29)."""
+    if response.head < state.cursor:
+        raise HistoryChangedError(
+            f"this device has seen commit {state.cursor}, and the server's database ends at "
+            f"{response.head}: its files were replaced by older ones. Choose "
+            'reset(keep="server") to take its state, or reset(keep="device") to commit again what '
+            "it no longer has"
+        )

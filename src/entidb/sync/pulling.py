@@ -1,0 +1,234 @@
+"""The half of a cycle that pulls: the database to the server's head, in one step for its readers
+(R6, R20).
+
+One page that reaches the head is applied at once; several are staged, and published together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from enum import Enum
+
+from msgspec.structs import replace
+
+from entidb.db.replica import ReplicaState, Stage
+from entidb.errors import (
+    ResetRequiredError,
+    ServerError,
+)
+from entidb.protocol import (
+    PullRequest,
+    PullResponse,
+    SyncResponse,
+    expanded,
+    operations_count,
+    payload_bytes,
+)
+from entidb.sync.exchange import (
+    Ahead,
+    Exchange,
+    Step,
+    check_not_back,
+    history_of,
+)
+from entidb.sync.grants import needs_grant
+from entidb.sync.state import SyncProgress, SyncState
+
+#: A reset that has to start over more often than this in one cycle ends it; the next goes on.
+RESETS_MAX = 3
+#: The first page of a full pull at most.
+FIRST_PAGE_OPERATIONS = 2000
+#: Pages of one pull. What came until then is staged, and the next cycle goes on from there.
+PAGES_MAX = 10_000
+
+
+@dataclass
+class Pulling:
+    """``pull`` is what a cycle calls; ``heed_grant`` also after a handshake (R31)."""
+
+    _exchange: Exchange
+
+    def pull(self) -> Generator[Step, SyncResponse | None, None]:
+        """Bring the database to the server's head, in one step for its readers (R20)."""
+        reason = "moving its floor while everything is being pulled"
+        for _ in range(RESETS_MAX):
+            try:
+                complete = yield from self._pull_once()
+            except ResetRequiredError:
+                # R28: below the floor; everything is pulled again, the outbox stays.
+                self._exchange.applier.restart_stage(full=True)
+                continue
+            except _GrantChanged as change:
+                # R31: nothing of that page counts, it was made under another grant.
+                reason = "changing what it grants while that is being pulled"
+                self.heed_grant(change.granted)
+                continue
+            if complete:
+                return
+        raise ServerError(f"the server keeps {reason}; sync again later")
+
+    def heed_grant(self, granted: list[str] | None) -> None:
+        """Make what the server grants this device's own (R31)."""
+        now = None if granted is None else sorted(granted)
+        state = self._exchange.applier.state()
+        if now != state.granted or needs_grant(state):
+            self._exchange.check()
+            self._exchange.report(self._exchange.applier.grant(now))
+
+    def _ask_page(
+        self, request: PullRequest, state: ReplicaState
+    ) -> Generator[Step, SyncResponse | None, PullResponse]:
+        """A page made under the grant that the device knows."""
+        response = yield from self._exchange.ask(request, PullResponse)
+        check_not_back(state, response)
+        self._exchange.server_ms = response.time
+        granted = response.granted
+        if granted != state.granted and (granted is None or sorted(granted) != state.granted):
+            raise _GrantChanged(granted)
+        return response
+
+    def _pull_once(self) -> Generator[Step, SyncResponse | None, bool]:
+        """One try; False if the floor moved under a full pull, which then starts over."""
+        state, stage = self._exchange.applier.state(), self._exchange.applier.stage()
+        if needs_grant(state):
+            self.heed_grant(state.granted)
+            state, stage = self._exchange.applier.state(), self._exchange.applier.stage()
+        if stage is not None and (stage.history != state.history or stage.cursor != state.cursor):
+            self._exchange.applier.restart_stage(full=False)
+            stage = None
+        full: list[str] | None = [] if stage is None else stage.full
+        if stage is None and (state.full or state.uncovered):
+            full = None if state.full else state.uncovered
+        self._exchange.result.reset |= full is None and (state.cursor > 0 or state.foreign)
+        if full != [] and (stage is None or not stage.full_done):
+            # A cursor of 0 is no proof: the server may have been empty, and this device may have
+            # pushed since. Then what the server no longer has must go, so it is staged.
+            known = state.cursor > 0 or bool(state.have) or state.foreign or bool(state.outdated)
+            known = known or bool(state.unsettled)
+            first_sync = full is None and not known
+            outcome = yield from self._pull_full(state, stage, full, first_sync)
+            if outcome is not FullPull.STAGED:
+                return outcome is FullPull.APPLIED
+            stage = self._exchange.applier.stage()
+        if full is not None:
+            applied = yield from self._pull_delta(state, stage, full)
+            if applied:
+                return True
+        self._exchange.check()
+        self._exchange.report(self._exchange.applier.publish())
+        return True
+
+    def _pull_full(
+        self, state: ReplicaState, stage: Stage | None, full: list[str] | None, first_sync: bool
+    ) -> Generator[Step, SyncResponse | None, FullPull]:
+        request = self._pull_request(state, 0 if stage is None else stage.full_cursor)
+        columns = "columns" in self._exchange.connection.features
+        request = replace(request, have=[], full=True, columns=columns)
+        if full is not None:
+            request = replace(request, collections=full)
+        floor = None if stage is None else stage.floor
+        done = size = 0
+        usual = request.limit
+        if stage is None:
+            # Nothing can be done here before the first page is in, and it comes sooner.
+            request = replace(request, limit=min(usual, FIRST_PAGE_OPERATIONS))
+        for _ in range(PAGES_MAX):
+            response = yield from self._ask_page(request, state)
+            if floor is not None and response.floor != floor:
+                self._exchange.applier.restart_stage(full=state.full)
+                return FullPull.RESTARTED
+            if first_sync and floor is None and not response.has_more:
+                self._exchange.report(self._exchange.applier.apply(request, response))
+                self._count(response, 0, 0)
+                return FullPull.APPLIED
+            floor = response.floor
+            following = replace(request, cursor=response.cursor, limit=usual)
+            if response.has_more:
+                yield Ahead(following)
+            self._exchange.check()
+            self._exchange.applier.stage_page(request, response, full)
+            done, size = self._count(response, done, size)
+            if not response.has_more:
+                return FullPull.STAGED
+            request = following
+        raise _endless()
+
+    def _pull_delta(
+        self, state: ReplicaState, stage: Stage | None, full: list[str]
+    ) -> Generator[Step, SyncResponse | None, bool]:
+        """What changed after the cursor. One page is applied at once (True); several, or what
+        completes a widening, are staged."""
+        cursor = state.cursor if stage is None else stage.delta_cursor
+        request = self._pull_request(state, cursor)
+        done = size = 0
+        for _ in range(PAGES_MAX):
+            response = expanded((yield from self._ask_page(request, state)))
+            if stage is None and not full and not response.has_more:
+                if not response.commits and state.cursor < response.cursor <= state.reached:
+                    # R10: only own commits are new, so nothing needs to be stored now.
+                    self._exchange.applier.confirm(response.cursor)
+                elif response.commits or response.cursor != state.cursor:
+                    self._exchange.check()
+                    self._exchange.report(self._exchange.applier.apply(request, response))
+                    self._count(response, done, size)
+                return True
+            following = replace(request, cursor=response.cursor)
+            if response.has_more:
+                yield Ahead(following)
+            self._exchange.check()
+            stage = self._exchange.applier.stage_page(request, response, full)
+            done, size = self._count(response, done, size)
+            if not response.has_more:
+                return False
+            request = following
+        raise _endless()
+
+    def _pull_request(self, state: ReplicaState, cursor: int) -> PullRequest:
+        config, server = self._exchange.config, self._exchange.connection.limits
+        assert server is not None
+        return PullRequest(
+            db_id=config.db_id,
+            device_id=self._exchange.applier.device_id,
+            history=history_of(state),
+            cursor=cursor,
+            have=[(first, last) for first, last in state.have if last > cursor],
+            limit=max(1, min(config.pull_operations_max, server.pull_operations_max)),
+            bytes_max=config.pull_bytes_max,
+            collections=self._exchange.applier.scope(),
+        )
+
+    def _count(self, response: PullResponse, done: int, size: int) -> tuple[int, int]:
+        operations, weight = operations_count(response), payload_bytes(response)
+        self._exchange.result.bytes_pulled += weight
+        if operations:
+            total = done + operations if not response.has_more else None
+            progress = SyncProgress(SyncState.PULLING, done + operations, size + weight, total)
+            self._exchange.progress(progress)
+        return done + operations, size + weight
+
+
+class _GrantChanged(Exception):
+    """A page was made under another grant than the one this device knows."""
+
+    def __init__(self, granted: list[str] | None) -> None:
+        super().__init__(granted)
+        self.granted = granted
+
+
+class FullPull(Enum):
+    """How pulling everything ended."""
+
+    #: The head is reached; what came waits to be published.
+    STAGED = "staged"
+    #: A small first sync: one page, applied at once.
+    APPLIED = "applied"
+    #: The floor moved meanwhile; it starts over (R28).
+    RESTARTED = "restarted"
+
+
+def _endless() -> ServerError:
+    return ServerError(
+        f"the server has still more after {PAGES_MAX} pages; they are kept, so sync again to go "
+        "on from there"
+    )
