@@ -7,6 +7,7 @@ import json
 import random
 import uuid
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from entidb.cli import transfer
 from entidb.cli.rows import Row, infer_cell
 from entidb.cli.words import key_id
 from entidb.db import Database
+from entidb.db.observers import Observers
 from entidb.errors import StorageFullError
 from tests.cli.support import (
     document,
@@ -456,14 +458,14 @@ def test_an_interrupted_import_names_where_to_go_on(
 def test_an_interrupt_behind_a_commit_counts_what_was_committed(
     shop: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    before = Database._deliver
+    before, commits = Observers.deliver, count(1)
 
-    def deliver(database: Database) -> None:
-        before(database)
-        if database.sequence == 2:
+    def deliver(observers: Observers) -> None:
+        before(observers)
+        if next(commits) >= 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Database, "_deliver", deliver)
+    monkeypatch.setattr(Observers, "deliver", deliver)
     result = entidb("import", shop, "t", "-", "--batch", 10, stdin='{"n":1}\n' * 30)
     assert result.exit_code == 130
     assert len(dumped(shop, "t")) == 20 and "--skip 20" in result.stderr

@@ -244,7 +244,7 @@ def test_a_refused_write_tells_nobody_of_the_commits_of_others(
     """An observer that it called would run inside this thread's transaction."""
     told: list[str] = []
     with db.transaction():
-        monkeypatch.setattr(db, "_deliver", lambda: told.append("now"))
+        monkeypatch.setattr(db._observers, "deliver", lambda: told.append("now"))
         with pytest.raises(TransactionError, match="already open"):
             write(db)
         assert told == []

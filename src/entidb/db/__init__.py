@@ -2,12 +2,14 @@
 
 from entidb.db.collection import Collection, ReadCollection, TransactionCollection
 from entidb.db.conditions import Condition, F
-from entidb.db.database import CommitEvent, Database, Snapshot
+from entidb.db.database import Database
 from entidb.db.feed import ChangeEvent, ChangeFeed
 from entidb.db.maintenance import dump, inspect, purge_tombstones
+from entidb.db.observers import CommitEvent
 from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import OverruledValue
 from entidb.db.query import Plan, Query
+from entidb.db.snapshot import Snapshot
 from entidb.db.transaction import Role, Transaction
 
 __all__ = [

@@ -7,12 +7,11 @@ committed as one again; then group after group is committed like a local transac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.db import overruled
+from entidb.db.core import Core
 from entidb.db.fields import Side
 from entidb.db.records import (
     ADOPT,
@@ -29,9 +28,6 @@ from entidb.db.replica import Adopt, decode_record, encode_record
 from entidb.db.transaction import Writes
 from entidb.db.writer import Ref, Writer
 from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_CONTAINERS_MAX
-
-if TYPE_CHECKING:
-    from entidb.db.database import Database
 
 INDEX_ROWS = 10_000
 COMMIT_ROWS = 2_000
@@ -53,12 +49,12 @@ def _sources(adopt: Adopt) -> list[list[int]]:
     return [[*source, int(adopt.compare)][:3] for source in adopt.sources]
 
 
-def has_adoption(database: Database) -> bool:
+def has_adoption(database: Core) -> bool:
     with database.storage.snapshot() as snapshot:
         return snapshot.get(META_ADOPT) is not None
 
 
-def adopt_step(database: Database, *, keeps: bool = True, rows: int = COMMIT_ROWS) -> bool:
+def adopt_step(database: Core, *, keeps: bool = True, rows: int = COMMIT_ROWS) -> bool:
     """One bounded commit of the adoption, of about ``rows`` entities; whether there may be more to
     do. With ``keeps``, what the server has where this device's side is committed again is kept as
     overruled (R4)."""
@@ -96,9 +92,7 @@ def _index(writer: Writer, adopt: Adopt) -> Adopt:
     return replace(adopt, indexed=True)
 
 
-def _commit_groups(
-    database: Database, writer: Writer, adopt: Adopt, keeps: bool, rows: int
-) -> bool:
+def _commit_groups(database: Core, writer: Writer, adopt: Adopt, keeps: bool, rows: int) -> bool:
     keys = writer.snapshot.scan_keys(ADOPT, end_of(ADOPT), limit=rows)
     if not keys:
         return False

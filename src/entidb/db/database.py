@@ -1,9 +1,8 @@
-"""The database: opening, reading, committing, telling observers. The same core on both sides.
+"""The database: what programs hold. Opening, collections, transactions, the feed, observers, scope,
+and care. The same on both sides.
 
-One writer at a time holds the writer lock; readers take snapshots and wait for nobody. What a
-commit contains is decided in ``transaction`` (local writes), ``entidb.sync`` (applying and
-settling) and ``entidb.server`` (pushes); all of them go through ``Database.write``. Checks and
-housekeeping are in ``maintenance``.
+Not here: what all of them stand on (``core``), what a local write becomes (``transaction``), and
+checks and housekeeping (``maintenance``).
 """
 
 from __future__ import annotations
@@ -12,260 +11,57 @@ import os
 import sys
 import uuid
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, overload
-
-from msgspec import Struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, overload
 
 from entidb import cbor
-from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
 from entidb.db.codec import Keep, codec_for
-from entidb.db.collection import Collection, ReadCollection, kept
-from entidb.db.feed import ChangeEvent, ChangeFeed, load_events
-from entidb.db.listeners import add_listener, report_bug
+from entidb.db.collection import Collection, kept
+from entidb.db.core import Core
+from entidb.db.feed import ChangeFeed
+from entidb.db.identity import stored_role
+from entidb.db.listeners import add_listener
+from entidb.db.maintenance import sweep_garbage, verify
+from entidb.db.observers import Observer
 from entidb.db.records import (
-    META_BEGUN,
-    META_CATALOGUE,
     META_COLUMNS,
     META_FORMAT,
-    META_HEAD,
-    META_IDENTITY,
-    SPACED,
-    Head,
-    decode_format,
-    decode_head,
     encode_format,
-    is_spacer,
 )
-from entidb.db.rows import Rows, SnapshotRows
+from entidb.db.rows import SnapshotRows
+from entidb.db.scope import change_local, change_scope, forget_collection
+from entidb.db.settings import check_settings, names_of
+from entidb.db.snapshot import Snapshot
 from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_local
-from entidb.db.writer import STALE_ROWS_MAX, Writer
 from entidb.errors import (
     ConfigError,
-    CorruptionError,
-    DatabaseClosedError,
     DatabaseLockedError,
-    FormatError,
     ScopeError,
-    StorageError,
     TransactionError,
 )
-from entidb.storage import MemoryStorage, Storage, open_storage
-from entidb.storage import Snapshot as StorageSnapshot
-from entidb.storage.regions import spacers_of
-from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
+from entidb.storage import MemoryStorage, open_storage
+from entidb.storage.turns import Turn
 from entidb.types import (
     SEQUENCE_MAX,
-    TRANSACTION_BYTES_MAX,
-    Clock,
-    Entropy,
-    IdSource,
-    SystemClock,
     check_bool,
-    check_int,
     check_name,
-    check_number,
-    next_timestamp,
     path_text,
-    system_entropy,
-    timestamp_from_ms,
 )
 
 V = TypeVar("V")
 
-#: Bounds that only keep a typo from going unnoticed; ``map_bytes``: what a process can address.
-_MAP_BYTES_MAX = 1 << 46
-_TRANSACTION_BYTES_LIMIT = 1 << 30
-_BUSY_TIMEOUT_MAX_S = 7 * 24 * 3600.0
-_STALE_ROWS_LIMIT = 10_000_000
 #: Names of the columns of one collection that are worth remembering.
 COLUMNS_BYTES_MAX = 64 << 10
-#: By so much a server's clock may go back, and what it writes is still later than what it wrote.
-CLOCK_BACK_MS = 60_000
 
 
-class CommitEvent(Struct, frozen=True):
-    """What observers are called with, once per storage commit that changed what readers see.
-    ``origin`` is ``"local"`` or ``"sync"``."""
-
-    sequence: int
-    origin: str
-    events: list[ChangeEvent]
-
-
-Observer = Callable[[CommitEvent], None]
-
-
-class Snapshot:
-    """One unchanging view of the whole database. Close it, or use it as a context manager."""
-
-    def __init__(self, rows: SnapshotRows) -> None:
-        self._rows = rows
-        raw = rows.snapshot.get(META_HEAD)
-        #: The newest commit this snapshot contains.
-        self.sequence = 0 if raw is None else decode_head(raw).sequence
-
-    @overload
-    def collection(self, name: str) -> ReadCollection[Any]: ...
-
-    @overload
-    def collection(self, name: str, type: type[V]) -> ReadCollection[V]: ...
-
-    def collection(self, name: str, type: type[Any] | None = None) -> ReadCollection[Any]:
-        check_name(name)
-        return ReadCollection(name, codec_for(type), self._open)
-
-    def __getitem__(self, name: str) -> ReadCollection[Any]:
-        """``snapshot["notes"]`` is ``snapshot.collection("notes")``."""
-        return self.collection(name)
-
-    def collections(self) -> list[str]:
-        return sorted(self._rows.catalogue.by_name)
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._rows.snapshot.close()
-
-    def __enter__(self) -> Snapshot:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    @contextmanager
-    def _open(self) -> Iterator[Rows]:
-        yield self._rows
-
-
-class _OpenRows:
-    """Context manager of one short read; a class because it is entered for every ``get``."""
-
-    __slots__ = ("_database", "_snapshot")
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def __enter__(self) -> SnapshotRows:
-        self._snapshot = snapshot = self._database.storage.snapshot()
-        try:
-            return SnapshotRows(snapshot, self._database.read_catalogue(snapshot))
-        except BaseException:
-            snapshot.close()
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        self._snapshot.close()
-
-
-class _WriteBlock:
-    """Context manager of ``Database.write``; a class because its end may not be missed."""
-
-    __slots__ = ("__weakref__", "_database", "_leaving", "_origin", "_snapshot", "_turn", "_writer")
-
-    def __init__(self, database: Database, origin: str) -> None:
-        self._leaving: weakref.ref[Any] | None = None
-        self._database = database
-        self._origin = origin
-        self._snapshot: StorageSnapshot | None = None
-        self._turn = Turn()
-
-    def __enter__(self) -> Writer:
-        database = self._database
-        try:
-            enter_block(self._turn, self._leaving)
-            database._take(self._turn)
-            self._snapshot = snapshot = database.storage.snapshot()
-            self._writer = database._writer(database._rows_to_write(snapshot))
-            return self._writer
-        except BaseException:
-            self._end()
-            raise
-
-    def _leave(self, kind: object, *rest: object) -> None:
-        try:
-            if kind is None:
-                self._database._begin_commit(self._turn)
-                self._database._store(self._writer, self._origin)
-            self._end()
-            if kind is None:
-                self._database._deliver()
-        except BaseException:
-            self._end()
-            if kind is None:
-                # What was committed before an interrupt, or by an observer that raised one.
-                self._database._deliver()
-            raise
-
-    def _end(self) -> None:
-        if self._snapshot is not None:
-            self._snapshot.close()
-        self._database._turns.give_back(self._turn)
-
-    if TYPE_CHECKING:
-
-        def __exit__(self, kind: object, *rest: object) -> None: ...
-
-    else:
-        __exit__ = EndOfBlock()
-
-
-class Database:
+class Database(Core):
     """An embedded, transactional entity database.
 
     ``Database.open(path)`` opens or creates one in a directory, ``Database.in_memory()`` one that
     is gone when it is closed. Thread-safe; one process at a time.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        *,
-        role: Role = Role.DEVICE,
-        create: bool = True,
-        clock: Clock | None = None,
-        entropy: Entropy = system_entropy,
-        transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
-        busy_timeout_s: float = 60.0,
-        stale_rows_max: int = STALE_ROWS_MAX,
-        where: str = "this store",
-        read_only: bool = False,
-    ) -> None:
-        """A database on an open ``storage``, which it owns from now on. Programs use ``open``.
-
-        ``role`` matters when the store is new; an existing one keeps its own, and
-        ``ConfigError`` says so if ``role`` is another, or which setting cannot be. Raises
-        ``FormatError``.
-        """
-        _check_settings(
-            transaction_bytes_max=transaction_bytes_max,
-            busy_timeout_s=busy_timeout_s,
-            stale_rows_max=stale_rows_max,
-        )
-        self.storage = storage
-        self.clock: Clock = clock or SystemClock()
-        self.entropy = entropy
-        self.transaction_bytes_max = transaction_bytes_max
-        self.where = where
-        self._read_only = read_only
-        self._ids = IdSource(self.clock, entropy)
-        self._busy_timeout_s = busy_timeout_s
-        self._stale_rows_max = stale_rows_max
-        self._turns = Turns()
-        self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
-        #: Head and catalogue of the last commit, for whoever has the turn; None: not known.
-        self._head_cache: bytes | None = None
-        self._committed_catalogue: Catalogue | None = None
-        #: Moves before and after every attempt to commit: what was read while it stood still is
-        #: still true while it has not moved (R17).
-        self.commit_mark = 0
-        self._observers: list[Observer] = []
-        self._deliveries: deque[CommitEvent] = deque()
-        self._delivering = Turns()
-        self._engine: object | None = None
-        self._closed = False
-        self._load(role, create)
+    _engine: object | None = None
 
     @classmethod
     def open(
@@ -297,14 +93,14 @@ class Database:
         where = path_text(path)
         check_bool("salvage", salvage)
         check_bool("read_only", read_only)
-        _check_settings(map_bytes=map_bytes, **options)
+        check_settings(map_bytes=map_bytes, **options)
         create = create and not read_only
         storage = open_storage(
             where, create=create, map_bytes=map_bytes, salvage=salvage, read_only=read_only
         )
         try:
             if role is None:
-                role = _stored_role(storage)
+                role = stored_role(storage)
             options |= {"where": where, "read_only": read_only}
             return cls(storage, role=role, create=create, **options)
         except BaseException:
@@ -377,18 +173,13 @@ class Database:
             raise ConfigError(
                 f"after must be the number of a commit, as `cursor` gives it, not {given!r:.60}"
             )
-        chosen = None if collections is None else _names(collections)
+        chosen = None if collections is None else names_of(collections)
         return ChangeFeed(self._open_rows, min(max(after, 0), SEQUENCE_MAX), chosen)
 
     @property
     def sequence(self) -> int:
         """The newest commit sequence."""
         return self.read_head().sequence
-
-    def read_head(self) -> Head:
-        with self.storage.snapshot() as snapshot:
-            raw = snapshot.get(META_HEAD)
-        return Head() if raw is None else decode_head(raw)
 
     # ------------------------------------------------------------ writing
 
@@ -420,7 +211,7 @@ class Database:
         assert isinstance(rows, SnapshotRows)
         rows.snapshot.close()
         self._turns.give_back(tx._turn)
-        self._deliver()
+        self._observers.deliver()
 
     def _commit_transaction(self, tx: Transaction) -> int:
         self._begin_commit(tx._turn)
@@ -456,25 +247,6 @@ class Database:
             commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
         return made
 
-    def write(self, origin: str = "sync") -> AbstractContextManager[Writer]:
-        """Stage one storage commit of any kind; committed when the block ends, dropped when it
-        raises. For the sync engine and the server; programs use ``transaction``."""
-        return _WriteBlock(self, origin)
-
-    @contextmanager
-    def view(self) -> Iterator[Writer]:
-        """The same reading methods as ``write`` gives, on a snapshot, without a lock; what is
-        staged in it is dropped."""
-        with self._open_rows() as rows:
-            raw = rows.snapshot.get(META_HEAD)
-            yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, 0)
-
-    def commit_writes(self, writer: Writer, writes: Writes) -> int:
-        """Stage a local transaction with a new id within ``writer``; returns its sequence."""
-        if not writes:
-            return 0
-        return commit_local(writer, self.role, writes, self._ids.new_bytes(), self._tick(writer))
-
     def column_order(self, name: str) -> list[str]:
         """In which order an imported file had the fields of collection ``name``; canonical CBOR
         keeps none. Empty if nobody knows. Of this device alone."""
@@ -495,74 +267,6 @@ class Database:
             known = {} if raw is None else cbor.decode_trusted(raw)
             writer.put(META_COLUMNS, cbor.encode({**known, name: order}))
 
-    def begin_history(self, times_max: int, within_ms: int) -> bool:
-        """Give a server's database a new history (R29), in one commit; whether it was done: more
-        than ``times_max`` times within ``within_ms`` it is not. Entities, versions and ids stay.
-        The times stand in the database, so whoever puts its files back puts them back too."""
-        with self.write() as writer:
-            since, now = writer.now_ms - within_ms, writer.now_ms
-            raw = writer.get(META_BEGUN)
-            times = [] if raw is None else cbor.decode_trusted(raw)
-            # One from beyond the present is a wrong clock's.
-            times = [time for time in times if since < time <= now]
-            if len(times) >= times_max:
-                return False
-            stored = writer.get(META_IDENTITY)
-            assert stored is not None, "a database that is open has an identity"
-            identity = {**cbor.decode_trusted(stored), "history": self.entropy(16)}
-            writer.put(META_IDENTITY, cbor.encode(identity))
-            writer.put(META_BEGUN, cbor.encode([*times, now]))
-        self._take_identity(identity)
-        return True
-
-    def _rows_to_write(self, snapshot: StorageSnapshot) -> SnapshotRows:
-        """For whoever has the turn: nobody has committed since the last one who had it did."""
-        catalogue = self._committed_catalogue
-        if catalogue is None:
-            catalogue = self.read_catalogue(snapshot)
-        return SnapshotRows(snapshot, catalogue)
-
-    def _writer(self, rows: SnapshotRows) -> Writer:
-        raw = self._head_cache
-        if raw is None:
-            raw = rows.snapshot.get(META_HEAD)
-        now = self.clock.now_ms()
-        slack = self._stale_rows_max
-        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, now, slack)
-
-    def _tick(self, writer: Writer) -> int:
-        last = writer.head.timestamp
-        if self.role is Role.SERVER and last > timestamp_from_ms(writer.now_ms + CLOCK_BACK_MS):
-            # Nobody tells a server what time it is, so a time far beyond its clock is one from when
-            # that was wrong (R27). Small steps back are made up for as anywhere.
-            last = 0
-        writer.head.timestamp = next_timestamp(writer.now_ms, last)
-        return writer.head.timestamp
-
-    def _store(self, writer: Writer, origin: str) -> None:
-        changes = writer.finish()
-        if not changes:
-            return
-        # A map that has to grow waits for open snapshots, so this one must not be among them.
-        writer.snapshot.close()
-        # R17: whatever the commit does, nothing is answered from memory until it has worked.
-        self._head_cache = self._committed_catalogue = None
-        try:
-            self.commit_mark += 1
-            self.storage.commit(changes)
-            self.commit_mark += 1
-        except BaseException:
-            self.commit_mark += 1
-            raise
-        self._head_cache = writer.encoded_head
-        self._committed_catalogue = writer.catalogue
-        raw = changes.get(META_CATALOGUE)
-        if raw is not None:
-            # Readers need not decode what was in hand a moment ago.
-            self._catalogue_cache = raw, writer.catalogue
-        if self._observers and (rows := writer.feed_rows()):
-            self._deliveries.append(self._describe(writer.head.sequence, rows, origin))
-
     # ------------------------------------------------------------ observers
 
     def observe(self, observer: Observer) -> Callable[[], None]:
@@ -573,55 +277,11 @@ class Database:
         and the commit returns: it is durable and cannot fail any more. (Ctrl-C and other
         ``BaseException`` go on to whoever commits, after the other observers.) Raises
         ``ConfigError`` for what cannot be called, and for an ``async def``."""
-        return add_listener(self._observers, observer, "observe")
+        return add_listener(self._observers.listeners, observer, "observe")
 
     def tells_observers(self, thread: int | None) -> bool:
         """Whether ``thread`` is calling observers now."""
-        return any(turn.thread == thread for turn in self._delivering.first())
-
-    @property
-    def in_transaction(self) -> bool:
-        """Whether this thread has a transaction open, or waits for one."""
-        return self._turns.mine() is not None
-
-    def _describe(
-        self, sequence: int, feed: list[tuple[tuple[int, int, bytes], bytes]], origin: str
-    ) -> CommitEvent:
-        with self._open_rows() as rows:
-            entities = [place for place, _ in feed if place[1]]
-            events = load_events(rows.snapshot, rows.catalogue, entities)
-        for place, record in feed:
-            if not place[1]:
-                names = cbor.decode_trusted(record)
-                events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
-        return CommitEvent(sequence, origin, events)
-
-    def _deliver(self) -> None:
-        # Commits made by an observer queue up and are delivered by the loop that is running.
-        while self._deliveries and self._delivering.idle():
-            turn = Turn()
-            try:
-                if not self._delivering.take(turn, 0):
-                    return
-                while self._deliveries:
-                    self._call_observers(self._deliveries.popleft())
-                self._delivering.give_back(turn)
-            except BaseException:
-                self._delivering.give_back(turn)
-                raise
-
-    def _call_observers(self, event: CommitEvent) -> None:
-        self._call_each(iter(list(self._observers)), event)
-
-    def _call_each(self, observers: Iterator[Observer], event: CommitEvent) -> None:
-        for observer in observers:
-            try:
-                observer(event)
-            except Exception as error:
-                report_bug(error, observer)
-            except BaseException:
-                self._call_each(observers, event)
-                raise
+        return self._observers.is_called_by(thread)
 
     # ------------------------------------------------------------ scope and engine
 
@@ -640,8 +300,6 @@ class Database:
                 f"collection {name!r} is local on this server and devices have pulled past it; "
                 "copy its entities into another collection to share them"
             )
-        from entidb.db.scope import change_local
-
         with self.write("local") as writer:
             change_local(writer, name, local)
 
@@ -657,11 +315,9 @@ class Database:
         Widening makes what is already in the new collections pending and pulls them from the
         beginning at the next sync; narrowing keeps the local data. Raises ``ScopeError`` if a
         collection that would leave has pending changes; ``ConfigError`` for what are no names."""
-        from entidb.db.scope import change_scope
-
         if self.role is Role.SERVER:
             raise ScopeError("a server has no scope; declare_local() keeps a collection on it")
-        wanted = None if collections is None else _names(collections)
+        wanted = None if collections is None else names_of(collections)
         if wanted == self.scope:
             return
         with self.write("local") as writer:
@@ -672,8 +328,6 @@ class Database:
         scope left behind, or a local collection. Readers get a ``reset`` event.
 
         Raises ``ScopeError`` for a collection that synchronises."""
-        from entidb.db.scope import forget_collection
-
         check_name(name)
         with self.write("local") as writer:
             forget_collection(writer, name)
@@ -695,16 +349,12 @@ class Database:
     def verify(self) -> list[str]:
         """Check every record, checksum and cross-reference; returns the faults found, one line
         each, empty when all is well."""
-        from entidb.db.maintenance import verify
-
         return verify(self)
 
     def compact(self) -> None:
         """Empty what was replaced and give unused room back to the file system."""
         if self._read_only:
             raise self._no_writing()
-        from entidb.db.maintenance import sweep_garbage
-
         while sweep_garbage(self):
             continue
         self.storage.compact()
@@ -744,151 +394,3 @@ class Database:
 
     def __repr__(self) -> str:
         return f"<Database {self.where!r} {self.role.value}>"
-
-    # ------------------------------------------------------------ inside
-
-    def _open_rows(self) -> _OpenRows:
-        return _OpenRows(self)
-
-    def read_catalogue(self, snapshot: Any) -> Catalogue:
-        """The catalogue of ``snapshot``; decoding is skipped while it has not changed."""
-        raw = snapshot.get(META_CATALOGUE)
-        cached = self._catalogue_cache
-        if raw == cached[0]:
-            return cached[1]
-        catalogue = empty_catalogue() if raw is None else decode_catalogue(raw)
-        self._catalogue_cache = (raw or b"", catalogue)
-        return catalogue
-
-    def _take(self, turn: Turn) -> None:
-        """It is ``turn``'s turn to write. ``give_back`` is the caller's, whatever this raises."""
-        if self._closed:
-            raise DatabaseClosedError(f"{self.where} is closed; open it again to use it")
-        if self._read_only:
-            raise self._no_writing()
-        if self._turns.mine() is not None:
-            raise TransactionError(
-                "a transaction is already open in this thread; write through it "
-                "(`tx.collection(name)`), or commit it first"
-            )
-        if not self._turns.take(turn, self._busy_timeout_s):
-            raise TransactionError(
-                f"another thread's transaction on {self.where} has been open for more than "
-                f"{self._busy_timeout_s:g} s; keep transactions short",
-                code="busy",
-            )
-
-    def _no_writing(self) -> TransactionError:
-        return TransactionError(
-            f"{self.where} was opened only to read; open it without read_only to write"
-        )
-
-    def _begin_commit(self, turn: Turn) -> None:
-        turn.committing = True
-        if turn.void or not self._turns.has(turn):
-            raise TransactionError(
-                "this transaction was aborted when its block was left or its database closed; "
-                "begin another"
-            )
-
-    def _load(self, role: Role, create: bool) -> None:
-        with self.storage.snapshot() as snapshot:
-            raw_format = snapshot.get(META_FORMAT)
-            empty = raw_format is None and not any(
-                not is_spacer(key) for key in snapshot.scan_keys(b"\0", b"\xff", limit=100)
-            )
-            raw_identity = snapshot.get(META_IDENTITY)
-            raw_head = snapshot.get(META_HEAD)
-        if empty:
-            if not create:
-                raise FormatError(f"{self.where} holds no EntiDB database")
-            self._initialise(role)
-            return
-        backup = decode_format(raw_format, self.where)
-        self._head_cache = raw_head or Head().encode()
-        if raw_identity is None:
-            raise FormatError(f"{self.where} has no identity record; restore it from a backup")
-        identity = cbor.decode_trusted(raw_identity)
-        self._take_identity(identity)
-        if self.role is not role:
-            raise ConfigError(
-                f"{self.where} is a {self.role.value} database, not a {role.value} one; "
-                "give another directory"
-            )
-        if backup and not self._read_only:
-            self._leave_backup(identity)
-
-    def _initialise(self, role: Role) -> None:
-        identity = {
-            "role": role.value,
-            "device_id": self.entropy(16),
-            "created_ms": self.clock.now_ms(),
-            "history": self.entropy(16) if role is Role.SERVER else None,
-        }
-        first, rows = spacers_of(self.storage, SPACED)
-        # Who dies behind this leaves what ``_load`` takes for empty.
-        self.storage.commit(first)
-        rows |= {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
-        self.storage.commit(rows)
-        self._take_identity(identity)
-
-    def _leave_backup(self, identity: dict[str, Any]) -> None:
-        """A copy comes to life: a server's begins a new history, so that devices notice (R29)."""
-        if self.role is Role.SERVER:
-            identity["history"] = self.entropy(16)
-        self.storage.commit({META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)})
-        self._take_identity(identity)
-
-    def _take_identity(self, identity: dict[str, Any]) -> None:
-        try:
-            self.role = Role(identity["role"])
-            #: 16 bytes that name this database in what it writes (R30).
-            self.device_id: bytes = identity["device_id"]
-            self.created_ms: int = identity["created_ms"]
-            #: A server database's history (R29); None on a device.
-            self.history: bytes | None = identity["history"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise _no_identity() from error
-
-
-def _check_settings(
-    *,
-    map_bytes: int | None = None,
-    transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
-    busy_timeout_s: float = 0.0,
-    stale_rows_max: int = STALE_ROWS_MAX,
-    **others: Any,
-) -> None:
-    """Raises ``ConfigError``; ``others`` are the constructor's to judge."""
-    if map_bytes is not None:
-        check_int("map_bytes", map_bytes, 1, _MAP_BYTES_MAX)
-    check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)
-    check_number("busy_timeout_s", busy_timeout_s, 0.0, _BUSY_TIMEOUT_MAX_S)
-    check_int("stale_rows_max", stale_rows_max, 0, _STALE_ROWS_LIMIT)
-
-
-def _names(collections: Iterable[str]) -> frozenset[str]:
-    """Raises ``ConfigError``, ``InvalidNameError``."""
-    if isinstance(collections, str | bytes) or not isinstance(collections, Iterable):
-        raise ConfigError(
-            f"collections must be several names or None, not {collections!r:.60}: write ('notes',)"
-        )
-    names = list(collections)
-    for name in names:
-        check_name(name)
-    return frozenset(names)
-
-
-def _stored_role(storage: Storage) -> Role:
-    with storage.snapshot() as snapshot:
-        raw = snapshot.get(META_IDENTITY)
-    if raw is None:
-        return Role.DEVICE
-    try:
-        return Role(cbor.decode_trusted(raw)["role"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _no_identity() from error
-
-
-def _no_identity() -> StorageError:
-    return CorruptionError("the identity record cannot be read; restore a backup")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from operator import lt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from entidb import cbor
+from entidb.db.core import Core
 from entidb.db.overruled import read_head, values_of
 from entidb.db.records import (
     ACCEPTED,
@@ -57,9 +58,6 @@ from entidb.db.replica import Adopt, decode_record
 from entidb.db.writer import Ref, Writer
 from entidb.errors import CorruptionError, EntiDBError
 
-if TYPE_CHECKING:
-    from entidb.db.database import Database
-
 SWEEP_ROWS = 5_000
 PURGE_ROWS = 5_000
 #: One clock mark an hour is fine enough for a retention of days; and so many in one of less.
@@ -72,7 +70,7 @@ _PENDINGS_KEPT = 64
 # ---------------------------------------------------------------- replaced tables
 
 
-def sweep_garbage(database: Database) -> bool:
+def sweep_garbage(database: Core) -> bool:
     """Empty a bounded part of the tables that were replaced; whether there may be more."""
     with database.view() as view:
         if not _sweepable(view):
@@ -125,7 +123,7 @@ def mark_clock(writer: Writer, every_ms: int = CLOCK_MARK_MS) -> None:
         writer.put(CLOCK_MARK + pack_u64(writer.now_ms), pack_u64(writer.head.sequence))
 
 
-def sequence_at(database: Database, time_ms: int) -> int:
+def sequence_at(database: Core, time_ms: int) -> int:
     """The newest commit sequence known to be at least as old as ``time_ms``; 0 if none is."""
     if time_ms <= 0:
         return 0
@@ -136,7 +134,7 @@ def sequence_at(database: Database, time_ms: int) -> int:
     return unpack_u64(found[0][1]) if found else 0
 
 
-def purge_tombstones(database: Database, up_to: int) -> int:
+def purge_tombstones(database: Core, up_to: int) -> int:
     """Forget tombstones with a sequence of at most ``up_to``, and the ids of transactions
     accepted before; the floor moves in the same commits (R28). Returns how many went.
 
@@ -188,7 +186,7 @@ def _purge_row(writer: Writer, key: bytes) -> int:
     return 1
 
 
-def _forget_accepted(database: Database) -> None:
+def _forget_accepted(database: Core) -> None:
     """R14: ids are remembered at least as long as tombstones are."""
     start = ACCEPTED
     while True:
@@ -203,7 +201,7 @@ def _forget_accepted(database: Database) -> None:
         start = rows[-1][0] + b"\0"
 
 
-def _forget_clock_marks(database: Database) -> None:
+def _forget_clock_marks(database: Core) -> None:
     with database.write() as writer:
         floor = read_floor(writer)
         rows = writer.snapshot.scan(CLOCK_MARK, end_of(CLOCK_MARK), limit=PURGE_ROWS)
@@ -215,7 +213,7 @@ def _forget_clock_marks(database: Database) -> None:
 # ---------------------------------------------------------------- verify
 
 
-def verify(database: Database) -> list[str]:
+def verify(database: Core) -> list[str]:
     """Every fault found, one line each. Reads everything once, on one snapshot."""
     faults = list(database.storage.verify())
     if faults:
@@ -426,7 +424,7 @@ class _Verify:
 # ---------------------------------------------------------------- dump
 
 
-def dump(database: Database) -> Iterator[tuple[str, bytes, int, bytes]]:
+def dump(database: Core) -> Iterator[tuple[str, bytes, int, bytes]]:
     """(collection, id, version, payload) of every synchronised entity, in order: what must be
     byte for byte the same on the server and on every device that is in step with it."""
     with database.view() as view:
@@ -442,7 +440,7 @@ def dump(database: Database) -> Iterator[tuple[str, bytes, int, bytes]]:
                 start = page[-1][0] + b"\0"
 
 
-def inspect(database: Database) -> dict[str, Any]:
+def inspect(database: Core) -> dict[str, Any]:
     """What is in this database, for people and for ``entidb inspect``: sizes in bytes."""
     with database.view() as view:
         state = view.sync_state

@@ -1,0 +1,389 @@
+"""The core of a database: its storage, whose turn it is to write, one commit at a time, and what
+may be remembered between two.
+
+One writer at a time holds the writer lock; readers take snapshots and wait for nobody. What a
+commit contains is decided in ``transaction`` (local writes), ``entidb.sync`` (applying and
+settling) and ``entidb.server`` (pushes); all of them go through ``Core.write``.
+
+Not here: what programs hold (``database``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from entidb import cbor
+from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
+from entidb.db.identity import no_identity
+from entidb.db.observers import Observers
+from entidb.db.records import (
+    META_BEGUN,
+    META_CATALOGUE,
+    META_FORMAT,
+    META_HEAD,
+    META_IDENTITY,
+    SPACED,
+    Head,
+    decode_format,
+    decode_head,
+    encode_format,
+    is_spacer,
+)
+from entidb.db.rows import SnapshotRows
+from entidb.db.settings import check_settings
+from entidb.db.transaction import Role, Writes, commit_local
+from entidb.db.writer import STALE_ROWS_MAX, Writer
+from entidb.errors import (
+    ConfigError,
+    DatabaseClosedError,
+    FormatError,
+    TransactionError,
+)
+from entidb.storage import Snapshot as StorageSnapshot
+from entidb.storage import Storage
+from entidb.storage.regions import spacers_of
+from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
+from entidb.types import (
+    TRANSACTION_BYTES_MAX,
+    Clock,
+    Entropy,
+    IdSource,
+    SystemClock,
+    next_timestamp,
+    system_entropy,
+    timestamp_from_ms,
+)
+
+#: By so much a server's clock may go back, and what it writes is still later than what it wrote.
+CLOCK_BACK_MS = 60_000
+
+
+class _OpenRows:
+    """Context manager of one short read; a class because it is entered for every ``get``."""
+
+    __slots__ = ("_database", "_snapshot")
+
+    def __init__(self, database: Core) -> None:
+        self._database = database
+
+    def __enter__(self) -> SnapshotRows:
+        self._snapshot = snapshot = self._database.storage.snapshot()
+        try:
+            return SnapshotRows(snapshot, self._database.read_catalogue(snapshot))
+        except BaseException:
+            snapshot.close()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._snapshot.close()
+
+
+class _WriteBlock:
+    """Context manager of ``Database.write``; a class because its end may not be missed."""
+
+    __slots__ = ("__weakref__", "_database", "_leaving", "_origin", "_snapshot", "_turn", "_writer")
+
+    def __init__(self, database: Core, origin: str) -> None:
+        self._leaving: weakref.ref[Any] | None = None
+        self._database = database
+        self._origin = origin
+        self._snapshot: StorageSnapshot | None = None
+        self._turn = Turn()
+
+    def __enter__(self) -> Writer:
+        database = self._database
+        try:
+            enter_block(self._turn, self._leaving)
+            database._take(self._turn)
+            self._snapshot = snapshot = database.storage.snapshot()
+            self._writer = database._writer(database._rows_to_write(snapshot))
+            return self._writer
+        except BaseException:
+            self._end()
+            raise
+
+    def _leave(self, kind: object, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._database._begin_commit(self._turn)
+                self._database._store(self._writer, self._origin)
+            self._end()
+            if kind is None:
+                self._database._observers.deliver()
+        except BaseException:
+            self._end()
+            if kind is None:
+                # What was committed before an interrupt, or by an observer that raised one.
+                self._database._observers.deliver()
+            raise
+
+    def _end(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.close()
+        self._database._turns.give_back(self._turn)
+
+    if TYPE_CHECKING:
+
+        def __exit__(self, kind: object, *rest: object) -> None: ...
+
+    else:
+        __exit__ = EndOfBlock()
+
+
+class Core:
+    """What reading and committing need of a database, for all that is built on it."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        role: Role = Role.DEVICE,
+        create: bool = True,
+        clock: Clock | None = None,
+        entropy: Entropy = system_entropy,
+        transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
+        busy_timeout_s: float = 60.0,
+        stale_rows_max: int = STALE_ROWS_MAX,
+        where: str = "this store",
+        read_only: bool = False,
+    ) -> None:
+        """A database on an open ``storage``, which it owns from now on. Programs use ``open``.
+
+        ``role`` matters when the store is new; an existing one keeps its own, and
+        ``ConfigError`` says so if ``role`` is another, or which setting cannot be. Raises
+        ``FormatError``.
+        """
+        check_settings(
+            transaction_bytes_max=transaction_bytes_max,
+            busy_timeout_s=busy_timeout_s,
+            stale_rows_max=stale_rows_max,
+        )
+        self.storage = storage
+        self.clock: Clock = clock or SystemClock()
+        self.entropy = entropy
+        self.transaction_bytes_max = transaction_bytes_max
+        self.where = where
+        self._read_only = read_only
+        self._ids = IdSource(self.clock, entropy)
+        self._busy_timeout_s = busy_timeout_s
+        self._stale_rows_max = stale_rows_max
+        self._turns = Turns()
+        self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
+        #: Head and catalogue of the last commit, for whoever has the turn; None: not known.
+        self._head_cache: bytes | None = None
+        self._committed_catalogue: Catalogue | None = None
+        #: Moves before and after every attempt to commit: what was read while it stood still is
+        #: still true while it has not moved (R17).
+        self.commit_mark = 0
+        self._observers = Observers()
+        self._closed = False
+        self._load(role, create)
+
+    # ---- reading
+
+    def read_head(self) -> Head:
+        with self.storage.snapshot() as snapshot:
+            raw = snapshot.get(META_HEAD)
+        return Head() if raw is None else decode_head(raw)
+
+    @contextmanager
+    def view(self) -> Iterator[Writer]:
+        """The same reading methods as ``write`` gives, on a snapshot, without a lock; what is
+        staged in it is dropped."""
+        with self._open_rows() as rows:
+            raw = rows.snapshot.get(META_HEAD)
+            yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, 0)
+
+    def _open_rows(self) -> _OpenRows:
+        return _OpenRows(self)
+
+    def read_catalogue(self, snapshot: Any) -> Catalogue:
+        """The catalogue of ``snapshot``; decoding is skipped while it has not changed."""
+        raw = snapshot.get(META_CATALOGUE)
+        cached = self._catalogue_cache
+        if raw == cached[0]:
+            return cached[1]
+        catalogue = empty_catalogue() if raw is None else decode_catalogue(raw)
+        self._catalogue_cache = (raw or b"", catalogue)
+        return catalogue
+
+    # ---- writing
+
+    def write(self, origin: str = "sync") -> AbstractContextManager[Writer]:
+        """Stage one storage commit of any kind; committed when the block ends, dropped when it
+        raises. For the sync engine and the server; programs use ``transaction``."""
+        return _WriteBlock(self, origin)
+
+    def commit_writes(self, writer: Writer, writes: Writes) -> int:
+        """Stage a local transaction with a new id within ``writer``; returns its sequence."""
+        if not writes:
+            return 0
+        return commit_local(writer, self.role, writes, self._ids.new_bytes(), self._tick(writer))
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread has a transaction open, or waits for one."""
+        return self._turns.mine() is not None
+
+    def _take(self, turn: Turn) -> None:
+        """It is ``turn``'s turn to write. ``give_back`` is the caller's, whatever this raises."""
+        if self._closed:
+            raise DatabaseClosedError(f"{self.where} is closed; open it again to use it")
+        if self._read_only:
+            raise self._no_writing()
+        if self._turns.mine() is not None:
+            raise TransactionError(
+                "a transaction is already open in this thread; write through it "
+                "(`tx.collection(name)`), or commit it first"
+            )
+        if not self._turns.take(turn, self._busy_timeout_s):
+            raise TransactionError(
+                f"another thread's transaction on {self.where} has been open for more than "
+                f"{self._busy_timeout_s:g} s; keep transactions short",
+                code="busy",
+            )
+
+    def _no_writing(self) -> TransactionError:
+        return TransactionError(
+            f"{self.where} was opened only to read; open it without read_only to write"
+        )
+
+    def _rows_to_write(self, snapshot: StorageSnapshot) -> SnapshotRows:
+        """For whoever has the turn: nobody has committed since the last one who had it did."""
+        catalogue = self._committed_catalogue
+        if catalogue is None:
+            catalogue = self.read_catalogue(snapshot)
+        return SnapshotRows(snapshot, catalogue)
+
+    def _writer(self, rows: SnapshotRows) -> Writer:
+        raw = self._head_cache
+        if raw is None:
+            raw = rows.snapshot.get(META_HEAD)
+        now = self.clock.now_ms()
+        slack = self._stale_rows_max
+        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, now, slack)
+
+    def _tick(self, writer: Writer) -> int:
+        last = writer.head.timestamp
+        if self.role is Role.SERVER and last > timestamp_from_ms(writer.now_ms + CLOCK_BACK_MS):
+            # Nobody tells a server what time it is, so a time far beyond its clock is one from when
+            # that was wrong (R27). Small steps back are made up for as anywhere.
+            last = 0
+        writer.head.timestamp = next_timestamp(writer.now_ms, last)
+        return writer.head.timestamp
+
+    def _begin_commit(self, turn: Turn) -> None:
+        turn.committing = True
+        if turn.void or not self._turns.has(turn):
+            raise TransactionError(
+                "this transaction was aborted when its block was left or its database closed; "
+                "begin another"
+            )
+
+    def _store(self, writer: Writer, origin: str) -> None:
+        changes = writer.finish()
+        if not changes:
+            return
+        # A map that has to grow waits for open snapshots, so this one must not be among them.
+        writer.snapshot.close()
+        # R17: whatever the commit does, nothing is answered from memory until it has worked.
+        self._head_cache = self._committed_catalogue = None
+        try:
+            self.commit_mark += 1
+            self.storage.commit(changes)
+            self.commit_mark += 1
+        except BaseException:
+            self.commit_mark += 1
+            raise
+        self._head_cache = writer.encoded_head
+        self._committed_catalogue = writer.catalogue
+        raw = changes.get(META_CATALOGUE)
+        if raw is not None:
+            # Readers need not decode what was in hand a moment ago.
+            self._catalogue_cache = raw, writer.catalogue
+        if self._observers.listeners and (rows := writer.feed_rows()):
+            self._observers.tell(self._open_rows(), writer.head.sequence, rows, origin)
+
+    # ---- identity
+
+    def _load(self, role: Role, create: bool) -> None:
+        with self.storage.snapshot() as snapshot:
+            raw_format = snapshot.get(META_FORMAT)
+            empty = raw_format is None and not any(
+                not is_spacer(key) for key in snapshot.scan_keys(b"\0", b"\xff", limit=100)
+            )
+            raw_identity = snapshot.get(META_IDENTITY)
+            raw_head = snapshot.get(META_HEAD)
+        if empty:
+            if not create:
+                raise FormatError(f"{self.where} holds no EntiDB database")
+            self._initialise(role)
+            return
+        backup = decode_format(raw_format, self.where)
+        self._head_cache = raw_head or Head().encode()
+        if raw_identity is None:
+            raise FormatError(f"{self.where} has no identity record; restore it from a backup")
+        identity = cbor.decode_trusted(raw_identity)
+        self._take_identity(identity)
+        if self.role is not role:
+            raise ConfigError(
+                f"{self.where} is a {self.role.value} database, not a {role.value} one; "
+                "give another directory"
+            )
+        if backup and not self._read_only:
+            self._leave_backup(identity)
+
+    def _initialise(self, role: Role) -> None:
+        identity = {
+            "role": role.value,
+            "device_id": self.entropy(16),
+            "created_ms": self.clock.now_ms(),
+            "history": self.entropy(16) if role is Role.SERVER else None,
+        }
+        first, rows = spacers_of(self.storage, SPACED)
+        # Who dies behind this leaves what ``_load`` takes for empty.
+        self.storage.commit(first)
+        rows |= {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
+        self.storage.commit(rows)
+        self._take_identity(identity)
+
+    def _leave_backup(self, identity: dict[str, Any]) -> None:
+        """A copy comes to life: a server's begins a new history, so that devices notice (R29)."""
+        if self.role is Role.SERVER:
+            identity["history"] = self.entropy(16)
+        self.storage.commit({META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)})
+        self._take_identity(identity)
+
+    def begin_history(self, times_max: int, within_ms: int) -> bool:
+        """Give a server's database a new history (R29), in one commit; whether it was done: more
+        than ``times_max`` times within ``within_ms`` it is not. Entities, versions and ids stay.
+        The times stand in the database, so whoever puts its files back puts them back too."""
+        with self.write() as writer:
+            since, now = writer.now_ms - within_ms, writer.now_ms
+            raw = writer.get(META_BEGUN)
+            times = [] if raw is None else cbor.decode_trusted(raw)
+            # One from beyond the present is a wrong clock's.
+            times = [time for time in times if since < time <= now]
+            if len(times) >= times_max:
+                return False
+            stored = writer.get(META_IDENTITY)
+            assert stored is not None, "a database that is open has an identity"
+            identity = {**cbor.decode_trusted(stored), "history": self.entropy(16)}
+            writer.put(META_IDENTITY, cbor.encode(identity))
+            writer.put(META_BEGUN, cbor.encode([*times, now]))
+        self._take_identity(identity)
+        return True
+
+    def _take_identity(self, identity: dict[str, Any]) -> None:
+        try:
+            self.role = Role(identity["role"])
+            #: 16 bytes that name this database in what it writes (R30).
+            self.device_id: bytes = identity["device_id"]
+            self.created_ms: int = identity["created_ms"]
+            #: A server database's history (R29); None on a device.
+            self.history: bytes | None = identity["history"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise no_identity() from error

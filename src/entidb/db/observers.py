@@ -1,0 +1,89 @@
+"""Telling observers of commits: in commit order, outside all locks, in the thread that committed.
+
+Not here: adding one (``listeners``), and what a commit contains.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+from msgspec import Struct
+
+from entidb import cbor
+from entidb.db.feed import ChangeEvent, load_events
+from entidb.db.listeners import report_bug
+from entidb.db.rows import SnapshotRows
+from entidb.storage.turns import Turn, Turns
+
+
+class CommitEvent(Struct, frozen=True):
+    """What observers are called with, once per storage commit that changed what readers see.
+    ``origin`` is ``"local"`` or ``"sync"``."""
+
+    sequence: int
+    origin: str
+    events: list[ChangeEvent]
+
+
+Observer = Callable[[CommitEvent], None]
+
+
+class Observers:
+    """Who is called after commits, and what they have still to be called with."""
+
+    def __init__(self) -> None:
+        self.listeners: list[Observer] = []
+        self._deliveries: deque[CommitEvent] = deque()
+        self._delivering = Turns()
+
+    def tell(
+        self,
+        reading: AbstractContextManager[SnapshotRows],
+        sequence: int,
+        feed: list[tuple[tuple[int, int, bytes], bytes]],
+        origin: str,
+    ) -> None:
+        """Keep for ``deliver`` what commit ``sequence`` changed: the rows ``feed``, read as the
+        commit left them."""
+        with reading as rows:
+            entities = [place for place, _ in feed if place[1]]
+            events = load_events(rows.snapshot, rows.catalogue, entities)
+        for place, record in feed:
+            if not place[1]:
+                names = cbor.decode_trusted(record)
+                events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
+        self._deliveries.append(CommitEvent(sequence, origin, events))
+
+    def deliver(self) -> None:
+        """Call the observers about what has been committed since they were called last."""
+        # Commits made by an observer queue up and are delivered by the loop that is running.
+        while self._deliveries and self._delivering.idle():
+            turn = Turn()
+            try:
+                if not self._delivering.take(turn, 0):
+                    return
+                while self._deliveries:
+                    self._call_observers(self._deliveries.popleft())
+                self._delivering.give_back(turn)
+            except BaseException:
+                self._delivering.give_back(turn)
+                raise
+
+    def is_called_by(self, thread: int | None) -> bool:
+        """Whether ``thread`` is calling observers now."""
+        return any(turn.thread == thread for turn in self._delivering.first())
+
+    def _call_observers(self, event: CommitEvent) -> None:
+        self._call_each(iter(list(self.listeners)), event)
+
+    def _call_each(self, observers: Iterator[Observer], event: CommitEvent) -> None:
+        for observer in observers:
+            try:
+                observer(event)
+            except Exception as error:
+                report_bug(error, observer)
+            except BaseException:
+                self._call_each(observers, event)
+                raise

@@ -1,0 +1,51 @@
+"""What the settings and arguments of a database may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from entidb.db.writer import STALE_ROWS_MAX
+from entidb.errors import (
+    ConfigError,
+)
+from entidb.types import (
+    TRANSACTION_BYTES_MAX,
+    check_int,
+    check_name,
+    check_number,
+)
+
+#: Bounds that only keep a typo from going unnoticed; ``map_bytes``: what a process can address.
+_MAP_BYTES_MAX = 1 << 46
+_TRANSACTION_BYTES_LIMIT = 1 << 30
+_BUSY_TIMEOUT_MAX_S = 7 * 24 * 3600.0
+_STALE_ROWS_LIMIT = 10_000_000
+
+
+def check_settings(
+    *,
+    map_bytes: int | None = None,
+    transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
+    busy_timeout_s: float = 0.0,
+    stale_rows_max: int = STALE_ROWS_MAX,
+    **others: Any,
+) -> None:
+    """Raises ``ConfigError``; ``others`` are the constructor's to judge."""
+    if map_bytes is not None:
+        check_int("map_bytes", map_bytes, 1, _MAP_BYTES_MAX)
+    check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)
+    check_number("busy_timeout_s", busy_timeout_s, 0.0, _BUSY_TIMEOUT_MAX_S)
+    check_int("stale_rows_max", stale_rows_max, 0, _STALE_ROWS_LIMIT)
+
+
+def names_of(collections: Iterable[str]) -> frozenset[str]:
+    """Raises ``ConfigError``, ``InvalidNameError``."""
+    if isinstance(collections, str | bytes) or not isinstance(collections, Iterable):
+        raise ConfigError(
+            f"collections must be several names or None, not {collections!r:.60}: write ('notes',)"
+        )
+    names = list(collections)
+    for name in names:
+        check_name(name)
+    return frozenset(names)

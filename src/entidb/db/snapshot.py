@@ -1,0 +1,61 @@
+"""One unchanging view of a database, for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, overload
+
+from entidb.db.codec import codec_for
+from entidb.db.collection import ReadCollection
+from entidb.db.records import (
+    META_HEAD,
+    decode_head,
+)
+from entidb.db.rows import Rows, SnapshotRows
+from entidb.types import (
+    check_name,
+)
+
+V = TypeVar("V")
+
+
+class Snapshot:
+    """One unchanging view of the whole database. Close it, or use it as a context manager."""
+
+    def __init__(self, rows: SnapshotRows) -> None:
+        self._rows = rows
+        raw = rows.snapshot.get(META_HEAD)
+        #: The newest commit this snapshot contains.
+        self.sequence = 0 if raw is None else decode_head(raw).sequence
+
+    @overload
+    def collection(self, name: str) -> ReadCollection[Any]: ...
+
+    @overload
+    def collection(self, name: str, type: type[V]) -> ReadCollection[V]: ...
+
+    def collection(self, name: str, type: type[Any] | None = None) -> ReadCollection[Any]:
+        check_name(name)
+        return ReadCollection(name, codec_for(type), self._open)
+
+    def __getitem__(self, name: str) -> ReadCollection[Any]:
+        """``snapshot["notes"]`` is ``snapshot.collection("notes")``."""
+        return self.collection(name)
+
+    def collections(self) -> list[str]:
+        return sorted(self._rows.catalogue.by_name)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._rows.snapshot.close()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _open(self) -> Iterator[Rows]:
+        yield self._rows
