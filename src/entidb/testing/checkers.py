@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Final, NoReturn
 
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
@@ -156,7 +157,7 @@ class ServerWatch:
                 marks = [rows[ref][2] for ref, _ in writes if ref in rows]
                 self.history.append(None, b"", writes, marks[0] if marks else (b"", 0))
             else:
-                writes = self._accept(*found, version)
+                writes = self._accept(*found, version, rows)
             touched.update(dict.fromkeys(ref for ref, _ in writes))
         if accepted:
             self.checks.fail("ORDER", f"versions {sorted(accepted)} were used a second time")
@@ -192,11 +193,17 @@ class ServerWatch:
         return self.program
 
     def _accept(
-        self, transaction_id: bytes, digest: bytes, version: int
+        self,
+        transaction_id: bytes,
+        digest: bytes,
+        version: int,
+        rows: Mapping[Ref, tuple[int, bytes | None, Mark]],
     ) -> list[tuple[Ref, bytes | None]]:
         """The oracle decides for itself whether this transaction could be accepted. Copies of a
         device can push one id with different content to the same commit: what the server
-        remembers of it must be one of those, and the rows of the commit must be its (R14)."""
+        remembers of it must be one of those, and the rows of the commit must be its (R14). A
+        message that comes late can bring the same content at another time than the one that was
+        sent again after a clock came back (R27): then the rows say which of them counted."""
         known = self.history.accepted.get(transaction_id)
         self.checks.that(
             known is None or known[0] <= self.history.floor,
@@ -207,6 +214,7 @@ class ServerWatch:
         if not pushed:
             self.checks.fail("WHOLE", f"nobody pushed transaction {transaction_id.hex()}")
         blamed = ("EXACTLY-ONCE", f"{transaction_id.hex()} is remembered with other content")
+        possible: list[tuple[Mark, list[tuple[Ref, bytes | None]]]] = []
         for request, transaction, before in pushed:
             names = request.collections
             if operations_digest(names, transaction.operations) != digest:
@@ -219,11 +227,15 @@ class ServerWatch:
                 ]
                 # R27: a timestamp from the future counts as now.
                 stamp = min(transaction.timestamp, self.latest_timestamp())
-                self.history.append(transaction_id, digest, writes, (request.device_id, stamp))
-                self.checks.passed("NO-LOST-UPDATE", len(writes))
-                return writes
-            blamed = lost
-        self.checks.fail(*blamed)
+                possible.append(((request.device_id, stamp), writes))
+            else:
+                blamed = lost
+        if not possible:
+            self.checks.fail(*blamed)
+        mark, writes = next(filter(partial(_is_marked, rows, version), possible), possible[0])
+        self.history.append(transaction_id, digest, writes, mark)
+        self.checks.passed("NO-LOST-UPDATE", len(writes))
+        return writes
 
     def latest_timestamp(self) -> int:
         """The latest timestamp that anything may have now."""
@@ -442,3 +454,13 @@ class ServerWatch:
         )
         checks.that(ends, "ORDER", f"a page after {request.cursor} ends at {response.cursor}")
         checks.that(response.head == history.head, "ORDER", "a page names another head")
+
+
+def _is_marked(
+    rows: Mapping[Ref, tuple[int, bytes | None, Mark]],
+    version: int,
+    candidate: tuple[Mark, list[tuple[Ref, bytes | None]]],
+) -> bool:
+    """Whether a row that is still this version's has the mark of ``candidate``."""
+    mark, writes = candidate
+    return any(ref in rows and rows[ref][::2] == (version, mark) for ref, _ in writes)
