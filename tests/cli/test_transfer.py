@@ -596,3 +596,11 @@ def test_an_empty_path_is_refused_everywhere(shop: Path, tmp_path: Path, monkeyp
     for words in calls:
         assert "empty" in failed(entidb(*words), 2, "usage")
     assert [each.name for each in tmp_path.iterdir()] == [shop.name]
+
+
+def test_a_cell_that_is_never_closed_is_said_to_take_the_rest_of_the_file(shop: Path):
+    rows = 'a,b\n"x,1\n2,3\n4,5\n'
+    assert "rest of the file" in failed(csv_import(shop, rows), 11, "invalid_input")
+    result = csv_import(shop, rows, "--skip-bad")
+    assert result.exit_code == 0 and "rest of the file" in result.stderr
+    assert "written twice" in failed(csv_import(shop, 'a\n"x"y\n'), 11, "invalid_input")

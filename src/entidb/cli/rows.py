@@ -252,20 +252,32 @@ def read_csv(raw: IO[bytes], form: CsvFormat, *, bad: Bad = refuse) -> Generator
                     )
                     yield number, value, key
             except csv.Error as error:
-                bad(InputError(f"{place}: {error}"))
+                bad(InputError(f"{place}: {_csv_words(error)}"))
             except InputError as error:
                 bad(InputError(f"{place}: {error}", code=error.code))
     except UnicodeError as error:
         what = f"is not {form.encoding} ({_reason(error)}); see --encoding"
         raise InputError(f"{place}, or near it, {what}") from error
     except csv.Error as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{place}: {_csv_words(error)}") from error
     except InputError as error:
         raise InputError(
             str(error) if str(error).startswith(place) else f"{place}: {error}", code=error.code
         ) from error
     finally:
         text.detach()  # the stream is its owner's to close
+
+
+def _csv_words(error: csv.Error) -> str:
+    said = str(error)
+    if said == "unexpected end of data":
+        return (
+            "a quotation mark opens a cell and none closes it, so that the rest of the file is "
+            "taken for that cell"
+        )
+    if said.endswith("expected after '\"'"):
+        return f"{said}: a quotation mark inside a cell is written twice"
+    return said
 
 
 def _delimiter_of(first: str, usual: str) -> str:
