@@ -243,6 +243,9 @@ def uuid_from_bytes(raw: bytes) -> uuid.UUID:
 
 
 _PLACE: Final = re.compile(r"^(?P<what>.*) - at `(?P<place>.*)`$", re.DOTALL)
+#: What that library calls a list, a map, and how dates and times are written.
+_OUR_WORD: Final = {"array": "list", "object": "map", "rfc3339 encoded": "ISO 8601"}
+_FOREIGN: Final = re.compile(r"\b(?:array|object|RFC3339 encoded)\b", re.IGNORECASE)
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<name>.*)`$")
 
 
@@ -256,4 +259,5 @@ def reason_of_msgspec(text: str) -> tuple[str | None, str]:
     if missing is not None:
         return f"{place}.{missing['name']}".lstrip("."), "it is missing"
     what = " ".join(what.replace("`", "").split())
+    what = _FOREIGN.sub(lambda found: _OUR_WORD[found[0].lower()], what)
     return place or None, what[:1].lower() + what[1:]

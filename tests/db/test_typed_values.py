@@ -713,3 +713,40 @@ def test_a_row_that_does_not_fit_names_collection_id_field_and_reason(
             assert reason in (error.reason or "")
             assert str(uid(3)) in str(error) and "'items'" in str(error)
             assert "$." not in str(error) and "`" not in str(error)
+
+
+class NoMembers(enum.Enum):
+    pass
+
+
+class Mixed(enum.Enum):
+    ONE = 1
+    TWO = "two"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (datetime | str, "ambiguous"),
+        (bytes | str, "ambiguous"),
+        (NoMembers, "no members"),
+        (dict[Mixed, int], "neither all text nor all whole numbers"),
+    ],
+    ids=repr,
+)
+def test_what_cannot_make_a_collection_by_itself_is_refused_in_our_words(
+    kind: Any, said: str
+) -> None:
+    with Database.in_memory() as db, pytest.raises(ValueTypeError, match=said) as caught:
+        db.collection("c", kind)
+    assert "str-like" not in str(caught.value) and "{}" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [list, int, dict[str, int], date])
+def test_a_value_that_does_not_fit_is_a_map_or_a_list_in_messages(kind: Any) -> None:
+    with Database.in_memory() as db:
+        made = db["c"].add({"a": [1]}), db["c"].add("yesterday")
+        for entity_id in made:
+            with pytest.raises(ValueTypeError) as caught:
+                db.collection("c", kind)[entity_id]
+            assert not re.search("array|object|RFC", str(caught.value))

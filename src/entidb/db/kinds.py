@@ -113,7 +113,7 @@ def _described(kind: Any, path: str) -> Any:
     except (TypeError, ValueError, NameError, AttributeError, RecursionError) as error:
         _find_refused(kind, path)
         raise refused(
-            path, _said(error), "take it off, or use another class for the database"
+            path, _reason_of(kind, error), "take it off, or use another class for the database"
         ) from error
 
 
@@ -152,9 +152,17 @@ def _reason_of(hint: Any, error: Exception) -> str:
     if "unions" in str(error) and members:
         names = " | ".join(label_of(each) for each in members)
         return f"{names} is ambiguous: which one it was cannot be told when it is read"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return f"{hint.__name__} has members that are neither all text nor all whole numbers"
+    for part in (hint, *members):
+        if isinstance(part, type) and issubclass(part, Enum) and not _alike(part):
+            if not list(part):
+                return f"{part.__name__} has no members"
+            return f"{part.__name__} has members that are neither all text nor all whole numbers"
     return _said(error)
+
+
+def _alike(kind: type[Enum]) -> bool:
+    kinds = {type(member.value) for member in kind}
+    return kinds in ({str}, {int})
 
 
 def _said(error: Exception) -> str:
