@@ -74,6 +74,12 @@ def body_limit(limit: int, measure: Callable[[bytes], int] = len) -> Rule:
     return rule
 
 
+def cut_while_sent() -> SyncError:
+    error = TransportError("cut while it was sent")
+    error.refused_by = "path"
+    return error
+
+
 def packed_size(body: bytes) -> int:
     return len(zlib.compress(body, 1))
 
@@ -542,3 +548,71 @@ def test_r9_a_crash_at_any_commit_of_all_this_leaves_a_state_to_go_on_from(after
         assert [gone.code for gone in a.engine.discarded()] == ["codec_error"], at
         assert_in_step(world, a)
     raise AssertionError("the cycle never ended")
+
+
+def sync_on_through_cuts(device: Device) -> None:
+    for _ in range(3):
+        try:
+            device.sync()
+        except TransportError:
+            continue
+        return
+    raise AssertionError("the device never gets on")
+
+
+def test_a_proxy_that_cuts_what_is_too_large_for_it_stops_neither_pushes_nor_pulls() -> None:
+    world = World()
+    a, b = world.device(), world.device()
+    for number in range(20):
+        a.notes[uid(number)] = "x" * 10_000
+    b.notes[uid(100)] = "theirs"
+    b.sync()
+    refused = gate(a, lambda push: cut_while_sent() if len(encode(push)) > 60_000 else None)
+    sync_on_through_cuts(a)
+    assert len(refused) > 1
+    assert a.engine.status().pending == 0
+    assert a.notes[uid(100)] == "theirs"
+    a.sync()
+    b.sync()
+    assert len(b.notes) == len(a.notes) == 21
+
+
+def test_one_transaction_that_is_cut_again_and_again_is_kept_back_alone() -> None:
+    world = World()
+    a, b = world.device(), world.device()
+    a.notes[uid(1)] = "x" * 100_000
+    for number in range(2, 8):
+        a.notes[uid(number)] = "small"
+    b.notes[uid(100)] = "theirs"
+    b.sync()
+    gate(a, lambda push: cut_while_sent() if len(encode(push)) > 60_000 else None)
+    sync_on_through_cuts(a)
+    assert a.engine.status().pending == 1
+    error = a.engine.status().last_error
+    assert error is not None
+    assert "kept back" in error
+    assert a.notes[uid(100)] == "theirs"
+    open_gate(a)
+    lose_connection(a)
+    a.sync()
+    assert a.engine.status().pending == 0
+
+
+def test_a_connection_that_is_cut_once_changes_nothing() -> None:
+    world = World()
+    a = world.device()
+    for number in range(20):
+        a.notes[uid(number)] = "x" * 1000
+    left = [cut_while_sent()]
+    refused = gate(a, lambda push: left.pop() if left else None)
+    with pytest.raises(TransportError):
+        a.sync()
+    pushes: list[PushRequest] = []
+
+    def hook(request: SyncRequest) -> None:
+        if isinstance(request, PushRequest):
+            pushes.append(request)
+
+    a.wire.before = hook
+    a.sync()
+    assert [each.transactions for each in pushes] == [refused[0].transactions]

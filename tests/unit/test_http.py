@@ -1269,3 +1269,28 @@ def test_plain_http_on_a_tls_port_is_retryable_and_no_certificate_error():
     ):
         transport.pull(PULL)
     assert type(caught.value) is TransportError
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_connection_cut_before_all_was_sent_proves_that_nothing_arrived(sent: bool) -> None:
+    body = b"x" * (10 if sent else 64 << 20)  # far above what the system's buffers take
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def cut() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                if sent:
+                    connection.settimeout(1)
+                    with contextlib.suppress(TimeoutError):
+                        connection.recv(65536)
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        client = HttpxClient()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/push"
+        with pytest.raises(TransportError) as caught:
+            client.request("POST", url, {}, body, 30.0)
+        thread.join()
+        client.close()
+    assert caught.value.refused_by == (None if sent else "path")

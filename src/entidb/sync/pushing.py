@@ -27,7 +27,7 @@ from entidb.sync.exchange import (
     Step,
     history_of,
 )
-from entidb.sync.refusal import KeptBack, Search, is_for_good, is_forbidden
+from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
 from entidb.sync.state import SyncProgress, SyncState
 
 
@@ -59,7 +59,7 @@ class Pushing:
                 # Whether it arrived when it was sent before is for the pull to say, and for the
                 # server, which knows every transaction it has accepted (R14).
                 self._exchange.applier.unsend()
-                if refused.error.code == "too_large" and len(batch.keys) > 1:
+                if is_about_size(refused.error) and len(batch.keys) > 1:
                     self._exchange.connection.path.refused(batch.bytes)
                 return
             self._settle(batch, response, None, following, total)
@@ -165,10 +165,11 @@ class Pushing:
             asked = self._push_request(batch, state) if request is None else request
             response = yield from self._exchange.ask(asked, PushResponse)
         except SyncError as error:
-            if error.refused_by is None:
+            path = self._exchange.connection.path
+            if error.refused_by is None or path.is_chance(error, batch.bytes):
                 raise
             raise _RefusedError(batch, error) from error
-        self._exchange.connection.path.forbidden = False
+        self._exchange.connection.path.passed(batch.bytes)
         return response
 
     def _push_request(self, batch: PushBatch, state: ReplicaState) -> PushRequest:
@@ -202,7 +203,7 @@ class Pushing:
             self._exchange.connection.path,
             len(batch.keys),
         )
-        if error.code == "too_large" and count > 1:
+        if is_about_size(error) and count > 1:
             applier.unsend()
             path.refused(batch.bytes)
             return

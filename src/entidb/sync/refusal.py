@@ -13,7 +13,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from entidb.errors import ProtocolError, SyncError
+from entidb.errors import ProtocolError, SyncError, TransportError
 from entidb.types import SEQUENCE_MAX
 
 #: What a server refuses for good, whatever else is sent with it: such a transaction is withdrawn
@@ -48,6 +48,8 @@ class Path:
     bytes_max: int = SEQUENCE_MAX
     kept: dict[int, KeptBack] = field(default_factory=dict)
     forbidden: bool = False
+    #: The smallest push whose connection was cut while it was sent, until one of its size passes.
+    cut_bytes: int | None = None
     _cycles: int = 0
 
     def begin_cycle(self) -> None:
@@ -65,6 +67,20 @@ class Path:
     def refused(self, size: int) -> None:
         """A batch of several transactions and ``size`` bytes was too large."""
         self.bytes_max = max(1, size // 2)
+
+    def is_chance(self, error: SyncError, size: int) -> bool:
+        """Whether a refusal of a batch of ``size`` bytes may be an accident: a connection that is
+        cut in the middle of it. Once can happen to anybody; twice is a limit that is not said."""
+        if error.code != TransportError.code:
+            return False
+        first = self.cut_bytes is None
+        self.cut_bytes = size if self.cut_bytes is None else min(size, self.cut_bytes)
+        return first
+
+    def passed(self, size: int) -> None:
+        self.forbidden = False
+        if self.cut_bytes is not None and size >= self.cut_bytes:
+            self.cut_bytes = None
 
     def forget_all_but(self, sequences: Iterable[int]) -> list[KeptBack]:
         """Drop what is not pending any more; returns the rest."""
@@ -100,6 +116,11 @@ class Search:
         self._suspects = 0
         wider = 2 * self.transactions_max
         self.transactions_max = wider if wider < _SEARCH_MAX else SEQUENCE_MAX
+
+
+def is_about_size(error: SyncError) -> bool:
+    """Whether a refusal is one that a smaller batch can be spared."""
+    return error.code in ("too_large", TransportError.code)
 
 
 def is_for_good(error: SyncError) -> bool:
@@ -145,4 +166,4 @@ def kept_back_error(kept: list[KeptBack]) -> SyncError:
     )
 
 
-__all__ = ["KeptBack", "Path", "Search", "closed", "is_for_good", "is_forbidden"]
+__all__ = ["KeptBack", "Path", "Search", "closed", "is_about_size", "is_for_good", "is_forbidden"]

@@ -20,7 +20,14 @@ import httpx2
 from entidb.errors import SyncCancelledError, SyncStateError, TransportError
 from entidb.sync.config import HttpConfig
 from entidb.sync.http.address import is_loopback
-from entidb.sync.http.failures import FOREIGN, client_closed, overdue, too_large, translated
+from entidb.sync.http.failures import (
+    FOREIGN,
+    client_closed,
+    cut_short,
+    overdue,
+    too_large,
+    translated,
+)
 from entidb.sync.http.steps import NewConnectionError, Steps
 from entidb.sync.http.surroundings import authorities_error, check_authorities, proxy_to
 from entidb.sync.http.watchdog import Watchdog
@@ -137,6 +144,10 @@ class HttpxClient:
             steps.watch.check()
             if self._watchdog.struck(ticket):
                 raise overdue(url, timeout_s) from error
+            if steps.cut_short and isinstance(
+                error, httpx2.NetworkError | httpx2.RemoteProtocolError
+            ):
+                raise cut_short(url) from error
             raise translated(error, url) from error
         finally:
             steps.end()

@@ -114,6 +114,16 @@ def too_large(limit: int) -> ProtocolError:
     )
 
 
+def cut_short(url: str) -> TransportError:
+    """Less than the whole request left this device, so nothing of it can have been decided."""
+    error = TransportError(
+        f"{url}: the connection was cut while the request was being sent; if this goes on, "
+        "something before the server may refuse requests of this size"
+    )
+    error.refused_by = "path"
+    return error
+
+
 def client_closed() -> SyncStateError:
     return SyncStateError("the client is closed: make a new one")
 

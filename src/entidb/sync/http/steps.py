@@ -31,6 +31,8 @@ class Steps:
         connects: bool,
     ) -> None:
         self.watch = watch
+        #: The connection was lost before the request had left: the server cannot have all of it.
+        self.cut_short = False
         self._remember = remember
         self._on_sent = on_sent
         self._connects = connects
@@ -41,6 +43,8 @@ class Steps:
         if event.endswith("send_request_body.complete"):
             if self._on_sent is not None:
                 self._on_sent()
+        elif event.endswith("send_request_body.failed"):
+            self.cut_short = True
         elif event.endswith("connect_tcp.started"):
             if not self._connects:
                 raise NewConnectionError
