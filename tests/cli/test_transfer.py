@@ -7,7 +7,6 @@ import json
 import random
 import uuid
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from entidb.cli.rows import Row, infer_cell
 from entidb.cli.words import key_id
 from entidb.db import Database
 from entidb.db.observers import Observers
+from entidb.db.writer import Writer
 from entidb.errors import StorageFullError
 from tests.cli.support import (
     document,
@@ -458,13 +458,18 @@ def test_an_interrupted_import_names_where_to_go_on(
 def test_an_interrupt_behind_a_commit_counts_what_was_committed(
     shop: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    before, commits = Observers.deliver, count(1)
+    store, before, newest = Database._store, Observers.deliver, [0]
+
+    def note(database: Database, writer: Writer, origin: str) -> None:
+        store(database, writer, origin)
+        newest[0] = writer.head.sequence
 
     def deliver(observers: Observers) -> None:
         before(observers)
-        if next(commits) >= 2:
+        if newest[0] == 2:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(Database, "_store", note)
     monkeypatch.setattr(Observers, "deliver", deliver)
     result = entidb("import", shop, "t", "-", "--batch", 10, stdin='{"n":1}\n' * 30)
     assert result.exit_code == 130

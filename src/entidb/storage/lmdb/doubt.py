@@ -72,6 +72,8 @@ def closed_faults(where: str) -> list[str]:
         if not faults:
             place.leave_as_found()
         return faults
+    except OSError as error:
+        raise storage_error(error, f"checking {where}") from error
     finally:
         place.release()
 
