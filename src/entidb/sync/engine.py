@@ -1,15 +1,15 @@
 """The blocking engine: drives cycles over a transport, retries, tells listeners, runs in the
-background. What a cycle does is ``cycle``'s; when to try again is ``RetryConfig``'s.
+background. What a cycle does is ``cycle``'s, the I/O it asks for ``drive``'s; when to try again is
+``RetryConfig``'s.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-from entidb.db import Database, DiscardedTransaction, OverruledValue
+from entidb.db import Database
 from entidb.db.listeners import add_listener
 from entidb.errors import (
     ConfigError,
@@ -19,15 +19,15 @@ from entidb.errors import (
     SyncError,
     SyncStateError,
 )
-from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.apply.applier import DatabaseApplier
-from entidb.sync.apply.report import RebaseReport
 from entidb.sync.config import SyncConfig
-from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.cycle import Cycle
-from entidb.sync.exchange import Ahead, Connection
+from entidb.sync.decisions import Decisions
+from entidb.sync.drive import Driver
+from entidb.sync.exchange import Connection
 from entidb.sync.http import HttpTransport
-from entidb.sync.interrupt import Interrupts, Watch, acting_thread
+from entidb.sync.interrupt import acting_thread
+from entidb.sync.listening import Listeners, ProgressListener, StateListener
 from entidb.sync.refusal import kept_back_error
 from entidb.sync.state import (
     SyncCycleResult,
@@ -50,11 +50,8 @@ _END_TURNS_MAX = 1500
 #: For how many of them the same listener has to be seen until it is not waited for any more.
 _INSIDE_TURNS = 3
 
-StateListener = Callable[[SyncState, SyncState], None]
-ProgressListener = Callable[[SyncProgress], None]
 
-
-class SyncEngine:
+class SyncEngine(Decisions):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.
@@ -118,16 +115,9 @@ class SyncEngine:
         self._nudge = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        #: Not 0 while the cycle's thread is inside a listener of somebody else's.
-        self._telling = 0
-        self._told = 0
         self._ending: threading.Thread | None = None
-        self._interrupts = Interrupts()
-        self._interrupt_transport = getattr(self.transport, "interrupt", None)
-        #: A ``send`` that was left to itself, of a transport that cannot be interrupted.
-        self._left_alone: threading.Event | None = None
-        self._state_listeners: list[StateListener] = []
-        self._progress_listeners: list[ProgressListener] = []
+        self._driver = Driver(self.transport, self._check_cancelled)
+        self._listeners = Listeners()
         self._last_success_ms: int | None = None
         self._last_error: EntiDBError | None = None
         self._next_try_at: float | None = None
@@ -186,9 +176,7 @@ class SyncEngine:
             if self._cycle_thread is None or self._cancel is not cancelled:
                 return
             self._nudge.set()
-            if self._interrupt_transport is not None:
-                self._interrupt_transport()
-            self._interrupts.interrupt()
+            self._driver.interrupt()
 
     def _check_not_closed(self) -> None:
         if self._closed:
@@ -229,11 +217,7 @@ class SyncEngine:
             return result
 
     def _one_cycle(self) -> SyncCycleResult:
-        # An interrupt counts until here. What is cancelled after it is interrupted after it, and
-        # what was cancelled before it ends at the first look at the flag, before any request.
-        self._interrupts.clear()
-        self._wait_for_left_alone()
-        self.transport.forget_ahead()
+        self._driver.begin()
         if not self.transport.connected:
             self._connection.forget()
         cycle = Cycle(
@@ -245,7 +229,7 @@ class SyncEngine:
             check=self._check_cancelled,
         )
         try:
-            result = self._drive(cycle)
+            result = self._driver.drive(cycle)
         except SyncError as error:
             self.transport.forget_ahead()
             if error.code in ("history_changed", "version_mismatch", "invalid_message"):
@@ -258,48 +242,6 @@ class SyncEngine:
             if not self.applier.tidy():
                 break
         return result
-
-    def _drive(self, cycle: Cycle) -> SyncCycleResult:
-        """Do the I/O a cycle asks for: the whole of what a driver is."""
-        flow = cycle.run()
-        response: SyncResponse | None = None
-        error: SyncError | None = None
-        while True:
-            try:
-                step = flow.throw(error) if error is not None else flow.send(response)
-            except StopIteration as end:
-                result: SyncCycleResult = end.value
-                return result
-            response, error = None, None
-            try:
-                if isinstance(step, Ahead):
-                    self.transport.send_ahead(step.request)
-                else:
-                    response = self._send(step)
-            except SyncError as failed:
-                error = failed
-
-    def _send(self, request: SyncRequest) -> SyncResponse:
-        if self._interrupt_transport is not None:
-            return self.transport.send(request)
-        self._left_alone = over = threading.Event()
-
-        def work(watch: Watch) -> SyncResponse:
-            try:
-                return self.transport.send(request)
-            finally:
-                over.set()
-
-        response = self._interrupts.call(work, "entidb-transport")
-        self._left_alone = None
-        return response
-
-    def _wait_for_left_alone(self) -> None:
-        """A transport carries one request at a time."""
-        if self._left_alone is not None:
-            self._check_cancelled()
-            self._interrupts.wait(self._left_alone)
-            self._left_alone = None
 
     def _wait(self, attempt: int, error: EntiDBError) -> None:
         self._nudge.clear()  # before listeners hear of the wait, who may wake it
@@ -354,21 +296,12 @@ class SyncEngine:
             return
         check_move(old, state)
         self._state = state
-        if self._state_listeners:
-            self._tell(self._state_listeners, old, state)
+        if self._listeners.state:
+            self._listeners.tell(self._listeners.state, old, state)
 
     def _tell_progress(self, progress: SyncProgress) -> None:
-        if self._progress_listeners:
-            self._tell(self._progress_listeners, progress)
-
-    def _tell(self, listeners: Sequence[Callable[..., None]], *what: Any) -> None:
-        try:
-            for listener in list(listeners):
-                self._told += 1
-                self._telling = self._told
-                listener(*what)
-        finally:
-            self._telling = 0
+        if self._listeners.progress:
+            self._listeners.tell(self._listeners.progress, progress)
 
     def on_state(self, listener: StateListener) -> Callable[[], None]:
         """Call ``listener(old, new)`` at every state change, in the thread that syncs; returns a
@@ -377,11 +310,11 @@ class SyncEngine:
         A listener may call ``cancel``, ``stop``, ``close`` and ``wake``; they return at once, and
         the cycle ends at its next step. Raises ``ConfigError`` for what cannot be called, and for
         an ``async def``, which would only be called and never awaited."""
-        return add_listener(self._state_listeners, listener, "on_state")
+        return add_listener(self._listeners.state, listener, "on_state")
 
     def on_progress(self, listener: ProgressListener) -> Callable[[], None]:
         """Call ``listener(SyncProgress)`` after every page and batch; as ``on_state``."""
-        return add_listener(self._progress_listeners, listener, "on_progress")
+        return add_listener(self._listeners.progress, listener, "on_progress")
 
     def status(self) -> SyncStatus:
         """What is waiting, what went wrong, what comes next."""
@@ -404,36 +337,7 @@ class SyncEngine:
             overruled=self.applier.overruled_count(),
         )
 
-    # ------------------------------------------------------------ conflicts, discarded, reset
-
-    def conflicts(self) -> list[Conflict]:
-        """Conflicts that wait for a person (R25, R26)."""
-        return self.applier.conflicts()
-
-    def resolve(
-        self, conflict: Conflict, choice: str | ConflictResolution | None = None, **value: Any
-    ) -> RebaseReport:
-        """Decide an open conflict: ``"mine"``, ``"theirs"``, ``value=…`` (None deletes), or a
-        ``ConflictResolution``. The next cycle pushes what waited. Raises ``ConflictError``."""
-        return self.applier.resolve(conflict, resolution_of(choice, **value))
-
-    def discarded(self) -> list[DiscardedTransaction]:
-        """Withdrawn transactions (R4), oldest first."""
-        return self.applier.discarded()
-
-    def overruled(self) -> list[OverruledValue]:
-        """Values that a policy or a person decided against, field by field, whoever wrote them
-        (R4), oldest first. Kept as ``overruled_max`` and ``overruled_days`` say."""
-        return self.applier.overruled()
-
-    def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:
-        """Commit a discarded transaction again on the present state, or write an overruled value
-        back to its field; returns the commit's sequence. Raises ``ConflictError``."""
-        return self.applier.recommit(discarded)
-
-    def prune(self, discarded: DiscardedTransaction | OverruledValue) -> bool:
-        """Forget a discarded transaction, or an overruled value, for good."""
-        return self.applier.prune(discarded)
+    # ------------------------------------------------------------ reset
 
     def reset(self, keep: str) -> None:
         """After ``HistoryChangedError``: choose ``"server"`` or ``"device"`` (R29), then sync.
@@ -496,7 +400,7 @@ class SyncEngine:
         for _ in range(_END_TURNS_MAX):
             if ended(_END_TURN_S):
                 return True
-            inside = self._telling or -self.database.tells_observers(cycle_thread)
+            inside = self._listeners.inside or -self.database.tells_observers(cycle_thread)
             alike = alike + 1 if inside and inside == before else 0
             before = inside
             if alike == _INSIDE_TURNS:
@@ -581,19 +485,4 @@ def _joined(thread: threading.Thread, seconds: float) -> bool:
     return not thread.is_alive()
 
 
-def resolution_of(
-    choice: str | ConflictResolution | None = None, **value: Any
-) -> ConflictResolution:
-    """What ``resolve`` accepts, as a ``ConflictResolution``. Raises ``ConfigError``."""
-    if isinstance(choice, ConflictResolution):
-        return choice
-    if choice is None and set(value) == {"value"}:
-        return ConflictResolution.merge(value["value"])
-    if not value and choice in ("mine", "keep_local"):
-        return ConflictResolution.keep_local()
-    if not value and choice in ("theirs", "accept_remote"):
-        return ConflictResolution.accept_remote()
-    raise ConfigError('resolve with "mine", "theirs", or value=…; see docs/conflicts.md')
-
-
-__all__ = ["SyncEngine", "resolution_of"]
+__all__ = ["SyncEngine"]
