@@ -607,3 +607,8 @@ def test_a_claim_that_the_token_has_anyway_is_not_dropped_in_silence(tmp_path: P
 def test_a_value_from_an_empty_input_is_said_to_be_missing(tmp_path: Path):
     line = failed(entidb("put", tmp_path / "s", "c", "-", stdin=" \n"), 11, "invalid_input")
     assert "standard input is empty" in line
+
+
+def test_a_limit_larger_than_any_list_is_no_limit(tmp_path: Path):
+    done("put", tmp_path / "s", "c", "1")
+    assert len(done("list", tmp_path / "s", "c", "--limit", 10**30).splitlines()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Iterator
 from itertools import islice
@@ -149,7 +150,7 @@ def list_command(
             return
         collection = existing_collection(database, name)
         pairs = _from(collection, start, reverse)
-        for entity_id, value in islice(pairs, limit or None):
+        for entity_id, value in islice(pairs, min(limit, sys.maxsize) or None):
             if as_json:
                 print_json({"id": str(entity_id), "value": value})
             else:
