@@ -2,7 +2,8 @@
 
 ``cycle()`` is a generator of requests that is sent responses; whoever drives it does the I/O, and
 throws a ``SyncError`` in where that failed. Dropping the generator is a crash: everything that
-matters is durable before each ``yield``.
+matters is durable before each ``yield``. The order of things is here; what is asked for in each of
+its halves is in ``pulling`` and ``pushing``.
 
     connect? ─▶ settle what is in flight (R5) ─▶ pull to the head (R6) ─▶ push batches ─▶ synced
                                                   ▲                          │ conflicts (R7)
@@ -13,10 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
-from entidb.errors import (
-    HistoryChangedError,
-    VersionMismatchError,
-)
+from entidb.errors import HistoryChangedError, VersionMismatchError
 from entidb.protocol import (
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
@@ -27,13 +25,7 @@ from entidb.protocol import (
 from entidb.sync.apply.position import check_replica_of
 from entidb.sync.apply.seam import SyncApplier
 from entidb.sync.config import SyncConfig
-from entidb.sync.exchange import (
-    Connection,
-    Exchange,
-    Flow,
-    Step,
-    check_not_back,
-)
+from entidb.sync.exchange import Connection, Exchange, Flow, Step, check_not_back
 from entidb.sync.pulling import Pulling
 from entidb.sync.pushing import Pushing
 from entidb.sync.refusal import closed

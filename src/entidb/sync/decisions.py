@@ -8,9 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from entidb.db import DiscardedTransaction, OverruledValue
-from entidb.errors import (
-    ConfigError,
-)
+from entidb.errors import ConfigError
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.conflict import Conflict, ConflictResolution

@@ -8,16 +8,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from entidb.errors import (
-    SyncError,
-)
+from entidb.errors import SyncError
 from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.cycle import Cycle
 from entidb.sync.exchange import Ahead
 from entidb.sync.interrupt import Interrupts, Watch
-from entidb.sync.state import (
-    SyncCycleResult,
-)
+from entidb.sync.state import SyncCycleResult
 from entidb.sync.transport import SyncTransport
 
 

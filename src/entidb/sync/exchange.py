@@ -13,10 +13,7 @@ from typing import TypeVar
 from msgspec import Struct
 
 from entidb.db.replica import ReplicaState
-from entidb.errors import (
-    HistoryChangedError,
-    ProtocolError,
-)
+from entidb.errors import HistoryChangedError, ProtocolError
 from entidb.protocol import (
     HandshakeResponse,
     Limits,

@@ -13,10 +13,7 @@ from enum import Enum
 from msgspec.structs import replace
 
 from entidb.db.replica import ReplicaState, Stage
-from entidb.errors import (
-    ResetRequiredError,
-    ServerError,
-)
+from entidb.errors import ResetRequiredError, ServerError
 from entidb.protocol import (
     PullRequest,
     PullResponse,
@@ -25,13 +22,7 @@ from entidb.protocol import (
     operations_count,
     payload_bytes,
 )
-from entidb.sync.exchange import (
-    Ahead,
-    Exchange,
-    Step,
-    check_not_back,
-    history_of,
-)
+from entidb.sync.exchange import Ahead, Exchange, Step, check_not_back, history_of
 from entidb.sync.grants import needs_grant
 from entidb.sync.state import SyncProgress, SyncState
 

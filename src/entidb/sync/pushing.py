@@ -12,21 +12,10 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from entidb.db.replica import ReplicaState
-from entidb.errors import (
-    SyncError,
-)
-from entidb.protocol import (
-    PushRequest,
-    PushResponse,
-    SyncResponse,
-)
+from entidb.errors import SyncError
+from entidb.protocol import PushRequest, PushResponse, SyncResponse
 from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
-from entidb.sync.exchange import (
-    Ahead,
-    Exchange,
-    Step,
-    history_of,
-)
+from entidb.sync.exchange import Ahead, Exchange, Step, history_of
 from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
 from entidb.sync.state import SyncProgress, SyncState
 

@@ -1,7 +1,8 @@
 """The device's side of a cycle in terms of its database: each method one storage commit.
 
-The cycle (``cycle``) decides what to ask the server and calls these in order; what happens to
-pending transactions is ``rebase``'s. Nothing here does network I/O or waits.
+The cycle (``sync.cycle``) decides what to ask the server and calls these in order. What each step
+does is in the other rooms of this package, what happens to pending transactions in ``rebase``; what
+a person decides between cycles is ``review``'s. Nothing here does network I/O or waits.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from entidb.db import Database, overruled
 from entidb.db.adopt import adopt_step, has_adoption
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
-from entidb.db.records import (
-    META_SYNC,
-)
+from entidb.db.records import META_SYNC
 from entidb.db.replica import Inflight, ReplicaState, Stage, decode_state, ranges_above
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, SyncStateError

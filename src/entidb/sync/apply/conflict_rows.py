@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from entidb import cbor
-from entidb.db.records import (
-    NO_DEVICE,
-    BaseRow,
-)
+from entidb.db.records import NO_DEVICE, BaseRow
 from entidb.db.writer import Ref
 from entidb.sync.conflict import Conflict
 

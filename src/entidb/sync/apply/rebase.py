@@ -1,7 +1,8 @@
 """Putting pending transactions on top of new server state (R23 to R25), and taking them back.
 
-Everything here happens inside one ``Writer``, so inside one storage commit. Wire messages, cursors
-and verdicts are ``applier``'s; policies only answer, they are in ``policies``.
+Everything here happens inside one ``Writer``, so inside one storage commit. Verdicts are
+``settle``'s, pages are ``page``'s and ``publish``'s, cursors are ``position``'s; policies only
+answer (``sync.policies``). How a chain is kept is in ``chains``, how one ends in ``outcomes``.
 
     pulled change ──▶ clean entity ──▶ taken
                   └─▶ dirty entity ──▶ base replaced ──▶ same bytes?  ──▶ operations done (R24)
@@ -20,13 +21,7 @@ from msgspec.structs import replace
 
 from entidb.db.fields import Overruled
 from entidb.db.overruled import BY_PERSON, BY_RESET
-from entidb.db.records import (
-    REMOTE,
-    BaseRow,
-    EntityRow,
-    PendingTransaction,
-    conflict_key,
-)
+from entidb.db.records import REMOTE, BaseRow, EntityRow, PendingTransaction, conflict_key
 from entidb.db.writer import Ref, Writer
 from entidb.sync.apply.chains import Step
 from entidb.sync.apply.conflict_rows import decode_conflict, decode_conflict_base, encode_conflict

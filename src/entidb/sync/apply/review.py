@@ -15,20 +15,12 @@ from entidb.db import Database, overruled
 from entidb.db.fields import with_field
 from entidb.db.outbox import DiscardedTransaction, discard_key, read_discarded, read_pending
 from entidb.db.overruled import OverruledValue, read_overruled
-from entidb.db.records import (
-    CONFLICT,
-    PendingTransaction,
-    conflict_key,
-    end_of,
-    split_numbered_key,
-)
+from entidb.db.records import CONFLICT, PendingTransaction, conflict_key, end_of, split_numbered_key
 from entidb.db.transaction import Writes
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, ConflictError
 from entidb.sync.apply.conflict_rows import decode_conflict
-from entidb.sync.apply.position import (
-    remember_doubt,
-)
+from entidb.sync.apply.position import remember_doubt
 from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
