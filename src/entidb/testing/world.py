@@ -97,7 +97,8 @@ class World:
         self._order = count()
         self._directory: str | None = None
         self._stores = count()
-        self._on_disk: list[Storage] = []
+        #: Stores on disk, and where they lie: one that failed is closed, and does not say any more.
+        self._on_disk: dict[Storage, str] = {}
         self.rng = self.stream("world")
         self._crashes = self.stream("crashes")
         self.server_clock = WorldClock(self)
@@ -150,8 +151,7 @@ class World:
         store = owner.storage
         if isinstance(store.inner, MemoryStorage):
             return self._faulty(owner, store.copy())
-        path = store.inner.info().path
-        assert path is not None
+        path = self._on_disk[store.inner]
         store.inner.close()
         inner = self._open_on_disk(path)
         self.checks.that(
@@ -173,7 +173,7 @@ class World:
         """With a map that soon has to grow. Nobody else closes snapshots meanwhile, so waiting
         for them is of no use: a reader that stays makes the commit fail as "full" instead."""
         made = open_storage(path, map_bytes=_MAP_BYTES, drain_seconds=0.0)
-        self._on_disk.append(made)
+        self._on_disk[made] = path
         return made
 
     def _faulty(self, owner: Owner, inner: Storage) -> FaultyStorage:
