@@ -17,7 +17,7 @@ from entidb.db import Database, overruled
 from entidb.db.adopt import adopt_step, has_adoption
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
-from entidb.db.records import META_SYNC
+from entidb.db.records import META_SYNC, OverruledHead
 from entidb.db.replica import Inflight, ReplicaState, Stage, decode_state, ranges_above
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, SyncStateError
@@ -333,17 +333,20 @@ class DatabaseApplier(Review):
         return adopt_step(self.database, keeps=self._keeps)
 
     def tidy(self) -> bool:
-        return sweep_garbage(self.database) or self._prune_overruled()
+        # At the end of every cycle, so one look says whether there is anything to do.
+        with self.database.view() as view:
+            garbage, head = bool(view.catalogue.garbage), overruled.read_head(view)
+        return (garbage and sweep_garbage(self.database)) or self._prune_overruled(head)
 
-    def _prune_overruled(self) -> bool:
+    def _prune_overruled(self, head: OverruledHead) -> bool:
         """Forget a bounded part of the overruled values that are too many or too old. Their age
         counts by the earlier one of two clocks, this device's and the one last heard from the
         server: one that is wrong by years forgets nothing."""
+        if not head.count:
+            return False
         now_ms = min(self.database.clock.now_ms(), self._heard_ms)
         before_ms = int(now_ms - self._overruled_days * _DAY_MS)
-        with self.database.view() as view:
-            head = overruled.read_head(view)
-        if not head.count or (head.count <= self._overruled_max and head.oldest_ms >= before_ms):
+        if head.count <= self._overruled_max and head.oldest_ms >= before_ms:
             return False
         with self.database.write() as writer:
             return overruled.prune(writer, count_max=self._overruled_max, before_ms=before_ms)
