@@ -13,7 +13,7 @@ from entidb.db.records import (
     unpack_entity,
 )
 from entidb.protocol import PushResult, digest_operations
-from entidb.server import decide, service
+from entidb.server import decide
 from entidb.server.service import DatabaseService
 from entidb.types import SEQUENCE_MAX
 from tests.planted.garden import CALM, WILD, Garden, bug
@@ -46,7 +46,7 @@ def _base_ignored_in_columns(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def accept_all(self: Any, *rest: Any) -> Any:
-            with mock.patch.object(service, "unpack_entity", lower):
+            with mock.patch.object(decide, "unpack_entity", lower):
                 return original(self, *rest)
 
         return accept_all
@@ -62,7 +62,7 @@ def _digests_in_columns(garden: Garden) -> None:
         def accept_all(self: Any, *rest: Any) -> Any:
             first = self._request.transactions[0].operations
             one = digest_operations(self._digest_heads, first)
-            with mock.patch.object(service, "digest_operations", return_value=one):
+            with mock.patch.object(decide, "digest_operations", return_value=one):
                 return original(self, *rest)
 
         return accept_all
@@ -172,7 +172,7 @@ def _ids_not_looked_up(garden: Garden) -> None:
 def _digest_ignored(garden: Garden) -> None:
     """An id that was accepted with other content is called accepted."""
     garden.replace(
-        service,
+        decide,
         "digest_operations",
         lambda original: lambda heads, operations: bytes(32),
     )

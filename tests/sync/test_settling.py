@@ -395,11 +395,13 @@ def test_r18_verdicts_behind_what_was_withdrawn_are_settled_too() -> None:
 
 
 def test_r4_a_servers_words_for_a_refusal_are_kept_within_bounds() -> None:
-    words = Refusal("c" * 500, "m" * 5000)
-    world = World(validate=lambda context, transaction: words)
-    a = world.device()
+    _, a = start()
+    applier = a.engine.applier
     a.put(("notes", 1, "mine"))
-    a.sync()
+    batch = applier.prepare(BatchLimits())
+    assert batch is not None
+    words = PushResult(Verdict.REJECTED, code="c" * 500, message="m" * 5000)
+    applier.settle(batch, answer(words), None)
     [gone] = a.engine.discarded()
     assert (gone.code, gone.message) == ("c" * 100, "m" * 1000)
 
