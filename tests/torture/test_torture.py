@@ -25,16 +25,8 @@ from typing import Any
 import pytest
 
 from entidb.db import Database
-from entidb.testing.torture import (
-    Process,
-    Torture,
-    TortureConfig,
-    TortureFailure,
-    TortureReport,
-    main,
-    read_ledger,
-    run_torture,
-)
+from entidb.testing.torture import Torture, TortureConfig, TortureReport, main, run_torture
+from entidb.testing.torture_process import Process, TortureFailure, read_ledger
 from entidb.testing.torture_proxy import FAIR, Proxy, Weather
 from entidb.testing.torture_workload import ROWS, SUMS, parts_seen, parts_stored, write_one
 
