@@ -97,10 +97,11 @@ class Losers:
                 self.unreported += 1
                 self._reset |= value.decided_by == "reset"
         gone = sorted(before.keys() - after.keys())
-        for number in gone:
-            self.kept.pop(number)
+        # One may go for being too many, although others go for their age in the same commit.
         for number in gone:
             self._check_gone(before[number])
+        for number in gone:
+            self.kept.pop(number)
         return added
 
     def _check_gone(self, value: OverruledValue) -> None:
