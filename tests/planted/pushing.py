@@ -81,7 +81,7 @@ def _newer_write_settled(garden: Garden) -> None:
     def make(original: Any) -> Any:
         def newest(self: Any, batch: Any, index: int, *rest: Any) -> bool:
             sequence = batch.sequences[index]
-            with mock.patch.object(applier, "unpack_pending", _pretend_newest(sequence)):
+            with mock.patch.object(settle, "unpack_pending", _pretend_newest(sequence)):
                 settled: bool = original(self, batch, index, *rest)
             return settled
 

@@ -148,7 +148,12 @@ def _written_back_nowhere(garden: Garden) -> None:
     garden.replace(review, "with_field", lambda original: lambda payload, path, field: payload)
 
 
-@bug("dependents-not-held", "SURFACED-ONCE", knobs=CALM | {"policy_notes": 7, "policy_pairs": 7})
+@bug(
+    "dependents-not-held",
+    "SURFACED-ONCE",
+    "ORDER",
+    knobs=CALM | {"policy_notes": 7, "policy_pairs": 7},
+)
 def _dependents_not_held(garden: Garden) -> None:
     """What was built on a transaction in conflict is pushed without it."""
 

@@ -22,6 +22,8 @@ def test_at_least_twenty_five_bugs_are_planted_and_described():
 def test_a_planted_bug_is_caught_by_an_invariant_that_fits(name: str):
     finding = find(BUGS[name])
     assert finding.invariant in BUGS[name].expected, finding
+    # A place that is looked for where it is not any more fails as well, and plants nothing.
+    assert "does not have the attribute" not in finding.message
     assert finding.seeds <= SEEDS_MAX
 
 
