@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from entidb.errors import ConfigError
+from entidb.sync import Conflict, ConflictResolution
 from entidb.testing import knobs as knob
 from entidb.testing.__main__ import main
 from entidb.testing.batch import run_seeds, shrink
 from entidb.testing.checkers import INVARIANTS
 from entidb.testing.simulator import Options, simulate
+from entidb.testing.watch.decisions import decisions_of
 from tests.planted import BUGS, planted
 
 SEEDS = int(os.environ.get("ENTIDB_SIMULATOR_SEEDS", "1000"))
@@ -105,3 +107,45 @@ def test_a_replay_tells_its_story_and_its_trace(capsys):
     assert printed.startswith("seed 2\n")
     assert " commit d" in printed
     assert "the faults stop" in printed
+
+
+def test_each_decision_of_a_commit_counts_and_the_question_that_begins_it_does_not():
+    merged = ConflictResolution.merge({})
+    newest, oldest = _asked(local=9), _asked(local=7)
+    step = _asked(base=(3, 7), remote=(3, 7), local=9)
+    # The server has another version by then, or the oldest write of the chain has left it.
+    later = _asked(base=(3, 1), remote=(5, 2), local=9)
+    shorter = _asked(base=(3, 7), remote=(3, 1), local=9, first=b"second")
+    one, two = [(newest, merged), (oldest, merged), (step, merged)], [(later, merged)]
+    assert decisions_of(one + two) == [one, two]
+    assert decisions_of([*one, (shorter, merged)]) == [one, [(shorter, merged)]]
+    # What is asked again after a withdrawal belongs to the same decision.
+    again = (_asked(local=8), merged)
+    assert decisions_of([*one, again]) == [[*one, again]]
+    assert decisions_of([*one, (step, ConflictResolution.skip()), *two]) == [two]
+
+
+def _asked(
+    *,
+    local: int,
+    base: tuple[int, int] = (2, 1),
+    remote: tuple[int, int] = (3, 1),
+    first: bytes = b"first",
+) -> Conflict:
+    """A question about a chain that begins with ``first``; marks are version and time."""
+    return Conflict(
+        collection="notes",
+        id_bytes=bytes(16),
+        base_payload=b"base",
+        local_payload=b"local",
+        remote_payload=b"remote",
+        base_version=base[0],
+        remote_version=remote[0],
+        base_device=bytes(16),
+        local_device=bytes(16),
+        remote_device=bytes(16),
+        base_timestamp=base[1],
+        local_timestamp=local,
+        remote_timestamp=remote[1],
+        transaction_id=first,
+    )

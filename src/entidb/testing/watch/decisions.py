@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 
 from entidb import cbor
 from entidb.db.records import (
@@ -21,6 +20,9 @@ from entidb.testing.watch.model import (
     Question,
 )
 
+#: One side of a question: version, device, timestamp, payload.
+Side = tuple[int, bytes, int, bytes | None]
+
 
 def check_losers(
     watch: DeviceModel, commit: DeviceCommit, batch: Batch, old: Mapping[bytes, bytes | None]
@@ -35,13 +37,17 @@ def check_losers(
         info = watch.catalogue.by_name[ref[0]]
         raw = commit.records.get(info.prefix + ref[1])
         discarded = _discarded_payloads(commit, ref)
-        outcomes = [(asked[0][0], None if raw is None else payload_of(raw))]
-        if len(asked) > 1 and asked[0][1].action is Action.MERGE:
-            # The steps of a chain, each decided on what the one before it became (R25): the
-            # first question was about the newest and decided nothing but that. Where some are
-            # withdrawn after all, nobody knows which question was about what is left.
-            steps = [] if discarded else _steps(asked[1:])
-            outcomes = [(c, outcome_of(c, a)) for c, a in steps]
+        view = None if raw is None else payload_of(raw)
+        outcomes = [(asked[-1][0], view)] if ref in by_person else []
+        decisions = [] if ref in by_person else decisions_of(asked)
+        for questions in decisions:
+            if len(questions) == 1 and questions is decisions[-1]:
+                outcomes.append((questions[0][0], view))
+            elif not discarded:
+                # Where some are withdrawn after all, nobody knows which question was about
+                # what is left, nor whether the server's side stands.
+                steps = questions[1:] or questions
+                outcomes += [(each, outcome_of(each, answer)) for each, answer in steps]
         for conflict, outcome in outcomes:
             watch.losers.check(
                 conflict,
@@ -91,14 +97,48 @@ def outcome_of(conflict: Conflict, answer: ConflictResolution) -> bytes | None:
     return conflict.local_payload if keeps else conflict.remote_payload
 
 
-def _steps(asked: list[Question]) -> Iterator[Question]:
-    """Questions without those about the newest write of a chain that a further decision of the
-    same commit began with: the first step of its chain has the same two sides under it."""
-    for question, following in pairwise(asked):
-        now, then = question[0], following[0]
-        if (now.base_payload, now.remote_payload) != (then.base_payload, then.remote_payload):
-            yield question
-    yield from asked[-1:]
+def decisions_of(asked: Sequence[Question]) -> list[list[Question]]:
+    """The questions about one entity that decided something, by decision: one commit may decide
+    more than once, if several states of the server are taken in it.
+
+    Of a chain that is merged in turn the first is about the newest, and decides nothing but that
+    the others are asked: the steps, each on what the one before it became (R25). A question left
+    open decides nothing, and nor do those that were asked with it."""
+    groups: list[list[Question]] = []
+    for question in asked:
+        if groups and _goes_with(groups[-1][0][0], question[0]):
+            groups[-1].append(question)
+        else:
+            groups.append([question])
+    return [
+        group for group in groups if all(answer.action is not Action.SKIP for _, answer in group)
+    ]
+
+
+def _goes_with(first: Conflict, conflict: Conflict) -> bool:
+    """Whether a question belongs to the same decision as the ``first`` of it: it is about another
+    write of the chain against the same two states, or about a step on one of this chain."""
+    if conflict.transaction_id != first.transaction_id:
+        return False
+    base, remote = _sides(conflict)
+    return base[:3] == remote[:3] or (base, remote) == _sides(first)
+
+
+def _sides(conflict: Conflict) -> tuple[Side, Side]:
+    return (
+        (
+            conflict.base_version,
+            conflict.base_device,
+            conflict.base_timestamp,
+            conflict.base_payload,
+        ),
+        (
+            conflict.remote_version,
+            conflict.remote_device,
+            conflict.remote_timestamp,
+            conflict.remote_payload,
+        ),
+    )
 
 
 def _discarded_payloads(commit: DeviceCommit, ref: Ref) -> list[bytes | None]:
