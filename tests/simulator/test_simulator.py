@@ -68,6 +68,12 @@ def test_a_run_on_lmdb_holds_the_same_invariants():
     assert run.faults["lmdb"]
 
 
+def test_a_store_on_lmdb_comes_back_after_a_commit_that_closed_it():
+    run = simulate(0, Options(CALM | {"lmdb": 1, "commit_unknown": 200}))
+    assert run.invariant is None, run.message
+    assert run.faults["commit_unknown"]
+
+
 def test_knobs_can_be_fixed_and_unknown_ones_are_refused():
     settings = knob.parse(["devices=5", "lost=0"])
     assert settings == {"devices": 5, "lost": 0}
