@@ -5,18 +5,15 @@ The three differ only in where they read and what a write does; storage and reco
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
-from datetime import datetime
 from typing import Any, Generic, TypeVar, overload
 
-from msgspec import Struct
-
-from entidb import cbor
-from entidb.db.codec import Keep, PlainCodec, ValueCodec, located
+from entidb.db.codec import located
 from entidb.db.conditions import Field
+from entidb.db.entity_info import EntityInfo, natural_id
+from entidb.db.plain import Keep, PlainCodec, ValueCodec
 from entidb.db.query import Query, Where
 from entidb.db.rows import Rows
 from entidb.errors import CorruptionError, ValueTypeError
@@ -24,7 +21,6 @@ from entidb.types import datetime_of, uuid_from_bytes
 
 V = TypeVar("V")
 D = TypeVar("D")
-
 #: Opens a view to read from; closing it ends the snapshot under it.
 OpenRows = Callable[[], AbstractContextManager[Rows]]
 
@@ -37,45 +33,6 @@ def id_bytes(entity_id: object) -> bytes:
         f"an entity id is a uuid.UUID, got {type(entity_id).__name__}: use uuid.UUID(text), or "
         "`collection.add(value)` to have one made"
     )
-
-
-def natural_id(name: str, key: tuple[object, ...]) -> uuid.UUID:
-    """See ``ReadCollection.id_for``."""
-    parts: list[object] = [name]
-    for part in key:
-        if isinstance(part, uuid.UUID):
-            parts.append(part.bytes)
-        elif isinstance(part, str | bytes) or (
-            isinstance(part, int) and not isinstance(part, bool)
-        ):
-            parts.append(part)
-        else:
-            raise ValueTypeError(
-                f"a natural key is made of text, integers, bytes and UUIDs, not of {part!r}"
-            )
-    if not key:
-        raise ValueTypeError('id_for needs a key: id_for("sku-123")')
-    digest = bytearray(hashlib.sha256(cbor.encode(parts)).digest()[:16])
-    digest[6] = 0x80 | digest[6] & 0x0F
-    digest[8] = 0x80 | digest[8] & 0x3F
-    return uuid_from_bytes(bytes(digest))
-
-
-class EntityInfo(Struct, frozen=True, kw_only=True):
-    """What a database knows about an entity beside its value.
-
-    ``version`` is the server's commit that wrote what this builds on, 0 if the server never had
-    it. ``pending`` says that changes made here wait for the server's decision. ``device_id`` made
-    the newest change, at ``changed_at``, which is a hybrid clock's time and decides nothing
-    (R27). ``payload_bytes`` is the size of the value.
-    """
-
-    id: uuid.UUID
-    version: int
-    pending: bool
-    device_id: bytes
-    changed_at: datetime
-    payload_bytes: int
 
 
 class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):

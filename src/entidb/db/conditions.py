@@ -31,7 +31,6 @@ class _Missing(Enum):
 
 
 MISSING: Final = _Missing.MISSING
-
 _NUMBERS: Final = (int, float)
 #: Place of each kind of value in an order; numbers have one place.
 _RANKS: Final[dict[type, int]] = {
@@ -106,10 +105,10 @@ class Condition:
         raise AssertionError(type(self))
 
     def __and__(self, other: Condition) -> Condition:
-        return _Joined(True, (self, _condition(other)))
+        return Joined(True, (self, _condition(other)))
 
     def __or__(self, other: Condition) -> Condition:
-        return _Joined(False, (self, _condition(other)))
+        return Joined(False, (self, _condition(other)))
 
     def __invert__(self) -> Condition:
         return _Not(self)
@@ -127,7 +126,7 @@ def _condition(given: object) -> Condition:
     raise QueryError(f"{given!r} is no condition: write one like F.price > 3")
 
 
-class _Joined(Condition):
+class Joined(Condition):
     """All of ``parts``, or any of them."""
 
     __slots__ = ("all", "parts")
@@ -138,7 +137,7 @@ class _Joined(Condition):
         self.all = all_of
         flat: list[Condition] = []
         for part in parts:
-            if isinstance(part, _Joined) and part.all is all_of:
+            if isinstance(part, Joined) and part.all is all_of:
                 flat += part.parts
             else:
                 flat.append(part)
@@ -172,7 +171,7 @@ class _Joined(Condition):
 
     def __repr__(self) -> str:
         sign = " & " if self.all else " | "
-        return sign.join(f"({p!r})" if isinstance(p, _Joined) else repr(p) for p in self.parts)
+        return sign.join(f"({p!r})" if isinstance(p, Joined) else repr(p) for p in self.parts)
 
 
 class _Not(Condition):
@@ -195,7 +194,7 @@ class _Not(Condition):
         return f"~({self.part!r})"
 
 
-ALL: Final[Condition] = _Joined(True, ())
+ALL: Final[Condition] = Joined(True, ())
 
 
 class _Compared(Condition):
@@ -359,13 +358,13 @@ class Field(Condition):
     def between(self, low: Any, high: Any) -> Condition:
         """From ``low`` to ``high``, both included."""
         parts = [_Compared(self._path, ">=", low), _Compared(self._path, "<=", high)]
-        return _Joined(True, parts)
+        return Joined(True, parts)
 
     def in_(self, values: Iterable[Any]) -> Condition:
         """Equal to one of ``values``."""
         if isinstance(values, str | bytes):
             raise QueryError(f"in_ takes several values, not {values!r}: write in_([{values!r}])")
-        return _Joined(False, [self == value for value in values])
+        return Joined(False, [self == value for value in values])
 
     def startswith(self, start: str) -> Condition:
         """Text that begins with ``start``."""
@@ -444,60 +443,4 @@ def all_of(conditions: Iterable[object], equal: Mapping[str, Any]) -> Condition:
     parts += [_Compared((name,), "==", value) for name, value in equal.items()]
     if not parts:
         return ALL
-    return parts[0] if len(parts) == 1 else _Joined(True, parts)
-
-
-#: How a condition is written as data: ``{"price": {"<": 5}}``.
-_SIGNS: Final[dict[str, Callable[[Field, Any], Condition]]] = {
-    "==": Field.__eq__,
-    "!=": Field.__ne__,
-    "<": Field.__lt__,
-    "<=": Field.__le__,
-    ">": Field.__gt__,
-    ">=": Field.__ge__,
-    "between": lambda field, value: field.between(*_pair(value)),
-    "in": lambda field, value: field.in_(value),
-    "startswith": lambda field, value: field.startswith(value),
-    "contains": lambda field, value: field.contains(value),
-    "exists": lambda field, value: field.exists() if value else ~field.exists(),
-    "is_null": lambda field, value: field.is_null() if value else ~field.is_null(),
-}
-
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return value[0], value[1]
-    raise QueryError(f"between takes [low, high], not {value!r}")
-
-
-def from_dict(given: Mapping[str, Any]) -> Condition:
-    """The condition that ``given`` says: all of ``{"kind": "tea", "price": {"<": 5}}``.
-
-    A field inside a field is ``"address.city"``. ``"|"`` and ``"&"`` take a list of such maps,
-    ``"~"`` one. A value that is a map is compared with ``{"==": {…}}``. Raises ``QueryError``.
-    """
-    if not isinstance(given, Mapping):
-        raise QueryError(f"a condition as data is a map of fields, not {given!r}")
-    return _Joined(True, [part for name, value in given.items() for part in _entry(name, value)])
-
-
-def _entry(name: str, value: Any) -> list[Condition]:
-    if not isinstance(name, str):
-        raise QueryError(f"a field's name is text, not {name!r}")
-    if name in ("&", "|"):
-        if not isinstance(value, list | tuple):
-            raise QueryError(f'"{name}" takes a list of conditions, not {value!r}')
-        return [_Joined(name == "&", map(from_dict, value))]
-    if name == "~":
-        return [~from_dict(value)]
-    field = Field(tuple(name.split(".")))
-    if not isinstance(value, Mapping):
-        return [field.__eq__(value)]
-    unknown = value.keys() - _SIGNS.keys()
-    if unknown or not value:
-        raise QueryError(
-            f"field {name!r} is compared by one of {', '.join(_SIGNS)}, not by "
-            f"{', '.join(map(repr, sorted(map(str, unknown)))) or 'nothing'}; to compare it with a "
-            'map write {"==": {…}}'
-        )
-    return [_SIGNS[sign](field, other) for sign, other in value.items()]
+    return parts[0] if len(parts) == 1 else Joined(True, parts)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, overload
 
 from entidb import cbor
-from entidb.db.codec import Keep, codec_for
+from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, kept
 from entidb.db.core import Core
 from entidb.db.feed import ChangeFeed
@@ -23,6 +23,7 @@ from entidb.db.identity import stored_role
 from entidb.db.listeners import add_listener
 from entidb.db.maintenance import sweep_garbage, verify
 from entidb.db.observers import Observer
+from entidb.db.plain import Keep
 from entidb.db.records import (
     META_COLUMNS,
     META_FORMAT,

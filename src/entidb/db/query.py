@@ -21,7 +21,6 @@ from typing import Any, Generic, Protocol, TypeVar
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.db.codec import ValueCodec
 from entidb.db.conditions import (
     ALL,
     Condition,
@@ -31,10 +30,11 @@ from entidb.db.conditions import (
     Test,
     all_of,
     field_of,
-    from_dict,
     order_key,
     written,
 )
+from entidb.db.filters import from_dict
+from entidb.db.plain import ValueCodec
 from entidb.db.rows import Pair, Rows
 from entidb.errors import QueryError
 from entidb.types import uuid_from_bytes

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
-from entidb.db.codec import ValueCodec, codec_for
+from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, TransactionCollection
+from entidb.db.plain import ValueCodec
 from entidb.db.records import (
     DIRTY,
     HAS_BASE,

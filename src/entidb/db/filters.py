@@ -1,0 +1,64 @@
+"""Conditions that come as data, such as from a web form: ``{"kind": "tea", "price": {"<": 5}}``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from entidb.db.conditions import Condition, Field, Joined
+from entidb.errors import QueryError
+
+#: How a condition is written as data: ``{"price": {"<": 5}}``.
+_SIGNS: Final[dict[str, Callable[[Field, Any], Condition]]] = {
+    "==": Field.__eq__,
+    "!=": Field.__ne__,
+    "<": Field.__lt__,
+    "<=": Field.__le__,
+    ">": Field.__gt__,
+    ">=": Field.__ge__,
+    "between": lambda field, value: field.between(*_pair(value)),
+    "in": lambda field, value: field.in_(value),
+    "startswith": lambda field, value: field.startswith(value),
+    "contains": lambda field, value: field.contains(value),
+    "exists": lambda field, value: field.exists() if value else ~field.exists(),
+    "is_null": lambda field, value: field.is_null() if value else ~field.is_null(),
+}
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value[0], value[1]
+    raise QueryError(f"between takes [low, high], not {value!r}")
+
+
+def from_dict(given: Mapping[str, Any]) -> Condition:
+    """The condition that ``given`` says: all of ``{"kind": "tea", "price": {"<": 5}}``.
+
+    A field inside a field is ``"address.city"``. ``"|"`` and ``"&"`` take a list of such maps,
+    ``"~"`` one. A value that is a map is compared with ``{"==": {…}}``. Raises ``QueryError``.
+    """
+    if not isinstance(given, Mapping):
+        raise QueryError(f"a condition as data is a map of fields, not {given!r}")
+    return Joined(True, [part for name, value in given.items() for part in _entry(name, value)])
+
+
+def _entry(name: str, value: Any) -> list[Condition]:
+    if not isinstance(name, str):
+        raise QueryError(f"a field's name is text, not {name!r}")
+    if name in ("&", "|"):
+        if not isinstance(value, list | tuple):
+            raise QueryError(f'"{name}" takes a list of conditions, not {value!r}')
+        return [Joined(name == "&", map(from_dict, value))]
+    if name == "~":
+        return [~from_dict(value)]
+    field = Field(tuple(name.split(".")))
+    if not isinstance(value, Mapping):
+        return [field.__eq__(value)]
+    unknown = value.keys() - _SIGNS.keys()
+    if unknown or not value:
+        raise QueryError(
+            f"field {name!r} is compared by one of {', '.join(_SIGNS)}, not by "
+            f"{', '.join(map(repr, sorted(map(str, unknown)))) or 'nothing'}; to compare it with a "
+            'map write {"==": {…}}'
+        )
+    return [_SIGNS[sign](field, other) for sign, other in value.items()]

@@ -1,0 +1,85 @@
+"""Plain values and payloads: maps, lists, text, bytes, numbers and booleans, in canonical CBOR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, cast
+
+from entidb import cbor
+from entidb.errors import CborEncodeError, ValueTypeError
+
+V = TypeVar("V")
+#: (the payload to write, the payload that is stored) -> what is written.
+Keep = Callable[[bytes, bytes], bytes]
+
+
+class ValueCodec(Protocol[V]):
+    #: Takes over what the class does not know; None where there is nothing to take over.
+    keep: Keep | None
+    #: The fields a value can be looked for by; None for any.
+    stored_names: tuple[str, ...] | None
+
+    def encode(self, value: V) -> bytes: ...
+
+    def decode(self, payload: bytes) -> V: ...
+
+    def patch(self, stored: bytes, changes: Mapping[str, Any]) -> bytes:
+        """The payload ``stored`` with the fields ``changes`` as they say, and all else as it is."""
+        ...
+
+
+# ---------------------------------------------------------------- plain values
+
+
+class PlainCodec:
+    """Values as canonical CBOR says them: maps, lists, text, bytes, numbers, booleans."""
+
+    keep: Keep | None = None
+    stored_names: tuple[str, ...] | None = None
+
+    def encode(self, value: Any) -> bytes:
+        if value is None:
+            raise CborEncodeError(
+                "$: an entity cannot be None; use `del collection[id]` to delete it, or a map "
+                "with a field that is None",
+            )
+        try:
+            return cbor.encode(value)
+        except CborEncodeError as error:
+            return cbor.encode(settled_or(error, value))
+
+    decode = staticmethod(cbor.decode_trusted)
+
+    def patch(self, stored: bytes, changes: Mapping[str, Any]) -> bytes:
+        value = cbor.decode_trusted(stored)
+        if type(value) is not dict:
+            raise ValueTypeError(
+                f"the entity is no map of fields but {type(value).__name__}: write it whole"
+            )
+        return self.encode({**value, **changes})
+
+
+def settled_or(error: CborEncodeError, value: Any, lists: tuple[type, ...] = (list,)) -> Any:
+    try:
+        return settled(value, lists)
+    except RecursionError:
+        raise error from None
+
+
+def settled(value: Any, lists: tuple[type, ...] = (list,)) -> Any:
+    """``value`` with -0.0 as 0.0 and numpy's scalars as Python's own; members of ``lists`` become
+    lists. For values that canonical CBOR refuses; all others never come here."""
+    if isinstance(value, dict):
+        return {settled(name): settled(item, lists) for name, item in value.items()}
+    if isinstance(value, lists):
+        return [settled(item, lists) for item in cast("list[Any]", value)]
+    if isinstance(value, float):
+        return float(value) + 0.0  # -0.0 + 0.0 is 0.0
+    return numpy_item(value)
+
+
+def numpy_item(value: Any) -> Any:
+    """The Python value of a numpy scalar; anything else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    return value
