@@ -111,6 +111,7 @@ _SMALL_BATCHES: Final = CALM | {"push_operations_max": 1, "pause_ms": 3000, "ahe
 @bug(
     "following-builds-on-the-first",
     "NO-FALSE-CONFLICT",
+    "NO-LOST-UPDATE",
     "LIVENESS",
     "CONVERGE",
     knobs=_SMALL_BATCHES,

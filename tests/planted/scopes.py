@@ -64,6 +64,7 @@ def _stage_survives(garden: Garden) -> None:
 @bug(
     "changes-during-a-widening-lost",
     "PREFIX",
+    "NO-FALSE-CONFLICT",
     "NO-RESURRECTION",
     knobs=_SCOPED | {"pull_operations_max": 2},
 )

@@ -68,6 +68,7 @@ def _current_row_swept(garden: Garden) -> None:
     "a-purge-leaves-stale-rows",
     "UNEXPECTED",
     "CONVERGE",
+    "LIVENESS",
     knobs=CALM | {"stale_rows": 2000, "operations": 8, "purge": 80, "deletes": 400},
 )
 def _purge_leaves_stale_rows(garden: Garden) -> None:

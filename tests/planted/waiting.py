@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from entidb.db import overruled
 from entidb.db.fields import Side
+from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import Keeper
 from entidb.db.writer import Writer
 from entidb.sync.apply import review
@@ -132,9 +133,9 @@ def _prune_wrong_clock(garden: Garden) -> None:
     """The age of overruled values counts by the device's clock alone."""
 
     def make(original: Any) -> Any:
-        def prune(self: DatabaseApplier) -> bool:
+        def prune(self: DatabaseApplier, *rest: Any) -> bool:
             self._heard_ms = 2**60
-            done: bool = original(self)
+            done: bool = original(self, *rest)
             return done
 
         return prune
@@ -225,7 +226,9 @@ def _recommit_loses(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def recommit(self: Review, discarded: Any) -> int:
-            made: int = original(self, replace(discarded, operations=discarded.operations[1:]))
+            if isinstance(discarded, DiscardedTransaction):
+                discarded = replace(discarded, operations=discarded.operations[1:])
+            made: int = original(self, discarded)
             return made
 
         return recommit

@@ -204,7 +204,9 @@ def test_what_else_may_stand_at_an_address_is_said_in_plain_words(answer: bytes,
         transport = HttpTransport(f"http://127.0.0.1:{port}")
         with transport, pytest.raises(SyncError) as caught:
             transport.pull(PULL)
-    assert says in plain(caught.value)
+    told = plain(caught.value)
+    # Whoever hangs up while more is coming sends a reset, which may overtake what it had said.
+    assert says in told or (answer.startswith(b"SSH-") and "the connection was cut" in told)
 
 
 def test_a_host_that_is_not_there_is_said_in_plain_words(monkeypatch: pytest.MonkeyPatch):
