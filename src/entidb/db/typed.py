@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -29,7 +30,7 @@ from entidb.types import reason_of_msgspec
 # ---------------------------------------------------------------- values of a class
 
 
-class TypedCodec(Generic[V]):
+class TypedCodec(ABC, Generic[V]):
     """What all typed codecs share. ``encode`` raises ``ValueTypeError`` for a value of another
     class and for one that would not come back as it is; ``decode`` for an entity that does not
     fit the class (another version of the application wrote it).
@@ -127,20 +128,20 @@ class TypedCodec(Generic[V]):
         payload = cbor.encode(settled(after, (list, tuple)))
         return payload if self.keep is None else self.keep(payload, stored)
 
-    def _plain(self, value: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _plain(self, value: Any) -> Any: ...
 
+    @abstractmethod
     def _value(self, plain: Any) -> V:
         """Raises ``ValueTypeError`` with field and reason."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _part(self, name: str, value: Any) -> Any:
         """The plain value of ``value`` for the field ``name``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keys(self) -> dict[str, str]:
         """Field -> key in the stored map."""
-        raise NotImplementedError
 
     def _without_aliases(self, stored: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """``stored`` without other keys that the fields ``names`` could be read from."""
