@@ -70,7 +70,7 @@ def translated(error: Exception, url: str) -> SyncError:
 def _cause(error: Exception, url: str) -> str:
     """What happened, and what to do about it, for a person who knows neither our library nor the
     numbers of a system."""
-    hint = "; if the server speaks TLS, write https://" if url.startswith("http:") else ""
+    hint = _tls_hint(url)
     for foreign, known in _CAUSES:
         if _in_chain(error, foreign) is not None:
             return known + (hint if foreign is ConnectionResetError else "")
@@ -97,6 +97,10 @@ def _cause(error: Exception, url: str) -> str:
     return "the connection failed"
 
 
+def _tls_hint(url: str) -> str:
+    return "; if the server speaks TLS, write https://" if url.startswith("http:") else ""
+
+
 _E = TypeVar("_E", bound=BaseException)
 
 
@@ -118,7 +122,7 @@ def cut_short(url: str) -> TransportError:
     """Less than the whole request left this device, so nothing of it can have been decided."""
     error = TransportError(
         f"{url}: the connection was cut while the request was being sent; if this goes on, "
-        "something before the server may refuse requests of this size"
+        f"something before the server may refuse requests of this size{_tls_hint(url)}"
     )
     error.refused_by = "path"
     return error
