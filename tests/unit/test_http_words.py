@@ -71,7 +71,9 @@ def speaking(answer: bytes) -> Iterator[int]:
 def _hear_all(connection: socket.socket) -> None:
     """The whole request: who hangs up while more is coming sends a reset, which may overtake the
     answer."""
-    heard = b""
+    heard = connection.recv(65536)
+    if not heard.startswith(b"POST"):
+        return  # TLS: nothing more comes before it is answered
     while b"\r\n\r\n" not in heard and (part := connection.recv(65536)):
         heard += part
     head, _, body = heard.partition(b"\r\n\r\n")
