@@ -63,14 +63,11 @@ class DatabaseService:
         db_id: str,
         limits: Limits,
         validate: ValidateHook | None = None,
-        encodings: Sequence[str] = (),
         clock_mark_ms: int = CLOCK_MARK_MS,
     ) -> None:
-        """``encodings`` are the content encodings the HTTP side understands; they are told to
-        devices among the features. ``clock_mark_ms`` is how often it is remembered where the clock
-        stands (R28)."""
+        """``clock_mark_ms`` is how often it is remembered where the clock stands (R28)."""
         self._clock_mark_ms = clock_mark_ms
-        self.features = [*FEATURES, *encodings]
+        self.features = FEATURES
         self.database = database
         self.db_id = db_id
         self.limits = limits
