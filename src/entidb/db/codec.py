@@ -13,7 +13,7 @@ import uuid
 from functools import lru_cache
 from typing import Any, Final, cast
 
-from entidb.db.kinds import is_model
+from entidb.db.forms import is_model
 from entidb.db.plain import PlainCodec, V, ValueCodec
 from entidb.db.typed import MsgspecCodec, PydanticCodec, TypedCodec
 from entidb.errors import EntiDBError, ValueTypeError

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from entidb.db.kinds import is_model
+from entidb.db.forms import is_model
 
 # ---------------------------------------------------------------- are they the same
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
-from entidb.db.kinds import Seen, form_of, has_own_eq, is_typed_dict, label_of, refused, seen, union
+from entidb.db.forms import Seen, form_of, has_own_eq, is_typed_dict, label_of, refused, seen, union
 from entidb.db.shapes import Fields, Items, Places, Shape, Values
 
 _CLEAR: Final[dict[Any, Seen]] = {

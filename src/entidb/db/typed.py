@@ -20,7 +20,8 @@ import msgspec
 
 from entidb import cbor
 from entidb.db.difference import difference, part_of, same
-from entidb.db.kinds import AS_TEXT, examine, is_model, is_typed_dict, label_of
+from entidb.db.forms import is_model, is_typed_dict, label_of
+from entidb.db.kinds import AS_TEXT, examine
 from entidb.db.models import Model, examine_model
 from entidb.db.plain import Keep, V, numpy_item, settled, settled_or
 from entidb.db.shapes import Fields, Shape, keep_unknown
