@@ -15,7 +15,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "entidb"
 
 #: Row 0 has an order of its own: everything may raise the errors, and the codec needs no clock.
-ROW_0_ORDER = ("version", "collector", "errors", "types", "cbor", "credentials", "packing")
+ROW_0_ORDER = ("version", "collector", "errors", "types", "cbor", "credentials", "packing", "lazy")
 
 ROWS = {
     **dict.fromkeys(ROW_0_ORDER, 0),

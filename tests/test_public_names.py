@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import entidb
-from entidb import errors
+from entidb import errors, lazy
 
 PACKAGE = Path(entidb.__file__)
 
@@ -58,14 +58,14 @@ def test_importing_the_package_loads_none_of_its_parts():
         check=True,
         timeout=60,
     )
-    assert done.stdout.split() == ["entidb.version"]
+    assert done.stdout.split() == ["entidb.lazy", "entidb.version"]
 
 
 def test_a_missing_server_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     def missing(home: str) -> object:
         raise ModuleNotFoundError("No module named 'starlette'", name="starlette")
 
-    monkeypatch.setattr(entidb, "import_module", missing)
+    monkeypatch.setattr(lazy, "import_module", missing)
     monkeypatch.delitem(vars(entidb), "create_app", raising=False)
     with pytest.raises(ImportError, match=r'pip install "entidb\[server\]"'):
         entidb.create_app  # noqa: B018
@@ -75,7 +75,7 @@ def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch: pytest.M
     def missing(home: str) -> object:
         raise ModuleNotFoundError("No module named 'lmdb'", name="lmdb")
 
-    monkeypatch.setattr(entidb, "import_module", missing)
+    monkeypatch.setattr(lazy, "import_module", missing)
     monkeypatch.delitem(vars(entidb), "Database", raising=False)
     with pytest.raises(ModuleNotFoundError, match="lmdb"):
         entidb.Database  # noqa: B018
@@ -102,7 +102,7 @@ else:
     raise AssertionError("it was found")
 print("done")
 """
-    missing = tuple(entidb._SERVER_EXTRA)
+    missing = entidb._SERVER_NEEDS
     ended = subprocess.run(
         [sys.executable, "-c", block % (missing, missing)],
         env=os.environ | {"PYTHONPATH": str(PACKAGE.parent.parent)},
@@ -112,3 +112,16 @@ print("done")
         timeout=60,
     )
     assert ended.stdout == "done\n", ended.stderr
+
+
+def test_a_blocking_engine_does_not_load_asyncio():
+    code = "import sys; from entidb import SyncEngine; print('asyncio' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "False\n"

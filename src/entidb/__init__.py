@@ -6,9 +6,9 @@ costs next to nothing, and a device never loads the server. Nothing else lives h
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from entidb.lazy import lazy_names
 from entidb.version import VERSION
 
 if TYPE_CHECKING:
@@ -262,38 +262,17 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "ResetRequiredError",
     ),
 }
-_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
-#: What the server needs beyond the core, as Python and as pip call it; the other packages stand
-#: on the core alone.
-_SERVER_EXTRA: Final = {
-    "jwt": "PyJWT",
-    "prometheus_client": "prometheus-client",
-    "starlette": "starlette",
-    "uvicorn": "uvicorn",
-}
+_HOME_OF, _load, _listed = lazy_names(__name__, _HOMES, globals())
+#: Names that need more than the core, and what they cannot do without.
 _NEED_EXTRA: Final = ("SyncServer", "create_app")
+_SERVER_NEEDS: Final = ("jwt", "prometheus_client", "starlette", "uvicorn")
 
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        value: Any = _importable()
-        globals()[name] = value
+        globals()[name] = value = _importable()
         return value
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module 'entidb' has no attribute {name!r}")
-    try:
-        value = getattr(import_module(home), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _SERVER_EXTRA:
-            raise
-        raise ImportError(
-            f"entidb.{name} needs a package that is not installed "
-            f'({_SERVER_EXTRA[error.name.partition(".")[0]]}): pip install "entidb[server]"',
-            name=error.name,
-        ) from error
-    globals()[name] = value  # from now on an ordinary attribute
-    return value
+    return _load(name)
 
 
 def _importable() -> list[str]:
@@ -301,10 +280,10 @@ def _importable() -> list[str]:
     packages where they are installed."""
     from importlib.util import find_spec
 
-    extra = all(find_spec(name) is not None for name in _SERVER_EXTRA)
+    extra = all(find_spec(name) is not None for name in _SERVER_NEEDS)
     left_out = () if extra else _NEED_EXTRA
     return [name for name in (*_HOME_OF, "__version__") if name not in left_out]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF, "__version__", "__all__"})
+    return sorted({*_listed(), "__version__", "__all__"})

@@ -6,8 +6,9 @@ and says so if they are missing.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from entidb.lazy import lazy_names
 
 if TYPE_CHECKING:
     from entidb.server.app import SyncApp, create_app
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from entidb.server.service import DatabaseService
 
 _HOMES: Final[dict[str, tuple[str, ...]]] = {
-    "app": ("SyncApp", "create_app"),
-    "auth": ("Authenticator", "Grants", "JwtAuthenticator", "Rights", "mint_token"),
-    "config": ("ServerConfig",),
-    "group_commit": ("GroupCommitter",),
-    "hooks": (
+    "entidb.server.app": ("SyncApp", "create_app"),
+    "entidb.server.auth": ("Authenticator", "Grants", "JwtAuthenticator", "Rights", "mint_token"),
+    "entidb.server.config": ("ServerConfig",),
+    "entidb.server.group_commit": ("GroupCommitter",),
+    "entidb.server.hooks": (
         "Grant",
         "Refusal",
         "ValidateContext",
@@ -45,41 +46,11 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "ValidateOperation",
         "ValidateTransaction",
     ),
-    "run": ("Listen", "serve", "serving"),
-    "server": ("SyncServer",),
-    "service": ("DatabaseService",),
+    "entidb.server.run": ("Listen", "serve", "serving"),
+    "entidb.server.server": ("SyncServer",),
+    "entidb.server.service": ("DatabaseService",),
 }
-_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
-#: What the ``server`` extra brings.
-_EXTRA: Final = frozenset(
-    ("cryptography", "httptools", "jwt", "prometheus_client", "starlette", "uvicorn", "uvloop")
-)
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f"{__name__}.{home}"), name)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in _EXTRA:
-            # pip knows the package ``jwt`` as another one than the one that is needed.
-            package = {"jwt": "PyJWT"}.get(missing, missing.replace("_", "-"))
-            raise ImportError(
-                f"entidb.server.{name} needs packages that are not installed ({package}): "
-                'pip install "entidb[server]"',
-                name=error.name,
-            ) from error
-        raise
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
-
+_HOME_OF, __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
 
 __all__ = [
     "Authenticator",

@@ -1,10 +1,10 @@
 """The device's side of synchronisation (row 3): engine, cycle, policies, transports."""
 
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 from entidb.errors import SyncError
+from entidb.lazy import lazy_names
 from entidb.protocol import SyncRequest, SyncResponse
-from entidb.sync.aio import AsyncSyncEngine
 from entidb.sync.apply.applier import DatabaseApplier, MemorySyncApplier
 from entidb.sync.apply.report import RebaseReport, Resolved, Withdrawn
 from entidb.sync.apply.seam import BatchLimits, SyncApplier
@@ -33,6 +33,13 @@ from entidb.sync.transport import (
     SyncTransport,
 )
 from entidb.sync.whole_policies import client_wins, last_write_wins, manual, server_wins
+
+if TYPE_CHECKING:
+    from entidb.sync.aio import AsyncSyncEngine
+
+#: Loaded when it is first used: a device without asyncio does not pay for it.
+_HOMES: Final = {"entidb.sync.aio": ("AsyncSyncEngine",)}
+_HOME_OF, __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
 
 _T = TypeVar("_T")
 

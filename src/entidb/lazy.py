@@ -1,0 +1,63 @@
+"""The names of a package, each loaded from its home when it is first used (PEP 562).
+
+A package that is imported so costs next to nothing until somebody asks for what it holds, and
+what needs packages that are not installed says so only when it is asked for. Type checkers do
+not see such names: a package lists them for these below ``TYPE_CHECKING``, and a test compares
+the two lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Final
+
+#: What an extra brings, by the name that Python imports, and how pip calls it.
+SERVER_EXTRA: Final = {
+    "cryptography": "cryptography",
+    "httptools": "httptools",
+    "jwt": "PyJWT",
+    "prometheus_client": "prometheus-client",
+    "starlette": "starlette",
+    "uvicorn": "uvicorn",
+    "uvloop": "uvloop",
+}
+
+
+def lazy_names(
+    package: str, homes: Mapping[str, Sequence[str]], names: dict[str, Any]
+) -> tuple[dict[str, str], Callable[[str], Any], Callable[[], list[str]]]:
+    """Where each name lives, and the ``__getattr__`` and ``__dir__`` of ``package``.
+
+    ``homes`` has the public names by the full name of the module that they come from; ``names``
+    is the package's ``globals()``, where a name is an ordinary attribute once it was used.
+    Asking for a name raises ``AttributeError`` if there is none, and ``ImportError`` with the
+    command that installs what is missing.
+    """
+    home_of = {name: home for home, listed in homes.items() for name in listed}
+
+    def load(name: str) -> Any:
+        home = home_of.get(name)
+        if home is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            value = getattr(import_module(home), name)
+        except ModuleNotFoundError as error:
+            missing = SERVER_EXTRA.get((error.name or "").partition(".")[0])
+            if missing is None:
+                raise
+            raise ImportError(
+                f"{package}.{name} needs a package that is not installed ({missing}): "
+                'pip install "entidb[server]"',
+                name=error.name,
+            ) from error
+        names[name] = value
+        return value
+
+    def listed() -> list[str]:
+        return sorted({*names, *home_of})
+
+    return home_of, load, listed
+
+
+__all__ = ["SERVER_EXTRA", "lazy_names"]
