@@ -54,11 +54,31 @@ def inline_code(page: Path) -> list[str]:
     return found
 
 
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is neither code nor a row of a table."""
+    within_code = False
+    for number, line in enumerate(text_of(page).splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            within_code = not within_code
+        elif not within_code and not line.startswith("|"):
+            yield number, line
+
+
 def table_rows(text: str) -> Iterator[list[str]]:
     """Cells of every table row that is not a heading's underline."""
     for line in text.splitlines():
         if line.startswith("|") and not line.startswith("|---"):
             yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+#: Columns of a line of prose, so that a page can be read in a terminal and compared line by line.
+COLUMNS_MAX = 120
+
+
+@BY_NAME
+def test_a_line_of_prose_ends_at_120_columns(page: Path):
+    too_long = [number for number, line in prose(page) if len(line) > COLUMNS_MAX]
+    assert not too_long, f"{page.name}: lines {too_long} are longer than {COLUMNS_MAX} columns"
 
 
 # ---------------------------------------------------------------- links

@@ -134,7 +134,7 @@ def keys_in_manual(name: str) -> list[set[str]]:
     """The keys of the outermost objects that the section's ``--json`` paragraph shows."""
     _, _, shapes = SECTIONS[name].partition("`--json`")
     found = []
-    for shape in re.findall(r"`(\{[^`]*\})`", shapes):
+    for shape in re.findall(r"`(?:``json\n)?(\{[^`]*\})\n?`", shapes):
         inner = shape[1:-1]
         while re.search(r"[\[{][^\[\]{}]*[\]}]", inner):
             inner = re.sub(r"[\[{][^\[\]{}]*[\]}]", "", inner)
