@@ -25,7 +25,7 @@ import pytest
 import entidb
 from entidb import errors, server, sync
 from entidb.cli.app import cli
-from entidb.db import Database, F, records
+from entidb.db import Database, F, pending, records
 from tests.test_layers import ROWS
 
 ROOT = Path(__file__).parent.parent
@@ -356,7 +356,7 @@ def test_the_layouts_in_the_storage_page_have_the_sizes_in_the_code():
         "EntityRow, clean": records.ENTITY_HEAD,
         "EntityRow, dirty": records.PENDING_HEAD,
         "BaseRow": len(records.BaseRow(0, bytes(16), 0, b"").encode()),
-        "OutboxRow": len(records.PendingTransaction(0, bytes(16), 0, []).encode()),
+        "OutboxRow": len(pending.PendingTransaction(0, bytes(16), 0, []).encode()),
         "AcceptedRow": len(records.encode_accepted(0, bytes(32))),
     }
 

@@ -8,7 +8,8 @@ import pytest
 
 from entidb.db import Database, Role, inspect, purge_tombstones, writer
 from entidb.db.adopt import schedule_adoption
-from entidb.db.records import META_ADOPT, PendingTransaction, decode_pending
+from entidb.db.pending import PendingTransaction, decode_pending
+from entidb.db.records import META_ADOPT
 from entidb.db.replica import Adopt, decode_record
 from entidb.errors import ScopeError
 from tests.support import World, assert_in_step, assert_sound, uid

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 
 from entidb.db import Database
-from entidb.db.records import ACCEPTED, PendingTransaction, end_of
+from entidb.db.pending import PendingTransaction
+from entidb.db.records import ACCEPTED, end_of
 from entidb.errors import EntiDBError, HistoryChangedError, SyncError
 from entidb.protocol import ErrorResponse, PushRequest, PushResponse, SyncRequest, SyncResponse
 from entidb.storage import MemoryStorage

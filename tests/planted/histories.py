@@ -7,9 +7,7 @@ from typing import Any
 from unittest import mock
 
 from entidb.db import Database, maintenance
-from entidb.db.records import (
-    PendingTransaction,
-)
+from entidb.db.pending import PendingTransaction
 from entidb.db.writer import Writer
 from entidb.errors import (
     ResetRequiredError,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from entidb.db.records import PendingTransaction
+from entidb.db.pending import PendingTransaction
 from entidb.db.writer import Writer
 from entidb.server.hooks import Refusal, ValidateContext, ValidateTransaction
 from entidb.sync.apply.rebase import Rebase

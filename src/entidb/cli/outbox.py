@@ -33,7 +33,7 @@ from entidb.cli.values import print_json, read_value, shown
 from entidb.cli.words import bind, full_id, json_option, opened, pick_id, words
 from entidb.db import Database, DiscardedTransaction, OverruledValue, Role, inspect
 from entidb.db.outbox import read_pending
-from entidb.db.records import PendingOp, PendingTransaction
+from entidb.db.pending import PendingOp, PendingTransaction
 from entidb.errors import ConfigError, ConflictError
 from entidb.sync import Conflict, ConflictResolution, DatabaseApplier
 from entidb.types import ms_from_timestamp, uuid_from_bytes

@@ -13,6 +13,7 @@ from typing import Any
 from entidb import cbor
 from entidb.db.core import Core
 from entidb.db.overruled import read_head, values_of
+from entidb.db.pending import decode_pending
 from entidb.db.records import (
     ACCEPTED,
     BASE,
@@ -41,7 +42,6 @@ from entidb.db.records import (
     decode_base,
     decode_entity,
     decode_head,
-    decode_pending,
     decode_stale,
     end_of,
     feed_key,

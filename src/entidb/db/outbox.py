@@ -11,17 +11,8 @@ from typing import Any
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.db.records import (
-    DISCARDED,
-    HELD,
-    READY,
-    PendingTransaction,
-    decode_pending,
-    end_of,
-    sequence_key,
-    sequence_of,
-    unreadable,
-)
+from entidb.db.pending import PendingTransaction, decode_pending
+from entidb.db.records import DISCARDED, HELD, READY, end_of, sequence_key, sequence_of, unreadable
 from entidb.errors import CborDecodeError
 from entidb.storage import Snapshot
 from entidb.types import SEQUENCE_MAX, uuid_from_bytes

@@ -7,12 +7,8 @@ from msgspec.structs import replace
 from entidb import cbor
 from entidb.db.adopt import schedule_adoption
 from entidb.db.catalogue import Catalogue
-from entidb.db.records import (
-    HELD,
-    READY,
-    decode_pending,
-    end_of,
-)
+from entidb.db.pending import decode_pending
+from entidb.db.records import HELD, READY, end_of
 from entidb.db.writer import Writer
 from entidb.errors import ScopeError
 from entidb.storage import Snapshot

@@ -18,6 +18,7 @@ from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, TransactionCollection
+from entidb.db.pending import PendingOp, PendingTransaction, encode_creation
 from entidb.db.plain import ValueCodec
 from entidb.db.records import (
     DIRTY,
@@ -27,11 +28,8 @@ from entidb.db.records import (
     REMOTE,
     BaseRow,
     EntityRow,
-    PendingOp,
-    PendingTransaction,
     base_key,
     decode_entity,
-    encode_creation,
     pack_entity,
     pack_pending,
     payload_of,

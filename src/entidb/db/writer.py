@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from entidb.db.catalogue import Catalogue, CollectionInfo
+from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import (
     FEED,
     HELD,
@@ -27,11 +28,9 @@ from entidb.db.records import (
     TOMBSTONE,
     EntityRow,
     Head,
-    PendingTransaction,
     count_key,
     decode_entity,
     decode_head,
-    decode_pending,
     decode_stale,
     encode_format,
     encode_stale,

@@ -10,17 +10,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-from entidb.db.records import (
-    DIRTY,
-    OUTBOX_FIRST,
-    READY,
-    decode_pending,
-    end_of,
-    sequence_key,
-    sequence_of,
-    unpack_outbox_first,
-    version_of,
-)
+from entidb.db.pending import OUTBOX_FIRST, decode_pending, unpack_outbox_first
+from entidb.db.records import DIRTY, READY, end_of, sequence_key, sequence_of, version_of
 from entidb.db.replica import ranges_of
 from entidb.db.writer import Writer
 from entidb.errors import CorruptionError

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from entidb.db.pending import PendingOp, PendingTransaction
 from entidb.db.records import (
     HAS_BASE,
     IS_HELD,
@@ -16,8 +17,6 @@ from entidb.db.records import (
     REMOTE,
     BaseRow,
     EntityRow,
-    PendingOp,
-    PendingTransaction,
     absent_base,
     base_key,
     conflict_key,

@@ -12,12 +12,12 @@ from typing import Any
 from entidb import cbor
 from entidb.db.fields import Overruled
 from entidb.db.overruled import BY_POLICY, Keeper
+from entidb.db.pending import PendingTransaction
 from entidb.db.records import (
     DISCARDED,
     HELD,
     IS_HELD,
     BaseRow,
-    PendingTransaction,
     conflict_key,
     end_of,
     sequence_key,

@@ -21,7 +21,8 @@ from msgspec.structs import replace
 
 from entidb.db.fields import Overruled
 from entidb.db.overruled import BY_PERSON, BY_RESET
-from entidb.db.records import REMOTE, BaseRow, EntityRow, PendingTransaction, conflict_key
+from entidb.db.pending import PendingTransaction
+from entidb.db.records import REMOTE, BaseRow, EntityRow, conflict_key
 from entidb.db.writer import Ref, Writer
 from entidb.sync.apply.chains import Step
 from entidb.sync.apply.conflict_rows import decode_conflict, decode_conflict_base, encode_conflict

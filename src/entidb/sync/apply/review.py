@@ -15,7 +15,8 @@ from entidb.db import Database, overruled
 from entidb.db.fields import with_field
 from entidb.db.outbox import DiscardedTransaction, discard_key, read_discarded, read_pending
 from entidb.db.overruled import OverruledValue, read_overruled
-from entidb.db.records import CONFLICT, PendingTransaction, conflict_key, end_of, split_numbered_key
+from entidb.db.pending import PendingTransaction
+from entidb.db.records import CONFLICT, conflict_key, end_of, split_numbered_key
 from entidb.db.transaction import Writes
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, ConflictError

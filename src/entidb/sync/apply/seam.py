@@ -10,7 +10,8 @@ from typing import Protocol
 
 from msgspec import Struct, field
 
-from entidb.db.records import PendingTransaction, decode_pending, sequence_of
+from entidb.db.pending import PendingTransaction, decode_pending
+from entidb.db.records import sequence_of
 from entidb.db.replica import ReplicaState, Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse, PushTransaction
 from entidb.sync.apply.report import RebaseReport

@@ -11,12 +11,12 @@ from operator import add, ge
 
 from msgspec.structs import replace
 
+from entidb.db.pending import PendingOp
 from entidb.db.records import (
     DIRTY,
     HAS_BASE,
     PENDING_HEAD,
     TOMBSTONE,
-    PendingOp,
     base_key,
     pack_entity,
     sequence_of,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from entidb.db.catalogue import CollectionInfo
+from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import (
     BASE,
     CONFLICT,
@@ -13,8 +14,6 @@ from entidb.db.records import (
     HELD,
     META_SYNC,
     READY,
-    PendingTransaction,
-    decode_pending,
     sequence_of,
     split_numbered_key,
 )

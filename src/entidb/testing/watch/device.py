@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from entidb.db.catalogue import empty_catalogue
 from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import OverruledValue
+from entidb.db.pending import decode_pending
 from entidb.db.records import (
     CONFLICT,
     DISCARDED,
@@ -14,7 +15,6 @@ from entidb.db.records import (
     META_CATALOGUE,
     META_INFLIGHT,
     READY,
-    decode_pending,
     sequence_of,
     split_numbered_key,
 )

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from entidb.db.catalogue import CollectionInfo
-from entidb.db.records import (
-    HELD,
-    META_CATALOGUE,
-    READY,
-    TOMBSTONE,
-    decode_pending,
-    sequence_key,
-)
+from entidb.db.pending import decode_pending
+from entidb.db.records import HELD, META_CATALOGUE, READY, TOMBSTONE, sequence_key
 from entidb.db.replica import ReplicaState
 from entidb.testing.oracle import Ref
 from entidb.testing.watch.commits import Records

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from entidb.db.records import (
-    DIRTY,
-    HELD,
-    conflict_key,
-    decode_pending,
-    sequence_key,
-    unpack_pending,
-)
+from entidb.db.pending import decode_pending
+from entidb.db.records import DIRTY, HELD, conflict_key, sequence_key, unpack_pending
 from entidb.sync import RebaseReport, SyncCycleResult
 from entidb.testing.watch.commits import DeviceCommit
 from entidb.testing.watch.model import (

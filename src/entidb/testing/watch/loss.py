@@ -6,13 +6,8 @@ from collections.abc import Mapping
 
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
-from entidb.db.records import (
-    META_HEAD,
-    PendingTransaction,
-    base_key,
-    decode_base,
-    decode_head,
-)
+from entidb.db.pending import PendingTransaction
+from entidb.db.records import META_HEAD, base_key, decode_base, decode_head
 from entidb.protocol import Verdict
 from entidb.sync import Action
 from entidb.testing.oracle import Ref

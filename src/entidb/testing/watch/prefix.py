@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from entidb.db.catalogue import CollectionInfo
+from entidb.db.pending import decode_pending
 from entidb.db.records import (
     DIRTY,
     ENTITY_HEAD,
@@ -13,7 +14,6 @@ from entidb.db.records import (
     TOMBSTONE,
     base_key,
     decode_base,
-    decode_pending,
     sequence_key,
     unpack_entity,
     unpack_pending,

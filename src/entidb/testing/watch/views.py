@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import OverruledValue
+from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import (
     DIRTY,
     HELD,
     READY,
-    PendingTransaction,
-    decode_pending,
     payload_of,
     sequence_key,
     unpack_pending,
