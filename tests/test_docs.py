@@ -357,7 +357,7 @@ def test_the_layouts_in_the_storage_page_have_the_sizes_in_the_code():
         "EntityRow, dirty": records.PENDING_HEAD,
         "BaseRow": len(records.BaseRow(0, bytes(16), 0, b"").encode()),
         "OutboxRow": len(pending.PendingTransaction(0, bytes(16), 0, []).encode()),
-        "AcceptedRow": len(records.encode_accepted(0, bytes(32))),
+        "AcceptedRow": len(records.pack_accepted(0, bytes(32))),
     }
 
 

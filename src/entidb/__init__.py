@@ -12,166 +12,78 @@ from entidb.lazy import lazy_names
 from entidb.version import VERSION
 
 if TYPE_CHECKING:
-    from entidb.cbor import (
-        CborDecode,
-        CborEncode,
-    )
-    from entidb.db import (
-        ChangeEvent,
-        ChangeFeed,
-        Collection,
-        Database,
-        F,
-        Query,
-        Snapshot,
-        Transaction,
-    )
-    from entidb.errors import (
-        AuthenticationError,
-        CborDecodeError,
-        CborEncodeError,
-        CodecError,
-        CommitUnknownError,
-        ConfigError,
-        ConflictError,
-        CorruptionError,
-        DatabaseClosedError,
-        DatabaseForkedError,
-        DatabaseLockedError,
-        DatabaseMovedError,
-        EntiDBError,
-        FormatError,
-        HistoryChangedError,
-        InvalidNameError,
-        LocalError,
-        PermissionDeniedError,
-        ProtocolError,
-        QueryError,
-        ResetRequiredError,
-        ScopeError,
-        ServerBusyError,
-        ServerError,
-        StorageError,
-        StorageFullError,
-        SyncCancelledError,
-        SyncCodecError,
-        SyncError,
-        SyncStateError,
-        SyncTimeoutError,
-        TlsError,
-        TransactionError,
-        TransactionTooLargeError,
-        TransportError,
-        ValueTypeError,
-        VersionMismatchError,
-    )
-    from entidb.protocol import (
-        SyncRequest,
-        SyncResponse,
-    )
-    from entidb.server import (
-        ServerConfig,
-        SyncServer,
-        create_app,
-    )
-    from entidb.sync import (
-        AsyncSyncEngine,
-        Conflict,
-        ConflictPolicy,
-        ConflictResolution,
-        DatabaseApplier,
-        HttpClient,
-        HttpTransport,
-        LoopbackClient,
-        LoopbackServer,
-        MemorySyncApplier,
-        MockTransport,
-        RetryConfig,
-        SyncApplier,
-        SyncConfig,
-        SyncCycleResult,
-        SyncEngine,
-        SyncResult,
-        SyncState,
-        SyncStats,
-        SyncTransport,
-    )
-
-    __all__ = [
-        "Database",
-        "Collection",
-        "Transaction",
-        "Snapshot",
-        "ChangeFeed",
-        "ChangeEvent",
-        "F",
-        "Query",
-        "AsyncSyncEngine",
-        "SyncEngine",
-        "SyncConfig",
-        "RetryConfig",
-        "SyncState",
-        "SyncStats",
-        "SyncCycleResult",
-        "SyncResult",
-        "SyncApplier",
-        "DatabaseApplier",
-        "MemorySyncApplier",
-        "SyncTransport",
-        "HttpTransport",
-        "HttpClient",
-        "LoopbackClient",
-        "LoopbackServer",
-        "MockTransport",
-        "Conflict",
-        "ConflictPolicy",
-        "ConflictResolution",
-        "SyncRequest",
-        "SyncResponse",
-        "SyncServer",
-        "ServerConfig",
-        "create_app",
-        "CborEncode",
-        "CborDecode",
-        "EntiDBError",
-        "LocalError",
-        "DatabaseClosedError",
-        "DatabaseLockedError",
-        "DatabaseMovedError",
-        "DatabaseForkedError",
-        "TransactionError",
-        "TransactionTooLargeError",
-        "ValueTypeError",
-        "QueryError",
-        "InvalidNameError",
-        "ScopeError",
-        "ConfigError",
-        "CodecError",
-        "CborEncodeError",
-        "CborDecodeError",
-        "StorageError",
-        "StorageFullError",
-        "CorruptionError",
-        "FormatError",
-        "CommitUnknownError",
-        "SyncError",
-        "TransportError",
-        "SyncTimeoutError",
-        "TlsError",
-        "ProtocolError",
-        "SyncCodecError",
-        "VersionMismatchError",
-        "AuthenticationError",
-        "PermissionDeniedError",
-        "ServerError",
-        "ServerBusyError",
-        "ConflictError",
-        "SyncCancelledError",
-        "SyncStateError",
-        "HistoryChangedError",
-        "ResetRequiredError",
-        "__version__",
-    ]
+    from entidb.cbor import CborDecode as CborDecode
+    from entidb.cbor import CborEncode as CborEncode
+    from entidb.db import ChangeEvent as ChangeEvent
+    from entidb.db import ChangeFeed as ChangeFeed
+    from entidb.db import Collection as Collection
+    from entidb.db import Database as Database
+    from entidb.db import F as F
+    from entidb.db import Query as Query
+    from entidb.db import Snapshot as Snapshot
+    from entidb.db import Transaction as Transaction
+    from entidb.errors import AuthenticationError as AuthenticationError
+    from entidb.errors import CborDecodeError as CborDecodeError
+    from entidb.errors import CborEncodeError as CborEncodeError
+    from entidb.errors import CodecError as CodecError
+    from entidb.errors import CommitUnknownError as CommitUnknownError
+    from entidb.errors import ConfigError as ConfigError
+    from entidb.errors import ConflictError as ConflictError
+    from entidb.errors import CorruptionError as CorruptionError
+    from entidb.errors import DatabaseClosedError as DatabaseClosedError
+    from entidb.errors import DatabaseForkedError as DatabaseForkedError
+    from entidb.errors import DatabaseLockedError as DatabaseLockedError
+    from entidb.errors import DatabaseMovedError as DatabaseMovedError
+    from entidb.errors import EntiDBError as EntiDBError
+    from entidb.errors import FormatError as FormatError
+    from entidb.errors import HistoryChangedError as HistoryChangedError
+    from entidb.errors import InvalidNameError as InvalidNameError
+    from entidb.errors import LocalError as LocalError
+    from entidb.errors import PermissionDeniedError as PermissionDeniedError
+    from entidb.errors import ProtocolError as ProtocolError
+    from entidb.errors import QueryError as QueryError
+    from entidb.errors import ResetRequiredError as ResetRequiredError
+    from entidb.errors import ScopeError as ScopeError
+    from entidb.errors import ServerBusyError as ServerBusyError
+    from entidb.errors import ServerError as ServerError
+    from entidb.errors import StorageError as StorageError
+    from entidb.errors import StorageFullError as StorageFullError
+    from entidb.errors import SyncCancelledError as SyncCancelledError
+    from entidb.errors import SyncCodecError as SyncCodecError
+    from entidb.errors import SyncError as SyncError
+    from entidb.errors import SyncStateError as SyncStateError
+    from entidb.errors import SyncTimeoutError as SyncTimeoutError
+    from entidb.errors import TlsError as TlsError
+    from entidb.errors import TransactionError as TransactionError
+    from entidb.errors import TransactionTooLargeError as TransactionTooLargeError
+    from entidb.errors import TransportError as TransportError
+    from entidb.errors import ValueTypeError as ValueTypeError
+    from entidb.errors import VersionMismatchError as VersionMismatchError
+    from entidb.protocol import SyncRequest as SyncRequest
+    from entidb.protocol import SyncResponse as SyncResponse
+    from entidb.server import ServerConfig as ServerConfig
+    from entidb.server import SyncServer as SyncServer
+    from entidb.server import create_app as create_app
+    from entidb.sync import AsyncSyncEngine as AsyncSyncEngine
+    from entidb.sync import Conflict as Conflict
+    from entidb.sync import ConflictPolicy as ConflictPolicy
+    from entidb.sync import ConflictResolution as ConflictResolution
+    from entidb.sync import DatabaseApplier as DatabaseApplier
+    from entidb.sync import HttpClient as HttpClient
+    from entidb.sync import HttpTransport as HttpTransport
+    from entidb.sync import LoopbackClient as LoopbackClient
+    from entidb.sync import LoopbackServer as LoopbackServer
+    from entidb.sync import MemorySyncApplier as MemorySyncApplier
+    from entidb.sync import MockTransport as MockTransport
+    from entidb.sync import RetryConfig as RetryConfig
+    from entidb.sync import SyncApplier as SyncApplier
+    from entidb.sync import SyncConfig as SyncConfig
+    from entidb.sync import SyncCycleResult as SyncCycleResult
+    from entidb.sync import SyncEngine as SyncEngine
+    from entidb.sync import SyncResult as SyncResult
+    from entidb.sync import SyncState as SyncState
+    from entidb.sync import SyncStats as SyncStats
+    from entidb.sync import SyncTransport as SyncTransport
 
 __version__: Final = VERSION
 

@@ -434,11 +434,6 @@ def weigh(data: bytes, weights: bytes, limit: int) -> int:
     return weight
 
 
-def decode_message(data: bytes) -> Any:
-    """As ``decode``; the name says that an envelope is meant and not an entity value."""
-    return decode(data)
-
-
 def decode_trusted(data: bytes) -> Any:
     """The value of bytes whose canonical form was proved before (records, own encodings).
 

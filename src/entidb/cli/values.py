@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import click
 
-from entidb import cbor
 from entidb.cli.exits import InputError
 from entidb.cli.output import say
 
@@ -110,14 +109,6 @@ def dump(value: Any, *, indent: int | None = None) -> str:
     """``value`` as JSON in UTF-8's whole range, without the byte-string rule applied twice."""
     separators = None if indent else (",", ":")
     return json.dumps(_with_bytes(value), ensure_ascii=False, indent=indent, separators=separators)
-
-
-def dump_payload(payload: bytes) -> str:
-    """As ``dump``, for a stored payload: most of them need no walk through the value."""
-    value = cbor.decode_trusted(payload)
-    if b"$bytes" in payload:
-        return dump(value)
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_bytes_only)
 
 
 def shown(value: Any, *, indent: int | None = None) -> str:

@@ -436,13 +436,7 @@ def decode_overruled_head(raw: bytes | None) -> OverruledHead:
 # ---------------------------------------------------------------- accepted transactions
 
 _ACCEPTED = Packer(">Q32s")
-
-
 pack_accepted = _ACCEPTED.pack
-
-
-def encode_accepted(version: int, digest: bytes) -> bytes:
-    return _ACCEPTED.pack(version, digest)
 
 
 def decode_accepted(raw: bytes) -> tuple[int, bytes]:

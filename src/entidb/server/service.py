@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -49,7 +50,8 @@ RECENT_COMMITS = 64
 #: were put back is proved once for each time; more is a client that makes it up.
 HISTORIES_MAX = 4
 HISTORIES_WITHIN_MS = 3_600_000
-FEATURES = ["have", "full", "columns"]
+#: What a device may use only where it is announced.
+FEATURES: Final = ("columns",)
 
 
 class DatabaseService:
@@ -67,7 +69,7 @@ class DatabaseService:
     ) -> None:
         """``clock_mark_ms`` is how often it is remembered where the clock stands (R28)."""
         self._clock_mark_ms = clock_mark_ms
-        self.features = FEATURES
+        self.features = [*FEATURES]
         self.database = database
         self.db_id = db_id
         self.limits = limits

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
+from entidb.lazy import lazy_names
 from entidb.storage.base import Batch, Snapshot, Storage, StorageInfo
 from entidb.storage.memory import MemoryStorage
 from entidb.storage.opening import open_storage
@@ -15,16 +16,9 @@ from entidb.storage.opening import open_storage
 if TYPE_CHECKING:
     from entidb.storage.lmdb import LmdbStorage
 
-
-def __getattr__(name: str) -> Any:
-    if name != "LmdbStorage":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Only now: it loads LMDB, which a program without a store on disk does not need.
-    from entidb.storage.lmdb import LmdbStorage
-
-    globals()[name] = LmdbStorage
-    return LmdbStorage
-
+#: Loads LMDB, which a program without a store on disk does not need.
+_HOMES: Final = {"entidb.storage.lmdb": ("LmdbStorage",)}
+_HOME_OF, __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
 
 __all__ = [
     "Batch",

@@ -7,8 +7,9 @@ are loaded when they are first used. ``docs/testing.md`` shows how to use all of
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from entidb.lazy import lazy_names
 
 if TYPE_CHECKING:
     from entidb.testing.batch import Summary, run_seeds, shrink
@@ -16,25 +17,13 @@ if TYPE_CHECKING:
     from entidb.testing.faults import Crash, FaultyStorage, Network
     from entidb.testing.simulator import Options, Run, simulate
 
-_HOMES: Final[dict[str, tuple[str, ...]]] = {
-    "batch": ("Summary", "run_seeds", "shrink"),
-    "converge": ("assert_converges",),
-    "faults": ("Crash", "FaultyStorage", "Network"),
-    "simulator": ("Options", "Run", "simulate"),
+_HOMES: Final = {
+    "entidb.testing.batch": ("Summary", "run_seeds", "shrink"),
+    "entidb.testing.converge": ("assert_converges",),
+    "entidb.testing.faults": ("Crash", "FaultyStorage", "Network"),
+    "entidb.testing.simulator": ("Options", "Run", "simulate"),
 }
-_MODULES: Final = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    module = _MODULES.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{module}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
-
+_HOME_OF, __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
 
 __all__ = [
     "Crash",
