@@ -16,6 +16,7 @@ from entidb.errors import CorruptionError, ServerBusyError
 from entidb.protocol import PullRequest, encode
 from entidb.server import ServerConfig, SyncServer, create_app, serving
 from entidb.server.app import SyncApp
+from entidb.server.front import Front
 from entidb.server.hooks import Grant
 from entidb.server.room import Budget
 from entidb.server.service import DatabaseService
@@ -250,13 +251,13 @@ def test_a_database_whose_pushes_take_long_stops_no_other(monkeypatch: pytest.Mo
 
 def test_large_messages_are_decoded_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    real = SyncServer.decode
+    real = Front.decode
 
-    def decode(self: SyncServer, path: str, body: bytes) -> Any:
+    def decode(self: Front, path: str, body: bytes) -> Any:
         names.append(threading.current_thread().name)
         return real(self, path, body)
 
-    monkeypatch.setattr(SyncServer, "decode", decode)
+    monkeypatch.setattr(Front, "decode", decode)
     with running() as (_, url), Client(url) as client:
         history = client.history()
         names.clear()

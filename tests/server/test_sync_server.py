@@ -282,8 +282,8 @@ def test_a_message_sent_to_the_wrong_address_is_refused(server: SyncServer):
 
 
 def test_a_device_is_never_sent_more_bytes_in_a_page_than_the_server_wants(server: SyncServer):
-    assert server.bounded(pull(b"h" * 16, bytes_max=2**60)).bytes_max == 8 * 2**20
-    assert server.bounded(pull(b"h" * 16, bytes_max=5)).bytes_max == 5
+    assert server.front.bounded(pull(b"h" * 16, bytes_max=2**60)).bytes_max == 8 * 2**20
+    assert server.front.bounded(pull(b"h" * 16, bytes_max=5)).bytes_max == 5
 
 
 # ---------------------------------------------------------------- errors

@@ -25,11 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import json, to_builtins
 
 from entidb.errors import (
-    DatabaseClosedError,
-    PermissionDeniedError,
     ProtocolError,
     ServerBusyError,
-    StorageError,
     SyncError,
     SyncTimeoutError,
 )
@@ -180,7 +177,7 @@ class SyncApp:
         except GoneError:
             raise
         except Exception as error:
-            answer = self.server.explain(error, exchange.id)
+            answer = self.server.front.explain(error, exchange.id)
             exchange.code = answer.code
             held.clear()
             await exchange.drain(self._config.body_bytes_max)
@@ -203,41 +200,30 @@ class SyncApp:
             raise ServerBusyError(
                 "the server is shutting down", code="shutting_down", retry_after=RETRY_S
             )
-        grants = self.server.authenticate(wire.bearer_token(exchange.headers))
+        front = self.server.front
+        grants = front.authenticate(wire.bearer_token(exchange.headers))
         exchange.subject = grants.subject
         held.charge(("subject", grants.subject))
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
-        grant = self.server.permit(request, grants)
+        grant = front.permit(request, grants)
         if isinstance(request, PushRequest):
-            store = await self._use_for(request, grant)
+            store = await self._use(request, grant)
             return await self._push(exchange, store, request, grant)
         return await self._read(exchange, request, grant, held)
 
     @asynccontextmanager
     async def _using(self, request: SyncRequest, grant: Grant) -> AsyncIterator[Store]:
-        """``Stores.using``, without waiting on the event loop."""
-        store = await self._use_for(request, grant)
-        try:
+        """``Front.using``, without waiting on the event loop."""
+        with self.server.stores.holding(await self._use(request, grant)) as store:
             yield store
-        except (StorageError, DatabaseClosedError) as error:
-            store.report(error)
-            raise
-        finally:
-            self.server.stores.release(store)
 
-    async def _use_for(self, request: SyncRequest, grant: Grant) -> Store:
-        try:
-            return await self._use(request.db_id, create=self.server.makes(request, grant))
-        except PermissionDeniedError as error:
-            raise self.server.missing(request, grant, error) from error
-
-    async def _use(self, db_id: str, *, create: bool) -> Store:
-        stores = self.server.stores
-        store = stores.try_use(db_id)
+    async def _use(self, request: SyncRequest, grant: Grant) -> Store:
+        front = self.server.front
+        store = front.try_use(request)
         if store is not None:
             return store
-        opening = self._start().opener.submit(stores.use, db_id, create=create)
+        opening = self._start().opener.submit(front.use, request, grant)
         try:
             return await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
@@ -266,10 +252,10 @@ class SyncApp:
         if encoding is not None:
             body = await self._unpack(encoding, body, limit, held)
         if len(body) <= _INLINE_DECODE_BYTES:
-            request = self.server.decode(exchange.path, body)
+            request = self.server.front.decode(exchange.path, body)
         else:
             unpackers = self._start().unpackers
-            request = await self._run(unpackers, self.server.decode, exchange.path, body)
+            request = await self._run(unpackers, self.server.front.decode, exchange.path, body)
         if isinstance(request, PushRequest):
             # It waits for its turn decoded, and small operations are much larger that way.
             size = _OPERATION_MEMORY_BYTES * operations_count(request)
@@ -296,17 +282,15 @@ class SyncApp:
         grant: Grant,
         held: Held,
     ) -> HttpResponse:
-        running = self._start()
+        running, front = self._start(), self.server.front
         async with self._using(request, grant) as store:
             if isinstance(request, HandshakeRequest):
-                answer = await self._run(
-                    running.reader, self.server.handshake, store.service, request, grant
-                )
-                return wire.message_response(encode(answer))
-            idle = store.service.idle_pull(request, grant)
+                answer = await self._run(running.reader, front.read, store, request, grant)
+                return wire.message_response(answer)
+            idle = front.idle(store, request, grant)
             if idle is not None:
-                return wire.message_response(encode(idle))
-            request = self.server.bounded(request)
+                return wire.message_response(idle)
+            request = front.bounded(request)
             room = min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max())
             held.charge(("database", request.db_id))
             response: HttpResponse
@@ -329,7 +313,7 @@ class SyncApp:
     def _page(
         self, store: Store, request: PullRequest, grant: Grant, headers: Mapping[str, str]
     ) -> HttpResponse:
-        body = store.service.pull_bytes(request, grant)
+        body = self.server.front.page(store, request, grant)
         return wire.message_response(body, self.server.response_encoding(headers, len(body)))
 
     def _room_max(self) -> int:
@@ -348,16 +332,11 @@ class SyncApp:
         future: asyncio.Future[PushResponse | SyncError] = running.loop.create_future()
 
         def done(answer: PushResponse | SyncError) -> None:
-            # On the writer's thread. The store is given back here and not where the answer is
-            # awaited: that may have been cancelled, and the push goes on all the same.
-            self.server.stores.release(store)
-            running.ready.append((future, answer))
+            running.ready.append((future, answer))  # on the writer's thread
 
-        try:
-            store.committer.submit(request, grant, done)
-        except BaseException:
-            self.server.stores.release(store)
-            raise
+        # The front gives the store back, and not whoever awaits the answer: that may have been
+        # cancelled, and the push goes on all the same.
+        self.server.front.push(store, request, grant, done)
         answer = await future
         if isinstance(answer, SyncError):
             raise answer

@@ -2,6 +2,7 @@
 
 One thread per database takes everything that has queued up while the last commit was syncing,
 has it decided and committed at once, and tells every member. What is decided is ``service``'s.
+Where threads are not wanted, somebody else says when that is done (``Schedule``).
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from entidb.server.service import DatabaseService
 
 Done = Callable[[PushResponse | SyncError], None]
 Member = tuple[PushRequest, Grant, Done]
+#: Has a function called once, at once or later, on whatever thread it likes.
+Schedule = Callable[[Callable[[], None]], None]
 
 #: Transactions decided in one commit at most: bounds how long the first member waits.
 GROUP_TRANSACTIONS_MAX = 10_000
 
 
 class GroupCommitter:
-    """The writer thread of one database, started with the first push.
+    """The writer thread of one database, started with the first push; with ``schedule`` there is
+    none, and what has queued up is committed when that calls back.
 
     ``done`` is called on that thread, once per submitted push, after the commit that covers it is
     durable; it must be quick and must not raise. ``on_failure`` is told of storage errors, after
@@ -38,12 +42,16 @@ class GroupCommitter:
         group_transactions_max: int = GROUP_TRANSACTIONS_MAX,
         on_failure: Callable[[EntiDBError], None] = lambda error: None,
         on_group: Callable[[], None] = lambda: None,
+        schedule: Schedule | None = None,
     ) -> None:
         self._service = service
         self._queue_max = queue_max
         self._group_max = group_transactions_max
         self._on_failure = on_failure
         self._on_group = on_group
+        self._schedule = schedule
+        #: The schedule was asked, and has not called back yet.
+        self._scheduled = False
         self._queue: deque[Member] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -62,12 +70,19 @@ class GroupCommitter:
                     "too many pushes are waiting for this database", retry_after=1.0
                 )
             self._queue.append((request, grant, done))
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name=f"entidb-writer-{self._service.db_id}", daemon=True
-                )
-                self._thread.start()
-            self._changed.notify()
+            if self._schedule is None:
+                self._wake_thread()
+            asks, self._scheduled = not self._scheduled, True
+        if self._schedule is not None and asks:
+            self._schedule(self._commit_queued)
+
+    def _wake_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name=f"entidb-writer-{self._service.db_id}", daemon=True
+            )
+            self._thread.start()
+        self._changed.notify()
 
     def stop(self) -> None:
         """Finish what is queued, then end; idempotent."""
@@ -77,12 +92,24 @@ class GroupCommitter:
             thread = self._thread
         if thread is not None:
             thread.join()
+        elif self._schedule is not None:
+            self._commit_queued()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 while not self._queue and not self._stopping:
                     self._changed.wait()
+                if not self._queue:
+                    return
+                group = self._take()
+            self._commit(group)
+
+    def _commit_queued(self) -> None:
+        """All of it; nothing if there is nothing."""
+        while True:
+            with self._changed:
+                self._scheduled = False
                 if not self._queue:
                     return
                 group = self._take()

@@ -36,7 +36,7 @@ from entidb.errors import (
 from entidb.server.allocator import large_pieces_apart
 from entidb.server.checks import CheckingError, Checks
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
-from entidb.server.group_commit import GroupCommitter
+from entidb.server.group_commit import GroupCommitter, Schedule
 from entidb.server.hooks import ValidateHook
 from entidb.server.service import DatabaseService
 from entidb.storage.directories import is_at, make_directory
@@ -91,7 +91,8 @@ class Store:
 
 
 class Stores:
-    """The open databases of one server. Thread-safe; starts no threads by itself."""
+    """The open databases of one server. Thread-safe; starts no threads by itself. With
+    ``schedule`` pushes are committed where that has them committed (``group_commit``)."""
 
     def __init__(
         self,
@@ -99,8 +100,10 @@ class Stores:
         *,
         clock: Clock,
         open_database: OpenDatabase,
+        schedule: Schedule | None = None,
     ) -> None:
         self._config = config
+        self._schedule = schedule
         self._clock = clock
         self._open_database = open_database
         self._validate: ValidateHook | None = config.load_validate()
@@ -153,7 +156,13 @@ class Stores:
     @contextmanager
     def using(self, db_id: str, *, create: bool) -> Iterator[Store]:
         """``use`` and ``release`` around a block; a storage error in it is reported."""
-        store = self.use(db_id, create=create)
+        with self.holding(self.use(db_id, create=create)) as store:
+            yield store
+
+    @contextmanager
+    def holding(self, store: Store) -> Iterator[Store]:
+        """``release`` at the end of a block for what was used before it; a storage error in it is
+        reported."""
         try:
             yield store
         except (StorageError, DatabaseClosedError) as error:
@@ -212,6 +221,7 @@ class Stores:
             queue_max=self._config.push_queue_max,
             on_failure=failed,
             on_group=lambda: self.on_group(),
+            schedule=self._schedule,
         )
 
     def _drop_broken(self, db_id: str) -> None:

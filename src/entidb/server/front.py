@@ -1,0 +1,188 @@
+"""The front of a server: from a token and a message to the database that answers, and the answer.
+
+    authenticate ─▶ decode ─▶ permit ─▶ use ─▶ read or push ─▶ explain, where one of them refused
+
+Every server goes this way: the ASGI app, which takes the steps on threads of its own, the server as
+an object, and the server of the simulator. A rule about who may ask for what belongs here, so that
+it holds for all three. Nothing here knows of HTTP, and nothing starts a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from msgspec.structs import replace
+
+from entidb.errors import (
+    HistoryChangedError,
+    PermissionDeniedError,
+    SyncError,
+)
+from entidb.protocol import (
+    ErrorResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    PullRequest,
+    PushRequest,
+    PushResponse,
+    SyncRequest,
+    decode_request,
+    encode,
+)
+from entidb.server import wire
+from entidb.server.auth import Authenticator, Grants
+from entidb.server.config import ServerConfig, is_db_id
+from entidb.server.group_commit import Done
+from entidb.server.hooks import Grant
+from entidb.server.stores import Store, Stores
+
+logger = logging.getLogger("entidb.server")
+
+
+class Front:
+    """The way of one request through a server, step by step. ``features`` are announced by a
+    handshake beside those of the database. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        authenticator: Authenticator,
+        stores: Stores,
+        features: Sequence[str] = (),
+    ) -> None:
+        self.stores: Final = stores
+        self.limits: Final = config.limits()
+        self._authenticator = authenticator
+        self._features = list(features)
+        self._page_bytes_max = config.pull_bytes_max
+        self._creates = config.create_databases
+
+    # ------------------------------------------------------------ who asks for what
+
+    def authenticate(self, token: str | None) -> Grants:
+        """Raises ``AuthenticationError``."""
+        grants: object = self._authenticator(token)
+        if not isinstance(grants, Grants):
+            # A program's own authenticator; it is the operator who has to hear of this.
+            raise TypeError(f"the authenticator answered {grants!r:.100} and not Grants")
+        return grants
+
+    def decode(self, path: str, body: bytes) -> SyncRequest:
+        """Raises ``ProtocolError`` and ``SyncCodecError``."""
+        return decode_request(path, body, self.limits)
+
+    def permit(self, request: SyncRequest, grants: Grants) -> Grant:
+        """What the token allows on the database the message names; that it may send this message
+        at all. Raises ``PermissionDeniedError``, before anybody looks whether it exists. A push
+        without the right to write is read all the same: it gets its verdicts (R15)."""
+        grant = grants.on(request.db_id)
+        if isinstance(request, PullRequest) and not grant.read:
+            raise PermissionDeniedError("the token does not allow reading this database")
+        return grant
+
+    # ------------------------------------------------------------ the database
+
+    def try_use(self, request: SyncRequest) -> Store | None:
+        """As ``use``, if the database is open and well, without waiting for anything."""
+        return self.stores.try_use(request.db_id)
+
+    def use(self, request: SyncRequest, grant: Grant) -> Store:
+        """The database of ``request``, opened if need be, and made where ``grant`` allows that.
+        Give it back to ``stores.release``, or to ``push``. Raises as ``Stores.use`` does, and
+        ``HistoryChangedError`` where a database that the device has met is gone."""
+        # A database that is not there is made for a device that has never met one. Who knows its
+        # history means one that should be there.
+        makes = grant.write and request.history is None
+        try:
+            return self.stores.use(request.db_id, create=makes)
+        except PermissionDeniedError as error:
+            raise self._missing(request, grant, error) from error
+
+    @contextmanager
+    def using(self, request: SyncRequest, grant: Grant) -> Iterator[Store]:
+        """``use`` around a block; a storage error in it is reported."""
+        with self.stores.holding(self.use(request, grant)) as store:
+            yield store
+
+    def _missing(
+        self, request: SyncRequest, grant: Grant, error: PermissionDeniedError
+    ) -> SyncError:
+        """What a device is told whose database is not there. To one that could have it made anew
+        it is as if that had another history: the application chooses (R29)."""
+        anew = grant.write and self._creates and request.history is not None
+        if error.code != "unknown_database" or not anew or not is_db_id(request.db_id):
+            return error
+        return HistoryChangedError(
+            f"this server has no database {request.db_id!r}, of which this device has a copy: "
+            "check db_id and the address of the server. If it was lost, "
+            'reset(keep="device") makes it anew '
+            'from what this device has, and reset(keep="server") makes it anew and empty'
+        )
+
+    # ------------------------------------------------------------ the answer
+
+    def read(self, store: Store, request: HandshakeRequest | PullRequest, grant: Grant) -> bytes:
+        """The encoded answer to what stores nothing, but for a history that begins (R29)."""
+        if isinstance(request, HandshakeRequest):
+            return encode(self.handshake(store, request, grant))
+        return self.idle(store, request, grant) or self.page(store, request, grant)
+
+    def handshake(self, store: Store, request: HandshakeRequest, grant: Grant) -> HandshakeResponse:
+        answer = store.service.handshake(request, grant)
+        return replace(answer, features=[*answer.features, *self._features])
+
+    def idle(self, store: Store, request: PullRequest, grant: Grant) -> bytes | None:
+        """The answer to a pull with nothing new, without touching the disk; else None."""
+        answer = store.service.idle_pull(request, grant)
+        return None if answer is None else encode(answer)
+
+    def page(self, store: Store, request: PullRequest, grant: Grant) -> bytes:
+        return store.service.pull_bytes(self.bounded(request), grant)
+
+    def bounded(self, request: PullRequest) -> PullRequest:
+        """The request, asking for no more bytes than this server sends in one page."""
+        most = self._page_bytes_max
+        return request if request.bytes_max <= most else replace(request, bytes_max=most)
+
+    def push(self, store: Store, request: PushRequest, grant: Grant, done: Done) -> None:
+        """Have a push decided together with others (R16). Takes the caller's use of ``store``
+        over: it is given back before ``done`` gets the answer, and also where this raises,
+        which is ``ServerBusyError``."""
+
+        def decided(answer: PushResponse | SyncError) -> None:
+            self.stores.release(store)
+            done(answer)
+
+        try:
+            store.committer.submit(request, grant, decided)
+        except BaseException:
+            self.stores.release(store)
+            raise
+
+    def push_now(self, store: Store, request: PushRequest, grant: Grant) -> PushResponse:
+        """Decide a push on this thread, by itself."""
+        with store.push_lock:
+            (answer,) = store.service.push_many([(request, grant)])
+        if isinstance(answer, SyncError):
+            raise answer
+        return answer
+
+    def explain(self, error: Exception, rid: str) -> ErrorResponse:
+        """What the client is told; what it is not told goes to the log, under the same id."""
+        if wire.is_internal(error):
+            logger.error("request %s failed", rid, exc_info=error)
+        answer = wire.failure(error, rid)
+        try:
+            encode(answer)
+        except Exception as bad:
+            # Details that cannot be sent are a hook's or an authenticator's doing.
+            logger.error("request %s: its error cannot be sent", rid, exc_info=bad)
+            answer = replace(answer, details={}, retry_after=None)
+        return answer
+
+
+__all__ = ["Front"]
