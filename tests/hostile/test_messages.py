@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from entidb import cbor
+from entidb.cbor import decoding
 from entidb.errors import ERROR_TABLE, ProtocolError
 from entidb.protocol import (
     LIMITS,
@@ -223,7 +224,8 @@ def test_what_is_huge_in_memory_is_refused_before_it_is_decoded(
 ) -> None:
     body = dense(server.config.body_bytes_max - 100)[name]
     with monkeypatch.context() as patch:
-        patch.setattr(cbor, "decode_trusted", lambda data: pytest.fail("it was decoded"))
+        for room in (cbor, decoding):
+            patch.setattr(room, "decode_trusted", lambda data: pytest.fail("it was decoded"))
         response = post(server, "/v1/pull", body)
     answer = decode(ErrorResponse, encode_error(response))
     assert (response.status, answer.code) == (413, "too_large")
@@ -261,7 +263,7 @@ def test_a_value_of_too_many_lists_is_refused_and_one_below_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     most = 5000
-    monkeypatch.setattr(cbor, "CONTAINERS_MAX", most)
+    monkeypatch.setattr(decoding, "CONTAINERS_MAX", most)
     fits = cbor.array_head(most - 1) + b"\x80" * (most - 1)
     assert len(cbor.check(fits)) == most - 1
     with pytest.raises(ValueError, match="maps and lists"):

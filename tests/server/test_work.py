@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from entidb import cbor
+from entidb.cbor import decoding, encoding, weight
 from entidb.db import Database
 from entidb.db import adopt as adopting
 from entidb.db import transaction as transactions
@@ -43,21 +44,22 @@ def write_together(database: Database, payloads: list[bytes]) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of what is decoded."""
     sizes: list[int] = []
-    real = cbor._decode
+    real = decoding._decode
 
     def decode(data: bytes) -> object:
         sizes.append(len(data))
         return real(data)
 
-    monkeypatch.setattr(cbor, "_decode", decode)
+    monkeypatch.setattr(decoding, "_decode", decode)
     return sizes
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds a thousandth of the real ones."""
-    monkeypatch.setattr(cbor, "VALUE_CONTAINERS_MAX", 100)
-    monkeypatch.setattr(cbor, "VALUE_ITEMS_MAX", 1000)
+    for room in (encoding, weight):
+        monkeypatch.setattr(room, "VALUE_CONTAINERS_MAX", 100)
+    monkeypatch.setattr(weight, "VALUE_ITEMS_MAX", 1000)
     monkeypatch.setattr(work, "VALUE_CONTAINERS_MAX", 100)
     monkeypatch.setattr(work, "TRANSACTION_CONTAINERS_MAX", 500)
     monkeypatch.setattr(work, "PUSH_CONTAINERS_MAX", 1000)
