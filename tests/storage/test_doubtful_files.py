@@ -12,7 +12,9 @@ import pytest
 from entidb.db import Database
 from entidb.errors import CommitUnknownError, CorruptionError, StorageError
 from entidb.storage import LmdbStorage
+from entidb.storage.lmdb import closed_file, headers, place
 from entidb.storage.lmdb.pages import closed_file_faults
+from entidb.storage.locks import FileLock
 from entidb.testing.contracts import read_all
 from tests.storage.test_damaged_pages import Image
 from tests.storage.test_lmdb_traps import FailingCommit, run_killed, run_python
@@ -59,6 +61,45 @@ def test_a_store_that_was_closed_is_opened_without_reading_its_pages(
         with contextlib.closing(LmdbStorage.open(closed)) as store:
             store.commit({b"new": b"%d" % n})
     assert looks == []
+
+
+def test_the_headers_of_a_store_that_was_closed_are_looked_at_once(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bytes] = []
+    real = headers.parsed_header
+
+    def look(raw: bytes) -> headers.Header:
+        looked.append(raw)
+        return real(raw)
+
+    for module in (headers, closed_file):
+        monkeypatch.setattr(module, "parsed_header", look)
+    with contextlib.closing(LmdbStorage.open(closed)):
+        assert len(looked) == 2
+
+
+def test_what_is_written_while_the_lock_is_waited_for_is_looked_at_again(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the data file itself is not locked: by an older version, or on Windows."""
+    copy = closed.with_name("copy")
+    shutil.copytree(closed, copy)
+    with contextlib.closing(LmdbStorage.open(copy)) as store:
+        for n in range(3):
+            store.commit({b"new": b"%d" % n})
+    real = FileLock.take
+
+    def late(path: str, like: os.stat_result) -> FileLock:
+        (closed / "data.mdb").write_bytes((copy / "data.mdb").read_bytes())
+        return real(path, like)
+
+    monkeypatch.setattr(FileLock, "take", late)
+    taken = place.take_place(str(closed))
+    try:
+        assert taken.headers is not None and taken.headers.transaction == 4
+    finally:
+        taken.release()
 
 
 def test_opening_and_closing_without_a_commit_leaves_the_file_as_it_was(

@@ -18,7 +18,7 @@ import pytest
 from entidb.db import Database, Role
 from entidb.errors import CorruptionError
 from entidb.storage import LmdbStorage
-from entidb.storage.lmdb.pages import check_headers, closed_file_faults
+from entidb.storage.lmdb.pages import closed_file_faults
 from entidb.testing.contracts import read_all
 
 PAGE = 4096
@@ -105,7 +105,7 @@ def test_a_number_that_went_back_without_a_failed_write_is_damage(tmp_path: Path
         path = tmp_path / "data.mdb"
         path.write_bytes(image)
         with pytest.raises(CorruptionError, match="list of free pages"):
-            check_headers(str(path))
+            LmdbStorage.open(tmp_path)
 
 
 @pytest.mark.parametrize("role", [Role.DEVICE, Role.SERVER])

@@ -10,46 +10,42 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 
 from entidb.errors import FormatError
+from entidb.storage.lmdb.headers import Header, Headers, parsed_header
 from entidb.storage.lmdb.layout import (
     BIG_DATA,
     BRANCH,
     LEAF,
     MAGIC,
-    META,
     META_BYTES,
-    META_END,
     META_FLAG,
     NO_PAGE,
     NODE,
     PAGE_HEADER,
     PAGE_SIZES,
-    TREE,
     VERSION,
-    open_to_read,
     read_at,
     write_at,
 )
 
 
-@dataclass(frozen=True)
-class _Meta:
-    page_bytes: int
-    roots: tuple[int, int]
-    last_page: int
-    transaction: int
-
-
-def check_data_file(path: str) -> None:
-    """Raise ``FormatError`` (``not_a_database`` or ``truncated``) unless every page that can be
-    reached in the file at ``path`` lies inside it."""
-    descriptor = open_to_read(path)
-    try:
-        _check(descriptor, path, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
+def check_data_file(descriptor: int, path: str) -> Headers:
+    """The headers of the open file; ``path`` is for messages. Raises ``FormatError``
+    (``not_a_database`` or ``truncated``) unless every page that can be reached in it lies inside
+    it."""
+    raw_first, first = _read_header(descriptor, path, 0)
+    raw_second, second = _read_header(descriptor, path, first.page_bytes)
+    if second.page_bytes != first.page_bytes:
+        raise _not_a_database(path, "its two headers disagree")
+    headers = Headers(raw_first + raw_second, first, second)
+    needed = (max(first.last_page, second.last_page) + 1) * first.page_bytes
+    size = os.fstat(descriptor).st_size
+    # The last pages may have been freed by the very commit that took them, and are then never
+    # written: a healthy file can be a little short. Only what can be reached counts.
+    if size < needed and not _reachable_inside(descriptor, headers.newer_first()[0], size):
+        raise _truncated(path, size, needed)
+    return headers
 
 
 def write_headers_again(descriptor: int, path: str) -> None:
@@ -59,59 +55,40 @@ def write_headers_again(descriptor: int, path: str) -> None:
     After a write that failed the two can differ: the system may take for written what never was,
     and the disk may hold the header of a commit that failed, under whose pages the next commit
     would write before it replaces that header. A sync alone writes only what counts as changed."""
-    page_bytes = _read_meta(descriptor, path, 0).page_bytes
-    for offset in (0, page_bytes):
+    _, first = _read_header(descriptor, path, 0)
+    for offset in (0, first.page_bytes):
         write_at(descriptor, read_at(descriptor, META_BYTES, offset), offset)
     os.fsync(descriptor)
 
 
-def _check(descriptor: int, path: str, size: int) -> None:
-    first = _read_meta(descriptor, path, 0)
-    second = _read_meta(descriptor, path, first.page_bytes)
-    if second.page_bytes != first.page_bytes:
-        raise _not_a_database(path, "its two headers disagree")
-    last_page = max(first.last_page, second.last_page)
-    if size >= (last_page + 1) * first.page_bytes:
-        return
-    # The last pages may have been freed by the very commit that took them, and are then never
-    # written: a healthy file can be a little short. Only what can be reached counts.
-    newer = max(first, second, key=lambda meta: meta.transaction)
-    if not _reachable_inside(descriptor, newer, size):
-        raise _truncated(path, size, (last_page + 1) * first.page_bytes)
-
-
-def _read_meta(descriptor: int, path: str, offset: int) -> _Meta:
+def _read_header(descriptor: int, path: str, offset: int) -> tuple[bytes, Header]:
     raw = read_at(descriptor, META_BYTES, offset)
     if len(raw) < META_BYTES:
         known = len(raw) >= 24 and struct.unpack_from("=I", raw, 16)[0] == MAGIC
         if known or not raw or offset:
             raise _truncated(path, offset + len(raw), offset + META_BYTES)
         raise _not_a_database(path, "it is too short")
-    _, _, flags, _, _ = PAGE_HEADER.unpack_from(raw, 0)
-    magic, version, _, _ = META.unpack_from(raw, 16)
-    if magic != MAGIC or not flags & META_FLAG:
+    header = parsed_header(raw)
+    if header.magic != MAGIC or not header.page_flags & META_FLAG:
         raise _not_a_database(path, "its header is not LMDB's")
-    if version != VERSION:
-        raise _not_a_database(path, f"its LMDB format is {version} and not {VERSION}")
-    free = TREE.unpack_from(raw, 40)
-    main = TREE.unpack_from(raw, 88)
-    if free[0] not in PAGE_SIZES:
-        raise _not_a_database(path, f"its page size is {free[0]}")
-    last_page, transaction = META_END.unpack_from(raw, 136)
-    return _Meta(free[0], (free[7], main[7]), last_page, transaction)
+    if header.version != VERSION:
+        raise _not_a_database(path, f"its LMDB format is {header.version} and not {VERSION}")
+    if header.page_bytes not in PAGE_SIZES:
+        raise _not_a_database(path, f"its page size is {header.page_bytes}")
+    return raw, header
 
 
-def _reachable_inside(descriptor: int, meta: _Meta, size: int) -> bool:
+def _reachable_inside(descriptor: int, header: Header, size: int) -> bool:
     """Walk both trees; whether all their pages end inside ``size`` bytes."""
-    pages = size // meta.page_bytes
-    todo = [root for root in meta.roots if root != NO_PAGE]
+    pages = size // header.page_bytes
+    todo = [root for root in (header.free.root, header.main.root) if root != NO_PAGE]
     seen = 0
     while todo:
         number = todo.pop()
         seen += 1
         if number >= pages or seen > pages:
             return False
-        page = read_at(descriptor, meta.page_bytes, number * meta.page_bytes)
+        page = read_at(descriptor, header.page_bytes, number * header.page_bytes)
         children, end = _page_targets(page)
         if end > pages:
             return False

@@ -4,7 +4,7 @@ what it must be.
 A file that was closed here, and is untouched since, is what it was then. Any other is read once
 before it is mapped, and what was found is remembered as long as the file is the same.
 
-Not here: what is looked for in the file (``closed_file``, ``pages``).
+Not here: what is looked for in the file (``closed_file``, ``headers``, ``pages``).
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from typing import Final
 
 from entidb.errors import FormatError
 from entidb.storage.directories import make_directory
-from entidb.storage.lmdb.closed_file import check_data_file, write_headers_again
+from entidb.storage.lmdb.closed_file import write_headers_again
 from entidb.storage.lmdb.failures import storage_error
-from entidb.storage.lmdb.pages import (
-    check_headers,
-    closed_file_faults,
-    damaged_file,
-    read_raw_headers,
-)
+from entidb.storage.lmdb.headers import UNREADABLE, Headers, header_fault, read_headers
+from entidb.storage.lmdb.layout import open_to_read
+from entidb.storage.lmdb.pages import closed_file_faults, damaged_file
 from entidb.storage.lmdb.place import DATA, LMDB_LOCK, LOCK, TEMPORARY, Place, is_closed, take_place
 
 #: Files that were looked at and not opened since, as they were then, and their faults.
@@ -67,7 +64,6 @@ def closed_faults(where: str) -> list[str]:
     except OSError as error:
         raise storage_error(error, f"checking {where}") from error
     try:
-        check_data_file(data)
         faults = closed_file_faults(data)
         if not faults:
             place.leave_as_found()
@@ -85,21 +81,34 @@ def doubtful_bytes(where: str) -> int:
         known = _LOOKED.get(data)
         if known is not None and known[0] == _state_of(data):
             return 0
-        return 0 if is_closed(where, read_raw_headers(data)[0]) else os.path.getsize(data)
+        return 0 if _is_closed(where, data) else os.path.getsize(data)
     except OSError:
         return 0
 
 
-def check_closed(place: Place, salvage: bool, read_only: bool) -> None:
+def _is_closed(where: str, data: str) -> bool:
+    descriptor = open_to_read(data)
+    try:
+        return is_closed(where, read_headers(descriptor).raw)
+    except UNREADABLE:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def check_closed(place: Place, headers: Headers, salvage: bool, read_only: bool) -> None:
     """Raise ``CorruptionError`` unless LMDB can use the data file without harm: it stops the
     process where a page is not what it must be.
 
     The file that was closed here, untouched since, is what it was then. Any other is looked at,
     and brought onto the disk as it is read: whoever had it open may have died after a write that
     failed and before the sync that has to follow."""
-    left = place.left()
-    check_headers(place.data_path, 0 if left is None else left.transaction)
-    if place.is_as_left(read_raw_headers(place.data_path)[0]) or salvage:
+    left = place.left
+    with place.data_file() as descriptor:
+        fault = header_fault(descriptor, headers, 0 if left is None else left.transaction)
+    if fault is not None:
+        raise damaged_file(place.data_path, [fault])
+    if place.is_as_left(headers.raw) or salvage:
         return
     faults = known_faults(place.data_path)
     if faults:

@@ -34,7 +34,7 @@ from entidb.storage.disk_errors import address_space_limit, short_write_error
 from entidb.storage.lmdb.closed_file import check_data_file, write_headers_again
 from entidb.storage.lmdb.failures import code_of, storage_error
 from entidb.storage.lmdb.gate import CLOSED, DRAINING, FORKED, FROZEN, Gate
-from entidb.storage.lmdb.pages import read_raw_headers
+from entidb.storage.lmdb.headers import UNREADABLE, read_headers
 from entidb.storage.lmdb.place import Place
 
 #: Room in a new map beside twice the file: virtual, but of 2**47 bytes that a process has. So many
@@ -146,9 +146,9 @@ class OpenFile:
                 self.env.close()
                 self.gate.readers.clear()
                 self.place.check()
-                check_data_file(self.place.data_path)
-                # Whatever the outcome: what is read now has to be what a power cut leaves.
                 with self.place.data_file() as descriptor:
+                    check_data_file(descriptor, self.place.data_path)
+                    # Whatever the outcome: what is read now has to be what a power cut leaves.
                     write_headers_again(descriptor, self.place.data_path)
                 self._open()
                 committed = self.env.info()["last_txnid"]
@@ -216,10 +216,11 @@ class OpenFile:
         self.place.release()
 
     def _leave(self) -> None:
-        with contextlib.suppress(OSError):
-            headers, transaction = read_raw_headers(self.place.data_path)
-            if headers:
-                self.place.leave(headers, transaction)
+        with (
+            contextlib.suppress(OSError, *UNREADABLE),
+            self.place.data_file() as descriptor,
+        ):
+            self.place.leave(read_headers(descriptor))
 
     def _open(self) -> None:
         self.env, self.map_bytes = map_store(self.place, self.map_bytes, self.read_only)

@@ -9,7 +9,8 @@ directory and not through its path.
 On Windows a file or directory that is open cannot be deleted, moved or replaced, so there one lock
 is enough and nothing is compared.
 
-Not here: what is in the files, and the locks themselves (``locks``).
+Not here: what has to be true of the data file (``closed_file``), and the locks themselves
+(``locks``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from entidb.storage.directories import (
     sync_directory,
     sync_path,
 )
+from entidb.storage.lmdb.closed_file import check_data_file
+from entidb.storage.lmdb.headers import Headers
 from entidb.storage.locks import BINARY, NOTE_BYTES_MAX, TRIES, FileLock, HeldError, written_holder
 
 DATA: Final = "data.mdb"
@@ -89,12 +92,17 @@ class Place:
     of which none changes or makes anything."""
 
     def __init__(self, path: str, read_only: bool = False) -> None:
-        """Raises ``DatabaseLockedError``, ``OSError``."""
+        """Raises ``DatabaseLockedError``, ``FormatError`` (as ``check_data_file``), ``OSError``."""
         self.path = path
         self.read_only = read_only and sys.platform != "win32"
         self.data_path = os.path.join(path, DATA)
         #: File and line of the program that opened it.
         self.opened_at = _caller()
+        #: What its data file said when it was taken; None if there was none.
+        self.headers: Headers | None = None
+        #: What stood in the lock file since the store was last closed; None if it was not closed,
+        #: or by a version that leaves nothing.
+        self.left: Left | None = None
         self._data: FileLock | None = None
         self._lock: FileLock | None = None
         self._identity: tuple[int, int] | None = None
@@ -107,12 +115,18 @@ class Place:
             if find_here(path) is not None:
                 raise HeldError("")  # LMDB opens a file once in a process, for reading too.
             if os.path.exists(self.data_path):
-                # First, because it makes nothing where somebody else is at work.
-                self.hold_data()
+                # First, because it makes nothing where somebody else is at work, or where
+                # something else stands.
+                self._take_data()
             lock = os.path.join(path, LOCK)
             self._lock = (
                 FileLock.read(lock) if self.read_only else FileLock.take(lock, self._like())
             )
+            if self._lock is not None:
+                self.left = _read_left(self._lock.found)
+            # Whoever had that lock may have written until he gave it back.
+            if os.path.exists(self.data_path):
+                self._take_data()
         except HeldError as error:
             self.release()
             raise DatabaseLockedError(self._held_by(error.holder)) from error
@@ -121,11 +135,16 @@ class Place:
             raise
         _PLACES.add(self)
 
-    def hold_data(self) -> None:
-        """Lock the data file that stands here now, and know it from now on. Raises as the
-        constructor."""
-        if sys.platform == "win32" or self._data is not None:
-            return
+    def _take_data(self) -> None:
+        """Lock the data file that stands here now, and know from now on which one it is and what
+        it says. Raises as the constructor."""
+        if sys.platform != "win32" and self._data is None:
+            self._hold_data()
+        with self.data_file() as descriptor:
+            if self.headers is None or not self.headers.are_in(descriptor):
+                self.headers = check_data_file(descriptor, self.data_path)
+
+    def _hold_data(self) -> None:
         for _ in range(TRIES):
             try:
                 kind = os.O_RDONLY if self.read_only else os.O_RDWR
@@ -213,18 +232,12 @@ class Place:
 
     # ---- what the last one left
 
-    def left(self) -> Left | None:
-        """What stands in the lock file since the store was last closed; None if it was not closed,
-        or by a version that leaves nothing."""
-        return None if self._lock is None else _read_left(self._lock.found)
-
     def is_as_left(self, headers: bytes) -> bool:
         """Whether the data file is the very one that was closed last, untouched since. What a
         disk changes by itself does not show here."""
-        left = self.left()
-        return left is not None and left.file == self._signature(headers)
+        return self.left is not None and self.left.file == self._signature(headers)
 
-    def leave(self, headers: bytes, transaction: int) -> None:
+    def leave(self, headers: Headers) -> None:
         """Note that the data file is well as it is now. To be called when nobody has it mapped.
 
         Where the file's own times are too coarse to show a later change, or are not ours to set,
@@ -232,7 +245,7 @@ class Place:
         if self._lock is None or self._data is None:
             return
         with contextlib.suppress(OSError):
-            if self.is_as_left(headers):
+            if self.is_as_left(headers.raw):
                 # Nothing was written: whoever copies what has changed need not copy this.
                 self.leave_as_found()
                 return
@@ -242,7 +255,8 @@ class Place:
             times = (found.st_atime_ns, found.st_mtime_ns + 1)
             os.utime(self._data.descriptor, ns=times)
             if os.fstat(self._data.descriptor).st_mtime_ns == times[1]:
-                self._lock.write(_left_line(Left(transaction, self._signature(headers))))
+                left = Left(headers.transaction, self._signature(headers.raw))
+                self._lock.write(_left_line(left))
 
     def leave_as_found(self) -> None:
         """Note again what the last one left: nothing was changed."""

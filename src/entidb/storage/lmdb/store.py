@@ -21,7 +21,6 @@ from entidb.errors import StorageError, StorageFullError
 from entidb.storage.base import Batch, StorageInfo
 from entidb.storage.directories import restrict, sync_path
 from entidb.storage.lmdb.batches import stage
-from entidb.storage.lmdb.closed_file import check_data_file
 from entidb.storage.lmdb.doubt import (
     check_closed,
     check_directory,
@@ -135,23 +134,18 @@ class LmdbStorage:
         network file systems.
         """
         where = os.path.abspath(os.fspath(path))
-        data = os.path.join(where, DATA)
         check_directory(where, create and not read_only)
         try:
-            if os.path.exists(data):
-                check_data_file(data)
             place = take_place(where, read_only)
         except OSError as error:
             raise storage_error(error, f"opening {where}") from error
         try:
             if not read_only:
                 place.remove_temporary()
-            if os.path.exists(data):
-                place.hold_data()
-                check_data_file(data)
-                check_closed(place, salvage, read_only)
-            else:
+            if place.headers is None:
                 create_file(place)
+            else:
+                check_closed(place, place.headers, salvage, read_only)
             size = 0 if map_bytes is None else max(map_bytes, MAP_BYTES_MIN)
             store = cls(where, place, size, drain_seconds, read_only)
             store._gate.doubtful = salvage
