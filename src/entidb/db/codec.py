@@ -15,13 +15,25 @@ from typing import Any, Final, cast
 
 from entidb.db.forms import is_model
 from entidb.db.plain import PlainCodec, V, ValueCodec
+from entidb.db.reading import OnInvalid, Upgrade, codec_reading
 from entidb.db.typed import MsgspecCodec, PydanticCodec, TypedCodec
 from entidb.errors import EntiDBError, ValueTypeError
 
 
-def codec_for(kind: type[V] | None, *, exact: bool = False) -> ValueCodec[V]:
+def codec_for(
+    kind: type[V] | None,
+    *,
+    exact: bool = False,
+    on_invalid: OnInvalid = "raise",
+    upgrade: Upgrade | None = None,
+) -> ValueCodec[V]:
     """The codec of a collection opened with ``type=kind``; ``exact`` keeps nothing of what is
-    stored. Raises ``ValueTypeError`` for a class that cannot make a collection."""
+    stored. Raises ``ValueTypeError`` for a class that cannot make a collection, ``ConfigError``
+    for the other two."""
+    return codec_reading(_codec_of(kind, exact), on_invalid, upgrade)
+
+
+def _codec_of(kind: type[V] | None, exact: bool) -> ValueCodec[V]:
     if kind is None:
         return cast("ValueCodec[V]", _PLAIN)
     try:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
+from itertools import islice, starmap
+from operator import itemgetter
 from typing import Any, Generic, TypeVar, overload
 
+from entidb import cbor
 from entidb.db.codec import located
 from entidb.db.conditions import Field
 from entidb.db.entity_info import EntityInfo, natural_id
 from entidb.db.plain import Keep, PlainCodec, ValueCodec
 from entidb.db.query import Query, Where
-from entidb.db.rows import Rows
+from entidb.db.reading import read_many
+from entidb.db.rows import Pair, Rows
 from entidb.errors import CorruptionError, ValueTypeError
 from entidb.types import datetime_of, uuid_from_bytes
 
@@ -59,7 +63,43 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
         try:
             return self._codec.decode(payload)
         except ValueTypeError as error:
-            raise located(error, self.name, raw) from error
+            return self._instead(located(error, self.name, raw), payload)
+
+    def _instead(self, error: ValueTypeError, payload: bytes) -> V:
+        """What is read in place of what does not fit; raises ``error`` where that is nothing."""
+        instead = self._codec.instead
+        made = None if instead is None else instead(error, cbor.decode_trusted(payload))
+        if made is None:
+            raise error from error.__cause__
+        return made  # type: ignore[no-any-return]
+
+    def _pair(self, raw: bytes, payload: bytes) -> tuple[uuid.UUID, V]:
+        return uuid_from_bytes(raw), self._decode(raw, payload)
+
+    def _pair_or_none(self, raw: bytes, payload: bytes) -> tuple[uuid.UUID, V] | None:
+        try:
+            value = self._codec.decode(payload)
+        except ValueTypeError as error:
+            located_error = located(error, self.name, raw)
+            assert self._codec.instead is not None, "called only where there is one"
+            value = self._codec.instead(located_error, cbor.decode_trusted(payload))
+            if value is None:
+                return None
+        return uuid_from_bytes(raw), value
+
+    def _read(
+        self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
+    ) -> Iterator[tuple[uuid.UUID, V]]:
+        """What ``find`` finds, with the values of this collection."""
+        skipping = None if self._codec.instead is None else self._pair_or_none
+        return read_many(find, limit, self._pair, skipping)
+
+    def _read_values(
+        self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
+    ) -> Iterator[V]:
+        if self._codec.instead is None:
+            return starmap(self._decode, find(limit))
+        return map(itemgetter(1), self._read(find, limit))
 
     @overload
     def get(self, key: uuid.UUID) -> V | None: ...
@@ -78,11 +118,9 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
         wanted = list(ids)
         with self._open() as rows:
             payloads = rows.get_many(self.name, [id_bytes(entity_id) for entity_id in wanted])
-        found = {}
-        for entity_id, payload in zip(wanted, payloads, strict=True):
-            if payload is not None:
-                found[entity_id] = self._decode(entity_id.bytes, payload)
-        return found
+        pairs = zip((one.bytes for one in wanted), payloads, strict=True)
+        there = ((raw, payload) for raw, payload in pairs if payload is not None)
+        return dict(self._read(lambda _: there))
 
     def __contains__(self, entity_id: object) -> bool:
         raw = id_bytes(entity_id)
@@ -107,18 +145,13 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
     ) -> Iterator[tuple[uuid.UUID, V]]:
         """(id, value) with ``start <= id < stop``, in id order or against it, at most ``limit``.
 
-        UUIDv7 ids sort by the time they were made, so a range of ids is a range of time."""
+        UUIDv7 ids sort by the time they were made, so a range of ids is a range of time. An
+        entity that does not fit raises ``ValueTypeError`` and does not end the iterator: ``next``
+        goes on behind it (see ``on_invalid``)."""
         if limit is not None and limit <= 0:
-            return
-        decode = self._codec.decode
-        for number, (raw, payload) in enumerate(self._pairs(start, stop, reverse), 1):
-            try:
-                value = decode(payload)
-            except ValueTypeError as error:
-                raise located(error, self.name, raw) from error
-            yield uuid_from_bytes(raw), value
-            if number == limit:
-                return
+            return iter(())
+        pairs = self._pairs(start, stop, reverse)
+        return self._read(lambda most: islice(pairs, most), limit)
 
     def id_for(self, *key: str | int | bytes | uuid.UUID) -> uuid.UUID:
         """The id of the entity with a natural key: always the same for this collection and
@@ -132,7 +165,8 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
 
     @property
     def raw(self) -> ReadCollection[Any]:
-        """The same entities as plain values, also those that do not fit the class."""
+        """The same entities as plain values, as they are stored: also those that do not fit the
+        class, and without ``upgrade``."""
         return ReadCollection(self.name, PlainCodec(), self._open)
 
     def info(self, entity_id: uuid.UUID) -> EntityInfo:
@@ -214,13 +248,7 @@ class ValuesView(Generic[V]):
 
     def __iter__(self) -> Iterator[V]:
         collection = self._collection
-        decode = collection._codec.decode
-        for raw, payload in collection.payloads():
-            try:
-                value = decode(payload)
-            except ValueTypeError as error:
-                raise located(error, collection.name, raw) from error
-            yield value
+        return collection._read_values(lambda _: collection.payloads())
 
     def __len__(self) -> int:
         return len(self._collection)

@@ -24,6 +24,7 @@ from entidb.db.listeners import add_listener
 from entidb.db.maintenance import sweep_garbage, verify
 from entidb.db.observers import Observer
 from entidb.db.plain import Keep
+from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import (
     META_COLUMNS,
     META_FORMAT,
@@ -116,11 +117,25 @@ class Database(Core):
     # ------------------------------------------------------------ reading
 
     @overload
-    def collection(self, name: str, *, local: bool | None = None) -> Collection[Any]: ...
+    def collection(
+        self,
+        name: str,
+        *,
+        local: bool | None = None,
+        on_invalid: OnInvalid = "raise",
+        upgrade: Upgrade | None = None,
+    ) -> Collection[Any]: ...
 
     @overload
     def collection(
-        self, name: str, type: type[V], *, local: bool | None = None, exact: bool = False
+        self,
+        name: str,
+        type: type[V],
+        *,
+        local: bool | None = None,
+        exact: bool = False,
+        on_invalid: OnInvalid = "raise",
+        upgrade: Upgrade | None = None,
     ) -> Collection[V]: ...
 
     def collection(
@@ -130,6 +145,8 @@ class Database(Core):
         *,
         local: bool | None = None,
         exact: bool = False,
+        on_invalid: OnInvalid = "raise",
+        upgrade: Upgrade | None = None,
     ) -> Collection[Any]:
         """The collection ``name`` as a mapping from ``uuid.UUID`` to values.
 
@@ -137,13 +154,22 @@ class Database(Core):
         pydantic model. What is written comes back equal, or the write is refused. Fields of a
         stored entity that the class does not know, because a newer program wrote them, survive a
         write; ``exact=True`` erases them.
+        ``upgrade`` makes the newest shape of a stored value of any age, and gives one of that
+        shape back as it is; everything that is read here goes through it, also what a condition
+        looks at, and nothing is rewritten (``migrate`` does that, once, on the server).
+        ``on_invalid`` says what happens to an entity that does not fit the class all the same:
+        ``"raise"`` raises ``ValueTypeError`` with its id, the field and the reason, and an
+        iterator goes on behind it with ``next``; ``"skip"`` leaves it out wherever several are
+        read; a function is given the error and the stored value, and answers what stands in its
+        place, or None to leave it out. Asked for by its id, what would be left out raises.
         ``local=True`` declares that it never synchronises (R31); stored in the database.
         Raises ``InvalidNameError``; ``ValueTypeError`` for a class that cannot come back as it
-        was, naming the field; ``ScopeError`` when a collection with data or pending
-        changes would turn local or synchronised (use ``set_scope`` and ``declare_local``).
+        was, naming the field; ``ConfigError``; ``ScopeError`` when a collection with data or
+        pending changes would turn local or synchronised (use ``set_scope`` and
+        ``declare_local``).
         """
         check_name(name)
-        codec = codec_for(type, exact=exact)
+        codec = codec_for(type, exact=exact, on_invalid=on_invalid, upgrade=upgrade)
         if local is not None:
             self.declare_local(name, local)
         return Collection(name, codec, self._open_rows, self.transaction, self.commit_one)

@@ -18,6 +18,11 @@ class ValueCodec(Protocol[V]):
     keep: Keep | None
     #: The fields a value can be looked for by; None for any.
     stored_names: tuple[str, ...] | None
+    #: Makes a payload of the newest shape; None where all are read as they are stored.
+    upgraded: Callable[[bytes], bytes] | None
+    #: What to read instead of an entity that does not fit, None to leave it out; where this is
+    #: None itself, such an entity raises.
+    instead: Callable[[ValueTypeError, Any], Any] | None
 
     def encode(self, value: V) -> bytes: ...
 
@@ -36,6 +41,8 @@ class PlainCodec:
 
     keep: Keep | None = None
     stored_names: tuple[str, ...] | None = None
+    upgraded: Callable[[bytes], bytes] | None = None
+    instead: Callable[[ValueTypeError, Any], Any] | None = None
 
     def encode(self, value: Any) -> bytes:
         if value is None:

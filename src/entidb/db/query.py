@@ -15,6 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -36,7 +37,7 @@ from entidb.db.conditions import (
 from entidb.db.filters import from_dict
 from entidb.db.plain import ValueCodec
 from entidb.db.rows import Pair, Rows
-from entidb.errors import QueryError
+from entidb.errors import QueryError, ValueTypeError
 from entidb.types import uuid_from_bytes
 
 V = TypeVar("V")
@@ -57,7 +58,13 @@ class Source(Protocol):
     @property
     def _open(self) -> Callable[[], AbstractContextManager[Rows]]: ...
 
-    def _decode(self, raw: bytes, payload: bytes) -> Any: ...
+    def _read(
+        self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
+    ) -> Iterator[tuple[uuid.UUID, Any]]: ...
+
+    def _read_values(
+        self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
+    ) -> Iterator[Any]: ...
 
 
 class Order(Struct, frozen=True):
@@ -217,13 +224,11 @@ class Query(Generic[V]):
     # ------------------------------------------------------------ asking
 
     def __iter__(self) -> Iterator[tuple[uuid.UUID, V]]:
-        decode = self._source._decode
-        return ((uuid_from_bytes(raw), decode(raw, payload)) for raw, payload in self._found())
+        return self._source._read(self._found_up_to, self._limit)
 
     def values(self) -> Iterator[V]:
         """Their values alone."""
-        decode = self._source._decode
-        return (decode(raw, payload) for raw, payload in self._found())
+        return self._source._read_values(self._found_up_to, self._limit)
 
     def ids(self) -> Iterator[uuid.UUID]:
         """Their ids alone; nothing is converted to the collection's class."""
@@ -297,11 +302,15 @@ class Query(Generic[V]):
         pairs = self._sorted(tally) if self._order else self._in_id_order(tally)
         return pairs if self._limit is None else islice(pairs, self._limit)
 
+    def _found_up_to(self, limit: int | None) -> Iterator[Pair]:
+        return self._with(limit=limit)._found()
+
     def _in_id_order(self, tally: _Tally | None) -> Iterator[Pair]:
         start = b"" if self._after is None else self._after[1] + b"\0"
         with self._source._open() as rows:
             pairs = rows.pairs(self._source.name, start, None, False)
-            for raw, payload, _ in _matching(pairs, self._condition, tally):
+            upgraded = self._source._codec.upgraded
+            for raw, payload, _ in _matching(pairs, self._condition, tally, upgraded):
                 yield raw, payload
 
     def _sorted(self, tally: _Tally | None) -> Iterator[Pair]:
@@ -311,7 +320,9 @@ class Query(Generic[V]):
         kept: list[tuple[tuple[Any, ...], bytes, bytes]] = []
         with self._source._open() as rows:
             pairs = rows.pairs(self._source.name, b"", None, False)
-            for raw, payload, value in _matching(pairs, self._condition, tally, decoded=True):
+            upgraded = self._source._codec.upgraded
+            matching = _matching(pairs, self._condition, tally, upgraded, decoded=True)
+            for raw, payload, value in matching:
                 keys = self._keys(value)
                 if self._after is None or self._is_after(keys, raw):
                     kept.append((keys, raw, payload))
@@ -348,15 +359,32 @@ class _Tally:
 
 
 def _matching(
-    pairs: Iterable[Pair], condition: Condition, tally: _Tally | None, *, decoded: bool = False
+    pairs: Iterable[Pair],
+    condition: Condition,
+    tally: _Tally | None,
+    upgraded: Callable[[bytes], bytes] | None = None,
+    *,
+    decoded: bool = False,
 ) -> Iterator[tuple[bytes, bytes, Any]]:
     """(id, payload, value) of those of ``pairs`` that meet ``condition``; the value may be None
-    where it is not needed and not ``decoded``."""
+    where it is not needed and not ``decoded``. Conditions are about what ``upgraded`` makes."""
     if tally is not None:
         pairs = _counted(pairs, tally)
     if condition is ALL and not decoded:
         return ((raw, payload, None) for raw, payload in pairs)
+    if upgraded is not None:
+        # The bytes that are stored may be of an older shape, so they cannot be searched.
+        return _tested(pairs, condition.test(), tally, partial(_shape_of, upgraded))
     return _tested(_holding(pairs, condition.needles()), condition.test(), tally)
+
+
+def _shape_of(upgraded: Callable[[bytes], bytes], payload: bytes) -> Any:
+    """The value a condition looks at. What cannot be upgraded is looked at as it is stored; who
+    reads it hears of that."""
+    try:
+        return cbor.decode_trusted(upgraded(payload))
+    except ValueTypeError:
+        return cbor.decode_trusted(payload)
 
 
 def _counted(pairs: Iterable[Pair], tally: _Tally) -> Iterator[Pair]:
@@ -375,9 +403,11 @@ def _holding(pairs: Iterable[Pair], needles: Needles | None) -> Iterable[Pair]:
 
 
 def _tested(
-    pairs: Iterable[Pair], test: Test, tally: _Tally | None
+    pairs: Iterable[Pair],
+    test: Test,
+    tally: _Tally | None,
+    decode: Callable[[bytes], Any] = cbor.decode_trusted,
 ) -> Iterator[tuple[bytes, bytes, Any]]:
-    decode = cbor.decode_trusted
     for raw, payload in pairs:
         value = decode(payload)
         if tally is not None:

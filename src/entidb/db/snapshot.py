@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 
 from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection
+from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import (
     META_HEAD,
     decode_head,
@@ -30,17 +31,45 @@ class Snapshot:
         self.sequence = 0 if raw is None else decode_head(raw).sequence
 
     @overload
-    def collection(self, name: str) -> ReadCollection[Any]: ...
+    def collection(
+        self, name: str, *, on_invalid: OnInvalid = "raise", upgrade: Upgrade | None = None
+    ) -> ReadCollection[Any]: ...
 
     @overload
-    def collection(self, name: str, type: type[V]) -> ReadCollection[V]: ...
+    def collection(
+        self,
+        name: str,
+        type: type[V],
+        *,
+        on_invalid: OnInvalid = "raise",
+        upgrade: Upgrade | None = None,
+    ) -> ReadCollection[V]: ...
 
-    def collection(self, name: str, type: type[Any] | None = None) -> ReadCollection[Any]:
+    def collection(
+        self,
+        name: str,
+        type: type[Any] | None = None,
+        *,
+        on_invalid: OnInvalid = "raise",
+        upgrade: Upgrade | None = None,
+    ) -> ReadCollection[Any]:
+        """The collection ``name`` as it was; all else as in ``Database.collection``. Raises
+        ``InvalidNameError``, ``ValueTypeError``, ``ConfigError``."""
         check_name(name)
-        return ReadCollection(name, codec_for(type), self._open)
+        codec = codec_for(type, on_invalid=on_invalid, upgrade=upgrade)
+        return ReadCollection(name, codec, self._open)
 
-    def __getitem__(self, name: str) -> ReadCollection[Any]:
-        """``snapshot["notes"]`` is ``snapshot.collection("notes")``."""
+    @overload
+    def __getitem__(self, name: str) -> ReadCollection[Any]: ...
+
+    @overload
+    def __getitem__(self, name: ReadCollection[V]) -> ReadCollection[V]: ...
+
+    def __getitem__(self, name: str | ReadCollection[Any]) -> ReadCollection[Any]:
+        """``snapshot["notes"]``; or ``snapshot[notes]``, the collection of a database with its
+        type."""
+        if isinstance(name, ReadCollection):
+            return ReadCollection(name.name, name._codec, self._open)
         return self.collection(name)
 
     def collections(self) -> list[str]:

@@ -20,6 +20,7 @@ from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, TransactionCollection
 from entidb.db.pending import PendingOp, PendingTransaction, encode_creation
 from entidb.db.plain import ValueCodec
+from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import (
     DIRTY,
     HAS_BASE,
@@ -104,19 +105,35 @@ class Transaction:
         return uuid.UUID(bytes=self.transaction_id)
 
     @overload
-    def collection(self, name: str) -> TransactionCollection[Any]: ...
+    def collection(
+        self, name: str, *, on_invalid: OnInvalid = "raise", upgrade: Upgrade | None = None
+    ) -> TransactionCollection[Any]: ...
 
     @overload
     def collection(
-        self, name: str, type: type[V], *, exact: bool = False
+        self,
+        name: str,
+        type: type[V],
+        *,
+        exact: bool = False,
+        on_invalid: OnInvalid = "raise",
+        upgrade: Upgrade | None = None,
     ) -> TransactionCollection[V]: ...
 
     def collection(
-        self, name: str, type: type[Any] | None = None, *, exact: bool = False
+        self,
+        name: str,
+        type: type[Any] | None = None,
+        *,
+        exact: bool = False,
+        on_invalid: OnInvalid = "raise",
+        upgrade: Upgrade | None = None,
     ) -> TransactionCollection[Any]:
-        """The collection ``name`` inside this transaction; ``type`` and ``exact`` as in
-        ``Database.collection``. Raises ``InvalidNameError``, ``ValueTypeError``."""
-        return self.with_codec(name, codec_for(type, exact=exact))
+        """The collection ``name`` inside this transaction; all else as in ``Database.collection``.
+        ``tx[notes]`` takes it over from ``notes``. Raises ``InvalidNameError``,
+        ``ValueTypeError``, ``ConfigError``."""
+        codec = codec_for(type, exact=exact, on_invalid=on_invalid, upgrade=upgrade)
+        return self.with_codec(name, codec)
 
     def with_codec(self, name: str, codec: ValueCodec[V]) -> TransactionCollection[V]:
         """As ``collection``, for what has a codec already."""

@@ -12,7 +12,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, Generic
 
@@ -38,6 +38,8 @@ class TypedCodec(ABC, Generic[V]):
     """
 
     def __init__(self, kind: Any, shape: Shape | None, *, bare: bool) -> None:
+        self.upgraded: Callable[[bytes], bytes] | None = None
+        self.instead: Callable[[ValueTypeError, Any], Any] | None = None
         self._kind = kind
         self._name = label_of(kind)
         self._origin = _class_of(kind)
@@ -87,8 +89,8 @@ class TypedCodec(ABC, Generic[V]):
         except ValueTypeError as error:
             raise ValueTypeError(
                 f"the stored entity does not fit {self._name}: {_about(error)}. Another version "
-                "of the application may have written it; give new fields a default, or read it "
-                "without a type",
+                "of the application may have written it; give new fields a default, or open the "
+                "collection with upgrade or on_invalid; collection.raw reads it without a type",
                 field=error.field,
                 reason=error.reason,
             ) from error
