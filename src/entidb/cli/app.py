@@ -44,6 +44,7 @@ COMMANDS: Final[dict[str, str]] = {
     "inspect": "care:inspect_command",
     "compact": "care:compact_command",
     "backup": "care:backup_command",
+    "migrate": "migrating:migrate_command",
     "demo": "demo:demo_command",
     "version": "care:version_command",
 }
@@ -70,6 +71,7 @@ SUMMARIES: Final[dict[str, str]] = {
     "inspect": "Show what is in a database: sizes, counters, identity.",
     "compact": "Give unused room back to the file system.",
     "backup": "Write a consistent copy to the new directory TARGET.",
+    "migrate": "Rewrite a collection in the shape that FUNCTION makes of each entity.",
     "demo": "Show everything on this machine: a server, three devices, and what can go wrong.",
     "version": "Show the versions of EntiDB and what it stands on.",
 }

@@ -5,6 +5,7 @@ from entidb.db.conditions import Condition, F
 from entidb.db.database import Database
 from entidb.db.feed import ChangeEvent, ChangeFeed
 from entidb.db.maintenance import dump, inspect, purge_tombstones
+from entidb.db.migrate import Migrated, migrate
 from entidb.db.observers import CommitEvent
 from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import OverruledValue
@@ -21,6 +22,7 @@ __all__ = [
     "Database",
     "DiscardedTransaction",
     "F",
+    "Migrated",
     "OverruledValue",
     "Plan",
     "Query",
@@ -31,5 +33,6 @@ __all__ = [
     "TransactionCollection",
     "dump",
     "inspect",
+    "migrate",
     "purge_tombstones",
 ]
