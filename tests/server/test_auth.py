@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from entidb.errors import AuthenticationError, ConfigError, PermissionDeniedError
 from entidb.server import Grants, JwtAuthenticator, Rights, ServerConfig, mint_token
-from entidb.server.auth import authenticator_for, check_secret
+from entidb.server.auth import authenticator_for
+from entidb.server.keys import check_secret
 from tests.server.support import NOW_MS, SECRET, ManualClock
 
 NOW_S = NOW_MS // 1000
@@ -239,6 +240,7 @@ def pem_pair(private: Any) -> tuple[bytes, bytes]:
 
 
 RSA = pem_pair(rsa.generate_private_key(65537, 2048))
+EC = pem_pair(ec.generate_private_key(ec.SECP256R1()))
 ED25519 = pem_pair(ed25519.Ed25519PrivateKey.generate())
 
 Make = Callable[[bytes], JwtAuthenticator]
@@ -256,7 +258,7 @@ def with_public_key(tmp_path: Path, clock: ManualClock) -> Make:
     return make
 
 
-@pytest.mark.parametrize("pair", [RSA, ED25519], ids=["RS256", "EdDSA"])
+@pytest.mark.parametrize("pair", [RSA, EC, ED25519], ids=["RS256", "ES256", "EdDSA"])
 def test_a_public_key_checks_what_its_private_key_signed(
     with_public_key: Make, clock: ManualClock, pair: tuple[bytes, bytes]
 ):
@@ -264,7 +266,7 @@ def test_a_public_key_checks_what_its_private_key_signed(
     assert with_public_key(pair[1])(token).on("shop").write
 
 
-@pytest.mark.parametrize("pair", [RSA, ED25519], ids=["RS256", "EdDSA"])
+@pytest.mark.parametrize("pair", [RSA, EC, ED25519], ids=["RS256", "ES256", "EdDSA"])
 def test_a_public_key_is_never_taken_for_a_secret(with_public_key: Make, pair: tuple[bytes, bytes]):
     # Made by hand, because the library refuses to sign with such a key.
     signed = f"{encoded({'alg': 'HS256', 'typ': 'JWT'})}.{encoded(CLAIMS)}"
@@ -284,7 +286,7 @@ def test_a_token_of_another_kind_of_key_is_refused(with_public_key: Make, clock:
     "pem",
     [
         pem_pair(rsa.generate_private_key(65537, 1024))[1],
-        pem_pair(ec.generate_private_key(ec.SECP256R1()))[1],
+        pem_pair(ec.generate_private_key(ec.SECP256K1()))[1],
         RSA[0],
         b"not a key",
     ],

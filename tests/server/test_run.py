@@ -118,14 +118,14 @@ def stored(data_dir: Path, history: bytes) -> set[int]:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
-def test_a_hangup_ends_nothing_and_says_so(tmp_path: Path):
+def test_a_hangup_ends_nothing_and_says_what_it_did(tmp_path: Path):
     with process(tmp_path) as (server, url):
         with Client(url) as client:
             history = client.history()
             server.send_signal(signal.SIGHUP)
             answer = client.send(push(history, 1)).message(PushResponse)
             assert answer.results[0].verdict == Verdict.ACCEPTED
-        said = "SIGHUP ends nothing"
+        said = "SIGHUP: nothing to read again; other settings need a restart"
         while said not in (tmp_path / "stderr").read_text():
             assert server.poll() is None
             time.sleep(0.01)
@@ -193,7 +193,11 @@ def test_loopback_may_be_served_without_authentication(open_config: ServerConfig
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    place = tmp_path_factory.mktemp("tls")
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+def make_certificate(place: Path) -> tuple[str, str]:
+    """Paths of a new one for ``localhost`` and of its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)

@@ -31,7 +31,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 SETTINGS: Final[dict[str, str]] = {
     "jwt_secret_file": "File with the secret tokens are signed with (HS256), 32 bytes or more.",
     "jwt_secret_env": "Environment variable with that secret.",
-    "jwt_public_key_file": "PEM file of the public key tokens are signed for (Ed25519 or RSA).",
+    "jwt_public_key_file": "PEM file of the public key tokens are signed for (Ed25519, RSA, EC).",
+    "jwt_keys": "Several keys at once: a directory of files named by kid, or a JWKS file.",
+    "jwt_jwks_url": "Address of an identity provider's JWKS, over https.",
+    "jwks_refresh_s": "Seconds after which those keys are fetched again.",
     "insecure_no_auth": "Let everybody do everything. Works on loopback only.",
     "allowed_hosts": "Another name this server is asked for by, without tokens; repeat it.",
     "cors_origins": "Origin of a web page that may use this server; repeat it.",
@@ -77,6 +80,8 @@ _ALIASES: Final = {
     "jwt_secret_file": "--secret-file",
     "jwt_secret_env": "--secret-env",
     "jwt_public_key_file": "--public-key-file",
+    "jwt_keys": "--keys",
+    "jwt_jwks_url": "--jwks-url",
 }
 _DEFAULTS: Final = {
     each.name: each.default
@@ -121,8 +126,8 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
     """Serve the databases in DIR to devices.
 
     Until Ctrl-C or SIGTERM; then what is under way is finished. DIR holds one directory for each
-    database and is made if missing. Exactly one of the secret, the public key, or
-    --insecure-no-auth is needed. Every option --some-name can also come from the environment as
+    database and is made if missing. Exactly one of the secret, the public key, --keys, --jwks-url
+    or --insecure-no-auth is needed. Every option --some-name can also come from the environment as
     ENTIDB_SERVE_SOME_NAME, and DIR as ENTIDB_SERVE_DATA_DIR.
     """
     if data_dir is None:
@@ -131,7 +136,8 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
     if not any(given[name] for name in (*_ALIASES, "insecure_no_auth")):
         raise UsageError(
             "who may sync? give --secret-file FILE (make one with `entidb secret --out FILE`), "
-            "--public-key-file FILE, or --insecure-no-auth for a try on this machine"
+            "--public-key-file FILE, --keys DIR, --jwks-url URL, or --insecure-no-auth for a try "
+            "on this machine"
         )
     if given["validate"] is not None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does; a script's path has no such entry
@@ -179,6 +185,7 @@ _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--expires", default="24h", show_default=True, metavar="TIME",
               help="How long it is valid: 90s, 15m, 24h, 30d.")  # fmt: skip
 @click.option("--audience", default="entidb", show_default=True, help="As the server's --audience.")
+@click.option("--kid", metavar="NAME", help="The key's name, for a server that has several.")
 @click.option("--claim", "claims", multiple=True, metavar="NAME=JSON",
               help="A claim for the server's validate hook.")  # fmt: skip
 @click.option("--out", "-o", "out", metavar="FILE",
@@ -192,6 +199,7 @@ def token_command(
     databases: tuple[str, ...],
     expires: str,
     audience: str,
+    kid: str | None,
     claims: tuple[str, ...],
     out: str | None,
     as_json: bool,
@@ -216,6 +224,7 @@ def token_command(
         audience=audience,
         claims=dict(_claim(each) for each in claims),
         clock=clock,
+        kid=kid,
     )
     if out is not None:
         write_credential(out, token, replace=True)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         Grants,
         JwtAuthenticator,
         Rights,
-        mint_token,
     )
     from entidb.server.config import ServerConfig
     from entidb.server.group_commit import GroupCommitter
@@ -29,13 +28,14 @@ if TYPE_CHECKING:
         ValidateOperation,
         ValidateTransaction,
     )
+    from entidb.server.minting import mint_token
     from entidb.server.run import Listen, serve, serving
     from entidb.server.server import SyncServer
     from entidb.server.service import DatabaseService
 
 _HOMES: Final[dict[str, tuple[str, ...]]] = {
     "entidb.server.app": ("SyncApp", "create_app"),
-    "entidb.server.auth": ("Authenticator", "Grants", "JwtAuthenticator", "Rights", "mint_token"),
+    "entidb.server.auth": ("Authenticator", "Grants", "JwtAuthenticator", "Rights"),
     "entidb.server.config": ("ServerConfig",),
     "entidb.server.group_commit": ("GroupCommitter",),
     "entidb.server.hooks": (
@@ -46,6 +46,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "ValidateOperation",
         "ValidateTransaction",
     ),
+    "entidb.server.minting": ("mint_token",),
     "entidb.server.run": ("Listen", "serve", "serving"),
     "entidb.server.server": ("SyncServer",),
     "entidb.server.service": ("DatabaseService",),

@@ -1,37 +1,30 @@
-"""Who may do what: bearer tokens, what they grant, and making them.
+"""Who may do what: bearer tokens, and what they grant.
 
-A token is a JWT (RFC 7519) with ``sub``, ``aud``, ``exp`` and ``databases``. The algorithm is
-decided by the server's key and never by the token: a secret means HS256, an Ed25519 key EdDSA, an
-RSA key RS256 (RFC 8725, section 3.1). Programs can bring an ``Authenticator`` of their own.
-Nothing here knows of HTTP, and nobody is told whether a database exists.
+A token is a JWT (RFC 7519) with ``sub``, ``aud``, ``exp`` and ``databases``, and mostly a ``jti``
+by which it can be revoked. Programs can bring an ``Authenticator`` of their own. Nothing here
+knows of HTTP, and nobody is told whether a database exists. What tokens are signed with is in
+``keys`` and ``jwks``, making them in ``minting``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Mapping
+from typing import Any, Final, Protocol, Self
 
 import jwt
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 from msgspec import Struct, ValidationError, convert
 
-from entidb.credentials import read_credential
-from entidb.errors import AuthenticationError, ConfigError, PermissionDeniedError
-from entidb.server.config import ServerConfig, check_db_id
+from entidb.errors import AuthenticationError, PermissionDeniedError
+from entidb.server.config import ServerConfig
 from entidb.server.hooks import Grant
+from entidb.server.jwks import RemoteKeys
+from entidb.server.keys import FileKeys, FixedKeys, Key, KeySet, KeySource, secret_of_environment
 from entidb.types import Clock, SystemClock
 
-#: RFC 7518, section 3.2: a key at least as long as the hash.
-SECRET_BYTES_MIN: Final = 32
-RSA_BITS_MIN: Final = 2048
 TOKEN_BYTES_MAX: Final = 8192
 #: The database name that stands for all of them, where a token says so on purpose.
 ALL_DATABASES: Final = "*"
@@ -104,18 +97,33 @@ def authenticator_for(config: ServerConfig, clock: Clock) -> Authenticator:
         return config.authenticator
     if config.insecure_no_auth:
         return everything
-    if config.jwt_public_key_file is not None:
-        key, algorithm = _public_key(_read(config.jwt_public_key_file, "jwt_public_key_file"))
-    else:
-        key, algorithm = load_secret(config), "HS256"
-    return JwtAuthenticator(
-        key, algorithm, audience=config.audience, leeway_s=config.leeway_s, clock=clock
+    return JwtAuthenticator.over(
+        _source(config, clock), audience=config.audience, leeway_s=config.leeway_s, clock=clock
     )
 
 
+def _source(config: ServerConfig, clock: Clock) -> KeySource:
+    if config.jwt_jwks_url is not None:
+        return RemoteKeys(config.jwt_jwks_url, refresh_s=config.jwks_refresh_s, clock=clock)
+    if config.jwt_secret_env is not None:
+        return secret_of_environment(config.jwt_secret_env)
+    return FileKeys(config, clock)
+
+
+class _Checked(Struct, frozen=True):
+    """A token whose signature holds: with which keys that was found, its times, what it grants."""
+
+    keys: KeySet
+    begin: float
+    end: float
+    key_end: float
+    grants: Grants
+
+
 class JwtAuthenticator:
-    """Checks signed tokens. What it has checked is remembered until it expires, because checking
-    costs as much as a small request; bounded, and by hash, so that no token lies in memory."""
+    """Checks signed tokens. What it has checked is remembered until it expires or the keys change,
+    because checking costs as much as a small request; bounded, and by hash, so that no token lies
+    in memory."""
 
     def __init__(
         self,
@@ -127,51 +135,85 @@ class JwtAuthenticator:
         clock: Clock | None = None,
         cache_max: int = _CACHE_MAX,
     ) -> None:
-        self._key = key
-        self._algorithms = [algorithm]
+        self._keys: KeySource = FixedKeys(Key(None, key, algorithm))
         self._audience = audience
         self._leeway_s = leeway_s
         self._clock = clock or SystemClock()
         self._cache_max = cache_max
-        self._cache: OrderedDict[bytes, tuple[float, float, Grants]] = OrderedDict()
+        self._cache: OrderedDict[bytes, _Checked] = OrderedDict()
         self._lock = threading.Lock()
+
+    @classmethod
+    def over(
+        cls, keys: KeySource, *, audience: str, leeway_s: float = 0.0, clock: Clock | None = None
+    ) -> Self:
+        """One whose keys may change while it is used."""
+        made = cls(b"", "", audience=audience, leeway_s=leeway_s, clock=clock)
+        made._keys = keys
+        return made
+
+    @property
+    def keys(self) -> KeySet:
+        """Those in force."""
+        return self._keys.current()
+
+    def reload(self) -> KeySet:
+        """Read the keys again now, where they come from a file or an address. Raises
+        ``ConfigError``; those in force stay then."""
+        return self._keys.reload()
 
     def __call__(self, token: str | None) -> Grants:
         if not token:
             raise AuthenticationError("a token is needed: send `Authorization: Bearer <token>`")
         if len(token) > TOKEN_BYTES_MAX or not token.isascii():
             raise _invalid()
+        keys = self._keys.current()
         digest = hashlib.sha256(token.encode()).digest()
         known = self._cache.get(digest)
-        if known is None:
-            known = self._verified(token)
+        if known is None or known.keys is not keys:
+            known = self._verified(token, keys)
             self._remember(digest, known)
-        begin, end, grants = known
         now = self._clock.now_ms() / 1000
-        if now >= end + self._leeway_s:
+        if now >= known.end + self._leeway_s or now >= known.key_end:
             raise AuthenticationError("the token has expired: get a fresh one")
-        if now < begin - self._leeway_s:
+        if now < known.begin - self._leeway_s:
             raise AuthenticationError("the token is not valid yet: check both clocks")
-        return grants
+        return known.grants
 
-    def _verified(self, token: str) -> tuple[float, float, Grants]:
+    def _verified(self, token: str, keys: KeySet) -> _Checked:
         try:
-            claims = jwt.decode(
-                token,
-                self._key,
-                algorithms=self._algorithms,
-                audience=self._audience,
-                options=_OPTIONS,
-            )
+            head = jwt.get_unverified_header(token)
+            key, claims = self._signed(token, head, keys)
         except (jwt.InvalidTokenError, ValueError, TypeError, RecursionError) as error:
             # Which check failed is for whoever made the token, and not for whoever tries one.
             raise _invalid() from error
         begin, end = _time(claims.get("nbf", 0)), _time(claims["exp"])
         if not claims["sub"]:
             raise _invalid()
-        return begin, end, Grants(claims["sub"], _databases(claims.get("databases")), claims)
+        grants = Grants(claims["sub"], databases_of(claims.get("databases")), claims)
+        key_end = math.inf if key.ends is None else key.ends
+        return _Checked(keys, max(begin, key.begins or 0.0), end, key_end, grants)
 
-    def _remember(self, digest: bytes, entry: tuple[float, float, Grants]) -> None:
+    def _signed(self, token: str, head: dict[str, Any], keys: KeySet) -> tuple[Key, dict[str, Any]]:
+        tried = False
+        for key in keys.for_token(head.get("kid"), head.get("alg")):
+            tried = True
+            try:
+                claims: dict[str, Any] = jwt.decode(
+                    token,
+                    key.key,
+                    algorithms=[key.algorithm],
+                    audience=self._audience,
+                    options=_OPTIONS,
+                )
+            except jwt.InvalidSignatureError:
+                continue
+            return key, claims
+        if not tried:
+            self._keys.missing(head.get("kid"))
+        raise _invalid()
+
+    def _remember(self, digest: bytes, entry: _Checked) -> None:
         with self._lock:
             self._cache[digest] = entry
             # Oldest first: an expired entry costs its room for a while and grants nothing.
@@ -200,9 +242,10 @@ class _RightsClaim(Struct, frozen=True):
     collections: list[str] | None = None
 
 
-def _databases(claim: object) -> dict[str, Rights]:
+def databases_of(claim: object) -> dict[str, Rights]:
     """``{"shop": "rw", "catalog": "r"}``, ``["shop"]``, or the long form, which can name
-    collections: ``{"shop": {"rights": "rw", "collections": ["notes"]}}``."""
+    collections: ``{"shop": {"rights": "rw", "collections": ["notes"]}}``. Raises
+    ``AuthenticationError`` for anything else."""
     try:
         if isinstance(claim, list):
             return dict.fromkeys(convert(claim, list[str]), _RIGHTS["rw"])
@@ -225,120 +268,3 @@ _RIGHTS: Final = {
     "w": Rights(read=False, write=True),
     "rw": Rights(read=True, write=True),
 }
-
-
-# ---------------------------------------------------------------- keys
-
-
-def load_secret(config: ServerConfig) -> bytes:
-    """The secret ``config`` names. Raises ``ConfigError`` if it is missing or too short."""
-    if config.jwt_secret_env is not None:
-        where = f"the environment variable {config.jwt_secret_env}"
-        text = os.environ.get(config.jwt_secret_env)
-        if text is None:
-            raise ConfigError(f"{where} is not set (jwt_secret_env)")
-        return check_secret(text.encode(), where)
-    if config.jwt_secret_file is None:
-        raise ConfigError("no secret is configured: set jwt_secret_file or jwt_secret_env")
-    where = f"the file {os.fspath(config.jwt_secret_file)}"
-    return check_secret(_read(config.jwt_secret_file, "jwt_secret_file"), where)
-
-
-def check_secret(secret: bytes, where: str = "the secret") -> bytes:
-    """``secret`` without whitespace at its end. Raises ``ConfigError`` if it is too short, or is
-    a PEM key: a public key as a secret would let everybody who has it make tokens."""
-    secret = secret.rstrip()
-    if secret.lstrip().startswith(b"-----BEGIN"):
-        raise ConfigError(f"{where} holds a PEM key: a public key goes into jwt_public_key_file")
-    if len(secret) < SECRET_BYTES_MIN:
-        raise ConfigError(
-            f"{where} holds {len(secret)} bytes, {SECRET_BYTES_MIN} are needed: make one with "
-            "`entidb secret --out FILE`"
-        )
-    return secret
-
-
-def _read(path: str | os.PathLike[str], setting: str) -> bytes:
-    try:
-        return read_credential(path, "file")
-    except ConfigError as error:
-        raise ConfigError(f"{setting}: {error}") from error
-
-
-def _public_key(pem: bytes) -> tuple[Any, str]:
-    try:
-        key = load_pem_public_key(pem)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError("jwt_public_key_file holds no public key in PEM form") from error
-    return key, _algorithm(key)
-
-
-def _algorithm(key: object) -> str:
-    if isinstance(key, Ed25519PublicKey | Ed25519PrivateKey):
-        return "EdDSA"
-    if not isinstance(key, RSAPublicKey | RSAPrivateKey):
-        raise ConfigError("tokens are signed with an Ed25519 or an RSA key; this one is neither")
-    if key.key_size < RSA_BITS_MIN:
-        raise ConfigError(f"the RSA key has {key.key_size} bits, {RSA_BITS_MIN} are needed")
-    return "RS256"
-
-
-# ---------------------------------------------------------------- making tokens
-
-
-def mint_token(
-    key: bytes | str,
-    *,
-    subject: str,
-    databases: Mapping[str, Any] | Iterable[str],
-    expires_s: float = 24 * 3600.0,
-    audience: str = "entidb",
-    claims: Mapping[str, Any] | None = None,
-    clock: Clock | None = None,
-) -> str:
-    """A token for ``subject``, valid for ``expires_s`` seconds from now.
-
-    ``key`` is the server's secret, or the PEM of a private Ed25519 or RSA key. ``databases`` maps
-    names to ``"r"``, ``"w"``, ``"rw"`` or ``{"rights": …, "collections": […]}``; a list of names
-    means ``"rw"`` for each; ``"*"`` names all databases. ``claims`` are added for the validate
-    hook. Raises ``ConfigError`` for a weak key, an empty subject, or rights nobody can read.
-    """
-    if not subject:
-        raise ConfigError("subject is empty: say who the token is for")
-    if not 0 < expires_s < math.inf:
-        raise ConfigError(f"expires_s is a number of seconds above 0, not {expires_s!r}")
-    granted = dict(databases) if isinstance(databases, Mapping) else list(databases)
-    _check_databases(granted)
-    now = int((clock or SystemClock()).now_ms() // 1000)
-    body = {
-        **(claims or {}),
-        "sub": subject,
-        "aud": audience,
-        "iat": now,
-        "exp": now + math.ceil(expires_s),
-        "databases": granted,
-    }
-    signing_key, algorithm = _signing_key(key.encode() if isinstance(key, str) else key)
-    return jwt.encode(body, signing_key, algorithm=algorithm)
-
-
-def _check_databases(granted: object) -> None:
-    try:
-        names = _databases(granted)
-    except AuthenticationError as error:
-        raise ConfigError(
-            'databases names rights like {"shop": "rw", "catalog": "r"}, or is a list of names'
-        ) from error
-    for name in names:
-        if name != ALL_DATABASES:
-            check_db_id(name)
-
-
-def _signing_key(key: bytes) -> tuple[Any, str]:
-    if not key.lstrip().startswith(b"-----BEGIN"):
-        return check_secret(key), "HS256"
-    try:
-        private = load_pem_private_key(key, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError("the key holds no private key in PEM form without a password") from error
-    return private, _algorithm(private)

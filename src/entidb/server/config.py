@@ -43,7 +43,8 @@ class ServerConfig:
     """How a server behaves. Raises ``ConfigError``, which names the field.
 
     Exactly one way of telling who may do what is needed: ``jwt_secret_file``,
-    ``jwt_secret_env``, ``jwt_public_key_file``, ``authenticator``, or ``insecure_no_auth``.
+    ``jwt_secret_env``, ``jwt_public_key_file``, ``jwt_keys``, ``jwt_jwks_url``,
+    ``authenticator``, or ``insecure_no_auth``.
     """
 
     #: Directory of the databases, one directory each; made if missing. None keeps everything in
@@ -58,9 +59,17 @@ class ServerConfig:
     jwt_secret_file: str | os.PathLike[str] | None = None
     #: Name of the environment variable that holds that secret.
     jwt_secret_env: str | None = None
-    #: PEM file of the public key tokens are signed for: Ed25519 (EdDSA) or RSA (RS256). Then the
-    #: server can check tokens and cannot make them.
+    #: PEM file of the public key tokens are signed for: Ed25519 (EdDSA), RSA (RS256), or the
+    #: curves P-256, P-384 and P-521 (ES256, ES384, ES512). Then the server can check tokens and
+    #: cannot make them.
     jwt_public_key_file: str | os.PathLike[str] | None = None
+    #: Several keys at once: a directory with a file for each, named by its ``kid``, or a JWKS
+    #: file. Read again when it changes.
+    jwt_keys: str | os.PathLike[str] | None = None
+    #: Address of an identity provider's JWKS, over https.
+    jwt_jwks_url: str | None = None
+    #: Seconds after which those keys are fetched again.
+    jwks_refresh_s: float = 300.0
     #: What a token's ``aud`` has to name, so that a token made for another service is worth
     #: nothing here.
     audience: str = "entidb"
@@ -211,13 +220,16 @@ class ServerConfig:
         return found  # type: ignore[no-any-return]
 
 
-_AUTH: Final = (
+#: Settings that tell who may do what.
+WAYS_TO_KNOW: Final = (
     "jwt_secret_file",
     "jwt_secret_env",
     "jwt_public_key_file",
+    "jwt_keys",
+    "jwt_jwks_url",
     "authenticator",
-    "insecure_no_auth",
 )
+_AUTH: Final = (*WAYS_TO_KNOW, "insecure_no_auth")
 _BOOLS: Final = ("create_databases", "insecure_no_auth", "compression", "access_log", "metrics")
 _INTS: Final = {
     "transaction_bytes_max": (TRANSACTION_BYTES_MAX, _BYTES_MAX),
@@ -233,6 +245,7 @@ _INTS: Final = {
     "compression_min_bytes": (0, _BYTES_MAX),
 }
 _FLOATS: Final = {
+    "jwks_refresh_s": (10.0, 24 * 3600.0),
     "leeway_s": (0.0, 300.0),
     "head_timeout_s": (0.1, 3600.0),
     "body_timeout_s": (0.1, 3600.0),

@@ -10,7 +10,6 @@ import contextlib
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import ssl
 import sys
@@ -18,8 +17,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import uvicorn
@@ -27,6 +26,7 @@ import uvicorn
 from entidb.credentials import exposure
 from entidb.errors import ConfigError
 from entidb.server.app import SyncApp, create_app
+from entidb.server.certificates import Certificate
 from entidb.server.config import ServerConfig
 from entidb.server.connections import (
     connection_class,
@@ -34,14 +34,15 @@ from entidb.server.connections import (
     fit_connections,
     raise_file_limit,
 )
+from entidb.server.keys import key_files
 from entidb.server.server import SyncServer
+from entidb.server.signals import read_again, signals
+from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
 
 DEFAULT_PORT: Final = 4984
 _KEEP_ALIVE_S: Final = 75
-_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_HANGUP: Final = getattr(signal, "SIGHUP", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def serve(
     **listen: Any,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is under way, close everything and return.
+    SIGHUP has keys and certificate read again, and says so in a line on standard error.
 
     Prints the address once it is bound, as one line on standard error, and writes it to
     ``ready_file``. Other keywords are those of ``Listen``. Logs go to standard error unless the
@@ -87,7 +89,7 @@ def serve(
     if ready_file is not None:
         _check_ready(Path(ready_file))
     runner = _prepare(config, Listen(host=host, port=port, **listen), announce)
-    with _stopped_by_signals(runner.server):
+    with signals(runner.server, runner.read_again):
         runner.run()
 
 
@@ -127,6 +129,7 @@ def serving(config: ServerConfig | SyncServer, **listen: Any) -> Iterator[str]:
 class _Runner:
     server: uvicorn.Server
     bound: socket.socket
+    read_again: Callable[[], None]
 
     def run(self) -> None:
         with self.bound:
@@ -142,11 +145,13 @@ def _prepare(
     bound = None
     try:
         bound = _bind(listen, settings)
-        uvicorn_config = _uvicorn_config(app, settings, listen)
+        certificate = _certificate(listen, app.server.clock)
+        uvicorn_config = _uvicorn_config(app, settings, listen, certificate)
         name = bound.getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         scheme = "https" if listen.tls_cert else "http"
-        return _Runner(_Server(uvicorn_config, announce, f"{scheme}://{host}:{name[1]}"), bound)
+        server = _Server(uvicorn_config, announce, f"{scheme}://{host}:{name[1]}")
+        return _Runner(server, bound, partial(read_again, app.server, certificate))
     except BaseException:
         if bound is not None:
             bound.close()
@@ -154,11 +159,21 @@ def _prepare(
         raise
 
 
-def _uvicorn_config(app: SyncApp, settings: ServerConfig, listen: Listen) -> uvicorn.Config:
+def _certificate(listen: Listen, clock: Clock) -> Certificate | None:
     if (listen.tls_cert is None) != (listen.tls_key is None):
         raise ConfigError("tls_cert and tls_key go together: give both or none")
-    if listen.tls_cert is not None:
-        _check_certificate(listen.tls_cert, listen.tls_key)
+    if listen.tls_cert is None or listen.tls_key is None:
+        return None
+    return Certificate(listen.tls_cert, listen.tls_key, clock)
+
+
+def _uvicorn_config(
+    app: SyncApp, settings: ServerConfig, listen: Listen, certificate: Certificate | None
+) -> uvicorn.Config:
+    def with_newest(config: uvicorn.Config, make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        assert certificate is not None, "asked for TLS only"
+        return certificate.install(make())
+
     return uvicorn.Config(
         app,
         http=connection_class(settings, _connections_max(settings)),
@@ -176,6 +191,7 @@ def _uvicorn_config(app: SyncApp, settings: ServerConfig, listen: Listen) -> uvi
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
         ssl_certfile=listen.tls_cert,
         ssl_keyfile=listen.tls_key,
+        ssl_context_factory=None if certificate is None else with_newest,
     )
 
 
@@ -195,23 +211,6 @@ def _connections_max(settings: ServerConfig) -> int:
             needed,
         )
     return most
-
-
-def _check_certificate(cert: str, key: str | None) -> None:
-    for name, path in (("tls_cert", cert), ("tls_key", key or cert)):
-        try:
-            with open(path, "rb"):
-                pass
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{name}: cannot read {path}: {reason}") from error
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-    except (OSError, ssl.SSLError) as error:
-        fault = "one of them is not in PEM form, or the key has a password: take it away"
-        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            fault = "they do not belong together: give the key that the certificate was made for"
-        raise ConfigError(f"the certificate {cert} with the key {key}: {fault}") from error
 
 
 def _bind(listen: Listen, settings: ServerConfig) -> socket.socket:
@@ -266,11 +265,24 @@ def _write_ready(path: Path, url: str) -> None:
 
 
 def _warn_of_exposure(config: ServerConfig | SyncServer, tls_key: Any) -> None:
-    secret = getattr(config, "jwt_secret_file", None)
-    for path, what in ((secret, "secret file"), (tls_key, "key file")):
+    settings = config.config if isinstance(config, SyncServer) else config
+    named = [(settings.jwt_secret_file, "secret file"), (tls_key, "key file")]
+    if settings.jwt_keys is not None:
+        several = Path(settings.jwt_keys)
+        files = key_files(several) if several.is_dir() else [several]
+        named += [(path, "secret file") for path in files if _holds_secret(path)]
+    for path, what in named:
         warning = None if path is None else exposure(path, what)
         if warning is not None:
             print(f"entidb: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _holds_secret(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False  # gone since the keys were read
+    return b"-----BEGIN" not in content and (b"{" not in content or b'"oct"' in content)
 
 
 def _log_to_stderr() -> None:
@@ -308,31 +320,3 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._announce(self._url)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    """uvicorn stops by the signals itself and then raises them again, which would end the process
-    by a signal after a clean stop. These handlers take that second one, and the one that comes
-    before uvicorn listens."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        server.should_exit = True
-
-    before = {each: signal.signal(each, stop) for each in _STOP_SIGNALS}
-    if _HANGUP is not None:
-        before[_HANGUP] = signal.signal(_HANGUP, _stay)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _stay(number: int, frame: FrameType | None) -> None:
-    """A terminal that closes, or an operator who means "read your settings again", ends no
-    server: by itself the signal would, without a word."""
-    os.write(2, b"entidb: SIGHUP ends nothing and reads nothing again; restart for new settings\n")

@@ -28,8 +28,8 @@ from entidb.protocol import (
     encode,
 )
 from entidb.server import wire
-from entidb.server.auth import Grants, authenticator_for
-from entidb.server.config import ServerConfig
+from entidb.server.auth import Grants, JwtAuthenticator, authenticator_for
+from entidb.server.config import WAYS_TO_KNOW, ServerConfig
 from entidb.server.front import Front
 from entidb.server.origins import Origins
 from entidb.server.stores import DataDirectory, OpenDatabase, Stores, in_memory, on_disk
@@ -66,7 +66,7 @@ class SyncServer:
             hosts=config.allowed_hosts,
             cors=config.cors_origins,
         )
-        authenticator = authenticator_for(config, self.clock)
+        self._authenticator = authenticator_for(config, self.clock)
         options: dict[str, Any] = {
             "clock": self.clock,
             "entropy": entropy,
@@ -84,7 +84,7 @@ class SyncServer:
             self._release_directory()
             raise
         self.front: Final = Front(
-            config, authenticator=authenticator, stores=self.stores, features=self.encodings
+            config, authenticator=self._authenticator, stores=self.stores, features=self.encodings
         )
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(6).hex()
@@ -100,8 +100,7 @@ class SyncServer:
     ) -> Self:
         """A server whose databases are gone when it is closed. Without an ``authenticator`` or a
         key it lets everybody do everything; ``settings`` are those of ``ServerConfig``."""
-        keys = ("jwt_secret_file", "jwt_secret_env", "jwt_public_key_file", "authenticator")
-        if not any(settings.get(key) is not None for key in keys):
+        if not any(settings.get(way) is not None for way in WAYS_TO_KNOW):
             settings.setdefault("insecure_no_auth", True)
         # What is closed is lost here, so nothing is closed for being idle.
         settings = {"idle_close_s": 0.0, "databases_open_max": 100_000, **settings}
@@ -156,6 +155,12 @@ class SyncServer:
             if isinstance(request, PushRequest):
                 return encode(front.push_now(store, request, grant))
             return front.read(store, request, grant)
+
+    def reload(self) -> str:
+        """Read the keys of tokens again, and say in a few words which there are; empty where
+        they come from no file and no address. Raises ``ConfigError``; those in force stay then."""
+        known = self._authenticator
+        return known.reload().words() if isinstance(known, JwtAuthenticator) else ""
 
     # ------------------------------------------------------------ HTTP, for the app too
 

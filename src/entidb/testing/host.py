@@ -29,8 +29,9 @@ from entidb.protocol import (
     PushRequest,
     SyncRequest,
 )
-from entidb.server.auth import JwtAuthenticator, mint_token
+from entidb.server.auth import JwtAuthenticator
 from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransaction
+from entidb.server.minting import mint_token
 from entidb.server.service import HISTORIES_MAX, DatabaseService
 from entidb.storage import MemoryStorage
 from entidb.testing.checkers import ServerWatch
@@ -401,6 +402,8 @@ class Host:
             databases={tenant.db_id: may if granted is None else rights},
             expires_s=TOKEN_S if self.world.knobs.expired_token else 10_000_000,
             audience=AUDIENCE,
+            # Numbered, because a run has to be the same each time.
+            claims={"jti": str(len(self._issued))},
             clock=self.world.server_clock,
         )
         self._issued[made] = tenant
