@@ -51,6 +51,8 @@ SETTINGS: Final[dict[str, str]] = {
     "in_flight_bytes_max": "Bytes of messages in memory at once.",
     "push_queue_max": "Pushes that wait for a commit, in each database.",
     "connections_max": "Connections at once.",
+    "live_max": "Devices that wait for news at once; 0: none.",
+    "live_subject_max": "The same for one subject of tokens.",
     "head_timeout_s": "Seconds for the head of a request.",
     "body_timeout_s": "Seconds for the body of a request.",
     "write_timeout_s": "Seconds after which a client that does not read is dropped.",

@@ -11,7 +11,7 @@ Not here: what programs hold (``database``).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +179,9 @@ class Core:
         #: still true while it has not moved (R17).
         self.commit_mark = 0
         self._observers = Observers()
+        #: Called with the sequence of every commit, after it, by whoever still has the turn: quick,
+        #: and without raising. For what passes the news on.
+        self.on_commit: Callable[[int], None] | None = None
         self._closed = False
         self._load(role, create)
 
@@ -304,6 +307,8 @@ class Core:
         if raw is not None:
             # Readers need not decode what was in hand a moment ago.
             self._catalogue_cache = raw, writer.catalogue
+        if self.on_commit is not None:
+            self.on_commit(writer.head.sequence)
         if self._observers.listeners and (rows := writer.feed_rows()):
             self._observers.tell(self._open_rows(), writer.head.sequence, rows, origin)
 

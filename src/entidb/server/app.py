@@ -20,6 +20,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import json, to_builtins
@@ -45,6 +46,8 @@ from entidb.server import wire
 from entidb.server.config import ServerConfig
 from entidb.server.exchange import Exchange, GoneError, Message, Receive, Scope, Send
 from entidb.server.hooks import Grant
+from entidb.server.live_answers import LiveAnswers, Streamed
+from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.origins import check_single
 from entidb.server.room import RETRY_S, Budget, Held
 from entidb.server.server import SyncServer
@@ -93,6 +96,9 @@ class SyncApp:
         self._budget = Budget(server.config.in_flight_bytes_max)
         self._running: Running | None = None
         self._stopping = False
+        if self._config.live_max:
+            server.front.announce("live")
+        self._live = LiveAnswers(server, self._use_existing)
         self._metrics = _make_metrics(self) if server.config.metrics else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,6 +115,11 @@ class SyncApp:
         """Bytes of bodies and answers in memory now."""
         return self._budget.used
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for news now."""
+        return 0 if self._running is None else self._running.live.count
+
     # ------------------------------------------------------------ life
 
     @asynccontextmanager
@@ -123,13 +134,20 @@ class SyncApp:
 
     async def aclose(self) -> None:
         """Refuse what is new, finish queued pushes, and close what the app opened. Idempotent."""
-        self._stopping = True
+        self.send_away()
         running, self._running = self._running, None
         if self._owned:
             # In a thread, so that answers to the last pushes go out meanwhile.
             await asyncio.to_thread(self.server.close)
         if running is not None:
             await asyncio.to_thread(running.close)
+
+    def send_away(self) -> None:
+        """Refuse what is new, and tell those who wait for news to come again later: a server that
+        waits for its connections to end would wait for them."""
+        self._stopping = True
+        if self._running is not None:
+            self._running.live.close()
 
     def discard(self) -> None:
         """Close what the app opened, when it never ran."""
@@ -165,11 +183,23 @@ class SyncApp:
                 )
                 exchange.status = response.status
                 exchange.bytes_out = len(response.body)
-                await self._send(exchange, response, send)
+                if isinstance(response, Streamed):
+                    await self._stream(exchange, response, receive, send)
+                else:
+                    await self._send(exchange, response, send)
             except GoneError as gone:
                 # Nobody is there to be answered; what was committed stays.
                 exchange.gone = str(gone)
         self._note(exchange)
+
+    async def _stream(
+        self, exchange: Exchange, response: Streamed, receive: Receive, send: Send
+    ) -> None:
+        headers = _raw_headers(exchange, response)
+        try:
+            await response.run(self._start().live, send, receive, headers)
+        except OSError as error:
+            raise GoneError("closed the connection") from error
 
     async def _respond_or_explain(self, exchange: Exchange, held: Held) -> HttpResponse:
         try:
@@ -195,7 +225,10 @@ class SyncApp:
             return HttpResponse(204)
         if exchange.path in _PLAIN and (exchange.path != "/metrics" or self._metrics is not None):
             return self._plain(exchange)
-        wire.check_route(exchange.method, exchange.path)
+        if exchange.path != LIVE_PATH:
+            wire.check_route(exchange.method, exchange.path)
+        elif exchange.method != "GET":
+            raise ProtocolError("read this with GET", code="method_not_allowed")
         if self._stopping:
             raise ServerBusyError(
                 "the server is shutting down", code="shutting_down", retry_after=RETRY_S
@@ -203,6 +236,10 @@ class SyncApp:
         front = self.server.front
         grants = front.authenticate(wire.bearer_token(exchange.headers))
         exchange.subject = grants.subject
+        if exchange.path == LIVE_PATH:
+            wanted = LiveRequest(exchange.query, exchange.headers)
+            exchange.db_id = wanted.db_id
+            return await self._live.answer(self._start().live, wanted, grants)
         held.charge(("subject", grants.subject))
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
@@ -220,10 +257,14 @@ class SyncApp:
 
     async def _use(self, request: SyncRequest, grant: Grant) -> Store:
         front = self.server.front
-        store = front.try_use(request)
-        if store is not None:
-            return store
-        opening = self._start().opener.submit(front.use, request, grant)
+        return front.try_use(request) or await self._opened(front.use, request, grant)
+
+    async def _use_existing(self, db_id: str) -> Store:
+        stores = self.server.stores
+        return stores.try_use(db_id) or await self._opened(partial(stores.use, create=False), db_id)
+
+    async def _opened(self, use: Callable[..., Store], *arguments: object) -> Store:
+        opening = self._start().opener.submit(use, *arguments)
         try:
             return await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
@@ -374,12 +415,8 @@ class SyncApp:
 
     async def _send(self, exchange: Exchange, response: HttpResponse, send: Send) -> None:
         body = response.body
-        headers = [
-            (name.encode("latin-1"), value.encode("latin-1"))
-            for name, value in response.headers.items()
-        ]
+        headers = _raw_headers(exchange, response)
         headers.append((b"content-length", str(len(body)).encode()))
-        headers.append((b"x-request-id", exchange.id.encode()))
         if not exchange.body_read:
             headers.append((b"connection", b"close"))
         start = {"type": "http.response.start", "status": response.status, "headers": headers}
@@ -405,10 +442,19 @@ class SyncApp:
 
     def _note(self, exchange: Exchange) -> None:
         seconds = exchange.seconds()
-        if self._metrics is not None:
+        if self._metrics is not None and exchange.path != LIVE_PATH:
+            # How long a stream was open says nothing about how fast answers are.
             self._metrics.answered(exchange.path, exchange.status, seconds)
         if self._config.access_log and access_logger.isEnabledFor(logging.INFO):
             access_logger.info("%s", exchange.log_line(seconds))
+
+
+def _raw_headers(exchange: Exchange, response: HttpResponse) -> list[tuple[bytes, bytes]]:
+    headers = [
+        (name.encode("latin-1"), value.encode("latin-1"))
+        for name, value in response.headers.items()
+    ]
+    return [*headers, (b"x-request-id", exchange.id.encode())]
 
 
 def _json(value: object, status: int = 200) -> HttpResponse:
@@ -421,4 +467,5 @@ def _make_metrics(app: SyncApp) -> Metrics:
     return Metrics(
         in_flight_bytes=lambda: app.in_flight_bytes,
         open_databases=lambda: app.server.stores.open_count,
+        live=lambda: app.waiting,
     )

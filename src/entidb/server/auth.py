@@ -51,11 +51,13 @@ class Rights(Struct, frozen=True):
 
 class Grants(Struct, frozen=True):
     """What a token allows: ``subject`` is who, ``databases`` holds the rights by name, with
-    ``"*"`` for those not named. ``claims`` is handed to the validate hook."""
+    ``"*"`` for those not named. ``claims`` is handed to the validate hook. ``until_s`` is when
+    the token ends, in seconds since 1970: a stream of news ends before (None: it does not)."""
 
     subject: str
     databases: Mapping[str, Rights]
     claims: dict[str, Any] = {}
+    until_s: float | None = None
 
     def on(self, db_id: str) -> Grant:
         """The grant for ``db_id``. Raises ``PermissionDeniedError`` (forbidden) if there is none,
@@ -190,8 +192,9 @@ class JwtAuthenticator:
         begin, end = _time(claims.get("nbf", 0)), _time(claims["exp"])
         if not claims["sub"]:
             raise _invalid()
-        grants = Grants(claims["sub"], databases_of(claims.get("databases")), claims)
         key_end = math.inf if key.ends is None else key.ends
+        databases = databases_of(claims.get("databases"))
+        grants = Grants(claims["sub"], databases, claims, min(end, key_end))
         return _Checked(keys, max(begin, key.begins or 0.0), end, key_end, grants)
 
     def _signed(self, token: str, head: dict[str, Any], keys: KeySet) -> tuple[Key, dict[str, Any]]:

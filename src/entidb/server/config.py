@@ -114,6 +114,11 @@ class ServerConfig:
     #: Connections at once. Idle ones are closed for new ones; when all are being answered, more
     #: are answered ``busy``.
     connections_max: int = 2000
+    #: Devices that wait for news on a connection of their own (``GET /v1/live``), at once. More
+    #: are answered ``busy``, and ask now and then instead. 0: none.
+    live_max: int = 1000
+    #: The same for one subject of tokens.
+    live_subject_max: int = 200
 
     #: Seconds for the head of a request, from its first byte or from the connection.
     head_timeout_s: float = 15.0
@@ -241,6 +246,8 @@ _INTS: Final = {
     "in_flight_bytes_max": (_MIB, 1024 * _BYTES_MAX),
     "push_queue_max": (1, 1_000_000),
     "connections_max": (1, 1_000_000),
+    "live_max": (0, 1_000_000),
+    "live_subject_max": (1, 1_000_000),
     "databases_open_max": (1, 100_000),
     "compression_min_bytes": (0, _BYTES_MAX),
 }

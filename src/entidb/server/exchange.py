@@ -39,6 +39,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, server: SyncServer) -> None:
         self.method: str = scope["method"]
         self.path = path_in_app(scope)
+        self.query: bytes = scope.get("query_string", b"")
         self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.preflight = False
         self.headers = {

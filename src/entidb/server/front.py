@@ -61,6 +61,11 @@ class Front:
         self._page_bytes_max = config.pull_bytes_max
         self._creates = config.create_databases
 
+    def announce(self, feature: str) -> None:
+        """Name ``feature`` in handshakes from now on: of whoever serves this over a network."""
+        if feature not in self._features:
+            self._features.append(feature)
+
     # ------------------------------------------------------------ who asks for what
 
     def authenticate(self, token: str | None) -> Grants:

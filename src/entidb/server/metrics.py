@@ -24,7 +24,11 @@ _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1
 
 class Metrics:
     def __init__(
-        self, *, in_flight_bytes: Callable[[], int], open_databases: Callable[[], int]
+        self,
+        *,
+        in_flight_bytes: Callable[[], int],
+        open_databases: Callable[[], int],
+        live: Callable[[], int],
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
@@ -46,6 +50,7 @@ class Metrics:
         Gauge("entidb_open_databases", "Databases open now", registry=registry).set_function(
             open_databases
         )
+        Gauge("entidb_live", "Devices that wait for news now", registry=registry).set_function(live)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         label = path if path in _PATHS else "other"

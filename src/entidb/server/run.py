@@ -150,7 +150,8 @@ def _prepare(
         name = bound.getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         scheme = "https" if listen.tls_cert else "http"
-        server = _Server(uvicorn_config, announce, f"{scheme}://{host}:{name[1]}")
+        url = f"{scheme}://{host}:{name[1]}"
+        server = _Server(uvicorn_config, announce, url, app.send_away)
         return _Runner(server, bound, partial(read_again, app.server, certificate))
     except BaseException:
         if bound is not None:
@@ -309,10 +310,18 @@ _LOGS: Final = {
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens as soon as it does."""
+    """Says where it listens as soon as it does, and sends those away who wait for news before it
+    waits for its connections to end."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[str], None], url: str) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        announce: Callable[[str], None],
+        url: str,
+        send_away: Callable[[], None],
+    ) -> None:
         super().__init__(config)
+        self._send_away = send_away
         self._announce = announce
         self._url = url
 
@@ -320,3 +329,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._announce(self._url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._send_away()
+        await super().shutdown(sockets)

@@ -115,6 +115,11 @@ class Stores:
         self._purge_interval_s = min(config.purge_interval_s, often_s)
         #: Called on a writer's thread after the members of a group have been told.
         self.on_group: Callable[[], None] = _nothing
+        #: Called with a database and its newest commit, after every one (R17: it is durable); from
+        #: any thread.
+        self.on_commit: Callable[[str, int], None] = _ignore
+        #: Called with a database that was opened: it may have been put back meanwhile.
+        self.on_open: Callable[[str, int], None] = _ignore
         self._stores: dict[str, Store] = {}
         #: Guards the table and the counters of its entries; never held during I/O.
         self._lock = threading.Lock()
@@ -192,6 +197,7 @@ class Stores:
         self._drop_broken(db_id)
         self._make_room()
         database = self._open_database(db_id, create and self._config.create_databases)
+        database.on_commit = lambda head: self.on_commit(db_id, head)
         service = DatabaseService(
             database,
             db_id=db_id,
@@ -203,9 +209,12 @@ class Stores:
         store.used_at = self._clock.monotonic()
         store.users = 1
         with self._lock:
-            if not self._closed:
+            opened = not self._closed
+            if opened:
                 self._stores[db_id] = store
-                return store
+        if opened:
+            self.on_open(db_id, database.read_head().sequence)
+            return store
         store.close()
         raise _stopping()
 
@@ -319,6 +328,10 @@ class Stores:
 
 
 def _nothing() -> None:
+    return None
+
+
+def _ignore(db_id: str, head: int) -> None:
     return None
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from entidb.errors import SyncError
 from entidb.protocol import PushResponse
+from entidb.server.live import Live
 from entidb.server.room import no_room
 from entidb.server.server import SyncServer
 
@@ -45,9 +46,12 @@ class Running:
         self.ready: deque[
             tuple[asyncio.Future[PushResponse | SyncError], PushResponse | SyncError]
         ] = deque()
+        self.live = Live(loop, server.config.live_max, server.config.live_subject_max)
         self._server = server
         self._stop = threading.Event()
         server.stores.on_group = self._wake
+        server.stores.on_commit = self.live.told
+        server.stores.on_open = self.live.opened
         self._housekeeper = threading.Thread(
             target=self._housekeep, name="entidb-housekeeper", daemon=True
         )

@@ -1,0 +1,91 @@
+"""From a request for news to a waiter: who may wait, and where the database ends when it begins to.
+
+The order matters: first a waiter, then the look at the database, so that whatever is committed
+after the look is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from entidb.errors import DatabaseClosedError, PermissionDeniedError, StorageError
+from entidb.server.auth import Grants
+from entidb.server.live import Live
+from entidb.server.live_http import (
+    EVENTS_TYPE,
+    Headers,
+    LiveRequest,
+    Newest,
+    Poll,
+    Receive,
+    Send,
+    Stream,
+)
+from entidb.server.server import SyncServer
+from entidb.server.stores import Store
+from entidb.server.wire import HttpResponse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed(HttpResponse):
+    """The answer that is a stream; ``body`` stays empty."""
+
+    stream: Stream
+    newest: Newest
+
+    async def run(self, live: Live, send: Send, receive: Receive, headers: Headers) -> None:
+        """To its end. Raises what ``send`` and ``receive`` raise."""
+        try:
+            await self.stream.run(live, self.newest, send, receive, headers)
+        finally:
+            live.remove(self.stream)
+
+
+def _headers() -> dict[str, str]:
+    return {
+        "content-type": EVENTS_TYPE,
+        "cache-control": "no-store",
+        # A proxy that gathers answers would keep every hint for itself.
+        "x-accel-buffering": "no",
+    }
+
+
+class LiveAnswers:
+    """Answers ``GET /v1/live``; ``use`` opens a database without waiting on the event loop."""
+
+    def __init__(self, server: SyncServer, use: Callable[[str], Awaitable[Store]]) -> None:
+        self._server = server
+        self._use = use
+
+    async def answer(self, live: Live, request: LiveRequest, grants: Grants) -> HttpResponse:
+        """The answer, or a ``Streamed`` one to be run. Raises ``PermissionDeniedError``,
+        ``ServerBusyError``."""
+        if not grants.on(request.db_id).read:
+            raise PermissionDeniedError("the token does not allow reading this database")
+        if not request.stream:
+            poll = Poll(request, grants.subject)
+            live.add(poll)
+            try:
+                return await poll.answer(await self._newest(request.db_id))
+            finally:
+                live.remove(poll)
+        stream = Stream(request, grants.subject, grants.until_s, self._server.clock)
+        live.add(stream)
+        try:
+            newest = await self._newest(request.db_id)
+            return Streamed(200, _headers(), stream=stream, newest=newest)
+        except BaseException:
+            live.remove(stream)
+            raise
+
+    async def _newest(self, db_id: str) -> Newest:
+        store = await self._use(db_id)
+        try:
+            return Newest(store.database.history, store.database.read_head().sequence)
+        except (StorageError, DatabaseClosedError) as error:
+            store.report(error)
+            raise
+        finally:
+            # Who waits is no user of the database (R17).
+            self._server.stores.release(store)

@@ -1,0 +1,245 @@
+"""``GET /v1/live``: the channel of hints as a stream of events, or as a poll that waits.
+
+A stream (``text/event-stream``) says the newest commit at once, every newer one, and every
+``BEAT_S`` that it is alive. It ends by itself after some minutes, before its token does, and when
+the server stops; the last event says why. The same address asked for as ``application/cbor``
+answers once: at once if there is more than the asker has seen, else with the first news, or after
+``POLL_S``. What is told to whom, and when, is ``live``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+from entidb import cbor
+from entidb.errors import ProtocolError
+from entidb.protocol import CONTENT_TYPE
+from entidb.server.live import Live
+from entidb.server.wire import HttpResponse
+from entidb.types import Clock
+
+LIVE_PATH: Final = "/v1/live"
+EVENTS_TYPE: Final = "text/event-stream"
+#: Seconds that a poll waits for news at most: below what proxies let a request take.
+POLL_S: Final = 25.0
+#: Seconds after which a stream ends, a fifth more or less, so that those that began together do
+#: not come back together.
+STREAM_S: Final = 300.0
+_SPREAD: Final = 0.2
+#: So many seconds before its token a stream ends.
+TOKEN_MARGIN_S: Final = 10.0
+#: Milliseconds after which a client may come again when the server stops: up to so many.
+_RESTART_MS: Final = 10_000
+_GOLDEN: Final = 0.6180339887
+_streams = itertools.count(1)
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class LiveRequest:
+    """What the address asks for. Raises ``ProtocolError``."""
+
+    def __init__(self, query: bytes, headers: Mapping[str, str]) -> None:
+        try:
+            given = dict(parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20))
+        except (UnicodeDecodeError, ValueError) as error:
+            raise ProtocolError("the query of this address cannot be read") from error
+        self.db_id = given.get("db_id", "")
+        if not self.db_id:
+            raise ProtocolError("name the database: ?db_id=…")
+        #: The newest commit that the asker has seen.
+        self.cursor = _number(given.get("cursor", "0"), "cursor")
+        self.history = _bytes(given.get("history"), "history")
+        self.device_id = _bytes(given.get("device_id"), "device_id")
+        accepted = headers.get("accept", "")
+        self.stream = EVENTS_TYPE in accepted or CONTENT_TYPE not in accepted
+        last = headers.get("last-event-id")
+        if last is not None and re.fullmatch("[0-9]{1,18}", last):
+            self.cursor = max(self.cursor, int(last))
+
+
+def _number(text: str, name: str) -> int:
+    if re.fullmatch("[0-9]{1,18}", text) is None:
+        raise ProtocolError(f"{name} is a number of a commit")
+    return int(text)
+
+
+def _bytes(text: str | None, name: str) -> bytes | None:
+    if text is None:
+        return None
+    if re.fullmatch("[0-9a-f]{32}", text) is None:
+        raise ProtocolError(f"{name} is 32 hexadecimal digits, in lower case")
+    return bytes.fromhex(text)
+
+
+@dataclass(frozen=True)
+class Newest:
+    """Where a database ends."""
+
+    history: bytes | None
+    head: int
+
+    def is_news(self, request: LiveRequest) -> bool:
+        return self.head > request.cursor or request.history not in (None, self.history)
+
+
+# ---------------------------------------------------------------- a poll
+
+
+class Poll:
+    """One who asks once, and is a waiter already; ``answer`` waits for what it is told."""
+
+    def __init__(self, request: LiveRequest, subject: str) -> None:
+        self.db_id = request.db_id
+        self.device_id = request.device_id
+        self.subject = subject
+        self.head = request.cursor
+        self._request = request
+        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def hint(self, head: int) -> None:
+        self._done()
+
+    async def beat(self) -> None:
+        """A poll that shows signs of life would be a stream."""
+
+    def end(self, reason: str) -> None:
+        self._done()
+
+    def _done(self) -> None:
+        if not self._news.done():
+            self._news.set_result(None)
+
+    async def answer(self, newest: Newest) -> HttpResponse:
+        """``newest`` is where the database ends, read after this became a waiter."""
+        if not newest.is_news(self._request):
+            with contextlib.suppress(TimeoutError):  # nothing new is an answer too
+                async with asyncio.timeout(POLL_S):
+                    await self._news
+        self.head = max(self.head, newest.head)
+        headers = {"content-type": CONTENT_TYPE, "cache-control": "no-store"}
+        return HttpResponse(200, headers, cbor.encode({"head": self.head}))
+
+
+# ---------------------------------------------------------------- a stream
+
+
+class Stream:
+    """One stream of events, and a waiter already; ``run`` is the rest of its life."""
+
+    __slots__ = (
+        "_cut",
+        "_ending",
+        "_life_s",
+        "_main",
+        "_number",
+        "_over",
+        "_reason",
+        "_send",
+        "_sending",
+        "_sent",
+        "db_id",
+        "device_id",
+        "head",
+        "subject",
+    )
+
+    def __init__(
+        self, request: LiveRequest, subject: str, until_s: float | None, clock: Clock
+    ) -> None:
+        """``until_s`` is when the token ends, in seconds since 1970; None: it does not."""
+        self.db_id = request.db_id
+        self.device_id = request.device_id
+        self.subject = subject
+        self.head = 0
+        self._number = next(_streams)
+        self._life_s = STREAM_S * (1 - _SPREAD + 2 * _SPREAD * (self._number * _GOLDEN % 1))
+        self._reason = "time"
+        if until_s is not None:
+            left = max(1.0, until_s - TOKEN_MARGIN_S - clock.now_ms() / 1000)
+            if left < self._life_s:
+                self._life_s, self._reason = left, "token"
+        self._sent = -1
+        #: Until the head of the answer is out nothing else may go.
+        self._sending = True
+        self._over = self._cut = False
+        self._main: asyncio.Task[Any] | None = None
+
+    async def run(
+        self, live: Live, newest: Newest, send: Send, receive: Receive, headers: Headers
+    ) -> None:
+        """Until the client is gone or the stream ends. ``newest`` is where the database ended
+        after this became a waiter. Raises what ``send`` and ``receive`` raise."""
+        loop = asyncio.get_running_loop()
+        self._main = asyncio.current_task()
+        self._send = send
+        timer = loop.call_later(self._life_s, self._time_is_up, live)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            self._sending = False
+            await self.hint(newest.head)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        except asyncio.CancelledError:
+            if not self._cut:
+                raise
+            self._main.uncancel()  # type: ignore[union-attr]
+        finally:
+            self._main = None
+            timer.cancel()
+
+    async def hint(self, head: int) -> None:
+        self.head = max(self.head, head)
+        if self._sending:
+            return  # the one who sends sees that there is more
+        self._sending = True
+        try:
+            while self._sent < self.head and not self._over:
+                now = self._sent = self.head
+                await self._write(f"id: {now}\nevent: head\ndata: {now}\n\n")
+        finally:
+            self._sending = False
+
+    async def beat(self) -> None:
+        if not self._sending and not self._over:
+            await self._write(":\n\n")
+
+    async def _write(self, text: str, *, more: bool = True) -> None:
+        try:
+            message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
+            await self._send(message)
+        except OSError:
+            self._give_up()
+
+    def _time_is_up(self, live: Live) -> None:
+        live.remove(self)
+        self.end(self._reason)
+
+    def end(self, reason: str) -> None:
+        if self._over:
+            return
+        self._over = True
+        # Those who are all sent away at once should not come back at once.
+        wait = int(_RESTART_MS * (self._number * _GOLDEN % 1)) if reason == "shutdown" else 0
+        self._ending = asyncio.get_running_loop().create_task(self._say_goodbye(reason, wait))
+
+    async def _say_goodbye(self, reason: str, wait_ms: int) -> None:
+        if not self._sending:
+            # Behind a client that does not read, nobody waits to take leave.
+            await self._write(f"retry: {wait_ms}\nevent: bye\ndata: {reason}\n\n", more=False)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self._over = True
+        if self._main is not None and not self._cut:
+            self._cut = True
+            self._main.cancel()
