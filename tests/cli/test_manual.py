@@ -76,6 +76,7 @@ def test_the_list_of_commands_says_what_each_says_of_itself_and_loads_none():
         "entidb",
         "entidb.version",
         "entidb.errors",
+        "entidb.lazy",
         *(f"entidb.cli{part}" for part in ("", ".app", ".exits", ".output")),
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from entidb.cli.exits import UsageError
+from entidb.cli.finding import query_of
 from entidb.cli.output import fit, id_text, note, plural, say, table
 from entidb.cli.values import print_json, read_value, shown
 from entidb.cli.words import (
@@ -130,6 +131,16 @@ def delete_command(words: tuple[str, ...], directory: str | None, as_json: bool)
 )
 @click.option("--start", metavar="ID", help="Begin at this id (it need not exist).")
 @click.option("--reverse", is_flag=True, help="Highest ids first, which are the newest.")
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="CONDITION",
+    help="Only those: kind=tea, 'price>3'; repeat it.",
+)
+@click.option(
+    "--order", multiple=True, metavar="FIELD", help="Sorted by this field; -FIELD: largest first."
+)
+@click.option("--after", metavar="ID", help="Go on behind this entity, in the same order.")
 @json_option
 def list_command(
     words: tuple[str, ...],
@@ -137,6 +148,9 @@ def list_command(
     limit: int,
     start: str | None,
     reverse: bool,
+    where: tuple[str, ...],
+    order: tuple[str, ...],
+    after: str | None,
     as_json: bool,
 ) -> None:
     """List the collections, or the entities of one in order of ids."""
@@ -144,20 +158,35 @@ def list_command(
     if limit < 0:
         raise UsageError("--limit is 0 or more")
     name = bound.get("COLLECTION")
+    asked = bool(where or order or after is not None)
+    if asked and (start is not None or reverse):
+        raise UsageError(
+            "--start and --reverse are about ids, and --where, --order and --after about fields: "
+            "use --after ID to go on, and --order=-FIELD for the largest first"
+        )
+    if asked and name is None:
+        raise UsageError("which collection? --where, --order and --after are about its entities")
     with opened(bound.path, read_only=True) as database:
         if name is None:
             _list_collections(database, as_json)
             return
         collection = existing_collection(database, name)
-        pairs = _from(collection, start, reverse)
-        for entity_id, value in islice(pairs, min(limit, sys.maxsize) or None):
+        most = min(limit, sys.maxsize - 1)
+        if asked:
+            query = query_of(collection, where, order, after)
+            pairs = iter(query.limit(most + 1) if most else query)
+        else:
+            pairs = _from(collection, start, reverse)
+        last = None
+        for last, value in islice(pairs, most or None):
             if as_json:
-                print_json({"id": str(entity_id), "value": value})
+                print_json({"id": str(last), "value": value})
             else:
-                say(fit(f"{id_text(entity_id)}  {shown(value)}"))
+                say(fit(f"{id_text(last)}  {shown(value)}"))
         following = next(pairs, None)
     if following is not None:
-        note(f"there are more: --limit 0 for all, --start {following[0]} to go on")
+        go_on = f"--after {last}" if asked else f"--start {following[0]}"
+        note(f"there are more: --limit 0 for all, {go_on} to go on")
 
 
 def _from(

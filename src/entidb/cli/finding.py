@@ -1,0 +1,85 @@
+"""Conditions and orders as they are written on a command line, for ``list``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from entidb.cli.exits import InputError, UsageError
+from entidb.cli.values import parse
+from entidb.cli.words import find_id
+from entidb.db import Query
+from entidb.db.collection import ReadCollection
+from entidb.errors import QueryError
+
+#: Sign on the command line -> word of a condition that comes as data.
+SIGNS: Final[dict[str, str]] = {
+    "==": "==",
+    "!=": "!=",
+    "<=": "<=",
+    ">=": ">=",
+    "^=": "startswith",
+    "*=": "contains",
+    "=": "==",
+    "<": "<",
+    ">": ">",
+}
+_SIGN: Final = re.compile("|".join(map(re.escape, SIGNS)))
+#: What can only have been meant as JSON.
+_JSON_BEGINS: Final = ('"', "{", "[")
+
+
+def query_of(
+    collection: ReadCollection[Any],
+    conditions: Sequence[str],
+    orders: Sequence[str],
+    after: str | None,
+) -> Query[Any]:
+    """The query that the options say. Raises ``UsageError``, ``InputError``, ``NotFoundError``."""
+    query = collection.where()
+    for given in conditions:
+        try:
+            query = query.where.from_dict(_condition(given))
+        except QueryError as error:
+            raise UsageError(f"--where {given!r}: {error}") from error
+    fields = [name.strip() for given in orders for name in given.split(",")]
+    if fields:
+        if not all(name.removeprefix("-") for name in fields):
+            raise UsageError("--order takes fields, with commas between: --order=-price,name")
+        query = query.order_by(*fields)
+    if after is not None:
+        last = find_id(after, collection)
+        query = query.after((last, collection[last]))
+    return query
+
+
+def _condition(given: str) -> dict[str, Any]:
+    """``kind=tea`` as ``{"kind": {"==": "tea"}}``; what begins with a brace is such a map."""
+    text = given.strip()
+    if text.startswith("{"):
+        made = parse(text)
+        if not isinstance(made, dict):
+            raise InputError(f"--where {given!r} is no map of conditions")
+        return made
+    found = _SIGN.search(text)
+    name = text[: found.start()].strip() if found else ""
+    if found is None or not name:
+        raise UsageError(
+            f"--where {given!r} is no condition: write FIELD, one of {' '.join(SIGNS)}, and a "
+            "value, in quotes of the shell, as in --where 'price>3'"
+        )
+    return {name: {SIGNS[found[0]]: _value(text[found.end() :].strip())}}
+
+
+def _value(text: str) -> Any:
+    """JSON if it can be read so, else the text itself: who looks for tea writes no quotes."""
+    try:
+        return parse(text)
+    except InputError:
+        if text.startswith(_JSON_BEGINS):
+            raise
+        return text
+
+
+__all__ = ["SIGNS", "query_of"]
