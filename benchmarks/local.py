@@ -208,3 +208,9 @@ def _open(where: Path, count: int, rounds: int) -> Iterator[Figure]:
             times[store].append(sum(timed(step) for _ in range(opens)) / opens * 1000)
     yield figure("local", "open", count, "ms", times[0], floors=times[1], floor_is=RAW)
     yield figure("local", "open, sqlite3", count, "ms", times[0], floors=times[2], floor_is=SQLITE)
+    crashed: list[float] = []
+    for _ in range(rounds):
+        # What tells the next one that it was closed.
+        (where / "entidb" / "entidb.lock").unlink()
+        crashed.append(timed(ours) * 1000)
+    yield figure("local", "open, not closed before", count, "ms", crashed)

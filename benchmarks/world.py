@@ -74,7 +74,11 @@ class World:
             with contextlib.closing(Database.open(path, role=role)) as database:
                 load(database, entities(count, kind))
             self._templates[key] = path
-        return self.copy_of(self._templates[key])
+        copy = self.copy_of(self._templates[key])
+        # A copy is a file that nobody has closed: who opens it first reads all of it, to see that
+        # it is well. ``local`` measures that; everything else begins with what was closed.
+        Database.open(copy, role=role).close()
+        return copy
 
     def copy_of(self, path: Path) -> Path:
         copy = self.path("copy")

@@ -7,12 +7,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from entidb.errors import CorruptionError, DatabaseLockedError, FormatError
 from entidb.storage import LmdbStorage
-from entidb.storage.lmdb.pages import closed_file_faults
+from entidb.storage.lmdb.pages import _TreeWalk, closed_file_faults, ordinary_keys
 from entidb.testing.contracts import read_all
 
 PAGE = 4096
@@ -299,6 +300,28 @@ def test_what_is_wrong_with_a_page_is_found_and_said(
     with contextlib.suppress(FormatError):
         assert LmdbStorage.closed_faults(path.parent) == faults
     assert path.read_bytes() == image.raw
+
+
+def test_a_leaf_that_the_quick_look_takes_is_one_that_the_exact_look_takes(sound: bytes) -> None:
+    image = Image(bytearray(sound))
+    page = sound[image.leaf * PAGE : (image.leaf + 1) * PAGE]
+    walk = _TreeWalk(None, None, None)  # type: ignore[arg-type]
+    random = Random(1)
+    nodes = image.nodes(image.leaf)
+    places = [*range(12, 16 + 2 * len(nodes)), *(at + n for at in nodes for n in range(8))]
+    taken = 0
+    for _ in range(20_000):
+        harmed = bytearray(page)
+        for at in random.choices(places, k=random.randint(1, 2)):
+            harmed[at] = random.choice((0, 1, 2, harmed[at] ^ 1, harmed[at] + 2 & 255))
+        raw = bytes(harmed)
+        lower, upper = HEADER.unpack_from(raw, 0)[3:]
+        keys = ordinary_keys(raw, lower, upper)
+        if keys:
+            taken += 1
+            found = walk._nodes(raw, image.leaf, lower, upper, branch=False)
+            assert [key for key, *_ in found] == keys and not any(big for *_, big in found)
+    assert 0 < taken < 10_000
 
 
 def test_looking_at_a_store_that_is_open_is_refused_and_one_that_is_missing_has_no_faults(
