@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from entidb.db import Database, purge_tombstones
 from entidb.db.maintenance import inspect
+from entidb.db.overlay import STALE_FROM
 from entidb.db.records import (
     ENTITY,
     ENTITY_HEAD,
@@ -25,7 +26,6 @@ from entidb.db.records import (
     sequence_key,
     split_feed_key,
 )
-from entidb.db.writer import STALE_FROM
 from entidb.errors import CorruptionError, StorageFullError
 from entidb.protocol import expanded
 from entidb.storage import MemoryStorage

@@ -51,7 +51,7 @@ def _cursor_one_short(garden: Garden) -> None:
 @bug("base-not-replaced", "PREFIX")
 def _base_not_replaced(garden: Garden) -> None:
     """A pulled change to an entity with pending changes leaves its old base."""
-    garden.replace(Rebase, "_set_base", lambda original: lambda self, ref, row, base: None)
+    garden.replace(Writer, "set_base", lambda original: lambda self, ref, row, base: None)
 
 
 @bug("deletions-not-applied", "NO-RESURRECTION", "PREFIX")

@@ -8,6 +8,7 @@ from unittest import mock
 
 from msgspec.structs import replace
 
+from entidb.db import entities
 from entidb.db.records import (
     BaseRow,
     unpack_pending,
@@ -58,7 +59,7 @@ def _accepted_moves_base(garden: Garden) -> None:
                 row = self._writer.entity(ref)
                 assert row is not None
                 written = BaseRow(version, self._writer.device_id, stamp, op.payload)
-                self._set_base(ref, row, written)
+                self._writer.set_base(ref, row, written)
                 if row.pending == transaction.sequence:
                     self.show_base(ref)
 
@@ -81,7 +82,7 @@ def _newer_write_settled(garden: Garden) -> None:
     def make(original: Any) -> Any:
         def newest(self: Any, batch: Any, index: int, *rest: Any) -> bool:
             sequence = batch.sequences[index]
-            with mock.patch.object(settle, "unpack_pending", _pretend_newest(sequence)):
+            with mock.patch.object(entities, "unpack_pending", _pretend_newest(sequence)):
                 settled: bool = original(self, batch, index, *rest)
             return settled
 

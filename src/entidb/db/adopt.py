@@ -150,8 +150,7 @@ def _whole_groups(writer: Writer, keys: list[bytes]) -> list[bytes]:
 def _wanted(
     writer: Writer, table: int, number: int, entity_id: bytes, compare: bool
 ) -> EntityRow | None:
-    raw = writer.get(table_prefix(table) + entity_id)
-    row = None if raw is None else decode_entity(raw)
+    row = writer.entity_in(table, entity_id)
     if row is None or row.pending:
         return None
     if not compare:

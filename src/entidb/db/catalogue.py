@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.db.records import table_prefix, unreadable
@@ -29,6 +30,10 @@ class CollectionInfo(Struct, frozen=True):
     local: bool
     synced: bool
     prefix: bytes
+
+    def standing_in(self, table: int) -> CollectionInfo:
+        """The same collection, if its entities stood in ``table``."""
+        return replace(self, table=table, prefix=table_prefix(table))
 
 
 class _ByNumber(dict[int, CollectionInfo]):

@@ -51,7 +51,6 @@ from entidb.db.records import (
     sequence_of,
     split_feed_key,
     split_numbered_key,
-    table_prefix,
     unpack_u64,
 )
 from entidb.db.replica import Adopt, decode_record
@@ -80,14 +79,7 @@ def sweep_garbage(database: Core) -> bool:
         if not chosen:
             return False
         table, number = chosen[0]
-        prefix = table_prefix(table)
-        rows = writer.snapshot.scan(prefix, end_of(prefix), limit=SWEEP_ROWS)
-        for key, raw in rows:
-            writer.delete(key)
-            row = decode_entity(raw)
-            if row.sequence:
-                writer.delete(feed_key(row.sequence, number, key[5:]))
-        if len(rows) < SWEEP_ROWS:
+        if not writer.sweep_table(table, number, SWEEP_ROWS):
             writer.set_catalogue(writer.catalogue.swept(table))
     return True
 
@@ -431,13 +423,10 @@ def dump(database: Core) -> Iterator[tuple[str, bytes, int, bytes]]:
         for name, info in sorted(view.catalogue.by_name.items()):
             if not info.synced:
                 continue
-            start = info.prefix
-            while page := view.snapshot.scan(start, end_of(info.prefix), limit=_PAGE):
-                for key, raw in page:
-                    row = decode_entity(raw)
+            for page in view.table_pages(info.table, _PAGE):
+                for entity_id, row in page:
                     if row.payload is not None:
-                        yield name, key[5:], row.version, row.payload
-                start = page[-1][0] + b"\0"
+                        yield name, entity_id, row.version, row.payload
 
 
 def inspect(database: Core) -> dict[str, Any]:

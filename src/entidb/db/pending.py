@@ -18,9 +18,15 @@ _OUTBOX = Packer(">16sQI")
 _OUTBOX_OP = Packer(">I16sQi")
 #: The head of a row and its first operation in one go: most transactions have no other.
 _OUTBOX_FIRST = Packer(">16sQII16sQi")
-OUTBOX_FIRST: Final = _OUTBOX_FIRST.size
-#: (transaction id, timestamp, operations, collection, entity id, previous, length of the payload)
-unpack_outbox_first = _OUTBOX_FIRST.unpack_from
+#: Of a row (transaction id, timestamp, operations, collection, entity id, previous, length of the
+#: payload)
+read_first = _OUTBOX_FIRST.unpack_from
+_FIRST_BYTES: Final = _OUTBOX_FIRST.size
+
+
+def first_payload(row: bytes, length: int) -> bytes | None:
+    """The payload of a row with one operation, which is ``length`` bytes long."""
+    return row[_FIRST_BYTES:] if length >= 0 else None
 
 
 class PendingOp(Struct, gc=False):

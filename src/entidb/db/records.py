@@ -294,6 +294,9 @@ pack_pending = _PENDING.pack
 unpack_pending = _PENDING.unpack_from
 #: (sequence, version, device id, timestamp) of a row of either kind.
 unpack_shown = _SHOWN.unpack_from
+#: (sequence,) of a row of either kind.
+unpack_sequence = Packer(">xQ").unpack_from
+_unpack_version = Packer(">9xQ").unpack_from
 
 
 class EntityRow(Struct, gc=False):
@@ -358,6 +361,24 @@ def version_of(raw: bytes) -> int:
     except NOT_ONE as error:
         raise unreadable("an entity", raw) from error
     return version
+
+
+def versions_of(rows: Sequence[bytes]) -> list[int]:
+    """As ``version_of``, for many."""
+    try:
+        return [version for (version,) in map(_unpack_version, rows)]
+    except NOT_ONE as error:
+        raise unreadable("an entity", min(rows, key=len)) from error
+
+
+def timestamp_of(raw: bytes) -> int:
+    """The time in an encoded ``EntityRow``."""
+    return decode_entity(raw).timestamp
+
+
+def is_dirty(raw: bytes) -> bool:
+    """Whether an encoded ``EntityRow`` has pending changes."""
+    return bool(raw[:1] and raw[0] & DIRTY)
 
 
 def payload_of(raw: bytes) -> bytes | None:

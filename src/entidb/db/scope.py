@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from entidb import cbor
 from entidb.db.adopt import schedule_adoption
 from entidb.db.catalogue import Catalogue
 from entidb.db.pending import decode_pending
@@ -59,10 +58,7 @@ def forget_collection(writer: Writer, name: str) -> None:
             "server. Delete its entities, or take it out of the scope with `db.set_scope(...)` "
             "first",
         )
-    table, catalogue = writer.catalogue.allocating()
-    writer.set_catalogue(catalogue.moving({info.number: table}))
-    writer.set_count(info.number, 0)
-    writer.put_replaced(writer.next_sequence(), cbor.encode([name]))
+    writer.replace_tables({info.number: None}, {}, writer.next_sequence())
 
 
 def _switch(writer: Writer, after: Catalogue, before: Catalogue) -> None:

@@ -22,17 +22,13 @@ from entidb.db.pending import PendingOp, PendingTransaction, encode_creation
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import (
-    DIRTY,
     HAS_BASE,
     IS_HELD,
     READY,
     REMOTE,
     BaseRow,
     EntityRow,
-    base_key,
     decode_entity,
-    pack_entity,
-    pack_pending,
     payload_of,
     sequence_key,
 )
@@ -316,13 +312,11 @@ def _create_on_device(
     state = writer.sync_state
     operations = []
     for info, ids, payloads in created:
+        version = 0
         if info.synced:
             version = state.base_version_of_absent(info.name)
-            head = pack_pending(DIRTY, sequence, version, writer.device_id, timestamp, sequence)
             operations.append((info.number, ids, payloads))
-        else:
-            head = pack_entity(0, sequence, 0, writer.device_id, timestamp)
-        writer.add_entities(info, ids, [head + payload for payload in payloads], sequence)
+        writer.add_entities(info, ids, payloads, sequence, timestamp, version)
     if operations:
         row = encode_creation(transaction_id, timestamp, operations)
         writer.put(sequence_key(READY, sequence), row)
@@ -346,13 +340,10 @@ def _commit_on_device(
         for info, _, _, old in work
         if old is None
     }
-    device = writer.device_id
     for info, entity_id, payload, old in work:
         if info.synced and old is None and not held and payload is not None:
             # A new entity beside others: its row and its place in the feed, without objects.
-            version = absent[info.name]
-            head = pack_pending(DIRTY, sequence, version, device, timestamp, sequence)
-            writer.add_entity(info, entity_id, head + payload, sequence)
+            writer.add_entity(info, entity_id, payload, sequence, timestamp, absent[info.name])
             operations.append(PendingOp(info.number, entity_id, 0, payload))
             continue
         ref = (info.number, entity_id)
@@ -370,7 +361,7 @@ def _commit_on_device(
             version = old.version
             if version and old.payload is not None:
                 base = BaseRow(version, old.device_id, old.timestamp, old.payload)
-                writer.put(base_key(*ref), base.encode())
+                writer.put_base(ref, base)
                 flags |= HAS_BASE
         operations.append(PendingOp(info.number, entity_id, previous, payload))
         row = EntityRow(flags, 0, version, writer.device_id, timestamp, sequence, payload)

@@ -1,45 +1,32 @@
 """One storage commit in the making: reads fall through to a snapshot, writes stay in memory.
 
 Everything that changes a database goes through a ``Writer``: local transactions, settling,
-applying, the server's pushes. It keeps the rows that belong together in step (an entity, its feed
-row, the counters), so that callers say what changes and cannot forget half of it. It decides
-nothing about sync, and it never touches the disk: ``Database`` commits its ``changes`` in one go.
+applying, the server's pushes. Rows of entities are ``entities``'s; here are head, outbox, accepted
+transactions and the records of sync. It decides nothing about sync, and it never touches the disk:
+``Database`` commits its ``changes`` in one go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from entidb.db.catalogue import Catalogue, CollectionInfo
+from entidb.db.catalogue import Catalogue
+from entidb.db.entities import Entities
+from entidb.db.overlay import STALE_ROWS_MAX, Ref
 from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import (
+    ACCEPTED,
     FEED,
     HELD,
-    META_CATALOGUE,
-    META_FORMAT,
     META_HEAD,
     META_INFLIGHT,
     META_STAGE,
-    META_STALE,
     META_SYNC,
-    NO_ID,
     READY,
-    STALE,
-    TOMBSTONE,
-    EntityRow,
     Head,
-    count_key,
-    decode_entity,
     decode_head,
-    decode_stale,
-    encode_format,
-    encode_stale,
-    end_of,
-    feed_key,
-    pack_u64,
+    pack_accepted,
     sequence_key,
-    split_feed_key,
-    unpack_u64,
 )
 from entidb.db.replica import (
     Inflight,
@@ -49,21 +36,10 @@ from entidb.db.replica import (
     decode_state,
     encode_record,
 )
-from entidb.errors import CorruptionError
 from entidb.storage import Snapshot
 
-#: Stale feed rows of one commit that are worth a list; to list fewer costs as much as to remove
-#: them.
-STALE_FROM = 4
-#: And how many may wait. All together are removed much faster than a few at a time, because they
-#: share pages; until then they take room, and readers of the feed pass over them.
-STALE_ROWS_MAX = 2000
 
-#: (collection number, entity id): what identifies an entity inside one database.
-Ref = tuple[int, bytes]
-
-
-class Writer:
+class Writer(Entities):
     """The overlay of one commit. Only the thread that holds the database's writer lock uses it."""
 
     def __init__(
@@ -75,36 +51,13 @@ class Writer:
         now_ms: int,
         stale_rows_max: int = STALE_ROWS_MAX,
     ) -> None:
-        self.snapshot = snapshot
-        self.catalogue = catalogue
+        super().__init__(snapshot, catalogue, device_id, stale_rows_max)
         self.head = Head() if head is None else decode_head(head)
         #: As it is stored: before this commit, and after it from ``finish`` on.
         self.encoded_head = self.head.encode() if head is None else head
-        self.device_id = device_id
         self.now_ms = now_ms
-        self.changes: dict[bytes, bytes | None] = {}
-        self._counts: dict[int, int] = {}
-        self._grown: Catalogue | None = None
-        self._stale: list[bytes] = []
-        self._stale_rows_max = stale_rows_max
 
     # ------------------------------------------------------------ raw rows
-
-    def get(self, key: bytes) -> bytes | None:
-        if key in self.changes:
-            return self.changes[key]
-        return self.snapshot.get(key)
-
-    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        if len(keys) == 1:
-            return [self.get(keys[0])]
-        found = self.snapshot.get_many(keys)
-        changes = self.changes
-        if changes:
-            for index, key in enumerate(keys):
-                if key in changes:
-                    found[index] = changes[key]
-        return found
 
     def put(self, key: bytes, value: bytes) -> None:
         self.changes[key] = value
@@ -112,28 +65,14 @@ class Writer:
     def delete(self, key: bytes) -> None:
         self.changes[key] = None
 
+    def delete_many(self, keys: Iterable[bytes]) -> None:
+        self.changes.update(dict.fromkeys(keys))
+
     # ------------------------------------------------------------ head, catalogue, sync records
 
     def next_sequence(self) -> int:
         self.head.sequence += 1
         return self.head.sequence
-
-    def set_catalogue(self, catalogue: Catalogue) -> None:
-        self.catalogue = catalogue
-        # ``finish`` encodes it: a commit may change it once for each of a thousand collections.
-        self.put(META_CATALOGUE, b"")
-
-    def collection(self, name: str) -> CollectionInfo:
-        """The collection called ``name``, made if there is none. Raises ``ScopeError`` when
-        there are too many."""
-        info = self.catalogue.by_name.get(name)
-        if info is None:
-            if self.catalogue is not self._grown:
-                # Nobody else sees it before it is stored, so that the next ones cost nothing.
-                self._grown = self.catalogue.copy()
-            info = self._grown.add(name)
-            self.set_catalogue(self._grown)
-        return info
 
     @property
     def sync_state(self) -> ReplicaState:
@@ -172,112 +111,22 @@ class Writer:
             self.set_catalogue(catalogue)
         self.set_stage(None)
 
-    # ------------------------------------------------------------ entities
+    # ------------------------------------------------------------ accepted transactions (R14)
 
-    def entity(self, ref: Ref) -> EntityRow | None:
-        raw = self.get(self.catalogue.by_number[ref[0]].prefix + ref[1])
-        return None if raw is None else decode_entity(raw)
+    def accepted(self, ids: Sequence[bytes]) -> list[bytes | None]:
+        """What is remembered of transactions that were accepted: an AcceptedRow, still encoded."""
+        return self.get_many([ACCEPTED + transaction_id for transaction_id in ids])
 
-    def put_entity(self, ref: Ref, row: EntityRow, old: EntityRow | None) -> None:
-        """Store ``row`` over ``old`` and keep the live count. The feed is ``put_feed``'s."""
-        self.changes[self.catalogue.by_number[ref[0]].prefix + ref[1]] = row.encode()
-        self.count(ref[0], (row.payload is not None) - (old is not None and _live(old)))
+    def put_accepted(self, transaction_id: bytes, version: int, digest: bytes) -> None:
+        """Remember that the transaction was accepted as ``version``."""
+        self.changes[ACCEPTED + transaction_id] = pack_accepted(version, digest)
 
-    def show(self, ref: Ref, row: EntityRow, old: EntityRow | None, sequence: int) -> None:
-        """Store ``row`` as something readers see changed at ``sequence``: entity, count, feed."""
-        self.move_feed(ref, 0 if old is None else old.sequence, sequence)
-        row.sequence = sequence
-        self.put_entity(ref, row, old)
-
-    def add_entity(self, info: CollectionInfo, entity_id: bytes, row: bytes, sequence: int) -> None:
-        """Store the encoded ``row`` of an entity that has none yet, shown at ``sequence``."""
-        self.changes[info.prefix + entity_id] = row
-        self.changes[feed_key(sequence, info.number, entity_id)] = b""
-        self.count(info.number, 1)
-
-    def add_entities(
-        self, info: CollectionInfo, ids: Sequence[bytes], rows: Sequence[bytes], sequence: int
+    def put_all_accepted(
+        self, ids: Sequence[bytes], versions: Iterable[int], digests: Iterable[bytes]
     ) -> None:
-        """As ``add_entity`` for each, in columns."""
-        if len(ids) == 1:
-            self.add_entity(info, ids[0], rows[0], sequence)
-            return
-        prefix, place = info.prefix, feed_key(sequence, info.number, NO_ID)[: -len(NO_ID)]
-        self.changes.update(zip([prefix + entity_id for entity_id in ids], rows, strict=True))
-        self.changes.update(dict.fromkeys([place + entity_id for entity_id in ids], b""))
-        self.count(info.number, len(ids))
-
-    def remove_entity(self, ref: Ref, old: EntityRow) -> None:
-        """Forget the row altogether, tombstone and feed row included."""
-        self.changes[self.catalogue.by_number[ref[0]].prefix + ref[1]] = None
-        if old.sequence:
-            self.changes[feed_key(old.sequence, *ref)] = None
-        self.count(ref[0], -int(_live(old)))
-
-    def move_feed(self, ref: Ref, old_sequence: int, sequence: int) -> None:
-        """The feed holds every entity at its latest change (R11)."""
-        if old_sequence:
-            self.leave_feed(feed_key(old_sequence, *ref))
-        self.changes[feed_key(sequence, *ref)] = b""
-
-    def leave_feed(self, key: bytes) -> None:
-        """The feed row at ``key`` is stale: its entity is about to change again. It goes now, or
-        later together with others."""
-        if key in self.changes:
-            self.changes[key] = None
-        else:
-            self._stale.append(key)
-
-    @property
-    def stale_rows(self) -> int:
-        """How many stale feed rows wait to be removed."""
-        raw = self.get(META_STALE)
-        return 0 if raw is None else unpack_u64(raw)
-
-    def sweep_stale(self) -> None:
-        """Remove the stale feed rows that wait."""
-        if not self.stale_rows:
-            return
-        for key, raw in self.snapshot.scan(STALE, end_of(STALE)):
-            self.changes[key] = None
-            self.changes.update(dict.fromkeys(decode_stale(raw)))
-        self.put(META_STALE, pack_u64(0))
-
-    def _finish_stale(self) -> None:
-        stale, self._stale = self._stale, []
-        waiting = self.stale_rows + len(stale) if len(stale) >= STALE_FROM else 0
-        if not waiting or waiting > self._stale_rows_max:
-            self.changes.update(dict.fromkeys(stale))
-            if waiting:
-                self.sweep_stale()
-            return
-        self.put(sequence_key(STALE, self.head.sequence), encode_stale(stale))
-        if self.get(META_STALE) is None:
-            # From here on an older EntiDB, which knows no stale rows, has to stay away.
-            self.put(META_FORMAT, encode_format())
-        self.put(META_STALE, pack_u64(waiting))
-
-    def put_replaced(self, sequence: int, record: bytes) -> None:
-        """Tell the feed that whole collections were replaced (R20)."""
-        self.changes[feed_key(sequence, 0, NO_ID)] = record
-
-    def feed_rows(self) -> list[tuple[tuple[int, int, bytes], bytes]]:
-        """What this commit adds to the feed, in order: (sequence, collection, entity_id) and the
-        row's record."""
-        return sorted(
-            (split_feed_key(key), record)
-            for key, record in self.changes.items()
-            if record is not None and key.startswith(FEED)
-        )
-
-    def count(self, collection: int, by: int) -> None:
-        if by:
-            self._counts[collection] = self._counts.get(collection, 0) + by
-
-    def set_count(self, collection: int, live: int) -> None:
-        """The collection's count is ``live`` plus what this commit adds from now on."""
-        self._counts.pop(collection, None)
-        self.put(count_key(collection), pack_u64(live))
+        """As ``put_accepted`` for each, in columns."""
+        keys = [ACCEPTED + transaction_id for transaction_id in ids]
+        self.changes.update(zip(keys, map(pack_accepted, versions, digests), strict=True))
 
     # ------------------------------------------------------------ outbox
 
@@ -295,22 +144,7 @@ class Writer:
 
     def finish(self) -> dict[bytes, bytes | None]:
         """The whole commit, counters included; empty when nothing changes."""
-        for collection, by in self._counts.items():
-            if by:
-                key = count_key(collection)
-                raw = self.get(key)
-                live = (0 if raw is None else unpack_u64(raw)) + by
-                if live < 0:
-                    raise CorruptionError(
-                        f"the count of collection number {collection} would fall below zero; "
-                        "run `entidb verify` on this database"
-                    )
-                self.put(key, pack_u64(live))
-        self._counts.clear()
-        if self._stale:
-            self._finish_stale()
-        if META_CATALOGUE in self.changes:
-            self.put(META_CATALOGUE, self.catalogue.encode())
+        self.finish_entities(self.head.sequence)
         head = self.head.encode()
         if head != self.encoded_head:
             self.encoded_head = head
@@ -318,19 +152,9 @@ class Writer:
         return self.changes
 
 
-def _live(row: EntityRow) -> bool:
-    return row.payload is not None
-
-
-def live_delta(old: bytes | None, payload: bytes | None) -> int:
-    """By how much a count changes when the encoded row ``old`` is replaced, for hot paths."""
-    was = old is not None and not old[0] & TOMBSTONE
-    return (payload is not None) - was
-
-
 def feed_bounds(after: int) -> tuple[bytes, bytes]:
     """Start and stop of a feed scan behind ``after``."""
     return sequence_key(FEED, after + 1), bytes([FEED[0] + 1])
 
 
-__all__ = ["Ref", "Writer", "feed_bounds", "live_delta"]
+__all__ = ["STALE_ROWS_MAX", "Ref", "Writer", "feed_bounds"]

@@ -7,31 +7,23 @@ decided in columns, which gives the same verdicts and the same rows.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from operator import add
+from operator import lt
 from typing import Any, Final, cast
 
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.db.catalogue import Catalogue
+from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.records import (
-    ACCEPTED,
-    FEED,
-    REMOTE,
-    TOMBSTONE,
     decode_accepted,
-    feed_key,
-    pack_accepted,
-    pack_entity,
-    pack_feed_key,
     payload_of,
-    unpack_entity,
+    timestamp_of,
     version_of,
+    versions_of,
 )
-from entidb.db.writer import Writer, live_delta
+from entidb.db.writer import Writer
 from entidb.errors import CborDecodeError, InvalidNameError
 from entidb.protocol import (
     PushOperation,
@@ -123,7 +115,7 @@ class Deciding:
         self._faults = faults
         self._digest_heads = digest_heads(request.collections)
         self._below_floor = request.cursor < floor
-        self._prefixes = self._collections()
+        self._infos = self._collections()
         #: Versions written by earlier transactions of this batch (R13): those above what was the
         #: head when it began, and those of transactions that were accepted before.
         self._began_at = writer.head.sequence
@@ -133,13 +125,11 @@ class Deciding:
         self._timestamp_max = timestamp_from_ms(writer.now_ms) | 0xFFFF
         self._device_id = request.device_id
         self._validates = rules.hook is not None
-        #: By how much each collection's count changes.
-        self._counts = [0] * len(request.collections)
         self._bytes_max = rules.transaction_bytes_max
         self._many_names = len(request.collections) > TRANSACTION_COLLECTIONS_MAX
 
-    def _collections(self) -> list[tuple[int, bytes] | None]:
-        """(number, key prefix) for each name; None where nothing can be written, and then
+    def _collections(self) -> list[CollectionInfo | None]:
+        """The collection of each name; None where nothing can be written, and then
         ``_closed`` says why."""
         present, names = self._writer.catalogue, self._request.collections
         #: What is wrong with writing to a collection, by its place in the request.
@@ -155,12 +145,12 @@ class Deciding:
             used = {op.collection for t in self._request.transactions for op in t.operations}
             wanted = [i for i in missing if i in used and i not in self._closed]
             catalogue = present.adding_all(names[i] for i in wanted)
-        found: list[tuple[int, bytes] | None] = []
+        found: list[CollectionInfo | None] = []
         for index, name in enumerate(names):
             info = None if index in self._closed else catalogue.by_name.get(name)
             if info is None and index not in self._closed:
                 self._closed[index] = _no_room_for(name)
-            found.append(None if info is None else (info.number, info.prefix))
+            found.append(info)
         # New collections come to be with the first transaction that is accepted, not before.
         self._planned: Catalogue | None = None if catalogue is present else catalogue
         return found
@@ -184,9 +174,9 @@ class Deciding:
     def run(self, values: list[list[Any]]) -> list[PushResult]:
         """The verdicts in order; ``values`` is empty where nobody will see them."""
         writer, transactions = self._writer, self._request.transactions
-        accepted_keys = [ACCEPTED + t.transaction_id for t in transactions]
-        known = writer.get_many(accepted_keys)
-        prefixes = [None if place is None else place[1] for place in self._prefixes]
+        ids = [t.transaction_id for t in transactions]
+        known = writer.accepted(ids)
+        prefixes = [None if info is None else info.prefix for info in self._infos]
         keys: list[list[bytes | None]] = [
             [
                 None if (prefix := prefixes[op.collection]) is None else prefix + op.entity_id
@@ -202,17 +192,14 @@ class Deciding:
         self._may_be_large = size > self._bytes_max
         results, count = None, len(keys)
         if count >= _COLUMNS_FROM and known.count(None) == count and set(map(len, keys)) == {1}:
-            results = self._accept_all(accepted_keys, real, rows)
+            results = self._accept_all(ids, real, rows)
         if results is None:
             seen = values or repeat(())
             results = list(map(self._one, transactions, keys, known, seen))
-        for place, by in zip(self._prefixes, self._counts, strict=True):
-            if place is not None:
-                writer.count(place[0], by)
         return results
 
     def _accept_all(
-        self, accepted_keys: list[bytes], keys: list[bytes], rows: list[bytes | None]
+        self, transaction_ids: list[bytes], keys: list[bytes], rows: list[bytes | None]
     ) -> list[PushResult] | None:
         """What ``_one`` says to each transaction of a batch as most are, in columns: unknown
         transactions of one write, no entity twice, each built on what is here. None if it is not
@@ -224,42 +211,31 @@ class Deciding:
             return None
         if self._faults:
             return None
-        if not len(transactions) == len(set(keys)) == len(set(accepted_keys)):
+        if not len(transactions) == len(set(keys)) == len(set(transaction_ids)):
             return None
-        replaced = [
-            (operation, unpack_entity(row))
-            for operation, row in zip(operations, rows, strict=True)
-            if row is not None
-        ]
-        if any(operation.base_version < old[2] for operation, old in replaced):
-            return None
+        replaced = [(op, row) for op, row in zip(operations, rows, strict=True) if row is not None]
+        if replaced:
+            bases = [operation.base_version for operation, _ in replaced]
+            if any(map(lt, bases, versions_of([row for _, row in replaced]))):
+                return None
         self._make_collections()
-        head, changes, latest = self._writer.head, self._writer.changes, self._timestamp_max
+        writer, head, latest = self._writer, self._writer.head, self._timestamp_max
         versions = range(head.sequence + 1, head.sequence + 1 + len(keys))
         head.sequence += len(keys)
         sent = [transaction.timestamp for transaction in transactions]
         stamps = [stamp if stamp <= latest else latest for stamp in sent]
         head.timestamp = max(head.timestamp, *stamps)
-        indexes = [operation.collection for operation in operations]
-        for index, count in Counter(indexes).items():
-            self._counts[index] += count
-        numbers = [0 if place is None else place[0] for place in self._prefixes]
-        leave = self._writer.leave_feed
-        for operation, old in replaced:
-            index = operation.collection
-            leave(pack_feed_key(FEED, old[1], numbers[index], operation.entity_id))
-            if not old[0] & TOMBSTONE:
-                self._counts[index] -= 1
-        heads = map(
-            pack_entity, repeat(REMOTE), versions, versions, repeat(self._device_id), stamps
+        writer.accept_all(
+            [cast("CollectionInfo", self._infos[operation.collection]) for operation in operations],
+            [operation.entity_id for operation in operations],
+            rows,
+            cast("list[bytes]", payloads),
+            versions,
+            self._device_id,
+            stamps,
         )
-        stored = map(add, heads, cast("list[bytes]", payloads))
-        changes.update(zip(keys, stored, strict=True))
-        ids = [operation.entity_id for operation in operations]
-        of = map(numbers.__getitem__, indexes)
-        changes.update(zip(map(pack_feed_key, repeat(FEED), versions, of, ids), repeat(b"")))
         digests = [digest_operations(self._digest_heads, t.operations) for t in transactions]
-        changes.update(zip(accepted_keys, map(pack_accepted, versions, digests), strict=True))
+        writer.put_all_accepted(transaction_ids, versions, digests)
         clamped = [0 if a == b else a for a, b in zip(stamps, sent, strict=True)]
         return list(map(PushResult, repeat(_ACCEPTED), versions, clamped))
 
@@ -349,9 +325,9 @@ class Deciding:
             else:
                 self._written[key] = version
                 raw = self._states[key]
-            if raw is not None and unpack_entity(raw)[2] == version:
+            if raw is not None and version_of(raw) == version:
                 # The same answer as the first time, what was clamped then (R27) included.
-                stamp = unpack_entity(raw)[4]
+                stamp = timestamp_of(raw)
                 clamped = stamp if stamp != transaction.timestamp else 0
         return PushResult(Verdict.ACCEPTED, version, clamped)
 
@@ -388,7 +364,7 @@ class Deciding:
         pairs = zip(transaction.operations, places, strict=True)
         for op, key in list(pairs)[:CONFLICT_STATES_MAX]:
             raw = self._states[key]
-            version = 0 if raw is None else unpack_entity(raw)[2]
+            version = 0 if raw is None else version_of(raw)
             payload = None if raw is None else payload_of(raw)
             found.append(ServerState(op.collection, op.entity_id, version, payload))
         return found
@@ -417,31 +393,20 @@ class Deciding:
     ) -> PushResult:
         writer = self._writer
         self._make_collections()
-        changes, states = writer.changes, self._states
+        states = self._states
         version = writer.next_sequence()
         stamp = transaction.timestamp
         if stamp > self._timestamp_max:
             stamp = self._timestamp_max
         if stamp > writer.head.timestamp:
             writer.head.timestamp = stamp
-        device = self._device_id
         for op, key in zip(transaction.operations, places, strict=True):
-            place = self._prefixes[op.collection]
-            assert place is not None
-            number, payload, old = place[0], op.payload, states[key]
-            if old is not None:
-                writer.leave_feed(feed_key(unpack_entity(old)[1], number, op.entity_id))
-                self._counts[op.collection] += live_delta(old, payload)
-            elif payload is not None:
-                self._counts[op.collection] += 1
-            row = (
-                pack_entity(REMOTE | TOMBSTONE, version, version, device, stamp)
-                if payload is None
-                else pack_entity(REMOTE, version, version, device, stamp) + payload
+            info = self._infos[op.collection]
+            assert info is not None
+            states[key] = writer.accept(
+                info, op.entity_id, states[key], op.payload, version, self._device_id, stamp
             )
-            changes[key] = states[key] = row
-            changes[pack_feed_key(FEED, version, number, op.entity_id)] = b""
-        changes[ACCEPTED + transaction.transaction_id] = pack_accepted(version, digest)
+        writer.put_accepted(transaction.transaction_id, version, digest)
         return PushResult(_ACCEPTED, version, stamp if stamp != transaction.timestamp else 0)
 
 

@@ -232,7 +232,7 @@ class DatabaseService:
                     answers.append(self._decide(writer, request, grant, floor, found))
                 except SyncError as error:
                     answers.append(error)
-            changed = bool(writer.changes)
+            changed = not writer.is_empty
             if changed:
                 mark_clock(writer, self._clock_mark_ms)
             head = writer.head.sequence

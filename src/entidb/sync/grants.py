@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from entidb import cbor
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.outbox import read_pending
-from entidb.db.records import DIRTY, TOMBSTONE, end_of
 from entidb.db.replica import ReplicaState
 from entidb.db.writer import Writer
 from entidb.errors import PermissionDeniedError
@@ -93,17 +91,11 @@ def _remove(writer: Writer, rebase: Rebase, lost: list[CollectionInfo]) -> None:
     filled = [info for info in lost if _has_rows(writer, info)]
     if not filled:
         return
-    catalogue, moves = writer.catalogue, {}
-    for info in filled:
-        moves[info.number], catalogue = catalogue.allocating()
-    writer.set_catalogue(catalogue.moving(moves))
-    for info in filled:
-        writer.set_count(info.number, 0)
-    writer.put_replaced(rebase.sequence(), cbor.encode(sorted(info.name for info in filled)))
+    writer.replace_tables(dict.fromkeys(info.number for info in filled), {}, rebase.sequence())
 
 
 def _has_rows(writer: Writer, info: CollectionInfo) -> bool:
-    return bool(writer.snapshot.scan_keys(info.prefix, end_of(info.prefix), limit=1))
+    return bool(writer.table_rows(info.table, 1))
 
 
 def _check_nothing_to_keep(writer: Writer, lost: list[CollectionInfo]) -> None:
@@ -117,12 +109,11 @@ def _check_nothing_to_keep(writer: Writer, lost: list[CollectionInfo]) -> None:
 
 
 def _has_clean(writer: Writer, info: CollectionInfo) -> bool:
-    start, stop = info.prefix, end_of(info.prefix)
-    while page := writer.snapshot.scan(start, stop, limit=_PAGE_ROWS):
-        if any(not row[0] & (DIRTY | TOMBSTONE) for _, row in page):
-            return True
-        start = page[-1][0] + b"\0"
-    return False
+    return any(
+        row.payload is not None and not row.pending
+        for page in writer.table_pages(info.table, _PAGE_ROWS)
+        for _, row in page
+    )
 
 
 def _listed(names: set[str]) -> str:

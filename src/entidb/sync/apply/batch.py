@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
 
-from entidb.db.pending import OUTBOX_FIRST, decode_pending, unpack_outbox_first
-from entidb.db.records import DIRTY, READY, end_of, sequence_key, sequence_of, version_of
+from entidb.db.pending import decode_pending, first_payload, read_first
+from entidb.db.records import READY, end_of, sequence_key, sequence_of, versions_of
 from entidb.db.replica import ranges_of
 from entidb.db.writer import Writer
 from entidb.errors import CorruptionError
@@ -19,7 +18,7 @@ from entidb.protocol import PushOperation, PushTransaction
 from entidb.storage import Snapshot
 from entidb.sync.apply.position import outdated_in_scope
 from entidb.sync.apply.seam import BatchLimits, PushBatch
-from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES
+from entidb.types import OPERATION_OVERHEAD_BYTES
 
 #: Keys read at a time to count them.
 _COUNTED_ROWS = 20_000
@@ -98,18 +97,18 @@ def batch_of(
     infos = view.catalogue.by_number
     batch = PushBatch([], [], [], set(), [], [], [], [], [], [], view.sync_state.cursor, 0, mark)
     ids: list[bytes] = []
+    entity_ids: list[bytes] = []
     stamps: list[int] = []
     payloads: list[bytes | None] = []
     operations = size = 0
-    changes = view.changes
     few = limits is None or len(infos) <= limits.collections_max
     left_out: set[bytes] = set()
-    for key, stored in itertools.chain.from_iterable(_pages(view.snapshot, ranges, limits)):
-        # What this very commit has moved, changed or withdrawn is read from it.
-        row = changes.get(key, stored)
+    # What this very commit has moved, changed or withdrawn is read from it.
+    pages = map(view.over, _pages(view.snapshot, ranges, limits))
+    for key, row in itertools.chain.from_iterable(pages):
         if row is None:
             continue
-        transaction_id, stamp, count, number, entity_id, previous, length = unpack_outbox_first(row)
+        transaction_id, stamp, count, number, entity_id, previous, length = read_first(row)
         if limits is not None:
             if limits.without and _leave_out(view, key, row, limits.without, left_out):
                 continue
@@ -128,7 +127,8 @@ def batch_of(
                 break
             batch.numbers.append(number)
             batch.entity_keys.append(entity_key)
-            payloads.append(row[OUTBOX_FIRST:] if length >= 0 else None)
+            entity_ids.append(entity_id)
+            payloads.append(first_payload(row, length))
         else:
             writes = decode_pending(key, row).operations
             entity_keys = [infos[op.collection].prefix + op.entity_id for op in writes]
@@ -138,6 +138,7 @@ def batch_of(
                 break
             batch.numbers += [op.collection for op in writes]
             batch.entity_keys += entity_keys
+            entity_ids += [op.entity_id for op in writes]
             payloads += [op.payload for op in writes]
             previous = any(op.previous for op in writes)
         if previous:
@@ -148,7 +149,7 @@ def batch_of(
         ids.append(transaction_id)
         stamps.append(stamp)
     batch.ranges = ranges_of(batch.sequences)
-    _add_transactions(view, batch, ids, stamps, payloads)
+    _add_transactions(view, batch, ids, stamps, entity_ids, payloads)
     return batch
 
 
@@ -194,25 +195,19 @@ def _add_transactions(
     batch: PushBatch,
     ids: list[bytes],
     stamps: list[int],
+    entity_ids: list[bytes],
     payloads: list[bytes | None],
 ) -> None:
-    """The wire form of what is in ``batch``; ``ids`` and ``stamps`` are its transactions'."""
-    rows = view.get_many(batch.entity_keys)
-    if not all(row is not None and row[0] & DIRTY for row in rows):
-        at = next(n for n, row in enumerate(rows) if row is None or not row[0] & DIRTY)
-        missing = batch.entity_keys[at][-ID_BYTES:].hex()
-        raise CorruptionError(
-            f"entity {missing} has pending changes and no row that says so; nothing was sent. Run "
-            "verify, and restore a backup"
-        )
-    batch.entity_rows = cast("list[bytes]", rows)
+    """The wire form of what is in ``batch``; ``ids`` and ``stamps`` are its transactions',
+    ``entity_ids`` and ``payloads`` its operations'."""
+    batch.entity_rows = view.pending_rows(batch.entity_keys)
     indexes = {number: index for index, number in enumerate(dict.fromkeys(batch.numbers))}
     operations = list(
         map(
             PushOperation,
             map(indexes.__getitem__, batch.numbers),
-            [key[-ID_BYTES:] for key in batch.entity_keys],
-            map(version_of, batch.entity_rows),
+            entity_ids,
+            versions_of(batch.entity_rows),
             payloads,
         )
     )

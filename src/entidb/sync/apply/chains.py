@@ -17,10 +17,7 @@ from entidb.db.records import (
     REMOTE,
     BaseRow,
     EntityRow,
-    absent_base,
-    base_key,
     conflict_key,
-    decode_base,
 )
 from entidb.db.writer import Ref, Writer
 from entidb.errors import CorruptionError
@@ -180,7 +177,7 @@ class Chains:
         row = self._writer.entity(ref)
         assert row is not None, "an entity with pending changes has a row"
         if top is None:
-            base = self._base(ref, row)
+            base = self._writer.base(ref, row)
             self._set_clean(ref, row, base)
             return
         flags = row.flags & ~IS_HELD & ~REMOTE
@@ -203,7 +200,7 @@ class Chains:
 
     def _set_clean(self, ref: Ref, row: EntityRow, base: BaseRow) -> None:
         if row.flags & HAS_BASE:
-            self._writer.delete(base_key(*ref))
+            self._writer.drop_base(ref)
         self._drop_conflict(ref, self._writer.get(conflict_key(*ref)) is not None)
         origin = 0 if base.device_id == self._writer.device_id else REMOTE
         new = EntityRow(
@@ -221,29 +218,7 @@ class Chains:
         row = self._writer.entity(ref)
         return row is None or not row.pending
 
-    # ------------------------------------------------------------ bases and conflicts
-
-    def _base(self, ref: Ref, row: EntityRow) -> BaseRow:
-        if not row.flags & HAS_BASE:
-            return absent_base(row.version)
-        raw = self._writer.get(base_key(*ref))
-        if raw is None:
-            raise CorruptionError(
-                f"the base of entity {ref[1].hex()} is missing; run `entidb verify`"
-            )
-        return decode_base(raw)
-
-    def _set_base(self, ref: Ref, row: EntityRow, base: BaseRow) -> None:
-        """Replace the base of a dirty entity; the view stays."""
-        writer = self._writer
-        if base.payload is not None:
-            writer.put(base_key(*ref), base.encode())
-            row.flags |= HAS_BASE
-        elif row.flags & HAS_BASE:
-            writer.delete(base_key(*ref))
-            row.flags &= ~HAS_BASE
-        row.version = base.version
-        writer.put_entity(ref, row, row)
+    # ------------------------------------------------------------ conflicts
 
     def _drop_conflict(self, ref: Ref, known: bool) -> None:
         if known:

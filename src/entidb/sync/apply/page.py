@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
-from entidb.db.records import BaseRow, decode_entity
+from entidb.db.records import BaseRow
 from entidb.db.writer import Ref, Writer
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
 from entidb.protocol import ColumnRows, PullRequest, PullResponse
@@ -131,8 +131,7 @@ def take_page(writer: Writer, rebase: Rebase, response: PullResponse) -> None:
     if len(set(keys)) != len(keys):
         raise ProtocolError("the server sent an entity twice in one page; nothing was applied")
     dirty = []
-    for (ref, remote), raw in zip(places, writer.get_many(keys), strict=True):
-        old = None if raw is None else decode_entity(raw)
+    for (ref, remote), old in zip(places, writer.entities(keys), strict=True):
         if old is not None and old.pending:
             dirty.append((old.pending, ref, remote))
         else:

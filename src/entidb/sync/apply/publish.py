@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from entidb import cbor
 from entidb.db.adopt import schedule_adoption
+from entidb.db.entities import remote_rows
 from entidb.db.outbox import read_pending
-from entidb.db.records import HAS_BASE, BaseRow, EntityRow, decode_entity, end_of, table_prefix
+from entidb.db.records import HAS_BASE, BaseRow, EntityRow
 from entidb.db.replica import ReplicaState, Stage
 from entidb.db.writer import Ref, Writer
 from entidb.sync.apply.position import move_cursor
@@ -64,18 +64,9 @@ def _dirty_of(writer: Writer, numbers: set[int]) -> list[tuple[Ref, EntityRow]]:
 
 
 def _switch_tables(writer: Writer, rebase: Rebase, stage: Stage, full: list[int]) -> None:
-    catalogue = writer.catalogue
-    moves = {}
-    for number in full:
-        table = stage.tables.get(str(number))
-        if table is None:
-            table, catalogue = catalogue.allocating()
-        moves[number] = table
-    names = sorted(catalogue.by_number[number].name for number in full)
-    writer.set_catalogue(catalogue.moving(moves))
-    for number in full:
-        writer.set_count(number, stage.counts.get(str(number), 0))
-    writer.put_replaced(rebase.sequence(), cbor.encode(names))
+    tables = {number: stage.tables.get(str(number)) for number in full}
+    counts = {number: stage.counts.get(str(number), 0) for number in full}
+    writer.replace_tables(tables, counts, rebase.sequence())
 
 
 def _carry_over(
@@ -97,10 +88,7 @@ def _carry_over(
             remote = BaseRow(staged.version, staged.device_id, staged.timestamp, staged.payload)
         else:
             remote = BaseRow(cursor, bytes(16), 0, None)
-        old_table_key = table_prefix(old_tables[ref[0]]) + ref[1]
-        # The row lives on in the new table only; the feed row moves with it.
-        writer.delete(old_table_key)
-        writer.put_entity(ref, row, staged)
+        writer.carry_over(ref, row, old_tables[ref[0]], staged)
         if staged is None and not had_base and ref in unsettled:
             doubtful.append((ref, remote))
             continue
@@ -139,22 +127,16 @@ def _apply_deltas(writer: Writer, rebase: Rebase, stage: Stage) -> None:
     dirty = []
     for number, table in sorted(stage.deltas.items()):
         collection = int(number)
-        prefix = table_prefix(table)
-        start, stop = prefix, end_of(prefix)
-        infos = writer.catalogue.by_number
-        while page := writer.snapshot.scan(start, stop, limit=_PAGE_ROWS):
-            ids = [key[5:] for key, _ in page]
-            olds = writer.get_many([infos[collection].prefix + i for i in ids])
-            for (_, raw), entity_id, old_raw in zip(page, ids, olds, strict=True):
-                row = decode_entity(raw)
-                remote = BaseRow(row.version, row.device_id, row.timestamp, row.payload)
-                old = None if old_raw is None else decode_entity(old_raw)
+        prefix = writer.catalogue.by_number[collection].prefix
+        for page in writer.table_pages(table, _PAGE_ROWS):
+            changes = remote_rows(page)
+            olds = writer.entities([prefix + entity_id for entity_id, _ in changes])
+            for (entity_id, remote), old in zip(changes, olds, strict=True):
                 ref = (collection, entity_id)
                 if old is not None and old.pending:
                     dirty.append((old.pending, ref, remote))
                 else:
                     rebase.take_clean(ref, remote, old)
-            start = page[-1][0] + b"\0"
         writer.set_catalogue(writer.catalogue.discarding(table, collection))
     dirty.sort(key=lambda item: item[:2])
     for _, ref, remote in dirty:

@@ -79,14 +79,14 @@ class Rebase(Outcomes):
             # An earlier conflict of this page withdrew what was pending here.
             self.take_clean(ref, remote, row)
             return
-        base = self._base(ref, row)
+        base = self._writer.base(ref, row)
         foreign = ref[0] in self._foreign
         if not foreign and base.version >= remote.version:
             return
         self.report.pulled += 1
         conflict_raw = writer.get(conflict_key(*ref))
         ancestor = base if conflict_raw is None else decode_conflict_base(conflict_raw)
-        self._set_base(ref, row, remote)
+        self._writer.set_base(ref, row, remote)
         chain = self._chain(ref, row)
         done = self._done_prefix(chain, remote)
         if done and not self._adds_up(ref, ancestor, remote):
@@ -107,8 +107,8 @@ class Rebase(Outcomes):
             # the absence all the same.
             self.take_clean(ref, remote, row)
             return
-        base, known = self._base(ref, row), self._writer.get(conflict_key(*ref)) is not None
-        self._set_base(ref, row, remote)
+        base, known = self._writer.base(ref, row), self._writer.get(conflict_key(*ref)) is not None
+        self._writer.set_base(ref, row, remote)
         chain = self._chain(ref, row)
         if done := self._done_prefix(chain, remote):
             self._drop_conflict(ref, known)
@@ -157,7 +157,9 @@ class Rebase(Outcomes):
         raw = self._writer.get(conflict_key(*ref))
         if raw is None:
             against = remote
-            conflict = self._conflict(ref, self._base(ref, row), row.payload, remote, top, top)
+            conflict = self._conflict(
+                ref, self._writer.base(ref, row), row.payload, remote, top, top
+            )
         else:
             name = self._writer.catalogue.by_number[ref[0]].name
             conflict = decode_conflict(raw, name, ref, row.payload)
@@ -179,7 +181,7 @@ class Rebase(Outcomes):
         if against.payload is not None:
             lost = self._against(ConflictResolution.keep_local(), conflict)
             self._overrule(ref, top, against, lost, BY_RESET)
-        self._set_base(ref, row, remote)
+        self._writer.set_base(ref, row, remote)
 
     # ------------------------------------------------------------ deciding
 
@@ -338,7 +340,7 @@ class Rebase(Outcomes):
         if resolution.action is not Action.ACCEPT_REMOTE:
             # Whoever decides saw the conflict as it was listed; what counts is what is there now.
             lost = self._against(replace(resolution, overruled=None), asked)
-            self._overrule(ref, top, self._base(ref, row), lost, BY_PERSON)
+            self._overrule(ref, top, self._writer.base(ref, row), lost, BY_PERSON)
         if resolution.action is Action.ACCEPT_REMOTE:
             self._withdraw_lost(chain, conflict, "a person took the server's side")
         elif resolution.action is Action.MERGE:
@@ -358,9 +360,9 @@ class Rebase(Outcomes):
             row = self._writer.entity(ref)
             assert row is not None, "an unsettled operation keeps its entity dirty"
             self._drop_below(ref, op)
-            if version > cursor and self._base(ref, row).version < version:
+            if version > cursor and self._writer.base(ref, row).version < version:
                 written = BaseRow(version, self._writer.device_id, timestamp, op.payload)
-                self._set_base(ref, row, written)
+                self._writer.set_base(ref, row, written)
             if row.pending == transaction.sequence:
                 self.show_base(ref)
 
@@ -385,7 +387,7 @@ class Rebase(Outcomes):
             if row.pending == transaction.sequence:
                 self.show_base(ref)
                 continue
-            base = self._base(ref, row)
+            base = self._writer.base(ref, row)
             if base.payload != op.payload:
                 written = BaseRow(
                     base.version, self._writer.device_id, transaction.timestamp, op.payload

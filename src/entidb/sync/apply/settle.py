@@ -7,20 +7,11 @@ the law for both.
 
 from __future__ import annotations
 
-from operator import add, ge
-
 from msgspec.structs import replace
 
 from entidb.db.pending import PendingOp
 from entidb.db.records import (
-    DIRTY,
-    HAS_BASE,
-    PENDING_HEAD,
-    TOMBSTONE,
-    base_key,
-    pack_entity,
     sequence_of,
-    unpack_pending,
 )
 from entidb.db.replica import HAVE_RANGES_MAX, add_to_ranges
 from entidb.db.writer import Writer
@@ -28,7 +19,6 @@ from entidb.errors import ProtocolError
 from entidb.protocol import PushResponse, Verdict
 from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.seam import PushBatch, Settled
-from entidb.types import ID_BYTES
 
 #: What is kept of a server's words for a refusal.
 CODE_CHARS_MAX = 100
@@ -116,29 +106,19 @@ class Settling:
         """What ``run`` does with an answer as most are, in columns: every transaction is accepted
         and has one operation, on an entity where it is the only pending one. False if it is not
         like that; then nothing has changed."""
-        results, keys, rows = self._response.results, batch.entity_keys, batch.entity_rows
+        results, keys = self._response.results, batch.entity_keys
         if batch.chained or {result.verdict for result in results} != {_ACCEPTED}:
             return False
         versions = [result.version for result in results]
         if min(versions) <= self._state.cursor:
             return False
-        heads = zip(*map(unpack_pending, rows), strict=True)
-        flags, shown, before, devices, stamps, pending = heads
-        # Not so where one has several operations, or an entity several transactions.
-        if list(pending) != batch.sequences or any(map(ge, before, versions)):
+        stamps = [result.timestamp for result in results]
+        cleaned = self._writer.clean_all(
+            batch.numbers, keys, batch.entity_rows, batch.sequences, versions, stamps
+        )
+        if not cleaned:
             return False
-        bases = [
-            base_key(number, key[-ID_BYTES:])
-            for number, key, flag in zip(batch.numbers, keys, flags, strict=True)
-            if flag & HAS_BASE
-        ]
-        gone = [flag & TOMBSTONE for flag in flags]
-        given = [result.timestamp or stamp for result, stamp in zip(results, stamps, strict=True)]
-        clean = map(pack_entity, gone, shown, versions, devices, given)
-        values = [row[PENDING_HEAD:] for row in rows]
-        changes = self._writer.changes
-        changes.update(dict.fromkeys([*bases, *batch.keys]))
-        changes.update(zip(keys, map(add, clean, values), strict=True))
+        self._writer.delete_many(batch.keys)
         for version in versions:
             add_to_ranges(self._have, version)
         self._writer.head.ready -= len(keys)
@@ -174,7 +154,6 @@ class Settling:
     ) -> bool:
         """The common case, without objects: every entity has this transaction as its only pending
         one and a base that is older. Its rows then just become clean, in place."""
-        changes = self._writer.changes
         outbox_key = batch.keys[index]
         sequence = sequence_of(outbox_key)
         if index in batch.chained and any(
@@ -182,20 +161,11 @@ class Settling:
             for op in batch.pending(index).operations
         ):
             return False
-        made: list[tuple[bytes, bytes | None]] = []
-        for at in range(place, place + batch.counts[index]):
-            key, row = batch.entity_keys[at], batch.entity_rows[at]
-            if not row or not row[0] & DIRTY or key in changes:
-                return False
-            flags, shown, base, device, stamp, pending = unpack_pending(row)
-            if pending != sequence or base >= version:
-                return False
-            if flags & HAS_BASE:
-                made.append((base_key(batch.numbers[at], key[-ID_BYTES:]), None))
-            head = pack_entity(flags & TOMBSTONE, shown, version, device, timestamp or stamp)
-            made.append((key, head + row[PENDING_HEAD:]))
-        changes[outbox_key] = None
-        changes.update(made)
+        part = slice(place, place + batch.counts[index])
+        numbers, keys, rows = batch.numbers[part], batch.entity_keys[part], batch.entity_rows[part]
+        if not self._writer.clean(numbers, keys, rows, sequence, version, timestamp):
+            return False
+        self._writer.delete(outbox_key)
         self._writer.head.ready -= 1
         self._rebase.forget(sequence)
         return True

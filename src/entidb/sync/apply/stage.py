@@ -9,7 +9,7 @@ from collections import Counter
 
 from msgspec.structs import replace
 
-from entidb.db.records import REMOTE, TOMBSTONE, pack_entity, table_prefix, unpack_entity
+from entidb.db.catalogue import CollectionInfo
 from entidb.db.replica import Stage
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError
@@ -34,26 +34,16 @@ def stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: Colum
     remove nothing, and its rows are those of the server but for the number of its commit."""
     tables, counts = dict(stage.tables), dict(stage.counts)
     targets = targets_of(writer, response)
-    prefixes = [
-        None if info is None else table_prefix(_table_for(writer, tables, info.number))
+    staged = [
+        None if info is None else info.standing_in(_table_for(writer, tables, info.number))
         for info in targets
     ]
-    fresh = bytes((REMOTE,)) + bytes(8)
-    made = [
-        (prefix + entity_id, fresh + head + payload)
-        for index, entity_id, head, payload in zip(
-            rows.indexes, rows.ids, rows.heads, rows.payloads, strict=True
-        )
-        if payload is not None and (prefix := prefixes[index]) is not None
-    ]
-    before = len(writer.changes)
-    writer.changes.update(made)
+    once = writer.stage_entities(staged, rows.indexes, rows.ids, rows.heads, rows.payloads)
     sent, operations = Counter(rows.indexes), 0
     gone = Counter(
         index for index, payload in zip(rows.indexes, rows.payloads, strict=True) if payload is None
     )
-    twice = len(writer.changes) != before + len(made)
-    if twice or (gone and len(set(zip(rows.indexes, rows.ids, strict=True))) != len(rows.ids)):
+    if not once or (gone and len(set(zip(rows.indexes, rows.ids, strict=True))) != len(rows.ids)):
         raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
     for index, info in enumerate(targets):
         if info is not None:
@@ -90,47 +80,34 @@ def stage_operations(
     # After the full part of some collections the changes of the others follow; a change of a
     # full one then goes straight into its new table.
     tables, deltas, counts = dict(stage.tables), dict(stage.deltas), dict(stage.counts)
-    prefixes: list[tuple[bytes, str, bool] | None] = []
+    places: list[tuple[CollectionInfo, bool] | None] = []
     for info in targets_of(writer, response):
         is_full = info is not None and (stage.full is None or info.name in stage.full)
         if info is None or (full_phase and not is_full):
             # A collection that was not asked for now: its changes come after the full part.
-            prefixes.append(None)
+            places.append(None)
             continue
         table = _table_for(writer, tables if is_full else deltas, info.number)
-        prefixes.append((table_prefix(table), str(info.number), is_full))
+        places.append((info.standing_in(table), is_full))
     operations = 0
-    changes = writer.changes
+    seen: set[tuple[int, bytes]] = set()
     for commit in response.commits:
-        head = pack_entity(REMOTE, 0, commit.version, commit.device_id, commit.timestamp)
-        gone = pack_entity(
-            REMOTE | TOMBSTONE, 0, commit.version, commit.device_id, commit.timestamp
-        )
+        written = commit.version, commit.device_id, commit.timestamp
         unseen = commit.version <= stage.first_head and full_phase
         for op in commit.operations:
-            target = prefixes[op.collection]
-            if target is None:
+            place = places[op.collection]
+            if place is None:
                 continue
-            prefix, number, is_full = target
+            info, is_full = place
             operations += is_full
-            key = prefix + op.entity_id
-            if key in changes:
+            if (ref := (info.number, op.entity_id)) in seen:
                 raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
-            payload = op.payload
+            seen.add(ref)
             if not is_full:
-                changes[key] = gone if payload is None else head + payload
-                continue
-            if not unseen:
-                there = writer.get(key)
-                if there is not None:
-                    if unpack_entity(there)[2] >= commit.version:
-                        continue
-                    counts[number] -= 1
-            if payload is None:
-                changes[key] = None
-            else:
-                changes[key] = head + payload
-                counts[number] = counts.get(number, 0) + 1
+                writer.stage_change(info, op.entity_id, op.payload, *written)
+            elif by := writer.stage_entity(info, op.entity_id, op.payload, *written, unseen=unseen):
+                number = str(info.number)
+                counts[number] = counts.get(number, 0) + by
     full_cursor, full_done, delta_cursor = stage.full_cursor, stage.full_done, stage.delta_cursor
     if full_phase:
         full_cursor, full_done = response.cursor, not response.has_more
