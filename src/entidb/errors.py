@@ -29,9 +29,10 @@
         │   ├── SyncCodecError         codec_error
         │   └── VersionMismatchError   version_mismatch
         ├── AuthenticationError        unauthorized
-        │   └── PermissionDeniedError  forbidden
+        │   └── PermissionDeniedError  forbidden | revoked
         ├── ServerError                server_error             retryable
         │   └── ServerBusyError        busy | rate_limited      retryable, after a time
+        │                              frozen                   not retryable
         ├── ConflictError              rounds_exhausted
         ├── SyncCancelledError         cancelled
         ├── SyncStateError             invalid_state
@@ -351,6 +352,14 @@ REFUSALS: frozenset[str] = frozenset(
 )
 
 
+#: What an administrator decides travels as a code that every device knows, with a ``reason`` among
+#: the details; a device that knows the reason has it as its code.
+REASONS: dict[tuple[str, str], str] = {
+    ("forbidden", "revoked"): "revoked",
+    ("busy", "frozen"): "frozen",
+}
+
+
 def error_from_code(
     code: str,
     message: str,
@@ -362,7 +371,12 @@ def error_from_code(
     because a newer server may have learned new ones."""
     row = ERROR_TABLE.get(code)
     kind = row.error if row is not None else ServerError
-    error = kind(message, code=code, retry_after=retry_after, details=details)
+    given = (details or {}).get("reason")
+    reason = REASONS.get((code, given)) if isinstance(given, str) else None
+    error = kind(message, code=reason or code, retry_after=retry_after, details=details)
     if code in REFUSALS:
         error.refused_by = "server"
+    if reason is not None:
+        # An administrator has decided this, and asking again at once changes nothing.
+        error.retryable = False
     return error

@@ -360,8 +360,9 @@ def _passes(error: EntiDBError) -> bool:
 
 
 _PASSING: Final = (DatabaseLockedError, TlsError, StorageFullError, CommitUnknownError)
-#: The login page of a network redirects and says that it is for good; another thread writes.
-_PASSING_CODES: Final = ("redirected", "busy")
+#: The login page of a network redirects and says that it is for good; another thread writes; an
+#: administrator has frozen the server's database.
+_PASSING_CODES: Final = ("redirected", "busy", "frozen")
 
 
 def _say_once(said: str, error: EntiDBError) -> str:

@@ -35,9 +35,11 @@ from entidb.protocol import (
 from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants
 from entidb.server.config import ServerConfig, is_db_id
+from entidb.server.control import Control
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
 from entidb.server.stores import Store, Stores
+from entidb.types import SystemClock
 
 logger = logging.getLogger("entidb.server")
 
@@ -52,10 +54,13 @@ class Front:
         *,
         authenticator: Authenticator,
         stores: Stores,
+        control: Control | None = None,
         features: Sequence[str] = (),
     ) -> None:
         self.stores: Final = stores
         self.limits: Final = config.limits()
+        #: What an administrator has decided; without one, nothing.
+        self.control: Final = control or Control(None, SystemClock())
         self._authenticator = authenticator
         self._features = list(features)
         self._page_bytes_max = config.pull_bytes_max
@@ -83,8 +88,10 @@ class Front:
     def permit(self, request: SyncRequest, grants: Grants) -> Grant:
         """What the token allows on the database the message names; that it may send this message
         at all. Raises ``PermissionDeniedError``, before anybody looks whether it exists. A push
-        without the right to write is read all the same: it gets its verdicts (R15)."""
+        without the right to write is read all the same: it gets its verdicts (R15). Also who is
+        revoked is refused (R32), and a push to a frozen database (``ServerBusyError``)."""
         grant = grants.on(request.db_id)
+        self.control.admit(grants, request)
         if isinstance(request, PullRequest) and not grant.read:
             raise PermissionDeniedError("the token does not allow reading this database")
         return grant
@@ -146,6 +153,8 @@ class Front:
         return None if answer is None else encode(answer)
 
     def page(self, store: Store, request: PullRequest, grant: Grant) -> bytes:
+        # It may have waited for its turn since it was permitted.
+        self.control.admit(grant, request)
         return store.service.pull_bytes(self.bounded(request), grant)
 
     def bounded(self, request: PullRequest) -> PullRequest:

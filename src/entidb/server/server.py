@@ -30,6 +30,7 @@ from entidb.protocol import (
 from entidb.server import wire
 from entidb.server.auth import Grants, JwtAuthenticator, authenticator_for
 from entidb.server.config import WAYS_TO_KNOW, ServerConfig
+from entidb.server.control import Control
 from entidb.server.front import Front
 from entidb.server.origins import Origins
 from entidb.server.stores import DataDirectory, OpenDatabase, Stores, in_memory, on_disk
@@ -80,12 +81,16 @@ class SyncServer:
             open_database = on_disk(config, **options)
         try:
             self.stores = Stores(config, clock=self.clock, open_database=open_database)
+            self.front: Final = Front(
+                config,
+                authenticator=self._authenticator,
+                stores=self.stores,
+                control=Control(config.data_dir, self.clock),
+                features=self.encodings,
+            )
         except BaseException:
             self._release_directory()
             raise
-        self.front: Final = Front(
-            config, authenticator=self._authenticator, stores=self.stores, features=self.encodings
-        )
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(6).hex()
 

@@ -114,7 +114,7 @@ class AsyncSyncEngine:
 
     async def _pause(self) -> None:
         try:
-            async with asyncio.timeout(self.engine.config.interval_s):
+            async with asyncio.timeout(self.engine.pause_s()):
                 await self._wake.wait()
         except TimeoutError:
             return

@@ -43,6 +43,9 @@ from entidb.types import Clock, SystemClock, kind_name
 #: Bounded parts of replaced tables removed after a cycle; the rest waits for the next one.
 TIDY_STEPS = 50
 
+#: Seconds until a background engine whose device was revoked asks again by itself (R32).
+REVOKED_PAUSE_S = 3600.0
+
 #: How long ``stop`` waits for a cycle, in turns. What takes longer is a commit of minutes, or a
 #: cycle that waits for the caller in a way nobody can see.
 _END_TURN_S = 0.02
@@ -354,8 +357,9 @@ class SyncEngine(Decisions):
     def start(self) -> None:
         """Sync now, and then every ``interval_s`` seconds, in a background thread, until
         ``stop()``. Errors do not end it: they show in ``status()`` and are tried again at the
-        next turn. So do bugs of listeners, observers and policies, which also go to
-        ``threading.excepthook``. Raises ``DatabaseClosedError`` on a closed engine."""
+        next turn, which comes an hour later where this device was revoked (R32). So do bugs of
+        listeners, observers and policies, which also go to ``threading.excepthook``. Raises
+        ``DatabaseClosedError`` on a closed engine."""
         self._check_not_closed()
         if self._thread is not None:
             raise SyncStateError("this engine runs in the background already")
@@ -423,7 +427,13 @@ class SyncEngine(Decisions):
                 self.note_bug(error)
             if stopped.is_set() or self._closed:
                 return
-            self._clock.wait(self._wake, self.config.interval_s)
+            self._clock.wait(self._wake, self.pause_s())
+
+    def pause_s(self) -> float:
+        """Seconds between this turn in the background and the next."""
+        error = self._last_error
+        revoked = error is not None and error.code == "revoked"
+        return max(self.config.interval_s, REVOKED_PAUSE_S if revoked else 0.0)
 
     def note_bug(self, error: BaseException) -> None:
         """Show what is not an error of ours in ``status()``, and tell ``threading.excepthook``: a

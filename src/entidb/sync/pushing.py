@@ -196,6 +196,10 @@ class Pushing:
             applier.unsend()
             path.refused(batch.bytes)
             return
+        if error.code == "revoked":
+            # It is about this device, and whatever it asked would be answered so (R32).
+            applier.unsend()
+            raise error
         if is_forbidden(error):
             yield from self._take_no_right(batch, error)
             return

@@ -641,7 +641,9 @@ class Device:
                 outcome = protocol.decode_response(exchange.request, data)
             else:
                 said = protocol.decode(ErrorResponse, data)
-                outcome = error_from_code(said.code, said.message, retry_after=said.retry_after)
+                outcome = error_from_code(
+                    said.code, said.message, retry_after=said.retry_after, details=said.details
+                )
         except SyncError as error:
             outcome = error
         if (

@@ -402,8 +402,7 @@ class Host:
             databases={tenant.db_id: may if granted is None else rights},
             expires_s=TOKEN_S if self.world.knobs.expired_token else 10_000_000,
             audience=AUDIENCE,
-            # Numbered, because a run has to be the same each time.
-            claims={"jti": str(len(self._issued))},
+            claims={"jti": str(len(self._issued))},  # the same in every run of this seed
             clock=self.world.server_clock,
         )
         self._issued[made] = tenant
