@@ -56,8 +56,8 @@ class LiveRequest:
         self.db_id = given.get("db_id", "")
         if not self.db_id:
             raise ProtocolError("name the database: ?db_id=…")
-        #: The newest commit that the asker has seen.
-        self.cursor = _number(given.get("cursor", "0"), "cursor")
+        #: The newest commit that the asker has seen; -1: whatever there is is news.
+        self.cursor = _number(given["cursor"]) if "cursor" in given else -1
         self.history = _bytes(given.get("history"), "history")
         self.device_id = _bytes(given.get("device_id"), "device_id")
         accepted = headers.get("accept", "")
@@ -67,9 +67,9 @@ class LiveRequest:
             self.cursor = max(self.cursor, int(last))
 
 
-def _number(text: str, name: str) -> int:
+def _number(text: str) -> int:
     if re.fullmatch("[0-9]{1,18}", text) is None:
-        raise ProtocolError(f"{name} is a number of a commit")
+        raise ProtocolError("cursor is the number of a commit")
     return int(text)
 
 

@@ -6,6 +6,8 @@
     ahead          requests that leave before the engine asks for their answers
     client         the client that ships: connections, deadlines, ending what is under way
     steps          the steps of one exchange as the client library reports them
+    news           news: a stream of events, or a request that waits
+    streaming      the client for an answer that has no end
     watchdog       the thread that ends what takes longer than it may in all
     address        which URLs and which tokens a device may use
     surroundings   proxies and certificate authorities of the environment

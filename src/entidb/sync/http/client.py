@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import httpx2
 
@@ -35,6 +35,7 @@ from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.transport import HttpResponse
 from entidb.types import Clock, SystemClock
 
+Client = TypeVar("Client", bound="HttpxClient")
 _FRAMED: Final = frozenset(("content-length", "transfer-encoding"))
 
 
@@ -118,6 +119,10 @@ class HttpxClient:
                 return self._connect_apart(exchange)
         finally:
             self._interrupts.end(watch)
+
+    def twin(self, kind: type[Client]) -> Client:
+        """A client of that kind with the same settings, and connections of its own."""
+        return kind(self._config, ssl_context=self._ssl_context, clock=self._clock)
 
     def _connect_apart(self, exchange: _Exchange) -> HttpResponse:
         """A request that needs a new connection, on a thread of its own: looking up the name,

@@ -36,8 +36,10 @@ from entidb.sync.config import HttpConfig
 from entidb.sync.http.address import TOKEN, check_token, check_url, is_loopback
 from entidb.sync.http.ahead import Ahead, Carrier
 from entidb.sync.http.answers import is_cbor, spoken_error, status_error
-from entidb.sync.http.client import ready_client
+from entidb.sync.http.client import HttpxClient, ready_client
 from entidb.sync.http.failures import FOREIGN, too_large, translated
+from entidb.sync.http.news import HttpNews
+from entidb.sync.http.streaming import StreamingClient
 from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.transport import (
     BaseTransport,
@@ -84,6 +86,7 @@ class HttpTransport(BaseTransport):
         check_token(token, base, host, self._config)
         self._token = token
         self._token_lock = threading.Lock()
+        self._base = base
         self._urls: dict[type, str] = {kind: base + path for path, kind in PATHS.items()}
         self._client = client or ready_client(self._config, self._clock, base)
         #: Encodings this side can undo, best first, and the one it packs requests with.
@@ -231,6 +234,26 @@ class HttpTransport(BaseTransport):
             # what decides about retrying.
             body = b""
         return status_error(url, response, body, self._clock)
+
+    # -- waiting for news ---------------------------------------------------------------------
+
+    def news(self, db_id: str, device_id: bytes) -> HttpNews | None:
+        """Where this device hears that there is something new in ``db_id``; None where the client
+        is one of somebody else's, which has no way to read an answer as it comes."""
+        if not isinstance(self._client, HttpxClient):
+            return None
+        return HttpNews(
+            self._client.twin(StreamingClient),
+            self._base,
+            db_id=db_id,
+            device_id=device_id,
+            user_agent=self._headers["User-Agent"],
+            token=None if self._token is None else self._fresh_token,
+            clock=self._clock,
+        )
+
+    def _fresh_token(self, refresh: bool) -> str:
+        return self._ask_token(refresh=refresh)
 
     # -- ahead of time ------------------------------------------------------------------------
 

@@ -1,0 +1,309 @@
+"""The channel of hints, from the device's side: a stream where that works, a poll that waits where
+it does not, and nothing at all where neither does; then the interval of the engine is what is left.
+
+``Policy`` decides what to do next and knows neither network nor threads; ``Channel`` does it, on a
+thread of its own. A hint says that there is something to pull and never what: everything that is
+lost here is found by the next cycle.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+from entidb.errors import SyncCancelledError, SyncError
+from entidb.types import Clock
+
+_log = logging.getLogger("entidb.sync")
+
+#: Seconds to the first event of a stream. A server sends it at once, so what is late is held up
+#: by something on the way that gathers answers.
+FIRST_EVENT_S: Final = 5.0
+#: Seconds without a sign of life after which a stream is given up; a server shows one every 15.
+SILENCE_S: Final = 40.0
+#: Seconds for which polls take the place of streams that are held up.
+POLL_INSTEAD_S: Final = 600.0
+#: Seconds until the next try after the first failure, twice as many after each further one.
+_WAIT_S: Final = 1.0
+_WAIT_MAX_S: Final = 60.0
+#: Seconds until a server is asked again that has refused to say anything.
+_REFUSED_S: Final = 300.0
+#: Seconds between two polls that are answered at once.
+_BETWEEN_POLLS_S: Final = 0.05
+#: A stream that lived for so long has worked.
+_WORKED_S: Final = 10.0
+#: Seconds that ``stop`` waits for the thread; where it looks up a name, it is left to itself.
+_JOIN_S: Final = 0.1
+
+
+class LiveState(StrEnum):
+    """How a device hears that there is something new."""
+
+    #: A stream is open: at once.
+    LIVE = "live"
+    #: A request waits for news: at once, or with the next one.
+    POLLING = "polling"
+    #: Not at all: with the next cycle of the interval.
+    OFFLINE = "offline"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a stream: ``name`` is ``head`` or ``bye``, or one of a newer server."""
+
+    name: str
+    data: str
+    #: Milliseconds before which not to come again, if it says so.
+    retry_ms: int | None = None
+
+
+class HeldUpError(Exception):
+    """The server has the question, and the first event did not come in time."""
+
+
+class Events(Protocol):
+    """An open stream."""
+
+    def next(self) -> Event | None:
+        """The next event, or None for a sign of life; waits for it. Raises ``EOFError`` at the
+        end, a ``SyncError`` where the connection is lost or silent, and ``HeldUpError``."""
+
+    def close(self) -> None: ...
+
+
+class NewsSource(Protocol):
+    """What a transport has that can wait for news."""
+
+    def open(self, *, first_event_s: float, silence_s: float, refresh: bool) -> Events:
+        """A stream. ``refresh`` asks for a fresh token. Raises ``SyncError`` and
+        ``HeldUpError``."""
+
+    def poll(self, known: int | None, *, refresh: bool) -> int:
+        """The newest commit, as soon as it is beyond ``known`` (None: at once), or after a while.
+        Raises ``SyncError``."""
+
+    def interrupt(self) -> None:
+        """End what is under way, and what begins after this, with ``SyncCancelledError``."""
+
+    def close(self) -> None: ...
+
+
+# ---------------------------------------------------------------- what to do next
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Open a stream."""
+
+    refresh: bool
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Send a request that waits."""
+
+    refresh: bool
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Do nothing for so many seconds."""
+
+    seconds: float
+
+
+class Policy:
+    """What to do next, from what has happened. Times are those of a monotonic clock; ``draw`` is
+    a random number from 0 to 1, so that a fleet does not come back at once."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        self._draw = draw
+        self.state = LiveState.OFFLINE
+        self._failures = 0
+        self._not_before = 0.0
+        self._poll_until = 0.0
+        self._refresh = False
+        self._refreshed = False
+
+    def next(self, now: float) -> Listen | Ask | Wait:
+        if now < self._not_before:
+            return Wait(self._not_before - now)
+        refresh, self._refresh = self._refresh, False
+        return Ask(refresh) if now < self._poll_until else Listen(refresh)
+
+    # ---- what has happened
+
+    def opened(self) -> None:
+        """The first event of a stream is here."""
+        self.state = LiveState.LIVE
+        self._refreshed = False
+
+    def answered(self, now: float) -> None:
+        """A request that waited was answered."""
+        self.state = LiveState.POLLING
+        self._not_before = now + _BETWEEN_POLLS_S
+        self._failures = 0
+        self._refreshed = False
+
+    def held_up(self, now: float) -> None:
+        """A stream was begun, and its first event did not come: something gathers answers."""
+        self._poll_until = now + POLL_INSTEAD_S
+        self.state = LiveState.OFFLINE
+
+    def said_goodbye(self, now: float, event: Event, lived_s: float) -> None:
+        """A stream ended as it should."""
+        self.state = LiveState.OFFLINE
+        self._refresh = event.data == "token"
+        if event.retry_ms:
+            # The server has spread these already; a little more for those it cut in the middle.
+            self._not_before = now + event.retry_ms / 1000 + self._draw()
+        elif lived_s < _WORKED_S:
+            self._again(now)
+
+    def failed(self, now: float, error: SyncError | EOFError, lived_s: float = 0.0) -> None:
+        """A stream or a request ended otherwise, or never began."""
+        self.state = LiveState.OFFLINE
+        if lived_s >= _WORKED_S:
+            self._failures = 0
+        retry_after = getattr(error, "retry_after", None)
+        code = getattr(error, "code", "")
+        if code == "unauthorized" and not self._refreshed:
+            # Once: a token provider that has nothing better is not asked in a loop.
+            self._refresh = self._refreshed = True
+            return
+        passes = isinstance(error, EOFError | SyncCancelledError) or error.retryable
+        if not passes:
+            # Not there, not allowed, not understood: it may be another server in some minutes.
+            self._not_before = now + _REFUSED_S * (0.5 + self._draw())
+            return
+        self._again(now, retry_after or 0.0)
+
+    def _again(self, now: float, at_least_s: float = 0.0) -> None:
+        longest = min(_WAIT_S * 2.0**self._failures, _WAIT_MAX_S)
+        self._failures = min(self._failures + 1, 30)
+        self._not_before = now + at_least_s + longest * self._draw()
+
+
+# ---------------------------------------------------------------- doing it
+
+
+class Channel:
+    """Listens for news of one server on a thread of its own, from ``start`` to ``stop``.
+
+    ``news`` is called with the newest commit that was named, and whether this is the first word
+    since nothing was heard: a pull is due then, whatever the number. ``changed`` is called when
+    the state is another one. Both from the thread; they must be quick and not raise.
+    """
+
+    def __init__(
+        self,
+        source: NewsSource,
+        clock: Clock,
+        draw: Callable[[], float],
+        *,
+        news: Callable[[int, bool], None],
+        changed: Callable[[LiveState], None] = lambda state: None,
+    ) -> None:
+        self._source = source
+        self._clock = clock
+        self._policy = Policy(draw)
+        self._news = news
+        self._changed = changed
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        #: The newest commit that was named since nothing was heard.
+        self._known = 0
+        self.state = LiveState.OFFLINE
+        #: Since when it is so, in milliseconds since 1970.
+        self.since_ms = clock.now_ms()
+
+    def start(self) -> None:
+        """Idempotent while it runs."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._run, name="entidb-live", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End what is under way; idempotent. Returns within 100 ms or so, from anywhere."""
+        self._stopping.set()
+        self._source.interrupt()
+        self._source.close()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            step = self._policy.next(self._clock.monotonic())
+            try:
+                if isinstance(step, Wait):
+                    self._clock.wait(self._stopping, step.seconds)
+                elif isinstance(step, Listen):
+                    self._listen(step)
+                else:
+                    self._ask(step)
+            except SyncCancelledError as error:
+                # Somebody has stopped what the transport does, and not this.
+                self._policy.failed(self._clock.monotonic(), error)
+            self._tell()
+        self._policy.state = LiveState.OFFLINE
+        self._tell()
+
+    def _listen(self, step: Listen) -> None:
+        now = self._clock.monotonic
+        began = now()
+        events: Events | None = None
+        first = True
+        try:
+            events = self._source.open(
+                first_event_s=FIRST_EVENT_S, silence_s=SILENCE_S, refresh=step.refresh
+            )
+            while True:
+                event = events.next()
+                if event is None:
+                    continue
+                if event.name == "bye":
+                    self._policy.said_goodbye(now(), event, now() - began)
+                    return
+                if event.name == "head" and event.data.isdigit():
+                    self._policy.opened()
+                    self._tell()
+                    self._news(int(event.data), first)
+                    first = False
+        except HeldUpError:
+            self._policy.held_up(now())
+            _log.info("something on the way to the server gathers answers; asking now and then")
+        except (SyncError, EOFError) as error:
+            self._policy.failed(now(), error, now() - began)
+            _log.debug("the stream of news ended: %s", error)
+        finally:
+            if events is not None:
+                events.close()
+
+    def _ask(self, step: Ask) -> None:
+        first = self._policy.state is not LiveState.POLLING
+        try:
+            head = self._source.poll(None if first else self._known, refresh=step.refresh)
+        except SyncError as error:
+            self._policy.failed(self._clock.monotonic(), error)
+            _log.debug("asking for news failed: %s", error)
+            return
+        self._policy.answered(self._clock.monotonic())
+        self._known = head
+        self._tell()
+        self._news(head, first)
+
+    def _tell(self) -> None:
+        state = self._policy.state
+        if state is not self.state:
+            self.state, self.since_ms = state, self._clock.now_ms()
+            self._changed(state)
+
+
+__all__ = ["Channel", "Event", "Events", "LiveState", "NewsSource", "Policy"]
