@@ -23,7 +23,7 @@ def shop(tmp_path: Path) -> Path:
 
 
 def test_verify_says_that_all_is_well(shop: Path):
-    assert done("verify", shop) == f"{shop} is well: every record was checked\n"
+    assert done("verify", shop) == f"{shop} has no faults: every record was checked\n"
     assert document(done("verify", shop, "--json")) == {
         "path": str(shop),
         "ok": True,

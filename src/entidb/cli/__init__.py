@@ -3,7 +3,7 @@
     app        the command table, and how every error becomes one line and an exit code
     exits      exit codes, and which error has which
     words      positional arguments: the database directory, ids and short ids
-    values     JSON as it is typed and printed, and the values it stands for
+    values     JSON as it is typed and printed, and the values that it means
     output     lines, tables, times and sizes, the same on a terminal and in a pipe
     entities   init, put, get, delete, list
     transfer   import, export (``rows`` reads and writes the files)
@@ -28,7 +28,7 @@ _EXTRA = ("click", "rich")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with ``arguments`` (default: the process's) and return its exit code.
 
-    Never raises but for a bug in the interpreter: errors are one line on standard error.
+    Raises only for a bug in the interpreter: errors are one line on standard error.
     """
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:

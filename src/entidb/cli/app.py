@@ -73,7 +73,7 @@ SUMMARIES: Final[dict[str, str]] = {
     "backup": "Write a consistent copy to the new directory TARGET.",
     "migrate": "Rewrite a collection in the shape that FUNCTION makes of each entity.",
     "demo": "Show everything on this machine: a server, three devices, and what can go wrong.",
-    "version": "Show the versions of EntiDB and what it stands on.",
+    "version": "Show the versions of EntiDB and of the packages that it uses.",
 }
 
 
@@ -100,11 +100,12 @@ class _Entidb(click.Group):
         return command
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:
-        """As click's, with our way out. For ``CliRunner`` and whoever calls the group."""
+        """As click's, with our exit codes. For ``CliRunner`` and for programs that call the
+        group."""
         sys.exit(run(args))
 
     def run_click(self, args: Sequence[str] | None) -> Any:
-        """What click's ``main`` does, but for its own way to end a process."""
+        """What click's ``main`` does, without its own way to end a process."""
         if "_ENTIDB_COMPLETE" in os.environ:  # a shell asks how a line could go on
             return super().main(prog_name="entidb")
         given = sys.argv[1:] if args is None else list(args)
@@ -116,7 +117,7 @@ class _Entidb(click.Group):
 
 
 def _unavailable(name: str, error: ImportError) -> click.Command:
-    """Stands for a command that cannot be loaded; the others still can."""
+    """Takes the place of a command that cannot be loaded; the others still can."""
     reason = one_line(str(error))
 
     @click.command(
@@ -145,7 +146,7 @@ def cli() -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; its exit code. Raises nothing but what a debugger wants to see."""
+    """Run one command line; its exit code. Raises only what a debugger wants to see."""
     _open_missing_streams()
     _make_streams_safe()
     try:
@@ -227,7 +228,7 @@ def _sigterm_as_exit() -> Any:
 
     try:
         before = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: signals are somebody else's business
+    except ValueError:  # not the main thread: the main thread handles signals
         yield
         return
     try:
@@ -237,8 +238,9 @@ def _sigterm_as_exit() -> Any:
 
 
 def _open_missing_streams() -> None:
-    """A standard stream that was closed (``>&-``) reads and writes nothing. Left as it is, the
-    next file opened would get its number: a database that everything on standard error goes into.
+    """A standard stream that was closed (``>&-``) reads and writes nothing. Left as it is, the next
+    file opened would get its number, and everything that goes to standard error would be written
+    into a database.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:

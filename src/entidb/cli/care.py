@@ -21,7 +21,7 @@ from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from entidb.storage.opening import closed_faults
 from entidb.version import VERSION
 
-#: Packages whose versions matter when somebody reports a problem.
+#: Packages whose versions matter in a report of a problem.
 _PACKAGES: Final = ("lmdb", "libipld", "msgspec", "httpx2", "click", "rich", "starlette", "uvicorn")
 
 
@@ -39,7 +39,7 @@ def verify_command(words: tuple[str, ...], directory: str | None, as_json: bool)
         print_json({"path": path, "ok": not faults, "faults": faults})
         return Exit.FAULTS if faults else Exit.OK
     if not faults:
-        say(f"{path} is well: every record was checked")
+        say(f"{path} has no faults: every record was checked")
         return Exit.OK
     for fault in faults:
         say(fault)
@@ -54,7 +54,8 @@ def verify_command(words: tuple[str, ...], directory: str | None, as_json: bool)
 
 
 def _faults(path: str) -> list[str]:
-    """A database that is too damaged to be opened is at fault too; one that is none is not."""
+    """The faults of the database at ``path``. One that is too damaged to be opened has a fault too;
+    a directory without a database raises."""
     try:
         # Its pages first, without mapping them: a damaged one could end this process.
         faults = closed_faults(path)
@@ -110,7 +111,7 @@ def _inspected(found: dict[str, Any]) -> Iterator[tuple[str, object]]:
 @words("")
 @json_option
 def compact_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
-    """Give unused room back to the file system. Needs room for a copy meanwhile."""
+    """Give unused room back to the file system. Until it is done it needs room for a copy."""
     path = bind(words, directory).path
     with opened(path) as database:
         before = database.storage.info().file_bytes
@@ -146,7 +147,7 @@ def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool)
 @click.command("version")
 @json_option
 def version_command(as_json: bool) -> None:
-    """Show the versions of EntiDB and what it stands on."""
+    """Show the versions of EntiDB and of the packages that it uses."""
     document = {
         "entidb": VERSION,
         "protocol": f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}",

@@ -5,7 +5,7 @@ Everything in it is the real thing: ``entidb serve`` on a socket of loopback, a 
 in a directory for each device, and a process for each, one of which is killed. What is printed is
 what the processes answered. The exit code is 0 only if every check held.
 
-    demo            the story, in the order in which it is told
+    demo            the story, in the order in which it happens
     demo_processes  starting, asking, killing and stopping
     demo_device     what a device process does
     demo_data       the tables
@@ -43,12 +43,12 @@ ROWS_PER_TRANSACTION: Final = 100
 #: The push whose answer the killed process never reads: one before it is settled, and more come
 #: after it.
 HELD_PUSH: Final = 3
-#: Rounds of syncing everybody after which nobody may have anything left to do.
+#: Rounds in which every device syncs, after which no device may have anything left to do.
 QUIET_ROUNDS_MAX: Final = 4
 
 
-#: What is done while nobody has a network: by whom, told how, and the changes, each entry one
-#: transaction.
+#: What the devices do while they have no network: which device, the sentence that says it, and the
+#: changes; each entry is one transaction.
 _OFFLINE_WORK: Final[list[tuple[str, str, list[dict[str, Any]]]]] = [
     (
         "ada",
@@ -150,8 +150,8 @@ def demo_command() -> None:
 
 
 def tell(story: Story) -> list[str]:
-    """The whole story; the sentences that turned out not to be true. Nothing it started is left
-    when it returns or raises."""
+    """Run the whole story. Returns the sentences that turned out not to be true. Nothing that it
+    started is left when it returns or raises."""
     clock = SystemClock()
     began = clock.monotonic()
     with stage() as scene:
@@ -185,7 +185,7 @@ class Scene:
 
 @contextlib.contextmanager
 def stage() -> Iterator[Scene]:
-    """A server and three devices, started; stopped and wiped away at the end, however it comes."""
+    """A server and three devices, started; stopped and removed at the end, whatever ends it."""
     cleanup = contextlib.ExitStack()
     try:
         directory = Path(tempfile.mkdtemp(prefix="entidb-demo-"))
@@ -257,7 +257,7 @@ class Demo:
             loaded += answer["entities"]
             self.story.line(
                 f"{device.name} loads {table}: {answer['entities']:,} rows in "
-                f"{len(answer['committed'])} transactions, durable before anybody is asked"
+                f"{len(answer['committed'])} transactions, durable before any request"
             )
         for device in (ada, ben, cleo, ada):
             self.sync(device)
@@ -307,7 +307,7 @@ class Demo:
             f"visits {seattle[0]['visits']}, tags {', '.join(seattle[0]['tags'])}"
         )
         self.check(
-            "nobody's change to SEA is lost: Ada's name, Ben's city, 2 + 3 + 1 visits, both tags",
+            "no change to SEA is lost: Ada's name, Ben's city, 2 + 3 + 1 visits, both tags",
             all(expected.items() <= s.items() and len(s["tags"]) == 2 for s in seattle),
         )
         temperature = self.scene.ada.ask("get", collection="weather", key="2012/01/01")["value"]
@@ -356,7 +356,7 @@ class Demo:
         )
         settled = waiting - found["pending"]
         self.check(
-            f"{settled} were settled before the kill; {on_server - settled} more the server has, "
+            f"{settled} were settled before the kill; the server has {on_server - settled} more, "
             "and Cleo does not know it",
             0 < settled < on_server <= settled + found["inflight"] < waiting,
         )
@@ -369,7 +369,7 @@ class Demo:
         )
 
     def come_to_rest(self) -> None:
-        self.story.chapter("Everybody syncs until there is nothing left to do")
+        self.story.chapter("All devices sync until there is nothing left to do")
         for _ in range(QUIET_ROUNDS_MAX):
             answers = [self.sync(device) for device in self._devices]
             if not any(answer["pulled"] or answer["pushed"] for answer in answers):
@@ -428,7 +428,7 @@ class Demo:
         return self.scene.devices
 
     def _server_head(self) -> int:
-        """The server's newest commit, as it tells any device that shakes hands."""
+        """The server's newest commit, from the answer to a handshake."""
         request = HandshakeRequest(
             major=PROTOCOL_MAJOR,
             minor=PROTOCOL_MINOR,

@@ -2,7 +2,7 @@
 
 Its parent writes one JSON command a line to its standard input and reads one JSON answer a line
 from its standard output. The process ends when its input does, so it never outlives its parent.
-What is done in which order, and what it means, is told by ``demo``.
+``demo`` says what is done in which order, and what it means.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SwitchedClient:
         self._inner.close()
 
     def _wait_for_the_end(self) -> None:
-        """The server has answered; this process is going to be killed before it reads that."""
+        """The server has answered; this process will be killed before it reads the answer."""
         say(self._report, {"held": True})
         self._hold.read()
         raise SystemExit("the demo ended while an answer was being held back")
@@ -134,7 +134,7 @@ class Device:
         return {}
 
     def sync(self, hold_push: int = 0) -> Answer:
-        """One cycle. With ``hold_push``, the answer to that push is held back for ever."""
+        """One cycle. With ``hold_push``, the engine never gets the answer to that push."""
         self._client.hold_push = hold_push
         return _result(self._engine.sync(), self._engine.discarded())
 

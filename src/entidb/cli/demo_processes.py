@@ -24,7 +24,8 @@ import click
 
 from entidb.types import SystemClock
 
-#: Seconds. Nothing the demo asks for takes more than one; this only ends a wait for the dead.
+#: Seconds. Nothing that the demo asks for takes more than one; this only ends the wait for a
+#: process that is gone.
 ANSWER_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 _READY_POLL_S = 0.02
@@ -52,7 +53,7 @@ class DeviceProcess:
         self._reader: threading.Thread | None = None
 
     def start(self) -> Answer:
-        """Start the process and open its database; what it found there."""
+        """Start the process and open its database; returns what it found there."""
         with self._log.open("ab") as log:
             self._process = process = subprocess.Popen(
                 [sys.executable, "-m", "entidb.cli.demo_device"],
@@ -92,7 +93,7 @@ class DeviceProcess:
         return status
 
     def stop(self) -> None:
-        """End the process: politely, and if that does not help, not. Idempotent."""
+        """End the process: close its input, and kill it if that does not help. Idempotent."""
         process = self._process
         if process is None:
             return
@@ -136,7 +137,7 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 class ServerProcess:
-    """``entidb serve`` on a free port of loopback, as anybody would start it."""
+    """``entidb serve`` on a free port of loopback, started like any other server."""
 
     def __init__(self, directory: Path, secret_file: Path) -> None:
         self.data = directory / "server"
@@ -172,7 +173,7 @@ class ServerProcess:
             if self._ready.exists():
                 return self._ready.read_text(encoding="utf-8").strip()
             clock.wait(threading.Event(), _READY_POLL_S)
-        raise DemoError(f"the server does not get ready:\n{_tail(self._log)}")
+        raise DemoError(f"the server is not ready after {ANSWER_TIMEOUT_S} s:\n{_tail(self._log)}")
 
     def stop(self) -> int:
         """SIGTERM, and its exit status; 0 says that it finished and closed everything."""
@@ -184,7 +185,7 @@ class ServerProcess:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without the settings somebody keeps for a server or a database of his own."""
+    """The environment of this process, without settings for the user's own server or database."""
     return {name: value for name, value in os.environ.items() if not name.startswith("ENTIDB_")}
 
 

@@ -24,7 +24,7 @@ _OUTCOMES: Final = {
     "merge": "merged field by field",
     "keep_local": "this device's value stays: it is the later one",
     "accept_remote": "the server's value stays",
-    "skip": "nobody decides but a person: held, and everything else goes on",
+    "skip": "only a person decides: held, and everything else goes on",
 }
 
 

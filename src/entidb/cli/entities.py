@@ -29,7 +29,7 @@ from entidb.db import Database, inspect
 from entidb.db.collection import ReadCollection
 from entidb.types import check_name
 
-#: Entities ``list`` shows unless told otherwise.
+#: Entities that ``list`` shows by default.
 LIST_LIMIT = 100
 
 
@@ -42,7 +42,7 @@ def init_command(
 ) -> None:
     """Make a new, empty database in the directory DIR.
 
-    A database that is there already is left as it is, but for collections given with --local.
+    A database that is there already stays as it is, except for collections given with --local.
     """
     path = bind(words, directory).path
     existed = is_database(path)
@@ -53,7 +53,7 @@ def init_command(
     if as_json:
         print_json({"path": path, "created": not existed, "device_id": device_id})
     elif existed:
-        say(f"{path} is an EntiDB database already; it was left as it is")
+        say(f"{path} is an EntiDB database already; it stays as it is")
     else:
         say(f"made a database in {path}")
 

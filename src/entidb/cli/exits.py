@@ -29,7 +29,7 @@ from entidb.errors import (
 
 
 class Exit(IntEnum):
-    """What the exit code says. Numbers are for ever; new ones are added at the end."""
+    """What the exit code says. Numbers never change; new ones are added at the end."""
 
     #: Everything was done.
     OK = 0
@@ -59,7 +59,7 @@ class Exit(IntEnum):
     PROTOCOL = 12
     #: Ctrl-C. What was committed stays.
     INTERRUPTED = 130
-    #: Who read the output stopped reading, as `head` does.
+    #: The program that reads the output stopped reading, as `head` does.
     BROKEN_PIPE = 141
     #: SIGTERM.
     TERMINATED = 143
@@ -72,7 +72,7 @@ class NotFoundError(LocalError):
 
 
 class UsageError(LocalError):
-    """The command line cannot be understood."""
+    """The command line has a mistake."""
 
     code = "usage"
 

@@ -36,7 +36,8 @@ def query_of(
     orders: Sequence[str],
     after: str | None,
 ) -> Query[Any]:
-    """The query that the options say. Raises ``UsageError``, ``InputError``, ``NotFoundError``."""
+    """The query that the options describe. Raises ``UsageError``, ``InputError``,
+    ``NotFoundError``."""
     query = collection.where()
     for given in conditions:
         try:
@@ -73,7 +74,8 @@ def _condition(given: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """JSON if it can be read so, else the text itself: who looks for tea writes no quotes."""
+    """JSON if it can be read so, else the text itself: a person who looks for tea writes no
+    quotes."""
     try:
         return parse(text)
     except InputError:

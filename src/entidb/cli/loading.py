@@ -29,8 +29,8 @@ IdOf = Callable[[Row], tuple[uuid.UUID, Any]]
 
 
 def by_field(new_id: Callable[[], uuid.UUID], chosen: str | None) -> IdOf:
-    """The id stands in a field of the row, which is not part of the value. The default field may
-    be missing; then the id is new."""
+    """The id is in a field of the row, which is not part of the value. The default field may be
+    missing; then the id is new."""
     name = chosen or ID_FIELD
 
     def id_of(row: Row) -> tuple[uuid.UUID, Any]:
@@ -48,12 +48,12 @@ def by_field(new_id: Callable[[], uuid.UUID], chosen: str | None) -> IdOf:
 
 
 def by_key(collection: str) -> IdOf:
-    """The id is made of the row's key: of the texts that stand in the file, whatever becomes of
-    them in the value."""
+    """The id is made of the row's key: of the texts in the file, whatever becomes of them in the
+    value."""
 
     def id_of(row: Row) -> tuple[uuid.UUID, Any]:
         parts = row[2]
-        assert parts is not None, "the reader was told which fields make the key"
+        assert parts is not None, "the reader knows which fields make the key"
         return key_id(collection, parts[0] if len(parts) == 1 else key_text(parts)), row[1]
 
     return id_of
@@ -81,7 +81,7 @@ class Import:
     transactions: int = 0
     #: The fields of the rows, in the order of the file.
     order: dict[str, None] = field(default_factory=dict)
-    #: Rows of the file, from its beginning, that are dealt with.
+    #: Rows of the file, from its beginning, that are committed or left out.
     done: int = 0
     _seen: int = 0
     _waiting: list[tuple[int, uuid.UUID, Any, bytes]] = field(default_factory=list)
@@ -99,8 +99,8 @@ class Import:
         return self.new + self.replaced + self.unchanged
 
     def run(self, rows: Iterator[Row]) -> None:
-        """Everything. Raises ``InputError`` at the first row that cannot be stored, unless bad
-        ones are skipped; whatever ends it early says how to go on."""
+        """Import all rows. Raises ``InputError`` at the first row that cannot be stored, unless bad
+        ones are skipped. Every error that ends it early says how to go on."""
         try:
             for row in rows:
                 self._seen += 1
@@ -168,7 +168,7 @@ class Import:
                     self._started = self.database.sequence
                 counts.write(tx, self, waiting)
         finally:
-            # Also when it was interrupted behind the commit, which then is a fact.
+            # Also when it was interrupted after the commit, which then is durable.
             if tx is not None and (tx.sequence or counts.nothing):
                 self._count(counts, bool(tx.sequence))
         if len(self.order) > self._kept:

@@ -138,7 +138,7 @@ def pending_command(words: tuple[str, ...], directory: str | None, as_json: bool
                 else:
                     say(fit(_pending_line(transaction, state, names)))
     if not count:
-        note("nothing is pending: the server has decided about everything")
+        note("nothing is pending: the server has decided everything")
 
 
 def _pending_document(
@@ -304,9 +304,8 @@ def discarded_command(
 ) -> None:
     """List what was withdrawn or overruled, why, and what it lost to.
 
-    Withdrawn transactions have a UUID as ID. Values that a policy or a person decided against,
-    whoever wrote them, have one such as o17. With --recommit or --prune, decide what becomes
-    of one.
+    Withdrawn transactions have a UUID as ID. Values that a policy or a person decided against, from
+    either side, have one such as o17. With --recommit or --prune, decide what happens to one.
     """
     path = bind(words, directory).path
     if sum(map(bool, (recommit, prune, recommit_all, prune_all))) > 1:

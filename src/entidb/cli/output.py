@@ -1,8 +1,8 @@
 """Lines, aligned columns, sizes and times; the same on a terminal and in a pipe.
 
 Colours only on a terminal, and not with ``NO_COLOR`` (no-color.org) or ``TERM=dumb``. What comes
-from a database or a server is escaped before it is shown, because a value must not be able to
-write to somebody's terminal. JSON is in ``values``.
+from a database or a server is escaped before it is shown, because a value must not be able to steer
+the terminal that shows it. JSON is in ``values``.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def code_text(code: str) -> str:
 
 
 def id_text(entity_id: uuid.UUID) -> str:
-    """An id for a person: whole, or on a narrow terminal its end, which names it as well. The
-    beginnings of ids are the time they were made, and much the same."""
+    """An id for a person: whole, or on a narrow terminal its end, which is enough to name it. Ids
+    begin with the time when they were made, so their beginnings are much the same."""
     if columns() >= NARROW:
         return str(entity_id)
     return f"…{entity_id.hex[-12:]}"
@@ -157,7 +157,7 @@ def _safe_lines(text: str) -> str:
 
 
 def warn_of_exposure(path: str | os.PathLike[str], what: str) -> None:
-    """Say it if everybody on this machine can read a credential."""
+    """Warn if every user of this machine can read a credential."""
     from entidb.credentials import exposure
 
     warning = exposure(path, what)
@@ -243,8 +243,8 @@ def progress(description: str, total: int | None, *, unit: str = "rows") -> Iter
 
 
 class Bar:
-    """Where a progress bar is told how far things are. It appears when it is told first, so that
-    what is over at once does not flicker."""
+    """A progress bar, which learns through ``reach`` how far things are. It appears with the first
+    call, so that work which ends at once shows no flicker."""
 
     def __init__(self, shown: Progress | None, task: Any) -> None:
         self._shown = shown

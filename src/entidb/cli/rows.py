@@ -1,9 +1,9 @@
 """Files of rows: NDJSON and CSV, read and written one row at a time in bounded memory.
 
-    NDJSON  one entity a line; a map has its id in the field ``$id``, any other value stands in
+    NDJSON  one entity a line; a map has its id in the field ``$id``, any other value is in
             ``$value`` beside it. Exact: what was exported is imported byte for byte.
     CSV     RFC 4180 with a header; an entity is a map of its columns. Types are lost, unless the
-            importer is told them. What it infers it would write back as it was read.
+            caller names them. What the importer infers it would write back as it was read.
 
 Which id a row gets, and what is committed when, is ``transfer``'s.
 """
@@ -27,8 +27,8 @@ from entidb.cli.output import plural
 from entidb.cli.values import dump, parse
 from entidb.errors import CborEncodeError
 
-#: One row: its number in the file (a line, for NDJSON), what stands in it, and the texts of its
-#: key, where it has one.
+#: One row: its number in the file (a line, for NDJSON), its content, and the texts of its key,
+#: where it has one.
 Row = tuple[int, Any, list[str] | None]
 #: Called with what is wrong with a row, which is then left out; it may raise it.
 Bad = Callable[[InputError], None]
@@ -109,7 +109,7 @@ def read_ndjson(
             if not line.isspace():
                 value = parse(_text_of(line, number))
                 if number == 1 and type(value) is list and dict in map(type, value):
-                    # One entity that is a whole table is nothing that anybody means.
+                    # A whole table as one entity is a mistake.
                     raise InputError("it is a JSON array of maps")
                 yield number, value, None if key is None else _key_of(value, key)
         except _TooLong:
@@ -121,13 +121,13 @@ def read_ndjson(
                     "; a JSON array has to become one line for each element first (`jq -c '.[]'`)"
                 )
             elif number == 1 and line.strip() in (b"{", "{"):
-                hint = "; an entity has to stand on one line (`jq -c .`)"
+                hint = "; an entity has to be on one line (`jq -c .`)"
             place = "" if str(error).startswith(f"line {number}") else f"line {number}: "
             bad(InputError(f"{place}{error}{hint}", code=error.code))
 
 
 class _TooLong(InputError):
-    """There is no going on behind such a line: nobody knows where it ends."""
+    """A line without an end within the bound. The reading cannot go on behind it."""
 
 
 def _lines(raw: IO[bytes], encoding: str) -> Iterator[bytes | str]:
@@ -191,14 +191,14 @@ def ndjson_line(entity_id: str, value: Any, id_field: str) -> bytes:
 
 # ---------------------------------------------------------------- CSV
 
-#: What may stand between cells, if nobody says.
+#: What may be between cells, if no option names it.
 _DELIMITERS: Final = (",", ";", "\t", "|")
 
 
 @dataclass(frozen=True)
 class CsvFormat:
-    """How a CSV file is read. ``delimiter`` None: nobody said; then it is a comma, unless the
-    header looks otherwise. ``columns`` are those that an option names, with its name."""
+    """How a CSV file is read. ``delimiter`` None: no option names it; then it is a comma, unless
+    the header suggests another. ``columns`` are those that an option names, with its name."""
 
     types: CellTypes
     delimiter: str | None = None
@@ -290,8 +290,8 @@ def _delimiter_of(first: str, usual: str) -> str:
         shown = "tab" if best == "\t" else best
         this = "tab" if usual == "\t" else usual
         raise UsageError(
-            f"the header has {plural(counts[usual], 'column')} if {this!r} stands between them, "
-            f"and {counts[best]} if {shown!r} does: give --delimiter {shown!r} (or {this!r})"
+            f"the header has {plural(counts[usual], 'column')} if {this!r} is between them, "
+            f"and {counts[best]} if {shown!r} is: give --delimiter {shown!r} (or {this!r})"
         )
     return usual
 
@@ -325,8 +325,8 @@ def _key_cells(
             raise InputError(f"its cell {header[at]!r}, which --key names, is empty")
         if cells[at] in missing:
             raise InputError(
-                f"its cell {header[at]!r}, which --key names, is {cells[at]!r}, which --na says is "
-                "nothing"
+                f"its cell {header[at]!r}, which --key names, is {cells[at]!r}, which --na "
+                "declares to be nothing"
             )
     return [cells[at] for at in keys]
 
@@ -369,9 +369,9 @@ def _typed(kind: str, cell: str) -> Any:
 
 
 def infer_cell(cell: str) -> Any:
-    """What ``cell`` looks like: whole number, number, true or false, JSON map or list, nothing,
-    or else text. Nothing is taken for anything that would not be written back as it was read:
-    ``007``, ``1.10``, ``1E4`` and ``True`` are text."""
+    """What ``cell`` looks like: whole number, number, true or false, JSON map or list, nothing, or
+    else text. Only what ``cell_text`` would write back as it was read counts: ``007``, ``1.10``,
+    ``1E4`` and ``True`` are text."""
     if cell == "":
         return _MISSING
     if cell in _BOOLEANS:

@@ -27,7 +27,7 @@ from entidb.types import SystemClock
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Every field of ``ServerConfig`` that can be said on a command line, and its meaning.
+#: Every field of ``ServerConfig`` that a command line can set, and its meaning.
 SETTINGS: Final[dict[str, str]] = {
     "jwt_secret_file": "File with the secret tokens are signed with (HS256), 32 bytes or more.",
     "jwt_secret_env": "Environment variable with that secret.",
@@ -160,7 +160,8 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
 def secret_command(out: str | None, as_json: bool) -> None:
     """Make a secret for `entidb serve` and `entidb token`, and print it.
 
-    Whoever has it can make tokens for every database. It is 32 random bytes in hexadecimal digits.
+    A person who has it can make tokens for every database. It is 32 random bytes in hexadecimal
+    digits.
     """
     secret = secrets.token_hex(32)
     if out is not None:
@@ -295,11 +296,11 @@ def _seconds(text: str) -> float:
 
 #: Claims that every token has.
 _OPTION_OF = {
-    "sub": "say it with --subject",
-    "aud": "say it with --audience",
-    "exp": "say it with --expires",
-    "databases": "say it with --database",
-    "iat": "a token says itself when it was made",
+    "sub": "set it with --subject",
+    "aud": "set it with --audience",
+    "exp": "set it with --expires",
+    "databases": "set it with --database",
+    "iat": "every token gets it by itself",
 }
 
 

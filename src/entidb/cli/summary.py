@@ -83,8 +83,8 @@ def _open_ends(result: SyncCycleResult, status: SyncStatus) -> Iterator[str]:
         yield f"  kept back {id_text(identity)} [{code_text(each.code)}]: {one_line(each.message)}"
     if result.kept_back:
         yield (
-            "  something before the server refuses what is kept back; it stays pending and is "
-            "tried again"
+            "  something on the way to the server refuses what is kept back; it stays pending and "
+            "is tried again"
         )
     if status.conflicts:
         yield (

@@ -1,8 +1,8 @@
 """``sync``: one cycle, or with ``--watch`` one after the other.
 
-The cycle runs on a thread of its own, so that Ctrl-C is heard at once, also while a request is
-under way: the engine is then closed, which cuts the request off (any point is a good one to stop
-at, R9). Between the cycles of a watch the database is closed, so that other commands can use it.
+The cycle runs on a thread of its own, so that Ctrl-C works at once, also while a request is under
+way: it closes the engine, which cuts the request off (a cycle may stop at any point, R9). Between
+the cycles of a watch the database is closed, so that other commands can use it.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _read_token(file: str) -> str:
     try:
         return read_token(file)
     except ConfigError as error:
-        # Also when it is read again: then somebody is about to write it.
+        # Also when it is read again: a token service may be about to write it.
         raise UsageError(str(error)) from error
 
 
@@ -207,7 +207,7 @@ class _Sync:
         HttpTransport(url, token=token, config=self._config("checked", None)).close()
 
     def warn(self) -> None:
-        """After what was asked for: an error stays one line."""
+        """Print the warnings, after the output proper: an error stays one line."""
         if self.token_file is not None:
             warn_of_exposure(self.token_file, "token file")
 
@@ -215,7 +215,7 @@ class _Sync:
         """One cycle. Raises what ``SyncEngine.sync`` raises, and ``KeyboardInterrupt``."""
         if database.role.value == "server":
             raise ConfigError(
-                f"{self.path} is a server's database; it is synchronised with, by `entidb serve`"
+                f"{self.path} is a server's database: devices sync with it through `entidb serve`"
             )
         if self._collections == "all":
             database.set_scope(None)
@@ -271,7 +271,7 @@ def _on_a_thread(engine: SyncEngine) -> SyncCycleResult:
     thread = threading.Thread(target=work, name="entidb-cli-sync", daemon=True)
     thread.start()
     try:
-        # With a timeout, because without one Windows does not hear Ctrl-C.
+        # With a timeout, because without one Ctrl-C does nothing on Windows.
         while not done.wait(0.5):
             continue
     except BaseException:
@@ -307,7 +307,7 @@ def _exit_of(result: SyncCycleResult, status: SyncStatus) -> Exit:
 
 
 def _watch(job: _Sync, interval: float, report: Report) -> int:
-    """Cycles until somebody ends it. SIGTERM is how a service manager does, and no failure."""
+    """Cycles until Ctrl-C or SIGTERM. SIGTERM is how a service manager ends it, and no failure."""
     totals = _Totals()
     try:
         _watch_on(job, interval, report, totals)
@@ -324,8 +324,8 @@ def _watch(job: _Sync, interval: float, report: Report) -> int:
 
 
 def _watch_on(job: _Sync, interval: float, report: Report, totals: _Totals) -> NoReturn:
-    """What may pass is said and tried again at the next turn; what cannot pass by itself ends a
-    watch as it would end a single sync."""
+    """Report a trouble that may pass and try again at the next turn; an error that cannot pass by
+    itself ends a watch as it would end a single sync."""
     clock = SystemClock()
     never = threading.Event()
     said = ""
@@ -350,9 +350,9 @@ def _watch_on(job: _Sync, interval: float, report: Report, totals: _Totals) -> N
 
 
 def _passes(error: EntiDBError) -> bool:
-    """Whether the next turn of a watch can go well without anybody changing what it was told. The
-    login page of a network shows a certificate of its own, and so does a clock that starts in 1970
-    make every certificate "not yet valid"; disks get room again."""
+    """Whether the next turn of a watch can go well with the same settings. The login page of a
+    network shows a certificate of its own, and so does a clock that starts in 1970 make every
+    certificate "not yet valid"; disks get room again."""
     if isinstance(error, _PASSING):
         return True
     # A disk that fails for once; its subclasses say what is wrong for good.
@@ -360,8 +360,8 @@ def _passes(error: EntiDBError) -> bool:
 
 
 _PASSING: Final = (DatabaseLockedError, TlsError, StorageFullError, CommitUnknownError)
-#: The login page of a network redirects and says that it is for good; another thread writes; an
-#: administrator has frozen the server's database.
+#: The login page of a network redirects, with a status that means "for good"; a database is busy
+#: while another thread writes; an administrator has frozen the server's database.
 _PASSING_CODES: Final = ("redirected", "busy", "frozen")
 
 
@@ -376,7 +376,7 @@ def _say_once(said: str, error: EntiDBError) -> str:
 
 @contextmanager
 def _no_room_to_say() -> Iterator[None]:
-    """Output into a file on a full disk is lost, and what it speaks of goes on."""
+    """Output into a file on a full disk is lost; the watch goes on."""
     try:
         yield
     except BrokenPipeError:

@@ -1,8 +1,8 @@
 """``import`` and ``export``: whole collections as files, in bounded memory.
 
-An import commits a transaction for each so many rows: what was committed when it stops stays, and
-the message says how to go on. An export is one snapshot. Formats are in ``rows``, what becomes of
-the rows of an import in ``loading``.
+An import commits a transaction for every few rows: what was committed when it stops stays, and the
+message says how to go on. An export is one snapshot. ``rows`` has the formats, ``loading`` what an
+import does with rows.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def import_command(
     with _source(file) as (raw, size), ExitStack() as stack:
         bar = stack.enter_context(progress("importing", size, unit="bytes"))
         job = Import(
-            # Not before the first row: a file that is none leaves no new database behind.
+            # Not before the first row: a file that cannot be read leaves no new database behind.
             lambda: stack.enter_context(opened_or_made(bound.path)),
             name,
             by_key(name) if key else by_field(lambda: job.database.new_id(), id_field),
@@ -179,13 +179,13 @@ def _delimiter(given: str | None, file: str | None) -> str:
 
 
 def _columns(key: list[str] | None, id_field: str | None) -> dict[str, str]:
-    """Columns that have to be there, and the option that says so."""
+    """Columns that have to be there, and the option that names them."""
     return {**dict.fromkeys(key or (), "--key"), **({id_field: "--id-field"} if id_field else {})}
 
 
 @contextmanager
 def _source(file: str) -> Iterator[tuple[IO[bytes], int | None]]:
-    """The file and its size in bytes, None where nobody knows."""
+    """The file and its size in bytes, None where it is unknown."""
     if file == "-":
         yield sys.stdin.buffer, None
         return
@@ -341,8 +341,8 @@ def _export_csv(
 
 
 def _all_fields(source: ReadCollection[Any], id_field: str, database: Database) -> list[str]:
-    """A first walk over everything: the header stands before the last row is known. In the order
-    of the file they were imported from, where that is known."""
+    """A first walk over all entities, because the header comes before the last row is known. The
+    fields are in the order of the file from which they were imported, where that is known."""
     found: dict[str, None] = {}
     for raw_id, payload in source.payloads():
         value = cbor.decode_trusted(payload)

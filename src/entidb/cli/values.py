@@ -1,6 +1,6 @@
-"""JSON as it is typed, imported, exported and printed, and the values it stands for.
+"""JSON as it is typed, imported, exported and printed, and the values that it means.
 
-JSON says everything entity values can say but byte strings. Those are written as a map with the
+JSON can express every entity value except byte strings. Those are written as a map with the
 one key ``$bytes`` and base64 (RFC 4648, section 4); a map that really looks like that gets one more
 ``$``, so that every value survives the way out and back:
 
@@ -33,7 +33,7 @@ _UNSAFE: Final = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u20
 
 
 def parse(text: str) -> Any:
-    """The value that JSON ``text`` stands for. Raises ``InputError``, which says where."""
+    """The value that JSON ``text`` means. Raises ``InputError``, which names the place."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -49,7 +49,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     if len(made) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the key {twice!r} stands twice in one object", code="invalid_json")
+        raise InputError(f"one object has the key {twice!r} twice", code="invalid_json")
     if len(made) == 1:
         name, value = pairs[0]
         if name == _BYTES and isinstance(value, str):
@@ -78,7 +78,7 @@ def read_value(given: str) -> Any:
     if given == "-":
         text = _text(sys.stdin.buffer.read(), "standard input")
         if not text.strip():
-            raise InputError("standard input is empty, and the value was to come from it")
+            raise InputError("standard input is empty; - reads the value from it")
         return parse(text)
     if given.startswith("@"):
         path = Path(given[1:])
@@ -140,7 +140,7 @@ def _with_bytes(value: Any) -> Any:
 
 
 def _bytes_only(value: Any) -> Any:
-    """What the standard encoder asks for everything it does not know, which is bytes alone."""
+    """What the standard encoder calls for a type that it does not know, which is bytes alone."""
     if not isinstance(value, bytes):
         raise TypeError(f"{type(value).__name__} is not JSON")
     return {_BYTES: base64.b64encode(value).decode()}

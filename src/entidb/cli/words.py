@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _HEX: Final = re.compile(r"[0-9a-f]{1,32}")
 _KEY: Final = "key:"
-#: What stands before the end of an id where its beginning is left out.
+#: What comes before the end of an id where its beginning is left out.
 _CUT: Final = ("…", "...")
 #: Ids of imported rows with a key of their own; docs/cli.md has the rule for other programs.
 _NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_DNS, "import.entidb")
@@ -142,7 +142,7 @@ def opened(path: str, *, read_only: bool = False) -> Iterator[Database]:
 
 
 def _is_there(path: str) -> bool:
-    """What may not be looked at may be there: opening it says what is wrong."""
+    """A path that may not be looked at counts as there: opening it says what is wrong."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -246,7 +246,7 @@ def _only(text: str, found: list[uuid.UUID], noun: str) -> uuid.UUID:
 
 
 def _end_of(entity_id: uuid.UUID, other: uuid.UUID) -> str:
-    """The shortest end of ``entity_id`` worth typing that tells it from ``other``."""
+    """The shortest end of ``entity_id`` worth typing that ``other`` does not have."""
     length = 6
     while length < 32 and other.hex.endswith(entity_id.hex[-length:]):
         length += 2
