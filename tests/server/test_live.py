@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from entidb.errors import ServerBusyError
 from entidb.protocol import HandshakeResponse
 from entidb.server import Grants, Rights, ServerConfig, SyncServer, live_http, serving
 from entidb.server import live as live_room
+from entidb.server.control import Revoked
 from entidb.server.live import Live
 from entidb.server.stores import Store
 from tests.server.support import Client, handshake, pull, push
@@ -313,6 +315,8 @@ class Told:
 
     db_id = "shop"
     subject = "someone"
+    grants = Grants("someone", {})
+    device_id: bytes | None = None
 
     def __init__(self, slow_s: float = 0.0) -> None:
         self.head = 0
@@ -429,3 +433,27 @@ def test_after_the_end_nobody_waits() -> None:
             live.add(Told())
 
     in_loop(test)
+
+
+# ---------------------------------------------------------------- who is revoked (R32)
+
+
+def test_a_stream_of_a_revoked_device_ends_within_a_second_or_two_and_no_other():
+    with running() as (server, url):
+        one = Events(url, query=f"db_id=shop&device_id={'aa' * 16}")
+        other = Events(url, query=f"db_id=shop&device_id={'bb' * 16}")
+        assert one.next()
+        assert other.next()
+        server.front.control.revoke(Revoked("device", "aa" * 16, 0, "root"))
+        began = time.monotonic()
+        bye = one.next()
+        assert bye is not None
+        assert (bye["event"], bye["data"]) == ("bye", "revoked")
+        assert time.monotonic() - began < 10
+        server.database("shop").collection("notes")[uuid.uuid4()] = {"a": 1}
+        told = other.next()
+        assert told is not None
+        assert told["event"] == "head"
+        with Client(url) as client:
+            refused = client.request("GET", f"/v1/live?db_id=shop&device_id={'aa' * 16}")
+        assert refused.error.details == {"reason": "revoked"}

@@ -49,6 +49,7 @@ from entidb.server.hooks import Grant
 from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.origins import check_single
+from entidb.server.pages import known_up_to
 from entidb.server.room import RETRY_S, Budget, Held
 from entidb.server.server import SyncServer
 from entidb.server.stores import Store
@@ -208,7 +209,7 @@ class SyncApp:
             raise
         except Exception as error:
             answer = self.server.front.explain(error, exchange.id)
-            exchange.code = answer.code
+            exchange.code = wire.said_code(answer)
             held.clear()
             await exchange.drain(self._config.body_bytes_max)
             response = wire.error_response(answer)
@@ -243,6 +244,7 @@ class SyncApp:
         held.charge(("subject", grants.subject))
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
+        exchange.request, exchange.grants = request, grants
         grant = front.permit(request, grants)
         if isinstance(request, PushRequest):
             store = await self._use(request, grant)
@@ -330,6 +332,7 @@ class SyncApp:
                 return wire.message_response(answer)
             idle = front.idle(store, request, grant)
             if idle is not None:
+                self.server.registry.pulled(request, known_up_to(request))
                 return wire.message_response(idle)
             request = front.bounded(request)
             room = min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max())
@@ -381,6 +384,7 @@ class SyncApp:
         answer = await future
         if isinstance(answer, SyncError):
             raise answer
+        exchange.verdicts = answer
         if self._metrics is not None:
             self._metrics.pushed(answer)
         body = encode(answer)
@@ -442,6 +446,7 @@ class SyncApp:
 
     def _note(self, exchange: Exchange) -> None:
         seconds = exchange.seconds()
+        exchange.tell(self.server.registry)
         if self._metrics is not None and exchange.path != LIVE_PATH:
             # How long a stream was open says nothing about how fast answers are.
             self._metrics.answered(exchange.path, exchange.status, seconds)

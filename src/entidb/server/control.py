@@ -16,7 +16,7 @@ from msgspec import Struct, ValidationError, json
 from msgspec.structs import replace
 
 from entidb.errors import ConfigError, DatabaseLockedError, PermissionDeniedError, ServerBusyError
-from entidb.protocol import PushRequest, SyncRequest
+from entidb.protocol import PushRequest
 from entidb.server.watched import Watched, mark_of
 from entidb.storage.directories import NO_FOLLOW, sync_path
 from entidb.storage.partial import Partial
@@ -68,6 +68,15 @@ class Decided(Struct, frozen=True, omit_defaults=True):
     frozen: dict[str, Frozen] = {}
 
 
+class Asked(Protocol):
+    """What is asked: any request that names a database."""
+
+    @property
+    def db_id(self) -> str: ...
+    @property
+    def device_id(self) -> bytes | None: ...
+
+
 class Asking(Protocol):
     """Who asks: ``Grants`` or a ``Grant``."""
 
@@ -103,16 +112,18 @@ class Control:
 
     # ------------------------------------------------------------ asked for every request
 
-    def admit(self, asking: Asking, request: SyncRequest | None = None) -> None:
+    def admit(self, asking: Asking, request: Asked | None = None) -> None:
         """Raises ``PermissionDeniedError`` (forbidden, with the reason ``revoked``) for who is
         revoked, and ``ServerBusyError`` (busy, ``frozen``) for a push to a frozen database."""
         state = self._alone if self._watched is None else self._watched.current()
-        if state.revoked and self._is_revoked(state, asking, request):
-            raise PermissionDeniedError(
-                "this device, or its token, was revoked by the administrator of the server; "
-                "nothing on it was changed, and what is pending stays pending",
-                details={"reason": "revoked"},
-            )
+        if state.revoked:
+            place = (None, None) if request is None else (request.db_id, request.device_id)
+            if self.is_revoked(asking, *place):
+                raise PermissionDeniedError(
+                    "this device, or its token, was revoked by the administrator of the server; "
+                    "nothing on it was changed, and what is pending stays pending",
+                    details={"reason": "revoked"},
+                )
         if state.frozen and isinstance(request, PushRequest) and request.db_id in state.frozen:
             raise ServerBusyError(
                 f"database {request.db_id!r} is frozen by the administrator of the server: it can "
@@ -121,19 +132,20 @@ class Control:
                 details={"reason": "frozen"},
             )
 
-    def _is_revoked(self, state: _State, asking: Asking, request: SyncRequest | None) -> bool:
+    def is_revoked(self, asking: Asking, db_id: str | None, device_id: bytes | None) -> bool:
+        """Whether these are refused in ``db_id``; None: where no database is named."""
+        revoked = self._state().revoked
         names: list[tuple[str, str]] = [("subject", asking.subject)]
         token = asking.claims.get("jti")
         if isinstance(token, str):
             names.append(("token", token))
-        places: tuple[str | None, ...] = (None,)
-        if request is not None:
-            names.append(("device", request.device_id.hex()))
-            places = (None, request.db_id)
+        if device_id is not None:
+            names.append(("device", device_id.hex()))
+        places = (None,) if db_id is None else (None, db_id)
         now = self._clock.now_ms()
         for kind, name in names:
             for place in places:
-                found = state.revoked.get((kind, name, place))
+                found = revoked.get((kind, name, place))
                 if found is not None and (found.until_ms is None or now < found.until_ms):
                     return True
         return False

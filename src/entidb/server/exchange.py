@@ -11,7 +11,10 @@ from typing import Any, Final
 
 from msgspec import json
 
+from entidb.protocol import PushResponse, SyncRequest
 from entidb.server import wire
+from entidb.server.auth import Grants
+from entidb.server.registry import Registry, client_text
 from entidb.server.room import Held
 from entidb.server.server import SyncServer
 
@@ -24,6 +27,10 @@ Send = Callable[[Message], Awaitable[None]]
 _DRAIN_S: Final = 5.0
 #: Characters of one value in a line of the access log.
 _LOGGED_MAX: Final = 500
+
+
+#: Codes for what nobody may know whether it is there.
+_STRANGERS: Final = frozenset(("forbidden", "unknown_database", "invalid_message"))
 
 
 class GoneError(Exception):
@@ -53,6 +60,10 @@ class Exchange:
         self.bytes_out = 0
         self.status = 0
         self.subject: str | None = None
+        #: What was asked, by whom, and the verdicts, as far as it came to that.
+        self.request: SyncRequest | None = None
+        self.grants: Grants | None = None
+        self.verdicts: PushResponse | None = None
         self.db_id: str | None = None
         self.code: str | None = None
         self.gone: str | None = None
@@ -105,6 +116,20 @@ class Exchange:
         self.bytes_in += len(piece)
         self.body_read = not more
         return piece, more
+
+    def tell(self, registry: Registry) -> None:
+        """Tell of the device, if its token grants the database at all."""
+        if self.request is None or self.grants is None or self.code in _STRANGERS:
+            return
+        registry.heard(
+            self.request,
+            self.grants,
+            code=self.code,
+            answer=self.verdicts,
+            client=client_text(self.headers.get("user-agent")),
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+        )
 
     def seconds(self) -> float:
         return self._clock.monotonic() - self._began

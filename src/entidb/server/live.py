@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Final, Protocol
 
 from entidb.errors import ServerBusyError
+from entidb.server.auth import Grants
 
 Tell = Callable[["Waiter"], Coroutine[object, object, None]]
 logger = logging.getLogger("entidb.server")
@@ -44,6 +45,9 @@ class Waiter(Protocol):
 
     db_id: str
     subject: str
+    #: What it may do, and from which device it says it comes.
+    grants: Grants
+    device_id: bytes | None
     #: The newest commit it was told of.
     head: int
 
@@ -87,6 +91,8 @@ class Live:
         self._beat_at = 0
         self._slot_of: dict[Waiter, int] = {}
         self._ticking: asyncio.TimerHandle | None = None
+        #: Called once in a second as long as somebody waits.
+        self.on_tick: Callable[[], None] = _nothing
 
     @property
     def count(self) -> int:
@@ -234,6 +240,7 @@ class Live:
         if not self._slot_of:
             return
         self._ticking = self._loop.call_later(1.0, self._tick)
+        self.on_tick()
         due, self._beat_at = self._beats[self._beat_at], (self._beat_at + 1) % len(self._beats)
         if due:
             self._spawn(deque(due), lambda waiter: waiter.beat())
@@ -258,3 +265,7 @@ class Live:
                     await call(waiter)
         finally:
             handle.cancel()
+
+
+def _nothing() -> None:
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from entidb.errors import DatabaseClosedError, PermissionDeniedError, StorageError
 from entidb.server.auth import Grants
@@ -57,20 +58,23 @@ class LiveAnswers:
     def __init__(self, server: SyncServer, use: Callable[[str], Awaitable[Store]]) -> None:
         self._server = server
         self._use = use
+        self._decided = server.front.control.decided
 
     async def answer(self, live: Live, request: LiveRequest, grants: Grants) -> HttpResponse:
         """The answer, or a ``Streamed`` one to be run. Raises ``PermissionDeniedError``,
         ``ServerBusyError``."""
         if not grants.on(request.db_id).read:
             raise PermissionDeniedError("the token does not allow reading this database")
+        self._server.front.control.admit(grants, request)
+        live.on_tick = partial(self._look, live)
         if not request.stream:
-            poll = Poll(request, grants.subject)
+            poll = Poll(request, grants)
             live.add(poll)
             try:
                 return await poll.answer(await self._newest(request.db_id))
             finally:
                 live.remove(poll)
-        stream = Stream(request, grants.subject, grants.until_s, self._server.clock)
+        stream = Stream(request, grants, self._server.clock)
         live.add(stream)
         try:
             newest = await self._newest(request.db_id)
@@ -78,6 +82,16 @@ class LiveAnswers:
         except BaseException:
             live.remove(stream)
             raise
+
+    def _look(self, live: Live) -> None:
+        """Send away who was revoked since the last look (R32), also by another process."""
+        control = self._server.front.control
+        decided = control.decided
+        if decided is not self._decided:
+            self._decided = decided
+            live.end_where(
+                lambda each: control.is_revoked(each.grants, each.db_id, each.device_id), "revoked"
+            )
 
     async def _newest(self, db_id: str) -> Newest:
         store = await self._use(db_id)

@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl
 from entidb import cbor
 from entidb.errors import ProtocolError
 from entidb.protocol import CONTENT_TYPE
+from entidb.server.auth import Grants
 from entidb.server.live import Live
 from entidb.server.wire import HttpResponse
 from entidb.types import Clock
@@ -98,10 +99,11 @@ class Newest:
 class Poll:
     """One who asks once, and is a waiter already; ``answer`` waits for what it is told."""
 
-    def __init__(self, request: LiveRequest, subject: str) -> None:
+    def __init__(self, request: LiveRequest, grants: Grants) -> None:
         self.db_id = request.db_id
         self.device_id = request.device_id
-        self.subject = subject
+        self.grants = grants
+        self.subject = grants.subject
         self.head = request.cursor
         self._request = request
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -149,23 +151,22 @@ class Stream:
         "_sent",
         "db_id",
         "device_id",
+        "grants",
         "head",
         "subject",
     )
 
-    def __init__(
-        self, request: LiveRequest, subject: str, until_s: float | None, clock: Clock
-    ) -> None:
-        """``until_s`` is when the token ends, in seconds since 1970; None: it does not."""
+    def __init__(self, request: LiveRequest, grants: Grants, clock: Clock) -> None:
         self.db_id = request.db_id
         self.device_id = request.device_id
-        self.subject = subject
+        self.grants = grants
+        self.subject = grants.subject
         self.head = 0
         self._number = next(_streams)
         self._life_s = STREAM_S * (1 - _SPREAD + 2 * _SPREAD * (self._number * _GOLDEN % 1))
         self._reason = "time"
-        if until_s is not None:
-            left = max(1.0, until_s - TOKEN_MARGIN_S - clock.now_ms() / 1000)
+        if grants.until_s is not None:
+            left = max(1.0, grants.until_s - TOKEN_MARGIN_S - clock.now_ms() / 1000)
             if left < self._life_s:
                 self._life_s, self._reason = left, "token"
         self._sent = -1

@@ -33,6 +33,7 @@ from entidb.server.config import WAYS_TO_KNOW, ServerConfig
 from entidb.server.control import Control
 from entidb.server.front import Front
 from entidb.server.origins import Origins
+from entidb.server.registry import Registry
 from entidb.server.stores import DataDirectory, OpenDatabase, Stores, in_memory, on_disk
 from entidb.server.wire import HttpResponse
 from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy
@@ -91,6 +92,10 @@ class SyncServer:
         except BaseException:
             self._release_directory()
             raise
+        #: Devices that came over a network; whoever serves it tells of them.
+        self.registry: Final = Registry(
+            config.data_dir, self.clock, retention_days=config.tombstone_retention_days
+        )
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(6).hex()
 
@@ -198,11 +203,13 @@ class SyncServer:
         """Close idle databases and purge tombstones where that is due. The app calls it by
         itself; a program that uses this object alone calls it now and then."""
         self.stores.housekeep()
+        self.registry.flush()
 
     def close(self) -> None:
         """Finish what is queued and close all databases. Idempotent."""
         try:
             self.stores.close()
+            self.registry.flush()
         finally:
             self._release_directory()
 

@@ -8,7 +8,7 @@ its commit sequence.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from msgspec.structs import replace
@@ -77,6 +77,8 @@ class DatabaseService:
         self._rules = Rules(db_id, limits.transaction_bytes_max, validate)
         #: (commit mark, head, floor) of the newest read; None when unknown.
         self._known: tuple[int, int, int] | None = None
+        #: Called with a pull and the cursor that its page leads to, on the thread that read it.
+        self.on_page: Callable[[PullRequest, int], None] = _nothing
         #: The newest head that this service has seen; a hint.
         self._head = 0
         self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
@@ -167,6 +169,7 @@ class DatabaseService:
             cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
             self._known = (mark, head, floor)
             self._head = head
+            self.on_page(request, cursor)
             return page.encode(
                 PullResponse(
                     collections=page.names,
@@ -390,6 +393,10 @@ class DatabaseService:
 
     def close(self) -> None:
         self._known = None
+
+
+def _nothing(request: PullRequest, cursor: int) -> None:
+    return None
 
 
 def _seen(request: PullRequest | PushRequest) -> int:

@@ -33,6 +33,7 @@ from entidb.errors import (
     StorageError,
     TransactionError,
 )
+from entidb.protocol import PullRequest
 from entidb.server.allocator import large_pieces_apart
 from entidb.server.checks import CheckingError, Checks
 from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
@@ -118,6 +119,8 @@ class Stores:
         #: Called with a database and its newest commit, after every one (R17: it is durable); from
         #: any thread.
         self.on_commit: Callable[[str, int], None] = _ignore
+        #: Called with a pull and the cursor that its page leads to; from any thread.
+        self.on_page: Callable[[PullRequest, int], None] = _ignore_page
         #: Called with a database that was opened: it may have been put back meanwhile.
         self.on_open: Callable[[str, int], None] = _ignore
         self._stores: dict[str, Store] = {}
@@ -205,6 +208,7 @@ class Stores:
             validate=self._validate,
             clock_mark_ms=self._clock_mark_ms,
         )
+        service.on_page = lambda request, cursor: self.on_page(request, cursor)
         store = Store(db_id, database, service, self._committer(service))
         store.used_at = self._clock.monotonic()
         store.users = 1
@@ -332,6 +336,10 @@ def _nothing() -> None:
 
 
 def _ignore(db_id: str, head: int) -> None:
+    return None
+
+
+def _ignore_page(request: PullRequest, cursor: int) -> None:
     return None
 
 

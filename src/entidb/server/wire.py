@@ -15,6 +15,7 @@ from typing import Final
 from entidb import packing
 from entidb.errors import (
     ERROR_TABLE,
+    REASONS,
     DatabaseClosedError,
     DatabaseLockedError,
     ProtocolError,
@@ -167,6 +168,14 @@ def _said(error: BaseException) -> tuple[str, str, float | None]:
     if isinstance(error, DatabaseClosedError | DatabaseLockedError | TransactionError):
         return "busy", "the database is not free at the moment", 1.0
     return _SERVER_ERROR, "the server failed", None
+
+
+def said_code(answer: ErrorResponse) -> str:
+    """The code that a device has for ``answer``: a reason that it knows, before the code."""
+    reason = answer.details.get("reason")
+    return (
+        REASONS.get((answer.code, reason), answer.code) if isinstance(reason, str) else answer.code
+    )
 
 
 def is_internal(error: BaseException) -> bool:

@@ -1,0 +1,322 @@
+"""Which devices a server has met: one row for each database and device id, with what it was told.
+
+Rows are kept in memory, and written beside the database in the background, without a commit of its
+own: a server that is killed forgets the last half minute of them, and nothing else. Several
+processes add up what each has counted. What stands here is what devices say of themselves, and
+decides nothing. Not here: who may see it (``admin``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct, ValidationError, json
+
+from entidb.errors import DatabaseLockedError
+from entidb.protocol import PullRequest, PushResponse, SyncRequest, Verdict
+from entidb.server.config import directory_name, is_db_id
+from entidb.server.control import Asking
+from entidb.storage.directories import NO_FOLLOW
+from entidb.storage.partial import Partial
+from entidb.types import Clock
+
+logger = logging.getLogger("entidb.server")
+
+#: Rows of one database; those that were not seen for longest go first.
+DEVICES_MAX: Final = 10_000
+_SUFFIX: Final = ".devices"
+_BYTES_MAX: Final = 64 * 2**20
+_DAY_MS: Final = 24 * 3600 * 1000
+_CLIENT_CHARS_MAX: Final = 100
+
+
+class Device(Struct, omit_defaults=True):
+    """A device in one database. Times are milliseconds since 1970; ``cursor`` is the newest commit
+    that it was given; ``error`` the code of the last answer that refused it; bytes are of bodies
+    as they crossed the network, ``bytes_in`` those that it sent."""
+
+    device_id: str
+    subject: str = ""
+    #: ``jti`` of the token it came with last.
+    token: str | None = None
+    client: str | None = None
+    #: Number of the application's schema, where it says one.
+    schema: int | None = None
+    first_ms: int = 0
+    last_ms: int = 0
+    cursor: int = 0
+    error: str | None = None
+    error_ms: int | None = None
+    requests: int = 0
+    accepted: int = 0
+    superseded: int = 0
+    conflicts: int = 0
+    rejected: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class About(Struct, omit_defaults=True):
+    """What was known of a database when it was open last."""
+
+    used_ms: int = 0
+    head: int = 0
+    floor: int = 0
+    entities: int = 0
+
+
+class _Page(Struct, omit_defaults=True):
+    """The file of a database."""
+
+    version: int = 1
+    about: About | None = None
+    devices: list[Device] = []
+
+
+class _Book:
+    """What came of one database since its file was written."""
+
+    def __init__(self) -> None:
+        self.fresh: dict[bytes, Device] = {}
+        self.about: About | None = None
+
+
+_COUNTERS: Final = (
+    "requests",
+    "accepted",
+    "superseded",
+    "conflicts",
+    "rejected",
+    "bytes_in",
+    "bytes_out",
+)
+
+
+class Registry:
+    """Told of every request; thread-safe. Without a directory it lives as long as the server."""
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str] | None,
+        clock: Clock,
+        *,
+        retention_days: float,
+        devices_max: int = DEVICES_MAX,
+    ) -> None:
+        self._root = None if data_dir is None else Path(data_dir)
+        self._clock = clock
+        self._retention_ms = int(max(1.0, retention_days) * _DAY_MS)
+        self._devices_max = devices_max
+        #: Guards the books, and the rows in them; never held during I/O.
+        self._lock = threading.Lock()
+        self._books: dict[str, _Book] = {}
+
+    # ------------------------------------------------------------ told of every request
+
+    def pulled(self, request: PullRequest, cursor: int) -> None:
+        """A page or an idle answer leads this device to ``cursor``."""
+        with self._lock:
+            self._row(request).cursor = cursor
+
+    def heard(
+        self,
+        request: SyncRequest,
+        asking: Asking,
+        *,
+        code: str | None,
+        answer: PushResponse | None = None,
+        client: str | None = None,
+        bytes_in: int = 0,
+        bytes_out: int = 0,
+    ) -> None:
+        """A request of somebody whose token grants its database was answered; ``code`` where it
+        was refused."""
+        now = self._clock.now_ms()
+        token = asking.claims.get("jti")
+        with self._lock:
+            row = self._row(request)
+            row.subject = asking.subject
+            row.token = token if isinstance(token, str) else None
+            if client is not None:
+                row.client = client
+            row.last_ms = now
+            row.requests += 1
+            row.bytes_in += bytes_in
+            row.bytes_out += bytes_out
+            if code is not None:
+                row.error, row.error_ms = code, now
+            if answer is not None:
+                for result in answer.results:
+                    _count(row, result.verdict)
+
+    def _row(self, request: SyncRequest) -> Device:
+        book = self._books.get(request.db_id)
+        if book is None:
+            book = self._books[request.db_id] = _Book()
+        row = book.fresh.get(request.device_id)
+        if row is None:
+            if len(book.fresh) >= 2 * self._devices_max:
+                # Somebody makes device ids up. The newest rows stay.
+                newest = sorted(book.fresh, key=lambda each: -book.fresh[each].last_ms)
+                book.fresh = {each: book.fresh[each] for each in newest[: self._devices_max]}
+            now = self._clock.now_ms()
+            cursor = request.cursor
+            row = Device(request.device_id.hex(), first_ms=now, last_ms=now, cursor=cursor)
+            book.fresh[request.device_id] = row
+        return row
+
+    # ------------------------------------------------------------ for administrators
+
+    def devices(self, db_id: str) -> list[Device]:
+        """The rows of a database, those seen last first."""
+        with self._lock:
+            book = self._books.get(db_id)
+            fresh = [] if book is None else [_copy(row) for row in book.fresh.values()]
+        return self._kept(_merged(self._read(db_id).devices, fresh))
+
+    def about(self, db_id: str) -> About | None:
+        with self._lock:
+            book = self._books.get(db_id)
+            if book is not None and book.about is not None:
+                return book.about
+        return self._read(db_id).about
+
+    # ------------------------------------------------------------ written in the background
+
+    def note(self, db_id: str, about: About) -> None:
+        """What is known of an open database, for when it is closed."""
+        with self._lock:
+            book = self._books.setdefault(db_id, _Book())
+            book.about = about
+
+    def flush(self) -> None:
+        """Write what came since the last time. What cannot be written is kept and logged."""
+        if self._root is None:
+            return
+        with self._lock:
+            names = [name for name, book in self._books.items() if book.fresh or book.about]
+        for db_id in names:
+            self._flush(db_id)
+
+    def _flush(self, db_id: str) -> None:
+        path = self._path(db_id)
+        with self._lock:
+            book = self._books.pop(db_id, None)
+        if book is None or path is None:
+            return  # a database that is not there has no devices
+        try:
+            with Partial(str(path), "change") as partial:
+                page = self._read(db_id)
+                rows = self._kept(_merged(page.devices, book.fresh.values()))
+                descriptor = os.open(partial.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with open(descriptor, "wb") as file:
+                    file.write(json.encode(_Page(about=book.about or page.about, devices=rows)))
+                partial.finish()
+        except (OSError, DatabaseLockedError) as error:
+            logger.warning("the devices of database %s are not written: %s", db_id, error)
+            self._put_back(db_id, book)
+
+    def _put_back(self, db_id: str, book: _Book) -> None:
+        with self._lock:
+            newer = self._books.get(db_id)
+            if newer is not None:
+                both = _merged(book.fresh.values(), newer.fresh.values())
+                newer.fresh = {bytes.fromhex(row.device_id): row for row in both}
+            else:
+                self._books[db_id] = book
+
+    def rename(self, db_id: str, to: str | None) -> None:
+        """The rows go with a database to its new name; None: it is gone."""
+        self._flush(db_id)
+        if self._root is None:
+            return
+        path = self._root / (directory_name(db_id) + _SUFFIX)
+        try:
+            if to is None:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                os.replace(path, self._root / (directory_name(to) + _SUFFIX))
+        except OSError as error:
+            logger.warning("the devices of database %s stay where they are: %s", db_id, error)
+
+    # ------------------------------------------------------------ files
+
+    def _path(self, db_id: str) -> Path | None:
+        if self._root is None or not is_db_id(db_id):
+            return None
+        directory = self._root / directory_name(db_id)
+        return directory.with_name(directory.name + _SUFFIX) if directory.is_dir() else None
+
+    def _read(self, db_id: str) -> _Page:
+        path = self._path(db_id)
+        if path is None:
+            return _Page()
+        try:
+            descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
+        except FileNotFoundError:
+            return _Page()
+        except OSError as error:
+            logger.warning("the devices of database %s cannot be read: %s", db_id, error)
+            return _Page()
+        with open(descriptor, "rb") as file:
+            content = file.read(_BYTES_MAX)
+        try:
+            return json.decode(content, type=_Page)
+        except (ValidationError, ValueError, RecursionError) as error:
+            # Cut short by a power cut. It decides nothing, and fills itself again.
+            logger.warning("the devices of database %s are forgotten: %s", db_id, error)
+            return _Page()
+
+    def _kept(self, rows: Iterable[Device]) -> list[Device]:
+        since = self._clock.now_ms() - self._retention_ms
+        newest = sorted(rows, key=lambda row: -row.last_ms)[: self._devices_max]
+        return [row for row in newest if row.last_ms >= since]
+
+
+def _count(row: Device, verdict: int) -> None:
+    if verdict == Verdict.ACCEPTED:
+        row.accepted += 1
+    elif verdict == Verdict.CONFLICT:
+        row.conflicts += 1
+    elif verdict == Verdict.REJECTED:
+        row.rejected += 1
+    else:
+        row.superseded += 1
+
+
+def _copy(row: Device) -> Device:
+    return Device(*(getattr(row, name) for name in Device.__struct_fields__))
+
+
+def _merged(older: Iterable[Device], newer: Iterable[Device]) -> list[Device]:
+    """Counters add up; all else is what was heard last."""
+    rows = {row.device_id: row for row in older}
+    for new in newer:
+        old = rows.get(new.device_id)
+        if old is None:
+            rows[new.device_id] = new
+            continue
+        last = _copy(new if new.last_ms >= old.last_ms else old)
+        last.first_ms = min(old.first_ms, new.first_ms)
+        last.client = last.client or old.client or new.client
+        if (old.error_ms or 0) > (last.error_ms or 0):
+            last.error, last.error_ms = old.error, old.error_ms
+        for name in _COUNTERS:
+            setattr(last, name, getattr(old, name) + getattr(new, name))
+        rows[new.device_id] = last
+    return list(rows.values())
+
+
+def client_text(user_agent: str | None) -> str | None:
+    """What a client calls itself, as it may stand in a file and on a terminal."""
+    if not user_agent:
+        return None
+    return "".join(c if c.isprintable() else "?" for c in user_agent[:_CLIENT_CHARS_MAX])
+
+
+__all__ = ["DEVICES_MAX", "About", "Device", "Registry", "client_text"]
