@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.tools import NOT_RUN
 
 if os.environ.get("ENTIDB_TEST_STORE") == "sqlite":
     # Before any test imports it: every store in memory is one on sqlite3 then.
@@ -17,3 +21,15 @@ settings.register_profile(
     "entidb", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("entidb")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each thing that was not there, so that nobody takes silence for a pass."""
+    missing: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        _, found, what = reason.partition(NOT_RUN)
+        if found:
+            missing[what] += 1
+    for what, count in sorted(missing.items()):
+        terminalreporter.write_line(f"{NOT_RUN}{count} tests, because {what}", yellow=True)

@@ -6,6 +6,7 @@ When to use which, and what to do when they end, is ``sync.live``'s.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Final
 from urllib.parse import urlencode
@@ -40,6 +41,7 @@ class HttpNews:
         db_id: str,
         device_id: bytes,
         user_agent: str,
+        request_id_prefix: str,
         token: Callable[[bool], str] | None,
         clock: Clock,
     ) -> None:
@@ -47,12 +49,14 @@ class HttpNews:
         self._url = base + LIVE_PATH
         self._query = {"db_id": db_id, "device_id": device_id.hex()}
         self._user_agent = user_agent
+        self._request_id_prefix = request_id_prefix
+        self._request_ids = itertools.count(1)
         self._token = token
         self._clock = clock
 
     def open(self, *, first_event_s: float, silence_s: float, refresh: bool) -> HttpEvents:
         """See ``NewsSource``."""
-        url = f"{self._url}?{urlencode(self._query)}"
+        url = self._address()
         headers = self._headers(_EVENTS_TYPE, refresh=refresh)
         try:
             streaming = self._client.stream(
@@ -71,8 +75,7 @@ class HttpNews:
 
     def poll(self, known: int | None, *, refresh: bool) -> int:
         """See ``NewsSource``."""
-        query = self._query if known is None else {**self._query, "cursor": str(known)}
-        url = f"{self._url}?{urlencode(query)}"
+        url = self._address() if known is None else self._address(cursor=str(known))
         headers = self._headers(CONTENT_TYPE, refresh=refresh)
         response = self._client.request("GET", url, headers, b"", _POLL_TIMEOUT_S)
         if response.status != 200 or not is_cbor(response):
@@ -92,6 +95,12 @@ class HttpNews:
 
     def close(self) -> None:
         self._client.close()
+
+    def _address(self, **more: str) -> str:
+        # Each one is another: caches let equal requests wait for the answer to the first, which
+        # for a stream never comes.
+        request = f"{self._request_id_prefix}-{next(self._request_ids)}"
+        return f"{self._url}?{urlencode({**self._query, **more, 'request': request})}"
 
     def _headers(self, accept: str, *, refresh: bool) -> dict[str, str]:
         headers = {

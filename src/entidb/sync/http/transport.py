@@ -248,6 +248,7 @@ class HttpTransport(BaseTransport):
             db_id=db_id,
             device_id=device_id,
             user_agent=self._headers["User-Agent"],
+            request_id_prefix=f"{self._request_id_prefix}-news",
             token=None if self._token is None else self._fresh_token,
             clock=self._clock,
         )
