@@ -22,7 +22,8 @@ class paused:
     """No search for cycles inside this block, in no thread; nested and concurrent blocks count.
 
     For work that is bounded: what other threads leave behind in cycles stays until it is over. A
-    program that has switched the collector off itself finds it off afterwards. Each is used once.
+    program that has switched the collector off itself finds it off afterwards. Use each object
+    once.
     """
 
     __slots__ = ()

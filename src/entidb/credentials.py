@@ -24,8 +24,8 @@ def read_credential(path: str | os.PathLike[str], what: str) -> bytes:
     """What the file at ``path`` holds, without a UTF-8 mark and whitespace at either end.
 
     ``what`` names it in messages: ``token file``. Raises ``ConfigError`` if it cannot be read, is
-    empty, is UTF-16 text, is larger than ``CREDENTIAL_BYTES_MAX``, or if everybody on this machine
-    can write to it: then it is nobody's secret."""
+    empty, is UTF-16 text, is larger than ``CREDENTIAL_BYTES_MAX``, or if every user of this machine
+    can write to it: then it keeps nothing secret."""
     where = f"the {what} {os.fspath(path)}"
     try:
         with open(path, "rb") as file:
@@ -36,7 +36,7 @@ def read_credential(path: str | os.PathLike[str], what: str) -> bytes:
         raise ConfigError(f"cannot read {where}: {reason}") from error
     if os.name == "posix" and stat.S_ISREG(mode) and mode & stat.S_IWOTH:
         raise ConfigError(
-            f"{where} can be written by everybody on this machine, so what is in it proves "
+            f"every user of this machine can write to {where}, so its content proves "
             f"nothing: `chmod 600 {os.fspath(path)}`, and make a new one"
         )
     if len(data) > CREDENTIAL_BYTES_MAX:
@@ -67,17 +67,17 @@ def read_token(path: str | os.PathLike[str]) -> str:
 
 
 def exposure(path: str | os.PathLike[str], what: str) -> str | None:
-    """What to warn of if everybody on this machine can read the file at ``path``, else None."""
+    """The warning if every user of this machine can read the file at ``path``, else None."""
     if os.name != "posix":
         return None
     try:
         mode = os.stat(path).st_mode
     except OSError:
-        return None  # whoever reads it says so
+        return None  # reading it raises, and says why
     if not stat.S_ISREG(mode) or not mode & stat.S_IROTH:
         return None
     name = os.fspath(path)
-    return f"the {what} {name} can be read by everybody on this machine: `chmod 600 {name}`"
+    return f"every user of this machine can read the {what} {name}: `chmod 600 {name}`"
 
 
 def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) -> None:
@@ -111,7 +111,8 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
 
 
 def _appear(name: str, target: Path) -> None:
-    """Move without replacing what somebody else has put there meanwhile, where the system can."""
+    """Move without replacing a file that another process has put there meanwhile, where the system
+    can."""
     try:
         os.link(name, target)
     except FileExistsError:

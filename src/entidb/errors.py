@@ -8,7 +8,7 @@
     │   ├── TransactionError           transaction_state        nested, or used after its end
     │   ├── TransactionTooLargeError   transaction_too_large
     │   ├── ValueTypeError             value_type               refused by the collection's type
-    │   ├── QueryError                 invalid_query            a condition or order that cannot be
+    │   ├── QueryError                 invalid_query            an impossible condition or order
     │   ├── InvalidNameError           invalid_name
     │   ├── ScopeError                 scope_conflict
     │   └── ConfigError                invalid_config
@@ -39,8 +39,8 @@
         ├── HistoryChangedError        history_changed
         └── ResetRequiredError         reset_required
 
-The class says whose fault it is; ``code`` is stable and is what programs compare; ``retryable``
-is what the engine obeys (rules, "Limits"). Nobody parses a message. Nothing else lives here.
+The class says who has to act; programs compare ``code``, which is stable; the engine obeys
+``retryable`` (rules, "Limits"). No code parses a message. Nothing else lives here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 class EntiDBError(Exception):
-    """Root of every error raised on purpose by EntiDB.
+    """Root of every error that EntiDB raises on purpose.
 
     ``code`` is a stable identifier, ``retryable`` says whether trying the same again can help,
     and the message names the thing and what to do next.
@@ -147,7 +147,7 @@ class CodecError(EntiDBError, ValueError):
 
 
 class CborEncodeError(CodecError):
-    """A value that canonical CBOR cannot say.
+    """A value that canonical CBOR cannot express.
 
     ``path`` names the place, ``$`` being the value itself: ``$.lines[3].price``.
     """
@@ -178,21 +178,21 @@ class StorageFullError(StorageError):
 
 
 class CorruptionError(StorageError):
-    """A record whose checksum does not match, or that is missing where others speak of it. It was
-    not returned, and nothing made of it is sent to anyone."""
+    """A record whose checksum does not match, or that is missing although another one refers to it.
+    It was not returned, and nothing made of it was sent."""
 
     code = "corrupt_record"
 
 
 class FormatError(StorageError):
-    """What stands at the path is not a database this version can open. It was not touched."""
+    """The path does not hold a database that this version can open. It was not touched."""
 
     code = "not_a_database"
 
 
 class DatabaseMovedError(StorageError):
     """The path no longer leads to the database that is open: it was moved, deleted or replaced.
-    Nothing was written, neither to it nor to what stands there now."""
+    Nothing was written, neither to it nor to what is there now."""
 
     code = "database_moved"
 
@@ -206,13 +206,14 @@ class CommitUnknownError(StorageError):
 class SyncError(EntiDBError):
     """Anything that ended a sync cycle early. The outbox is untouched by all of them.
 
-    ``details`` holds what the server said beside code and message; ``retry_after`` is in
-    seconds, None where the server named no time.
+    ``details`` holds what the server sent beside code and message; ``retry_after`` is in seconds,
+    None where the server named no time.
     """
 
     code = "sync_error"
-    #: Who refused the request where that proves that nothing of it was decided (R5): ``server``
-    #: in its own words, ``path`` for whatever stands before it. None: that is open.
+    #: Who refused the request, where that proves that nothing of it was decided (R5): ``server``
+    #: for the server itself, ``path`` for something on the way to it. None: the request may have
+    #: been decided.
     refused_by: str | None = None
 
     def __init__(
@@ -238,7 +239,8 @@ class SyncTimeoutError(TransportError):
 
 
 class TlsError(TransportError):
-    """The server's certificate was not accepted. Nothing was sent; trying again cannot help."""
+    """The device did not accept the server's certificate. Nothing was sent; trying again cannot
+    help."""
 
     code = "tls_error"
     retryable = False
@@ -295,8 +297,8 @@ class ResetRequiredError(SyncError):
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """One row of the protocol's error table: ``code`` on the wire, HTTP ``status``, ``error``
-    is the class the engine raises, ``action`` what the engine does about it."""
+    """One row of the protocol's error table: ``code`` on the wire, HTTP ``status``, ``error`` is
+    the class that the engine raises, ``action`` what the engine does about it."""
 
     code: str
     status: int

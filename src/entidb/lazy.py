@@ -1,9 +1,9 @@
 """The names of a package, each loaded from its home when it is first used (PEP 562).
 
-A package that is imported so costs next to nothing until somebody asks for what it holds, and
-what needs packages that are not installed says so only when it is asked for. Type checkers do
-not see such names: a package lists them for these below ``TYPE_CHECKING``, and a test compares
-the two lists.
+Importing such a package costs next to nothing until a program uses one of its names, and a name
+that needs packages which are not installed raises only when it is used. Type checkers do not see
+such names: a package lists them for these below ``TYPE_CHECKING``, and a test compares the two
+lists.
 """
 
 from __future__ import annotations

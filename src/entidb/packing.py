@@ -50,9 +50,9 @@ def decompress(
 ) -> bytes:
     """The unpacked body, never more than ``limit`` bytes of it in memory.
 
-    ``encoding`` is one of ``ENCODINGS``; errors call the body ``what``. Raises what ``too_large``
-    makes of ``limit`` beyond it, and ``SyncCodecError`` if the body is not one complete stream of
-    that encoding: anything after it would be room to hide something in.
+    ``encoding`` is one of ``ENCODINGS``; errors call the body ``what``. Raises what
+    ``too_large(limit)`` returns for a larger body, and ``SyncCodecError`` if the body is not one
+    complete stream of that encoding: anything after it would be room to hide something in.
     """
     if encoding == "zstd":
         options = {_zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG_MAX}
@@ -65,7 +65,9 @@ def decompress(
     try:
         data: bytes = unpack()
     except _UNPACK_ERRORS as error:
-        raise SyncCodecError(f"{what} is not the {encoding} it says it is: {error}") from error
+        raise SyncCodecError(
+            f"{what} is not the {encoding} that its header names: {error}"
+        ) from error
     if len(data) > limit:
         raise too_large(limit)
     if not stream.eof or stream.unused_data:

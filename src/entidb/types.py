@@ -1,4 +1,5 @@
-"""Ids, names and clocks, and the few words every layer shares. No I/O, no records, no messages.
+"""Ids, names and clocks, and the few words that every layer shares. No I/O, no records, no
+messages.
 
 Time and randomness enter here as parameters (``Clock``, ``Entropy``), so that the simulator can
 run the real code: nothing below the command line reads the clock or calls ``random`` by itself.
@@ -40,12 +41,12 @@ COLLECTIONS_MAX: Final = 65_536
 #: Collections that one transaction writes to: its commit goes whole into one page, and older
 #: devices take 4,096 names in one.
 TRANSACTION_COLLECTIONS_MAX: Final = 2048
-#: Names in a scope: they all stand in every pull.
+#: Names in a scope: every pull carries all of them.
 SCOPE_NAMES_MAX: Final = 4096
-#: What one entity write counts beside its payload, in ``transaction_bytes_max``: more than its id,
-#: versions and heads take on the wire, so that what fits here also fits there.
+#: Bytes that one entity write counts in addition to its payload, in ``transaction_bytes_max``: more
+#: than its id, versions and heads take on the wire, so that what fits here also fits there.
 OPERATION_OVERHEAD_BYTES: Final = 64
-#: UTF-8 bytes. Short enough to stand in any index, long enough for a path-like name.
+#: UTF-8 bytes. Short enough for any index, long enough for a path-like name.
 COLLECTION_NAME_BYTES_MAX: Final = 255
 #: Arrays and maps inside each other in one entity value.
 NESTING_MAX: Final = 64
@@ -66,9 +67,9 @@ _NAME_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_name(name: str) -> str:
-    """``name`` itself, if a collection or a database may be called so: 1 to 255 bytes of UTF-8,
-    without control characters; else ``InvalidNameError``. Names are compared byte by byte and
-    never normalised."""
+    """``name`` itself, if a collection or a database may have it as its name: 1 to 255 bytes of
+    UTF-8, without control characters; else ``InvalidNameError``. Names are compared byte by byte
+    and never normalised."""
     if not isinstance(name, str):
         raise InvalidNameError(f"a name is text, not {type(name).__name__}")
     if _NAME_FORBIDDEN.search(name) is not None:
@@ -138,8 +139,8 @@ def kind_name(value: object) -> str:
 
 
 def path_text(path: str | os.PathLike[str]) -> str:
-    """``path`` as text. Raises ``ConfigError`` for what no file of this system can be called, and
-    ``TypeError`` as ``open`` does for what is no path."""
+    """``path`` as text. Raises ``ConfigError`` for a name that no file of this system can have, and
+    ``TypeError`` as ``open`` does for an object that is no path."""
     text = os.fsdecode(os.fspath(path))
     if not text:
         raise ConfigError("the path is empty: name a directory")  # and not the current one
@@ -194,7 +195,8 @@ class IdSource:
     def __init__(self, clock: Clock, entropy: Entropy = system_entropy) -> None:
         self._clock = clock
         self._entropy = entropy
-        # Knows its thread, so that giving it back twice is an error and not somebody else's loss.
+        # Knows its thread, so that giving it back twice is an error and does not free another
+        # thread's.
         self._lock = threading.RLock()
         self._last = 0
 
@@ -206,7 +208,7 @@ class IdSource:
             self._last = tick
             self._lock.release()
         except BaseException:
-            # Not ``with``: Ctrl-C on the way into its end would leave the lock to nobody.
+            # Not ``with``: Ctrl-C on the way into its end would leave the lock taken.
             with suppress(RuntimeError):
                 self._lock.release()
             raise

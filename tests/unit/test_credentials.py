@@ -86,7 +86,7 @@ def test_who_else_can_read_is_warned_of(file: Path, mode: int, warned: bool) -> 
 def test_a_file_that_everybody_can_write_is_refused(file: Path) -> None:
     file.write_text(TOKEN)
     file.chmod(0o666)
-    with pytest.raises(ConfigError, match="written by everybody"):
+    with pytest.raises(ConfigError, match="every user of this machine can write"):
         read_token(file)
 
 

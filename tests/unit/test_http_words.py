@@ -238,7 +238,7 @@ def test_a_host_that_is_not_there_is_said_in_plain_words(monkeypatch: pytest.Mon
     transport = HttpTransport("http://entidb.invalid")
     with transport, pytest.raises(TransportError) as caught:
         transport.pull(PULL)
-    assert "name of the host is not known" in plain(caught.value)
+    assert "name of the host cannot be found" in plain(caught.value)
 
 
 def test_silence_is_said_in_plain_words():

@@ -53,8 +53,8 @@ class CborDecode(Protocol):
 
     @classmethod
     def from_cbor(cls, data: bytes) -> Self:
-        """The object ``data`` stands for; raises ``CborDecodeError`` for anything that is not
-        one canonical item of the right shape."""
+        """The object that ``data`` encodes; raises ``CborDecodeError`` for anything that is not one
+        canonical item of the right shape."""
         ...
 
 

@@ -62,8 +62,8 @@ def _too_many_containers(payload: bytes) -> bool:
 
 
 def all_pass(payloads: Sequence[bytes]) -> bool:
-    """Whether ``check`` accepts each of ``payloads`` and none of them is null, at half the price
-    of asking one by one. What is wrong where this says False, ``check`` tells.
+    """Whether ``check`` accepts each of ``payloads`` and none of them is null, at half the price of
+    asking one by one. Where this returns False, ``check`` says what is wrong.
     """
     for at in range(0, len(payloads), _AT_ONCE):
         some = payloads[at : at + _AT_ONCE]

@@ -50,7 +50,7 @@ def encode_message(value: Any) -> bytes:
     try:
         payload: bytes = _encode(value)
     except (ValueError, TypeError, RecursionError) as error:
-        raise diagnose(value, "canonical CBOR cannot say it") from error
+        raise diagnose(value, "canonical CBOR cannot express it") from error
     # A search for one byte costs a fraction of a search for a pattern, and mostly settles it.
     if 0xFB in payload and _ZERO in payload and _has_negative_zero(value):
         raise diagnose(value, "-0.0")

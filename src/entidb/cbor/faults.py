@@ -1,4 +1,4 @@
-"""What canonical CBOR cannot say: the reason, the place within the value, and the way out.
+"""What canonical CBOR cannot express: the reason, the place within the value, and the way out.
 
 Asked only after an encoding has failed, so it may take its time.
 """
@@ -41,7 +41,7 @@ _WAYS_OUT: Final[tuple[tuple[Any, str], ...]] = (
 
 
 def diagnose(value: Any, reason: str) -> CborEncodeError:
-    """The error for the first thing in ``value`` that the profile cannot say."""
+    """The error for the first thing in ``value`` that the profile cannot express."""
     todo: list[tuple[str, Any, int]] = [("$", value, 0)]
     while todo:
         path, item, depth = todo.pop()

@@ -45,7 +45,7 @@ def uint(number: int) -> bytes:
 
 
 def bytes_head(length: int) -> bytes:
-    """What stands before the bytes of a byte string of ``length`` (not negative) bytes."""
+    """The head of a byte string of ``length`` (not negative) bytes."""
     return _BYTES_HEADS[length] if 0 <= length < _CACHED else head(0x40, length)
 
 
@@ -60,10 +60,10 @@ def text(string: str) -> bytes:
 
 
 def array_head(length: int) -> bytes:
-    """What stands before the ``length`` (not negative) items of an array."""
+    """The head of an array of ``length`` (not negative) items."""
     return _ARRAY_HEADS[length] if 0 <= length < _CACHED else head(0x80, length)
 
 
 def map_head(length: int) -> bytes:
-    """What stands before the ``length`` (not negative) pairs of a map; the caller sorts them."""
+    """The head of a map of ``length`` (not negative) pairs; the caller sorts them."""
     return _MAP_HEADS[length] if 0 <= length < _CACHED else head(0xA0, length)

@@ -4,11 +4,11 @@
     columns    a pulled page without an object for each operation
     digests    what two transactions have in common if they wrote the same (R14)
     encoding   messages to canonical CBOR
-    decoding   bytes to messages: shape, limits, and what two fields say of each other
+    decoding   bytes to messages: shape, limits, and whether two fields agree
     heads      the first bytes of CBOR items, made once
 
-The normative text is ``docs/protocol.md``. What depends on state (history, cursor, permissions) is
-for the server's service and the device's cycle; payloads are checked once, where they enter a
+The normative text is ``docs/protocol.md``. The server's service and the device's cycle decide what
+depends on state (history, cursor, permissions); payloads are checked once, where they enter a
 database.
 """
 

@@ -1,4 +1,4 @@
-"""Bytes to messages: shape, limits, and what two fields say of each other.
+"""Bytes to messages: shape, limits, and whether two fields agree.
 
 It does not look into payloads, which are checked once, where they enter a database.
 """
@@ -42,11 +42,11 @@ from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES, check_name, reason_
 
 # --- decoding ---------------------------------------------------------------------------------
 
-# libipld reads a link as if it were the byte string in it. Whatever it takes for one has this
-# form: the end of a head of tag 42, then a byte string that begins with 0. Bytes inside an id or
-# a payload may look the same, once in a hundred million; the strict decoder then tells which it
-# is. Handing it every message would cost five times as much as all the rest of decoding, for
-# integers in their shortest form, which do not matter in an envelope.
+# libipld reads a link as if it were the byte string in it. Whatever it takes for one has this form:
+# the end of a head of tag 42, then a byte string that begins with 0. Bytes inside an id or a
+# payload may look the same, once in a hundred million; the strict decoder then decides which it is.
+# To give it every message would cost five times as much as all the rest of decoding, for integers
+# in their shortest form, which do not matter in an envelope.
 _LINK: Final = re.compile(
     rb"\x2a(?<=[\xd8\x00]\x2a)(?:[\x41-\x57]|\x58.|\x59..|\x5a.{4}|\x5b.{8})\x00", re.DOTALL
 )
@@ -74,9 +74,9 @@ def decode_request(path: str, data: bytes, limits: Limits = LIMITS) -> SyncReque
 
 
 def decode_response(request: SyncRequest, data: bytes, limits: Limits = LIMITS) -> SyncResponse:
-    """The answer to ``request``. Whether it is an ``ErrorResponse`` instead is said by the HTTP
-    status; that one is read with ``decode(ErrorResponse, data)``. A push must be answered with
-    one result for each transaction."""
+    """The answer to ``request``. The HTTP status says whether it is an ``ErrorResponse`` instead;
+    that one is read with ``decode(ErrorResponse, data)``. A push must be answered with one result
+    for each transaction."""
     response = decode(cast("type[PushResponse]", response_type(request)), data, limits)
     if isinstance(request, PushRequest) and len(response.results) != len(request.transactions):
         raise ProtocolError(
@@ -122,8 +122,8 @@ def _decode(kind: type[AnyMessage], data: bytes, limits: Limits) -> AnyMessage:
 
 
 def _check_density(data: bytes, limits: Limits) -> None:
-    """Refuse what is small on the wire and huge in memory, before it is decoded: lists of nothing
-    take seventy times their bytes, and seconds. An operation has five items and counts
+    """Refuse what is small on the wire and huge in memory, before it is decoded: empty lists take
+    seventy times their bytes, and seconds. An operation has five items and counts
     ``OPERATION_OVERHEAD_BYTES``; one alone in its transaction or result has at most twelve."""
     operations = max(limits.push_operations_max, limits.pull_operations_max)
     largest = limits.message_bytes_max // OPERATION_OVERHEAD_BYTES
@@ -224,7 +224,7 @@ def _check_columns(message: PullResponse, columns: PullColumns, names: int) -> N
         raise _invalid("$.commits", "a page has commits or columns")
     sizes = struct.unpack(f">{count}I", columns.sizes)
     if sum(sizes) - sizes.count(TOMBSTONE_SIZE) * TOMBSTONE_SIZE != len(columns.values):
-        raise _invalid("$.columns.values", "they are not as long as their sizes say")
+        raise _invalid("$.columns.values", "they are not as long as their sizes together")
     if max(struct.unpack(f">{count}H", columns.indexes), default=-1) >= names:
         raise _no_such_collection("$.columns.indexes")
     versions = column_versions(columns.heads)
@@ -240,8 +240,8 @@ def _check_operations(
     names: int,
     field: str = "operations",
 ) -> None:
-    """Every collection index means something, and no entity comes twice: two writes of one
-    entity in one transaction would have no order that a reader could see."""
+    """Check that every collection index is a position in the names, and that no entity comes twice:
+    two writes of one entity in one transaction would have no order that a reader could see."""
     for index, operation in enumerate(operations):
         if operation.collection >= names:
             raise _no_such_collection(f"{place}.{field}[{index}]")

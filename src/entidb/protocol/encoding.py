@@ -21,8 +21,8 @@ from entidb.protocol.messages import (
 
 
 def encode(message: SyncRequest | SyncResponse) -> bytes:
-    """``message`` as canonical CBOR. Its own shape is taken on trust; a message that breaks its
-    type's promises raises whatever Python raises, or is refused by the other side."""
+    """``message`` as canonical CBOR. Its own shape is not checked; a message that breaks its type's
+    promises raises whatever Python raises, or the other side refuses it."""
     return _ENCODERS.get(type(message), _encode_small)(message)
 
 
@@ -111,7 +111,7 @@ def _encode_pull_response(message: PullResponse) -> bytes:
 def encode_columns(
     message: PullResponse, ids: bytes, heads: bytes, sizes: bytes, values: bytes, indexes: bytes
 ) -> bytes:
-    """``message`` with these columns in the place of its own."""
+    """``message`` with these columns instead of its own."""
     columns = {"ids": ids, "heads": heads, "sizes": sizes, "values": values, "indexes": indexes}
     parts = [
         cbor.map_head(9),
@@ -138,7 +138,7 @@ class PullPage:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._commits = 0
-        #: Where in ``_parts`` the number of the present commit's operations stands.
+        #: Where in ``_parts`` the number of the present commit's operations is.
         self._count_at = 0
         self._operations = 0
         self._heads: dict[int, bytes] = {}

@@ -1,4 +1,4 @@
-"""The heads of CBOR items that messages are full of, made once."""
+"""The heads of the CBOR items that occur most in messages, made once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from entidb import cbor
 
 # --- encoding ---------------------------------------------------------------------------------
 #
-# Pushes and pulls are joined by hand: it is several times faster than building lists of lists for
-# a general encoder, and an id stays a byte string whatever its bytes are (a general DAG-CBOR
-# encoder takes one UUIDv7 in twenty for a content identifier and writes tag 42). Keys stand in
-# canonical order: shorter first, then by bytes.
+# Pushes and pulls are joined by hand: it is several times faster than building lists of lists for a
+# general encoder, and an id stays a byte string whatever its bytes are (a general DAG-CBOR encoder
+# takes one UUIDv7 in twenty for a content identifier and writes tag 42). Keys are in canonical
+# order: shorter first, then by bytes.
 
 NULL: Final = b"\xf6"
 ID: Final = b"\x50"

@@ -1,10 +1,10 @@
 """The shapes of the wire messages, their limits and their paths.
 
 The normative text is ``docs/protocol.md``. Envelopes are maps with text keys, unknown keys are
-ignored; inside, transactions, commits and operations are arrays with fixed positions (elements
-that a newer minor version appends are ignored), and collection names stand once per message:
-operations hold an index into ``collections``. What depends on state (history, cursor, permissions)
-is for the server's service and the device's cycle.
+ignored; inside, transactions, commits and operations are arrays with fixed positions (elements that
+a newer minor version appends are ignored), and a message has each collection name once: operations
+hold an index into ``collections``. The server's service and the device's cycle decide what depends
+on state (history, cursor, permissions).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Verdict(IntEnum):
 
 class ServerState(Struct, frozen=True, array_like=True, gc=False):
     """What the server has for an entity of a refused transaction. ``payload`` None with a
-    ``version`` above 0 is a tombstone; version 0 means it has never heard of it."""
+    ``version`` above 0 is a tombstone; version 0 means that it never had the entity."""
 
     collection: Uint
     entity_id: Id
@@ -160,7 +160,7 @@ class HandshakeRequest(Struct, frozen=True, kw_only=True):
 
 class HandshakeResponse(Struct, frozen=True, kw_only=True):
     """``granted`` names the collections that the token grants; None means all, or a server that
-    does not say (R31)."""
+    does not name them (R31)."""
 
     major: Uint
     minor: Uint
@@ -209,8 +209,8 @@ class PullResponse(Struct, frozen=True, kw_only=True):
 
 
 class PushRequest(Struct, frozen=True, kw_only=True):
-    """``collections`` may hold what is no name: that is wrong with the transactions that write
-    there, and not with the others (R15)."""
+    """``collections`` may hold texts that are no names: that is the fault of the transactions that
+    write there, and not of the others (R15)."""
 
     db_id: Name
     device_id: Id
@@ -257,7 +257,7 @@ _PATH_OF: Final = {kind: path for path, kind in PATHS.items()}
 
 
 def path_of(request: SyncRequest) -> str:
-    """The HTTP path ``request`` is posted to."""
+    """The HTTP path to which ``request`` is posted."""
     return _PATH_OF[type(request)]
 
 

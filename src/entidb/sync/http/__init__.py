@@ -1,4 +1,4 @@
-"""Sync messages over HTTP: addresses, tokens, compression, sizes, and every way it can go wrong.
+"""Sync messages over HTTP: addresses, tokens, compression, sizes, and every failure.
 
     transport      what goes into a request, and what its answer is for the engine
     answers        answers that report an error: in the protocol's words, or by their status
@@ -8,15 +8,15 @@
     steps          the steps of one exchange as the client library reports them
     news           news: a stream of events, or a request that waits
     streaming      the client for an answer that has no end
-    watchdog       the thread that ends what takes longer than it may in all
+    watchdog       the thread that ends requests which take too long in all
     address        which URLs and which tokens a device may use
     surroundings   proxies and certificate authorities of the environment
 
-A server may be hostile, or not be one of ours at all (a hotel's login page, a proxy's error
-page): an answer costs at most ``response_bytes_max`` bytes on the wire, the same again unpacked,
-and ``total_timeout_s``; no redirect is followed, so a token goes to the URL's host and to no
-other. Only this package knows the client library. Retrying, and what an error means for the
-outbox, live elsewhere. The normative text is ``docs/protocol.md``, "HTTP".
+A server may be hostile, or not be one of ours at all (a hotel's login page, a proxy's error page):
+an answer costs at most ``response_bytes_max`` bytes on the wire, the same again unpacked, and
+``total_timeout_s``; no redirect is followed, so a token goes to the URL's host and to no other.
+Only this package knows the client library. Retrying, and what an error means for the outbox, are
+the subject of other rooms. The normative text is ``docs/protocol.md``, "HTTP".
 """
 
 from entidb.sync.http.client import HttpxClient

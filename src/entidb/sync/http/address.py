@@ -55,11 +55,11 @@ def check_token(token: object, url: str, host: str, config: HttpConfig) -> None:
     if callable(token):
         check_plain(token, "token")
     if not callable(token) and (not isinstance(token, str) or TOKEN.fullmatch(token) is None):
-        raise ConfigError("token must be visible ASCII text, or a function that returns some")
+        raise ConfigError("token must be visible ASCII text, or a function that returns such text")
     if url.startswith("https:") or is_loopback(host) or config.allow_insecure_token:
         return
     raise ConfigError(
-        f"the token would travel readable over {url}: use https://, or set "
+        f"everyone on the way could read the token sent to {url}: use https://, or set "
         "allow_insecure_token=True if that network is encrypted below HTTP",
         code="insecure_token",
     )

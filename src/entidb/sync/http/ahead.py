@@ -17,8 +17,8 @@ from entidb.types import Clock
 _JOIN_S: Final = 5.0
 #: Requests known ahead of time: the one under way and the one after it.
 _AHEAD_MAX: Final = 2
-#: Seconds that whoever sends ahead lets the request get on its way before going on with other
-#: work: enough for a local network, little for one on which sending itself takes long.
+#: Seconds that the thread which sends ahead waits until the request has left, before it goes on
+#: with other work: enough for a local network, little for one on which sending itself takes long.
 _SENDING_S: Final = 0.05
 
 
@@ -68,8 +68,8 @@ class Carrier:
         #: Moves when everything is dropped: a thread of an older age carries nothing more.
         self._age = 0
         self._thread_age = 0
-        #: A hint was ignored: so are those after it, which must not leave before it, until the
-        #: next request is asked for.
+        #: A hint was ignored. Those after it must not leave before it, so they are ignored too,
+        #: until the engine asks for the next request.
         self._ignoring = False
 
     def add(self, ahead: Ahead) -> None:
@@ -124,7 +124,7 @@ class Carrier:
     def join(self) -> None:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            # A client of somebody else's may not let go of its socket at once; the thread is a
+            # A client that is not ours may not let go of its socket at once; the thread is a
             # daemon, and its answer goes nowhere.
             thread.join(_JOIN_S)
 
@@ -146,8 +146,8 @@ class Carrier:
 
     def _carry(self, ahead: Ahead, before: Ahead | None) -> bool:
         def on_sent() -> None:
-            # Who waits for the answer before this request has work to do with it, and gets it
-            # when this request has left.
+            # The thread that waits for the answer before this request has work to do with it, and
+            # gets it when this request has left.
             ahead.sent.set()
             if before is not None:
                 before.done.set()

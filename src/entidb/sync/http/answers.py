@@ -1,5 +1,5 @@
-"""What an answer that is no message says went wrong, as a ``SyncError``: an error in the protocol's
-words, or else the status of whoever stands at that address.
+"""Answers that report an error, as a ``SyncError``: an error in the protocol's words, or else the
+status that came from that address.
 
 A request that got no answer at all is the subject of ``failures``.
 """
@@ -16,10 +16,10 @@ from entidb.sync.http.failures import SNIPPET_MAX
 from entidb.sync.transport import HttpResponse, error_from_response, printable
 from entidb.types import Clock
 
-#: How servers of TLS answer a request in the clear, in words.
+#: The words in which servers that expect TLS answer a request in the clear.
 _WANTS_TLS: Final = re.compile(rb"HTTPS (port|server)", re.IGNORECASE)
-#: What a status means when the body does not say it in our words. Anything else of 5xx may pass
-#: (a proxy whose server restarts), anything else of 4xx will not.
+#: What a status means when the body is none of our messages. Any other 5xx may pass (a proxy whose
+#: server restarts), any other 4xx will not.
 _STATUS_CODES: Final[dict[int, str]] = {
     401: "unauthorized",
     403: "forbidden",
@@ -33,7 +33,8 @@ _STATUS_CODES: Final[dict[int, str]] = {
     504: "timeout",
     507: "storage_full",
 }
-#: Statuses of 4xx that say nothing for good: who asks, how often, and what passes by itself.
+#: Statuses of 4xx that refuse nothing for good: they are about who asks, how often, and what passes
+#: by itself.
 _PASSING: Final = frozenset((401, 407, 408, 409, 421, 423, 425, 429, 499))
 #: A login page redirects for the moment; these two say that the URL is wrong for good.
 _MOVED_FOR_GOOD: Final = (301, 308)
@@ -58,7 +59,7 @@ def spoken_error(response: HttpResponse, answer: ErrorResponse, clock: Clock) ->
 
 
 def status_error(url: str, response: HttpResponse, body: bytes, clock: Clock) -> SyncError:
-    """What the status means, for an answer whose body says nothing in the protocol's words."""
+    """The error for the status of an answer whose body is none of the protocol's messages."""
     status = response.status
     said = f"{url} answered {status}{_content_type_note(response)}{_snippet(body)}"
     if 300 <= status < 400:
@@ -72,7 +73,7 @@ def status_error(url: str, response: HttpResponse, body: bytes, clock: Clock) ->
     code = _STATUS_CODES.get(status, "server_error" if status >= 500 else "invalid_message")
     kind = ERROR_TABLE[code].error
     if url.startswith("http:") and _WANTS_TLS.search(body[: 2 * SNIPPET_MAX]):
-        said += "; TLS is spoken there: write https://"
+        said += "; the server there expects TLS: write https://"
     elif code == "not_found":
         said += "; check the path of the URL"
     error = kind(said, code=code, retry_after=_retry_after(response, clock))

@@ -1,7 +1,7 @@
 """The client that ships: bytes over sockets, by the library ``httpx2``.
 
-What the bytes are is for ``transport``; this room knows connections, deadlines, and how to end
-what is under way.
+``transport`` knows what the bytes are; this room knows connections, deadlines, and how to end what
+is under way.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class _Exchange:
 class HttpxClient:
     """The ``HttpClient`` that ships: HTTP/1.1 over kept connections, certificates verified.
 
-    It goes below the library's ``Client``, which would add cookies, redirects and unpacking
-    without a bound, none of which is wanted here. Proxies are taken from the environment as the
-    standard library does, but never for this machine itself: the exemption that lets a token go
-    to ``http://localhost`` would not hold if somebody else's proxy came between.
-    ``ssl_context`` replaces the system's certificate authorities. Thread-safe.
+    It goes below the library's ``Client``, which would add cookies, redirects and unpacking without
+    a bound, none of which is wanted here. It takes proxies from the environment as the standard
+    library does, but never for this machine itself: the exemption that lets a token go to
+    ``http://localhost`` would not hold if a proxy on another machine came between. ``ssl_context``
+    replaces the system's certificate authorities. Thread-safe.
     """
 
     #: ``request`` takes ``on_sent``: see ``HttpClient``.
@@ -125,9 +125,9 @@ class HttpxClient:
         return kind(self._config, ssl_context=self._ssl_context, clock=self._clock)
 
     def _connect_apart(self, exchange: _Exchange) -> HttpResponse:
-        """A request that needs a new connection, on a thread of its own: looking up the name,
-        connecting and the TLS handshake hear of nothing, so they are left to themselves when
-        somebody says stop. What was connected until then is closed there."""
+        """A request that needs a new connection, on a thread of its own: nothing can interrupt
+        looking up the name, connecting and the TLS handshake, so ``stop`` leaves that thread to
+        itself. The thread then closes what it has connected."""
 
         def work(watch: Watch) -> HttpResponse:
             steps = Steps(self.remember, watch, exchange.on_sent, connects=True)
@@ -198,7 +198,7 @@ class HttpxClient:
             }
             if response.status_code == 200 and not _FRAMED & names.keys():
                 raise TransportError(
-                    f"{route.url} answered without a length: the end cannot be told from a cut"
+                    f"{route.url} answered without a length, so a cut would look like its end"
                 )
             return HttpResponse(response.status_code, names, self._read(response))
         finally:
@@ -242,7 +242,7 @@ class HttpxClient:
         proxy = None if is_loopback(url.host) else proxy_to(url.scheme, url.host)
         verify: ssl.SSLContext | bool = self._ssl_context or True
         if url.scheme == "http" and (proxy is None or not proxy.startswith("https:")):
-            # No TLS here, so reading the authorities (tens of milliseconds) would be for nothing.
+            # No TLS here, so reading the authorities (tens of milliseconds) would be wasted.
             verify = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         elif verify is True:
             check_authorities()

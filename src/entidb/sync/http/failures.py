@@ -1,5 +1,5 @@
-"""Requests that got no answer: the client library's and the system's exceptions as ``SyncError``,
-in words for a person who knows neither.
+"""Requests that got no answer: the exceptions of the client library and of the system as
+``SyncError``, in words for a person who knows neither.
 
 Answers that report an error are the subject of ``answers``.
 """
@@ -34,23 +34,23 @@ _EXCEPTIONS: Final[tuple[tuple[type[Exception], type[SyncError]], ...]] = (
     (OSError, TransportError),
 )
 FOREIGN: Final = tuple(foreign for foreign, _ in _EXCEPTIONS)
-#: What happened, by what stands in the chain of causes; first match wins.
+#: What happened, by the exceptions in the chain of causes; first match wins.
 _CAUSES: Final[tuple[tuple[type[Exception], str], ...]] = (
     (httpx2.ConnectTimeout, "no connection within connect_timeout_s"),
     (httpx2.ReadTimeout, "no answer within read_timeout_s"),
     (httpx2.WriteTimeout, "the request could not be sent within read_timeout_s"),
     (httpx2.PoolTimeout, "no connection was free within connect_timeout_s"),
-    (socket.gaierror, "the name of the host is not known: check the URL, and the network"),
+    (socket.gaierror, "the name of the host cannot be found: check the URL, and the network"),
     (ConnectionRefusedError, "nothing listens there: check the URL, and whether the server runs"),
     (ConnectionResetError, "the connection was cut"),
     (BrokenPipeError, "the connection was cut"),
     (UnicodeError, "the name of the host cannot be one: check the URL"),
 )
-#: How OpenSSL says that what it read is no TLS.
+#: OpenSSL's reasons for bytes that are no TLS.
 _NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE",
                    "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")  # fmt: skip
-#: What the library says of a TLS alert that it takes for a status line: the second, when the first
-#: byte is none that a line can begin with.
+#: The library's words for a TLS alert that it mistakes for a status line: the second, when no line
+#: can begin with the first byte.
 _TLS_RECORDS: Final = (r"\x15\x03", "illegal request line")
 SNIPPET_MAX: Final = 200
 
@@ -77,15 +77,15 @@ def _cause(error: Exception, url: str) -> str:
     tls = _in_chain(error, ssl.SSLError)
     if tls is not None:
         if tls.reason in _NOT_TLS:
-            return "no TLS is spoken there: the port may be one for http://"
+            return "the server there does not speak TLS: the port may be one for http://"
         named = (tls.reason or "").replace("_", " ").lower()
         return f"TLS failed{f' ({named})' if named else ''}: check the URL and the server's TLS"
     if isinstance(error, httpx2.ProxyError):
-        return f"the proxy refused: {printable(str(error))[:SNIPPET_MAX]}"
+        return f"the proxy refused the request: {printable(str(error))[:SNIPPET_MAX]}"
     if isinstance(error, httpx2.RemoteProtocolError):
         said = str(error)
         if url.startswith("http:") and any(each in said for each in _TLS_RECORDS):
-            return "no HTTP is spoken there, but TLS: write https://"
+            return "the server there speaks TLS: write https://"
         if "without sending" in said:
             return f"the server hung up without an answer{hint}"
         return f"what answers there is not HTTP, or was cut: check the URL{hint}"
@@ -93,7 +93,7 @@ def _cause(error: Exception, url: str) -> str:
     if system is not None and system.strerror:
         return printable(system.strerror[:SNIPPET_MAX]).lower()
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and str(error):
-        return printable(str(error)[:SNIPPET_MAX])  # of a client of somebody else's
+        return printable(str(error)[:SNIPPET_MAX])  # of a client that is not ours
     return "the connection failed"
 
 
@@ -119,10 +119,10 @@ def too_large(limit: int) -> ProtocolError:
 
 
 def cut_short(url: str) -> TransportError:
-    """Less than the whole request left this device, so nothing of it can have been decided."""
+    """Only a part of the request left this device, so nothing of it can have been decided."""
     error = TransportError(
         f"{url}: the connection was cut while the request was being sent; if this goes on, "
-        f"something before the server may refuse requests of this size{_tls_hint(url)}"
+        f"something on the way to the server may refuse requests of this size{_tls_hint(url)}"
     )
     error.refused_by = "path"
     return error

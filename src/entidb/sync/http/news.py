@@ -1,7 +1,7 @@
 """News over HTTP: a stream of events (WHATWG HTML, section 9.2), and a request that waits.
 
 Both go over a client of their own, so that what ends one of them touches no request of a cycle.
-When to use which, and what to do when they end, is ``sync.live``'s.
+``sync.live`` decides when to use which, and what to do when they end.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class HttpNews:
         try:
             answer = cbor.decode(response.body)
         except CborDecodeError as error:
-            raise SyncCodecError(f"{url}: the answer is no CBOR: {error}") from error
+            raise SyncCodecError(f"{url}: the answer is not CBOR: {error}") from error
         head = answer.get("head") if isinstance(answer, dict) else None
         if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head <= _SEQUENCE_MAX:
             raise ProtocolError(f"{url}: the answer names no commit")

@@ -1,6 +1,6 @@
 """The steps of one exchange as the library reports them: sent, connecting, the TLS handshake.
 
-Who ends an exchange, and when, is for ``client``.
+``client`` decides who ends an exchange, and when.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from entidb.sync.interrupt import Watch
 
 
 class NewConnectionError(Exception):
-    """No kept connection is left, and this thread is not one that may be left to itself."""
+    """No kept connection is left, and the request has to move to a thread that may be left to
+    itself."""
 
 
 class Steps:

@@ -15,14 +15,14 @@ from entidb.sync.transport import HttpResponse
 
 
 class StreamingClient(HttpxClient):
-    """An ``HttpxClient`` that can also begin to read what does not end. One stream at a time: what
-    cuts it cuts all connections of this client."""
+    """An ``HttpxClient`` that can also begin to read what does not end. One stream at a time:
+    cutting it cuts all connections of this client."""
 
     def stream(
         self, url: str, headers: Mapping[str, str], *, first_s: float, silence_s: float
     ) -> Streaming:
         """Ask for ``url`` and return when the head of the answer is there. Connects on the calling
-        thread. How much is read is not bounded altogether, and not by ``total_timeout_s``.
+        thread. Nothing bounds how much is read in all, nor does ``total_timeout_s``.
 
         Raises as ``request`` does, and ``NotBegunError`` where nothing comes within ``first_s`` of
         the request being sent. Reading raises that too, unless ``arrived`` is called within the

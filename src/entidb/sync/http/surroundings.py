@@ -1,5 +1,5 @@
-"""What the environment of the process says of the way to a server: proxies, and certificate
-authorities; checked before the library sees it.
+"""The settings of the environment for the way to a server: proxies, and certificate authorities;
+checked before the library sees them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ def proxy_to(scheme: str, host: str) -> str | None:
         raise ConfigError(f"{where} is not a URL like http://host:port: {without}")
     if parts.scheme not in ("http", "https", "socks5", "socks5h"):
         shown = printable(parts.scheme[:40])
-        raise ConfigError(f"{where} is of a kind that is not known, {shown!r}: {without}")
+        raise ConfigError(f"{where} is of an unknown kind, {shown!r}: {without}")
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise ConfigError(f"{where} speaks SOCKS, which needs a package: pip install socksio")
     return proxy
 
 
 def check_authorities() -> None:
-    """OpenSSL takes directories that are not there without a word, and then trusts nobody."""
+    """Raises ``ConfigError`` for directories that are not there. OpenSSL accepts those without a
+    word, and then trusts no certificate."""
     if os.environ.get("SSL_CERT_FILE"):
         return
     named = os.environ.get("SSL_CERT_DIR")

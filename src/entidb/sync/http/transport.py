@@ -1,7 +1,7 @@
 """What goes into a request, and what its answer is for the engine: tokens, packing, sizes.
 
 ``HttpTransport`` does not move bytes (``client``), nor put what went wrong into words (``answers``,
-``failures``); retrying, and what an error means for the outbox, live outside of this package.
+``failures``); other rooms retry, and decide what an error means for the outbox.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ _UNSUPPORTED_MEDIA_TYPE: Final = 415
 class HttpTransport(BaseTransport):
     """A ``SyncTransport`` that posts canonical CBOR to ``url``.
 
-    ``url`` is the address the server's app stands at, with a path if it is mounted under one
+    ``url`` is the address of the server's app, with a path if it is mounted under one
     (``https://example.org/sync``). ``token`` is sent as ``Authorization: Bearer``; see ``Token``.
-    On 401 a function is asked once for a fresh one and the request sent once more. ``client``
-    moves the bytes, an ``HttpxClient`` by default, and is closed with the transport. ``config``
-    may be a ``SyncConfig``.
+    On 401 the transport asks a function once for a fresh one and sends the request once more.
+    ``client`` moves the bytes, an ``HttpxClient`` by default, and is closed with the transport.
+    ``config`` may be a ``SyncConfig``.
 
-    Raises ``ConfigError`` for a URL or a token that cannot work, with code ``insecure_token`` for
-    a token that would cross a network readable by anybody on the way.
+    Raises ``ConfigError`` for a URL or a token that cannot work, with code ``insecure_token`` for a
+    token that would cross a network in the clear.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class HttpTransport(BaseTransport):
         else:
             response = self._carry(request, *self._packed(encode(request)))
         if response.status == _UNSUPPORTED_MEDIA_TYPE and self._request_encoding is not None:
-            # The server takes packed bodies, but something before it does not.
+            # The server takes packed bodies, but something on the way to it does not.
             self._packs, self._request_encoding = False, None
             response = self._carry(request, *self._packed(encode(request)))
         return self._understood(request, response)
@@ -223,23 +223,24 @@ class HttpTransport(BaseTransport):
         return packing.decompress(encoding, response.body, limit, "the answer", too_large)
 
     def _error(self, request: SyncRequest, response: HttpResponse) -> SyncError:
-        """What the answer says went wrong: in our words if it has them, else by its status."""
+        """The error that the answer reports: in the protocol's words if it has them, else by its
+        status."""
         url = self._urls[type(request)]
         try:
             body = self._unpacked(response)
             if is_cbor(response):
                 return spoken_error(response, decode(ErrorResponse, body), self._clock)
         except ProtocolError:
-            # Not one of our servers, or a broken one: its status still says something, and is
-            # what decides about retrying.
+            # Not one of our servers, or a broken one: its status still means something, and decides
+            # about retrying.
             body = b""
         return status_error(url, response, body, self._clock)
 
     # -- waiting for news ---------------------------------------------------------------------
 
     def news(self, db_id: str, device_id: bytes) -> HttpNews | None:
-        """Where this device hears that there is something new in ``db_id``; None where the client
-        is one of somebody else's, which has no way to read an answer as it comes."""
+        """Where this device learns that there is something new in ``db_id``; None where the client
+        is not ours and has no way to read an answer as it comes."""
         if not isinstance(self._client, HttpxClient):
             return None
         return HttpNews(
@@ -260,8 +261,8 @@ class HttpTransport(BaseTransport):
 
     def send_ahead(self, request: SyncRequest) -> None:
         """Start ``request`` on a thread of its own, or have it follow what is there already; see
-        ``SyncTransport.send_ahead``. While that thread is busy with what was dropped, or two are
-        waiting already, the hint is ignored."""
+        ``SyncTransport.send_ahead``. It ignores the hint while that thread is busy with what was
+        dropped, or while two are waiting already."""
         if self._closed:
             return
         headers, body = self._packed(encode(request))

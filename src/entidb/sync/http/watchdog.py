@@ -19,7 +19,7 @@ class Watchdog:
     """Strikes when a request is not done by its deadline.
 
     The library only bounds the silence between two reads, so a server that sends a byte now and
-    then would hold a device for ever. One thread for all requests, asleep until the earliest
+    then would hold a device without end. One thread for all requests, asleep until the earliest
     deadline it knew when it looked last: a request that ends in time neither starts nor wakes it.
     """
 
@@ -74,7 +74,7 @@ class Watchdog:
             self._wake.clear()
 
     def _look(self) -> float | None:
-        """Strike if somebody is late; seconds to the next look, None if there is no need."""
+        """Strike every request that is late; seconds to the next look, None if there is no need."""
         with self._lock:
             if self._closed or not self._deadlines:
                 self._thread = None
