@@ -13,7 +13,8 @@ from entidb.db import Database, Role
 from entidb.errors import CorruptionError, ServerBusyError
 from entidb.server import ServerConfig
 from entidb.server.checks import CheckingError
-from entidb.server.stores import OpenDatabase, Store, Stores, on_disk
+from entidb.server.directory import OpenDatabase, on_disk
+from entidb.server.stores import Store, Stores
 from entidb.storage import opening
 from entidb.testing.contracts import STUCK_SECONDS
 from entidb.types import SystemClock

@@ -17,7 +17,7 @@ from entidb.db import Database, Role
 from entidb.errors import ConfigError, DatabaseLockedError
 from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import ServerConfig, SyncServer, create_app, serving
-from entidb.server.stores import list_databases
+from entidb.server.directory import list_databases
 from entidb.testing.contracts import STUCK_SECONDS
 from tests.cli.support import command, environment
 from tests.server.support import handshake, push

@@ -27,8 +27,9 @@ from entidb.protocol import (
 )
 from entidb.server import Grant, ServerConfig, SyncServer, serving
 from entidb.server.auth import Grants, Rights, everything
+from entidb.server.directory import in_memory
 from entidb.server.front import Front
-from entidb.server.stores import Store, Stores, in_memory
+from entidb.server.stores import Store, Stores
 from tests.server.support import Client, ManualClock, handshake, pull, push
 
 GRANT = Grant(subject="ada", read=True, write=True)

@@ -20,7 +20,8 @@ from entidb.errors import (
 )
 from entidb.protocol import PushResponse, SyncResponse, Verdict
 from entidb.server import Grant, ServerConfig
-from entidb.server.stores import Store, Stores, list_databases, on_disk
+from entidb.server.directory import list_databases, on_disk
+from entidb.server.stores import Store, Stores
 from tests.server.support import ManualClock, number_id, push
 
 GRANT = Grant(subject="ada", read=True, write=True)

@@ -31,10 +31,11 @@ from entidb.server import wire
 from entidb.server.auth import Grants, JwtAuthenticator, authenticator_for
 from entidb.server.config import WAYS_TO_KNOW, ServerConfig
 from entidb.server.control import Control
+from entidb.server.directory import DataDirectory, OpenDatabase, in_memory, on_disk
 from entidb.server.front import Front
 from entidb.server.origins import Origins
 from entidb.server.registry import Registry
-from entidb.server.stores import DataDirectory, OpenDatabase, Stores, in_memory, on_disk
+from entidb.server.stores import Stores
 from entidb.server.wire import HttpResponse
 from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy
 

@@ -8,56 +8,41 @@ more, and opened again by the next request (R17). What a request means is not kn
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
-import os
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from entidb.db import Database, Role, purge_tombstones
+from entidb.db import Database, purge_tombstones
 from entidb.db.maintenance import clock_mark_ms, mark_clock, sequence_at
 from entidb.errors import (
-    ConfigError,
     DatabaseClosedError,
-    DatabaseLockedError,
     EntiDBError,
     InvalidNameError,
-    PermissionDeniedError,
     ProtocolError,
     ServerBusyError,
     StorageError,
     TransactionError,
 )
 from entidb.protocol import PullRequest
-from entidb.server.allocator import large_pieces_apart
-from entidb.server.checks import CheckingError, Checks
-from entidb.server.config import ServerConfig, check_db_id, db_id_of, directory_name
+from entidb.server.checks import CheckingError
+from entidb.server.config import ServerConfig, check_db_id
+from entidb.server.directory import OpenDatabase
 from entidb.server.group_commit import GroupCommitter, Schedule
 from entidb.server.hooks import ValidateHook
 from entidb.server.service import DatabaseService
-from entidb.storage.directories import is_at, make_directory
-from entidb.storage.locks import FileLock, HeldError
-from entidb.storage.opening import holds_store
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
 
-#: Locked by the server of a data directory; no database is called so.
-SERVER_LOCK: Final = "entidb-server.lock"
-
 _DAY_MS: Final = 24 * 3600 * 1000
 _RETRY_S: Final = 1.0
+#: Seconds between two looks whether a database is still in use.
+_LOOK_S: Final = 0.02
 #: Tombstones are looked for no more often, however short they are kept.
 _PURGE_INTERVAL_S_MIN: Final = 1.0
-
-#: Opens the database of that name, making it if it is not there and the second argument says so;
-#: else ``PermissionDeniedError``, code ``unknown_database``.
-OpenDatabase = Callable[[str, bool], Database]
 
 
 class Store:
@@ -131,6 +116,8 @@ class Stores:
         #: has to be read first is read elsewhere (``checks``).
         self._changing = threading.Lock()
         self._closed = False
+        #: Databases that nobody may open at the moment.
+        self._kept_closed: set[str] = set()
 
     # ------------------------------------------------------------ using
 
@@ -138,13 +125,14 @@ class Stores:
         """The store if it is open and well, without waiting for anything; else None."""
         with self._lock:
             store = self._stores.get(db_id)
-            if store is None or store.broken or self._closed:
+            if store is None or store.broken or self._closed or db_id in self._kept_closed:
                 return None
             store.users += 1
             return store
 
-    def use(self, db_id: str, *, create: bool) -> Store:
-        """The store, opened if need be. Give it back with ``release``.
+    def use(self, db_id: str, *, create: bool, anyway: bool = False) -> Store:
+        """The store, opened if need be, and made if ``create`` says so and ``create_databases``
+        lets it, or ``anyway``. Give it back with ``release``.
 
         Raises ``PermissionDeniedError`` (unknown_database), ``ServerBusyError``, or what opening
         it raises: ``StorageError``, ``DatabaseLockedError``.
@@ -154,6 +142,7 @@ class Stores:
             return store
         _check_known_name(db_id)
         with self._changing:
+            create = create and (anyway or self._config.create_databases)
             return self.try_use(db_id) or self._open(db_id, create)
 
     def release(self, store: Store) -> None:
@@ -192,6 +181,48 @@ class Stores:
         self.release(store)
         return store.database
 
+    def make(self, db_id: str) -> None:
+        """Make the database, or see that it is there, also where ``create_databases`` is off.
+        Raises as ``use``."""
+        self.release(self.use(db_id, create=True, anyway=True))
+
+    def opened(self) -> dict[str, float]:
+        """The databases that are open, with the monotonic time of their last use."""
+        with self._lock:
+            return {name: store.used_at for name, store in self._stores.items()}
+
+    @contextmanager
+    def closed(self, db_id: str, wait_s: float) -> Iterator[None]:
+        """The database is closed inside the block, and cannot be opened: who asks for it is told
+        to come again. Raises ``ServerBusyError`` if somebody uses it for longer than ``wait_s``,
+        if it is closed by another such block, and if a program of the server has it open."""
+        with self._lock:
+            store = self._stores.get(db_id)
+            if db_id in self._kept_closed or (store is not None and store.pinned):
+                raise ServerBusyError(f"database {db_id!r} is in use by the server itself")
+            self._kept_closed.add(db_id)
+        try:
+            self._take_out(db_id, wait_s)
+            yield
+        finally:
+            with self._lock:
+                self._kept_closed.discard(db_id)
+
+    def _take_out(self, db_id: str, wait_s: float) -> None:
+        end = self._clock.monotonic() + wait_s
+        while True:
+            with self._changing, self._lock:
+                store = self._stores.get(db_id)
+                if store is None:
+                    return
+                if not store.users:
+                    del self._stores[db_id]
+                    break
+            if self._clock.monotonic() >= end:
+                raise ServerBusyError(f"database {db_id!r} is in use", retry_after=_RETRY_S)
+            time.sleep(_LOOK_S)
+        self._close(store)
+
     @property
     def open_count(self) -> int:
         return len(self._stores)
@@ -199,7 +230,7 @@ class Stores:
     def _open(self, db_id: str, create: bool) -> Store:
         self._drop_broken(db_id)
         self._make_room()
-        database = self._open_database(db_id, create and self._config.create_databases)
+        database = self._open_database(db_id, create)
         database.on_commit = lambda head: self.on_commit(db_id, head)
         service = DatabaseService(
             database,
@@ -241,6 +272,8 @@ class Stores:
         with self._lock:
             if self._closed:
                 raise _stopping()
+            if db_id in self._kept_closed:
+                raise ServerBusyError("the database is being looked after", retry_after=_RETRY_S)
             store = self._stores.get(db_id)
             if store is None:
                 return
@@ -351,130 +384,9 @@ def _stopping() -> ServerBusyError:
     return ServerBusyError("the server is shutting down", code="shutting_down", retry_after=1.0)
 
 
-def unknown_database() -> PermissionDeniedError:
-    return PermissionDeniedError("there is no such database", code="unknown_database")
-
-
 def _check_known_name(db_id: str) -> None:
     try:
         check_db_id(db_id)
     except InvalidNameError as error:
         # Not "unknown", which sends people to look for a database: there can be none.
         raise ProtocolError(str(error)) from error
-
-
-# ---------------------------------------------------------------- where databases come from
-
-
-class DataDirectory:
-    """``config.data_dir``, for one server: made if missing, and locked as long as it is served.
-    Several processes that work for one server would share this object's lock."""
-
-    def __init__(self, root: str, locks: list[FileLock]) -> None:
-        self._lock_path = os.path.join(root, SERVER_LOCK)
-        self._locks = locks
-
-    @classmethod
-    def take(cls, config: ServerConfig) -> DataDirectory:
-        """Raises ``ConfigError`` for a place that cannot be made or written, and
-        ``DatabaseLockedError`` if another server has it, in this process or in another."""
-        root = _root(config)
-        try:
-            make_directory(root)
-            try:
-                return cls._lock(root)
-            except HeldError as error:
-                if error.holder != str(os.getpid()):
-                    raise
-            # A server that nobody refers to any more may still wait for the collector.
-            gc.collect()
-            return cls._lock(root)
-        except HeldError as error:
-            raise _served(root, error.holder) from error
-        except OSError as error:
-            raise _unusable(root, error) from error
-
-    @classmethod
-    def _lock(cls, root: str) -> DataDirectory:
-        locks = [FileLock.take(os.path.join(root, SERVER_LOCK), os.stat(root))]
-        try:
-            if sys.platform != "win32":
-                # A lock file can be deleted, so the directory itself is locked too.
-                locks.append(FileLock(os.open(root, os.O_RDONLY)))
-        except BaseException:
-            locks[0].release()
-            raise
-        return cls(root, locks)
-
-    def release(self) -> None:
-        """Idempotent. Leaves no lock file behind; who dies does, which does no harm."""
-        with contextlib.suppress(OSError):
-            if self._locks[0].descriptor >= 0 and is_at(self._lock_path, self._locks[0].descriptor):
-                os.unlink(self._lock_path)
-        for lock in self._locks:
-            lock.release()
-
-
-def _root(config: ServerConfig) -> str:
-    assert config.data_dir is not None
-    root = os.path.abspath(config.data_dir)
-    if holds_store(root):
-        raise ConfigError(
-            f"{root} is itself a database, and a server keeps databases in directories below its "
-            "own: name an empty directory, or the one above"
-        )
-    return root
-
-
-def _served(root: str, holder: str) -> DatabaseLockedError:
-    if holder == str(os.getpid()):
-        return DatabaseLockedError(
-            f"{root} is served by another server in this process; close that one first, or give "
-            "another directory"
-        )
-    process = f"process {holder}" if holder else "another process"
-    return DatabaseLockedError(
-        f"{root} is served by {process} already; stop that server, or give another directory"
-    )
-
-
-def _unusable(root: str, error: OSError) -> ConfigError:
-    what = "cannot be used" if os.path.isdir(root) else "cannot be made"
-    return ConfigError(
-        f"data_dir {what}: {root}: {error.strerror}; give a directory that the user of the server "
-        "may write to"
-    )
-
-
-def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
-    """Databases in directories below ``config.data_dir``."""
-    root = Path(_root(config))
-    checks = Checks()
-
-    def open_database(db_id: str, create: bool) -> Database:
-        path = root / directory_name(db_id)
-        if not create and not path.is_dir():
-            raise unknown_database()
-        checks.require(path)
-        with large_pieces_apart():
-            return Database.open(path, create=create, role=Role.SERVER, **options)
-
-    return open_database
-
-
-def in_memory(**options: Any) -> OpenDatabase:
-    """Databases that are gone with the server."""
-
-    def open_database(db_id: str, create: bool) -> Database:
-        if not create:
-            raise unknown_database()
-        return Database.in_memory(role=Role.SERVER, **options)
-
-    return open_database
-
-
-def list_databases(data_dir: str | os.PathLike[str]) -> list[str]:
-    """Names of the databases below ``data_dir``, in order; empty if there is no such place."""
-    root = Path(data_dir)
-    found = (db_id_of(entry.name) for entry in root.iterdir()) if root.is_dir() else ()
-    return sorted(name for name in found if name is not None)
