@@ -1,8 +1,8 @@
 """Settings of the device's engine: what may be chosen, what is chosen by default, and why.
 
 Everything is checked when it is made, so a wrong setting is found where it is written and not in
-the third hour of a background run. Only values live here: no clock, no sockets; what the names
-of policies mean is in ``policies.py``.
+the third hour of a background run. Only values live here: no clock, no sockets; ``policies.py``
+says what the names of policies mean.
 
     HttpConfig     how to talk: timeouts, sizes, compression        (``HttpTransport`` takes it)
     └── SyncConfig what to sync and how much of it at a time        (the engine takes it)
@@ -48,21 +48,21 @@ class RetryConfig:
     trying again is decided by ``SyncError.retryable``, never here. Raises ``ConfigError``.
     """
 
-    #: Attempts of one cycle, the first included; 1 never tries again. With the other defaults
-    #: five attempts give up after at most 7.5 s, about what somebody who pressed a button waits.
+    #: Attempts of one cycle, the first included; 1 never tries again. With the other defaults five
+    #: attempts give up after at most 7.5 s, about as long as a person who pressed a button waits.
     attempts_max: int = 5
     #: Seconds. The longest wait before the second attempt.
     delay_initial_s: float = 0.5
-    #: Seconds. The longest wait there is. A minute keeps a background device close behind a
-    #: server that comes back, and costs a dead one a request per minute and device.
+    #: Seconds. The longest wait before any attempt. A minute keeps a background device close behind
+    #: a server that comes back, and costs a dead server one request per minute and device.
     delay_max_s: float = 60.0
-    #: What the longest wait grows by each time. 1 keeps it as it is.
+    #: Factor by which the longest wait grows each time. 1 keeps it as it is.
     multiplier: float = 2.0
     #: Draw every wait between 0 and its longest, so that a thousand devices that lost the server
     #: at once do not come back at once.
     jitter: bool = True
-    #: Seconds. A ``Retry-After`` beyond this is taken for this: a server may slow a device down,
-    #: and not silence it for a year by one wrong number.
+    #: Seconds. A longer ``Retry-After`` counts as this: a server may slow a device down, but not
+    #: silence it for a year by one wrong number.
     retry_after_max_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -91,9 +91,9 @@ class RetryConfig:
     def delay_s(self, attempt: int, random: float, *, retry_after: float | None = None) -> float:
         """Seconds to wait after failed attempt number ``attempt`` (from 1, without an upper end).
 
-        ``random`` is in 0 … 1 and drawn by the caller. What the server asked for in
-        ``retry_after`` comes first and the backoff is added to it, so the answer is never
-        earlier than the server said, and devices that were all told the same still spread.
+        ``random`` is in 0 … 1 and drawn by the caller. The wait that the server asked for in
+        ``retry_after`` comes first and the backoff is added to it, so the attempt is never earlier
+        than the server said, and devices that all got the same time still spread.
         """
         longest = self._longest_delay_s(attempt)
         delay = longest * min(max(random, 0.0), 1.0) if self.jitter else longest
@@ -114,9 +114,10 @@ class RetryConfig:
 class HttpConfig:
     """How an ``HttpTransport`` talks to its server. Raises ``ConfigError``."""
 
-    #: Seconds to a connection, TLS included. Longer only delays the news that one is offline.
+    #: Seconds to a connection, TLS included. A longer time only delays the news that the device is
+    #: offline.
     connect_timeout_s: float = 10.0
-    #: Seconds of silence from a server that has the request. Covers a busy server's disk.
+    #: Seconds that a server which has the request may be silent. Covers a busy server's disk.
     read_timeout_s: float = 30.0
     #: Seconds for one request and its whole answer: what stops a server that drips bytes. Enough
     #: for a full page of 4 MiB over 40 kB/s.
@@ -130,8 +131,8 @@ class HttpConfig:
     #: Smaller request bodies go as they are: below about 1 kB the packing costs more than it
     #: saves (measured, see the project's notes on dependencies).
     compression_min_bytes: int = 1024
-    #: Send a token over plain ``http://`` to another machine. Anybody on the way can then read
-    #: it and act as the device; only for networks that are encrypted below HTTP (a VPN).
+    #: Send a token over plain ``http://`` to another machine. Everyone on the way can then read it
+    #: and act as the device; only for networks that are encrypted below HTTP (a VPN).
     allow_insecure_token: bool = False
 
     def __post_init__(self) -> None:
@@ -163,9 +164,9 @@ class SyncConfig(HttpConfig):
     push_bytes_max: int = 4 * _MIB
     pull_operations_max: int = 5000
     pull_bytes_max: int = 4 * _MIB
-    #: Bytes that one pull of several pages may bring before it is complete: a server that goes on
-    #: for ever must not fill the disk. The first sync of a large database has to fit. Beside it,
-    #: a pull leaves a quarter of what was free on the disk.
+    #: Bytes that one pull of several pages may bring before it is complete: a server whose pages
+    #: never end must not fill the disk. The first sync of a large database has to fit. Beside it, a
+    #: pull leaves a quarter of what was free on the disk.
     staged_bytes_max: int = STAGED_BYTES_MAX
     #: Pull, rebase and push again at most this often in one cycle (R7).
     rounds_max: int = 5
@@ -176,7 +177,7 @@ class SyncConfig(HttpConfig):
     #: Policy per collection: a name, a ``ConflictPolicy``, or a function of the conflict.
     policies: Mapping[str, str | ConflictPolicy] = field(default_factory=dict)
     #: How many values that a policy decided against are kept (R4), the newest ones; 0 keeps none.
-    #: Ten thousand are some megabytes, and more than anybody looks through.
+    #: Ten thousand are some megabytes, and more than a person looks through.
     overruled_max: int = OVERRULED_MAX
     #: Days they are kept at most: as long as a server keeps its tombstones.
     overruled_days: float = OVERRULED_DAYS
@@ -233,7 +234,8 @@ class SyncConfig(HttpConfig):
                     f"policies names {name!r}, which collections leaves out: add it there, "
                     "or take the policy away"
                 )
-        # A copy nobody else holds, and nobody can write: frozen is to mean frozen.
+        # A copy to which only this object refers, and which cannot be written: frozen must mean
+        # frozen.
         object.__setattr__(self, "policies", MappingProxyType(dict(self.policies)))
 
 

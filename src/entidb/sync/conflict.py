@@ -1,4 +1,5 @@
-"""A conflict: the three values a policy is asked about, the answers it may give, and both in words.
+"""A conflict: the three values that a policy decides about, the answers it may give, and both in
+words.
 
 Everything here is a pure function of its arguments: no clock, no randomness, no I/O, nothing
 remembered between calls (R26). What the shipped policies answer is in ``whole_policies`` and
@@ -49,15 +50,16 @@ NO_FIELDS: Final[Mapping[str, Any]] = MappingProxyType({})
 class Conflict(Struct, frozen=True, kw_only=True, gc=False):
     """One entity, or one field of it, that changed here and on the server (R23).
 
-    ``base`` is the last server state the device knew, ``local`` what the device made of it, and
-    ``remote`` what the server has now. Versions are the server's commit sequences, device ids 16
-    bytes, timestamps hybrid logical clocks (``entidb.types.Timestamp``); the local one is already
-    clamped to the server's time. ``transaction_id`` is the first pending transaction involved.
+    ``base`` is the last server state that the device knew, ``local`` what the device made of it,
+    and ``remote`` what the server has now. Versions are the server's commit sequences, device ids
+    16 bytes, timestamps hybrid logical clocks (``entidb.types.Timestamp``); the local one is
+    already clamped to the server's time. ``transaction_id`` is the first pending transaction
+    involved.
 
     ``path`` is empty for a whole entity. Where ``Merge`` asks its fallback about one field, it
     names the field, and the three values are that field's.
 
-    ``error`` is what a policy raised that was asked about this conflict, None otherwise.
+    ``error`` is what the policy raised when it was asked about this conflict, None otherwise.
     """
 
     collection: str
@@ -139,7 +141,7 @@ class Action(Enum):
     KEEP_LOCAL = "keep_local"
     #: A third value is pushed on top of the server's.
     MERGE = "merge"
-    #: Undecided: the transaction is held until somebody resolves the conflict.
+    #: Undecided: the transaction is held until the conflict is resolved.
     SKIP = "skip"
 
 
@@ -149,10 +151,10 @@ class ConflictResolution(Struct, frozen=True, eq=False, gc=False):
     ``payload`` is the merged value in canonical CBOR; None for a deletion and for all actions
     but ``Action.MERGE``.
 
-    ``overruled`` is what a merge decided against, where it knows: a counter that adds up both
-    sides has neither one's value, and overrules nobody. None: the values are compared, and what
-    either side changed and the answer does not hold counts as overruled (R4). It is no part of
-    the answer, so two that differ in nothing else are equal.
+    ``overruled`` is what a merge decided against, where it knows: a counter that adds up both sides
+    has neither one's value, and overrules neither. None: the values are compared, and what either
+    side changed and the answer does not hold counts as overruled (R4). It is no part of the answer,
+    so two answers that differ in nothing else are equal.
     """
 
     action: Action
@@ -198,10 +200,9 @@ class ConflictResolution(Struct, frozen=True, eq=False, gc=False):
 
 def overruled_by(resolution: ConflictResolution, conflict: Conflict) -> Sequence[Overruled]:
     """What ``resolution`` decides against (R4): what one side changed of the base and the outcome
-    does not hold. Nothing if it is still open.
-
-    ``keep_local`` is a decision about the entity, so that is what is overruled; of large ones, and
-    where there is a value of a third kind, it is the fields."""
+    does not hold. Nothing if the conflict stays open. ``keep_local`` decides about the entity, so
+    it overrules the whole entity; of large ones, and where there is a value of a third kind, it
+    overrules the fields."""
     if resolution.overruled is not None:
         return resolution.overruled
     base, local, remote = conflict.base_payload, conflict.local_payload, conflict.remote_payload
@@ -222,7 +223,8 @@ def overruled_by(resolution: ConflictResolution, conflict: Conflict) -> Sequence
     ]
 
 
-#: Entities that are kept whole, with their base, rather than looked through at once.
+#: Bytes up to which an entity is kept whole, with its base, instead of being looked through at
+#: once.
 _WHOLE_BYTES_MAX: Final = 8192
 ACCEPT_REMOTE: Final = ConflictResolution(Action.ACCEPT_REMOTE)
 KEEP_LOCAL: Final = ConflictResolution(Action.KEEP_LOCAL)
@@ -245,7 +247,7 @@ class ConflictPolicy(Protocol):
 
 
 def check_policy(policy: ConflictPolicy) -> ConflictPolicy:
-    """``policy`` itself. Raises ``ConfigError`` for what cannot be one."""
+    """``policy`` itself. Raises ``ConfigError`` for an object that cannot be a policy."""
     if isinstance(policy, type):
         raise ConfigError(
             f"{policy.__name__} is a class; a policy is an instance: {policy.__name__}()"

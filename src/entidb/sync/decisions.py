@@ -1,6 +1,6 @@
 """What a person decides through an engine: open conflicts, withdrawn and overruled values.
 
-The rules are ``apply.review``'s; here are the words that programs use for them.
+``apply.review`` has the rules; here are the methods that programs call.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Decisions:
         return self.applier.discarded()
 
     def overruled(self) -> list[OverruledValue]:
-        """Values that a policy or a person decided against, field by field, whoever wrote them
-        (R4), oldest first. Kept as ``overruled_max`` and ``overruled_days`` say."""
+        """Values that a policy or a person decided against, field by field, from either side (R4),
+        oldest first. Kept as ``overruled_max`` and ``overruled_days`` say."""
         return self.applier.overruled()
 
     def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:

@@ -1,7 +1,7 @@
 """What the two halves of a cycle share: the device, the connection, and one request at a time.
 
-A half is a generator of ``Step``s that is sent responses. What is asked for in which order is
-``pulling``'s and ``pushing``'s; ``cycle`` puts them together.
+A half is a generator of ``Step``s that is sent responses. ``pulling`` and ``pushing`` decide what
+is asked for in which order; ``cycle`` puts them together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Connection:
     limits: Limits | None = None
     features: list[str] = field(default_factory=list)
     path: Path = field(default_factory=Path)
-    #: What the handshake said is granted; pulls say it again, and may say something else.
+    #: What the handshake named as granted; pulls name it again, and may name something else.
     granted: list[str] | None = None
 
     @property

@@ -1,8 +1,8 @@
 """What a device does when the server says that its token grants other collections (R31).
 
-Grants are scope that somebody else decides: a wider one is a widening, a narrower one a narrowing.
-Everything here happens inside one ``Writer``; when to look at a grant is ``cycle``'s, what leaves
-the scope by the person's own choice is ``db.scope``'s.
+Grants are scope that the server decides: a wider grant is a widening, a narrower one a narrowing.
+Everything here happens inside one ``Writer``; ``cycle`` decides when to look at a grant, and
+``db.scope`` handles what leaves the scope by the program's own choice.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _gained(
     state: ReplicaState, catalogue: Catalogue, granted: list[str] | None
 ) -> tuple[set[str], bool]:
     """Names in scope that come from nothing now, and whether everything does: from a list of names
-    to all, because there may be collections that this device has never heard of."""
+    to all, because there may be collections that this device does not know yet."""
     if state.granted is None:
         return set(), False
     names = catalogue.scope if granted is None else granted

@@ -1,9 +1,9 @@
 """Ending a wait from another thread: what makes ``stop()`` prompt whatever the network does.
 
-Some waits hear nobody: looking up a name, connecting, a TLS handshake, somebody else's transport
-or token function. They run on a thread of their own, and who waits for it can be told to go on
-without it; what comes of it then is thrown away by whoever started it. Waits for a socket that is
-known are ended by shutting it down, in ``http.py``.
+Nothing can interrupt some waits: looking up a name, connecting, a TLS handshake, a transport or a
+token function of the program. They run on a thread of their own, and an interrupt lets the thread
+that waits for it go on without it; the code that started it throws its result away. ``http`` ends
+waits for a known socket by shutting it down.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _acting = threading.local()
 
 
 def acting_thread() -> int:
-    """The thread that waits for what this one does, through all helpers in between; this one if
-    it is no helper. Whoever asks whether it runs inside a cycle compares this."""
+    """The thread that waits for what this one does, through all helpers in between; this one if it
+    is no helper. Code that asks whether it runs inside a cycle compares this."""
     return getattr(_acting, "ident", None) or threading.get_ident()
 
 
@@ -47,7 +47,7 @@ class Watch:
 
 class Interrupts:
     """All waits of one transport, client or engine. Once interrupted, new ones end at once too,
-    until ``clear``: between a look at a flag and the start of a wait nothing can slip through.
+    until ``clear``: no interrupt gets lost between a look at a flag and the start of a wait.
     Thread-safe; ``interrupt`` may come from a signal handler."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Interrupts:
                 watch.event.set()
 
     def clear(self) -> None:
-        """What was interrupted stays so; what begins from now on goes on."""
+        """Waits that begin from now on go on; those that were interrupted stay interrupted."""
         with self._lock:
             self._raised = False
 
@@ -97,7 +97,7 @@ class Interrupts:
         """``work()`` on a thread called ``name``, and what it returns or raises.
 
         Raises ``SyncCancelledError`` at once when interrupted, and leaves the thread to itself:
-        ``work`` gets the watch that tells it so."""
+        ``work`` gets a watch that shows it."""
         job = Job(work, name)
         watch = self.begin(job.done)
         job.watch = watch
@@ -107,7 +107,7 @@ class Interrupts:
             job.done.wait()
             watch.check()
         except BaseException:
-            # Also Ctrl-C: nobody waits for the thread any more.
+            # Also Ctrl-C: this thread waits for the other one no more.
             watch.interrupted = True
             raise
         finally:
@@ -129,7 +129,7 @@ class Job(Generic[T]):
         self._error: BaseException | None = None
 
     def start(self, tell: Callable[[], None] | None = None) -> None:
-        """Begin; ``tell`` is called when the thread is through. Raises ``TransportError``."""
+        """Begin; the thread calls ``tell`` when it is done. Raises ``TransportError``."""
         self._tell = tell
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(self._run,), name=self._name)

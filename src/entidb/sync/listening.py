@@ -1,4 +1,5 @@
-"""Who hears of a cycle's states and progress, and whether the cycle is inside one of them now."""
+"""The listeners of a cycle's states and progress, and whether the cycle is inside one of them
+now."""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ class Listeners:
     def __init__(self) -> None:
         self.state: list[StateListener] = []
         self.progress: list[ProgressListener] = []
-        #: Not 0 while the cycle's thread is inside a listener of somebody else's: another number
-        #: for each call.
+        #: Not 0 while the cycle's thread is inside a listener of the program: another number for
+        #: each call.
         self.inside = 0
         self._told = 0
 
     def tell(self, listeners: Sequence[Callable[..., None]], *what: Any) -> None:
-        """Call them one after the other. What one raises is the caller's."""
+        """Call them one after the other. What one raises reaches the caller."""
         try:
             for listener in list(listeners):
                 self._told += 1

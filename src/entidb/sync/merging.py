@@ -1,7 +1,7 @@
 """The three-way merge by field, with counters, sets and a fallback (R26).
 
-Pure functions, as in ``conflict``. Which operations of a chain are merged in which order is
-``apply.rebase``'s (R25).
+Pure functions, as in ``conflict``. ``apply.rebase`` decides which operations of a chain are merged
+in which order (R25).
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Merge:
     ``fallback``. ``1``, ``1.0`` and ``True`` are different values.
 
     Paths are ``"stock"``, ``"size.width"``, or a tuple where a key has a dot in it. Bad options
-    raise ``ConfigError``. A counter that leaves what CBOR can say (integers −2^64 … 2^64−1, finite
-    floats) raises ``ValueError``, which holds the transaction: a stock that wrapped around or
-    stuck at a limit would be wrong without anybody noticing.
+    raise ``ConfigError``. A counter that leaves the range of CBOR (integers −2^64 … 2^64−1, finite
+    floats) raises ``ValueError``, which holds the transaction: a stock that wrapped around or stuck
+    at a limit would be wrong, and nothing would show it.
     """
 
     __slots__ = ("_arguments", "_fallback", "_fallback_is_whole", "_rules")

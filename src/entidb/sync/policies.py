@@ -1,8 +1,8 @@
 """The policies by name, and the public names of this subject.
 
-What a conflict and an answer are is in ``conflict``, the policies are in ``whole_policies`` and
-``merging``, what each of them answers is in ``truth_table``. ``docs/conflicts.md`` is the same
-subject for users.
+``conflict`` says what a conflict and an answer are, ``whole_policies`` and ``merging`` hold the
+policies, ``truth_table`` says what each of them answers. ``docs/conflicts.md`` is the same subject
+for users.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from entidb.sync.whole_policies import (
     server_wins,
 )
 
-#: The policies a configuration can name.
+#: The policies that a configuration can name.
 POLICIES: Final[Mapping[str, ConflictPolicy]] = MappingProxyType({**WHOLE, "merge": merge})
 
 
 def resolve_policy(spec: str | ConflictPolicy) -> ConflictPolicy:
-    """The policy a setting means: a name of ``POLICIES``, or a policy itself.
+    """The policy that a setting means: a name of ``POLICIES``, or a policy itself.
 
-    Raises ``ConfigError`` for an unknown name and for what cannot be a policy.
+    Raises ``ConfigError`` for an unknown name and for an object that cannot be a policy.
     """
     if not isinstance(spec, str):
         return check_policy(spec)

@@ -1,8 +1,8 @@
 """A push that is refused as a whole: what a device learns from it, and remembers (R5).
 
-An answer that proves that nothing was decided ends the flight. What to do then is the cycle's;
-here is how it finds the transactions that are meant (``Search``), and what it remembers of the
-way to the server while a connection lasts (``Path``).
+An answer that proves that nothing was decided ends the flight. The cycle decides what to do then;
+here is how it finds the transactions that are meant (``Search``), and what it remembers of the way
+to the server while a connection lasts (``Path``).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from entidb.errors import ProtocolError, SyncError, TransportError
 from entidb.types import SEQUENCE_MAX
 
 #: What a server refuses for good, whatever else is sent with it: such a transaction is withdrawn
-#: (R4). All other refusals can be undone by somebody else, so the transaction is kept back.
+#: (R4). A person can remove the cause of all other refusals, so the transaction is kept back.
 _FOR_GOOD: Final = frozenset(("codec_error", "invalid_message", "too_large"))
-#: What was learned about the way is tried again after so many cycles of one connection.
+#: After so many cycles of one connection the device tries again what it has learned about the way.
 TRY_AGAIN_CYCLES: Final = 100
 #: From this size on a batch that passed leads to one without a limit.
 _SEARCH_MAX: Final = 1024
@@ -39,7 +39,7 @@ class KeptBack(Struct, frozen=True):
 
 @dataclass
 class Path:
-    """What gets through to the server, as far as this device has found out.
+    """What gets through to the server, as far as this device knows.
 
     ``bytes_max`` is the size of a batch that was small enough, or has not been refused yet;
     ``kept`` are transactions that did not get through alone, by their sequence; ``forbidden``
@@ -58,7 +58,7 @@ class Path:
             self.try_again()
 
     def try_again(self) -> None:
-        """Somebody may have raised a limit since: let the next batches find out, one step up."""
+        """A limit may have been raised since: let the next batches try it, one step up."""
         self._cycles = 0
         self.forbidden = False
         self.kept.clear()
@@ -70,7 +70,8 @@ class Path:
 
     def is_chance(self, error: SyncError, size: int) -> bool:
         """Whether a refusal of a batch of ``size`` bytes may be an accident: a connection that is
-        cut in the middle of it. Once can happen to anybody; twice is a limit that is not said."""
+        cut in the middle of it. Once is an accident; twice is a limit that the other side does not
+        name."""
         if error.code != TransportError.code:
             return False
         first = self.cut_bytes is None
@@ -103,7 +104,8 @@ class Search:
         return self.transactions_max < SEQUENCE_MAX
 
     def refused(self, count: int) -> None:
-        """A batch of ``count`` transactions was refused; a single one was dealt with."""
+        """A batch of ``count`` transactions was refused; a single one has been withdrawn or kept
+        back."""
         self._suspects = count if count > 1 else 0
         self.transactions_max = max(1, count // 2)
 
@@ -119,7 +121,7 @@ class Search:
 
 
 def is_about_size(error: SyncError) -> bool:
-    """Whether a refusal is one that a smaller batch can be spared."""
+    """Whether a smaller batch can avoid this refusal."""
     return error.code in ("too_large", TransportError.code)
 
 
@@ -153,10 +155,9 @@ def kept_back_error(kept: list[KeptBack]) -> SyncError:
     ids = ", ".join(entry.transaction_id.hex() for entry in kept[:_SHOWN_MAX])
     more = "" if len(kept) <= _SHOWN_MAX else f" and {len(kept) - _SHOWN_MAX} more"
     way_out = (
-        "raise the limit for bodies of whatever stands before the server (nginx: "
-        "client_max_body_size)"
+        "raise the limit for bodies of the proxy before the server (nginx: client_max_body_size)"
         if first.code == "too_large"
-        else "have whatever stands before the server let them through"
+        else "let the proxy or firewall before the server pass them"
     )
     return ProtocolError(
         f"{len(kept)} transactions do not get through to the server and are kept back, the rest "

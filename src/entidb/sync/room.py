@@ -1,4 +1,4 @@
-"""How much one pull may bring: a server that goes on for ever must not fill a device's disk."""
+"""How much one pull may bring: a server whose pages never end must not fill a device's disk."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from entidb.storage import Storage
 
 #: Bytes of one pull before it is complete: more than the first sync of any device's database.
 STAGED_BYTES_MAX: Final = 16 << 30
-#: Up to here a pull is let go on without a look at the disk.
+#: Up to here a pull goes on without a look at the disk.
 STAGED_BYTES_SMALL: Final = 64 << 20
-#: A pull may be this many times what is still free: three quarters of what was free before it.
+#: A pull may bring this many times what is still free: three quarters of what was free before it.
 STAGED_SHARE: Final = 3
 #: What a row takes beside its value, about.
 _ROW_BYTES: Final = 64
@@ -30,11 +30,11 @@ def check_room(storage: Storage, size: int, staged_bytes_max: int) -> None:
     if size > staged_bytes_max:
         raise StorageFullError(
             f"the server sends more than staged_bytes_max ({staged_bytes_max} bytes) in one pull; "
-            "what came is kept out of sight, so raise the setting to go on from there",
+            "what arrived is kept out of sight, so raise the setting to go on from there",
             code="pull_too_large",
         )
     if size <= STAGED_BYTES_SMALL:
-        return  # a disk without room for that says so itself
+        return  # a disk without room for that raises by itself
     info = storage.info()
     if info.path is None:
         return
@@ -42,7 +42,7 @@ def check_room(storage: Storage, size: int, staged_bytes_max: int) -> None:
     if size > STAGED_SHARE * room:
         raise StorageFullError(
             f"the server sends {size} bytes in one pull and goes on, with {room} left on the "
-            "disk; what came is kept out of sight, so free space to go on from there",
+            "disk; what arrived is kept out of sight, so free space to go on from there",
             code="pull_too_large",
         )
 

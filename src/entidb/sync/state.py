@@ -23,11 +23,11 @@ class SyncState(Enum):
     PULLING = "pulling"
     #: Sending what this device did.
     PUSHING = "pushing"
-    #: The last cycle is done and worked.
+    #: The last cycle ended well.
     SYNCED = "synced"
     #: The last cycle failed and will not be tried again by itself.
     ERROR = "error"
-    #: The last attempt failed; the next one waits for its time.
+    #: The last attempt failed; the engine waits for the time of the next one.
     RETRY_WAIT = "retry_wait"
 
 
@@ -129,7 +129,7 @@ class SyncStats(Struct):
 
 
 class SyncStatus(Struct, frozen=True):
-    """What a person wants to know about a device. ``cursor`` is the server commit up to which it
+    """What a program shows a person about a device. ``cursor`` is the server commit up to which it
     has everything, its own included. ``discarded`` counts withdrawn transactions, ``overruled``
     values that a policy decided against (R4). ``*_ms`` are wall-clock milliseconds since 1970;
     ``next_retry_s`` is how long until the next attempt, None where none is planned."""

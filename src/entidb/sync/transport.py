@@ -1,13 +1,13 @@
 """The seam between the cycle and the network, and the transports that need no network.
 
     cycle ── SyncRequest ──▶ SyncTransport ──┬── HttpTransport ──▶ HttpClient ──┬── HttpxClient
-          ◀─ SyncResponse ──                 │     (http.py)                    └── LoopbackClient
+          ◀─ SyncResponse ──                 │     (http)                       └── LoopbackClient
                                              └── MockTransport                        │
                                                                          LoopbackServer, in process
 
 A transport moves messages and turns everything that can go wrong into a ``SyncError``. It never
-decides what to do about one: retrying, backoff and the meaning of an answer belong to the cycle
-and its driver. HTTP itself, bytes and compression live in ``http.py``.
+decides what to do about one: retrying, backoff and the meaning of an answer belong to the cycle and
+its driver. HTTP itself, bytes and compression are the subject of ``http``.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class SyncTransport(Protocol):
       has in ``entidb.errors.ERROR_TABLE``, with its ``retry_after`` and ``details``.
     - An exception says nothing about whether the server got the request. Every request can be
       sent again (R14).
-    - ``connected`` is true from an exchange that brought its answer until a ``TransportError``,
-      or ``close``; a refusal leaves it as it is. While it is false a handshake is due (R10).
+    - ``connected`` is true from an exchange that brought its answer until a ``TransportError`` or
+      ``close``; a refusal does not change it. While it is false a handshake is due (R10).
     - One request at a time, from one thread at a time; ``close`` may come from any thread, ends
       a request that is under way with a ``SyncError``, and may be called again.
-    - A transport that has a method ``interrupt()`` promises: it may come from any thread and from
-      a signal handler, returns at once, and makes the ``send`` that is under way, and every one
-      until the next ``forget_ahead``, raise ``SyncCancelledError`` within 100 ms. Its connection
-      is closed. The engine calls ``send`` of a transport without it on a thread of its own, which
-      it leaves to itself when it is told to stop; no other ``send`` begins before that one ends.
+    - A transport that has a method ``interrupt()`` promises: it may come from any thread and from a
+      signal handler, returns at once, and makes the ``send`` that is under way, and every one until
+      the next ``forget_ahead``, raise ``SyncCancelledError`` within 100 ms. Its connection is
+      closed. The engine calls ``send`` of a transport without it on a thread of its own, which it
+      leaves to itself when the program stops it; no other ``send`` begins before that one ends.
     """
 
     @property
@@ -84,15 +84,16 @@ class SyncTransport(Protocol):
         ...
 
     def forget_ahead(self) -> None:
-        """Drop what ``send_ahead`` started: call it where a cycle begins, so that no answer from
-        before it is taken for a fresh one."""
+        """Drop what ``send_ahead`` started: call it where a cycle begins, so that no older answer
+        is mistaken for a fresh one."""
         ...
 
     def close(self) -> None: ...
 
 
 class BaseTransport(ABC):
-    """A ``SyncTransport`` but for ``_exchange``: bookkeeping and the checks all of them share."""
+    """A ``SyncTransport`` without ``_exchange``: bookkeeping and the checks that all transports
+    share."""
 
     def __init__(self) -> None:
         self._connected = False
@@ -123,7 +124,7 @@ class BaseTransport(ABC):
 
     @abstractmethod
     def _exchange(self, request: SyncRequest) -> SyncResponse:
-        """One request, one answer; ``TransportError`` if no answer of the server's came back."""
+        """One request, one answer; ``TransportError`` if no answer of the server came back."""
 
     # Only a hint, so doing nothing about it is a complete answer.
     def send_ahead(self, request: SyncRequest) -> None:
@@ -153,7 +154,8 @@ class BaseTransport(ABC):
 
 
 def check_response(request: SyncRequest, response: SyncResponse) -> Answer:
-    """The answer if it is one to ``request``; raises what an ``ErrorResponse`` says."""
+    """The answer if it is one to ``request``; raises the error that an ``ErrorResponse``
+    reports."""
     if isinstance(response, ErrorResponse):
         raise error_from_response(response)
     if not isinstance(response, response_type(request)):
@@ -163,7 +165,7 @@ def check_response(request: SyncRequest, response: SyncResponse) -> Answer:
     return response
 
 
-#: What is kept of what a server says of an error: enough for every honest one.
+#: Characters that a device keeps of a server's message: enough for every honest one.
 CODE_CHARS_MAX = 64
 MESSAGE_CHARS_MAX = 1000
 
@@ -174,8 +176,8 @@ def printable(text: str) -> str:
 
 
 def error_from_response(response: ErrorResponse) -> SyncError:
-    """The exception for what a server said, cut to a length and to characters that can be shown:
-    it ends on somebody's terminal, and the server may be anybody's."""
+    """The exception for a server's error, cut to a length and to characters that can be shown: a
+    terminal will show it, and the server may be a stranger's."""
     return error_from_code(
         printable(response.code[:CODE_CHARS_MAX]).replace(" ", "_") or "server_error",
         printable(response.message[:MESSAGE_CHARS_MAX]),
@@ -245,22 +247,22 @@ class HttpResponse:
 
 
 class HttpClient(Protocol):
-    """The little of HTTP that ``HttpTransport`` needs; fits over any client library.
+    """The little of HTTP that ``HttpTransport`` needs; any client library can be wrapped in it.
 
     - ``request`` sends exactly these headers (and Host and Content-Length), follows no redirect,
       and returns any status as an answer. ``timeout_s`` bounds the whole exchange.
     - The body is returned as it was on the wire. A client that unpacks it by itself has to bound
       that by itself, and to leave ``content-encoding`` out of the headers it returns.
-    - Where no answer comes, it raises a ``SyncError``, ``TimeoutError`` or another ``OSError``.
+    - If no answer comes, it raises a ``SyncError``, ``TimeoutError`` or another ``OSError``.
     - ``request`` can be called from two threads at once. ``close`` ends both with an error.
     - A client whose ``tells_when_sent`` is true takes one more argument, the keyword ``on_sent``:
-      called without arguments, by whichever thread sends, when the whole request has been handed
-      to the system. It must not raise.
-    - A client with a method ``interrupt()`` ends with ``SyncCancelledError``, within 100 ms,
-      every request that is under way and every one that begins before its method ``resume()`` is
-      called; the connections of those are closed. Both return at once and may come from any
-      thread. Requests of a client without them run on threads of their own, and are left to
-      themselves when the engine is told to stop.
+      called without arguments, on the thread that sends, when the whole request has been handed to
+      the system. It must not raise.
+    - A client with a method ``interrupt()`` ends with ``SyncCancelledError``, within 100 ms, every
+      request that is under way and every one that begins before its method ``resume()`` is called;
+      the connections of those are closed. Both return at once and may come from any thread.
+      Requests of a client without them run on threads of their own, and the engine leaves those to
+      themselves when the program stops it.
     """
 
     def request(
@@ -320,5 +322,5 @@ class LoopbackClient:
         return HttpResponse(answer.status, names, answer.body)
 
     def close(self) -> None:
-        """The server is not this client's, and stays open."""
+        """Closes this client. The server does not belong to it, and stays open."""
         self._closed = True

@@ -48,7 +48,7 @@ WHOLE: Final[Mapping[str, ConflictPolicy]] = MappingProxyType(
         "manual": manual,
     }
 )
-#: Every name a configuration can use, ``merging``'s too.
+#: Every name that a configuration can use, that of ``merging`` too.
 POLICY_NAMES: Final = (*WHOLE, "merge")
 
 
