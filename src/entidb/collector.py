@@ -42,19 +42,16 @@ class paused:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _end(id(self))
+        with _lock:
+            if id(self) in _active:
+                _active.discard(id(self))
+                if not _active and _was_enabled:
+                    gc.enable()
 
     def __del__(self) -> None:
         # Ctrl-C can fall between two steps of a ``with`` statement, so that it is never left.
-        _end(id(self))
-
-
-def _end(pause: int) -> None:
-    with _lock:
-        if pause in _active:
-            _active.discard(pause)
-            if not _active and _was_enabled:
-                gc.enable()
+        if id(self) in _active:
+            self.__exit__(None, None, None)
 
 
 __all__ = ["paused"]

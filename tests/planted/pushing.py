@@ -106,6 +106,24 @@ def _stale_rows(garden: Garden) -> None:
     garden.replace(settle.Settling, "run", make)
 
 
+@bug("look-of-yesterday", "LIVENESS", "SURFACED-ONCE", "UNEXPECTED")
+def _look_of_yesterday(garden: Garden) -> None:
+    """What a cycle knows of the device is believed until a cycle changes it, whatever a program
+    has committed since."""
+
+    def make(original: Any) -> Any:
+        def look(self: Any) -> Any:
+            believed, now = self._look, original(self)
+            if believed is None or believed.state != now.state:
+                return now
+            self._look = believed
+            return believed
+
+        return look
+
+    garden.replace(DatabaseApplier, "look", make)
+
+
 _SMALL_BATCHES: Final = CALM | {"push_operations_max": 1, "pause_ms": 3000, "ahead": 500}
 
 
@@ -121,9 +139,7 @@ def _following_not_apart(garden: Garden) -> None:
     """The batch after the one in flight may touch what that one touches."""
 
     def make(original: Any) -> Any:
-        return lambda writer, limits, inflight, mark, apart=None: original(
-            writer, limits, inflight, mark
-        )
+        return lambda writer, limits, inflight, apart=None: original(writer, limits, inflight)
 
     garden.replace(applier, "choose", make)
 

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 from entidb.db import Database, Role
+from entidb.db.moment import Moment
 from entidb.db.records import (
     FEED,
     end_of,
@@ -154,7 +155,8 @@ def _head_known(garden: Garden) -> None:
             mark = self.database.commit_mark
             answers = original(self, members)
             if self._known is not None:
-                self._known = (mark + 2, *self._known[1:])
+                moment = Moment(self.database, mark + 2)
+                self._known = (moment, *self._known[1:])
             return answers
 
         return push_many

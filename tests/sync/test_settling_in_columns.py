@@ -9,10 +9,11 @@ import random
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from entidb.db.replica import Inflight
 from entidb.protocol import PushResponse, PushResult, Verdict
-from entidb.sync.apply.seam import BatchLimits, PushBatch
+from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
 from entidb.sync.apply.settle import Settling
 from entidb.types import timestamp_from_ms
 from tests.support import START_MS, Columns, Device, World, assert_sound
@@ -46,10 +47,22 @@ def start(**config: Any) -> Device:
 
 def settle(device: Device, batch: PushBatch, *results: PushResult, **options: Any) -> Step:
     """What settling reports, and every row that is stored then."""
+    return step_of(device, settled_by(device, batch, *results, **options))
+
+
+def settled_by(device: Device, batch: PushBatch, *results: PushResult, **options: Any) -> Settled:
     answer = PushResponse(results=list(results), collections=[], head=1000, time=START_MS)
     rest = {"limits": None} | options
-    settled = device.engine.applier.settle(batch, answer, **rest)
+    return device.engine.applier.settle(batch, answer, **rest)
+
+
+def step_of(device: Device, settled: Settled) -> Step:
     assert_sound(device.db)
+    following = settled.next_batch
+    if following is not None:
+        # When its rows were read is another moment in each life.
+        assert following.moment.is_current()
+        settled = replace(settled, next_batch=replace(following, moment=None))
     with device.storage.snapshot() as snapshot:
         return settled, snapshot.scan(b"\0", b"\xff")
 
@@ -210,9 +223,9 @@ class Life:
         following = self.batches[0] if self.batches else None
         more = chance.choice([None, limits])
         results = self.results(len(batch.keys))
-        step = settle(self.device, batch, *results, limits=more, following=following)
-        self.add(step[0].next_batch)
-        return step
+        settled = settled_by(self.device, batch, *results, limits=more, following=following)
+        self.add(settled.next_batch)
+        return step_of(self.device, settled)
 
     def add(self, batch: PushBatch | None) -> None:
         if batch is not None:

@@ -49,11 +49,6 @@ def _sources(adopt: Adopt) -> list[list[int]]:
     return [[*source, int(adopt.compare)][:3] for source in adopt.sources]
 
 
-def has_adoption(database: Core) -> bool:
-    with database.storage.snapshot() as snapshot:
-        return snapshot.get(META_ADOPT) is not None
-
-
 def adopt_step(database: Core, *, keeps: bool = True, rows: int = COMMIT_ROWS) -> bool:
     """One bounded commit of the adoption, of about ``rows`` entities; whether there may be more to
     do. With ``keeps``, what the server has where this device's side is committed again is kept as

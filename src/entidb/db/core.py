@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
 from entidb.db.identity import no_identity
+from entidb.db.moment import Moment
 from entidb.db.observers import Observers
 from entidb.db.records import (
     META_BEGUN,
@@ -175,8 +176,7 @@ class Core:
         #: Head and catalogue of the last commit, for whoever has the turn; None: not known.
         self._head_cache: bytes | None = None
         self._committed_catalogue: Catalogue | None = None
-        #: Moves before and after every attempt to commit: what was read while it stood still is
-        #: still true while it has not moved (R17).
+        #: Moves before and after every attempt to commit (R17). ``Moment`` alone reads it.
         self.commit_mark = 0
         self._observers = Observers()
         #: Called with the sequence of every commit, after it, by whoever still has the turn: quick,
@@ -196,9 +196,14 @@ class Core:
     def view(self) -> Iterator[Writer]:
         """The same reading methods as ``write`` gives, on a snapshot, without a lock; what is
         staged in it is dropped."""
+        moment = self.moment()
         with self._open_rows() as rows:
             raw = rows.snapshot.get(META_HEAD)
-            yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, 0)
+            yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, moment)
+
+    def moment(self) -> Moment:
+        """Now, for whoever is about to read and wants to remember what it reads."""
+        return Moment(self, self.commit_mark)
 
     def _open_rows(self) -> _OpenRows:
         return _OpenRows(self)
@@ -265,9 +270,9 @@ class Core:
         raw = self._head_cache
         if raw is None:
             raw = rows.snapshot.get(META_HEAD)
-        now = self.clock.now_ms()
+        moment, now = Moment(self, self.commit_mark), self.clock.now_ms()
         slack = self._stale_rows_max
-        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, now, slack)
+        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
 
     def _tick(self, writer: Writer) -> int:
         last = writer.head.timestamp
@@ -301,6 +306,7 @@ class Core:
         except BaseException:
             self.commit_mark += 1
             raise
+        writer.moment.mark = self.commit_mark
         self._head_cache = writer.encoded_head
         self._committed_catalogue = writer.catalogue
         raw = changes.get(META_CATALOGUE)

@@ -107,11 +107,12 @@ def mark_clock(writer: Writer, every_ms: int = CLOCK_MARK_MS) -> None:
     made while the clock was wrong, and none would be made until it is there again (R27)."""
     stop = CLOCK_MARK + pack_u64(2**64 - 1)
     newest = writer.snapshot.scan_keys(CLOCK_MARK, stop, limit=1, reverse=True)
-    if newest and unpack_u64(newest[0][1:]) > writer.now_ms:
+    made_ms = unpack_u64(newest[0][1:]) if newest else None
+    if made_ms is not None and made_ms > writer.now_ms:
         for key in writer.snapshot.scan_keys(CLOCK_MARK + pack_u64(writer.now_ms + 1), stop):
             writer.delete(key)
-        newest = []
-    if not newest or unpack_u64(newest[0][1:]) + every_ms <= writer.now_ms:
+        made_ms = None
+    if made_ms is None or made_ms + every_ms <= writer.now_ms:
         writer.put(CLOCK_MARK + pack_u64(writer.now_ms), pack_u64(writer.head.sequence))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from entidb.db.catalogue import Catalogue
 from entidb.db.entities import Entities
+from entidb.db.moment import Moment
 from entidb.db.overlay import STALE_ROWS_MAX, Ref
 from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import (
@@ -48,13 +49,16 @@ class Writer(Entities):
         catalogue: Catalogue,
         head: bytes | None,
         device_id: bytes,
-        now_ms: int,
+        moment: Moment,
+        now_ms: int = 0,
         stale_rows_max: int = STALE_ROWS_MAX,
     ) -> None:
         super().__init__(snapshot, catalogue, device_id, stale_rows_max)
         self.head = Head() if head is None else decode_head(head)
         #: As it is stored: before this commit, and after it from ``finish`` on.
         self.encoded_head = self.head.encode() if head is None else head
+        #: Until when what is read here is true; it passes the commit that this becomes.
+        self.moment = moment
         self.now_ms = now_ms
 
     # ------------------------------------------------------------ raw rows

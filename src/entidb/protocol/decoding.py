@@ -143,7 +143,8 @@ def _check_handshake_request(message: HandshakeRequest, limits: Limits) -> None:
 
 
 def _check_handshake_response(message: HandshakeResponse, limits: Limits) -> None:
-    _check_granted(message.granted, limits)
+    if message.granted is not None:
+        _check_collections(message.granted, limits, "$.granted")
 
 
 def _check_pull_request(message: PullRequest, limits: Limits) -> None:
@@ -194,8 +195,10 @@ def _check_push_response(message: PushResponse, limits: Limits) -> None:
 
 
 def _check_pull_response(message: PullResponse, limits: Limits) -> None:
-    _check_collections(message.collections, limits)
-    _check_granted(message.granted, limits)
+    if message.collections:
+        _check_collections(message.collections, limits)
+    if message.granted is not None:
+        _check_collections(message.granted, limits, "$.granted")
     names = len(message.collections)
     if message.columns is not None:
         _check_columns(message, message.columns, names)
@@ -248,11 +251,6 @@ def _check_operations(
     entities = {(operation.collection, operation.entity_id) for operation in operations}
     if len(entities) != len(operations):
         raise _invalid(f"{place}.{field}", "an entity comes twice")
-
-
-def _check_granted(names: Collection[str] | None, limits: Limits) -> None:
-    if names is not None:
-        _check_collections(names, limits, "$.granted")
 
 
 def _check_collections(

@@ -19,6 +19,34 @@ from entidb.protocol.messages import (
     SyncResponse,
 )
 
+#: The heads of small maps, by how many pairs they have.
+_MAPS: Final = tuple(cbor.map_head(pairs) for pairs in range(10))
+#: The keys of the messages that are joined by hand.
+_KEYS: Final = {
+    name: cbor.text(name)
+    for name in (
+        "ids",
+        "head",
+        "time",
+        "db_id",
+        "floor",
+        "heads",
+        "sizes",
+        "cursor",
+        "values",
+        "columns",
+        "commits",
+        "granted",
+        "history",
+        "indexes",
+        "results",
+        "has_more",
+        "device_id",
+        "collections",
+        "transactions",
+    )
+}
+
 
 def encode(message: SyncRequest | SyncResponse) -> bytes:
     """``message`` as canonical CBOR. Its own shape is not checked; a message that breaks its type's
@@ -32,18 +60,18 @@ def _encode_small(message: SyncRequest | SyncResponse) -> bytes:
 
 def _encode_pull_request(message: PullRequest) -> bytes:
     envelope = to_builtins(message, builtin_types=(bytes,))
-    return cbor.encode_message(envelope | {"have": [list(ends) for ends in message.have]})
+    return cbor.encode_message(envelope | {"have": list(map(list, message.have))})
 
 
 def _encode_push_request(message: PushRequest) -> bytes:
     parts = [
-        cbor.map_head(6),
-        cbor.text("db_id") + cbor.text(message.db_id),
-        cbor.text("cursor") + uint(message.cursor),
-        cbor.text("history") + ID + message.history,
-        cbor.text("device_id") + ID + message.device_id,
-        cbor.text("collections") + _names(message.collections),
-        cbor.text("transactions") + array_head(len(message.transactions)),
+        _MAPS[6],
+        _KEYS["db_id"] + cbor.text(message.db_id),
+        _KEYS["cursor"] + uint(message.cursor),
+        _KEYS["history"] + ID + message.history,
+        _KEYS["device_id"] + ID + message.device_id,
+        _KEYS["collections"] + _names(message.collections),
+        _KEYS["transactions"] + array_head(len(message.transactions)),
     ]
     heads = [b"\x84" + uint(index) + ID for index in range(len(message.collections))]
     for transaction in message.transactions:
@@ -67,10 +95,10 @@ def _encode_push_request(message: PushRequest) -> bytes:
 
 def _encode_push_response(message: PushResponse) -> bytes:
     parts = [
-        cbor.map_head(4),
-        cbor.text("head") + uint(message.head),
-        cbor.text("time") + uint(message.time),
-        cbor.text("results") + array_head(len(message.results)),
+        _MAPS[4],
+        _KEYS["head"] + uint(message.head),
+        _KEYS["time"] + uint(message.time),
+        _KEYS["results"] + array_head(len(message.results)),
     ]
     for result in message.results:
         parts += (
@@ -81,7 +109,7 @@ def _encode_push_response(message: PushResponse) -> bytes:
             _states(result.states) if result.states else b"\x80",
             cbor.text(result.code) + cbor.text(result.message) if result.code else b"\x60\x60",
         )
-    parts.append(cbor.text("collections") + _names(message.collections))
+    parts.append(_KEYS["collections"] + _names(message.collections))
     return b"".join(parts)
 
 
@@ -100,6 +128,8 @@ def _encode_pull_response(message: PullResponse) -> bytes:
         return encode_columns(
             message, columns.ids, columns.heads, columns.sizes, columns.values, columns.indexes
         )
+    if not message.commits:
+        return _joined(message, (NULL,), (array_head(0),))
     page = PullPage()
     for commit in message.commits:
         page.begin(commit.version, commit.device_id, commit.timestamp)
@@ -113,30 +143,38 @@ def encode_columns(
 ) -> bytes:
     """``message`` with these columns instead of its own."""
     columns = {"ids": ids, "heads": heads, "sizes": sizes, "values": values, "indexes": indexes}
-    parts = [
-        cbor.map_head(9),
-        cbor.text("head") + uint(message.head),
-        cbor.text("time") + uint(message.time),
-        cbor.text("floor") + uint(message.floor),
-        cbor.text("cursor") + uint(message.cursor),
-        cbor.text("columns") + cbor.map_head(5),
-    ]
+    parts = [_MAPS[5]]
     for name, column in columns.items():
-        parts += (cbor.text(name), bytes_head(len(column)), column)
-    parts += (
-        cbor.text("commits") + array_head(0),
-        cbor.text("granted") + _granted(message),
-        cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
-        cbor.text("collections") + _names(message.collections),
+        parts += (_KEYS[name], bytes_head(len(column)), column)
+    return _joined(message, parts, (array_head(0),))
+
+
+def _joined(message: PullResponse, columns: Sequence[bytes], commits: Sequence[bytes]) -> bytes:
+    """``message`` with these parts as its columns and commits."""
+    return b"".join(
+        (
+            _MAPS[9],
+            _KEYS["head"] + uint(message.head),
+            _KEYS["time"] + uint(message.time),
+            _KEYS["floor"] + uint(message.floor),
+            _KEYS["cursor"] + uint(message.cursor),
+            _KEYS["columns"],
+            *columns,
+            _KEYS["commits"],
+            *commits,
+            _KEYS["granted"] + (NULL if message.granted is None else _names(message.granted)),
+            _KEYS["has_more"] + (b"\xf5" if message.has_more else b"\xf4"),
+            _KEYS["collections"] + _names(message.collections),
+        )
     )
-    return b"".join(parts)
 
 
 class PullPage:
     """A ``PullResponse`` that is encoded while it is put together."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        #: The number of commits first, when it is known.
+        self._parts: list[bytes] = [b""]
         self._commits = 0
         #: Where in ``_parts`` the number of the present commit's operations is.
         self._count_at = 0
@@ -171,25 +209,8 @@ class PullPage:
     def encode(self, message: PullResponse) -> bytes:
         """``message`` with the commits of this page."""
         self._close()
-        return b"".join(
-            (
-                cbor.map_head(9),
-                cbor.text("head") + uint(message.head),
-                cbor.text("time") + uint(message.time),
-                cbor.text("floor") + uint(message.floor),
-                cbor.text("cursor") + uint(message.cursor),
-                cbor.text("columns") + NULL,
-                cbor.text("commits") + array_head(self._commits),
-                *self._parts,
-                cbor.text("granted") + _granted(message),
-                cbor.text("has_more") + (b"\xf5" if message.has_more else b"\xf4"),
-                cbor.text("collections") + _names(message.collections),
-            )
-        )
-
-
-def _granted(message: PullResponse) -> bytes:
-    return NULL if message.granted is None else _names(message.granted)
+        self._parts[0] = array_head(self._commits)
+        return _joined(message, (NULL,), self._parts)
 
 
 def _names(names: Sequence[str]) -> bytes:

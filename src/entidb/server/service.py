@@ -18,6 +18,7 @@ from entidb.collector import paused
 from entidb.db import Database
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.maintenance import CLOCK_MARK_MS, mark_clock, read_floor
+from entidb.db.moment import Moment
 from entidb.db.records import META_FLOOR, META_HEAD, decode_head, unpack_u64
 from entidb.db.writer import Writer
 from entidb.errors import (
@@ -75,8 +76,8 @@ class DatabaseService:
         self.limits = limits
         self._validate = validate
         self._rules = Rules(db_id, limits.transaction_bytes_max, validate)
-        #: (commit mark, head, floor) of the newest read; None when unknown.
-        self._known: tuple[int, int, int] | None = None
+        #: (when, head, floor) of the newest read; None when unknown.
+        self._known: tuple[Moment, int, int] | None = None
         #: Called with a pull and the cursor that its page leads to, on the thread that read it.
         self.on_page: Callable[[PullRequest, int], None] = _nothing
         #: The newest head that this service has seen; a hint.
@@ -120,12 +121,13 @@ class DatabaseService:
         known = self._known
         if known is None or request.full:
             return None
-        mark, head, floor = known
-        if mark != self.database.commit_mark or known_up_to(request) != head:
+        moment, head, floor = known
+        if not moment.is_current() or known_up_to(request) != head:
             return None
-        if _seen(request) > head:
+        seen = _seen(request)
+        if seen > head:
             return None  # what follows takes a commit
-        self._check_pull(request, grant, head, floor)
+        self._check_pull(request, grant, seen, head, floor)
         return PullResponse(
             collections=[],
             commits=[],
@@ -159,15 +161,14 @@ class DatabaseService:
         raise self._put_back(grant, _seen(request), head)
 
     def _pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
-        mark = self.database.commit_mark
         with paused(), self.database.view() as view:
             head = view.head.sequence
             floor = read_floor(view)
-            self._check_pull(request, grant, head, floor)
+            self._check_pull(request, grant, _seen(request), head, floor)
             kind = ColumnPage if request.columns else Page
             page = kind(view, request, self._wanted(view, request, grant))
             cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
-            self._known = (mark, head, floor)
+            self._known = (view.moment, head, floor)
             self._head = head
             self.on_page(request, cursor)
             return page.encode(
@@ -183,10 +184,12 @@ class DatabaseService:
                 )
             )
 
-    def _check_pull(self, request: PullRequest, grant: Grant, head: int, floor: int) -> None:
+    def _check_pull(
+        self, request: PullRequest, grant: Grant, seen: int, head: int, floor: int
+    ) -> None:
         if not grant.read:
             raise PermissionDeniedError(f"this token may not read database {self.db_id!r}")
-        self._check_history(request.history, _seen(request), head)
+        self._check_history(request.history, seen, head)
         if not request.full and request.cursor < floor:
             raise ResetRequiredError(
                 f"cursor {request.cursor} is below the floor {floor}: deletions in between are "
@@ -211,14 +214,18 @@ class DatabaseService:
         cannot be decided gets its ``SyncError``; the others are not touched by it. Raises storage
         errors: then nothing was accepted and nothing is known any more (R17).
         """
-        # What can fail or take long is done before the writer lock is taken.
         with paused():
-            checked = [self._prechecked(request, grant) for request, grant in members]
+            return self._push_many(members)
+
+    def _push_many(
+        self, members: Sequence[tuple[PushRequest, Grant]]
+    ) -> list[PushResponse | SyncError]:
+        # What can fail or take long is done before the writer lock is taken.
+        checked = [self._prechecked(request, grant) for request, grant in members]
         seen = [_seen(request) for request, _ in members]
         answers: list[PushResponse | SyncError] = []
-        with paused(), self.database.write() as writer:
+        with self.database.write() as writer:
             floor, known_head = read_floor(writer), writer.head.sequence
-            mark = self.database.commit_mark
             proof = None
             if max(seen, default=0) > known_head:
                 proof = self._proof(members, seen, known_head)
@@ -235,16 +242,14 @@ class DatabaseService:
                     answers.append(self._decide(writer, request, grant, floor, found))
                 except SyncError as error:
                     answers.append(error)
-            changed = not writer.is_empty
-            if changed:
+            if not writer.is_empty:
                 mark_clock(writer, self._clock_mark_ms)
             head = writer.head.sequence
         if proof is not None:
             self._put_back(*proof)
-            return self.push_many(members)
-        # A commit that has worked has moved the mark by two, and where nothing was accepted there
-        # was none. If another has come since, the mark is elsewhere, and this is not known.
-        self._known = (mark + 2 if changed else mark, head, floor)
+            return self._push_many(members)
+        # True after the commit that has just worked, and until the next.
+        self._known = (writer.moment, head, floor)
         self._head = head
         return [
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer
@@ -314,7 +319,7 @@ class DatabaseService:
         return self.database.history
 
     def _check_history(self, history: bytes, cursor: int, head: int) -> None:
-        if history != self._history:
+        if history != self.database.history:
             raise HistoryChangedError(
                 f"database {self.db_id!r} has another history than this device knows: it "
                 'was restored or made anew. Choose reset(keep="server") or reset(keep="device")',

@@ -58,9 +58,9 @@ class Cycle:
         fresh = not self._exchange.connection.made
         if fresh:
             yield from self._connect()
-        inflight = self._exchange.applier.inflight()
-        if inflight:
-            self._exchange.applier.doubt()
+        applier = self._exchange.applier
+        if applier.look().inflight is not None and (inflight := applier.inflight()):
+            applier.doubt()
             self._exchange.enter(SyncState.PUSHING)
             yield from self._pushing.push_again(inflight)
         for _ in range(self._exchange.config.rounds_max):
@@ -86,7 +86,7 @@ class Cycle:
 
     def _connect(self) -> Generator[Step, SyncResponse | None, None]:
         self._exchange.enter(SyncState.CONNECTING)
-        state = self._exchange.applier.state()
+        state = self._exchange.applier.look().state
         check_replica_of(state, self._exchange.config.db_id)
         request = HandshakeRequest(
             major=PROTOCOL_MAJOR,

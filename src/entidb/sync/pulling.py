@@ -39,6 +39,8 @@ class Pulling:
     """``pull`` is what a cycle calls; ``heed_grant`` also after a handshake (R31)."""
 
     _exchange: Exchange
+    #: Names to ask for; None for all.
+    _scope: list[str] | None = None
 
     def pull(self) -> Generator[Step, SyncResponse | None, None]:
         """Bring the database to the server's head, in one step for its readers (R20)."""
@@ -62,7 +64,7 @@ class Pulling:
     def heed_grant(self, granted: list[str] | None) -> None:
         """Make what the server grants this device's own (R31)."""
         now = None if granted is None else sorted(granted)
-        state = self._exchange.applier.state()
+        state = self._exchange.applier.look().state
         if now != state.granted or needs_grant(state):
             self._exchange.check()
             self._exchange.report(self._exchange.applier.grant(now))
@@ -81,10 +83,11 @@ class Pulling:
 
     def _pull_once(self) -> Generator[Step, SyncResponse | None, bool]:
         """One try; False if the floor moved under a full pull, which then starts over."""
-        state, stage = self._exchange.applier.state(), self._exchange.applier.stage()
-        if needs_grant(state):
-            self.heed_grant(state.granted)
-            state, stage = self._exchange.applier.state(), self._exchange.applier.stage()
+        look = self._exchange.applier.look()
+        if needs_grant(look.state):
+            self.heed_grant(look.state.granted)
+            look = self._exchange.applier.look()
+        state, stage, self._scope = look.state, look.stage, look.scope
         if stage is not None and (stage.history != state.history or stage.cursor != state.cursor):
             self._exchange.applier.restart_stage(full=False)
             stage = None
@@ -101,7 +104,7 @@ class Pulling:
             outcome = yield from self._pull_full(state, stage, full, first_sync)
             if outcome is not FullPull.STAGED:
                 return outcome is FullPull.APPLIED
-            stage = self._exchange.applier.stage()
+            stage = self._exchange.applier.look().stage
         if full is not None:
             applied = yield from self._pull_delta(state, stage, full)
             if applied:
@@ -186,7 +189,7 @@ class Pulling:
             have=[(first, last) for first, last in state.have if last > cursor],
             limit=max(1, min(config.pull_operations_max, server.pull_operations_max)),
             bytes_max=config.pull_bytes_max,
-            collections=self._exchange.applier.scope(),
+            collections=self._scope,
         )
 
     def _count(self, response: PullResponse, done: int, size: int) -> tuple[int, int]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from msgspec.structs import replace
-
 from entidb.db.replica import ReplicaState
 from entidb.errors import SyncError
 from entidb.protocol import PushRequest, PushResponse, SyncResponse
-from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
+from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.exchange import Ahead, Exchange, Step, history_of
 from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
 from entidb.sync.state import SyncProgress, SyncState
@@ -39,7 +37,7 @@ class Pushing:
     def push_again(self, batches: list[PushBatch]) -> Generator[Step, SyncResponse | None, None]:
         """Settle what was sent before (R5). Nothing new goes with it: what is built next is built
         on a fresh pull (R6)."""
-        state, total = self._exchange.applier.state(), sum(len(batch.keys) for batch in batches)
+        state, total = self._exchange.applier.look().state, sum(len(b.keys) for b in batches)
         batch: PushBatch | None
         for batch, following in zip(batches, [*batches[1:], None], strict=True):
             try:
@@ -56,24 +54,29 @@ class Pushing:
     def push_ready(self) -> Generator[Step, SyncResponse | None, bool]:
         """Push what is ready, in batches that get through; whether a pull has to come before
         more. Ends: each turn settles, withdraws or keeps back transactions, or halves a limit."""
-        limits = self._limits()
-        while (batch := self._exchange.applier.prepare(limits)) is not None:
+        applier = self._exchange.applier
+        look = applier.look()
+        # What is committed from now on waits for the next cycle.
+        until = look.sequence
+        while look.ready:
+            limits = self._limits(until)
+            batch = applier.prepare(limits)
+            if batch is None:
+                return False
             self._exchange.enter(SyncState.PUSHING)
             self._pull_due = False
             try:
                 if not self._search.active:
-                    return (yield from self._push(batch))
-                yield from self._push_alone(batch)
+                    return (yield from self._push(batch, limits, look))
+                yield from self._push_alone(batch, look)
             except _RefusedError as refused:
                 yield from self._take_refusal(refused.batch, refused.error)
             if self._pull_due or self.closed_by is not None:
                 return self._pull_due
-            # What is committed from now on waits for the next cycle.
-            until = min(limits.sequence_max, self._exchange.applier.sequence())
-            limits = replace(self._limits(), sequence_max=until)
+            look = applier.look()
         return False
 
-    def _limits(self) -> BatchLimits:
+    def _limits(self, sequence_max: int) -> BatchLimits:
         server, config = self._exchange.connection.limits, self._exchange.config
         assert server is not None, "a push comes after the handshake"
         # Half of the server's message leaves room for names, ids and heads around payloads.
@@ -81,14 +84,18 @@ class Pushing:
         return BatchLimits(
             operations_max=min(config.push_operations_max, server.push_operations_max),
             bytes_max=min(bytes_max, self._exchange.connection.path.bytes_max),
+            sequence_max=sequence_max,
             transactions_max=self._search.transactions_max,
             collections_max=server.collections_max,
             without=frozenset(self._exchange.connection.path.kept),
             server_ms=self._exchange.server_ms,
         )
 
-    def _push(self, batch: PushBatch) -> Generator[Step, SyncResponse | None, bool]:
-        """Push ``batch`` and those after it; whether a pull has to come before more.
+    def _push(
+        self, batch: PushBatch, limits: BatchLimits, look: Look
+    ) -> Generator[Step, SyncResponse | None, bool]:
+        """Push ``batch`` and those after it; whether a pull has to come before more. ``look`` is
+        of a moment before ``batch`` was prepared.
 
         While the server works on a batch, the answer to the one before it is settled and the next
         one is prepared, in one commit:
@@ -99,9 +106,8 @@ class Pushing:
         Each is durable as in flight before it can be sent (R5), goes out when the one before it
         is answered, and touches no entity of that one: so it is right whatever the answer was,
         and the server still gets everything in the order in which it was committed."""
-        state, self._pushed, self._pushed_bytes = self._exchange.applier.state(), 0, 0
-        limits = replace(self._limits(), sequence_max=self._exchange.applier.sequence())
-        total = self._exchange.applier.ready()
+        self._pushed = self._pushed_bytes = 0
+        state, total = look.state, look.ready
         request = self._push_request(batch, state)
         following: PushBatch | None = None
         pull = False
@@ -173,13 +179,13 @@ class Pushing:
 
     # ------------------------------------------------------------ refused as a whole
 
-    def _push_alone(self, batch: PushBatch) -> Generator[Step, SyncResponse | None, None]:
+    def _push_alone(
+        self, batch: PushBatch, look: Look
+    ) -> Generator[Step, SyncResponse | None, None]:
         """Push ``batch`` and none after it, while those are looked for that are refused."""
         self._pushed = self._pushed_bytes = 0
-        response = yield from self._ask_push(batch, self._exchange.applier.state())
-        self._pull_due = self._settle(
-            batch, response, None, None, self._exchange.applier.ready()
-        ).pull
+        response = yield from self._ask_push(batch, look.state)
+        self._pull_due = self._settle(batch, response, None, None, look.ready).pull
         self._search.passed(len(batch.keys))
 
     def _take_refusal(
@@ -237,7 +243,7 @@ class Pushing:
 
     def _ask_empty(self) -> Generator[Step, SyncResponse | None, SyncError | None]:
         """Whether a push is refused that has nothing in it: then it is not for what is in it."""
-        state = self._exchange.applier.state()
+        state = self._exchange.applier.look().state
         request = PushRequest(
             db_id=self._exchange.config.db_id,
             device_id=self._exchange.applier.device_id,

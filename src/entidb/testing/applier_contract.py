@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 
 from entidb import cbor
+from entidb.db.replica import Inflight
 from entidb.errors import ConfigError, ProtocolError, SyncStateError
 from entidb.protocol import (
     PullCommit,
@@ -128,6 +129,19 @@ class SyncApplierContract:
             assert (applier.state().db_id, applier.state().history) == (DB_ID, HISTORY)
             with raises(ConfigError):
                 applier.bind("another", HISTORY)
+
+    # ---- looking
+
+    def test_a_look_is_of_one_moment_and_taken_again_only_after_a_commit(self) -> None:
+        with self.fresh() as applier:
+            before = applier.look()
+            assert (applier.look(), before.ready, before.inflight) == (before, 0, None)
+            self.put(applier, n1="x")
+            after = applier.look()
+            assert (after.ready, after.sequence) == (1, before.sequence + 1)
+            batch = self.batch(applier)
+            assert applier.look().inflight == Inflight(batch.ranges)
+            assert (before.ready, after.inflight) == (0, None)
 
     # ---- pushing
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from entidb.db.adopt import adopt_step, has_adoption
-from entidb.db.replica import ReplicaState, Stage
+from entidb.db.adopt import adopt_step
+from entidb.db.replica import Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse
 from entidb.sync import DatabaseApplier, RebaseReport
-from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
+from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 
 
 class BetweenApplier(DatabaseApplier):
@@ -30,13 +30,11 @@ class BetweenApplier(DatabaseApplier):
 
     def adopt(self) -> bool:
         """In such small commits that groups meet their ends."""
-        if not has_adoption(self.database):
-            return False
         return adopt_step(self.database, keeps=self._overruled_max > 0, rows=self._adopt_rows)
 
-    def state(self) -> ReplicaState:
+    def look(self) -> Look:
         self._between()
-        return super().state()
+        return super().look()
 
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
         self._between()

@@ -14,11 +14,11 @@ from msgspec.structs import replace
 
 from entidb.collector import paused
 from entidb.db import Database, overruled
-from entidb.db.adopt import adopt_step, has_adoption
+from entidb.db.adopt import adopt_step
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
-from entidb.db.records import META_SYNC, OverruledHead
-from entidb.db.replica import Inflight, ReplicaState, Stage, decode_state, ranges_above
+from entidb.db.records import OverruledHead
+from entidb.db.replica import Inflight, ReplicaState, Stage, ranges_above
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, SyncStateError
 from entidb.protocol import PullRequest, PullResponse, PushResponse, column_rows, expanded
@@ -30,6 +30,7 @@ from entidb.sync.apply.clock import (
     lower_clock,
     lower_idle_clock,
 )
+from entidb.sync.apply.look import look_at
 from entidb.sync.apply.page import check_page, take_page
 from entidb.sync.apply.position import (
     check_adopted,
@@ -43,7 +44,7 @@ from entidb.sync.apply.position import (
 from entidb.sync.apply.publish import publish_stage
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.apply.review import Review
-from entidb.sync.apply.seam import BatchLimits, PushBatch, Settled
+from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.apply.settle import CODE_CHARS_MAX, MESSAGE_CHARS_MAX, Settling, check_verdicts
 from entidb.sync.apply.stage import comes_once, stage_operations, stage_rows
 from entidb.sync.conflict import ConflictPolicy
@@ -79,6 +80,7 @@ class DatabaseApplier(Review):
         self._overruled_max = overruled_max
         self._overruled_days = overruled_days
         self._heard_ms = 0
+        self._look: Look | None = None
         self._confirmed = 0
 
     # ------------------------------------------------------------ reading
@@ -87,34 +89,40 @@ class DatabaseApplier(Review):
     def device_id(self) -> bytes:
         return self.database.device_id
 
+    def look(self) -> Look:
+        look = self._look
+        if look is None or not look.moment.is_current():
+            self._look = look = look_at(self.database)
+        return look
+
     def sequence(self) -> int:
-        return self.database.sequence
+        """The newest local commit."""
+        return self.look().sequence
 
     def ready(self) -> int:
-        return self.database.read_head().ready
+        """How many transactions wait to be pushed."""
+        return self.look().ready
 
     def state(self) -> ReplicaState:
-        with self.database.storage.snapshot() as snapshot:
-            raw = snapshot.get(META_SYNC)
-        return ReplicaState() if raw is None else decode_state(raw)
+        """Where the device stands in the server's history."""
+        return self.look().state
 
     def stage(self) -> Stage | None:
-        with self.database.view() as view:
-            return view.stage
+        """A pull that is still coming in (R20)."""
+        return self.look().stage
 
     def scope(self) -> list[str] | None:
-        scope = self.database.scope
-        return None if scope is None else sorted(scope)
+        """Names to ask the server for; None for all."""
+        return self.look().scope
 
     def inflight(self) -> list[PushBatch]:
-        # Read before the snapshot is taken: what moves it later makes the rows stale.
-        mark = self.database.commit_mark
         with self.database.view() as view:
             inflight = view.inflight
             if inflight is None:
                 return []
             both = [ranges for ranges in (inflight.ranges, inflight.after) if ranges]
-            batches = [batch_of(view, ranges, mark) for ranges in both]
+            cursor = view.sync_state.cursor
+            batches = [batch_of(view, cursor, ranges) for ranges in both]
             if [batch.ranges for batch in batches] != both:
                 raise outbox_damaged("transactions that were sent before are missing from it")
             return batches
@@ -132,17 +140,15 @@ class DatabaseApplier(Review):
     # ------------------------------------------------------------ push
 
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
-        head = self.database.read_head()
-        if not head.ready:
-            return None
-        latest = latest_timestamp(limits.server_ms)
-        if limits.server_ms and head.timestamp > latest + CLOCK_SLACK:
-            with paused(), self.database.write() as writer:
-                lower_clock(writer, latest)
         with paused(), self.database.write() as writer:
+            if not writer.head.ready:
+                return None
+            latest = latest_timestamp(limits.server_ms)
+            if limits.server_ms and writer.head.timestamp > latest + CLOCK_SLACK:
+                lower_clock(writer, latest)
             self._take_confirmed(writer)
             check_ready(writer)
-            batch = choose(writer, limits, [], self.database.commit_mark)
+            batch = choose(writer, limits, [])
             if batch is not None:
                 writer.set_inflight(Inflight(batch.ranges))
             return batch
@@ -152,11 +158,10 @@ class DatabaseApplier(Review):
             inflight = writer.inflight
             if inflight is None or inflight.ranges != batch.ranges or inflight.after:
                 raise SyncStateError("the batch was settled already by another engine")
-            mark = self.database.commit_mark
-            after = choose(writer, limits, batch.ranges, mark, frozenset(batch.entity_keys))
+            after = choose(writer, limits, batch.ranges, frozenset(batch.entity_keys))
             if after is not None:
                 writer.set_inflight(Inflight(batch.ranges, after.ranges))
-                still_fresh(batch, mark)
+                still_fresh(batch, writer)
             return after
 
     def settle(
@@ -178,22 +183,22 @@ class DatabaseApplier(Review):
             kept = [] if following is None else following.ranges
             if inflight is None or (inflight.ranges, inflight.after) != (batch.ranges, kept):
                 raise SyncStateError("the batch was settled already by another engine")
-            mark = self.database.commit_mark
-            rebase = self._rebase(writer, response.time)
-            settled = Settling(writer, rebase, response).run(batch, batch.mark == mark)
+            settling = Settling(writer, self._rebase, response)
+            settled = settling.run(batch, batch.moment.is_current())
             lower_idle_clock(writer, latest_timestamp(response.time))
             next_batch = None
-            if limits is not None and not settled.pull:
+            more = writer.head.ready > (0 if following is None else len(following.keys))
+            if limits is not None and more and not settled.pull:
                 apart = frozenset() if following is None else frozenset(following.entity_keys)
                 taken = sorted([*batch.ranges, *kept])
-                next_batch = choose(writer, limits, taken, mark, apart)
+                next_batch = choose(writer, limits, taken, apart)
             settled.next_batch = next_batch
             left = [kept] if kept else []
             if next_batch is not None:
                 left.append(next_batch.ranges)
             writer.set_inflight(Inflight(*left) if left else None)
             if following is not None:
-                still_fresh(following, mark)
+                still_fresh(following, writer)
             return settled
 
     def doubt(self) -> None:
@@ -230,13 +235,15 @@ class DatabaseApplier(Review):
 
     def _take_confirmed(self, writer: Writer) -> None:
         state, confirmed = writer.sync_state, self._confirmed
+        now = state
         if state.cursor < confirmed <= state.reached:
             # Only the cursor: what a wider scope still has to bring is no business of this pull.
-            have = ranges_above(state.have, confirmed)
-            writer.set_sync_state(replace(state, cursor=confirmed, have=have))
-        if writer.sync_state.unsettled:
+            now = replace(now, cursor=confirmed, have=ranges_above(state.have, confirmed))
+        if state.unsettled:
             # A pull has reached the head, and it was no reset: it showed what became of those.
-            writer.set_sync_state(replace(writer.sync_state, unsettled=[]))
+            now = replace(now, unsettled=[])
+        if now is not state:
+            writer.set_sync_state(now)
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         response = expanded(response)
@@ -328,22 +335,18 @@ class DatabaseApplier(Review):
             return rebase.report
 
     def adopt(self) -> bool:
-        if not has_adoption(self.database):
-            return False
-        return adopt_step(self.database, keeps=self._keeps)
+        return self.look().adopting and adopt_step(self.database, keeps=self._keeps)
 
     def tidy(self) -> bool:
-        # At the end of every cycle, so one look says whether there is anything to do.
-        with self.database.view() as view:
-            garbage, head = bool(view.catalogue.garbage), overruled.read_head(view)
-        return (garbage and sweep_garbage(self.database)) or self._prune_overruled(head)
+        look = self.look()
+        if look.garbage and sweep_garbage(self.database):
+            return True
+        return bool(look.overruled.count) and self._prune_overruled(look.overruled)
 
     def _prune_overruled(self, head: OverruledHead) -> bool:
         """Forget a bounded part of the overruled values that are too many or too old. Their age
         counts by the earlier one of two clocks, this device's and the one last heard from the
         server: one that is wrong by years forgets nothing."""
-        if not head.count:
-            return False
         now_ms = min(self.database.clock.now_ms(), self._heard_ms)
         before_ms = int(now_ms - self._overruled_days * _DAY_MS)
         if head.count <= self._overruled_max and head.oldest_ms >= before_ms:

@@ -32,9 +32,11 @@ def check_ready(writer: Writer) -> None:
     """Raises ``CorruptionError`` where the outbox does not hold as many transactions as it should.
     A damaged page can hide rows, each of them sound: what is behind them would go out without
     what it was built on."""
-    found, start = 0, READY
-    while keys := writer.snapshot.scan_keys(start, end_of(READY), limit=_COUNTED_ROWS):
+    found, start, stop = 0, READY, end_of(READY)
+    while keys := writer.snapshot.scan_keys(start, stop, limit=_COUNTED_ROWS):
         found += len(keys)
+        if len(keys) < _COUNTED_ROWS:
+            break
         start = keys[-1] + b"\0"
     if found != writer.head.ready:
         raise outbox_damaged(f"it should hold {writer.head.ready} transactions, {found} are found")
@@ -51,7 +53,6 @@ def choose(
     writer: Writer,
     limits: BatchLimits,
     inflight: list[list[int]],
-    mark: int,
     apart: frozenset[bytes] = frozenset(),
 ) -> PushBatch | None:
     """The next batch, for the caller to mark as in flight in the commit this is part of (R5).
@@ -59,12 +60,12 @@ def choose(
     Rows within the ascending ranges ``inflight`` belong to other batches, or have just been
     settled and are gone but still in the snapshot. The batch ends before the first transaction
     that touches an entity in ``apart``."""
-    if outdated_in_scope(writer):
+    state = writer.sync_state
+    if outdated_in_scope(writer, state):
         # What is built on another history has to meet this one first (R29).
         return None
     gaps = _gaps(inflight, limits.sequence_max)
-    # The commit moves the mark by two, and changes nothing of what is read here.
-    batch = batch_of(writer, gaps, mark + 2, limits, apart)
+    batch = batch_of(writer, state.cursor, gaps, limits, apart)
     return batch if batch.keys else None
 
 
@@ -78,16 +79,16 @@ def _gaps(ranges: list[list[int]], end: int) -> Iterator[tuple[int, int]]:
     yield start, end
 
 
-def still_fresh(batch: PushBatch, mark: int) -> None:
-    """The commit under way, at ``mark``, changes no entity of ``batch``."""
-    if batch.mark == mark:
-        batch.mark += 2
+def still_fresh(batch: PushBatch, writer: Writer) -> None:
+    """The commit under way, ``writer``'s, changes no entity of ``batch``."""
+    if batch.moment.is_current():
+        batch.moment = writer.moment
 
 
 def batch_of(
     view: Writer,
+    cursor: int,
     ranges: Iterable[Sequence[int]],
-    mark: int,
     limits: BatchLimits | None = None,
     apart: frozenset[bytes] = frozenset(),
 ) -> PushBatch:
@@ -95,7 +96,7 @@ def batch_of(
     first that touches an entity in ``apart``. Base versions come from the entities: nothing
     rebases them while the batch is in flight, so it is the same however often it is built."""
     infos = view.catalogue.by_number
-    batch = PushBatch([], [], [], set(), [], [], [], [], [], [], view.sync_state.cursor, 0, mark)
+    batch = PushBatch([], [], [], set(), [], [], [], [], [], [], [], cursor, 0, view.moment)
     ids: list[bytes] = []
     entity_ids: list[bytes] = []
     stamps: list[int] = []
@@ -148,8 +149,8 @@ def batch_of(
         batch.counts.append(count)
         ids.append(transaction_id)
         stamps.append(stamp)
-    batch.ranges = ranges_of(batch.sequences)
-    _add_transactions(view, batch, ids, stamps, entity_ids, payloads)
+    if batch.keys:
+        _add_transactions(view, batch, ids, stamps, entity_ids, payloads)
     return batch
 
 
@@ -183,10 +184,10 @@ def _pages(
         start, stop = sequence_key(READY, first), sequence_key(READY, last) + b"\0"
         while page := snapshot.scan(start, stop, limit=rows):
             yield page
-            start = page[-1][0] + b"\0"
-            mean = sum([len(row) for _, row in page]) // len(page) + 1
             if len(page) < rows:
                 break
+            start = page[-1][0] + b"\0"
+            mean = sum([len(row) for _, row in page]) // len(page) + 1
             rows = max(_FIRST_ROWS, min(bytes_max // mean, _ROWS_MAX))
 
 
@@ -200,6 +201,8 @@ def _add_transactions(
 ) -> None:
     """The wire form of what is in ``batch``; ``ids`` and ``stamps`` are its transactions',
     ``entity_ids`` and ``payloads`` its operations'."""
+    batch.sequences = list(map(sequence_of, batch.keys))
+    batch.ranges = ranges_of(batch.sequences)
     batch.entity_rows = view.pending_rows(batch.entity_keys)
     indexes = {number: index for index, number in enumerate(dict.fromkeys(batch.numbers))}
     operations = list(

@@ -76,9 +76,9 @@ def foreign_collections(writer: Writer, state: ReplicaState) -> frozenset[int]:
     )
 
 
-def outdated_in_scope(writer: Writer) -> bool:
-    found = map(writer.catalogue.by_name.get, writer.sync_state.outdated)
-    return any(info is not None and info.synced for info in found)
+def outdated_in_scope(writer: Writer, state: ReplicaState) -> bool:
+    found = map(writer.catalogue.by_name.get, state.outdated)
+    return bool(state.outdated) and any(info is not None and info.synced for info in found)
 
 
 def move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:

@@ -10,9 +10,10 @@ from typing import Protocol
 
 from msgspec import Struct, field
 
+from entidb.db.moment import Moment
 from entidb.db.pending import PendingTransaction, decode_pending
-from entidb.db.records import sequence_of
-from entidb.db.replica import ReplicaState, Stage
+from entidb.db.records import OverruledHead
+from entidb.db.replica import Inflight, ReplicaState, Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse, PushTransaction
 from entidb.sync.apply.report import RebaseReport
 from entidb.types import SEQUENCE_MAX
@@ -37,11 +38,12 @@ class BatchLimits(Struct, frozen=True):
 class PushBatch(Struct):
     """A batch that is in flight (R5): what is sent, and what it was made of.
 
-    Of each transaction its outbox row (``keys``, ``rows``) and how many operations it has
-    (``counts``); ``chained`` are the places of those with an operation that follows another
-    pending one on the same entity. Of each operation, one after another, the collection's number
-    and the entity's row (``entity_rows``), which is still the entity's own while the database's
-    ``commit_mark`` is ``mark``. Columns and not objects: a batch has thousands of each.
+    Of each transaction its outbox row (``keys``, ``rows``), the local commit that made it
+    (``sequences``; all as ``ranges``) and how many operations it has (``counts``); ``chained`` are
+    the places of those with an operation that follows another pending one on the same entity. Of
+    each operation, one after another, the collection's number and the entity's row
+    (``entity_rows``), which is still the entity's own while ``moment`` is current. Columns and not
+    objects: a batch has thousands of each.
     """
 
     keys: list[bytes]
@@ -51,17 +53,13 @@ class PushBatch(Struct):
     numbers: list[int]
     entity_keys: list[bytes]
     entity_rows: list[bytes]
+    sequences: list[int]
     ranges: list[list[int]]
     collections: list[str]
     transactions: list[PushTransaction]
     cursor: int
     bytes: int
-    mark: int
-
-    @property
-    def sequences(self) -> list[int]:
-        """The local commits that made its transactions."""
-        return [sequence_of(key) for key in self.keys]
+    moment: Moment
 
     def pending(self, index: int) -> PendingTransaction:
         """Its transaction number ``index`` as it was sent."""
@@ -82,28 +80,38 @@ class Settled(Struct):
     report: RebaseReport = field(default_factory=RebaseReport)
 
 
+class Look(Struct, frozen=True):
+    """What a cycle has to know of a device before a step, all of one moment.
+
+    ``scope`` are the names to ask the server for; None for all. ``sequence`` is the newest local
+    commit, ``ready`` how many transactions wait to be pushed. ``adopting`` says that entities have
+    still to be made pending (R29, R31), ``garbage`` that replaced tables have still to be emptied;
+    ``overruled`` counts what is kept (R4).
+    """
+
+    moment: Moment
+    state: ReplicaState
+    stage: Stage | None
+    inflight: Inflight | None
+    scope: list[str] | None
+    sequence: int
+    ready: int
+    adopting: bool
+    garbage: bool
+    overruled: OverruledHead
+
+
 class SyncApplier(Protocol):
     """What a cycle needs of a device. Each method is one storage commit, or none where nothing
     changes; each can be the last thing that ever happens, and the next cycle goes on from there.
     """
 
-    def state(self) -> ReplicaState: ...
-
-    def stage(self) -> Stage | None: ...
-
-    def scope(self) -> list[str] | None:
-        """Names to ask the server for; None for all."""
-        ...
-
     @property
     def device_id(self) -> bytes: ...
 
-    def sequence(self) -> int:
-        """The newest local commit."""
-        ...
-
-    def ready(self) -> int:
-        """How many transactions wait to be pushed."""
+    def look(self) -> Look:
+        """The device as it is now. Nothing is read while nothing was committed since the last
+        look."""
         ...
 
     def bind(self, db_id: str, history: bytes) -> None:

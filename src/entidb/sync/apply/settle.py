@@ -7,6 +7,8 @@ the law for both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec.structs import replace
 
 from entidb.db.pending import PendingOp
@@ -49,15 +51,18 @@ def check_verdicts(response: PushResponse) -> None:
 
 
 class Settling:
-    """The verdicts of one answer, applied within one commit (R18)."""
+    """The verdicts of one answer, applied within one commit (R18). ``rebase_in`` makes a rebase in
+    that commit, by the server's clock."""
 
-    def __init__(self, writer: Writer, rebase: Rebase, response: PushResponse) -> None:
+    def __init__(
+        self, writer: Writer, rebase_in: Callable[[Writer, int], Rebase], response: PushResponse
+    ) -> None:
         self._writer = writer
         self._response = response
-        self._rebase = rebase
+        self._rebase_in = rebase_in
         self._state = writer.sync_state
-        self._have = [list(pair) for pair in self._state.have]
-        self._settled = Settled(report=self._rebase.report)
+        self._have = list(map(list, self._state.have))
+        self._settled = Settled()
 
     def run(self, batch: PushBatch, fresh: bool) -> Settled:
         """``fresh`` says that the rows in the batch are still the entities' own."""
@@ -69,6 +74,8 @@ class Settling:
         elif self._settle_all(batch):
             self._store_have(batch)
             return settled
+        self._rebase = self._rebase_in(self._writer, self._response.time)
+        settled.report = self._rebase.report
         at = 0
         results = self._response.results
         for index, (count, result) in enumerate(zip(batch.counts, results, strict=True)):

@@ -1,0 +1,38 @@
+"""What a cache may believe: the moment at which something was read, and whether it has passed.
+
+Whoever remembers what it has read from a database remembers the moment with it, and asks it before
+each use. Nothing else says what is still true: not who has committed, nor how often.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from msgspec import Struct
+
+
+class Marked(Protocol):
+    """``commit_mark`` is another one after each attempt to commit, by whomever."""
+
+    @property
+    def commit_mark(self) -> int: ...
+
+
+class Moment(Struct, gc=False):
+    """What was read at this moment is true while ``is_current``. It has to be taken before the
+    snapshot is, or while it is one's turn to write.
+
+    That of a ``Writer`` passes its own commit, if it works: what is read in the writer and left
+    alone by the commit is true after it as well. What the commit changes, whoever remembers it has
+    to know."""
+
+    source: Marked
+    #: Moved by ``Core`` alone.
+    mark: int
+
+    def is_current(self) -> bool:
+        """Whether nothing was committed since, nor tried to be (R17)."""
+        return self.source.commit_mark == self.mark
+
+
+__all__ = ["Moment"]
