@@ -1,5 +1,5 @@
-"""Making entities pending that are already there: when a scope widens (R31), and when a reset
-keeps the device's side (R29). Bounded commits, resumable; the ``m adopt`` record says how far.
+"""Making entities pending that are already there: when a scope widens (R31), and when a reset keeps
+the device's side (R29). Bounded commits, resumable; the ``m adopt`` record says how far they are.
 
 First the entities are indexed by the commit that wrote them, so that what was one transaction is
 committed as one again; then group after group is committed like a local transaction.
@@ -35,9 +35,10 @@ COMMIT_ROWS = 2_000
 
 def schedule_adoption(writer: Writer, sources: list[list[int]], *, compare: bool) -> None:
     """Adopt the entities of ``sources`` (collection number, table). With ``compare`` only those
-    that are newer than what stands in the collection now, or missing there."""
+    that are newer than what is in the collection now, or missing there."""
     raw = writer.get(META_ADOPT)
-    # What is still to be done keeps its own way of being done, and a collection may be in both.
+    # A scheduled adoption that is not done yet keeps its own ``compare``, and a collection may be
+    # in both.
     standing = [] if raw is None else _sources(decode_record(Adopt, raw))
     new = [[number, table, int(compare)] for number, table in sources]
     every = sorted(standing + new, key=lambda source: source[1])
@@ -122,7 +123,7 @@ def _commit_groups(database: Core, writer: Writer, adopt: Adopt, keeps: bool, ro
 
 
 def _overrule(keeper: overruled.Keeper, ref: Ref, now: EntityRow, row: EntityRow) -> None:
-    """What the server has, ``now``, loses to ``row``. Nobody knows what both were made from."""
+    """What the server has, ``now``, loses to ``row``. Their common base is unknown."""
     theirs = now.device_id, now.timestamp, now.version
     mine = row.device_id, row.timestamp, 0
     lost = (Side.REMOTE, (), now.payload, row.payload, None)
@@ -166,7 +167,7 @@ class _Room:
         self._bytes_max = bytes_max
         self._size = 0
         self._payloads: list[bytes] = []
-        #: Arrays and maps in all payloads, and at most as many while nobody has counted them.
+        #: Arrays and maps in all payloads; an upper bound of them while they have not been counted.
         self._containers = 0
         self._counted = False
 

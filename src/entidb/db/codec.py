@@ -1,9 +1,8 @@
 """Between Python values and payloads: plain values, and values of one class. Nothing is stored
-here; which classes there can be is said in ``kinds`` and ``models``, what survives a write in
-``shapes``.
+here; ``kinds`` and ``models`` say which classes are possible, ``shapes`` what survives a write.
 
-A typed value is read back before it is stored: what would not come back equal is refused, and so
-is what could not be read any more. Nobody finds out a year later.
+A typed value is read back before it is stored: a value that would not come back equal is refused,
+and so is one that could not be read any more. So no program finds that out a year later.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def codec_for(
     upgrade: Upgrade | None = None,
 ) -> ValueCodec[V]:
     """The codec of a collection opened with ``type=kind``; ``exact`` keeps nothing of what is
-    stored. Raises ``ValueTypeError`` for a class that cannot make a collection, ``ConfigError``
-    for the other two."""
+    stored. Raises ``ValueTypeError`` for a class that a collection cannot have, ``ConfigError`` for
+    the other two."""
     return codec_reading(_codec_of(kind, exact), on_invalid, upgrade)
 
 

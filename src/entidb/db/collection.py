@@ -66,7 +66,8 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
             return self._instead(located(error, self.name, raw), payload)
 
     def _instead(self, error: ValueTypeError, payload: bytes) -> V:
-        """What is read in place of what does not fit; raises ``error`` where that is nothing."""
+        """The value that is read instead of one that does not fit; raises ``error`` where there is
+        none."""
         instead = self._codec.instead
         made = None if instead is None else instead(error, cbor.decode_trusted(payload))
         if made is None:
@@ -154,9 +155,9 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
         return self._read(lambda most: islice(pairs, most), limit)
 
     def id_for(self, *key: str | int | bytes | uuid.UUID) -> uuid.UUID:
-        """The id of the entity with a natural key: always the same for this collection and
-        ``key``, so that what two devices make of one thing is one entity, and a conflict if they
-        disagree. ``stock[stock.id_for("sku-123")] = …``
+        """The id of the entity with a natural key: always the same for this collection and ``key``,
+        so that two devices which make the same thing make one entity, and a conflict if their
+        values differ: ``stock[stock.id_for("sku-123")] = …``.
 
         It is a UUIDv8 (RFC 9562, section 5.8) of the SHA-256 of the canonical CBOR of
         ``[name, *key]``, UUIDs as their bytes. Raises ``ValueTypeError`` for any other key.
@@ -255,7 +256,7 @@ class ValuesView(Generic[V]):
 
 
 def kept(keep: Keep, name: str, entity_id: bytes, payload: bytes, stored: bytes) -> bytes:
-    """What is written over ``stored``. Raises ``ValueTypeError``, which names the entity."""
+    """The payload to write over ``stored``. Raises ``ValueTypeError``, which names the entity."""
     try:
         return keep(payload, stored)
     except ValueTypeError as error:
@@ -379,8 +380,8 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
                 del self[entity_id]
             except KeyError as error:
                 raise CorruptionError(
-                    f"entity {entity_id} is found by walking through {self.name!r}, and not by "
-                    "looking it up; run verify, and restore a backup"
+                    f"a walk through {self.name!r} finds entity {entity_id}, and looking it up "
+                    "does not; run verify, and restore a backup"
                 ) from error
 
 
@@ -445,8 +446,8 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         return uuid_from_bytes(self._commit_one(self.name, None, self._codec.encode(value), None))
 
     def get_or_add(self, entity_id: uuid.UUID, value: V) -> V:
-        """The entity as it is, or ``value``, which is stored if there is none; in one
-        transaction. With ``id_for`` a thing is made once, however often this is called."""
+        """The entity as it is, or ``value``, which is stored if there is none; in one transaction.
+        With ``id_for``, repeated calls make a thing only once."""
         with self._transaction() as tx:
             return self._one(tx).get_or_add(entity_id, value)
 

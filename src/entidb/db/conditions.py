@@ -1,10 +1,10 @@
 """Conditions on the fields of an entity: what ``F.price > 3`` makes, and whether a value meets it.
 
-A condition speaks of plain values (maps, lists, text, bytes, numbers, booleans, None), so that a
+A condition is about plain values (maps, lists, text, bytes, numbers, booleans, None), so that a
 typed collection converts only what passes. Nothing is read here; ``query`` does that.
 
-Values of different kinds are never compared: ``F.price > 3`` passes over the text ``"4"``. In an
-order they stand behind each other: missing, None, false, true, numbers, text, bytes, lists, maps;
+Values of different kinds are never compared: the text ``"4"`` does not meet ``F.price > 3``. In an
+order they come in this sequence: missing, None, false, true, numbers, text, bytes, lists, maps;
 1 < 1.5 < 2 whether integer or float, and exactly so beyond 2^53.
 """
 
@@ -76,7 +76,7 @@ def plain(value: Any) -> Any:
     makes of them. Raises ``QueryError`` for what no entity can hold."""
     try:
         made = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)
-        # One road for all: what comes back is what an entity would hold.
+        # The same way for all values: what comes back is what an entity would hold.
         return cbor.decode_trusted(cbor.encode_message(made))
     except (CborEncodeError, TypeError, ValueError) as error:
         raise QueryError(
@@ -97,11 +97,12 @@ class Condition:
         raise AssertionError(type(self))
 
     def needles(self) -> Needles | None:
-        """Bytes of which any payload that meets this contains one; None where there are none."""
+        """Bytes of which every payload that meets this contains at least one; None where there are
+        none."""
         return None
 
     def paths(self) -> set[Path]:
-        """The fields it speaks of."""
+        """The fields that it is about."""
         raise AssertionError(type(self))
 
     def __and__(self, other: Condition) -> Condition:
@@ -115,7 +116,7 @@ class Condition:
 
     def __bool__(self) -> bool:
         raise QueryError(
-            "a condition is neither true nor false before it is asked of an entity: join "
+            "a condition is neither true nor false without an entity: join "
             "conditions with & | ~ and not with and, or, not; write between() for 2 < F.x < 5"
         )
 
@@ -159,7 +160,7 @@ class Joined(Condition):
     def needles(self) -> Needles | None:
         found = [part.needles() for part in self.parts]
         if self.all:
-            # The one that leaves the fewest: longest first, then with the fewest choices.
+            # The part that leaves the fewest payloads: longest first, then with the fewest choices.
             known = [one for one in found if one]
             return max(known, key=lambda n: (min(map(len, n)), -len(n)), default=None)
         if not found or any(one is None for one in found):
@@ -272,8 +273,8 @@ def _compare(sign: str, other: Any) -> Test:
 
 
 def _encodings(value: Any) -> list[bytes]:
-    """How an equal value can stand in a payload. Lists and maps with numbers in them can stand
-    in too many ways to look for."""
+    """The ways in which an equal value can be encoded in a payload. For lists and maps with numbers
+    in them there are too many to look for."""
     kind = type(value)
     if kind in _NUMBERS:
         found = [cbor.encode_message(value)]
@@ -288,7 +289,7 @@ def _encodings(value: Any) -> list[bytes]:
 
 
 class _Asked(Condition):
-    """One field, asked for something that is no comparison."""
+    """One field, and a question that is no comparison."""
 
     __slots__ = ("_judge", "_needles", "_says", "path")
 
@@ -312,8 +313,8 @@ class _Asked(Condition):
 
 
 class Field(Condition):
-    """One field of an entity, to make conditions of. By itself it asks whether the field is there
-    and says something: neither missing nor None, false, 0, or empty."""
+    """One field of an entity, to make conditions of. By itself it is a condition: the field is
+    neither missing nor None, false, 0, or empty."""
 
     __slots__ = ("_path",)
 

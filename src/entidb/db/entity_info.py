@@ -1,4 +1,4 @@
-"""Ids made from natural keys, and what is known of an entity beside its value."""
+"""Ids made from natural keys, and facts about an entity beside its value."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The change feed: for every entity its latest change, in commit order, resumable (R11).
 
 The same rows are a program's feed on a device and the log that a server's pull reads. A feed is
-bounded by the number of entities; what changed twice shows up once, at the later place. Where it
-stood before, a row may wait to be removed (``writer``), which readers pass over.
+bounded by the number of entities; an entity that changed twice appears once, at the later place. At
+its former place a row may wait to be removed (``writer``); readers skip it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ChangeFeed:
 
     @property
     def cursor(self) -> int:
-        """Where to go on: the newest commit that was handed out whole."""
+        """Where to go on: the newest commit all of whose events were handed out."""
         before, events, left = self._page
         # The event handed out last: a list's iterator knows exactly how many are left in it.
         at = len(events) - length_hint(left) - 1
@@ -176,8 +176,8 @@ def feed_page(snapshot: Snapshot, after: int, limit: int) -> tuple[list[bytes], 
 
 
 def latest_of(keys: Sequence[bytes]) -> Sequence[int]:
-    """Where each of ``keys`` stands last. Feed rows of one entity before its last one are stale:
-    its payload is not read once for each of them."""
+    """The last position of each entity in ``keys``. Feed rows of one entity before its last one are
+    stale: its payload is read once and not once for each of them."""
     last = dict(zip(keys, range(len(keys)), strict=True))
     return range(len(keys)) if len(last) == len(keys) else sorted(last.values())
 
@@ -199,7 +199,7 @@ def load_events(
             for sequence, number in zip(sequences, numbers, strict=True):
                 if number == 0:
                     events += _reset_events(snapshot, sequence)
-            # Where its feed row stands: before the other changes of its commit.
+            # The place of its feed row: before the other changes of its commit.
             events.sort(key=lambda event: (event.sequence, event.kind != "reset"))
         return events
     names: Iterable[str]
@@ -220,7 +220,7 @@ def load_events(
         events = _alike(sequences, names, ids, raws)
         if events:
             return events
-        # Without what has changed since: it comes with that change.
+        # Without entities that have changed since: they come with that change.
         current = [
             (sequence, name, entity_id, raw)
             for sequence, name, entity_id, raw in zip(sequences, names, ids, raws, strict=True)

@@ -1,6 +1,6 @@
 """Values by their fields: what of one is missing in another, a field put back, a line for people.
 
-Pure functions of payloads, without a database. What a merge decides is ``sync.merging``'s.
+Pure functions of payloads, without a database. ``sync.merging`` decides a merge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from entidb.types import ID_BYTES, ms_from_timestamp
 
 #: Where a field is inside an entity: the keys on the way to it; empty for the entity itself.
 Path = tuple[str, ...]
-#: Where a value was, the value, and what stands there instead; None: nothing is there.
+#: Where a value was, the value, and what is there instead; None: nothing is there.
 LostField = tuple[Path, bytes | None, bytes | None]
 
 
@@ -129,7 +129,7 @@ def shown(payload: bytes | None, absent: str) -> str:
     """A value on one line, ``absent`` if there is none."""
     if payload is None:
         return absent
-    # repr escapes control characters: a value must not write to somebody's terminal.
+    # repr escapes control characters: a value must not be able to steer a terminal.
     text = repr(cbor.decode_trusted(payload))
     return text if len(text) <= _VALUE_SHOWN_MAX else text[:_VALUE_SHOWN_MAX] + " …"
 

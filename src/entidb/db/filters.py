@@ -32,7 +32,7 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 
 def from_dict(given: Mapping[str, Any]) -> Condition:
-    """The condition that ``given`` says: all of ``{"kind": "tea", "price": {"<": 5}}``.
+    """The condition that ``given`` describes: all of ``{"kind": "tea", "price": {"<": 5}}``.
 
     A field inside a field is ``"address.city"``. ``"|"`` and ``"&"`` take a list of such maps,
     ``"~"`` one. A value that is a map is compared with ``{"==": {…}}``. Raises ``QueryError``.

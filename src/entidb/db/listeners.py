@@ -1,4 +1,4 @@
-"""What other people's functions are called through: taking them, and what becomes of their bugs."""
+"""Functions of programs that EntiDB calls: how they are added, and what happens to their bugs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def check_plain(function: object, where: str) -> None:
     """Raises ``ConfigError`` unless ``function`` can be called and does its work in that call: a
-    coroutine that nobody awaits, or a generator, would do nothing in silence."""
+    coroutine that is never awaited, or a generator, would do nothing in silence."""
     if not callable(function):
         raise ConfigError(f"{where} needs a function, not {type(function).__name__}")
     for each in (function, getattr(function, "func", None), getattr(function, "__call__", None)):  # noqa: B004
@@ -40,8 +40,8 @@ def add_listener(listeners: list[F], listener: F, where: str) -> Callable[[], No
 
 
 class _Report:
-    """Called by the interpreter; what it raises then goes to ``sys.unraisablehook``, in the one
-    type that the hook of the interpreter takes and nobody else can make."""
+    """The interpreter calls it and passes what it raises to ``sys.unraisablehook``, in the one type
+    that the hook accepts and only the interpreter can make."""
 
     def __init__(self, error: Exception, listener: object) -> None:
         self._errors = [error]
@@ -59,7 +59,7 @@ class _Gone:
 
 
 def report_bug(error: Exception, listener: object) -> None:
-    """Tell ``sys.unraisablehook`` that ``listener`` raised ``error``. Raises nothing."""
+    """Report to ``sys.unraisablehook`` that ``listener`` raised ``error``. Raises nothing."""
     gone = _Gone()
     kept = weakref.ref(gone, _Report(error, listener))
     del gone

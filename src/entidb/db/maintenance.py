@@ -85,7 +85,7 @@ def sweep_garbage(database: Core) -> bool:
 
 
 def _sweepable(writer: Writer) -> list[tuple[int, int]]:
-    """Garbage tables nobody reads any more: an adoption may still need its sources."""
+    """Garbage tables that nothing reads any more: an adoption may still need its sources."""
     if not writer.catalogue.garbage:
         return []
     raw = writer.get(META_ADOPT)
@@ -97,14 +97,14 @@ def _sweepable(writer: Writer) -> list[tuple[int, int]]:
 
 
 def clock_mark_ms(retention_ms: int) -> int:
-    """How far apart clock marks stand, so that they are fine enough for a retention."""
+    """Milliseconds between two clock marks, so that they are fine enough for a retention."""
     return min(CLOCK_MARK_MS, max(1, retention_ms // CLOCK_MARKS_MIN))
 
 
 def mark_clock(writer: Writer, every_ms: int = CLOCK_MARK_MS) -> None:
-    """Remember, once in ``every_ms``, which commit sequence the clock stands at: the timestamps of
-    entities are their devices' and may be old. Marks from beyond the present are dropped: they were
-    made while the clock was wrong, and none would be made until it is there again (R27)."""
+    """Remember, once in ``every_ms``, the present time and commit sequence: the timestamps of
+    entities come from devices and may be old. Marks from the future are dropped: they were made
+    while the clock was wrong, and no new one would be made until that time has come (R27)."""
     stop = CLOCK_MARK + pack_u64(2**64 - 1)
     newest = writer.snapshot.scan_keys(CLOCK_MARK, stop, limit=1, reverse=True)
     made_ms = unpack_u64(newest[0][1:]) if newest else None
@@ -128,10 +128,10 @@ def sequence_at(database: Core, time_ms: int) -> int:
 
 
 def purge_tombstones(database: Core, up_to: int) -> int:
-    """Forget tombstones with a sequence of at most ``up_to``, and the ids of transactions
-    accepted before; the floor moves in the same commits (R28). Returns how many went.
+    """Forget tombstones with a sequence of at most ``up_to``, and the ids of transactions accepted
+    before; the floor moves in the same commits (R28). Returns how many tombstones were removed.
 
-    A tombstone with pending changes stays: it is somebody's base."""
+    A tombstone with pending changes stays: it is their base."""
     purged = 0
     while True:
         with database.write() as writer:
@@ -268,7 +268,7 @@ class _Verify:
         info = self._tables.get(table)
         if info is None:
             if table not in self._unused:
-                yield f"entity {entity_id.hex()} is in table {table}, which nobody knows"
+                yield f"entity {entity_id.hex()} is in table {table}, which no collection has"
             return
         row = decode_entity(raw)
         name = f"{info.name}/{entity_id.hex()}"
@@ -309,8 +309,8 @@ class _Verify:
 
     def _held_writes(self, sequence: int, ref: Ref) -> bool | None:
         """Whether the pending transaction that writes ``ref`` is held; None if there is no such
-        transaction. What it writes is remembered: entities of one mostly stand together, and it
-        may have a hundred thousand of them."""
+        transaction. What it writes is remembered: the entities of one transaction mostly come
+        together, and it may have a hundred thousand of them."""
         if sequence not in self._pendings:
             pending = self._view.pending(sequence)
             if len(self._pendings) >= _PENDINGS_KEPT:
@@ -354,7 +354,7 @@ class _Verify:
             if not row_raw or decode_entity(row_raw).pending < transaction.sequence:
                 yield (
                     f"outbox transaction {transaction.sequence}: entity "
-                    f"{op.entity_id.hex()} does not know of it"
+                    f"{op.entity_id.hex()} does not name it"
                 )
 
     def _base(self, key: bytes, raw: bytes) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Telling observers of commits: in commit order, outside all locks, in the thread that committed.
+"""Calling observers after commits: in commit order, outside all locks, in the thread that
+committed.
 
 Not here: adding one (``listeners``), and what a commit contains.
 """
@@ -57,7 +58,7 @@ class Observers:
         self._deliveries.append(CommitEvent(sequence, origin, events))
 
     def deliver(self) -> None:
-        """Call the observers about what has been committed since they were called last."""
+        """Call the observers with the commits since they were called last."""
         # Commits made by an observer queue up and are delivered by the loop that is running.
         while self._deliveries and self._delivering.idle():
             turn = Turn()

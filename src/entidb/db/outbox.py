@@ -1,5 +1,5 @@
-"""Reading the outbox and the discarded list. What changes them is ``transaction`` (local commits)
-and the sync engine's rebase.
+"""Reading the outbox and the discarded list. ``transaction`` (local commits) and the sync engine's
+rebase change them.
 """
 
 from __future__ import annotations

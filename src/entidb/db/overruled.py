@@ -1,7 +1,7 @@
 """Values that a policy, or a person, decided against (R4): kept, listed, put back, pruned.
 
-What was decided in one commit stands together in a few rows, because a rebase may decide about
-thousands; each value has a number of its own for life. Who is overruled is ``sync``'s business.
+The decisions of one commit are together in a few rows, because a rebase may decide about thousands;
+each value keeps its number for life. ``sync`` decides who is overruled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from entidb.types import uuid_from_bytes
 #: How many values are kept, and for how long, unless set.
 OVERRULED_MAX: Final = 10_000
 OVERRULED_DAYS: Final = 90.0
-#: Values in one row, and about how many bytes of them: what one that is put back or pruned costs.
+#: Values in one row, and about how many bytes of them: to put back or prune one value costs as
+#: much.
 _ROW_VALUES = 200
 _ROW_BYTES = 64 * 1024
 #: Rows looked at by one step of pruning.
@@ -47,13 +48,13 @@ Origin = tuple[bytes, int, int]
 
 
 class OverruledValue(Struct, frozen=True, kw_only=True):
-    """A value that a policy or a person decided against, whoever wrote it (R4).
+    """A value that a policy or a person decided against, from either side (R4).
 
-    It stood in the entity ``id_bytes`` of ``collection`` at ``path``, the keys on the way to the
+    It was in the entity ``id_bytes`` of ``collection`` at ``path``, the keys on the way to the
     field; an empty path is the entity itself. ``payload`` is the value in canonical CBOR, None if
-    what lost was a removal; ``won_payload`` is what stood there after the decision, and, where
-    the path is empty, ``base_payload`` what both sides were made from. ``fields()`` says which
-    fields of an entity are concerned.
+    what lost was a removal; ``won_payload`` is what was there after the decision, and, where the
+    path is empty, ``base_payload`` what both sides were made from. ``fields()`` says which fields
+    of an entity are concerned.
 
     ``side`` says whose it was: ``local``, this device's, written by its transaction
     ``transaction_id``; or ``remote``, the server's state of ``version``. ``device_id`` and
@@ -97,7 +98,7 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
 
     @property
     def won(self) -> Any:
-        """A fresh copy of what stood there after the decision; None also if nothing did."""
+        """A fresh copy of the value there after the decision; None also if there was none."""
         return None if self.won_payload is None else cbor.decode_trusted(self.won_payload)
 
     def fields(self) -> list[LostField]:
@@ -146,7 +147,7 @@ class Keeper:
         self._writer = writer
         self._at_ms = at_ms
         self._next = 0
-        #: Whether it was the server's, collection, entity, and the value as it stands in a row.
+        #: Whether it was the server's, collection, entity, and the value as a row holds it.
         self._values: list[tuple[bool, int, bytes, bytes]] = []
         self._names: dict[int, bytes] = {}
         self._places: dict[Path, bytes] = {}
@@ -355,7 +356,7 @@ def _cut_row(writer: Writer, key: bytes, raw: bytes, gone: set[int]) -> int:
 
 
 def _settle_oldest(writer: Writer) -> None:
-    """Say when the first value that is left was decided about."""
+    """Store when the first value that is left was decided about."""
     head = read_head(writer)
     start = OVERRULED
     while page := writer.snapshot.scan(start, end_of(OVERRULED), limit=_PAGE_ROWS):

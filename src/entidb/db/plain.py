@@ -29,7 +29,7 @@ class ValueCodec(Protocol[V]):
     def decode(self, payload: bytes) -> V: ...
 
     def patch(self, stored: bytes, changes: Mapping[str, Any]) -> bytes:
-        """The payload ``stored`` with the fields ``changes`` as they say, and all else as it is."""
+        """The payload ``stored`` with the fields in ``changes`` set, and all else as it is."""
         ...
 
 
@@ -37,7 +37,7 @@ class ValueCodec(Protocol[V]):
 
 
 class PlainCodec:
-    """Values as canonical CBOR says them: maps, lists, text, bytes, numbers, booleans."""
+    """Values as canonical CBOR has them: maps, lists, text, bytes, numbers, booleans."""
 
     keep: Keep | None = None
     stored_names: tuple[str, ...] | None = None

@@ -68,7 +68,7 @@ def _switch(writer: Writer, after: Catalogue, before: Catalogue) -> None:
     writer.set_catalogue(after)
     state = writer.sync_state
     uncovered = (set(state.uncovered) | (now - was)) & now
-    # From a list of names to "all": collections this device has never heard of are to come too.
+    # From a list of names to "all": collections that this device does not know yet are to come too.
     full = state.full or (before.scope is not None and after.scope is None)
     writer.set_sync_state(replace(state, uncovered=sorted(uncovered), full=full))
     writer.abandon_stage()
@@ -91,7 +91,7 @@ def _refuse_pending(writer: Writer, catalogue: Catalogue, leaving: set[str]) -> 
 
 
 def pending_collections(snapshot: Snapshot) -> set[int]:
-    """Numbers of the collections the outbox touches."""
+    """Numbers of the collections that the outbox touches."""
     found: set[int] = set()
     for kind in (READY, HELD):
         start, stop = kind, end_of(kind)

@@ -31,7 +31,7 @@ def check_settings(
     stale_rows_max: int = STALE_ROWS_MAX,
     **others: Any,
 ) -> None:
-    """Raises ``ConfigError``; ``others`` are the constructor's to judge."""
+    """Raises ``ConfigError``; the constructor checks ``others``."""
     if map_bytes is not None:
         check_int("map_bytes", map_bytes, 1, _MAP_BYTES_MAX)
     check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)

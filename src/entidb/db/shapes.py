@@ -1,9 +1,9 @@
 """What a class knows of the maps it is stored as, and how the rest survives a write.
 
-A newer version of a program adds a field; an older one reads the entity, which drops what its
-class does not know, changes something and writes it back. A shape says which keys the class knows,
-at every depth, and ``keep`` takes over the others from what is stored. Shapes are made in
-``kinds``; here are only plain values, as canonical CBOR says them.
+A newer version of a program adds a field; an older one reads the entity, which drops what its class
+does not know, changes something and writes it back. A shape says which keys the class knows, at
+every depth, and ``keep`` takes over the others from what is stored. Shapes are made in ``kinds``;
+here are only plain values, as canonical CBOR has them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from entidb import cbor
 from entidb.errors import ValueTypeError
 
-#: Fields that tell the members of a list apart, in order of trust, where all of them have one.
+#: Fields that identify the members of a list, in order of trust, where all of them have one.
 _NAMES_OF_IDENTITY: Final = ("id", "_id", "uuid", "uid", "key")
 #: Members of a list that are compared with each other at most: their number squared.
 _COMPARED_MAX: Final = 10_000
@@ -153,8 +153,8 @@ class Places:
 
 
 class Choice:
-    """A union: what is stored and what is written are taken for the same only where both fit one
-    member and no other."""
+    """A union: what is stored and what is written count as the same member only where both fit that
+    one and no other."""
 
     def __init__(self, members: list[Shape]) -> None:
         self.members = members
@@ -223,7 +223,7 @@ def _pairs(new: list[Any], stored: list[Any], member: Shape) -> Iterator[tuple[i
             changed.append(at)
     left = [at for at in range(len(stored)) if at not in taken]
     if len(left) == len(changed):
-        # Nothing was added or removed: what changed was changed where it stands.
+        # Nothing was added or removed: what changed was changed in its place.
         yield from zip(changed, left, strict=True)
     elif len(left) * len(changed) <= _COMPARED_MAX:
         yield from _by_likeness(new, stored, changed, left)
@@ -239,7 +239,7 @@ def _by_identity(new: list[Any], stored: list[Any]) -> list[tuple[int, int]] | N
 
 
 def _places_by(name: str, members: list[Any]) -> dict[Any, int] | None:
-    """The place of each member by its field ``name``; None if that does not tell them apart."""
+    """The place of each member by its field ``name``; None if that does not identify them."""
     places: dict[Any, int] = {}
     for at, member in enumerate(members):
         identity = member.get(name) if type(member) is dict else None
