@@ -36,7 +36,7 @@ TABLES: Final = frozenset[str]()
 FUNCTION_LINES_MAX: Final = 70
 #: There is no depth in a circle, so it was first seen when the last of those went. 12 would do:
 #: a database commits without knowing a class, and a service answers without a listener.
-DEPTH_MAX: Final = 21
+DEPTH_MAX: Final = 20
 #: Calls of Python functions of this project, by what a program or the engine does: where they
 #: stand, so that no feature adds to them unseen. The store is the one on disk, device and server
 #: are in one thread.

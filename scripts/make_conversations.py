@@ -122,7 +122,7 @@ def meeting(head: int, floor: int = 0) -> Json:
 
 
 def pull(
-    cursor: int,
+    cursor: int | Json,
     *commits: list[Any],
     head: int,
     reaches: int | None = None,
@@ -163,7 +163,9 @@ def sent(transaction: str, *operations: tuple[Json, int | Json, Json | None]) ->
     ]
 
 
-def push(cursor: int, transactions: list[list[Any]], *results: list[Any], head: int = 0) -> Json:
+def push(
+    cursor: int | Json, transactions: list[list[Any]], *results: list[Any], head: int = 0
+) -> Json:
     row = _push(cursor, transactions)
     row["answer"] = {
         "results": [*results],
@@ -174,7 +176,7 @@ def push(cursor: int, transactions: list[list[Any]], *results: list[Any], head: 
     return row
 
 
-def _push(cursor: int, transactions: list[list[Any]], history: Json = HISTORY) -> Json:
+def _push(cursor: int | Json, transactions: list[list[Any]], history: Json = HISTORY) -> Json:
     return exchange(
         "push",
         {
@@ -220,6 +222,12 @@ def refused(row: Json, status: int, code: str | None = None, **more: Any) -> Jso
 
 def accepted(version: int, stamp: int = 0) -> list[Any]:
     return [0, version, stamp, [], "", ""]
+
+
+def stored_newer(version: int, *writes: tuple[Json, Json]) -> list[Any]:
+    """Accepted, and stored in a newer shape."""
+    states = [[0, entity, version, payload] for entity, payload in writes]
+    return [0, version, 0, states, "", ""]
 
 
 def superseded(version: int) -> list[Any]:
@@ -777,6 +785,56 @@ def a_clock_ahead() -> list[Json]:
         sync(pull(0, head=0), push(0, [sent("t1", (E1, 0, A))], accepted(1, STAMP))),
         holds([(E1, A)]),
         sync(pull(0, head=1)),
+    ]
+
+
+@_conversation(10, "R33: a program that is too old to pull pushes what is pending")
+def too_old_to_pull() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E2, B)),
+        commit((E1, C)),
+        sync(
+            refused(pull(1, head=9), 409, "upgrade_required"),
+            push(
+                1,
+                [sent("t1", (E2, absent(1), B)), sent("t2", (E1, 1, C))],
+                accepted(10),
+                conflict((E1, 9, D)),
+                head=10,
+            ),
+            ends="upgrade_required",
+        ),
+        holds([(E1, C), (E2, B)], pending=[[(E1, C)]]),
+        RESTART,
+        sync(
+            handshake(10),
+            pull(1, changed(9, (E1, D)), head=10, have={"at most": [[10, 10]]}),
+        ),
+        holds([(E1, D), (E2, B)], discarded=[("conflict", [(E1, C)])]),
+    ]
+
+
+@_conversation(10, "R33: what the server stores in a newer shape is what the device has written")
+def stored_in_a_newer_shape() -> list[Json]:
+    batch = [sent("t1", (E1, 1, B))]
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        sync(pull(1, head=1), lost(push(1, batch)), ends="no_answer"),
+        RESTART,
+        sync(
+            handshake(2),
+            push(1, batch, stored_newer(2, (E1, C))),
+            pull(1, head=2, have={"at most": [[2, 2]]}),
+        ),
+        holds([(E1, C)]),
+        commit((E1, D)),
+        sync(
+            pull({"one of": [1, 2]}, head=2, have={"at most": [[2, 2]]}),
+            push({"one of": [1, 2]}, [sent("t2", (E1, 2, D))], accepted(3)),
+        ),
+        holds([(E1, D)]),
     ]
 
 

@@ -37,6 +37,7 @@ HANDSHAKE_REQUEST: Final[Message] = {
     "history": HISTORY,
     "cursor": 41,
     "client": "notes/2.1",
+    "schema": 3,
 }
 LIMITS: Final[Message] = {
     "transaction_bytes_max": 16777216,
@@ -68,6 +69,7 @@ PULL_REQUEST: Final[Message] = {
     "collections": ["notes", "Läden/東京"],
     "full": False,
     "columns": False,
+    "schema": 24,
 }
 PULL_RESPONSE: Final[Message] = {
     "collections": ["notes", "lists"],
@@ -112,6 +114,7 @@ PUSH_REQUEST: Final[Message] = {
         [OTHER, STAMP, [[0, ENTITY, 65535, PAYLOAD], [1, ENTITY, 24, None]]],
         [ID_LIKE_A_LINK, 0, [[1, ID_LIKE_A_LINK, 0, PAYLOAD_LIKE_A_LINK]]],
     ],
+    "schema": 256,
 }
 PUSH_RESPONSE: Final[Message] = {
     "results": [
@@ -143,8 +146,9 @@ COMPLETE: Final[dict[str, Message]] = {
 }
 #: Keys a message may lack, with what their absence means.
 DEFAULTS: Final[dict[str, Message]] = {
-    "HandshakeRequest": {"client": ""},
-    "PullRequest": {"have": [], "collections": None, "full": False, "columns": False},
+    "HandshakeRequest": {"client": "", "schema": 0},
+    "PullRequest": {"have": [], "collections": None, "full": False, "columns": False, "schema": 0},
+    "PushRequest": {"schema": 0},
     "HandshakeResponse": {"granted": None},
     "PullResponse": {"columns": None, "granted": None},
     "ErrorResponse": {"retry_after": None, "details": {}},
@@ -174,8 +178,14 @@ def valid() -> Iterator[dict[str, Any]]:
         if kind in DEFAULTS:
             short = {key: item for key, item in message.items() if key not in DEFAULTS[kind]}
             meaning = message | DEFAULTS[kind]
-            yield _valid(kind, "what is absent has its default", meaning, canonical(short))
-            yield _valid(kind, "defaults written out", meaning)
+            meaning.pop("schema", None)  # 0 is the same as none, and is not written
+            data = None if short == meaning else canonical(short)
+            yield _valid(kind, "what is absent has its default", meaning, data)
+            if data is not None:
+                yield _valid(kind, "defaults written out", meaning)
+            if "schema" in message:
+                zero = canonical(meaning | {"schema": 0})
+                yield _valid(kind, "a schema of 0 says nothing", meaning, zero)
     yield from _valid_edges()
 
 

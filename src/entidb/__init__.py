@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from entidb.errors import TransactionError as TransactionError
     from entidb.errors import TransactionTooLargeError as TransactionTooLargeError
     from entidb.errors import TransportError as TransportError
+    from entidb.errors import UpgradeRequiredError as UpgradeRequiredError
     from entidb.errors import ValueTypeError as ValueTypeError
     from entidb.errors import VersionMismatchError as VersionMismatchError
     from entidb.protocol import SyncRequest as SyncRequest
@@ -172,6 +173,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "SyncStateError",
         "HistoryChangedError",
         "ResetRequiredError",
+        "UpgradeRequiredError",
     ),
 }
 _HOME_OF, _load, _listed = lazy_names(__name__, _HOMES, globals())

@@ -37,7 +37,8 @@
         ├── SyncCancelledError         cancelled
         ├── SyncStateError             invalid_state
         ├── HistoryChangedError        history_changed
-        └── ResetRequiredError         reset_required
+        ├── ResetRequiredError         reset_required
+        └── UpgradeRequiredError       upgrade_required
 
 The class says who has to act; programs compare ``code``, which is stable; the engine obeys
 ``retryable`` (rules, "Limits"). No code parses a message. Nothing else lives here.
@@ -295,6 +296,13 @@ class ResetRequiredError(SyncError):
     code = "reset_required"
 
 
+class UpgradeRequiredError(SyncError):
+    """This program is too old to be given what others wrote (R33). What was pending here was
+    pushed, as far as nothing newer stands against it."""
+
+    code = "upgrade_required"
+
+
 @dataclass(frozen=True)
 class ErrorRow:
     """One row of the protocol's error table: ``code`` on the wire, HTTP ``status``, ``error`` is
@@ -325,6 +333,7 @@ ERROR_TABLE: dict[str, ErrorRow] = {
         ErrorRow("timeout", 408, SyncTimeoutError, "retry with backoff"),
         ErrorRow("history_changed", 409, HistoryChangedError, "stop; the application chooses"),
         ErrorRow("reset_required", 409, ResetRequiredError, "pull everything again (R28)"),
+        ErrorRow("upgrade_required", 409, UpgradeRequiredError, "push, then stop (R33)"),
         ErrorRow("too_large", 413, ProtocolError, "stop; over a limit of the server"),
         ErrorRow("unsupported_media_type", 415, ProtocolError, "stop; a bug in the client"),
         ErrorRow("rate_limited", 429, ServerBusyError, "retry, not before retry_after"),

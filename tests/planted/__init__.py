@@ -13,6 +13,7 @@ invariant noticed and after how many seeds. By subject:
     deciding    how the server decides about a push
     serving     the server's pages, its group commits, and what an error does to others
     histories   histories, floors, tenants and backups of the server
+    ages        programs of different ages, and a server that stores newer shapes
 """
 
 from importlib import import_module
@@ -31,6 +32,7 @@ for _room in (
     "deciding",
     "serving",
     "histories",
+    "ages",
 ):
     import_module(f"{__name__}.{_room}")
 

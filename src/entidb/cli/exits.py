@@ -24,6 +24,7 @@ from entidb.errors import (
     SyncError,
     TransactionTooLargeError,
     TransportError,
+    UpgradeRequiredError,
     ValueTypeError,
 )
 
@@ -97,6 +98,7 @@ _BY_CLASS: Final[tuple[tuple[type[EntiDBError], Exit], ...]] = (
     (CodecError, Exit.VALUE),
     (StorageError, Exit.STORAGE),
     (HistoryChangedError, Exit.HISTORY),
+    (UpgradeRequiredError, Exit.PROTOCOL),
     (ConflictError, Exit.UNRESOLVED),
     (AuthenticationError, Exit.AUTHENTICATION),
     (TransportError, Exit.NETWORK),

@@ -42,6 +42,9 @@ SETTINGS: Final[dict[str, str]] = {
     "leeway_s": "Seconds a token counts beyond its times.",
     "create_databases": "Make a database when a token that may write first asks for it.",
     "validate": "MODULE:FUNCTION called for every pushed transaction (found from here).",
+    "schema": "Number of the newest schema of the programs that use this server.",
+    "schema_min": "Programs of a lower schema may push, and not pull.",
+    "upcast": "MODULE:FUNCTION that makes the newest shape of what older programs push.",
     "transaction_bytes_max": "Bytes of one transaction.",
     "body_bytes_max": "Bytes of one request.",
     "push_operations_max": "Operations in one push.",
@@ -141,7 +144,7 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
             "--public-key-file FILE, --keys DIR, --jwks-url URL, or --insecure-no-auth for a try "
             "on this machine"
         )
-    if given["validate"] is not None:
+    if given["validate"] is not None or given["upcast"] is not None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does; a script's path has no such entry
     config = ServerConfig(data_dir=data_dir, **given)
     from entidb.server import serve

@@ -21,7 +21,12 @@ from entidb.protocol.columns import (
     expanded,
 )
 from entidb.protocol.decoding import decode, decode_request, decode_response
-from entidb.protocol.digests import digest_heads, digest_operations, operations_digest
+from entidb.protocol.digests import (
+    digest_heads,
+    digest_operations,
+    digest_stored_newer,
+    operations_digest,
+)
 from entidb.protocol.encoding import PullPage, encode, encode_columns
 from entidb.protocol.messages import (
     CONTENT_TYPE,
@@ -91,6 +96,7 @@ __all__ = [
     "decode_response",
     "digest_heads",
     "digest_operations",
+    "digest_stored_newer",
     "encode",
     "encode_columns",
     "expanded",

@@ -20,6 +20,12 @@ def operations_digest(collections: Sequence[str], operations: Sequence[PushOpera
     return digest_operations(digest_heads(collections), operations)
 
 
+def digest_stored_newer(digest: bytes) -> bytes:
+    """What a server remembers in the place of ``digest`` where it has stored something else than
+    was pushed (R33). To a server before 0.5 it is the digest of other content, as it should be."""
+    return hashlib.sha256(b"entidb stored newer" + digest).digest()
+
+
 def digest_heads(collections: Sequence[str]) -> list[bytes]:
     """What every operation on a collection begins with in a digest; once for a whole message."""
     return [b"\x83" + cbor.text(name) + ID for name in collections]

@@ -10,6 +10,7 @@ from msgspec import to_builtins
 from entidb import cbor
 from entidb.protocol.heads import _UINTS, ID, NULL, array_head, bytes_head, uint
 from entidb.protocol.messages import (
+    HandshakeRequest,
     PullRequest,
     PullResponse,
     PushRequest,
@@ -33,6 +34,7 @@ _KEYS: Final = {
         "heads",
         "sizes",
         "cursor",
+        "schema",
         "values",
         "columns",
         "commits",
@@ -58,16 +60,29 @@ def _encode_small(message: SyncRequest | SyncResponse) -> bytes:
     return cbor.encode_message(to_builtins(message, builtin_types=(bytes,)))
 
 
+# A program that gives no number of its schema says nothing: its messages are those of before.
+
+
+def _encode_handshake_request(message: HandshakeRequest) -> bytes:
+    envelope = to_builtins(message, builtin_types=(bytes,))
+    if not message.schema:
+        del envelope["schema"]
+    return cbor.encode_message(envelope)
+
+
 def _encode_pull_request(message: PullRequest) -> bytes:
     envelope = to_builtins(message, builtin_types=(bytes,))
+    if not message.schema:
+        del envelope["schema"]
     return cbor.encode_message(envelope | {"have": list(map(list, message.have))})
 
 
 def _encode_push_request(message: PushRequest) -> bytes:
     parts = [
-        _MAPS[6],
+        _MAPS[7 if message.schema else 6],
         _KEYS["db_id"] + cbor.text(message.db_id),
         _KEYS["cursor"] + uint(message.cursor),
+        _KEYS["schema"] + uint(message.schema) if message.schema else b"",
         _KEYS["history"] + ID + message.history,
         _KEYS["device_id"] + ID + message.device_id,
         _KEYS["collections"] + _names(message.collections),
@@ -218,6 +233,7 @@ def _names(names: Sequence[str]) -> bytes:
 
 
 _ENCODERS: Final[dict[type, Callable[[Any], bytes]]] = {
+    HandshakeRequest: _encode_handshake_request,
     PullRequest: _encode_pull_request,
     PushRequest: _encode_push_request,
     PushResponse: _encode_push_response,

@@ -136,7 +136,8 @@ class PushResult(Struct, frozen=True, array_like=True, gc=False):
 
     ``version`` with ACCEPTED and SUPERSEDED, else 0. ``timestamp`` is 0 unless the server
     clamped the transaction's (R27). ``states`` with CONFLICT; their payloads may be left out by
-    a server that keeps answers small (the pull that follows brings them). ``code`` and
+    a server that keeps answers small (the pull that follows brings them). With ACCEPTED they are
+    what the server stored in the place of what an older program wrote (R33). ``code`` and
     ``message`` with REJECTED.
     """
 
@@ -156,6 +157,8 @@ class HandshakeRequest(Struct, frozen=True, kw_only=True):
     history: Id | None
     cursor: Uint
     client: Annotated[str, Meta(max_length=255)] = ""
+    #: Number of the application's schema (R33), here and in the other requests; 0: it says none.
+    schema: Uint = 0
 
 
 class HandshakeResponse(Struct, frozen=True, kw_only=True):
@@ -189,6 +192,7 @@ class PullRequest(Struct, frozen=True, kw_only=True):
     collections: list[Name] | None = None
     full: bool = False
     columns: bool = False
+    schema: Uint = 0
 
 
 class PullResponse(Struct, frozen=True, kw_only=True):
@@ -218,6 +222,7 @@ class PushRequest(Struct, frozen=True, kw_only=True):
     cursor: Uint
     collections: list[str]
     transactions: list[PushTransaction]
+    schema: Uint = 0
 
 
 class PushResponse(Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from typing import Any, Final
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
 from entidb.server.origins import check_names
-from entidb.types import COLLECTIONS_MAX, TRANSACTION_BYTES_MAX
+from entidb.types import COLLECTIONS_MAX, SEQUENCE_MAX, TRANSACTION_BYTES_MAX
 
 _MIB: Final = 1024 * 1024
 #: Room in a message beside one transaction of the largest size: names, ids and framing.
@@ -92,6 +92,15 @@ class ServerConfig:
     #: see ``entidb.server.ValidateHook``.
     validate: str | Callable[..., Any] | None = None
 
+    #: Number of the newest schema of the programs that use this server, as they say it; 0: nobody
+    #: looks at what they say.
+    schema: int = 0
+    #: Programs of a lower schema are told to update when they pull. What they push is taken.
+    schema_min: int = 0
+    #: Called for what a program below ``schema`` pushes, as a function or ``"module:function"``:
+    #: ``(collection, value, schema)`` to the value in its newest shape.
+    upcast: str | Callable[..., Any] | None = None
+
     #: Bytes of one transaction, counted as the protocol does. Every server must accept 16 MiB.
     transaction_bytes_max: int = TRANSACTION_BYTES_MAX
     #: Bytes of one request body: on the wire and unpacked. Leaves room for the framing of a
@@ -159,7 +168,9 @@ class ServerConfig:
             raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
         check_names(self.allowed_hosts, self.cors_origins)
         self._check_auth()
-        self._check_validate()
+        _check_hook("validate", self.validate)
+        _check_hook("upcast", self.upcast)
+        self._check_schema()
 
     def _check_numbers(self) -> None:
         for name, (low, high) in _INTS.items():
@@ -188,13 +199,14 @@ class ServerConfig:
         if self.authenticator is not None:
             _check_not_async("authenticator", self.authenticator)
 
-    def _check_validate(self) -> None:
-        hook: object = self.validate
-        if hook is None or callable(hook):
-            _check_not_async("validate", hook)
-            return
-        if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
-            raise ConfigError(f'validate is a function or "module:function", not {hook!r}')
+    def _check_schema(self) -> None:
+        if self.schema_min > self.schema:
+            raise ConfigError(
+                f"schema_min ({self.schema_min}) is above schema ({self.schema}), which no program "
+                "has then: raise schema with it"
+            )
+        if self.upcast is not None and not self.schema:
+            raise ConfigError("upcast needs schema, the number of what it makes")
 
     def limits(self) -> Limits:
         """What the handshake tells devices."""
@@ -209,20 +221,11 @@ class ServerConfig:
 
     def load_validate(self) -> Callable[..., Any] | None:
         """The hook itself. Raises ``ConfigError`` if it cannot be imported."""
-        hook = self.validate
-        if not isinstance(hook, str):
-            return hook
-        module, _, name = hook.partition(":")
-        try:
-            found: Any = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"validate={hook!r} cannot be loaded: {error}") from error
-        if not callable(found):
-            raise ConfigError(f"validate={hook!r} is a {type(found).__name__} and not a function")
-        _check_not_async(f"validate={hook!r}", found)
-        return found  # type: ignore[no-any-return]
+        return _load_hook("validate", self.validate)
+
+    def load_upcast(self) -> Callable[..., Any] | None:
+        """As ``load_validate``."""
+        return _load_hook("upcast", self.upcast)
 
 
 #: Settings that tell who may do what.
@@ -249,6 +252,8 @@ _INTS: Final = {
     "live_max": (0, 1_000_000),
     "live_subject_max": (1, 1_000_000),
     "databases_open_max": (1, 100_000),
+    "schema": (0, SEQUENCE_MAX),
+    "schema_min": (0, SEQUENCE_MAX),
     "compression_min_bytes": (0, _BYTES_MAX),
 }
 _FLOATS: Final = {
@@ -273,6 +278,30 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not low <= number <= high:  # which NaN is not
         raise ConfigError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
+
+
+def _check_hook(name: str, hook: object) -> None:
+    if hook is None or callable(hook):
+        _check_not_async(name, hook)
+        return
+    if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
+        raise ConfigError(f'{name} is a function or "module:function", not {hook!r}')
+
+
+def _load_hook(setting: str, hook: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
+    if not isinstance(hook, str):
+        return hook
+    module, _, name = hook.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{setting}={hook!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{setting}={hook!r} is a {type(found).__name__} and not a function")
+    _check_not_async(f"{setting}={hook!r}", found)
+    return found  # type: ignore[no-any-return]
 
 
 def _check_not_async(name: str, function: object) -> None:

@@ -13,6 +13,7 @@ from operator import lt
 from typing import Any, Final, cast
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, CollectionInfo
@@ -34,6 +35,7 @@ from entidb.protocol import (
     Verdict,
     digest_heads,
     digest_operations,
+    digest_stored_newer,
     payload_bytes,
     transaction_bytes,
 )
@@ -72,9 +74,11 @@ class Checked(Struct, frozen=True):
 
     values: list[list[Any]]
     faults: dict[bytes, Fault]
+    #: What is stored in the place of what was pushed, by transaction, for each operation (R33).
+    upcast: dict[bytes, list[bytes | None]]
 
 
-NOTHING_CHECKED: Final = Checked([], {})
+NOTHING_CHECKED: Final = Checked([], {}, {})
 
 
 def value_of(payload: bytes) -> tuple[Any, str | None]:
@@ -106,13 +110,14 @@ class Deciding:
         request: PushRequest,
         grant: Grant,
         floor: int,
-        faults: Mapping[bytes, Fault],
+        checked: Checked,
     ) -> None:
         self._rules = rules
         self._writer = writer
         self._request = request
         self._grant = grant
-        self._faults = faults
+        self._faults: Mapping[bytes, Fault] = checked.faults
+        self._upcast = checked.upcast
         self._digest_heads = digest_heads(request.collections)
         self._below_floor = request.cursor < floor
         self._infos = self._collections()
@@ -209,7 +214,7 @@ class Deciding:
         payloads = [operation.payload for operation in operations]
         if self._validates or self._below_floor or self._may_be_large or None in payloads:
             return None
-        if self._faults:
+        if self._faults or self._upcast:
             return None
         if not len(transactions) == len(set(keys)) == len(set(transaction_ids)):
             return None
@@ -281,7 +286,12 @@ class Deciding:
             refusal = self._ask(self._described(transaction, values))
             if refusal is not None:
                 return self._refuse(places, refusal.code, refusal.message)
-        return self._accept(transaction, places, digest)
+        newest = self._upcast.get(identity)
+        if newest is None:
+            return self._accept(transaction, places, digest)
+        newer = digest_stored_newer(digest)
+        accepted = self._accept(_with_payloads(transaction, newest), places, newer)
+        return replace(accepted, states=_stored_instead(transaction, newest, accepted.version))
 
     def _ask(self, transaction: ValidateTransaction) -> Refusal | None:
         """What the hook says; a hook that raises refuses, because a push that can never be
@@ -313,23 +323,30 @@ class Deciding:
     ) -> PushResult:
         """R14: decided once, for ever."""
         version, accepted_digest = decode_accepted(known)
-        if digest != accepted_digest:
+        raws = [
+            # Accepted under another token; what was clamped is the device's own (R31).
+            self._ungranted(op) if key is None else self._states[key]
+            for op, key in zip(transaction.operations, keys, strict=True)
+        ]
+        same, states = digest == accepted_digest, list[ServerState]()
+        if not same and digest_stored_newer(digest) == accepted_digest:
+            # What was stored then can be told for as long as nothing has replaced it (R33).
+            same = all(raw is not None and version_of(raw) == version for raw in raws)
+            stored = [None if raw is None else payload_of(raw) for raw in raws]
+            states = _stored_instead(transaction, stored, version)
+        if not same:
             # What this batch builds on it was built on content that is not on the server (R13).
             self._refused.update(key for key in keys if key is not None)
             return PushResult(Verdict.SUPERSEDED, version)
         clamped = 0
-        for op, key in zip(transaction.operations, keys, strict=True):
-            if key is None:
-                # Accepted under another token; what was clamped is the device's own (R31).
-                raw = self._ungranted(op)
-            else:
+        for key, raw in zip(keys, raws, strict=True):
+            if key is not None:
                 self._written[key] = version
-                raw = self._states[key]
             if raw is not None and version_of(raw) == version:
                 # The same answer as the first time, what was clamped then (R27) included.
                 stamp = timestamp_of(raw)
                 clamped = stamp if stamp != transaction.timestamp else 0
-        return PushResult(Verdict.ACCEPTED, version, clamped)
+        return PushResult(Verdict.ACCEPTED, version, clamped, states)
 
     def _ungranted(self, op: PushOperation) -> bytes | None:
         info = self._writer.catalogue.by_name.get(self._request.collections[op.collection])
@@ -408,6 +425,25 @@ class Deciding:
             )
         writer.put_accepted(transaction.transaction_id, version, digest)
         return PushResult(_ACCEPTED, version, stamp if stamp != transaction.timestamp else 0)
+
+
+def _with_payloads(
+    transaction: PushTransaction, payloads: Sequence[bytes | None]
+) -> PushTransaction:
+    pairs = zip(transaction.operations, payloads, strict=True)
+    return replace(transaction, operations=[replace(op, payload=made) for op, made in pairs])
+
+
+def _stored_instead(
+    transaction: PushTransaction, payloads: Sequence[bytes | None], version: int
+) -> list[ServerState]:
+    """What the device has to be told: it would believe that its own bytes are here (R33)."""
+    pairs = zip(transaction.operations, payloads, strict=True)
+    return [
+        ServerState(op.collection, op.entity_id, version, made)
+        for op, made in pairs
+        if made is not None and made != op.payload
+    ]
 
 
 def _no_room_for(name: str) -> Fault:

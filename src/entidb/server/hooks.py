@@ -83,6 +83,27 @@ class ValidateContext:
         return None if payload is None else cbor.decode_trusted(payload)
 
 
+#: Makes the newest shape of what an older program pushes: (collection, value, the number of that
+#: program's schema) -> value. A pure function.
+UpcastHook = Callable[[str, Any, int], Any]
+
+
+class Schema(Struct, frozen=True):
+    """What a server makes of the number of a program's schema (R33): programs below ``least`` may
+    not pull; what those below ``number`` push goes through ``upcast``, if there is one."""
+
+    number: int = 0
+    least: int = 0
+    upcast: UpcastHook | None = None
+
+    def upcasts(self, said: int) -> bool:
+        """Whether what a program that says ``said`` writes is changed. One that says nothing
+        could not be told what became of it."""
+        return self.upcast is not None and 0 < said < self.number
+
+
+NO_SCHEMA: Final = Schema()
+
 #: Answers None to let a transaction pass, or why not.
 ValidateHook = Callable[[ValidateContext, ValidateTransaction], Refusal | None]
 

@@ -26,6 +26,7 @@ from entidb.errors import (
     PermissionDeniedError,
     ResetRequiredError,
     SyncError,
+    UpgradeRequiredError,
     VersionMismatchError,
 )
 from entidb.protocol import (
@@ -40,8 +41,9 @@ from entidb.protocol import (
     PushResponse,
 )
 from entidb.server.decide import NOTHING_CHECKED, Checked, Deciding, Rules, value_of
-from entidb.server.hooks import Grant, ValidateHook
+from entidb.server.hooks import NO_SCHEMA, Grant, Schema, ValidateHook
 from entidb.server.pages import SCAN_ROWS_MAX, ColumnPage, Page, known_up_to, wanted_collections
+from entidb.server.upcasting import upcast_all
 from entidb.server.work import too_much
 
 _log = logging.getLogger("entidb.server")
@@ -66,15 +68,17 @@ class DatabaseService:
         db_id: str,
         limits: Limits,
         validate: ValidateHook | None = None,
+        schema: Schema = NO_SCHEMA,
         clock_mark_ms: int = CLOCK_MARK_MS,
     ) -> None:
         """``clock_mark_ms`` is how often it is remembered where the clock stands (R28)."""
         self._clock_mark_ms = clock_mark_ms
-        self.features = [*FEATURES]
+        self.features = [*FEATURES, *(["schema"] if schema.number else [])]
         self.database = database
         self.db_id = db_id
         self.limits = limits
         self._validate = validate
+        self._schema = schema
         self._rules = Rules(db_id, limits.transaction_bytes_max, validate)
         #: (when, head, floor) of the newest read; None when unknown.
         self._known: tuple[Moment, int, int] | None = None
@@ -190,6 +194,13 @@ class DatabaseService:
         if not grant.read:
             raise PermissionDeniedError(f"this token may not read database {self.db_id!r}")
         self._check_history(request.history, seen, head)
+        if 0 < request.schema < self._schema.least:
+            raise UpgradeRequiredError(
+                f"this program works with schema {request.schema} of database {self.db_id!r}, and "
+                f"what others wrote there needs {self._schema.least}: update the program. What is "
+                "pending is taken all the same",
+                details={"schema": self._schema.least},
+            )
         if not request.full and request.cursor < floor:
             raise ResetRequiredError(
                 f"cursor {request.cursor} is below the floor {floor}: deletions in between are "
@@ -268,7 +279,8 @@ class DatabaseService:
         a payload is wrong with its transaction, and no other (R15)."""
         if not grant.write:
             return NOTHING_CHECKED
-        keep = self._validate is not None
+        upcasts = request.schema > 0 and self._schema.upcasts(request.schema)
+        keep = self._validate is not None or upcasts
         faults = too_much(request)
         if not keep and not faults:
             payloads = [
@@ -279,7 +291,7 @@ class DatabaseService:
             ]
             if cbor.all_pass(payloads):
                 return NOTHING_CHECKED
-        checked = Checked([], faults)
+        checked = Checked([], faults, {})
         for transaction in request.transactions:
             identity, row = transaction.transaction_id, []
             for op in transaction.operations:
@@ -290,6 +302,10 @@ class DatabaseService:
                         said = f"its entity {op.entity_id.hex()} {fault}"
                         faults[identity] = "codec_error", said
                 row.append(value)
+            if upcasts and identity not in faults:
+                newest = upcast_all(self._schema, request, transaction, row)
+                if newest is not None:
+                    checked.upcast[identity] = newest
             if keep:
                 checked.values.append(row)
         return checked
@@ -302,7 +318,7 @@ class DatabaseService:
         floor: int,
         checked: Checked,
     ) -> PushResponse:
-        deciding = Deciding(self._rules, writer, request, grant, floor, checked.faults)
+        deciding = Deciding(self._rules, writer, request, grant, floor, checked)
         results = deciding.run(checked.values)
         return PushResponse(
             results=results,

@@ -31,7 +31,7 @@ from entidb.server.checks import CheckingError
 from entidb.server.config import ServerConfig, check_db_id
 from entidb.server.directory import OpenDatabase
 from entidb.server.group_commit import GroupCommitter, Schedule
-from entidb.server.hooks import ValidateHook
+from entidb.server.hooks import Schema, ValidateHook
 from entidb.server.service import DatabaseService
 from entidb.types import Clock
 
@@ -93,6 +93,7 @@ class Stores:
         self._clock = clock
         self._open_database = open_database
         self._validate: ValidateHook | None = config.load_validate()
+        self._schema = Schema(config.schema, config.schema_min, config.load_upcast())
         self._limits = config.limits()
         self._retention_ms = int(config.tombstone_retention_days * _DAY_MS)
         self._clock_mark_ms = clock_mark_ms(self._retention_ms)
@@ -237,6 +238,7 @@ class Stores:
             db_id=db_id,
             limits=self._limits,
             validate=self._validate,
+            schema=self._schema,
             clock_mark_ms=self._clock_mark_ms,
         )
         service.on_page = lambda request, cursor: self.on_page(request, cursor)

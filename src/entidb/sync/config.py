@@ -21,7 +21,14 @@ from entidb.errors import ConfigError, InvalidNameError
 from entidb.sync.conflict import ConflictPolicy
 from entidb.sync.policies import resolve_policy
 from entidb.sync.room import STAGED_BYTES_MAX
-from entidb.types import check_bool, check_int, check_name, check_number, kind_name
+from entidb.types import (
+    SEQUENCE_MAX,
+    check_bool,
+    check_int,
+    check_name,
+    check_number,
+    kind_name,
+)
 
 Compression = Literal["auto", "zstd", "gzip", "none"]
 COMPRESSIONS: Final[tuple[str, ...]] = get_args(Compression)
@@ -155,6 +162,9 @@ class SyncConfig(HttpConfig):
     db_id: str
     #: Name and version of the application, for the server's logs: ``"notes/2.1"``.
     client: str = ""
+    #: Number of the schema this program works with, from 1, raised with every change that older
+    #: programs should not see; 0: it says none, and is never told that it is too old (R33).
+    schema: int = 0
     #: What travels, both ways (R31). None: every collection that is not declared local.
     collections: tuple[str, ...] | None = None
     #: Operations and payload bytes of one push batch and of one pulled page. Measured: beyond a
@@ -187,6 +197,7 @@ class SyncConfig(HttpConfig):
         super().__post_init__()
         _check_name("db_id", self.db_id)
         _check_client(self.client)
+        check_int("schema", self.schema, 0, SEQUENCE_MAX)
         self._check_collections()
         self._check_sizes()
         check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
-from entidb.errors import HistoryChangedError, VersionMismatchError
+from entidb.errors import HistoryChangedError, UpgradeRequiredError, VersionMismatchError
 from entidb.protocol import (
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
@@ -63,6 +63,7 @@ class Cycle:
             applier.doubt()
             self._exchange.enter(SyncState.PUSHING)
             yield from self._pushing.push_again(inflight)
+        too_old: UpgradeRequiredError | None = None
         for _ in range(self._exchange.config.rounds_max):
             self.result.rounds += 1
             self._exchange.enter(SyncState.PULLING)
@@ -71,9 +72,16 @@ class Cycle:
                 # Not before what is in flight was settled: nothing else may touch that (R5).
                 self._pulling.heed_grant(self._exchange.connection.granted)
                 fresh = False
-            yield from self._pulling.pull()
+            try:
+                yield from self._pulling.pull()
+            except UpgradeRequiredError as error:
+                too_old = error
+                self._check_may_push(error)
             self._adopt()
             again = yield from self._pushing.push_ready()
+            if too_old is not None:
+                self._pushing.tell_kept_back()
+                raise too_old
             if not again:
                 break
         else:
@@ -96,6 +104,7 @@ class Cycle:
             history=state.history,
             cursor=state.cursor,
             client=self._exchange.config.client,
+            schema=self._exchange.config.schema,
         )
         response = yield from self._exchange.ask(request, HandshakeResponse)
         if response.major != PROTOCOL_MAJOR:
@@ -114,7 +123,16 @@ class Cycle:
         self._exchange.connection.history = response.history
         self._exchange.connection.limits = response.limits
         self._exchange.connection.features = response.features
+        looks = "schema" in response.features
+        self._exchange.connection.schema = self._exchange.config.schema if looks else 0
         self._exchange.connection.granted = response.granted
+
+    def _check_may_push(self, error: UpgradeRequiredError) -> None:
+        """This program is too old to pull. What is pending is pushed all the same (R33), but not
+        where versions are of another history: raises ``error`` there."""
+        state = self._exchange.applier.look().state
+        if state.foreign or state.outdated:
+            raise error
 
     def _adopt(self) -> None:
         while self._exchange.applier.adopt():

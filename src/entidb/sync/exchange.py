@@ -50,6 +50,9 @@ class Connection:
     limits: Limits | None = None
     features: list[str] = field(default_factory=list)
     path: Path = field(default_factory=Path)
+    #: What pulls and pushes say of the program's schema: nothing to a server that does not look at
+    #: it (R33).
+    schema: int = 0
     #: What the handshake named as granted; pulls name it again, and may name something else.
     granted: list[str] | None = None
 

@@ -190,6 +190,7 @@ class Pulling:
             limit=max(1, min(config.pull_operations_max, server.pull_operations_max)),
             bytes_max=config.pull_bytes_max,
             collections=self._scope,
+            schema=self._exchange.connection.schema,
         )
 
     def _count(self, response: PullResponse, done: int, size: int) -> tuple[int, int]:

@@ -175,6 +175,7 @@ class Pushing:
             cursor=batch.cursor,
             collections=batch.collections,
             transactions=batch.transactions,
+            schema=self._exchange.connection.schema,
         )
 
     # ------------------------------------------------------------ refused as a whole
@@ -251,6 +252,7 @@ class Pushing:
             cursor=state.cursor,
             collections=[],
             transactions=[],
+            schema=self._exchange.connection.schema,
         )
         try:
             yield from self._exchange.ask(request, PushResponse)

@@ -7,7 +7,7 @@ of a device's side are in ``watch``; who calls them, and when, is the simulator'
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, NoReturn
 
@@ -33,6 +33,7 @@ from entidb.protocol import (
     PushResponse,
     PushTransaction,
     Verdict,
+    digest_stored_newer,
     expanded,
     operations_digest,
 )
@@ -60,6 +61,7 @@ INVARIANTS: Final[dict[str, str]] = {
     "CONVERGE": "quiet devices and their server hold the same bytes, and verify is clean",
     "LIVENESS": "without faults everything drains in a bounded number of requests",
     "NO-POISON": "a transaction that always fails stops no other",
+    "TAKEN": "what was done with an old program is pushed, and never refused for its age",
     "TENANT": "no byte of one database leaves in an answer for another",
     "NO-EFFECT": "a request answered with an error changed nothing durable",
     "CLOCK": "nothing is later than the server's clock, nor earlier than what its writer had seen",
@@ -125,6 +127,8 @@ class ServerWatch:
         self.head_before = 0
         #: The hook is a user's: it may refuse what it likes.
         self.any_refusal = False
+        #: What is to be stored of what a program of this schema has pushed (R33).
+        self.newest: Callable[[int, bytes | None], bytes | None] = lambda schema, payload: payload
         self._catalogue: tuple[bytes | None, Catalogue] = (None, empty_catalogue())
 
     # ------------------------------------------------------------ commits
@@ -217,12 +221,12 @@ class ServerWatch:
         possible: list[tuple[Mark, list[tuple[Ref, bytes | None]]]] = []
         for request, transaction, before in pushed:
             names = request.collections
-            if operations_digest(names, transaction.operations) != digest:
+            if self._digest(request, transaction) != digest:
                 continue
             lost = self._lost_update(request, transaction, before)
             if lost is None:
                 writes: list[tuple[Ref, bytes | None]] = [
-                    ((names[op.collection], op.entity_id), op.payload)
+                    ((names[op.collection], op.entity_id), self.newest(request.schema, op.payload))
                     for op in transaction.operations
                 ]
                 # R27: a timestamp from the future counts as now.
@@ -236,6 +240,14 @@ class ServerWatch:
         self.history.append(transaction_id, digest, writes, mark)
         self.checks.passed("NO-LOST-UPDATE", len(writes))
         return writes
+
+    def _digest(self, request: PushRequest, transaction: PushTransaction) -> bytes:
+        """What the server remembers of what it has stored of this (R14, R33)."""
+        plain = operations_digest(request.collections, transaction.operations)
+        stays = all(
+            self.newest(request.schema, op.payload) == op.payload for op in transaction.operations
+        )
+        return plain if stays else digest_stored_newer(plain)
 
     def latest_timestamp(self) -> int:
         """The latest timestamp that anything may have now."""
@@ -276,7 +288,7 @@ class ServerWatch:
         writer, names = self.history.writers[version], request.collections
         return writer is not None and any(
             transaction.transaction_id == writer[0]
-            and operations_digest(names, transaction.operations) == writer[1]
+            and writer[1] in _remembered(operations_digest(names, transaction.operations))
             for transaction in before
         )
 
@@ -329,14 +341,17 @@ class ServerWatch:
                     f"{name} was called accepted as {result.version}; the server has {known}",
                 )
                 assert known is not None
-                self.checks.that(known[1] == digest, "EXACTLY-ONCE", f"{name} has other content")
+                same = known[1] in _remembered(digest)
+                self.checks.that(same, "EXACTLY-ONCE", f"{name} has other content")
                 row = records.get(accepted_key(transaction.transaction_id))
                 remembered = row is not None or known[0] <= self.history.floor
                 self.checks.that(remembered, "EXACTLY-ONCE", f"{name} was not remembered")
                 continue
             if result.verdict == Verdict.SUPERSEDED:
                 self.checks.that(
-                    known is not None and known[1] != digest,
+                    known is not None
+                    and known[1] != digest
+                    and (known[1] not in _remembered(digest) or self._replaced(refs, known[0])),
                     "EXACTLY-ONCE",
                     f"{name} was called superseded and is not",
                 )
@@ -366,6 +381,10 @@ class ServerWatch:
                     f"{name} was refused ({result.code}: {result.message}) without a reason",
                 )
             refused.update(dict.fromkeys(refs))
+
+    def _replaced(self, refs: list[Ref], version: int) -> bool:
+        """Whether something that ``version`` wrote is not the latest any more."""
+        return any(self.history.latest(ref)[0] != version for ref in refs)
 
     def _false_conflict(
         self,
@@ -456,11 +475,16 @@ class ServerWatch:
         checks.that(response.head == history.head, "ORDER", "a page names another head")
 
 
+def _remembered(digest: bytes) -> tuple[bytes, bytes]:
+    """How a server remembers a transaction of this digest: stored as pushed, or newer (R33)."""
+    return digest, digest_stored_newer(digest)
+
+
 def _is_marked(
     rows: Mapping[Ref, tuple[int, bytes | None, Mark]],
     version: int,
     candidate: tuple[Mark, list[tuple[Ref, bytes | None]]],
 ) -> bool:
-    """Whether a row that is still this version's has the mark of ``candidate``."""
+    """Whether a row that is still this version's is what ``candidate`` wrote, with its mark."""
     mark, writes = candidate
-    return any(ref in rows and rows[ref][::2] == (version, mark) for ref, _ in writes)
+    return any(ref in rows and rows[ref] == (version, payload, mark) for ref, payload in writes)

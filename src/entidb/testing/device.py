@@ -39,6 +39,7 @@ from entidb.sync import (
 )
 from entidb.sync.cycle import Cycle
 from entidb.sync.exchange import Ahead, Connection, Flow
+from entidb.testing.ages import DeviceAge
 from entidb.testing.between import BetweenApplier
 from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
@@ -109,6 +110,7 @@ class Device:
         self.policies = policies(knobs, self._on_policy, world.options.policy)
         #: The collections its tokens are for; None: all.
         self.granted: tuple[str, ...] | None = None
+        self.age = DeviceAge(world, name)
         self.gateway = Gateway(world.stream(f"way of {name}"), knobs, world.fired)
         self.watch.refused = tenant.refused
         self.renew_token()
@@ -431,6 +433,7 @@ class Device:
             self.connection.forget()
         self.was_connected = self.connection.made
         self.last = self.last_error = None
+        self.config = self.age.config(self.config, self.database.read_head().ready)
         self.cycle = Cycle(self.applier, self.config, self.connection, check=self._between_steps)
         self.flow = self.cycle.run()
         self.world.trace("cycle", self.name)
@@ -467,6 +470,7 @@ class Device:
         self.flow = self.waiting = None
         self.ahead = []
         self.last, self.last_error = result, error
+        self.age.check_end(self.watch, error, self.database, self.connection.path)
         if isinstance(error, CorruptionError):
             self.world.checks.fail("CONVERGE", f"{self.name} finds its own store damaged: {error}")
         if isinstance(error, HistoryChangedError):
@@ -566,6 +570,7 @@ class Device:
         exchange.sent = True
         world, request = self.world, exchange.request
         if isinstance(request, PushRequest):
+            self.age.pushed = True
             self.watch.on_push(self.storage.records, request)
         path, body = protocol.path_of(request), protocol.encode(request)
         if isinstance(request, PushRequest) and (world.knobs.body_limit or world.knobs.firewall):

@@ -18,7 +18,6 @@ from entidb.errors import (
     PermissionDeniedError,
     ServerError,
     StorageError,
-    SyncCodecError,
     SyncError,
 )
 from entidb.protocol import (
@@ -34,11 +33,12 @@ from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransac
 from entidb.server.minting import mint_token
 from entidb.server.service import HISTORIES_MAX, DatabaseService
 from entidb.storage import MemoryStorage
+from entidb.testing.ages import ServerAge, note_forbidden, refuse_as_before
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
 from entidb.testing.oracle import Histories, History
 from entidb.testing.watch import DeviceWatch
-from entidb.testing.workload import INVALID, PolicyFailure, Workload, validate
+from entidb.testing.workload import PolicyFailure, Workload, validate
 from entidb.testing.world import World
 
 SECRET = b"a secret of the simulator, long enough for HS256"
@@ -81,11 +81,13 @@ class Tenant:
         self.unproven = False
         #: Of the devices that synchronise with it.
         self.device_watches: list[DeviceWatch] = []
+        self.age = ServerAge(world, self.db_id)
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
         self._open(world.new_store(self, None))
         assert self.database.history is not None
         self.watch.history = self.histories.begin(self.database.history)
         self.watch.any_refusal = world.options.validate is not None
+        self.watch.newest = self.age.newest
 
     def _open(self, storage: FaultyStorage) -> None:
         storage.armed = False
@@ -102,7 +104,11 @@ class Tenant:
         if hook is None and (knobs.refuse or knobs.refuse_raises):
             hook = self._refuse
         self.service = DatabaseService(
-            self.database, db_id=self.db_id, limits=protocol.LIMITS, validate=hook
+            self.database,
+            db_id=self.db_id,
+            limits=protocol.LIMITS,
+            validate=hook,
+            schema=self.age.schema(),
         )
         storage.armed = not self.world.quiet
 
@@ -287,6 +293,7 @@ class Tenant:
                 response = self.service.pull(request, grant)
         except SyncError as error:
             self.watch.on_refusal(request, error)
+            self.age.check_refusal(self.world.checks, request, error)
             self.proved(grant)
             raise
         self.proved(grant)
@@ -325,6 +332,7 @@ class Tenant:
             self.proved(grant)
             if isinstance(answer, SyncError):
                 self.watch.on_refusal(request, answer)
+                self.age.check_refusal(self.world.checks, request, answer)
                 self.host.refuse(reply, answer)
                 continue
             self.watch.on_push(
@@ -337,26 +345,7 @@ class Tenant:
             self.host.answer(self, reply, protocol.encode(answer))
 
     def forbid(self, request: PushRequest) -> None:
-        for transaction in request.transactions:
-            self.refused.setdefault(transaction.transaction_id, set()).add("forbidden")
-
-    def refuse_as_before(self, request: PushRequest, grant: Grant) -> None:
-        """A server of 0.3 refuses a push whole for a missing right, or for one invalid payload."""
-        if not grant.write:
-            self.world.fired("older_server")
-            self.forbid(request)
-            raise PermissionDeniedError("the token does not allow writing to this database")
-        mark = INVALID.encode()
-        invalid = [
-            transaction.transaction_id
-            for transaction in request.transactions
-            if any(mark in (op.payload or b"") for op in transaction.operations)
-        ]
-        if invalid:
-            self.world.fired("invalid")
-            for identity in invalid:
-                self.refused.setdefault(identity, set()).add("codec_error")
-            raise SyncCodecError(f"transaction {invalid[0].hex()} is not canonical")
+        note_forbidden(self.refused, request)
 
     def flush(self) -> None:
         members, self.queue = self.queue, []
@@ -439,7 +428,7 @@ class Host:
             self._read(tenant, request, grant, reply)
             return
         if self.world.knobs.older_server or self.world.knobs.invalid:
-            tenant.refuse_as_before(request, grant)
+            refuse_as_before(self.world, tenant.refused, request, grant)
         if self.world.knobs.group_ms:
             if not tenant.queue:
                 self.world.after(self.world.knobs.group_ms, tenant.flush)

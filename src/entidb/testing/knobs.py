@@ -113,6 +113,10 @@ class Knobs:
     older_server: int = 0  # 1: a server of 0.3, which refuses a push whole for one transaction
     invalid: int = 0  # transactions such a server finds invalid
 
+    # -- programs of different ages (R33)
+    old_program: int = 0  # 1: old programs, and a server that refuses their pulls for a while
+    upcast: int = 0  # 1: a server that stores what old programs push in a newer shape
+
 
 #: Knobs whose events are counted; one that never fires in 1,000 seeds is an error.
 FAULTS: Final = (
@@ -155,6 +159,8 @@ FAULTS: Final = (
     "read_only",
     "older_server",
     "invalid",
+    "old_program",
+    "upcast",
     "purge",
     "refuse",
     "refuse_raises",
@@ -216,6 +222,8 @@ LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "read_only": (50, 300),
     "older_server": (1,),
     "invalid": (20, 60),
+    "old_program": (1,),
+    "upcast": (1,),
 }
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15

@@ -162,6 +162,8 @@ class Simulation:
             return
         if knobs.put_back and rng.random() * 100 < max(10, 2 * knobs.put_back):
             self._put_files_back(tenant)
+        if tenant.age.look(knobs):
+            tenant.reopen()
         if rng.random() * 200 < knobs.server_writes:
             self.world.fired("server_writes")
             tenant.program_writes()

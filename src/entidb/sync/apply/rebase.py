@@ -14,7 +14,7 @@ answer (``sync.policies``). How a chain is kept is in ``chains``, how one ends i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -351,9 +351,14 @@ class Rebase(Outcomes):
     # ------------------------------------------------------------ settling (R18)
 
     def settle_accepted(
-        self, transaction: PendingTransaction, version: int, timestamp: int, cursor: int
+        self,
+        transaction: PendingTransaction,
+        version: int,
+        timestamp: int,
+        cursor: int,
+        instead: Mapping[Ref, bytes],
     ) -> None:
-        """The server has it as ``version``."""
+        """The server has it as ``version``, and ``instead`` of some of what it wrote (R33)."""
         self.remove(transaction)
         for op in self.operations(transaction):
             ref = (op.collection, op.entity_id)
@@ -361,7 +366,8 @@ class Rebase(Outcomes):
             assert row is not None, "an unsettled operation keeps its entity dirty"
             self._drop_below(ref, op)
             if version > cursor and self._writer.base(ref, row).version < version:
-                written = BaseRow(version, self._writer.device_id, timestamp, op.payload)
+                payload = instead.get(ref, op.payload)
+                written = BaseRow(version, self._writer.device_id, timestamp, payload)
                 self._writer.set_base(ref, row, written)
             if row.pending == transaction.sequence:
                 self.show_base(ref)

@@ -8,17 +8,19 @@ the law for both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 from msgspec.structs import replace
 
+from entidb import cbor
 from entidb.db.pending import PendingOp
 from entidb.db.records import (
     sequence_of,
 )
 from entidb.db.replica import HAVE_RANGES_MAX, add_to_ranges
-from entidb.db.writer import Writer
-from entidb.errors import ProtocolError
-from entidb.protocol import PushResponse, Verdict
+from entidb.db.writer import Ref, Writer
+from entidb.errors import ProtocolError, SyncCodecError
+from entidb.protocol import PushResponse, PushResult, ServerState, Verdict
 from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.seam import PushBatch, Settled
 
@@ -29,6 +31,9 @@ MESSAGE_CHARS_MAX = 1000
 _ACCEPTED, _SUPERSEDED, _CONFLICT = (
     int(verdict) for verdict in (Verdict.ACCEPTED, Verdict.SUPERSEDED, Verdict.CONFLICT)
 )
+
+
+_states_of = attrgetter("states")
 
 
 def check_verdicts(response: PushResponse) -> None:
@@ -43,10 +48,27 @@ def check_verdicts(response: PushResponse) -> None:
             f"the server says a transaction was accepted as version {worst}, with its head at "
             f"{head}; nothing was settled"
         )
+    if any(map(_states_of, results)):
+        _check_stored_instead(results)
     if len(set(versions)) != len(versions):
         raise ProtocolError(
             "the server says of two transactions that they were accepted as the same version; "
             "nothing was settled"
+        )
+
+
+def _check_stored_instead(results: list[PushResult]) -> None:
+    """What enters the database with these verdicts is canonical (R33)."""
+    payloads = [
+        state.payload
+        for result in results
+        if result.verdict == _ACCEPTED
+        for state in result.states
+        if state.payload is not None
+    ]
+    if not cbor.all_pass(payloads):
+        raise SyncCodecError(
+            "what the server says it has stored instead is not canonical; nothing was settled"
         )
 
 
@@ -83,7 +105,7 @@ class Settling:
             at += count
             verdict = result.verdict
             if verdict == _ACCEPTED:
-                self._accepted(batch, index, place, result.version, result.timestamp)
+                self._accepted(batch, index, place, result)
                 settled.accepted += 1
                 settled.accepted_operations += count
                 continue
@@ -116,6 +138,8 @@ class Settling:
         results, keys = self._response.results, batch.entity_keys
         if batch.chained or {result.verdict for result in results} != {_ACCEPTED}:
             return False
+        if any(map(_states_of, results)):
+            return False
         versions = [result.version for result in results]
         if min(versions) <= self._state.cursor:
             return False
@@ -133,11 +157,13 @@ class Settling:
         self._settled.accepted_operations += len(keys)
         return True
 
-    def _accepted(
-        self, batch: PushBatch, index: int, place: int, version: int, timestamp: int
-    ) -> None:
-        cursor = self._state.cursor
-        if version > cursor and self._settle_newest(batch, index, place, version, timestamp):
+    def _accepted(self, batch: PushBatch, index: int, place: int, result: PushResult) -> None:
+        cursor, version, timestamp = self._state.cursor, result.version, result.timestamp
+        if (
+            version > cursor
+            and not result.states
+            and self._settle_newest(batch, index, place, version, timestamp)
+        ):
             add_to_ranges(self._have, version)
             return
         transaction = batch.pending(index)
@@ -154,7 +180,17 @@ class Settling:
         if version > cursor:
             add_to_ranges(self._have, version)
         stamp = timestamp or transaction.timestamp
-        self._rebase.settle_accepted(current, version, stamp, cursor)
+        instead = self._instead(result.states) if result.states else {}
+        self._rebase.settle_accepted(current, version, stamp, cursor, instead)
+
+    def _instead(self, states: list[ServerState]) -> dict[Ref, bytes]:
+        """What the server stored in the place of what this device wrote (R33)."""
+        names, by_name = self._response.collections, self._writer.catalogue.by_name
+        return {
+            (by_name[names[state.collection]].number, state.entity_id): state.payload
+            for state in states
+            if state.payload is not None and names[state.collection] in by_name
+        }
 
     def _settle_newest(
         self, batch: PushBatch, index: int, place: int, version: int, timestamp: int
