@@ -1,4 +1,5 @@
-"""What proves an EntiDB: contract suites, fakes and the simulator, for our tests and for users'.
+"""The tools that prove EntiDB: contract suites, fakes and the simulator, for our tests and for
+users'.
 
 Nothing in the rest of the package imports this one, and importing it does not import pytest. The
 simulator runs a server in the process and needs the packages of the ``server`` extra; its names

@@ -1,6 +1,6 @@
 """``python -m entidb.testing``: run the simulator, replay a seed, make it small, plant bugs.
 
-Only arguments and printing live here. The exit code is 1 when an invariant failed or a planted
+Only arguments and printing are here. The exit code is 1 when an invariant failed or a planted
 bug was not caught, 2 for arguments that make no sense.
 """
 
@@ -108,7 +108,7 @@ def _planted(jobs: int, only: str | None) -> int:
 
 
 def _bugs() -> ModuleType | None:
-    """The bugs, which lie with the tests of a checkout; None outside of one."""
+    """The bugs, which are among the tests of a checkout; None outside of one."""
     try:
         return importlib.import_module("tests.planted")
     except ModuleNotFoundError as error:

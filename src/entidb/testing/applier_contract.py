@@ -1,7 +1,7 @@
 """What every ``SyncApplier`` must do: the promises of its methods as tests.
 
 Use it by inheriting: ``class TestMine(SyncApplierContract)`` with ``make_applier``; pytest collects
-the tests. The server is a hand-made one that says whatever a test needs, so that nothing but the
+the tests. The server is a hand-made one that answers whatever a test needs, so that only the
 applier is under test.
 """
 

@@ -46,7 +46,7 @@ class Summary:
         )
 
     def never_fired(self) -> list[str]:
-        """Faults that no run has had: over 1,000 seeds that is an error of the simulator."""
+        """Faults that no run has had: in 1,000 seeds that is an error of the simulator."""
         return [name for name in knob.FAULTS if not self.faults[name]]
 
 
@@ -65,8 +65,8 @@ def run_seeds(
     settings: Mapping[str, int] | None = None,
     tell: Callable[[Run], None] = lambda run: None,
 ) -> Summary:
-    """Run all ``seeds``, in ``jobs`` processes, with the knobs of ``settings`` fixed. ``tell`` is
-    called with every run, in order of the seeds."""
+    """Run all ``seeds``, in ``jobs`` processes, with the knobs of ``settings`` fixed. It calls
+    ``tell`` with every run, in order of the seeds."""
     summary = Summary()
     for run in _runs(list(seeds), jobs, dict(settings or {})):
         summary.add(run)
@@ -88,8 +88,8 @@ def _runs(seeds: list[int], jobs: int, settings: dict[str, int]) -> Iterator[Run
 
 
 def _begin_worker() -> None:
-    """A worker leaves interrupts to its parent, and ends when the parent is gone, however that
-    came: it would wait for work for ever."""
+    """A worker leaves interrupts to its parent, and ends when the parent is gone, whatever ended
+    it: otherwise it would wait for work without end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,8 +1,8 @@
-"""An applier that lets others in between its steps, for the simulator.
+"""An applier that lets other threads act between its steps, for the simulator.
 
 Threads of an application may commit, or change the scope, between any two storage commits of a
-cycle. The real applier holds the writer's lock only inside a step, so that what happens before a
-step stands for everything that can happen in between.
+cycle. The real applier holds the writer's lock only inside a step, so what happens before a step
+covers everything that can happen in between.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What must hold, by name, and the checkers of the server's side: its commits and its answers.
 
-Every checker stands on the oracle, never on what the code under test says of itself. The checkers
-of a device's side are in ``watch``; who calls them, and when, is the simulator's business.
+Every checker compares with the oracle, never with what the code under test says of itself. The
+checkers of a device's side are in ``watch``; the simulator calls them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INVARIANTS: Final[dict[str, str]] = {
     "is decided against is kept",
     "LOCAL-DURABLE": "a device restarts with every commit it has acknowledged",
     "SERVER-DURABLE": "what an answer calls accepted is on the server's disk",
-    "WHOLE": "nobody ever sees part of a transaction",
+    "WHOLE": "no reader ever sees part of a transaction",
     "PREFIX": "a device's bases are the server's state at its cursor, byte for byte",
     "EXACTLY-ONCE": "a transaction id is in a history at most once",
     "NO-LOST-UPDATE": "an accepted operation was made on the version it replaces",
@@ -113,9 +113,9 @@ def group_is_whole(records: Mapping[bytes, bytes], prefix: bytes, entity_id: byt
 
 
 class ServerWatch:
-    """Checks one server database: every commit before anybody reads it, every answer before it
-    leaves. ``members`` are the pushes being decided, ``program`` the writes of a transaction of
-    a program on the server."""
+    """Checks one server database: every commit before any reader sees it, every answer before it
+    leaves. ``members`` are the pushes being decided, ``program`` the writes of a transaction of a
+    program on the server."""
 
     def __init__(self, checks: Checks, history: History, clock: Clock) -> None:
         self.checks = checks
@@ -216,7 +216,7 @@ class ServerWatch:
         )
         pushed = self._candidates(transaction_id)
         if not pushed:
-            self.checks.fail("WHOLE", f"nobody pushed transaction {transaction_id.hex()}")
+            self.checks.fail("WHOLE", f"no device pushed transaction {transaction_id.hex()}")
         blamed = ("EXACTLY-ONCE", f"{transaction_id.hex()} is remembered with other content")
         possible: list[tuple[Mark, list[tuple[Ref, bytes | None]]]] = []
         for request, transaction, before in pushed:
@@ -421,13 +421,13 @@ class ServerWatch:
             self.checks.that(
                 request.history != self.history.identity or seen > head,
                 "ORDER",
-                "a request that named this history was told that it has changed",
+                "a request that named this history got the answer that it has changed",
             )
         if isinstance(error, ResetRequiredError):
             self.checks.that(
                 request.cursor < self.history.floor and not getattr(request, "full", False),
                 "RESET-ENDS",
-                f"a device at {request.cursor} is told to reset; the floor is {self.history.floor}",
+                f"a device at {request.cursor} has to reset; the floor is {self.history.floor}",
             )
 
     def _check_history(self, history: bytes) -> None:

@@ -1,8 +1,8 @@
 """Contract suites: the promises of each seam as tests, run by every implementation of it.
 
 Use one by inheriting: ``class TestMine(StorageContract)`` with ``make_storage``; pytest collects
-the tests. The suites use plain asserts, so importing them needs no pytest. A backend that lacks a
-power says so with a flag, never by overriding a test with nothing.
+the tests. The suites use plain asserts, so importing them needs no pytest. A backend that lacks an
+ability says so with a flag, never by overriding a test with nothing.
 """
 
 from __future__ import annotations

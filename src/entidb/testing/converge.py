@@ -1,8 +1,9 @@
 """Prove a conflict policy, or a server's ``validate`` hook, in the simulator.
 
 A policy has to be a pure function of the conflict (R26): a device that crashed between asking it
-and storing the answer asks again, and two copies of a device ask independently. So every question
-is put a second time with clocks and randomness moved, and all invariants are checked around it.
+and storing the answer asks again, and two copies of a device ask independently. So the simulator
+asks every question a second time with clocks and randomness moved, and checks all invariants around
+it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def assert_converges(
 
     Raises ``AssertionError`` with the seed and the reason if the policy or the hook answers the
     same question differently when clocks or randomness have moved, or if any invariant fails:
-    devices that end up different, lost transactions, conflicts that never come to rest. A policy
-    may raise (that holds the transaction); a hook may not. Raises ``ConfigError`` without either.
+    devices that end up with different data, lost transactions, conflicts that never come to rest. A
+    policy may raise (that holds the transaction); a hook may not. Raises ``ConfigError`` without
+    either.
     """
     if policy is None and validate is None:
         raise ConfigError("assert_converges needs a policy or a validate hook to prove")
@@ -117,7 +119,7 @@ def moved(shift_s: float, function: object) -> Iterator[None]:
             random.setstate(state)
 
 
-#: The real ones, however ``moved`` has replaced the names.
+#: The real ones, whatever ``moved`` has put in their place.
 _Datetime = datetime_module.datetime
 _Date = datetime_module.date
 
@@ -166,7 +168,7 @@ def _globals_of(function: object) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _patched_names(names: dict[str, Any], replaced: dict[Any, Any]) -> Iterator[None]:
-    # By identity: what stands under a name may not be hashable.
+    # By identity: the object under a name may not be hashable.
     found = {n: v for n, v in names.items() if any(v is real for real in replaced)}
     names.update({name: replaced[value] for name, value in found.items()})
     try:

@@ -1,7 +1,7 @@
 """Things that break on purpose: a store that crashes and fills up, a network that loses messages.
 
-What breaks, and when, is drawn from the random streams given in; what is checked afterwards is
-``checkers``'. Both are for the simulator and for users' own tests.
+The random streams that are given in decide what breaks, and when; ``checkers`` checks what comes of
+it. Both classes are for the simulator and for users' own tests.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Observe = Callable[[Batch, Mapping[bytes, bytes | None], Mapping[bytes, bytes]],
 class FaultyStorage:
     """A store whose commits can fail as ``entidb.storage.base`` allows, and the process with them.
 
-    ``rates`` maps names of ``COMMIT_FAULTS`` to chances per thousand; ``fired`` is told each
+    ``rates`` maps names of ``COMMIT_FAULTS`` to chances per thousand; ``fired`` is called each
     time. ``observe`` is called after every commit that became durable, with the batch, what its
-    keys held before, and all records as they are now, before the committer goes on.
-    ``armed`` False switches all faults off.
+    keys held before, and all records as they are now, before the committer goes on. ``armed`` False
+    switches all faults off.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ def read_records(storage: Storage) -> dict[bytes, bytes]:
 
 
 class Network:
-    """Decides what becomes of each message. ``blocked`` holds (device, direction) of partitions."""
+    """Decides what happens to each message. ``blocked`` holds (device, direction) of partitions."""
 
     def __init__(
         self, rng: random.Random, rates: Mapping[str, int], fired: Callable[[str], None]

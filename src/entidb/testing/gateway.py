@@ -1,8 +1,8 @@
-"""What stands between one device and the server of a simulated run, and refuses pushes as a whole
+"""The way between one device and the server of a simulated run, which refuses pushes as a whole
 (R5): a proxy with a limit for bodies, a firewall, and a token that may only read for a while.
 
-It comes and goes while things go wrong. When the faults stop the proxy and the firewall let
-everything through, but who may only read goes on like that.
+It comes and goes while things go wrong. When the faults stop, the proxy and the firewall let
+everything through, but a token that may only read stays so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PUSH: Final = "/v1/push"
 
 
 class Gateway:
-    """The way of one device; ``fired`` is told of every refusal."""
+    """The way of one device; ``fired`` is called for every refusal."""
 
     def __init__(self, rng: random.Random, knobs: Knobs, fired: Callable[[str], None]) -> None:
         self.read_only = False
@@ -47,7 +47,7 @@ class Gateway:
         self._body_max, self._filters = None, False
 
     def refusal(self, path: str, body: bytes) -> SyncError | None:
-        """What the device hears instead of an answer of the server's."""
+        """What the device gets instead of an answer of the server."""
         error: SyncError | None = None
         if path == _PUSH and self._body_max is not None and len(body) > self._body_max:
             self._fired("body_limit")

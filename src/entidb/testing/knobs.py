@@ -103,12 +103,12 @@ class Knobs:
     restore_twice: int = 0
     put_back: int = 0  # older files of the server, under the history they had
     purge: int = 0
-    refuse: int = 0  # transactions the validate hook says no to
+    refuse: int = 0  # transactions that the validate hook refuses
     refuse_raises: int = 0  # transactions the validate hook raises at
 
     # -- pushes that are refused as a whole (R5)
     body_limit: int = 0  # looks at which a proxy's limit for bodies changes
-    firewall: int = 0  # transactions that a firewall, which comes and goes, lets nobody push
+    firewall: int = 0  # transactions that a firewall, which comes and goes, stops
     read_only: int = 0  # looks at which a token loses the right to write, or gets it back
     older_server: int = 0  # 1: a server of 0.3, which refuses a push whole for one transaction
     invalid: int = 0  # transactions such a server finds invalid
@@ -286,11 +286,11 @@ def draw(seed: int) -> Knobs:
 
 
 def override(knobs: Knobs, settings: dict[str, int]) -> Knobs:
-    """``knobs`` with some fixed. Raises ``ConfigError`` for a knob there is not."""
+    """``knobs`` with some fixed. Raises ``ConfigError`` for an unknown knob."""
     names = {field.name for field in fields(Knobs)}
     for name in settings:
         if name not in names:
-            raise ConfigError(f"no knob is called {name!r}; there are {', '.join(sorted(names))}")
+            raise ConfigError(f"there is no knob {name!r}; there are {', '.join(sorted(names))}")
     values: dict[str, Any] = dict(settings)
     return replace(knobs, **values)
 

@@ -38,7 +38,7 @@ class Losers:
         self.name = name
         self._server_clock = server_clock
         self.limits = Limits(10_000, 90.0)
-        #: Fields that a policy adds up or joins, by collection: nobody loses there.
+        #: Fields that a policy adds up or joins, by collection: neither side loses there.
         self.combined: dict[str, frozenset[str]] = {}
         #: Whether the policies are known, so that what they combine is.
         self.judges = True
@@ -97,7 +97,8 @@ class Losers:
                 self.unreported += 1
                 self._reset |= value.decided_by == "reset"
         gone = sorted(before.keys() - after.keys())
-        # One may go for being too many, although others go for their age in the same commit.
+        # One may go because there are too many, although others go for their age in the same
+        # commit.
         for number in gone:
             self._check_gone(before[number])
         for number in gone:
@@ -152,13 +153,13 @@ class Losers:
                 )
 
     def check_undecided(self, refs: Iterable[Ref], added: Mapping[Ref, Any]) -> None:
-        """Nobody is overruled where nobody decided."""
+        """No value is overruled without a decision."""
         for ref in added.keys() - set(refs):
             values = added[ref]
             self.checks.that(
                 all(value.decided_by == "reset" for value in values),
                 "NO-SILENT-LOSS",
-                f"{self.name} says that {ref[0]}/{ref[1].hex()} was overruled, and nobody decided",
+                f"{self.name} says that {ref[0]}/{ref[1].hex()} was overruled, without a decision",
             )
 
     def check_report(self, overruled: int) -> None:

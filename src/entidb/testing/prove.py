@@ -1,9 +1,9 @@
 """``scripts/prove``: very many seeds, in chunks, with a file that says what is done already.
 
-Each chunk that is through adds one line of JSON to the file of ``--out``; a run that was
-interrupted goes on with the seeds the file does not speak of. The exit code is 1 when an invariant
-failed or a fault never fired, 2 for arguments that make no sense, 130 when interrupted. What is run
-and checked is the simulator's.
+Each finished chunk adds one line of JSON to the file of ``--out``; a run that was interrupted goes
+on with the seeds that the file does not have. The exit code is 1 when an invariant failed or a
+fault never fired, 2 for arguments that make no sense, 130 when interrupted. The simulator runs and
+checks them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Failure(Struct, frozen=True):
 
 
 class Chunk(Struct, frozen=True):
-    """One line of the file: what the seeds from ``first`` up to, not with, ``end`` came to."""
+    """One line of the file: the results of the seeds from ``first`` up to, not with, ``end``."""
 
     commit: str
     first: int
@@ -142,7 +142,7 @@ def _inside(chunk: Chunk, seeds: range) -> bool:
 
 
 def missing(done: list[Chunk], seeds: range, size: int) -> Iterator[range]:
-    """The seeds no chunk speaks of, in parts of at most ``size``."""
+    """The seeds that no chunk has, in parts of at most ``size``."""
     at = seeds.start
     for first, end in [*sorted((chunk.first, chunk.end) for chunk in done), (seeds.stop, 0)]:
         while at < first:

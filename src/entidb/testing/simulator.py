@@ -1,8 +1,8 @@
 """The simulator: one thread, one seed, a virtual clock, a heap of events, and the real code.
 
-``simulate(seed)`` runs two phases. In the first, everything its knobs say goes wrong, and every
-invariant of ``checkers`` must hold all the same; in the second the faults stop, and all must come
-to rest, in step, within bounds. One seed gives one trace, in any process.
+``simulate(seed)`` runs two phases. In the first, everything goes wrong that its knobs allow, and
+every invariant of ``checkers`` must hold all the same; in the second the faults stop, and all must
+come to rest, in step, within bounds. One seed gives one trace, in any process.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ QUIET_EVENTS_MAX = 400_000
 
 @dataclass
 class Run:
-    """What came out. ``invariant`` None: everything held. ``digest`` stands for the whole trace;
-    ``story`` are its turning points."""
+    """The result. ``invariant`` None: everything held. ``digest`` covers the whole trace; ``story``
+    are its turning points."""
 
     seed: int
     knobs: Knobs
@@ -96,7 +96,7 @@ def simulate(seed: int, options: Options | None = None) -> Run:
 
 
 class Simulation:
-    """One run: a world, everybody in it, and what befalls them."""
+    """One run: a world, the devices and servers in it, and what happens to them."""
 
     def __init__(self, seed: int, options: Options) -> None:
         self.world = world = World(seed, options)
@@ -154,7 +154,7 @@ class Simulation:
 
         self.world.after(int(self.rng.random() * mean_ms), again)
 
-    # ------------------------------------------------------------ what befalls the world
+    # ------------------------------------------------------------ what happens to the world
 
     def _server_life(self, tenant: Tenant) -> None:
         knobs, rng = self.knobs, self.rng
@@ -184,7 +184,7 @@ class Simulation:
                     tenant.backup = None
 
     def _put_files_back(self, tenant: Tenant) -> None:
-        """Somebody copies the server's files, and some time later puts them back."""
+        """A person copies the server's files, and some time later puts them back."""
         if tenant.files is None:
             tenant.copy_files()
         elif tenant.may_be_put_back() and self.rng.random() * 100 < self.knobs.put_back:
@@ -227,7 +227,7 @@ class Simulation:
         world.network.partition(device.name, until, one_way=one_way)
 
     def _change_way(self, device: Device) -> None:
-        """What stands between a device and the server changes, and what its token grants."""
+        """The way between a device and the server changes, and what its token grants."""
         knobs = self.knobs
         if (knobs.body_limit or knobs.firewall or knobs.read_only) and device.gateway.change():
             may = "only read" if device.gateway.read_only else "write"

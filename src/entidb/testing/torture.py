@@ -1,17 +1,17 @@
-"""A server and its clients as real processes on real sockets, treated badly; then everything is
+"""A server and its clients as real processes on real sockets, under faults; then everything is
 compared.
 
     python -m entidb.testing.torture --seconds 60 --seed 7 --clients 4
 
 Either side is killed (SIGKILL) and stopped (SIGSTOP, SIGCONT) at random, and a proxy between them
-delays, stalls, cuts, resets and closes one direction. Then the faults stop, everybody syncs until
+delays, stalls, cuts, resets and closes one direction. Then the faults stop, all clients sync until
 nothing is pending, and these must hold: all dumps are the same bytes, ``verify`` is clean, every
-commit a client was told of is on the server or in that client's discarded list, and every
-transaction is whole. The seed chooses faults and writes; the processes' own timing it cannot
-choose, so a failure may need several runs to come back.
+commit that returned on a client is on the server or in that client's discarded list, and every
+transaction is whole. The seed chooses faults and writes, but not the timing of the processes, so a
+failure may need several runs to come back.
 
-What is written is ``torture_workload``'s, what the processes do ``torture_worker``'s, how they are
-started and ended ``torture_process``'s, the bad weather is ``torture_proxy``'s.
+``torture_workload`` decides what is written, ``torture_worker`` what the processes do,
+``torture_process`` starts and ends them, ``torture_proxy`` makes the bad weather.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Torture:
             self._wait(self._source.uniform(0.05, 0.6))
 
     def _wait(self, seconds: float) -> None:
-        """Sleep, doing what is due and seeing that nobody has ended."""
+        """Sleep, do what is due, and check that no process has ended."""
         end = time.monotonic() + seconds
         while True:
             now = time.monotonic()
@@ -249,7 +249,7 @@ class Torture:
         for client in self.clients:
             client.order("quiet")
         self._until("drained", lambda ledger: ledger.drained is not None)
-        # Nobody writes any more: after one more cycle each, all have seen all.
+        # All writing has ended: after one more cycle each, all have seen all.
         for client in self.clients:
             client.order("sync")
         self._until("in step", lambda ledger: bool(ledger.synced))
@@ -335,7 +335,7 @@ class Torture:
     def _check_unknown(self, sums: dict[str, str], ledgers: list[Ledger]) -> None:
         begun = set[str]().union(*(ledger.begun for ledger in ledgers))
         for transaction in set(sums.values()) - begun:
-            self.report.failures.append(f"{transaction} is on the server and nobody wrote it")
+            self.report.failures.append(f"{transaction} is on the server and no client wrote it")
 
     def _stored_server(self) -> Path:
         (path,) = (entry for entry in self._server_path.iterdir() if entry.name.startswith(DB_ID))

@@ -1,7 +1,7 @@
 """A worker as the torture run sees it: a process that is started, killed and stopped, and what it
 reported before.
 
-What the process does is ``torture_worker``'s; when something befalls it, ``torture``'s.
+``torture_worker`` decides what the process does, ``torture`` when something happens to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_SECONDS: Final = 60.0
 
 
 class TortureFailure(Exception):
-    """A promise that did not hold, or a process that ended by itself."""
+    """A promise was broken, or a process ended by itself."""
 
 
 class Process:
@@ -77,7 +77,7 @@ class Process:
         self.stopped = False
 
     def check(self) -> None:
-        """Raises ``TortureFailure`` if the process has ended without being told to."""
+        """Raises ``TortureFailure`` if the process has ended without an order."""
         code = None if self._process is None else self._process.poll()
         if code is not None:
             raise TortureFailure(f"{self.name} ended by itself ({code}); {self._last_words()}")
@@ -91,7 +91,7 @@ class Process:
             raise TortureFailure(f"{self.name} takes no orders ({error})") from error
 
     def finish(self, how: Callable[[], None]) -> None:
-        """Tell it to end with ``how``, and see that it does so in order."""
+        """End it with ``how``, and check that it ends in order."""
         process = self._process
         assert process is not None
         self.check()

@@ -1,8 +1,8 @@
 """A TCP proxy in bad weather: it delays, stalls, cuts, resets, and closes one direction.
 
-One ``Link`` is one listening port in front of the server; each client of a torture run has its
-own. What happens on it is set from another thread by ``weather``, and holds until the next. No
-HTTP is understood here: bytes are cut wherever they happen to be.
+One ``Link`` is one listening port in front of the server; each client of a torture run has its own.
+Another thread sets what happens on it with ``weather``, until the next call. The proxy does not
+understand HTTP: it cuts bytes anywhere.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Link:
         self._left = 0
         self._changed = asyncio.Event()
         self._server: asyncio.Server | None = None
-        #: The loop itself refers to tasks weakly, and would let go of one that waits long.
+        #: The loop itself refers to tasks weakly, and would lose one that waits long.
         self._serving: set[asyncio.Task[None]] = set()
         # Weak, for a loop holds each connection that is not down yet.
         self._open: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()

@@ -2,9 +2,9 @@
 
     python -m entidb.testing.torture_worker server|client SETTINGS-AS-JSON
 
-A client reports to its standard output, a file that outlives it: what it begins, what was
-committed (strictly after ``commit`` has returned), and anything that must not happen. It takes its
-orders from standard input, one line each. Both end with their parent, however that ends.
+A client reports to its standard output, a file that outlives it: what it begins, what was committed
+(strictly after ``commit`` has returned), and anything that must not happen. It takes its orders
+from standard input, one line each. Both end with their parent, whatever ends it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _end_with_input() -> None:
 
 
 class Client:
-    """Writes, syncs and reads at once, each on a thread of its own, until told to be quiet."""
+    """Writes, syncs and reads at the same time, each on a thread of its own, until the order
+    ``quiet``."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._source = random.Random(settings["seed"])
@@ -186,7 +187,7 @@ def _guarded(work: Any) -> None:
     try:
         work()
     except BaseException:
-        # A thread that dies in silence would look like a quiet client.
+        # A thread that ends in silence would look like a quiet client.
         report(fault=traceback.format_exc())
         os._exit(3)
 

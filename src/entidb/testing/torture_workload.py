@@ -1,9 +1,9 @@
-"""What the clients of a torture run write, and how a reader tells that it is whole.
+"""What the clients of a torture run write, and how a reader recognises that it is whole.
 
 Every transaction gets a tag of its own, writes it into each row it touches, and adds one *sum*: an
-entity nobody writes again, which lists the rows with the tags they had before. So whoever sees a
-row of a transaction must see its sum, and whoever sees its sum must not see a tag the transaction
-replaced. Rows are few and shared by all clients, so transactions meet.
+entity that no client writes again, which lists the rows with the tags that they had before. So a
+reader who sees a row of a transaction must see its sum, and a reader who sees its sum must not see
+a tag that the transaction replaced. Rows are few and shared by all clients, so transactions meet.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Written:
 def write_one(
     database: Database, source: random.Random, begun: Callable[[Written], None]
 ) -> Written:
-    """Commit one random transaction; ``begun`` is told of it before the commit."""
+    """Commit one random transaction; ``begun`` is called with it before the commit."""
     sum_id = database.new_id()
     with database.transaction() as tx:
         written = Written(tx.transaction_id.hex(), sum_id.hex)

@@ -34,7 +34,7 @@ Write = tuple[str, uuid.UUID, Any]
 
 
 class PolicyFailure(Exception):
-    """What the policy that raises raises."""
+    """The error of the policy that raises."""
 
 
 @lru_cache(maxsize=8192)
@@ -163,7 +163,7 @@ def policies(
     watch: Callable[[Conflict, ConflictResolution | None], None],
     given: ConflictPolicy | None = None,
 ) -> dict[str, ConflictPolicy]:
-    """The policy of each collection, with ``watch`` told what each is asked and answers."""
+    """The policy of each collection; ``watch`` is called with what each is asked and answers."""
     chosen = {
         NOTES: make_policy(POLICY_NAMES[knobs.policy_notes]),
         GROUP_COLLECTION: make_policy(POLICY_NAMES[knobs.policy_pairs]),

@@ -1,7 +1,7 @@
 """What a run of the simulator happens in: virtual time, chance by the seed, the trace, the stores.
 
-Who lives in it, and what befalls them, is for ``simulator``; the network and the faults of a store
-are in ``faults``.
+``simulator`` decides who lives in it, and what happens to them; the network and the faults of a
+store are in ``faults``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ STORY_LINES_MAX = 400
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is given beside its seed. ``policy`` stands for every collection's, ``validate``
-    for the server's hook; ``trace`` is told every event."""
+    """What a run gets beside its seed. ``policy`` replaces every collection's, ``validate`` the
+    server's hook; ``trace`` is called with every event."""
 
     settings: Mapping[str, int] = field(default_factory=dict)
     policy: ConflictPolicy | None = None
@@ -60,7 +60,7 @@ class Options:
 
 
 class Owner(Protocol):
-    """Who a store belongs to: a device, or a database of the server."""
+    """The owner of a store: a device, or a database of the server."""
 
     name: str
     storage: FaultyStorage
@@ -97,7 +97,8 @@ class World:
         self._order = count()
         self._directory: str | None = None
         self._stores = count()
-        #: Stores on disk, and where they lie: one that failed is closed, and does not say any more.
+        #: Stores on disk, and where they are: one that failed is closed, and cannot be asked any
+        #: more.
         self._on_disk: dict[Storage, str] = {}
         self.rng = self.stream("world")
         self._crashes = self.stream("crashes")
@@ -170,8 +171,8 @@ class World:
         return self._open_on_disk(f"{self._directory}/{next(self._stores)}")
 
     def _open_on_disk(self, path: str) -> Storage:
-        """With a map that soon has to grow. Nobody else closes snapshots meanwhile, so waiting
-        for them is of no use: a reader that stays makes the commit fail as "full" instead."""
+        """With a map that soon has to grow. No other thread closes snapshots meanwhile, so waiting
+        for them is useless: a reader that stays makes the commit fail as "full" instead."""
         made = open_storage(path, map_bytes=_MAP_BYTES, drain_seconds=0.0)
         self._on_disk[made] = path
         return made

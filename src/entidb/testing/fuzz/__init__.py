@@ -1,8 +1,8 @@
 """Hostile input: broken messages, bombs, forged tokens, lying servers, and canaries to find leaks.
 
 Everything is drawn from the seed or the ``random.Random`` given in, so that a finding can be made
-again. Nothing here judges: what a server or a client has to do about it is for the tests, ours
-and those of whoever writes another server or client from ``docs/protocol.md``.
+again. Nothing here judges: tests decide what a server or a client has to do about it, ours and
+those of a person who writes another server or client from ``docs/protocol.md``.
 
     mutations       one message with each field removed, doubled, retyped, at its limits
     garbled         bytes with bits, heads and lengths changed
@@ -10,7 +10,7 @@ and those of whoever writes another server or client from ``docs/protocol.md``.
     forged_tokens   tokens that no server may believe
     hostile_server  a server that lies, for ``MockTransport``; ``LIES`` has one name for each lie
     GarblingServer  a ``LoopbackServer`` that breaks the answers of another one
-    Canary          what must never be seen in an answer to somebody else
+    Canary          what must never be seen in an answer for another database
 """
 
 from entidb.testing.fuzz.canaries import Canary, leaks

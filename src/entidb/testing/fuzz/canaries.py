@@ -1,4 +1,4 @@
-"""What must never be seen in an answer to somebody else."""
+"""What must never be seen in an answer for another database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class Canary:
-    """A text that stands in one database and nowhere else; ``value`` goes into its entities."""
+    """A text that one database contains and no other; ``value`` goes into its entities."""
 
     def __init__(self, seed: int) -> None:
         self.text = "canary" + hashlib.sha256(str(seed).encode()).hexdigest()[:32]

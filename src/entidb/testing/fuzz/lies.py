@@ -54,7 +54,7 @@ class HostileServer:
     lie: str | None = None
     deaf: bool = False
     asked: int = 0
-    #: Lies that were told, with how often.
+    #: How often each lie was used.
     told: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, request: SyncRequest) -> SyncResponse:
@@ -66,7 +66,7 @@ class HostileServer:
         if not isinstance(request, kind):
             return answer
         if isinstance(answer, ErrorResponse):
-            # What a lie has brought the device to, an honest server refuses; a liar goes on.
+            # An honest server may refuse what a lie has made the device send; a liar goes on.
             answer = _Empty(b"h" * 16, request.cursor)(request)
         self.told[name] = self.told.get(name, 0) + 1
         told: SyncResponse = lie(self, request, answer)
@@ -94,7 +94,8 @@ def wired(answer: Honest) -> Honest:
         response = answer(request)
         if isinstance(response, ErrorResponse):
             return response
-        # The encoder for messages takes their shape on trust; this one writes any shape.
+        # The encoder for messages does not check their shape, and writes no other; this one writes
+        # any.
         return decode_response(
             request, cbor.encode_message(to_builtins(response, builtin_types=(bytes,)))
         )
@@ -104,7 +105,7 @@ def wired(answer: Honest) -> Honest:
 
 @dataclass
 class _Empty:
-    """The least a server can say and be believed."""
+    """The least that a server can answer so that a device believes it."""
 
     history: bytes
     head: int = 0

@@ -29,7 +29,7 @@ class _Map:
     pairs: list[tuple[Any, Any]]
 
 
-#: What stands in the place of a field that is retyped or taken to its limits.
+#: What replaces a field that is retyped or taken to its limits.
 RETYPED: Final[tuple[Any, ...]] = (None, True, 1.5, "", "text", b"", b"x" * 16, [], [[]], {})
 LIMIT_VALUES: Final[tuple[Any, ...]] = (
     0,
@@ -135,7 +135,7 @@ def _setter(value: Any) -> _Edit:
 
 
 def _raw(node: Any) -> bytes:
-    """CBOR of what an encoder with manners would refuse to write."""
+    """CBOR that the real encoder would refuse to write."""
     if isinstance(node, _Map):
         pairs = (_raw(key) + _raw(item) for key, item in node.pairs)
         return cbor.map_head(len(node.pairs)) + b"".join(pairs)

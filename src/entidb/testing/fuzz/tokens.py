@@ -16,7 +16,7 @@ from typing import Any, Final
 def forged_tokens(
     token: str, rng: random.Random, *, public_key: bytes = b""
 ) -> Iterator[tuple[str, str]]:
-    """Tokens made from a valid JWT by somebody without the key; each has to be refused.
+    """Tokens made from a valid JWT without the key; a server has to refuse each of them.
 
     ``public_key`` is the PEM a server checks with: a server that lets the token choose the
     algorithm takes it for an HMAC secret.

@@ -1,8 +1,8 @@
 """The checkers of a device's side: each of its storage commits, compared with the oracle.
 
-A ``DeviceWatch`` sees every batch that became durable, with what was there before, and knows what
-the application was told. Induction makes it cheap: what held before a commit is checked again only
-where the commit, or a moving cursor, could have changed it.
+A ``DeviceWatch`` sees every batch that became durable, with what was there before, and knows which
+commits returned to the application. Induction makes it cheap: what held before a commit is checked
+again only where the commit, or a moving cursor, could have changed it.
 
     device     ``DeviceWatch``: every commit through all the checkers
     model      what the watch believes of its device

@@ -44,8 +44,8 @@ def check_losers(
             if len(questions) == 1 and questions is decisions[-1]:
                 outcomes.append((questions[0][0], view))
             elif not discarded:
-                # Where some are withdrawn after all, nobody knows which question was about
-                # what is left, nor whether the server's side stands.
+                # Where some are withdrawn after all, it cannot be decided which question was about
+                # what is left, nor whether the server's side stays.
                 steps = questions[1:] or questions
                 outcomes += [(each, outcome_of(each, answer)) for each, answer in steps]
         for conflict, outcome in outcomes:

@@ -104,7 +104,7 @@ class DeviceWatch(DeviceModel):
             following.take_grant(self, records, sync_state(records))
         moved = following.take_state(self, sync_state(records)) if commit.sync else ()
         fresh = [info.name for info in switched]
-        # What the cursor is said to speak of from now on has to be there, all of it (R31).
+        # Everything that the cursor covers from now on has to be there (R31).
         fresh += [name for name in excluded if name not in self.excluded and name not in fresh]
         if switched and keep_device and not self.foreign:
             owed.owe_newer(self, records, known, switched)
@@ -138,8 +138,8 @@ class DeviceWatch(DeviceModel):
         views.on_acknowledged(self, records, transaction_id, writes)
 
     def on_push(self, records: Records, request: PushRequest) -> None:
-        """Every operation names the version that the device has as its base: what somebody wrote
-        after that is a conflict (R13)."""
+        """Every operation names the version that the device has as its base: what another device
+        wrote after that is a conflict (R13)."""
         views.on_push(self, records, request)
 
     def on_recommitted(self, records: Records, entry: DiscardedTransaction) -> None:

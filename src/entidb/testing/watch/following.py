@@ -18,7 +18,7 @@ from entidb.testing.watch.owed import owe_local
 
 
 def take_catalogue(watch: DeviceModel, records: Records) -> list[CollectionInfo]:
-    """Collections that now stand in another table (R20)."""
+    """Collections that now have another table (R20)."""
     raw = records.get(META_CATALOGUE)
     if raw is watch.catalogue_raw:
         return []
@@ -41,7 +41,8 @@ def take_catalogue(watch: DeviceModel, records: Records) -> list[CollectionInfo]
         every = watch.catalogue.scope is None
         watch.unheard = every and (watch.unheard or was.scope is not None)
     elif watch.unheard:
-        # From a list of names to all: the cursor speaks of none it had not heard of.
+        # From a list of names to all: the cursor does not cover collections that the device did not
+        # know.
         names = dict.fromkeys(n for n, i in now.items() if n not in known and i.synced)
         watch.excluded = watch.excluded | names
     return [i for i in now.values() if i.name in known and i.table != known[i.name].table]
@@ -63,8 +64,8 @@ def _check_leaving(watch: DeviceModel, records: Records, numbers: set[int]) -> N
 
 
 def take_grant(watch: DeviceModel, records: Records, state: ReplicaState) -> None:
-    """R31: what is granted anew is not spoken of by the cursor until it was pulled; of what is
-    granted no more nothing stays, and nothing is pending."""
+    """R31: the cursor does not cover what is granted anew until it was pulled; of what is no longer
+    granted nothing stays, and nothing is pending."""
     granted = None if state.granted is None else frozenset(state.granted)
     if granted == watch.granted:
         return

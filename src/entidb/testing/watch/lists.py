@@ -49,8 +49,8 @@ def _check_held(watch: DeviceModel, commit: DeviceCommit) -> None:
             if ref in watch.open_conflicts or below:
                 watch.checks.fail(
                     "SURFACED-ONCE",
-                    f"{watch.name} would push a write of {ref[0]}/{ref[1].hex()}, which nobody "
-                    "has decided about",
+                    f"{watch.name} would push a write of {ref[0]}/{ref[1].hex()}, which is not "
+                    "decided",
                 )
     for number, entity_id, conflict in commit.conflicts:
         raw = records.get(watch.catalogue.by_number[number].prefix + entity_id)
@@ -64,8 +64,8 @@ def _check_held(watch: DeviceModel, commit: DeviceCommit) -> None:
 
 
 def _check_why_held(watch: DeviceModel, commit: DeviceCommit) -> None:
-    """Nothing is held but by an open conflict, or by what is below it and held itself: nobody
-    could ever let it go."""
+    """Nothing is held except by an open conflict, or by a transaction below it that is held itself:
+    otherwise no decision could ever release it."""
     freed = any(conflict is None for _, _, conflict in commit.conflicts)
     pairs = commit.outbox.values()
     if not freed and not any(one and one.held for pair in pairs for one in pair):

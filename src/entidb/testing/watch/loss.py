@@ -59,8 +59,8 @@ def _check_later(watch: DeviceModel, commit: DeviceCommit, made: PendingTransact
 
 
 def check_clock(watch: DeviceModel, commit: DeviceCommit, records: Records) -> None:
-    """CLOCK: with an answer to all that was pending, the device's logical clock is not ahead of
-    the server's any more, so that what it writes next does not win for ever (R27)."""
+    """CLOCK: with an answer to all that was pending, the device's logical clock is not ahead of the
+    server's any more, so that what it writes next does not win without end (R27)."""
     if watch.outbox or META_HEAD not in records:
         return
     listed = {sequence for sequence, _, _ in commit.discards}
@@ -112,7 +112,7 @@ def _check_refused(watch: DeviceModel, identity: bytes, code: str) -> None:
     watch.checks.that(
         verdict or code in watch.refused.get(identity, ()),
         "NO-SILENT-LOSS",
-        f"{watch.name} withdrew {identity.hex()} as {code!r}, which nobody has said of it",
+        f"{watch.name} withdrew {identity.hex()} as {code!r}, and no server refused it so",
     )
 
 
@@ -151,9 +151,9 @@ def _check_dropped(
 def _contained(
     watch: DeviceModel, commit: DeviceCommit, info: CollectionInfo, entity_id: bytes, sequence: int
 ) -> bool:
-    """Whether the server has this operation's bytes, or those of a later one on top of it
-    that went with it. It has them no more if somebody has written since; then it has had
-    those of the later one, which another copy of this device pushed without this one (R30)."""
+    """Whether the server has this operation's bytes, or those of a later one on top of it that went
+    with it. It has them no more if another device has written since; then it has had those of the
+    later one, which another copy of this device pushed without this one (R30)."""
     base = base_payload(commit.records, info, entity_id)
     for number, (was, now) in commit.outbox.items():
         if number < sequence or was is None:
@@ -171,7 +171,7 @@ def _contained(
 
 
 def _had(watch: DeviceModel, was: PendingTransaction, ref: Ref, payload: bytes | None) -> bool:
-    """Whether the server accepted the transaction with just these bytes. With others it says
-    nothing of what is below: a merge may have taken the later write alone."""
+    """Whether the server accepted the transaction with just these bytes. With other bytes that
+    proves nothing of what is below: a merge may have taken the later write alone."""
     known = None if watch.history is None else watch.history.accepted.get(was.transaction_id)
     return known is not None and watch.truth(ref, known[0]) == payload

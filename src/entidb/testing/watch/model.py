@@ -48,7 +48,7 @@ class DeviceModel:
     """``answers`` are the verdicts of the push answer that the device has just been given,
     ``calls`` what its policies were asked since the last commit."""
 
-    #: Ids a person is dealing with right now; set by whoever lets a person decide.
+    #: Ids that a person is deciding about right now; set by the code that lets a person decide.
     by_person_ids: tuple[bytes, ...] = ()
 
     def __init__(
@@ -61,7 +61,7 @@ class DeviceModel:
         self.history: History | None = None
         self.cursor = 0
         self.have: list[list[int]] = []
-        #: Collections in scope that the cursor does not speak of yet (R31).
+        #: Collections in scope that the cursor does not cover yet (R31).
         self.excluded: dict[str, None] = {}
         #: What is to be made pending before the adoption ends: payload, and the version it has
         #: from the history before a reset (0: written outside the scope). R29, R31.
@@ -93,7 +93,7 @@ class DeviceModel:
         self.full = True
         self.keep_device = False
         self.unheard = False
-        #: What the device was told that its token grants; None: all (R31).
+        #: What the device has learned that its token grants; None: all (R31).
         self.granted: frozenset[str] | None = None
         #: What the device remembers of lost answers, as it is stored (R28).
         self.unsettled: list[list[int]] = []

@@ -62,7 +62,7 @@ def check_deletions_stay(
     known: Mapping[str, CollectionInfo],
     switched: list[CollectionInfo],
 ) -> None:
-    """What was accepted without an answer, was deleted by somebody since, and forgotten, does
+    """What was accepted without an answer, was deleted by another device since, and forgotten, does
     not come back with a reset unless a policy says so (R28)."""
     history = watch.history
     if history is None:
@@ -147,8 +147,8 @@ def _compare_base(
     # Both absent: the device must know of the tombstone, and of nothing in the future.
     limit = max(watch.cursor, max((last for _, last in watch.have), default=0))
     # While everything is being pulled anew, what is written counts as unknown to the server;
-    # publishing puts that right (R28).
-    # A tombstone at or below the floor may be gone, and then nobody can know of it.
+    # publishing puts that right (R28). A tombstone at or below the floor may be gone, and then no
+    # device can know of it.
     purged = watch.history is not None and version <= watch.history.floor
     unknown = stored == 0 and (watch.full or purged)
     if flags & DIRTY and not (version <= stored <= limit or unknown):

@@ -46,7 +46,7 @@ def on_policy(
     if conflict.remote_payload is None and conflict.base_payload is None:
         sequence = watch.outbox.get(conflict.transaction_id, 0)
         if any(first <= sequence <= last for first, last, _ in watch.unsettled):
-            # It may have been accepted, and deleted since; nobody can know any more (R28).
+            # It may have been accepted, and deleted since; the device cannot know any more (R28).
             return
     if ref in watch.open_conflicts:
         # An open conflict keeps its first base, which may be of a copy's transaction, or of

@@ -94,7 +94,7 @@ def on_acknowledged(
 
 
 def on_push(watch: DeviceModel, records: Records, request: PushRequest) -> None:
-    """Every operation names the version that the device has as its base: what somebody wrote
+    """Every operation names the version that the device has as its base: what another device wrote
     after that is a conflict (R13)."""
     for transaction in request.transactions:
         for op in transaction.operations:
