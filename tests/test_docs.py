@@ -121,7 +121,8 @@ def shell_lines(page: Path) -> Iterator[list[str]]:
 
 
 def options_of(command: click.Command) -> set[str]:
-    return {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
+    parts = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
+    return {n for part in parts for p in part.params for n in (*p.opts, *p.secondary_opts)}
 
 
 @BY_NAME

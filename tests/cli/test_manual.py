@@ -30,7 +30,9 @@ def command(name: str) -> click.Command:
 
 
 def flags(name: str) -> set[str]:
-    options = [each for each in command(name).params if isinstance(each, click.Option)]
+    found = command(name)
+    parts = [found, *(found.commands.values() if isinstance(found, click.Group) else ())]
+    options = [each for part in parts for each in part.params if isinstance(each, click.Option)]
     return {flag for each in options for flag in (*each.opts, *each.secondary_opts)} - SHARED
 
 
@@ -88,8 +90,10 @@ def test_the_list_of_commands_cuts_no_sentence_off():
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("demo", "serve")])
 def test_every_command_that_prints_can_print_json(name: str):
-    options = [flag for each in command(name).params for flag in each.opts]
-    assert "--json" in options and "`--json`" in SECTIONS[name]
+    found = command(name)
+    for part in found.commands.values() if isinstance(found, click.Group) else (found,):
+        assert "--json" in [flag for each in part.params for flag in each.opts], part.name
+    assert "`--json`" in SECTIONS[name]
 
 
 def test_the_exit_codes_are_those_of_the_table():

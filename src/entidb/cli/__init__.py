@@ -10,6 +10,7 @@
     syncing    sync, and its ``watch`` loop; ``summary`` says what a cycle did
     outbox     status, pending, conflicts, resolve, discarded, reset
     serving    serve, token
+    admin      admin: a running server (``admin_views`` shows its answers)
     care       verify, inspect, compact, backup, version
 
 Nothing is imported here: what a command needs is loaded when that command runs.

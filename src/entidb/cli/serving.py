@@ -186,11 +186,14 @@ _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--secret-env", metavar="NAME", help="Environment variable with the secret.")
 @click.option("--private-key-file", metavar="FILE", help="PEM file of the private key.")
 @click.option("--subject", required=True, metavar="TEXT", help="Who the token is for.")
-@click.option("--database", "databases", multiple=True, required=True, metavar="NAME[=RIGHTS]",
+@click.option("--database", "databases", multiple=True, metavar="NAME[=RIGHTS]",
               help="What it grants: r, w or rw (the default); * names all databases.")  # fmt: skip
 @click.option("--expires", default="24h", show_default=True, metavar="TIME",
               help="How long it is valid: 90s, 15m, 24h, 30d.")  # fmt: skip
 @click.option("--audience", default="entidb", show_default=True, help="As the server's --audience.")
+@click.option("--admin", is_flag=True, help="Let it administer the whole server.")
+@click.option("--admin-of", multiple=True, metavar="NAME",
+              help="Let it administer this database; repeat it.")  # fmt: skip
 @click.option("--kid", metavar="NAME", help="The key's name, for a server that has several.")
 @click.option("--claim", "claims", multiple=True, metavar="NAME=JSON",
               help="A claim for the server's validate hook.")  # fmt: skip
@@ -205,6 +208,8 @@ def token_command(
     databases: tuple[str, ...],
     expires: str,
     audience: str,
+    admin: bool,
+    admin_of: tuple[str, ...],
     kid: str | None,
     claims: tuple[str, ...],
     out: str | None,
@@ -217,6 +222,11 @@ def token_command(
     """
     key = _key(secret_file, secret_env, private_key_file)
     granted = dict(_grant(each) for each in databases)
+    given = dict(_claim(each) for each in claims)
+    if admin or admin_of:
+        given["admin"] = True if admin else list(admin_of)
+    if not granted and "admin" not in given:
+        raise UsageError("for what? give --database NAME, or --admin for who looks after a server")
     seconds = _seconds(expires)
     from entidb.server import mint_token
 
@@ -228,7 +238,7 @@ def token_command(
         databases=granted,
         expires_s=seconds,
         audience=audience,
-        claims=dict(_claim(each) for each in claims),
+        claims=given,
         clock=clock,
         kid=kid,
     )
@@ -304,6 +314,7 @@ _OPTION_OF = {
     "exp": "set it with --expires",
     "databases": "set it with --database",
     "iat": "every token gets it by itself",
+    "admin": "set it with --admin or --admin-of",
 }
 
 

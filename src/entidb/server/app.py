@@ -43,6 +43,9 @@ from entidb.protocol import (
     operations_count,
 )
 from entidb.server import wire
+from entidb.server.admin.http import AdminHttp
+from entidb.server.admin.opening import office_of
+from entidb.server.admin.routes import PREFIX
 from entidb.server.config import ServerConfig
 from entidb.server.exchange import Exchange, GoneError, Message, Receive, Scope, Send
 from entidb.server.hooks import Grant
@@ -71,6 +74,8 @@ _INLINE_DECODE_BYTES: Final = 128 * 1024
 _OPERATION_MEMORY_BYTES: Final = 512
 #: What a page takes beside its entity values, generously, when room for it is set aside.
 _PAGE_FRAMING_BYTES: Final = 256 * 1024
+#: Codes of who is refused for his token.
+_KNOCKS: Final = ("unauthorized", "revoked")
 _PLAIN: Final = frozenset(("/healthz", "/v1/info", "/metrics"))
 
 
@@ -100,6 +105,8 @@ class SyncApp:
         if self._config.live_max:
             server.front.announce("live")
         self._live = LiveAnswers(server, self._use_existing)
+        self._office = office_of(server)
+        self._admin = AdminHttp(self._office)
         self._metrics = _make_metrics(self) if server.config.metrics else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,14 +233,17 @@ class SyncApp:
             return HttpResponse(204)
         if exchange.path in _PLAIN and (exchange.path != "/metrics" or self._metrics is not None):
             return self._plain(exchange)
-        if exchange.path != LIVE_PATH:
+        administers = _administers(exchange)
+        if exchange.path != LIVE_PATH and not administers:
             wire.check_route(exchange.method, exchange.path)
-        elif exchange.method != "GET":
+        elif exchange.method != "GET" and not administers:
             raise ProtocolError("read this with GET", code="method_not_allowed")
         if self._stopping:
             raise ServerBusyError(
                 "the server is shutting down", code="shutting_down", retry_after=RETRY_S
             )
+        if administers:
+            return await self._admin.answer(exchange, held)
         front = self.server.front
         grants = front.authenticate(wire.bearer_token(exchange.headers))
         exchange.subject = grants.subject
@@ -447,6 +457,8 @@ class SyncApp:
     def _note(self, exchange: Exchange) -> None:
         seconds = exchange.seconds()
         exchange.tell(self.server.registry)
+        if exchange.code in _KNOCKS or (exchange.code == "forbidden" and _administers(exchange)):
+            self._office.audit.refused(exchange.subject, exchange.client, exchange.code)
         if self._metrics is not None and exchange.path != LIVE_PATH:
             # How long a stream was open says nothing about how fast answers are.
             self._metrics.answered(exchange.path, exchange.status, seconds)
@@ -460,6 +472,10 @@ def _raw_headers(exchange: Exchange, response: HttpResponse) -> list[tuple[bytes
         for name, value in response.headers.items()
     ]
     return [*headers, (b"x-request-id", exchange.id.encode())]
+
+
+def _administers(exchange: Exchange) -> bool:
+    return exchange.path.startswith(PREFIX)
 
 
 def _json(value: object, status: int = 200) -> HttpResponse:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from msgspec import json
 
@@ -16,7 +16,7 @@ from entidb.server import wire
 from entidb.server.auth import Grants
 from entidb.server.registry import Registry, client_text
 from entidb.server.room import Held
-from entidb.server.server import SyncServer
+from entidb.types import Clock
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -33,6 +33,14 @@ _LOGGED_MAX: Final = 500
 _STRANGERS: Final = frozenset(("forbidden", "unknown_database", "invalid_message"))
 
 
+class Host(Protocol):
+    """What a request needs of its server."""
+
+    @property
+    def clock(self) -> Clock: ...
+    def new_request_id(self) -> str: ...
+
+
 class GoneError(Exception):
     """The client of this request is not there any more, or as good as."""
 
@@ -43,7 +51,7 @@ class GoneError(Exception):
 class Exchange:
     """What is known of one request, and its body as long as it is coming in."""
 
-    def __init__(self, scope: Scope, receive: Receive, server: SyncServer) -> None:
+    def __init__(self, scope: Scope, receive: Receive, server: Host) -> None:
         self.method: str = scope["method"]
         self.path = path_in_app(scope)
         self.query: bytes = scope.get("query_string", b"")

@@ -9,7 +9,7 @@ threads. ``app`` serves the same over ASGI, with group commit and a reader threa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -69,7 +69,7 @@ class SyncServer:
             hosts=config.allowed_hosts,
             cors=config.cors_origins,
         )
-        self._authenticator = authenticator_for(config, self.clock)
+        self.authenticator: Final = authenticator_for(config, self.clock)
         options: dict[str, Any] = {
             "clock": self.clock,
             "entropy": entropy,
@@ -85,7 +85,7 @@ class SyncServer:
             self.stores = Stores(config, clock=self.clock, open_database=open_database)
             self.front: Final = Front(
                 config,
-                authenticator=self._authenticator,
+                authenticator=self.authenticator,
                 stores=self.stores,
                 control=Control(config.data_dir, self.clock),
                 features=self.encodings,
@@ -97,6 +97,11 @@ class SyncServer:
         self.registry: Final = Registry(
             config.data_dir, self.clock, retention_days=config.tombstone_retention_days
         )
+        #: Called with each housekeeping; and before the databases are closed.
+        self.chores: Final[list[Callable[[], None]]] = [self.registry.flush]
+        self.at_end: Final[list[Callable[[], None]]] = []
+        #: Where it is administered, once it is (``admin``).
+        self.office: object = None
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(6).hex()
 
@@ -170,7 +175,7 @@ class SyncServer:
     def reload(self) -> str:
         """Read the keys of tokens again, and say in a few words which there are; empty where
         they come from no file and no address. Raises ``ConfigError``; those in force stay then."""
-        known = self._authenticator
+        known = self.authenticator
         return known.reload().words() if isinstance(known, JwtAuthenticator) else ""
 
     # ------------------------------------------------------------ HTTP, for the app too
@@ -204,11 +209,14 @@ class SyncServer:
         """Close idle databases and purge tombstones where that is due. The app calls it by
         itself; a program that uses this object alone calls it now and then."""
         self.stores.housekeep()
-        self.registry.flush()
+        for chore in self.chores:
+            chore()
 
     def close(self) -> None:
         """Finish what is queued and close all databases. Idempotent."""
         try:
+            for end in self.at_end:
+                end()
             self.stores.close()
             self.registry.flush()
         finally:

@@ -182,6 +182,18 @@ class Stores:
         self.release(store)
         return store.database
 
+    @contextmanager
+    def looking(self, db_id: str) -> Iterator[Store | None]:
+        """As ``using``, if the database is open; who only looks does not use it, and keeps nobody
+        from closing it for being idle."""
+        store = self.try_use(db_id)
+        try:
+            yield store
+        finally:
+            if store is not None:
+                with self._lock:
+                    store.users -= 1
+
     def make(self, db_id: str) -> None:
         """Make the database, or see that it is there, also where ``create_databases`` is off.
         Raises as ``use``."""

@@ -14,6 +14,8 @@ from typing import Final
 
 from entidb.errors import SyncError
 from entidb.protocol import PushResponse
+from entidb.server.admin.local import open_door
+from entidb.server.admin.opening import office_of
 from entidb.server.live import Live
 from entidb.server.room import no_room
 from entidb.server.server import SyncServer
@@ -57,6 +59,7 @@ class Running:
             target=self._housekeep, name="entidb-housekeeper", daemon=True
         )
         self._housekeeper.start()
+        self._door = open_door(office_of(server))
 
     @asynccontextmanager
     async def line(self, db_id: str) -> AsyncIterator[None]:
@@ -109,6 +112,8 @@ class Running:
 
     def close(self) -> None:
         self._stop.set()
+        if self._door is not None:
+            self._door.close()
         self._housekeeper.join()
         self.reader.shutdown()
         self.opener.shutdown()

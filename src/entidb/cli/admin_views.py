@@ -1,0 +1,184 @@
+"""What the server's administration answers, as lines for people. Everything in it may come from
+strangers: ``say`` escapes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from entidb.cli.output import facts, plural, size_text, table, time_text
+
+Row = dict[str, Any]
+
+
+def _time(row: Row, name: str) -> str:
+    return "-" if row.get(name) is None else time_text(row[name])
+
+
+def _count(row: Row, name: str) -> str:
+    return "-" if row.get(name) is None else f"{row[name]:,}"
+
+
+def _or_none(lines: Callable[[list[Row]], Iterable[str]], rows: list[Row]) -> Iterator[str]:
+    if rows:
+        yield from lines(rows)
+    else:
+        yield "none"
+
+
+def databases(rows: list[Row]) -> Iterator[str]:
+    heads = ("name", "size", "entities", "head", "devices", "last use", "")
+    return _or_none(lambda found: table(map(_database_cells, found), heads), rows)
+
+
+def _database_cells(row: Row) -> tuple[str, ...]:
+    states = [word for word, is_so in (("open", row["open"]), ("frozen", "frozen" in row)) if is_so]
+    return (
+        row["name"],
+        size_text(row["bytes"]),
+        _count(row, "entities"),
+        _count(row, "head"),
+        f"{row['devices']:,}",
+        _time(row, "used_ms"),
+        ", ".join(states),
+    )
+
+
+def database(row: Row) -> Iterator[str]:
+    yield from facts(_database_facts(row))
+
+
+def _database_facts(row: Row) -> Iterator[tuple[str, str]]:
+    yield "name", row["name"]
+    yield "open", "yes" if row["open"] else "no"
+    yield "size", size_text(row["bytes"])
+    for name in ("entities", "head", "floor"):
+        yield name, _count(row, name)
+    yield "devices", f"{row['devices']:,}"
+    yield "last use", _time(row, "used_ms")
+    frozen = row.get("frozen")
+    if frozen is not None:
+        why = f": {frozen['reason']}" if frozen.get("reason") else ""
+        yield "frozen", f"{time_text(frozen['since_ms'])} by {frozen['by']}{why}"
+
+
+def aside(row: Row) -> Iterator[str]:
+    yield f"{row['name']} is deleted; `entidb admin undelete {row['id']}` takes it back"
+    yield f"until {time_text(row['until_ms'])}"
+
+
+def deleted(rows: list[Row]) -> Iterator[str]:
+    heads = ("id", "name", "deleted", "gone for good")
+    cells = (
+        (row["id"], row["name"], _time(row, "deleted_ms"), _time(row, "until_ms")) for row in rows
+    )
+    return _or_none(lambda _: table(cells, heads), rows)
+
+
+def devices(rows: list[Row]) -> Iterator[str]:
+    heads = ("device", "subject", "client", "last seen", "behind", "pushed", "last error", "")
+    return _or_none(lambda found: table(map(_device_cells, found), heads), rows)
+
+
+def _device_cells(row: Row) -> tuple[str, ...]:
+    device = row["device"]
+    return (
+        device["device_id"],
+        device.get("subject", ""),
+        device.get("client", "-"),
+        _time(device, "last_ms"),
+        _count(row, "behind"),
+        f"{device.get('accepted', 0):,}",
+        device.get("error", "-"),
+        "revoked" if row.get("revoked") else "",
+    )
+
+
+def revocation(row: Row) -> Iterator[str]:
+    place = f"in {row['db_id']}" if row.get("db_id") else "everywhere"
+    yield f"{row['kind']} {row['name']} is revoked {place}"
+
+
+def revoked(rows: list[Row]) -> Iterator[str]:
+    heads = ("kind", "name", "database", "since", "by", "reason")
+    cells = (
+        (
+            row["kind"],
+            row["name"],
+            row.get("db_id", "all"),
+            _time(row, "since_ms"),
+            row["by"],
+            row.get("reason", ""),
+        )
+        for row in rows
+    )
+    return _or_none(lambda _: table(cells, heads), rows)
+
+
+def changed(answer: Row) -> Iterator[str]:
+    yield "done" if answer["changed"] else "there was nothing to change"
+
+
+def keys(rows: list[Row]) -> Iterator[str]:
+    heads = ("kid", "algorithm", "ends")
+    cells = (
+        (
+            row.get("kid") or "(without a name)",
+            row["algorithm"],
+            "-" if row.get("ends") is None else time_text(round(row["ends"] * 1000)),
+        )
+        for row in rows
+    )
+    return _or_none(lambda _: table(cells, heads), rows)
+
+
+def audit(rows: list[Row]) -> Iterator[str]:
+    heads = ("time", "who", "from", "action", "database", "result", "")
+    return _or_none(lambda found: table(map(_audit_cells, found), heads), rows)
+
+
+def _audit_cells(row: Row) -> tuple[str, ...]:
+    said = [f"{name}={text}" for name, text in row.get("details", {}).items()]
+    if row.get("count") is not None:
+        said.append(plural(row["count"], "time"))
+    return (
+        _time(row, "time_ms"),
+        row["who"] or "-",
+        row["where"],
+        row["action"],
+        row.get("database", "-"),
+        row.get("result", "done"),
+        " ".join(said),
+    )
+
+
+def tasks(rows: list[Row]) -> Iterator[str]:
+    heads = ("id", "task", "database", "state", "step", "by", "ended")
+    return _or_none(lambda found: table(map(_task_cells, found), heads), rows)
+
+
+def _task_cells(row: Row) -> tuple[str, ...]:
+    step = row.get("step", "")
+    if row.get("total"):
+        step = f"{step} {row.get('done', 0):,} of {row['total']:,}"
+    return (
+        str(row["id"]),
+        row["kind"],
+        row.get("database", "all"),
+        row.get("state", "waiting"),
+        row.get("error") or step,
+        row["by"],
+        _time(row, "ended_ms"),
+    )
+
+
+def task(row: Row) -> Iterator[str]:
+    yield from facts(
+        [
+            ("task", f"{row['id']} ({row['kind']})"),
+            ("database", row.get("database", "all")),
+            ("state", row.get("state", "waiting")),
+            *((name, str(value)) for name, value in row.get("result", {}).items()),
+        ]
+    )

@@ -1,0 +1,197 @@
+"""The audit log: who changed what, when, from where; and who was refused.
+
+Lines of JSON, appended and never changed, readable for the owner alone. A file that has become
+large is put aside, and a few of those are kept. Refused logins are counted and written in the
+background, one line for many, so that nobody fills a disk by knocking.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+from msgspec import DecodeError, Struct, json
+
+from entidb.errors import DatabaseLockedError, StorageError
+from entidb.storage.directories import NO_FOLLOW
+from entidb.storage.partial import Partial
+from entidb.types import Clock
+
+logger = logging.getLogger("entidb.server")
+
+AUDIT_FILE: Final = "entidb-audit.log"
+#: Bytes of the newest file; beyond it the file is put aside. So many are kept.
+FILE_BYTES_MAX: Final = 8 * 2**20
+FILES_KEPT: Final = 4
+#: Pairs of an address and a code that are counted at once; the rest counts as one.
+_REFUSED_MAX: Final = 1000
+_IN_MEMORY: Final = 1000
+_TEXT_MAX: Final = 500
+_BACKWARDS_BYTES: Final = 64 * 1024
+
+
+class Entry(Struct, omit_defaults=True):
+    """One line. ``time_ms`` is milliseconds since 1970, ``result`` is ``done`` or an error's
+    code, ``database`` what it was about, if that is one."""
+
+    time_ms: int
+    who: str
+    where: str
+    action: str
+    result: str = "done"
+    database: str | None = None
+    details: dict[str, str] = {}
+    #: Of refused logins: how many there were since the line before.
+    count: int | None = None
+
+
+class AuditLog:
+    """Thread-safe, also beside other processes. Without a directory it keeps the newest lines."""
+
+    def __init__(self, data_dir: str | os.PathLike[str] | None, clock: Clock) -> None:
+        self._path = None if data_dir is None else os.path.join(os.fspath(data_dir), AUDIT_FILE)
+        self._clock = clock
+        self._memory: deque[Entry] = deque(maxlen=_IN_MEMORY)
+        self._writing = threading.Lock()
+        self._lock = threading.Lock()
+        self._refused: dict[tuple[str, str, str], Entry] = {}
+
+    def check(self) -> None:
+        """Raises ``StorageError`` if nothing can be written down: then nothing is to be done."""
+        if self._path is not None:
+            os.close(self._open())
+
+    def write(
+        self,
+        who: str,
+        where: str,
+        action: str,
+        *,
+        database: str | None = None,
+        result: str = "done",
+        **details: str,
+    ) -> None:
+        """Durable when it returns. Raises ``StorageError``."""
+        cut = {name: text[:_TEXT_MAX] for name, text in details.items() if text}
+        self._append(
+            [
+                Entry(
+                    time_ms=self._clock.now_ms(),
+                    who=who[:_TEXT_MAX],
+                    where=where[:_TEXT_MAX],
+                    action=action,
+                    result=result,
+                    database=database,
+                    details=cut,
+                )
+            ]
+        )
+
+    def refused(self, who: str | None, where: str | None, code: str) -> None:
+        """Count a request that was refused for its token. Costs no writing; see ``flush``."""
+        key = ((who or "")[:_TEXT_MAX], (where or "")[:_TEXT_MAX], code)
+        with self._lock:
+            if key not in self._refused and len(self._refused) >= _REFUSED_MAX:
+                key = ("", "many addresses", code)
+            entry = self._refused.get(key)
+            if entry is None:
+                now = self._clock.now_ms()
+                entry = Entry(now, key[0], key[1], "login", result=code, count=0)
+                self._refused[key] = entry
+            entry.count = (entry.count or 0) + 1
+
+    def flush(self) -> None:
+        """Write down what was refused since the last time."""
+        with self._lock:
+            found, self._refused = list(self._refused.values()), {}
+        if not found:
+            return
+        try:
+            self._append(found)
+        except StorageError as error:
+            logger.error("%d refused logins are not written down: %s", len(found), error)
+
+    def newest(self, limit: int) -> list[Entry]:
+        """The newest lines, newest first. What cannot be read is passed over."""
+        self.flush()
+        if self._path is None:
+            return list(self._memory)[: -limit - 1 : -1]
+        found: list[Entry] = []
+        for path in (self._path, *(self._aside(n) for n in range(1, FILES_KEPT + 1))):
+            for line in _backwards(path):
+                try:
+                    found.append(json.decode(line, type=Entry))
+                except (DecodeError, ValueError):
+                    logger.warning("%s has a line that is not of an audit log", path)
+                if len(found) >= limit:
+                    return found
+        return found
+
+    # ------------------------------------------------------------ the file
+
+    def _append(self, entries: list[Entry]) -> None:
+        if self._path is None:
+            self._memory.extend(entries)
+            return
+        data = b"".join(json.encode(entry) + b"\n" for entry in entries)
+        with self._writing:
+            descriptor = self._open()
+            try:
+                size = os.fstat(descriptor).st_size
+                # One write: lines of several processes do not mix.
+                os.write(descriptor, data)
+                os.fsync(descriptor)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            finally:
+                os.close(descriptor)
+            if size + len(data) > FILE_BYTES_MAX:
+                self._put_aside()
+
+    def _open(self) -> int:
+        assert self._path is not None
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW
+        try:
+            return os.open(self._path, flags, 0o600)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError(f"the audit log {self._path} cannot be written: {error.strerror}")
+
+    def _aside(self, number: int) -> str:
+        return f"{self._path}.{number}"
+
+    def _put_aside(self) -> None:
+        assert self._path is not None
+        try:
+            with Partial(self._path, "rotation"):
+                if os.stat(self._path).st_size <= FILE_BYTES_MAX:
+                    return  # another process was quicker
+                for number in range(FILES_KEPT, 1, -1):
+                    if os.path.lexists(self._aside(number - 1)):
+                        os.replace(self._aside(number - 1), self._aside(number))
+                os.replace(self._path, self._aside(1))
+        except (OSError, DatabaseLockedError) as error:
+            logger.warning("the audit log is not put aside: %s", error)
+
+
+def _backwards(path: str) -> Iterator[bytes]:
+    """The lines of a file from its end on."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
+    except OSError:
+        return  # fewer files than are kept
+    with open(descriptor, "rb") as file:
+        at, rest = os.fstat(descriptor).st_size, b""
+        while at:
+            step = min(at, _BACKWARDS_BYTES)
+            at -= step
+            file.seek(at)
+            lines = (file.read(step) + rest).split(b"\n")
+            rest = lines[0] if at else b""
+            yield from filter(None, reversed(lines[1:] if at else lines))

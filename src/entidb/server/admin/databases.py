@@ -1,0 +1,294 @@
+"""The databases of a server: list, create, freeze, rename, delete.
+
+What is deleted is put aside for a day and can be taken back. Each change is made on a database
+that is closed, and nobody can open it meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from entidb.db import Database, inspect
+from entidb.errors import ConfigError, EntiDBError
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.office import Office, unknown
+from entidb.server.config import check_db_id, db_id_of, directory_name
+from entidb.server.control import Frozen
+from entidb.server.directory import list_databases
+from entidb.server.registry import About
+from entidb.storage.directories import make_directory, sync_path
+
+logger = logging.getLogger("entidb.server")
+
+#: Where databases wait that were deleted, in the data directory; no database is called so.
+ASIDE: Final = "entidb-deleted"
+ASIDE_MS: Final = 24 * 3600 * 1000
+#: Seconds that requests under way get before a change says that the database is in use.
+WAIT_S: Final = 10.0
+_ASIDE_NAME: Final = re.compile(r"(.+\.entidb)\.([0-9]{1,15})")
+
+
+class DatabaseRow(Struct, omit_defaults=True):
+    """A database. What is known of a closed one is as old as its last use; None: not known."""
+
+    name: str
+    open: bool
+    #: Of its files.
+    bytes: int
+    devices: int
+    entities: int | None = None
+    head: int | None = None
+    floor: int | None = None
+    used_ms: int | None = None
+    frozen: Frozen | None = None
+
+
+class Aside(Struct):
+    """A database that was deleted, or that a backup took the place of; gone for good at
+    ``until_ms``."""
+
+    id: str
+    name: str
+    deleted_ms: int
+    until_ms: int
+
+
+def rows(office: Office, caller: Caller) -> list[DatabaseRow]:
+    """All databases that ``caller`` may see, in order."""
+    opened = office.stores.opened()
+    names = set(opened)
+    if office.server.config.data_dir is not None:
+        names |= set(list_databases(office.root))
+    return [_row(office, name, opened) for name in sorted(names) if caller.sees(name)]
+
+
+def row(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
+    """One database, opened for it, with its present figures. Raises ``PermissionDeniedError``."""
+    caller.check(db_id)
+    check_db_id(db_id)
+    look(office, db_id)
+    return _row(office, db_id, office.stores.opened())
+
+
+def look(office: Office, db_id: str) -> About:
+    """What there is to know of a database, which is opened for it."""
+    used_at = office.stores.opened().get(db_id)
+    known = office.registry.about(db_id)
+    with office.stores.looking(db_id) as store:
+        if store is not None:
+            return _note(office, db_id, store.database, _used_ms(office, used_at))
+    used_ms = office.clock.now_ms() if known is None else known.used_ms
+    with office.stores.using(db_id, create=False) as store:
+        return _note(office, db_id, store.database, used_ms)
+
+
+def _note(office: Office, db_id: str, database: Database, used_ms: int) -> About:
+    found = inspect(database)
+    about = About(
+        used_ms=used_ms,
+        head=found["sequence"],
+        floor=found["floor"],
+        entities=sum(each["entities"] for each in found["collections"].values()),
+    )
+    office.registry.note(db_id, about)
+    return about
+
+
+def _used_ms(office: Office, used_at: float | None) -> int:
+    now = office.clock.now_ms()
+    return now if used_at is None else now - round(1000 * (office.clock.monotonic() - used_at))
+
+
+def _row(office: Office, db_id: str, opened: dict[str, float]) -> DatabaseRow:
+    about = office.registry.about(db_id)
+    used = None if about is None else about.used_ms
+    if db_id in opened:
+        used = _used_ms(office, opened[db_id])
+    return DatabaseRow(
+        name=db_id,
+        open=db_id in opened,
+        bytes=_bytes(office, db_id),
+        devices=len(office.registry.devices(db_id)),
+        entities=None if about is None else about.entities,
+        head=None if about is None else about.head,
+        floor=None if about is None else about.floor,
+        used_ms=used,
+        frozen=office.control.decided.frozen.get(db_id),
+    )
+
+
+def _bytes(office: Office, db_id: str) -> int:
+    if office.server.config.data_dir is None:
+        return 0
+    path = office.root / directory_name(db_id)
+    try:
+        return sum(each.stat().st_size for each in os.scandir(path) if each.is_file())
+    except OSError:
+        return 0  # deleted a moment ago
+
+
+def remember(office: Office, seen: dict[str, float]) -> None:
+    """Keep what is known of open databases that were used since the last time."""
+    for name, used_at in office.stores.opened().items():
+        if seen.get(name) != used_at:
+            seen[name] = used_at
+            with office.stores.looking(name) as store:
+                if store is not None:
+                    _remember(office, name, store.database, used_at)
+
+
+def _remember(office: Office, db_id: str, database: Database, used_at: float) -> None:
+    try:
+        _note(office, db_id, database, _used_ms(office, used_at))
+    except EntiDBError as error:
+        # The next request of a device meets it too, and is told.
+        logger.warning("database %s cannot be looked at: %s", db_id, error)
+
+
+# ---------------------------------------------------------------- changes
+
+
+def create(office: Office, caller: Caller, name: str) -> DatabaseRow:
+    """Make a database. Raises ``ConfigError`` (exists), ``InvalidNameError``."""
+    caller.check(name)
+    check_db_id(name)
+    with office.change(caller, "create", name), office.changing:
+        if name in {each.name for each in rows(office, caller)}:
+            raise ConfigError(f"there is a database {name!r} already", code="exists")
+        office.stores.make(name)
+    return row(office, caller, name)
+
+
+def freeze(office: Office, caller: Caller, db_id: str, reason: str = "") -> DatabaseRow:
+    """Take no pushes any more; pulls go on."""
+    caller.check(db_id)
+    with office.change(caller, "freeze", db_id, reason=reason):
+        office.path_of(db_id)
+        frozen = Frozen(since_ms=office.clock.now_ms(), by=caller.who, reason=reason)
+        office.control.freeze(db_id, frozen)
+    return _row(office, db_id, office.stores.opened())
+
+
+def thaw(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
+    """Take pushes again."""
+    caller.check(db_id)
+    with office.change(caller, "thaw", db_id):
+        office.path_of(db_id)
+        office.control.freeze(db_id, None)
+    return _row(office, db_id, office.stores.opened())
+
+
+def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
+    """Give a database another name. Devices know it by the old one, and stop with
+    ``history_changed`` until they are told. Raises ``ConfigError`` (exists),
+    ``ServerBusyError``."""
+    caller.check(db_id)
+    caller.check(to)
+    check_db_id(to)
+    with office.change(caller, "rename", db_id, to=to), office.changing:
+        source, target = office.path_of(db_id), office.root / directory_name(to)
+        with office.stores.closed(db_id, WAIT_S), office.stores.closed(to, WAIT_S):
+            if os.path.lexists(target):
+                raise ConfigError(f"there is a database {to!r} already", code="exists")
+            office.registry.rename(db_id, to)
+            os.rename(source, target)
+            sync_path(str(office.root))
+            office.control.rename(db_id, to)
+    return _row(office, to, office.stores.opened())
+
+
+def delete(office: Office, caller: Caller, db_id: str, confirm: str) -> Aside:
+    """Put a database aside, for a day. ``confirm`` is its name once more. Raises
+    ``ConfigError`` (not_confirmed), ``ServerBusyError``."""
+    caller.check(db_id)
+    with office.change(caller, "delete", db_id), office.changing:
+        check_confirmed(db_id, confirm)
+        office.path_of(db_id)
+        with office.stores.closed(db_id, WAIT_S):
+            aside = put_aside(office, db_id)
+            office.registry.rename(db_id, None)
+            office.control.rename(db_id, None)
+    return aside
+
+
+def check_confirmed(db_id: str, confirm: str) -> None:
+    if confirm != db_id:
+        raise ConfigError(
+            f"this takes database {db_id!r} away from its devices: confirm it by its name",
+            code="not_confirmed",
+        )
+
+
+# ---------------------------------------------------------------- aside
+
+
+def put_aside(office: Office, db_id: str) -> Aside:
+    """Move the directory of a closed database out of the way."""
+    folder = office.root / ASIDE
+    make_directory(str(folder))
+    now = office.clock.now_ms()
+    while os.path.lexists(folder / f"{directory_name(db_id)}.{now}"):
+        now += 1
+    target = folder / f"{directory_name(db_id)}.{now}"
+    os.rename(office.root / directory_name(db_id), target)
+    sync_path(str(folder))
+    sync_path(str(office.root))
+    return Aside(target.name, db_id, now, now + ASIDE_MS)
+
+
+def all_aside(office: Office, caller: Caller) -> list[Aside]:
+    """What can still be taken back, newest first."""
+    found = [each for each, _ in _aside(office) if caller.sees(each.name)]
+    return sorted(found, key=lambda each: -each.deleted_ms)
+
+
+def _aside(office: Office) -> list[tuple[Aside, Path]]:
+    folder = office.root / ASIDE
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        parts = _ASIDE_NAME.fullmatch(path.name)
+        name = None if parts is None else db_id_of(parts[1])
+        if parts is not None and name is not None:
+            at = int(parts[2])
+            found.append((Aside(path.name, name, at, at + ASIDE_MS), path))
+    return found
+
+
+def take_back(office: Office, caller: Caller, identity: str) -> DatabaseRow:
+    """Put a database that was deleted back under its name. Raises ``ConfigError`` (exists) if
+    there is another one now, ``PermissionDeniedError`` (unknown_database)."""
+    found = [pair for pair in _aside(office) if pair[0].id == identity]
+    if not found or not caller.sees(found[0][0].name):
+        raise unknown(identity)
+    each, path = found[0]
+    with office.change(caller, "undelete", each.name, id=each.id), office.changing:
+        target = office.root / directory_name(each.name)
+        with office.stores.closed(each.name, WAIT_S):
+            if os.path.lexists(target):
+                raise ConfigError(
+                    f"there is a database {each.name!r} now: rename or delete that one first",
+                    code="exists",
+                )
+            os.rename(path, target)
+            sync_path(str(office.root))
+    return row(office, Caller(caller.who, caller.where), each.name)
+
+
+def clear_aside(office: Office) -> None:
+    """Remove for good what has waited for a day."""
+    if office.server.config.data_dir is None:
+        return
+    now = office.clock.now_ms()
+    for each, path in _aside(office):
+        if now >= each.until_ms:
+            if path.is_symlink():
+                path.unlink()  # what it leads to is somebody else's
+            else:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""Administration over the network: below ``/v1/admin/``, as JSON, with a token that says so.
+
+A body says that it is JSON, which no page of another origin can say without asking first. Answers
+are not to be kept by anybody on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final
+from urllib.parse import parse_qsl
+
+from msgspec import json
+
+from entidb.errors import ProtocolError, SyncTimeoutError
+from entidb.server import wire
+from entidb.server.admin.callers import caller_of
+from entidb.server.admin.office import Office
+from entidb.server.admin.openapi import DOCUMENT, document
+from entidb.server.admin.routes import BODY_BYTES_MAX, PREFIX, answer, refusal
+from entidb.server.exchange import Exchange, GoneError
+from entidb.server.room import Held
+from entidb.server.wire import HttpResponse
+
+#: Requests at once; the rest wait. Each takes a thread.
+_AT_ONCE: Final = 4
+
+
+class AdminHttp:
+    """Answers for one app. Used from its event loop."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def answer(self, exchange: Exchange, held: Held) -> HttpResponse:
+        """The answer to a request below ``PREFIX``; refusals too are JSON."""
+        office = self._office
+        try:
+            front = office.server.front
+            grants = front.authenticate(wire.bearer_token(exchange.headers))
+            exchange.subject = grants.subject
+            front.control.admit(grants)
+            caller = caller_of(
+                grants,
+                exchange.client or "unknown",
+                open_to_all=office.server.config.insecure_no_auth,
+            )
+            body = await self._read(exchange, held)
+            if exchange.path == PREFIX + DOCUMENT:
+                return _response(200, json.encode(document()))
+            async with self._turns:
+                status, data = await asyncio.to_thread(
+                    answer,
+                    office,
+                    caller,
+                    exchange.method,
+                    exchange.path,
+                    _query(exchange.query),
+                    body,
+                )
+            if status == 403:
+                exchange.code = "forbidden"
+        except GoneError:
+            raise
+        except Exception as error:
+            exchange.code = wire.said_code(office.server.front.explain(error, exchange.id))
+            status, data = refusal(error)
+            await exchange.drain(BODY_BYTES_MAX)
+        return _response(status, data)
+
+    async def _read(self, exchange: Exchange, held: Held) -> bytes:
+        wire.content_length(exchange.headers, BODY_BYTES_MAX)
+        seconds = self._office.server.config.body_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                body = b"" if exchange.body_read else await exchange.read(BODY_BYTES_MAX, held)
+        except TimeoutError as error:
+            raise SyncTimeoutError(f"the body did not arrive within {seconds:g} s") from error
+        kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != wire.JSON_TYPE and (body or exchange.method != "GET"):
+            raise ProtocolError(
+                f"the body has to be {wire.JSON_TYPE}, and say so in Content-Type",
+                code="unsupported_media_type",
+            )
+        return body
+
+
+def _query(query: bytes) -> Mapping[str, str]:
+    try:
+        return dict(parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ProtocolError("the query of this address cannot be read") from error
+
+
+def _response(status: int, data: bytes) -> HttpResponse:
+    headers = {
+        "content-type": wire.JSON_TYPE,
+        "cache-control": "no-store",
+        "x-content-type-options": "nosniff",
+    }
+    if status == 401:
+        headers["www-authenticate"] = 'Bearer realm="entidb"'
+    return HttpResponse(status, headers, data)

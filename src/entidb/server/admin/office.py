@@ -1,0 +1,148 @@
+"""What all of administration shares: the server, the audit log, the tasks. One for each server.
+
+What has to be done now and then is done with the server's own housekeeping.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+from entidb.db import Database
+from entidb.errors import EntiDBError, PermissionDeniedError, ServerError
+from entidb.protocol import ErrorResponse
+from entidb.server.admin.audit import AuditLog
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.tasks import Tasks
+from entidb.server.auth import Authenticator, Grants
+from entidb.server.config import ServerConfig, check_db_id, directory_name
+from entidb.server.control import Control
+from entidb.server.registry import Registry
+from entidb.types import Clock
+
+
+class OpenStore(Protocol):
+    """A database that is open."""
+
+    @property
+    def database(self) -> Database: ...
+
+
+S_co = TypeVar("S_co", bound=OpenStore, covariant=True)
+
+
+class Databases(Protocol[S_co]):
+    """What is needed of ``stores``."""
+
+    def opened(self) -> dict[str, float]: ...
+    def looking(self, db_id: str) -> AbstractContextManager[S_co | None]: ...
+    def using(self, db_id: str, *, create: bool) -> AbstractContextManager[S_co]: ...
+    def make(self, db_id: str) -> None: ...
+    def closed(self, db_id: str, wait_s: float) -> AbstractContextManager[None]: ...
+
+
+class Front(Protocol):
+    """What is needed of ``front``."""
+
+    @property
+    def control(self) -> Control: ...
+    def authenticate(self, token: str | None) -> Grants: ...
+    def explain(self, error: Exception, rid: str) -> ErrorResponse: ...
+
+
+class Served(Protocol):
+    """What is needed of a ``SyncServer``, which knows nothing of administration."""
+
+    office: object
+
+    @property
+    def config(self) -> ServerConfig: ...
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def stores(self) -> Databases[OpenStore]: ...
+    @property
+    def front(self) -> Front: ...
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def authenticator(self) -> Authenticator: ...
+    @property
+    def chores(self) -> list[Callable[[], None]]: ...
+    @property
+    def at_end(self) -> list[Callable[[], None]]: ...
+    def reload(self) -> str: ...
+
+
+class Office:
+    """Opened by ``opening``. Thread-safe."""
+
+    def __init__(self, server: Served) -> None:
+        self.server: Final = server
+        self.clock: Final = server.clock
+        self.stores: Final[Databases[OpenStore]] = server.stores
+        self.control: Final = server.front.control
+        self.registry: Final = server.registry
+        self.audit: Final = AuditLog(server.config.data_dir, server.clock)
+        self.tasks: Final = Tasks(server.clock)
+        #: One change of databases at a time, such as a rename and a delete of the same.
+        self.changing: Final = threading.Lock()
+        #: Called with each housekeeping, by rooms that have something to do then.
+        self.chores: Final[list[Callable[[], None]]] = [self.audit.flush]
+        self.at_end: Final[list[Callable[[], None]]] = []
+        server.chores.append(self._do_chores)
+        server.at_end.append(self._close)
+
+    @property
+    def root(self) -> Path:
+        """Where the databases are. Raises ``ServerError`` for a server in memory."""
+        if self.server.config.data_dir is None:
+            raise ServerError("this server keeps its databases in memory", code="not_on_disk")
+        return Path(self.server.config.data_dir)
+
+    def path_of(self, db_id: str) -> Path:
+        """The directory of a database that is there. Raises ``InvalidNameError``, and
+        ``PermissionDeniedError`` (unknown_database)."""
+        check_db_id(db_id)
+        path = self.root / directory_name(db_id)
+        if not path.is_dir():
+            raise unknown(db_id)
+        return path
+
+    @contextmanager
+    def change(
+        self, caller: Caller, action: str, db_id: str | None = None, **details: str
+    ) -> Iterator[None]:
+        """A change inside the block: it is not made if it cannot be written down, and what came
+        of it is written down."""
+        self.audit.check()
+        result = "internal_error"
+        try:
+            yield
+            result = "done"
+        except EntiDBError as error:
+            result = error.code
+            raise
+        finally:
+            self.audit.write(
+                caller.who, caller.where, action, database=db_id, result=result, **details
+            )
+
+    def _do_chores(self) -> None:
+        for chore in self.chores:
+            chore()
+
+    def _close(self) -> None:
+        for end in self.at_end:
+            end()
+        self.tasks.close()
+        self.audit.flush()
+
+
+def unknown(db_id: str) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"there is no database {db_id!r} on this server", code="unknown_database"
+    )

@@ -1,0 +1,168 @@
+"""``entidb admin``: the same beside a server and from afar, and nothing steers a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entidb.server import Grants, ServerConfig, SyncServer, mint_token, serving
+from tests.cli.support import document, done, entidb, failed
+from tests.server.support import DEVICE, SECRET, handshake
+
+pytestmark = pytest.mark.process
+
+
+class Place:
+    """A running server, and the words that lead to it."""
+
+    def __init__(self, root: Path, url: str, server: SyncServer, face: str) -> None:
+        self.root, self.url, self.server = root, url, server
+        token = mint_token(SECRET, subject="ada", databases={}, claims={"admin": True})
+        (root / "token").write_text(token)
+        (root / "token").chmod(0o600)
+        afar = ("--url", url, "--token-file", root / "token")
+        self.words: tuple[object, ...] = afar if face == "url" else ("--dir", root / "data")
+
+    def __call__(self, *words: object, **named: Any) -> str:
+        return done("admin", *self.words, *words, **named)
+
+    def json(self, *words: object) -> Any:
+        return document(self(*words, "--json"))
+
+    def fails(self, code: int, name: str, *words: object) -> str:
+        return failed(entidb("admin", *self.words, *words), code, name)
+
+
+@pytest.fixture(params=["dir", "url"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    (tmp_path / "secret").write_bytes(SECRET)
+    config = ServerConfig(data_dir=tmp_path / "data", jwt_secret_file=tmp_path / "secret")
+    with SyncServer(config) as server, serving(server) as url:
+        yield Place(tmp_path, url, server, request.param)
+
+
+def test_a_database_is_made_frozen_renamed_deleted_and_taken_back(place: Place):
+    assert place("databases") == "none\n"
+    assert place.json("create", "shop")["name"] == "shop"
+    assert "moving" in place("freeze", "shop", "--reason", "moving")
+    assert "frozen" in place("databases")
+    assert "frozen" not in place("thaw", "shop")
+    assert place.json("rename", "shop", "store")["name"] == "store"
+    place.fails(2, "not_confirmed", "delete", "store", "--confirm", "shop")
+    identity = place.json("delete", "store", "--confirm", "store")["id"]
+    assert identity in place("deleted")
+    assert "store" in place("undelete", identity)
+    place.fails(3, "unknown_database", "show", "shop")
+    place.fails(2, "invalid_name", "create", "../shop")
+    place.fails(2, "exists", "create", "store")
+    log = place("audit")
+    for word in ("create", "freeze", "thaw", "rename", "delete", "undelete", "not_confirmed"):
+        assert word in log
+
+
+def test_a_delete_asks_for_the_name(place: Place):
+    place("create", "shop")
+    assert "undelete" in place("delete", "shop", stdin="shop\n")
+    assert place("databases") == "none\n"
+
+
+def test_who_is_locked_out_is_listed_and_let_in_again(place: Place):
+    place("create", "shop")
+    assert "everywhere" in place("revoke", "device", DEVICE.hex(), "--reason", "stolen")
+    assert "in shop" in place("revoke", "subject", "ada", "--database", "shop")
+    assert "stolen" in place("revoked")
+    assert {each["kind"] for each in place.json("revoked")} == {"device", "subject"}
+    assert place("allow", "device", DEVICE.hex()) == "done\n"
+    assert place("allow", "device", DEVICE.hex()) == "there was nothing to change\n"
+    place.fails(2, "invalid_config", "revoke", "device", "xyz")
+    place.fails(2, "usage", "revoke", "person", "xyz")
+
+
+def test_devices_keys_and_tasks_are_shown(place: Place):
+    place("create", "shop")
+    assert place("devices", "shop") == "none\n"
+    grants = Grants("bob\x1b[31m", {}, {"jti": "t1"})
+    place.server.registry.heard(handshake(), grants, code="busy", client="entidb/9")
+    shown = place("devices", "shop")
+    assert DEVICE.hex() in shown and "busy" in shown
+    assert "\x1b" not in shown
+    (row,) = place.json("devices", "shop")
+    assert (row["device"]["subject"], row["behind"]) == ("bob\x1b[31m", 0)
+    assert "HS256" in place("keys")
+    assert "HS256" in place("reload")
+    assert place("tasks") == "none\n"
+    place.fails(3, "not_found", "cancel", "7")
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    said = failed(entidb("admin", "--dir", tmp_path / "data", "tasks"), 5, "transport_error")
+    assert "no server of this machine serves" in said
+    said = failed(entidb("admin", "--url", "http://127.0.0.1:9", "tasks"), 5, "transport_error")
+    assert "cannot be reached" in said
+    failed(entidb("admin", "tasks"), 2, "usage")
+    failed(entidb("admin", "--url", "ftp://x", "tasks"), 2, "usage")
+
+
+def test_a_token_does_not_cross_a_network_in_the_clear(tmp_path: Path):
+    url = "http://sync.example.org"
+    failed(entidb("admin", "--url", url, "tasks", ENTIDB_ADMIN_TOKEN="a.b.c"), 2, "insecure_token")
+
+
+def test_a_token_that_does_not_administer_is_refused(tmp_path: Path):
+    (tmp_path / "secret").write_bytes(SECRET)
+    (tmp_path / "secret").chmod(0o600)
+    config = ServerConfig(data_dir=tmp_path / "data", jwt_secret_file=tmp_path / "secret")
+    key = ("--secret-file", tmp_path / "secret", "--subject", "ada")
+    with serving(config) as url:
+        words = ("admin", "--url", url, "tasks")
+        plain = done("token", *key, "--database", "shop").strip()
+        failed(entidb(*words, ENTIDB_ADMIN_TOKEN=plain), 6, "forbidden")
+        failed(entidb(*words), 6, "unauthorized")
+        everything = done("token", *key, "--admin").strip()
+        assert done(*words, ENTIDB_ADMIN_TOKEN=everything) == "none\n"
+        some = done("token", *key, "--admin-of", "shop", "--admin-of", "log").strip()
+        assert done(*words, ENTIDB_ADMIN_TOKEN=some) == "none\n"
+        keys = ("admin", "--url", url, "keys")
+        failed(entidb(*keys, ENTIDB_ADMIN_TOKEN=some), 6, "forbidden")
+    failed(entidb("token", *key), 2, "usage")
+    failed(entidb("token", *key, "--database", "shop", "--claim", "admin=true"), 2, "usage")
+
+
+def test_what_answers_in_the_place_of_a_server_is_not_believed(tmp_path: Path):
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    seen: list[str | None] = []
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("authorization"))
+            redirect = self.path.endswith("tasks")
+            self.send_response(302 if redirect else 200)
+            self.send_header("location", f"http://localhost:{self.server.server_port}/elsewhere")  # type: ignore[attr-defined]
+            self.end_headers()
+            self.wfile.write(b"<html>\x1b[31m")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{page.server_port}"
+        for command in ("tasks", "databases"):
+            result = entidb("admin", "--url", url, command, ENTIDB_ADMIN_TOKEN="a.b.c")
+            failed(result, 5, "unexpected_answer")
+        page.shutdown()
+    assert len(seen) == 2  # the redirect was not followed
+
+
+def test_json_is_what_the_server_answers(place: Place):
+    place("create", "shop")
+    (row,) = place.json("databases")
+    assert set(row) >= {"name", "open", "bytes", "devices"}
+    assert json.dumps(row)
