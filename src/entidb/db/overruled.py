@@ -140,17 +140,18 @@ _DECIDED: Final = {
 # ---------------------------------------------------------------- keeping
 
 
+#: As ``Keeper.add`` takes it.
+_Decided = tuple[Ref, Origin, Origin, bytes, Sequence[Overruled], int]
+
+
 class Keeper:
     """What one commit decides against: ``add`` it as it is decided, ``store`` it at the end."""
 
     def __init__(self, writer: Writer, at_ms: int) -> None:
         self._writer = writer
         self._at_ms = at_ms
-        self._next = 0
-        #: Whether it was the server's, collection, entity, and the value as a row holds it.
-        self._values: list[tuple[bool, int, bytes, bytes]] = []
-        self._names: dict[int, bytes] = {}
-        self._places: dict[Path, bytes] = {}
+        #: As they came. One commit may decide thousands: ``store`` encodes them together.
+        self._values: list[_Decided] = []
 
     def add(
         self,
@@ -162,71 +163,80 @@ class Keeper:
         decided_by: int = BY_POLICY,
     ) -> None:
         """Keep what this device (``mine``) or the server (``theirs``) lost about one entity."""
-        # Thousands may be decided in one commit, so there is no object for each.
-        collection, entity_id = ref
-        name = self._names.get(collection) or self._encoded_name(collection)
-        number = self._next or read_head(self._writer).next
-        for side, path, payload, won, base in lost:
-            place = self._places.get(path) or self._encoded_path(path)
-            remote = side is _REMOTE
-            head = pack_overruled(
-                number,
-                remote,
-                decided_by,
-                entity_id,
-                *(theirs + mine if remote else mine + theirs),
-                transaction_id,
-                len(name),
-                len(place),
-                -1 if payload is None else len(payload),
-                -1 if won is None else len(won),
-                -1 if base is None else len(base),
-            )
-            value = b"".join((head, name, place, payload or b"", won or b"", base or b""))
-            self._values.append((remote, collection, entity_id, value))
-            number += 1
-        self._next = number
-
-    def _encoded_name(self, collection: int) -> bytes:
-        name = self._names[collection] = self._writer.catalogue.by_number[collection].name.encode()
-        return name
-
-    def _encoded_path(self, path: Path) -> bytes:
-        place = self._places[path] = cbor.encode(list(path))
-        return place
+        self._values.append((ref, mine, theirs, transaction_id, lost, decided_by))
 
     def drop_remote(self, refs: Set[Ref]) -> None:
         """The server's side of these entities has not lost after all."""
-        self._values = [
-            each for each in self._values if not (each[0] and (each[1], each[2]) in refs)
-        ]
+        for at, (ref, mine, theirs, transaction_id, lost, decided_by) in enumerate(self._values):
+            if ref in refs:
+                own = [each for each in lost if each[0] is not _REMOTE]
+                self._values[at] = (ref, mine, theirs, transaction_id, own, decided_by)
 
     def store(self) -> int:
         """Put everything into the commit; returns how many values."""
-        values, self._values = [each[3] for each in self._values], []
-        if not values:
+        decided, self._values = self._values, []
+        if not any(lost for *_, lost, _ in decided):
             return 0
-        row: list[bytes] = []
-        size = 0
-        for value in values:
-            row.append(value)
-            size += len(value)
-            if len(row) >= _ROW_VALUES or size >= _ROW_BYTES:
-                self._put_row(row)
-                row, size = [], 0
-        if row:
-            self._put_row(row)
         head = read_head(self._writer)
         if not head.count:
             head.oldest_ms = self._at_ms
-        head.next = self._next
-        head.count += len(values)
+        count_before = head.count
+        row: list[bytes] = []
+        size = 0
+        for value in self._encoded(decided, head.next):
+            row.append(value)
+            size += len(value)
+            if size >= _ROW_BYTES or len(row) >= _ROW_VALUES:
+                self._put_row(head, row)
+                row, size = [], 0
+        if row:
+            self._put_row(head, row)
+        made = head.count - count_before
         _put_head(self._writer, head)
-        return len(values)
+        return made
 
-    def _put_row(self, values: list[bytes]) -> None:
-        key = sequence_key(OVERRULED, unpack_u64(values[0][:8]))
-        self._writer.put(key, pack_u64(self._at_ms) + b"".join(values))
+    def _encoded(self, decided: list[_Decided], number: int) -> Iterator[bytes]:
+        """Each value as a row holds it; the first gets ``number``."""
+        by_number = self._writer.catalogue.by_number
+        names: dict[int, bytes] = {}
+        places: dict[Path, bytes] = {}
+        for (collection, entity_id), mine, theirs, transaction_id, lost, decided_by in decided:
+            name = names.get(collection)
+            if name is None:
+                name = names[collection] = by_number[collection].name.encode()
+            for side, path, payload, won, base in lost:
+                place = places.get(path)
+                if place is None:
+                    place = places[path] = cbor.encode(list(path))
+                remote = side is _REMOTE
+                device, timestamp, version = theirs if remote else mine
+                lost_to_device, lost_to_timestamp, lost_to_version = mine if remote else theirs
+                fixed = pack_overruled(
+                    number,
+                    remote,
+                    decided_by,
+                    entity_id,
+                    device,
+                    timestamp,
+                    version,
+                    lost_to_device,
+                    lost_to_timestamp,
+                    lost_to_version,
+                    transaction_id,
+                    len(name),
+                    len(place),
+                    -1 if payload is None else len(payload),
+                    -1 if won is None else len(won),
+                    -1 if base is None else len(base),
+                )
+                yield b"".join((fixed, name, place, payload or b"", won or b"", base or b""))
+                number += 1
+
+    def _put_row(self, head: OverruledHead, values: list[bytes]) -> None:
+        row = b"".join((pack_u64(self._at_ms), *values))
+        self._writer.put(sequence_key(OVERRULED, head.next), row)
+        head.next += len(values)
+        head.count += len(values)
 
 
 def read_head(view: Writer) -> OverruledHead:

@@ -212,8 +212,7 @@ def overruled_by(resolution: ConflictResolution, conflict: Conflict) -> Sequence
     if action is Action.KEEP_LOCAL:
         if remote in (base, local):
             return ()
-        size = len(base or b"") + len(local or b"") + len(remote or b"")
-        if size <= _WHOLE_BYTES_MAX:
+        if len(base or b"") + len(local or b"") + len(remote or b"") <= _WHOLE_BYTES_MAX:
             return ((Side.REMOTE, (), remote, local, base),)
     value = {Action.KEEP_LOCAL: local, Action.ACCEPT_REMOTE: remote}.get(action, resolution.payload)
     return [

@@ -157,7 +157,10 @@ class Outcomes(Chains):
         if not lost:
             return
         transaction = step.transaction
-        mine = self._writer.device_id, self._clamp(transaction.timestamp), 0
+        timestamp = transaction.timestamp
+        if timestamp > self._timestamp_max:
+            timestamp = self._clamp(timestamp)
+        mine = self._writer.device_id, timestamp, 0
         theirs = remote.device_id, remote.timestamp, remote.version
         self._keeper.add(ref, mine, theirs, transaction.transaction_id, lost, decided_by)
 
