@@ -44,8 +44,9 @@ from entidb.testing.between import BetweenApplier
 from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
-from entidb.testing.host import Tenant
+from entidb.testing.host import Host
 from entidb.testing.losers import Limits
+from entidb.testing.tenant import Tenant
 from entidb.testing.watch import Context, DeviceWatch
 from entidb.testing.workload import COLLECTIONS, DRAFTS, combined_fields, policies
 from entidb.testing.world import World, WorldClock
@@ -78,10 +79,16 @@ class Device:
     durable = "LOCAL-DURABLE"
 
     def __init__(
-        self, world: World, name: str, tenant: Tenant, records: Mapping[bytes, bytes] | None
+        self,
+        world: World,
+        name: str,
+        host: Host,
+        tenant: Tenant,
+        records: Mapping[bytes, bytes] | None,
     ) -> None:
         self.world = world
         self.name = name
+        self.host = host
         self.tenant = tenant
         self.rng = world.stream(f"device {name}")
         self.entropy = world.stream(f"entropy of {name}").randbytes
@@ -132,7 +139,7 @@ class Device:
 
     def renew_token(self) -> None:
         write = not self.gateway.read_only
-        self.token = self.tenant.host.token(self.tenant, self.granted, write=write)
+        self.token = self.host.token(self.tenant, self.granted, write=write)
 
     def rates(self) -> dict[str, int]:
         return {name: getattr(self.world.knobs, name) for name in COMMIT_FAULTS}
@@ -578,8 +585,7 @@ class Device:
         token = self.token
         if not world.quiet and self.rng.random() * 1000 < world.knobs.wrong_token:
             world.fired("wrong_token")
-            host = self.tenant.host
-            token = host.token(self.rng.choice(host.tenants))
+            token = self.host.token(self.rng.choice(self.host.tenants))
             if self.rng.random() < 0.3:
                 token = token[:-3]
         for delay, data in world.network.deliveries(self.name, "up", body, world.now):
@@ -604,7 +610,7 @@ class Device:
             )
 
     def _arrive(self, exchange: Exchange, path: str, token: str, data: bytes, whole: bool) -> None:
-        host = self.tenant.host
+        host = self.host
         refusal = self.gateway.refusal(path, data)
         if refusal is not None:
             self.world.after(1, lambda: self._heard(exchange, refusal))

@@ -19,8 +19,9 @@ from typing import Final
 from entidb.db.maintenance import dump, verify
 from entidb.testing.checkers import Violation
 from entidb.testing.device import Device
-from entidb.testing.host import Host, Tenant
+from entidb.testing.host import Host
 from entidb.testing.knobs import Knobs
+from entidb.testing.tenant import Tenant
 from entidb.testing.world import Options, World
 
 Row = tuple[str, bytes, int, bytes]
@@ -39,6 +40,7 @@ _WORLD_FAULTS: Final = (
     "read_only",
 )
 DEVICES_MAX = 10
+HOUSEKEEPING_MS = 5_000
 #: Rounds of the quiet phase: in each every device syncs once and every person decides once.
 QUIET_ROUNDS_MAX = 60
 #: Scheduled events of one quiet round at most: a device that never ends would show here.
@@ -106,7 +108,7 @@ class Simulation:
         self.devices: list[Device] = []
         for index in range(self.knobs.devices):
             tenant = self.host.tenants[index % len(self.host.tenants)]
-            self.devices.append(Device(world, f"d{index}", tenant, None))
+            self.devices.append(Device(world, f"d{index}", self.host, tenant, None))
 
     # ------------------------------------------------------------ the two phases
 
@@ -131,6 +133,7 @@ class Simulation:
             self._schedule_device(device)
         for tenant in self.host.tenants:
             self._often(1000, partial(self._server_life, tenant))
+        self._often(HOUSEKEEPING_MS, self.host.housekeep)
         if any(getattr(knobs, name) for name in _WORLD_FAULTS):
             self._often(200, self._world_life)
 
@@ -247,7 +250,7 @@ class Simulation:
         name = f"{device.name}c{len(self.devices)}"
         self.world.tell(f"{name} is a copy of {device.name}")
         records, context = device.save()
-        made = Device(self.world, name, device.tenant, records)
+        made = Device(self.world, name, self.host, device.tenant, records)
         made.watch.adopt(made.storage.records, context)
         self.devices.append(made)
         self._schedule_device(made)

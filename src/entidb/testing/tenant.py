@@ -1,0 +1,390 @@
+"""One database of a simulated run's server: what befalls its files, and what it may answer.
+
+Requests come to it through ``host``; what it holds is opened and closed by the real ``Stores``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from entidb import cbor, protocol
+from entidb.db import Database, Role
+from entidb.db.maintenance import purge_tombstones
+from entidb.db.records import META_FORMAT, META_IDENTITY, encode_format
+from entidb.errors import (
+    PermissionDeniedError,
+    ServerBusyError,
+    StorageError,
+    SyncCodecError,
+    SyncError,
+)
+from entidb.protocol import (
+    HandshakeRequest,
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    SyncRequest,
+)
+from entidb.server.front import Front
+from entidb.server.hooks import Grant
+from entidb.server.service import HISTORIES_MAX
+from entidb.server.stores import Store
+from entidb.storage import MemoryStorage
+from entidb.testing.checkers import ServerWatch
+from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
+from entidb.testing.oracle import Histories, History
+from entidb.testing.watch import DeviceWatch
+from entidb.testing.workload import INVALID, Workload
+from entidb.testing.world import World
+
+#: As many as a server believes in an hour, and one less.
+PUT_BACKS_MAX = HISTORIES_MAX - 1
+
+#: Told how a request was answered: whether it worked, and the bytes.
+Reply = Callable[[bool, bytes], None]
+
+
+class Process(Protocol):
+    """The server that a database belongs to."""
+
+    world: World
+    front: Front
+
+    def start(self) -> None:
+        """Another process takes the place of this one."""
+        ...
+
+    def answer(self, tenant: Tenant, reply: Reply, data: bytes) -> None: ...
+
+    def refuse(self, reply: Reply, error: Exception) -> None: ...
+
+
+class Tenant:
+    """One database of the server, with its oracle."""
+
+    #: What the names of its storage faults begin with.
+    faults_begin = "server_"
+    durable = "SERVER-DURABLE"
+
+    def __init__(self, host: Process, index: int) -> None:
+        self.host = host
+        self.world = world = host.world
+        self.name = self.db_id = f"tenant{index}"
+        #: In every payload of this database, and never in an answer for another.
+        self.canary = f"<{'alpha' if index == 0 else 'omega'}>"
+        self.histories = Histories()
+        self.entropy = world.stream(f"entropy of {self.db_id}").randbytes
+        self.workload = Workload(world.stream(f"work on {self.db_id}"), world.knobs, self.canary)
+        #: Pushes that wait for their group, and how many of it have been refused.
+        self.queue: list[tuple[PushRequest, Grant, Reply]] = []
+        self._refused = 0
+        #: Codes for which transactions were truly refused, each with a push of which nothing was
+        #: decided.
+        self.refused: dict[bytes, set[str]] = {}
+        #: As ``files``, made with ``entidb backup``.
+        self.backup: tuple[MemoryStorage, History, int, int] | None = None
+        self.restores = 0
+        #: That became durable, of whatever process.
+        self.commits = 0
+        #: Files that somebody has copied, with what they are a copy of: history, head, floor.
+        self.files: tuple[MemoryStorage, History, int, int] | None = None
+        self.put_backs = 0
+        #: The files were put back, and nobody has shown that yet (R29).
+        self.unproven = False
+        #: Of the devices that synchronise with it.
+        self.device_watches: list[DeviceWatch] = []
+        self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
+        self.watch.any_refusal = world.options.validate is not None
+        #: Files that no process has opened yet.
+        self._placed: FaultyStorage | None = world.new_store(self, None)
+        self.storage = self._placed
+
+    def open(self) -> Database:
+        """What a process finds that opens this database: only what is durable is left."""
+        storage, self._placed = self._placed, None
+        if storage is None:
+            self.world.trace("server opens again", self.db_id)
+            storage = self.world.reopen_store(self)
+        storage.armed = False
+        self.storage = storage
+        database = Database(
+            storage,
+            role=Role.SERVER,
+            clock=self.world.server_clock,
+            entropy=self.entropy,
+            stale_rows_max=self.world.knobs.stale_rows,
+        )
+        storage.armed = not self.world.quiet
+        return database
+
+    def begin(self) -> None:
+        """The first process has opened it."""
+        history = self.database.history
+        assert history is not None
+        self.watch.history = self.histories.begin(history)
+
+    @property
+    def database(self) -> Database:
+        """For what looks at it from outside; opened if need be."""
+        with self.host.front.stores.using(self.db_id, create=True) as store:
+            return store.database
+
+    def _place(self, records: Mapping[bytes, bytes]) -> None:
+        """Other files lie there now: no process of before has them open."""
+        self._placed = self.world.new_store(self, records)
+        self.host.start()
+
+    def stored(
+        self,
+        batch: Mapping[bytes, bytes | None],
+        old: Mapping[bytes, bytes | None],
+        records: Mapping[bytes, bytes],
+    ) -> None:
+        self.commits += 1
+        if self.unproven and META_IDENTITY in batch:
+            identity = cbor.decode_trusted(records[META_IDENTITY])["history"]
+            self._begin(identity)
+        self.watch.on_commit(batch, old, records)
+
+    def _begin(self, identity: bytes) -> None:
+        """The server has begun another history, as it is (R29)."""
+        old = self.watch.history
+        self.world.checks.that(
+            self.histories.get(identity) is None,
+            "ORDER",
+            f"{self.db_id} began a history that devices know",
+        )
+        self.world.trace("history begins", self.db_id, old.head)
+        self.watch.history = old.fork(identity, old.head, old.floor)
+        self.histories.add(self.watch.history)
+        self.unproven = False
+
+    def rates(self) -> dict[str, int]:
+        knobs = self.world.knobs
+        return {name: getattr(knobs, f"server_{name}", 0) for name in COMMIT_FAULTS}
+
+    # ------------------------------------------------------------ backup, restore, care
+
+    def make_backup(self) -> None:
+        self.world.trace("backup", self.db_id)
+        copy = self.storage.copy([(META_FORMAT, encode_format(backup=True))])
+        history = self.watch.history
+        self.backup = copy, history, history.head, history.floor
+
+    def restore(self) -> None:
+        """The backup comes to life, with a history of its own (R29)."""
+        assert self.backup is not None
+        copy, old, head, floor = self.backup
+        seen = self.watch.history.head
+        self.unproven = False
+        self._place(read_records(copy))
+        identity = self.database.history
+        assert identity is not None
+        self.restores += 1
+        self.world.checks.that(
+            self.histories.get(identity) is None,
+            "ORDER",
+            f"{self.db_id} came back from a backup under a history that devices know",
+        )
+        self.world.trace("restored", self.db_id, head)
+        self.world.tell(
+            f"{self.db_id} is restored from the backup at {head}; devices had seen {seen}"
+        )
+        self.watch.history = old.fork(identity, head, floor)
+        self.histories.add(self.watch.history)
+
+    # ------------------------------------------------------------ files put back by hand (R29)
+
+    def copy_files(self) -> None:
+        """Somebody copies the files, who does not know of ``entidb backup``."""
+        self.world.trace("copied", self.db_id)
+        history = self.watch.history
+        self.files = self.storage.copy(), history, history.head, history.floor
+
+    def may_be_put_back(self) -> bool:
+        """Whether some device would notice. Where none has seen more than the files hold, they
+        are the present state, as far as anybody knows."""
+        if self.files is None or self.put_backs >= PUT_BACKS_MAX:
+            return False
+        _, history, head, _ = self.files
+        return self._provers(history.identity, head)
+
+    def _provers(self, identity: bytes, head: int) -> bool:
+        return any(
+            watch.history is not None
+            and watch.history.identity == identity
+            and watch.cursor > head
+            and not watch.resetting
+            for watch in self.device_watches
+        )
+
+    def put_back(self) -> None:
+        """The copy is back, under the history it had. Devices that have seen more keep to the
+        oracle of that history as it was; the server goes on from another, which ends earlier."""
+        assert self.files is not None
+        copy, history, head, floor = self.files
+        self.files = None
+        self.put_backs += 1
+        self.watch.history = history.fork(history.identity, head, floor)
+        self._place(read_records(copy))
+        self.world.trace("put back", self.db_id, head)
+        self.world.tell(f"the files of {self.db_id} are put back to {head}")
+        self.unproven = True
+
+    def hears(self, request: SyncRequest) -> bool:
+        """After the files were put back, the first that gets through is one that proves it. (If
+        another did, nobody could know that it and those with the other past have parted.)"""
+        if not self.unproven:
+            return True
+        identity, head = self.watch.history.identity, self.watch.history.head
+        if request.history == identity and request.cursor > head:
+            return True
+        if not self._provers(identity, head):
+            # Those that could have were reset or restored meanwhile: the operator sees to it.
+            self._guarded(lambda database: database.begin_history(10**6, 1))
+        return False
+
+    def proved(self, grant: Grant) -> None:
+        """A request that proves it was answered."""
+        believed = grant.read and grant.write and grant.collections is None
+        self.world.checks.that(
+            not (self.unproven and believed),
+            "ORDER",
+            f"{self.db_id} was shown a commit above its head, and kept its history",
+        )
+
+    def purge(self, up_to: int) -> None:
+        self.world.trace("purge", self.db_id, up_to)
+        self.world.tell(f"{self.db_id} purges tombstones up to {up_to}")
+        self._guarded(lambda database: purge_tombstones(database, up_to))
+
+    def program_writes(self) -> None:
+        """A program on the server commits a transaction (R11)."""
+        self._guarded(self._write)
+        self.watch.program = None
+
+    def _write(self, database: Database) -> None:
+        with database.transaction() as tx:
+            for name, key, value in self.workload.transaction():
+                collection = tx.collection(name)
+                if value is None:
+                    collection.discard(key)
+                else:
+                    collection[key] = value
+            writes = [
+                ((name, entity_id), payload)
+                for name, ids in tx.writes.items()
+                for entity_id, payload in ids.items()
+            ]
+            self.world.trace("program", self.db_id, len(writes))
+            self.watch.program = writes
+            tx.commit()
+
+    def _guarded(self, action: Callable[[Database], object]) -> None:
+        try:
+            with self.host.front.stores.using(self.db_id, create=False) as store:
+                action(store.database)
+        except Crash:
+            self.host.start()
+        except (StorageError, ServerBusyError) as error:
+            # Nothing was changed, or nobody knows; the program tries again another day.
+            self.world.trace("program refused", self.db_id, error.code)
+
+    # ------------------------------------------------------------ requests
+
+    def read(self, store: Store, request: HandshakeRequest | PullRequest, grant: Grant) -> bytes:
+        """The answer of the front, which is checked before anybody hears of it."""
+        try:
+            data = self.host.front.read(store, request, grant)
+        except SyncError as error:
+            if isinstance(request, PullRequest):
+                self.watch.on_refusal(request, error)
+            self.proved(grant)
+            raise
+        self.proved(grant)
+        if isinstance(request, PullRequest):
+            response = protocol.decode(PullResponse, data)
+            self.watch.on_pull(request, response, grant.collections)
+        return data
+
+    def push(self, store: Store, request: PushRequest, grant: Grant, reply: Reply) -> None:
+        self.queue.append((request, grant, reply))
+        try:
+            self.host.front.push(store, request, grant, self._decided)
+        except SyncError:
+            self.queue.pop()
+            raise
+
+    def decide(self, work: Callable[[], None]) -> None:
+        """Have what has queued up decided as one group (R16)."""
+        world, count = self.world, len(self.queue)
+        self.watch.members = [request for request, _, _ in self.queue]
+        self.watch.head_before = self.watch.history.head
+        if count > 1:
+            world.fired("group")
+        before, unknown = self.effects(), world.faults["server_commit_unknown"]
+        self._refused = 0
+        try:
+            work()
+        except Crash:
+            world.tell(f"{self.db_id} crashes while deciding {count} pushes")
+            self.host.start()
+            return
+        finally:
+            self.watch.members = []
+        if self._refused == count and world.faults["server_commit_unknown"] == unknown:
+            self.unchanged(before)
+
+    def _decided(self, answer: PushResponse | SyncError) -> None:
+        """The group commit says what became of the first in the queue."""
+        request, grant, reply = self.queue.pop(0)
+        if isinstance(answer, SyncError):
+            self._refused += 1
+            if answer.code not in ("storage_error", "storage_full"):
+                self.proved(grant)
+                self.watch.on_refusal(request, answer)
+            self.host.refuse(reply, answer)
+            return
+        self.proved(grant)
+        self.watch.on_push(
+            request, answer, self.storage.records, grant.collections, may_write=grant.write
+        )
+        self.host.answer(self, reply, protocol.encode(answer))
+
+    def forbid(self, request: PushRequest) -> None:
+        for transaction in request.transactions:
+            self.refused.setdefault(transaction.transaction_id, set()).add("forbidden")
+
+    def refuse_as_before(self, request: PushRequest, grant: Grant) -> None:
+        """A server of 0.3 refuses a push whole for a missing right, or for one invalid payload."""
+        if not grant.write:
+            self.world.fired("older_server")
+            self.forbid(request)
+            raise PermissionDeniedError("the token does not allow writing to this database")
+        mark = INVALID.encode()
+        invalid = [
+            transaction.transaction_id
+            for transaction in request.transactions
+            if any(mark in (op.payload or b"") for op in transaction.operations)
+        ]
+        if invalid:
+            self.world.fired("invalid")
+            for identity in invalid:
+                self.refused.setdefault(identity, set()).add("codec_error")
+            raise SyncCodecError(f"transaction {invalid[0].hex()} is not canonical")
+
+    def effects(self) -> tuple[int, bytes]:
+        """What an error must not change; but for a history that begins, which has to be durable
+        before the error that says so."""
+        return self.commits, self.watch.history.identity
+
+    def unchanged(self, before: tuple[int, bytes]) -> None:
+        commits, identity = before
+        begun = self.watch.history.identity != identity
+        self.world.checks.that(
+            self.commits == commits + begun,
+            "NO-EFFECT",
+            f"{self.db_id} changed its store and answered with an error",
+        )
