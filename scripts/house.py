@@ -25,9 +25,7 @@ SOURCE: Final = Path(__file__).parent.parent / "src" / "entidb"
 MODULE_LINES_MAX: Final = 500
 #: Modules that are still above the bound, with the size they may have at most. A line leaves this
 #: table when the module has been cut into rooms; none may come in.
-LARGE: Final[Mapping[str, int]] = {
-    "testing/device.py": 720,
-}
+LARGE: Final[Mapping[str, int]] = {}
 #: Circles that are still there, each as its modules in order. One leaves this set when it has been
 #: taken apart; none may come in.
 CIRCLES: Final = frozenset[tuple[str, ...]]()

@@ -12,6 +12,7 @@ invariant noticed and after how many seeds. By subject:
     waiting     what waits for a person: discarded, overruled, in conflict
     deciding    how the server decides about a push
     serving     the server's pages, its group commits, and what an error does to others
+    running     how syncs are run, and the server's groups and stores
     histories   histories, floors, tenants and backups of the server
     ages        programs of different ages, and a server that stores newer shapes
 """
@@ -31,6 +32,7 @@ for _room in (
     "waiting",
     "deciding",
     "serving",
+    "running",
     "histories",
     "ages",
 ):

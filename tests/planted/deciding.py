@@ -18,7 +18,7 @@ from entidb.types import SEQUENCE_MAX
 from tests.planted.garden import CALM, WILD, Garden, bug
 
 
-@bug("history-kept-after-the-proof", "ORDER", knobs=CALM | {"put_back": 80})
+@bug("history-kept-after-the-proof", "ORDER", "LIVENESS", knobs=CALM | {"put_back": 80})
 def _history_kept(garden: Garden) -> None:
     """A server whose files were put back tells only those who can prove it."""
     garden.replace(Database, "begin_history", lambda original: lambda self, times, within: False)

@@ -13,6 +13,7 @@ from entidb.errors import (
     ResetRequiredError,
     SyncError,
 )
+from entidb.protocol import PullResponse, decode, operations_count
 from entidb.server import decide, pages, service
 from entidb.server.auth import Grants
 from entidb.server.hooks import Grant
@@ -120,20 +121,21 @@ def _token_opens_everything(garden: Garden) -> None:
 @bug("pages-shared-between-databases", "TENANT", knobs=CALM | {"tenants": 2, "devices": 4})
 def _pages_shared(garden: Garden) -> None:
     """Pages are cached by cursor, and the database is left out of the key."""
-    pages: dict[tuple[int, bool, str], Any] = {}
+    pages: dict[tuple[int, bool, str], tuple[str, bytes]] = {}
 
     def make(original: Any) -> Any:
-        def pull(self: DatabaseService, request: Any, grant: Grant) -> Any:
-            page = original(self, request, grant)
+        def pull_bytes(self: DatabaseService, request: Any, grant: Grant) -> Any:
+            raw = original(self, request, grant)
+            page = decode(PullResponse, raw)
             key = (request.cursor, request.columns, str(request.collections))
-            if page.commits or page.columns is not None:
-                known = pages.setdefault(key, (self.db_id, page))
-                return known[1] if known[0] != self.db_id else page
-            return page
+            if operations_count(page):
+                known = pages.setdefault(key, (self.db_id, raw))
+                return known[1] if known[0] != self.db_id else raw
+            return raw
 
-        return pull
+        return pull_bytes
 
-    garden.replace(DatabaseService, "pull", make)
+    garden.replace(DatabaseService, "pull_bytes", make)
 
 
 @bug("own-gap-jumped", "ORDER", "PREFIX", knobs=CALM | {"push_operations_max": 1})
@@ -213,6 +215,7 @@ def _versions_outlive_their_history(garden: Garden) -> None:
 @bug(
     "superseded-takes-what-is-below",
     "NO-SILENT-LOSS",
+    "CLOCK",
     knobs=CALM
     | {
         "events": 2000,

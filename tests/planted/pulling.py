@@ -48,7 +48,7 @@ def _cursor_one_short(garden: Garden) -> None:
         )
 
 
-@bug("base-not-replaced", "PREFIX")
+@bug("base-not-replaced", "PREFIX", "NO-SILENT-LOSS")
 def _base_not_replaced(garden: Garden) -> None:
     """A pulled change to an entity with pending changes leaves its old base."""
     garden.replace(Writer, "set_base", lambda original: lambda self, ref, row, base: None)

@@ -239,6 +239,7 @@ def _narrower_grant_drops(garden: Garden) -> None:
     "NO-LOST-UPDATE",
     "NO-RESURRECTION",
     "PREFIX",
+    "NO-FALSE-CONFLICT",
     knobs=_GRANTED | {"purge": 80, "pull_operations_max": 2},
 )
 def _absence_counts(garden: Garden) -> None:

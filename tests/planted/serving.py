@@ -20,7 +20,7 @@ from entidb.errors import (
 from entidb.protocol import PushResult, Verdict
 from entidb.server import decide, pages
 from entidb.server.service import DatabaseService
-from entidb.testing import host
+from entidb.testing import tenant
 from tests.planted.garden import CALM, WILD, Garden, bug
 
 
@@ -82,7 +82,7 @@ def _purge_leaves_stale_rows(garden: Garden) -> None:
 
         return purge
 
-    garden.replace(host, "purge_tombstones", make)
+    garden.replace(tenant, "purge_tombstones", make)
 
 
 @bug(

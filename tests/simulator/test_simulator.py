@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from entidb.errors import ConfigError
-from entidb.sync import Conflict, ConflictResolution
+from entidb.server.front import Front
+from entidb.server.group_commit import GroupCommitter
+from entidb.server.stores import Store, Stores
+from entidb.sync import Conflict, ConflictResolution, SyncEngine
+from entidb.sync.attempts import Attempts
+from entidb.sync.drive import Drive
 from entidb.testing import knobs as knob
 from entidb.testing.__main__ import main
 from entidb.testing.batch import run_seeds, shrink
@@ -22,6 +29,16 @@ from tests.planted import BUGS, planted
 SEEDS = int(os.environ.get("ENTIDB_SIMULATOR_SEEDS", "1000"))
 JOBS = min(2, os.cpu_count() or 1)
 CALM = {"events": 150, "devices": 2, "keys": 5, "lmdb": 0}
+#: The simulator has no copy of these.
+RUN_BY_SEEDS: dict[type, tuple[str, ...]] = {
+    SyncEngine: ("course", "cancel", "reset", "resolve", "_check_cancelled", "_enter"),
+    Attempts: ("run", "_begin", "_forget", "_pause"),
+    Drive: ("go_on",),
+    Front: ("authenticate", "decode", "permit", "use", "read", "push", "explain"),
+    Stores: ("use", "release", "_open", "_drop_broken", "housekeep", "_close"),
+    Store: ("report", "close"),
+    GroupCommitter: ("submit", "_take", "_commit", "stop"),
+}
 
 
 @pytest.mark.slow
@@ -39,6 +56,33 @@ def test_every_invariant_is_checked_by_ordinary_runs():
     unchecked = [name for name in INVARIANTS if not summary.checks[name]]
     # SAME-SEED compares whole runs, below.
     assert unchecked == ["SAME-SEED"]
+
+
+def test_a_few_seeds_run_what_ships_of_the_engine_and_of_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    calls: Counter[str] = Counter()
+
+    def count(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            calls[f"{owner.__name__}.{name}"] += 1
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, names in RUN_BY_SEEDS.items():
+        for name in names:
+            count(owner, name)
+    for seed in range(8):
+        assert simulate(seed).invariant is None
+    for seed in range(3):
+        assert simulate(seed, Options({"server_disk_full": 100, "attempts": 3})).invariant is None
+    expected = {
+        f"{owner.__name__}.{name}" for owner, names in RUN_BY_SEEDS.items() for name in names
+    }
+    assert expected == set(calls)
 
 
 @pytest.mark.parametrize("seed", [3, 17, 42])

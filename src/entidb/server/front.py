@@ -10,8 +10,8 @@ it holds for all three. Nothing here knows of HTTP, and nothing starts a thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from msgspec.structs import replace
@@ -114,11 +114,9 @@ class Front:
         except PermissionDeniedError as error:
             raise self._missing(request, grant, error) from error
 
-    @contextmanager
-    def using(self, request: SyncRequest, grant: Grant) -> Iterator[Store]:
+    def using(self, request: SyncRequest, grant: Grant) -> AbstractContextManager[Store]:
         """``use`` around a block; a storage error in it is reported."""
-        with self.stores.holding(self.use(request, grant)) as store:
-            yield store
+        return self.stores.holding(self.use(request, grant))
 
     def _missing(
         self, request: SyncRequest, grant: Grant, error: PermissionDeniedError
@@ -141,7 +139,8 @@ class Front:
         """The encoded answer to what stores nothing, but for a history that begins (R29)."""
         if isinstance(request, HandshakeRequest):
             return encode(self.handshake(store, request, grant))
-        return self.idle(store, request, grant) or self.page(store, request, grant)
+        idle = store.service.idle_pull(request, grant)
+        return self.page(store, request, grant) if idle is None else encode(idle)
 
     def handshake(self, store: Store, request: HandshakeRequest, grant: Grant) -> HandshakeResponse:
         answer = store.service.handshake(request, grant)

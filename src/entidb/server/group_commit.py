@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from entidb.errors import EntiDBError, ServerBusyError, ServerError, SyncError
 from entidb.protocol import PushRequest, PushResponse
 from entidb.server.hooks import Grant
-from entidb.server.service import DatabaseService
 
 Done = Callable[[PushResponse | SyncError], None]
 Member = tuple[PushRequest, Grant, Done]
@@ -23,6 +23,16 @@ Schedule = Callable[[Callable[[], None]], None]
 
 #: Transactions decided in one commit at most: bounds how long the first member waits.
 GROUP_TRANSACTIONS_MAX = 10_000
+
+
+class Decider(Protocol):
+    """What decides pushes, all of them in one commit: a ``DatabaseService``."""
+
+    db_id: str
+
+    def push_many(
+        self, members: Sequence[tuple[PushRequest, Grant]]
+    ) -> list[PushResponse | SyncError]: ...
 
 
 class GroupCommitter:
@@ -36,7 +46,7 @@ class GroupCommitter:
 
     def __init__(
         self,
-        service: DatabaseService,
+        service: Decider,
         *,
         queue_max: int = 1000,
         group_transactions_max: int = GROUP_TRANSACTIONS_MAX,

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from entidb.db import Database, purge_tombstones
@@ -151,11 +151,9 @@ class Stores:
             store.users -= 1
             store.used_at = self._clock.monotonic()
 
-    @contextmanager
-    def using(self, db_id: str, *, create: bool) -> Iterator[Store]:
+    def using(self, db_id: str, *, create: bool) -> AbstractContextManager[Store]:
         """``use`` and ``release`` around a block; a storage error in it is reported."""
-        with self.holding(self.use(db_id, create=create)) as store:
-            yield store
+        return self.holding(self.use(db_id, create=create))
 
     @contextmanager
     def holding(self, store: Store) -> Iterator[Store]:

@@ -1,35 +1,115 @@
-"""The loop that does a cycle's I/O over a transport, and how it is interrupted.
+"""The loop that does the I/O a ``sync()`` asks for, and what does it over a transport that waits.
 
-It knows nothing of retries, states or threads of its own; those are ``engine``'s.
+    Attempts ── request, hint, pause ──▶ Drive ──▶ Courier ──┬── Driver: waits for a SyncTransport
+             ◀─ answer or error ───────                      └── the way of a simulated device
+
+There is one such loop: of the blocking engine, of the asyncio engine, whose cycles run on a thread
+of their own, and of the simulator, whose answers come later. It knows nothing of retries, states or
+threads of its own; those are ``attempts``' and ``engine``'s.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import Protocol
 
-from entidb.errors import SyncError
+from msgspec import Struct
+
 from entidb.protocol import SyncRequest, SyncResponse
-from entidb.sync.cycle import Cycle
-from entidb.sync.exchange import Ahead
+from entidb.sync.exchange import Ahead, Step
 from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.state import SyncCycleResult
 from entidb.sync.transport import SyncTransport
 
 
-class Driver:
-    """Drives cycles over ``transport``, one at a time. ``check`` raises to cancel."""
+class Pause(Struct, frozen=True):
+    """Nothing is to be done for so many ``seconds``, or until somebody asks for it; never before
+    ``asked_for_s``, which the server asked for."""
 
-    def __init__(self, transport: SyncTransport, check: Callable[[], None]) -> None:
+    seconds: float
+    asked_for_s: float
+
+
+#: One ``sync()`` from its beginning to its end: what it asks for, and what it is answered.
+Course = Generator[Step | Pause, SyncResponse | None, SyncCycleResult]
+
+
+class Courier(Protocol):
+    """Does what a course asks for. ``send`` and ``pause`` are done when they return, or will be:
+    then they return None and False, and whoever drives goes on with the outcome later."""
+
+    def begin(self) -> bool:
+        """A cycle begins: what was interrupted or sent ahead before it does not count. Whether the
+        connection of before still is one; if not, a handshake is due (R10)."""
+        ...
+
+    def send(self, request: SyncRequest) -> SyncResponse | None: ...
+
+    def send_ahead(self, request: SyncRequest) -> None: ...
+
+    def forget_ahead(self) -> None: ...
+
+    def pause(self, pause: Pause) -> bool: ...
+
+    def interrupt(self) -> None:
+        """End what is under way; from any thread, also in a signal handler."""
+        ...
+
+
+class Drive(Struct):
+    """One course under way."""
+
+    course: Course
+    courier: Courier
+
+    def go_on(self, outcome: SyncResponse | BaseException | None = None) -> SyncCycleResult | None:
+        """Do what the course asks for, beginning with the ``outcome`` of what it asked for last.
+        Returns its result, or None while an outcome is awaited; raises what the course raises."""
+        course, courier = self.course, self.courier
+        while True:
+            try:
+                if isinstance(outcome, BaseException):
+                    step = course.throw(outcome)
+                else:
+                    step = course.send(outcome)
+            except StopIteration as end:
+                result: SyncCycleResult = end.value
+                return result
+            outcome = None
+            try:
+                if isinstance(step, Ahead):
+                    courier.send_ahead(step.request)
+                elif isinstance(step, Pause):
+                    if not courier.pause(step):
+                        return None
+                else:
+                    outcome = courier.send(step)
+                    if outcome is None:
+                        return None
+            except BaseException as failed:  # the course puts away what it holds, and raises it
+                outcome = failed
+
+
+class Driver:
+    """The ``Courier`` over a transport: what it is asked for is done when it returns. ``check``
+    raises to cancel, ``pause`` waits."""
+
+    def __init__(
+        self,
+        transport: SyncTransport,
+        check: Callable[[], None],
+        pause: Callable[[Pause], None],
+    ) -> None:
         self._transport = transport
         self._check = check
+        self._pause = pause
         self._interrupts = Interrupts()
         self._interrupt_transport = getattr(transport, "interrupt", None)
         #: A ``send`` that was left to itself, of a transport that cannot be interrupted.
         self._left_alone: threading.Event | None = None
 
-    def begin(self) -> None:
-        """Forget what was interrupted or sent ahead before. Call it before each cycle."""
+    def begin(self) -> bool:
         # An interrupt counts until here. What is cancelled after it is interrupted after it, and
         # what was cancelled before it ends at the first look at the flag, before any request.
         self._interrupts.clear()
@@ -39,34 +119,24 @@ class Driver:
             self._interrupts.wait(self._left_alone)
             self._left_alone = None
         self._transport.forget_ahead()
+        return self._transport.connected
 
-    def drive(self, cycle: Cycle) -> SyncCycleResult:
-        """Do the I/O a cycle asks for: the whole of what a driver is."""
-        flow = cycle.run()
-        response: SyncResponse | None = None
-        error: SyncError | None = None
-        while True:
-            try:
-                step = flow.throw(error) if error is not None else flow.send(response)
-            except StopIteration as end:
-                result: SyncCycleResult = end.value
-                return result
-            response, error = None, None
-            try:
-                if isinstance(step, Ahead):
-                    self._transport.send_ahead(step.request)
-                else:
-                    response = self._send(step)
-            except SyncError as failed:
-                error = failed
+    def send_ahead(self, request: SyncRequest) -> None:
+        self._transport.send_ahead(request)
+
+    def forget_ahead(self) -> None:
+        self._transport.forget_ahead()
+
+    def pause(self, pause: Pause) -> bool:
+        self._pause(pause)
+        return True
 
     def interrupt(self) -> None:
-        """End a request that is under way; from any thread, also in a signal handler."""
         if self._interrupt_transport is not None:
             self._interrupt_transport()
         self._interrupts.interrupt()
 
-    def _send(self, request: SyncRequest) -> SyncResponse:
+    def send(self, request: SyncRequest) -> SyncResponse:
         if self._interrupt_transport is not None:
             return self._transport.send(request)
         self._left_alone = over = threading.Event()
@@ -80,3 +150,6 @@ class Driver:
         response = self._interrupts.call(work, "entidb-transport")
         self._left_alone = None
         return response
+
+
+__all__ = ["Courier", "Course", "Drive", "Driver", "Pause"]

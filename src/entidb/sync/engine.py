@@ -1,6 +1,6 @@
-"""The blocking engine: drives cycles over a transport, retries, tells listeners, runs in the
-background. What a cycle does is ``cycle``'s, the I/O it asks for ``drive``'s; when to try again is
-``RetryConfig``'s.
+"""The blocking engine: drives cycles over a transport, tells listeners, runs in the background.
+What a cycle does is ``cycle``'s, the I/O it asks for ``drive``'s, when it is tried again
+``attempts``'.
 """
 
 from __future__ import annotations
@@ -20,28 +20,22 @@ from entidb.errors import (
     SyncStateError,
 )
 from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.attempts import Attempts
 from entidb.sync.config import SyncConfig
-from entidb.sync.cycle import Cycle
 from entidb.sync.decisions import Decisions
-from entidb.sync.drive import Driver
-from entidb.sync.exchange import Connection
+from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import acting_thread
 from entidb.sync.listening import Listeners, ProgressListener, StateListener
-from entidb.sync.refusal import kept_back_error
 from entidb.sync.state import (
     SyncCycleResult,
     SyncProgress,
     SyncState,
-    SyncStats,
     SyncStatus,
     check_move,
 )
 from entidb.sync.transport import SyncTransport
 from entidb.types import Clock, SystemClock, kind_name
-
-#: Bounded parts of replaced tables removed after a cycle; the rest waits for the next one.
-TIDY_STEPS = 50
 
 #: Seconds until a background engine whose device was revoked asks again by itself (R32).
 REVOKED_PAUSE_S = 3600.0
@@ -102,10 +96,7 @@ class SyncEngine(Decisions):
         except BaseException:
             self.database.detach_engine(self)
             raise
-        self.stats = SyncStats()
         self._clock: Clock = clock or SystemClock()
-        self._random = random_source or random.Random()
-        self._connection = Connection()
         self._state = SyncState.IDLE
         self._cycle_lock = threading.Lock()
         #: Of the cycle in progress. Together with ``_cycle_thread`` under ``_running_lock``, which
@@ -119,13 +110,26 @@ class SyncEngine(Decisions):
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._ending: threading.Thread | None = None
-        self._driver = Driver(self.transport, self._check_cancelled)
         self._listeners = Listeners()
-        self._last_success_ms: int | None = None
-        self._last_error: EntiDBError | None = None
+        self._courier = self._make_courier()
+        self._attempts = Attempts(
+            applier,
+            config,
+            self._courier,
+            self._clock,
+            random_source or random.Random(),
+            enter=self._enter,
+            progress=self._tell_progress,
+            check=self._check_cancelled,
+            cancelled=lambda: self._cancel.is_set(),
+        )
+        self.stats = self._attempts.stats
         self._next_try_at: float | None = None
         self._closed = False
         self._detached = False
+
+    def _make_courier(self) -> Courier:
+        return Driver(self.transport, self._check_cancelled, self._pause)
 
     # ------------------------------------------------------------ cycles
 
@@ -137,13 +141,22 @@ class SyncEngine(Decisions):
         ``SyncStateError`` if a cycle is running in another thread. Whatever it raises, nothing
         pending is lost and the next call goes on from there (R9).
         """
-        return self.run_cycle(threading.Event())
+        result = Drive(self.course(threading.Event()), self._courier).go_on()
+        assert result is not None, "what waits for a transport has the answer when it returns"
+        return result
 
     def run_cycle(
         self, cancelled: threading.Event, stopped: threading.Event | None = None
     ) -> SyncCycleResult:
         """As ``sync``, with the event that ``cancel_cycle`` takes: one that is set already, or
         ``stopped``, ends the cycle before it begins."""
+        result = Drive(self.course(cancelled, stopped), self._courier).go_on()
+        assert result is not None, "what waits for a transport has the answer when it returns"
+        return result
+
+    def course(self, cancelled: threading.Event, stopped: threading.Event | None = None) -> Course:
+        """What ``run_cycle`` drives, for a driver that is no transport. No other begins before
+        its end, or before it is closed."""
         self._check_not_closed()
         if not self._cycle_lock.acquire(blocking=False):
             raise SyncStateError("a sync cycle is running already; wait for it or cancel() it")
@@ -153,7 +166,13 @@ class SyncEngine(Decisions):
                     cancelled.set()
                 self._cancel = cancelled
                 self._cycle_thread = threading.get_ident()
-            return self._sync_with_retries()
+            return (yield from self._attempts.run())
+        except EntiDBError:
+            raise  # the state says what became of it
+        except BaseException:
+            # Not ours, such as a listener's own bug; the listeners are not asked about it.
+            self._state = SyncState.ERROR
+            raise
         finally:
             self._next_try_at = None
             with self._running_lock:
@@ -179,105 +198,29 @@ class SyncEngine(Decisions):
             if self._cycle_thread is None or self._cancel is not cancelled:
                 return
             self._nudge.set()
-            self._driver.interrupt()
+            self._courier.interrupt()
 
     def _check_not_closed(self) -> None:
         if self._closed:
             raise DatabaseClosedError("this sync engine is closed; make another one")
 
-    def _sync_with_retries(self) -> SyncCycleResult:
-        began = self._clock.monotonic()
-        attempt = 1
-        while True:
-            try:
-                result = self._one_cycle()
-            except SyncCancelledError:
-                self._enter(SyncState.IDLE)
-                raise
-            except EntiDBError as error:
-                if isinstance(error, SyncError) and self._cancel.is_set():
-                    # Whatever a request that was cut off says of it.
-                    self._enter(SyncState.IDLE)
-                    raise SyncCancelledError("cancelled; sync again to go on from here") from error
-                self._failed(error)
-                if not error.retryable or attempt >= self.config.retry.attempts_max:
-                    self._enter(SyncState.ERROR)
-                    raise
-                self._wait(attempt, error)
-                attempt += 1
-                continue
-            except BaseException:
-                # Not ours, such as a listener's own bug; the listeners are not asked about it.
-                self._state = SyncState.ERROR
-                raise
-            result.attempts = attempt
-            result.duration_s = self._clock.monotonic() - began
-            self.stats.add(result)
-            self._last_success_ms = self._clock.now_ms()
-            kept = result.kept_back
-            # The cycle has done all it could, and somebody has to hear of what it could not.
-            self._last_error = kept_back_error(kept) if kept else None
-            return result
-
-    def _one_cycle(self) -> SyncCycleResult:
-        self._driver.begin()
-        if not self.transport.connected:
-            self._connection.forget()
-        cycle = Cycle(
-            self.applier,
-            self.config,
-            self._connection,
-            enter=self._enter,
-            progress=self._tell_progress,
-            check=self._check_cancelled,
-        )
-        try:
-            result = self._driver.drive(cycle)
-        except SyncError as error:
-            self.transport.forget_ahead()
-            if error.code in ("history_changed", "version_mismatch", "invalid_message"):
-                self._connection.forget()
-            raise
-        except BaseException:
-            self.transport.forget_ahead()
-            raise
-        for _ in range(TIDY_STEPS):
-            if not self.applier.tidy():
-                break
-        return result
-
-    def _wait(self, attempt: int, error: EntiDBError) -> None:
-        self._nudge.clear()  # before listeners hear of the wait, who may wake it
-        self._enter(SyncState.RETRY_WAIT)
-        self.stats.retries += 1
-        retry_after = error.retry_after if isinstance(error, SyncError) else None
-        delay = self.config.retry.delay_s(attempt, self._random.random(), retry_after=retry_after)
-        asked_for = min(retry_after or 0.0, self.config.retry.retry_after_max_s)
-        self._pause(delay, asked_for)
-        if self._cancel.is_set():
-            self._enter(SyncState.IDLE)
-            raise SyncCancelledError("cancelled while waiting to try again")
-        self._wake.clear()  # the attempt that begins now is what was asked for
-
-    def _pause(self, seconds: float, asked_for_s: float) -> None:
+    def _pause(self, pause: Pause) -> None:
         """Until woken or cancelled; what the server asked for is waited for also when woken."""
         began = self._clock.monotonic()
-        self._next_try_at = began + seconds
+        self._next_try_at = began + pause.seconds
         if not self._cancel.is_set():
-            self._clock.wait(self._nudge, seconds)
-            left = began + asked_for_s - self._clock.monotonic()
+            self._clock.wait(self._nudge, pause.seconds)
+            left = began + pause.asked_for_s - self._clock.monotonic()
             if left > 0 and self._nudge.is_set() and not self._cancel.is_set():
-                self._next_try_at = began + asked_for_s
+                self._next_try_at = began + pause.asked_for_s
                 self._clock.wait(self._cancel, left)
         self._next_try_at = None
-
-    def _failed(self, error: EntiDBError) -> None:
-        self.stats.failures += 1
-        self._last_error = error
+        if not self._cancel.is_set():
+            self._wake.clear()  # the attempt that begins now is what was asked for
 
     def note_error(self, error: EntiDBError) -> None:
         """Show ``error`` in ``status()``: for whoever runs cycles in the background."""
-        self._last_error = error
+        self._attempts.last_error = error
 
     def _check_cancelled(self) -> None:
         if self._cancel.is_set():
@@ -298,6 +241,8 @@ class SyncEngine(Decisions):
         if state is old:
             return
         check_move(old, state)
+        if state is SyncState.RETRY_WAIT:
+            self._nudge.clear()  # before listeners hear of the wait, who may wake it
         self._state = state
         if self._listeners.state:
             self._listeners.tell(self._listeners.state, old, state)
@@ -323,7 +268,7 @@ class SyncEngine(Decisions):
         """What is waiting, what went wrong, what comes next."""
         head = self.database.read_head()
         state = self.applier.state()
-        error, at = self._last_error, self._next_try_at
+        error, at = self._attempts.last_error, self._next_try_at
         return SyncStatus(
             state=self._state,
             pending=head.ready,
@@ -333,7 +278,7 @@ class SyncEngine(Decisions):
             cursor=state.reached,
             db_id=state.db_id,
             history=None if state.history is None else state.history.hex(),
-            last_success_ms=self._last_success_ms,
+            last_success_ms=self._attempts.last_success_ms,
             last_error=None if error is None else str(error),
             last_error_code=None if error is None else error.code,
             next_retry_s=None if at is None else max(0.0, at - self._clock.monotonic()),
@@ -350,7 +295,7 @@ class SyncEngine(Decisions):
             raise SyncStateError("reset() inside a sync cycle: call it when the cycle is over")
         with self._cycle_lock:
             self.applier.reset(keep)
-            self._connection.forget()
+            self._attempts.connection.forget()
 
     # ------------------------------------------------------------ background
 
@@ -431,7 +376,7 @@ class SyncEngine(Decisions):
 
     def pause_s(self) -> float:
         """Seconds between this turn in the background and the next."""
-        error = self._last_error
+        error = self._attempts.last_error
         revoked = error is not None and error.code == "revoked"
         return max(self.config.interval_s, REVOKED_PAUSE_S if revoked else 0.0)
 

@@ -1,4 +1,4 @@
-"""An applier that lets other threads act between its steps, for the simulator.
+"""An applier and an engine that let other threads act between their steps, for the simulator.
 
 Threads of an application may commit, or change the scope, between any two storage commits of a
 cycle. The real applier holds the writer's lock only inside a step, so what happens before a step
@@ -8,13 +8,16 @@ covers everything that can happen in between.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from entidb.db.adopt import adopt_step
 from entidb.db.replica import Stage
 from entidb.protocol import PullRequest, PullResponse, PushResponse
-from entidb.sync import DatabaseApplier, RebaseReport
+from entidb.sync import DatabaseApplier, RebaseReport, SyncConfig, SyncEngine, SyncTransport
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
+from entidb.sync.cycle import Cycle
+from entidb.sync.drive import Courier
+from entidb.sync.exchange import Connection
 
 
 class BetweenApplier(DatabaseApplier):
@@ -73,4 +76,42 @@ class BetweenApplier(DatabaseApplier):
         super().restart_stage(full=full)
 
 
-__all__ = ["BetweenApplier"]
+class BetweenEngine(SyncEngine):
+    """The real engine over a courier that does not wait; ``between`` is called between two steps
+    of a cycle, and may cancel it."""
+
+    def __init__(
+        self,
+        config: SyncConfig,
+        courier: Courier,
+        applier: DatabaseApplier,
+        *,
+        between: Callable[[], None],
+        **options: Any,
+    ) -> None:
+        self._between = between
+        # It is driven from outside, and never sends by itself.
+        super().__init__(config, cast(SyncTransport, courier), applier, **options)
+
+    def _make_courier(self) -> Courier:
+        return cast(Courier, self.transport)
+
+    def _check_cancelled(self) -> None:
+        self._between()
+        super()._check_cancelled()
+
+    @property
+    def connection(self) -> Connection:
+        return self._attempts.connection
+
+    @property
+    def cycle(self) -> Cycle:
+        """The newest one."""
+        assert self._attempts.cycle is not None
+        return self._attempts.cycle
+
+    def tidy_at_most(self, steps: int) -> None:
+        self._attempts.tidy_steps = steps
+
+
+__all__ = ["BetweenApplier", "BetweenEngine"]

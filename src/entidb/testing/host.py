@@ -8,7 +8,11 @@ an error is explained by the front, and after a storage error the stores open th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 from entidb import protocol
 from entidb.db import Database
@@ -17,9 +21,10 @@ from entidb.protocol import PushRequest, SyncRequest
 from entidb.server.auth import JwtAuthenticator
 from entidb.server.config import ServerConfig
 from entidb.server.front import Front
-from entidb.server.hooks import Refusal, ValidateContext, ValidateTransaction
+from entidb.server.hooks import NO_SCHEMA, Refusal, ValidateContext, ValidateTransaction
 from entidb.server.minting import mint_token
 from entidb.server.stores import Stores
+from entidb.testing.ages import ServerAge, refuse_as_before
 from entidb.testing.faults import Crash
 from entidb.testing.tenant import Reply, Tenant
 from entidb.testing.workload import PolicyFailure, validate
@@ -46,6 +51,7 @@ class Host:
         self._authenticator = JwtAuthenticator(
             SECRET, "HS256", audience=AUDIENCE, clock=world.server_clock
         )
+        self.age = ServerAge(world, "the server")
         self._config = ServerConfig(
             data_dir=None,
             authenticator=self._authenticator,
@@ -66,13 +72,22 @@ class Host:
         self._life += 1
         for tenant in self.tenants:
             tenant.queue.clear()
+        config = self._configured()
         stores = Stores(
-            self._config,
+            config,
             clock=self.world.server_clock,
             open_database=self._open,
             schedule=self._schedule,
         )
-        self.front = Front(self._config, authenticator=self._authenticator, stores=stores)
+        self.front = Front(config, authenticator=self._authenticator, stores=stores)
+
+    def _configured(self) -> ServerConfig:
+        schema = self.age.schema()
+        if schema is NO_SCHEMA:
+            return self._config
+        return replace(
+            self._config, schema=schema.number, schema_min=schema.least, upcast=schema.upcast
+        )
 
     def _open(self, db_id: str, create: bool) -> Database:
         return self._tenant(db_id).open()
@@ -117,6 +132,14 @@ class Host:
         self._issued[made] = tenant
         return made
 
+    def any_token(self, rng: random.Random) -> str:
+        return self.token(rng.choice(self.tenants))
+
+    @contextmanager
+    def using(self, tenant: Tenant, *, create: bool) -> Iterator[Database]:
+        with self.front.stores.using(tenant.db_id, create=create) as store:
+            yield store.database
+
     def receive(self, path: str, token: str, body: bytes, reply: Reply) -> None:
         """One request, as bytes."""
         before = [tenant.effects() for tenant in self.tenants]
@@ -151,13 +174,14 @@ class Host:
             return
         if isinstance(request, PushRequest):
             if self.world.knobs.older_server or self.world.knobs.invalid:
-                tenant.refuse_as_before(request, grant)
+                refuse_as_before(self.world, tenant.refused, request, grant)
             self._pushed_to = tenant
-            tenant.push(front.use(request, grant), request, grant, reply)
+            store = front.use(request, grant)
+            tenant.push(partial(front.push, store, request, grant), request, grant, reply)
             return
         # Reading stores nothing, but for a history that begins (R29).
         with front.using(request, grant) as store:
-            data = tenant.read(store, request, grant)
+            data = tenant.read(partial(front.read, store, request, grant), request, grant)
         self.answer(tenant, reply, data)
 
     def _schedule(self, work: Callable[[], None]) -> None:

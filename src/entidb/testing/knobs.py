@@ -52,6 +52,7 @@ class Knobs:
     push_operations_max: int = 5000
     push_bytes_max: int = 4 << 20
     rounds_max: int = 5
+    attempts: int = 1  # of one sync
     policy_notes: int = 0  # index into POLICY_NAMES
     policy_pairs: int = 0
     policy_carts: int = 3
@@ -282,6 +283,7 @@ def draw(seed: int) -> Knobs:
     own = stream(seed, "what is mostly so")
     chosen["singles"] = own.choice((0, 0, 0, 950))
     chosen["adopt_rows"] = own.choice((2_000, 2_000, 4))
+    chosen["attempts"] = stream(seed, "attempts").choice((1, 1, 2, 5))
     return Knobs(**chosen)
 
 

@@ -165,8 +165,8 @@ class Simulation:
             return
         if knobs.put_back and rng.random() * 100 < max(10, 2 * knobs.put_back):
             self._put_files_back(tenant)
-        if tenant.age.look(knobs):
-            tenant.reopen()
+        if self.host.age.look(knobs):
+            self.host.start()
         if rng.random() * 200 < knobs.server_writes:
             self.world.fired("server_writes")
             tenant.program_writes()
@@ -270,7 +270,7 @@ class Simulation:
             if device.granted is not None and self.rng.random() < 0.5:
                 device.granted = None
             device.gateway.open()
-            device.connection.path.try_again()
+            device.engine.connection.path.try_again()
             device.renew_token()
         self._drain()
 
@@ -288,7 +288,7 @@ class Simulation:
         for _ in range(rounds):
             busy = False
             for device in self.devices:
-                while device.watch.open_conflicts and device.flow is None:
+                while device.watch.open_conflicts and device.drive is None:
                     device.person()
                     busy = True
                 self.world.after(self.rng.randrange(50), device.begin_cycle)

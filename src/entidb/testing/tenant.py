@@ -6,6 +6,8 @@ Requests come to it through ``host``; what it holds is opened and closed by the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 from entidb import cbor, protocol
@@ -13,10 +15,8 @@ from entidb.db import Database, Role
 from entidb.db.maintenance import purge_tombstones
 from entidb.db.records import META_FORMAT, META_IDENTITY, encode_format
 from entidb.errors import (
-    PermissionDeniedError,
     ServerBusyError,
     StorageError,
-    SyncCodecError,
     SyncError,
 )
 from entidb.protocol import (
@@ -27,16 +27,15 @@ from entidb.protocol import (
     PushResponse,
     SyncRequest,
 )
-from entidb.server.front import Front
 from entidb.server.hooks import Grant
 from entidb.server.service import HISTORIES_MAX
-from entidb.server.stores import Store
 from entidb.storage import MemoryStorage
+from entidb.testing.ages import ServerAge, note_forbidden
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
 from entidb.testing.oracle import Histories, History
 from entidb.testing.watch import DeviceWatch
-from entidb.testing.workload import INVALID, Workload
+from entidb.testing.workload import Workload
 from entidb.testing.world import World
 
 #: As many as a server believes in an hour, and one less.
@@ -50,10 +49,22 @@ class Process(Protocol):
     """The server that a database belongs to."""
 
     world: World
-    front: Front
+    age: ServerAge
+
+    def token(
+        self, tenant: Tenant, granted: tuple[str, ...] | None = None, *, write: bool = True
+    ) -> str: ...
+
+    def using(self, tenant: Tenant, *, create: bool) -> AbstractContextManager[Database]:
+        """The database, as a program on the server has it."""
+        ...
 
     def start(self) -> None:
         """Another process takes the place of this one."""
+        ...
+
+    def check_canaries(self, tenant: Tenant | None, data: bytes) -> None:
+        """That nothing of another database is in what leaves this one."""
         ...
 
     def answer(self, tenant: Tenant, reply: Reply, data: bytes) -> None: ...
@@ -97,6 +108,7 @@ class Tenant:
         self.device_watches: list[DeviceWatch] = []
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
         self.watch.any_refusal = world.options.validate is not None
+        self.watch.newest = host.age.newest
         #: Files that no process has opened yet.
         self._placed: FaultyStorage | None = world.new_store(self, None)
         self.storage = self._placed
@@ -128,8 +140,8 @@ class Tenant:
     @property
     def database(self) -> Database:
         """For what looks at it from outside; opened if need be."""
-        with self.host.front.stores.using(self.db_id, create=True) as store:
-            return store.database
+        with self.host.using(self, create=True) as database:
+            return database
 
     def _place(self, records: Mapping[bytes, bytes]) -> None:
         """Other files lie there now: no process of before has them open."""
@@ -284,8 +296,8 @@ class Tenant:
 
     def _guarded(self, action: Callable[[Database], object]) -> None:
         try:
-            with self.host.front.stores.using(self.db_id, create=False) as store:
-                action(store.database)
+            with self.host.using(self, create=False) as database:
+                action(database)
         except Crash:
             self.host.start()
         except (StorageError, ServerBusyError) as error:
@@ -294,25 +306,39 @@ class Tenant:
 
     # ------------------------------------------------------------ requests
 
-    def read(self, store: Store, request: HandshakeRequest | PullRequest, grant: Grant) -> bytes:
+    def read(
+        self,
+        answer: Callable[[], bytes],
+        request: HandshakeRequest | PullRequest,
+        grant: Grant,
+    ) -> bytes:
         """The answer of the front, which is checked before anybody hears of it."""
         try:
-            data = self.host.front.read(store, request, grant)
+            data = answer()
         except SyncError as error:
             if isinstance(request, PullRequest):
                 self.watch.on_refusal(request, error)
+            self.host.age.check_refusal(self.world.checks, request, error)
             self.proved(grant)
             raise
         self.proved(grant)
+        self.host.check_canaries(self, data)
         if isinstance(request, PullRequest):
             response = protocol.decode(PullResponse, data)
             self.watch.on_pull(request, response, grant.collections)
         return data
 
-    def push(self, store: Store, request: PushRequest, grant: Grant, reply: Reply) -> None:
-        self.queue.append((request, grant, reply))
+    def push(
+        self,
+        submit: Callable[[Callable[[PushResponse | SyncError], None]], None],
+        request: PushRequest,
+        grant: Grant,
+        reply: Reply,
+    ) -> None:
+        member = request, grant, reply
+        self.queue.append(member)
         try:
-            self.host.front.push(store, request, grant, self._decided)
+            submit(partial(self._decided, member))
         except SyncError:
             self.queue.pop()
             raise
@@ -337,14 +363,18 @@ class Tenant:
         if self._refused == count and world.faults["server_commit_unknown"] == unknown:
             self.unchanged(before)
 
-    def _decided(self, answer: PushResponse | SyncError) -> None:
-        """The group commit says what became of the first in the queue."""
-        request, grant, reply = self.queue.pop(0)
+    def _decided(
+        self, member: tuple[PushRequest, Grant, Reply], answer: PushResponse | SyncError
+    ) -> None:
+        """The group commit says what became of a push."""
+        self.queue = [other for other in self.queue if other is not member]
+        request, grant, reply = member
         if isinstance(answer, SyncError):
             self._refused += 1
             if answer.code not in ("storage_error", "storage_full"):
                 self.proved(grant)
                 self.watch.on_refusal(request, answer)
+                self.host.age.check_refusal(self.world.checks, request, answer)
             self.host.refuse(reply, answer)
             return
         self.proved(grant)
@@ -354,26 +384,7 @@ class Tenant:
         self.host.answer(self, reply, protocol.encode(answer))
 
     def forbid(self, request: PushRequest) -> None:
-        for transaction in request.transactions:
-            self.refused.setdefault(transaction.transaction_id, set()).add("forbidden")
-
-    def refuse_as_before(self, request: PushRequest, grant: Grant) -> None:
-        """A server of 0.3 refuses a push whole for a missing right, or for one invalid payload."""
-        if not grant.write:
-            self.world.fired("older_server")
-            self.forbid(request)
-            raise PermissionDeniedError("the token does not allow writing to this database")
-        mark = INVALID.encode()
-        invalid = [
-            transaction.transaction_id
-            for transaction in request.transactions
-            if any(mark in (op.payload or b"") for op in transaction.operations)
-        ]
-        if invalid:
-            self.world.fired("invalid")
-            for identity in invalid:
-                self.refused.setdefault(identity, set()).add("codec_error")
-            raise SyncCodecError(f"transaction {invalid[0].hex()} is not canonical")
+        note_forbidden(self.refused, request)
 
     def effects(self) -> tuple[int, bytes]:
         """What an error must not change; but for a history that begins, which has to be durable

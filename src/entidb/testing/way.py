@@ -1,0 +1,276 @@
+"""The way of a simulated device to the server: a ``Courier`` whose answers come later.
+
+It does what ``HttpTransport`` does with a network that takes its time: one request at a time, the
+next ones ahead of time, a fresh token where one has expired, and a timeout where nothing comes.
+Every other decision is the real engine's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Final, Protocol
+
+from entidb import protocol
+from entidb.errors import (
+    AuthenticationError,
+    PermissionDeniedError,
+    SyncError,
+    SyncTimeoutError,
+    TransportError,
+    error_from_code,
+)
+from entidb.protocol import ErrorResponse, PushRequest, SyncRequest, SyncResponse
+from entidb.sync.drive import Pause
+from entidb.testing.gateway import Gateway
+from entidb.testing.world import World
+
+TIMEOUT_MS: Final = 1500
+
+
+class Traveller(Protocol):
+    """The device whose way it is."""
+
+    name: str
+    token: str
+    rng: random.Random
+    gateway: Gateway
+
+    def renew_token(self) -> None: ...
+
+    def leaves(self, request: PushRequest) -> None:
+        """A push is on its way."""
+        ...
+
+    def unanswered(self, request: PushRequest) -> None:
+        """Nobody knows whether the server has heard of a push."""
+        ...
+
+    def takes(self, request: SyncRequest, outcome: SyncResponse | SyncError) -> None:
+        """What came of a request is handed to the cycle."""
+        ...
+
+    def waits(self) -> None:
+        """An attempt has failed, and another one will come."""
+        ...
+
+    def go_on(self, outcome: SyncResponse | SyncError | None) -> None: ...
+
+
+class Server(Protocol):
+    """Where the way leads to."""
+
+    def receive(
+        self, path: str, token: str, body: bytes, reply: Callable[[bool, bytes], None]
+    ) -> None: ...
+
+    def any_token(self, rng: random.Random) -> str:
+        """For one of its databases."""
+        ...
+
+
+class Sent:
+    """One request on its way. ``outcome`` is the answer or the error, once there is one."""
+
+    def __init__(self, request: SyncRequest) -> None:
+        self.request = request
+        self.outcome: SyncResponse | SyncError | None = None
+        self.renewed = False
+        self.is_out = False
+
+
+class Way:
+    """See the module. One for each process of the device."""
+
+    def __init__(self, world: World, host: Server, device: Traveller) -> None:
+        self.connected = False
+        self._world = world
+        self._host = host
+        self._device = device
+        self._waiting: Sent | None = None
+        #: Requests known ahead of time, in order; one is sent when the one before it is answered.
+        self._ahead: list[Sent] = []
+        self._hints_ignored = False
+        self._pause: Pause | None = None
+
+    def end(self) -> None:
+        """The process is gone: what comes now finds nobody."""
+        for sent in (self._waiting, *self._ahead):
+            if sent is not None:
+                self._lost(sent)
+        self.close()
+
+    # ------------------------------------------------------------ what a courier does
+
+    def begin(self) -> bool:
+        self.close()
+        return self.connected
+
+    def close(self) -> None:
+        self._waiting = self._pause = None
+        self._ahead = []
+
+    def interrupt(self) -> None:
+        return None  # who cancels is asked between two steps, where nothing is under way
+
+    def forget_ahead(self) -> None:
+        self._ahead = []
+
+    def pause(self, pause: Pause) -> bool:
+        self._device.waits()
+        self._pause = pause
+        delay_ms = 1 + int(pause.seconds * 1000)
+        self._world.trace("waits", self._device.name, delay_ms)
+
+        def over() -> None:
+            if self._pause is pause:
+                self._pause = None
+                self._device.go_on(None)
+
+        self._world.after(delay_ms, over)
+        return False
+
+    def send(self, request: SyncRequest) -> SyncResponse | None:
+        """Its answer if that is known already, because it was sent ahead."""
+        self._hints_ignored = False
+        if self._ahead and self._ahead[0].is_out and self._ahead[0].request == request:
+            ahead = self._ahead.pop(0)
+            if ahead.outcome is not None:
+                outcome = self._taken(ahead)
+                if isinstance(outcome, SyncError):
+                    raise outcome
+                return outcome
+            self._waiting = ahead
+            return None
+        self._ahead = []
+        self._waiting = Sent(request)
+        self._send(self._waiting)
+        return None
+
+    def send_ahead(self, request: SyncRequest) -> None:
+        world = self._world
+        willing = self._device.rng.random() * 1000 < world.knobs.ahead and not world.quiet
+        if willing and not self._hints_ignored:
+            world.fired("ahead")
+            self._ahead.append(Sent(request))
+            if len(self._ahead) == 1 or self._ahead[-2].outcome is not None:
+                self._send(self._ahead[-1])
+        else:
+            # What comes after a request that was not sent ahead must not be either.
+            self._hints_ignored = True
+
+    # ------------------------------------------------------------ there
+
+    def _send(self, sent: Sent) -> None:
+        sent.is_out = True
+        world, device, request = self._world, self._device, sent.request
+        if isinstance(request, PushRequest):
+            device.leaves(request)
+        path, body = protocol.path_of(request), protocol.encode(request)
+        token = device.token
+        if not world.quiet and device.rng.random() * 1000 < world.knobs.wrong_token:
+            world.fired("wrong_token")
+            token = self._host.any_token(device.rng)
+            if device.rng.random() < 0.3:
+                token = token[:-3]
+        for delay, data in world.network.deliveries(device.name, "up", body, world.now):
+            whole = len(data) == len(body)
+            world.after(delay, partial(self._arrive, sent, path, token, data, whole))
+        world.after(TIMEOUT_MS, lambda: self._timeout(sent))
+
+    def _arrive(self, sent: Sent, path: str, token: str, data: bytes, whole: bool) -> None:
+        refusal = self._device.gateway.refusal(path, data)
+        if refusal is not None:
+            self._world.after(1, lambda: self._heard(sent, refusal))
+            return
+        if not whole:
+            # Whatever the server makes of half a body, its connection is closed by then.
+            self._host.receive(path, token, data, lambda ok, body: None)
+            cut_off = TransportError("the connection was cut off")
+            self._world.after(1, lambda: self._heard(sent, cut_off))
+            return
+        self._host.receive(path, token, data, lambda ok, body: self._reply(sent, ok, body))
+
+    # ------------------------------------------------------------ and back
+
+    def _reply(self, sent: Sent, ok: bool, body: bytes) -> None:
+        world = self._world
+        for delay, data in world.network.deliveries(self._device.name, "down", body, world.now):
+            world.after(delay, partial(self._received, sent, ok, data))
+
+    def _received(self, sent: Sent, ok: bool, data: bytes) -> None:
+        if not self._awaits(sent):
+            return
+        outcome: SyncResponse | SyncError
+        try:
+            if ok:
+                outcome = protocol.decode_response(sent.request, data)
+            else:
+                said = protocol.decode(ErrorResponse, data)
+                outcome = error_from_code(
+                    said.code, said.message, retry_after=said.retry_after, details=said.details
+                )
+        except SyncError as error:
+            outcome = error
+        if (
+            isinstance(outcome, AuthenticationError)
+            and not isinstance(outcome, PermissionDeniedError)
+            and not sent.renewed
+        ):
+            # 401: one fresh token, and the same request again.
+            sent.renewed = True
+            self._world.fired("expired_token")
+            self._device.renew_token()
+            self._send(sent)
+            return
+        self._settle(sent, outcome)
+
+    def _awaits(self, sent: Sent) -> bool:
+        return sent.outcome is None and (sent is self._waiting or sent in self._ahead)
+
+    def _heard(self, sent: Sent, refusal: SyncError) -> None:
+        """Something else than the server has answered."""
+        if self._awaits(sent):
+            self._settle(sent, refusal)
+
+    def _timeout(self, sent: Sent) -> None:
+        if sent.outcome is None:
+            if sent is self._waiting:
+                self._lost(sent)
+            self._settle(sent, SyncTimeoutError("no answer in time"))
+
+    def _lost(self, sent: Sent) -> None:
+        if sent.is_out and sent.outcome is None and isinstance(sent.request, PushRequest):
+            self._device.unanswered(sent.request)
+
+    def _settle(self, sent: Sent, outcome: SyncResponse | SyncError) -> None:
+        sent.outcome = outcome
+        if not isinstance(outcome, SyncError):
+            self._send_next()
+        if sent is self._waiting:
+            self._waiting = None
+            self._device.go_on(self._taken(sent))
+
+    def _send_next(self) -> None:
+        """What was waiting for this answer leaves by itself."""
+        for sent in self._ahead:
+            if not sent.is_out:
+                self._send(sent)
+                return
+            if sent.outcome is None:
+                return
+
+    def _taken(self, sent: Sent) -> SyncResponse | SyncError:
+        """The outcome, as it is handed to the cycle."""
+        outcome = sent.outcome
+        assert outcome is not None
+        self.connected = not isinstance(outcome, TransportError) and (
+            self.connected or not isinstance(outcome, SyncError)
+        )
+        self._world.trace("answer", self._device.name, type(outcome).__name__)
+        self._device.takes(sent.request, outcome)
+        return outcome
+
+
+__all__ = ["Way"]
