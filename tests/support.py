@@ -31,7 +31,7 @@ from entidb.protocol import (
 from entidb.server.hooks import Grant, ValidateHook
 from entidb.server.service import DatabaseService
 from entidb.storage import MemoryStorage, Snapshot, Storage
-from entidb.storage.base import Batch, StorageInfo
+from entidb.storage.base import Batch, StorageInfo, StoreTurn
 from entidb.storage.regions import spacers_of
 from entidb.sync import RetryConfig, SyncConfig, SyncCycleResult, SyncEngine
 from entidb.sync.transport import BaseTransport
@@ -87,15 +87,32 @@ class WatchedStorage:
         self.fail_at, self.fail_after = self.commits + nth, after
         self.error = error or Crash()
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch, after: int | None = None) -> int:
         if not batch:
-            return
+            return self.inner.mark()
         self.commits += 1
         if self.commits == self.fail_at:
             if self.fail_after:
-                self.inner.commit(batch)
+                self.inner.commit(batch, after)
             raise self.error
-        self.inner.commit(batch)
+        return self.inner.commit(batch, after)
+
+    @property
+    def turn(self) -> StoreTurn:
+        return self.inner.turn
+
+    def claim(self, name: str) -> StoreTurn:
+        return self.inner.claim(name)
+
+    @property
+    def shared(self) -> bool:
+        return self.inner.shared
+
+    def mark(self) -> int:
+        return self.inner.mark()
+
+    def wait(self, mark: int, timeout_s: float) -> bool:
+        return self.inner.wait(mark, timeout_s)
 
     def snapshot(self) -> Snapshot:
         return self.inner.snapshot()

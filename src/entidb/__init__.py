@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from entidb.errors import CborDecodeError as CborDecodeError
     from entidb.errors import CborEncodeError as CborEncodeError
     from entidb.errors import CodecError as CodecError
+    from entidb.errors import CommitStaleError as CommitStaleError
     from entidb.errors import CommitUnknownError as CommitUnknownError
     from entidb.errors import ConfigError as ConfigError
     from entidb.errors import ConflictError as ConflictError
@@ -156,6 +157,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "StorageFullError",
         "CorruptionError",
         "FormatError",
+        "CommitStaleError",
         "CommitUnknownError",
         "SyncError",
         "TransportError",

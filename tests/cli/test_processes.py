@@ -100,11 +100,39 @@ def test_an_output_that_is_full_is_an_error(shop: Path):
     assert "standard output" in line and "Errno" not in line
 
 
-def test_a_database_that_another_process_has_open_is_locked(shop: Path):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="one process at a time there")
+@pytest.mark.parametrize(
+    "words",
+    [("status",), ("inspect",), ("verify",), ("list", "notes"), ("pending",), ("conflicts",),
+     ("discarded",), ("export", "notes"), ("put", "more", "1"), ("import", "more", "-")],
+    ids=" ".join,
+)  # fmt: skip
+def test_commands_work_beside_a_program_that_has_the_database_open(
+    shop: Path, words: tuple[str, ...]
+):
+    with Database.open(shop) as database:
+        database.collection("notes").add({"n": -1})
+        line = command(words[0], shop, *words[1:])
+        ended = subprocess.run(
+            line,
+            input=b'{"id": "0197a000-0000-7000-8000-000000000001", "n": 1}\n',
+            capture_output=True,
+            env=environment(),
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        if words[0] in ("put", "import"):
+            assert len(database.collection("more")) == 1
+        database.collection("notes").add({"n": -2})
+        assert database.verify() == []
+
+
+def test_what_needs_the_database_alone_says_who_has_it(shop: Path):
     with Database.open(shop):
-        said = one_error(process("status", shop), Exit.LOCKED, "database_locked")
-    assert str(os.getpid()) in said
-    assert process("status", shop).returncode == 0
+        said = one_error(process("compact", shop), Exit.LOCKED, "database_locked")
+    assert f"process {os.getpid()}" in said
+    assert process("compact", shop).returncode == 0
 
 
 def test_a_damaged_database_is_told_apart_from_one_that_is_well(shop: Path, tmp_path: Path):

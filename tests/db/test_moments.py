@@ -7,6 +7,7 @@ import pytest
 from entidb.db import Database
 from entidb.errors import StorageError
 from entidb.storage import MemoryStorage
+from entidb.storage.base import Batch
 from tests.support import WatchedStorage
 
 
@@ -68,11 +69,13 @@ def test_what_is_read_while_a_commit_is_under_way_is_not_believed_after_it(
     moments = []
     commit = storage.inner.commit
 
-    def commit_and_look(batch: object) -> None:
+    def commit_and_look(batch: Batch, after: int | None = None) -> int:
         moments.append(database.moment())
-        commit(batch)  # type: ignore[arg-type]
+        mark = commit(batch, after)
+        # By now it is durable, and everybody reads it.
         moments.append(database.moment())
+        return mark
 
     storage.inner.commit = commit_and_look  # type: ignore[method-assign]
     database.collection("notes").add("x")
-    assert [moment.is_current() for moment in moments] == [False, False]
+    assert [moment.is_current() for moment in moments] == [False, True]

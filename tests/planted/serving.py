@@ -155,7 +155,7 @@ def _head_known(garden: Garden) -> None:
             mark = self.database.commit_mark
             answers = original(self, members)
             if self._known is not None:
-                moment = Moment(self.database, mark + 2)
+                moment = Moment(self.database, mark + 1)
                 self._known = (moment, *self._known[1:])
             return answers
 

@@ -33,11 +33,12 @@ class Witness:
     def note(self) -> None:
         self.states[self.world.server.sequence] = self.world.values()
 
-    def commit(self, batch: Batch) -> None:
-        self._commit(batch)
+    def commit(self, batch: Batch, after: int | None = None) -> int:
+        mark = self._commit(batch, after)
         left = self.device.copy()
         self.cursors.append(left.state.cursor)
         assert left.values() == self.states[left.state.cursor]
+        return mark
 
 
 @pytest.mark.parametrize("page", [1, 3, 5000])

@@ -121,7 +121,7 @@ def test_pushes_that_are_scheduled_are_decided_together_and_give_the_database_ba
     users: list[int] = []
     store = place.use()
     place.stores.release(store)
-    commits = store.database.commit_mark
+    commits = store.database.storage.mark()
     for number in (1, 2, 3):
         request = push(history, number)
 
@@ -137,7 +137,7 @@ def test_pushes_that_are_scheduled_are_decided_together_and_give_the_database_ba
         Verdict.ACCEPTED
     ] * 3
     assert users == [2, 1, 0]
-    assert store.database.commit_mark == commits + 2  # one commit
+    assert store.database.storage.mark() == commits + 1
     work()
     assert len(answers) == 3
 
@@ -149,7 +149,7 @@ def test_a_scheduled_push_that_cannot_be_stored_says_so_and_the_database_is_open
     store = place.use()
     storage: Any = store.database.storage
 
-    def full(batch: object) -> None:
+    def full(batch: object, after: int | None = None) -> None:
         raise StorageFullError("no room")
 
     storage.commit = full

@@ -207,7 +207,7 @@ def test_a_group_that_fails_breaks_its_database_and_its_members_are_told(place: 
     storage: Any = store.database.storage
     real = storage.commit
 
-    def failing(batch: object) -> None:
+    def failing(batch: object, after: int | None = None) -> None:
         raise _BrokenError("no")
 
     storage.commit = failing

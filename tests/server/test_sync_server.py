@@ -347,7 +347,7 @@ def test_after_a_storage_error_the_next_request_works(tmp_path):
         history = history_of(server)
         storage: Any = server.database("shop").storage
 
-        def failing(batch: object) -> None:
+        def failing(batch: object, after: int | None = None) -> None:
             raise StorageError("/dev/sda is on fire")
 
         storage.commit = failing

@@ -13,6 +13,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,13 @@ from pathlib import Path
 from typing import Final
 
 import entidb.storage.memory
-from entidb.errors import CorruptionError, DatabaseClosedError, StorageError, StorageFullError
+from entidb.errors import (
+    CommitStaleError,
+    CorruptionError,
+    DatabaseClosedError,
+    StorageError,
+    StorageFullError,
+)
 from entidb.storage.base import KEY_BYTES_MAX, Batch, StorageInfo
 
 _TABLE: Final = (
@@ -32,6 +39,9 @@ _PUT: Final = "INSERT INTO kv VALUES (?, ?, ?) ON CONFLICT (k) DO UPDATE SET v =
 #: Host parameters of one statement; the library takes 32,766.
 _KEYS_AT_ONCE: Final = 5000
 _FILE: Final = "kv.sqlite"
+_MARK: Final = "SELECT mark FROM mark"
+#: Seconds between two looks at whose turn it is, or at the mark.
+_LOOK_SECONDS: Final = 0.002
 
 
 def _checksum(key: bytes, value: bytes) -> int:
@@ -51,6 +61,7 @@ class SqliteSnapshot:
     def __init__(self, store: SqliteStorage) -> None:
         self._store = store
         self._connection: sqlite3.Connection | None = store._lend()
+        [(self.mark,)] = self._connection.execute(_MARK)
 
     def get(self, key: bytes) -> bytes | None:
         row = self._open().execute("SELECT v, c FROM kv WHERE k = ?", (key,)).fetchone()
@@ -124,10 +135,45 @@ def _proved(key: bytes, value: bytes, checksum: int) -> bytes:
     return value
 
 
+class SqliteTurn:
+    """A write transaction on a file of its own: the lock of the library, which goes with the
+    process."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._connection.execute("PRAGMA busy_timeout = 0")
+
+    def take(self, timeout_s: float | None = None) -> bool:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.mine:
+            try:
+                self._connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                time.sleep(_LOOK_SECONDS)
+        return True
+
+    def give_back(self) -> None:
+        if self.mine:
+            self._connection.execute("ROLLBACK")
+
+    @property
+    def mine(self) -> bool:
+        return self._connection.in_transaction
+
+    def holder(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 class SqliteStorage:
     """An open store in the directory ``path``, which is made if it is not there."""
 
     supports_files = True
+    shared = True
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -135,6 +181,9 @@ class SqliteStorage:
         self._file = self.path / _FILE
         self._writer = _connect(self._file)
         self._writer.execute(_TABLE)
+        self._writer.execute("CREATE TABLE IF NOT EXISTS mark (mark INTEGER NOT NULL)")
+        self._writer.execute("INSERT INTO mark SELECT 0 WHERE NOT EXISTS (SELECT * FROM mark)")
+        self.turn = SqliteTurn(self.path / "turn.sqlite")
         # Reentrant: the collector may close a forgotten snapshot while this is held.
         self._lock = threading.RLock()
         self._idle: list[sqlite3.Connection] = []
@@ -145,28 +194,66 @@ class SqliteStorage:
         self._check_open()
         return SqliteSnapshot(self)
 
-    def commit(self, batch: Batch) -> None:
+    def claim(self, name: str) -> SqliteTurn:
+        made = SqliteTurn(self.path / f"{name}.sqlite")
+        weakref.finalize(made, made._connection.close)
+        return made
+
+    def mark(self) -> int:
+        self._check_open()
+        with self._lock:
+            [(mark,)] = self._writer.execute(_MARK)
+        return int(mark)
+
+    def wait(self, mark: int, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self.mark() == mark:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
+
+    def commit(self, batch: Batch, after: int | None = None) -> int:
         self._check_open()
         for key, value in batch.items():
             _check_record(key, value)
-        if not batch:
-            return
-        writer = self._writer
+        if self.turn.mine:
+            return self._commit(batch, after)
         try:
-            writer.execute("BEGIN IMMEDIATE")
-            writer.executemany(
-                _PUT, [(k, v, _checksum(k, v)) for k, v in batch.items() if v is not None]
-            )
-            gone = [(key,) for key, value in batch.items() if value is None]
-            writer.executemany("DELETE FROM kv WHERE k = ?", gone)
-            writer.execute("COMMIT")
-        except BaseException as error:
-            if writer.in_transaction:
-                writer.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
-                full = "full" in str(error)
-                raise (StorageFullError if full else StorageError)(str(error)) from error
-            raise
+            self.turn.take()
+            return self._commit(batch, after)
+        finally:
+            self.turn.give_back()
+
+    def _commit(self, batch: Batch, after: int | None) -> int:
+        with self._lock:
+            writer = self._writer
+            try:
+                writer.execute("BEGIN IMMEDIATE")
+                [(mark,)] = writer.execute(_MARK)
+                if after is not None and after != mark:
+                    raise CommitStaleError.of(str(self.path), after, mark)
+                if batch:
+                    self._put(batch)
+                    mark += 1
+                writer.execute("COMMIT")
+            except BaseException as error:
+                if writer.in_transaction:
+                    writer.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    full = "full" in str(error)
+                    raise (StorageFullError if full else StorageError)(str(error)) from error
+                raise
+            return int(mark)
+
+    def _put(self, batch: Batch) -> None:
+        writer = self._writer
+        writer.executemany(
+            _PUT, [(k, v, _checksum(k, v)) for k, v in batch.items() if v is not None]
+        )
+        gone = [(key,) for key, value in batch.items() if value is None]
+        writer.executemany("DELETE FROM kv WHERE k = ?", gone)
+        writer.execute("UPDATE mark SET mark = mark + 1")
 
     def verify(self) -> Iterator[str]:
         self._check_open()
@@ -203,6 +290,7 @@ class SqliteStorage:
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            self.turn.close()
             for connection in (*self._idle, self._writer):
                 connection.close()
             self._idle.clear()
@@ -239,8 +327,13 @@ class ScratchStorage(SqliteStorage):
     def __init__(self) -> None:
         folder = tempfile.mkdtemp(prefix="entidb-scratch-", dir=_memory_disk())
         super().__init__(folder)
-        weakref.finalize(self, _end, self._idle, self._writer, folder)
+        weakref.finalize(self, _end, self._idle, self._writer, self.turn, folder)
         self._writer.execute("PRAGMA synchronous = OFF")
+
+    shared = False
+
+    def another(self) -> SqliteStorage:
+        return SqliteStorage(self.path)
 
     def copy(self, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> ScratchStorage:
         made = ScratchStorage()
@@ -261,8 +354,11 @@ def _memory_disk() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def _end(idle: list[sqlite3.Connection], writer: sqlite3.Connection, folder: str) -> None:
+def _end(
+    idle: list[sqlite3.Connection], writer: sqlite3.Connection, turn: SqliteTurn, folder: str
+) -> None:
     """A store in memory need not be closed, so neither need this one."""
+    turn.close()
     for connection in (*idle, writer):
         connection.close()
     shutil.rmtree(folder, ignore_errors=True)

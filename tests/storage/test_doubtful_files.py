@@ -90,9 +90,9 @@ def test_what_is_written_while_the_lock_is_waited_for_is_looked_at_again(
             store.commit({b"new": b"%d" % n})
     real = FileLock.take
 
-    def late(path: str, like: os.stat_result) -> FileLock:
+    def late(path: str, like: os.stat_result, *, shared: bool = False) -> FileLock:
         (closed / "data.mdb").write_bytes((copy / "data.mdb").read_bytes())
-        return real(path, like)
+        return real(path, like, shared=shared)
 
     monkeypatch.setattr(FileLock, "take", late)
     taken = place.take_place(str(closed))

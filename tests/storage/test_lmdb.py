@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import pytest
 
 from entidb.storage import LmdbStorage, Storage
 from entidb.testing.contracts import StorageContract
+from entidb.testing.openers import Opener, ProcessOpener, SeveralOpeners
 from tests.storage.storage_model import StorageMachine
 
 
@@ -33,6 +36,16 @@ class TestLmdb(StorageContract):
 
     def open_path(self, path: str) -> Storage:
         return LmdbStorage.open(path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="one process at a time there")
+class TestLmdbAcrossProcesses(TestLmdb, SeveralOpeners):
+    @contextlib.contextmanager
+    def another(self, storage: Storage) -> Iterator[Opener]:
+        path = storage.info().path
+        assert path is not None
+        with contextlib.closing(ProcessOpener("entidb.storage:open_storage", path)) as opener:
+            yield opener
 
 
 class LmdbMachine(StorageMachine):

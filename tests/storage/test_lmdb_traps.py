@@ -117,7 +117,7 @@ def test_a_batch_that_fails_inside_its_transaction_ends_beside_busy_readers(
 ) -> None:
     def write_badly() -> None:
         with store._gate.turns.hold():
-            store._write([(b"a", b"1"), (b"k" * 512, b"2")], [])
+            store._write([(b"a", b"1"), (b"k" * 512, b"2")], [], None)
 
     keys = [b"%03d" % n for n in range(100)]
     store.commit(dict.fromkeys(keys, b"x"))
@@ -313,13 +313,13 @@ def test_opening_twice_in_one_process_is_refused(store: LmdbStorage) -> None:
     assert read_all(store) == {b"a": b"1"}
 
 
-def test_another_process_is_refused_and_told_who_has_it(store: LmdbStorage) -> None:
+def test_whoever_needs_it_alone_is_refused_and_told_who_has_it(store: LmdbStorage) -> None:
     code = """
         import sys
         from entidb.errors import DatabaseLockedError
         from entidb.storage import LmdbStorage
         try:
-            LmdbStorage.open(sys.argv[1])
+            LmdbStorage.open(sys.argv[1], salvage=True)
         except DatabaseLockedError as error:
             print(error)
     """

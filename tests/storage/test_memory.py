@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 
 from entidb.storage import MemoryStorage, Storage
-from entidb.testing.contracts import StorageContract, read_all
+from entidb.testing.contracts import read_all
+from entidb.testing.openers import LocalOpener, Opener, SeveralOpeners
 from tests.storage.storage_model import StorageMachine
 
 
-class TestMemory(StorageContract):
+class TestMemory(SeveralOpeners):
     supports_files = MemoryStorage.supports_files
 
     def make_storage(self) -> Storage:
         return MemoryStorage()
+
+    @contextlib.contextmanager
+    def another(self, storage: Storage) -> Iterator[Opener]:
+        assert isinstance(storage, MemoryStorage)
+        with contextlib.closing(LocalOpener(storage.another())) as opener:
+            yield opener
 
 
 class MemoryMachine(StorageMachine):

@@ -168,7 +168,7 @@ def test_a_data_file_that_was_replaced_is_noticed_at_the_next_commit(
 def test_a_data_file_that_is_replaced_later_is_noticed_too(pair: tuple[Path, Path]) -> None:
     path, other = pair
     with contextlib.closing(LmdbStorage.open(path)) as store:
-        while store._place._settled is None:
+        while store._place._standing._settled is None:
             store.commit({b"a": b"1"})
         os.replace(other / "data.mdb", path / "data.mdb")
         with pytest.raises(DatabaseMovedError):
@@ -192,7 +192,7 @@ def test_a_directory_that_is_moved_while_it_is_compacted_stays_whole(
         store.compact()
     store.close()
     assert files_of(path)["data.mdb"] == before
-    assert sorted(os.listdir(path)) == ["data.mdb", "entidb.lock", "lock.mdb"]
+    assert sorted(os.listdir(path)) == ["data.mdb", "entidb.lock", "entidb.turn", "lock.mdb"]
     with contextlib.closing(LmdbStorage.open(path.with_name("aside"))) as store:
         assert read_all(store) == {b"name": b"db"}
 

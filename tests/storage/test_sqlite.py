@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from entidb.errors import CorruptionError
 from entidb.storage import Storage
-from entidb.testing.contracts import StorageContract
+from entidb.testing.openers import LocalOpener, Opener, ProcessOpener, SeveralOpeners
 from tests.storage.sqlite_store import SqliteStorage
 from tests.storage.storage_model import StorageMachine
 
 
-class TestSqlite(StorageContract):
+class TestSqlite(SeveralOpeners):
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
         self.folder = tmp_path
@@ -30,6 +32,21 @@ class TestSqlite(StorageContract):
 
     def open_path(self, path: str) -> Storage:
         return SqliteStorage(path)
+
+    @contextlib.contextmanager
+    def another(self, storage: Storage) -> Iterator[Opener]:
+        assert isinstance(storage, SqliteStorage)
+        with contextlib.closing(LocalOpener(SqliteStorage(storage.path))) as opener:
+            yield opener
+
+
+class TestSqliteAcrossProcesses(TestSqlite):
+    @contextlib.contextmanager
+    def another(self, storage: Storage) -> Iterator[Opener]:
+        assert isinstance(storage, SqliteStorage)
+        opens = "tests.storage.sqlite_store:SqliteStorage"
+        with contextlib.closing(ProcessOpener(opens, str(storage.path))) as opener:
+            yield opener
 
 
 def test_a_value_that_was_changed_on_the_disk_is_never_returned(tmp_path: Path) -> None:

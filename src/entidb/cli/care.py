@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from entidb.cli.values import print_json
 from entidb.cli.words import bind, json_option, not_empty, opened, words
 from entidb.db import inspect
 from entidb.db.records import FORMAT_VERSION
-from entidb.errors import CorruptionError, FormatError
+from entidb.errors import CorruptionError, DatabaseLockedError, FormatError
 from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from entidb.storage.opening import closed_faults
 from entidb.version import VERSION
@@ -58,9 +59,10 @@ def _faults(path: str) -> list[str]:
     a directory without a database raises."""
     try:
         # Its pages first, without mapping them: a damaged one could end this process.
-        faults = closed_faults(path)
-        if faults:
-            return faults
+        with suppress(DatabaseLockedError):  # whoever has it open has looked
+            faults = closed_faults(path)
+            if faults:
+                return faults
         with opened(path, read_only=True) as database:
             return database.verify()
     except CorruptionError as error:

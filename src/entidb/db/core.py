@@ -48,7 +48,9 @@ from entidb.storage import Storage
 from entidb.storage.regions import spacers_of
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
+    OPERATION_OVERHEAD_BYTES,
     TRANSACTION_BYTES_MAX,
+    TRANSACTION_CONTAINERS_MAX,
     Clock,
     Entropy,
     IdSource,
@@ -60,6 +62,8 @@ from entidb.types import (
 
 #: By so much a server's clock may go back, and what it writes is still later than what it wrote.
 CLOCK_BACK_MS = 60_000
+#: Beyond every mark of a store.
+_FAILURE = 1 << 64
 
 
 class _OpenRows:
@@ -124,7 +128,7 @@ class _WriteBlock:
     def _end(self) -> None:
         if self._snapshot is not None:
             self._snapshot.close()
-        self._database._turns.give_back(self._turn)
+        self._database._give_back(self._turn)
 
     if TYPE_CHECKING:
 
@@ -166,18 +170,23 @@ class Core:
         self.clock: Clock = clock or SystemClock()
         self.entropy = entropy
         self.transaction_bytes_max = transaction_bytes_max
+        #: A transaction of one payload up to here is within every bound.
+        self._small_bytes = min(transaction_bytes_max, TRANSACTION_CONTAINERS_MAX)
+        self._small_bytes -= OPERATION_OVERHEAD_BYTES
         self.where = where
         self._read_only = read_only
         self._ids = IdSource(self.clock, entropy)
         self._busy_timeout_s = busy_timeout_s
         self._stale_rows_max = stale_rows_max
         self._turns = Turns()
+        self._store_turn = storage.turn
         self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
-        #: Head and catalogue of the last commit, for whoever has the turn; None: not known.
-        self._head_cache: bytes | None = None
-        self._committed_catalogue: Catalogue | None = None
-        #: Moves before and after every attempt to commit (R17). ``Moment`` alone reads it.
-        self.commit_mark = 0
+        #: What the last commit of this object left: its mark, head and catalogue. Good for
+        #: whoever has the turn and finds the store at that mark.
+        self._left: tuple[int, bytes, Catalogue] | None = None
+        #: Moves with every attempt to commit that has failed: nothing is answered from memory
+        #: then, whatever became of it (R17).
+        self._failures = 0
         self._observers = Observers()
         #: Called with the sequence of every commit, after it, by whoever still has the turn: quick,
         #: and without raising. For what passes the news on.
@@ -196,14 +205,24 @@ class Core:
     def view(self) -> Iterator[Writer]:
         """The same reading methods as ``write`` gives, on a snapshot, without a lock; what is
         staged in it is dropped."""
-        moment = self.moment()
         with self._open_rows() as rows:
             raw = rows.snapshot.get(META_HEAD)
+            moment = self.moment_of(rows.snapshot)
             yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, moment)
 
     def moment(self) -> Moment:
         """Now, for whoever is about to read and wants to remember what it reads."""
-        return Moment(self, self.commit_mark)
+        with self.storage.snapshot() as snapshot:
+            return self.moment_of(snapshot)
+
+    def moment_of(self, snapshot: StorageSnapshot) -> Moment:
+        """The moment at which everything is true that is read in ``snapshot``."""
+        return Moment(self, self._failures + snapshot.mark)
+
+    @property
+    def commit_mark(self) -> int:
+        """Of the newest state: for ``Moment`` alone."""
+        return self._failures + self.storage.mark()
 
     def _open_rows(self) -> _OpenRows:
         return _OpenRows(self)
@@ -248,11 +267,28 @@ class Core:
                 "(`tx.collection(name)`), or commit it first"
             )
         if not self._turns.take(turn, self._busy_timeout_s):
-            raise TransactionError(
-                f"another thread's transaction on {self.where} has been open for more than "
-                f"{self._busy_timeout_s:g} s; keep transactions short",
-                code="busy",
-            )
+            raise self._busy("another thread's transaction")
+        if not self._store_turn.take(self._busy_timeout_s):
+            raise self._busy(f"a transaction of {self._store_turn.holder() or 'another process'}")
+
+    def _busy(self, what: str) -> TransactionError:
+        return TransactionError(
+            f"{what} on {self.where} has been open for more than {self._busy_timeout_s:g} s; keep "
+            "transactions short",
+            code="busy",
+        )
+
+    def _give_back(self, turn: Turn) -> None:
+        """End ``turn``, had or not. May be repeated when it was interrupted."""
+        if self._turns.has(turn):
+            self._store_turn.give_back()
+        self._turns.give_back(turn)
+
+    def _drop_void(self, gone: object = None) -> None:
+        """Give back a turn that nobody is left to end: other processes may wait for it."""
+        for first in self._turns.first():
+            if first.void:
+                self._give_back(first)
 
     def _no_writing(self) -> TransactionError:
         return TransactionError(
@@ -260,19 +296,22 @@ class Core:
         )
 
     def _rows_to_write(self, snapshot: StorageSnapshot) -> SnapshotRows:
-        """For whoever has the turn: nobody has committed since the last one who had it did."""
-        catalogue = self._committed_catalogue
-        if catalogue is None:
-            catalogue = self.read_catalogue(snapshot)
-        return SnapshotRows(snapshot, catalogue)
+        """For whoever has the turn, with the snapshot that he took in it."""
+        left = self._left
+        if left is not None and left[0] == snapshot.mark:
+            return SnapshotRows(snapshot, left[2])
+        return SnapshotRows(snapshot, self.read_catalogue(snapshot))
 
     def _writer(self, rows: SnapshotRows) -> Writer:
-        raw = self._head_cache
-        if raw is None:
-            raw = rows.snapshot.get(META_HEAD)
-        moment, now = Moment(self, self.commit_mark), self.clock.now_ms()
+        snapshot, left = rows.snapshot, self._left
+        mark = snapshot.mark
+        if left is not None and left[0] == mark:
+            raw: bytes | None = left[1]
+        else:
+            raw = snapshot.get(META_HEAD)
+        moment, now = Moment(self, self._failures + mark), self.clock.now_ms()
         slack = self._stale_rows_max
-        return Writer(rows.snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
+        return Writer(snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
 
     def _tick(self, writer: Writer) -> int:
         last = writer.head.timestamp
@@ -297,18 +336,13 @@ class Core:
             return
         # A map that has to grow waits for open snapshots, so this one must not be among them.
         writer.snapshot.close()
-        # R17: whatever the commit does, nothing is answered from memory until it has worked.
-        self._head_cache = self._committed_catalogue = None
         try:
-            self.commit_mark += 1
-            self.storage.commit(changes)
-            self.commit_mark += 1
+            mark = self.storage.commit(changes, writer.snapshot.mark)
         except BaseException:
-            self.commit_mark += 1
+            self._failures += _FAILURE
             raise
-        writer.moment.mark = self.commit_mark
-        self._head_cache = writer.encoded_head
-        self._committed_catalogue = writer.catalogue
+        writer.moment.mark = self._failures + mark
+        self._left = mark, writer.encoded_head, writer.catalogue
         raw = changes.get(META_CATALOGUE)
         if raw is not None:
             # Readers need not decode what was in hand a moment ago.
@@ -321,31 +355,48 @@ class Core:
     # ---- identity
 
     def _load(self, role: Role, create: bool) -> None:
-        with self.storage.snapshot() as snapshot:
-            raw_format = snapshot.get(META_FORMAT)
-            empty = raw_format is None and not any(
-                not is_spacer(key) for key in snapshot.scan_keys(b"\0", b"\xff", limit=100)
-            )
-            raw_identity = snapshot.get(META_IDENTITY)
-            raw_head = snapshot.get(META_HEAD)
+        raw_format, raw_identity, empty = self._read_identity()
         if empty:
             if not create:
                 raise FormatError(f"{self.where} holds no EntiDB database")
-            self._initialise(role)
-            return
+            with self._turn_of_store():
+                # Another process may have made it while this one waited.
+                raw_format, raw_identity, empty = self._read_identity()
+                if empty:
+                    self._initialise(role)
+                    return
         backup = decode_format(raw_format, self.where)
-        self._head_cache = raw_head or Head().encode()
         if raw_identity is None:
             raise FormatError(f"{self.where} has no identity record; restore it from a backup")
-        identity = cbor.decode_trusted(raw_identity)
-        self._take_identity(identity)
+        self._take_identity(cbor.decode_trusted(raw_identity))
         if self.role is not role:
             raise ConfigError(
                 f"{self.where} is a {self.role.value} database, not a {role.value} one; "
                 "give another directory"
             )
         if backup and not self._read_only:
-            self._leave_backup(identity)
+            with self._turn_of_store():
+                self._leave_backup()
+
+    def _read_identity(self) -> tuple[bytes | None, bytes | None, bool]:
+        """The records of format and identity, and whether there is nothing at all."""
+        with self.storage.snapshot() as snapshot:
+            raw_format = snapshot.get(META_FORMAT)
+            empty = raw_format is None and not any(
+                not is_spacer(key) for key in snapshot.scan_keys(b"\0", b"\xff", limit=100)
+            )
+            return raw_format, snapshot.get(META_IDENTITY), empty
+
+    @contextmanager
+    def _turn_of_store(self) -> Iterator[None]:
+        """The turn among processes, before there is anybody else in this one."""
+        turn = self._store_turn
+        try:
+            if not turn.take(self._busy_timeout_s):
+                raise self._busy(f"a transaction of {turn.holder() or 'another process'}")
+            yield
+        finally:
+            turn.give_back()
 
     def _initialise(self, role: Role) -> None:
         identity = {
@@ -361,11 +412,16 @@ class Core:
         self.storage.commit(rows)
         self._take_identity(identity)
 
-    def _leave_backup(self, identity: dict[str, Any]) -> None:
+    def _leave_backup(self) -> None:
         """A copy comes to life: a server's begins a new history, so that devices notice (R29)."""
-        if self.role is Role.SERVER:
-            identity["history"] = self.entropy(16)
-        self.storage.commit({META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)})
+        raw_format, raw_identity, _ = self._read_identity()
+        assert raw_identity is not None, "it had one a moment ago"
+        identity: dict[str, Any] = cbor.decode_trusted(raw_identity)
+        if decode_format(raw_format, self.where):
+            if self.role is Role.SERVER:
+                identity["history"] = self.entropy(16)
+            rows = {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
+            self.storage.commit(rows)
         self._take_identity(identity)
 
     def begin_history(self, times_max: int, within_ms: int) -> bool:

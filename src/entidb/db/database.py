@@ -42,6 +42,7 @@ from entidb.errors import (
     TransactionError,
 )
 from entidb.storage import MemoryStorage, open_storage
+from entidb.storage.base import StoreTurn
 from entidb.storage.turns import Turn
 from entidb.types import (
     SEQUENCE_MAX,
@@ -60,10 +61,11 @@ class Database(Core):
     """An embedded, transactional entity database.
 
     ``Database.open(path)`` opens or creates one in a directory, ``Database.in_memory()`` one that
-    is gone when it is closed. Thread-safe; one process at a time.
+    is gone when it is closed. Thread-safe, and on Linux open in several processes at once.
     """
 
     _engine: object | None = None
+    _engine_right: StoreTurn | None = None
 
     @classmethod
     def open(
@@ -84,13 +86,15 @@ class Database(Core):
         pages too, to read what can still be read: do it in a process of its own, because a damaged
         page may end it. ``read_only`` makes and changes no file, so that a backup stays one and
         files that may not be written can be read; several processes may do so at once (not on
-        Windows), and what would write raises ``TransactionError``. Other options are those of the
-        constructor.
+        Windows), and what would write raises ``TransactionError``. They keep those out who would
+        write; beside one who writes already it reads like anybody else. Other options are those
+        of the constructor.
 
         Raises ``ConfigError`` for a setting that cannot be (nothing is made then),
         ``FormatError`` (not a database, truncated, newer; left untouched),
         ``CorruptionError`` (damaged pages; left untouched),
-        ``DatabaseLockedError`` (open in another process, or twice in this one), ``StorageError``.
+        ``DatabaseLockedError`` (open in another process that has it alone, or twice in this one),
+        ``StorageError``.
         """
         where = path_text(path)
         check_bool("salvage", salvage)
@@ -225,19 +229,19 @@ class Database(Core):
             identity = self._ids.new_bytes()
             commit, release = self._commit_transaction, self._end_transaction
             made = Transaction(identity, rows, turn, commit, release, self._ids.new_bytes)
-            turn.kept = weakref.ref(made)
+            turn.kept = weakref.ref(made, self._drop_void)
             return made
         except BaseException:
             if snapshot is not None:
                 snapshot.close()
-            self._turns.give_back(turn)
+            self._give_back(turn)
             raise
 
     def _end_transaction(self, tx: Transaction) -> None:
         rows = tx._rows.below
         assert isinstance(rows, SnapshotRows)
         rows.snapshot.close()
-        self._turns.give_back(tx._turn)
+        self._give_back(tx._turn)
         self._observers.deliver()
 
     def _commit_transaction(self, tx: Transaction) -> int:
@@ -270,7 +274,8 @@ class Database(Core):
                 if (stored := rows.get(name, made)) is not None:
                     payload = kept(keep, name, made, payload, stored)
             writes: Writes = {name: {made: payload}}
-            check_size(writes, self.transaction_bytes_max)
+            if len(payload) > self._small_bytes:
+                check_size(writes, self.transaction_bytes_max)
             commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
         return made
 
@@ -360,16 +365,26 @@ class Database(Core):
             forget_collection(writer, name)
 
     def attach_engine(self, engine: object) -> None:
-        """One sync engine at a time (other processes are kept out by the store's lock)."""
+        """One sync engine at a time, among all processes. Raises ``DatabaseLockedError``."""
         if self._engine is not None and self._engine is not engine:
             raise DatabaseLockedError(
                 f"{self.where} already has a sync engine; close that one first"
+            )
+        right = self._engine_right
+        if right is None:
+            right = self._engine_right = self.storage.claim("engine")
+        if not right.take(0):
+            raise DatabaseLockedError(
+                f"{self.where} already has a sync engine, in {right.holder() or 'another process'}"
+                "; close that one first"
             )
         self._engine = engine
 
     def detach_engine(self, engine: object) -> None:
         if self._engine is engine:
             self._engine = None
+            if self._engine_right is not None:
+                self._engine_right.give_back()
 
     # ------------------------------------------------------------ care
 
@@ -408,8 +423,10 @@ class Database(Core):
         if mine is not None:
             if mine.committing or sys.exception() is None:
                 raise TransactionError("close the transaction before the database")
-            self._turns.give_back(mine)
+            self._give_back(mine)
         with self._turns.hold():
+            if self._engine_right is not None:
+                self._engine_right.give_back()
             self.storage.close()
             self._closed = True
 

@@ -10,17 +10,20 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from entidb.errors import LocalError, StorageError
+
 
 class Marked(Protocol):
-    """``commit_mark`` is another one after each attempt to commit, by whomever."""
+    """``commit_mark`` is another one after each attempt to commit, by whomever, in whichever
+    process."""
 
     @property
     def commit_mark(self) -> int: ...
 
 
 class Moment(Struct, gc=False):
-    """What was read at this moment is true while ``is_current``. It has to be taken before the
-    snapshot is, or while it is one's turn to write.
+    """What was read at this moment is true while ``is_current``. It is that of a snapshot; what
+    the store itself says of now may be ahead of every snapshot.
 
     That of a ``Writer`` passes its own commit, if it works: what is read in the writer and left
     alone by the commit is true after it as well. What the commit changes, whoever remembers it has
@@ -31,8 +34,12 @@ class Moment(Struct, gc=False):
     mark: int
 
     def is_current(self) -> bool:
-        """Whether nothing was committed since, nor tried to be (R17)."""
-        return self.source.commit_mark == self.mark
+        """Whether nothing was committed since, nor tried to be (R17). A few microseconds; raises
+        nothing: of a database that is closed nothing is known."""
+        try:
+            return self.source.commit_mark == self.mark
+        except (LocalError, StorageError):
+            return False
 
 
 __all__ = ["Moment"]

@@ -19,6 +19,24 @@ Promises, each walked by ``entidb.testing.contracts.StorageContract``:
   is never returned.
 * Snapshots may be taken from any thread; ``commit`` is called by one thread at a time (the
   database above holds its writer lock).
+
+Several **openers** may have one store open at once: processes, on some backends threads or nodes.
+What one of them commits, all read. Three words and a fence keep them apart, and what is promised
+of them is promised between all openers:
+
+* **turn**: the exclusive right to commit. One opener has it; it is taken with a time limit, and
+  ends by itself when its owner closes the store or dies, however he dies. Inside it the newest
+  commit is visible: a snapshot taken in the turn stays the newest state until its owner commits.
+* **mark**: a number of the state. A commit makes it greater by one; it never names two states, and
+  no state has two. What the store does to its own files (``compact``) may make it greater too. A
+  snapshot knows the mark of what it shows. ``Storage.mark`` is read in microseconds, is never
+  behind a commit that has returned, and may be ahead by one that is under way: then, and when
+  that one fails, what was remembered counts as old for a moment and is read again. So what was
+  read in a snapshot is the newest for as long as ``storage.mark() == snapshot.mark``.
+* **wait**: comes back when the mark is another one.
+* The **fence**: a commit that says after which mark it was decided is refused by the store itself,
+  with ``CommitStaleError``, where another has come since. It is compared inside the commit, so
+  that a turn which was lost without noticing does no harm.
 """
 
 from __future__ import annotations
@@ -36,6 +54,11 @@ Batch = Mapping[bytes, bytes | None]
 
 class Snapshot(Protocol):
     """One unchanging view. Close it soon: an open snapshot keeps old pages from being reused."""
+
+    @property
+    def mark(self) -> int:
+        """The mark of the state that it shows; also when it is closed."""
+        ...
 
     def get(self, key: bytes) -> bytes | None:
         """The value at ``key`` or None."""
@@ -88,8 +111,54 @@ class StorageInfo:
     readers: int
 
 
+class StoreTurn(Protocol):
+    """The turn of one opener, among all that have the store open. One thread of the opener at a
+    time uses it (the database above holds its writer lock)."""
+
+    def take(self, timeout_s: float | None = None) -> bool:
+        """Wait until it is this opener's turn, for ever when ``timeout_s`` is None; whether it is.
+        Does nothing for the opener that has it. Call ``give_back`` whatever this raises."""
+        ...
+
+    def give_back(self) -> None:
+        """Idempotent, and may be repeated when it was interrupted."""
+        ...
+
+    @property
+    def mine(self) -> bool:
+        """Whether this opener has the turn."""
+        ...
+
+    def holder(self) -> str:
+        """Who has it, in words for a message: ``process 4711``; empty if nobody knows."""
+        ...
+
+
 class Storage(Protocol):
     """An open store. See the module's promises."""
+
+    @property
+    def turn(self) -> StoreTurn: ...
+
+    def claim(self, name: str) -> StoreTurn:
+        """As ``turn``, for another right that one opener has at a time: ``name`` says which, in
+        letters. Each call makes an object of its own, and one of them has the right."""
+        ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether others may commit to it while it is open here."""
+        ...
+
+    def mark(self) -> int:
+        """The mark of the newest state; see the module. Raises ``DatabaseClosedError``,
+        ``DatabaseForkedError``."""
+        ...
+
+    def wait(self, mark: int, timeout_s: float) -> bool:
+        """Wait until the mark is not ``mark``, at most ``timeout_s``; whether it is another one.
+        Raises as ``mark``."""
+        ...
 
     def snapshot(self) -> Snapshot:
         """A view of everything committed so far.
@@ -98,12 +167,14 @@ class Storage(Protocol):
         """
         ...
 
-    def commit(self, batch: Batch) -> None:
-        """Apply ``batch`` atomically and durably. An empty batch does nothing.
+    def commit(self, batch: Batch, after: int | None = None) -> int:
+        """Apply ``batch`` atomically and durably, in this opener's turn, which is taken for it
+        if it has not got it; the mark of the state that this makes. An empty batch does nothing.
 
-        Raises ``StorageFullError`` (nothing changed), ``StorageError`` (nothing changed),
-        ``CommitUnknownError`` (reopen to find out), ``DatabaseClosedError``,
-        ``DatabaseForkedError``.
+        ``after`` is the mark of the state on which ``batch`` was decided: ``CommitStaleError``
+        (nothing changed) if that is not the newest. Raises ``StorageFullError`` (nothing changed),
+        ``StorageError`` (nothing changed), ``CommitUnknownError`` (reopen to find out),
+        ``DatabaseClosedError``, ``DatabaseForkedError``.
         """
         ...
 
@@ -112,7 +183,8 @@ class Storage(Protocol):
         ...
 
     def compact(self) -> None:
-        """Give unused room back to the file system. Waits for open snapshots to close."""
+        """Give unused room back to the file system. Waits for open snapshots to close, and for
+        other openers; ``DatabaseLockedError`` says who they are if they stay."""
         ...
 
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:

@@ -93,12 +93,12 @@ class FileLock:
         _LOCKS.add(self)
 
     @classmethod
-    def take(cls, path: str, like: os.stat_result) -> FileLock:
-        """The lock of the file at ``path``, made if missing, with the process number in it.
-        Raises as the constructor."""
+    def take(cls, path: str, like: os.stat_result, *, shared: bool = False) -> FileLock:
+        """The lock of the file at ``path``, made if missing, with the process number in it unless
+        it is ``shared``. Raises as the constructor."""
         for _ in range(TRIES):
             try:
-                lock = cls(_open_or_make(path, like))
+                lock = cls(_open_or_make(path, like), shared=shared)
             except HeldError as error:
                 raise HeldError(error.holder or written_holder(path)) from error
             except FileNotFoundError:
@@ -107,13 +107,14 @@ class FileLock:
                 continue
             if is_at(path, lock.descriptor):
                 lock.found = _read_start(lock.descriptor)
-                lock.write(b"")
+                if not shared:
+                    lock.write(b"")
                 return lock
             lock.release()
         raise OSError(errno.EAGAIN, "the file is replaced again and again", path)
 
     @classmethod
-    def read(cls, path: str) -> FileLock | None:
+    def look(cls, path: str) -> FileLock | None:
         """A shared lock of the file at ``path``, which is not changed; None if there is none.
         Raises as the constructor."""
         try:
@@ -128,6 +129,35 @@ class FileLock:
         """Write the process number, and ``note`` behind it for whoever takes the lock next."""
         os.ftruncate(self.descriptor, 0)
         _write_start(self.descriptor, f"{os.getpid()}\n".encode() + note)
+
+    def share(self) -> None:
+        """Let others have it too. Where somebody may come for it alone at the same time, it can be
+        lost: ``HeldError``."""
+        try:
+            _lock(self.descriptor, True)
+        except OSError as error:
+            if error.errno in _BUSY:
+                raise HeldError(_system_holder(self.descriptor)) from error
+            raise
+
+    def have_alone(self) -> bool:
+        """Have it alone, if nobody else has it; whether that is so. If not, it is not had at all:
+        the system gives up the one lock before it asks for the other."""
+        try:
+            _lock(self.descriptor, False)
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            raise
+        return True
+
+    def unlock(self) -> None:
+        """Leave it to others, and keep the file open."""
+        _unlock(self.descriptor)
+
+    def read(self) -> bytes:
+        """What the file holds now."""
+        return _read_start(self.descriptor)
 
     def release(self) -> None:
         """Idempotent. Unlocked and not only closed: a child forked a moment ago still has the
@@ -177,13 +207,27 @@ def _system_holder(descriptor: int) -> str:
     """The number of the process that has the file locked, where the system tells it."""
     if sys.platform == "win32":
         return ""
-    found = os.fstat(descriptor)
-    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     try:
         with open("/proc/locks", encoding="ascii") as lines:
-            return _find_lock(list(lines), wanted)
+            return next(iter(_find_locks(list(lines), _name_of(os.fstat(descriptor)))), "")
     except (OSError, ValueError):
         return ""
+
+
+def _name_of(file: os.stat_result) -> str:
+    return f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+
+
+def system_holders(path: str) -> list[str]:
+    """The numbers of the processes that have the file at ``path`` locked, where the system tells
+    them; not this one's."""
+    try:
+        found = os.stat(path)
+        with open("/proc/locks", encoding="ascii") as lines:
+            pids = _find_locks(list(lines), _name_of(found))
+    except (OSError, ValueError):
+        return []
+    return [pid for pid in dict.fromkeys(pids) if pid != str(os.getpid())]
 
 
 def written_holder(path: str) -> str:
@@ -196,10 +240,12 @@ def written_holder(path: str) -> str:
     return written.decode() if written.isdigit() else ""
 
 
-def _find_lock(lines: list[str], wanted: str) -> str:
+def _find_locks(lines: list[str], wanted: str) -> list[str]:
+    found = []
     for line in lines:
         # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:393218 0 EOF
         fields = line.split()
         if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == wanted:
-            return fields[4] if fields[4].isdigit() else ""
-    return ""
+            # Another container's has no number here.
+            found.append(fields[4] if fields[4].isdigit() and fields[4] != "0" else "")
+    return [pid for pid in found if pid]

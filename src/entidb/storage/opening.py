@@ -27,7 +27,7 @@ def open_storage(path: str | os.PathLike[str], **options: Any) -> Storage:
 
 def holds_store(path: str | os.PathLike[str]) -> bool:
     """Whether a store stands in the directory ``path``, of whatever state."""
-    from entidb.storage.lmdb.place import DATA
+    from entidb.storage.lmdb.left import DATA
 
     return os.path.isfile(os.path.join(path, DATA))
 

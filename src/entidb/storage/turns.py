@@ -72,7 +72,10 @@ class Turns:
             _ring(first)
 
     def has(self, turn: Turn) -> bool:
-        return self._line[:1] == [turn]
+        try:
+            return self._line[0] is turn
+        except IndexError:
+            return False
 
     def mine(self) -> Turn | None:
         """The turn that this thread has or waits for; a void one is ended first."""

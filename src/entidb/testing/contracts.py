@@ -345,7 +345,7 @@ class StorageContract:
 
 
 def _read_beside(
-    storage: Storage, keys: list[bytes], write: Callable[[int], None], commits: int = 60
+    storage: Storage, keys: list[bytes], write: Callable[[int], object], commits: int = 60
 ) -> list[str]:
     """Four threads read while this one calls ``write`` with 1, 2, …; the faults they saw."""
     faults: list[str] = []

@@ -12,7 +12,7 @@ from typing import Final
 
 from entidb.errors import CommitUnknownError, StorageFullError
 from entidb.storage import MemoryStorage, Storage
-from entidb.storage.base import Batch, Snapshot, StorageInfo
+from entidb.storage.base import Batch, Snapshot, StorageInfo, StoreTurn
 from entidb.storage.regions import spacers_of
 
 
@@ -54,8 +54,9 @@ class FaultyStorage:
         # A store on disk is shadowed, so that its content can be read at memory speed, and
         # compared with what comes back when it is opened again.
         self._shadow = None if isinstance(inner, MemoryStorage) else read_records(inner)
-        #: Snapshots go straight to the store: they are the hot path and never fail.
+        #: These go straight to the store: they are the hot path and never fail.
         self.snapshot: Callable[[], Snapshot] = inner.snapshot
+        self.mark: Callable[[], int] = inner.mark
 
     @property
     def records(self) -> Mapping[bytes, bytes]:
@@ -65,11 +66,24 @@ class FaultyStorage:
         assert self._shadow is not None
         return self._shadow
 
-    def commit(self, batch: Batch) -> None:
+    @property
+    def turn(self) -> StoreTurn:
+        return self.inner.turn
+
+    def claim(self, name: str) -> StoreTurn:
+        return self.inner.claim(name)
+
+    @property
+    def shared(self) -> bool:
+        return self.inner.shared
+
+    def wait(self, mark: int, timeout_s: float) -> bool:
+        return self.inner.wait(mark, timeout_s)
+
+    def commit(self, batch: Batch, after: int | None = None) -> int:
         fault = self._draw() if self.armed and self._rates else None
         if fault is None:
-            self._apply(batch)
-            return
+            return self._apply(batch, after)
         self._fired(fault)
         if fault == "crash_before":
             raise Crash
@@ -78,10 +92,10 @@ class FaultyStorage:
         if fault == "map_full":
             raise StorageFullError("the simulated map is full")
         if fault == "crash_after":
-            self._apply(batch)
+            self._apply(batch, after)
             raise Crash
         if self._rng.random() < 0.5:
-            self._apply(batch)
+            self._apply(batch, after)
         self.inner.close()
         raise CommitUnknownError("the simulated disk did not say whether it has written")
 
@@ -118,26 +132,27 @@ class FaultyStorage:
             chance -= rate
         return None
 
-    def _apply(self, batch: Batch) -> None:
+    def _apply(self, batch: Batch, after: int | None) -> int:
         observe = self._observe
         if observe is None:
-            self._put(batch)
-            return
+            return self._put(batch, after)
         get = self.records.get
         old = {key: get(key) for key in batch}
-        self._put(batch)
+        mark = self._put(batch, after)
         self.commits += 1
         observe(batch, old, self.records)
+        return mark
 
-    def _put(self, batch: Batch) -> None:
-        self.inner.commit(batch)
+    def _put(self, batch: Batch, after: int | None) -> int:
+        mark = self.inner.commit(batch, after)
         if self._shadow is None:
-            return
+            return mark
         for key, value in batch.items():
             if value is None:
                 self._shadow.pop(key, None)
             else:
                 self._shadow[key] = value
+        return mark
 
 
 def read_records(storage: Storage) -> dict[bytes, bytes]:

@@ -13,6 +13,8 @@ from entidb.storage.base import KEY_BYTES_MAX, Batch
 
 #: LMDB's own bound on a value is 4 GiB; this one leaves room for the checksum on any system.
 _VALUE_BYTES_MAX: Final = 2**31 - 16
+#: Records of a commit that are looked at without stepping through them in Python twice.
+_FEW: Final = 16
 #: CRC-32 of anything followed by its own CRC-32, little-endian: one call proves a record.
 RESIDUE: Final = 0x2144DF1C
 U32: Final = struct.Struct("<I")
@@ -22,6 +24,25 @@ def stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
     """The batch in key order with its checksums, and the keys to delete. Everything LMDB would
     refuse is refused here, where no transaction has to be aborted for it."""
     keys = sorted(batch)
+    # All together are no longer than one may be, in most commits.
+    if len(keys) > _FEW or len(b"".join(keys)) > KEY_BYTES_MAX or not all(keys[:1]):
+        _check(keys, batch)
+    pack = U32.pack
+    puts = [
+        (key, value + pack(crc32(value, crc32(key))))
+        for key in keys
+        if (value := batch[key]) is not None
+    ]
+    if len(keys) <= _FEW:
+        for _, value in puts:
+            if len(value) > _VALUE_BYTES_MAX + U32.size:
+                raise _too_long()
+    if len(puts) == len(keys):
+        return puts, []
+    return puts, [key for key in keys if batch[key] is None]
+
+
+def _check(keys: list[bytes], batch: Batch) -> None:
     longest = max(map(len, keys), default=1)
     if longest > KEY_BYTES_MAX or (keys and not keys[0]):
         raise StorageError(
@@ -29,13 +50,8 @@ def stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
             f"{KEY_BYTES_MAX} bytes"
         )
     if max(map(len, filter(None, batch.values())), default=0) > _VALUE_BYTES_MAX:
-        raise StorageError(f"a value of over {_VALUE_BYTES_MAX} bytes cannot be stored; split it")
-    pack = U32.pack
-    puts = [
-        (key, value + pack(crc32(value, crc32(key))))
-        for key in keys
-        if (value := batch[key]) is not None
-    ]
-    if len(puts) == len(keys):
-        return puts, []
-    return puts, [key for key in keys if batch[key] is None]
+        raise _too_long()
+
+
+def _too_long() -> StorageError:
+    return StorageError(f"a value of over {_VALUE_BYTES_MAX} bytes cannot be stored; split it")

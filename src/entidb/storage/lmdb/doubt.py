@@ -18,9 +18,13 @@ from entidb.storage.lmdb.closed_file import write_headers_again
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.headers import UNREADABLE, Headers, header_fault, read_headers
 from entidb.storage.lmdb.layout import open_to_read
+from entidb.storage.lmdb.left import DATA, LOCK, is_closed
 from entidb.storage.lmdb.pages import closed_file_faults, damaged_file
-from entidb.storage.lmdb.place import DATA, LMDB_LOCK, LOCK, TEMPORARY, Place, is_closed, take_place
+from entidb.storage.lmdb.place import LMDB_LOCK, TEMPORARY, Place, take_place
+from entidb.storage.lmdb.turn import CLAIM, TURN
 
+#: Left by a sync engine that had the database before its data file was lost.
+ENGINE: Final = f"{CLAIM}engine"
 #: Files that were looked at and not opened since, as they were then, and their faults.
 _LOOKED: Final[dict[str, tuple[tuple[int, ...], list[str]]]] = {}
 _LOOKED_MAX: Final = 4096
@@ -44,7 +48,7 @@ def check_directory(where: str, create: bool) -> None:
         raise storage_error(error, f"opening {where}") from error
     if DATA in names:
         return
-    others = names - {LMDB_LOCK, LOCK, TEMPORARY}
+    others = names - {LMDB_LOCK, LOCK, TURN, TEMPORARY, ENGINE}
     if others:
         raise FormatError(
             f"{where} holds other things ({', '.join(sorted(others)[:3])}) and no database; it "
@@ -60,7 +64,7 @@ def closed_faults(where: str) -> list[str]:
     if not os.path.exists(data):
         return []
     try:
-        place = take_place(where, read_only=True)
+        place = take_place(where, read_only=True, alone=True)
     except OSError as error:
         raise storage_error(error, f"checking {where}") from error
     try:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from entidb.errors import DatabaseClosedError, DatabaseForkedError, StorageError
-from entidb.storage.lmdb.place import DATA
+from entidb.storage.lmdb.left import DATA
 from entidb.storage.lmdb.resident import shed
 from entidb.storage.turns import Turns
 

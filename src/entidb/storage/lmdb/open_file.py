@@ -14,6 +14,7 @@ import contextlib
 import errno
 import mmap
 import os
+import struct
 import sys
 import weakref
 from collections.abc import Callable
@@ -35,7 +36,9 @@ from entidb.storage.lmdb.closed_file import check_data_file, write_headers_again
 from entidb.storage.lmdb.failures import code_of, storage_error
 from entidb.storage.lmdb.gate import CLOSED, DRAINING, FORKED, FROZEN, Gate
 from entidb.storage.lmdb.headers import UNREADABLE, read_headers
+from entidb.storage.lmdb.layout import META_BYTES, META_END
 from entidb.storage.lmdb.place import Place
+from entidb.storage.lmdb.turn import FileTurn, SoleTurn
 
 #: Room in a new map beside twice the file: virtual, but of 2**47 bytes that a process has. So many
 #: databases can be open, and the map of few has to grow while somebody reads.
@@ -45,6 +48,9 @@ _MAP_SHARE: Final = 2048
 MAP_BYTES_MAX: Final = 2**46
 MAP_BYTES_MIN: Final = 2**20
 _READERS_MAX: Final = 512
+_U64: Final = struct.Struct("=Q")
+#: Where a header names its commit.
+_NUMBER_AT: Final = META_BYTES - META_END.size + 8
 #: How to ask for address space and nothing else.
 _ASIDE: Final[dict[str, int]] = (
     {}
@@ -65,8 +71,80 @@ class OpenFile:
         self.map_bytes = map_bytes
         self.env: Any = None
         self.begin: Callable[[], Any] = self._refuse_begin
+        #: What is added to LMDB's number of a commit to get its mark: a copy that is put in place
+        #: counts from one again, and is the same state.
+        self.marks = 0
+        #: The mark after the newest commit of this process; the newest there is, if it is alone.
+        self.newest = 0
+        self.turn: FileTurn | SoleTurn = SoleTurn()
         self._open()
+        self.newest = self._number()
+        try:
+            self.turn = place.turn()
+            place.let_in()
+        except BaseException:
+            self.turn.forget()
+            self._close_env()
+            raise
+        self.turn.recover_by(self._recover)
         _FILES.add(self)
+
+    def mark(self) -> int:
+        """The mark of the newest commit, or of one under way."""
+        if not self.place.shared:
+            return self.newest
+        # Read in the file itself: LMDB must not be asked while it is being shut. A descriptor that
+        # is closed meanwhile, and even given to another file, leads to no mark that was seen.
+        size = self._page_bytes + _U64.size
+        raw = os.pread(self.place.descriptor, size, _NUMBER_AT)
+        if len(raw) < size:
+            raise OSError(errno.EBADF, "this is not the data file any more")
+        (first,), (second,) = _U64.unpack_from(raw), _U64.unpack_from(raw, self._page_bytes)
+        return self.marks + max(int(first), int(second))
+
+    def _close_env(self) -> None:
+        if self.env is not None:
+            self.env.close()
+
+    def _number(self) -> int:
+        number: int = self.env.info()["last_txnid"]
+        return number
+
+    def _recover(self) -> None:
+        """See to a commit whose owner died in it: whether it is there is decided by LMDB, when
+        the next one takes its lock of the writer; and then it has to be durable, as it will be
+        shown."""
+        with self.gate.turns.hold():
+            self.gate.find_open()
+            try:
+                self._begin_to_write().commit()  # nothing
+                with self.place.data_file() as descriptor:
+                    write_headers_again(descriptor, self.place.data_path)
+            except (OSError, lmdb.Error) as error:
+                raise storage_error(error, f"writing {self.place.path}") from error
+
+    def _begin_to_write(self) -> Any:
+        while True:
+            try:
+                return self.env.begin(write=True)
+            except lmdb.MapResizedError:
+                self.follow()
+
+    def follow(self) -> None:
+        """Map what another process has made the file grow to. Open snapshots would not survive
+        it, so they are waited for."""
+        with self.gate.at(DRAINING):
+            if not self.gate.drain():
+                raise StorageFullError(
+                    f"{self.place.path} has grown in another process over the "
+                    f"{self.map_bytes} bytes that are mapped here, and {len(self.gate.readers)} "
+                    "snapshots stay open. Close snapshots sooner, or open with a larger map_bytes"
+                )
+            if not self._map_more(max(self.map_bytes, 2 * self.place.data_bytes())):
+                raise StorageFullError(
+                    f"the system gives this process no address space for {self.place.path}, which "
+                    "has grown in another process (ulimit -v, RLIMIT_AS). Raise the limit"
+                )
 
     def grow(self, batch_bytes: int) -> None:
         """Make the map larger by more than a batch of ``batch_bytes`` can need, and twice as large
@@ -76,6 +154,8 @@ class OpenFile:
             raise StorageFullError(
                 f"{self.place.path} has reached {now} bytes; nothing was changed"
             )
+        # A reader that died with its snapshot open keeps room from being used again.
+        self.env.reader_check()
         with self.gate.at(DRAINING):
             if not self.gate.drain():
                 raise StorageFullError(
@@ -93,6 +173,7 @@ class OpenFile:
 
     def grow_early(self) -> None:
         """Make room while there is still some, if nobody would have to be waited for."""
+        self.env.reader_check()
         if self.gate.readers or self.map_bytes >= MAP_BYTES_MAX:
             return
         used = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
@@ -181,10 +262,13 @@ class OpenFile:
                 )
             self.gate.level = FROZEN
             self.gate.wait_until_idle()
+            mark = self.marks + self._number()
             self.env.close()
             try:
                 self.place.swap()
                 self._open()
+                # The same state: whatever is remembered of it stays true.
+                self.marks = mark - self._number()
             except (OSError, lmdb.Error, EntiDBError) as error:
                 self._reopen_or_shut()
                 if isinstance(error, DatabaseMovedError):
@@ -209,9 +293,12 @@ class OpenFile:
     def _close_all(self) -> None:
         self.gate.level = CLOSED
         self.gate.readers.clear()
+        self.turn.close()
         if self.env is not None:
             self.env.close()
-            if not self.gate.doubtful and not self.read_only:
+            if self.gate.doubtful:
+                self.place.doubt()
+            elif self.place.is_last():
                 self._leave()
         self.place.release()
 
@@ -224,6 +311,7 @@ class OpenFile:
 
     def _open(self) -> None:
         self.env, self.map_bytes = map_store(self.place, self.map_bytes, self.read_only)
+        self._page_bytes: int = self.env.stat()["psize"]
         self.begin = self.env.begin
 
     def _refuse_begin(self) -> Any:
@@ -234,6 +322,7 @@ class OpenFile:
         transaction would clear the parent's slot in the shared table of readers."""
         _INHERITED.append((self.env, self.begin, [r.txn for r in self.gate.readers]))
         self.gate.level = FORKED
+        self.turn.forget()
         self.place.forget()
 
 
@@ -258,6 +347,7 @@ def map_store(place: Place, map_bytes: int, read_only: bool) -> tuple[Any, int]:
     """The environment of the store in ``place``, and how many bytes are mapped: ``map_bytes``, by
     default (0) what the file asks for, or less where the system gives less."""
     place.check()
+    place.share_lock()
     if not read_only:
         place.make_lock_table()
     data_bytes = place.data_bytes()
@@ -265,7 +355,7 @@ def map_store(place: Place, map_bytes: int, read_only: bool) -> tuple[Any, int]:
     size = map_bytes or _map_bytes_for(data_bytes)
     while True:
         try:
-            env = _map(place.path, size, read_only)
+            env = _map(place, size, read_only)
             break
         except lmdb.Error as error:
             if getattr(error, "code", 0) not in (0, errno.ENOMEM) and not isinstance(
@@ -280,16 +370,17 @@ def map_store(place: Place, map_bytes: int, read_only: bool) -> tuple[Any, int]:
         place.check()  # LMDB went by the path.
         if not read_only:
             env.reader_check()
-            restrict(place.data_path)
+            if place.first:
+                restrict(place.data_path)
     except BaseException:
         env.close()
         raise
     return env, max(size, env.info()["map_size"])
 
 
-def _map(path: str, size: int, read_only: bool) -> Any:
+def _map(place: Place, size: int, read_only: bool) -> Any:
     return lmdb.open(
-        as_bytes(path),
+        as_bytes(place.path),
         map_size=size,
         create=False,
         mode=0o600,
@@ -298,8 +389,8 @@ def _map(path: str, size: int, read_only: bool) -> Any:
         metasync=True,
         writemap=False,
         readonly=read_only,
-        # Nobody writes meanwhile, so there is no need of a table of readers.
-        lock=not read_only,
+        # Where nobody writes meanwhile, there is no need of a table of readers.
+        lock=place.shared or not read_only,
     )
 
 

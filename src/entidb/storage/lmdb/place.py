@@ -22,12 +22,10 @@ import shutil
 import sys
 import time
 import weakref
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from entidb.errors import DatabaseLockedError, DatabaseMovedError, StorageError
+from entidb.errors import DatabaseLockedError, StorageError
 from entidb.storage.directories import (
     NO_FOLLOW,
     give_as,
@@ -37,96 +35,66 @@ from entidb.storage.directories import (
     sync_path,
 )
 from entidb.storage.lmdb.closed_file import check_data_file
+from entidb.storage.lmdb.company import (
+    SHARING,
+    holders,
+    nobody_else,
+    open_note,
+    take_door,
+    why_not_join,
+    written_holder,
+)
 from entidb.storage.lmdb.headers import Headers
-from entidb.storage.locks import BINARY, NOTE_BYTES_MAX, TRIES, FileLock, HeldError, written_holder
+from entidb.storage.lmdb.left import DATA, LOCK, Left, left_line, read_left, signature
+from entidb.storage.lmdb.standing import Standing
+from entidb.storage.lmdb.turn import CLAIM, TURN, FileClaim, FileTurn, SoleTurn
+from entidb.storage.locks import BINARY, TRIES, FileLock, HeldError
 
-DATA: Final = "data.mdb"
 LMDB_LOCK: Final = "lock.mdb"
-LOCK: Final = "entidb.lock"
 TEMPORARY: Final = ".entidb-new"
-#: Longer than a tick of the clock that file systems take their times from; some count in seconds.
-_TICK_S: Final = 0.05
-_COARSE_TICK_S: Final = 3.0
-
-
-@dataclass(frozen=True)
-class Left:
-    """What closing a store left: its newest commit, and what tells its data file from others:
-    number, size, times and checksum of the headers."""
-
-    transaction: int
-    file: tuple[int, ...]
-
-
-def is_closed(path: str, headers: bytes) -> bool:
-    """As ``Place.is_as_left``, of the directory at ``path``, without taking it: a hint. Raises
-    ``OSError``."""
-    left = None
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(path, LOCK), "rb") as file:
-        left = _read_left(file.read(NOTE_BYTES_MAX))
-    return left is not None and left.file == _signature(os.stat(os.path.join(path, DATA)), headers)
-
-
-def _signature(found: os.stat_result, headers: bytes) -> tuple[int, ...]:
-    times = (found.st_mtime_ns, found.st_ctime_ns)
-    return found.st_ino, found.st_size, *times, zlib.crc32(headers)
-
-
-def _left_line(left: Left) -> bytes:
-    return f"closed {left.transaction} {' '.join(map(str, left.file))} .\n".encode()
-
-
-def _read_left(raw: bytes) -> Left | None:
-    _, _, note = raw.partition(b"\n")
-    fields = note.split()
-    if len(fields) != 8 or fields[0] != b"closed" or fields[-1] != b".":
-        return None
-    if not all(field.isdigit() for field in fields[1:-1]):
-        return None
-    transaction, *file = map(int, fields[1:-1])
-    return Left(transaction, tuple(file))
+#: Looks at a data file that somebody has for a moment, and seconds between them.
+_LOOKS: Final = 10
+_LOOK_SECONDS: Final = 0.005
+_LOOKS_OF_LOOKERS: Final = 3
+#: For those who come or have the store alone, when this one leaves; not worth waiting longer: the
+#: next who comes first reads the file once more.
+_LAST_SECONDS: Final = 1.0
+#: What stands in the lock file when somebody met what may come from a damaged page.
+DOUBT: Final = b"doubt .\n"
 
 
 class Place:
     """A store's directory, in use by this object alone; or, ``read_only``, by several processes
     of which none changes or makes anything."""
 
-    def __init__(self, path: str, read_only: bool = False) -> None:
-        """Raises ``DatabaseLockedError``, ``FormatError`` (as ``check_data_file``), ``OSError``."""
+    def __init__(self, path: str, read_only: bool = False, alone: bool = False) -> None:
+        """Ends with the door held, until ``let_in``; ``alone`` for good. Raises
+        ``DatabaseLockedError``, ``FormatError`` (as ``check_data_file``), ``OSError``."""
         self.path = path
         self.read_only = read_only and sys.platform != "win32"
         self.data_path = os.path.join(path, DATA)
         #: File and line of the program that opened it.
         self.opened_at = _caller()
-        #: What its data file said when it was taken; None if there was none.
+        #: What its data file said when it was taken; None if there was none, or if others had it.
         self.headers: Headers | None = None
         #: What stood in the lock file since the store was last closed; None if it was not closed,
         #: or by a version that leaves nothing.
         self.left: Left | None = None
+        #: Whether nobody else had it when it was taken, and whether nobody else gets in meanwhile.
+        self.first = True
+        self.alone = alone or not SHARING
         self._data: FileLock | None = None
         self._lock: FileLock | None = None
-        self._identity: tuple[int, int] | None = None
-        #: The directory as it was last seen, and as it stands if nothing in it has changed.
-        self._seen: tuple[int, int, int] | None = None
-        self._seen_at = 0.0
-        self._settled: tuple[int, int, int] | None = None
+        self._door: FileLock | None = None
+        self._standing = Standing(path, self.data_path)
+        #: Raises ``DatabaseMovedError`` if the path no longer leads to the file that is open.
+        self.check: Callable[[], None] = self._standing.check
         self._folder = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
         try:
             if find_here(path) is not None:
                 raise HeldError("")  # LMDB opens a file once in a process, for reading too.
-            if os.path.exists(self.data_path):
-                # First, because it makes nothing where somebody else is at work, or where
-                # something else stands.
-                self._take_data()
-            lock = os.path.join(path, LOCK)
-            self._lock = (
-                FileLock.read(lock) if self.read_only else FileLock.take(lock, self._like())
-            )
-            if self._lock is not None:
-                self.left = _read_left(self._lock.found)
-            # Whoever had that lock may have written until he gave it back.
-            if os.path.exists(self.data_path):
-                self._take_data()
+            while not self._enter():
+                continue
         except HeldError as error:
             self.release()
             raise DatabaseLockedError(self._held_by(error.holder)) from error
@@ -135,71 +103,186 @@ class Place:
             raise
         _PLACES.add(self)
 
+    @property
+    def shared(self) -> bool:
+        """Whether others may commit to it while this object has it: not to files that are looked
+        at by those alone who only read."""
+        return not self.alone and not (self.read_only and self.first)
+
+    def _enter(self) -> bool:
+        """False: those whom this one was to join have left meanwhile."""
+        if SHARING:
+            self._door = take_door(self._folder, look=self.read_only)
+        if os.path.exists(self.data_path):
+            # First, because it makes nothing where somebody else is at work, or where something
+            # else stands.
+            self._take_data()
+        if self.read_only and not self.first and not self._go_inside():
+            return False
+        self._take_lock()
+        if self._lock is not None:
+            self.left = read_left(self._lock.found)
+        # Whoever had that lock may have written until he gave it back.
+        if os.path.exists(self.data_path):
+            self._take_data()
+        if not self.first:
+            why = why_not_join(b"" if self._lock is None else self._lock.found, self._files())
+            if why is not None:
+                raise DatabaseLockedError(self._held_by("", why))
+        return True
+
+    def _go_inside(self) -> bool:
+        """Somebody writes here, so this one reads like those who write, and is counted."""
+        assert self._data is not None
+        self._close_door()
+        self._door = take_door(self._folder)
+        if not self._data.have_alone():
+            self._data.share()
+            return True
+        self._data.release()
+        self._data, self.first = None, True
+        self._close_door()
+        return False
+
+    def _take_lock(self) -> None:
+        lock = os.path.join(self.path, LOCK)
+        if self.read_only:
+            self._lock = FileLock.look(lock)
+        else:
+            # Who is the first has it alone: the data file may not be the one that others have.
+            self._lock = FileLock.take(lock, self._like(), shared=not self.first)
+
+    def _files(self) -> tuple[str, ...]:
+        """What all who are inside share, beside the data file."""
+        return os.path.join(self.path, LMDB_LOCK), os.path.join(self.path, TURN)
+
     def _take_data(self) -> None:
         """Lock the data file that stands here now, and know from now on which one it is and what
         it says. Raises as the constructor."""
         if sys.platform != "win32" and self._data is None:
             self._hold_data()
+        if not self.first:
+            return  # Whoever came first has looked, and by now it may be written.
         with self.data_file() as descriptor:
             if self.headers is None or not self.headers.are_in(descriptor):
                 self.headers = check_data_file(descriptor, self.data_path)
 
     def _hold_data(self) -> None:
         for _ in range(TRIES):
-            try:
-                kind = os.O_RDONLY if self.read_only else os.O_RDWR
-                held = FileLock(os.open(self.data_path, kind), shared=self.read_only)
-            except HeldError as error:
-                raise DatabaseLockedError(self._held_by(error.holder)) from error
+            held = self._held_data()
             if is_at(self.data_path, held.descriptor):
                 self._know(held)
                 return
             held.release()
+            self.first = True
         raise StorageError(f"{self.data_path} is replaced again and again; see by whom")
+
+    def _held_data(self) -> FileLock:
+        """The data file: alone if nobody else has it, or else with the others, if this one may."""
+        kind = os.O_RDONLY if self.read_only else os.O_RDWR
+        shared = self.read_only and not SHARING
+        for look in range(_LOOKS):
+            try:
+                held = FileLock(os.open(self.data_path, kind), shared=shared)
+            except HeldError as error:
+                holder = error.holder
+            else:
+                if self.read_only and SHARING:
+                    # Whoever looks at the same time is to see that nobody is inside.
+                    held.unlock()
+                return held
+            # Another who looks has it for a moment.
+            if look >= (_LOOKS_OF_LOOKERS if self.read_only else 0) and not self.alone:
+                with contextlib.suppress(HeldError):
+                    held = FileLock(os.open(self.data_path, kind), shared=True)
+                    self.first = False
+                    return held
+            if not SHARING:
+                break
+            time.sleep(_LOOK_SECONDS)
+        raise HeldError(holder)
+
+    def let_in(self) -> None:
+        """Open the door to others, unless this is for one alone; from now on the store is open.
+        Raises ``OSError``."""
+        if self.alone:
+            self._close_door()
+            return
+        if self.read_only:
+            if not self.first:
+                self._close_door()
+            return  # Together with others who look, and nobody else.
+        assert self._data is not None and self._lock is not None
+        if self.first:
+            self._lock.write(open_note(self._files()))
+            self._data.share()
+        self._close_door()
+
+    def share_lock(self) -> None:
+        """Before the file is mapped: an older EntiDB may come between. Raises
+        ``DatabaseLockedError``."""
+        if self.first and not self.alone and not self.read_only and self._lock is not None:
+            try:
+                self._lock.share()
+            except HeldError as error:
+                raise DatabaseLockedError(self._held_by(error.holder)) from error
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.release()
+            self._door = None
+
+    def is_last(self) -> bool:
+        """On the way out, with nothing mapped any more: whether nobody else has it open. From
+        then on nobody comes in until ``release``."""
+        if self.alone or not self.shared:
+            return not self.read_only
+        if self._data is None or self._lock is None or self.read_only or self._data.descriptor < 0:
+            return False
+        try:
+            self._door = take_door(self._folder, timeout_s=_LAST_SECONDS)
+        except (HeldError, OSError):
+            return False
+        return self._data.have_alone() and DOUBT not in self._lock.read()
+
+    def doubt(self) -> None:
+        """Tell whoever is the last to leave that the file has to be looked at."""
+        if self._lock is not None and not self.read_only:
+            with contextlib.suppress(OSError):
+                _, _, note = self._lock.read().partition(b"\n")
+                self._lock.write(note + DOUBT)
+
+    @contextlib.contextmanager
+    def to_itself(self) -> Iterator[None]:
+        """Nobody else has the store open while the block runs. Raises ``DatabaseLockedError``."""
+        if self.alone or self._data is None:
+            yield
+            return
+        with nobody_else(self._folder, self._data, self.path):
+            try:
+                yield
+            finally:
+                # By now it may be another file, or closed.
+                if self._data.descriptor >= 0:
+                    self._data.share()
+
+    def turn(self) -> FileTurn | SoleTurn:
+        """The turn to commit, for this process. With the door held."""
+        if not self.shared or self.read_only:
+            return SoleTurn()
+        return FileTurn(os.path.join(self.path, TURN), self._like(), self.first)
+
+    def claim(self, name: str) -> FileClaim | SoleTurn:
+        """As ``Storage.claim``."""
+        if not self.shared or self.read_only:
+            return SoleTurn()
+        return FileClaim(os.path.join(self.path, CLAIM + name), self._like())
 
     def _know(self, held: FileLock) -> None:
         before, self._data = self._data, held
-        found = os.fstat(held.descriptor)
-        self._identity = (found.st_ino, found.st_dev)
-        self._settled = self._seen = None
+        self._standing.know(held.descriptor)
         if before is not None:
             before.release()
-
-    def check(self) -> None:
-        """Raise ``DatabaseMovedError`` if the path no longer leads to the file that is open. Cheap
-        enough to precede every commit.
-
-        The directory is looked at, and the file only when the directory has changed: where a
-        file's times have been read, some systems write them anew with every commit."""
-        if self._identity is None:
-            return
-        try:
-            here = os.stat(self.path)
-            seen = (here.st_mtime_ns, here.st_ino, here.st_dev)
-            if seen != self._settled:
-                self._check_data(seen)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise self._moved("nothing stands there any more") from error
-        except OSError:
-            return  # It cannot be looked at, which proves nothing: a process may give up rights.
-
-    def _check_data(self, seen: tuple[int, int, int]) -> None:
-        found = os.stat(self.data_path)
-        if (found.st_ino, found.st_dev) != self._identity:
-            raise self._moved("another database stands there now")
-        # Two changes within one tick of the system's clock leave the same time behind.
-        now = time.monotonic()
-        if seen != self._seen:
-            self._seen, self._seen_at = seen, now
-        elif now - self._seen_at > (_TICK_S if seen[0] % 1_000_000_000 else _COARSE_TICK_S):
-            self._settled = seen
-
-    def _moved(self, what: str) -> DatabaseMovedError:
-        return DatabaseMovedError(
-            f"{self.path} is not the database that is open: {what}. It was moved, deleted or "
-            "replaced since it was opened; nothing was written to either. Put it back, or close "
-            "this one and open the path again"
-        )
 
     def make_lock_table(self) -> None:
         """LMDB's file, before LMDB makes it with an owner of its own."""
@@ -223,6 +306,11 @@ class Place:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    @property
+    def descriptor(self) -> int:
+        """Of the data file, where it is locked; -1 when it is closed."""
+        return -1 if self._data is None else self._data.descriptor
 
     def data_bytes(self) -> int:
         """The size of the data file."""
@@ -256,7 +344,7 @@ class Place:
             os.utime(self._data.descriptor, ns=times)
             if os.fstat(self._data.descriptor).st_mtime_ns == times[1]:
                 left = Left(headers.transaction, self._signature(headers.raw))
-                self._lock.write(_left_line(left))
+                self._lock.write(left_line(left))
 
     def leave_as_found(self) -> None:
         """Note again what the last one left: nothing was changed."""
@@ -266,7 +354,7 @@ class Place:
                 self._lock.write(note)
 
     def _signature(self, headers: bytes) -> tuple[int, ...]:
-        return () if self._data is None else _signature(os.fstat(self._data.descriptor), headers)
+        return () if self._data is None else signature(os.fstat(self._data.descriptor), headers)
 
     # ---- replacing the data file
 
@@ -335,6 +423,7 @@ class Place:
             self._data.release()
         if self._lock is not None:
             self._lock.release()
+        self._close_door()
         self._close_folder()
 
     def forget(self) -> None:
@@ -343,6 +432,8 @@ class Place:
             self._data.forget()
         if self._lock is not None:
             self._lock.forget()
+        if self._door is not None:
+            self._door.forget()
         self._close_folder()
 
     def _close_folder(self) -> None:
@@ -351,7 +442,7 @@ class Place:
             os.close(folder)
         _PLACES.discard(self)
 
-    def _held_by(self, holder: str) -> str:
+    def _held_by(self, holder: str, why: str = "") -> str:
         here = find_here(self.path)
         if here is not None:
             return (
@@ -360,11 +451,11 @@ class Place:
                 "name is left for it, the traceback of the last uncaught exception keeps it "
                 "(sys.last_value, sys.last_traceback), until the next one"
             )
-        holder = holder or written_holder(os.path.join(self.path, LOCK))
-        process = f"process {holder}" if holder else "another process"
-        return (
-            f"{self.path} is open in {process}; close it there, or reach it through a server "
-            "that runs in that process"
+        pids = [holder] if holder else holders(self.path)
+        pids = pids or [written_holder(os.path.join(self.path, LOCK))]
+        process = f"process {pids[0]}" if pids[0] else "another process"
+        return f"{self.path} is open in {process}; close it there" + (
+            f" ({why} open)" if why else ""
         )
 
 
@@ -381,16 +472,16 @@ def find_here(path: str) -> Place | None:
     return None
 
 
-def take_place(path: str, read_only: bool = False) -> Place:
+def take_place(path: str, read_only: bool = False, alone: bool = False) -> Place:
     """The directory at ``path``, for the caller. Raises as ``Place``."""
     try:
-        return Place(path, read_only)
+        return Place(path, read_only, alone)
     except DatabaseLockedError:
         if find_here(path) is None:
             raise
     # An object that nobody refers to any more may still wait for the collector.
     gc.collect()
-    return Place(path, read_only)
+    return Place(path, read_only, alone)
 
 
 def _caller() -> str:

@@ -34,13 +34,14 @@ _LENGTHS_OF_NOTHING: Final = {U32.size}
 class LmdbSnapshot:
     """A read transaction. May be used and closed from any thread, by one thread at a time."""
 
-    __slots__ = ("__weakref__", "_gate", "_reader", "_store")
+    __slots__ = ("__weakref__", "_gate", "_reader", "_store", "mark")
 
-    def __init__(self, store: object, gate: Gate, reader: Reader) -> None:
+    def __init__(self, store: object, gate: Gate, reader: Reader, mark: int) -> None:
         #: A store that is forgotten closes itself, which it must not while this is in use.
         self._store = store
         self._gate = gate
         self._reader = reader
+        self.mark = mark
 
     def get(self, key: bytes) -> bytes | None:
         reader = self._reader

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import get_ident
 from typing import Any, Final
 
 import lmdb
 
-from entidb.errors import StorageError, StorageFullError
-from entidb.storage.base import Batch, StorageInfo
+from entidb.errors import CommitStaleError, StorageError, StorageFullError
+from entidb.storage.base import Batch, StorageInfo, StoreTurn
 from entidb.storage.directories import restrict, sync_path
 from entidb.storage.lmdb.batches import stage
 from entidb.storage.lmdb.doubt import (
@@ -30,11 +32,14 @@ from entidb.storage.lmdb.doubt import (
 )
 from entidb.storage.lmdb.failures import foreign_errors, storage_error
 from entidb.storage.lmdb.gate import CLOSED, FROZEN, OPEN, Gate, Reader
+from entidb.storage.lmdb.headers import Header
+from entidb.storage.lmdb.left import DATA, LOCK
 from entidb.storage.lmdb.open_file import MAP_BYTES_MIN, OpenFile, as_bytes, create_file
 from entidb.storage.lmdb.pages import page_faults, read_header
-from entidb.storage.lmdb.place import DATA, LMDB_LOCK, LOCK, Place, take_place
+from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
 from entidb.storage.lmdb.snapshot import LmdbSnapshot, record_faults
 from entidb.storage.lmdb.spacers import spacers
+from entidb.storage.lmdb.turn import COMMITTING, TURN
 from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.turns import Turn
 
@@ -43,6 +48,14 @@ _DRAIN_SECONDS: Final = 5.0
 #: Commits, and rows of one, between two looks at whether the map should grow.
 _ROOM_EVERY_COMMITS: Final = 64
 _ROOM_EVERY_ROWS: Final = 1000
+#: Seconds between two looks at the mark, at first and after a while.
+_WAIT_FIRST_SECONDS: Final = 0.005
+_WAIT_SECONDS: Final = 0.02
+#: What ends a write because there is no room, here or any more.
+_ROOM: Final = (lmdb.MapFullError, lmdb.MapResizedError)
+Puts = list[tuple[bytes, bytes]]
+#: Snapshots whose header was written over by another process before it could be read.
+_HEADER_LOOKS: Final = 100
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
 
@@ -75,6 +88,8 @@ class LmdbStorage:
         self._read_only = read_only
         self._gate = Gate(path, drain_seconds)
         self._file = OpenFile(place, self._gate, map_bytes, read_only)
+        self.turn = self._file.turn
+        self._turn_in_turn = Turn()
         self._commits = 0
         #: Whether somebody has to close it.
         self._made = True
@@ -113,7 +128,8 @@ class LmdbStorage:
         salvage: bool = False,
         read_only: bool = False,
     ) -> LmdbStorage:
-        """Open the store in the directory ``path``, for this object alone.
+        """Open the store in the directory ``path``. Other processes may have it open too, on
+        Linux; in this one it is open once.
 
         With ``create`` a missing or empty directory becomes an empty store (directory 0700,
         files 0600). ``map_bytes`` bounds the size until a commit doubles it, by default what the
@@ -123,29 +139,31 @@ class LmdbStorage:
 
         A file that was not closed, or was changed since, is looked at before it is mapped: every
         page that can be reached is read once. ``salvage`` opens one with damaged pages too, to
-        save what can still be read; a damaged page may end the process.
+        save what can still be read, for this process alone; a damaged page may end it.
 
-        ``read_only`` makes and changes no file, so it also works where nothing can be written, and
-        beside others who only read (not on Windows).
+        ``read_only`` makes and changes no file where nobody writes, so it also works where nothing
+        can be written; and keeps those who would write out, but not others who only read. Where
+        somebody writes already, it reads beside him, and notes itself in LMDB's table of readers.
 
-        Raises ``DatabaseLockedError`` if it is open already, here or in another process;
-        ``FormatError`` (``not_a_database``, ``truncated``) if something else stands there, which
-        is not touched; ``CorruptionError`` for damaged pages, likewise; ``StorageError``. Not for
-        network file systems.
+        Raises ``DatabaseLockedError`` if it is open already in this process, or in another that has
+        it alone; ``FormatError`` (``not_a_database``, ``truncated``) if something else stands
+        there, which is not touched; ``CorruptionError`` for damaged pages, likewise;
+        ``StorageError``. Not for network file systems.
         """
         where = os.path.abspath(os.fspath(path))
         check_directory(where, create and not read_only)
         try:
-            place = take_place(where, read_only)
+            place = take_place(where, read_only, alone=salvage)
         except OSError as error:
             raise storage_error(error, f"opening {where}") from error
         try:
-            if not read_only:
-                place.remove_temporary()
-            if place.headers is None:
-                create_file(place)
-            else:
-                check_closed(place, place.headers, salvage, read_only)
+            if place.first:
+                if not read_only:
+                    place.remove_temporary()
+                if place.headers is None:
+                    create_file(place)
+                else:
+                    check_closed(place, place.headers, salvage, read_only)
             size = 0 if map_bytes is None else max(map_bytes, MAP_BYTES_MIN)
             store = cls(where, place, size, drain_seconds, read_only)
             store._gate.doubtful = salvage
@@ -173,75 +191,147 @@ class LmdbStorage:
                     break
                 reader.busy = False
                 self._gate.readers.discard(reader)
-            reader.txn = self._file.begin()
+            reader.txn = txn = self._file.begin()
             reader.busy = False
-            return LmdbSnapshot(self, self._gate, reader)
+            return LmdbSnapshot(self, self._gate, reader, self._file.marks + txn.id())
         except BaseException as error:
             self._gate.end(reader)
             if not isinstance(error, lmdb.Error):
                 raise
             if self._gate.level >= CLOSED:
                 self._gate.wait_for()
+            if not isinstance(error, lmdb.MapResizedError):
+                raise storage_error(error, f"reading {self.path}") from error
+        self._follow()
+        return self.snapshot()
+
+    def _follow(self) -> None:
+        """Map what another process has made the file grow to."""
+        turns = self._gate.turns
+        if turns.mine() is not None:
+            self._file.follow()
+            return
+        with turns.hold():
+            self._gate.find_open()
+            self._file.follow()
+
+    def claim(self, name: str) -> StoreTurn:
+        return self._place.claim(name)
+
+    @property
+    def shared(self) -> bool:
+        return self._place.shared
+
+    def mark(self) -> int:
+        if self._gate.level >= CLOSED:
+            self._gate.wait_for()
+        try:
+            return self._file.mark()
+        except OSError as error:
+            if self._gate.level >= CLOSED:
+                self._gate.wait_for()
             raise storage_error(error, f"reading {self.path}") from error
+
+    def wait(self, mark: int, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        pause = _WAIT_FIRST_SECONDS
+        while self.mark() == mark:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _WAIT_SECONDS)
+        return True
 
     # ---- writing
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch, after: int | None = None) -> int:
         puts, deletes = stage(batch)
         if self._gate.level >= CLOSED:
             self._gate.wait_for()
         if not batch:
-            return
-        # As ``hold``, and faster than a block.
-        turn = Turn()
-        try:
-            self._gate.turns.take(turn)
-            self._commit(puts, deletes)
-            self._gate.turns.give_back(turn)
-        except BaseException:
-            self._gate.turns.give_back(turn)
-            raise
+            return self.mark()
+        if not self.turn.mine:
+            try:
+                self.turn.take()
+                return self._commit_in_turn(puts, deletes, after, Turn())
+            finally:
+                self.turn.give_back()
+        # One thread at a time has that turn, so one object of this kind is enough.
+        turn = self._turn_in_turn
+        turn.thread = get_ident()
+        return self._commit_in_turn(puts, deletes, after, turn)
 
-    def _commit(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
-        if self._gate.level:
-            self._gate.find_open()
-        if self._read_only:
-            raise self._no_writing()
-        self._place.check()
+    def _commit_in_turn(
+        self, puts: Puts, deletes: list[bytes], after: int | None, turn: Turn
+    ) -> int:
+        # As ``hold``, and faster than a block.
+        turns, memory = self._gate.turns, self.turn.memory
+        try:
+            turns.take(turn)
+            if self._gate.level:
+                self._gate.find_open()
+            if self._read_only:
+                raise self._no_writing()
+            self._place.check()
+            memory[COMMITTING] = 1
+            try:
+                mark = self._write(puts, deletes, after)
+            except _ROOM:
+                mark = self._write_with_room(puts, deletes, after)
+            memory[COMMITTING] = 0
+            rows = len(puts) + len(deletes)
+            self._gate.touched += rows
+            self._commits += 1
+            if self._commits % _ROOM_EVERY_COMMITS == 0 or rows > _ROOM_EVERY_ROWS:
+                self._file.grow_early()
+            turns.give_back(turn)
+        except BaseException as error:
+            # If nobody knows what became of it, whoever comes next finds out.
+            if self._gate.level < CLOSED:
+                memory[COMMITTING] = 0
+            turns.give_back(turn)
+            if not isinstance(error, lmdb.Error):
+                raise
+            self._gate.doubtful = True
+            raise self._file.commit_failure(error, f"writing {self.path}") from error
+        return mark
+
+    def _write_with_room(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
         for _ in range(_GROWTHS_MAX):
             try:
-                self._write(puts, deletes)
-                break
+                return self._write(puts, deletes, after)
             except lmdb.MapFullError:
                 self._file.grow(sum(len(key) + len(value) for key, value in puts))
-            except lmdb.Error as error:
-                self._gate.doubtful = True
-                raise self._file.commit_failure(error, f"writing {self.path}") from error
-        else:
-            raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
-        rows = len(puts) + len(deletes)
-        self._gate.touched += rows
-        self._commits += 1
-        if self._commits % _ROOM_EVERY_COMMITS == 0 or rows > _ROOM_EVERY_ROWS:
-            self._file.grow_early()
+            except lmdb.MapResizedError:
+                self._file.follow()
+        raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
 
-    def _write(self, puts: list[tuple[bytes, bytes]], deletes: list[bytes]) -> None:
-        txn, committed_before = None, None
+    def _write(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
+        file = self._file
+        txn: Any = None
+        number, mark, written = 0, 0, False
         try:
-            txn = self._file.env.begin(write=True)
+            txn = file.env.begin(write=True)
+            number = txn.id()
+            mark = file.marks + int(number)
+            if after is not None and mark != after + 1:
+                raise CommitStaleError.of(self.path, after, mark - 1)
             for key in deletes:
                 txn.delete(key)
             txn.cursor().putmulti(puts)
-            committed_before = txn.id() - 1
+            # Ahead and never behind, wherever an interrupt comes.
+            written, file.newest = True, mark
             txn.commit()
         except BaseException as error:
             failed = isinstance(error, lmdb.Error) and not isinstance(error, lmdb.MapFullError)
-            if failed and committed_before is not None:
-                self._file.settle(error, committed_before, txn)
-                return
+            if failed and written:
+                file.settle(error, number - 1, txn)
+                return mark
             if txn is not None and not _is_over(txn):
                 self._abort(txn)
             raise
+        return mark
 
     def _abort(self, txn: Any) -> None:
         """Abort a write transaction with the readers held back: py-lmdb waits in it until no
@@ -260,9 +350,7 @@ class LmdbStorage:
             if self._gate.level:
                 self._gate.find_open()
             self._place.check()
-            snapshot = self.snapshot()
-            with foreign_errors(f"verifying {self.path}"):
-                header = read_header(data, snapshot.transaction_number())
+            snapshot, header = self._snapshot_with_header(data)
         with snapshot:
             if header is None:
                 yield "the header of the newest commit cannot be found"
@@ -279,6 +367,20 @@ class LmdbStorage:
                 self._gate.doubtful = True
                 yield f"the walk ended early: {error}"
 
+    def _snapshot_with_header(self, data: str) -> tuple[LmdbSnapshot, Header | None]:
+        """A snapshot and what the file says of it; another process may be writing over that."""
+        for _ in range(_HEADER_LOOKS):
+            snapshot = self.snapshot()
+            number = snapshot.transaction_number()
+            with foreign_errors(f"verifying {self.path}"):
+                header = read_header(data, number)
+                if header is not None and read_header(data, number) == header:
+                    return snapshot, header
+            if not self.shared:
+                break
+            snapshot.close()
+        return self.snapshot(), None
+
     def compact(self) -> None:
         """Raises ``StorageError`` when snapshots stay open longer than ``drain_seconds``, or the
         disk has no room for the copy; ``DatabaseMovedError`` when another database stands at the
@@ -291,11 +393,12 @@ class LmdbStorage:
             if self._read_only:
                 raise self._no_writing()
             self._place.check()
-            try:
-                self._copy_to(self._make_temporary())
-                self._file.swap()
-            finally:
-                self._place.remove_temporary()
+            with self._place.to_itself():
+                try:
+                    self._copy_to(self._make_temporary())
+                    self._file.swap()
+                finally:
+                    self._place.remove_temporary()
 
     def _no_writing(self) -> StorageError:
         return StorageError(f"{self.path} was opened only to read; open it without read_only")
@@ -329,8 +432,9 @@ class LmdbStorage:
             self._copy_to(directory)
         with contextlib.closing(LmdbStorage.open(directory)) as copy:
             copy.commit(dict(changes))
-        for name in (LMDB_LOCK, LOCK):
-            os.unlink(os.path.join(directory, name))
+        for name in (LMDB_LOCK, LOCK, TURN):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, name))
         self._place.give(directory)
         sync_path(directory)
 

@@ -23,8 +23,8 @@ _RECORDS: Final = (META_HEAD, META_SYNC, META_STAGE, META_INFLIGHT, META_ADOPT, 
 
 
 def look_at(database: Database) -> Look:
-    moment = database.moment()
     snapshot = database.storage.snapshot()
+    moment = database.moment_of(snapshot)
     try:
         raw_head, state, stage, inflight, adopt, lost = snapshot.get_many(_RECORDS)
         catalogue = database.read_catalogue(snapshot)

@@ -1,0 +1,210 @@
+"""Whose turn it is to commit, among all processes that have the store open.
+
+The turn is the lock of a file of its own: the system gives it back when its owner dies, whatever he
+was doing. What is written in that file is shared memory of all processes: whether somebody waits,
+so that whoever comes again at once lets him go first; and whether a commit was under way when its
+owner died, so that the next one sees to what it left before he looks at the newest state.
+
+Not here: whose turn it is within a process (``entidb.storage.turns``).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+from entidb.storage.directories import NO_FOLLOW, give_as
+from entidb.storage.locks import FileLock, HeldError, system_holders, written_holder
+
+TURN: Final = "entidb.turn"
+#: Bytes of the file: somebody waits; a commit is under way.
+_WAITED_FOR: Final = 0
+COMMITTING: Final = 8
+_BYTES: Final = 64
+#: Seconds between two tries to get the turn, at first and after a while. Whoever waits says how
+#: long he pauses, in so many steps; whoever comes later stays back for longer than that.
+_PAUSE_SECONDS: Final = 0.0002
+_PAUSE_SECONDS_MAX: Final = 0.002
+_STEP_SECONDS: Final = 0.0001
+#: Between two tries to get another right.
+_CLAIM_SECONDS: Final = 0.05
+#: What the files of other rights are called, before their names.
+CLAIM: Final = "entidb."
+
+
+class SoleTurn:
+    """The turn of whoever has the store to himself."""
+
+    mine = True
+
+    def __init__(self) -> None:
+        self.memory = bytearray(_BYTES)
+
+    def take(self, timeout_s: float | None = None) -> bool:
+        return True
+
+    def give_back(self) -> None:
+        return
+
+    def holder(self) -> str:
+        return ""
+
+    def recover_by(self, recover: Callable[[], None]) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    forget = close
+
+
+class FileClaim:
+    """A right that one process has at a time: the lock of a file of its own."""
+
+    def __init__(self, path: str, like: os.stat_result) -> None:
+        self._path = path
+        self._like = like
+        self._lock: FileLock | None = None
+
+    @property
+    def mine(self) -> bool:
+        return self._lock is not None and self._lock.descriptor >= 0
+
+    def take(self, timeout_s: float | None = None) -> bool:
+        """Raises ``OSError`` where no file can be made."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.mine:
+            try:
+                self._lock = FileLock.take(self._path, self._like)
+            except HeldError:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                time.sleep(_CLAIM_SECONDS if left is None else min(left, _CLAIM_SECONDS))
+        return True
+
+    def give_back(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def holder(self) -> str:
+        pids = system_holders(self._path) or [written_holder(self._path)]
+        return f"process {pids[0]}" if pids[0] and pids[0] != str(os.getpid()) else ""
+
+
+if sys.platform != "win32":
+    import fcntl
+
+    _flock = fcntl.flock
+    _TAKE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
+    _GIVE_BACK: Final = fcntl.LOCK_UN
+
+    class FileTurn:
+        """The turn of this process; one thread of it at a time calls this."""
+
+        __slots__ = ("_descriptor", "_path", "_recover", "memory", "mine")
+
+        def __init__(self, path: str, like: os.stat_result, first: bool) -> None:
+            """``first``: nobody else has the store open, and what the file says is of the dead.
+            Raises ``OSError``."""
+            self.mine = False
+            self._path = path
+            #: What all share. ``COMMITTING`` is not 0 while a commit is under way, and stays so
+            #: when nobody knows what became of it: whoever takes the turn next finds out.
+            self.memory: mmap.mmap
+            self._recover: Callable[[], None] = _nothing
+            self._descriptor = _open(path, like)
+            try:
+                if first or os.fstat(self._descriptor).st_size < _BYTES:
+                    # Written and not only set to that size: a page without room on the disk
+                    # behind it ends the process that touches it.
+                    os.pwrite(self._descriptor, bytes(_BYTES), 0)
+                self.memory = mmap.mmap(self._descriptor, _BYTES)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+
+        def recover_by(self, recover: Callable[[], None]) -> None:
+            """``recover`` sees to what a commit left whose owner died in it."""
+            self._recover = recover
+
+        def take(self, timeout_s: float | None = None) -> bool:
+            if self.mine or self._descriptor < 0:  # closed: whatever comes next says so
+                return True
+            memory = self.memory
+            waited_for = memory[_WAITED_FOR]
+            try:
+                if waited_for and not self._wait(waited_for, timeout_s):
+                    return False
+                _flock(self._descriptor, _TAKE)
+            except BlockingIOError:
+                if not self._wait(0, timeout_s):
+                    return False
+            self.mine = True
+            if memory[COMMITTING]:
+                self._recover()
+                memory[COMMITTING] = 0
+            return True
+
+        def give_back(self) -> None:
+            self.mine = False
+            if self._descriptor >= 0:
+                _flock(self._descriptor, _GIVE_BACK)
+
+        def holder(self) -> str:
+            pids = system_holders(self._path)
+            return f"process {pids[0]}" if pids else ""
+
+        def close(self) -> None:
+            """Idempotent."""
+            if self._descriptor >= 0:
+                self.give_back()
+            self.forget()
+
+        def forget(self) -> None:
+            """In a forked child: the turn is the parent's."""
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor >= 0:
+                self.memory.close()
+                os.close(descriptor)
+
+        def _try(self) -> bool:
+            try:
+                _flock(self._descriptor, _TAKE)
+            except BlockingIOError:
+                return False
+            return True
+
+        def _wait(self, waited_for: int, timeout_s: float | None) -> bool:
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            pause, longest = _PAUSE_SECONDS, (waited_for + 1) * _STEP_SECONDS
+            while True:
+                left = longest if deadline is None else min(longest, deadline - time.monotonic())
+                if left > 0:
+                    time.sleep(left)
+                if self._try():
+                    # Whoever waits still says so again when his pause is over.
+                    self.memory[_WAITED_FOR] = 0
+                    return True
+                self.memory[_WAITED_FOR] = int(pause / _STEP_SECONDS) + 1
+                if left <= 0:
+                    return False
+                pause = longest = min(pause * 1.2, _PAUSE_SECONDS_MAX)
+
+
+def _nothing() -> None:
+    return
+
+
+def _open(path: str, like: os.stat_result) -> int:
+    flags = os.O_RDWR | NO_FOLLOW
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    give_as(made, like)
+    return made
