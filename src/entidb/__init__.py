@@ -14,6 +14,7 @@ from entidb.version import VERSION
 if TYPE_CHECKING:
     from entidb.cbor import CborDecode as CborDecode
     from entidb.cbor import CborEncode as CborEncode
+    from entidb.db import AsyncDatabase as AsyncDatabase
     from entidb.db import ChangeEvent as ChangeEvent
     from entidb.db import ChangeFeed as ChangeFeed
     from entidb.db import Collection as Collection
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from entidb.errors import SyncStateError as SyncStateError
     from entidb.errors import SyncTimeoutError as SyncTimeoutError
     from entidb.errors import TlsError as TlsError
+    from entidb.errors import TransactionConflictError as TransactionConflictError
     from entidb.errors import TransactionError as TransactionError
     from entidb.errors import TransactionTooLargeError as TransactionTooLargeError
     from entidb.errors import TransportError as TransportError
@@ -93,6 +95,7 @@ __version__: Final = VERSION
 _HOMES: Final[dict[str, tuple[str, ...]]] = {
     "entidb.db": (
         "Database",
+        "AsyncDatabase",
         "Collection",
         "Transaction",
         "Snapshot",
@@ -144,6 +147,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "DatabaseMovedError",
         "DatabaseForkedError",
         "TransactionError",
+        "TransactionConflictError",
         "TransactionTooLargeError",
         "ValueTypeError",
         "QueryError",

@@ -6,6 +6,7 @@
     │   ├── DatabaseLockedError        database_locked          another process or engine has it
     │   ├── DatabaseForkedError        database_forked          inherited through fork()
     │   ├── TransactionError           transaction_state        nested, or used after its end
+    │   │   └── TransactionConflictError  transaction_conflict  another changed what it has read
     │   ├── TransactionTooLargeError   transaction_too_large
     │   ├── ValueTypeError             value_type               refused by the collection's type
     │   ├── QueryError                 invalid_query            an impossible condition or order
@@ -94,6 +95,12 @@ class DatabaseForkedError(LocalError):
 
 class TransactionError(LocalError):
     code = "transaction_state"
+
+
+class TransactionConflictError(TransactionError):
+    """Another transaction has changed what this one has read; nothing was written."""
+
+    code = "transaction_conflict"
 
 
 class TransactionTooLargeError(LocalError):

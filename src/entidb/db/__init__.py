@@ -1,5 +1,7 @@
 """The embedded core: database, collections, transactions, outbox, change feed (row 2)."""
 
+from typing import TYPE_CHECKING, Final
+
 from entidb.db.collection import Collection, ReadCollection, TransactionCollection
 from entidb.db.conditions import Condition, F
 from entidb.db.database import Database
@@ -12,8 +14,19 @@ from entidb.db.overruled import OverruledValue
 from entidb.db.query import Plan, Query
 from entidb.db.snapshot import Snapshot
 from entidb.db.transaction import Role, Transaction
+from entidb.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from entidb.db.aio import AsyncCollection, AsyncDatabase, AsyncTransaction
+
+#: Loaded when one of them is first used: a program without asyncio does not pay for it.
+_HOMES: Final = {"entidb.db.aio": ("AsyncCollection", "AsyncDatabase", "AsyncTransaction")}
+_HOME_OF, __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
 
 __all__ = [
+    "AsyncCollection",
+    "AsyncDatabase",
+    "AsyncTransaction",
     "ChangeEvent",
     "ChangeFeed",
     "Collection",

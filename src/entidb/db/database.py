@@ -12,7 +12,8 @@ import sys
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from entidb import cbor
 from entidb.db.codec import codec_for
@@ -32,11 +33,10 @@ from entidb.db.records import (
 )
 from entidb.db.rows import SnapshotRows
 from entidb.db.scope import change_local, change_scope, forget_collection
-from entidb.db.settings import check_settings, names_of
+from entidb.db.settings import check_settings, cursor_of, names_of
 from entidb.db.snapshot import Snapshot
 from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_local
 from entidb.errors import (
-    ConfigError,
     DatabaseLockedError,
     ScopeError,
     TransactionError,
@@ -45,11 +45,13 @@ from entidb.storage import MemoryStorage, open_storage
 from entidb.storage.base import StoreTurn
 from entidb.storage.turns import Turn
 from entidb.types import (
-    SEQUENCE_MAX,
     check_bool,
     check_name,
     path_text,
 )
+
+if TYPE_CHECKING:
+    from entidb.db.aio import AsyncDatabase
 
 V = TypeVar("V")
 
@@ -199,13 +201,8 @@ class Database(Core):
     def changes(self, after: int = 0, *, collections: Iterable[str] | None = None) -> ChangeFeed:
         """What changed after commit ``after`` (exclusive), in commit order. See ``ChangeFeed``.
         Raises ``ConfigError`` for what is no cursor, and names that cannot be."""
-        given: object = after
-        if not isinstance(given, int) or isinstance(given, bool):
-            raise ConfigError(
-                f"after must be the number of a commit, as `cursor` gives it, not {given!r:.60}"
-            )
         chosen = None if collections is None else names_of(collections)
-        return ChangeFeed(self._open_rows, min(max(after, 0), SEQUENCE_MAX), chosen)
+        return ChangeFeed(self._open_rows, cursor_of(after), chosen)
 
     @property
     def sequence(self) -> int:
@@ -298,6 +295,22 @@ class Database(Core):
             raw = writer.get(META_COLUMNS)
             known = {} if raw is None else cbor.decode_trusted(raw)
             writer.put(META_COLUMNS, cbor.encode({**known, name: order}))
+
+    @cached_property
+    def aio(self) -> AsyncDatabase:
+        """This database for an asyncio program: writes are awaited, and do not stop the loop."""
+        from entidb.db.aio import AsyncDatabase
+
+        return AsyncDatabase(self, self.close)
+
+    @classmethod
+    async def open_async(
+        cls, path: str | os.PathLike[str], *, create: bool = True, **options: Any
+    ) -> Database:
+        """As ``open``, without stopping the event loop meanwhile."""
+        from entidb.db.aio import in_thread
+
+        return await in_thread(lambda: cls.open(path, create=create, **options), "entidb-aio-open")
 
     # ------------------------------------------------------------ observers
 

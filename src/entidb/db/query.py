@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
@@ -158,7 +158,7 @@ class Query(Generic[V]):
         """Only those that meet more conditions too: ``query.where(F.price > 3, kind="tea")``."""
         return Where(self)
 
-    def order_by(self, *fields: str | Field) -> Query[V]:
+    def order_by(self, *fields: str | Field) -> Self:
         """Sorted by ``fields``: a name, with dots for fields inside fields and a minus before it
         for the largest first (``"-price"``), or ``F.price``.
 
@@ -174,14 +174,14 @@ class Query(Generic[V]):
             raise QueryError("call order_by before after(): a page goes on in an order")
         return self._with(order=order)
 
-    def limit(self, count: int) -> Query[V]:
+    def limit(self, count: int) -> Self:
         """At most ``count`` of them. Raises ``QueryError``."""
         given: object = count
         if type(given) is not int or given < 0:
             raise QueryError(f"limit takes a number from 0, not {given!r}")
         return self._with(limit=min(count, sys.maxsize))
 
-    def after(self, last: tuple[uuid.UUID, V] | None) -> Query[V]:
+    def after(self, last: tuple[uuid.UUID, V] | None) -> Self:
         """Only those behind ``last``, an ``(id, value)`` that an earlier page ended with: the way
         to turn pages, which stays right while others write. None begins at the beginning.
 
@@ -198,18 +198,18 @@ class Query(Generic[V]):
         stored = cbor.decode_trusted(self._source._codec.encode(value)) if self._order else None
         return self._with(after=(self._keys(stored), entity_id.bytes))
 
-    def _and(self, added: Condition) -> Query[V]:
+    def _and(self, added: Condition) -> Self:
         _check_fields(self._source, added.paths())
         if added is ALL:
             return self
         return self._with(condition=added if self._condition is ALL else self._condition & added)
 
-    def _on(self, source: Source) -> Query[V]:
+    def _on(self, source: Source) -> Self:
         """The same question, asked of ``source``."""
         return self._with(source=source)
 
-    def _with(self, **changes: Any) -> Query[V]:
-        made = Query[V](
+    def _with(self, **changes: Any) -> Self:
+        made = type(self)(
             self._source,
             self._condition,
             order=self._order,

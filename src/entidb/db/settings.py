@@ -10,6 +10,7 @@ from entidb.errors import (
     ConfigError,
 )
 from entidb.types import (
+    SEQUENCE_MAX,
     TRANSACTION_BYTES_MAX,
     check_int,
     check_name,
@@ -37,6 +38,16 @@ def check_settings(
     check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)
     check_number("busy_timeout_s", busy_timeout_s, 0.0, _BUSY_TIMEOUT_MAX_S)
     check_int("stale_rows_max", stale_rows_max, 0, _STALE_ROWS_LIMIT)
+
+
+def cursor_of(after: int) -> int:
+    """Where a feed begins that somebody wants from ``after`` on. Raises ``ConfigError``."""
+    given: object = after
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise ConfigError(
+            f"after must be the number of a commit, as `cursor` gives it, not {given!r:.60}"
+        )
+    return min(max(given, 0), SEQUENCE_MAX)
 
 
 def names_of(collections: Iterable[str]) -> frozenset[str]:

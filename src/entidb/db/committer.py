@@ -1,0 +1,191 @@
+"""One thread that commits for everybody who must not wait for a disk: tasks of an event loop.
+
+What waits when it is its turn goes into one storage commit, each job with a sequence, a result and
+an error of its own. A job that has not begun can be withdrawn. Not here: asyncio (``aio``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from entidb.db.core import Core
+from entidb.db.draft import Draft
+from entidb.db.rows import OverlayRows, SnapshotRows
+from entidb.db.transaction import Writes, check_size, commit_local
+from entidb.db.writer import Writer
+from entidb.errors import (
+    CommitUnknownError,
+    DatabaseClosedError,
+    StorageFullError,
+    TransactionTooLargeError,
+)
+
+T = TypeVar("T")
+#: Jobs of one storage commit at most, and the bytes from which on no more are taken.
+GROUP_MAX: Final = 256
+#: Seconds after which a thread without work ends; the next job begins another.
+_IDLE_S: Final = 5.0
+
+
+class Staging(Draft):
+    """What a job works on: the database as it will be when the jobs before it are committed.
+    ``committed`` is what is there already, ``before`` what those jobs wrote."""
+
+    def __init__(
+        self, committed: SnapshotRows, before: Writes, new_id: Callable[[], bytes]
+    ) -> None:
+        super().__init__(OverlayRows(committed, before), new_id)
+        self.committed = committed
+        self.before = before
+
+
+class Job(Generic[T]):
+    """``work`` is done on the committer's thread, perhaps more than once. ``told`` is called there
+    when it is over; then ``error`` or ``value`` is set. ``sequence`` is that of its commit: 0 if
+    nothing was committed, None if nobody knows."""
+
+    def __init__(
+        self,
+        work: Callable[[Staging], T],
+        told: Callable[[], None],
+        transaction_id: bytes | None = None,
+    ) -> None:
+        self.work = work
+        self.told = told
+        self.transaction_id = transaction_id
+        self.error: BaseException | None = None
+        self.value: T | None = None
+        self.sequence: int | None = 0
+
+    def result(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
+
+    def fail(self, error: BaseException) -> None:
+        self.error, self.value = error, None
+        self.sequence = None if isinstance(error, CommitUnknownError) else 0
+
+
+class Committer:
+    """Thread-safe. The thread is a daemon's, and ends when there is nothing to do."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._jobs: deque[Job[Any]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, job: Job[Any]) -> None:
+        """Raises ``DatabaseClosedError`` after ``close``."""
+        with self._changed:
+            if self._closed:
+                raise DatabaseClosedError(f"{self._core.where} is closed; open it again to use it")
+            self._jobs.append(job)
+            if self._thread is None:
+                name = "entidb-committer"
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def withdraw(self, job: Job[Any]) -> bool:
+        """Whether ``job`` had not begun, and never will."""
+        with self._changed:
+            try:
+                self._jobs.remove(job)
+            except ValueError:
+                return False
+            return True
+
+    def close(self) -> None:
+        """Take no more jobs, and wait until those that are here are over. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    # ------------------------------------------------------------ on its thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._jobs and not self._closed:
+                    self._changed.wait(_IDLE_S)
+                if not self._jobs:
+                    self._thread = None
+                    return
+            self._commit_waiting()
+
+    def _commit_waiting(self) -> None:
+        group: list[Job[Any]] = []
+        alone = False
+        try:
+            # Jobs are taken when it is this thread's turn: until then they can be withdrawn,
+            # however long another thread has its transaction open.
+            with self._core.write("local") as writer:
+                group = self._take()
+                alone = True
+                self._stage_all(writer, group)
+                alone = False
+        except BaseException as error:
+            if not group:
+                group = self._take()
+            if len(group) > 1 and (alone or isinstance(error, StorageFullError)):
+                self._commit_each(group)
+            else:
+                for job in group:
+                    job.fail(error)
+        self._tell(group)
+
+    def _commit_each(self, group: Sequence[Job[Any]]) -> None:
+        """They could not be committed together: somebody's fault, and the others go on."""
+        for job in group:
+            try:
+                with self._core.write("local") as writer:
+                    self._stage_all(writer, [job])
+            except BaseException as error:
+                job.fail(error)
+
+    def _take(self) -> list[Job[Any]]:
+        with self._changed:
+            count = min(len(self._jobs), GROUP_MAX)
+            return [self._jobs.popleft() for _ in range(count)]
+
+    def _stage_all(self, writer: Writer, group: Sequence[Job[Any]]) -> None:
+        core = self._core
+        committed, before = SnapshotRows(writer.snapshot, writer.catalogue), dict[str, Any]()
+        size = 0
+        for place, job in enumerate(group):
+            staging = Staging(committed, before, core._ids.new_bytes)
+            try:
+                job.error, job.value = None, job.work(staging)
+                check_size(staging.writes, core.transaction_bytes_max)
+            except Exception as error:
+                job.fail(error)
+                continue
+            size += _bytes_of(staging.writes)
+            if place and size > core.transaction_bytes_max:
+                raise TransactionTooLargeError("together they are more than one transaction")
+            identity = job.transaction_id or core._ids.new_bytes()
+            job.sequence = commit_local(
+                writer, core.role, staging.writes, identity, core._tick(writer)
+            )
+            for name, ids in staging.writes.items():
+                before.setdefault(name, {}).update(ids)
+
+    def _tell(self, group: Sequence[Job[Any]]) -> None:
+        for job in group:
+            job.told()
+
+
+def _bytes_of(writes: Writes) -> int:
+    return sum(len(p) for ids in writes.values() for p in ids.values() if p is not None)
+
+
+__all__ = ["Committer", "Job", "Staging"]
