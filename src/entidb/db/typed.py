@@ -1,7 +1,7 @@
 """Values of one class and payloads: dataclasses, attrs classes, msgspec Structs, pydantic models.
 
-A typed value is read back before it is stored: what would not come back equal is refused, and so is
-what could not be read any more. Nobody finds out a year later.
+A typed value is read back before it is stored, unless it comes back for certain (``certain``): what
+would not come back equal is refused, and so is what could not be read any more. Nobody finds out a year later.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Final, Generic
 import msgspec
 
 from entidb import cbor
+from entidb.db.certain import Certain, certain
 from entidb.db.difference import difference, part_of, same
 from entidb.db.forms import is_model, is_typed_dict, label_of
 from entidb.db.kinds import AS_TEXT, examine
@@ -49,6 +50,8 @@ class TypedCodec(ABC, Generic[V]):
             and not is_typed_dict(self._origin)
         )
         self._bare = bare
+        #: Answers for a value whether reading it back would prove nothing; None: for no value.
+        self._certain: Certain | None = None
         self.keep: Keep | None = None if shape is None else partial(keep_unknown, shape)
         self.stored_names: tuple[str, ...] | None = None
         if isinstance(shape, Fields) and not shape.open:
@@ -69,6 +72,8 @@ class TypedCodec(ABC, Generic[V]):
         except CborEncodeError as error:
             plain = settled_or(error, plain, (list, tuple))
             payload = cbor.encode(plain)
+        if self._certain is not None and self._certain(value):
+            return payload
         try:
             back = self._value(plain)
         except ValueTypeError as error:
@@ -183,6 +188,7 @@ class MsgspecCodec(TypedCodec[V]):
     def __init__(self, kind: Any) -> None:
         found = examine(kind)
         super().__init__(kind, found.shape, bare=found.bare)
+        self._certain = certain(kind)
         self._convert = partial(
             msgspec.convert,
             type=kind,
