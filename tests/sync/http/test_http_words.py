@@ -17,7 +17,7 @@ import pytest
 from entidb.errors import ConfigError, SyncError, TransportError
 from entidb.protocol import ErrorResponse, encode
 from entidb.sync.http import HttpTransport
-from tests.unit.test_http import (
+from tests.sync.http.test_http import (
     PAGE,
     PULL,
     STALL,
