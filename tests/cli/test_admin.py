@@ -40,7 +40,11 @@ class Place:
 @pytest.fixture(params=["dir", "url"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     (tmp_path / "secret").write_bytes(SECRET)
-    config = ServerConfig(data_dir=tmp_path / "data", jwt_secret_file=tmp_path / "secret")
+    config = ServerConfig(
+        data_dir=tmp_path / "data",
+        jwt_secret_file=tmp_path / "secret",
+        backup_dir=tmp_path / "backups",
+    )
     with SyncServer(config) as server, serving(server) as url:
         yield Place(tmp_path, url, server, request.param)
 
@@ -96,6 +100,36 @@ def test_devices_keys_and_tasks_are_shown(place: Place):
     assert "HS256" in place("reload")
     assert place("tasks") == "none\n"
     place.fails(3, "not_found", "cancel", "7")
+
+
+@pytest.mark.slow
+def test_a_backup_is_made_listed_and_put_back(place: Place):
+    place("create", "shop")
+    place("create", "log")
+    made = place.json("backup", "shop")
+    assert (made["state"], made["kind"]) == ("done", "backup")
+    identity = made["result"]["backup"]
+    assert identity in place("backups")
+    assert len(place.json("backup", "--all")) == 2
+    place.fails(2, "usage", "backup")
+    place.fails(2, "usage", "backup", "shop", "--all")
+    place.fails(2, "not_confirmed", "restore", "shop", identity, "--confirm", "log")
+    place.fails(3, "unknown_database", "restore", "shop", "20200101T000000Z", "--confirm", "shop")
+    assert "done" in place("restore", "shop", identity, stdin="shop\n")
+    assert "shop" in place("deleted")
+    assert "restored" in place("audit")
+
+
+@pytest.mark.slow
+def test_tasks_are_waited_for_or_only_begun(place: Place):
+    place("create", "shop")
+    assert "done" in place("verify", "shop")
+    assert place.json("compact", "shop")["state"] == "done"
+    assert place.json("purge", "shop", "--days", "3")["result"]["purged"] == 0
+    begun = place.json("verify", "shop", "--no-wait")
+    assert begun.get("state", "waiting") == "waiting"
+    assert str(begun["id"]) in place("tasks")
+    place.fails(3, "unknown_database", "verify", "gone")
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path):

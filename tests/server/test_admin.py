@@ -26,13 +26,14 @@ from entidb.errors import (
 from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import Grants, ServerConfig, SyncServer, mint_token, serving
 from entidb.server.admin import access, audit, databases
+from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.audit import AUDIT_FILE, AuditLog
 from entidb.server.admin.callers import Caller, caller_of
 from entidb.server.admin.local import SOCKET, LocalRequest, ask
 from entidb.server.admin.office import Office
 from entidb.server.admin.openapi import document
 from entidb.server.admin.opening import office_of
-from entidb.server.admin.routes import PREFIX, ROUTES, answer
+from entidb.server.admin.routes import ROUTES, answer
 from tests.server.support import DEVICE, NOW_MS, SECRET, Client, ManualClock, handshake, pull, push
 
 ROOT = Caller("root", "test")
@@ -46,7 +47,9 @@ class Place:
 
     def __init__(self, root: Path) -> None:
         self.clock = ManualClock()
-        self.config = ServerConfig(data_dir=root / "data", insecure_no_auth=True)
+        self.config = ServerConfig(
+            data_dir=root / "data", backup_dir=root / "backups", insecure_no_auth=True
+        )
         self.root = root / "data"
         self.server = SyncServer(self.config, clock=self.clock)
         self.office: Office = office_of(self.server)
@@ -537,13 +540,15 @@ def test_every_answer_is_of_the_shape_that_the_document_says(place: Place):
     name, seen = "shop", 0
     routes = sorted(ROUTES, key=lambda each: (each.method == "DELETE", "rename" in each.path))
     for route in routes:
-        if "{id}" in route.path:
+        if "{id}" in route.path or route.path.endswith("/restore"):
             continue
         name = "store" if route.method == "DELETE" else "shop"
         path = route.path.replace("{name}", name)
         status, said = ask_for(place, route.method, path, bodies.get((route.method, route.path)))
         assert status == 200, (route.path, said)
         msgspec.convert(said, route.gives)
+        for task in place.office.tasks.all():
+            place.office.tasks.wait(task.id, 60)
         seen += 1
     assert seen >= 14
 

@@ -10,6 +10,7 @@
     syncing    sync, and its ``watch`` loop; ``summary`` says what a cycle did
     outbox     status, pending, conflicts, resolve, discarded, reset
     serving    serve, token
+    restoring  restore
     admin      admin: a running server (``admin_views`` shows its answers)
     care       verify, inspect, compact, backup, version
 

@@ -326,6 +326,67 @@ def cancel_command(desk: Desk, number: int) -> Result:
     return desk.ask("POST", _at("tasks", str(number), "cancel")), views.changed
 
 
+_WAIT: Final = click.option("--wait/--no-wait", default=True, show_default=True,
+                            help="Wait until it is done.")  # fmt: skip
+
+
+def _task(desk: Desk, path: str, body: dict[str, Any], wait: bool) -> Result:
+    task = desk.ask("POST", path, body)
+    return wait_for(desk, task) if wait else task, views.task
+
+
+@_command("backup", click.argument("name", required=False),
+          click.option("--all", "every", is_flag=True, help="Every database."), _WAIT)  # fmt: skip
+def backup_command(desk: Desk, name: str | None, every: bool, wait: bool) -> Result:
+    """Make a backup of a database, or of all, and verify it."""
+    if (name is None) is not every:
+        raise UsageError("which database? give NAME or --all")
+    if name is not None:
+        return _task(desk, _at("databases", name, "backup"), {}, wait)
+    tasks = desk.ask("POST", "backups")
+    return [wait_for(desk, task) for task in tasks] if wait else tasks, views.tasks
+
+
+@_command("backups")
+def backups_command(desk: Desk) -> Result:
+    """List the backups, newest first."""
+    return desk.ask("GET", "backups"), views.backups
+
+
+@_command("restore", _NAME, click.argument("backup", metavar="ID"), _WAIT,
+          click.option("--confirm", metavar="NAME", help="The name once more."))  # fmt: skip
+def restore_command(desk: Desk, name: str, backup: str, wait: bool, confirm: str | None) -> Result:
+    """Put a backup in the place of a database, which can be taken back for a day.
+
+    The database begins a new history: every device stops until its program has chosen a side.
+    """
+    if confirm is None:
+        confirm = click.prompt(f"This replaces {name} by an older state. Its name once more")
+    body = {"backup": backup, "confirm": confirm}
+    return _task(desk, _at("databases", name, "restore"), body, wait)
+
+
+@_command("verify", _NAME, _WAIT)
+def verify_command(desk: Desk, name: str, wait: bool) -> Result:
+    """Check every record of a database, on a copy."""
+    return _task(desk, _at("databases", name, "verify"), {}, wait)
+
+
+@_command("compact", _NAME, _WAIT)
+def compact_command(desk: Desk, name: str, wait: bool) -> Result:
+    """Give unused room of a database back to the file system; requests to it wait."""
+    return _task(desk, _at("databases", name, "compact"), {}, wait)
+
+
+_DAYS: Final = click.option("--days", type=float, help="Older than this; else as the retention.")
+
+
+@_command("purge", _NAME, _DAYS, _WAIT)
+def purge_command(desk: Desk, name: str, wait: bool, days: float | None) -> Result:
+    """Forget old deletions. Devices that were away for longer pull everything anew."""
+    return _task(desk, _at("databases", name, "purge"), {"days": days}, wait)
+
+
 def wait_for(desk: Desk, task: dict[str, Any]) -> dict[str, Any]:
     """The task when it is over. Raises ``EntiDBError`` (failed) if it did not come to a good
     end."""

@@ -153,6 +153,22 @@ def _audit_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def backups(rows: list[Row]) -> Iterator[str]:
+    heads = ("database", "id", "size", "entities", "head", "")
+    cells = (
+        (
+            row["database"],
+            row["id"],
+            size_text(row["bytes"]),
+            f"{row.get('entities', 0):,}",
+            f"{row.get('head', 0):,}",
+            plural(len(row["faults"]), "fault") if row.get("faults") else "verified",
+        )
+        for row in rows
+    )
+    return _or_none(lambda _: table(cells, heads), rows)
+
+
 def tasks(rows: list[Row]) -> Iterator[str]:
     heads = ("id", "task", "database", "state", "step", "by", "ended")
     return _or_none(lambda found: table(map(_task_cells, found), heads), rows)

@@ -43,9 +43,9 @@ from entidb.protocol import (
     operations_count,
 )
 from entidb.server import wire
+from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
-from entidb.server.admin.routes import PREFIX
 from entidb.server.config import ServerConfig
 from entidb.server.exchange import Exchange, GoneError, Message, Receive, Scope, Send
 from entidb.server.hooks import Grant

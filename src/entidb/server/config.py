@@ -148,6 +148,13 @@ class ServerConfig:
     #: Databases open at once. The least recently used one is closed for another.
     databases_open_max: int = 64
 
+    #: Directory for backups of the databases, best on another disk. None: there are none.
+    backup_dir: str | os.PathLike[str] | None = None
+    #: Seconds between two backups of each database. 0: only when somebody asks for one.
+    backup_every_s: float = 0.0
+    #: Backups of each database that are kept; those in which faults were found do not count.
+    backup_keep: int = 7
+
     #: Pack answers with zstd or gzip for clients that take it.
     compression: bool = True
     #: Smaller answers go as they are: below about 1 kB the packing costs more than it saves.
@@ -164,6 +171,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.data_dir is not None and not os.fspath(self.data_dir):
             raise ConfigError("data_dir is empty: name a directory")
+        self._check_backups()
         if not self.audience:
             raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
         check_names(self.allowed_hosts, self.cors_origins)
@@ -187,6 +195,15 @@ class ServerConfig:
                 f"in_flight_bytes_max ({self.in_flight_bytes_max}) has to be at least three times "
                 f"body_bytes_max, so that one large request does not stop all others"
             )
+
+    def _check_backups(self) -> None:
+        if self.backup_dir is None:
+            if self.backup_every_s:
+                raise ConfigError("backup_every_s needs backup_dir, the place for the backups")
+            return
+        where = os.path.abspath(self.backup_dir)
+        if self.data_dir is not None and where == os.path.abspath(self.data_dir):
+            raise ConfigError("backup_dir is another directory than data_dir: best on another disk")
 
     def _check_auth(self) -> None:
         ways = [name for name in _AUTH if getattr(self, name) not in (None, False)]
@@ -252,6 +269,7 @@ _INTS: Final = {
     "live_max": (0, 1_000_000),
     "live_subject_max": (1, 1_000_000),
     "databases_open_max": (1, 100_000),
+    "backup_keep": (1, 10_000),
     "schema": (0, SEQUENCE_MAX),
     "schema_min": (0, SEQUENCE_MAX),
     "compression_min_bytes": (0, _BYTES_MAX),
@@ -266,6 +284,7 @@ _FLOATS: Final = {
     "tombstone_retention_days": (0.0, _DAYS_MAX),
     "purge_interval_s": (1.0, _SECONDS_MAX),
     "idle_close_s": (0.0, _SECONDS_MAX),
+    "backup_every_s": (0.0, 366 * 24 * 3600.0),
 }
 
 

@@ -212,7 +212,7 @@ def delete(office: Office, caller: Caller, db_id: str, confirm: str) -> Aside:
         check_confirmed(db_id, confirm)
         office.path_of(db_id)
         with office.stores.closed(db_id, WAIT_S):
-            aside = put_aside(office, db_id)
+            aside = put_aside(office.root, db_id, office.clock.now_ms())
             office.registry.rename(db_id, None)
             office.control.rename(db_id, None)
     return aside
@@ -229,17 +229,16 @@ def check_confirmed(db_id: str, confirm: str) -> None:
 # ---------------------------------------------------------------- aside
 
 
-def put_aside(office: Office, db_id: str) -> Aside:
-    """Move the directory of a closed database out of the way."""
-    folder = office.root / ASIDE
+def put_aside(root: Path, db_id: str, now: int) -> Aside:
+    """Move the directory of a closed database out of the way; ``now`` in milliseconds."""
+    folder = root / ASIDE
     make_directory(str(folder))
-    now = office.clock.now_ms()
     while os.path.lexists(folder / f"{directory_name(db_id)}.{now}"):
         now += 1
     target = folder / f"{directory_name(db_id)}.{now}"
-    os.rename(office.root / directory_name(db_id), target)
+    os.rename(root / directory_name(db_id), target)
     sync_path(str(folder))
-    sync_path(str(office.root))
+    sync_path(str(root))
     return Aside(target.name, db_id, now, now + ASIDE_MS)
 
 

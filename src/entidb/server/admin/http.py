@@ -15,10 +15,11 @@ from msgspec import json
 
 from entidb.errors import ProtocolError, SyncTimeoutError
 from entidb.server import wire
+from entidb.server.admin.asking import BODY_BYTES_MAX, PREFIX, refusal
 from entidb.server.admin.callers import caller_of
 from entidb.server.admin.office import Office
 from entidb.server.admin.openapi import DOCUMENT, document
-from entidb.server.admin.routes import BODY_BYTES_MAX, PREFIX, answer, refusal
+from entidb.server.admin.routes import answer
 from entidb.server.exchange import Exchange, GoneError
 from entidb.server.room import Held
 from entidb.server.wire import HttpResponse

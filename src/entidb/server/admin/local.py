@@ -21,9 +21,10 @@ from typing import Any, Final
 from msgspec import Raw, Struct, ValidationError, json
 
 from entidb.errors import PermissionDeniedError, ProtocolError
+from entidb.server.admin.asking import BODY_BYTES_MAX, refusal
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
-from entidb.server.admin.routes import BODY_BYTES_MAX, answer, refusal
+from entidb.server.admin.routes import answer
 
 logger = logging.getLogger("entidb.server")
 

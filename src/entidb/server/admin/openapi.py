@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from msgspec import json
 
-from entidb.server.admin.routes import PREFIX, ROUTES, ErrorAnswer, Nothing, Route
+from entidb.server.admin.asking import PREFIX, ErrorAnswer, Nothing, Route
+from entidb.server.admin.routes import ROUTES
 from entidb.version import VERSION
 
 #: Where it is served, below the prefix.

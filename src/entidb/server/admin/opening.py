@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final
 
 from entidb.server.admin import databases
+from entidb.server.admin.backups import Schedule
 from entidb.server.admin.office import Office, Served
 
 _LOCK: Final = threading.Lock()
@@ -21,4 +22,5 @@ def office_of(server: Served) -> Office:
             server.office = office = Office(server)
             office.chores.append(partial(databases.clear_aside, office))
             office.chores.append(partial(databases.remember, office, {}))
+            office.chores.append(Schedule(office))
         return server.office

@@ -5,41 +5,20 @@ is made from the table.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Final
-from urllib.parse import unquote
+from collections.abc import Mapping
+from typing import Final
 
-from msgspec import Struct, ValidationError, convert, json
+from msgspec import Struct
 
-from entidb.errors import (
-    ERROR_TABLE,
-    DatabaseLockedError,
-    EntiDBError,
-    LocalError,
-    ProtocolError,
-    StorageError,
-    StorageFullError,
-    SyncError,
-)
-from entidb.server.admin import access, databases
+from entidb.errors import ProtocolError
+from entidb.server.admin import access, backups, care, databases
+from entidb.server.admin.asking import Asked, Changed, Route, answer_from
 from entidb.server.admin.audit import Entry
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
 from entidb.server.admin.tasks import Task
 from entidb.server.control import Kind, Revoked
-
-logger = logging.getLogger("entidb.server")
-
-PREFIX: Final = "/v1/admin/"
-#: Bytes of a body: no request is longer than a name and a reason.
-BODY_BYTES_MAX: Final = 64 * 1024
-_LIMIT_MAX: Final = 10_000
-
-
-class Nothing(Struct):
-    """No body."""
 
 
 class Name(Struct):
@@ -83,48 +62,17 @@ class Revoke(Who):
     until_ms: int | None = None
 
 
-class Changed(Struct):
-    """Whether anything was changed."""
+class Restore(Struct):
+    """Which backup, and the name of the database once more."""
 
-    changed: bool
-
-
-class ErrorAnswer(Struct):
-    """What every refusal looks like."""
-
-    code: str
-    message: str
+    backup: str
+    confirm: str
 
 
-class Asked(Struct, frozen=True):
-    """One request: ``names`` come from the address, ``query`` from what follows it."""
+class Purge(Struct):
+    """Deletions older than so many days; without it, as the server's retention says."""
 
-    names: Mapping[str, str]
-    query: Mapping[str, str]
-    body: Any
-
-    @property
-    def limit(self) -> int:
-        text = self.query.get("limit", "1000")
-        if re.fullmatch("[0-9]{1,6}", text) is None or not 0 < int(text) <= _LIMIT_MAX:
-            raise ProtocolError(f"limit is a number from 1 to {_LIMIT_MAX}")
-        return int(text)
-
-
-Do = Callable[[Office, Caller, Asked], Any]
-
-
-class Route(Struct, frozen=True):
-    """``path`` is below ``PREFIX``; ``{name}`` in it stands for one part of an address."""
-
-    method: str
-    path: str
-    says: str
-    do: Do
-    gives: Any
-    takes: type[Struct] = Nothing
-    #: Names that may follow a question mark.
-    query: tuple[str, ...] = ()
+    days: float | None = None
 
 
 def _number(text: str) -> int:
@@ -155,7 +103,7 @@ def _audit(office: Office, caller: Caller, asked: Asked) -> list[Entry]:
     return [each for each in found if caller.databases is None or caller.sees(each.database)]
 
 
-ROUTES: list[Route] = [
+ROUTES: Final[list[Route]] = [
     Route(
         "GET",
         "databases",
@@ -240,6 +188,61 @@ ROUTES: list[Route] = [
         databases.DatabaseRow,
     ),
     Route(
+        "POST",
+        "databases/{name}/backup",
+        "Make a backup of a database, and verify it.",
+        lambda office, caller, asked: backups.backup(office, caller, asked.names["name"]),
+        Task,
+    ),
+    Route(
+        "POST",
+        "databases/{name}/restore",
+        "Put a backup in the place of a database.",
+        lambda office, caller, asked: backups.restore(
+            office, caller, asked.names["name"], asked.body.backup, asked.body.confirm
+        ),
+        Task,
+        Restore,
+    ),
+    Route(
+        "POST",
+        "databases/{name}/verify",
+        "Check every record of a database.",
+        lambda office, caller, asked: care.verify(office, caller, asked.names["name"]),
+        Task,
+    ),
+    Route(
+        "POST",
+        "databases/{name}/compact",
+        "Give unused room of a database back to the file system.",
+        lambda office, caller, asked: care.compact(office, caller, asked.names["name"]),
+        Task,
+    ),
+    Route(
+        "POST",
+        "databases/{name}/purge",
+        "Forget old deletions of a database.",
+        lambda office, caller, asked: care.purge(
+            office, caller, asked.names["name"], asked.body.days
+        ),
+        Task,
+        Purge,
+    ),
+    Route(
+        "GET",
+        "backups",
+        "List the backups, newest first.",
+        lambda office, caller, asked: backups.rows(office, caller),
+        list[backups.BackupRow],
+    ),
+    Route(
+        "POST",
+        "backups",
+        "Make a backup of every database, and verify them.",
+        lambda office, caller, asked: backups.backup_all(office, caller),
+        list[Task],
+    ),
+    Route(
         "GET",
         "revoked",
         "List who is locked out.",
@@ -300,9 +303,6 @@ ROUTES: list[Route] = [
 ]
 
 
-# ---------------------------------------------------------------- asked and answered
-
-
 def answer(
     office: Office,
     caller: Caller,
@@ -311,76 +311,5 @@ def answer(
     query: Mapping[str, str],
     body: bytes,
 ) -> tuple[int, bytes]:
-    """Status and JSON of the answer to one request; ``path`` is the whole of it. Never raises but
-    for what ends the process."""
-    try:
-        route, names = _find(method, path)
-        return 200, json.encode(
-            route.do(office, caller, Asked(names, query, _body(route.takes, body)))
-        )
-    except Exception as error:
-        return refusal(error)
-
-
-def _find(method: str, path: str) -> tuple[Route, dict[str, str]]:
-    parts = path.removeprefix(PREFIX).split("/")
-    others = False
-    for route in ROUTES:
-        names = _match(route.path.split("/"), parts)
-        if names is not None:
-            if route.method == method:
-                return route, names
-            others = True
-    if others:
-        raise ProtocolError("this address is asked in another way", code="method_not_allowed")
-    raise ProtocolError("there is nothing at this address", code="not_found")
-
-
-def _match(pattern: list[str], parts: list[str]) -> dict[str, str] | None:
-    if len(pattern) != len(parts):
-        return None
-    names = {}
-    for wanted, given in zip(pattern, parts, strict=True):
-        if wanted.startswith("{"):
-            names[wanted[1:-1]] = unquote(given)
-        elif wanted != given:
-            return None
-    return names
-
-
-def _body(kind: type[Struct], body: bytes) -> Any:
-    if not body:
-        body = b"{}"
-    try:
-        given = json.decode(body)
-        if not isinstance(given, dict):
-            raise ProtocolError("the body is a JSON object")
-        # What nobody reads was meant to say something.
-        unknown = given.keys() - set(kind.__struct_fields__)
-        if unknown:
-            raise ProtocolError(f"the body has a member that is not known: {min(unknown)[:100]!r}")
-        return convert(given, kind)
-    except (ValidationError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"the body cannot be read: {error}") from error
-
-
-def refusal(error: Exception) -> tuple[int, bytes]:
-    """Status and JSON of a refusal."""
-    status, code, message = 500, "internal", "the server failed; its log says how"
-    if isinstance(error, SyncError) and error.code in ERROR_TABLE:
-        status, code, message = ERROR_TABLE[error.code].status, error.code, error.message
-    elif isinstance(error, DatabaseLockedError):
-        status, code, message = 409, error.code, error.message
-    elif isinstance(error, LocalError):
-        status, code, message = _LOCAL.get(error.code, 400), error.code, error.message
-    elif isinstance(error, StorageError):
-        full = isinstance(error, StorageFullError)
-        status, code, message = 507 if full else 500, error.code, error.message
-    elif isinstance(error, EntiDBError):
-        status, code, message = 400, error.code, error.message
-    else:
-        logger.error("a request to administration failed", exc_info=error)
-    return status, json.encode(ErrorAnswer(code, message))
-
-
-_LOCAL: Final = {"exists": 409}
+    """Status and JSON of the answer to one request; ``path`` is the whole of it."""
+    return answer_from(ROUTES, office, caller, method, path, query, body)

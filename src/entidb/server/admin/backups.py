@@ -1,0 +1,272 @@
+"""Backups of databases that are served: made, verified, listed, pruned, and put back.
+
+    BACKUP_DIR/shop.entidb/20261128T191500Z           a backup, as `entidb backup` makes it
+    BACKUP_DIR/shop.entidb/20261128T191500Z.json      what was found when it was verified
+
+A backup counts from the moment its second file is there. Only what has such a name is ever
+removed. When it is due is decided with the housekeeping; making one is a task.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct, ValidationError, json
+
+from entidb.errors import ConfigError, CorruptionError, ServerBusyError
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.checking import check
+from entidb.server.admin.databases import WAIT_S, check_confirmed, put_aside
+from entidb.server.admin.office import Office, unknown
+from entidb.server.admin.tasks import Progress, Task
+from entidb.server.config import check_db_id, db_id_of, directory_name
+from entidb.server.directory import list_databases
+from entidb.storage.directories import make_directory, sync_path
+from entidb.storage.partial import Partial
+
+logger = logging.getLogger("entidb.server")
+
+_ID: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z(?:-[0-9]{1,3})?")
+#: The one file of a backup that says something.
+_DATA: Final = "data.mdb"
+_PIECE_BYTES: Final = 4 * 2**20
+#: Seconds until a scheduled backup that failed is tried again, at least.
+_AGAIN_MS: Final = 900_000
+_SCHEDULE: Final = Caller("the schedule", "local")
+#: Faulty backups that are kept to look at; a damaged database must not fill the disk.
+_FAULTY_KEPT: Final = 1
+
+
+class BackupRow(Struct, omit_defaults=True):
+    """A backup, as it was when it was verified. ``made_ms`` is milliseconds since 1970."""
+
+    id: str
+    database: str
+    made_ms: int
+    bytes: int
+    head: int = 0
+    entities: int = 0
+    faults: list[str] = []
+
+
+# ---------------------------------------------------------------- made
+
+
+def backup(office: Office, caller: Caller, db_id: str) -> Task:
+    """Have a backup made and verified."""
+    caller.check(db_id)
+    check_db_id(db_id)
+    folder = _folder(office, db_id)
+    with office.change(caller, "backup", db_id):
+        office.path_of(db_id)
+        return office.tasks.add(
+            "backup", caller.who, db_id, lambda progress: _make(office, db_id, folder, progress)
+        )
+
+
+def backup_all(office: Office, caller: Caller) -> list[Task]:
+    """As ``backup``, of every database that ``caller`` administers."""
+    names = [name for name in list_databases(office.root) if caller.sees(name)]
+    return [backup(office, caller, name) for name in names]
+
+
+def _make(office: Office, db_id: str, folder: Path, progress: Progress) -> dict[str, Any]:
+    progress.at("copying")
+    make_directory(str(folder))
+    identity = _new_id(office, folder)
+    target = folder / identity
+    try:
+        with office.stores.using(db_id, create=False) as store:
+            made_ms = office.clock.now_ms()
+            store.database.backup(target)
+        progress.at("checking")
+        found = check(str(target), lambda: progress.at("checking"))
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    size = sum(each.stat().st_size for each in os.scandir(target))
+    row = BackupRow(identity, db_id, made_ms, size, found.head, found.entities, found.faults)
+    _write(_about(target), json.format(json.encode(row), indent=1))
+    _prune(office, db_id, folder)
+    if found.faults:
+        raise CorruptionError(
+            f"the backup {identity} of {db_id} has {len(found.faults)} faults, and so has the "
+            f"database: {found.faults[0]}"
+        )
+    return {"backup": identity, "bytes": size, "head": found.head, "entities": found.entities}
+
+
+def _new_id(office: Office, folder: Path) -> str:
+    moment = datetime.fromtimestamp(office.clock.now_ms() / 1000, UTC)
+    plain = identity = moment.strftime("%Y%m%dT%H%M%SZ")
+    for number in range(2, 1000):
+        if not os.path.lexists(folder / identity):
+            break
+        identity = f"{plain}-{number}"
+    return identity
+
+
+def _folder(office: Office, db_id: str) -> Path:
+    """Raises ``ConfigError`` where no place for backups is configured."""
+    where = office.server.config.backup_dir
+    if where is None:
+        raise ConfigError(
+            "this server has no place for backups: start it with backup_dir (--backup-dir DIR)"
+        )
+    return Path(where) / directory_name(db_id)
+
+
+def _about(target: Path) -> Path:
+    return target.with_name(target.name + ".json")
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".new")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_path(str(path.parent))
+
+
+# ---------------------------------------------------------------- listed and pruned
+
+
+def rows(office: Office, caller: Caller) -> list[BackupRow]:
+    """All backups, newest first; also of databases that are not there any more."""
+    where = office.server.config.backup_dir
+    found: list[BackupRow] = []
+    if where is not None and os.path.isdir(where):
+        for folder in Path(where).iterdir():
+            name = db_id_of(folder.name)
+            if name is not None and folder.is_dir() and caller.sees(name):
+                found += _rows(folder, name)
+    return sorted(found, key=lambda each: (-each.made_ms, each.id))
+
+
+def _rows(folder: Path, db_id: str) -> list[BackupRow]:
+    """Newest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        identity = path.name.removesuffix(".json")
+        named = path.suffix == ".json" and _ID.fullmatch(identity)
+        if not named or not (folder / identity).is_dir():
+            continue
+        try:
+            row = json.decode(path.read_bytes(), type=BackupRow)
+        except (OSError, ValidationError, ValueError) as error:
+            logger.warning("%s does not say what is in its backup: %s", path, error)
+            continue
+        row.id, row.database = identity, db_id
+        found.append(row)
+    return sorted(found, key=lambda each: (-each.made_ms, each.id))
+
+
+def _prune(office: Office, db_id: str, folder: Path) -> None:
+    kept = {True: office.server.config.backup_keep, False: _FAULTY_KEPT}
+    for row in _rows(folder, db_id):
+        if kept[not row.faults]:
+            kept[not row.faults] -= 1
+            continue
+        # Without its second file it counts no more, whatever happens to the first.
+        _about(folder / row.id).unlink()
+        shutil.rmtree(folder / row.id)
+
+
+class Schedule:
+    """Makes backups when they are due; a chore."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._tried: dict[str, int] = {}
+
+    def __call__(self) -> None:
+        config = self._office.server.config
+        if not config.backup_every_s or config.backup_dir is None or config.data_dir is None:
+            return
+        every_ms, now = config.backup_every_s * 1000, self._office.clock.now_ms()
+        for name in list_databases(self._office.root):
+            folder = _folder(self._office, name)
+            good = next((row for row in _rows(folder, name) if not row.faults), None)
+            if good is not None and now - good.made_ms < every_ms:
+                continue
+            tried = self._tried.get(name)
+            if tried is not None and now - tried < min(every_ms, _AGAIN_MS):
+                continue
+            if self._office.tasks.is_due("backup", name):
+                continue
+            try:
+                backup(self._office, _SCHEDULE, name)
+            except ServerBusyError:
+                return  # the rest at the next housekeeping
+            self._tried[name] = now
+
+
+# ---------------------------------------------------------------- put back
+
+
+def restore(office: Office, caller: Caller, db_id: str, identity: str, confirm: str) -> Task:
+    """Have a backup take the place of a database, which is put aside for a day. The database
+    begins a new history, which devices notice (R29). Raises ``ConfigError`` (not_confirmed),
+    ``PermissionDeniedError`` (unknown_database) if there is no such backup."""
+    caller.check(db_id)
+    check_db_id(db_id)
+    folder = _folder(office, db_id)
+    with office.change(caller, "restore", db_id, backup=identity):
+        check_confirmed(db_id, confirm)
+        row = next((each for each in _rows(folder, db_id) if each.id == identity), None)
+        if row is None:
+            raise unknown(f"{db_id} {identity}")
+        if row.faults:
+            raise CorruptionError(f"the backup {identity} of {db_id} has faults: {row.faults[0]}")
+
+        def body(progress: Progress) -> dict[str, Any]:
+            done = _put_back(office, db_id, folder / identity, progress)
+            office.audit.write(
+                caller.who, caller.where, "restored", database=db_id, backup=identity
+            )
+            return done
+
+        return office.tasks.add("restore", caller.who, db_id, body)
+
+
+def _put_back(office: Office, db_id: str, source: Path, progress: Progress) -> dict[str, Any]:
+    place = office.root / directory_name(db_id)
+    with Partial(str(place), "restore") as partial:
+        copy_backup(source, partial.path, progress.at)
+        found = check(partial.path, lambda: progress.at("checking"))
+        if found.faults:
+            raise CorruptionError(f"{source} was damaged since it was made: {found.faults[0]}")
+        progress.at("taking the place")
+        aside = None
+        with office.changing, office.stores.closed(db_id, WAIT_S):
+            if os.path.lexists(place):
+                aside = put_aside(office.root, db_id, office.clock.now_ms()).id
+            partial.finish()
+    return {"aside": aside, "head": found.head, "entities": found.entities}
+
+
+def copy_backup(source: Path, target: str, at: Callable[[str, int, int | None], None]) -> None:
+    """Copy the backup at ``source`` to the new directory ``target``, durably. Raises
+    ``ConfigError`` for what is no backup, ``OSError``."""
+    data = source / _DATA
+    if data.is_symlink() or not data.is_file():
+        raise ConfigError(f"{source} is no backup of a database")
+    os.mkdir(target, 0o700)
+    size = data.stat().st_size
+    copy = os.open(os.path.join(target, _DATA), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(data, "rb") as reading, open(copy, "wb") as writing:
+        while piece := reading.read(_PIECE_BYTES):
+            at("copying", writing.tell(), size)
+            writing.write(piece)
+        writing.flush()
+        os.fsync(writing.fileno())
+    sync_path(target)

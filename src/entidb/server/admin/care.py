@@ -1,0 +1,104 @@
+"""Care of a database that is served, as tasks: verify, compact, purge."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any, Final
+
+from entidb.db import purge_tombstones
+from entidb.db.maintenance import sequence_at
+from entidb.errors import ConfigError, CorruptionError
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.checking import check
+from entidb.server.admin.office import Office
+from entidb.server.admin.tasks import Progress, Task
+from entidb.server.config import check_db_id
+from entidb.storage.directories import make_directory
+
+#: Where copies are that are being verified, in the data directory; no database is called so.
+CHECKED: Final = "entidb-checked"
+_DAY_MS: Final = 24 * 3600 * 1000
+#: Parts of a purge, after each of which it can be cancelled.
+_PARTS: Final = 20
+
+
+def verify(office: Office, caller: Caller, db_id: str) -> Task:
+    """Have a copy of a database checked, as it is at one moment; there has to be room for it. The
+    task fails if there are faults, and names the first."""
+    caller.check(db_id)
+    check_db_id(db_id)
+    with office.change(caller, "verify", db_id):
+        office.path_of(db_id)
+        return office.tasks.add(
+            "verify", caller.who, db_id, lambda progress: _verify(office, db_id, progress)
+        )
+
+
+def _verify(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
+    folder = office.root / CHECKED
+    # What a server that was killed has left there is nobody's.
+    shutil.rmtree(folder, ignore_errors=True)
+    make_directory(str(folder))
+    try:
+        progress.at("copying")
+        with office.stores.using(db_id, create=False) as store:
+            store.database.backup(folder / "copy")
+        found = check(str(folder / "copy"), lambda: progress.at("checking"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if found.faults:
+        raise CorruptionError(
+            f"{db_id} has {len(found.faults)} faults: {found.faults[0]}; restore a backup"
+        )
+    return {"head": found.head, "entities": found.entities}
+
+
+def compact(office: Office, caller: Caller, db_id: str) -> Task:
+    """Have unused room given back to the file system. There has to be room for a copy, and
+    requests to the database wait; once begun it is not cancelled."""
+    caller.check(db_id)
+    check_db_id(db_id)
+    with office.change(caller, "compact", db_id):
+        office.path_of(db_id)
+        return office.tasks.add(
+            "compact", caller.who, db_id, lambda progress: _compact(office, db_id, progress)
+        )
+
+
+def _compact(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
+    progress.at("compacting")
+    with office.stores.using(db_id, create=False) as store:
+        before = store.database.storage.info().file_bytes
+        store.database.compact()
+        return {"before_bytes": before, "after_bytes": store.database.storage.info().file_bytes}
+
+
+def purge(office: Office, caller: Caller, db_id: str, days: float | None = None) -> Task:
+    """Have deletions forgotten that are older than ``days`` (None: as the server's retention says).
+    Devices that were away for longer pull everything anew (R28)."""
+    caller.check(db_id)
+    check_db_id(db_id)
+    kept = office.server.config.tombstone_retention_days if days is None else days
+    if not 0 <= kept < 100_000:
+        raise ConfigError("days is a number from 0 on")
+    with office.change(caller, "purge", db_id, days=f"{kept:g}"):
+        office.path_of(db_id)
+        return office.tasks.add(
+            "purge", caller.who, db_id, lambda progress: _purge(office, db_id, kept, progress)
+        )
+
+
+def _purge(office: Office, db_id: str, days: float, progress: Progress) -> dict[str, Any]:
+    progress.at("purging", 0, _PARTS)
+    purged = 0
+    with office.stores.using(db_id, create=False) as store:
+        database = store.database
+        up_to = database.read_head().sequence
+        if days:
+            up_to = sequence_at(database, office.clock.now_ms() - round(days * _DAY_MS))
+        for part in range(1, _PARTS + 1):
+            target = up_to * part // _PARTS
+            if target:
+                purged += purge_tombstones(database, target)
+            progress.at("purging", part, _PARTS)
+    return {"purged": purged, "floor": up_to}
