@@ -26,7 +26,9 @@ class _Raised:
 
 
 @contextlib.contextmanager
-def raises(kind: type[BaseException]) -> Iterator[_Raised]:
+def raises(
+    kind: type[BaseException] | tuple[type[BaseException], ...],
+) -> Iterator[_Raised]:
     """The block must raise ``kind``; what it raised is in ``.error`` afterwards."""
     raised = _Raised()
     try:
@@ -34,7 +36,8 @@ def raises(kind: type[BaseException]) -> Iterator[_Raised]:
     except kind as error:
         raised.error = error
         return
-    raise AssertionError(f"{kind.__name__} was not raised")
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    raise AssertionError(f"{' or '.join(each.__name__ for each in kinds)} was not raised")
 
 
 def read_all(storage: Storage) -> dict[bytes, bytes]:
