@@ -390,8 +390,7 @@ class Device(Person):
         )
         if result is None or result.incomplete or result.kept_back or not self.due:
             return
-        state = self.applier.state()
-        if state.full or state.uncovered:
+        if self.watch.full or self.watch.excluded:
             return  # a scope that changed meanwhile has to be pulled first (R31)
         left = [t for t in self.applier.pending() if t.transaction_id in self.due and not t.held]
         checks.that(
