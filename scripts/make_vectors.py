@@ -128,6 +128,11 @@ PUSH_RESPONSE: Final[Message] = {
     "head": 70002,
     "time": 1764000000123,
 }
+ROUND_REQUEST: Final[Message] = {
+    "pull": PULL_REQUEST | {"cursor": 65536, "have": [[65538, 65540]], "schema": 256},
+    "push": PUSH_REQUEST,
+}
+ROUND_RESPONSE: Final[Message] = {"pull": PULL_RESPONSE, "push": PUSH_RESPONSE}
 ERROR_RESPONSE: Final[Message] = {
     "code": "rate_limited",
     "message": "slow down",
@@ -142,6 +147,8 @@ COMPLETE: Final[dict[str, Message]] = {
     "PullResponse": PULL_RESPONSE,
     "PushRequest": PUSH_REQUEST,
     "PushResponse": PUSH_RESPONSE,
+    "RoundRequest": ROUND_REQUEST,
+    "RoundResponse": ROUND_RESPONSE,
     "ErrorResponse": ERROR_RESPONSE,
 }
 #: Keys a message may lack, with what their absence means.
@@ -205,6 +212,7 @@ def _valid_edges() -> Iterator[dict[str, Any]]:
     yield _valid("PullResponse", "all in columns", PULL_RESPONSE | IN_COLUMNS | everything)
     none: Message = dict.fromkeys(PULL_COLUMNS, b"")
     yield _valid("PullResponse", "empty columns", PULL_RESPONSE | IN_COLUMNS | {"columns": none})
+    yield _valid("RoundResponse", "nothing was decided", ROUND_RESPONSE | {"push": None})
     nothing: Message = {"collections": [], "transactions": []}
     yield _valid("PushRequest", "no transaction at all", PUSH_REQUEST | nothing)
     for length in (23, 24, 255, 256, 4095, 4096):
@@ -262,6 +270,7 @@ def refused() -> Iterator[dict[str, Any]]:
             yield _refused(kind, f"{key} has another type", message | {key: [[{}]]})
     yield from _refused_values()
     yield from _refused_together()
+    yield from _refused_rounds()
 
 
 def _refused_bytes() -> Iterator[dict[str, Any]]:
@@ -396,6 +405,30 @@ def _refused_together() -> Iterator[dict[str, Any]]:
     yield _refused(
         "ErrorResponse", "a time to wait below 0", ERROR_RESPONSE | {"retry_after": -1.0}
     )
+
+
+def _refused_rounds() -> Iterator[dict[str, Any]]:
+    """Two halves that do not belong together, or are none."""
+    pull, push = ROUND_REQUEST["pull"], ROUND_REQUEST["push"]
+    others: Message = {
+        "db_id": "office",
+        "device_id": OTHER,
+        "history": OTHER,
+        "cursor": 65535,
+        "schema": 255,
+    }
+    for key, other in others.items():
+        message = {"pull": pull, "push": push | {key: other}}
+        yield _refused("RoundRequest", f"the halves have different values of {key}", message)
+    for key in ("full", "columns"):
+        message = {"pull": pull | {key: True}, "push": push}
+        yield _refused("RoundRequest", f"a round that asks for {key}", message)
+    nothing = {"pull": pull, "push": push | {"transactions": []}}
+    yield _refused("RoundRequest", "a round that pushes nothing", nothing)
+    one = {"pull": pull | {"have": [[5, 4]]}, "push": push}
+    yield _refused("RoundRequest", "its pull alone would be refused", one)
+    bad = {"pull": PULL_RESPONSE | {"cursor": 41}, "push": None}
+    yield _refused("RoundResponse", "its page alone would be refused", bad)
 
 
 def _refused(kind: str, name: str, value: Any) -> dict[str, Any]:

@@ -311,6 +311,7 @@ class World:
             response = self.service.pull(request, grant)
             assert idle is None or idle == response
             return response
+        assert isinstance(request, PushRequest), "rounds are for the front"
         answer = self.service.push_many([(request, grant)])[0]
         if isinstance(answer, SyncError):
             raise answer

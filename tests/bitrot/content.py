@@ -11,7 +11,14 @@ from typing import Any
 
 from entidb.db import Database, Role
 from entidb.errors import SyncError
-from entidb.protocol import LIMITS, HandshakeRequest, PullRequest, SyncRequest, SyncResponse
+from entidb.protocol import (
+    LIMITS,
+    HandshakeRequest,
+    PullRequest,
+    PushRequest,
+    SyncRequest,
+    SyncResponse,
+)
 from entidb.server.hooks import Grant
 from entidb.server.service import DatabaseService
 from entidb.sync import RetryConfig, SyncConfig, SyncEngine
@@ -35,6 +42,7 @@ class Wire(BaseTransport):
             return self._service.handshake(request)
         if isinstance(request, PullRequest):
             return self._service.pull(request, GRANT)
+        assert isinstance(request, PushRequest)
         (answer,) = self._service.push_many([(request, GRANT)])
         if isinstance(answer, SyncError):
             raise answer

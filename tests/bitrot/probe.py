@@ -134,6 +134,7 @@ def sent_by_device(database: Database, sent: Sent) -> None:
                 collections=[], commits=[], cursor=request.cursor, has_more=False,
                 head=request.cursor, floor=0, time=0,
             )  # fmt: skip
+        assert isinstance(request, PushRequest)  # no rounds: they are not announced
         _note_push(request, sent)
         results = [PushResult(Verdict.ACCEPTED, next(versions)) for _ in request.transactions]
         return PushResponse(results=results, collections=[], head=2_000_000, time=0)

@@ -27,7 +27,7 @@ def _refusal_keeps_the_flight(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def ask(self: Any, batch: Any, state: Any, request: Any = None) -> Any:
-            asked = self._push_request(batch, state) if request is None else request
+            asked = self.request(batch, state) if request is None else request
             return (yield from self._exchange.ask(asked, PushResponse))
 
         return ask

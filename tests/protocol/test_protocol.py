@@ -37,6 +37,8 @@ from entidb.protocol import (
     PushResponse,
     PushResult,
     PushTransaction,
+    RoundRequest,
+    RoundResponse,
     ServerState,
     Verdict,
     decode,
@@ -59,6 +61,8 @@ KINDS: dict[str, Any] = {
         PullRequest,
         PullResponse,
         PushRequest,
+        RoundRequest,
+        RoundResponse,
         PushResponse,
         ErrorResponse,
     )
@@ -555,6 +559,9 @@ def test_each_path_takes_its_request(path: str):
         ),
         PullRequest: pull(),
         PushRequest: push(),
+        RoundRequest: RoundRequest(
+            pull=replace(pull(), cursor=push().cursor, have=[]), push=push()
+        ),
     }[PATHS[path]]
     assert decode_request(path, encode(request)) == request
     assert protocol.path_of(request) == path

@@ -391,3 +391,13 @@ def test_a_backup_is_durable_in_its_directory(tmp_path: Path, names: Names) -> N
     with contextlib.closing(LmdbStorage.open(tmp_path / "db")) as store:
         store.backup(str(tmp_path / "copy"))
     assert names.waiting == set()
+
+
+def test_a_store_that_is_closed_keeps_no_right_from_the_next_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    first = LmdbStorage.open(path)
+    assert first.claim("engine").take(0)
+    first.close()
+    second = LmdbStorage.open(path)
+    assert second.claim("engine").take(0)
+    second.close()

@@ -27,7 +27,7 @@ from entidb.protocol.digests import (
     digest_stored_newer,
     operations_digest,
 )
-from entidb.protocol.encoding import PullPage, encode, encode_columns
+from entidb.protocol.encoding import PullPage, encode, encode_columns, encode_round
 from entidb.protocol.messages import (
     CONTENT_TYPE,
     HAVE_RANGES_MAX,
@@ -49,6 +49,8 @@ from entidb.protocol.messages import (
     PushResponse,
     PushResult,
     PushTransaction,
+    RoundRequest,
+    RoundResponse,
     ServerState,
     SyncRequest,
     SyncResponse,
@@ -56,6 +58,7 @@ from entidb.protocol.messages import (
     operations_count,
     path_of,
     payload_bytes,
+    push_in,
     response_type,
     transaction_bytes,
 )
@@ -85,6 +88,8 @@ __all__ = [
     "PushResponse",
     "PushResult",
     "PushTransaction",
+    "RoundRequest",
+    "RoundResponse",
     "ServerState",
     "SyncRequest",
     "SyncResponse",
@@ -99,11 +104,13 @@ __all__ = [
     "digest_stored_newer",
     "encode",
     "encode_columns",
+    "encode_round",
     "expanded",
     "operations_count",
     "operations_digest",
     "path_of",
     "payload_bytes",
+    "push_in",
     "response_type",
     "transaction_bytes",
 ]

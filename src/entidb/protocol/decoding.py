@@ -32,6 +32,8 @@ from entidb.protocol.messages import (
     PushOperation,
     PushRequest,
     PushResponse,
+    RoundRequest,
+    RoundResponse,
     ServerState,
     SyncRequest,
     SyncResponse,
@@ -78,11 +80,20 @@ def decode_response(request: SyncRequest, data: bytes, limits: Limits = LIMITS) 
     that one is read with ``decode(ErrorResponse, data)``. A push must be answered with one result
     for each transaction."""
     response = decode(cast("type[PushResponse]", response_type(request)), data, limits)
-    if isinstance(request, PushRequest) and len(response.results) != len(request.transactions):
+    if isinstance(request, PushRequest):
+        _check_answers(request, response)
+    elif isinstance(request, RoundRequest):
+        decided = cast("RoundResponse", response).push
+        if decided is not None:
+            _check_answers(request.push, decided)
+    return response
+
+
+def _check_answers(request: PushRequest, response: PushResponse) -> None:
+    if len(response.results) != len(request.transactions):
         raise ProtocolError(
             f"{len(response.results)} results answer {len(request.transactions)} transactions"
         )
-    return response
 
 
 def decode(kind: type[AnyMessage], data: bytes, limits: Limits = LIMITS) -> AnyMessage:
@@ -218,6 +229,25 @@ def _check_pull_response(message: PullResponse, limits: Limits) -> None:
         raise _invalid("$.cursor", "it lies between the last commit of the page and the head")
 
 
+def _check_round_request(message: RoundRequest, limits: Limits) -> None:
+    pull, push = message.pull, message.push
+    _check_pull_request(pull, limits)
+    _check_push_request(push, limits)
+    for name in ("db_id", "device_id", "history", "cursor", "schema"):
+        if getattr(pull, name) != getattr(push, name):
+            raise _invalid(f"$.push.{name}", f"it is another one than $.pull.{name}")
+    if pull.full or pull.columns:
+        raise _invalid("$.pull", "everything is not pulled together with a push")
+    if not push.transactions:
+        raise _invalid("$.push.transactions", "there are none; a pull alone goes to /v1/pull")
+
+
+def _check_round_response(message: RoundResponse, limits: Limits) -> None:
+    _check_pull_response(message.pull, limits)
+    if message.push is not None:
+        _check_push_response(message.push, limits)
+
+
 def _check_columns(message: PullResponse, columns: PullColumns, names: int) -> None:
     count, rest = divmod(len(columns.ids), ID_BYTES)
     lengths = (len(columns.heads), len(columns.sizes), len(columns.indexes))
@@ -294,4 +324,6 @@ _CHECKS: Final[dict[type, Callable[[Any, Limits], None]]] = {
     PullResponse: _check_pull_response,
     PushRequest: _check_push_request,
     PushResponse: _check_push_response,
+    RoundRequest: _check_round_request,
+    RoundResponse: _check_round_response,
 }

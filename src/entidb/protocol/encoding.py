@@ -15,6 +15,8 @@ from entidb.protocol.messages import (
     PullResponse,
     PushRequest,
     PushResponse,
+    RoundRequest,
+    RoundResponse,
     ServerState,
     SyncRequest,
     SyncResponse,
@@ -228,6 +230,23 @@ class PullPage:
         return _joined(message, (NULL,), self._parts)
 
 
+def _encode_round_request(message: RoundRequest) -> bytes:
+    return _round(encode(message.pull), encode(message.push))
+
+
+def _encode_round_response(message: RoundResponse) -> bytes:
+    return encode_round(encode(message.pull), message.push)
+
+
+def encode_round(pull: bytes, push: PushResponse | None) -> bytes:
+    """A ``RoundResponse`` whose page is encoded already."""
+    return _round(pull, NULL if push is None else encode(push))
+
+
+def _round(pull: bytes, push: bytes) -> bytes:
+    return b"".join((cbor.map_head(2), cbor.text("pull"), pull, cbor.text("push"), push))
+
+
 def _names(names: Sequence[str]) -> bytes:
     return array_head(len(names)) + b"".join(map(cbor.text, names))
 
@@ -238,4 +257,6 @@ _ENCODERS: Final[dict[type, Callable[[Any], bytes]]] = {
     PushRequest: _encode_push_request,
     PushResponse: _encode_push_response,
     PullResponse: _encode_pull_response,
+    RoundRequest: _encode_round_request,
+    RoundResponse: _encode_round_response,
 }

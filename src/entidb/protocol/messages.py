@@ -234,6 +234,44 @@ class PushResponse(Struct, frozen=True, kw_only=True):
     time: Uint
 
 
+class RoundRequest(Struct, frozen=True, kw_only=True):
+    """What the device would pull, and what it would push then, in one request (R6). Both name
+    the same database, device, history and cursor; the pull is none of everything (``full``,
+    ``columns``)."""
+
+    pull: PullRequest
+    push: PushRequest
+
+    @property
+    def db_id(self) -> str:
+        return self.pull.db_id
+
+    @property
+    def device_id(self) -> bytes:
+        return self.pull.device_id
+
+    @property
+    def history(self) -> bytes:
+        return self.pull.history
+
+    @property
+    def cursor(self) -> int:
+        return self.pull.cursor
+
+    @property
+    def transactions(self) -> list[PushTransaction]:
+        return self.push.transactions
+
+
+class RoundResponse(Struct, frozen=True, kw_only=True):
+    """``push`` is None where the device was behind: nothing of its push was decided, and ``pull``
+    is the first page of what it has not seen. Else ``pull`` is what it has not seen after what
+    its own push has added; those versions count as had."""
+
+    pull: PullResponse
+    push: PushResponse | None
+
+
 class ErrorResponse(Struct, frozen=True, kw_only=True):
     """``code`` is a row of ``entidb.errors.ERROR_TABLE``; ``retry_after`` in seconds."""
 
@@ -244,21 +282,30 @@ class ErrorResponse(Struct, frozen=True, kw_only=True):
     details: dict[str, Any] = {}
 
 
-SyncRequest = HandshakeRequest | PullRequest | PushRequest
-SyncResponse = HandshakeResponse | PullResponse | PushResponse | ErrorResponse
+SyncRequest = HandshakeRequest | PullRequest | PushRequest | RoundRequest
+SyncResponse = HandshakeResponse | PullResponse | PushResponse | RoundResponse | ErrorResponse
 AnyMessage = TypeVar("AnyMessage", bound=SyncRequest | SyncResponse)
 #: HTTP path of each request.
 PATHS: Final[dict[str, type[SyncRequest]]] = {
     "/v1/handshake": HandshakeRequest,
     "/v1/pull": PullRequest,
     "/v1/push": PushRequest,
+    "/v1/sync": RoundRequest,
 }
 _RESPONSES: Final[dict[type, type[SyncResponse]]] = {
     HandshakeRequest: HandshakeResponse,
     PullRequest: PullResponse,
     PushRequest: PushResponse,
+    RoundRequest: RoundResponse,
 }
 _PATH_OF: Final = {kind: path for path, kind in PATHS.items()}
+
+
+def push_in(request: SyncRequest) -> PushRequest | None:
+    """The push that ``request`` is, or that is in it."""
+    if isinstance(request, RoundRequest):
+        return request.push
+    return request if isinstance(request, PushRequest) else None
 
 
 def path_of(request: SyncRequest) -> str:

@@ -16,6 +16,7 @@ in ``server`` and ``service``; this module moves bytes, and knows ASGI.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, Future
@@ -38,8 +39,10 @@ from entidb.protocol import (
     PullRequest,
     PushRequest,
     PushResponse,
+    RoundRequest,
     SyncRequest,
     encode,
+    encode_round,
     operations_count,
 )
 from entidb.server import wire
@@ -47,14 +50,16 @@ from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
 from entidb.server.config import ServerConfig
-from entidb.server.exchange import Exchange, GoneError, Message, Receive, Scope, Send
+from entidb.server.exchange import Exchange, GoneError, Receive, Scope, Send
 from entidb.server.hooks import Grant
 from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.origins import check_single
 from entidb.server.pages import known_up_to
 from entidb.server.room import RETRY_S, Budget, Held
+from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
+from entidb.server.service import BehindError, unseen
 from entidb.server.stores import Store
 from entidb.server.threads import Running
 from entidb.server.wire import HttpResponse
@@ -64,8 +69,6 @@ if TYPE_CHECKING:
     from entidb.server.metrics import Metrics
 
 access_logger = logging.getLogger("entidb.access")
-#: Sent at a time: as much as a transport buffers by itself before it asks to wait.
-_CHUNK_BYTES: Final = 64 * 1024
 #: Larger bodies are unpacked off the event loop.
 _INLINE_UNPACK_BYTES: Final = 64 * 1024
 #: Larger ones, unpacked, are decoded off it: what is no message of ours can take long in there.
@@ -194,7 +197,7 @@ class SyncApp:
                 if isinstance(response, Streamed):
                     await self._stream(exchange, response, receive, send)
                 else:
-                    await self._send(exchange, response, send)
+                    await send_answer(exchange, response, send, self._config.write_timeout_s)
             except GoneError as gone:
                 # Nobody is there to be answered; what was committed stays.
                 exchange.gone = str(gone)
@@ -203,7 +206,7 @@ class SyncApp:
     async def _stream(
         self, exchange: Exchange, response: Streamed, receive: Receive, send: Send
     ) -> None:
-        headers = _raw_headers(exchange, response)
+        headers = raw_headers(exchange, response)
         try:
             await response.run(self._start().live, send, receive, headers)
         except OSError as error:
@@ -259,6 +262,8 @@ class SyncApp:
         if isinstance(request, PushRequest):
             store = await self._use(request, grant)
             return await self._push(exchange, store, request, grant)
+        if isinstance(request, RoundRequest):
+            return await self._round(exchange, request, grant, held)
         return await self._read(exchange, request, grant, held)
 
     @asynccontextmanager
@@ -309,9 +314,10 @@ class SyncApp:
         else:
             unpackers = self._start().unpackers
             request = await self._run(unpackers, self.server.front.decode, exchange.path, body)
-        if isinstance(request, PushRequest):
+        pushed = request.push if isinstance(request, RoundRequest) else request
+        if isinstance(pushed, PushRequest):
             # It waits for its turn decoded, and small operations are much larger that way.
-            size = _OPERATION_MEMORY_BYTES * operations_count(request)
+            size = _OPERATION_MEMORY_BYTES * operations_count(pushed)
             held.take(min(size, self._room_max()))
         return request
 
@@ -334,7 +340,9 @@ class SyncApp:
         request: HandshakeRequest | PullRequest,
         grant: Grant,
         held: Held,
+        wrapped: Callable[[bytes], bytes] = bytes,
     ) -> HttpResponse:
+        """The answer; of a page, what ``wrapped`` makes of it."""
         running, front = self._start(), self.server.front
         async with self._using(request, grant) as store:
             if isinstance(request, HandshakeRequest):
@@ -343,7 +351,7 @@ class SyncApp:
             idle = front.idle(store, request, grant)
             if idle is not None:
                 self.server.registry.pulled(request, known_up_to(request))
-                return wire.message_response(idle)
+                return wire.message_response(wrapped(idle))
             request = front.bounded(request)
             room = min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max())
             held.charge(("database", request.db_id))
@@ -351,7 +359,7 @@ class SyncApp:
             if store.service.is_recent(request) and held.try_reserve(room):
                 # What somebody has just pushed, for everybody else: at once, and without waiting
                 # in front of the reader, behind somebody's first sync.
-                response = self._page(store, request, grant, exchange.headers)
+                response = self._page(store, request, grant, exchange.headers, wrapped)
                 held.resize(len(response.body))
                 return response
         # Who waits is no user of the database: it could not be opened again after an error.
@@ -359,15 +367,20 @@ class SyncApp:
             await held.reserve(room)
             async with self._using(request, grant) as store:
                 response = await self._run(
-                    running.reader, self._page, store, request, grant, exchange.headers
+                    running.reader, self._page, store, request, grant, exchange.headers, wrapped
                 )
                 held.resize(len(response.body))
         return response
 
     def _page(
-        self, store: Store, request: PullRequest, grant: Grant, headers: Mapping[str, str]
+        self,
+        store: Store,
+        request: PullRequest,
+        grant: Grant,
+        headers: Mapping[str, str],
+        wrapped: Callable[[bytes], bytes],
     ) -> HttpResponse:
-        body = self.server.front.page(store, request, grant)
+        body = wrapped(self.server.front.page(store, request, grant))
         return wire.message_response(body, self.server.response_encoding(headers, len(body)))
 
     def _room_max(self) -> int:
@@ -379,9 +392,37 @@ class SyncApp:
 
     # ------------------------------------------------------------ push
 
+    async def _round(
+        self, exchange: Exchange, request: RoundRequest, grant: Grant, held: Held
+    ) -> HttpResponse:
+        """A push that is decided if the device has seen everything, and what it has not seen."""
+        answer: PushResponse | None = None
+        store = await self._use(request, grant)
+        if store.service.is_behind(request):
+            self.server.stores.release(store)
+        else:
+            with contextlib.suppress(BehindError):
+                answer = await self._decided(exchange, store, request, grant)
+        pull = unseen(request, answer)
+        return await self._read(
+            exchange, pull, grant, held, lambda page: encode_round(page, answer)
+        )
+
     async def _push(
         self, exchange: Exchange, store: Store, request: PushRequest, grant: Grant
     ) -> HttpResponse:
+        body = encode(await self._decided(exchange, store, request, grant))
+        return wire.message_response(
+            body, self.server.response_encoding(exchange.headers, len(body))
+        )
+
+    async def _decided(
+        self,
+        exchange: Exchange,
+        store: Store,
+        request: PushRequest | RoundRequest,
+        grant: Grant,
+    ) -> PushResponse:
         running = self._start()
         future: asyncio.Future[PushResponse | SyncError] = running.loop.create_future()
 
@@ -397,10 +438,7 @@ class SyncApp:
         exchange.verdicts = answer
         if self._metrics is not None:
             self._metrics.pushed(answer)
-        body = encode(answer)
-        return wire.message_response(
-            body, self.server.response_encoding(exchange.headers, len(body))
-        )
+        return answer
 
     # ------------------------------------------------------------ plain addresses
 
@@ -425,33 +463,6 @@ class SyncApp:
             "encodings": list(self.server.encodings),
         }
 
-    # ------------------------------------------------------------ answering
-
-    async def _send(self, exchange: Exchange, response: HttpResponse, send: Send) -> None:
-        body = response.body
-        headers = _raw_headers(exchange, response)
-        headers.append((b"content-length", str(len(body)).encode()))
-        if not exchange.body_read:
-            headers.append((b"connection", b"close"))
-        start = {"type": "http.response.start", "status": response.status, "headers": headers}
-        # In pieces, each waited for: a whole page at once would lie in the transport of a
-        # client that has stopped reading, out of anybody's sight.
-        for at in range(0, len(body) or 1, _CHUNK_BYTES):
-            piece = body if len(body) <= _CHUNK_BYTES else body[at : at + _CHUNK_BYTES]
-            more = at + _CHUNK_BYTES < len(body)
-            message = {"type": "http.response.body", "body": piece, "more_body": more}
-            await self._send_some(send, (start, message) if at == 0 else (message,))
-
-    async def _send_some(self, send: Send, messages: tuple[Message, ...]) -> None:
-        try:
-            async with asyncio.timeout(self._config.write_timeout_s):
-                for message in messages:
-                    await send(message)
-        except TimeoutError as error:
-            raise GoneError("stopped reading its answer") from error
-        except OSError as error:
-            raise GoneError("closed the connection") from error
-
     # ------------------------------------------------------------ records
 
     def _note(self, exchange: Exchange) -> None:
@@ -464,14 +475,6 @@ class SyncApp:
             self._metrics.answered(exchange.path, exchange.status, seconds)
         if self._config.access_log and access_logger.isEnabledFor(logging.INFO):
             access_logger.info("%s", exchange.log_line(seconds))
-
-
-def _raw_headers(exchange: Exchange, response: HttpResponse) -> list[tuple[bytes, bytes]]:
-    headers = [
-        (name.encode("latin-1"), value.encode("latin-1"))
-        for name, value in response.headers.items()
-    ]
-    return [*headers, (b"x-request-id", exchange.id.encode())]
 
 
 def _administers(exchange: Exchange) -> bool:

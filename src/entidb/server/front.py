@@ -28,9 +28,11 @@ from entidb.protocol import (
     PullRequest,
     PushRequest,
     PushResponse,
+    RoundRequest,
     SyncRequest,
     decode_request,
     encode,
+    encode_round,
 )
 from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants
@@ -38,10 +40,13 @@ from entidb.server.config import ServerConfig, is_db_id
 from entidb.server.control import Control
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
+from entidb.server.service import BehindError, unseen
 from entidb.server.stores import Store, Stores
 from entidb.types import SystemClock
 
 logger = logging.getLogger("entidb.server")
+#: What the front can do beside what each database can.
+FEATURES: Final = ("sync",)
 
 
 class Front:
@@ -55,7 +60,7 @@ class Front:
         authenticator: Authenticator,
         stores: Stores,
         control: Control | None = None,
-        features: Sequence[str] = (),
+        features: Sequence[str] = FEATURES,
     ) -> None:
         self.stores: Final = stores
         self.limits: Final = config.limits()
@@ -92,7 +97,7 @@ class Front:
         revoked is refused (R32), and a push to a frozen database (``ServerBusyError``)."""
         grant = grants.on(request.db_id)
         self.control.admit(grants, request)
-        if isinstance(request, PullRequest) and not grant.read:
+        if isinstance(request, PullRequest | RoundRequest) and not grant.read:
             raise PermissionDeniedError("the token does not allow reading this database")
         return grant
 
@@ -161,10 +166,13 @@ class Front:
         most = self._page_bytes_max
         return request if request.bytes_max <= most else replace(request, bytes_max=most)
 
-    def push(self, store: Store, request: PushRequest, grant: Grant, done: Done) -> None:
+    def push(
+        self, store: Store, request: PushRequest | RoundRequest, grant: Grant, done: Done
+    ) -> None:
         """Have a push decided together with others (R16). Takes the caller's use of ``store``
         over: it is given back before ``done`` gets the answer, and also where this raises,
-        which is ``ServerBusyError``."""
+        which is ``ServerBusyError``. A round is answered with ``BehindError`` where a pull comes
+        first."""
 
         def decided(answer: PushResponse | SyncError) -> None:
             self.stores.release(store)
@@ -176,13 +184,24 @@ class Front:
             self.stores.release(store)
             raise
 
-    def push_now(self, store: Store, request: PushRequest, grant: Grant) -> PushResponse:
-        """Decide a push on this thread, by itself."""
+    def push_now(
+        self, store: Store, request: PushRequest | RoundRequest, grant: Grant
+    ) -> PushResponse:
+        """Decide a push on this thread, by itself. Raises ``BehindError`` as ``push`` answers."""
         with store.push_lock:
             (answer,) = store.service.push_many([(request, grant)])
         if isinstance(answer, SyncError):
             raise answer
         return answer
+
+    def round_now(self, store: Store, request: RoundRequest, grant: Grant) -> bytes:
+        """The encoded answer to a round, decided on this thread."""
+        answer: PushResponse | None
+        try:
+            answer = self.push_now(store, request, grant)
+        except BehindError:
+            answer = None
+        return encode_round(self.read(store, unseen(request, answer), grant), answer)
 
     def explain(self, error: Exception, rid: str) -> ErrorResponse:
         """What the client is told; what it is not told goes to the log, under the same id."""

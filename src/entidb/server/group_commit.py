@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from entidb.errors import EntiDBError, ServerBusyError, ServerError, SyncError
-from entidb.protocol import PushRequest, PushResponse
+from entidb.protocol import PushRequest, PushResponse, RoundRequest
 from entidb.server.hooks import Grant
 
 Done = Callable[[PushResponse | SyncError], None]
-Member = tuple[PushRequest, Grant, Done]
+Member = tuple[PushRequest | RoundRequest, Grant, Done]
 #: Has a function called once, at once or later, on whatever thread it likes.
 Schedule = Callable[[Callable[[], None]], None]
 
@@ -31,7 +31,7 @@ class Decider(Protocol):
     db_id: str
 
     def push_many(
-        self, members: Sequence[tuple[PushRequest, Grant]]
+        self, members: Sequence[tuple[PushRequest | RoundRequest, Grant]]
     ) -> list[PushResponse | SyncError]: ...
 
 
@@ -67,7 +67,7 @@ class GroupCommitter:
         self._thread: threading.Thread | None = None
         self._stopping = False
 
-    def submit(self, request: PushRequest, grant: Grant, done: Done) -> None:
+    def submit(self, request: PushRequest | RoundRequest, grant: Grant, done: Done) -> None:
         """Queue a push. Raises ``ServerBusyError`` (``busy`` when the queue is full,
         ``shutting_down`` when stopping); ``done`` is not called then."""
         with self._changed:

@@ -105,6 +105,10 @@ class Page:
         self._size = size
         return True
 
+    @property
+    def is_empty(self) -> bool:
+        return not self.names
+
     def _is_stale(self, place: tuple[int, int, bytes], version: int) -> bool:
         """Whether the entity of a feed row, which is at ``version``, has changed since; then it
         comes with that change. Raises ``CorruptionError`` if that cannot be."""

@@ -22,6 +22,7 @@ from entidb.errors import (
 from entidb.protocol import (
     PATHS,
     PushRequest,
+    RoundRequest,
     SyncRequest,
     SyncResponse,
     decode_response,
@@ -32,7 +33,7 @@ from entidb.server.auth import Grants, JwtAuthenticator, authenticator_for
 from entidb.server.config import WAYS_TO_KNOW, ServerConfig
 from entidb.server.control import Control
 from entidb.server.directory import DataDirectory, OpenDatabase, in_memory, on_disk
-from entidb.server.front import Front
+from entidb.server.front import FEATURES, Front
 from entidb.server.origins import Origins
 from entidb.server.registry import Registry
 from entidb.server.stores import Stores
@@ -88,7 +89,7 @@ class SyncServer:
                 authenticator=self.authenticator,
                 stores=self.stores,
                 control=Control(config.data_dir, self.clock),
-                features=self.encodings,
+                features=(*FEATURES, *self.encodings),
             )
         except BaseException:
             self._release_directory()
@@ -170,6 +171,8 @@ class SyncServer:
         with front.using(request, grant) as store:
             if isinstance(request, PushRequest):
                 return encode(front.push_now(store, request, grant))
+            if isinstance(request, RoundRequest):
+                return front.round_now(store, request, grant)
             return front.read(store, request, grant)
 
     def reload(self) -> str:

@@ -39,6 +39,8 @@ from entidb.protocol import (
     PullResponse,
     PushRequest,
     PushResponse,
+    RoundRequest,
+    Verdict,
 )
 from entidb.server.decide import NOTHING_CHECKED, Checked, Deciding, Rules, value_of
 from entidb.server.hooks import NO_SCHEMA, Grant, Schema, ValidateHook
@@ -55,6 +57,15 @@ HISTORIES_MAX = 4
 HISTORIES_WITHIN_MS = 3_600_000
 #: What a device may use only where it is announced.
 FEATURES: Final = ("columns",)
+
+
+#: Commits that a round may lie behind what it would pull, if none of them concerns it.
+ROUND_ROWS_MAX = 64
+
+
+class BehindError(SyncError):
+    """Nothing of a round's push was decided: a pull comes first (R6). No client is told this; it
+    is answered with what it has not seen."""
 
 
 class DatabaseService:
@@ -217,22 +228,23 @@ class DatabaseService:
     # ------------------------------------------------------------ push
 
     def push_many(
-        self, members: Sequence[tuple[PushRequest, Grant]]
+        self, members: Sequence[tuple[PushRequest | RoundRequest, Grant]]
     ) -> list[PushResponse | SyncError]:
         """Decide pushes in order and commit everything accepted at once (R12, R16).
 
         The answers are true only because this returns after the commit is on disk. A member that
-        cannot be decided gets its ``SyncError``; the others are not touched by it. Raises storage
-        errors: then nothing was accepted and nothing is known any more (R17).
+        cannot be decided gets its ``SyncError``, and a ``BehindError`` if it is a round and the
+        device has not seen what it would have pulled (R6); the others are not touched by it.
+        Raises storage errors: then nothing was accepted and nothing is known any more (R17).
         """
         with paused():
             return self._push_many(members)
 
     def _push_many(
-        self, members: Sequence[tuple[PushRequest, Grant]]
+        self, members: Sequence[tuple[PushRequest | RoundRequest, Grant]]
     ) -> list[PushResponse | SyncError]:
         # What can fail or take long is done before the writer lock is taken.
-        checked = [self._prechecked(request, grant) for request, grant in members]
+        checked = [self._prechecked(_pushed(request), grant) for request, grant in members]
         seen = [_seen(request) for request, _ in members]
         answers: list[PushResponse | SyncError] = []
         with self.database.write() as writer:
@@ -250,7 +262,11 @@ class DatabaseService:
                     # Nobody can have built on what no answer has told of yet: such a base would
                     # let a write pass over what others are about to commit (R13).
                     self._check_history(request.history, newest, known_head)
-                    answers.append(self._decide(writer, request, grant, floor, found))
+                    if isinstance(request, RoundRequest):
+                        self._check_pull(request.pull, grant, newest, known_head, floor)
+                        if self._is_behind(writer, request.pull, grant, known_head):
+                            raise BehindError("the device has not seen everything")
+                    answers.append(self._decide(writer, _pushed(request), grant, floor, found))
                 except SyncError as error:
                     answers.append(error)
             if not writer.is_empty:
@@ -266,6 +282,21 @@ class DatabaseService:
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer
             for answer in answers
         ]
+
+    def is_behind(self, request: RoundRequest) -> bool:
+        """Whether a round need not wait for its turn to be told that it is behind. A hint: what
+        this does not see, ``push_many`` does."""
+        known = known_up_to(request.pull)
+        return known + ROUND_ROWS_MAX < self._head
+
+    def _is_behind(self, writer: Writer, pull: PullRequest, grant: Grant, head: int) -> bool:
+        """Whether a pull would bring something at ``head``, where the last answers have ended. What
+        others have in this very group is decided against like anything else (R13)."""
+        if known_up_to(pull) >= head:
+            return False
+        page = Page(writer, pull, self._wanted(writer, pull, grant))
+        _, more = page.fill(ROUND_ROWS_MAX, head)
+        return more or not page.is_empty
 
     def _prechecked(self, request: PushRequest, grant: Grant) -> Checked | SyncError:
         try:
@@ -355,7 +386,10 @@ class DatabaseService:
     # ------------------------------------------------------------ files put back by hand (R29)
 
     def _proof(
-        self, members: Sequence[tuple[PushRequest, Grant]], seen: Sequence[int], head: int
+        self,
+        members: Sequence[tuple[PushRequest | RoundRequest, Grant]],
+        seen: Sequence[int],
+        head: int,
     ) -> tuple[Grant, int, int] | None:
         """The first of ``members`` that is to be believed; what ``_put_back`` is called with."""
         for (request, grant), newest in zip(members, seen, strict=True):
@@ -420,9 +454,32 @@ def _nothing(request: PullRequest, cursor: int) -> None:
     return None
 
 
-def _seen(request: PullRequest | PushRequest) -> int:
+def unseen(request: RoundRequest, answer: PushResponse | None) -> PullRequest:
+    """What the device of a round has to pull once it has ``answer``: what the answer has accepted
+    it has. None: nothing was decided."""
+    pull = request.pull
+    if answer is None:
+        return pull
+    accepted = {result.version for result in answer.results if result.verdict == Verdict.ACCEPTED}
+    have = [*pull.have, *((version, version) for version in accepted if version > pull.cursor)]
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(have):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
+        else:
+            joined.append((first, last))
+    return replace(pull, have=joined)
+
+
+def _pushed(request: PushRequest | RoundRequest) -> PushRequest:
+    return request.push if isinstance(request, RoundRequest) else request
+
+
+def _seen(request: PullRequest | PushRequest | RoundRequest) -> int:
     """The newest commit that the device says it has seen. What it got for its own pushes counts
     (R21), and what it built on."""
+    if isinstance(request, RoundRequest):
+        return max(_seen(request.pull), _seen(request.push))
     if isinstance(request, PullRequest):
         return max(request.cursor, request.have[-1][1] if request.have else 0)
     bases = [op.base_version for t in request.transactions for op in t.operations]

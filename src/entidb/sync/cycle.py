@@ -29,6 +29,7 @@ from entidb.sync.exchange import Connection, Exchange, Flow, Step, check_not_bac
 from entidb.sync.pulling import Pulling
 from entidb.sync.pushing import Pushing
 from entidb.sync.refusal import closed
+from entidb.sync.rounds import Rounds
 from entidb.sync.state import SyncProgress, SyncState
 
 
@@ -49,6 +50,7 @@ class Cycle:
         self._exchange = Exchange(applier, config, connection, enter, progress, check)
         self._pulling = Pulling(self._exchange)
         self._pushing = Pushing(self._exchange)
+        self._rounds = Rounds(self._exchange, self._pulling, self._pushing)
         self.result = self._exchange.result
 
     def run(self) -> Flow:
@@ -73,7 +75,8 @@ class Cycle:
                 self._pulling.heed_grant(self._exchange.connection.granted)
                 fresh = False
             try:
-                yield from self._pulling.pull()
+                first = (yield from self._rounds.ask()) if self.result.rounds == 1 else None
+                yield from self._pulling.pull(first)
             except UpgradeRequiredError as error:
                 too_old = error
                 self._check_may_push(error)

@@ -19,6 +19,7 @@ from entidb.protocol import (
     Limits,
     PullResponse,
     PushResponse,
+    RoundResponse,
     SyncRequest,
     SyncResponse,
 )
@@ -37,7 +38,7 @@ class Ahead(Struct, frozen=True):
     request: SyncRequest
 
 
-R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse)
+R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse, RoundResponse)
 Step = SyncRequest | Ahead
 Flow = Generator[Step, SyncResponse | None, SyncCycleResult]
 

@@ -42,23 +42,30 @@ class Pulling:
     #: Names to ask for; None for all.
     _scope: list[str] | None = None
 
-    def pull(self) -> Generator[Step, SyncResponse | None, None]:
-        """Bring the database to the server's head, in one step for its readers (R20)."""
+    def pull(
+        self, first: tuple[PullRequest, PullResponse] | None = None
+    ) -> Generator[Step, SyncResponse | None, None]:
+        """Bring the database to the server's head, in one step for its readers (R20). ``first``
+        is a page that came already, with what it answers; where it does not fit any more, another
+        is asked for."""
         reason = "moving its floor while everything is being pulled"
         for _ in range(RESETS_MAX):
             try:
-                complete = yield from self._pull_once()
+                complete = yield from self._pull_once(first)
             except ResetRequiredError:
                 # R28: below the floor; everything is pulled again, the outbox stays.
                 self._exchange.applier.restart_stage(full=True)
+                first = None
                 continue
             except _GrantChanged as change:
                 # R31: nothing of that page counts, it was made under another grant.
                 reason = "changing what it grants while that is being pulled"
                 self.heed_grant(change.granted)
+                first = None
                 continue
             if complete:
                 return
+            first = None
         raise ServerError(f"the server keeps {reason}; sync again later")
 
     def heed_grant(self, granted: list[str] | None) -> None:
@@ -74,14 +81,19 @@ class Pulling:
     ) -> Generator[Step, SyncResponse | None, PullResponse]:
         """A page made under the grant that the device knows."""
         response = yield from self._exchange.ask(request, PullResponse)
+        self._heed_page(response, state)
+        return response
+
+    def _heed_page(self, response: PullResponse, state: ReplicaState) -> None:
         check_not_back(state, response)
         self._exchange.server_ms = response.time
         granted = response.granted
         if granted != state.granted and (granted is None or sorted(granted) != state.granted):
             raise _GrantChanged(granted)
-        return response
 
-    def _pull_once(self) -> Generator[Step, SyncResponse | None, bool]:
+    def _pull_once(
+        self, first: tuple[PullRequest, PullResponse] | None
+    ) -> Generator[Step, SyncResponse | None, bool]:
         """One try; False if the floor moved under a full pull, which then starts over."""
         look = self._exchange.applier.look()
         if needs_grant(look.state):
@@ -106,7 +118,7 @@ class Pulling:
                 return outcome is FullPull.APPLIED
             stage = self._exchange.applier.look().stage
         if full is not None:
-            applied = yield from self._pull_delta(state, stage, full)
+            applied = yield from self._pull_delta(state, stage, full, first)
             if applied:
                 return True
         self._exchange.check()
@@ -149,15 +161,23 @@ class Pulling:
         raise _endless()
 
     def _pull_delta(
-        self, state: ReplicaState, stage: Stage | None, full: list[str]
+        self,
+        state: ReplicaState,
+        stage: Stage | None,
+        full: list[str],
+        first: tuple[PullRequest, PullResponse] | None,
     ) -> Generator[Step, SyncResponse | None, bool]:
         """What changed after the cursor. One page is applied at once (True); several, or what
         completes a widening, are staged."""
         cursor = state.cursor if stage is None else stage.delta_cursor
-        request = self._pull_request(state, cursor)
+        request, came = self._pull_request(state, cursor), None
+        if first is not None and first[0].cursor == cursor and stage is None and not full:
+            request, came = first
+            self._heed_page(came, state)
         done = size = 0
         for _ in range(PAGES_MAX):
-            response = expanded((yield from self._ask_page(request, state)))
+            page = came or (yield from self._ask_page(request, state))
+            response, came = expanded(page), None
             if stage is None and not full and not response.has_more:
                 if not response.commits and state.cursor < response.cursor <= state.reached:
                     # R10: only own commits are new, so nothing needs to be stored now.
@@ -177,6 +197,11 @@ class Pulling:
                 return False
             request = following
         raise _endless()
+
+    def request(self, state: ReplicaState) -> PullRequest:
+        """The request for what changed since a device was at ``state``."""
+        self._scope = self._exchange.applier.look().scope
+        return self._pull_request(state, state.cursor)
 
     def _pull_request(self, state: ReplicaState, cursor: int) -> PullRequest:
         config, server = self._exchange.config, self._exchange.connection.limits

@@ -59,7 +59,7 @@ class Pushing:
         # What is committed from now on waits for the next cycle.
         until = look.sequence
         while look.ready:
-            limits = self._limits(until)
+            limits = self.limits(until)
             batch = applier.prepare(limits)
             if batch is None:
                 return False
@@ -76,7 +76,7 @@ class Pushing:
             look = applier.look()
         return False
 
-    def _limits(self, sequence_max: int) -> BatchLimits:
+    def limits(self, sequence_max: int) -> BatchLimits:
         server, config = self._exchange.connection.limits, self._exchange.config
         assert server is not None, "a push comes after the handshake"
         # Half of the server's message leaves room for names, ids and heads around payloads.
@@ -108,14 +108,14 @@ class Pushing:
         and the server still gets everything in the order in which it was committed."""
         self._pushed = self._pushed_bytes = 0
         state, total = look.state, look.ready
-        request = self._push_request(batch, state)
+        request = self.request(batch, state)
         following: PushBatch | None = None
         pull = False
         while True:
             if following is None and not pull and total > self._pushed + len(batch.keys):
                 yield Ahead(request)
                 following = self._exchange.applier.prepare_after(batch, limits)
-            after = None if following is None else self._push_request(following, state)
+            after = None if following is None else self.request(following, state)
             if after is not None:
                 yield Ahead(after)
             response = yield from self._ask_push(batch, state, request)
@@ -125,7 +125,7 @@ class Pushing:
                 batch, request, following = following, after, settled.next_batch
             elif settled.next_batch is not None:
                 batch = settled.next_batch
-                request = self._push_request(batch, state)
+                request = self.request(batch, state)
             else:
                 return pull
 
@@ -151,13 +151,18 @@ class Pushing:
         )
         return settled
 
+    def settle_alone(self, batch: PushBatch, response: PushResponse, total: int) -> None:
+        """Settle ``batch``, which was pushed together with a pull and with none after it."""
+        self._pushed = self._pushed_bytes = 0
+        self._settle(batch, response, None, None, total)
+
     def _ask_push(
         self, batch: PushBatch, state: ReplicaState, request: PushRequest | None = None
     ) -> Generator[Step, SyncResponse | None, PushResponse]:
         """The verdicts on ``batch``. Raises ``_RefusedError`` where an answer proves that there
         are none; any other error leaves it open, and the batch in flight (R5)."""
         try:
-            asked = self._push_request(batch, state) if request is None else request
+            asked = self.request(batch, state) if request is None else request
             response = yield from self._exchange.ask(asked, PushResponse)
         except SyncError as error:
             path = self._exchange.connection.path
@@ -167,7 +172,7 @@ class Pushing:
         self._exchange.connection.path.passed(batch.bytes)
         return response
 
-    def _push_request(self, batch: PushBatch, state: ReplicaState) -> PushRequest:
+    def request(self, batch: PushBatch, state: ReplicaState) -> PushRequest:
         return PushRequest(
             db_id=self._exchange.config.db_id,
             device_id=self._exchange.applier.device_id,

@@ -35,13 +35,14 @@ from entidb.protocol import (
     PullResponse,
     PushRequest,
     PushResponse,
+    RoundResponse,
     SyncRequest,
     SyncResponse,
     response_type,
 )
 
 #: What a transport hands out: an ``ErrorResponse`` has become an exception on the way.
-Answer = HandshakeResponse | PullResponse | PushResponse
+Answer = HandshakeResponse | PullResponse | PushResponse | RoundResponse
 
 _A = TypeVar("_A", HandshakeResponse, PullResponse, PushResponse)
 

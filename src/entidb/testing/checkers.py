@@ -32,11 +32,13 @@ from entidb.protocol import (
     PushRequest,
     PushResponse,
     PushTransaction,
+    RoundRequest,
     Verdict,
     digest_stored_newer,
     expanded,
     operations_digest,
 )
+from entidb.server.service import ROUND_ROWS_MAX
 from entidb.storage.base import Batch
 from entidb.testing.oracle import History, Mark, Ref, has_version
 from entidb.types import Clock, timestamp_from_ms
@@ -60,6 +62,7 @@ INVARIANTS: Final[dict[str, str]] = {
     "NO-RESURRECTION": "what was deleted stays deleted",
     "CONVERGE": "quiet devices and their server hold the same bytes, and verify is clean",
     "LIVENESS": "without faults everything drains in a bounded number of requests",
+    "PULL-FIRST": "a push beside a pull is decided if the pull brings nothing, and only then",
     "NO-POISON": "a transaction that always fails stops no other",
     "TAKEN": "what was done with an old program is pushed, and never refused for its age",
     "TENANT": "no byte of one database leaves in an answer for another",
@@ -435,6 +438,34 @@ class ServerWatch:
             history == self.history.identity,
             "ORDER",
             "a request that named another history was answered",
+        )
+
+    def on_round(
+        self, request: RoundRequest, granted: frozenset[str] | None, *, decided: bool
+    ) -> None:
+        """A push beside a pull is decided if that pull would have brought nothing, of what was
+        there before its group, and only then (R6)."""
+        pull, history = request.pull, self.history
+        unseen = [
+            (version, ref, payload)
+            for version, ref, payload in history.changes_then(pull.cursor, self.head_before)
+            if (pull.collections is None or ref[0] in pull.collections)
+            and (granted is None or ref[0] in granted)
+            and not has_version(pull.have, version)
+        ]
+        # A tombstone at or below the floor may be gone, and need not be.
+        due = [row for row in unseen if row[2] is not None or row[0] > history.floor]
+        # The server does not look for what concerns the device among any number of other rows.
+        rows = sum(map(len, history.commits[pull.cursor + 1 : self.head_before + 1]))
+        self.checks.that(
+            not (decided and due),
+            "PULL-FIRST",
+            f"a push was decided for a device that had not seen {due[:3]}",
+        )
+        self.checks.that(
+            decided or bool(unseen) or rows > ROUND_ROWS_MAX,
+            "PULL-FIRST",
+            f"a device at {pull.cursor} was told that it is behind, and nothing was",
         )
 
     def on_pull(

@@ -25,7 +25,14 @@ from entidb.errors import (
     SyncCancelledError,
     SyncError,
 )
-from entidb.protocol import PushRequest, PushResponse, SyncRequest, SyncResponse
+from entidb.protocol import (
+    PushRequest,
+    PushResponse,
+    RoundResponse,
+    SyncRequest,
+    SyncResponse,
+    push_in,
+)
 from entidb.sync import (
     ConflictResolution,
     RetryConfig,
@@ -460,11 +467,14 @@ class Device(Person):
             self.watch.unanswered[transaction.transaction_id] = None
 
     def takes(self, request: SyncRequest, outcome: SyncResponse | SyncError) -> None:
-        if isinstance(outcome, PushResponse):
-            assert isinstance(request, PushRequest)
-            ids = [transaction.transaction_id for transaction in request.transactions]
-            self.watch.answers = dict(zip(ids, outcome.results, strict=True))
-            self.watch.answered_by = self.tenant.histories.get(request.history)
+        if isinstance(outcome, RoundResponse):
+            self.world.fired("round_behind" if outcome.push is None else "round")
+        verdicts = outcome.push if isinstance(outcome, RoundResponse) else outcome
+        pushed = push_in(request)
+        if isinstance(verdicts, PushResponse) and pushed is not None:
+            ids = [transaction.transaction_id for transaction in pushed.transactions]
+            self.watch.answers = dict(zip(ids, verdicts.results, strict=True))
+            self.watch.answered_by = self.tenant.histories.get(pushed.history)
         if isinstance(outcome, ResetRequiredError):
             self._check_reset_ends()
 

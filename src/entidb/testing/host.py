@@ -17,10 +17,10 @@ from functools import partial
 from entidb import protocol
 from entidb.db import Database
 from entidb.errors import PermissionDeniedError, SyncError
-from entidb.protocol import PushRequest, SyncRequest
+from entidb.protocol import PushRequest, RoundRequest, SyncRequest, push_in
 from entidb.server.auth import JwtAuthenticator
 from entidb.server.config import ServerConfig
-from entidb.server.front import Front
+from entidb.server.front import FEATURES, Front
 from entidb.server.hooks import NO_SCHEMA, Refusal, ValidateContext, ValidateTransaction
 from entidb.server.minting import mint_token
 from entidb.server.stores import Stores
@@ -79,7 +79,13 @@ class Host:
             open_database=self._open,
             schedule=self._schedule,
         )
-        self.front = Front(config, authenticator=self._authenticator, stores=stores)
+        knows = self.world.knobs.rounds and not self.world.knobs.older_server
+        self.front = Front(
+            config,
+            authenticator=self._authenticator,
+            stores=stores,
+            features=FEATURES if knows else (),
+        )
 
     def _configured(self) -> ServerConfig:
         schema = self.age.schema()
@@ -172,9 +178,11 @@ class Host:
         self.world.trace("server", type(request).__name__, request.device_id[:2].hex())
         if not tenant.hears(request):
             return
-        if isinstance(request, PushRequest):
+        if isinstance(request, PushRequest | RoundRequest):
             if self.world.knobs.older_server or self.world.knobs.invalid:
-                refuse_as_before(self.world, tenant.refused, request, grant)
+                pushed = push_in(request)
+                assert pushed is not None
+                refuse_as_before(self.world, tenant.refused, pushed, grant)
             self._pushed_to = tenant
             store = front.use(request, grant)
             tenant.push(partial(front.push, store, request, grant), request, grant, reply)
@@ -201,8 +209,14 @@ class Host:
     def _forbidden(self, request: SyncRequest) -> None:
         """A token that grants nothing on this database; it may be another's."""
         for tenant in self.tenants:
-            if isinstance(request, PushRequest) and tenant.db_id == request.db_id:
-                tenant.forbid(request)
+            pushed = push_in(request)
+            if pushed is not None and tenant.db_id == request.db_id:
+                tenant.forbid(pushed)
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do ``work`` after what else is due now, if the server has not crashed by then."""
+        life = self._life
+        self.world.after(0, lambda: work() if life == self._life else None)
 
     def answer(self, tenant: Tenant, reply: Reply, data: bytes) -> None:
         self.check_canaries(tenant, data)

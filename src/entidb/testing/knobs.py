@@ -111,6 +111,7 @@ class Knobs:
     body_limit: int = 0  # looks at which a proxy's limit for bodies changes
     firewall: int = 0  # transactions that a firewall, which comes and goes, stops
     read_only: int = 0  # looks at which a token loses the right to write, or gets it back
+    rounds: int = 0  # 1: the server takes a pull and a push in one request
     older_server: int = 0  # 1: a server of 0.3, which refuses a push whole for one transaction
     invalid: int = 0  # transactions such a server finds invalid
 
@@ -283,6 +284,7 @@ def draw(seed: int) -> Knobs:
     own = stream(seed, "what is mostly so")
     chosen["singles"] = own.choice((0, 0, 0, 950))
     chosen["adopt_rows"] = own.choice((2_000, 2_000, 4))
+    chosen["rounds"] = stream(seed, "rounds").choice((0, 1))
     chosen["attempts"] = stream(seed, "attempts").choice((1, 1, 2, 5))
     return Knobs(**chosen)
 

@@ -15,9 +15,11 @@ from entidb.db import Database, Role
 from entidb.db.maintenance import purge_tombstones
 from entidb.db.records import META_FORMAT, META_IDENTITY, encode_format
 from entidb.errors import (
+    ResetRequiredError,
     ServerBusyError,
     StorageError,
     SyncError,
+    UpgradeRequiredError,
 )
 from entidb.protocol import (
     HandshakeRequest,
@@ -25,10 +27,12 @@ from entidb.protocol import (
     PullResponse,
     PushRequest,
     PushResponse,
+    RoundRequest,
     SyncRequest,
 )
+from entidb.server.front import Front
 from entidb.server.hooks import Grant
-from entidb.server.service import HISTORIES_MAX
+from entidb.server.service import HISTORIES_MAX, BehindError, unseen
 from entidb.storage import MemoryStorage
 from entidb.testing.ages import ServerAge, note_forbidden
 from entidb.testing.checkers import ServerWatch
@@ -43,6 +47,20 @@ PUT_BACKS_MAX = HISTORIES_MAX - 1
 
 #: Told how a request was answered: whether it worked, and the bytes.
 Reply = Callable[[bool, bytes], None]
+#: A push that waits to be decided.
+Member = tuple[PushRequest | RoundRequest, Grant, Reply]
+
+
+def pushed(request: PushRequest | RoundRequest) -> PushRequest:
+    return request.push if isinstance(request, RoundRequest) else request
+
+
+def asked(request: PushRequest | RoundRequest, error: SyncError) -> PullRequest | PushRequest:
+    """The half of a round that ``error`` is about."""
+    if not isinstance(request, RoundRequest):
+        return request
+    pulls = isinstance(error, ResetRequiredError | UpgradeRequiredError)
+    return request.pull if pulls else request.push
 
 
 class Process(Protocol):
@@ -50,6 +68,11 @@ class Process(Protocol):
 
     world: World
     age: ServerAge
+    front: Front
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do ``work`` soon, in this life of the server."""
+        ...
 
     def token(
         self, tenant: Tenant, granted: tuple[str, ...] | None = None, *, write: bool = True
@@ -89,7 +112,7 @@ class Tenant:
         self.entropy = world.stream(f"entropy of {self.db_id}").randbytes
         self.workload = Workload(world.stream(f"work on {self.db_id}"), world.knobs, self.canary)
         #: Pushes that wait for their group, and how many of it have been refused.
-        self.queue: list[tuple[PushRequest, Grant, Reply]] = []
+        self.queue: list[Member] = []
         self._refused = 0
         #: Codes for which transactions were truly refused, each with a push of which nothing was
         #: decided.
@@ -331,7 +354,7 @@ class Tenant:
     def push(
         self,
         submit: Callable[[Callable[[PushResponse | SyncError], None]], None],
-        request: PushRequest,
+        request: PushRequest | RoundRequest,
         grant: Grant,
         reply: Reply,
     ) -> None:
@@ -346,7 +369,7 @@ class Tenant:
     def decide(self, work: Callable[[], None]) -> None:
         """Have what has queued up decided as one group (R16)."""
         world, count = self.world, len(self.queue)
-        self.watch.members = [request for request, _, _ in self.queue]
+        self.watch.members = [pushed(request) for request, _, _ in self.queue]
         self.watch.head_before = self.watch.history.head
         if count > 1:
             world.fired("group")
@@ -363,25 +386,49 @@ class Tenant:
         if self._refused == count and world.faults["server_commit_unknown"] == unknown:
             self.unchanged(before)
 
-    def _decided(
-        self, member: tuple[PushRequest, Grant, Reply], answer: PushResponse | SyncError
-    ) -> None:
+    def _decided(self, member: Member, answer: PushResponse | SyncError) -> None:
         """The group commit says what became of a push."""
         self.queue = [other for other in self.queue if other is not member]
         request, grant, reply = member
+        if isinstance(request, RoundRequest):
+            if isinstance(answer, PushResponse | BehindError):
+                decided = isinstance(answer, PushResponse)
+                self.watch.on_round(request, grant.collections, decided=decided)
+            if isinstance(answer, BehindError):
+                self._refused += 1
+                self.host.later(partial(self._rest, request, None, grant, reply))
+                return
         if isinstance(answer, SyncError):
             self._refused += 1
             if answer.code not in ("storage_error", "storage_full"):
                 self.proved(grant)
-                self.watch.on_refusal(request, answer)
-                self.host.age.check_refusal(self.world.checks, request, answer)
+                self.watch.on_refusal(asked(request, answer), answer)
+                self.host.age.check_refusal(self.world.checks, asked(request, answer), answer)
             self.host.refuse(reply, answer)
             return
         self.proved(grant)
         self.watch.on_push(
-            request, answer, self.storage.records, grant.collections, may_write=grant.write
+            pushed(request), answer, self.storage.records, grant.collections, may_write=grant.write
         )
-        self.host.answer(self, reply, protocol.encode(answer))
+        if isinstance(request, RoundRequest):
+            self.host.later(partial(self._rest, request, answer, grant, reply))
+        else:
+            self.host.answer(self, reply, protocol.encode(answer))
+
+    def _rest(
+        self, request: RoundRequest, answer: PushResponse | None, grant: Grant, reply: Reply
+    ) -> None:
+        """The page that belongs to a round, as it is when the group is through."""
+        pull, front = unseen(request, answer), self.host.front
+        try:
+            with front.using(pull, grant) as store:
+                page = self.read(partial(front.read, store, pull, grant), pull, grant)
+        except Crash:
+            self.host.start()
+        except (SyncError, StorageError) as error:
+            self.host.refuse(reply, error)
+        else:
+            self.host.answer(self, reply, protocol.encode_round(page, answer))
 
     def forbid(self, request: PushRequest) -> None:
         note_forbidden(self.refused, request)

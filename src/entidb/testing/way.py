@@ -21,7 +21,7 @@ from entidb.errors import (
     TransportError,
     error_from_code,
 )
-from entidb.protocol import ErrorResponse, PushRequest, SyncRequest, SyncResponse
+from entidb.protocol import ErrorResponse, PushRequest, SyncRequest, SyncResponse, push_in
 from entidb.sync.drive import Pause
 from entidb.testing.gateway import Gateway
 from entidb.testing.world import World
@@ -165,8 +165,9 @@ class Way:
     def _send(self, sent: Sent) -> None:
         sent.is_out = True
         world, device, request = self._world, self._device, sent.request
-        if isinstance(request, PushRequest):
-            device.leaves(request)
+        pushed = push_in(request)
+        if pushed is not None:
+            device.leaves(pushed)
         path, body = protocol.path_of(request), protocol.encode(request)
         token = device.token
         if not world.quiet and device.rng.random() * 1000 < world.knobs.wrong_token:
@@ -241,8 +242,9 @@ class Way:
             self._settle(sent, SyncTimeoutError("no answer in time"))
 
     def _lost(self, sent: Sent) -> None:
-        if sent.is_out and sent.outcome is None and isinstance(sent.request, PushRequest):
-            self._device.unanswered(sent.request)
+        pushed = push_in(sent.request)
+        if sent.is_out and sent.outcome is None and pushed is not None:
+            self._device.unanswered(pushed)
 
     def _settle(self, sent: Sent, outcome: SyncResponse | SyncError) -> None:
         sent.outcome = outcome

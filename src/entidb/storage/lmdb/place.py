@@ -86,6 +86,7 @@ class Place:
         self._data: FileLock | None = None
         self._lock: FileLock | None = None
         self._door: FileLock | None = None
+        self._claims: list[FileClaim] = []
         self._standing = Standing(path, self.data_path)
         #: Raises ``DatabaseMovedError`` if the path no longer leads to the file that is open.
         self.check: Callable[[], None] = self._standing.check
@@ -276,7 +277,9 @@ class Place:
         """As ``Storage.claim``."""
         if not self.shared or self.read_only:
             return SoleTurn()
-        return FileClaim(os.path.join(self.path, CLAIM + name), self._like())
+        made = FileClaim(os.path.join(self.path, CLAIM + name), self._like())
+        self._claims.append(made)
+        return made
 
     def _know(self, held: FileLock) -> None:
         before, self._data = self._data, held
@@ -419,6 +422,9 @@ class Place:
 
     def release(self) -> None:
         """Idempotent; every step of it too."""
+        for claim in self._claims:
+            # A right to a store that is closed would keep others from it.
+            claim.give_back()
         if self._data is not None:
             self._data.release()
         if self._lock is not None:

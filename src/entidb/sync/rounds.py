@@ -1,0 +1,108 @@
+"""One exchange in the place of a pull and a push (R6): what a device has goes together with what it
+would push then, and the server decides the push only if a pull would have brought nothing.
+
+For a device that is up to date, a push is one exchange then. One that is behind gets the first page
+of its pull as the answer, nothing of its push was decided, and it goes on as if it had asked for
+that page alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from entidb.db.replica import ReplicaState
+from entidb.errors import ResetRequiredError, SyncError, UpgradeRequiredError
+from entidb.protocol import PullRequest, PullResponse, RoundRequest, RoundResponse, SyncResponse
+from entidb.sync.apply.seam import BatchLimits, Look, PushBatch
+from entidb.sync.exchange import Exchange, Step
+from entidb.sync.grants import needs_grant
+from entidb.sync.pulling import Pulling
+from entidb.sync.pushing import Pushing
+from entidb.sync.state import SyncState
+
+#: What is pushed together with a pull at most. A device that is behind sends it twice.
+ROUND_OPERATIONS_MAX = 200
+ROUND_BYTES_MAX = 64 * 1024
+FEATURE = "sync"
+
+
+@dataclass
+class Rounds:
+    """``ask`` is what a cycle calls, once, in the place of its first request for a page."""
+
+    _exchange: Exchange
+    _pulling: Pulling
+    _pushing: Pushing
+
+    def ask(
+        self,
+    ) -> Generator[Step, SyncResponse | None, tuple[PullRequest, PullResponse] | None]:
+        """The first page of the pull, with the request that it answers; what was pushed with it is
+        settled. None where nothing was asked: then a pull is asked for as ever."""
+        exchange = self._exchange
+        if FEATURE not in exchange.connection.features:
+            return None
+        look = exchange.applier.look()
+        if not look.ready or not _is_plain(look):
+            return None
+        batch = exchange.applier.prepare(self._limits(look))
+        if batch is None:
+            return None
+        exchange.enter(SyncState.PUSHING)
+        state = exchange.applier.look().state
+        response = yield from self._exchanged(self._request(batch, state), batch)
+        exchange.enter(SyncState.PULLING)
+        if response is None:
+            return None
+        request = self._pulling.request(state)
+        if response.push is None:
+            # Nothing else may touch what is in flight, and a page is about to (R5).
+            exchange.applier.unsend()
+        else:
+            self._pushing.settle_alone(batch, response.push, look.ready)
+        return request, response.pull
+
+    def _limits(self, look: Look) -> BatchLimits:
+        limits = self._pushing.limits(look.sequence)
+        return replace(
+            limits,
+            operations_max=min(limits.operations_max, ROUND_OPERATIONS_MAX),
+            bytes_max=min(limits.bytes_max, ROUND_BYTES_MAX),
+        )
+
+    def _request(self, batch: PushBatch, state: ReplicaState) -> RoundRequest:
+        return RoundRequest(
+            pull=self._pulling.request(state), push=self._pushing.request(batch, state)
+        )
+
+    def _exchanged(
+        self, request: RoundRequest, batch: PushBatch
+    ) -> Generator[Step, SyncResponse | None, RoundResponse | None]:
+        """The answer; None where it was refused, and proves that nothing was decided."""
+        path = self._exchange.connection.path
+        try:
+            response = yield from self._exchange.ask(request, RoundResponse)
+        except SyncError as error:
+            refused = error.refused_by is not None and not path.is_chance(error, batch.bytes)
+            if not refused and not isinstance(error, ResetRequiredError | UpgradeRequiredError):
+                raise
+            # Why, the pull or the push will be told, each by itself.
+            self._exchange.applier.unsend()
+            connection = self._exchange.connection
+            connection.features = [name for name in connection.features if name != FEATURE]
+            return None
+        path.passed(batch.bytes)
+        return response
+
+
+def _is_plain(look: Look) -> bool:
+    """Whether the pull of this cycle asks for what changed and nothing else."""
+    state = look.state
+    waits = state.full or state.uncovered or state.foreign or state.outdated or state.unsettled
+    return not waits and look.stage is None and not look.adopting and not needs_grant(state)
+
+
+__all__ = ["Rounds"]
