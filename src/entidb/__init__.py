@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from entidb.db import Collection as Collection
     from entidb.db import Database as Database
     from entidb.db import F as F
+    from entidb.db import Index as Index
     from entidb.db import Query as Query
     from entidb.db import Snapshot as Snapshot
     from entidb.db import Transaction as Transaction
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from entidb.errors import ProtocolError as ProtocolError
     from entidb.errors import QueryError as QueryError
     from entidb.errors import ResetRequiredError as ResetRequiredError
+    from entidb.errors import ScanWarning as ScanWarning
     from entidb.errors import ScopeError as ScopeError
     from entidb.errors import ServerBusyError as ServerBusyError
     from entidb.errors import ServerError as ServerError
@@ -102,6 +104,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "ChangeFeed",
         "ChangeEvent",
         "F",
+        "Index",
         "Query",
     ),
     "entidb.sync": (
@@ -151,6 +154,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "TransactionTooLargeError",
         "ValueTypeError",
         "QueryError",
+        "ScanWarning",
         "InvalidNameError",
         "ScopeError",
         "ConfigError",

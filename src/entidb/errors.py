@@ -137,6 +137,10 @@ class QueryError(LocalError, ValueError):
     code = "invalid_query"
 
 
+class ScanWarning(UserWarning):
+    """A query looked at very many entities, because no index helped."""
+
+
 class InvalidNameError(LocalError, ValueError):
     code = "invalid_name"
 

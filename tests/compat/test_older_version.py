@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from entidb import Database, Index
 from entidb.server import mint_token
-from tests.compat.versions import device, server, source_of
+from tests.compat.versions import Device, device, server, source_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -93,6 +94,34 @@ def test_the_files_of_a_device_go_from_one_version_to_the_other_and_back(
                 a.put(("notes", 2, {"text": f"pending {turn}"}))
                 expected = a.read()
                 assert a.care() == []
+
+
+def test_an_older_version_stays_away_from_a_database_with_an_index_until_it_has_none(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """It would write without keeping the index in step."""
+    path = tmp_path / "d"
+    with device(sources["0.3.1"], path) as old:
+        old.put(("notes", 1, {"text": "old"}))
+    with Database.open(path) as db:
+        db.collection("notes", indexes=[Index("text")])
+        db.wait_for_indexes()
+    before = (path / "data.mdb").read_bytes()
+    process = Device(sources["0.3.1"])
+    with pytest.raises(AssertionError, match="the process ended"):
+        process.open(path=str(path))
+    process.end()
+    assert (path / "data.mdb").read_bytes() == before
+    with Database.open(path) as db:
+        assert db.collection("notes").where(text="old").explain().way == "index(text)"
+        db.collection("notes", indexes=[])
+        db.wait_for_indexes()
+    with device(sources["0.3.1"], path) as old:
+        assert old.care() == []
+        old.put(("notes", 2, {"text": "old again"}))
+    with Database.open(path) as db:
+        assert db.verify() == []
+        assert len(db.collection("notes")) == 2
 
 
 @pytest.mark.parametrize(("first", "then"), BOTH)

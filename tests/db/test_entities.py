@@ -69,6 +69,9 @@ class Heard:
         for entity_id, old, new in zip(ids, olds, news, strict=True):
             self.told.append((info.prefix, entity_id, old, new))
 
+    def finish(self) -> None:
+        """Nothing is left for the end."""
+
 
 class Hook:
     """Hangs on the room in every database, and after each commit compares what it heard with what

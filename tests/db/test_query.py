@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from entidb import F
 from entidb.db import Condition, Database, Query, Role
-from entidb.db.conditions import MISSING, Field, field_of, order_key
+from entidb.db.conditions import Field
 from entidb.db.filters import from_dict
+from entidb.db.looking import MISSING, field_of, order_key
 from entidb.errors import QueryError, ValueTypeError
 from entidb.storage import MemoryStorage
 from tests.support import uid

@@ -6,6 +6,8 @@ from entidb.db.collection import Collection, ReadCollection, TransactionCollecti
 from entidb.db.conditions import Condition, F
 from entidb.db.database import Database
 from entidb.db.feed import ChangeEvent, ChangeFeed
+from entidb.db.index_care import IndexStatus
+from entidb.db.indexing import Index
 from entidb.db.maintenance import dump, inspect, purge_tombstones
 from entidb.db.migrate import Migrated, migrate
 from entidb.db.observers import CommitEvent
@@ -38,6 +40,8 @@ __all__ = [
     "Migrated",
     "OverruledValue",
     "Plan",
+    "Index",
+    "IndexStatus",
     "Query",
     "ReadCollection",
     "Role",

@@ -7,10 +7,11 @@ one of their own snapshot, because a publication (R20) moves collections to othe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from entidb import cbor
 from entidb.db.records import table_prefix, unreadable
@@ -19,6 +20,55 @@ from entidb.types import COLLECTIONS_MAX
 
 #: What a server can make a device take, beside what the device has of its own.
 _PULLED_MAX = 4 * COLLECTIONS_MAX
+
+
+class IndexInfo(Struct, frozen=True):
+    """One index of a collection: by which ``fields``, with one place for ``each`` member of a list,
+    by what the function called ``key`` makes of them.
+
+    A table has all of its entities in it if it was begun with the index there already (its number
+    is ``since`` or more), or is in ``built``. In ``table`` it is being built, up to and with the id
+    ``after``. It is ``paused`` once somebody has written who does not have the function.
+    """
+
+    number: int
+    collection: int
+    fields: tuple[tuple[str, ...], ...]
+    each: bool
+    key: str | None
+    since: int
+    built: tuple[int, ...] = ()
+    table: int = 0
+    after: bytes = b""
+    paused: bool = False
+
+    def has(self, table: int) -> bool:
+        """Whether all entities of ``table`` are in it."""
+        return not self.paused and (table >= self.since or table in self.built)
+
+    def __str__(self) -> str:
+        names = ", ".join(".".join(path) for path in self.fields)
+        return names + (" each" if self.each else "") + (f" by {self.key}" if self.key else "")
+
+
+class IndexSet(Struct, frozen=True):
+    """The indexes of a database; those whose number is in ``dropped`` are being emptied. ``next``
+    is the number of the next one."""
+
+    each: tuple[IndexInfo, ...] = ()
+    dropped: tuple[int, ...] = ()
+    next: int = 1
+
+    def of(self, collection: int) -> tuple[IndexInfo, ...]:
+        return tuple(index for index in self.each if index.collection == collection)
+
+    def replacing(self, *changed: IndexInfo) -> IndexSet:
+        """With ``changed`` in the place of those that have their numbers."""
+        by_number = {index.number: index for index in changed}
+        return replace(self, each=tuple(by_number.get(i.number, i) for i in self.each))
+
+
+NO_INDEXES: Final = IndexSet()
 
 
 class CollectionInfo(Struct, frozen=True):
@@ -30,6 +80,7 @@ class CollectionInfo(Struct, frozen=True):
     local: bool
     synced: bool
     prefix: bytes
+    indexes: tuple[IndexInfo, ...] = ()
 
     def standing_in(self, table: int) -> CollectionInfo:
         """The same collection, if its entities stood in ``table``."""
@@ -51,7 +102,7 @@ class Catalogue:
     means all that are not local; ``garbage`` lists (table, collection) pairs that were replaced
     and wait to be emptied."""
 
-    __slots__ = ("by_name", "by_number", "garbage", "last_number", "next_table", "scope")
+    __slots__ = ("by_name", "by_number", "garbage", "indexes", "last_number", "next_table", "scope")
 
     def __init__(
         self,
@@ -59,30 +110,33 @@ class Catalogue:
         next_table: int,
         scope: frozenset[str] | None,
         garbage: tuple[tuple[int, int], ...],
+        indexes: IndexSet = NO_INDEXES,
     ) -> None:
         self.scope = scope
+        self.indexes = indexes
         self.next_table = next_table
         self.garbage = garbage
         self.by_name: dict[str, CollectionInfo] = {}
         self.by_number: dict[int, CollectionInfo] = _ByNumber()
         for number, name, table, local in collections:
             synced = not local and (scope is None or name in scope)
-            info = CollectionInfo(number, name, table, local, synced, table_prefix(table))
+            mine = indexes.of(number)
+            info = CollectionInfo(number, name, table, local, synced, table_prefix(table), mine)
             self.by_name[name] = self.by_number[number] = info
         self.last_number = max(self.by_number, default=0)
 
     def encode(self) -> bytes:
-        return cbor.encode(
-            {
-                "collections": [
-                    [info.number, info.name, info.table, info.local]
-                    for info in self.by_name.values()
-                ],
-                "next_table": self.next_table,
-                "scope": None if self.scope is None else sorted(self.scope),
-                "garbage": [list(pair) for pair in self.garbage],
-            }
-        )
+        record = {
+            "collections": [
+                [info.number, info.name, info.table, info.local] for info in self.by_name.values()
+            ],
+            "next_table": self.next_table,
+            "scope": None if self.scope is None else sorted(self.scope),
+            "garbage": [list(pair) for pair in self.garbage],
+        }
+        if self.indexes != NO_INDEXES:
+            record["indexes"] = _listed(asdict(self.indexes))
+        return cbor.encode(record)
 
     def adding(self, name: str, *, local: bool = False) -> Catalogue:
         """With a new, empty collection. Raises ``ScopeError`` when there are too many."""
@@ -92,7 +146,7 @@ class Catalogue:
 
     def copy(self) -> Catalogue:
         """One that nobody else reads yet, for ``add``."""
-        made = Catalogue([], self.next_table, self.scope, self.garbage)
+        made = Catalogue([], self.next_table, self.scope, self.garbage, self.indexes)
         made.by_name, made.by_number = dict(self.by_name), _ByNumber(self.by_number)
         made.last_number = self.last_number
         return made
@@ -135,7 +189,7 @@ class Catalogue:
         fitting = missing[:room]
         for index, name in enumerate(fitting):
             rows.append((last + 1 + index, name, self.next_table + index, False))
-        return Catalogue(rows, self.next_table + len(fitting), self.scope, self.garbage)
+        return self._with(rows, next_table=self.next_table + len(fitting))
 
     def in_scope(self, name: str) -> bool:
         """Whether the collection synchronises, or would if there were one of that name."""
@@ -145,11 +199,14 @@ class Catalogue:
         return self.scope is None or name in self.scope
 
     def with_scope(self, scope: frozenset[str] | None) -> Catalogue:
-        return Catalogue(self._rows(), self.next_table, scope, self.garbage)
+        return Catalogue(self._rows(), self.next_table, scope, self.garbage, self.indexes)
+
+    def with_indexes(self, indexes: IndexSet) -> Catalogue:
+        return Catalogue(self._rows(), self.next_table, self.scope, self.garbage, indexes)
 
     def with_local(self, name: str, local: bool) -> Catalogue:
         rows = [(n, x, t, local if x == name else was) for n, x, t, was in self._rows()]
-        return Catalogue(rows, self.next_table, self.scope, self.garbage)
+        return self._with(rows)
 
     def allocating(self) -> tuple[int, Catalogue]:
         """A fresh table number."""
@@ -159,7 +216,7 @@ class Catalogue:
         """With collections (by number) standing in new tables; the old ones become garbage."""
         moved = [(n, x, tables.get(n, t), local) for n, x, t, local in self._rows()]
         old = tuple((self.by_number[n].table, n) for n in tables)
-        return Catalogue(moved, self.next_table, self.scope, self.garbage + old)
+        return self._with(moved, garbage=self.garbage + old)
 
     def discarding(self, table: int, number: int) -> Catalogue:
         """With a table nobody will use (an abandoned stage) put with the garbage."""
@@ -171,13 +228,37 @@ class Catalogue:
 
     def _beside(self, next_table: int, garbage: tuple[tuple[int, int], ...]) -> Catalogue:
         """The same collections, shared and not built again: there may be a thousand."""
-        made = Catalogue([], next_table, self.scope, garbage)
+        made = Catalogue([], next_table, self.scope, garbage, self.indexes)
         made.by_name, made.by_number = self.by_name, self.by_number
         made.last_number = self.last_number
         return made
 
+    def _with(
+        self,
+        rows: list[tuple[int, str, int, bool]],
+        *,
+        next_table: int | None = None,
+        garbage: tuple[tuple[int, int], ...] | None = None,
+    ) -> Catalogue:
+        return Catalogue(
+            rows,
+            self.next_table if next_table is None else next_table,
+            self.scope,
+            self.garbage if garbage is None else garbage,
+            self.indexes,
+        )
+
     def _rows(self) -> list[tuple[int, str, int, bool]]:
         return [(i.number, i.name, i.table, i.local) for i in self.by_name.values()]
+
+
+def _listed(value: Any) -> Any:
+    """``value`` with lists and maps for tuples and structs, as a record is stored."""
+    if isinstance(value, Struct):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {name: _listed(member) for name, member in value.items()}
+    return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
 def decode_catalogue(raw: bytes) -> Catalogue:
@@ -189,8 +270,9 @@ def decode_catalogue(raw: bytes) -> Catalogue:
             record["next_table"],
             None if scope is None else frozenset(scope),
             tuple((t, n) for t, n in record["garbage"]),
+            msgspec.convert(record["indexes"], IndexSet) if "indexes" in record else NO_INDEXES,
         )
-    except (CborDecodeError, KeyError, TypeError, ValueError) as error:
+    except (CborDecodeError, KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
         raise unreadable("the catalogue", raw) from error
 
 

@@ -3,85 +3,34 @@
 A condition is about plain values (maps, lists, text, bytes, numbers, booleans, None), so that a
 typed collection converts only what passes. Nothing is read here; ``query`` does that.
 
-Values of different kinds are never compared: the text ``"4"`` does not meet ``F.price > 3``. In an
-order they come in this sequence: missing, None, false, true, numbers, text, bytes, lists, maps;
-1 < 1.5 < 2 whether integer or float, and exactly so beyond 2^53.
+Values of different kinds are never compared: the text ``"4"`` does not meet ``F.price > 3``. In
+which order they come is said in ``looking``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
 from typing import Any, Final
 
-import msgspec
-
 from entidb import cbor
-from entidb.errors import CborEncodeError, QueryError
+from entidb.db.looking import (
+    MISSING,
+    NUMBERS,
+    RANKS,
+    By,
+    Function,
+    Path,
+    field_of,
+    order_key,
+    plain,
+    written,
+)
+from entidb.errors import QueryError
 
-Path = tuple[str, ...]
 #: Whether a plain value meets a condition.
 Test = Callable[[Any], bool]
 #: Bytes of which a payload must contain one, for its value to meet a condition.
 Needles = tuple[bytes, ...]
-
-
-class _Missing(Enum):
-    MISSING = "missing"
-
-
-MISSING: Final = _Missing.MISSING
-_NUMBERS: Final = (int, float)
-#: Place of each kind of value in an order; numbers have one place.
-_RANKS: Final[dict[type, int]] = {
-    _Missing: 0,
-    type(None): 1,
-    bool: 2,
-    int: 3,
-    float: 3,
-    str: 4,
-    bytes: 5,
-    list: 6,
-    dict: 7,
-}
-
-
-def order_key(value: Any) -> tuple[Any, ...]:
-    """What sorts like ``value`` in an order, beside values of any other kind. Equal values have
-    equal keys: 1 and 1.0 are."""
-    rank = _RANKS[type(value)]
-    if rank == 6:
-        return (6, [order_key(item) for item in value])
-    if rank == 7:
-        return (7, sorted((name, order_key(item)) for name, item in value.items()))
-    return (rank,) if rank < 2 else (rank, value)
-
-
-def field_of(value: Any, path: Path) -> Any:
-    """The field at ``path`` of a plain value, or ``MISSING``."""
-    for name in path:
-        if type(value) is not dict:
-            return MISSING
-        value = value.get(name, MISSING)
-    return value
-
-
-def written(path: Path) -> str:
-    """The field as one writes it: ``F.address.city`` or ``F['odd name']``."""
-    return "F" + "".join(f".{n}" if n.isidentifier() else f"[{n!r}]" for n in path)
-
-
-def plain(value: Any) -> Any:
-    """``value`` as an entity stores it: dates, UUIDs, enums and decimals become what msgspec
-    makes of them. Raises ``QueryError`` for what no entity can hold."""
-    try:
-        made = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)
-        # The same way for all values: what comes back is what an entity would hold.
-        return cbor.decode_trusted(cbor.encode_message(made))
-    except (CborEncodeError, TypeError, ValueError) as error:
-        raise QueryError(
-            f"no entity can hold {value!r}, so none can be found by it: {error}"
-        ) from error
 
 
 # ---------------------------------------------------------------- conditions
@@ -198,7 +147,7 @@ class _Not(Condition):
 ALL: Final[Condition] = Joined(True, ())
 
 
-class _Compared(Condition):
+class Compared(Condition):
     """One field, compared by ``sign`` with ``other`` as an entity would hold it."""
 
     __slots__ = ("other", "path", "sign")
@@ -207,7 +156,7 @@ class _Compared(Condition):
         self.path = path
         self.sign = sign
         self.other = plain(other)
-        if sign in _ORDERED and _RANKS[type(self.other)] < 3:
+        if sign in _ORDERED and RANKS[type(self.other)] < 3:
             raise QueryError(
                 f"{written(path)} {sign} {other!r}: there is no order among {other!r} and others; "
                 "use == or is_null()"
@@ -218,7 +167,7 @@ class _Compared(Condition):
         return _on_field(self.path, judge)
 
     def needles(self) -> Needles | None:
-        if self.sign != "==":
+        if self.sign != "==" or isinstance(self.path[-1], By):
             return None
         key = cbor.encode_message(self.path[-1])
         return tuple(key + encoded for encoded in _encodings(self.other)) or None
@@ -244,8 +193,8 @@ def _equals(other: Any) -> Test:
     kind = type(other)
     if kind is bool or other is None:
         return lambda got: got is other
-    if kind in _NUMBERS:
-        return lambda got: type(got) in _NUMBERS and got == other
+    if kind in NUMBERS:
+        return lambda got: type(got) in NUMBERS and got == other
     if kind in (list, dict):
         key = order_key(other)
         return lambda got: type(got) is kind and order_key(got) == key
@@ -253,7 +202,7 @@ def _equals(other: Any) -> Test:
 
 
 def _ordered(sign: str, other: Any) -> Test:
-    kinds: tuple[type, ...] = _NUMBERS if type(other) in _NUMBERS else (type(other),)
+    kinds: tuple[type, ...] = NUMBERS if type(other) in NUMBERS else (type(other),)
     if kinds[0] in (list, dict):
         key = order_key(other)
         whole = _compare(sign, key)
@@ -276,7 +225,7 @@ def _encodings(value: Any) -> list[bytes]:
     """The ways in which an equal value can be encoded in a payload. For lists and maps with numbers
     in them there are too many to look for."""
     kind = type(value)
-    if kind in _NUMBERS:
+    if kind in NUMBERS:
         found = [cbor.encode_message(value)]
         if kind is int and abs(value) <= 2**63 and float(value) == value:
             found.append(cbor.encode_message(float(value)))
@@ -288,13 +237,22 @@ def _encodings(value: Any) -> list[bytes]:
     return [] if kind in (list, dict) else [cbor.encode_message(value)]
 
 
-class _Asked(Condition):
+class Asked(Condition):
     """One field, and a question that is no comparison."""
 
-    __slots__ = ("_judge", "_needles", "_says", "path")
+    __slots__ = ("_judge", "_needles", "_says", "asked", "path")
 
-    def __init__(self, path: Path, says: str, judge: Test, needles: Needles | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        says: str,
+        judge: Test,
+        needles: Needles | None,
+        asked: tuple[str, Any],
+    ) -> None:
         self.path = path
+        #: What is asked, and of what: an index may know.
+        self.asked = asked
         self._says = says
         self._judge = judge
         self._needles = needles
@@ -336,29 +294,29 @@ class Field(Condition):
     # Comparisons.
 
     def __eq__(self, other: object) -> Condition:  # type: ignore[override]
-        return _Compared(self._path, "==", other)
+        return Compared(self._path, "==", other)
 
     def __ne__(self, other: object) -> Condition:  # type: ignore[override]
         """Also true where the field is missing, as ``value.get(name) != other`` is."""
-        return ~_Compared(self._path, "==", other)
+        return ~Compared(self._path, "==", other)
 
     def __lt__(self, other: Any) -> Condition:
-        return _Compared(self._path, "<", other)
+        return Compared(self._path, "<", other)
 
     def __le__(self, other: Any) -> Condition:
-        return _Compared(self._path, "<=", other)
+        return Compared(self._path, "<=", other)
 
     def __gt__(self, other: Any) -> Condition:
-        return _Compared(self._path, ">", other)
+        return Compared(self._path, ">", other)
 
     def __ge__(self, other: Any) -> Condition:
-        return _Compared(self._path, ">=", other)
+        return Compared(self._path, ">=", other)
 
     __hash__ = None  # type: ignore[assignment]
 
     def between(self, low: Any, high: Any) -> Condition:
         """From ``low`` to ``high``, both included."""
-        parts = [_Compared(self._path, ">=", low), _Compared(self._path, "<=", high)]
+        parts = [Compared(self._path, ">=", low), Compared(self._path, "<=", high)]
         return Joined(True, parts)
 
     def in_(self, values: Iterable[Any]) -> Condition:
@@ -371,7 +329,8 @@ class Field(Condition):
         """Text that begins with ``start``."""
         text = _text(start, "startswith")
         judge: Test = lambda got: type(got) is str and got.startswith(text)  # noqa: E731
-        return _Asked(self._path, f".startswith({start!r})", judge, (text.encode(),))
+        needles = None if self._is_made else (text.encode(),)
+        return Asked(self._path, f".startswith({start!r})", judge, needles, ("startswith", text))
 
     def contains(self, part: Any) -> Condition:
         """A list with a member equal to ``part``, or text with ``part`` in it."""
@@ -379,21 +338,36 @@ class Field(Condition):
         equal = _equals(member)
         is_text = type(member) is str
         encoded = (member.encode(),) if is_text else tuple(_encodings(member))
+        encoded = () if self._is_made else encoded
 
         def judge(got: Any) -> bool:
             if type(got) is list:
                 return any(equal(item) for item in got)
             return is_text and type(got) is str and member in got
 
-        return _Asked(self._path, f".contains({part!r})", judge, encoded or None)
+        asked = ("contains", member)
+        return Asked(self._path, f".contains({part!r})", judge, encoded or None, asked)
 
     def exists(self) -> Condition:
         """The field is there, whatever its value; also when it is None."""
-        return _Asked(self._path, ".exists()", lambda got: got is not MISSING)
+        return Asked(
+            self._path, ".exists()", lambda got: got is not MISSING, None, ("exists", None)
+        )
+
+    def by(self, function: Function) -> Field:
+        """What ``function`` makes of the field: ``F.name.by(str.casefold) == "ada"``. A pure
+        function with a name; where it raises there is no such field. Fast with
+        ``Index("name", key=str.casefold)``. Raises ``ConfigError``."""
+        return Field((*self._path, By(function)))
 
     def is_null(self) -> Condition:
         """The field is there and None."""
-        return _Compared(self._path, "==", None)
+        return Compared(self._path, "==", None)
+
+    @property
+    def _is_made(self) -> bool:
+        """Whether a payload need not hold what the field is, because a function makes it."""
+        return isinstance(self._path[-1], By)
 
     # The field by itself.
 
@@ -441,7 +415,7 @@ F: Final = _Fields()
 def all_of(conditions: Iterable[object], equal: Mapping[str, Any]) -> Condition:
     """All of ``conditions``, and fields that are ``equal``."""
     parts = [_condition(one) for one in conditions]
-    parts += [_Compared((name,), "==", value) for name, value in equal.items()]
+    parts += [Compared((name,), "==", value) for name, value in equal.items()]
     if not parts:
         return ALL
     return parts[0] if len(parts) == 1 else Joined(True, parts)

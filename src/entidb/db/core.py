@@ -10,6 +10,7 @@ Not here: what programs hold (``database``).
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
 from entidb.db.identity import no_identity
+from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.moment import Moment
 from entidb.db.observers import Observers
 from entidb.db.records import (
@@ -31,6 +33,7 @@ from entidb.db.records import (
     decode_format,
     decode_head,
     encode_format,
+    format_of,
     is_spacer,
 )
 from entidb.db.rows import SnapshotRows
@@ -188,6 +191,10 @@ class Core:
         #: then, whatever became of it (R17).
         self._failures = 0
         self._observers = Observers()
+        #: Held while the files are copied: what a copy says of its format must stay true.
+        self._format_lock = threading.Lock()
+        #: The functions that indexes go by, by name.
+        self.index_functions: Functions = dict(WELL_KNOWN)
         #: Called with the sequence of every commit, after it, by whoever still has the turn: quick,
         #: and without raising. For what passes the news on.
         self.on_commit: Callable[[int], None] | None = None
@@ -251,6 +258,11 @@ class Core:
         return commit_local(writer, self.role, writes, self._ids.new_bytes(), self._tick(writer))
 
     @property
+    def read_only(self) -> bool:
+        """Whether it was opened only to read."""
+        return self._read_only
+
+    @property
     def in_transaction(self) -> bool:
         """Whether this thread has a transaction open, or waits for one."""
         return self._turns.mine() is not None
@@ -311,7 +323,10 @@ class Core:
             raw = snapshot.get(META_HEAD)
         moment, now = Moment(self, self._failures + mark), self.clock.now_ms()
         slack = self._stale_rows_max
-        return Writer(snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
+        writer = Writer(snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
+        if rows.catalogue.indexes.each:
+            writer.watcher = Indexing(writer, self.index_functions)
+        return writer
 
     def _tick(self, writer: Writer) -> int:
         last = writer.head.timestamp
@@ -420,7 +435,8 @@ class Core:
         if decode_format(raw_format, self.where):
             if self.role is Role.SERVER:
                 identity["history"] = self.entropy(16)
-            rows = {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
+            version = format_of(raw_format or b"")
+            rows = {META_FORMAT: encode_format(version), META_IDENTITY: cbor.encode(identity)}
             self.storage.commit(rows)
         self._take_identity(identity)
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from entidb import cbor
 from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, kept
-from entidb.db.core import Core
 from entidb.db.feed import ChangeFeed
 from entidb.db.identity import stored_role
+from entidb.db.indexed import Indexed
+from entidb.db.indexing import Index
 from entidb.db.listeners import add_listener
 from entidb.db.maintenance import sweep_garbage, verify
 from entidb.db.observers import Observer
@@ -30,6 +31,7 @@ from entidb.db.records import (
     META_COLUMNS,
     META_FORMAT,
     encode_format,
+    format_of,
 )
 from entidb.db.rows import SnapshotRows
 from entidb.db.scope import change_local, change_scope, forget_collection
@@ -59,7 +61,7 @@ V = TypeVar("V")
 COLUMNS_BYTES_MAX = 64 << 10
 
 
-class Database(Core):
+class Database(Indexed):
     """An embedded, transactional entity database.
 
     ``Database.open(path)`` opens or creates one in a directory, ``Database.in_memory()`` one that
@@ -130,6 +132,7 @@ class Database(Core):
         local: bool | None = None,
         on_invalid: OnInvalid = "raise",
         upgrade: Upgrade | None = None,
+        indexes: Sequence[Index] | None = None,
     ) -> Collection[Any]: ...
 
     @overload
@@ -142,6 +145,7 @@ class Database(Core):
         exact: bool = False,
         on_invalid: OnInvalid = "raise",
         upgrade: Upgrade | None = None,
+        indexes: Sequence[Index] | None = None,
     ) -> Collection[V]: ...
 
     def collection(
@@ -153,6 +157,7 @@ class Database(Core):
         exact: bool = False,
         on_invalid: OnInvalid = "raise",
         upgrade: Upgrade | None = None,
+        indexes: Sequence[Index] | None = None,
     ) -> Collection[Any]:
         """The collection ``name`` as a mapping from ``uuid.UUID`` to values.
 
@@ -168,6 +173,9 @@ class Database(Core):
         iterator goes on behind it with ``next``; ``"skip"`` leaves it out wherever several are
         read; a function is given the error and the stored value, and answers what stands in its
         place, or None to leave it out. Asked for by its id, what would be left out raises.
+        ``indexes`` are all that the collection is to have, stored in the database: new ones are
+        built in the background, others are dropped (None: as they are). They are kept in step by
+        every commit of every program, and never synchronised.
         ``local=True`` declares that it never synchronises (R31); stored in the database.
         Raises ``InvalidNameError``; ``ValueTypeError`` for a class that cannot come back as it
         was, naming the field; ``ConfigError``; ``ScopeError`` when a collection with data or
@@ -178,6 +186,8 @@ class Database(Core):
         codec = codec_for(type, exact=exact, on_invalid=on_invalid, upgrade=upgrade)
         if local is not None:
             self.declare_local(name, local)
+        if indexes is not None:
+            self._declare_indexes(name, indexes)
         return Collection(name, codec, self._open_rows, self.transaction, self.commit_one)
 
     def __getitem__(self, name: str) -> Collection[Any]:
@@ -418,7 +428,11 @@ class Database(Core):
         """Write a consistent copy to the new directory ``path`` while work goes on. A server
         opened from it begins a new history (R29). Raises ``StorageError`` if ``path`` exists,
         ``ConfigError`` for what cannot be a path."""
-        self.storage.backup(path_text(path), [(META_FORMAT, encode_format(backup=True))])
+        with self._format_lock:
+            with self.storage.snapshot() as snapshot:
+                version = format_of(snapshot.get(META_FORMAT) or b"")
+            changes = [(META_FORMAT, encode_format(version, backup=True))]
+            self.storage.backup(path_text(path), changes)
 
     def new_id(self) -> uuid.UUID:
         """A new UUIDv7, later than all before it."""
@@ -437,6 +451,7 @@ class Database(Core):
             if mine.committing or sys.exception() is None:
                 raise TransactionError("close the transaction before the database")
             self._give_back(mine)
+        self._end_builder()
         with self._turns.hold():
             if self._engine_right is not None:
                 self._engine_right.give_back()

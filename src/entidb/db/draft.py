@@ -6,17 +6,18 @@ whether what it was made on is still so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
+from entidb.db.catalogue import IndexInfo
 from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection, TransactionCollection
 from entidb.db.feed import ChangeFeed
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import EntityRow
-from entidb.db.rows import OverlayRows, Pair, Rows, SnapshotRows
+from entidb.db.rows import OverlayRows, Pair, Rows, SnapshotRows, Span
 from entidb.db.transaction import Writes
 from entidb.errors import TransactionConflictError, TransactionError
 from entidb.types import check_name, uuid_from_bytes
@@ -183,6 +184,23 @@ class SeeingRows:
     def count(self, name: str) -> int:
         self._seen.whole(name)
         return self._below.count(name)
+
+    def indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        return self._below.indexes(name)
+
+    def places(
+        self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int
+    ) -> Iterator[list[bytes]]:
+        # An entity that comes into the part of the index later was not seen.
+        self._seen.whole(name)
+        return self._below.places(name, index, span, backwards, limit)
+
+    def index_count(self, name: str, index: IndexInfo) -> int:
+        self._seen.whole(name)
+        return self._below.index_count(name, index)
+
+    def own(self, name: str) -> Mapping[bytes, bytes | None]:
+        return self._below.own(name)
 
 
 __all__ = ["Draft", "SeeingRows", "Seen"]

@@ -73,11 +73,21 @@ class Watcher(Protocol):
         self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
     ) -> None: ...
 
+    def finish(self) -> None:
+        """The commit is about to be stored."""
+        ...
+
 
 class Entities(Overlay):
     """The entities of one commit being put together."""
 
     watcher: Watcher | None = None
+
+    def finish_entities(self, sequence: int) -> None:
+        """What is stored once for the whole commit, whose newest change is at ``sequence``."""
+        if self.watcher is not None:
+            self.watcher.finish()
+        self.finish_places(sequence)
 
     # ------------------------------------------------------------ reading
 
@@ -365,11 +375,12 @@ class Entities(Overlay):
         ]
         before = len(self.changes)
         self.changes.update(made)
+        once = len(self.changes) == before + len(made)
         if self.watcher is not None:
             for index, entity_id, payload in zip(indexes, ids, payloads, strict=True):
                 if payload is not None and (info := infos[index]) is not None:
                     self.watcher.changed(info, [entity_id], [None], [payload])
-        return len(self.changes) == before + len(made)
+        return once
 
     def stage_change(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 
 from entidb import cbor
 from entidb.db.core import Core
+from entidb.db.index_care import index_faults, sweep_places
 from entidb.db.overruled import read_head, values_of
 from entidb.db.pending import decode_pending
 from entidb.db.records import (
@@ -79,7 +80,8 @@ def sweep_garbage(database: Core) -> bool:
         if not chosen:
             return False
         table, number = chosen[0]
-        if not writer.sweep_table(table, number, SWEEP_ROWS):
+        more = writer.sweep_table(table, number, SWEEP_ROWS)
+        if not more and not sweep_places(writer, table, number, SWEEP_ROWS):
             writer.set_catalogue(writer.catalogue.swept(table))
     return True
 
@@ -213,7 +215,7 @@ def verify(database: Core) -> list[str]:
         # Records that cannot be trusted would only produce follow-up noise.
         return faults
     with database.view() as view:
-        return [*_Verify(view).run()]
+        return [*_Verify(view).run(), *index_faults(database, view)]
 
 
 class _Verify:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.records import (
     FEED,
+    FORMAT_PLAIN,
     META_CATALOGUE,
     META_FORMAT,
     META_STALE,
@@ -22,6 +23,7 @@ from entidb.db.records import (
     encode_stale,
     end_of,
     feed_key,
+    format_of,
     pack_u64,
     sequence_key,
     split_feed_key,
@@ -156,8 +158,9 @@ class Overlay:
 
     # ------------------------------------------------------------ the end of a commit
 
-    def finish_entities(self, sequence: int) -> None:
-        """What is stored once for the whole commit, whose newest change is at ``sequence``."""
+    def finish_places(self, sequence: int) -> None:
+        """Counts, stale places and the catalogue, once for the whole commit, whose newest change
+        is at ``sequence``."""
         for collection, by in self._counts.items():
             if by:
                 key = count_key(collection)
@@ -186,5 +189,6 @@ class Overlay:
         self.changes[sequence_key(STALE, sequence)] = encode_stale(stale)
         if self.get(META_STALE) is None:
             # From here on an older EntiDB, which knows no stale rows, has to stay away.
-            self.changes[META_FORMAT] = encode_format()
+            raw = self.get(META_FORMAT)
+            self.changes[META_FORMAT] = encode_format(max(FORMAT_PLAIN, format_of(raw or b"")))
         self.changes[META_STALE] = pack_u64(waiting)

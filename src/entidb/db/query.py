@@ -4,41 +4,40 @@ A ``Query`` is a description; it reads when it is asked for something, each time
 of its own, or inside the transaction or snapshot that its collection belongs to. It is never
 changed: each method answers a new one. What a condition is stands in ``conditions``.
 
-Without an index a query looks at every entity, and decodes as few as it can: canonical CBOR has
-one encoding for a value, so an entity whose ``kind`` is ``"tea"`` holds the bytes of that key
-followed by those of that value, and one that does not hold them is passed over undecoded.
+An index is used where there is one that helps (``plans``). Without it a query looks at every
+entity, and decodes as few as it can (``matching``).
 """
 
 from __future__ import annotations
 
 import sys
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from itertools import islice
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.db.conditions import (
-    ALL,
-    Condition,
-    Field,
-    Needles,
-    Path,
-    Test,
-    all_of,
-    field_of,
-    order_key,
-    written,
-)
+from entidb.db.conditions import ALL, Condition, Field, all_of
 from entidb.db.filters import from_dict
+from entidb.db.index_reading import (
+    count_by_index,
+    ids_by_index,
+    pairs_of,
+    runs_by_index,
+    serves,
+)
+from entidb.db.looking import Path, field_of, order_key
+from entidb.db.matching import Tally, matching
 from entidb.db.plain import ValueCodec
+from entidb.db.plans import Chosen, Order, choose
 from entidb.db.rows import Pair, Rows
-from entidb.errors import QueryError, ValueTypeError
-from entidb.types import uuid_from_bytes
+from entidb.db.scans import helping_index, warn_of_scan
+from entidb.errors import QueryError
+from entidb.types import check_bool, uuid_from_bytes
 
 V = TypeVar("V")
 
@@ -67,22 +66,12 @@ class Source(Protocol):
     ) -> Iterator[Any]: ...
 
 
-class Order(Struct, frozen=True):
-    """One field to sort by."""
-
-    path: Path
-    descending: bool = False
-
-    def __str__(self) -> str:
-        return written(self.path) + (" descending" if self.descending else "")
-
-
 class Plan(Struct, frozen=True):
     """How a query found its answer, and what that took.
 
-    ``collection`` was read by ``way`` (``scan``: every entity); ``entities`` were looked at,
-    ``decoded`` of them decoded because they could match, and ``found`` matched. ``condition`` and
-    ``order`` are the query's.
+    ``collection`` was read by ``way`` (``scan``: every entity; or the index, like
+    ``index(kind, price)``); ``entities`` were looked at, ``decoded`` of them decoded because they
+    could match, and ``found`` matched. ``condition`` and ``order`` are the query's.
     """
 
     collection: str
@@ -132,7 +121,7 @@ class Query(Generic[V]):
     ``order_by`` says another. ``values()`` and ``ids()`` give one half.
     """
 
-    __slots__ = ("_after", "_condition", "_delete", "_limit", "_order", "_source")
+    __slots__ = ("_after", "_condition", "_delete", "_limit", "_order", "_scan", "_source")
 
     def __init__(
         self,
@@ -141,8 +130,9 @@ class Query(Generic[V]):
         *,
         order: tuple[Order, ...] = (),
         limit: int | None = None,
-        after: tuple[tuple[Any, ...], bytes] | None = None,
+        after: tuple[tuple[Any, ...], bytes, tuple[Any, ...]] | None = None,
         delete: Callable[[Query[V]], int] | None = None,
+        scan: bool = True,
     ) -> None:
         self._source = source
         self._condition = condition
@@ -150,6 +140,7 @@ class Query(Generic[V]):
         self._limit = limit
         self._after = after
         self._delete = delete
+        self._scan = scan
 
     # ------------------------------------------------------------ narrowing
 
@@ -196,7 +187,14 @@ class Query(Generic[V]):
             )
         entity_id, value = last
         stored = cbor.decode_trusted(self._source._codec.encode(value)) if self._order else None
-        return self._with(after=(self._keys(stored), entity_id.bytes))
+        values = tuple(field_of(stored, one.path) for one in self._order)
+        return self._with(after=(tuple(map(order_key, values)), entity_id.bytes, values))
+
+    def scan(self, allowed: bool) -> Query[V]:
+        """With False only an index may answer it: asking raises ``QueryError`` (``no_index``) where
+        none does, or it is not built yet, instead of looking at every entity."""
+        check_bool("scan", allowed)
+        return self._with(scan=allowed)
 
     def _and(self, added: Condition) -> Self:
         _check_fields(self._source, added.paths())
@@ -216,6 +214,7 @@ class Query(Generic[V]):
             limit=self._limit,
             after=self._after,
             delete=self._delete,
+            scan=self._scan,
         )
         for name, value in changes.items():
             setattr(made, f"_{name}", value)
@@ -258,7 +257,37 @@ class Query(Generic[V]):
             return count if self._limit is None else min(count, self._limit)
         # The order does not matter for a number, unless a page begins inside of it.
         counted = self if self._after is not None else self._with(order=())
+        with self._source._open() as rows:
+            chosen = counted._choose(rows)
+            if chosen is not None and chosen.exact and self._after is None:
+                if not rows.own(self._source.name):
+                    count = count_by_index(rows, self._source.name, chosen)
+                    return count if self._limit is None else min(count, self._limit)
         return sum(1 for _ in counted._found())
+
+    def min(self, field: str | Field) -> Any:
+        """The least value of ``field`` among them, as it is stored; None where none has it. From an
+        index of the field it takes no longer among more. Raises ``QueryError``."""
+        return self._extreme(field, descending=False)
+
+    def max(self, field: str | Field) -> Any:
+        """The largest value of ``field`` among them, as ``min``."""
+        return self._extreme(field, descending=True)
+
+    def _extreme(self, field: str | Field, *, descending: bool) -> Any:
+        order = Order(_order_of(field).path, descending)
+        there = self._and(Field(order.path).exists())
+        if self._limit is None and self._after is None:
+            there = there._with(order=(order,), limit=1)
+            found = next(there._found(), None)
+            return None if found is None else field_of(there._value(found[1]), order.path)
+        values = [field_of(there._value(payload), order.path) for _, payload in there._found()]
+        pick = max if descending else min
+        return pick(values, key=order_key, default=None)
+
+    def _value(self, payload: bytes) -> Any:
+        upgraded = self._source._codec.upgraded
+        return cbor.decode_trusted(payload if upgraded is None else upgraded(payload))
 
     def delete(self) -> int:
         """Delete them, in one transaction; how many there were.
@@ -271,11 +300,11 @@ class Query(Generic[V]):
 
     def explain(self) -> Plan:
         """Run it, and say how the answer was found and what that took."""
-        tally = _Tally()
+        tally = Tally()
         found = sum(1 for _ in self._found(tally))
         return Plan(
             collection=self._source.name,
-            way="scan",
+            way=tally.way,
             condition="" if self._condition is ALL else repr(self._condition),
             order=tuple(map(str, self._order)),
             entities=tally.entities,
@@ -295,41 +324,97 @@ class Query(Generic[V]):
 
     # ------------------------------------------------------------ finding
 
-    def _found(self, tally: _Tally | None = None) -> Iterator[Pair]:
+    def _found(self, tally: Tally | None = None) -> Iterator[Pair]:
         """(id, payload) of what is asked for, in order. One snapshot, held until the end."""
         if self._limit == 0:
             return iter(())
-        pairs = self._sorted(tally) if self._order else self._in_id_order(tally)
+        pairs = self._run(tally or Tally())
         return pairs if self._limit is None else islice(pairs, self._limit)
 
     def _found_up_to(self, limit: int | None) -> Iterator[Pair]:
         return self._with(limit=limit)._found()
 
-    def _in_id_order(self, tally: _Tally | None) -> Iterator[Pair]:
-        start = b"" if self._after is None else self._after[1] + b"\0"
+    def _run(self, tally: Tally) -> Iterator[Pair]:
         with self._source._open() as rows:
-            pairs = rows.pairs(self._source.name, start, None, False)
-            upgraded = self._source._codec.upgraded
-            for raw, payload, _ in _matching(pairs, self._condition, tally, upgraded):
-                yield raw, payload
+            chosen = self._choose(rows)
+            if chosen is None:
+                yield from self._by_scan(rows, tally)
+                return
+            tally.way = str(chosen)
+            if chosen.ordered and not rows.own(self._source.name):
+                yield from self._as_they_stand(rows, chosen, tally)
+                return
+            ids = ids_by_index(rows, self._source.name, chosen)
+            if self._after is not None and not self._order:
+                del ids[: bisect_right(ids, self._after[1])]
+            pairs = pairs_of(rows, self._source.name, ids)
+            yield from self._sorted(pairs, tally) if self._order else self._meeting(pairs, tally)
 
-    def _sorted(self, tally: _Tally | None) -> Iterator[Pair]:
-        """All that match, sorted; with a limit only what can be among the first is kept."""
+    def _choose(self, rows: Rows) -> Chosen | None:
+        """The index to use, if there is one. Raises ``QueryError`` where there has to be."""
+        name = self._source.name
+        # Conditions are about the newest shape of an entity, an index about what is stored.
+        indexes = rows.indexes(name) if self._source._codec.upgraded is None else ()
+        chosen = None
+        if indexes:
+            limited = self._limit is not None
+            after = None if self._after is None else self._after[0]
+            chosen = choose(indexes, self._condition, self._order, limited=limited, after=after)
+            if chosen is not None and not serves(rows, name, chosen):
+                chosen = None
+        if chosen is None and not self._scan:
+            raise QueryError(
+                f"no index that is ready answers {self!r}: declare "
+                f"{helping_index(self._condition, self._order) or 'one'}, wait for it with "
+                "db.wait_for_indexes(), or ask without scan(False)",
+                code="no_index",
+            )
+        return chosen
+
+    def _by_scan(self, rows: Rows, tally: Tally) -> Iterator[Pair]:
+        name = self._source.name
+        if self._order or self._condition is not ALL:
+            warn_of_scan(rows, name, self._condition, self._order)
+        if self._order:
+            yield from self._sorted(rows.pairs(name, b"", None, False), tally)
+            return
+        start = b"" if self._after is None else self._after[1] + b"\0"
+        yield from self._meeting(rows.pairs(name, start, None, False), tally)
+
+    def _meeting(self, pairs: Iterable[Pair], tally: Tally) -> Iterator[Pair]:
+        upgraded = self._source._codec.upgraded
+        for raw, payload, _ in matching(pairs, self._condition, tally, upgraded):
+            yield raw, payload
+
+    def _as_they_stand(self, rows: Rows, chosen: Chosen, tally: Tally) -> Iterator[Pair]:
+        """What an index gives in the order of the query."""
+        name, after = self._source.name, None
+        if self._after is not None:
+            pairs = zip(self._order, self._after[2], strict=True)
+            values = [value for one, value in pairs if one.path in chosen.rest]
+            after = values, self._after[1]
+        for unsorted, ids in runs_by_index(rows, name, chosen, after):
+            pairs_there = pairs_of(rows, name, ids)
+            if unsorted and self._order:
+                yield from self._sorted(pairs_there, tally)
+            else:
+                yield from self._meeting(pairs_there, tally)
+
+    def _sorted(self, pairs: Iterable[Pair], tally: Tally) -> Iterator[Pair]:
+        """All of ``pairs`` that match, sorted; with a limit only what can be among the first is
+        kept."""
         wanted = self._limit
         most = None if wanted is None else max(_KEPT_MIN, _KEPT_FACTOR * wanted)
         kept: list[tuple[tuple[Any, ...], bytes, bytes]] = []
-        with self._source._open() as rows:
-            pairs = rows.pairs(self._source.name, b"", None, False)
-            upgraded = self._source._codec.upgraded
-            matching = _matching(pairs, self._condition, tally, upgraded, decoded=True)
-            for raw, payload, value in matching:
-                keys = self._keys(value)
-                if self._after is None or self._is_after(keys, raw):
-                    kept.append((keys, raw, payload))
-                    if most is not None and len(kept) > most:
-                        self._sort(kept)
-                        del kept[wanted:]
-            self._sort(kept)
+        upgraded = self._source._codec.upgraded
+        for raw, payload, value in matching(pairs, self._condition, tally, upgraded, decoded=True):
+            keys = self._keys(value)
+            if self._after is None or self._is_after(keys, raw):
+                kept.append((keys, raw, payload))
+                if most is not None and len(kept) > most:
+                    self._sort(kept)
+                    del kept[wanted:]
+        self._sort(kept)
         return ((raw, payload) for _, raw, payload in kept)
 
     def _keys(self, value: Any) -> tuple[Any, ...]:
@@ -348,72 +433,6 @@ class Query(Generic[V]):
                 return bool(key < last) if order.descending else bool(key > last)
         last_id = self._after[1]
         return raw < last_id if self._order[-1].descending else raw > last_id
-
-
-class _Tally:
-    """What finding took."""
-
-    def __init__(self) -> None:
-        self.entities = 0
-        self.decoded = 0
-
-
-def _matching(
-    pairs: Iterable[Pair],
-    condition: Condition,
-    tally: _Tally | None,
-    upgraded: Callable[[bytes], bytes] | None = None,
-    *,
-    decoded: bool = False,
-) -> Iterator[tuple[bytes, bytes, Any]]:
-    """(id, payload, value) of those of ``pairs`` that meet ``condition``; the value may be None
-    where it is not needed and not ``decoded``. Conditions are about what ``upgraded`` makes."""
-    if tally is not None:
-        pairs = _counted(pairs, tally)
-    if condition is ALL and not decoded:
-        return ((raw, payload, None) for raw, payload in pairs)
-    if upgraded is not None:
-        # The bytes that are stored may be of an older shape, so they cannot be searched.
-        return _tested(pairs, condition.test(), tally, partial(_shape_of, upgraded))
-    return _tested(_holding(pairs, condition.needles()), condition.test(), tally)
-
-
-def _shape_of(upgraded: Callable[[bytes], bytes], payload: bytes) -> Any:
-    """The value a condition looks at. What cannot be upgraded is looked at as it is stored; who
-    reads it hears of that."""
-    try:
-        return cbor.decode_trusted(upgraded(payload))
-    except ValueTypeError:
-        return cbor.decode_trusted(payload)
-
-
-def _counted(pairs: Iterable[Pair], tally: _Tally) -> Iterator[Pair]:
-    for pair in pairs:
-        tally.entities += 1
-        yield pair
-
-
-def _holding(pairs: Iterable[Pair], needles: Needles | None) -> Iterable[Pair]:
-    if not needles:
-        return pairs
-    if len(needles) == 1:
-        (needle,) = needles
-        return (pair for pair in pairs if needle in pair[1])
-    return (pair for pair in pairs if any(needle in pair[1] for needle in needles))
-
-
-def _tested(
-    pairs: Iterable[Pair],
-    test: Test,
-    tally: _Tally | None,
-    decode: Callable[[bytes], Any] = cbor.decode_trusted,
-) -> Iterator[tuple[bytes, bytes, Any]]:
-    for raw, payload in pairs:
-        value = decode(payload)
-        if tally is not None:
-            tally.decoded += 1
-        if test(value):
-            yield raw, payload, value
 
 
 def _least(limit: int | None, most: int) -> int:

@@ -29,6 +29,8 @@ the same table, a test compares). What is packed into them is here too, an Outbo
     t transaction:16                     accepted transaction: version, digest      (AcceptedRow)
     a group:u64 collection:u32 id:16     index of entities to be made pending       (empty)
     k time:u64                           server's clock at a commit sequence        (u64)
+    i index:u32 table:u32 fields id:16   an entity's place in an index               (empty)
+    j index:u32 table:u32                how many entities of a table are in it      (u64)
     0 0:u64 0:u32 n:16                   spacer before everything                   (empty)
     f 0:u64 0:u32 n:16                   spacer between entities and feed           (empty)
     g 0:u64 0:u32 n:16                   spacer behind the feed                     (empty)
@@ -50,7 +52,10 @@ from msgspec import Struct
 from entidb.errors import CorruptionError, FormatError
 
 FORMAT_MAGIC: Final = b"EntiDB\x00\x01"
-FORMAT_VERSION: Final = 2
+#: The newest that is read here. A database gets it with its first index: an older EntiDB would
+#: let that one drift. Without an index it stays at ``FORMAT_PLAIN``.
+FORMAT_VERSION: Final = 3
+FORMAT_PLAIN: Final = 2
 
 META_FORMAT: Final = b"mformat"
 META_HEAD: Final = b"mhead"
@@ -79,6 +84,8 @@ ACCEPTED: Final = b"t"
 COUNT: Final = b"n"
 ADOPT: Final = b"a"
 CLOCK_MARK: Final = b"k"
+INDEX: Final = b"i"
+INDEX_COUNT: Final = b"j"
 
 NO_ID: Final = bytes(16)
 NO_DEVICE: Final = bytes(16)
@@ -216,8 +223,8 @@ SPACED: Final = tuple(kind + bytes(12) for kind in (b"0", FEED, b"g"))
 # ---------------------------------------------------------------- format and head
 
 
-def encode_format(*, backup: bool = False) -> bytes:
-    return FORMAT_MAGIC + bytes((FORMAT_VERSION >> 8, FORMAT_VERSION & 255, int(backup)))
+def encode_format(version: int = FORMAT_PLAIN, *, backup: bool = False) -> bytes:
+    return FORMAT_MAGIC + version.to_bytes(2, "big") + bytes((int(backup),))
 
 
 def format_of(raw: bytes) -> int:

@@ -6,10 +6,11 @@ Speaks of collections by name and of entities by their 16 bytes; values are stil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from entidb.db.catalogue import Catalogue
+from entidb.db.catalogue import Catalogue, IndexInfo
+from entidb.db.index_keys import index_count_key, index_prefix
 from entidb.db.records import (
     EntityRow,
     count_key,
@@ -27,7 +28,12 @@ _COUNT_MAX = 2**48
 #: Entities read at a time while iterating: large enough to be fast, small enough to stay bounded.
 PAGE_ROWS = 512
 
+#: And places of an index.
+_PLACES_MAX = 2048
+
 Pair = tuple[bytes, bytes]
+#: Fields of places from, and up to (None: to the end).
+Span = tuple[bytes, bytes | None]
 
 
 class Rows(Protocol):
@@ -46,6 +52,25 @@ class Rows(Protocol):
         ...
 
     def count(self, name: str) -> int: ...
+
+    def indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        """Those of a collection that have all of its entities."""
+        ...
+
+    def places(
+        self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int
+    ) -> Iterator[list[bytes]]:
+        """Fields and id of each place of the index in ``span``, in order or against it: ``limit``
+        of them, and then more at a time."""
+        ...
+
+    def index_count(self, name: str, index: IndexInfo) -> int:
+        """How many entities are in it."""
+        ...
+
+    def own(self, name: str) -> Mapping[bytes, bytes | None]:
+        """What a transaction wrote to the collection, which no index knows of yet."""
+        ...
 
 
 class SnapshotRows:
@@ -104,6 +129,39 @@ class SnapshotRows:
             raise unreadable("a count of entities", raw or b"")
         return number
 
+    def indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        info = self.catalogue.by_name.get(name)
+        if info is None or not info.indexes:
+            return ()
+        return tuple(index for index in info.indexes if index.has(info.table))
+
+    def places(
+        self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int
+    ) -> Iterator[list[bytes]]:
+        prefix = index_prefix(index.number, self.catalogue.by_name[name].table)
+        low = prefix + span[0]
+        high = end_of(prefix) if span[1] is None else prefix + span[1]
+        cut = len(prefix)
+        while low < high:
+            keys = self.snapshot.scan_keys(low, high, limit=limit, reverse=backwards)
+            if keys:
+                yield [key[cut:] for key in keys]
+            if len(keys) < limit:
+                return
+            if backwards:
+                high = keys[-1]
+            else:
+                low = keys[-1] + b"\0"
+            limit = min(4 * limit, max(limit, _PLACES_MAX))
+
+    def index_count(self, name: str, index: IndexInfo) -> int:
+        table = self.catalogue.by_name[name].table
+        raw = self.snapshot.get(index_count_key(index.number, table))
+        return 0 if raw is None else unpack_u64(raw)
+
+    def own(self, name: str) -> Mapping[bytes, bytes | None]:
+        return {}
+
 
 class OverlayRows:
     """A view with a transaction's own uncommitted writes on top; ``writes`` maps collection name
@@ -157,6 +215,20 @@ class OverlayRows:
             (now is not None) - (was is not None)
             for now, was in zip(mine.values(), before, strict=True)
         )
+
+    def indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        return self.below.indexes(name)
+
+    def places(
+        self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int
+    ) -> Iterator[list[bytes]]:
+        return self.below.places(name, index, span, backwards, limit)
+
+    def index_count(self, name: str, index: IndexInfo) -> int:
+        return self.below.index_count(name, index)
+
+    def own(self, name: str) -> Mapping[bytes, bytes | None]:
+        return self.writes.get(name, {})
 
 
 def _merge(

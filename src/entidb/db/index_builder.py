@@ -1,0 +1,65 @@
+"""Builds indexes in the background, one bounded commit after the other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+
+from entidb.db.core import Core
+from entidb.db.index_care import build_step
+from entidb.errors import DatabaseClosedError, EntiDBError
+
+_log = logging.getLogger("entidb.db")
+#: A breath between two commits: who waits for the turn gets it.
+_PAUSE_S = 0.001
+
+
+class IndexBuilder:
+    """The thread that builds what a database has to build. It ends when nothing is left, and begins
+    again when it is asked to."""
+
+    def __init__(self, database: Core) -> None:
+        # A database that nobody holds any more is not kept by its builder.
+        self._database = weakref.ref(database)
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Build in the background, if nobody does yet."""
+        with self._lock:
+            if self._ended.is_set() or (self._thread is not None and self._thread.is_alive()):
+                return
+            self._thread = threading.Thread(
+                target=self._run, name="entidb-index-builder", daemon=True
+            )
+            self._thread.start()
+
+    def end(self) -> None:
+        """No commit begins any more; waits for one that is under way. A build goes on when the
+        database is opened the next time."""
+        self._ended.set()
+        with self._lock:
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_PAUSE_S):
+            database = self._database()
+            try:
+                if database is None or not build_step(database):
+                    return
+            except DatabaseClosedError:
+                return
+            except EntiDBError as error:
+                if error.code == "busy":
+                    continue
+                # Such as a full disk: the next declaration, or the next opening, goes on.
+                _log.warning("the build of an index stopped: %s", error)
+                return
+            del database
+
+
+__all__ = ["IndexBuilder"]

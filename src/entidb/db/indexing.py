@@ -1,0 +1,250 @@
+"""Indexes: what one is declared as, which places an entity has in it, and keeping those in step.
+
+A place is a key: the index, the table, what the entity's fields sort by (``sort_keys``), its id.
+``Indexing`` hangs on the one room that writes entities. So a place is put or taken away in the
+storage commit that changes the entity, whoever changes it and in whichever table: what a first sync
+brings has its indexes when readers see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from entidb import cbor
+from entidb.db.catalogue import CollectionInfo, IndexInfo, IndexSet
+from entidb.db.entities import Entities, Payloads
+from entidb.db.index_keys import INDEXED_BYTES_MAX, index_prefix
+from entidb.db.looking import MISSING, Function, applied, field_of, function_name
+from entidb.db.records import INDEX_COUNT, pack_u64, unpack_u64
+from entidb.db.sort_keys import sort_key
+from entidb.errors import ConfigError
+
+Functions = dict[str, Function]
+#: The fields of an entity's places in an index.
+Places = tuple[bytes, ...]
+MakePlaces = Callable[[Any], Places]
+
+FIELDS_MAX: Final = 8
+#: Functions that every program has.
+WELL_KNOWN: Final[Mapping[str, Function]] = {
+    "str.casefold": str.casefold,
+    "str.lower": str.lower,
+    "str.upper": str.upper,
+}
+#: In an index of ``each`` member the place of an entity whose field is no list but text, of which
+#: ``contains`` asks too. Before all members.
+WHOLE_TEXT: Final = b"\x02"
+NOWHERE: Final[Places] = ()
+
+
+@dataclass(frozen=True, init=False)
+class Index:
+    """An index to declare: ``db.collection("stock", indexes=[Index("kind", "price")])``.
+
+    Entities are found by the first of its fields, by the first two, and so on, and come in the
+    order of the next one. ``Index("tags", each=True)`` has each member of a list, for
+    ``F.tags.contains("new")``. ``Index("name", key=str.casefold)`` goes by what a function makes
+    of the field, for ``F.name.by(str.casefold) == "ada"``: a pure function with a name, which is
+    part of the definition. It answers what an entity can hold, with ``each``
+    a list; where it raises, the entity is not in the index. A field inside a field is
+    ``"address.city"``. ``ConfigError`` is raised when it is declared, for what cannot be one.
+    """
+
+    fields: tuple[str, ...]
+    each: bool = False
+    key: Function | None = None
+
+    def __init__(self, *fields: str, each: bool = False, key: Function | None = None) -> None:
+        object.__setattr__(self, "fields", fields)
+        object.__setattr__(self, "each", each)
+        object.__setattr__(self, "key", key)
+
+
+def checked(name: str, given: object) -> list[Index]:
+    """The indexes declared for collection ``name``. Raises ``ConfigError``."""
+    if not isinstance(given, list | tuple) or not all(isinstance(one, Index) for one in given):
+        raise ConfigError(
+            f'indexes of {name!r} are a list like [Index("kind", "price")], not {given!r:.80}'
+        )
+    for index in given:
+        _check(name, index)
+    if len(set(given)) < len(given):
+        raise ConfigError(f"{name!r} declares the same index twice: {given!r:.200}")
+    return list(given)
+
+
+def _check(name: str, index: Index) -> None:
+    if not 1 <= len(index.fields) <= FIELDS_MAX:
+        raise ConfigError(f"an index of {name!r} takes 1 to {FIELDS_MAX} fields, not {index!r:.80}")
+    for field in index.fields:
+        given: object = field
+        if not isinstance(given, str) or not all(given.split(".")):
+            raise ConfigError(f"a field of an index of {name!r} is its name, not {given!r:.80}")
+    if len(set(index.fields)) < len(index.fields):
+        raise ConfigError(f"an index of {name!r} names a field twice: {index!r:.80}")
+    if (index.each or index.key is not None) and len(index.fields) > 1:
+        raise ConfigError(f"each and key are for an index of one field, not {index!r:.80}")
+    if index.key is not None:
+        function_name(index.key)
+
+
+def paths_of(index: Index) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(field.split(".")) for field in index.fields)
+
+
+# ---------------------------------------------------------------- places
+
+
+@lru_cache(maxsize=512)
+def places_in(
+    fields: tuple[tuple[str, ...], ...], each: bool, function: Function | None
+) -> MakePlaces:
+    """What says of a plain value which places it has in an index, each once."""
+    if each:
+        return lambda value: _members(_field(value, fields[0], function))
+    if function is None and len(fields) == 1 and len(fields[0]) == 1:
+        (name,) = fields[0]
+
+        def one(value: Any) -> Places:
+            if type(value) is not dict or name not in value:
+                return NOWHERE
+            return (sort_key(value[name])[:INDEXED_BYTES_MAX],)
+
+        return one
+
+    def several(value: Any) -> Places:
+        first = _field(value, fields[0], function)
+        if first is MISSING:
+            return NOWHERE
+        rest = [sort_key(_field(value, path, function)) for path in fields[1:]]
+        return (b"".join([sort_key(first), *rest])[:INDEXED_BYTES_MAX],)
+
+    return several
+
+
+def _field(value: Any, path: tuple[str, ...], function: Function | None) -> Any:
+    found = field_of(value, path)
+    return found if function is None or found is MISSING else applied(function, found)
+
+
+def _members(found: Any) -> Places:
+    if type(found) is list:
+        return tuple({sort_key(member)[:INDEXED_BYTES_MAX]: None for member in found})
+    return (WHOLE_TEXT,) if type(found) is str else NOWHERE
+
+
+def maker_of(index: IndexInfo, functions: Mapping[str, Function]) -> MakePlaces | None:
+    """What makes the places of ``index``; None if this program does not have its function."""
+    if index.key is None:
+        return places_in(index.fields, index.each, None)
+    function = functions.get(index.key)
+    return None if function is None else places_in(index.fields, index.each, function)
+
+
+# ---------------------------------------------------------------- in step
+
+
+class Indexing:
+    """Keeps the places of entities in step within one commit."""
+
+    def __init__(self, entities: Entities, functions: Mapping[str, Function]) -> None:
+        self._entities = entities
+        self._functions = functions
+        self._counts: dict[bytes, int] = {}
+
+    def changed(
+        self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
+    ) -> None:
+        if not info.indexes:
+            return
+        wanted = self._wanted(info)
+        decode, changes = cbor.decode_trusted, self._entities.changes
+        for entity_id, old, new in zip(ids, olds, news, strict=True):
+            was = None if old is None else decode(old)
+            now = None if new is None else decode(new)
+            for prefix, places, counted in wanted:
+                before = NOWHERE if old is None else places(was)
+                after = NOWHERE if new is None else places(now)
+                if before == after:
+                    continue
+                for fields in before:
+                    if fields not in after:
+                        changes[prefix + fields + entity_id] = None
+                for fields in after:
+                    if fields not in before:
+                        changes[prefix + fields + entity_id] = b""
+                by = bool(after) - bool(before)
+                if by and (counted is None or entity_id <= counted):
+                    self._counts[prefix] = self._counts.get(prefix, 0) + by
+
+    def _wanted(self, info: CollectionInfo) -> list[tuple[bytes, MakePlaces, bytes | None]]:
+        """Of each index that is kept: what its places begin with, what makes them, and up to which
+        id its entities are counted (None: all). One that is being built has places beyond too."""
+        wanted = []
+        for index in info.indexes:
+            if index.paused:
+                continue
+            places = maker_of(index, self._functions)
+            if places is None:
+                self._pause(index)
+                continue
+            counted = None
+            if not index.has(info.table):
+                counted = index.after if index.table == info.table else b""
+            wanted.append((index_prefix(index.number, info.table), places, counted))
+        return wanted
+
+    def _pause(self, index: IndexInfo) -> None:
+        """This program cannot make the index's keys: it is built again by one that can."""
+        catalogue = self._entities.catalogue
+        if any(one.number == index.number and not one.paused for one in catalogue.indexes.each):
+            indexes = renewed(catalogue.indexes, [index], catalogue.next_table, paused=True)
+            self._entities.set_catalogue(catalogue.with_indexes(indexes))
+
+    def finish(self) -> None:
+        entities = self._entities
+        for prefix, by in self._counts.items():
+            if by:
+                key = INDEX_COUNT + prefix[1:]
+                raw = entities.get(key)
+                entities.changes[key] = pack_u64((0 if raw is None else unpack_u64(raw)) + by)
+        self._counts = {}
+
+
+def renewed(
+    indexes: IndexSet, old: Sequence[IndexInfo], next_table: int, *, paused: bool = False
+) -> IndexSet:
+    """With ``old`` to be built from nothing, under new numbers; what they had is emptied."""
+    numbers = {index.number: indexes.next + at for at, index in enumerate(old)}
+    each = tuple(
+        IndexInfo(
+            numbers[one.number],
+            one.collection,
+            one.fields,
+            one.each,
+            one.key,
+            next_table,
+            paused=paused,
+        )
+        if one.number in numbers
+        else one
+        for one in indexes.each
+    )
+    return IndexSet(each, indexes.dropped + tuple(numbers), indexes.next + len(numbers))
+
+
+__all__ = [
+    "FIELDS_MAX",
+    "WELL_KNOWN",
+    "WHOLE_TEXT",
+    "Functions",
+    "Index",
+    "Indexing",
+    "checked",
+    "maker_of",
+    "paths_of",
+    "renewed",
+]

@@ -1,0 +1,83 @@
+"""Which of many entities meet a condition, decoding as few of them as it can.
+
+Canonical CBOR has one encoding for a value, so an entity whose ``kind`` is ``"tea"`` holds the
+bytes of that key followed by those of that value, and one that does not hold them is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from entidb import cbor
+from entidb.db.conditions import ALL, Condition, Needles, Test
+from entidb.db.rows import Pair
+from entidb.errors import ValueTypeError
+
+
+class Tally:
+    """What finding took."""
+
+    def __init__(self) -> None:
+        self.entities = 0
+        self.decoded = 0
+        self.way = "scan"
+
+
+def matching(
+    pairs: Iterable[Pair],
+    condition: Condition,
+    tally: Tally | None,
+    upgraded: Callable[[bytes], bytes] | None = None,
+    *,
+    decoded: bool = False,
+) -> Iterator[tuple[bytes, bytes, Any]]:
+    """(id, payload, value) of those of ``pairs`` that meet ``condition``; the value may be None
+    where it is not needed and not ``decoded``. Conditions are about what ``upgraded`` makes."""
+    if tally is not None:
+        pairs = _counted(pairs, tally)
+    if condition is ALL and not decoded:
+        return ((raw, payload, None) for raw, payload in pairs)
+    if upgraded is not None:
+        # The bytes that are stored may be of an older shape, so they cannot be searched.
+        return _tested(pairs, condition.test(), tally, partial(_shape_of, upgraded))
+    return _tested(_holding(pairs, condition.needles()), condition.test(), tally)
+
+
+def _shape_of(upgraded: Callable[[bytes], bytes], payload: bytes) -> Any:
+    """The value a condition looks at. What cannot be upgraded is looked at as it is stored; who
+    reads it hears of that."""
+    try:
+        return cbor.decode_trusted(upgraded(payload))
+    except ValueTypeError:
+        return cbor.decode_trusted(payload)
+
+
+def _counted(pairs: Iterable[Pair], tally: Tally) -> Iterator[Pair]:
+    for pair in pairs:
+        tally.entities += 1
+        yield pair
+
+
+def _holding(pairs: Iterable[Pair], needles: Needles | None) -> Iterable[Pair]:
+    if not needles:
+        return pairs
+    if len(needles) == 1:
+        (needle,) = needles
+        return (pair for pair in pairs if needle in pair[1])
+    return (pair for pair in pairs if any(needle in pair[1] for needle in needles))
+
+
+def _tested(
+    pairs: Iterable[Pair],
+    test: Test,
+    tally: Tally | None,
+    decode: Callable[[bytes], Any] = cbor.decode_trusted,
+) -> Iterator[tuple[bytes, bytes, Any]]:
+    for raw, payload in pairs:
+        value = decode(payload)
+        if tally is not None:
+            tally.decoded += 1
+        if test(value):
+            yield raw, payload, value
