@@ -77,7 +77,8 @@ def slices(tree: ast.Module) -> Iterator[str]:
     """Keys and rows that are cut."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-            if node.value.id in ("key", "row", "raw"):
+            cut = node.value.id == "key" and isinstance(node.slice, ast.Slice)
+            if cut or node.value.id in ("row", "raw"):
                 yield f"line {node.lineno}: {ast.unparse(node)}"
 
 
