@@ -492,13 +492,14 @@ def test_staging_in_columns_is_staging_one_by_one(
     ids = [uid(number).bytes for number, _ in page]
     payloads = [b"\x05" if there else None for _, there in page]
     device = bytes(15) + b"\x07"
-    heads = [
-        (n).to_bytes(8, "big") + device + (70 + n).to_bytes(8, "big") for n in range(len(page))
-    ]
+    versions = range(len(page))
+    devices, timestamps = [device] * len(page), [70 + n for n in versions]
 
     def columns(writer: Writer, info: CollectionInfo) -> bool:
         target = info.standing_in(77) if known else None
-        return writer.stage_entities([target], [0] * len(ids), ids, heads, payloads)
+        return writer.stage_entities(
+            [target], [0] * len(ids), ids, versions, devices, timestamps, payloads
+        )
 
     def each(writer: Writer, info: CollectionInfo) -> bool:
         target, seen = info.standing_in(77), set[bytes]()

@@ -631,8 +631,7 @@ def test_columns_are_cut_into_rows_at_any_number(count: int, tombstone: bool):
     assert list(rows.indexes) == [op.collection for op in operations]
     assert rows.versions == [commit.version for commit in commits]
     assert rows.timestamps == [commit.timestamp for commit in commits]
-    assert [head[8:24] for head in rows.heads] == [commit.device_id for commit in commits]
-    assert {len(head) for head in rows.heads} <= {32}
+    assert rows.devices == [commit.device_id for commit in commits]
 
 
 # --- the document -----------------------------------------------------------------------------

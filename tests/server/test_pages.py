@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from entidb.protocol import (
     PushTransaction,
     expanded,
 )
+from entidb.server import pages
 from entidb.server.hooks import Grant
 from entidb.server.pages import OPERATION_OVERHEAD_BYTES, PAGE_BYTES_MAX, READ_ROWS, READ_ROWS_MAX
 from entidb.server.service import RECENT_COMMITS
@@ -305,3 +308,51 @@ def test_a_push_moves_the_head_that_recent_pulls_are_measured_by() -> None:
     assert world.service.is_recent(pull_request)
     world.service.push_many([(push, GRANT)])
     assert not world.service.is_recent(pull_request)
+
+
+# ---------------------------------------------------------------- the wire is not the disk
+
+
+@forms
+def test_another_layout_of_rows_on_the_disk_changes_no_byte_of_a_page(
+    columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = busy()
+    request = asked(world, columns=columns, bytes_max=5000)
+    before = world.service.pull_bytes(request, GRANT)
+
+    def moved(row: bytes) -> bytes:
+        """The fields in another order and width, behind the payload."""
+        device: bytes
+        _, _, version, device, stamp = unpack_entity(row)
+        payload = payload_of(row)
+        value = b"-" if payload is None else b"+" + payload
+        return value + b"|%d|%d|" % (stamp, version) + device
+
+    def fields(rows: Sequence[bytes]) -> list[object]:
+        found: list[object] = []
+        for row in rows:
+            stamp, version = row[:-17].rsplit(b"|", 2)[1:]
+            found += (int(version), row[-16:], int(stamp))
+        return found
+
+    def payloads(rows: Sequence[bytes]) -> list[bytes | None]:
+        values = [row[:-17].rsplit(b"|", 2)[0] for row in rows]
+        return [None if value == b"-" else value[1:] for value in values]
+
+    monkeypatch.setattr(pages, "shown_fields", lambda rows: fields(list(map(moved, rows))))
+    monkeypatch.setattr(pages, "payloads_of", lambda rows: payloads(list(map(moved, rows))))
+    assert world.service.pull_bytes(request, GRANT) == before
+    assert len(before) > 5000
+
+
+def test_neither_server_nor_sync_nor_protocol_knows_how_wide_a_row_is() -> None:
+    source = Path(pages.__file__).parent.parent
+    widths = re.compile(r"\b(ENTITY_HEAD|PENDING_HEAD|OUTBOX_FIRST|(un)?pack_(entity|pending))\b")
+    found = {
+        path.relative_to(source).as_posix()
+        for room in ("server", "sync", "protocol")
+        for path in (source / room).rglob("*.py")
+        if widths.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == set()

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from operator import add, ge
-from typing import Protocol
+from typing import Any, Protocol
 
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
@@ -360,21 +360,25 @@ class Entities(Overlay):
         infos: Sequence[CollectionInfo | None],
         indexes: Sequence[int],
         ids: Sequence[bytes],
-        heads: Sequence[bytes],
+        versions: Sequence[int],
+        devices: Sequence[bytes],
+        timestamps: Sequence[int],
         payloads: Payloads,
     ) -> bool:
         """As ``stage_entity``, for what nobody has seen, in columns: ``infos[indexes]`` of each its
-        collection (None: it is left out), ``heads`` its version, device id and time. False if an
-        entity comes twice: then this commit must be dropped."""
-        fresh = bytes((REMOTE,)) + bytes(8)
-        prefixes = [None if info is None else info.prefix for info in infos]
-        made = [
-            (prefix + entity_id, fresh + head + payload)
-            for index, entity_id, head, payload in zip(indexes, ids, heads, payloads, strict=True)
-            if payload is not None and (prefix := prefixes[index]) is not None
-        ]
+        collection (None: it is left out). False if an entity comes twice: then this commit must be
+        dropped."""
+        columns: Sequence[Sequence[Any]] = [indexes, ids, versions, devices, timestamps, payloads]
+        if None in payloads or None in infos:
+            rows = zip(*columns, strict=True)
+            kept = [row for row in rows if row[-1] is not None and infos[row[0]] is not None]
+            columns = list(zip(*kept, strict=True)) or [()] * len(columns)
+        prefixes = [b"" if info is None else info.prefix for info in infos]
+        keys = [prefixes[index] + entity_id for index, entity_id in zip(*columns[:2], strict=True)]
+        heads = map(pack_entity, repeat(REMOTE), repeat(0), *columns[2:5])
+        made = [head + payload for head, payload in zip(heads, columns[5], strict=True)]
         before = len(self.changes)
-        self.changes.update(made)
+        self.changes.update(zip(keys, made, strict=True))
         once = len(self.changes) == before + len(made)
         if self.watcher is not None:
             for index, entity_id, payload in zip(indexes, ids, payloads, strict=True):

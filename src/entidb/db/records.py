@@ -42,10 +42,11 @@ state beside the old one (R20). The storage layer puts a checksum over key and v
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from struct import Struct as Packer
 from struct import error as UnpackError
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -397,6 +398,26 @@ def payload_of(raw: bytes) -> bytes | None:
     if flags & TOMBSTONE:
         return None
     return raw[PENDING_HEAD:] if flags & DIRTY else raw[ENTITY_HEAD:]
+
+
+@functools.lru_cache(maxsize=64)
+def _shown_rows(count: int) -> Packer:
+    return Packer(">" + "9xQ16sQ" * count)
+
+
+def shown_fields(rows: Sequence[bytes]) -> tuple[Any, ...]:
+    """Version, device id and time of each of some encoded rows that are clean, one after another;
+    of at most a hundred rows or so at a time."""
+    try:
+        return _shown_rows(len(rows)).unpack(b"".join([row[:ENTITY_HEAD] for row in rows]))
+    except NOT_ONE as error:
+        raise unreadable("an entity", min(rows, key=len)) from error
+
+
+def payloads_of(rows: Sequence[bytes]) -> list[bytes | None]:
+    """As ``payload_of``, for many that are clean. No value is nothing in CBOR, so that what has no
+    bytes is a tombstone."""
+    return [row[ENTITY_HEAD:] or None for row in rows]
 
 
 _BASE = Packer(">Q16sQ")

@@ -13,11 +13,10 @@ database.
 """
 
 from entidb.protocol.columns import (
-    COLUMN_HEAD_BYTES,
     TOMBSTONE_SIZE,
     ColumnRows,
+    column_heads,
     column_rows,
-    column_versions,
     expanded,
 )
 from entidb.protocol.decoding import decode, decode_request, decode_response
@@ -64,7 +63,6 @@ from entidb.protocol.messages import (
 )
 
 __all__ = [
-    "COLUMN_HEAD_BYTES",
     "CONTENT_TYPE",
     "HAVE_RANGES_MAX",
     "LIMITS",
@@ -94,8 +92,8 @@ __all__ = [
     "SyncRequest",
     "SyncResponse",
     "Verdict",
+    "column_heads",
     "column_rows",
-    "column_versions",
     "decode",
     "decode_request",
     "decode_response",

@@ -1,13 +1,19 @@
-"""A pulled page in columns: its operations without an object for each of them."""
+"""A pulled page in columns: its operations without an object for each of them.
+
+Columns are made of fields and cut into fields. What a store puts on its disk is its own affair,
+also where some of it looks the same.
+"""
 
 from __future__ import annotations
 
 import array
+import functools
 import io
 import itertools
 import struct
 import sys
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -20,17 +26,20 @@ from entidb.types import ID_BYTES
 #: In ``PullColumns.sizes``: there is no payload.
 TOMBSTONE_SIZE: Final = 0xFFFFFFFF
 COLUMN_HEAD_BYTES: Final = 32
+#: Version, device and timestamp.
+_HEAD: Final = "Q16sQ"
+_FIELDS: Final = 3
 
 
 class ColumnRows(Struct, frozen=True):
-    """``PullColumns`` cut into rows, one list for each column."""
+    """``PullColumns`` cut into rows, one list for each field."""
 
     ids: list[bytes]
-    heads: list[bytes]
+    versions: list[int]
+    devices: list[bytes]
+    timestamps: list[int]
     payloads: list[bytes | None]
     indexes: tuple[int, ...]
-    versions: list[int]
-    timestamps: list[int]
 
 
 def column_rows(columns: PullColumns) -> ColumnRows:
@@ -48,43 +57,48 @@ def column_rows(columns: PullColumns) -> ColumnRows:
     else:
         # One cut after the other, without a step of Python for each.
         payloads = list(map(io.BytesIO(values).read, sizes))
-    numbers = _u64s(columns.heads)
+    heads = _cut(columns.heads, _HEAD, COLUMN_HEAD_BYTES)
     return ColumnRows(
-        _cut(columns.ids, _IDS, ID_BYTES),
-        _cut(columns.heads, _HEADS, COLUMN_HEAD_BYTES),
+        _cut(columns.ids, f"{ID_BYTES}s", ID_BYTES),
+        heads[::_FIELDS],
+        heads[1::_FIELDS],
+        heads[2::_FIELDS],
         payloads,
         struct.unpack(f">{count}H", columns.indexes),
-        numbers[::4].tolist(),
-        numbers[3::4].tolist(),
     )
 
 
+#: Rows that are packed or cut in one step.
 _AT_ONCE: Final = 64
-_IDS: Final = struct.Struct(f"{ID_BYTES}s" * _AT_ONCE)
-_HEADS: Final = struct.Struct(f"{COLUMN_HEAD_BYTES}s" * _AT_ONCE)
 
 
-def _cut(column: bytes, many: struct.Struct, size: int) -> list[bytes]:
-    """``column`` in pieces of ``size`` bytes; ``many`` cuts 64 of them in one step."""
-    whole = len(column) - len(column) % many.size
-    pieces: list[bytes] = list(
-        itertools.chain.from_iterable(many.iter_unpack(memoryview(column)[:whole]))
-    )
-    pieces += [column[at : at + size] for at in range(whole, len(column), size)]
-    return pieces
+@functools.lru_cache(maxsize=4 * _AT_ONCE)
+def _rows(count: int, row: str) -> struct.Struct:
+    return struct.Struct(">" + row * count)
+
+
+def column_heads(fields: Sequence[Any]) -> bytes:
+    """``PullColumns.heads`` of version, device and timestamp of each row, one after another; of at
+    most a hundred rows or so at a time."""
+    return _rows(len(fields) // _FIELDS, _HEAD).pack(*fields)
+
+
+def _cut(column: bytes, row: str, size: int) -> list[Any]:
+    """The fields of ``column``, whose rows are like ``row`` and take ``size`` bytes."""
+    rest = len(column) // size % _AT_ONCE
+    whole = len(column) - rest * size
+    many = _rows(_AT_ONCE, row).iter_unpack(memoryview(column)[:whole])
+    fields = list(itertools.chain.from_iterable(many))
+    fields += _rows(rest, row).unpack(memoryview(column)[whole:])
+    return fields
 
 
 def column_versions(heads: bytes) -> list[int]:
     """The version in each of ``PullColumns.heads``."""
-    return _u64s(heads)[::4].tolist()
-
-
-def _u64s(column: bytes) -> array.array[int]:
-    """Every eight bytes of ``column``, big-endian."""
-    numbers = array.array("Q", column)
+    numbers = array.array("Q", heads)
     if sys.byteorder == "little":
         numbers.byteswap()
-    return numbers
+    return numbers[:: COLUMN_HEAD_BYTES // 8].tolist()
 
 
 def expanded(response: PullResponse) -> PullResponse:
@@ -95,9 +109,9 @@ def expanded(response: PullResponse) -> PullResponse:
     commits: list[PullCommit] = []
     operations: list[PullOperation] = []
     last = 0
-    for version, head, timestamp, index, entity_id, payload in zip(
+    for version, device, timestamp, index, entity_id, payload in zip(
         rows.versions,
-        rows.heads,
+        rows.devices,
         rows.timestamps,
         rows.indexes,
         rows.ids,
@@ -106,7 +120,7 @@ def expanded(response: PullResponse) -> PullResponse:
     ):
         if version != last:
             operations = []
-            commits.append(PullCommit(version, head[8:24], timestamp, operations))
+            commits.append(PullCommit(version, device, timestamp, operations))
             last = version
         operations.append(PullOperation(index, entity_id, payload))
     return replace(response, commits=commits, columns=None)

@@ -14,10 +14,10 @@ from typing import Any, cast
 from entidb import protocol
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.feed import feed_page, latest_of
-from entidb.db.records import ENTITY_HEAD, TOMBSTONE, split_feed_keys, unpack_entity
+from entidb.db.records import payloads_of, shown_fields, split_feed_keys
 from entidb.db.writer import Writer
 from entidb.errors import CorruptionError
-from entidb.protocol import COLUMN_HEAD_BYTES, TOMBSTONE_SIZE, PullRequest, PullResponse
+from entidb.protocol import TOMBSTONE_SIZE, PullRequest, PullResponse
 
 #: Feed rows looked at for one page at most, however many a filter or ``have`` leaves out, so that
 #: a page takes bounded time.
@@ -36,6 +36,12 @@ PAGE_NAMES_MAX = 1024
 #: What a pulled operation takes on the wire beside its payload, roughly.
 OPERATION_OVERHEAD_BYTES = 32
 
+#: Where an entity stands in the feed: commit, number of its collection, id.
+Place = tuple[int, int, bytes]
+#: Of each entity its version, device and time, one after another.
+Fields = Sequence[Any]
+Payloads = Sequence[bytes | None]
+
 
 class Page:
     """One page on its way from the feed into a message (R19)."""
@@ -52,6 +58,7 @@ class Page:
         self._indexes: dict[int, int] = {}
         self._last = 0
         self._size = 0
+        self._bytes_read = 0
 
     def fill(self, limit: int, head: int) -> tuple[int, bool]:
         """Read up to ``limit`` rows of the feed; the cursor that the page reaches, and whether
@@ -66,42 +73,50 @@ class Page:
         keys = [prefixes[number] + entity_id for _, number, entity_id in chosen]
         if self._view.stale_rows and len(kept := latest_of(keys)) < len(keys):
             keys, chosen = [keys[at] for at in kept], [chosen[at] for at in kept]
-        at = read = 0
-        rows = READ_ROWS
+        at, rows = 0, READ_ROWS
         while at < len(keys):
-            raws = self._view.snapshot.get_many(keys[at : at + rows])
-            if not self._add(chosen[at : at + rows], raws):
+            part = chosen[at : at + rows]
+            fields, payloads = self._read(part, keys[at : at + rows])
+            if not self._add(part, fields, payloads):
                 return self._last, True
             at += rows
             # As many as fit, going by those that were read; stale ones are none of the page's.
-            read += sum([len(raw) for raw in raws if raw is not None])
-            read += (OPERATION_OVERHEAD_BYTES - ENTITY_HEAD) * len(raws)
-            mean = read // at + 1
+            mean = self._bytes_read // at + 1
             rows = max(READ_ROWS, min((self._bytes_max - self._size) // mean, READ_ROWS_MAX))
         # A pull moves the cursor over what it leaves out as well (R31).
         return (places[-1][0] if more else head), more
 
-    def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
+    def _read(self, places: Sequence[Place], keys: Sequence[bytes]) -> tuple[Fields, Payloads]:
+        rows = self._view.snapshot.get_many(keys)
+        if None in rows:
+            sequence, _, entity_id = places[rows.index(None)]
+            raise _corrupt(sequence, entity_id, "names an entity that is not there")
+        there = cast("list[bytes]", rows)
+        payloads = payloads_of(there)
+        self._bytes_read += _weight(payloads)
+        return shown_fields(there), payloads
+
+    def _add(self, places: Sequence[Place], fields: Fields, payloads: Payloads) -> bool:
         """False if the page is full: cut between commits, the rest opens the next one."""
         size, last, bytes_max = self._size, self._last, self._bytes_max
         begin, add, indexes = self._encoded.begin, self._encoded.add, self._indexes
-        for (sequence, number, entity_id), raw in zip(places, raws, strict=True):
-            if raw is None:
-                raise _corrupt(sequence, entity_id, "names an entity that is not there")
-            flags, _, version, device, timestamp = unpack_entity(raw)
-            if version != sequence and self._is_stale((sequence, number, entity_id), version):
+        for place, version, device, timestamp, payload in zip(
+            places, fields[::3], fields[1::3], fields[2::3], payloads, strict=True
+        ):
+            sequence, number, entity_id = place
+            if version != sequence and self._is_stale(place, version):
                 continue
             if sequence != last:
                 if size >= bytes_max or len(indexes) >= PAGE_NAMES_MAX:
                     return False
                 begin(version, device, timestamp)
                 last = self._last = sequence
-            size += OPERATION_OVERHEAD_BYTES + len(raw) - ENTITY_HEAD
+            size += OPERATION_OVERHEAD_BYTES + (0 if payload is None else len(payload))
             index = indexes.get(number)
             if index is None:
                 index = indexes[number] = len(self.names)
                 self.names.append(self._wanted[number].name)
-            add(index, entity_id, None if flags & TOMBSTONE else raw[ENTITY_HEAD:])
+            add(index, entity_id, payload)
         self._size = size
         return True
 
@@ -109,7 +124,7 @@ class Page:
     def is_empty(self) -> bool:
         return not self.names
 
-    def _is_stale(self, place: tuple[int, int, bytes], version: int) -> bool:
+    def _is_stale(self, place: Place, version: int) -> bool:
         """Whether the entity of a feed row, which is at ``version``, has changed since; then it
         comes with that change. Raises ``CorruptionError`` if that cannot be."""
         sequence, _, entity_id = place
@@ -122,7 +137,7 @@ class Page:
 
 
 class ColumnPage(Page):
-    """The same page in columns: rows of the store cut into pieces, without a loop over them."""
+    """The same page in columns, a few dozen entities at a time and none by itself."""
 
     def __init__(self, *rest: Any) -> None:
         super().__init__(*rest)
@@ -132,25 +147,18 @@ class ColumnPage(Page):
         self._values: list[bytes] = []
         self._columns: list[int] = []
 
-    def _add(self, places: Sequence[tuple[int, int, bytes]], raws: Sequence[bytes | None]) -> bool:
-        if None in raws:
-            sequence, _, entity_id = places[list(raws).index(None)]
-            raise _corrupt(sequence, entity_id, "names an entity that is not there")
-        rows = cast("Sequence[bytes]", raws)
-        heads = [row[ENTITY_HEAD - COLUMN_HEAD_BYTES : ENTITY_HEAD] for row in rows]
-        versions = protocol.column_versions(b"".join(heads))
-        if versions != [place[0] for place in places]:
+    def _add(self, places: Sequence[Place], fields: Fields, payloads: Payloads) -> bool:
+        versions = fields[::3]
+        if versions != tuple([place[0] for place in places]):
             kept = [at for at, v in enumerate(versions) if not self._is_stale(places[at], v)]
-            places, rows = [places[at] for at in kept], [rows[at] for at in kept]
-            heads = [heads[at] for at in kept]
-        count = self._fitting(places, rows)
+            places, payloads = [places[at] for at in kept], [payloads[at] for at in kept]
+            fields = [field for at in kept for field in fields[3 * at : 3 * at + 3]]
+        count = self._fitting(places, payloads)
         if count:
-            self._keep(places[:count], rows[:count], b"".join(heads[:count]))
+            self._keep(places[:count], fields[: 3 * count], payloads[:count])
         return count == len(places)
 
-    def _keep(
-        self, places: Sequence[tuple[int, int, bytes]], rows: Sequence[bytes], heads: bytes
-    ) -> None:
+    def _keep(self, places: Sequence[Place], fields: Fields, payloads: Payloads) -> None:
         sequences, numbers, entity_ids = zip(*places, strict=True)
         for number in dict.fromkeys(numbers):
             if number not in self._indexes:
@@ -158,29 +166,30 @@ class ColumnPage(Page):
                 self.names.append(self._wanted[number].name)
         self._ids += entity_ids
         self._columns += map(self._indexes.__getitem__, numbers)
-        self._heads.append(heads)
-        self._sizes += [
-            TOMBSTONE_SIZE if row[0] & TOMBSTONE else len(row) - ENTITY_HEAD for row in rows
-        ]
-        self._values += [row[ENTITY_HEAD:] for row in rows]
+        self._heads.append(protocol.column_heads(fields))
+        if None in payloads:
+            self._sizes += [TOMBSTONE_SIZE if value is None else len(value) for value in payloads]
+            self._values += filter(None, payloads)
+        else:
+            values = cast("Sequence[bytes]", payloads)
+            self._sizes += map(len, values)
+            self._values += values
         self._last = sequences[-1]
 
-    def _fitting(self, places: Sequence[tuple[int, int, bytes]], rows: Sequence[bytes]) -> int:
-        """How many rows of these the page takes: all, or those before the commit that finds it
-        full."""
-        overhead = OPERATION_OVERHEAD_BYTES - ENTITY_HEAD
-        whole = self._size + sum(map(len, rows)) + overhead * len(rows)
+    def _fitting(self, places: Sequence[Place], payloads: Payloads) -> int:
+        """How many of these the page takes: all, or those before the commit that finds it full."""
+        whole = self._size + _weight(payloads)
         full_of_names = len(self._indexes) >= PAGE_NAMES_MAX
         if whole < self._bytes_max and not full_of_names:
             self._size = whole
-            return len(rows)
+            return len(payloads)
         last = self._last
-        for at, ((sequence, _, _), row) in enumerate(zip(places, rows, strict=True)):
+        for at, ((sequence, _, _), payload) in enumerate(zip(places, payloads, strict=True)):
             if sequence != last and (full_of_names or self._size >= self._bytes_max):
                 return at
             last = sequence
-            self._size += len(row) + overhead
-        return len(rows)
+            self._size += _weight([payload])
+        return len(payloads)
 
     def encode(self, message: PullResponse) -> bytes:
         count = len(self._ids)
@@ -192,6 +201,12 @@ class ColumnPage(Page):
             values=b"".join(self._values),
             indexes=struct.pack(f">{count}H", *self._columns),
         )
+
+
+def _weight(payloads: Payloads) -> int:
+    """What operations with these payloads take on the wire, roughly."""
+    values = filter(None, payloads) if None in payloads else cast("Sequence[bytes]", payloads)
+    return OPERATION_OVERHEAD_BYTES * len(payloads) + sum(map(len, values))
 
 
 def _corrupt(sequence: int, entity_id: bytes, why: str) -> CorruptionError:

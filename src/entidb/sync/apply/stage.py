@@ -38,11 +38,19 @@ def stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: Colum
         None if info is None else info.standing_in(_table_for(writer, tables, info.number))
         for info in targets
     ]
-    once = writer.stage_entities(staged, rows.indexes, rows.ids, rows.heads, rows.payloads)
-    sent, operations = Counter(rows.indexes), 0
-    gone = Counter(
-        index for index, payload in zip(rows.indexes, rows.payloads, strict=True) if payload is None
+    once = writer.stage_entities(
+        staged,
+        rows.indexes,
+        rows.ids,
+        rows.versions,
+        rows.devices,
+        rows.timestamps,
+        rows.payloads,
     )
+    sent, gone, operations = Counter(rows.indexes), Counter[int](), 0
+    if None in rows.payloads:
+        pairs = zip(rows.indexes, rows.payloads, strict=True)
+        gone.update(index for index, payload in pairs if payload is None)
     if not once or (gone and len(set(zip(rows.indexes, rows.ids, strict=True))) != len(rows.ids)):
         raise ProtocolError("the server sent an entity twice in one page; nothing was kept")
     for index, info in enumerate(targets):
