@@ -13,6 +13,7 @@ invariant noticed and after how many seeds. By subject:
     deciding    how the server decides about a push
     serving     the server's pages, its group commits, and what an error does to others
     running     how syncs are run, and the server's groups and stores
+    keeping     who is locked out, what is frozen, and what devices make of it
     histories   histories, floors, tenants and backups of the server
     ages        programs of different ages, and a server that stores newer shapes
 """
@@ -35,6 +36,7 @@ for _room in (
     "running",
     "histories",
     "ages",
+    "keeping",
 ):
     import_module(f"{__name__}.{_room}")
 

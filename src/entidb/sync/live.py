@@ -32,6 +32,8 @@ _WAIT_S: Final = 1.0
 _WAIT_MAX_S: Final = 60.0
 #: Seconds until a server is asked again that has refused to say anything.
 _REFUSED_S: Final = 300.0
+#: And one that has locked this device out (R32).
+_REVOKED_S: Final = 3600.0
 #: Seconds between two polls that are answered at once.
 _BETWEEN_POLLS_S: Final = 0.05
 #: A stream that lived for so long has worked.
@@ -178,7 +180,8 @@ class Policy:
         passes = isinstance(error, EOFError | SyncCancelledError) or error.retryable
         if not passes:
             # Not there, not allowed, not understood: it may be another server in some minutes.
-            self._not_before = now + _REFUSED_S * (0.5 + self._draw())
+            pause = _REVOKED_S if code == "revoked" else _REFUSED_S * (0.5 + self._draw())
+            self._not_before = now + pause
             return
         self._again(now, retry_after or 0.0)
 

@@ -66,6 +66,7 @@ INVARIANTS: Final[dict[str, str]] = {
     "NO-POISON": "a transaction that always fails stops no other",
     "TAKEN": "what was done with an old program is pushed, and never refused for its age",
     "TENANT": "no byte of one database leaves in an answer for another",
+    "LOCKED": "who is locked out is let in nowhere, and a frozen database takes no push",
     "NO-EFFECT": "a request answered with an error changed nothing durable",
     "CLOCK": "nothing is later than the server's clock, nor earlier than what its writer had seen",
     "SAME-SEED": "one seed gives one trace",

@@ -18,7 +18,6 @@ from entidb.errors import (
     CorruptionError,
     EntiDBError,
     HistoryChangedError,
-    PermissionDeniedError,
     ResetRequiredError,
     ScopeError,
     StorageError,
@@ -374,7 +373,7 @@ class Device(Person):
             self.world.checks.fail("CONVERGE", f"{self.name} finds its own store damaged: {error}")
         if isinstance(error, HistoryChangedError):
             self.needs_choice = True
-        if isinstance(error, PermissionDeniedError) and self.watch.resetting:
+        if error is not None and error.code == "forbidden" and self.watch.resetting:
             # The token is too narrow for a reset that keeps the device's side; so somebody gives
             # it a wider one.
             self.granted = None

@@ -26,6 +26,7 @@ from entidb.server.minting import mint_token
 from entidb.server.stores import Stores
 from entidb.testing.ages import ServerAge, refuse_as_before
 from entidb.testing.faults import Crash
+from entidb.testing.keeper import Keeper
 from entidb.testing.tenant import Reply, Tenant
 from entidb.testing.workload import PolicyFailure, validate
 from entidb.testing.world import World
@@ -51,6 +52,7 @@ class Host:
         self._authenticator = JwtAuthenticator(
             SECRET, "HS256", audience=AUDIENCE, clock=world.server_clock
         )
+        self.keeper = Keeper(world, world.stream("keeper"))
         self.age = ServerAge(world, "the server")
         self._config = ServerConfig(
             data_dir=None,
@@ -85,6 +87,7 @@ class Host:
             authenticator=self._authenticator,
             stores=stores,
             features=FEATURES if knows else (),
+            control=self.keeper.control,
         )
 
     def _configured(self) -> ServerConfig:
@@ -166,9 +169,12 @@ class Host:
         request = front.decode(path, body)
         try:
             grant = front.permit(request, grants)
-        except PermissionDeniedError:
-            self._forbidden(request)
+        except SyncError as error:
+            kept_out = self.keeper.refused(request)
+            if isinstance(error, PermissionDeniedError) and not kept_out:
+                self._forbidden(request)
             raise
+        self.keeper.permitted(request)
         tenant = self._tenant(request.db_id)
         self.world.checks.that(
             self._issued.get(token) is tenant,

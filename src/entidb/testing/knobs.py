@@ -110,6 +110,8 @@ class Knobs:
     # -- pushes that are refused as a whole (R5)
     body_limit: int = 0  # looks at which a proxy's limit for bodies changes
     firewall: int = 0  # transactions that a firewall, which comes and goes, stops
+    revoke: int = 0  # looks at which a device is locked out, or let in again (R32)
+    freeze: int = 0  # looks at which a database takes no pushes, or takes them again
     read_only: int = 0  # looks at which a token loses the right to write, or gets it back
     rounds: int = 0  # 1: the server takes a pull and a push in one request
     older_server: int = 0  # 1: a server of 0.3, which refuses a push whole for one transaction
@@ -159,6 +161,8 @@ FAULTS: Final = (
     "body_limit",
     "firewall",
     "read_only",
+    "revoke",
+    "freeze",
     "older_server",
     "invalid",
     "old_program",
@@ -226,6 +230,8 @@ LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "invalid": (20, 60),
     "old_program": (1,),
     "upcast": (1,),
+    "revoke": (30, 150, 400),
+    "freeze": (30, 150),
 }
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15

@@ -38,6 +38,8 @@ _WORLD_FAULTS: Final = (
     "body_limit",
     "firewall",
     "read_only",
+    "revoke",
+    "freeze",
 )
 DEVICES_MAX = 10
 HOUSEKEEPING_MS = 5_000
@@ -218,6 +220,10 @@ class Simulation:
             device.change_grant()
         if rng.random() * 1000 < knobs.local_collection:
             device.change_local()
+        if knobs.revoke and rng.random() * 1000 < knobs.revoke:
+            self.host.keeper.turn_key(device.database.device_id, device.tenant.db_id)
+        if knobs.freeze and rng.random() * 1000 < knobs.freeze:
+            self.host.keeper.freeze_or_thaw(device.tenant.db_id)
         if rng.random() * 1000 < 10 * knobs.restore_device:
             self._copy_or_restore(device)
         if rng.random() * 1000 < knobs.copy_device and len(self.devices) < DEVICES_MAX:
@@ -264,6 +270,7 @@ class Simulation:
         self.world.network.armed = False
         for tenant in self.host.tenants:
             tenant.storage.armed = False
+        self.host.keeper.open_all()
         for device in self.devices:
             device.storage.armed = False
             device.close_reader()
