@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from entidb import Database, Index
 from entidb.server import mint_token
-from tests.compat.versions import Device, device, server, source_of
+from tests.compat.versions import Device, device, environment, server, source_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -50,6 +52,42 @@ def test_a_device_and_a_server_of_two_versions_keep_in_step(
         assert a.read() == b.read()
         assert len(a.read()["notes"]) in (49, 50)
         assert a.care() == b.care() == []
+
+
+OPEN = """
+import sys
+from entidb import Database, EntiDBError
+try:
+    database = Database.open(sys.argv[1])
+except EntiDBError as error:
+    print(error.code, error, flush=True)
+else:
+    print("opened", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), BOTH)
+def test_an_older_version_and_this_one_do_not_have_a_database_open_together(
+    sources: dict[str, Path], tmp_path: Path, first: str, second: str
+) -> None:
+    def opening(version: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", OPEN, str(tmp_path / "db")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(sources[version]),
+            text=True,
+        )
+
+    with opening(first) as one:
+        assert one.stdout is not None and one.stdout.readline() == "opened\n"
+        with opening(second) as two:
+            said, _ = two.communicate()
+            assert said.startswith("database_locked") and str(one.pid) in said
+        one.communicate()
+    with opening(second) as two:
+        assert two.communicate()[0] == "opened\n"
 
 
 def test_devices_of_both_versions_on_one_server_see_the_same(

@@ -13,11 +13,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
+from entidb.db.hearing import Hearing
 from entidb.db.identity import no_identity
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.moment import Moment
@@ -44,6 +45,7 @@ from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
     FormatError,
+    LocalError,
     TransactionError,
 )
 from entidb.storage import Snapshot as StorageSnapshot
@@ -195,10 +197,13 @@ class Core:
         self._format_lock = threading.Lock()
         #: The functions that indexes go by, by name.
         self.index_functions: Functions = dict(WELL_KNOWN)
+        self._hearing = Hearing(storage, self.hear_others, self._is_heard)
         #: Called with the sequence of every commit, after it, by whoever still has the turn: quick,
         #: and without raising. For what passes the news on.
         self.on_commit: Callable[[int], None] | None = None
         self._closed = False
+        #: The mark at which the identity was read; of no state at first.
+        self._identity_mark = -1
         self._load(role, create)
 
     # ---- reading
@@ -351,21 +356,38 @@ class Core:
             return
         # A map that has to grow waits for open snapshots, so this one must not be among them.
         writer.snapshot.close()
+        observers = self._observers
+        observers.committing = writer.first_sequence
         try:
             mark = self.storage.commit(changes, writer.snapshot.mark)
+            writer.moment.mark = self._failures + mark
+            if self._identity_mark == mark - 1:
+                self._identity_mark = mark  # whoever changes it takes it over
+            self._left = mark, writer.encoded_head, writer.catalogue
+            raw = changes.get(META_CATALOGUE)
+            if raw is not None:
+                # Readers need not decode what was in hand a moment ago.
+                self._catalogue_cache = raw, writer.catalogue
+            if self.on_commit is not None:
+                self.on_commit(writer.head.sequence)
+            if observers.listeners and (rows := writer.feed_rows()):
+                observers.tell(self._open_rows(), writer.head.sequence, rows, origin)
+            observers.committing = 0
         except BaseException:
             self._failures += _FAILURE
+            observers.committing = 0
             raise
-        writer.moment.mark = self._failures + mark
-        self._left = mark, writer.encoded_head, writer.catalogue
-        raw = changes.get(META_CATALOGUE)
-        if raw is not None:
-            # Readers need not decode what was in hand a moment ago.
-            self._catalogue_cache = raw, writer.catalogue
-        if self.on_commit is not None:
-            self.on_commit(writer.head.sequence)
-        if self._observers.listeners and (rows := writer.feed_rows()):
-            self._observers.tell(self._open_rows(), writer.head.sequence, rows, origin)
+
+    def hear_others(self) -> int:
+        """Tell observers what other processes have committed since they were told last; the mark
+        of the store up to which that is. A thread calls this while there are observers, where
+        others may commit."""
+        mark = self._observers.tell_others(self._open_rows())
+        self._observers.deliver()
+        return mark
+
+    def _is_heard(self) -> bool:
+        return not self._closed and bool(self._observers.listeners)
 
     # ---- identity
 
@@ -460,13 +482,28 @@ class Core:
         self._take_identity(identity)
         return True
 
+    @property
+    def history(self) -> bytes | None:
+        """A server database's history (R29); None on a device. Another process may begin one."""
+        if self.role is Role.SERVER and not self._closed:
+            with suppress(LocalError):  # closed meanwhile
+                if self.storage.mark() != self._identity_mark:
+                    self._read_history()
+        return self._history
+
+    def _read_history(self) -> None:
+        with self.storage.snapshot() as snapshot:
+            raw, mark = snapshot.get(META_IDENTITY), snapshot.mark
+        if raw is not None:
+            self._take_identity(cbor.decode_trusted(raw))
+            self._identity_mark = mark
+
     def _take_identity(self, identity: dict[str, Any]) -> None:
         try:
             self.role = Role(identity["role"])
             #: 16 bytes that name this database in what it writes (R30).
             self.device_id: bytes = identity["device_id"]
             self.created_ms: int = identity["created_ms"]
-            #: A server database's history (R29); None on a device.
-            self.history: bytes | None = identity["history"]
+            self._history: bytes | None = identity["history"]
         except (KeyError, TypeError, ValueError) as error:
             raise no_identity() from error

@@ -326,13 +326,21 @@ class Database(Indexed):
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Call ``observer`` after every commit that changes what readers see, in commit order,
-        outside all locks, in the thread that committed; returns a function that ends it.
+        outside all locks, in the thread that committed; returns a function that ends it. Of what
+        other processes commit it hears too, in a thread of its own, within some hundredths of a
+        second (``CommitEvent.origin`` is ``"process"``).
 
         What an observer raises goes to ``sys.unraisablehook``, the other observers are called,
         and the commit returns: it is durable and cannot fail any more. (Ctrl-C and other
         ``BaseException`` go on to whoever commits, after the other observers.) Raises
         ``ConfigError`` for what cannot be called, and for an ``async def``."""
-        return add_listener(self._observers.listeners, observer, "observe")
+        observers = self._observers
+        if not observers.listeners:
+            observers.begin(self.read_head().sequence)
+        end = add_listener(observers.listeners, observer, "observe")
+        if self.storage.shared:
+            self._hearing.start()
+        return end
 
     def tells_observers(self, thread: int | None) -> bool:
         """Whether ``thread`` is calling observers now."""

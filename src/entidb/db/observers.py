@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.db.feed import ChangeEvent, load_events
+from entidb.db.feed import ChangeEvent, load_events, read_events
 from entidb.db.listeners import report_bug
 from entidb.db.rows import SnapshotRows
 from entidb.storage.turns import Turn, Turns
@@ -21,7 +21,8 @@ from entidb.storage.turns import Turn, Turns
 
 class CommitEvent(Struct, frozen=True):
     """What observers are called with, once per storage commit that changed what readers see.
-    ``origin`` is ``"local"`` or ``"sync"``."""
+    ``origin`` is ``"local"`` or ``"sync"``; or ``"process"`` for one of another process, of which
+    it holds what no later commit has changed again."""
 
     sequence: int
     origin: str
@@ -36,6 +37,13 @@ class Observers:
 
     def __init__(self) -> None:
         self.listeners: list[Observer] = []
+        #: The newest commit that was told, since there are listeners; -1: there were none yet.
+        self.told = -1
+        #: The first sequence of this process's own commit while it is under way: it and what
+        #: comes after it are not another process's to be told. 0: none.
+        self.committing = 0
+        #: Who puts commits into the order in which they are told.
+        self.telling = Turns()
         self._deliveries: deque[CommitEvent] = deque()
         self._delivering = Turns()
 
@@ -46,16 +54,51 @@ class Observers:
         feed: list[tuple[tuple[int, int, bytes], bytes]],
         origin: str,
     ) -> None:
-        """Keep for ``deliver`` what commit ``sequence`` changed: the rows ``feed``, read as the
-        commit left them."""
-        with reading as rows:
+        """Keep for ``deliver`` what this process's commit ``sequence`` changed: the rows ``feed``,
+        read as the commit left them; behind those of others that came before."""
+        first = feed[0][0][0]
+        with self.telling.hold(), reading as rows:
+            if 0 <= self.told < first - 1:
+                self._tell_others(rows, first)
             entities = [place for place, _ in feed if place[1]]
             events = load_events(rows.snapshot, rows.catalogue, entities)
-        for place, record in feed:
-            if not place[1]:
-                names = cbor.decode_trusted(record)
-                events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
-        self._deliveries.append(CommitEvent(sequence, origin, events))
+            for place, record in feed:
+                if not place[1]:
+                    names = cbor.decode_trusted(record)
+                    events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
+            self._deliveries.append(CommitEvent(sequence, origin, events))
+            self.told = sequence
+            self.committing = 0
+
+    def begin(self, sequence: int) -> None:
+        """Whoever listens from now on has seen what was committed up to ``sequence``."""
+        with self.telling.hold():
+            self.told = max(self.told, sequence)
+
+    def tell_others(self, reading: AbstractContextManager[SnapshotRows]) -> int:
+        """Keep for ``deliver`` what other processes have committed; the mark up to which that
+        is."""
+        with self.telling.hold(), reading as rows:
+            # Looked at behind the snapshot: what of this process is in it was announced before.
+            self._tell_others(rows, self.committing)
+            return rows.snapshot.mark
+
+    def _tell_others(self, rows: SnapshotRows, before: int) -> None:
+        """``before`` this sequence; 0: all there is."""
+        more = True
+        while more:
+            events, reached, more = read_events(rows.snapshot, rows.catalogue, self.told)
+            by_commit: dict[int, list[ChangeEvent]] = {}
+            for event in events:
+                by_commit.setdefault(event.sequence, []).append(event)
+            for sequence, found in by_commit.items():
+                if before and sequence >= before:
+                    reached, more = before - 1, False
+                    break
+                self._deliveries.append(CommitEvent(sequence, "process", found))
+            if before:
+                reached = min(reached, before - 1)
+            self.told = max(self.told, reached)
 
     def deliver(self) -> None:
         """Call the observers with the commits since they were called last."""

@@ -55,6 +55,8 @@ class Writer(Entities):
     ) -> None:
         super().__init__(snapshot, catalogue, device_id, stale_rows_max)
         self.head = Head() if head is None else decode_head(head)
+        #: The first commit sequence that this may take.
+        self.first_sequence = self.head.sequence + 1
         #: As it is stored: before this commit, and after it from ``finish`` on.
         self.encoded_head = self.head.encode() if head is None else head
         #: Until when what is read here is true; it passes the commit that this becomes.

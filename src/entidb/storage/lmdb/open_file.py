@@ -48,7 +48,7 @@ _MAP_SHARE: Final = 2048
 MAP_BYTES_MAX: Final = 2**46
 MAP_BYTES_MIN: Final = 2**20
 _READERS_MAX: Final = 512
-_U64: Final = struct.Struct("=Q")
+_TWO_U64: Final = struct.Struct("=QQ")
 #: Where a header names its commit.
 _NUMBER_AT: Final = META_BYTES - META_END.size + 8
 #: How to ask for address space and nothing else.
@@ -95,12 +95,12 @@ class OpenFile:
             return self.newest
         # Read in the file itself: LMDB must not be asked while it is being shut. A descriptor that
         # is closed meanwhile, and even given to another file, leads to no mark that was seen.
-        size = self._page_bytes + _U64.size
-        raw = os.pread(self.place.descriptor, size, _NUMBER_AT)
-        if len(raw) < size:
+        descriptor = self.place.descriptor
+        raw = os.pread(descriptor, 8, _NUMBER_AT)
+        raw += os.pread(descriptor, 8, self._page_bytes + _NUMBER_AT)
+        if len(raw) < 16:
             raise OSError(errno.EBADF, "this is not the data file any more")
-        (first,), (second,) = _U64.unpack_from(raw), _U64.unpack_from(raw, self._page_bytes)
-        return self.marks + max(int(first), int(second))
+        return self.marks + int(max(_TWO_U64.unpack(raw)))
 
     def _close_env(self) -> None:
         if self.env is not None:

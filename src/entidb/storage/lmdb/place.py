@@ -56,6 +56,7 @@ TEMPORARY: Final = ".entidb-new"
 _LOOKS: Final = 10
 _LOOK_SECONDS: Final = 0.005
 _LOOKS_OF_LOOKERS: Final = 3
+_LOOKS_FOR_LOST: Final = 40
 #: For those who come or have the store alone, when this one leaves; not worth waiting longer: the
 #: next who comes first reads the file once more.
 _LAST_SECONDS: Final = 1.0
@@ -485,8 +486,13 @@ def take_place(path: str, read_only: bool = False, alone: bool = False) -> Place
     except DatabaseLockedError:
         if find_here(path) is None:
             raise
-    # An object that nobody refers to any more may still wait for the collector.
+    # An object that nobody refers to any more may still wait for the collector, or for a thread
+    # that looks at it for a moment.
     gc.collect()
+    for _ in range(_LOOKS_FOR_LOST):
+        if find_here(path) is None:
+            break
+        time.sleep(_LOOK_SECONDS)
     return Place(path, read_only, alone)
 
 

@@ -48,9 +48,11 @@ _DRAIN_SECONDS: Final = 5.0
 #: Commits, and rows of one, between two looks at whether the map should grow.
 _ROOM_EVERY_COMMITS: Final = 64
 _ROOM_EVERY_ROWS: Final = 1000
-#: Seconds between two looks at the mark, at first and after a while.
-_WAIT_FIRST_SECONDS: Final = 0.005
-_WAIT_SECONDS: Final = 0.02
+#: Seconds between two looks at the mark: half of it is how long news wait, and a look costs some
+#: tens of microseconds with waking up for it. Less within so many seconds of other news.
+_WAIT_SECONDS: Final = 0.03
+_WAIT_BUSY_SECONDS: Final = 0.01
+_BUSY_SECONDS: Final = 1.0
 #: What ends a write because there is no room, here or any more.
 _ROOM: Final = (lmdb.MapFullError, lmdb.MapResizedError)
 Puts = list[tuple[bytes, bytes]]
@@ -91,6 +93,7 @@ class LmdbStorage:
         self.turn = self._file.turn
         self._turn_in_turn = Turn()
         self._commits = 0
+        self._news_at = 0.0
         #: Whether somebody has to close it.
         self._made = True
 
@@ -233,14 +236,16 @@ class LmdbStorage:
             raise storage_error(error, f"reading {self.path}") from error
 
     def wait(self, mark: int, timeout_s: float) -> bool:
-        deadline = time.monotonic() + timeout_s
-        pause = _WAIT_FIRST_SECONDS
+        now = time.monotonic()
+        deadline = now + timeout_s
         while self.mark() == mark:
-            left = deadline - time.monotonic()
+            left = deadline - now
             if left <= 0:
                 return False
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, _WAIT_SECONDS)
+            busy = now - self._news_at < _BUSY_SECONDS
+            time.sleep(min(_WAIT_BUSY_SECONDS if busy else _WAIT_SECONDS, left))
+            now = time.monotonic()
+        self._news_at = now
         return True
 
     # ---- writing
