@@ -720,7 +720,7 @@ def test_a_query_on_a_snapshot_still_deletes_nothing(plain: Database) -> None:
 def test_the_feed_finds_what_another_process_has_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("entidb.db.aio._LOOK_S", 0.01)
+    monkeypatch.setattr("entidb.db.awaited_feed._LOOK_S", 0.01)
     code = (
         "import sys; from entidb import Database; db = Database.open(sys.argv[1]); "
         "db['notes'].add('from elsewhere'); db.close()"

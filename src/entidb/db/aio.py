@@ -8,28 +8,27 @@ has read (``draft``), and synchronising (``entidb.sync.aio``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast, overload
 
+from entidb.db.awaited_feed import AsyncChanges, call_on
 from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection, TransactionCollection, id_bytes, kept
 from entidb.db.committer import Committer, Job, Staging
 from entidb.db.conditions import Condition, Field
 from entidb.db.core import Core
 from entidb.db.draft import Draft, SeeingRows, Seen
-from entidb.db.feed import ChangeEvent, ChangeFeed
-from entidb.db.listeners import add_listener
+from entidb.db.notebook import Explored
 from entidb.db.plain import ValueCodec
 from entidb.db.query import Query, Where
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import META_HEAD, decode_head
 from entidb.db.rows import SnapshotRows
 from entidb.db.scope import change_local
-from entidb.db.settings import cursor_of, names_of
+from entidb.db.settings import names_of
 from entidb.db.snapshot import Snapshot
 from entidb.errors import ConfigError, TransactionConflictError
 from entidb.types import check_name, uuid_from_bytes
@@ -38,13 +37,9 @@ V = TypeVar("V")
 T = TypeVar("T")
 #: Times that ``AsyncDatabase.run`` tries.
 ATTEMPTS = 10
-#: Events that are read at a time while a feed is awaited: few milliseconds of the loop.
-_EVENTS_AT_ONCE = 200
-#: Seconds between two looks for what other processes have committed, who tell nobody here.
-_LOOK_S = 1.0
 
 
-class AsyncDatabase:
+class AsyncDatabase(Explored):
     """``db.aio``: a database in an asyncio program.
 
     Writes are awaited, and durable when they return. No write waits on the event loop, not even
@@ -185,7 +180,7 @@ class AsyncDatabase:
         """Have ``work`` committed; its job, which is over. Raises what the commit does."""
         over = asyncio.Event()
         loop = asyncio.get_running_loop()
-        job = Job(work, lambda: _call(loop, over.set), transaction_id)
+        job = Job(work, lambda: call_on(loop, over.set), transaction_id)
         self._committer.submit(job)
         cancelled: asyncio.CancelledError | None = None
         while not over.is_set():
@@ -235,14 +230,6 @@ def _told(error: asyncio.CancelledError, job: Job[Any]) -> asyncio.CancelledErro
     return error
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    """Call ``function`` on ``loop``; nothing if that has ended."""
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:
-        return
-
-
 async def in_thread(function: Callable[[], T], name: str) -> T:
     """What ``function`` returns, called on a thread of its own, whose end is waited for also when
     the task is cancelled. Not one of the loop's pool, which others may have filled."""
@@ -255,7 +242,7 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
             results.append(function())
         except BaseException as error:
             errors.append(error)
-        _call(loop, over.set)
+        call_on(loop, over.set)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     cancelled: asyncio.CancelledError | None = None
@@ -423,6 +410,12 @@ class AsyncCollection(ReadCollection[V], Generic[V]):
         """As ``Collection.get_or_add``."""
         return await self._do(lambda one: one.get_or_add(entity_id, value))
 
+    async def upsert(
+        self, entity_id: uuid.UUID, changes: Mapping[str, Any] | None = None, /, **fields: Any
+    ) -> bool:
+        """As ``Collection.upsert``."""
+        return await self._do(lambda one: one.upsert(entity_id, changes, **fields))
+
     async def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values`` in one transaction."""
         pairs = values if isinstance(values, Mapping) else list(values)
@@ -456,40 +449,6 @@ class AsyncCollection(ReadCollection[V], Generic[V]):
             return action(staging.with_codec(self.name, self._codec))
 
         return (await self._database._commit(work)).result()
-
-
-# ---------------------------------------------------------------- changes
-
-
-class AsyncChanges:
-    """What changed, and what changes: iterate with ``async for``, which has no end. ``cursor`` is
-    where to go on, as in ``ChangeFeed``."""
-
-    def __init__(self, core: Core, after: int, chosen: frozenset[str] | None) -> None:
-        self._core = core
-        self._feed = ChangeFeed(core._open_rows, cursor_of(after), chosen)
-
-    @property
-    def cursor(self) -> int:
-        return self._feed.cursor
-
-    async def __aiter__(self) -> AsyncIterator[ChangeEvent]:
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-        stop = add_listener(
-            self._core._observers.listeners, lambda event: _call(loop, news.set), "changes"
-        )
-        try:
-            while True:
-                news.clear()
-                for number, event in enumerate(self._feed, 1):
-                    yield event
-                    if not number % _EVENTS_AT_ONCE:
-                        await asyncio.sleep(0)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_S):
-                        await news.wait()
-        finally:
-            stop()
 
 
 __all__ = ["AsyncChanges", "AsyncCollection", "AsyncDatabase", "AsyncQuery", "AsyncTransaction"]

@@ -16,10 +16,12 @@ from entidb import cbor
 from entidb.db.codec import located
 from entidb.db.conditions import Field
 from entidb.db.entity_info import EntityInfo, natural_id
+from entidb.db.notebook import Explored, line
 from entidb.db.plain import Keep, PlainCodec, ValueCodec
 from entidb.db.query import Query, Where
 from entidb.db.reading import read_many
 from entidb.db.rows import Pair, Rows
+from entidb.db.views import PairsView, ValuesView
 from entidb.errors import CorruptionError, ValueTypeError
 from entidb.types import datetime_of, uuid_from_bytes
 
@@ -39,7 +41,7 @@ def id_bytes(entity_id: object) -> bytes:
     )
 
 
-class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
+class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
     """A collection to read: a mapping ordered by id.
 
     Iterating holds one snapshot until the iterator is exhausted or dropped, so it never sees half
@@ -225,34 +227,11 @@ class ReadCollection(Mapping[uuid.UUID, V], Generic[V]):
         return id(self)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}>"
+        kind = self._codec.kind
+        return line(type(self).__name__, repr(self.name), f"of {kind}" if kind else "")
 
-
-class PairsView(Generic[V]):
-    """``collection.items()``: iterates (id, value) from one snapshot."""
-
-    def __init__(self, collection: ReadCollection[V]) -> None:
-        self._collection = collection
-
-    def __iter__(self) -> Iterator[tuple[uuid.UUID, V]]:
-        return self._collection.range()
-
-    def __len__(self) -> int:
-        return len(self._collection)
-
-
-class ValuesView(Generic[V]):
-    """``collection.values()``: iterates values from one snapshot."""
-
-    def __init__(self, collection: ReadCollection[V]) -> None:
-        self._collection = collection
-
-    def __iter__(self) -> Iterator[V]:
-        collection = self._collection
-        return collection._read_values(lambda _: collection.payloads())
-
-    def __len__(self) -> int:
-        return len(self._collection)
+    def _repr_html_(self) -> str:
+        return self._query()._repr_html_()
 
 
 def kept(keep: Keep, name: str, entity_id: bytes, payload: bytes, stored: bytes) -> bytes:
@@ -344,6 +323,22 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
             self[entity_id] = value
             return value
         return found
+
+    def upsert(
+        self, entity_id: uuid.UUID, changes: Mapping[str, Any] | None = None, /, **fields: Any
+    ) -> bool:
+        """As ``patch`` where there is such an entity; else store one of these fields and the
+        defaults of its class. Whether it is new. Raises ``ValueTypeError`` as ``patch`` does, and
+        for a new one that lacks a field."""
+        if entity_id in self:
+            self.patch(entity_id, changes, **fields)
+            return False
+        try:
+            payload = self._codec.make({**(changes or {}), **fields})
+        except ValueTypeError as error:
+            raise located(error, self.name, entity_id.bytes) from error
+        self._stage(self.name, entity_id.bytes, payload)
+        return True
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values``: a mapping, or pairs. Raises ``ValueTypeError``."""
@@ -450,6 +445,15 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         With ``id_for``, repeated calls make a thing only once."""
         with self._transaction() as tx:
             return self._one(tx).get_or_add(entity_id, value)
+
+    def upsert(
+        self, entity_id: uuid.UUID, changes: Mapping[str, Any] | None = None, /, **fields: Any
+    ) -> bool:
+        """Change the named fields of an entity, or store one of these fields and the defaults of
+        its class if there is none, in one transaction: ``upsert(id, count=1)``. Whether it is new.
+        Raises ``ValueTypeError`` as ``patch`` does, and for a new one that lacks a field."""
+        with self._transaction() as tx:
+            return self._one(tx).upsert(entity_id, changes, **fields)
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values`` in one transaction."""

@@ -22,6 +22,7 @@ from entidb.db.hearing import Hearing
 from entidb.db.identity import no_identity
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.moment import Moment
+from entidb.db.notebook import Explored
 from entidb.db.observers import Observers
 from entidb.db.records import (
     META_BEGUN,
@@ -143,7 +144,7 @@ class _WriteBlock:
         __exit__ = EndOfBlock()
 
 
-class Core:
+class Core(Explored):
     """What reading and committing need of a database, for all that is built on it."""
 
     def __init__(

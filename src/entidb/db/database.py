@@ -22,6 +22,7 @@ from entidb.db.feed import ChangeFeed
 from entidb.db.identity import stored_role
 from entidb.db.indexed import Indexed
 from entidb.db.indexing import Index
+from entidb.db.leaving import check_may_go
 from entidb.db.listeners import add_listener
 from entidb.db.maintenance import sweep_garbage, verify
 from entidb.db.observers import Observer
@@ -45,6 +46,7 @@ from entidb.errors import (
 )
 from entidb.storage import MemoryStorage, open_storage
 from entidb.storage.base import StoreTurn
+from entidb.storage.opening import remove_store
 from entidb.storage.turns import Turn
 from entidb.types import (
     check_bool,
@@ -68,6 +70,15 @@ class Database(Indexed):
     is gone when it is closed. Thread-safe, and on Linux open in several processes at once.
     """
 
+    plumbing = frozenset(
+        (
+            *("attach_engine", "begin_history", "clock", "column_order", "commit_mark"),
+            *("commit_one", "commit_writes", "created_ms", "detach_engine", "entropy", "history"),
+            *("in_transaction", "keep_column_order", "moment", "moment_of", "on_commit"),
+            *("read_catalogue", "read_head", "storage", "tells_observers", "view", "where"),
+            *("transaction_bytes_max", "write"),
+        )
+    )
     _engine: object | None = None
     _engine_right: StoreTurn | None = None
 
@@ -465,6 +476,20 @@ class Database(Indexed):
                 self._engine_right.give_back()
             self.storage.close()
             self._closed = True
+
+    def destroy(self, *, discard_pending: bool = False) -> None:
+        """Close the database and remove its files, as when somebody signs out. The disk may keep
+        their bytes until it needs the room; the server's copy is untouched.
+
+        Raises ``ScopeError`` (``scope_pending``) while transactions wait that the server has not
+        decided, unless ``discard_pending``; ``TransactionError`` if a sync engine still has it.
+        Nothing happens then. ``DatabaseLockedError`` if another process has it open: then it is
+        closed here, and nothing is removed. ``StorageError``."""
+        check_may_go(self, self._engine is not None, discard_pending)
+        path = self.storage.info().path
+        self.close()
+        if path is not None:
+            remove_store(path)
 
     def __enter__(self) -> Database:
         return self

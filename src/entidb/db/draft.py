@@ -14,6 +14,7 @@ from entidb.db.catalogue import IndexInfo
 from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection, TransactionCollection
 from entidb.db.feed import ChangeFeed
+from entidb.db.notebook import Explored
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import EntityRow
@@ -25,8 +26,10 @@ from entidb.types import check_name, uuid_from_bytes
 V = TypeVar("V")
 
 
-class Draft:
+class Draft(Explored):
     """Collections to read and to write to, on ``below``; the writes stay in ``writes``."""
+
+    plumbing = frozenset(("transaction_id", "with_codec", "writes"))
 
     def __init__(self, below: Rows, new_id: Callable[[], bytes]) -> None:
         self.writes: Writes = {}

@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from entidb import cbor
+from entidb.db.notebook import ROWS_MAX, payload_text, table
 from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import DISCARDED, HELD, READY, end_of, sequence_key, sequence_of, unreadable
 from entidb.errors import CborDecodeError
@@ -84,6 +85,25 @@ class DiscardedTransaction(Struct, frozen=True):
             (name, uuid_from_bytes(raw), None if p is None else cbor.decode_trusted(p))
             for name, raw, p in self.operations
         ]
+
+    def __repr__(self) -> str:
+        writes = _writes_of(self)
+        first = "; ".join(f"{name!r} {value}" for name, _, value in writes[:2])
+        more = f" and {len(writes) - 2} more" if len(writes) > 2 else ""
+        return f"<DiscardedTransaction {self.id}, {self.code}: {self.message} ({first}{more})>"
+
+    def _repr_html_(self) -> str:
+        writes = _writes_of(self)
+        more = f"there are {len(writes) - ROWS_MAX} more" if len(writes) > ROWS_MAX else ""
+        title = f"Discarded {self.id}, {self.code}: {self.message}"
+        return table(title, ("collection", "id", "value"), writes[:ROWS_MAX], more)
+
+
+def _writes_of(discarded: DiscardedTransaction) -> list[tuple[str, str, str]]:
+    return [
+        (name, str(uuid_from_bytes(raw)), payload_text(payload))
+        for name, raw, payload in discarded.operations
+    ]
 
 
 def discard_key(discarded: DiscardedTransaction) -> bytes:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from entidb import cbor
 from entidb.db.fields import LostField, Overruled, Path, Side, lost_fields, shown, when_by
+from entidb.db.notebook import payload_text, table
 from entidb.db.records import (
     META_OVERRULED,
     OVERRULED,
@@ -107,6 +108,17 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
         if self.path:
             return [(self.path, self.payload, self.won_payload)]
         return lost_fields(self.base_payload, self.payload, self.won_payload)
+
+    def __repr__(self) -> str:
+        field = f", field {'.'.join(self.path)!r}" if self.path else ""
+        return (
+            f"<OverruledValue {self.number} in {self.collection!r}, {self.entity_id}{field}: "
+            f"{self.side} {payload_text(self.payload)} lost to {payload_text(self.won_payload)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [("lost", payload_text(self.payload)), ("won", payload_text(self.won_payload))]
+        return table(repr(self).partition(": ")[0][1:], ("", "value"), rows)
 
     def explain(self) -> str:
         """Several plain lines for a person: what lost, whose it was, and what won."""

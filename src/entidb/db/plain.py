@@ -16,6 +16,8 @@ Keep = Callable[[bytes, bytes], bytes]
 class ValueCodec(Protocol[V]):
     #: Takes over what the class does not know; None where there is nothing to take over.
     keep: Keep | None
+    #: Name of the class of its values; empty where there is none.
+    kind: str
     #: The fields a value can be looked for by; None for any.
     stored_names: tuple[str, ...] | None
     #: Makes a payload of the newest shape; None where all are read as they are stored.
@@ -32,6 +34,10 @@ class ValueCodec(Protocol[V]):
         """The payload ``stored`` with the fields in ``changes`` set, and all else as it is."""
         ...
 
+    def make(self, fields: Mapping[str, Any]) -> bytes:
+        """The payload of a new value with these fields, and with defaults for all others."""
+        ...
+
 
 # ---------------------------------------------------------------- plain values
 
@@ -39,6 +45,7 @@ class ValueCodec(Protocol[V]):
 class PlainCodec:
     """Values as canonical CBOR has them: maps, lists, text, bytes, numbers, booleans."""
 
+    kind = ""
     keep: Keep | None = None
     stored_names: tuple[str, ...] | None = None
     upgraded: Callable[[bytes], bytes] | None = None
@@ -64,6 +71,9 @@ class PlainCodec:
                 f"the entity is no map of fields but {type(value).__name__}: write it whole"
             )
         return self.encode({**value, **changes})
+
+    def make(self, fields: Mapping[str, Any]) -> bytes:
+        return self.encode(dict(fields))
 
 
 def settled_or(error: CborEncodeError, value: Any, lists: tuple[type, ...] = (list,)) -> Any:

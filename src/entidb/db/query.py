@@ -32,6 +32,7 @@ from entidb.db.index_reading import (
 )
 from entidb.db.looking import Path, field_of, order_key
 from entidb.db.matching import Tally, matching
+from entidb.db.notebook import ROWS_MAX, Explored, entities_table
 from entidb.db.plain import ValueCodec
 from entidb.db.plans import Chosen, Order, choose
 from entidb.db.rows import Pair, Rows
@@ -114,7 +115,7 @@ class Where(Generic[V]):
         return self._query._and(from_dict(given))
 
 
-class Query(Generic[V]):
+class Query(Explored, Generic[V]):
     """Entities of one collection, found when they are asked for.
 
     Iterating gives ``(id, value)`` as ``collection.items()`` does, in the order of ids unless
@@ -321,6 +322,11 @@ class Query(Generic[V]):
         if self._limit is not None:
             parts.append(f"limit {self._limit}")
         return " ".join(parts) + ">"
+
+    def _repr_html_(self) -> str:
+        shown = self._with(limit=_least(self._limit, ROWS_MAX + 1))
+        found = [(uuid_from_bytes(raw), payload) for raw, payload in shown._found()]
+        return entities_table(repr(self)[1:-1], found)
 
     # ------------------------------------------------------------ finding
 

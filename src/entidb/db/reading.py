@@ -29,9 +29,9 @@ class ReadingCodec(Generic[V]):
     def __init__(
         self, codec: ValueCodec[V], upgrade: Upgrade | None, instead: Instead | None
     ) -> None:
-        self.stored_names = codec.stored_names
+        self.kind, self.stored_names = codec.kind, codec.stored_names
         self.instead = instead
-        self.encode = codec.encode
+        self.encode, self.make = codec.encode, codec.make
         self.keep: Keep | None = codec.keep
         self.upgraded: Callable[[bytes], bytes] | None = None
         self._codec = codec

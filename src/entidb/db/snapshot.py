@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 
 from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection
+from entidb.db.notebook import Explored
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import (
     META_HEAD,
@@ -21,7 +22,7 @@ from entidb.types import (
 V = TypeVar("V")
 
 
-class Snapshot:
+class Snapshot(Explored):
     """One unchanging view of the whole database. Close it, or use it as a context manager."""
 
     def __init__(self, rows: SnapshotRows) -> None:

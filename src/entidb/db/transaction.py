@@ -18,6 +18,7 @@ from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, TransactionCollection
+from entidb.db.notebook import Explored
 from entidb.db.pending import PendingOp, PendingTransaction, encode_creation
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
@@ -67,7 +68,7 @@ class _State(Enum):
 _OPEN: Final = _State.OPEN
 
 
-class Transaction:
+class Transaction(Explored):
     """Writes that become durable, and visible, together or not at all.
 
     Made by ``Database.transaction()``; as a context manager it commits when the block ends and
@@ -75,6 +76,8 @@ class Transaction:
     database's writer lock, so keep it short. ``id`` names it on its whole way (R3); ``sequence``
     is the commit sequence once committed, 0 when there was nothing to write.
     """
+
+    plumbing = frozenset(("transaction_id", "with_codec", "writes"))
 
     def __init__(
         self,

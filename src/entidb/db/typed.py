@@ -33,6 +33,9 @@ from entidb.types import reason_of_msgspec
 # ---------------------------------------------------------------- values of a class
 
 
+_NOTHING: Final = cbor.encode({})
+
+
 class TypedCodec(ABC, Generic[V]):
     """What all typed codecs share. ``encode`` raises ``ValueTypeError`` for a value of another
     class and for one that would not come back as it is; ``decode`` for an entity that does not
@@ -43,7 +46,7 @@ class TypedCodec(ABC, Generic[V]):
         self.upgraded: Callable[[bytes], bytes] | None = None
         self.instead: Callable[[ValueTypeError, Any], Any] | None = None
         self._kind = kind
-        self._name = label_of(kind)
+        self.kind = self._name = label_of(kind)
         self._origin = _class_of(kind)
         self._checked = (
             isinstance(self._origin, type)
@@ -136,6 +139,14 @@ class TypedCodec(ABC, Generic[V]):
         after = {name: item for name, item in before.items() if name not in gone} | made
         payload = cbor.encode(settled(after, (list, tuple)))
         return payload if self.keep is None else self.keep(payload, stored)
+
+    def make(self, fields: Mapping[str, Any]) -> bytes:
+        value = self.decode(self.patch(_NOTHING, fields))
+        if dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+            # msgspec leaves a default to the class, and what is not the object's is not stored.
+            for field in dataclasses.fields(value):
+                vars(value).setdefault(field.name, getattr(value, field.name))
+        return self.encode(value)
 
     @abstractmethod
     def _plain(self, value: Any) -> Any: ...

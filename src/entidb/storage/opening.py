@@ -59,4 +59,12 @@ def look(path: str | os.PathLike[str]) -> None:
     LmdbStorage.look(path)
 
 
-__all__ = ["closed_faults", "doubtful_bytes", "holds_store", "look", "open_storage"]
+def remove_store(path: str | os.PathLike[str]) -> None:
+    """Remove the files of the closed store in ``path``, and the directory if nothing else stands
+    there. Raises ``DatabaseLockedError`` if somebody has it open, ``StorageError``."""
+    from entidb.storage.lmdb.removal import remove_store
+
+    remove_store(os.path.abspath(os.fspath(path)))
+
+
+__all__ = ["closed_faults", "doubtful_bytes", "holds_store", "look", "open_storage", "remove_store"]

@@ -29,6 +29,7 @@ from entidb import cbor
 from entidb.db.fields import ABSENT as _ABSENT
 from entidb.db.fields import Overruled, Path, Side, lost_fields, shown, when_by
 from entidb.db.fields import same as _same
+from entidb.db.notebook import payload_text, table
 from entidb.errors import ConfigError
 from entidb.types import ID_BYTES, uuid_from_bytes
 
@@ -117,6 +118,28 @@ class Conflict(Struct, frozen=True, kw_only=True, gc=False):
     def with_error(self, error: str) -> Conflict:
         """The same conflict with what a policy raised when it was asked."""
         return replace(self, error=error)
+
+    def __repr__(self) -> str:
+        field = f", field {'.'.join(map(str, self.path))!r}" if self.path else ""
+        sides = ", ".join(f"{side} {text}" for side, text in self._sides())
+        return f"<Conflict in {self.collection!r}, {self.entity_id}{field}: {sides}>"
+
+    def _sides(self) -> list[tuple[str, str]]:
+        payloads = {"base": self.base_payload, "local": self.local_payload}
+        payloads["remote"] = self.remote_payload
+        return [
+            (side, payload_text(payload, "nothing" if side == "base" else "deleted"))
+            for side, payload in payloads.items()
+        ]
+
+    def _repr_html_(self) -> str:
+        devices = (self.base_device, self.local_device, self.remote_device)
+        rows = [
+            (side, text, device.hex()[:8])
+            for (side, text), device in zip(self._sides(), devices, strict=True)
+        ]
+        title = f"Conflict in {self.collection!r}, {self.entity_id}"
+        return table(title, ("side", "value", "device"), rows, self.error or "")
 
     def explain(self) -> str:
         """Several plain lines for a person: the three values, by whom and when, what differs,

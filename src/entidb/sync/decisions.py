@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from entidb.db import DiscardedTransaction, OverruledValue
+from entidb.db.notebook import Explored
 from entidb.errors import ConfigError
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.conflict import Conflict, ConflictResolution
 
 
-class Decisions:
+class Decisions(Explored):
     """The part of an engine that needs no server. All methods may be called from any thread."""
 
     applier: DatabaseApplier

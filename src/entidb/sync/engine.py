@@ -61,6 +61,13 @@ class SyncEngine(Decisions):
     Raises ``DatabaseLockedError`` if the database has another engine, ``ConfigError``.
     """
 
+    plumbing = frozenset(
+        (
+            *("applier", "cancel_cycle", "course", "note_bug", "note_error", "pause_s"),
+            *("run_cycle", "transport"),
+        )
+    )
+
     def __init__(
         self,
         config: SyncConfig,

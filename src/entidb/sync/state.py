@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 from msgspec import Struct, field
 
+from entidb.db.notebook import counted, line, table
 from entidb.errors import SyncStateError
 from entidb.sync.apply.report import Resolved, Withdrawn
 from entidb.sync.conflict import Conflict
@@ -89,6 +91,21 @@ class SyncCycleResult(Struct):
         return bool(
             self.pulled or self.pushed or self.superseded or self.withdrawn or self.unresolved
         )
+
+    def _counts(self) -> dict[str, Any]:
+        """What happened, by its name."""
+        found = {name: getattr(self, name) for name in self.__struct_fields__}
+        found = {n: len(v) if isinstance(v, list) else v for n, v in found.items()}
+        found["attempts"] = self.attempts if self.attempts > 1 else 0
+        found["duration_s"] = f"{self.duration_s:.3f}" if self.duration_s else 0
+        return {name: count for name, count in found.items() if count}
+
+    def __repr__(self) -> str:
+        return line("SyncCycleResult", counted(**self._counts()) or "nothing to do")
+
+    def _repr_html_(self) -> str:
+        rows = [(name.replace("_", " "), str(count)) for name, count in self._counts().items()]
+        return table("One cycle", ("", ""), rows, "" if rows else "nothing to do")
 
 
 class SyncProgress(Struct, frozen=True):

@@ -1,0 +1,60 @@
+"""The change feed for asyncio: what changed, and then what changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from entidb.db.core import Core
+from entidb.db.feed import ChangeEvent, ChangeFeed
+from entidb.db.listeners import add_listener
+from entidb.db.settings import cursor_of
+
+#: Events that are read at a time while a feed is awaited: few milliseconds of the loop.
+_EVENTS_AT_ONCE: Final = 200
+#: Seconds between two looks for what other processes have committed, who tell nobody here.
+_LOOK_S: Final = 1.0
+
+
+class AsyncChanges:
+    """What changed, and what changes: iterate with ``async for``, which has no end. ``cursor`` is
+    where to go on, as in ``ChangeFeed``."""
+
+    def __init__(self, core: Core, after: int, chosen: frozenset[str] | None) -> None:
+        self._core = core
+        self._feed = ChangeFeed(core._open_rows, cursor_of(after), chosen)
+
+    @property
+    def cursor(self) -> int:
+        return self._feed.cursor
+
+    async def __aiter__(self) -> AsyncIterator[ChangeEvent]:
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        stop = add_listener(
+            self._core._observers.listeners, lambda event: call_on(loop, news.set), "changes"
+        )
+        try:
+            while True:
+                news.clear()
+                for number, event in enumerate(self._feed, 1):
+                    yield event
+                    if not number % _EVENTS_AT_ONCE:
+                        await asyncio.sleep(0)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await news.wait()
+        finally:
+            stop()
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    """Call ``function`` on ``loop``; nothing if that has ended."""
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:
+        return
+
+
+__all__ = ["AsyncChanges", "call_on"]
