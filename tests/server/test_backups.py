@@ -27,6 +27,7 @@ from entidb.server.admin.callers import Caller
 from entidb.server.admin.checking import Found, check
 from entidb.server.admin.office import Office
 from entidb.server.admin.opening import office_of
+from entidb.server.admin.readiness import Readiness
 from entidb.server.admin.tasks import Task
 from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from tests.server.support import ManualClock, handshake, push
@@ -470,3 +471,26 @@ def test_a_setting_of_backups_that_cannot_work_is_refused_by_name(name: str, val
 def test_backups_do_not_lie_among_the_databases(tmp_path: Path):
     with pytest.raises(ConfigError, match="backup_dir"):
         ServerConfig(data_dir=tmp_path, backup_dir=tmp_path, insecure_no_auth=True)
+
+
+def test_a_backup_that_is_late_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+):
+    place = Place(tmp_path, backup_every_s=3600.0)
+    ready = Readiness(place.office)
+    place.push(1)
+    place.server.housekeep()
+    for task in place.office.tasks.all():
+        place.over(task)
+    place.server.housekeep()
+    assert ready.reasons() == ()
+    assert place.office.oldest_backup_ms == backups.rows(place.office, ROOT)[0].made_ms
+    monkeypatch.setattr(backups, "check", lambda path, go_on: Found(["damaged"]))
+    for _ in range(3):
+        place.clock.advance(3000)
+        place.server.housekeep()
+        for task in place.office.tasks.all():
+            place.over(task)
+    assert place.office.late_backups == ["shop"]
+    assert ready.reasons() == ("backups",)
+    place.server.close()

@@ -67,6 +67,7 @@ SETTINGS: Final[dict[str, str]] = {
     "backup_dir": "Directory for backups of the databases, best on another disk.",
     "backup_every_s": "Seconds between two backups of each database; 0: only when asked for.",
     "backup_keep": "Backups of each database that are kept.",
+    "ready_disk_bytes_min": "Bytes free on the disk for GET /readyz to say that it is ready.",
     "compression": "Pack answers for clients that take it.",
     "compression_min_bytes": "Smaller answers are not packed.",
     "access_log": "A line of JSON for each request, on standard error.",

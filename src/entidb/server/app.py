@@ -24,8 +24,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import json, to_builtins
-
 from entidb.errors import (
     ProtocolError,
     ServerBusyError,
@@ -33,8 +31,6 @@ from entidb.errors import (
     SyncTimeoutError,
 )
 from entidb.protocol import (
-    PROTOCOL_MAJOR,
-    PROTOCOL_MINOR,
     HandshakeRequest,
     PullRequest,
     PushRequest,
@@ -49,6 +45,7 @@ from entidb.server import wire
 from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
+from entidb.server.admin.readiness import Readiness
 from entidb.server.config import ServerConfig
 from entidb.server.exchange import Exchange, GoneError, Receive, Scope, Send
 from entidb.server.hooks import Grant
@@ -56,6 +53,7 @@ from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.origins import check_single
 from entidb.server.pages import known_up_to
+from entidb.server.plain import ADDRESSES, Plain
 from entidb.server.room import RETRY_S, Budget, Held
 from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
@@ -63,7 +61,6 @@ from entidb.server.service import BehindError, unseen
 from entidb.server.stores import Store
 from entidb.server.threads import Running
 from entidb.server.wire import HttpResponse
-from entidb.version import VERSION
 
 if TYPE_CHECKING:
     from entidb.server.metrics import Metrics
@@ -79,7 +76,6 @@ _OPERATION_MEMORY_BYTES: Final = 512
 _PAGE_FRAMING_BYTES: Final = 256 * 1024
 #: Codes of who is refused for his token.
 _KNOCKS: Final = ("unauthorized", "revoked")
-_PLAIN: Final = frozenset(("/healthz", "/v1/info", "/metrics"))
 
 
 def create_app(config: ServerConfig | SyncServer) -> SyncApp:
@@ -111,6 +107,7 @@ class SyncApp:
         self._office = office_of(server)
         self._admin = AdminHttp(self._office)
         self._metrics = _make_metrics(self) if server.config.metrics else None
+        self._plain = Plain(server, Readiness(self._office), self._metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -223,7 +220,7 @@ class SyncApp:
             held.clear()
             await exchange.drain(self._config.body_bytes_max)
             response = wire.error_response(answer)
-            if response.status == 405 and exchange.path in _PLAIN:
+            if response.status == 405 and exchange.path in ADDRESSES:
                 response.headers["allow"] = "GET, HEAD"
             return response
 
@@ -234,8 +231,8 @@ class SyncApp:
         if self._config.cors_origins and origins.is_preflight(exchange.method, exchange.headers):
             exchange.preflight = True
             return HttpResponse(204)
-        if exchange.path in _PLAIN and (exchange.path != "/metrics" or self._metrics is not None):
-            return self._plain(exchange)
+        if self._plain.serves(exchange.path):
+            return await self._plain.answer(exchange, stopping=self._stopping)
         administers = _administers(exchange)
         if exchange.path != LIVE_PATH and not administers:
             wire.check_route(exchange.method, exchange.path)
@@ -440,29 +437,6 @@ class SyncApp:
             self._metrics.pushed(answer)
         return answer
 
-    # ------------------------------------------------------------ plain addresses
-
-    def _plain(self, exchange: Exchange) -> HttpResponse:
-        if exchange.method not in ("GET", "HEAD"):
-            raise ProtocolError("read this with GET", code="method_not_allowed")
-        if exchange.path == "/metrics":
-            assert self._metrics is not None
-            return self._metrics.response()
-        if exchange.path == "/healthz":
-            status = "stopping" if self._stopping else "ok"
-            return _json({"status": status}, 503 if self._stopping else 200)
-        return _json(self.info())
-
-    def info(self) -> dict[str, Any]:
-        """What ``GET /v1/info`` says: nothing secret, and nothing about databases."""
-        return {
-            "name": "entidb",
-            "version": VERSION,
-            "protocol": {"major": PROTOCOL_MAJOR, "minor": PROTOCOL_MINOR},
-            "limits": to_builtins(self.server.limits),
-            "encodings": list(self.server.encodings),
-        }
-
     # ------------------------------------------------------------ records
 
     def _note(self, exchange: Exchange) -> None:
@@ -472,17 +446,13 @@ class SyncApp:
             self._office.audit.refused(exchange.subject, exchange.client, exchange.code)
         if self._metrics is not None and exchange.path != LIVE_PATH:
             # How long a stream was open says nothing about how fast answers are.
-            self._metrics.answered(exchange.path, exchange.status, seconds)
+            self._metrics.answered(exchange.path, exchange.status, seconds, exchange.code)
         if self._config.access_log and access_logger.isEnabledFor(logging.INFO):
             access_logger.info("%s", exchange.log_line(seconds))
 
 
 def _administers(exchange: Exchange) -> bool:
     return exchange.path.startswith(PREFIX)
-
-
-def _json(value: object, status: int = 200) -> HttpResponse:
-    return HttpResponse(status, {"content-type": wire.JSON_TYPE}, json.encode(value))
 
 
 def _make_metrics(app: SyncApp) -> Metrics:
@@ -492,4 +462,5 @@ def _make_metrics(app: SyncApp) -> Metrics:
         in_flight_bytes=lambda: app.in_flight_bytes,
         open_databases=lambda: app.server.stores.open_count,
         live=lambda: app.waiting,
+        office=app._office,
     )

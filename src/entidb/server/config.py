@@ -155,6 +155,9 @@ class ServerConfig:
     #: Backups of each database that are kept; those in which faults were found do not count.
     backup_keep: int = 7
 
+    #: Bytes that have to be free on the disk of ``data_dir`` for ``GET /readyz`` to say so.
+    ready_disk_bytes_min: int = 256 * _MIB
+
     #: Pack answers with zstd or gzip for clients that take it.
     compression: bool = True
     #: Smaller answers go as they are: below about 1 kB the packing costs more than it saves.
@@ -270,6 +273,7 @@ _INTS: Final = {
     "live_subject_max": (1, 1_000_000),
     "databases_open_max": (1, 100_000),
     "backup_keep": (1, 10_000),
+    "ready_disk_bytes_min": (0, 1024 * _BYTES_MAX),
     "schema": (0, SEQUENCE_MAX),
     "schema_min": (0, SEQUENCE_MAX),
     "compression_min_bytes": (0, _BYTES_MAX),

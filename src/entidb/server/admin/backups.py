@@ -40,6 +40,8 @@ _PIECE_BYTES: Final = 4 * 2**20
 #: Seconds until a scheduled backup that failed is tried again, at least.
 _AGAIN_MS: Final = 900_000
 _SCHEDULE: Final = Caller("the schedule", "local")
+#: A backup is late when it is so many times as old as it should become.
+_LATE: Final = 2
 #: Faulty backups that are kept to look at; a damaged database must not fill the disk.
 _FAULTY_KEPT: Final = 1
 
@@ -193,9 +195,15 @@ class Schedule:
         if not config.backup_every_s or config.backup_dir is None or config.data_dir is None:
             return
         every_ms, now = config.backup_every_s * 1000, self._office.clock.now_ms()
+        late, ages = [], []
         for name in list_databases(self._office.root):
             folder = _folder(self._office, name)
             good = next((row for row in _rows(folder, name) if not row.faults), None)
+            # A server that has just begun gets the time to make them.
+            made_ms = self._office.opened_ms if good is None else good.made_ms
+            if now - max(made_ms, self._office.opened_ms) > _LATE * every_ms:
+                late.append(name)
+            ages.append(made_ms)
             if good is not None and now - good.made_ms < every_ms:
                 continue
             tried = self._tried.get(name)
@@ -206,8 +214,10 @@ class Schedule:
             try:
                 backup(self._office, _SCHEDULE, name)
             except ServerBusyError:
-                return  # the rest at the next housekeeping
+                continue  # the rest at the next housekeeping
             self._tried[name] = now
+        self._office.late_backups = late
+        self._office.oldest_backup_ms = min(ages, default=None)
 
 
 # ---------------------------------------------------------------- put back

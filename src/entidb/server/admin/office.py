@@ -88,6 +88,11 @@ class Office:
         self.registry: Final = server.registry
         self.audit: Final = AuditLog(server.config.data_dir, server.clock)
         self.tasks: Final = Tasks(server.clock)
+        #: Databases whose backups are too old, and when the oldest of the newest was made, in
+        #: milliseconds since 1970; as of the last housekeeping.
+        self.late_backups: list[str] = []
+        self.oldest_backup_ms: int | None = None
+        self.opened_ms: Final = server.clock.now_ms()
         #: One change of databases at a time, such as a rename and a delete of the same.
         self.changing: Final = threading.Lock()
         #: Called with each housekeeping, by rooms that have something to do then.
