@@ -16,13 +16,8 @@ from entidb.protocol import CONTENT_TYPE, ErrorResponse, decode_request, encode
 from entidb.server.wire import error_response
 from entidb.sync import HttpTransport, HttpxClient, LoopbackClient, MockTransport, SyncTransport
 from entidb.sync.transport import HttpClient, HttpResponse
-from entidb.testing.transport_contract import (
-    HttpClientContract,
-    HttpPeer,
-    Peer,
-    Received,
-    SyncTransportContract,
-)
+from entidb.testing.http_client_contract import HttpClientContract, HttpPeer, Received
+from entidb.testing.transport_contract import Peer, SyncTransportContract
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from entidb.db import Database, DiscardedTransaction, OverruledValue
-from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
+from entidb.errors import SyncStateError
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.config import SyncConfig
@@ -43,9 +43,8 @@ class AsyncSyncEngine:
         **options: Any,
     ) -> None:
         self.engine = SyncEngine(config, transport, applier, token=token, **options)
-        self._wake = asyncio.Event()
-        #: Where ``run`` runs, and what ends it; None while it does not.
-        self._loop: asyncio.AbstractEventLoop | None = None
+        #: Whether ``run`` runs, and what ends it.
+        self._running = False
         self._stop = threading.Event()
 
     async def sync(self) -> SyncCycleResult:
@@ -82,50 +81,24 @@ class AsyncSyncEngine:
             raise was_cancelled
 
     async def run(self) -> None:
-        """Sync now, and then every ``interval_s`` seconds or when woken, until the task is
-        cancelled; after ``stop()`` or ``close()`` it returns. Errors do not end it, nor do bugs of
-        listeners, observers and policies, which also go to ``threading.excepthook``; they show in
-        ``status()``. Raises ``SyncStateError`` if it runs already."""
-        if self._loop is not None:
+        """Sync until the task is cancelled, or ``stop()`` or ``close()`` ends it: as
+        ``SyncEngine.start`` does, on the same terms. Raises ``SyncStateError`` if it runs already.
+        """
+        if self._running:
             raise SyncStateError("this engine runs in the background already")
-        self._loop, self._stop = asyncio.get_running_loop(), threading.Event()
+        self._running, self._stop = True, threading.Event()
         stopped = self._stop
+        job: Job[None] = Job(lambda _: self.engine.run_until(stopped), "entidb-aio-run")
         try:
-            while not (stopped.is_set() or self.engine.closed):
-                self._wake.clear()
-                await self._turn(stopped)
-                if stopped.is_set() or self.engine.closed:
-                    return
-                await self._pause()
+            await self._ended(job, self.stop)
         finally:
-            self._loop = None
-
-    async def _turn(self, stopped: threading.Event) -> None:
-        job = await self._cycle(stopped)
-        try:
-            job.result()
-        except SyncCancelledError:
-            return  # asked for; the state shows it
-        except EntiDBError as error:
-            # R9: a background engine goes on at its next turn.
-            self.engine.note_error(error)
-        except BaseException as error:
-            self.engine.note_bug(error)
-
-    async def _pause(self) -> None:
-        try:
-            async with asyncio.timeout(self.engine.pause_s()):
-                await self._wake.wait()
-        except TimeoutError:
-            return
+            self._running = False
+        job.result()
 
     def wake(self) -> None:
         """Let ``run()`` sync now, or try again now where it waits to; see ``SyncEngine.wake``.
         From any thread."""
         self.engine.wake()
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._wake.set)
 
     def cancel(self) -> None:
         """As ``SyncEngine.cancel``. From any thread."""

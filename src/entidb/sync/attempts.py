@@ -17,7 +17,7 @@ from entidb.sync.cycle import Cycle
 from entidb.sync.drive import Courier, Course, Pause
 from entidb.sync.exchange import Connection
 from entidb.sync.refusal import kept_back_error
-from entidb.sync.state import SyncProgress, SyncState, SyncStats
+from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState, SyncStats
 from entidb.types import Clock
 
 #: Bounded parts of replaced tables removed after a cycle; the rest waits for the next one.
@@ -48,6 +48,8 @@ class Attempts:
         self.last_success_ms: int | None = None
         self.last_error: EntiDBError | None = None
         self.tidy_steps = TIDY_STEPS
+        #: What each attempt of the newest ``sync()`` did, the last one included.
+        self.results: list[SyncCycleResult] = []
         #: The newest cycle: in progress, or over.
         self.cycle: Cycle | None = None
         self._applier = applier
@@ -65,6 +67,7 @@ class Attempts:
         last one, or ``SyncCancelledError``."""
         began = self._clock.monotonic()
         attempt = 1
+        self.results = []
         while True:
             try:
                 cycle = self._begin()
@@ -123,6 +126,7 @@ class Attempts:
             progress=self._progress,
             check=self._check,
         )
+        self.results.append(self.cycle.result)
         return self.cycle
 
     def _forget(self, error: BaseException) -> None:

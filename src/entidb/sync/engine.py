@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from entidb.db import Database
-from entidb.db.listeners import add_listener
 from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
@@ -21,12 +21,13 @@ from entidb.errors import (
 )
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.attempts import Attempts
+from entidb.sync.background import Background
 from entidb.sync.config import SyncConfig
 from entidb.sync.decisions import Decisions
 from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import acting_thread
-from entidb.sync.listening import Listeners, ProgressListener, StateListener
+from entidb.sync.listening import Listeners, Listening
 from entidb.sync.state import (
     SyncCycleResult,
     SyncProgress,
@@ -48,7 +49,7 @@ _END_TURNS_MAX = 1500
 _INSIDE_TURNS = 3
 
 
-class SyncEngine(Decisions):
+class SyncEngine(Decisions, Listening):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.
@@ -111,7 +112,11 @@ class SyncEngine(Decisions):
         self._cancel = threading.Event()
         self._cycle_thread: int | None = None
         self._running_lock = threading.RLock()
-        self._wake = threading.Event()
+        self._background = Background(self, self._clock)
+        #: Syncs that have ended and were not told of yet.
+        self._ended: deque[tuple[SyncCycleResult | None, list[SyncCycleResult]]] = deque()
+        #: Set at the end of each sync, for those who wait for one.
+        self._waiting: list[threading.Event] = []
         #: Ends a wait between two attempts: set by ``cancel`` and ``wake``.
         self._nudge = threading.Event()
         self._stop = threading.Event()
@@ -148,7 +153,12 @@ class SyncEngine(Decisions):
         ``SyncStateError`` if a cycle is running in another thread. Whatever it raises, nothing
         pending is lost and the next call goes on from there (R9).
         """
-        result = Drive(self.course(threading.Event()), self._courier).go_on()
+        result: SyncCycleResult | None = None
+        try:
+            result = Drive(self.course(threading.Event()), self._courier).go_on()
+        finally:
+            if self._ended:
+                self._tell_ended()
         assert result is not None, "what waits for a transport has the answer when it returns"
         return result
 
@@ -157,7 +167,12 @@ class SyncEngine(Decisions):
     ) -> SyncCycleResult:
         """As ``sync``, with the event that ``cancel_cycle`` takes: one that is set already, or
         ``stopped``, ends the cycle before it begins."""
-        result = Drive(self.course(cancelled, stopped), self._courier).go_on()
+        result: SyncCycleResult | None = None
+        try:
+            result = Drive(self.course(cancelled, stopped), self._courier).go_on()
+        finally:
+            if self._ended:
+                self._tell_ended()
         assert result is not None, "what waits for a transport has the answer when it returns"
         return result
 
@@ -167,13 +182,15 @@ class SyncEngine(Decisions):
         self._check_not_closed()
         if not self._cycle_lock.acquire(blocking=False):
             raise SyncStateError("a sync cycle is running already; wait for it or cancel() it")
+        result: SyncCycleResult | None = None
         try:
             with self._running_lock:
                 if stopped is not None and stopped.is_set():
                     cancelled.set()
                 self._cancel = cancelled
                 self._cycle_thread = threading.get_ident()
-            return (yield from self._attempts.run())
+            result = yield from self._attempts.run()
+            return result
         except EntiDBError:
             raise  # the state says what became of it
         except BaseException:
@@ -182,11 +199,25 @@ class SyncEngine(Decisions):
             raise
         finally:
             self._next_try_at = None
+            listeners = self._listeners
+            if listeners.result or listeners.conflict or listeners.rejected:
+                self._ended.append((result, self._attempts.results))
             with self._running_lock:
                 self._cycle_thread = None
             self._cycle_lock.release()
+            for waiting in self._waiting:
+                waiting.set()
             if self._closed:  # from a listener or an observer of this cycle
                 self._detach()
+
+    def _tell_ended(self) -> None:
+        """Outside of all locks: a listener may sync, stop and close."""
+        while self._ended:
+            try:
+                result, attempts = self._ended.popleft()
+            except IndexError:  # another thread, whose sync has ended at the same time
+                return
+            self._listeners.tell_ended(result, attempts)
 
     def cancel(self) -> None:
         """Make a running cycle end at its next step with ``SyncCancelledError``; if none runs,
@@ -223,7 +254,7 @@ class SyncEngine(Decisions):
                 self._clock.wait(self._cancel, left)
         self._next_try_at = None
         if not self._cancel.is_set():
-            self._wake.clear()  # the attempt that begins now is what was asked for
+            self._background.begun()
 
     def note_error(self, error: EntiDBError) -> None:
         """Show ``error`` in ``status()``: for whoever runs cycles in the background."""
@@ -243,6 +274,11 @@ class SyncEngine(Decisions):
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def cycle_thread(self) -> int | None:
+        """The thread whose cycle is in progress."""
+        return self._cycle_thread
+
     def _enter(self, state: SyncState) -> None:
         old = self._state
         if state is old:
@@ -257,19 +293,6 @@ class SyncEngine(Decisions):
     def _tell_progress(self, progress: SyncProgress) -> None:
         if self._listeners.progress:
             self._listeners.tell(self._listeners.progress, progress)
-
-    def on_state(self, listener: StateListener) -> Callable[[], None]:
-        """Call ``listener(old, new)`` at every state change, in the thread that syncs; returns a
-        function that ends it. What a listener raises ends the cycle.
-
-        A listener may call ``cancel``, ``stop``, ``close`` and ``wake``; they return at once, and
-        the cycle ends at its next step. Raises ``ConfigError`` for what cannot be called, and for
-        an ``async def``, which would only be called and never awaited."""
-        return add_listener(self._listeners.state, listener, "on_state")
-
-    def on_progress(self, listener: ProgressListener) -> Callable[[], None]:
-        """Call ``listener(SyncProgress)`` after every page and batch; as ``on_state``."""
-        return add_listener(self._listeners.progress, listener, "on_progress")
 
     def status(self) -> SyncStatus:
         """What is waiting, what went wrong, what comes next."""
@@ -307,11 +330,14 @@ class SyncEngine(Decisions):
     # ------------------------------------------------------------ background
 
     def start(self) -> None:
-        """Sync now, and then every ``interval_s`` seconds, in a background thread, until
-        ``stop()``. Errors do not end it: they show in ``status()`` and are tried again at the
-        next turn, which comes an hour later where this device was revoked (R32). So do bugs of
-        listeners, observers and policies, which also go to ``threading.excepthook``. Raises
-        ``DatabaseClosedError`` on a closed engine."""
+        """Sync in a background thread until ``stop()``: now, a few milliseconds after every local
+        commit (a burst of them is one push), when woken, and every ``interval_s`` seconds.
+
+        Errors do not end it: they show in ``status()`` and are tried again at the next turn, which
+        comes an hour later where this device was revoked (R32); until then commits start a cycle
+        no sooner than the backoff allows, or not at all where trying again does not help. So do
+        bugs of listeners, observers and policies, which also go to ``threading.excepthook``.
+        Raises ``DatabaseClosedError`` on a closed engine."""
         self._check_not_closed()
         if self._thread is not None:
             raise SyncStateError("this engine runs in the background already")
@@ -324,7 +350,7 @@ class SyncEngine(Decisions):
     def wake(self) -> None:
         """Let the background thread sync now instead of at its next turn, or try again now where
         it waits to try again, but never before the time a server asked for (``Retry-After``)."""
-        self._wake.set()
+        self._background.wake()
         self._nudge.set()
 
     def stop(self) -> None:
@@ -346,7 +372,7 @@ class SyncEngine(Decisions):
     def _end_run(self) -> None:
         self._stop.set()
         self.cancel()
-        self._wake.set()
+        self._background.wake()
 
     def _wait_for(self, ended: Callable[[float], bool], cycle_thread: int | None) -> bool:
         """Wait for the cycle's thread; whether it has ended."""
@@ -366,20 +392,15 @@ class SyncEngine(Decisions):
     def _run(self, stopped: threading.Event, before: threading.Thread | None) -> None:
         while before is not None and before.is_alive() and not stopped.is_set():
             before.join(_END_TURN_S)  # started again by a listener of its own last cycle
-        while not stopped.is_set():
-            self._wake.clear()
-            try:
-                self.run_cycle(threading.Event(), stopped)
-            except SyncCancelledError:
-                pass  # asked for; the state shows it
-            except EntiDBError as error:
-                # Kept for status(); a background engine goes on at its next turn (R9).
-                self.note_error(error)
-            except BaseException as error:
-                self.note_bug(error)
-            if stopped.is_set() or self._closed:
-                return
-            self._clock.wait(self._wake, self.pause_s())
+        self._background.run(stopped)
+
+    def run_until(self, stopped: threading.Event) -> None:
+        """What ``start`` does, on this thread, until ``stopped`` is set, and ``cancel`` and
+        ``wake`` are called after it. Raises ``SyncStateError`` if it runs already."""
+        self._check_not_closed()
+        if self._background.running:
+            raise SyncStateError("this engine runs in the background already")
+        self._background.run(stopped)
 
     def pause_s(self) -> float:
         """Seconds between this turn in the background and the next."""

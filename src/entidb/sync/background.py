@@ -1,0 +1,150 @@
+"""When a background engine syncs: at once, after every local commit, when it is woken, and every
+``interval_s`` as a safety net.
+
+One loop for both engines; it runs on a thread of its own. A burst of commits is one push. While the
+server cannot be reached, commits do not start a cycle sooner than a backoff allows, and after an
+error that trying again does not help, not at all: then the interval does, or ``wake``.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from entidb.db import Database
+from entidb.errors import EntiDBError, SyncCancelledError
+from entidb.sync.config import SyncConfig
+from entidb.sync.state import SyncCycleResult
+from entidb.types import Clock
+
+#: Seconds that a burst of commits may pause and still be one.
+BURST_S: Final = 0.005
+#: How many times that is waited for: a program that writes without a pause is pushed meanwhile.
+_BURST_TURNS: Final = 10
+
+
+class Running(Protocol):
+    """What the loop needs of an engine."""
+
+    database: Database
+    config: SyncConfig
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def cycle_thread(self) -> int | None: ...
+
+    def run_cycle(
+        self, cancelled: threading.Event, stopped: threading.Event | None = None
+    ) -> SyncCycleResult: ...
+
+    def pause_s(self) -> float: ...
+
+    def note_error(self, error: EntiDBError) -> None: ...
+
+    def note_bug(self, error: BaseException) -> None: ...
+
+
+class Background:
+    """The turns of one engine. ``run`` takes them, on one thread at a time; the other methods may
+    be called from any thread, and from a signal handler."""
+
+    def __init__(
+        self, engine: Running, clock: Clock, draw: Callable[[], float] = random.random
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._draw = draw
+        self._event = threading.Event()
+        #: A cycle was asked for, or the run is to end; and something was committed.
+        self._called = self._committed = False
+        #: Syncs that failed, one after the other, and when a commit may start the next.
+        self._failures = 0
+        self._held_until = -math.inf
+        self.running = False
+
+    def wake(self) -> None:
+        """A cycle is due now."""
+        self._called = True
+        self._event.set()
+
+    def begun(self) -> None:
+        """What was asked for until now begins."""
+        self._called = False
+
+    def committed(self, sequence: int) -> None:
+        """Somebody else than a cycle has committed: the database calls it after each commit."""
+        if threading.get_ident() != self._engine.cycle_thread:
+            self._committed = True
+            self._event.set()
+
+    def run(self, stopped: threading.Event) -> None:
+        """Sync again and again, until ``stopped``, which has to be followed by ``wake``. Raises
+        nothing."""
+        database = self._engine.database
+        database.on_commit = self.committed
+        self.running = True
+        try:
+            while not stopped.is_set():
+                self._called = self._committed = False
+                self._sync(stopped)
+                if stopped.is_set() or self._engine.closed:
+                    return
+                self._wait(stopped)
+        finally:
+            self.running = False
+            database.on_commit = None
+
+    def _sync(self, stopped: threading.Event) -> None:
+        engine = self._engine
+        try:
+            result = engine.run_cycle(threading.Event(), stopped)
+            done = not (result.incomplete or result.kept_back)
+            if result.changed and done and engine.database.read_head().ready:
+                # Of an observer or a listener, which the cycle's own thread has called.
+                self._committed = True
+            self._failures, self._held_until = 0, -math.inf
+        except SyncCancelledError:
+            return  # asked for; the state shows it
+        except EntiDBError as error:
+            # Kept for status(); a background engine goes on at its next turn (R9).
+            engine.note_error(error)
+            self._hold(error.retryable)
+        except BaseException as error:
+            engine.note_bug(error)
+            self._hold(False)
+
+    def _hold(self, passes: bool) -> None:
+        """After a failure, commits start no cycle for a while."""
+        retry = self._engine.config.retry
+        self._failures += 1
+        delay = retry.delay_s(retry.attempts_max + self._failures, self._draw())
+        self._held_until = self._clock.monotonic() + delay if passes else math.inf
+
+    def _wait(self, stopped: threading.Event) -> None:
+        """Until the next turn."""
+        until = self._clock.monotonic() + self._engine.pause_s()
+        while True:
+            self._event.clear()
+            if self._called:
+                return
+            sooner = self._committed and self._held_until < until
+            left = (self._held_until if sooner else until) - self._clock.monotonic()
+            if left <= 0 or not self._clock.wait(self._event, left):
+                break
+        if sooner:
+            self._wait_for_burst(stopped)
+
+    def _wait_for_burst(self, stopped: threading.Event) -> None:
+        database = self._engine.database
+        for _ in range(_BURST_TURNS):
+            mark = database.commit_mark
+            if self._clock.wait(stopped, BURST_S) or database.commit_mark == mark:
+                return
+
+
+__all__ = ["BURST_S", "Background"]

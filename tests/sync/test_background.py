@@ -1,0 +1,425 @@
+"""A background engine syncs by itself when there is something to do, and not when there is not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from entidb import AsyncSyncEngine, Database, SyncConfig
+from entidb.db.observers import CommitEvent
+from entidb.errors import EntiDBError, PermissionDeniedError, SyncCancelledError, TransportError
+from entidb.protocol import PushRequest, SyncRequest, SyncResponse
+from entidb.server import Refusal, SyncServer
+from entidb.sync import (
+    Conflict,
+    HttpTransport,
+    LoopbackClient,
+    RetryConfig,
+    SyncCycleResult,
+    SyncEngine,
+    Withdrawn,
+)
+from entidb.sync.background import BURST_S, Background
+from tests.support import World, uid
+
+WAIT_S = 60.0
+CONFIG = SyncConfig(db_id="shop", retry=RetryConfig.none(), interval_s=3600.0)
+
+
+class Watched(LoopbackClient):
+    """Counts what a server is asked for, and can be cut off from it."""
+
+    def __init__(self, server: SyncServer) -> None:
+        super().__init__(server)
+        self.paths: list[str] = []
+        self.away = False
+
+    def request(self, method: str, url: str, headers: Any, body: bytes, timeout_s: float) -> Any:
+        self.paths.append(url.rpartition("/")[2])
+        if self.away:
+            raise TransportError("the server is away")
+        return super().request(method, url, headers, body, timeout_s)
+
+
+@contextmanager
+def engines(**settings: Any) -> Iterator[tuple[SyncEngine, Watched]]:
+    with SyncServer.in_memory() as server, Database.in_memory() as database:
+        client = Watched(server)
+        transport = HttpTransport("http://localhost", client=client)
+        config = SyncConfig(**{"db_id": "shop", "interval_s": 3600.0, **settings})
+        with SyncEngine(config, transport, database) as engine:
+            yield engine, client
+
+
+class Until:
+    """Waits for something that a listener is called with."""
+
+    def __init__(self, listen: Callable[[Callable[..., None]], object]) -> None:
+        self._changed = threading.Condition()
+        self.seen: list[Any] = []
+        listen(self._note)
+
+    def _note(self, *what: Any) -> None:
+        with self._changed:
+            self.seen.append(what[0])
+            self._changed.notify_all()
+
+    def wait(self, holds: Callable[[list[Any]], bool]) -> list[Any]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: holds(self.seen), WAIT_S)
+            return list(self.seen)
+
+
+def pushed(results: list[SyncCycleResult]) -> int:
+    return sum(result.pushed for result in results)
+
+
+# ---------------------------------------------------------------- when
+
+
+def test_a_local_commit_is_pushed_at_once():
+    with engines() as (engine, _):
+        results = Until(engine.on_result)
+        engine.start()
+        results.wait(bool)
+        notes = engine.database.collection("notes")
+        for count in (1, 2, 3):
+            notes.add({"n": count})
+            results.wait(lambda seen, due=count: pushed(seen) == due)  # type: ignore[misc]
+
+
+def test_what_a_cycle_commits_by_itself_starts_no_other():
+    with engines() as (engine, client):
+        results = Until(engine.on_result)
+        engine.start()
+        results.wait(bool)
+        engine.database.collection("notes").add({"n": 1})
+        results.wait(lambda seen: pushed(seen) == 1)
+        engine.stop()
+        # One for the start, one for the commit; a third would have been begun by the second.
+        assert len(results.seen) == 2
+        assert client.paths == ["handshake", "pull", "pull", "push"]
+
+
+def test_what_an_observer_commits_during_a_cycle_is_pushed_too():
+    with engines() as (engine, _):
+        results = Until(engine.on_result)
+        log = engine.database.collection("log")
+
+        def note(event: CommitEvent) -> None:
+            if event.origin == "sync":
+                log.add({"saw": event.sequence})
+
+        engine.database.observe(note)
+        engine.start()
+        results.wait(bool)
+        other = Database.in_memory()
+        transport = HttpTransport("http://localhost", client=engine.transport._client)  # type: ignore[attr-defined]
+        with SyncEngine(CONFIG, transport, other) as second:
+            other.collection("notes").add({"n": 1})
+            second.sync()
+            engine.wake()
+            results.wait(lambda seen: pushed(seen) == 1)
+            assert second.sync().pulled == 1
+        other.close()
+
+
+def test_after_stop_commits_start_nothing_and_a_new_start_pushes_them():
+    with engines() as (engine, _):
+        results = Until(engine.on_result)
+        engine.start()
+        results.wait(bool)
+        engine.stop()
+        assert engine.database.on_commit is None
+        engine.database.collection("notes").add({"n": 1})
+        engine.start()
+        results.wait(lambda seen: pushed(seen) == 1)
+
+
+def test_while_the_server_is_away_a_commit_starts_no_cycle_and_wake_does():
+    retry = RetryConfig(attempts_max=1, delay_initial_s=600.0, delay_max_s=600.0, jitter=False)
+    with engines(retry=retry) as (engine, client):
+        results, failed = Until(engine.on_result), threading.Semaphore(0)
+        engine.on_state(lambda old, new: failed.release() if new.value == "error" else None)
+        client.away = True
+        engine.start()
+        assert failed.acquire(timeout=WAIT_S)
+        asked = len(client.paths)
+        engine.database.collection("notes").add({"n": 1})
+        assert not failed.acquire(timeout=20 * BURST_S)
+        assert len(client.paths) == asked
+        client.away = False
+        engine.wake()
+        results.wait(lambda seen: pushed(seen) == 1)
+
+
+class Turns:
+    """An engine of which each cycle does as it is told, and a clock that goes by the waits."""
+
+    def __init__(self, *outcomes: Callable[[], None], interval_s: float = 30.0) -> None:
+        self.config = SyncConfig(
+            db_id="shop",
+            interval_s=interval_s,
+            retry=RetryConfig(attempts_max=2, delay_initial_s=1.0, jitter=False),
+        )
+        self.database: Any = SimpleNamespace(
+            on_commit=None, commit_mark=0, read_head=lambda: SimpleNamespace(ready=0)
+        )
+        self.closed = False
+        self.cycle_thread: int | None = None
+        self.began: list[float] = []
+        self.now = 0.0
+        self.stopped = threading.Event()
+        #: What others do, and when.
+        self.plan: list[tuple[float, Callable[[], None]]] = []
+        self._outcomes = list(outcomes)
+        self.background = Background(self, self, lambda: 1.0)  # type: ignore[arg-type]
+
+    def run_cycle(self, cancelled: object, stopped: object = None) -> SyncCycleResult:
+        self.began.append(round(self.now, 3))
+        outcome = self._outcomes.pop(0) if self._outcomes else self.stop
+        outcome()
+        return SyncCycleResult()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def pause_s(self) -> float:
+        return self.config.interval_s
+
+    def note_error(self, error: EntiDBError) -> None:
+        return None
+
+    note_bug = note_error
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def now_ms(self) -> int:
+        return int(self.now * 1000)
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        until = self.now + seconds
+        while not event.is_set() and self.plan and self.plan[0][0] <= until:
+            self.now, action = self.plan.pop(0)
+            action()
+        if not event.is_set():
+            self.now = until
+        return event.is_set()
+
+    def commit(self) -> None:
+        self.database.commit_mark += 2
+        self.background.committed(self.database.commit_mark)
+
+    def run(self) -> list[float]:
+        self.background.run(self.stopped)
+        return self.began
+
+
+def nothing() -> None:
+    return None
+
+
+def fails(error: Exception) -> Callable[[], None]:
+    def outcome() -> None:
+        raise error
+
+    return outcome
+
+
+def test_without_anything_to_do_the_interval_is_the_pace():
+    assert Turns(nothing, nothing).run() == [0.0, 30.0, 60.0]
+
+
+def test_a_burst_of_commits_is_one_cycle():
+    turns = Turns(nothing)
+    turns.plan = [(10.0 + n / 1000, turns.commit) for n in range(20)]
+    first, second = turns.run()
+    assert first == 0.0
+    assert 10.019 + BURST_S <= second <= 10.019 + 2 * BURST_S
+
+
+def test_commits_without_a_pause_do_not_hold_a_cycle_up_for_long():
+    turns = Turns(nothing, nothing)
+    turns.plan = [(10.0 + n / 1000, turns.commit) for n in range(5000)]
+    began = turns.run()
+    assert 10.0 < began[1] < 10.1
+    assert began[1] < began[2] < began[1] + 0.1
+
+
+def test_a_commit_while_a_cycle_runs_starts_the_next():
+    turns = Turns()
+    turns._outcomes = [turns.commit, nothing]
+    assert turns.run() == [0.0, BURST_S, 30.0 + BURST_S]
+
+
+def test_a_commit_of_the_thread_that_syncs_starts_nothing():
+    turns = Turns(nothing)
+    turns.cycle_thread = threading.get_ident()
+    turns.plan = [(10.0, turns.commit)]
+    assert turns.run() == [0.0, 30.0]
+
+
+def test_after_failures_commits_wait_longer_and_longer_until_one_works():
+    away = TransportError("away")
+    turns = Turns(fails(away), fails(away), nothing, nothing)
+    turns.plan = [(1.0, turns.commit), (5.0, turns.commit), (12.5, turns.commit)]
+    # Two attempts a cycle: the waits go on where those of its attempts ended, at 4 and 8 seconds.
+    assert turns.run() == [0.0, 4.005, 12.01, 12.505, 42.505]
+
+
+def test_after_a_failure_that_stays_only_the_interval_or_a_call_starts_the_next():
+    refused = PermissionDeniedError("no")
+    turns = Turns(fails(refused), fails(refused), nothing)
+    turns.plan = [(1.0, turns.commit), (40.0, turns.commit), (45.0, turns.background.wake)]
+    assert turns.run() == [0.0, 30.0, 45.0, 75.0]
+
+
+def test_a_bug_and_a_cancelled_cycle_do_not_end_the_run():
+    turns = Turns(fails(SyncCancelledError("cancelled")), fails(ValueError("a bug")))
+    turns.plan = [(1.0, turns.commit), (5.0, turns.commit)]
+    assert turns.run() == [0.0, 1.005, 31.005]
+
+
+# ---------------------------------------------------------------- who hears of it
+
+
+def test_a_result_is_told_when_the_cycle_is_over():
+    with engines() as (engine, _):
+        results: list[SyncCycleResult] = []
+
+        def once_more(result: SyncCycleResult) -> None:
+            results.append(result)
+            if len(results) == 1:
+                engine.database.collection("notes").add({"n": 1})
+                engine.sync()  # the lock of the first is free
+
+        engine.on_result(once_more)
+        first = engine.sync()
+        assert results[0] == first
+        assert [result.pushed for result in results] == [0, 1]
+
+
+def test_conflicts_and_refusals_are_told_one_by_one():
+    world = World(
+        validate=lambda context, tx: (
+            Refusal("too_dear", "not this") if tx.operations[0].value == "dear" else None
+        )
+    )
+    a, b = world.device(default_policy="manual"), world.device()
+    conflicts: list[Conflict] = []
+    rejected: list[Withdrawn] = []
+    a.engine.on_conflict(conflicts.append)
+    a.engine.on_rejected(rejected.append)
+    for device in (a, b):
+        device.put(("notes", 1, f"of {device.seed}"))
+    a.put(("notes", 2, "dear"))
+    b.sync()
+    a.sync()
+    assert [(c.collection, c.entity_id) for c in conflicts] == [("notes", uid(1))]
+    assert [(w.code, w.message) for w in rejected] == [("too_dear", "not this")]
+    a.sync()
+    assert (len(conflicts), len(rejected)) == (1, 1)
+
+
+def test_what_a_failed_sync_has_left_to_a_person_is_told_too():
+    world = World()
+    a, b = world.device(default_policy="manual"), world.device()
+    conflicts: list[Conflict] = []
+    results: list[SyncCycleResult] = []
+    a.engine.on_conflict(conflicts.append)
+    a.engine.on_result(results.append)
+    for device in (a, b):
+        device.put(("notes", 1, f"of {device.seed}"))
+    a.put(("notes", 2, "free"))
+    b.sync()
+
+    def lost(request: SyncRequest) -> None:
+        if isinstance(request, PushRequest):
+            raise TransportError("lost")
+
+    a.wire.before = lost
+    with pytest.raises(TransportError):
+        a.sync()
+    assert len(conflicts) == 1 and not results
+
+
+def test_what_a_listener_raises_is_reported_and_the_others_are_called(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    reported: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda what: reported.append(what.exc_value))
+    with engines() as (engine, _):
+        results: list[SyncCycleResult] = []
+        bug = ValueError("a bug of the program")
+        engine.on_result(lambda result: (_ for _ in ()).throw(bug))
+        stop = engine.on_result(results.append)
+        engine.sync()
+        assert reported == [bug] and len(results) == 1
+        stop()
+        engine.sync()
+        assert len(results) == 1
+
+
+def test_a_listener_may_stop_and_close_the_engine():
+    with engines() as (engine, _):
+        closed = threading.Event()
+
+        def close(result: SyncCycleResult) -> None:
+            engine.close()
+            closed.set()
+
+        engine.on_result(close)
+        engine.start()
+        assert closed.wait(WAIT_S)
+        SyncEngine(CONFIG, engine.transport, engine.database).close()
+
+
+# ---------------------------------------------------------------- asyncio
+
+
+def test_in_asyncio_too_a_commit_is_pushed_at_once():
+    async def main() -> None:
+        with SyncServer.in_memory() as server, Database.in_memory() as database:
+            transport = HttpTransport("http://localhost", client=LoopbackClient(server))
+            async with AsyncSyncEngine(CONFIG, transport, database) as engine:
+                running = asyncio.create_task(engine.run())
+                while engine.stats.cycles < 1:
+                    await asyncio.sleep(0.001)
+                database.collection("notes").add({"n": 1})
+                while engine.stats.pushed < 1:
+                    await asyncio.sleep(0.001)
+                engine.stop()
+                await asyncio.wait_for(running, WAIT_S)
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_never_comes_does_not_keep_a_run_from_ending():
+    asked, over = threading.Event(), threading.Event()
+
+    def silent(request: SyncRequest) -> SyncResponse:
+        asked.set()
+        over.wait(WAIT_S)
+        raise TransportError("at last")
+
+    async def main() -> None:
+        from entidb.sync import MockTransport
+
+        with Database.in_memory() as database:
+            engine = AsyncSyncEngine(CONFIG, MockTransport(silent), database)
+            running = asyncio.create_task(engine.run())
+            assert await asyncio.to_thread(asked.wait, WAIT_S)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(running, WAIT_S)
+            over.set()
+            await engine.close()
+
+    asyncio.run(main())
