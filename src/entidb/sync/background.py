@@ -1,5 +1,5 @@
-"""When a background engine syncs: at once, after every local commit, when it is woken, and every
-``interval_s`` as a safety net.
+"""When a background engine syncs: at once, after every local commit, when the server has something
+new, when it is woken, and every ``interval_s`` as a safety net.
 
 One loop for both engines; it runs on a thread of its own. A burst of commits is one push. While the
 server cannot be reached, commits do not start a cycle sooner than a backoff allows, and after an
@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from entidb.db import Database
 from entidb.errors import EntiDBError, SyncCancelledError
 from entidb.sync.config import SyncConfig
+from entidb.sync.live import Channel, NewsSource
 from entidb.sync.state import SyncCycleResult
 from entidb.types import Clock
 
@@ -48,6 +49,11 @@ class Running(Protocol):
 
     def note_bug(self, error: BaseException) -> None: ...
 
+    def news_source(self) -> NewsSource | None: ...
+
+    @property
+    def reached(self) -> int: ...
+
 
 class Background:
     """The turns of one engine. ``run`` takes them, on one thread at a time; the other methods may
@@ -65,6 +71,11 @@ class Background:
         #: Syncs that failed, one after the other, and when a commit may start the next.
         self._failures = 0
         self._held_until = -math.inf
+        #: Hears of what the server has, while this runs and the server says such things; the newest
+        #: commit that was named, and whether a pull is due whatever it is.
+        self.channel: Channel | None = None
+        self._named = 0
+        self._unheard = False
         self.running = False
 
     def wake(self) -> None:
@@ -82,6 +93,13 @@ class Background:
             self._committed = True
             self._event.set()
 
+    def heard(self, head: int, first: bool) -> None:
+        """The server has commit ``head``. After a silence (``first``) a pull is due anyway: what
+        was said meanwhile was not heard."""
+        self._named = head
+        self._unheard |= first
+        self._event.set()
+
     def run(self, stopped: threading.Event) -> None:
         """Sync again and again, until ``stopped``, which has to be followed by ``wake``. Raises
         nothing."""
@@ -90,14 +108,28 @@ class Background:
         self.running = True
         try:
             while not stopped.is_set():
-                self._called = self._committed = False
+                # What is heard from here on is for the next turn: the pull may be over by then.
+                self._called = self._committed = self._unheard = False
+                self._named = 0
                 self._sync(stopped)
                 if stopped.is_set() or self._engine.closed:
                     return
+                self._listen()
                 self._wait(stopped)
         finally:
             self.running = False
             database.on_commit = None
+            channel, self.channel = self.channel, None
+            if channel is not None:
+                channel.stop()
+
+    def _listen(self) -> None:
+        """Begin to hear of news, as soon as the server has said that it tells them."""
+        if self.channel is None:
+            source = self._engine.news_source()
+            if source is not None:
+                self.channel = Channel(source, self._clock, self._draw, news=self.heard)
+                self.channel.start()
 
     def _sync(self, stopped: threading.Event) -> None:
         engine = self._engine
@@ -132,11 +164,12 @@ class Background:
             self._event.clear()
             if self._called:
                 return
-            sooner = self._committed and self._held_until < until
+            news = self._unheard or self._named > self._engine.reached
+            sooner = (self._committed or news) and self._held_until < until
             left = (self._held_until if sooner else until) - self._clock.monotonic()
             if left <= 0 or not self._clock.wait(self._event, left):
                 break
-        if sooner:
+        if sooner and self._committed:
             self._wait_for_burst(stopped)
 
     def _wait_for_burst(self, stopped: threading.Event) -> None:

@@ -182,6 +182,9 @@ class SyncConfig(HttpConfig):
     rounds_max: int = 5
     #: Seconds between two cycles of a background run, when nothing asks for one earlier.
     interval_s: float = 30.0
+    #: Let the server say when it has something new, while a background run goes on: one connection
+    #: more. False: what others write comes with the next cycle.
+    live: bool = True
     #: Policy of collections that ``policies`` does not name; see ``entidb.sync.policies``.
     default_policy: str | ConflictPolicy = "server_wins"
     #: Policy per collection: a name, a ``ConflictPolicy``, or a function of the conflict.
@@ -200,6 +203,7 @@ class SyncConfig(HttpConfig):
         check_int("schema", self.schema, 0, SEQUENCE_MAX)
         self._check_collections()
         self._check_sizes()
+        check_bool("live", self.live)
         check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)
         check_int("overruled_max", self.overruled_max, 0, _VALUES_MAX)
         check_int("staged_bytes_max", self.staged_bytes_max, 1, _STAGED_BYTES_LIMIT)

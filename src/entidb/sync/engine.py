@@ -28,6 +28,7 @@ from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import acting_thread
 from entidb.sync.listening import Listeners, Listening
+from entidb.sync.live import LiveState, NewsSource
 from entidb.sync.state import (
     SyncCycleResult,
     SyncProgress,
@@ -299,6 +300,7 @@ class SyncEngine(Decisions, Listening):
         head = self.database.read_head()
         state = self.applier.state()
         error, at = self._attempts.last_error, self._next_try_at
+        channel = self._background.channel
         return SyncStatus(
             state=self._state,
             pending=head.ready,
@@ -313,6 +315,8 @@ class SyncEngine(Decisions, Listening):
             last_error_code=None if error is None else error.code,
             next_retry_s=None if at is None else max(0.0, at - self._clock.monotonic()),
             overruled=self.applier.overruled_count(),
+            live=LiveState.OFFLINE.value if channel is None else channel.state.value,
+            live_since_ms=None if channel is None else channel.since_ms,
         )
 
     # ------------------------------------------------------------ reset
@@ -331,7 +335,8 @@ class SyncEngine(Decisions, Listening):
 
     def start(self) -> None:
         """Sync in a background thread until ``stop()``: now, a few milliseconds after every local
-        commit (a burst of them is one push), when woken, and every ``interval_s`` seconds.
+        commit (a burst of them is one push), when the server says that it has something new, when
+        woken, and every ``interval_s`` seconds.
 
         Errors do not end it: they show in ``status()`` and are tried again at the next turn, which
         comes an hour later where this device was revoked (R32); until then commits start a cycle
@@ -407,6 +412,21 @@ class SyncEngine(Decisions, Listening):
         error = self._attempts.last_error
         revoked = error is not None and error.code == "revoked"
         return max(self.config.interval_s, REVOKED_PAUSE_S if revoked else 0.0)
+
+    @property
+    def reached(self) -> int:
+        """Up to which server commit this device has everything."""
+        return self.applier.state().reached
+
+    def news_source(self) -> NewsSource | None:
+        """Where this device hears of news, if the server it is connected to tells them."""
+        if not self.config.live or "live" not in self._attempts.connection.features:
+            return None
+        make = getattr(self.transport, "news", None)
+        source: NewsSource | None = (
+            None if make is None else make(self.config.db_id, self.database.device_id)
+        )
+        return source
 
     def note_bug(self, error: BaseException) -> None:
         """Show what is not an error of ours in ``status()``, and tell ``threading.excepthook``: a

@@ -149,7 +149,9 @@ class SyncStatus(Struct, frozen=True):
     """What a program shows a person about a device. ``cursor`` is the server commit up to which it
     has everything, its own included. ``discarded`` counts withdrawn transactions, ``overruled``
     values that a policy decided against (R4). ``*_ms`` are wall-clock milliseconds since 1970;
-    ``next_retry_s`` is how long until the next attempt, None where none is planned."""
+    ``next_retry_s`` is how long until the next attempt, None where none is planned. ``live`` says
+    how a background run hears of what others write: ``live`` (at once), ``polling`` (nearly so), or
+    ``offline`` (with the next cycle); since when, where there is such a run."""
 
     state: SyncState
     pending: int
@@ -164,3 +166,5 @@ class SyncStatus(Struct, frozen=True):
     last_error_code: str | None
     next_retry_s: float | None
     overruled: int = 0
+    live: str = "offline"
+    live_since_ms: int | None = None

@@ -1,0 +1,120 @@
+"""A background engine whose server says when it has something new."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from entidb import AsyncSyncEngine, Database, SyncConfig, SyncEngine
+from entidb.server import SyncServer, serving
+from tests.server.test_app import eventually
+
+pytestmark = pytest.mark.process
+
+
+@contextlib.contextmanager
+def served(**settings: Any) -> Iterator[tuple[SyncServer, str]]:
+    with SyncServer.in_memory(access_log=False, **settings) as server, serving(server) as url:
+        yield server, url
+
+
+@contextlib.contextmanager
+def device(url: str, **config: Any) -> Iterator[SyncEngine]:
+    engine = SyncEngine(SyncConfig(db_id="shop", **config), url, Database.in_memory())
+    with engine:
+        engine.start()
+        yield engine
+
+
+def is_live(engine: SyncEngine) -> bool:
+    return engine.status().live == "live"
+
+
+def test_what_one_device_writes_arrives_at_the_other_by_itself() -> None:
+    with served() as (_, url), device(url) as one, device(url) as other:
+        eventually(lambda: is_live(one) and is_live(other))
+        for number in range(5):
+            one.database.collection("notes").add({"n": number})
+            began = time.monotonic()
+            notes = other.database.collection("notes")
+            eventually(lambda notes=notes, number=number: len(notes) == number + 1)
+            assert time.monotonic() - began < 15, "it waited for the interval of 30 seconds"
+
+
+def test_what_a_program_on_the_server_writes_arrives_by_itself() -> None:
+    with served() as (server, url), device(url) as one:
+        eventually(lambda: is_live(one))
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: len(one.database.collection("notes")) == 1)
+
+
+def test_it_can_be_left_out() -> None:
+    with served() as (_, url), device(url, live=False) as one:
+        eventually(lambda: one.status().last_success_ms is not None)
+        time.sleep(0.2)
+        assert one.status().live == "offline"
+
+
+def test_a_server_without_the_channel_is_asked_on_the_interval() -> None:
+    with served(live_max=0) as (server, url), device(url, interval_s=0.2) as one:
+        eventually(lambda: one.status().last_success_ms is not None)
+        assert one.status().live == "offline"
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: len(one.database.collection("notes")) == 1)
+
+
+def test_its_own_pushes_start_no_further_cycles() -> None:
+    with served() as (_, url), device(url) as one:
+        eventually(lambda: is_live(one))
+        results: list[Any] = []
+        one.on_result(results.append)
+        time.sleep(0.3)
+        results.clear()
+        for _ in range(10):
+            one.database.collection("notes").add({"n": 1})
+            eventually(lambda: one.status().pending == 0)
+        time.sleep(0.3)
+        assert len(results) <= 14, "each push was followed by a pull that brought nothing"
+
+
+def test_stop_ends_the_stream_too_and_start_begins_another() -> None:
+    with served() as (server, url), device(url) as one:
+        eventually(lambda: is_live(one))
+        began = time.monotonic()
+        one.stop()
+        assert time.monotonic() - began < 5
+        assert one.status().live == "offline"
+        one.start()
+        eventually(lambda: is_live(one))
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: len(one.database.collection("notes")) == 1)
+
+
+def test_an_asyncio_engine_hears_too() -> None:
+    async def run(server: SyncServer, url: str) -> int:
+        database = Database.in_memory()
+        engine = AsyncSyncEngine(SyncConfig(db_id="shop"), url, database)
+        task = asyncio.create_task(engine.run())
+        try:
+            for _ in range(400):
+                if (await engine.status()).live == "live":
+                    break
+                await asyncio.sleep(0.05)
+            server.database("shop").collection("notes").add({"n": 1})
+            for _ in range(400):
+                if len(database.collection("notes")):
+                    break
+                await asyncio.sleep(0.05)
+            return len(database.collection("notes"))
+        finally:
+            engine.stop()
+            await task
+            await engine.close()
+
+    with served() as (server, url):
+        assert asyncio.run(run(server, url)) == 1
