@@ -13,6 +13,7 @@ from entidb.errors import ScopeError, SyncStateError, TransportError
 from entidb.protocol import PullRequest, PushRequest, SyncRequest
 from entidb.server.hooks import Grant
 from entidb.sync import BatchLimits
+from entidb.sync.apply.seam import Look
 from tests.support import Device, World, assert_in_step, assert_sound, lose, uid
 
 
@@ -408,19 +409,19 @@ def test_r31_a_scope_narrowed_while_a_widening_pulls_changes_leaves_no_table_beh
     assert_sound(a.db, world.server)
 
 
-def widen_after_adopting(device: Device, names: list[str]) -> None:
+def widen_after_looking(device: Device, names: list[str]) -> None:
     """Another thread widens the scope when the cycle has just looked for what to make pending."""
-    adopt = device.engine.applier.adopt
+    look = device.engine.applier.look
     once = [True]
 
-    def adopt_and_widen() -> bool:
-        more = adopt()
-        if not more and once:
+    def look_and_widen() -> Look:
+        found = look()
+        if once:
             once.clear()
             device.db.set_scope(names)
-        return more
+        return found
 
-    device.engine.applier.adopt = adopt_and_widen  # type: ignore[method-assign]
+    device.engine.applier.look = look_and_widen  # type: ignore[method-assign]
 
 
 def test_r31_what_was_written_outside_a_scope_survives_a_first_pull_that_brings_the_same() -> None:
@@ -428,7 +429,7 @@ def test_r31_what_was_written_outside_a_scope_survives_a_first_pull_that_brings_
     world.put(("tasks", 1, "theirs"))
     a = world.device(collections=("notes",))
     a.put(("tasks", 1, "mine"))
-    widen_after_adopting(a, ["notes", "tasks"])
+    widen_after_looking(a, ["notes", "tasks"])
     with contextlib.suppress(SyncStateError):
         a.sync()
     a.settle()
@@ -443,11 +444,13 @@ def test_r31_widening_before_a_pull_of_a_cycle_meets_what_the_server_has_as_a_co
     world.put(("tasks", 1, "theirs"), ("notes", 1, "x"))
     a.sync()
     a.put(("tasks", 1, "mine"))
-    widen_after_adopting(a, ["notes", "tasks"])
+    widen_after_looking(a, ["notes", "tasks"])
+    results = []
     with contextlib.suppress(SyncStateError):
-        a.sync()
-    result = a.sync()
-    assert [r.conflict.kind for r in result.conflicts] == ["create/create"]
+        results.append(a.sync())
+    results.append(a.sync())
+    met = [resolved.conflict.kind for result in results for resolved in result.conflicts]
+    assert met == ["create/create"]
     assert world.values("tasks") == {1: "theirs"}
 
 

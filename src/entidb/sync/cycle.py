@@ -23,7 +23,7 @@ from entidb.protocol import (
     SyncResponse,
 )
 from entidb.sync.apply.position import check_replica_of
-from entidb.sync.apply.seam import SyncApplier
+from entidb.sync.apply.seam import Look, SyncApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.exchange import Connection, Exchange, Flow, Step, check_not_back
 from entidb.sync.pulling import Pulling
@@ -61,32 +61,38 @@ class Cycle:
         if fresh:
             yield from self._connect()
         applier = self._exchange.applier
-        if applier.look().inflight is not None and (inflight := applier.inflight()):
+        look = applier.look()
+        if look.inflight is not None and (inflight := applier.inflight()):
             applier.doubt()
             self._exchange.enter(SyncState.PUSHING)
             yield from self._pushing.push_again(inflight)
+            look = applier.look()
         too_old: UpgradeRequiredError | None = None
         for _ in range(self._exchange.config.rounds_max):
             self.result.rounds += 1
             self._exchange.enter(SyncState.PULLING)
-            self._adopt()
+            look = self._adopted(look)
             if fresh:
                 # Not before what is in flight was settled: nothing else may touch that (R5).
                 self._pulling.heed_grant(self._exchange.connection.granted)
-                fresh = False
+                look, fresh = applier.look(), False
+            first = None
             try:
-                first = (yield from self._rounds.ask()) if self.result.rounds == 1 else None
-                yield from self._pulling.pull(first)
+                if look.ready and self.result.rounds == 1:
+                    first = yield from self._rounds.ask(look)
+                    look = applier.look()
+                yield from self._pulling.pull(look, first)
             except UpgradeRequiredError as error:
                 too_old = error
                 self._check_may_push(error)
-            self._adopt()
-            again = yield from self._pushing.push_ready()
+            look = self._adopted(applier.look())
+            again = yield from self._pushing.push_ready(look)
             if too_old is not None:
                 self._pushing.tell_kept_back()
                 raise too_old
             if not again:
                 break
+            look = applier.look()
         else:
             self.result.incomplete = True
         self._pushing.tell_kept_back()
@@ -137,6 +143,10 @@ class Cycle:
         if state.foreign or state.outdated:
             raise error
 
-    def _adopt(self) -> None:
-        while self._exchange.applier.adopt():
+    def _adopted(self, look: Look) -> Look:
+        """The device when nothing is left to be made pending (R29, R31)."""
+        while look.adopting:
+            self._exchange.applier.adopt()
             self._exchange.check()
+            look = self._exchange.applier.look()
+        return look

@@ -22,6 +22,7 @@ from entidb.protocol import (
     operations_count,
     payload_bytes,
 )
+from entidb.sync.apply.seam import Look
 from entidb.sync.exchange import Ahead, Exchange, Step, check_not_back, history_of
 from entidb.sync.grants import needs_grant
 from entidb.sync.state import SyncProgress, SyncState
@@ -43,29 +44,29 @@ class Pulling:
     _scope: list[str] | None = None
 
     def pull(
-        self, first: tuple[PullRequest, PullResponse] | None = None
+        self, look: Look, first: tuple[PullRequest, PullResponse] | None = None
     ) -> Generator[Step, SyncResponse | None, None]:
-        """Bring the database to the server's head, in one step for its readers (R20). ``first``
-        is a page that came already, with what it answers; where it does not fit any more, another
-        is asked for."""
+        """Bring the database to the server's head, in one step for its readers (R20). ``look`` is
+        the device as it is now, ``first`` a page that came already, with what it answers; where it
+        does not fit any more, another is asked for."""
         reason = "moving its floor while everything is being pulled"
         for _ in range(RESETS_MAX):
             try:
-                complete = yield from self._pull_once(first)
+                complete = yield from self._pull_once(look, first)
             except ResetRequiredError:
                 # R28: below the floor; everything is pulled again, the outbox stays.
                 self._exchange.applier.restart_stage(full=True)
-                first = None
+                look, first = self._exchange.applier.look(), None
                 continue
             except _GrantChanged as change:
                 # R31: nothing of that page counts, it was made under another grant.
                 reason = "changing what it grants while that is being pulled"
                 self.heed_grant(change.granted)
-                first = None
+                look, first = self._exchange.applier.look(), None
                 continue
             if complete:
                 return
-            first = None
+            look, first = self._exchange.applier.look(), None
         raise ServerError(f"the server keeps {reason}; sync again later")
 
     def heed_grant(self, granted: list[str] | None) -> None:
@@ -92,10 +93,9 @@ class Pulling:
             raise _GrantChanged(granted)
 
     def _pull_once(
-        self, first: tuple[PullRequest, PullResponse] | None
+        self, look: Look, first: tuple[PullRequest, PullResponse] | None
     ) -> Generator[Step, SyncResponse | None, bool]:
         """One try; False if the floor moved under a full pull, which then starts over."""
-        look = self._exchange.applier.look()
         if needs_grant(look.state):
             self.heed_grant(look.state.granted)
             look = self._exchange.applier.look()

@@ -51,11 +51,10 @@ class Pushing:
                 return
             self._settle(batch, response, None, following, total)
 
-    def push_ready(self) -> Generator[Step, SyncResponse | None, bool]:
+    def push_ready(self, look: Look) -> Generator[Step, SyncResponse | None, bool]:
         """Push what is ready, in batches that get through; whether a pull has to come before
         more. Ends: each turn settles, withdraws or keeps back transactions, or halves a limit."""
         applier = self._exchange.applier
-        look = applier.look()
         # What is committed from now on waits for the next cycle.
         until = look.sequence
         while look.ready:

@@ -38,14 +38,13 @@ class Rounds:
     _pushing: Pushing
 
     def ask(
-        self,
+        self, look: Look
     ) -> Generator[Step, SyncResponse | None, tuple[PullRequest, PullResponse] | None]:
         """The first page of the pull, with the request that it answers; what was pushed with it is
         settled. None where nothing was asked: then a pull is asked for as ever."""
         exchange = self._exchange
         if FEATURE not in exchange.connection.features:
             return None
-        look = exchange.applier.look()
         if not look.ready or not _is_plain(look):
             return None
         batch = exchange.applier.prepare(self._limits(look))
