@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import __main__ as program
+from benchmarks.compare import Pair, main, measured, table
 from benchmarks.figures import Target, figure, percentile
 from benchmarks.world import World
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 N = 40
+ROOT = Path(__file__).parent.parent
 
 #: What each benchmark has to say at least.
 FIGURES = {
@@ -110,3 +113,35 @@ def test_a_percentile_is_one_of_the_values_measured():
     assert percentile(values, 0.5) == 100.0
     assert percentile(values, 0.99) == 198.0
     assert percentile([7.0], 0.99) == 7.0
+
+
+def test_two_versions_are_measured_in_turn_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def measured(source: Path, name: str, size: int | None, directory: Path) -> Any:
+        asked.append("new" if source.is_relative_to(ROOT) else "old")
+        return {(name, "rate", 5): (50.0 if asked[-1] == "new" else 100.0, "entities/s")}
+
+    monkeypatch.setattr("benchmarks.compare.measured", measured)
+    (tmp_path / "checkout" / "src" / "entidb").mkdir(parents=True)
+    main([str(tmp_path / "checkout"), "push:5", "--rounds", "2", "--dir", str(tmp_path)])
+    assert asked == ["new", "old", "old", "new"]
+    assert "| 100 entities/s | 50 entities/s | 2.00 (2.00 to 2.00) | 2 |" in capsys.readouterr().out
+
+
+def test_a_benchmark_runs_on_the_sources_that_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "src"
+    (source / "entidb").mkdir(parents=True)
+    (source / "entidb" / "__init__.py").write_text("raise SystemExit('these sources')")
+    assert measured(source, "idle", N, tmp_path) == {}
+    assert capsys.readouterr().err == f"idle failed on {source}: these sources\n"
+
+
+def test_what_takes_longer_is_above_one_for_rates_and_for_times() -> None:
+    assert Pair(100, 50, "entities/s").times == Pair(100, 50, "transactions/CPU s").times == 2
+    assert Pair(100, 50, "ms").times == Pair(100, 50, "MB").times == 0.5
+    assert table({("push", "rate", 5): [Pair(1, 2, "ms"), Pair(1, 3, "ms")]}).count("2.50") == 1
