@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +35,7 @@ _SUFFIX: Final = ".devices"
 _BYTES_MAX: Final = 64 * 2**20
 _DAY_MS: Final = 24 * 3600 * 1000
 _CLIENT_CHARS_MAX: Final = 100
+_VERDICT_OF: Final = attrgetter("verdict")
 
 
 class Device(Struct, omit_defaults=True):
@@ -151,8 +154,7 @@ class Registry:
             if code is not None:
                 row.error, row.error_ms = code, now
             if answer is not None:
-                for result in answer.results:
-                    _count(row, result.verdict)
+                _count(row, answer)
 
     def _row(self, request: SyncRequest) -> Device:
         book = self._books.get(request.db_id)
@@ -278,15 +280,13 @@ class Registry:
         return [row for row in newest if row.last_ms >= since]
 
 
-def _count(row: Device, verdict: int) -> None:
-    if verdict == Verdict.ACCEPTED:
-        row.accepted += 1
-    elif verdict == Verdict.CONFLICT:
-        row.conflicts += 1
-    elif verdict == Verdict.REJECTED:
-        row.rejected += 1
-    else:
-        row.superseded += 1
+def _count(row: Device, answer: PushResponse) -> None:
+    # Thousands of them, with the lock held.
+    counts = Counter(map(_VERDICT_OF, answer.results))
+    row.accepted += counts[Verdict.ACCEPTED]
+    row.conflicts += counts[Verdict.CONFLICT]
+    row.rejected += counts[Verdict.REJECTED]
+    row.superseded += counts[Verdict.SUPERSEDED]
 
 
 def _copy(row: Device) -> Device:
@@ -316,7 +316,9 @@ def client_text(user_agent: str | None) -> str | None:
     """What a client calls itself, as it may stand in a file and on a terminal."""
     if not user_agent:
         return None
-    return "".join(c if c.isprintable() else "?" for c in user_agent[:_CLIENT_CHARS_MAX])
+    text = user_agent[:_CLIENT_CHARS_MAX]
+    # As nearly always; this is asked for each request.
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 __all__ = ["DEVICES_MAX", "About", "Device", "Registry", "client_text"]
