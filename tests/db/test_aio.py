@@ -717,10 +717,7 @@ def test_a_query_on_a_snapshot_still_deletes_nothing(plain: Database) -> None:
     on(plain, program)
 
 
-def test_the_feed_finds_what_another_process_has_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("entidb.db.awaited_feed._LOOK_S", 0.01)
+def test_the_feed_finds_what_another_process_has_committed(tmp_path: Path) -> None:
     code = (
         "import sys; from entidb import Database; db = Database.open(sys.argv[1]); "
         "db['notes'].add('from elsewhere'); db.close()"

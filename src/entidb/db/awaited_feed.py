@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from entidb.db.core import Core
 from entidb.db.feed import ChangeEvent, ChangeFeed
-from entidb.db.listeners import add_listener
+from entidb.db.observing import add_observer
 from entidb.db.settings import cursor_of
 
 #: Events that are read at a time while a feed is awaited: few milliseconds of the loop.
 _EVENTS_AT_ONCE: Final = 200
-#: Seconds between two looks for what other processes have committed, who tell nobody here.
-_LOOK_S: Final = 1.0
 
 
 class AsyncChanges:
@@ -32,9 +29,7 @@ class AsyncChanges:
 
     async def __aiter__(self) -> AsyncIterator[ChangeEvent]:
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        stop = add_listener(
-            self._core._observers.listeners, lambda event: call_on(loop, news.set), "changes"
-        )
+        stop = add_observer(self._core, lambda event: call_on(loop, news.set), "changes")
         try:
             while True:
                 news.clear()
@@ -42,9 +37,7 @@ class AsyncChanges:
                     yield event
                     if not number % _EVENTS_AT_ONCE:
                         await asyncio.sleep(0)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_S):
-                        await news.wait()
+                await news.wait()
         finally:
             stop()
 

@@ -23,9 +23,9 @@ from entidb.db.identity import stored_role
 from entidb.db.indexed import Indexed
 from entidb.db.indexing import Index
 from entidb.db.leaving import check_may_go
-from entidb.db.listeners import add_listener
 from entidb.db.maintenance import sweep_garbage, verify
 from entidb.db.observers import Observer
+from entidb.db.observing import add_observer
 from entidb.db.plain import Keep
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import (
@@ -74,7 +74,8 @@ class Database(Indexed):
         (
             *("attach_engine", "begin_history", "clock", "column_order", "commit_mark"),
             *("commit_one", "commit_writes", "created_ms", "detach_engine", "entropy", "history"),
-            *("in_transaction", "keep_column_order", "moment", "moment_of", "on_commit"),
+            *("hear_others", "in_transaction", "keep_column_order", "moment", "moment_of"),
+            *("index_functions", "on_commit", "read_only"),
             *("read_catalogue", "read_head", "storage", "tells_observers", "view", "where"),
             *("transaction_bytes_max", "write"),
         )
@@ -345,13 +346,7 @@ class Database(Indexed):
         and the commit returns: it is durable and cannot fail any more. (Ctrl-C and other
         ``BaseException`` go on to whoever commits, after the other observers.) Raises
         ``ConfigError`` for what cannot be called, and for an ``async def``."""
-        observers = self._observers
-        if not observers.listeners:
-            observers.begin(self.read_head().sequence)
-        end = add_listener(observers.listeners, observer, "observe")
-        if self.storage.shared:
-            self._hearing.start()
-        return end
+        return add_observer(self, observer, "observe")
 
     def tells_observers(self, thread: int | None) -> bool:
         """Whether ``thread`` is calling observers now."""
