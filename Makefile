@@ -65,6 +65,7 @@ bench: $(STAMP)
 vectors: $(STAMP)
 	$(BIN)/python scripts/make_vectors.py
 	$(BIN)/python scripts/make_conversations.py
+	$(BIN)/python scripts/make_reference.py
 
 # No registry address may stand in the lock: it is the installing machine that knows its registry.
 lock: $(STAMP)

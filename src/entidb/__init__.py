@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from entidb.db import ChangeEvent as ChangeEvent
     from entidb.db import ChangeFeed as ChangeFeed
     from entidb.db import Collection as Collection
+    from entidb.db import CommitEvent as CommitEvent
     from entidb.db import Database as Database
+    from entidb.db import DiscardedTransaction as DiscardedTransaction
+    from entidb.db import EntityInfo as EntityInfo
     from entidb.db import F as F
     from entidb.db import Index as Index
+    from entidb.db import OverruledValue as OverruledValue
     from entidb.db import Query as Query
     from entidb.db import Snapshot as Snapshot
     from entidb.db import Transaction as Transaction
+    from entidb.db import migrate as migrate
     from entidb.errors import AuthenticationError as AuthenticationError
     from entidb.errors import CborDecodeError as CborDecodeError
     from entidb.errors import CborEncodeError as CborEncodeError
@@ -76,19 +81,23 @@ if TYPE_CHECKING:
     from entidb.sync import ConflictResolution as ConflictResolution
     from entidb.sync import DatabaseApplier as DatabaseApplier
     from entidb.sync import HttpClient as HttpClient
+    from entidb.sync import HttpConfig as HttpConfig
     from entidb.sync import HttpTransport as HttpTransport
     from entidb.sync import LoopbackClient as LoopbackClient
     from entidb.sync import LoopbackServer as LoopbackServer
     from entidb.sync import MemorySyncApplier as MemorySyncApplier
+    from entidb.sync import Merge as Merge
     from entidb.sync import MockTransport as MockTransport
     from entidb.sync import RetryConfig as RetryConfig
     from entidb.sync import SyncApplier as SyncApplier
     from entidb.sync import SyncConfig as SyncConfig
     from entidb.sync import SyncCycleResult as SyncCycleResult
     from entidb.sync import SyncEngine as SyncEngine
+    from entidb.sync import SyncProgress as SyncProgress
     from entidb.sync import SyncResult as SyncResult
     from entidb.sync import SyncState as SyncState
     from entidb.sync import SyncStats as SyncStats
+    from entidb.sync import SyncStatus as SyncStatus
     from entidb.sync import SyncTransport as SyncTransport
 
 __version__: Final = VERSION
@@ -106,6 +115,11 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "F",
         "Index",
         "Query",
+        "CommitEvent",
+        "DiscardedTransaction",
+        "EntityInfo",
+        "OverruledValue",
+        "migrate",
     ),
     "entidb.sync": (
         "AsyncSyncEngine",
@@ -114,6 +128,10 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "RetryConfig",
         "SyncState",
         "SyncStats",
+        "HttpConfig",
+        "Merge",
+        "SyncProgress",
+        "SyncStatus",
         "SyncCycleResult",
         "SyncResult",
         "SyncApplier",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from entidb.db import Database, Role
-from entidb.db.migrate import Migrated, migrate
+from entidb.db.migrating import Migrated, migrate
 from entidb.errors import ConfigError, InvalidNameError, ScopeError, ValueTypeError
 from entidb.sync import SyncConfig, SyncEngine
 from entidb.sync.http import HttpTransport

@@ -14,7 +14,7 @@ from entidb.cli.exits import UsageError
 from entidb.cli.output import one_line, plural, progress, say
 from entidb.cli.values import print_json
 from entidb.cli.words import bind, existing_collection, json_option, opened, words
-from entidb.db.migrate import BATCH, migrate
+from entidb.db.migrating import BATCH, migrate
 
 
 @click.command("migrate")

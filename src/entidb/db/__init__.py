@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Final
 from entidb.db.collection import Collection, ReadCollection, TransactionCollection
 from entidb.db.conditions import Condition, F
 from entidb.db.database import Database
+from entidb.db.entity_info import EntityInfo
 from entidb.db.feed import ChangeEvent, ChangeFeed
 from entidb.db.index_care import IndexStatus
 from entidb.db.indexing import Index
 from entidb.db.maintenance import dump, inspect, purge_tombstones
-from entidb.db.migrate import Migrated, migrate
+from entidb.db.migrating import Migrated, migrate
 from entidb.db.observers import CommitEvent
 from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import OverruledValue
@@ -36,6 +37,7 @@ __all__ = [
     "Condition",
     "Database",
     "DiscardedTransaction",
+    "EntityInfo",
     "F",
     "Migrated",
     "OverruledValue",

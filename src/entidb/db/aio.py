@@ -284,6 +284,7 @@ class AsyncTransaction(Draft):
 
     @property
     def id(self) -> uuid.UUID:
+        """What names it on its whole way (R3)."""
         return uuid_from_bytes(self.transaction_id)
 
     async def commit(self) -> int:

@@ -77,6 +77,7 @@ class DiscardedTransaction(Struct, frozen=True):
 
     @property
     def id(self) -> uuid.UUID:
+        """What named it on its whole way (R3)."""
         return uuid_from_bytes(self.transaction_id)
 
     def values(self) -> list[tuple[str, uuid.UUID, Any]]:

@@ -90,6 +90,7 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
 
     @property
     def entity_id(self) -> uuid.UUID:
+        """The entity in which the value was."""
         return uuid_from_bytes(self.id_bytes)
 
     @property

@@ -74,6 +74,7 @@ class Snapshot(Explored):
         return self.collection(name)
 
     def collections(self) -> list[str]:
+        """Names of the collections that existed, in order."""
         return sorted(self._rows.catalogue.by_name)
 
     def close(self) -> None:

@@ -101,6 +101,7 @@ class Transaction(Explored):
 
     @property
     def id(self) -> uuid.UUID:
+        """What names it on its whole way (R3)."""
         return uuid.UUID(bytes=self.transaction_id)
 
     @overload

@@ -82,6 +82,7 @@ class Conflict(Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def entity_id(self) -> uuid.UUID:
+        """The entity that is in conflict."""
         return uuid_from_bytes(self.id_bytes)
 
     # The values are decoded anew each time they are asked for. A policy may therefore build its

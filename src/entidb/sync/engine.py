@@ -269,10 +269,12 @@ class SyncEngine(Decisions, Listening):
 
     @property
     def state(self) -> SyncState:
+        """Where it is in a cycle."""
         return self._state
 
     @property
     def closed(self) -> bool:
+        """Whether ``close`` was called."""
         return self._closed
 
     @property

@@ -1,0 +1,124 @@
+"""Writes `docs/reference.md`: the methods of what programs hold, from their docstrings.
+
+A test compares the page with this, and sees to it that every method has a docstring. Running it
+twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import entidb
+from entidb import db, sync
+
+TARGET: Final = Path(__file__).parent.parent / "docs" / "reference.md"
+COLUMNS: Final = 118
+HEAD: Final = """# Methods
+
+What the objects of a program can do, from their docstrings: `help(entidb.Database)` shows the
+same. [Public names](api.md) says which names there are, and [Errors](errors.md) what they raise.
+"""
+#: In the order of the page.
+CLASSES: Final[tuple[type[Any], ...]] = (
+    entidb.Database,
+    entidb.Collection,
+    entidb.Query,
+    entidb.Transaction,
+    entidb.Snapshot,
+    entidb.ChangeFeed,
+    entidb.ChangeEvent,
+    db.EntityInfo,
+    db.Index,
+    entidb.AsyncDatabase,
+    db.AsyncCollection,
+    db.AsyncTransaction,
+    entidb.SyncEngine,
+    entidb.AsyncSyncEngine,
+    entidb.SyncCycleResult,
+    sync.SyncStatus,
+    entidb.Conflict,
+    entidb.ConflictResolution,
+    db.DiscardedTransaction,
+    db.OverruledValue,
+)
+#: Of the mapping that a collection is, what Python says of it.
+OF_MAPPINGS: Final = {
+    "get": "As `dict.get`.",
+    "items": "The pairs of id and value, in the order of ids; each iteration from one snapshot.",
+    "keys": "The ids, in order.",
+    "values": "The values, in the order of ids; each iteration from one snapshot.",
+}
+
+
+def members(kind: type[Any]) -> Iterator[tuple[str, Any]]:
+    """The public methods and properties of ``kind``, without plumbing."""
+    hidden = getattr(kind, "plumbing", frozenset()) | {"plumbing"}
+    for name in sorted(dir(kind)):
+        found = inspect.getattr_static(kind, name)
+        if name.startswith("_") or name in hidden:
+            continue
+        if callable(getattr(kind, name, None)) or is_property(found):
+            yield name, found
+
+
+def is_property(found: Any) -> bool:
+    return isinstance(found, (property, cached_property))
+
+
+def said_of(kind: type[Any], name: str, found: Any) -> str | None:
+    """The docstring of a member; that of the class below, where it has none of its own."""
+    if name in OF_MAPPINGS and issubclass(kind, db.ReadCollection):
+        return OF_MAPPINGS[name]
+    if kind is entidb.AsyncSyncEngine and not inspect.getdoc(getattr(kind, name)):
+        # The same, awaited.
+        return inspect.getdoc(getattr(entidb.SyncEngine, name, entidb.SyncStats))
+    function = getattr(found, "func", None) or getattr(found, "fget", None) or found
+    return inspect.getdoc(function) or inspect.getdoc(getattr(kind, name))
+
+
+def signature_of(kind: type[Any], name: str, found: Any) -> str:
+    if is_property(found):
+        return name
+    function = getattr(found, "__func__", found)
+    word = "await " if inspect.iscoroutinefunction(function) else ""
+    own = isinstance(found, (classmethod, staticmethod))
+    parameters = list(inspect.signature(function).parameters.values())
+    if not isinstance(found, staticmethod):
+        parameters = parameters[1:]
+    given = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
+    return f"{word}{f'{kind.__name__}.' if own else ''}{name}{given}"
+
+
+def prose(text: str) -> Iterator[str]:
+    """A docstring as Markdown, in lines that fit."""
+    text = re.sub(r"``(.+?)``", r"`\1`", text)
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith("    "):
+            yield f"```text\n{textwrap.dedent(paragraph)}\n```"
+        else:
+            words = " ".join(paragraph.split())
+            yield textwrap.fill(words, COLUMNS, break_long_words=False, break_on_hyphens=False)
+
+
+def page() -> str:
+    parts = [HEAD.rstrip()]
+    for kind in CLASSES:
+        parts.append(f"## {kind.__name__}")
+        parts += prose(inspect.getdoc(kind) or "")
+        for name, found in members(kind):
+            said = said_of(kind, name, found)
+            assert said, f"{kind.__name__}.{name} has no docstring"
+            parts.append(f"```text\n{signature_of(kind, name, found)}\n```")
+            parts += prose(said)
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
+    print(f"wrote {TARGET.name}: {len(CLASSES)} classes")
