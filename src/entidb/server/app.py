@@ -8,7 +8,7 @@
     opener thread  opens databases; the housekeeper closes and purges
 
 Every request holds bytes of one budget while its body and answer are in memory, so that however
-many clients send slowly or stop reading, memory is bounded; and nobody gets all of it: what one
+many clients send slowly or stop reading, memory is bounded; and no client gets all of it: what one
 subject sends and what one database answers leaves room for others. What a request means is decided
 in ``server`` and ``service``; this module moves bytes, and knows ASGI.
 """
@@ -196,7 +196,7 @@ class SyncApp:
                 else:
                     await send_answer(exchange, response, send, self._config.write_timeout_s)
             except GoneError as gone:
-                # Nobody is there to be answered; what was committed stays.
+                # The client has gone; what was committed stays.
                 exchange.gone = str(gone)
         self._note(exchange)
 
@@ -286,7 +286,7 @@ class SyncApp:
             raise
 
     def _give_back(self, opening: Future[Store]) -> None:
-        """Nobody waits for this one any more, but it was opened, and counts as used."""
+        """No request waits for this one any more, but it was opened, and counts as used."""
         if not opening.cancelled() and opening.exception() is None:
             self.server.stores.release(opening.result())
 
@@ -354,8 +354,8 @@ class SyncApp:
             held.charge(("database", request.db_id))
             response: HttpResponse
             if store.service.is_recent(request) and held.try_reserve(room):
-                # What somebody has just pushed, for everybody else: at once, and without waiting
-                # in front of the reader, behind somebody's first sync.
+                # What one device has just pushed, for all others: at once, and without waiting in
+                # front of the reader, behind another device's first sync.
                 response = self._page(store, request, grant, exchange.headers, wrapped)
                 held.resize(len(response.body))
                 return response
@@ -426,8 +426,8 @@ class SyncApp:
         def done(answer: PushResponse | SyncError) -> None:
             running.ready.append((future, answer))  # on the writer's thread
 
-        # The front gives the store back, and not whoever awaits the answer: that may have been
-        # cancelled, and the push goes on all the same.
+        # The front gives the store back, and not the task that awaits the answer: that may have
+        # been cancelled, and the push goes on all the same.
         self.server.front.push(store, request, grant, done)
         answer = await future
         if isinstance(answer, SyncError):

@@ -1,9 +1,9 @@
 """Who may do what: bearer tokens, and what they grant.
 
 A token is a JWT (RFC 7519) with ``sub``, ``aud``, ``exp`` and ``databases``, and mostly a ``jti``
-by which it can be revoked. Programs can bring an ``Authenticator`` of their own. Nothing here
-knows of HTTP, and nobody is told whether a database exists. What tokens are signed with is in
-``keys`` and ``jwks``, making them in ``minting``.
+by which it can be revoked. Programs can bring an ``Authenticator`` of their own. Nothing here knows
+of HTTP, and no answer shows whether a database exists. What tokens are signed with is in ``keys``
+and ``jwks``, making them in ``minting``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from entidb.server.keys import FileKeys, FixedKeys, Key, KeySet, KeySource, secr
 from entidb.types import Clock, SystemClock
 
 TOKEN_BYTES_MAX: Final = 8192
-#: The database name that stands for all of them, where a token says so on purpose.
+#: The database name that means all of them, where a token names it on purpose.
 ALL_DATABASES: Final = "*"
 _CACHE_MAX: Final = 4096
 
@@ -187,7 +187,8 @@ class JwtAuthenticator:
             head = jwt.get_unverified_header(token)
             key, claims = self._signed(token, head, keys)
         except (jwt.InvalidTokenError, ValueError, TypeError, RecursionError) as error:
-            # Which check failed is for whoever made the token, and not for whoever tries one.
+            # Which check failed is for the maker of the token, and not for a stranger who tries
+            # one.
             raise _invalid() from error
         begin, end = _time(claims.get("nbf", 0)), _time(claims["exp"])
         if not claims["sub"]:

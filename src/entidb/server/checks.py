@@ -2,7 +2,7 @@
 
 That takes seconds for each GiB, and happens where the server ended without closing: then with every
 database that was open. So it is done on a thread of its own, one file at a time, and who asks for
-such a database meanwhile is told to come again; all others are served as ever.
+such a database meanwhile gets the answer to come again; all others are served as ever.
 
 Not here: what is looked for (``storage``).
 """
@@ -61,7 +61,7 @@ class Checks:
             if where in self._running:
                 return self._running[where]
             done = self._running[where] = threading.Event()
-        # Whoever waits for the process to end does not wait for this: nothing is changed.
+        # The end of the process does not wait for this: nothing is changed.
         threading.Thread(
             target=self._check, args=(where, done), name="entidb-checker", daemon=True
         ).start()

@@ -229,7 +229,7 @@ class ServerConfig:
             raise ConfigError("upcast needs schema, the number of what it makes")
 
     def limits(self) -> Limits:
-        """What the handshake tells devices."""
+        """The limits that the handshake names to devices."""
         return Limits(
             transaction_bytes_max=self.transaction_bytes_max,
             message_bytes_max=self.body_bytes_max,
@@ -248,7 +248,7 @@ class ServerConfig:
         return _load_hook("upcast", self.upcast)
 
 
-#: Settings that tell who may do what.
+#: Settings that decide who may do what.
 WAYS_TO_KNOW: Final = (
     "jwt_secret_file",
     "jwt_secret_env",
@@ -328,7 +328,8 @@ def _load_hook(setting: str, hook: str | Callable[..., Any] | None) -> Callable[
 
 
 def _check_not_async(name: str, function: object) -> None:
-    """It is called from a thread that no event loop runs in; nobody would await what it returns."""
+    """It is called from a thread that no event loop runs in; nothing would await what it
+    returns."""
     called = getattr(function, "__call__", None)  # noqa: B004, an object may be a function too
     for each in (function, called, getattr(function, "func", None)):
         if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):

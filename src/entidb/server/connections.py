@@ -2,10 +2,9 @@
 end to those that never ask and those that never read.
 
 A device that syncs in the background keeps its connection between two cycles and does nothing with
-it. So idle connections do not count against anybody: when all are taken, the one that has been
-idle for longest is closed for the new one, and its device makes another when it has something to
-say. Only when every connection is being answered is a request told to come again, and its
-connection closed.
+it. So idle connections do no harm: when all are taken, the one that has been idle for longest is
+closed for the new one, and its device makes another when it has something to say. Only when every
+connection is being answered does a request get the answer to come again, and its connection closed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ logger = logging.getLogger("entidb.server")
 _HEAD_BYTES_MAX: Final = 64 * 1024
 #: Seconds that a connection gets before its first request comes, even when all are taken.
 _FIRST_WORD_S: Final = 1.0
-#: Connections beyond the limit that are told so; more are closed without a word.
+#: Connections beyond the limit that get an answer; more are closed without one.
 _TOLD_SHARE: Final = 10
 _TOLD_MIN: Final = 16
 #: Seconds, spread over twice as much, until one who was turned away may come again.
@@ -62,7 +61,7 @@ class Connections:
         self.new: OrderedDict[Connection, float] = OrderedDict()
 
     def enter(self, connection: Connection) -> bool:
-        """Count ``connection``. False if there is not even time to tell it that it has to go."""
+        """Count ``connection``. False if there is not even time to answer that it has to go."""
         self.count += 1
         self.new[connection] = self._clock()
         return self.count <= self._told_most
@@ -111,9 +110,9 @@ class Connections:
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, within limits.
 
-    uvicorn itself waits for ever for the head of a first request, takes heads of any size, keeps
-    what a client does not read until that one goes away by itself, and counts idle connections
-    like busy ones.
+    uvicorn itself waits without end for the head of a first request, takes heads of any size, keeps
+    what a client does not read until that one goes away by itself, and counts idle connections like
+    busy ones.
     """
 
     #: Set by ``connection_class``.
@@ -275,6 +274,6 @@ def raise_file_limit(needed: int) -> int | None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         except (OSError, ValueError):
-            # Some systems have a limit below the one they tell of; then it stays as it is.
+            # Some systems have a limit below the one that they report; then it stays as it is.
             logger.debug("the limit of %d open files could not be raised", soft)
     return soft

@@ -1,9 +1,9 @@
 """What the administrator of a server has decided: who is revoked (R32), and which database is
 frozen.
 
-It is one small file in the data directory, written durably before anybody is told, and read again
-within a second by every process that serves the directory. A server that cannot read it does not
-start: it would let in who was locked out. Not here: who may decide (``admin``).
+It is one small file in the data directory, written durably before the answer, and read again within
+a second by every process that serves the directory. A server that cannot read it does not start: it
+would let in who was locked out. Not here: who may decide (``admin``).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Frozen(Struct, frozen=True, omit_defaults=True):
 
 
 class Decided(Struct, frozen=True, omit_defaults=True):
-    """All of it, as it stands in the file."""
+    """All of it, as the file has it."""
 
     version: int = _VERSION
     revoked: tuple[Revoked, ...] = ()
@@ -160,9 +160,9 @@ class Control:
     # ------------------------------------------------------------ decided by an administrator
 
     def revoke(self, entry: Revoked) -> None:
-        """Durable when it returns. Whoever is revoked already stays so since when he was. Raises
-        ``ConfigError`` for too many entries, ``DatabaseLockedError`` if another process changes
-        the file for long, ``OSError``."""
+        """Durable when it returns. A subject that is revoked already keeps the time of its
+        revocation. Raises ``ConfigError`` for too many entries, ``DatabaseLockedError`` if another
+        process changes the file for long, ``OSError``."""
         now = self._clock.now_ms()
 
         def change(decided: Decided) -> Decided:

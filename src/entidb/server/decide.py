@@ -172,12 +172,12 @@ class Deciding:
             return "forbidden", f"this token may not write collection {name!r}"
         info = self._writer.catalogue.by_name.get(name)
         if info is not None and not info.synced:
-            # A collection that is local on the server is nobody else's (R31).
+            # A collection that is local on the server is for no device (R31).
             return "forbidden", f"this token may not write collection {name!r}"
         return None
 
     def run(self, values: list[list[Any]]) -> list[PushResult]:
-        """The verdicts in order; ``values`` is empty where nobody will see them."""
+        """The verdicts in order; ``values`` is empty where no hook will see them."""
         writer, transactions = self._writer, self._request.transactions
         ids = [t.transaction_id for t in transactions]
         known = writer.accepted(ids)
@@ -321,7 +321,7 @@ class Deciding:
         digest: bytes,
         keys: list[bytes | None],
     ) -> PushResult:
-        """R14: decided once, for ever."""
+        """R14: decided once, for good."""
         version, accepted_digest = decode_accepted(known)
         raws = [
             # Accepted under another token; what was clamped is the device's own (R31).
@@ -330,7 +330,7 @@ class Deciding:
         ]
         same, states = digest == accepted_digest, list[ServerState]()
         if not same and digest_stored_newer(digest) == accepted_digest:
-            # What was stored then can be told for as long as nothing has replaced it (R33).
+            # What was stored then can be answered for as long as nothing has replaced it (R33).
             same = all(raw is not None and version_of(raw) == version for raw in raws)
             stored = [None if raw is None else payload_of(raw) for raw in raws]
             states = _stored_instead(transaction, stored, version)
@@ -437,7 +437,7 @@ def _with_payloads(
 def _stored_instead(
     transaction: PushTransaction, payloads: Sequence[bytes | None], version: int
 ) -> list[ServerState]:
-    """What the device has to be told: it would believe that its own bytes are here (R33)."""
+    """What the answer has to say: the device would believe that its own bytes are here (R33)."""
     pairs = zip(transaction.operations, payloads, strict=True)
     return [
         ServerState(op.collection, op.entity_id, version, made)

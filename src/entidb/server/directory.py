@@ -51,7 +51,7 @@ class DataDirectory:
             except HeldError as error:
                 if error.holder != str(os.getpid()):
                     raise
-            # A server that nobody refers to any more may still wait for the collector.
+            # A server without references may still wait for the collector.
             gc.collect()
             return cls._lock(root)
         except HeldError as error:
@@ -72,7 +72,7 @@ class DataDirectory:
         return cls(root, locks)
 
     def release(self) -> None:
-        """Idempotent. Leaves no lock file behind; who dies does, which does no harm."""
+        """Idempotent. Leaves no lock file behind; a killed process does, which does no harm."""
         with contextlib.suppress(OSError):
             if self._locks[0].descriptor >= 0 and is_at(self._lock_path, self._locks[0].descriptor):
                 os.unlink(self._lock_path)

@@ -22,14 +22,14 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-#: Seconds that a refused request gets to finish sending what nobody will read: a client that is
-#: cut off while it sends sees a broken connection and not the reason.
+#: Seconds that a refused request gets to finish sending what the server will not read: a client
+#: that is cut off while it sends sees a broken connection and not the reason.
 _DRAIN_S: Final = 5.0
 #: Characters of one value in a line of the access log.
 _LOGGED_MAX: Final = 500
 
 
-#: Codes for what nobody may know whether it is there.
+#: Codes for things whose existence an answer must not show.
 _STRANGERS: Final = frozenset(("forbidden", "unknown_database", "invalid_message"))
 
 
@@ -126,7 +126,7 @@ class Exchange:
         return piece, more
 
     def tell(self, registry: Registry) -> None:
-        """Tell of the device, if its token grants the database at all."""
+        """Note the device, if its token grants the database at all."""
         if self.request is None or self.grants is None or self.code in _STRANGERS:
             return
         registry.heard(

@@ -72,7 +72,7 @@ class Front:
         self._creates = config.create_databases
 
     def announce(self, feature: str) -> None:
-        """Name ``feature`` in handshakes from now on: of whoever serves this over a network."""
+        """Name ``feature`` in handshakes from now on: for code that serves this over a network."""
         if feature not in self._features:
             self._features.append(feature)
 
@@ -82,7 +82,7 @@ class Front:
         """Raises ``AuthenticationError``."""
         grants: object = self._authenticator(token)
         if not isinstance(grants, Grants):
-            # A program's own authenticator; it is the operator who has to hear of this.
+            # A program's own authenticator; its operator has to learn of this.
             raise TypeError(f"the authenticator answered {grants!r:.100} and not Grants")
         return grants
 
@@ -126,7 +126,7 @@ class Front:
     def _missing(
         self, request: SyncRequest, grant: Grant, error: PermissionDeniedError
     ) -> SyncError:
-        """What a device is told whose database is not there. To one that could have it made anew
+        """The answer for a device whose database is not there. To one that could have it made anew
         it is as if that had another history: the application chooses (R29)."""
         anew = grant.write and self._creates and request.history is not None
         if error.code != "unknown_database" or not anew or not is_db_id(request.db_id):
@@ -204,7 +204,7 @@ class Front:
         return encode_round(self.read(store, unseen(request, answer), grant), answer)
 
     def explain(self, error: Exception, rid: str) -> ErrorResponse:
-        """What the client is told; what it is not told goes to the log, under the same id."""
+        """The answer to the client; what it leaves out goes to the log, under the same id."""
         if wire.is_internal(error):
             logger.error("request %s failed", rid, exc_info=error)
         answer = wire.failure(error, rid)

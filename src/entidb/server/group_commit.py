@@ -1,8 +1,8 @@
 """Group commit: pushes of many devices in one storage commit (R16).
 
-One thread per database takes everything that has queued up while the last commit was syncing,
-has it decided and committed at once, and tells every member. What is decided is ``service``'s.
-Where threads are not wanted, somebody else says when that is done (``Schedule``).
+One thread per database takes everything that has queued up while the last commit was syncing, has
+it decided and committed at once, and answers every member. ``service`` decides. Where threads are
+not wanted, the caller says when that is done (``Schedule``).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class GroupCommitter:
     none, and what has queued up is committed when that calls back.
 
     ``done`` is called on that thread, once per submitted push, after the commit that covers it is
-    durable; it must be quick and must not raise. ``on_failure`` is told of storage errors, after
-    which the owner closes the database and opens it again (R17).
+    durable; it must be quick and must not raise. ``on_failure`` is called with storage errors,
+    after which the owner closes the database and opens it again (R17).
     """
 
     def __init__(

@@ -28,8 +28,8 @@ class Grant(Struct, frozen=True):
 
     @property
     def named(self) -> list[str] | None:
-        """The collections as they are told to the device (R31), which would refuse an answer with
-        a name that no collection can have."""
+        """The collections as answers name them to the device (R31), which would refuse an answer
+        with a name that no collection can have."""
         return None if self.collections is None else sorted(filter(_is_name, self.collections))
 
 
@@ -109,8 +109,8 @@ ValidateHook = Callable[[ValidateContext, ValidateTransaction], Refusal | None]
 
 
 def sendable(refusal: Refusal) -> Refusal:
-    """A hook's words as they may cross the network and end on somebody's terminal. A device
-    believes no refusal without a code, and would ask again for ever."""
+    """A hook's words as they may cross the network and end on a terminal. A device believes no
+    refusal without a code, and would ask again without end."""
     code = "".join(c for c in refusal.code[:_CODE_CHARS_MAX] if c.isprintable())
     message = "".join(
         c if c.isprintable() else " " for c in refusal.message[:_MESSAGE_CHARS_MAX]

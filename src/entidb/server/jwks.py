@@ -1,8 +1,8 @@
 """The keys of an identity provider, fetched from its JWKS address and kept.
 
 A fetch happens on a thread of its own and never while a request waits for it: in the background
-when the keys are old, and, at most every ten seconds, when a token names a key that is not known.
-Such a request is told to come again. A provider that is down or answers nonsense changes nothing:
+when the keys are old, and, at most every ten seconds, when a token names an unknown key. Such a
+request gets the answer to come again. A provider that is down or answers nonsense changes nothing:
 the last good keys stay. Not here: what is a key (``keys``).
 """
 
@@ -86,7 +86,7 @@ class RemoteKeys:
         except ConfigError as error:
             logger.error("%s; the last good keys stay: %s", error, self._keys.words())
         except Exception:
-            # A thread that dies of our own mistake would leave every token waiting.
+            # A thread that ends by a bug of ours would leave every token waiting.
             logger.exception("fetching keys failed")
         finally:
             self._fetching = False
@@ -133,7 +133,7 @@ def _is_here(host: str) -> bool:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Whoever redirects decides where the keys come from."""
+    """Refuses redirects: they would decide where the keys come from."""
 
     def redirect_request(self, *arguments: Any, **named: Any) -> None:
         return None

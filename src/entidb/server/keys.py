@@ -63,7 +63,7 @@ class KeySet:
     """Keys by ``kid``. Never changed: a new state is a new object."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
-        """Raises ``ConfigError`` for a ``kid`` that stands twice, and for too many keys."""
+        """Raises ``ConfigError`` for a repeated ``kid``, and for too many keys."""
         self.keys: Final = tuple(keys)
         self._by_kid = {key.kid: key for key in self.keys}
         if len(self.keys) > KEYS_MAX:
@@ -102,7 +102,7 @@ class KeySource(Protocol):
     def current(self) -> KeySet: ...
 
     def missing(self, kid: object) -> None:
-        """Told that no key fits a token. Raises ``ServerBusyError`` if one may turn up."""
+        """Called when no key fits a token. Raises ``ServerBusyError`` if one may turn up."""
 
     def reload(self) -> KeySet:
         """Read the keys now. Raises ``ConfigError``; those in force stay then."""
@@ -196,7 +196,7 @@ def _read_directory(directory: Path) -> KeySet:
     try:
         if os.name == "posix" and os.stat(directory).st_mode & stat.S_IWOTH:
             raise ConfigError(
-                f"{where} can be written by everybody on this machine, so what is in it proves "
+                f"every user of this machine can write to {where}, so its content proves "
                 f"nothing: `chmod 700 {directory}`, and look at what is in it"
             )
         paths = key_files(directory)
@@ -316,8 +316,8 @@ def _json(content: bytes, where: str) -> Any:
 
 
 def check_secret(secret: bytes, where: str = "the secret") -> bytes:
-    """``secret`` without whitespace at its end. Raises ``ConfigError`` if it is too short, or is
-    a PEM key: a public key as a secret would let everybody who has it make tokens."""
+    """``secret`` without whitespace at its end. Raises ``ConfigError`` if it is too short, or is a
+    PEM key: a public key as a secret would let everyone who has it make tokens."""
     secret = secret.rstrip()
     if secret.lstrip().startswith(b"-----BEGIN"):
         raise ConfigError(f"{where} holds a PEM key: a public key goes into jwt_public_key_file")

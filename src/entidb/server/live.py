@@ -1,10 +1,10 @@
 """Hints that a database has something new, for those who wait for them: who waits, when they are
 told, and when they are sent away.
 
-A hint is the number of the newest commit and carries nothing else, so nothing can be applied
-twice, out of order or without permission: what follows it is an ordinary pull. A waiter holds a
-number and never a queue, so whoever is slow is told once, and of the newest. Those who wait for
-one database are told in small batches one after the other, which spreads the pulls that follow.
+A hint is the number of the newest commit and carries nothing else, so nothing can be applied twice,
+out of order or without permission: what follows it is an ordinary pull. A waiter holds a number and
+never a queue, so a slow waiter gets one message, of the newest commit. The waiters of one database
+get theirs in small batches one after the other, which spreads the pulls that follow.
 
 Not here: addresses, headers and the shape of an event (``live_http``). A waiter is no user of
 a database, which can be closed for being idle, and opened again after an error, while thousands
@@ -25,7 +25,7 @@ from entidb.server.auth import Grants
 Tell = Callable[["Waiter"], Coroutine[object, object, None]]
 logger = logging.getLogger("entidb.server")
 
-#: Waiters that are told together, and seconds until the next are: 0.2 ms for each of them.
+#: Waiters that get news together, and seconds until the next do: 0.2 ms for each of them.
 BATCH: Final = 50
 BATCH_PAUSE_S: Final = 0.01
 #: Seconds between two hints to the same waiter, at least.
@@ -48,7 +48,7 @@ class Waiter(Protocol):
     #: What it may do, and from which device it says it comes.
     grants: Grants
     device_id: bytes | None
-    #: The newest commit it was told of.
+    #: The newest commit that it has news of.
     head: int
 
     async def hint(self, head: int) -> None:
@@ -67,7 +67,7 @@ class _Channel:
     def __init__(self) -> None:
         self.waiters: dict[Waiter, None] = {}
         self.head = 0
-        #: Those of this round who have not been told yet.
+        #: Those of this round that have no news yet.
         self.round: deque[Waiter] = deque()
         self.timer: asyncio.TimerHandle | None = None
         #: When the next round may begin.
@@ -91,7 +91,7 @@ class Live:
         self._beat_at = 0
         self._slot_of: dict[Waiter, int] = {}
         self._ticking: asyncio.TimerHandle | None = None
-        #: Called once in a second as long as somebody waits.
+        #: Called once in a second as long as there are waiters.
         self.on_tick: Callable[[], None] = _nothing
 
     @property
@@ -118,7 +118,7 @@ class Live:
         )
 
     def add(self, waiter: Waiter) -> None:
-        """``waiter`` is told of every commit beyond its ``head``. Raises ``ServerBusyError``."""
+        """``waiter`` gets news of every commit beyond its ``head``. Raises ``ServerBusyError``."""
         self.check_room(waiter.subject)
         channel = self._channels.get(waiter.db_id)
         if channel is None:
@@ -207,8 +207,8 @@ class Live:
             self._go_on(channel)
 
     def _begin_round(self, channel: _Channel) -> None:
-        """A round tells everybody once. A head that comes in the middle of it is told to those
-        whose turn is still to come, and to the others in the next."""
+        """A round gives news to every waiter once. A head that comes in the middle of it goes to
+        those whose turn is still to come, and to the others in the next."""
         channel.timer = None
         wait = channel.free_at - self._loop.time()
         if wait > 0:

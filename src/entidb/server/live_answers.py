@@ -1,7 +1,7 @@
 """From a request for news to a waiter: who may wait, and where the database ends when it begins to.
 
 The order matters: first a waiter, then the look at the database, so that whatever is committed
-after the look is told.
+after the look reaches it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A stream (``text/event-stream``) says the newest commit at once, every newer one
 ``BEAT_S`` that it is alive. It ends by itself after some minutes, before its token does, and when
 the server stops; the last event says why. The same address asked for as ``application/cbor``
 answers once: at once if there is more than the asker has seen, else with the first news, or after
-``POLL_S``. What is told to whom, and when, is ``live``'s.
+``POLL_S``. ``live`` decides which waiter gets news, and when.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class Stream:
 
     async def _say_goodbye(self, reason: str, wait_ms: int) -> None:
         if not self._sending:
-            # Behind a client that does not read, nobody waits to take leave.
+            # The server does not wait to take leave of a client that does not read.
             await self._write(f"retry: {wait_ms}\nevent: bye\ndata: {reason}\n\n", more=False)
         self._give_up()
 

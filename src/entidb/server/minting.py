@@ -37,9 +37,9 @@ def mint_token(
     ``key`` is the server's secret, or the PEM of a private Ed25519, RSA or EC key; ``kid`` names
     it, for a server that has several. ``databases`` maps names to ``"r"``, ``"w"``, ``"rw"`` or
     ``{"rights": …, "collections": […]}``; a list of names means ``"rw"`` for each; ``"*"`` names
-    all databases. ``claims`` are added for the validate hook; unless one is ``jti``, the token
-    gets one of its own, by which it can be revoked. Raises ``ConfigError`` for a weak key, an
-    empty subject, or rights nobody can read.
+    all databases. ``claims`` are added for the validate hook; unless one is ``jti``, the token gets
+    one of its own, by which it can be revoked. Raises ``ConfigError`` for a weak key, an empty
+    subject, or rights that cannot be read.
     """
     if not subject:
         raise ConfigError("subject is empty: say who the token is for")

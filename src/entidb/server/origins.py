@@ -37,8 +37,8 @@ _EXPOSED_HEADERS: Final = "retry-after, x-request-id"
 
 
 def check_single(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Raises ``ProtocolError`` where a header that may stand once stands twice: what reads the
-    first and what reads the last of them would disagree."""
+    """Raises ``ProtocolError`` where a header is repeated that must not be: what reads the first
+    and what reads the last of them would disagree."""
     seen: set[bytes] = set()
     for name, _ in headers:
         lower = name.lower()

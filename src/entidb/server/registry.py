@@ -2,8 +2,8 @@
 
 Rows are kept in memory, and written beside the database in the background, without a commit of its
 own: a server that is killed forgets the last half minute of them, and nothing else. Several
-processes add up what each has counted. What stands here is what devices say of themselves, and
-decides nothing. Not here: who may see it (``admin``).
+processes add up what each has counted. The rows contain what devices say of themselves, and decides
+nothing. Not here: who may see it (``admin``).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ _COUNTERS: Final = (
 
 
 class Registry:
-    """Told of every request; thread-safe. Without a directory it lives as long as the server."""
+    """Notes every request; thread-safe. Without a directory it lives as long as the server."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Registry:
         self._lock = threading.Lock()
         self._books: dict[str, _Book] = {}
 
-    # ------------------------------------------------------------ told of every request
+    # ------------------------------------------------------------ noting every request
 
     def pulled(self, request: PullRequest, cursor: int) -> None:
         """A page or an idle answer leads this device to ``cursor``."""
@@ -163,7 +163,7 @@ class Registry:
         row = book.fresh.get(request.device_id)
         if row is None:
             if len(book.fresh) >= 2 * self._devices_max:
-                # Somebody makes device ids up. The newest rows stay.
+                # A client makes device ids up. The newest rows stay.
                 newest = sorted(book.fresh, key=lambda each: -book.fresh[each].last_ms)
                 book.fresh = {each: book.fresh[each] for each in newest[: self._devices_max]}
             now = self._clock.now_ms()
@@ -294,7 +294,7 @@ def _copy(row: Device) -> Device:
 
 
 def _merged(older: Iterable[Device], newer: Iterable[Device]) -> list[Device]:
-    """Counters add up; all else is what was heard last."""
+    """Counters add up; all else is what the last request said."""
     rows = {row.device_id: row for row in older}
     for new in newer:
         old = rows.get(new.device_id)
@@ -313,7 +313,7 @@ def _merged(older: Iterable[Device], newer: Iterable[Device]) -> list[Device]:
 
 
 def client_text(user_agent: str | None) -> str | None:
-    """What a client calls itself, as it may stand in a file and on a terminal."""
+    """What a client calls itself, safe for a file and a terminal."""
     if not user_agent:
         return None
     text = user_agent[:_CLIENT_CHARS_MAX]

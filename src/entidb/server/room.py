@@ -8,7 +8,7 @@ from typing import Final
 
 from entidb.errors import ServerBusyError
 
-#: Seconds a pull waits for room in the budget before it is told to come again.
+#: Seconds that a pull waits for room in the budget before it gets the answer to come again.
 ROOM_WAIT_S: Final = 5.0
 RETRY_S: Final = 1.0
 #: How many times what is free one subject or one database may hold: three quarters of everything
@@ -46,7 +46,7 @@ class Budget:
             self._used_by[account] = self._used_by.get(account, 0) + size
 
     def _is_fair(self, size: int, account: _Account | None) -> bool:
-        # Whoever holds nothing yet gets what it wants, if it is there.
+        # A request whose subject holds nothing yet gets what it wants, if it is there.
         held = 0 if account is None else self._used_by.get(account, 0)
         return not held or held + size <= _SHARE * (self.limit - self.used)
 
@@ -73,7 +73,7 @@ class Budget:
                 continue
             self._waiting.append(entry)
             if self._is_fair(size, account):
-                # In order, so that a large page is not overtaken for ever by small ones. Only who
+                # In order, so that small pages do not overtake a large one without end. Only who
                 # holds more than its share lets others pass.
                 break
         self._waiting.extend(waiting)
@@ -92,7 +92,7 @@ class Budget:
             if future.done() and not future.cancelled():
                 self.give(size, account)
             else:
-                # What stood behind it may fit.
+                # What waited behind it may fit.
                 future.cancel()
                 self._serve()
             raise

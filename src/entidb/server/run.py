@@ -73,7 +73,7 @@ def serve(
 
     Prints the address once it is bound, as one line on standard error, and writes it to
     ``ready_file``. Other keywords are those of ``Listen``. Logs go to standard error unless the
-    program has set up logging. Warns there of a secret or a key that everybody on this machine can
+    program has set up logging. Warns there of a secret or a key that every user of this machine can
     read. Raises ``ConfigError`` for an address that cannot be bound, for certificates that cannot
     be read, for a ``ready_file`` that cannot be written, and for anything but loopback without
     authentication; ``DatabaseLockedError`` if another server has the directory.
@@ -188,7 +188,7 @@ def _uvicorn_config(
         root_path=listen.root_path,
         forwarded_allow_ips=listen.trusted_proxies,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        # Without it one client that does not read keeps a stopping server for ever.
+        # Without it one client that does not read keeps a stopping server running.
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
         ssl_certfile=listen.tls_cert,
         ssl_keyfile=listen.tls_key,
@@ -259,7 +259,7 @@ def _check_ready(path: Path) -> None:
 
 
 def _write_ready(path: Path, url: str) -> None:
-    """Appears whole or not at all: whoever waits for the file reads it at once."""
+    """Appears whole or not at all: a program that waits for the file reads it at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(url + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -24,7 +24,7 @@ async def send_answer(
         headers.append((b"connection", b"close"))
     start = {"type": "http.response.start", "status": response.status, "headers": headers}
     # In pieces, each waited for: a whole page at once would lie in the transport of a client that
-    # has stopped reading, out of anybody's sight.
+    # has stopped reading, unnoticed.
     for at in range(0, len(body) or 1, _CHUNK_BYTES):
         piece = body if len(body) <= _CHUNK_BYTES else body[at : at + _CHUNK_BYTES]
         more = at + _CHUNK_BYTES < len(body)

@@ -64,7 +64,7 @@ class SyncServer:
         self.limits = config.limits()
         #: Content encodings taken and made; part of the handshake's ``features``.
         self.encodings: Final = packing.ENCODINGS if config.compression else ()
-        #: From where requests may come, for whoever serves them over HTTP.
+        #: From where requests may come, for code that serves them over HTTP.
         self.origins: Final = Origins(
             open_to_all=config.insecure_no_auth,
             hosts=config.allowed_hosts,
@@ -94,7 +94,7 @@ class SyncServer:
         except BaseException:
             self._release_directory()
             raise
-        #: Devices that came over a network; whoever serves it tells of them.
+        #: Devices that came over a network; the code that serves it notes them.
         self.registry: Final = Registry(
             config.data_dir, self.clock, retention_days=config.tombstone_retention_days
         )
@@ -116,7 +116,7 @@ class SyncServer:
         **settings: Any,
     ) -> Self:
         """A server whose databases are gone when it is closed. Without an ``authenticator`` or a
-        key it lets everybody do everything; ``settings`` are those of ``ServerConfig``."""
+        key it lets every caller do everything; ``settings`` are those of ``ServerConfig``."""
         if not any(settings.get(way) is not None for way in WAYS_TO_KNOW):
             settings.setdefault("insecure_no_auth", True)
         # What is closed is lost here, so nothing is closed for being idle.

@@ -82,7 +82,7 @@ class DatabaseService:
         schema: Schema = NO_SCHEMA,
         clock_mark_ms: int = CLOCK_MARK_MS,
     ) -> None:
-        """``clock_mark_ms`` is how often it is remembered where the clock stands (R28)."""
+        """Every ``clock_mark_ms`` the database remembers the time of its newest commit (R28)."""
         self._clock_mark_ms = clock_mark_ms
         self.features = [*FEATURES, *(["schema"] if schema.number else [])]
         self.database = database
@@ -98,8 +98,8 @@ class DatabaseService:
         #: The newest head that this service has seen; a hint.
         self._head = 0
         self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
-        #: A proof was heard since the database was opened (R29). What replaced its files did so
-        #: before, so whoever shows another has made it up.
+        #: A proof was believed since the database was opened (R29). Its files were replaced before
+        #: that, so a device that shows another proof has made it up.
         self._heard_proof = False
 
     # ------------------------------------------------------------ handshake
@@ -131,8 +131,8 @@ class DatabaseService:
     # ------------------------------------------------------------ pull
 
     def idle_pull(self, request: PullRequest, grant: Grant) -> PullResponse | None:
-        """The answer to a pull with nothing new, without touching the store; None if it has to
-        be looked up. What was read counts for as long as nobody tried to commit since (R17)."""
+        """The answer to a pull with nothing new, without touching the store; None if it has to be
+        looked up. What was read counts until the next try to commit (R17)."""
         known = self._known
         if known is None or request.full:
             return None
@@ -259,8 +259,8 @@ class DatabaseService:
                     answers.append(found)
                     continue
                 try:
-                    # Nobody can have built on what no answer has told of yet: such a base would
-                    # let a write pass over what others are about to commit (R13).
+                    # No device can have built on a commit that no answer has named yet: such a base
+                    # would let a write pass over what others are about to commit (R13).
                     self._check_history(request.history, newest, known_head)
                     if isinstance(request, RoundRequest):
                         self._check_pull(request.pull, grant, newest, known_head, floor)
@@ -398,9 +398,9 @@ class DatabaseService:
         return None
 
     def _believes(self, grant: Grant) -> bool:
-        """Who may say of a database that its files are older than what it has answered: all
-        devices have to choose a side after that. So only those who could overwrite everything in
-        it anyway; they also know its history, which nobody has who never synchronised. And once
+        """Who may say of a database that its files are older than what it has answered: all devices
+        have to choose a side after that. So only those who could overwrite everything in it anyway;
+        they also know its history, which a device that never synchronised does not have. And once
         for each opening of the files, because the files change only between two."""
         whole = grant.read and grant.write and grant.collections is None
         return whole and not self._heard_proof

@@ -1,9 +1,9 @@
 """Many databases under one directory: opened on demand, closed when idle, reopened after an error.
 
-Each database has its own ``Database``, ``DatabaseService`` and ``GroupCommitter``. Whoever works
-with one *uses* it from ``use`` or ``try_use`` to ``release``, and a database in use is never closed
-for being idle or to make room. After a storage error it is closed as soon as nobody uses it any
-more, and opened again by the next request (R17). What a request means is not known here.
+Each database has its own ``Database``, ``DatabaseService`` and ``GroupCommitter``. The code that
+works with one *uses* it from ``use`` or ``try_use`` to ``release``, and a database in use is never
+closed for being idle or to make room. After a storage error it is closed as soon as it is not used
+any more, and opened again by the next request (R17). Nothing here knows what a request means.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Store:
         self.purged_at: float | None = None
 
     def report(self, error: Exception) -> None:
-        """Tell of an error that came out of this database: what it knows may be wrong now."""
-        # A lock that somebody held too long says nothing about what is on the disk.
+        """Note an error that came out of this database: what it knows may be wrong now."""
+        # A lock that a thread held too long says nothing about what is on the disk.
         if isinstance(error, EntiDBError) and not isinstance(error, TransactionError):
             self.broken = True
 
@@ -100,7 +100,7 @@ class Stores:
         # A retention of minutes is kept in minutes.
         often_s = max(_PURGE_INTERVAL_S_MIN, self._retention_ms / 4000)
         self._purge_interval_s = min(config.purge_interval_s, often_s)
-        #: Called on a writer's thread after the members of a group have been told.
+        #: Called on a writer's thread after the members of a group have their answers.
         self.on_group: Callable[[], None] = _nothing
         #: Called with a database and its newest commit, after every one (R17: it is durable); from
         #: any thread.
@@ -117,7 +117,7 @@ class Stores:
         #: has to be read first is read elsewhere (``checks``).
         self._changing = threading.Lock()
         self._closed = False
-        #: Databases that nobody may open at the moment.
+        #: Databases that must not be opened at the moment.
         self._kept_closed: set[str] = set()
 
     # ------------------------------------------------------------ using
@@ -290,7 +290,7 @@ class Stores:
             if store is None:
                 return
             if store.users:
-                # Nobody new gets in, so this ends with the requests that are under way.
+                # No new request gets in, so this ends with the requests that are under way.
                 raise ServerBusyError(
                     "the database is being opened again after an error", retry_after=_RETRY_S
                 )

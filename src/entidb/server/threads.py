@@ -22,7 +22,7 @@ from entidb.server.server import SyncServer
 
 logger = logging.getLogger("entidb.server")
 _UNPACKERS: Final = 2
-#: Seconds a pull waits for the pages in front of it before it is told to come again.
+#: Seconds that a pull waits for the pages in front of it before it gets the answer to come again.
 LINE_WAIT_S: Final = 15.0
 #: Pages of one database being read or waiting in front of the reader; the rest wait and hold no
 #: room. With one more the reader would not idle between two of them, and with many a database
@@ -73,8 +73,8 @@ class Running:
                 async with asyncio.timeout(LINE_WAIT_S):
                     await line.turns.acquire()
             except TimeoutError as error:
-                # Those in front may be clients that have stopped reading: whoever waits behind
-                # them is told, instead of finding out by a timeout of its own.
+                # Those in front may be clients that have stopped reading: a pull that waits behind
+                # them gets an answer, instead of finding out by a timeout of its own.
                 raise no_room() from error
             try:
                 yield
@@ -90,7 +90,7 @@ class Running:
         try:
             self.loop.call_soon_threadsafe(self._deliver)
         except RuntimeError:
-            # The loop is closed: nobody waits for these answers any more, and the devices ask
+            # The loop is closed: nothing waits for these answers any more, and the devices ask
             # again (R5).
             self.ready.clear()
 

@@ -1,7 +1,8 @@
 """What is in a file or a directory, read again when it changes, without a restart.
 
-Whoever asks looks at the disk at most twice a second, and only at sizes and times; the file is read
-when those have changed. What cannot be read leaves the last good state in force, and is said once.
+The code that asks looks at the disk at most twice a second, and only at sizes and times; the file
+is read when those have changed. What cannot be read leaves the last good state in force, and is
+said once.
 
 Not here: what the file means.
 """

@@ -97,7 +97,7 @@ def bearer_token(headers: Mapping[str, str]) -> str | None:
 
 
 def request_id(headers: Mapping[str, str]) -> str | None:
-    """The client's own id for the request, if it may stand in a log."""
+    """The client's own id for the request, if it is fit for a log."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else None
 
@@ -139,8 +139,8 @@ def message_response(body: bytes, encoding: str | None = None) -> HttpResponse:
 
 
 def failure(error: BaseException, rid: str) -> ErrorResponse:
-    """What a client is told of ``error``: our own words for our own errors, and nothing of the
-    inside for any other; ``rid`` finds it in the server's log."""
+    """What a client gets of ``error``: our own words for our own errors, and nothing of the inside
+    for any other; ``rid`` finds it in the server's log."""
     if isinstance(error, SyncError) and error.code in ERROR_TABLE:
         return ErrorResponse(
             code=error.code,
@@ -179,7 +179,7 @@ def said_code(answer: ErrorResponse) -> str:
 
 
 def is_internal(error: BaseException) -> bool:
-    """Whether the server's log has to say more about ``error`` than its client is told."""
+    """Whether the server's log has to say more about ``error`` than the answer to its client."""
     return not isinstance(error, SyncError) or error.code not in ERROR_TABLE
 
 

@@ -25,7 +25,7 @@ What one of them commits, all read. Three words and a fence keep them apart, and
 of them is promised between all openers:
 
 * **turn**: the exclusive right to commit. One opener has it; it is taken with a time limit, and
-  ends by itself when its owner closes the store or dies, however he dies. Inside it the newest
+  ends by itself when its owner closes the store or is killed, in whatever way. Inside it the newest
   commit is visible: a snapshot taken in the turn stays the newest state until its owner commits.
 * **mark**: a number of the state. A commit makes it greater by one; it never names two states, and
   no state has two. What the store does to its own files (``compact``) may make it greater too. A
@@ -116,8 +116,8 @@ class StoreTurn(Protocol):
     time uses it (the database above holds its writer lock)."""
 
     def take(self, timeout_s: float | None = None) -> bool:
-        """Wait until it is this opener's turn, for ever when ``timeout_s`` is None; whether it is.
-        Does nothing for the opener that has it. Call ``give_back`` whatever this raises."""
+        """Wait until it is this opener's turn, without a bound when ``timeout_s`` is None; whether
+        it is. Does nothing for the opener that has it. Call ``give_back`` whatever this raises."""
         ...
 
     def give_back(self) -> None:
@@ -130,7 +130,7 @@ class StoreTurn(Protocol):
         ...
 
     def holder(self) -> str:
-        """Who has it, in words for a message: ``process 4711``; empty if nobody knows."""
+        """Who has it, in words for a message: ``process 4711``; empty if it is unknown."""
         ...
 
 

@@ -27,7 +27,7 @@ def is_at(path: str, descriptor: int) -> bool:
 
 def give_owner(descriptor: int, like: os.stat_result) -> None:
     """Give a new file or directory the owner of ``like``: what an administrator makes in a
-    service's directory is the service's. Whoever may not give files away keeps this one."""
+    service's directory is the service's. A user who may not give files away keeps this one."""
     if sys.platform == "win32":
         return
     mine = os.fstat(descriptor)
@@ -79,7 +79,7 @@ def make_directory(path: str) -> None:
     above = os.path.dirname(path)
     if not os.path.lexists(above):
         make_directory(above)
-    with contextlib.suppress(FileExistsError):  # Somebody else may make it at the same time.
+    with contextlib.suppress(FileExistsError):  # Another process may make it at the same time.
         os.mkdir(path, 0o700)
         if sys.platform != "win32":
             made = os.open(path, os.O_RDONLY | NO_FOLLOW)

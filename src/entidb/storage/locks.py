@@ -5,7 +5,7 @@ Locks are those of ``flock`` on POSIX, which belong to the open file. A record l
 lost when any descriptor of the file is closed, and LMDB closes some. On Windows a file that is open
 cannot be deleted, moved or replaced.
 
-Not here: what is locked, and what it means that somebody else has it.
+Not here: what is locked, and what it means that another process has it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _read_start(descriptor: int) -> bytes:
 
 
 class HeldError(Exception):
-    """Somebody else has the lock. ``holder`` is his process number, empty when it is not known.
-    Never leaves EntiDB: whoever asked for the lock says what it means."""
+    """Another process has the lock. ``holder`` is its process number, empty when it is unknown.
+    Never leaves EntiDB: the code that asked for the lock says what it means."""
 
     def __init__(self, holder: str) -> None:
         super().__init__(holder)
@@ -126,13 +126,14 @@ class FileLock:
         return lock
 
     def write(self, note: bytes) -> None:
-        """Write the process number, and ``note`` behind it for whoever takes the lock next."""
+        """Write the process number, and ``note`` behind it for the process that takes the lock
+        next."""
         os.ftruncate(self.descriptor, 0)
         _write_start(self.descriptor, f"{os.getpid()}\n".encode() + note)
 
     def share(self) -> None:
-        """Let others have it too. Where somebody may come for it alone at the same time, it can be
-        lost: ``HeldError``."""
+        """Let others have it too. Where another process may want it alone at the same time, it can
+        be lost: ``HeldError``."""
         try:
             _lock(self.descriptor, True)
         except OSError as error:
@@ -141,8 +142,8 @@ class FileLock:
             raise
 
     def have_alone(self) -> bool:
-        """Have it alone, if nobody else has it; whether that is so. If not, it is not had at all:
-        the system gives up the one lock before it asks for the other."""
+        """Have it alone, if no other process has it; whether that is so. If not, it is not held at
+        all: the system gives up the one lock before it asks for the other."""
         try:
             _lock(self.descriptor, False)
         except OSError as error:
@@ -231,7 +232,7 @@ def system_holders(path: str) -> list[str]:
 
 
 def written_holder(path: str) -> str:
-    """The process number that stands in the lock file at ``path``."""
+    """The process number in the lock file at ``path``."""
     try:
         with open(path, "rb") as file:
             written = file.read(20).partition(b"\n")[0]

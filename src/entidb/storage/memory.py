@@ -191,7 +191,7 @@ class MemoryStorage:
 
     @property
     def shared(self) -> bool:
-        """False: whoever made another opener tells this one's database when to look."""
+        """False: the code that made another opener tells this one's database when to look."""
         return False
 
     @property

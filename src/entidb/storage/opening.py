@@ -26,7 +26,7 @@ def open_storage(path: str | os.PathLike[str], **options: Any) -> Storage:
 
 
 def holds_store(path: str | os.PathLike[str]) -> bool:
-    """Whether a store stands in the directory ``path``, of whatever state."""
+    """Whether there is a store in the directory ``path``, in whatever state."""
     from entidb.storage.lmdb.left import DATA
 
     return os.path.isfile(os.path.join(path, DATA))

@@ -26,7 +26,8 @@ _LOCK: Final = "lock"
 #: What EntiDB 0.3 called them: with the number of the process.
 _OLD: Final = re.compile(r".+\.partial-([0-9]{1,9})")
 _OLD_CONTENT: Final = frozenset(("data.mdb", "lock.mdb", "entidb.lock"))
-#: Looks at a lock that somebody has, and seconds between them. Who only cleans up has it briefly.
+#: Looks at a lock that another process has, and seconds between them. A process that only cleans up
+#: has it briefly.
 _LOOKS: Final = 10
 _LOOK_SECONDS: Final = 0.05
 
@@ -35,7 +36,7 @@ class Partial:
     """What is being made for the place ``where``. ``path`` is where to make it; then ``finish``."""
 
     def __init__(self, where: str, what: str) -> None:
-        """``what`` is the word for messages. Raises ``DatabaseLockedError`` if somebody else is
+        """``what`` is the word for messages. Raises ``DatabaseLockedError`` if another process is
         making it, ``OSError``."""
         self._where = where
         self._folder = f"{where}{_SUFFIX}"
@@ -97,7 +98,7 @@ def _take(folder: str) -> FileLock:
         try:
             return FileLock.take(os.path.join(folder, _LOCK), os.stat(folder))
         except FileNotFoundError:
-            continue  # Whoever had it is done, and has removed it.
+            continue  # The process that had it is done, and has removed it.
         except HeldError:
             if look == _LOOKS - 1:
                 raise

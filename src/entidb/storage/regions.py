@@ -12,10 +12,10 @@ from entidb.storage.base import Storage
 
 @runtime_checkable
 class RegionStorage(Storage, Protocol):
-    """A store that wants to hear of regions before it holds anything."""
+    """A store that wants to know the regions before it holds anything."""
 
     def spacers(self, regions: Sequence[bytes]) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
-        """Rows that keep what grows before each of ``regions`` (prefixes of keys that nobody else
+        """Rows that keep what grows before each of ``regions`` (prefixes of keys that nothing else
         uses) apart from what grows behind it: those to commit first of all, and those to put over
         them with the next commit. Every key is one of the prefixes and 16 bytes more."""
         ...

@@ -2,7 +2,7 @@
 
 Ctrl-C raises between any two steps of a program, also between taking a lock and noting it, and at
 the first step of the ``__exit__`` that was to give it back. So a turn is an object in a line, and
-whoever stands first has it. Taking a turn is one ``append`` and giving it back one ``remove``, each
+the first in line has it. Taking a turn is one ``append`` and giving it back one ``remove``, each
 done or not done, and the second can be repeated. What the end of a ``with`` block missed is found
 by the next in line: Python drops what it would have called, and with it the turn is void.
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from entidb.errors import StorageError
 
-#: Seconds between two looks at whether the first in line still has somebody who ends its turn.
+#: Seconds between two looks at whether the first in line still has a thread that ends its turn.
 _LOOK_SECONDS: Final = 0.05
 
 
@@ -40,7 +40,7 @@ class Turn:
 
     @property
     def void(self) -> bool:
-        """Whether nobody is left who would end it."""
+        """Whether no thread is left that would end it."""
         return self.kept is not None and self.kept() is None
 
 
@@ -53,8 +53,8 @@ class Turns:
         self._line: list[Turn] = []
 
     def take(self, turn: Turn, timeout_s: float | None = None) -> bool:
-        """Stand in line until it is ``turn``'s turn, for ever when ``timeout_s`` is None; whether
-        it is. Call ``give_back`` whatever this raises.
+        """Wait in line until it is ``turn``'s turn, without a bound when ``timeout_s`` is None;
+        whether it is. Call ``give_back`` whatever this raises.
 
         Raises ``StorageError`` when this thread itself is the one that would have to go on first:
         a signal handler that comes in the middle of a commit."""
@@ -96,15 +96,15 @@ class Turns:
 
     @property
     def taken(self) -> bool:
-        """Whether somebody stands in line, if only with a void turn. Cheap, for readers."""
+        """Whether there is anyone in line, if only with a void turn. Cheap, for readers."""
         return bool(self._line)
 
     def first(self) -> list[Turn]:
-        """The turn that somebody has now, or nothing."""
+        """The turn that is held now, or nothing."""
         return self._line[:1]
 
     def idle(self) -> bool:
-        """Whether nobody has the turn."""
+        """Whether the turn is free."""
         return all(turn.void for turn in self._line[:1])
 
     def _wait(self, turn: Turn, timeout_s: float | None) -> bool:
@@ -151,7 +151,7 @@ class EndOfBlock:
 
 def enter_block(turn: Turn, leaving: weakref.ref[Any] | None) -> None:
     """In ``__enter__``: from now on the turn is void when the block is left."""
-    # Somebody may have looked at ``__exit__`` without a block.
+    # A program may have looked at ``__exit__`` without a block.
     if leaving is not None and leaving() is not None:
         turn.kept = leaving
 

@@ -70,7 +70,7 @@ Do = Callable[[Office, Caller, Asked], Any]
 
 
 class Route(Struct, frozen=True):
-    """``path`` is below ``PREFIX``; ``{name}`` in it stands for one part of an address."""
+    """``path`` is below ``PREFIX``; ``{name}`` in it is any one part of an address."""
 
     method: str
     path: str
@@ -138,7 +138,7 @@ def _body(kind: type[Struct], body: bytes) -> Any:
         given = json.decode(body)
         if not isinstance(given, dict):
             raise ProtocolError("the body is a JSON object")
-        # What nobody reads was meant to say something.
+        # A member that the server ignores would be a mistake of the client.
         unknown = given.keys() - set(kind.__struct_fields__)
         if unknown:
             raise ProtocolError(f"the body has a member that is not known: {min(unknown)[:100]!r}")

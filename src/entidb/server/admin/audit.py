@@ -2,7 +2,7 @@
 
 Lines of JSON, appended and never changed, readable for the owner alone. A file that has become
 large is put aside, and a few of those are kept. Refused logins are counted and written in the
-background, one line for many, so that nobody fills a disk by knocking.
+background, one line for many, so that no client fills a disk by knocking.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Caller(Struct, frozen=True):
 
 
 def caller_of(grants: Grants, where: str, *, open_to_all: bool) -> Caller:
-    """Who asks with a token. On a server without authentication everybody is an administrator.
+    """Who asks with a token. On a server without authentication every caller is an administrator.
     Raises ``PermissionDeniedError``."""
     claim = grants.claims.get(ADMIN_CLAIM)
     if claim is True or open_to_all:

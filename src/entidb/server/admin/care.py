@@ -36,7 +36,7 @@ def verify(office: Office, caller: Caller, db_id: str) -> Task:
 
 def _verify(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
     folder = office.root / CHECKED
-    # What a server that was killed has left there is nobody's.
+    # What a killed server has left there belongs to no task.
     shutil.rmtree(folder, ignore_errors=True)
     make_directory(str(folder))
     try:

@@ -1,5 +1,5 @@
 """Looks whether a closed copy of a database is well, in a process of its own: reading all of it
-would take the time of everybody else in this one, and a damaged page ends only that other one.
+would take the time of all others in this one, and a damaged page ends only that other one.
 
     python -m entidb.server.admin.checking PATH      one line of JSON
 """
@@ -19,7 +19,7 @@ from entidb.db import Database, inspect
 from entidb.errors import CorruptionError, EntiDBError, FormatError, StorageError
 from entidb.storage.opening import closed_faults
 
-#: Faults that are told at most.
+#: Faults that are reported at most.
 FAULTS_MAX: Final = 100
 _LOOK_S: Final = 0.1
 _NICE: Final = 10

@@ -1,7 +1,7 @@
 """The databases of a server: list, create, freeze, rename, delete.
 
-What is deleted is put aside for a day and can be taken back. Each change is made on a database
-that is closed, and nobody can open it meanwhile.
+What is deleted is put aside for a day and can be taken back. Each change is made on a database that
+is closed, and nothing can open it meanwhile.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _remember(office: Office, db_id: str, database: Database, used_at: float) ->
     try:
         _note(office, db_id, database, _used_ms(office, used_at))
     except EntiDBError as error:
-        # The next request of a device meets it too, and is told.
+        # The next request of a device meets it too, and gets the error.
         logger.warning("database %s cannot be looked at: %s", db_id, error)
 
 
@@ -288,6 +288,6 @@ def clear_aside(office: Office) -> None:
     for each, path in _aside(office):
         if now >= each.until_ms:
             if path.is_symlink():
-                path.unlink()  # what it leads to is somebody else's
+                path.unlink()  # what it leads to is not this server's
             else:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Administration over the network: below ``/v1/admin/``, as JSON, with a token that says so.
 
 A body says that it is JSON, which no page of another origin can say without asking first. Answers
-are not to be kept by anybody on the way.
+are not to be kept by anything on the way.
 """
 
 from __future__ import annotations

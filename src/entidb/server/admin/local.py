@@ -1,4 +1,4 @@
-"""Administration beside the server: over a socket in the data directory, by whoever owns it.
+"""Administration beside the server: over a socket in the data directory, for its owner.
 
 One line of JSON each way: ``{"method", "path", "query", "body"}``, and ``{"status", "body"}``. The
 socket is made for the owner alone, and who connects is looked at once more by the number of his

@@ -28,7 +28,7 @@ class Name(Struct):
 
 
 class Reason(Struct):
-    """Why, for the audit log and whoever asks later."""
+    """Why, for the audit log and for later questions."""
 
     reason: str = ""
 

@@ -51,7 +51,7 @@ class _CancelledError(Exception):
 
 
 class Progress:
-    """What a running task tells, and where it hears that it is to end."""
+    """How a running task reports, and learns that it has to end."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

@@ -49,7 +49,7 @@ def check_data_file(descriptor: int, path: str) -> Headers:
 
 
 def write_headers_again(descriptor: int, path: str) -> None:
-    """Bring a file that nobody has mapped onto the disk as it is read now; raises ``OSError``.
+    """Bring a file that no process has mapped onto the disk as it is read now; raises ``OSError``.
     ``descriptor`` may write it, ``path`` is for messages.
 
     After a write that failed the two can differ: the system may take for written what never was,

@@ -3,12 +3,12 @@ inside tell the next one.
 
 Each process that has the store open holds shared locks on ``entidb.lock`` and on the data file, as
 long as it has it. An EntiDB before 0.4 takes the first of the two alone, so that it and these keep
-each other out. Whoever comes, goes, or needs the store alone holds the *door* meanwhile, a lock on
-the directory itself: so it is certain who is the first and who the last, and two locks that have to
-be changed are changed without anybody between. Those who only look, where nobody is inside, hold
-the door together with others who look, and keep everybody else out.
+each other out. A process that comes, goes, or needs the store alone holds the *door* meanwhile, a
+lock on the directory itself: so it is certain who is the first and who the last, and two locks that
+have to be changed are changed without another process in between. Processes that only look, where
+no process is inside, hold the door together with others that look, and keep all others out.
 
-LMDB's own lock of the writer is given to the next where its owner dies only on Linux (a robust
+When the owner of LMDB's own writer lock is killed, only Linux gives the lock to the next (a robust
 mutex); so only there a store is open in several processes.
 
 Not here: what is locked, and in which order (``place``), and whose turn it is to commit (``turn``).
@@ -27,7 +27,7 @@ from entidb.errors import DatabaseLockedError
 from entidb.storage.locks import FileLock, HeldError, system_holders, written_holder
 
 SHARING: Final = sys.platform.startswith("linux")
-#: Seconds to wait for somebody who comes, goes or has the store alone for a moment.
+#: Seconds to wait for a process that comes, goes or has the store alone for a moment.
 _DOOR_SECONDS: Final = 10.0
 #: For those who look, who may be commands of a moment, or stay for hours.
 _LOOKERS_SECONDS: Final = 2.0
@@ -68,7 +68,7 @@ def _only_lookers(folder: int) -> bool:
 
 @contextlib.contextmanager
 def nobody_else(folder: int, data: FileLock, path: str) -> Iterator[None]:
-    """Holds the door and the lock of the data file alone while the block runs, so that nobody
+    """Holds the door and the lock of the data file alone while the block runs, so that no process
     else has the store open. Waits for the others to close it, and raises ``DatabaseLockedError``,
     which says who they are."""
     try:

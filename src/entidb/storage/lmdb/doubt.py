@@ -104,9 +104,9 @@ def check_closed(place: Place, headers: Headers, salvage: bool, read_only: bool)
     """Raise ``CorruptionError`` unless LMDB can use the data file without harm: it stops the
     process where a page is not what it must be.
 
-    The file that was closed here, untouched since, is what it was then. Any other is looked at,
-    and brought onto the disk as it is read: whoever had it open may have died after a write that
-    failed and before the sync that has to follow."""
+    The file that was closed here, untouched since, is what it was then. Any other is looked at, and
+    brought onto the disk as it is read: the process that had it open may have been killed after a
+    write that failed and before the sync that has to follow."""
     left = place.left
     with place.data_file() as descriptor:
         fault = header_fault(descriptor, headers, 0 if left is None else left.transaction)

@@ -81,7 +81,7 @@ class Gate:
             if self.level == CLOSED:
                 raise DatabaseClosedError(f"{self.path} is closed; open it again")
             if self.turns.idle():
-                # Nobody holds it: an interrupt kept them from opening it.
+                # No thread holds it: an interrupt kept them from opening it.
                 with self.turns.hold(0) as ours:
                     if ours:
                         self.find_open()
@@ -148,8 +148,8 @@ class Gate:
         txn = reader.txn
         if txn is not None:
             if self.level > DRAINING:
-                # Whoever froze the gate ends it; waiting here could be waiting for this very
-                # thread, because the collector closes forgotten snapshots wherever it runs.
+                # The thread that froze the gate ends it; waiting here could be waiting for this
+                # very thread, because the collector closes forgotten snapshots wherever it runs.
                 self._orphans.append(txn)
             else:
                 txn.abort()

@@ -1,7 +1,7 @@
 """The two headers of an LMDB data file, which its commits write in turn: reading them, and whether
 both can come from LMDB.
 
-Whoever opens a store reads them once and passes them on. Nothing here changes a file.
+The code that opens a store reads them once and passes them on. Nothing here changes a file.
 
 Not here: whether the file is all there (``closed_file``), and the pages below a header (``pages``).
 """
@@ -81,7 +81,7 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """Both headers as they stood in the file when it was read; ``raw`` is their bytes."""
+    """Both headers as they were in the file when it was read; ``raw`` is their bytes."""
 
     raw: bytes
     first: Header
@@ -140,8 +140,9 @@ def header_fault(descriptor: int, headers: Headers, known: int = 0) -> str | Non
 
     ``known`` is a commit that was certainly there once.
 
-    For whoever has the file to itself: headers that are being written need not agree. A header
-    with a wrong transaction number would make LMDB go back to the commit before the last one."""
+    For a process that has the file to itself: headers that are being written need not agree. A
+    header with a wrong transaction number would make LMDB go back to the commit before the last
+    one."""
     try:
         return _header_fault(descriptor, headers, known)
     except UNREADABLE as error:

@@ -1,5 +1,5 @@
-"""What closing a store leaves in its lock file, by which whoever opens it next knows that the data
-file is the very one that was closed.
+"""What closing a store leaves in its lock file, by which the process that opens it next knows that
+the data file is the very one that was closed.
 
 Not here: who writes it, and when (``place``).
 """
@@ -20,8 +20,8 @@ LOCK: Final = "entidb.lock"
 
 @dataclass(frozen=True)
 class Left:
-    """What closing a store left: its newest commit, and what tells its data file from others:
-    number, size, times and checksum of the headers."""
+    """What closing a store left: its newest commit, and what identifies its data file: number,
+    size, times and checksum of the headers."""
 
     transaction: int
     file: tuple[int, ...]

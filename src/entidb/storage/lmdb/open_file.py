@@ -41,7 +41,7 @@ from entidb.storage.lmdb.place import Place
 from entidb.storage.lmdb.turn import FileTurn, SoleTurn
 
 #: Room in a new map beside twice the file: virtual, but of 2**47 bytes that a process has. So many
-#: databases can be open, and the map of few has to grow while somebody reads.
+#: databases can be open, and the map of few has to grow while a reader is open.
 MAP_ROOM_BYTES: Final = 4 * 2**30
 #: Of a limit on address space, the part that one database takes to begin with.
 _MAP_SHARE: Final = 2048
@@ -172,7 +172,7 @@ class OpenFile:
         )
 
     def grow_early(self) -> None:
-        """Make room while there is still some, if nobody would have to be waited for."""
+        """Make room while there is still some, if that needs no waiting for readers."""
         self.env.reader_check()
         if self.gate.readers or self.map_bytes >= MAP_BYTES_MAX:
             return
@@ -196,7 +196,7 @@ class OpenFile:
         except (OSError, ValueError, OverflowError):
             return False
         except lmdb.Error as error:
-            # Somebody else took it meanwhile. What was mapped a moment ago can be mapped again.
+            # Something else took it meanwhile. What was mapped a moment ago can be mapped again.
             self.gate.level = FROZEN
             self.env.close()
             try:
@@ -283,7 +283,7 @@ class OpenFile:
             raise
 
     def shut(self) -> None:
-        """Close everything: the gate is frozen, nobody inside LMDB, the turn ours."""
+        """Close everything: the gate is frozen, no thread inside LMDB, the turn ours."""
         try:
             self._close_all()
         except BaseException:
@@ -389,7 +389,7 @@ def _map(place: Place, size: int, read_only: bool) -> Any:
         metasync=True,
         writemap=False,
         readonly=read_only,
-        # Where nobody writes meanwhile, there is no need of a table of readers.
+        # Where no process writes meanwhile, a table of readers is not needed.
         lock=place.shared or not read_only,
     )
 

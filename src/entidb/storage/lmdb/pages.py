@@ -56,7 +56,7 @@ def damaged_file(path: str, faults: list[str]) -> CorruptionError:
 
 
 def closed_file_faults(path: str) -> list[str]:
-    """As ``page_faults``, of the newest commit in a file that nobody has open: for looking at a
+    """As ``page_faults``, of the newest commit in a file that no process has open: for looking at a
     file before it is mapped, which a program need not survive if it is damaged."""
     descriptor = open_to_read(path)
     try:
@@ -300,9 +300,9 @@ class _TreeWalk:
 
 
 def ordinary_keys(page: bytes, lower: int, upper: int) -> list[bytes]:
-    """The keys of a leaf page on which nothing is wrong and each value stands beside its key, as
-    on nearly all pages; nothing if it is another, for which ``_nodes`` finds out more slowly what
-    it is."""
+    """The keys of a leaf page on which nothing is wrong and each value is beside its key, as on
+    nearly all pages; nothing if it is another, for which ``_nodes`` finds out more slowly what it
+    is."""
     size = len(page)
     if lower % 2 or upper % 2 or not PAGE_HEADER.size < lower <= upper <= size - NODE.size:
         return []

@@ -1,6 +1,6 @@
-"""Where a store stands: its directory, whose files they are, and that nobody else uses them.
+"""The place of a store: its directory, the owner of the files, and that no other process uses them.
 
-A path can come to mean another thing than what is open: somebody deletes a lock file, or moves the
+A path can come to mean another thing than what is open: a person deletes a lock file, or moves the
 directory and puts a copy in its place. So two files are locked, ``entidb.lock`` and the data file
 itself, and the data file is known by its number in the file system (its inode), which is compared
 before something is written. What is made or replaced in the directory is reached through the open
@@ -52,7 +52,7 @@ from entidb.storage.locks import BINARY, TRIES, FileLock, HeldError
 
 LMDB_LOCK: Final = "lock.mdb"
 TEMPORARY: Final = ".entidb-new"
-#: Looks at a data file that somebody has for a moment, and seconds between them.
+#: Looks at a data file that another process has for a moment, and seconds between them.
 _LOOKS: Final = 10
 _LOOK_SECONDS: Final = 0.005
 _LOOKS_OF_LOOKERS: Final = 3
@@ -60,7 +60,7 @@ _LOOKS_FOR_LOST: Final = 40
 #: For those who come or have the store alone, when this one leaves; not worth waiting longer: the
 #: next who comes first reads the file once more.
 _LAST_SECONDS: Final = 1.0
-#: What stands in the lock file when somebody met what may come from a damaged page.
+#: The note in the lock file after an error that may come from a damaged page.
 DOUBT: Final = b"doubt .\n"
 
 
@@ -78,10 +78,10 @@ class Place:
         self.opened_at = _caller()
         #: What its data file said when it was taken; None if there was none, or if others had it.
         self.headers: Headers | None = None
-        #: What stood in the lock file since the store was last closed; None if it was not closed,
-        #: or by a version that leaves nothing.
+        #: The note in the lock file since the store was last closed; None if it was not closed, or
+        #: by a version that leaves nothing.
         self.left: Left | None = None
-        #: Whether nobody else had it when it was taken, and whether nobody else gets in meanwhile.
+        #: Whether no other process had it when it was taken, and whether none gets in meanwhile.
         self.first = True
         self.alone = alone or not SHARING
         self._data: FileLock | None = None
@@ -116,15 +116,15 @@ class Place:
         if SHARING:
             self._door = take_door(self._folder, look=self.read_only)
         if os.path.exists(self.data_path):
-            # First, because it makes nothing where somebody else is at work, or where something
-            # else stands.
+            # First, because it makes nothing where another process is at work, or where something
+            # else is.
             self._take_data()
         if self.read_only and not self.first and not self._go_inside():
             return False
         self._take_lock()
         if self._lock is not None:
             self.left = read_left(self._lock.found)
-        # Whoever had that lock may have written until he gave it back.
+        # The process that had that lock may have written until it gave it back.
         if os.path.exists(self.data_path):
             self._take_data()
         if not self.first:
@@ -134,7 +134,7 @@ class Place:
         return True
 
     def _go_inside(self) -> bool:
-        """Somebody writes here, so this one reads like those who write, and is counted."""
+        """A process writes here, so this one reads like those that write, and is counted."""
         assert self._data is not None
         self._close_door()
         self._door = take_door(self._folder)
@@ -159,12 +159,12 @@ class Place:
         return os.path.join(self.path, LMDB_LOCK), os.path.join(self.path, TURN)
 
     def _take_data(self) -> None:
-        """Lock the data file that stands here now, and know from now on which one it is and what
-        it says. Raises as the constructor."""
+        """Lock the data file that is here now, and know from now on which one it is and what it
+        says. Raises as the constructor."""
         if sys.platform != "win32" and self._data is None:
             self._hold_data()
         if not self.first:
-            return  # Whoever came first has looked, and by now it may be written.
+            return  # The process that came first has looked, and by now it may be written.
         with self.data_file() as descriptor:
             if self.headers is None or not self.headers.are_in(descriptor):
                 self.headers = check_data_file(descriptor, self.data_path)
@@ -180,7 +180,8 @@ class Place:
         raise StorageError(f"{self.data_path} is replaced again and again; see by whom")
 
     def _held_data(self) -> FileLock:
-        """The data file: alone if nobody else has it, or else with the others, if this one may."""
+        """The data file: alone if no other process has it, or else with the others, if this one
+        may."""
         kind = os.O_RDONLY if self.read_only else os.O_RDWR
         shared = self.read_only and not SHARING
         for look in range(_LOOKS):
@@ -190,7 +191,7 @@ class Place:
                 holder = error.holder
             else:
                 if self.read_only and SHARING:
-                    # Whoever looks at the same time is to see that nobody is inside.
+                    # A process that looks at the same time must see that no process is inside.
                     held.unlock()
                 return held
             # Another who looks has it for a moment.
@@ -213,7 +214,7 @@ class Place:
         if self.read_only:
             if not self.first:
                 self._close_door()
-            return  # Together with others who look, and nobody else.
+            return  # Together with others that look, and with no other process.
         assert self._data is not None and self._lock is not None
         if self.first:
             self._lock.write(open_note(self._files()))
@@ -235,8 +236,8 @@ class Place:
             self._door = None
 
     def is_last(self) -> bool:
-        """On the way out, with nothing mapped any more: whether nobody else has it open. From
-        then on nobody comes in until ``release``."""
+        """On the way out, with nothing mapped any more: whether no other process has it open. From
+        then on no process comes in until ``release``."""
         if self.alone or not self.shared:
             return not self.read_only
         if self._data is None or self._lock is None or self.read_only or self._data.descriptor < 0:
@@ -248,7 +249,7 @@ class Place:
         return self._data.have_alone() and DOUBT not in self._lock.read()
 
     def doubt(self) -> None:
-        """Tell whoever is the last to leave that the file has to be looked at."""
+        """Note for the last process to leave that the file has to be looked at."""
         if self._lock is not None and not self.read_only:
             with contextlib.suppress(OSError):
                 _, _, note = self._lock.read().partition(b"\n")
@@ -256,7 +257,8 @@ class Place:
 
     @contextlib.contextmanager
     def to_itself(self) -> Iterator[None]:
-        """Nobody else has the store open while the block runs. Raises ``DatabaseLockedError``."""
+        """No other process has the store open while the block runs. Raises
+        ``DatabaseLockedError``."""
         if self.alone or self._data is None:
             yield
             return
@@ -330,7 +332,7 @@ class Place:
         return self.left is not None and self.left.file == self._signature(headers)
 
     def leave(self, headers: Headers) -> None:
-        """Note that the data file is well as it is now. To be called when nobody has it mapped.
+        """Note that the data file is sound as it is now. Call it when no process has it mapped.
 
         Where the file's own times are too coarse to show a later change, or are not ours to set,
         nothing is noted and the next one looks for himself."""
@@ -338,7 +340,7 @@ class Place:
             return
         with contextlib.suppress(OSError):
             if self.is_as_left(headers.raw):
-                # Nothing was written: whoever copies what has changed need not copy this.
+                # Nothing was written: a program that copies what has changed need not copy this.
                 self.leave_as_found()
                 return
             found = os.fstat(self._data.descriptor)
@@ -400,7 +402,7 @@ class Place:
         return self._folder if self._folder >= 0 else None
 
     def give(self, copy: str) -> None:
-        """Give the directory ``copy`` and the data file in it to whoever has this one."""
+        """Give the directory ``copy`` and the data file in it to the owner of this one."""
         if sys.platform == "win32":
             return
         for path in (os.path.join(copy, DATA), copy):
@@ -486,8 +488,8 @@ def take_place(path: str, read_only: bool = False, alone: bool = False) -> Place
     except DatabaseLockedError:
         if find_here(path) is None:
             raise
-    # An object that nobody refers to any more may still wait for the collector, or for a thread
-    # that looks at it for a moment.
+    # An object without references may still wait for the collector, or for a thread that looks
+    # at it for a moment.
     gc.collect()
     for _ in range(_LOOKS_FOR_LOST):
         if find_here(path) is None:

@@ -1,8 +1,8 @@
 """Giving back memory that holds pages of a mapped file.
 
-Pages of a file that was read through a map stay in the process until somebody else needs the room.
-They cost nothing, but they count: to a person, or to a container with a limit, a server that has
-sent a large database to a device looks as if it had leaked all of it. The pages stay in the
+Pages of a file that was read through a map stay in the process until another program needs the
+room. They cost nothing, but they count: to a person, or to a container with a limit, a server that
+has sent a large database to a device looks as if it had leaked all of it. The pages stay in the
 system's cache; only this process lets go of them.
 
 On Linux; elsewhere nothing is done and nothing is wrong.
@@ -39,7 +39,7 @@ def shed(path: str, limit: int = RESIDENT_BYTES_MAX) -> bool:
 
 
 def mapped_bytes() -> int:
-    """Resident bytes of mapped files in this process; 0 where nobody can tell."""
+    """Resident bytes of mapped files in this process; 0 where the system does not say."""
     with contextlib.suppress(OSError, IndexError, ValueError), open(_STATM, "rb") as file:
         return int(file.read().split()[2]) * os.sysconf("SC_PAGE_SIZE")
     return 0

@@ -263,9 +263,9 @@ def _entries(cursor: Any, start: bytes, stop: bytes, reverse: bool, values: bool
 
 
 def _walk(cursor: Any, keys: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """The entries of ``keys`` as far as they stand one behind the other, as those do that were
-    written in the order of their keys: going on costs less than looking up. Ends at the first
-    entry that is another, because those behind it may be many and large."""
+    """The entries of ``keys`` as far as they follow each other, as those do that were written in
+    the order of their keys: going on costs less than looking up. Ends at the first entry that is
+    another, because those behind it may be many and large."""
     found: list[tuple[bytes, bytes]] = []
     if cursor.set_key(keys[0]):
         for key, entry in zip(keys, cursor.iternext(keys=True, values=True), strict=False):

@@ -34,9 +34,9 @@ def spacers(
     At first there are two rows for each region, and the second takes half a page: so it does not
     fit behind the region before it, and begins a page together with the first. That done, many
     short ones keep the page so full that the store does not join it with the one before when what
-    stands behind them leaves. One long row would do that too, but rows that leave in great numbers
-    can bring it to where others grow, and there it would be in the way of every page; of short
-    ones a split has little to fear."""
+    is behind them leaves. One long row would do that too, but rows that leave in great numbers can
+    bring it to where others grow, and there it would be in the way of every page; of short ones a
+    split has little to fear."""
     half = half_page(page_bytes)
     short = [key for region in regions for key in _keys(region, half // _SHARE)]
     first = {key: b"" for region in regions for key in _keys(region, 2)}

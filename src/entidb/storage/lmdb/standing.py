@@ -26,7 +26,7 @@ class Standing:
         #: For the system, which wants bytes and is asked before every commit.
         self._system_path = os.fsencode(path)
         self._identity: tuple[int, int] | None = None
-        #: The directory as it was last seen, and as it stands if nothing in it has changed.
+        #: The directory as it was last seen, and as it is if nothing in it has changed.
         self._seen: tuple[int, int, int] | None = None
         self._seen_at = 0.0
         self._settled: tuple[int, int, int] | None = None

@@ -1,4 +1,4 @@
-"""An open store on LMDB: what ``base`` promises, told by its verbs: open, snapshot, commit, verify,
+"""An open store on LMDB: what ``base`` promises, by its verbs: open, snapshot, commit, verify,
 compact, back up, close.
 
 A batch is complete before its transaction begins, because aborting one waits for every reader.
@@ -94,7 +94,7 @@ class LmdbStorage:
         self._turn_in_turn = Turn()
         self._commits = 0
         self._news_at = 0.0
-        #: Whether somebody has to close it.
+        #: Whether it has to be closed.
         self._made = True
 
     @staticmethod
@@ -144,9 +144,10 @@ class LmdbStorage:
         page that can be reached is read once. ``salvage`` opens one with damaged pages too, to
         save what can still be read, for this process alone; a damaged page may end it.
 
-        ``read_only`` makes and changes no file where nobody writes, so it also works where nothing
-        can be written; and keeps those who would write out, but not others who only read. Where
-        somebody writes already, it reads beside him, and notes itself in LMDB's table of readers.
+        ``read_only`` makes and changes no file where no process writes, so it also works where
+        nothing can be written; and keeps those who would write out, but not others who only read.
+        Where a process writes already, it reads beside that one, and notes itself in LMDB's table
+        of readers.
 
         Raises ``DatabaseLockedError`` if it is open already in this process, or in another that has
         it alone; ``FormatError`` (``not_a_database``, ``truncated``) if something else stands
@@ -292,7 +293,7 @@ class LmdbStorage:
                 self._file.grow_early()
             turns.give_back(turn)
         except BaseException as error:
-            # If nobody knows what became of it, whoever comes next finds out.
+            # If its outcome is unknown, the next process finds out.
             if self._gate.level < CLOSED:
                 memory[COMMITTING] = 0
             turns.give_back(turn)
@@ -486,7 +487,7 @@ class LmdbStorage:
                 self._file.shut()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        # Nobody refers to it any more, so nobody is inside LMDB and nobody waits for a turn.
+        # Nothing refers to it any more, so no thread is inside LMDB and none waits for a turn.
         if not getattr(self, "_made", False) or self._gate.level >= CLOSED:
             return
         try:

@@ -1,9 +1,9 @@
 """Whose turn it is to commit, among all processes that have the store open.
 
-The turn is the lock of a file of its own: the system gives it back when its owner dies, whatever he
-was doing. What is written in that file is shared memory of all processes: whether somebody waits,
-so that whoever comes again at once lets him go first; and whether a commit was under way when its
-owner died, so that the next one sees to what it left before he looks at the newest state.
+The turn is the lock of a file of its own: the system gives it back when its owner ends, whatever it
+was doing. What is written in that file is shared memory of all processes: whether one waits, so
+that a process which comes again at once lets it go first; and whether a commit was under way when
+its owner died, so that the next one sees to what it left before he looks at the newest state.
 
 Not here: whose turn it is within a process (``entidb.storage.turns``).
 """
@@ -21,12 +21,12 @@ from entidb.storage.directories import NO_FOLLOW, give_as
 from entidb.storage.locks import FileLock, HeldError, system_holders, written_holder
 
 TURN: Final = "entidb.turn"
-#: Bytes of the file: somebody waits; a commit is under way.
+#: Bytes of the file: a process waits; a commit is under way.
 _WAITED_FOR: Final = 0
 COMMITTING: Final = 8
 _BYTES: Final = 64
-#: Seconds between two tries to get the turn, at first and after a while. Whoever waits says how
-#: long he pauses, in so many steps; whoever comes later stays back for longer than that.
+#: Seconds between two tries to get the turn, at first and after a while. A process that waits notes
+#: how long it pauses, in so many steps; one that comes later stays back for longer than that.
 _PAUSE_SECONDS: Final = 0.0002
 _PAUSE_SECONDS_MAX: Final = 0.002
 _STEP_SECONDS: Final = 0.0001
@@ -37,7 +37,7 @@ CLAIM: Final = "entidb."
 
 
 class SoleTurn:
-    """The turn of whoever has the store to himself."""
+    """The turn of a process that has the store to itself."""
 
     mine = True
 
@@ -109,12 +109,12 @@ if sys.platform != "win32":
         __slots__ = ("_descriptor", "_path", "_recover", "memory", "mine")
 
         def __init__(self, path: str, like: os.stat_result, first: bool) -> None:
-            """``first``: nobody else has the store open, and what the file says is of the dead.
-            Raises ``OSError``."""
+            """``first``: no other process has the store open, and what the file says is of
+            processes that ended. Raises ``OSError``."""
             self.mine = False
             self._path = path
             #: What all share. ``COMMITTING`` is not 0 while a commit is under way, and stays so
-            #: when nobody knows what became of it: whoever takes the turn next finds out.
+            #: when its outcome is unknown: the process that takes the turn next finds out.
             self.memory: mmap.mmap
             self._recover: Callable[[], None] = _nothing
             self._descriptor = _open(path, like)
@@ -187,7 +187,7 @@ if sys.platform != "win32":
                 if left > 0:
                     time.sleep(left)
                 if self._try():
-                    # Whoever waits still says so again when his pause is over.
+                    # A process that waits still notes it again when its pause is over.
                     self.memory[_WAITED_FOR] = 0
                     return True
                 self.memory[_WAITED_FOR] = int(pause / _STEP_SECONDS) + 1
