@@ -144,12 +144,31 @@ def test_transactions_that_are_too_much_together_are_to_be_sent_apart(
     world = World()
     each = [writes(number, *[lists(100)] * 4) for number in range(1, 4)]
     message = request(world, *each)
+    decoded.clear()  # the request names the history, which was read for it
     (answer,) = world.service.push_many([(message, GRANT)])
     assert isinstance(answer, ProtocolError)
     assert answer.code == "too_large"
     assert not decoded
     assert verdicts(push(world, *each[:2])) == [ACCEPTED, ACCEPTED]
     assert verdicts(push(world, each[2])) == [ACCEPTED]
+
+
+def test_many_values_that_are_small_each_are_too_much_together_as_well(small: None) -> None:
+    world = World()
+    over = writes(1, *[lists(50)] * 11)
+    (result,) = push(world, over)
+    assert (result.verdict, result.code) == (Verdict.REJECTED, "too_large")
+    each = [writes(number, *[lists(50)] * 9) for number in range(2, 5)]
+    (answer,) = world.service.push_many([(request(world, *each), GRANT)])
+    assert isinstance(answer, ProtocolError) and answer.code == "too_large"
+    assert verdicts(push(world, *each[:2])) == [ACCEPTED, ACCEPTED]
+
+
+def test_a_value_that_is_too_much_is_found_beside_one_that_is_small(small: None) -> None:
+    world = World()
+    results = push(world, tx(1, op(1, "small")), writes(2, lists(101)))
+    assert verdicts(results) == [ACCEPTED, REJECTED]
+    assert results[1].code == "codec_error"
 
 
 def test_one_push_that_is_too_much_leaves_the_others_of_its_group_alone(small: None) -> None:
