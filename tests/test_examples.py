@@ -24,6 +24,11 @@ EXPECTED = {
         "refused (out_of_stock): only 0 of 'cake' left",
         "On the server: tea 3, cake 0",
     ],
+    "live_page": [
+        "the page hears: data: 0",
+        "the page hears: data: 1",
+        "the page shows: [{'dish': 'soup of the day'}]",
+    ],
     "mounted_app": [
         "GET /entries: [{'from': 'phone', 'text': 'hello from the phone'}]",
         "POST /entries: 201",
