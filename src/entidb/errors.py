@@ -21,7 +21,7 @@
     │   ├── CorruptionError            corrupt_record
     │   ├── FormatError                not_a_database | newer_format | truncated
     │   ├── DatabaseMovedError         database_moved           the path leads to something else
-    │   ├── CommitStaleError           commit_stale             somebody was faster; begin again
+    │   ├── CommitStaleError           commit_stale             another was faster; begin again
     │   └── CommitUnknownError         commit_unknown           reopen and read to find out
     └── SyncError                      (codes: see ``ERROR_TABLE``)
         ├── TransportError             transport_error          retryable
@@ -211,7 +211,7 @@ class DatabaseMovedError(StorageError):
 
 
 class CommitStaleError(StorageError):
-    """Somebody else has committed since this commit was decided: the turn to commit was lost
+    """Another process has committed since this commit was decided: the turn to commit was lost
     without noticing. Nothing was changed; the same transaction may be begun again."""
 
     code = "commit_stale"
@@ -220,7 +220,7 @@ class CommitStaleError(StorageError):
     def of(cls, where: str, decided: int, newest: int) -> CommitStaleError:
         return cls(
             f"{where}: this commit was decided on state {decided}, and by now there is {newest}: "
-            "somebody else has committed. Nothing was changed; begin the transaction again"
+            "another process has committed. Nothing was changed; begin the transaction again"
         )
 
 

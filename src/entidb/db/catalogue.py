@@ -1,4 +1,5 @@
-"""Which collections a database has, where their entities stand, and which of them synchronise.
+"""Which collections a database has, in which tables their entities are, and which of them
+synchronise.
 
 A catalogue that was stored is immutable; a commit that changes it stores another. Readers use the
 one of their own snapshot, because a publication (R20) moves collections to other tables.
@@ -28,7 +29,7 @@ class IndexInfo(Struct, frozen=True):
 
     A table has all of its entities in it if it was begun with the index there already (its number
     is ``since`` or more), or is in ``built``. In ``table`` it is being built, up to and with the id
-    ``after``. It is ``paused`` once somebody has written who does not have the function.
+    ``after``. It is ``paused`` once a program has written that does not have the function.
     """
 
     number: int
@@ -83,7 +84,7 @@ class CollectionInfo(Struct, frozen=True):
     indexes: tuple[IndexInfo, ...] = ()
 
     def standing_in(self, table: int) -> CollectionInfo:
-        """The same collection, if its entities stood in ``table``."""
+        """The same collection with its entities in ``table``."""
         return replace(self, table=table, prefix=table_prefix(table))
 
 
@@ -145,7 +146,7 @@ class Catalogue:
         return made
 
     def copy(self) -> Catalogue:
-        """One that nobody else reads yet, for ``add``."""
+        """A catalogue that nothing else reads yet, for ``add``."""
         made = Catalogue([], self.next_table, self.scope, self.garbage, self.indexes)
         made.by_name, made.by_number = dict(self.by_name), _ByNumber(self.by_number)
         made.last_number = self.last_number
@@ -219,7 +220,7 @@ class Catalogue:
         return self._with(moved, garbage=self.garbage + old)
 
     def discarding(self, table: int, number: int) -> Catalogue:
-        """With a table nobody will use (an abandoned stage) put with the garbage."""
+        """With a table that nothing will use (an abandoned stage) put with the garbage."""
         return self._beside(self.next_table, (*self.garbage, (table, number)))
 
     def swept(self, table: int) -> Catalogue:

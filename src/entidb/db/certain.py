@@ -1,7 +1,7 @@
 """Values of a class that come back equal for certain, so that reading one back would prove nothing.
 
 Only text, numbers, bytes, None, and lists of these, in the fields of a dataclass or a Struct that
-does nothing of its own when it is made. Whoever is in doubt says no, and the value is read back.
+does nothing of its own when it is made. In doubt the answer is no, and the value is read back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One thread that commits for everybody who must not wait for a disk: tasks of an event loop.
+"""One thread that commits for callers that must not wait for a disk: tasks of an event loop.
 
 What waits when it is its turn goes into one storage commit, each job with a sequence, a result and
 an error of its own. A job that has not begun can be withdrawn. Not here: asyncio (``aio``).
@@ -45,7 +45,7 @@ class Staging(Draft):
 class Job(Generic[T]):
     """``work`` is done on the committer's thread, perhaps more than once. ``told`` is called there
     when it is over; then ``error`` or ``value`` is set. ``sequence`` is that of its commit: 0 if
-    nothing was committed, None if nobody knows."""
+    nothing was committed, None if that is unknown."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Committer:
         self._tell(group)
 
     def _commit_each(self, group: Sequence[Job[Any]]) -> None:
-        """They could not be committed together: somebody's fault, and the others go on."""
+        """They could not be committed together: one of them is at fault, and the others go on."""
         for job in group:
             try:
                 with self._core.write("local") as writer:

@@ -1,9 +1,9 @@
 """The core of a database: its storage, whose turn it is to write, one commit at a time, and what
 may be remembered between two.
 
-One writer at a time holds the writer lock; readers take snapshots and wait for nobody. What a
-commit contains is decided in ``transaction`` (local writes), ``entidb.sync`` (applying and
-settling) and ``entidb.server`` (pushes); all of them go through ``Core.write``.
+One writer at a time holds the writer lock; readers take snapshots and never wait. What a commit
+contains is decided in ``transaction`` (local writes), ``entidb.sync`` (applying and settling) and
+``entidb.server`` (pushes); all of them go through ``Core.write``.
 
 Not here: what programs hold (``database``).
 """
@@ -187,8 +187,8 @@ class Core(Explored):
         self._turns = Turns()
         self._store_turn = storage.turn
         self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
-        #: What the last commit of this object left: its mark, head and catalogue. Good for
-        #: whoever has the turn and finds the store at that mark.
+        #: What the last commit of this object left: its mark, head and catalogue. Good for the
+        #: thread that has the turn and finds the store at that mark.
         self._left: tuple[int, bytes, Catalogue] | None = None
         #: Moves with every attempt to commit that has failed: nothing is answered from memory
         #: then, whatever became of it (R17).
@@ -199,8 +199,8 @@ class Core(Explored):
         #: The functions that indexes go by, by name.
         self.index_functions: Functions = dict(WELL_KNOWN)
         self._hearing = Hearing(storage, self.hear_others, self._is_heard)
-        #: Called with the sequence of every commit, after it, by whoever still has the turn: quick,
-        #: and without raising. For what passes the news on.
+        #: Called with the sequence of every commit, after it, by the thread that still has the
+        #: turn: quick, and without raising. For what passes the news on.
         self.on_commit: Callable[[int], None] | None = None
         self._closed = False
         #: The mark at which the identity was read; of no state at first.
@@ -224,7 +224,7 @@ class Core(Explored):
             yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, moment)
 
     def moment(self) -> Moment:
-        """Now, for whoever is about to read and wants to remember what it reads."""
+        """Now, for code that is about to read and wants to remember what it reads."""
         with self.storage.snapshot() as snapshot:
             return self.moment_of(snapshot)
 
@@ -303,7 +303,7 @@ class Core(Explored):
         self._turns.give_back(turn)
 
     def _drop_void(self, gone: object = None) -> None:
-        """Give back a turn that nobody is left to end: other processes may wait for it."""
+        """Give back a turn that no thread is left to end: other processes may wait for it."""
         for first in self._turns.first():
             if first.void:
                 self._give_back(first)
@@ -314,7 +314,7 @@ class Core(Explored):
         )
 
     def _rows_to_write(self, snapshot: StorageSnapshot) -> SnapshotRows:
-        """For whoever has the turn, with the snapshot that he took in it."""
+        """For the thread that has the turn, with the snapshot that it took in it."""
         left = self._left
         if left is not None and left[0] == snapshot.mark:
             return SnapshotRows(snapshot, left[2])
@@ -337,8 +337,8 @@ class Core(Explored):
     def _tick(self, writer: Writer) -> int:
         last = writer.head.timestamp
         if self.role is Role.SERVER and last > timestamp_from_ms(writer.now_ms + CLOCK_BACK_MS):
-            # Nobody tells a server what time it is, so a time far beyond its clock is one from when
-            # that was wrong (R27). Small steps back are made up for as anywhere.
+            # A server takes the time from no device, so a time far beyond its clock is one from
+            # when that was wrong (R27). Small steps back are made up for as anywhere.
             last = 0
         writer.head.timestamp = next_timestamp(writer.now_ms, last)
         return writer.head.timestamp
@@ -380,8 +380,8 @@ class Core(Explored):
             raise
 
     def hear_others(self) -> int:
-        """Tell observers what other processes have committed since they were told last; the mark
-        of the store up to which that is. A thread calls this while there are observers, where
+        """Call observers with what other processes have committed since they were last called; the
+        mark of the store up to which that is. A thread calls this while there are observers, where
         others may commit."""
         mark = self._observers.tell_others(self._open_rows())
         self._observers.deliver()
@@ -427,7 +427,7 @@ class Core(Explored):
 
     @contextmanager
     def _turn_of_store(self) -> Iterator[None]:
-        """The turn among processes, before there is anybody else in this one."""
+        """The turn among processes, before any other thread of this one uses the database."""
         turn = self._store_turn
         try:
             if not turn.take(self._busy_timeout_s):
@@ -444,7 +444,7 @@ class Core(Explored):
             "history": self.entropy(16) if role is Role.SERVER else None,
         }
         first, rows = spacers_of(self.storage, SPACED)
-        # Who dies behind this leaves what ``_load`` takes for empty.
+        # A crash after this commit leaves a store that ``_load`` treats as empty.
         self.storage.commit(first)
         rows |= {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
         self.storage.commit(rows)
@@ -466,7 +466,7 @@ class Core(Explored):
     def begin_history(self, times_max: int, within_ms: int) -> bool:
         """Give a server's database a new history (R29), in one commit; whether it was done: more
         than ``times_max`` times within ``within_ms`` it is not. Entities, versions and ids stay.
-        The times stand in the database, so whoever puts its files back puts them back too."""
+        The times are in the database, so putting its files back puts them back too."""
         with self.write() as writer:
             since, now = writer.now_ms - within_ms, writer.now_ms
             raw = writer.get(META_BEGUN)

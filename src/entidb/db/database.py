@@ -1,8 +1,8 @@
 """The database: what programs hold. Opening, collections, transactions, the feed, observers, scope,
 and care. The same on both sides.
 
-Not here: what all of them stand on (``core``), what a local write becomes (``transaction``), and
-checks and housekeeping (``maintenance``).
+Not here: what all of them use (``core``), what a local write becomes (``transaction``), and checks
+and housekeeping (``maintenance``).
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ class Database(Indexed):
 
     def column_order(self, name: str) -> list[str]:
         """In which order an imported file had the fields of collection ``name``; canonical CBOR
-        keeps none. Empty if nobody knows. Of this device alone."""
+        keeps none. Empty if it is unknown. Of this device alone."""
         with self._open_rows() as rows:
             raw = rows.snapshot.get(META_COLUMNS)
         order: list[str] = [] if raw is None else cbor.decode_trusted(raw).get(name, [])
@@ -342,9 +342,9 @@ class Database(Indexed):
         other processes commit it hears too, in a thread of its own, within some hundredths of a
         second (``CommitEvent.origin`` is ``"process"``).
 
-        What an observer raises goes to ``sys.unraisablehook``, the other observers are called,
-        and the commit returns: it is durable and cannot fail any more. (Ctrl-C and other
-        ``BaseException`` go on to whoever commits, after the other observers.) Raises
+        What an observer raises goes to ``sys.unraisablehook``, the other observers are called, and
+        the commit returns: it is durable and cannot fail any more. (Ctrl-C and other
+        ``BaseException`` reach the caller of the commit, after the other observers.) Raises
         ``ConfigError`` for what cannot be called, and for an ``async def``."""
         return add_observer(self, observer, "observe")
 
@@ -473,7 +473,7 @@ class Database(Indexed):
             self._closed = True
 
     def destroy(self, *, discard_pending: bool = False) -> None:
-        """Close the database and remove its files, as when somebody signs out. The disk may keep
+        """Close the database and remove its files, as when a user signs out. The disk may keep
         their bytes until it needs the room; the server's copy is untouched.
 
         Raises ``ScopeError`` (``scope_pending``) while transactions wait that the server has not

@@ -138,7 +138,7 @@ class Seen:
 
 
 class _Lent:
-    """Rows that somebody else opened and closes."""
+    """Rows that the caller has opened and closes."""
 
     def __init__(self, rows: SnapshotRows) -> None:
         self._rows = rows

@@ -13,12 +13,13 @@ The plain form is the law: what the other leaves behind is the same, byte for by
     add_entity        add_entities      it comes to be, here
     accept            accept_all        the server takes a write to it (R11)
     clean             clean_all         what was pending is the server's now, with the same value
-    stage_entity      stage_entities    it is put into a table that nobody sees yet (R20)
+    stage_entity      stage_entities    it is put into a table that no reader sees (R20)
     carry_over                          it goes on in another table, with what is pending
     remove_entity     sweep_table       it is forgotten altogether
 
-``replace_tables`` changes the tables of whole collections. A ``watcher`` hears of every change of
-a value in any table, from whichever of these; nothing is spent on that while there is none.
+``replace_tables`` changes the tables of whole collections. A ``watcher`` is called with every
+change of a value in any table, from whichever of these; nothing is spent on that while there is
+none.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ Payloads = Sequence[bytes | None]
 
 
 class Watcher(Protocol):
-    """Who hears of every change of a value: in the table that ``info`` names, which may be one
-    that nobody sees yet, the values of ``ids`` were ``olds`` and are ``news`` (None: there is
-    none). Called before or after the rows are written, within the same commit."""
+    """Called with every change of a value: in the table that ``info`` names, which may be one that
+    no reader sees yet, the values of ``ids`` were ``olds`` and are ``news`` (None: there is none).
+    Called before or after the rows are written, within the same commit."""
 
     def changed(
         self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
@@ -365,9 +366,9 @@ class Entities(Overlay):
         timestamps: Sequence[int],
         payloads: Payloads,
     ) -> bool:
-        """As ``stage_entity``, for what nobody has seen, in columns: ``infos[indexes]`` of each its
-        collection (None: it is left out). False if an entity comes twice: then this commit must be
-        dropped."""
+        """As ``stage_entity``, for what no reader has seen, in columns: ``infos[indexes]`` of each
+        its collection (None: it is left out). False if an entity comes twice: then this commit must
+        be dropped."""
         columns: Sequence[Sequence[Any]] = [indexes, ids, versions, devices, timestamps, payloads]
         if None in payloads or None in infos:
             rows = zip(*columns, strict=True)
@@ -396,8 +397,8 @@ class Entities(Overlay):
         timestamp: int,
     ) -> None:
         """Put a change to an entity into a table of changes, to be taken when all of them are
-        there; a deletion too. Nobody ever reads that table as a collection's, so no ``watcher``
-        hears of it."""
+        there; a deletion too. Nothing ever reads that table as a collection's, so no ``watcher`` is
+        called."""
         if payload is None:
             row: bytes = pack_entity(REMOTE | TOMBSTONE, 0, version, device_id, timestamp)
         else:
@@ -415,8 +416,8 @@ class Entities(Overlay):
     def replace_tables(
         self, tables: Mapping[int, int | None], counts: Mapping[int, int], sequence: int
     ) -> None:
-        """Collections (by number) stand in other tables from ``sequence`` on (None: in empty
-        ones), where they have ``counts`` entities. What was there is garbage, to be swept."""
+        """Collections (by number) have other tables from ``sequence`` on (None: in empty ones),
+        where they have ``counts`` entities. What was there is garbage, to be swept."""
         catalogue, moves = self.catalogue, {}
         for number, table in tables.items():
             if table is None:

@@ -1,5 +1,5 @@
 """One place of a class that values are stored from, as far as a class tells: what it can be stored
-as, and whether a union's members can be told apart by that. ``kinds`` and ``models`` walk through
+as, and whether that identifies the members of a union. ``kinds`` and ``models`` walk through
 classes and make them.
 """
 
@@ -77,8 +77,8 @@ def form_of(plain: Any) -> str:
 
 
 def union(members: Iterable[Seen], path: str, *, decided: bool = False) -> Seen:
-    """The place where one of ``members`` stands. Raises ``ValueTypeError`` if two of them cannot
-    be told apart by what is stored; not for maps that are ``decided`` by a tag of their own."""
+    """The place of one of ``members``. Raises ``ValueTypeError`` if what is stored does not say
+    which of two it was; not for maps that are ``decided`` by a tag of their own."""
     found = list(members)
     for number, first in enumerate(found):
         for second in found[number + 1 :]:

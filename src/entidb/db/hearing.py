@@ -15,15 +15,16 @@ from typing import Final
 from entidb.errors import EntiDBError
 from entidb.storage import Storage
 
-#: Seconds of one wait: whoever is forgotten, closed or not listened to any more ends within it.
+#: Seconds of one wait: a thread whose database is dropped, closed or without listeners ends within
+#: it.
 _WAIT_SECONDS: Final = 0.1
 #: Before it is tried again, where there is nothing to read yet.
 _PAUSE_SECONDS: Final = 0.02
 
 
 class Hearing:
-    """Calls ``hear`` in a thread of its own when somebody has committed. Nothing here keeps what it
-    belongs to alive."""
+    """Calls ``hear`` in a thread of its own when another process has committed. Nothing here keeps
+    what it belongs to alive."""
 
     def __init__(self, storage: Storage, hear: Callable[[], int], wanted: Callable[[], bool]):
         """``hear`` returns the mark up to which it has heard; ``wanted`` says whether anybody

@@ -20,14 +20,14 @@ class IndexBuilder:
     again when it is asked to."""
 
     def __init__(self, database: Core) -> None:
-        # A database that nobody holds any more is not kept by its builder.
+        # A database without other references is not kept by its builder.
         self._database = weakref.ref(database)
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Build in the background, if nobody does yet."""
+        """Build in the background, unless that is under way."""
         with self._lock:
             if self._ended.is_set() or (self._thread is not None and self._thread.is_alive()):
                 return

@@ -208,7 +208,7 @@ def sweep_places(writer: Writer, table: int, number: int, limit: int) -> bool:
 
 
 class IndexStatus(Struct, frozen=True):
-    """How an index stands: ``ready`` for queries, or with ``done`` of ``entities`` in it so far.
+    """The state of an index: ``ready`` for queries, or with ``done`` of ``entities`` in it so far.
     It is ``paused`` when a program wrote that did not have its function, until one that has it
     declares it again."""
 

@@ -1,4 +1,4 @@
-"""Entities by an index: the places that a plan names, and what stands at them."""
+"""Entities by an index: the places that a plan names, and what is there."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _behind(span: Span, chosen: Chosen, values: Sequence[Any], entity_id: bytes)
     cut = len(fields) >= INDEXED_BYTES_MAX
     fields = fields[:INDEXED_BYTES_MAX]
     if cut and values:
-        # Who stands at the same place is behind it or not: that is looked at one by one.
+        # Entities at the same place are behind it or not: that is looked at one by one.
         if chosen.backwards:
             return span[0], _least(span[1], end_of(fields))
         return max(span[0], fields), span[1]

@@ -2,8 +2,8 @@
 
 A place is a key: the index, the table, what the entity's fields sort by (``sort_keys``), its id.
 ``Indexing`` hangs on the one room that writes entities. So a place is put or taken away in the
-storage commit that changes the entity, whoever changes it and in whichever table: what a first sync
-brings has its indexes when readers see it.
+storage commit that changes the entity, from any path and in any table: what a first sync brings has
+its indexes when readers see it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plain values as conditions, orders and indexes look at them: which fields they have, what a
 function makes of one, and which of two comes first.
 
-Values of different kinds stand behind each other: missing, None, false, true, numbers, text, bytes,
+Values of different kinds come in this order: missing, None, false, true, numbers, text, bytes,
 lists, maps; 1 < 1.5 < 2 whether integer or float, and exactly so beyond 2^53.
 """
 

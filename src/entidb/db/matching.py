@@ -47,7 +47,7 @@ def matching(
 
 def _shape_of(upgraded: Callable[[bytes], bytes], payload: bytes) -> Any:
     """The value a condition looks at. What cannot be upgraded is looked at as it is stored; who
-    reads it hears of that."""
+    reads it is informed."""
     try:
         return cbor.decode_trusted(upgraded(payload))
     except ValueTypeError:

@@ -45,9 +45,9 @@ def migrate(
     """Store what ``upgrade`` makes of each entity of collection ``name``, in ordinary transactions
     of at most ``batch`` entities; those that it leaves as they are are not written.
 
-    For a server's database, whose devices pull the new shapes, and for data that stays where it
-    is. May be cut off at any point: what was committed stays, and another run passes over it.
-    Meanwhile others may write. ``progress`` is told how many entities were looked at so far.
+    For a server's database, whose devices pull the new shapes, and for data that stays where it is.
+    May be cut off at any point: what was committed stays, and another run passes over it. Meanwhile
+    others may write. ``progress`` is called with the number of entities looked at so far.
 
     Raises ``ScopeError`` on a device that synchronises this collection, where every device would
     be in conflict with every other; ``ValueTypeError`` for an entity that cannot be upgraded, or

@@ -1,7 +1,7 @@
 """What a cache may believe: the moment at which something was read, and whether it has passed.
 
-Whoever remembers what it has read from a database remembers the moment with it, and asks it before
-each use. Nothing else says what is still true: not who has committed, nor how often.
+Code that remembers what it has read from a database remembers the moment with it, and asks it
+before each use. Nothing else says what is still true: not who has committed, nor how often.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from entidb.errors import LocalError, StorageError
 
 
 class Marked(Protocol):
-    """``commit_mark`` is another one after each attempt to commit, by whomever, in whichever
+    """``commit_mark`` is another one after each attempt to commit, by any thread, in whichever
     process."""
 
     @property
@@ -26,8 +26,8 @@ class Moment(Struct, gc=False):
     the store itself says of now may be ahead of every snapshot.
 
     That of a ``Writer`` passes its own commit, if it works: what is read in the writer and left
-    alone by the commit is true after it as well. What the commit changes, whoever remembers it has
-    to know."""
+    alone by the commit is true after it as well. What the commit changes, the code that remembers
+    it has to know."""
 
     source: Marked
     #: Moved by ``Core`` alone.

@@ -37,12 +37,12 @@ class Observers:
 
     def __init__(self) -> None:
         self.listeners: list[Observer] = []
-        #: The newest commit that was told, since there are listeners; -1: there were none yet.
+        #: The newest commit that was delivered, since there are listeners; -1: there were none yet.
         self.told = -1
         #: The first sequence of this process's own commit while it is under way: it and what
         #: comes after it are not another process's to be told. 0: none.
         self.committing = 0
-        #: Who puts commits into the order in which they are told.
+        #: What puts commits into the order in which they are delivered.
         self.telling = Turns()
         self._deliveries: deque[CommitEvent] = deque()
         self._delivering = Turns()
@@ -71,7 +71,7 @@ class Observers:
             self.committing = 0
 
     def begin(self, sequence: int) -> None:
-        """Whoever listens from now on has seen what was committed up to ``sequence``."""
+        """Observers that are added from now on have seen what was committed up to ``sequence``."""
         with self.telling.hold():
             self.told = max(self.told, sequence)
 

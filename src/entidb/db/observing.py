@@ -1,4 +1,4 @@
-"""Adding an observer: also one that hears of what other processes commit."""
+"""Adding an observer: also one that is called for commits of other processes."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Overlay:
         info = self.catalogue.by_name.get(name)
         if info is None:
             if self.catalogue is not self._grown:
-                # Nobody else sees it before it is stored, so that the next ones cost nothing.
+                # Nothing else sees it before it is stored, so the next ones cost nothing.
                 self._grown = self.catalogue.copy()
             info = self._grown.add(name)
             self.set_catalogue(self._grown)

@@ -183,7 +183,7 @@ def _spans(fixed: bytes, rest: Sequence[Path], asks: _Asks) -> tuple[list[Span],
 
 
 def _bounds(fixed: bytes, part: Compared | Asked) -> tuple[Span, bool]:
-    """Where the fields stand that a condition of a range is met by."""
+    """The range of an index whose fields meet a condition."""
     if isinstance(part, Asked):
         if part.asked[0] == "startswith":
             start = fixed + text_start(part.asked[1])

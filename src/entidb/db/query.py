@@ -2,7 +2,7 @@
 
 A ``Query`` is a description; it reads when it is asked for something, each time from one snapshot
 of its own, or inside the transaction or snapshot that its collection belongs to. It is never
-changed: each method answers a new one. What a condition is stands in ``conditions``.
+changed: each method answers a new one. ``conditions`` says what a condition is.
 
 An index is used where there is one that helps (``plans``). Without it a query looks at every
 entity, and decodes as few as it can (``matching``).
@@ -154,9 +154,9 @@ class Query(Explored, Generic[V]):
         """Sorted by ``fields``: a name, with dots for fields inside fields and a minus before it
         for the largest first (``"-price"``), or ``F.price``.
 
-        Missing comes before None, then false, true, numbers, text, bytes, lists and maps.
-        Entities with equal fields stand in the order of their ids, or against it after a
-        descending field. Raises ``QueryError``.
+        Missing comes before None, then false, true, numbers, text, bytes, lists and maps. Entities
+        with equal fields come in the order of their ids, or against it after a descending field.
+        Raises ``QueryError``.
         """
         if not fields:
             raise QueryError('order_by needs a field: order_by("price")')

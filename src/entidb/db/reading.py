@@ -16,7 +16,7 @@ from entidb.errors import CborEncodeError, ConfigError, ValueTypeError
 
 #: From a stored value of any age to one of the newest shape.
 Upgrade = Callable[[Any], Any]
-#: Given the error and the stored value: what stands in its place, or None to leave it out.
+#: Given the error and the stored value: what to read in its place, or None to leave it out.
 Instead = Callable[[ValueTypeError, Any], Any]
 OnInvalid = Literal["raise", "skip"] | Instead
 

@@ -102,7 +102,7 @@ pack_u64 = _U64.pack
 pack_feed_key = _FEED.pack
 
 
-#: What unpacking raises for bytes that are not what stands where they were found.
+#: What unpacking raises for bytes that are not a record of the kind expected.
 NOT_ONE: Final = (UnpackError, IndexError)
 
 

@@ -34,8 +34,8 @@ def decode_record(kind: type[T], raw: bytes) -> T:
 
 @functools.lru_cache(maxsize=16)
 def decode_state(raw: bytes) -> ReplicaState:
-    """The ``ReplicaState`` of ``raw``: read with every local commit, and changed by few of them.
-    Nobody changes what is in it; ``replace`` makes another."""
+    """The ``ReplicaState`` of ``raw``: read with every local commit, and changed by few of them. No
+    code changes what is in it; ``replace`` makes another."""
     return decode_record(ReplicaState, raw)
 
 

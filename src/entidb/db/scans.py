@@ -13,7 +13,7 @@ from entidb.errors import ScanWarning
 
 #: Entities that may be looked at without a word.
 SCANNED_MAX: Final = 10_000
-#: (collection, index) that were told of, and how many at most are remembered.
+#: (collection, index) that were reported, and how many at most are remembered.
 _told: set[tuple[str, str]] = set()
 _TOLD_MAX: Final = 1000
 

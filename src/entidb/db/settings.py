@@ -41,7 +41,7 @@ def check_settings(
 
 
 def cursor_of(after: int) -> int:
-    """Where a feed begins that somebody wants from ``after`` on. Raises ``ConfigError``."""
+    """Where a feed begins that is to give what is after ``after``. Raises ``ConfigError``."""
     given: object = after
     if not isinstance(given, int) or isinstance(given, bool):
         raise ConfigError(

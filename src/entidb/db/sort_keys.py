@@ -4,7 +4,7 @@
 
 Integers and floats are ordered together, and exactly so beyond 2^53; text by its UTF-8. Equal
 values have equal bytes, 1 and 1.0 too. What is encoded ends by itself, so that several values can
-stand one behind the other. The order is that of ``conditions.order_key``, which is the law.
+follow each other. The order is that of ``conditions.order_key``, which is the law.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def check_size(writes: Writes, bytes_max: int) -> None:
     if size > TRANSACTION_CONTAINERS_MAX:
         payloads = (payload for ids in writes.values() for payload in ids.values() if payload)
         if cbor.containers_together(payloads, TRANSACTION_CONTAINERS_MAX) is None:
-            # Small in bytes, and long work for everybody who decodes it.
+            # Small in bytes, and long work for every reader that decodes it.
             raise TransactionTooLargeError(
                 f"the values of this transaction have more than {TRANSACTION_CONTAINERS_MAX} maps "
                 "and lists together: commit it in smaller parts"

@@ -1,8 +1,8 @@
 """Values of one class and payloads: dataclasses, attrs classes, msgspec Structs, pydantic models.
 
 A typed value is read back before it is stored, unless it comes back for certain (``certain``): what
-would not come back equal is refused, and so is what could not be read any more. Nobody finds out a
-year later.
+would not come back equal is refused, and so is what could not be read any more. No program finds
+out a year later.
 """
 
 from __future__ import annotations
