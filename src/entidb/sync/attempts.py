@@ -103,7 +103,7 @@ class Attempts:
             self.stats.add(result)
             self.last_success_ms = self._clock.now_ms()
             kept = result.kept_back
-            # The cycle has done all it could, and the application hears of what it could not.
+            # The cycle has done all it could, and the application learns what it could not.
             self.last_error = kept_back_error(kept) if kept else None
             return result
 

@@ -71,8 +71,8 @@ class Background:
         #: Syncs that failed, one after the other, and when a commit may start the next.
         self._failures = 0
         self._held_until = -math.inf
-        #: Hears of what the server has, while this runs and the server says such things; the newest
-        #: commit that was named, and whether a pull is due whatever it is.
+        #: Learns what the server has, while this runs and the server offers news; the newest commit
+        #: that was named, and whether a pull is due whatever it is.
         self.channel: Channel | None = None
         self._named = 0
         self._unheard = False
@@ -88,7 +88,7 @@ class Background:
         self._called = False
 
     def committed(self, sequence: int) -> None:
-        """Somebody else than a cycle has committed: the database calls it after each commit."""
+        """Something else than a cycle has committed: the database calls it after each commit."""
         if threading.get_ident() != self._engine.cycle_thread:
             self._committed = True
             self._event.set()
@@ -108,7 +108,7 @@ class Background:
         self.running = True
         try:
             while not stopped.is_set():
-                # What is heard from here on is for the next turn: the pull may be over by then.
+                # News from here on is for the next turn: the pull may be over by then.
                 self._called = self._committed = self._unheard = False
                 self._named = 0
                 self._sync(stopped)
@@ -124,7 +124,7 @@ class Background:
                 channel.stop()
 
     def _listen(self) -> None:
-        """Begin to hear of news, as soon as the server has said that it tells them."""
+        """Begin to listen for news, as soon as the server has said that it offers them."""
         if self.channel is None:
             source = self._engine.news_source()
             if source is not None:

@@ -163,7 +163,7 @@ class SyncConfig(HttpConfig):
     #: Name and version of the application, for the server's logs: ``"notes/2.1"``.
     client: str = ""
     #: Number of the schema this program works with, from 1, raised with every change that older
-    #: programs should not see; 0: it says none, and is never told that it is too old (R33).
+    #: programs should not see; 0: it names none, and no server answers that it is too old (R33).
     schema: int = 0
     #: What travels, both ways (R31). None: every collection that is not declared local.
     collections: tuple[str, ...] | None = None

@@ -1,9 +1,9 @@
 """One sync cycle, written once and straight down, without I/O.
 
-``cycle()`` is a generator of requests that is sent responses; whoever drives it does the I/O, and
-throws a ``SyncError`` in where that failed. Dropping the generator is a crash: everything that
-matters is durable before each ``yield``. The order of things is here; what is asked for in each of
-its halves is in ``pulling`` and ``pushing``.
+``cycle()`` is a generator of requests that is sent responses; its driver does the I/O, and throws a
+``SyncError`` in where that failed. Dropping the generator is a crash: everything that matters is
+durable before each ``yield``. The order of things is here; what is asked for in each of its halves
+is in ``pulling`` and ``pushing``.
 
     connect? ─▶ settle what is in flight (R5) ─▶ pull to the head (R6) ─▶ push batches ─▶ synced
                                                   ▲                          │ conflicts (R7)
@@ -34,8 +34,9 @@ from entidb.sync.state import SyncProgress, SyncState
 
 
 class Cycle:
-    """One cycle. ``enter`` is told every state, ``progress`` what was done, ``check`` is called
-    between steps and raises to cancel (R9). ``is_connected`` says that the handshake holds."""
+    """One cycle. ``enter`` is called with every state, ``progress`` with what was done, ``check``
+    is called between steps and raises to cancel (R9). ``is_connected`` says that the handshake
+    holds."""
 
     def __init__(
         self,

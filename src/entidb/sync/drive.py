@@ -24,8 +24,8 @@ from entidb.sync.transport import SyncTransport
 
 
 class Pause(Struct, frozen=True):
-    """Nothing is to be done for so many ``seconds``, or until somebody asks for it; never before
-    ``asked_for_s``, which the server asked for."""
+    """Nothing is to be done for so many ``seconds``, or until the program asks for a cycle; never
+    before ``asked_for_s``, which the server asked for."""
 
     seconds: float
     asked_for_s: float
@@ -37,7 +37,7 @@ Course = Generator[Step | Pause, SyncResponse | None, SyncCycleResult]
 
 class Courier(Protocol):
     """Does what a course asks for. ``send`` and ``pause`` are done when they return, or will be:
-    then they return None and False, and whoever drives goes on with the outcome later."""
+    then they return None and False, and the driver goes on with the outcome later."""
 
     def begin(self) -> bool:
         """A cycle begins: what was interrupted or sent ahead before it does not count. Whether the

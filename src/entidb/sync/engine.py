@@ -1,4 +1,4 @@
-"""The blocking engine: drives cycles over a transport, tells listeners, runs in the background.
+"""The blocking engine: drives cycles over a transport, calls listeners, runs in the background.
 What a cycle does is ``cycle``'s, the I/O it asks for ``drive``'s, when it is tried again
 ``attempts``'.
 """
@@ -43,7 +43,7 @@ from entidb.types import Clock, SystemClock, kind_name
 REVOKED_PAUSE_S = 3600.0
 
 #: How long ``stop`` waits for a cycle, in turns. What takes longer is a commit of minutes, or a
-#: cycle that waits for the caller in a way nobody can see.
+#: cycle that waits for the caller in a way that nothing can detect.
 _END_TURN_S = 0.02
 _END_TURNS_MAX = 1500
 #: For how many of them the same listener has to be seen until it is not waited for any more.
@@ -114,7 +114,7 @@ class SyncEngine(Decisions, Listening):
         self._cycle_thread: int | None = None
         self._running_lock = threading.RLock()
         self._background = Background(self, self._clock)
-        #: Syncs that have ended and were not told of yet.
+        #: Syncs that have ended and were not reported yet.
         self._ended: deque[tuple[SyncCycleResult | None, list[SyncCycleResult]]] = deque()
         #: Set at the end of each sync, for those who wait for one.
         self._waiting: list[threading.Event] = []
@@ -258,7 +258,7 @@ class SyncEngine(Decisions, Listening):
             self._background.begun()
 
     def note_error(self, error: EntiDBError) -> None:
-        """Show ``error`` in ``status()``: for whoever runs cycles in the background."""
+        """Show ``error`` in ``status()``: for code that runs cycles in the background."""
         self._attempts.last_error = error
 
     def _check_cancelled(self) -> None:
@@ -421,7 +421,7 @@ class SyncEngine(Decisions, Listening):
         return self.applier.state().reached
 
     def news_source(self) -> NewsSource | None:
-        """Where this device hears of news, if the server it is connected to tells them."""
+        """Where this device learns of news, if the server that it is connected to offers them."""
         if not self.config.live or "live" not in self._attempts.connection.features:
             return None
         make = getattr(self.transport, "news", None)
@@ -431,8 +431,9 @@ class SyncEngine(Decisions, Listening):
         return source
 
     def note_bug(self, error: BaseException) -> None:
-        """Show what is not an error of ours in ``status()``, and tell ``threading.excepthook``: a
-        listener's bug, or ours. Syncing goes on, and somebody has to hear of it."""
+        """Show what is not an error of ours in ``status()``, and pass it to
+        ``threading.excepthook``: a listener's bug, or ours. Syncing goes on, and the bug must not
+        stay unseen."""
         self.note_error(SyncError(f"the cycle failed: {error!r}"))
         told = (type(error), error, error.__traceback__, threading.current_thread())
         threading.excepthook(threading.ExceptHookArgs(told))
@@ -472,7 +473,8 @@ class SyncEngine(Decisions, Listening):
 
 
 def _check_parts(config: object, transport: object, applier: object) -> None:
-    """Raises ``ConfigError``: what stands in the wrong place would be noticed in a cycle."""
+    """Raises ``ConfigError``: an argument in the wrong place would otherwise be noticed in a
+    cycle."""
     if not isinstance(config, SyncConfig):
         raise ConfigError(f"config must be a SyncConfig, not {kind_name(config)}")
     if not isinstance(transport, str) and not callable(getattr(transport, "send", None)):

@@ -45,8 +45,8 @@ class Listeners:
     def tell_ended(
         self, result: SyncCycleResult | None, attempts: Sequence[SyncCycleResult]
     ) -> None:
-        """Tell of one sync that has ended: of what every attempt has left to a person or had
-        refused, and of its result, if it worked. Call it outside all locks."""
+        """Report one sync that has ended: what every attempt has left to a person or had refused,
+        and of its result, if it worked. Call it outside all locks."""
         for attempt in attempts:
             for conflict in attempt.unresolved:
                 self._tell_each(self.conflict, conflict)
@@ -65,7 +65,7 @@ class Listeners:
 
 
 class Listening:
-    """The part of an engine that tells the program of its cycles."""
+    """The part of an engine that reports its cycles to the program."""
 
     _listeners: Listeners
 

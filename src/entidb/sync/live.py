@@ -43,7 +43,7 @@ _JOIN_S: Final = 0.1
 
 
 class LiveState(StrEnum):
-    """How a device hears that there is something new."""
+    """How a device learns that there is something new."""
 
     #: A stream is open: at once.
     LIVE = "live"
@@ -252,7 +252,7 @@ class Channel:
                 else:
                     self._ask(step)
             except SyncCancelledError as error:
-                # Somebody has stopped what the transport does, and not this.
+                # The transport was stopped, and not this.
                 self._policy.failed(self._clock.monotonic(), error)
             self._tell()
         self._policy.state = LiveState.OFFLINE

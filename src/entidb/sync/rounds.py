@@ -88,7 +88,7 @@ class Rounds:
             refused = error.refused_by is not None and not path.is_chance(error, batch.bytes)
             if not refused and not isinstance(error, ResetRequiredError | UpgradeRequiredError):
                 raise
-            # Why, the pull or the push will be told, each by itself.
+            # The pull or the push will get the reason, each by itself.
             self._exchange.applier.unsend()
             connection = self._exchange.connection
             connection.features = [name for name in connection.features if name != FEATURE]

@@ -150,7 +150,7 @@ class SyncStatus(Struct, frozen=True):
     has everything, its own included. ``discarded`` counts withdrawn transactions, ``overruled``
     values that a policy decided against (R4). ``*_ms`` are wall-clock milliseconds since 1970;
     ``next_retry_s`` is how long until the next attempt, None where none is planned. ``live`` says
-    how a background run hears of what others write: ``live`` (at once), ``polling`` (nearly so), or
+    how a background run learns what others write: ``live`` (at once), ``polling`` (nearly so), or
     ``offline`` (with the next cycle); since when, where there is such a run."""
 
     state: SyncState

@@ -120,7 +120,7 @@ def refuse_as_before(
     world: World, refused: dict[bytes, set[str]], request: PushRequest, grant: Grant
 ) -> None:
     """A server of 0.3 refuses a push whole for a missing right, or for one invalid payload;
-    ``refused`` is told which transactions were meant."""
+    ``refused`` is called with the transactions that were meant."""
     if not grant.write:
         world.fired("older_server")
         note_forbidden(refused, request)

@@ -466,7 +466,7 @@ class ServerWatch:
         self.checks.that(
             decided or bool(unseen) or rows > ROUND_ROWS_MAX,
             "PULL-FIRST",
-            f"a device at {pull.cursor} was told that it is behind, and nothing was",
+            f"a device at {pull.cursor} got the answer that it is behind, and nothing was",
         )
 
     def on_pull(

@@ -56,7 +56,7 @@ from entidb.testing.world import World, WorldClock
 #: A copy of a device: its records, and what its bases belong to.
 Saved = tuple[dict[bytes, bytes], Context]
 TIDY_STEPS = 3
-#: What a device may be told to synchronise.
+#: The scopes that a device may get.
 SCOPES = (None, COLLECTIONS[:2], COLLECTIONS[:3], COLLECTIONS[1:3])
 #: What the token of a device may be for.
 GRANTS = (None, None, COLLECTIONS[:1], COLLECTIONS[:2], COLLECTIONS[1:3], COLLECTIONS[2:], ())
@@ -271,7 +271,7 @@ class Device(Person):
     def _content(self, snapshot: Any) -> list[tuple[bytes, bytes]]:
         return list(snapshot.collection(GROUP_COLLECTION).payloads())
 
-    # ------------------------------------------------------------ what it is told to synchronise
+    # ------------------------------------------------------------ its scope and its token
 
     def change_scope(self) -> None:
         chosen = self._another_scope()
@@ -302,7 +302,7 @@ class Device(Person):
             self.world.fired(fault)
 
     def change_grant(self) -> None:
-        """Somebody gives this device a token for other collections."""
+        """This device gets a token for other collections."""
         self.granted = self.rng.choice([names for names in GRANTS if names != self.granted])
         self.renew_token()
         self.world.trace("grant", self.name, self.granted)
@@ -380,7 +380,7 @@ class Device(Person):
             self.renew_token()
 
     def _check_end(self, result: SyncCycleResult | None, error: EntiDBError | None) -> None:
-        """What a sync says at its end is so: whoever called it goes by that."""
+        """What a sync says at its end is true: its caller goes by that."""
         checks, ended = self.world.checks, self.engine.state
         cancelled = isinstance(error, SyncCancelledError)
         checks.that(

@@ -1,9 +1,9 @@
 """The server of a simulated run: the real front, stores, tokens and group commit, over stores that
 can fail and with virtual time.
 
-Messages come in and go out as bytes. Nothing of what a server does about them is told again here:
-an error is explained by the front, and after a storage error the stores open the database again
-(R17). A crash is a front that is dropped.
+Messages come in and go out as bytes. Nothing that a server does with them is written a second time
+here: an error is explained by the front, and after a storage error the stores open the database
+again (R17). A crash is a front that is dropped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from entidb.testing.world import World
 SECRET = b"a secret of the simulator, long enough for HS256"
 AUDIENCE = "simulator"
 TOKEN_S = 30.0
-#: A database that nobody has used for so long is closed at the next look.
+#: A database that was not used for so long is closed at the next look.
 IDLE_S = 2.0
 
 

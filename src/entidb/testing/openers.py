@@ -25,7 +25,7 @@ from entidb.storage import Storage
 from entidb.storage.base import Batch, StoreTurn
 from entidb.testing.contracts import StorageContract, raises, read_all
 
-#: Seconds within which somebody who waits for a dead opener goes on.
+#: Seconds within which an opener that waits for a killed one goes on.
 DEAD_SECONDS: Final = 1.0
 _COUNTER: Final = b"counter"
 

@@ -17,7 +17,7 @@ from entidb.testing.world import World
 
 
 class Person:
-    """The part of a device that is somebody's."""
+    """The part of a device that is its user's."""
 
     world: World
     name: str
@@ -29,11 +29,11 @@ class Person:
     restarts: int
     due: frozenset[bytes]
     guarded: Callable[[Callable[[], object]], bool]
-    #: A conflict somebody has seen and not decided yet.
+    #: A conflict that the person has seen and not decided yet.
     looked_at: Conflict | None = None
 
     def person(self) -> None:
-        """Somebody works through conflicts and discarded transactions."""
+        """The person works through conflicts and discarded transactions."""
         self.due = frozenset()  # what is released now is for the sync after this one
         restarts = self.restarts
         kept = self.watch.unreported, self.watch.unreported_conflicts
@@ -91,7 +91,7 @@ class Person:
             self.world.fired("person")
 
     def _deal_with(self, value: OverruledValue) -> None:
-        """Somebody writes an overruled value back, or forgets it."""
+        """The person writes an overruled value back, or forgets it."""
         self.watch.losers.by_person = value.number
         again = value.collection != GROUP_COLLECTION and self.rng.random() < 0.3
         self.world.trace("write back" if again else "forget", self.name)
@@ -106,7 +106,7 @@ class Person:
         self.watch.on_written_back(self.storage.records, value)
 
     def _decide_late(self) -> bool:
-        """Now and then somebody decides about a conflict as they saw it some time ago; whether
+        """Now and then the person decides about a conflict as they saw it some time ago; whether
         they did. It counts only if the server's side is still the same."""
         seen, self.looked_at = self.looked_at, None
         if seen is None or self.world.quiet or self.rng.random() < 0.5:
@@ -127,8 +127,8 @@ class Person:
         return True
 
     def _decide(self, conflict: Conflict, resolution: ConflictResolution) -> None:
-        """Whoever decides about one of a group decides the same about all of it, and is not cut
-        off in between: a policy that looks at the base would merge what is decided and what is
+        """A person who decides about one of a group decides the same about all of it, and is not
+        cut off in between: a policy that looks at the base would merge what is decided and what is
         not into different values, as it should, and the group would not be whole any more."""
         if conflict.collection != GROUP_COLLECTION:
             self._resolve(conflict, resolution)

@@ -45,7 +45,7 @@ from entidb.testing.world import World
 #: As many as a server believes in an hour, and one less.
 PUT_BACKS_MAX = HISTORIES_MAX - 1
 
-#: Told how a request was answered: whether it worked, and the bytes.
+#: Called with the answer to a request: whether it worked, and the bytes.
 Reply = Callable[[bool, bytes], None]
 #: A push that waits to be decided.
 Member = tuple[PushRequest | RoundRequest, Grant, Reply]
@@ -122,10 +122,10 @@ class Tenant:
         self.restores = 0
         #: That became durable, of whatever process.
         self.commits = 0
-        #: Files that somebody has copied, with what they are a copy of: history, head, floor.
+        #: Files that an operator has copied, with what they are a copy of: history, head, floor.
         self.files: tuple[MemoryStorage, History, int, int] | None = None
         self.put_backs = 0
-        #: The files were put back, and nobody has shown that yet (R29).
+        #: The files were put back, and no device has proved that yet (R29).
         self.unproven = False
         #: Of the devices that synchronise with it.
         self.device_watches: list[DeviceWatch] = []
@@ -233,14 +233,14 @@ class Tenant:
     # ------------------------------------------------------------ files put back by hand (R29)
 
     def copy_files(self) -> None:
-        """Somebody copies the files, who does not know of ``entidb backup``."""
+        """An operator copies the files, instead of using ``entidb backup``."""
         self.world.trace("copied", self.db_id)
         history = self.watch.history
         self.files = self.storage.copy(), history, history.head, history.floor
 
     def may_be_put_back(self) -> bool:
-        """Whether some device would notice. Where none has seen more than the files hold, they
-        are the present state, as far as anybody knows."""
+        """Whether some device would notice. Where none has seen more than the files hold, they are
+        the present state, as far as any device knows."""
         if self.files is None or self.put_backs >= PUT_BACKS_MAX:
             return False
         _, history, head, _ = self.files
@@ -270,7 +270,7 @@ class Tenant:
 
     def hears(self, request: SyncRequest) -> bool:
         """After the files were put back, the first that gets through is one that proves it. (If
-        another did, nobody could know that it and those with the other past have parted.)"""
+        another did, nothing could show that it and those with the other past have parted.)"""
         if not self.unproven:
             return True
         identity, head = self.watch.history.identity, self.watch.history.head
@@ -324,7 +324,7 @@ class Tenant:
         except Crash:
             self.host.start()
         except (StorageError, ServerBusyError) as error:
-            # Nothing was changed, or nobody knows; the program tries again another day.
+            # Nothing was changed, or that is unknown; the program tries again another day.
             self.world.trace("program refused", self.db_id, error.code)
 
     # ------------------------------------------------------------ requests
@@ -335,7 +335,7 @@ class Tenant:
         request: HandshakeRequest | PullRequest,
         grant: Grant,
     ) -> bytes:
-        """The answer of the front, which is checked before anybody hears of it."""
+        """The answer of the front, which is checked before it leaves."""
         try:
             data = answer()
         except SyncError as error:

@@ -35,8 +35,8 @@ from entidb.protocol import (
 from entidb.sync.transport import SyncTransport
 from entidb.testing.contracts import STUCK_SECONDS, raises
 
-#: What a test puts in the place of the server; it may raise ``TransportError``, which stands for
-#: a connection that is lost before the answer.
+#: What a test puts in the place of the server; it may raise ``TransportError``, which means a
+#: connection that is lost before the answer.
 Peer = Callable[[SyncRequest], SyncResponse]
 
 _HISTORY = b"h" * 16

@@ -44,7 +44,7 @@ class Traveller(Protocol):
         ...
 
     def unanswered(self, request: PushRequest) -> None:
-        """Nobody knows whether the server has heard of a push."""
+        """Whether the server has got a push is unknown."""
         ...
 
     def takes(self, request: SyncRequest, outcome: SyncResponse | SyncError) -> None:
@@ -95,7 +95,7 @@ class Way:
         self._pause: Pause | None = None
 
     def end(self) -> None:
-        """The process is gone: what comes now finds nobody."""
+        """The process is gone: what comes now reaches no process."""
         for sent in (self._waiting, *self._ahead):
             if sent is not None:
                 self._lost(sent)

@@ -104,7 +104,7 @@ class DatabaseApplier(Review):
         return self.look().ready
 
     def state(self) -> ReplicaState:
-        """Where the device stands in the server's history."""
+        """The device's position in the server's history."""
         return self.look().state
 
     def stage(self) -> Stage | None:
@@ -345,7 +345,7 @@ class DatabaseApplier(Review):
 
     def _prune_overruled(self, head: OverruledHead) -> bool:
         """Forget a bounded part of the overruled values that are too many or too old. Their age
-        counts by the earlier one of two clocks, this device's and the one last heard from the
+        counts by the earlier one of two clocks, this device's and the one last read from the
         server: one that is wrong by years forgets nothing."""
         now_ms = min(self.database.clock.now_ms(), self._heard_ms)
         before_ms = int(now_ms - self._overruled_days * _DAY_MS)

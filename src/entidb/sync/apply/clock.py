@@ -1,4 +1,4 @@
-"""The device's hybrid clock follows what it hears from the server (R27)."""
+"""The device's hybrid clock follows the server's, as answers name it (R27)."""
 
 from __future__ import annotations
 

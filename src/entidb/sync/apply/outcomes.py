@@ -1,7 +1,7 @@
-"""What becomes of pending work that lost, or that nobody has decided about.
+"""What happens to pending work that lost, or that is not decided yet.
 
 It is withdrawn to ``discarded`` with all that was built on it, its value is kept as overruled (R4),
-or it is held until somebody decides (R25, R26). Which of these it is, ``rebase`` says.
+or it is held until a person decides (R25, R26). ``rebase`` says which of these it is.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Outcomes(Chains):
 
     def _keep_overruled(self) -> None:
         """Store what was decided against, in the commit that decides."""
-        # Where all that was pending was withdrawn after that, the server's side stands.
+        # Where all that was pending was withdrawn after that, the server's side stays.
         stands = {ref for ref in self._taken_back if self._is_clean(ref)}
         if stands:
             self._keeper.drop_remote(stands)

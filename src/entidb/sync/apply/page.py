@@ -1,6 +1,6 @@
 """A pulled page: everything of it that can be wrong, and taking one that is the last (R22, R23).
 
-Pages of a pull of several are ``stage``'s. Where the device stands afterwards is ``position``'s.
+Pages of a pull of several are ``stage``'s. ``position`` moves the device's position afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the device stands in the server's history, and whether an answer still fits there.
+"""The device's position in the server's history, and whether an answer still fits there.
 
 Whose replica it is, its cursor, what is of another history, what is in doubt: the fields of
 ``ReplicaState``, checked and moved. Entities are not touched here.

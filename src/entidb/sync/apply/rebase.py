@@ -99,7 +99,7 @@ class Rebase(Outcomes):
 
     def take_unsettled(self, ref: Ref, remote: BaseRow) -> None:
         """Nothing is known to have been on the server, but what is pending was in flight, and may
-        have been accepted, and deleted by somebody since (R28). So the absence counts as a
+        have been accepted, and deleted by another device since (R28). So the absence counts as a
         deletion. It is decided whole: no field can be merged with it."""
         row = self._writer.entity(ref)
         if row is None or not row.pending:
@@ -148,9 +148,9 @@ class Rebase(Outcomes):
         return bool(getattr(policy, "merges_equal", False))
 
     def replace_base(self, ref: Ref, remote: BaseRow) -> None:
-        """Put what is pending on another base without asking anybody (R29). What somebody wrote
-        there since is overruled by it. A conflict that is open stays so, against the new base;
-        what it was against is lost with its history, so that is kept."""
+        """Put what is pending on another base without asking a policy (R29). What a device wrote
+        there since is overruled by it. A conflict that is open stays so, against the new base; what
+        it was against is lost with its history, so that is kept."""
         row = self._writer.entity(ref)
         assert row is not None
         top = self._chain(ref, row)[-1]
@@ -338,7 +338,8 @@ class Rebase(Outcomes):
         self.report.resolved.append(Resolved(conflict, resolution))
         self._drop_conflict(ref, True)
         if resolution.action is not Action.ACCEPT_REMOTE:
-            # Whoever decides saw the conflict as it was listed; what counts is what is there now.
+            # The person who decides saw the conflict as it was listed; what counts is what is there
+            # now.
             lost = self._against(replace(resolution, overruled=None), asked)
             self._overrule(ref, top, self._writer.base(ref, row), lost, BY_PERSON)
         if resolution.action is Action.ACCEPT_REMOTE:

@@ -113,7 +113,7 @@ class Review:
             return read_discarded(view.snapshot)
 
     def overruled(self) -> list[OverruledValue]:
-        """Values that a policy or a person decided against, whoever wrote them, oldest first."""
+        """Values that a policy or a person decided against, from either side, oldest first."""
         with self.database.view() as view:
             return read_overruled(view.snapshot)
 

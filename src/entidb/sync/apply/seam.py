@@ -21,8 +21,8 @@ from entidb.types import SEQUENCE_MAX
 
 class BatchLimits(Struct, frozen=True):
     """How much one push batch may hold; a larger single transaction is sent alone. Transactions
-    committed after ``sequence_max`` wait for the next cycle, so that a cycle ends even while
-    somebody keeps writing. Those in ``without``, by their sequence, are left out, with all that is
+    committed after ``sequence_max`` wait for the next cycle, so that a cycle ends even while a
+    program keeps writing. Those in ``without``, by their sequence, are left out, with all that is
     built on them."""
 
     operations_max: int = 5000
