@@ -11,7 +11,8 @@ import asyncio
 import inspect
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar, cast, overload
 
 from entidb.db.awaited_feed import AsyncChanges, call_on
@@ -21,7 +22,9 @@ from entidb.db.committer import Committer, Job, Staging
 from entidb.db.conditions import Condition, Field
 from entidb.db.core import Core
 from entidb.db.draft import Draft, SeeingRows, Seen
+from entidb.db.live import Found, Listening
 from entidb.db.notebook import Explored
+from entidb.db.observing import add_observer
 from entidb.db.plain import ValueCodec
 from entidb.db.query import Query, Where
 from entidb.db.reading import OnInvalid, Upgrade
@@ -363,6 +366,24 @@ class AsyncQuery(Query[V]):
         assert self._delete is not None, "a collection of a database can be written to"
         return await cast("Awaitable[int]", self._delete(self))
 
+    async def alive(self) -> AsyncIterator[Found[V]]:
+        """As ``live``, for ``async for rows in query.alive()``: the query is run on a thread of its
+        own, so that a long one does not stop the loop. Ends when the task is cancelled."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        observe = self._source._observe
+        assert observe is not None, "made by a collection of a database"
+        wake = partial(call_on, loop, news.set)
+        listening = Listening(self, self._source.name, observe, wake)
+        try:
+            while True:
+                news.clear()
+                found = await in_thread(listening.look, "entidb-aio-live")
+                if found is not None:
+                    yield found
+                await news.wait()
+        finally:
+            listening.end()
+
 
 class AsyncCollection(ReadCollection[V], Generic[V]):
     """A collection of an ``AsyncDatabase``: every read is a snapshot of its own, every write is
@@ -371,6 +392,7 @@ class AsyncCollection(ReadCollection[V], Generic[V]):
     def __init__(self, name: str, codec: ValueCodec[V], database: AsyncDatabase) -> None:
         super().__init__(name, codec, database._core._open_rows)
         self._database = database
+        self._observe = lambda observer: add_observer(database._core, observer, "live")
 
     async def add(self, value: V) -> uuid.UUID:
         """Store ``value`` under a new UUIDv7 and return it."""

@@ -16,6 +16,7 @@ from entidb import cbor
 from entidb.db.codec import located
 from entidb.db.conditions import Field
 from entidb.db.entity_info import EntityInfo, natural_id
+from entidb.db.live import Observe
 from entidb.db.notebook import Explored, line
 from entidb.db.plain import Keep, PlainCodec, ValueCodec
 from entidb.db.query import Query, Where
@@ -52,6 +53,8 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
         self.name = name
         self._codec = codec
         self._open = open_rows
+        #: Adds an observer, where something can change.
+        self._observe: Observe | None = None
 
     def __getitem__(self, entity_id: uuid.UUID) -> V:
         raw = id_bytes(entity_id)
@@ -398,10 +401,12 @@ class Collection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         open_rows: OpenRows,
         open_transaction: OpenTransaction,
         commit_one: CommitOne,
+        observe: Observe,
     ) -> None:
         super().__init__(name, codec, open_rows)
         self._transaction = open_transaction
         self._commit_one = commit_one
+        self._observe = observe
 
     def _query(self) -> Query[V]:
         return Query(self, delete=self._delete_found)

@@ -200,7 +200,8 @@ class Database(Indexed):
             self.declare_local(name, local)
         if indexes is not None:
             self._declare_indexes(name, indexes)
-        return Collection(name, codec, self._open_rows, self.transaction, self.commit_one)
+        commit = self.commit_one
+        return Collection(name, codec, self._open_rows, self.transaction, commit, self.observe)
 
     def __getitem__(self, name: str) -> Collection[Any]:
         """``db["notes"]`` is ``db.collection("notes")``."""

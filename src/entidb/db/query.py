@@ -30,6 +30,7 @@ from entidb.db.index_reading import (
     runs_by_index,
     serves,
 )
+from entidb.db.live import Live, Observe
 from entidb.db.looking import Path, field_of, order_key
 from entidb.db.matching import Tally, matching
 from entidb.db.notebook import ROWS_MAX, Explored, entities_table
@@ -57,6 +58,9 @@ class Source(Protocol):
 
     @property
     def _open(self) -> Callable[[], AbstractContextManager[Rows]]: ...
+
+    @property
+    def _observe(self) -> Observe | None: ...
 
     def _read(
         self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
@@ -299,6 +303,17 @@ class Query(Explored, Generic[V]):
             raise QueryError("a snapshot cannot be written to: ask the database's own collection")
         return self._delete(self)
 
+    def live(self) -> Live[V]:
+        """What it finds now, and again after every commit that changed that, of other processes
+        too: ``for rows in query.live()``, each a list of ``(id, value)``. See ``Live``.
+
+        Raises ``QueryError`` in a transaction and on a snapshot, where nothing changes.
+        """
+        observe = self._source._observe
+        if observe is None:
+            raise QueryError("here nothing changes: ask the database's own collection")
+        return Live(self, self._source.name, observe)
+
     def explain(self) -> Plan:
         """Run it, and say how the answer was found and what that took."""
         tally = Tally()
@@ -327,6 +342,19 @@ class Query(Explored, Generic[V]):
         shown = self._with(limit=_least(self._limit, ROWS_MAX + 1))
         found = [(uuid_from_bytes(raw), payload) for raw, payload in shown._found()]
         return entities_table(repr(self)[1:-1], found)
+
+    def _read_once(self) -> tuple[list[Pair], Iterator[tuple[uuid.UUID, V]]]:
+        pairs: list[Pair] = []
+
+        def find(limit: int | None) -> Iterator[Pair]:
+            pairs.extend(self._found_up_to(limit))
+            return iter(pairs)
+
+        return pairs, self._source._read(find, self._limit)
+
+    def _check_open(self) -> None:
+        with self._source._open():
+            return
 
     # ------------------------------------------------------------ finding
 
