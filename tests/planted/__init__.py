@@ -14,6 +14,7 @@ invariant noticed and after how many seeds. By subject:
     serving     the server's pages, its group commits, and what an error does to others
     running     how syncs are run, and the server's groups and stores
     keeping     who is locked out, what is frozen, and what devices make of it
+    indexing    indexes that fall out of step, and what they answer
     histories   histories, floors, tenants and backups of the server
     ages        programs of different ages, and a server that stores newer shapes
 """
@@ -34,6 +35,7 @@ for _room in (
     "deciding",
     "serving",
     "running",
+    "indexing",
     "histories",
     "ages",
     "keeping",

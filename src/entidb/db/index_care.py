@@ -1,4 +1,4 @@
-"""Indexes from their declaration to their end: declared, built, built again, emptied, compared.
+"""Indexes from their declaration to their end: declared, built, built again, emptied.
 
 All of it in bounded commits beside normal work. A build keeps its position in the commit that
 carries it on, so it can stop anywhere.
@@ -6,15 +6,13 @@ carries it on, so it can stop anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from msgspec import Struct
 from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.db.catalogue import NO_INDEXES, CollectionInfo, IndexInfo, IndexSet
 from entidb.db.core import Core
-from entidb.db.index_keys import index_count_key, index_prefix, split_index_key
+from entidb.db.index_keys import index_count_key, index_prefix
 from entidb.db.indexing import Index, MakePlaces, maker_of, paths_of, renewed
 from entidb.db.looking import function_name
 from entidb.db.records import (
@@ -27,7 +25,6 @@ from entidb.db.records import (
     encode_format,
     end_of,
     pack_u64,
-    payload_of,
     unpack_u64,
 )
 from entidb.db.writer import Writer
@@ -36,7 +33,6 @@ from entidb.errors import TransactionError
 #: Entities that one commit of a build looks at, and places that one commit empties.
 BUILD_ROWS = 2_000
 DROP_ROWS = 5_000
-_PAGE = 2_000
 
 # ---------------------------------------------------------------- declaring
 
@@ -192,18 +188,6 @@ def _empty(writer: Writer, indexes: IndexSet) -> None:
     writer.set_catalogue(writer.catalogue.with_indexes(left))
 
 
-def sweep_places(writer: Writer, table: int, number: int, limit: int) -> bool:
-    """Remove ``limit`` places of a replaced table of collection ``number``; whether there may be
-    more."""
-    for index in writer.catalogue.indexes.of(number):
-        prefix = index_prefix(index.number, table)
-        keys = writer.snapshot.scan_keys(prefix, end_of(prefix), limit=limit)
-        writer.delete_many([*keys, index_count_key(index.number, table)])
-        if len(keys) == limit:
-            return True
-    return False
-
-
 # ---------------------------------------------------------------- looking
 
 
@@ -236,90 +220,11 @@ def statuses(database: Core) -> list[IndexStatus]:
     return found
 
 
-# ---------------------------------------------------------------- comparing
-
-
-def index_faults(database: Core, view: Writer) -> Iterator[str]:
-    """What differs between the indexes and the entities, one line each."""
-    yield from _strays(view)
-    for index in view.catalogue.indexes.each:
-        info = view.catalogue.by_number[index.collection]
-        places = maker_of(index, database.index_functions)
-        if places is not None and not index.paused:
-            yield from _missing(view, info, index, places)
-            yield from _wrong(view, info, index, places)
-
-
-def _strays(view: Writer) -> Iterator[str]:
-    """Places in what is no index, or of what is no table."""
-    catalogue, stage = view.catalogue, view.stage
-    of = {index.number: index.collection for index in catalogue.indexes.each}
-    tables = {(info.number, info.table) for info in catalogue.by_number.values()}
-    tables |= {(number, table) for table, number in catalogue.garbage}
-    if stage is not None:
-        tables |= {(int(number), table) for number, table in stage.tables.items()}
-    for kind in (INDEX, INDEX_COUNT):
-        start = kind
-        while keys := view.snapshot.scan_keys(start, end_of(kind), limit=1):
-            number, table = split_index_key(keys[0])[:2]
-            start = end_of(keys[0][:9])
-            if number in catalogue.indexes.dropped:
-                continue
-            if number not in of:
-                yield f"there are places in index number {number}, which nobody knows"
-            elif (of[number], table) not in tables:
-                yield f"index number {number} has places of table {table}, which nobody knows"
-
-
-def _missing(
-    view: Writer, info: CollectionInfo, index: IndexInfo, places: MakePlaces
-) -> Iterator[str]:
-    prefix, whole = index_prefix(index.number, info.table), index.has(info.table)
-    upto = index.after if index.table == info.table else b""
-    counted = 0
-    for page in view.table_pages(info.table, _PAGE):
-        wanted = [
-            (entity_id, prefix + fields + entity_id)
-            for entity_id, row in page
-            if row.payload is not None and (whole or entity_id <= upto)
-            for fields in places(cbor.decode_trusted(row.payload))
-        ]
-        counted += len({entity_id for entity_id, _ in wanted})
-        rows = view.snapshot.get_many([key for _, key in wanted])
-        for (entity_id, _), raw in zip(wanted, rows, strict=True):
-            if raw is None:
-                yield f"index {index} of {info.name}: entity {entity_id.hex()} is not in its place"
-    raw = view.snapshot.get(index_count_key(index.number, info.table))
-    said = 0 if raw is None else unpack_u64(raw)
-    if said != counted:
-        yield f"index {index} of {info.name} counts {said} entities, {counted} belong into it"
-
-
-def _wrong(
-    view: Writer, info: CollectionInfo, index: IndexInfo, places: MakePlaces
-) -> Iterator[str]:
-    prefix = index_prefix(index.number, info.table)
-    start = prefix
-    while keys := view.snapshot.scan_keys(start, end_of(prefix), limit=_PAGE):
-        found = [split_index_key(key)[2:] for key in keys]
-        rows = view.snapshot.get_many([info.prefix + entity_id for _, entity_id in found])
-        for (fields, entity_id), raw in zip(found, rows, strict=True):
-            payload = None if raw is None else payload_of(raw)
-            if payload is None or fields not in places(cbor.decode_trusted(payload)):
-                yield (
-                    f"index {index} of {info.name}: entity {entity_id.hex()} stands where it does "
-                    "not belong"
-                )
-        start = keys[-1] + b"\0"
-
-
 __all__ = [
     "BUILD_ROWS",
     "IndexStatus",
     "build_step",
     "declare",
-    "index_faults",
     "rebuild",
     "statuses",
-    "sweep_places",
 ]

@@ -9,7 +9,13 @@ from entidb.db.records import INDEX, INDEX_COUNT, NOT_ONE, unreadable
 from entidb.storage.base import KEY_BYTES_MAX
 from entidb.types import ID_BYTES
 
+#: Fields of places from, and up to (None: to the end).
+Span = tuple[bytes, bytes | None]
+
 _INDEX = Packer(">cII")
+#: In an index of ``each`` member the place of an entity whose field is no list but text, of which
+#: ``contains`` asks too. Before all members.
+WHOLE_TEXT: Final = b"\x02"
 #: What of an entity's fields has room in a key; the rest of it is cut.
 INDEXED_BYTES_MAX: Final = KEY_BYTES_MAX - _INDEX.size - ID_BYTES
 

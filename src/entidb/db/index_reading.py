@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from entidb.db.index_keys import INDEXED_BYTES_MAX
+from entidb.db.index_keys import INDEXED_BYTES_MAX, Span
 from entidb.db.plans import Chosen
 from entidb.db.records import end_of
-from entidb.db.rows import Pair, Rows, Span
+from entidb.db.rows import Pair, Rows
 from entidb.db.sort_keys import sort_key
 from entidb.types import ID_BYTES
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo, IndexInfo, IndexSet
 from entidb.db.entities import Entities, Payloads
-from entidb.db.index_keys import INDEXED_BYTES_MAX, index_prefix
+from entidb.db.index_keys import INDEXED_BYTES_MAX, WHOLE_TEXT, index_prefix
 from entidb.db.looking import MISSING, Function, applied, field_of, function_name
 from entidb.db.records import INDEX_COUNT, pack_u64, unpack_u64
 from entidb.db.sort_keys import sort_key
@@ -34,9 +34,6 @@ WELL_KNOWN: Final[Mapping[str, Function]] = {
     "str.lower": str.lower,
     "str.upper": str.upper,
 }
-#: In an index of ``each`` member the place of an entity whose field is no list but text, of which
-#: ``contains`` asks too. Before all members.
-WHOLE_TEXT: Final = b"\x02"
 NOWHERE: Final[Places] = ()
 
 
@@ -239,7 +236,6 @@ def renewed(
 __all__ = [
     "FIELDS_MAX",
     "WELL_KNOWN",
-    "WHOLE_TEXT",
     "Functions",
     "Index",
     "Indexing",

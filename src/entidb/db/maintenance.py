@@ -12,7 +12,7 @@ from typing import Any
 
 from entidb import cbor
 from entidb.db.core import Core
-from entidb.db.index_care import index_faults, sweep_places
+from entidb.db.index_verify import index_faults, sweep_places
 from entidb.db.overruled import read_head, values_of
 from entidb.db.pending import decode_pending
 from entidb.db.records import (
@@ -215,7 +215,7 @@ def verify(database: Core) -> list[str]:
         # Records that cannot be trusted would only produce follow-up noise.
         return faults
     with database.view() as view:
-        return [*_Verify(view).run(), *index_faults(database, view)]
+        return [*_Verify(view).run(), *index_faults(view, database.index_functions)]
 
 
 class _Verify:

@@ -13,11 +13,9 @@ from msgspec import Struct
 
 from entidb.db.catalogue import IndexInfo
 from entidb.db.conditions import ALL, Asked, Compared, Condition, Joined
-from entidb.db.index_keys import INDEXED_BYTES_MAX
-from entidb.db.indexing import WHOLE_TEXT
+from entidb.db.index_keys import INDEXED_BYTES_MAX, WHOLE_TEXT, Span
 from entidb.db.looking import Path, order_key, written
 from entidb.db.records import end_of
-from entidb.db.rows import Span
 from entidb.db.sort_keys import ABSENT, sort_key, text_start
 
 #: How many values ``in_`` may have, for an index to look each of them up.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from entidb.db.catalogue import Catalogue, IndexInfo
-from entidb.db.index_keys import index_count_key, index_prefix
+from entidb.db.index_keys import Span, index_count_key, index_prefix
 from entidb.db.records import (
     EntityRow,
     count_key,
@@ -32,8 +32,6 @@ PAGE_ROWS = 512
 _PLACES_MAX = 2048
 
 Pair = tuple[bytes, bytes]
-#: Fields of places from, and up to (None: to the end).
-Span = tuple[bytes, bytes | None]
 
 
 class Rows(Protocol):

@@ -45,12 +45,13 @@ from entidb.testing.between import BetweenApplier, BetweenEngine
 from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
+from entidb.testing.indexes import IndexLife
 from entidb.testing.losers import Limits
 from entidb.testing.person import Person
 from entidb.testing.tenant import Tenant
 from entidb.testing.watch import Context, DeviceWatch
 from entidb.testing.way import Server, Way
-from entidb.testing.workload import COLLECTIONS, DRAFTS, combined_fields, policies
+from entidb.testing.workload import COLLECTIONS, DRAFTS, INDEXED, NUMBERS, combined_fields, policies
 from entidb.testing.world import World, WorldClock
 
 #: A copy of a device: its records, and what its bases belong to.
@@ -93,6 +94,7 @@ class Device(Person):
         self.clock = WorldClock(world, offset)
         self.watch = DeviceWatch(world.checks, name, tenant.histories, world.server_clock)
         tenant.device_watches.append(self.watch)
+        self.indexes = IndexLife(world, name, INDEXED, NUMBERS)
         losers = self.watch.losers
         losers.limits = Limits(knobs.overruled_max, knobs.overruled_s / 86_400)
         losers.combined = combined_fields(knobs)
@@ -142,12 +144,14 @@ class Device(Person):
         records: Mapping[bytes, bytes],
     ) -> None:
         self.watch.on_commit(batch, old, records)
+        self.indexes.stored(batch, old, records)
 
     # ------------------------------------------------------------ opening, crashing
 
     def _open(self, storage: FaultyStorage) -> None:
         storage.armed = False
         self.storage = storage
+        self.indexes.opened()
         self.database = Database(
             storage,
             clock=self.clock,
@@ -228,6 +232,8 @@ class Device(Person):
     def transact(self) -> None:
         """One local transaction; what it acknowledged is checked."""
         self.guarded(self._transact)
+        if self.world.knobs.indexes:
+            self.guarded(lambda: self.indexes.act(self.database))
 
     def _transact(self) -> None:
         with self.database.transaction() as tx:

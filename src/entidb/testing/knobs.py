@@ -94,6 +94,7 @@ class Knobs:
     local_collection: int = 0
     person: int = 0  # resolve, recommit, prune
     reader: int = 0  # snapshots held open over other events
+    indexes: int = 0  # what is done with indexes, on devices and on the server
 
     # -- server
     server_crash_before: int = 0
@@ -151,6 +152,7 @@ FAULTS: Final = (
     "local_collection",
     "person",
     "reader",
+    "indexes",
     "server_crash_before",
     "server_crash_after",
     "server_commit_unknown",
@@ -232,6 +234,7 @@ LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "upcast": (1,),
     "revoke": (30, 150, 400),
     "freeze": (30, 150),
+    "indexes": (100, 500),
 }
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15

@@ -176,6 +176,8 @@ class Simulation:
             self.world.fired("purge")
             history = tenant.watch.history
             tenant.purge(rng.randint(history.floor, history.head))
+        if knobs.indexes:
+            tenant.keep_indexes()
         if knobs.restore_server:
             if tenant.backup is None and rng.random() * 100 < max(10, 2 * knobs.restore_server):
                 tenant.make_backup()

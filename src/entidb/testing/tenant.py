@@ -37,9 +37,10 @@ from entidb.storage import MemoryStorage
 from entidb.testing.ages import ServerAge, note_forbidden
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
+from entidb.testing.indexes import IndexLife
 from entidb.testing.oracle import Histories, History
 from entidb.testing.watch import DeviceWatch
-from entidb.testing.workload import Workload
+from entidb.testing.workload import INDEXED, NUMBERS, Workload
 from entidb.testing.world import World
 
 #: As many as a server believes in an hour, and one less.
@@ -130,6 +131,7 @@ class Tenant:
         #: Of the devices that synchronise with it.
         self.device_watches: list[DeviceWatch] = []
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
+        self.indexes = IndexLife(world, self.db_id, INDEXED, NUMBERS)
         self.watch.any_refusal = world.options.validate is not None
         self.watch.newest = host.age.newest
         #: Files that no process has opened yet.
@@ -144,6 +146,7 @@ class Tenant:
             storage = self.world.reopen_store(self)
         storage.armed = False
         self.storage = storage
+        self.indexes.opened()
         database = Database(
             storage,
             role=Role.SERVER,
@@ -182,6 +185,7 @@ class Tenant:
             identity = cbor.decode_trusted(records[META_IDENTITY])["history"]
             self._begin(identity)
         self.watch.on_commit(batch, old, records)
+        self.indexes.stored(batch, old, records)
 
     def _begin(self, identity: bytes) -> None:
         """The server has begun another history, as it is (R29)."""
@@ -294,6 +298,10 @@ class Tenant:
         self.world.trace("purge", self.db_id, up_to)
         self.world.tell(f"{self.db_id} purges tombstones up to {up_to}")
         self._guarded(lambda database: purge_tombstones(database, up_to))
+
+    def keep_indexes(self) -> None:
+        """A program on the server declares indexes, builds them, asks by them."""
+        self._guarded(self.indexes.act)
 
     def program_writes(self) -> None:
         """A program on the server commits a transaction (R11)."""

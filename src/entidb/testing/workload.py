@@ -29,6 +29,11 @@ REFUSED, RAISES = POISON.decode() + "-refused", POISON.decode() + "-raises"
 #: What a firewall on the way dislikes, and what an older server finds invalid.
 FILTERED, INVALID = POISON.decode() + "-filtered", POISON.decode() + "-invalid"
 
+#: Which collections may have indexes.
+INDEXED: Final = (NOTES, NOTES, CARTS)
+#: What an index has to keep in order: integers and floats, also where a float leaves some out.
+NUMBERS: Final = (1, 1.5, 2, 2**53, 2**53 + 1, float(2**53 + 2))
+
 #: (collection, id, value or None for delete)
 Write = tuple[str, uuid.UUID, Any]
 
@@ -96,6 +101,8 @@ class Workload:
         value["f"][rng.choice("abc")] = token
         if rng.random() < 0.5:
             value["t"] = token
+        if self._knobs.indexes:
+            value["i"] = NUMBERS[self._made % len(NUMBERS)]
         if rng.random() < 0.2:
             value["s"] = sorted({rng.randrange(9) for _ in range(3)})
         if poison:
