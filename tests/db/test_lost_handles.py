@@ -13,7 +13,7 @@ import pytest
 from entidb.db import Database
 from entidb.errors import DatabaseLockedError
 from entidb.sync import SyncConfig, SyncEngine
-from tests.storage.test_lmdb_traps import run_python
+from tests.storage.lmdb.test_lmdb_traps import run_python
 
 
 def just_open(path: Path) -> None:

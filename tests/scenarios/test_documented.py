@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from tests.simulator.test_regressions import FOUND
+from tests.testing.test_regressions import FOUND
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")

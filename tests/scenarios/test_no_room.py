@@ -13,7 +13,7 @@ from entidb.db import Database, dump
 from entidb.errors import ServerError, StorageFullError
 from entidb.server import ServerConfig, serving
 from entidb.sync import RetryConfig, SyncConfig, SyncEngine, SyncState
-from tests.storage.test_lmdb_traps import small_disk
+from tests.storage.lmdb.test_lmdb_traps import small_disk
 from tests.support import assert_sound, uid
 
 MAP = 1 << 20

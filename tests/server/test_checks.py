@@ -18,7 +18,7 @@ from entidb.server.stores import Store, Stores
 from entidb.storage import opening
 from entidb.testing.contracts import STUCK_SECONDS
 from entidb.types import SystemClock
-from tests.storage.test_doubtful_files import misdirect
+from tests.storage.lmdb.test_doubtful_files import misdirect
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from entidb.server.directory import list_databases
 from entidb.testing.contracts import STUCK_SECONDS
 from tests.cli.support import command, environment
 from tests.server.support import handshake, push
-from tests.storage.test_lmdb_traps import ENVIRONMENT
+from tests.storage.lmdb.test_lmdb_traps import ENVIRONMENT
 
 
 def config(path: Path) -> ServerConfig:

@@ -19,7 +19,7 @@ from entidb.errors import ConfigError, StorageError, StorageFullError
 from entidb.protocol import PullResponse, PushResponse, Verdict
 from entidb.server import ServerConfig, SyncServer, create_app, serving
 from tests.server.support import Client, ManualClock, handshake, pull, push
-from tests.storage.test_doubtful_files import misdirect
+from tests.storage.lmdb.test_doubtful_files import misdirect
 
 pytestmark = pytest.mark.process
 

@@ -17,7 +17,7 @@ from entidb.errors import DatabaseLockedError, EntiDBError, StorageError
 from entidb.storage import LmdbStorage
 from entidb.storage.partial import Partial, remove_dead
 from entidb.testing.contracts import STUCK_SECONDS, read_all
-from tests.storage.test_lmdb_traps import ENVIRONMENT, run_python
+from tests.storage.lmdb.test_lmdb_traps import ENVIRONMENT, run_python
 
 CONTENT = {b"%04d" % n: b"v" * 300 for n in range(500)}
 

@@ -12,7 +12,7 @@ import entidb.server
 from entidb.errors import FormatError, StorageError
 from entidb.storage import LmdbStorage
 from entidb.testing.contracts import read_all
-from tests.storage.test_lmdb_traps import small_disk
+from tests.storage.lmdb.test_lmdb_traps import small_disk
 
 
 def test_a_place_where_nothing_can_be_made_is_a_storage_error(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from entidb.storage.lmdb import company, turn
 from entidb.storage.opening import closed_faults
 from entidb.testing.contracts import read_all
 from entidb.testing.openers import DEAD_SECONDS, ProcessOpener
-from tests.storage.test_lmdb_traps import run_killed, run_python
-from tests.storage.test_place import OPEN_AND_SAY
+from tests.storage.lmdb.test_lmdb_traps import run_killed, run_python
+from tests.storage.lmdb.test_place import OPEN_AND_SAY
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="one process at a time there"

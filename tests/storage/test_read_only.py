@@ -20,7 +20,7 @@ from entidb.errors import (
 )
 from entidb.storage import LmdbStorage
 from tests.cli.support import document, done
-from tests.storage.test_lmdb_traps import run_killed, run_python
+from tests.storage.lmdb.test_lmdb_traps import run_killed, run_python
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no shared locks")
 

@@ -16,8 +16,8 @@ from entidb.storage.lmdb import closed_file, headers, place
 from entidb.storage.lmdb.pages import closed_file_faults
 from entidb.storage.locks import FileLock
 from entidb.testing.contracts import read_all
-from tests.storage.test_damaged_pages import Image
-from tests.storage.test_lmdb_traps import FailingCommit, run_killed, run_python
+from tests.storage.lmdb.test_damaged_pages import Image
+from tests.storage.lmdb.test_lmdb_traps import FailingCommit, run_killed, run_python
 
 PAGE = 4096
 

@@ -17,7 +17,7 @@ from entidb.errors import DatabaseClosedError, StorageError, StorageFullError
 from entidb.storage import LmdbStorage
 from entidb.storage.disk_errors import disk_error, short_write_error
 from entidb.testing.contracts import read_all
-from tests.storage.test_lmdb_traps import run_python
+from tests.storage.lmdb.test_lmdb_traps import run_python
 
 MIB = 1 << 20
 

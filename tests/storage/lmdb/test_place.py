@@ -22,7 +22,7 @@ from entidb.errors import (
 from entidb.server import ServerConfig, SyncServer
 from entidb.storage import LmdbStorage, directories
 from entidb.testing.contracts import read_all
-from tests.storage.test_lmdb_traps import FailingCommit, run_python
+from tests.storage.lmdb.test_lmdb_traps import FailingCommit, run_python
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="what is open cannot be moved or deleted on Windows"
