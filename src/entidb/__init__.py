@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from entidb.sync import ConflictPolicy as ConflictPolicy
     from entidb.sync import ConflictResolution as ConflictResolution
     from entidb.sync import DatabaseApplier as DatabaseApplier
+    from entidb.sync import Fate as Fate
+    from entidb.sync import FateState as FateState
     from entidb.sync import HttpClient as HttpClient
     from entidb.sync import HttpConfig as HttpConfig
     from entidb.sync import HttpTransport as HttpTransport
@@ -127,6 +129,8 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "SyncConfig",
         "RetryConfig",
         "SyncState",
+        "Fate",
+        "FateState",
         "SyncStats",
         "HttpConfig",
         "Merge",

@@ -171,6 +171,7 @@ class Turns:
             on_commit=None, commit_mark=0, read_head=lambda: SimpleNamespace(ready=0)
         )
         self.closed = False
+        self.reached = 0
         self.cycle_thread: int | None = None
         self.began: list[float] = []
         self.now = 0.0
@@ -191,6 +192,9 @@ class Turns:
 
     def pause_s(self) -> float:
         return self.config.interval_s
+
+    def news_source(self) -> None:
+        return None
 
     def note_error(self, error: EntiDBError) -> None:
         return None

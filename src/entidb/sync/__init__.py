@@ -12,6 +12,7 @@ from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 from entidb.sync.cycle import Cycle
 from entidb.sync.engine import SyncEngine
+from entidb.sync.fates import Fate, FateState
 from entidb.sync.http import HttpTransport, HttpxClient
 from entidb.sync.merging import Merge, merge
 from entidb.sync.policies import resolve_policy
@@ -56,6 +57,8 @@ __all__ = [
     "ConflictResolution",
     "Cycle",
     "DatabaseApplier",
+    "Fate",
+    "FateState",
     "HttpClient",
     "HttpConfig",
     "HttpResponse",

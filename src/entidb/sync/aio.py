@@ -12,14 +12,22 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from entidb.db import Database, DiscardedTransaction, OverruledValue
+from entidb.db import Database, DiscardedTransaction, OverruledValue, Transaction
 from entidb.errors import SyncStateError
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.engine import SyncEngine
+from entidb.sync.fates import Fate, Patience
 from entidb.sync.interrupt import Job
+from entidb.sync.listening import (
+    ConflictListener,
+    ProgressListener,
+    RejectedListener,
+    ResultListener,
+    StateListener,
+)
 from entidb.sync.state import SyncCycleResult, SyncState, SyncStats, SyncStatus
 from entidb.sync.transport import SyncTransport
 
@@ -46,6 +54,11 @@ class AsyncSyncEngine:
         #: Whether ``run`` runs, and what ends it.
         self._running = False
         self._stop = threading.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.config = self.engine.config
+        self.applier = self.engine.applier
+        self.database = self.engine.database
+        self.transport = self.engine.transport
 
     async def sync(self) -> SyncCycleResult:
         """One cycle. If the task is cancelled the cycle ends at its next step, a request that is
@@ -118,9 +131,68 @@ class AsyncSyncEngine:
         await self._ended(job, lambda: None)
         job.result()
 
+    def start(self) -> None:
+        """``run()`` as a task of the running loop, until ``stop()`` or ``close()``. Raises
+        ``SyncStateError`` if it runs already."""
+        if self._running or (self._task is not None and not self._task.done()):
+            raise SyncStateError("this engine runs in the background already")
+        self._task = asyncio.get_running_loop().create_task(self.run())
+
     @property
     def state(self) -> SyncState:
         return self.engine.state
+
+    @property
+    def closed(self) -> bool:
+        return self.engine.closed
+
+    # ------------------------------------------------------------ listeners, as SyncEngine's
+
+    def on_state(self, listener: StateListener) -> Callable[[], None]:
+        return self.engine.on_state(listener)
+
+    def on_progress(self, listener: ProgressListener) -> Callable[[], None]:
+        return self.engine.on_progress(listener)
+
+    def on_result(self, listener: ResultListener) -> Callable[[], None]:
+        return self.engine.on_result(listener)
+
+    def on_conflict(self, listener: ConflictListener) -> Callable[[], None]:
+        return self.engine.on_conflict(listener)
+
+    def on_rejected(self, listener: RejectedListener) -> Callable[[], None]:
+        return self.engine.on_rejected(listener)
+
+    # ------------------------------------------------------------ waiting
+
+    async def fate(self, transaction: Transaction | int) -> Fate:
+        return await asyncio.to_thread(self.engine.fate, transaction)
+
+    async def accepted(
+        self, transaction: Transaction | int, timeout_s: float | None = None
+    ) -> Fate:
+        """As ``SyncEngine.accepted``; cancelling the task ends the wait."""
+        return await self._patient(
+            lambda patience: self.engine.wait_accepted(patience, transaction, timeout_s)
+        )
+
+    async def synced(self, timeout_s: float | None = None) -> bool:
+        """As ``SyncEngine.synced``; cancelling the task ends the wait."""
+        return await self._patient(lambda patience: self.engine.wait_synced(patience, timeout_s))
+
+    async def _patient(self, wait: Callable[[Patience], T]) -> T:
+        patience = Patience()
+        job: Job[T] = Job(lambda _: wait(patience), "entidb-aio-wait")
+
+        def give_up() -> None:
+            patience.give_up()
+            if not self._running:
+                self.engine.cancel()  # the sync that it does itself
+
+        await self._ended(job, give_up)
+        return job.result()
+
+    # ------------------------------------------------------------ decisions, as SyncEngine's
 
     @property
     def stats(self) -> SyncStats:
@@ -142,6 +214,15 @@ class AsyncSyncEngine:
 
     async def overruled(self) -> list[OverruledValue]:
         return await asyncio.to_thread(self.engine.overruled)
+
+    async def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:
+        return await asyncio.to_thread(self.engine.recommit, discarded)
+
+    async def prune(self, discarded: DiscardedTransaction | OverruledValue) -> bool:
+        return await asyncio.to_thread(self.engine.prune, discarded)
+
+    async def reset(self, keep: str) -> None:
+        await asyncio.to_thread(self.engine.reset, keep)
 
     async def __aenter__(self) -> AsyncSyncEngine:
         return self

@@ -7,10 +7,12 @@ one. How long to wait is ``RetryConfig``'s to say, and what is worth another try
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from entidb.errors import EntiDBError, SyncCancelledError, SyncError
+from entidb.protocol import PushResult
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.cycle import Cycle
@@ -22,6 +24,8 @@ from entidb.types import Clock
 
 #: Bounded parts of replaced tables removed after a cycle; the rest waits for the next one.
 TIDY_STEPS: Final = 50
+#: Batches whose verdicts are remembered.
+ANSWERS_MAX: Final = 64
 #: After these the next cycle shakes hands again.
 _FORGETTING: Final = ("history_changed", "version_mismatch", "invalid_message")
 
@@ -50,6 +54,8 @@ class Attempts:
         self.tidy_steps = TIDY_STEPS
         #: What each attempt of the newest ``sync()`` did, the last one included.
         self.results: list[SyncCycleResult] = []
+        #: The newest verdicts.
+        self.answers: deque[tuple[list[int], list[PushResult]]] = deque(maxlen=ANSWERS_MAX)
         #: The newest cycle: in progress, or over.
         self.cycle: Cycle | None = None
         self._applier = applier
@@ -125,6 +131,7 @@ class Attempts:
             enter=self._enter,
             progress=self._progress,
             check=self._check,
+            answers=self.answers,
         )
         self.results.append(self.cycle.result)
         return self.cycle

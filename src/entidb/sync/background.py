@@ -76,7 +76,8 @@ class Background:
         self.channel: Channel | None = None
         self._named = 0
         self._unheard = False
-        self.running = False
+        #: The thread that ``run`` is on; None while it is not.
+        self.thread: int | None = None
 
     def wake(self) -> None:
         """A cycle is due now."""
@@ -105,7 +106,7 @@ class Background:
         nothing."""
         database = self._engine.database
         database.on_commit = self.committed
-        self.running = True
+        self.thread = threading.get_ident()
         try:
             while not stopped.is_set():
                 # News from here on is for the next turn: the pull may be over by then.
@@ -117,7 +118,7 @@ class Background:
                 self._listen()
                 self._wait(stopped)
         finally:
-            self.running = False
+            self.thread = None
             database.on_commit = None
             channel, self.channel = self.channel, None
             if channel is not None:

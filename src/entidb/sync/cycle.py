@@ -12,6 +12,7 @@ is in ``pulling`` and ``pushing``.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator
 
 from entidb.errors import HistoryChangedError, UpgradeRequiredError, VersionMismatchError
@@ -20,6 +21,7 @@ from entidb.protocol import (
     PROTOCOL_MINOR,
     HandshakeRequest,
     HandshakeResponse,
+    PushResult,
     SyncResponse,
 )
 from entidb.sync.apply.position import check_replica_of
@@ -47,8 +49,11 @@ class Cycle:
         enter: Callable[[SyncState], None] = lambda state: None,
         progress: Callable[[SyncProgress], None] = lambda progress: None,
         check: Callable[[], None] = lambda: None,
+        answers: deque[tuple[list[int], list[PushResult]]] | None = None,
     ) -> None:
         self._exchange = Exchange(applier, config, connection, enter, progress, check)
+        if answers is not None:
+            self._exchange.answers = answers
         self._pulling = Pulling(self._exchange)
         self._pushing = Pushing(self._exchange)
         self._rounds = Rounds(self._exchange, self._pulling, self._pushing)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from entidb.db import Database
 from entidb.errors import (
-    ConfigError,
     DatabaseClosedError,
     EntiDBError,
     SyncCancelledError,
@@ -25,10 +24,12 @@ from entidb.sync.background import Background
 from entidb.sync.config import SyncConfig
 from entidb.sync.decisions import Decisions
 from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
+from entidb.sync.fates import Waiting, trim
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import acting_thread
 from entidb.sync.listening import Listeners, Listening
 from entidb.sync.live import LiveState, NewsSource
+from entidb.sync.parts import applier_of, check_parts
 from entidb.sync.state import (
     SyncCycleResult,
     SyncProgress,
@@ -37,7 +38,7 @@ from entidb.sync.state import (
     check_move,
 )
 from entidb.sync.transport import SyncTransport
-from entidb.types import Clock, SystemClock, kind_name
+from entidb.types import Clock, SystemClock
 
 #: Seconds until a background engine whose device was revoked asks again by itself (R32).
 REVOKED_PAUSE_S = 3600.0
@@ -50,7 +51,7 @@ _END_TURNS_MAX = 1500
 _INSIDE_TURNS = 3
 
 
-class SyncEngine(Decisions, Listening):
+class SyncEngine(Decisions, Listening, Waiting):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.
@@ -65,8 +66,9 @@ class SyncEngine(Decisions, Listening):
 
     plumbing = frozenset(
         (
-            *("applier", "cancel_cycle", "course", "note_bug", "note_error", "pause_s"),
-            *("run_cycle", "transport"),
+            *("applier", "cancel_cycle", "course", "cycle_thread", "news_source", "note_bug"),
+            *("note_error", "pause_s", "reached", "run_cycle", "run_until", "transport"),
+            *("wait_accepted", "wait_synced"),
         )
     )
 
@@ -80,16 +82,9 @@ class SyncEngine(Decisions, Listening):
         clock: Clock | None = None,
         random_source: random.Random | None = None,
     ) -> None:
-        _check_parts(config, transport, applier)
+        check_parts(config, transport, applier)
         if isinstance(applier, Database):
-            applier = DatabaseApplier(
-                applier,
-                default_policy=config.default_policy,
-                policies=config.policies,
-                overruled_max=config.overruled_max,
-                staged_bytes_max=config.staged_bytes_max,
-                overruled_days=config.overruled_days,
-            )
+            applier = applier_of(applier, config)
         self.config = config
         self.applier = applier
         self.database = applier.database
@@ -137,6 +132,7 @@ class SyncEngine(Decisions, Listening):
             cancelled=lambda: self._cancel.is_set(),
         )
         self.stats = self._attempts.stats
+        self._answers = self._attempts.answers
         self._next_try_at: float | None = None
         self._closed = False
         self._detached = False
@@ -206,10 +202,16 @@ class SyncEngine(Decisions, Listening):
             with self._running_lock:
                 self._cycle_thread = None
             self._cycle_lock.release()
-            for waiting in self._waiting:
-                waiting.set()
+            if result is not None and result.pushed:
+                trim(self._answers)
+            if self._waiting:
+                self._tell_waiting()
             if self._closed:  # from a listener or an observer of this cycle
                 self._detach()
+
+    def _tell_waiting(self) -> None:
+        for event in list(self._waiting):
+            event.set()
 
     def _tell_ended(self) -> None:
         """Outside of all locks: a listener may sync, stop and close."""
@@ -400,14 +402,16 @@ class SyncEngine(Decisions, Listening):
         while before is not None and before.is_alive() and not stopped.is_set():
             before.join(_END_TURN_S)  # started again by a listener of its own last cycle
         self._background.run(stopped)
+        self._tell_waiting()
 
     def run_until(self, stopped: threading.Event) -> None:
         """What ``start`` does, on this thread, until ``stopped`` is set, and ``cancel`` and
         ``wake`` are called after it. Raises ``SyncStateError`` if it runs already."""
         self._check_not_closed()
-        if self._background.running:
+        if self._background.thread is not None:
             raise SyncStateError("this engine runs in the background already")
         self._background.run(stopped)
+        self._tell_waiting()
 
     def pause_s(self) -> float:
         """Seconds between this turn in the background and the next."""
@@ -470,21 +474,6 @@ class SyncEngine(Decisions, Listening):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _check_parts(config: object, transport: object, applier: object) -> None:
-    """Raises ``ConfigError``: an argument in the wrong place would otherwise be noticed in a
-    cycle."""
-    if not isinstance(config, SyncConfig):
-        raise ConfigError(f"config must be a SyncConfig, not {kind_name(config)}")
-    if not isinstance(transport, str) and not callable(getattr(transport, "send", None)):
-        raise ConfigError(
-            f"transport must be the URL of a server or a SyncTransport, not {kind_name(transport)}"
-        )
-    if not isinstance(applier, Database | DatabaseApplier):
-        raise ConfigError(
-            f"applier must be a Database or a DatabaseApplier, not {kind_name(applier)}"
-        )
 
 
 def _joined(thread: threading.Thread, seconds: float) -> bool:

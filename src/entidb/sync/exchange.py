@@ -6,6 +6,7 @@ is asked for in which order; ``cycle`` puts them together.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -19,6 +20,7 @@ from entidb.protocol import (
     Limits,
     PullResponse,
     PushResponse,
+    PushResult,
     RoundResponse,
     SyncRequest,
     SyncResponse,
@@ -79,6 +81,8 @@ class Exchange:
     #: The server's clock, as the newest pull said it.
     server_ms: int = 0
     result: SyncCycleResult = field(default_factory=SyncCycleResult)
+    #: The verdicts on each batch, with the sequences of its transactions.
+    answers: deque[tuple[list[int], list[PushResult]]] = field(default_factory=deque)
 
     def ask(self, request: SyncRequest, kind: type[R]) -> Generator[Step, SyncResponse | None, R]:
         """One request and its answer, which is of ``kind``; raises ``ProtocolError`` if not."""

@@ -144,6 +144,7 @@ class Pushing:
         self._exchange.result.superseded += settled.superseded
         self._exchange.result.bytes_pushed += batch.bytes
         self._exchange.report(settled.report)
+        self._exchange.answers.append((batch.sequences, response.results))
         done = self._pushed
         self._exchange.progress(
             SyncProgress(SyncState.PUSHING, done, self._pushed_bytes, max(total, done))

@@ -21,7 +21,6 @@ from entidb.errors import (
     ResetRequiredError,
     ScopeError,
     StorageError,
-    SyncCancelledError,
     SyncError,
 )
 from entidb.protocol import (
@@ -37,12 +36,12 @@ from entidb.sync import (
     RetryConfig,
     SyncConfig,
     SyncCycleResult,
-    SyncState,
 )
 from entidb.sync.drive import Drive
 from entidb.testing.ages import DeviceAge
 from entidb.testing.between import BetweenApplier, BetweenEngine
 from entidb.testing.checkers import GROUP_COLLECTION
+from entidb.testing.ends import check_end
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
 from entidb.testing.indexes import IndexLife
@@ -373,7 +372,7 @@ class Device(Person):
         self.drive = None
         self.way.begin()
         self.last, self.last_error = result, error
-        self._check_end(result, error)
+        check_end(self, result, error)
         self.age.check_end(self.watch, error, self.database, self.engine.connection.path)
         if isinstance(error, CorruptionError):
             self.world.checks.fail("CONVERGE", f"{self.name} finds its own store damaged: {error}")
@@ -384,32 +383,6 @@ class Device(Person):
             # it a wider one.
             self.granted = None
             self.renew_token()
-
-    def _check_end(self, result: SyncCycleResult | None, error: EntiDBError | None) -> None:
-        """What a sync says at its end is true: its caller goes by that."""
-        checks, ended = self.world.checks, self.engine.state
-        cancelled = isinstance(error, SyncCancelledError)
-        checks.that(
-            self.cancelled is cancelled,
-            "LIVENESS",
-            f"{self.name} was cancelled, and ended: {error}",
-        )
-        due = SyncState.SYNCED if error is None else SyncState.ERROR
-        checks.that(
-            ended is (SyncState.IDLE if cancelled else due),
-            "LIVENESS",
-            f"a sync of {self.name} ended with {error!r}, and the engine is {ended.value}",
-        )
-        if result is None or result.incomplete or result.kept_back or not self.due:
-            return
-        if self.watch.full or self.watch.excluded:
-            return  # a scope that changed meanwhile has to be pulled first (R31)
-        left = [t for t in self.applier.pending() if t.transaction_id in self.due and not t.held]
-        checks.that(
-            not left,
-            "LIVENESS",
-            f"a sync of {self.name} worked, and left {len(left)} transactions that were due",
-        )
 
     def _between_steps(self) -> None:
         """The cycle is between two steps: people may cancel it, and others go on writing."""

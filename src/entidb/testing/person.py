@@ -28,6 +28,7 @@ class Person:
     engine: BetweenEngine
     restarts: int
     due: frozenset[bytes]
+    cancelled: bool
     guarded: Callable[[Callable[[], object]], bool]
     #: A conflict that the person has seen and not decided yet.
     looked_at: Conflict | None = None
