@@ -47,6 +47,12 @@ def _frozen_takes_pushes(garden: Garden) -> None:
     garden.replace(Control, "freeze", lambda original: lambda self, db_id, frozen: True)
 
 
+@bug("a-round-is-pushed-to-what-is-frozen", "LOCKED", knobs=CALM | {"freeze": 300, "rounds": 1})
+def _round_into_frozen(garden: Garden) -> None:
+    """Only whole pushes are looked at, and not those that come with a pull."""
+    garden.replace(Control, "is_frozen", lambda original: lambda self, db_id: False)
+
+
 @bug(
     "locked-out-is-taken-for-a-right-that-is-gone",
     "NO-SILENT-LOSS",

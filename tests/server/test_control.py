@@ -294,7 +294,7 @@ def test_a_device_that_is_revoked_between_its_pull_and_its_push_withdraws_nothin
     control, real = pair.server.front.control, pair.server.handle_http
 
     def handle(method: str, path: str, headers: Any, body: bytes) -> Any:
-        if path == "/v1/push":
+        if path in ("/v1/push", "/v1/sync"):
             control.revoke(entry("device", pair.device))
         answer = real(method, path, headers, body)
         control.allow("device", pair.device)

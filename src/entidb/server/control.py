@@ -29,7 +29,7 @@ REVOKED_MAX: Final = 100_000
 _BYTES_MAX: Final = 64 * 2**20
 _VERSION: Final = 1
 #: Seconds after which a device asks again whether it may push.
-_FROZEN_RETRY_S: Final = 30.0
+_FROZEN_RETRY_S: Final = 5.0
 
 Kind = Literal["device", "subject", "token"]
 
@@ -114,7 +114,8 @@ class Control:
 
     def admit(self, asking: Asking, request: Asked | None = None) -> None:
         """Raises ``PermissionDeniedError`` (forbidden, with the reason ``revoked``) for who is
-        revoked, and ``ServerBusyError`` (busy, ``frozen``) for a push to a frozen database."""
+        revoked, and ``ServerBusyError`` (busy, ``frozen``) for a push to a frozen database. The
+        push of a round is left undecided instead: its pull is answered."""
         state = self._alone if self._watched is None else self._watched.current()
         if state.revoked:
             place = (None, None) if request is None else (request.db_id, request.device_id)
@@ -125,12 +126,7 @@ class Control:
                     details={"reason": "revoked"},
                 )
         if state.frozen and isinstance(request, PushRequest) and request.db_id in state.frozen:
-            raise ServerBusyError(
-                f"database {request.db_id!r} is frozen by the administrator of the server: it can "
-                "be read, and what is pending waits until it is written to again",
-                retry_after=_FROZEN_RETRY_S,
-                details={"reason": "frozen"},
-            )
+            raise frozen_error(request.db_id)
 
     def is_revoked(self, asking: Asking, db_id: str | None, device_id: bytes | None) -> bool:
         """Whether these are refused in ``db_id``; None: where no database is named."""
@@ -149,6 +145,9 @@ class Control:
                 if found is not None and (found.until_ms is None or now < found.until_ms):
                     return True
         return False
+
+    def is_frozen(self, db_id: str) -> bool:
+        return db_id in self._state().frozen
 
     @property
     def decided(self) -> Decided:
@@ -234,6 +233,16 @@ class Control:
                 partial.finish()
                 self._watched.set(_State(after))
         return before
+
+
+def frozen_error(db_id: str) -> ServerBusyError:
+    """What a push to a frozen database is told."""
+    return ServerBusyError(
+        f"database {db_id!r} is frozen by the administrator of the server: it can be read, and "
+        "what is pending waits until it is written to again",
+        retry_after=_FROZEN_RETRY_S,
+        details={"reason": "frozen"},
+    )
 
 
 def _alone(path: str) -> Partial:

@@ -66,6 +66,8 @@ class Front:
         self.limits: Final = config.limits()
         #: What an administrator has decided; without one, nothing.
         self.control: Final = control or Control(None, SystemClock())
+        # Looked at once more where pushes are decided: one may have waited for its turn.
+        stores.is_frozen = self.control.is_frozen
         self._authenticator = authenticator
         self._features = list(features)
         self._page_bytes_max = config.pull_bytes_max
@@ -94,7 +96,8 @@ class Front:
         """What the token allows on the database the message names; that it may send this message
         at all. Raises ``PermissionDeniedError``, before anybody looks whether it exists. A push
         without the right to write is read all the same: it gets its verdicts (R15). Also who is
-        revoked is refused (R32), and a push to a frozen database (``ServerBusyError``)."""
+        revoked is refused (R32), and, with ``ServerBusyError``, a push to a frozen database and
+        a request beyond a quota."""
         grant = grants.on(request.db_id)
         self.control.admit(grants, request)
         if isinstance(request, PullRequest | RoundRequest) and not grant.read:

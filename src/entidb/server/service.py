@@ -42,6 +42,7 @@ from entidb.protocol import (
     RoundRequest,
     Verdict,
 )
+from entidb.server.control import frozen_error
 from entidb.server.decide import NOTHING_CHECKED, Checked, Deciding, Rules, value_of
 from entidb.server.hooks import NO_SCHEMA, Grant, Schema, ValidateHook
 from entidb.server.pages import SCAN_ROWS_MAX, ColumnPage, Page, known_up_to, wanted_collections
@@ -95,6 +96,8 @@ class DatabaseService:
         self._known: tuple[Moment, int, int] | None = None
         #: Called with a pull and the cursor that its page leads to, on the thread that read it.
         self.on_page: Callable[[PullRequest, int], None] = _nothing
+        #: Asked before each group: whether nothing is to be pushed at the moment (R32).
+        self.is_frozen: Callable[[], bool] = _no
         #: The newest head that this service has seen; a hint.
         self._head = 0
         self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
@@ -248,6 +251,7 @@ class DatabaseService:
         seen = [_seen(request) for request, _ in members]
         answers: list[PushResponse | SyncError] = []
         with self.database.write() as writer:
+            frozen = self.is_frozen()
             floor, known_head = read_floor(writer), writer.head.sequence
             proof = None
             if max(seen, default=0) > known_head:
@@ -264,8 +268,10 @@ class DatabaseService:
                     self._check_history(request.history, newest, known_head)
                     if isinstance(request, RoundRequest):
                         self._check_pull(request.pull, grant, newest, known_head, floor)
-                        if self._is_behind(writer, request.pull, grant, known_head):
+                        if frozen or self._is_behind(writer, request.pull, grant, known_head):
                             raise BehindError("the device has not seen everything")
+                    elif frozen:
+                        raise frozen_error(self.db_id)
                     answers.append(self._decide(writer, _pushed(request), grant, floor, found))
                 except SyncError as error:
                     answers.append(error)
@@ -452,6 +458,10 @@ class DatabaseService:
 
 def _nothing(request: PullRequest, cursor: int) -> None:
     return None
+
+
+def _no() -> bool:
+    return False
 
 
 def unseen(request: RoundRequest, answer: PushResponse | None) -> PullRequest:

@@ -107,6 +107,8 @@ class Stores:
         self.on_commit: Callable[[str, int], None] = _ignore
         #: Called with a pull and the cursor that its page leads to; from any thread.
         self.on_page: Callable[[PullRequest, int], None] = _ignore_page
+        #: Whether a database takes no pushes at the moment; from any thread.
+        self.is_frozen: Callable[[str], bool] = _never
         #: Called with a database that was opened: it may have been put back meanwhile.
         self.on_open: Callable[[str, int], None] = _ignore
         self._stores: dict[str, Store] = {}
@@ -251,6 +253,7 @@ class Stores:
             schema=self._schema,
             clock_mark_ms=self._clock_mark_ms,
         )
+        service.is_frozen = lambda: self.is_frozen(db_id)
         service.on_page = lambda request, cursor: self.on_page(request, cursor)
         store = Store(db_id, database, service, self._committer(service))
         store.used_at = self._clock.monotonic()
@@ -382,6 +385,10 @@ def _nothing() -> None:
 
 def _ignore(db_id: str, head: int) -> None:
     return None
+
+
+def _never(db_id: str) -> bool:
+    return False
 
 
 def _ignore_page(request: PullRequest, cursor: int) -> None:

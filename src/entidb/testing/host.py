@@ -21,6 +21,7 @@ from entidb.protocol import PushRequest, RoundRequest, SyncRequest, push_in
 from entidb.server.auth import JwtAuthenticator
 from entidb.server.config import ServerConfig
 from entidb.server.front import FEATURES, Front
+from entidb.server.group_commit import Done
 from entidb.server.hooks import NO_SCHEMA, Refusal, ValidateContext, ValidateTransaction
 from entidb.server.minting import mint_token
 from entidb.server.stores import Stores
@@ -191,7 +192,11 @@ class Host:
                 refuse_as_before(self.world, tenant.refused, pushed, grant)
             self._pushed_to = tenant
             store = front.use(request, grant)
-            tenant.push(partial(front.push, store, request, grant), request, grant, reply)
+
+            def submit(done: Done) -> None:
+                front.push(store, request, grant, self.keeper.judging(request, done))
+
+            tenant.push(submit, request, grant, reply)
             return
         # Reading stores nothing, but for a history that begins (R29).
         with front.using(request, grant) as store:

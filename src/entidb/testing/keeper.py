@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 
-from entidb.protocol import PushRequest, SyncRequest
+from entidb.errors import SyncError
+from entidb.protocol import PushRequest, PushResponse, SyncRequest, push_in
 from entidb.server.control import Control, Frozen, Revoked
+from entidb.server.group_commit import Done
 from entidb.testing.world import World
 
 
@@ -55,6 +57,10 @@ class Keeper:
         self._locked.clear()
         self._frozen.clear()
 
+    def is_frozen(self, db_id: str) -> bool:
+        """Whether its pushes are left undecided."""
+        return db_id in self._frozen
+
     def is_locked_out(self, request: SyncRequest) -> bool:
         """Whether this asker gets no answer."""
         return self._locked.get(request.device_id, "nowhere") in (None, request.db_id)
@@ -72,6 +78,21 @@ class Keeper:
             "LOCKED",
             f"{request.db_id} is frozen and takes a push",
         )
+
+    def judging(self, request: SyncRequest, done: Done) -> Done:
+        """``done``, after a look at what was decided, in the moment when it was."""
+
+        def decided(answer: PushResponse | SyncError) -> None:
+            pushed = push_in(request)
+            took = isinstance(answer, PushResponse) and pushed is not None and pushed.transactions
+            self._world.checks.that(
+                not (took and request.db_id in self._frozen),
+                "LOCKED",
+                f"{request.db_id} is frozen, and a push to it was decided",
+            )
+            done(answer)
+
+        return decided
 
     def refused(self, request: SyncRequest) -> bool:
         """Count a refusal of the front; whether it is the keeper's, and not for a token."""

@@ -38,6 +38,7 @@ from entidb.testing.ages import ServerAge, note_forbidden
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
 from entidb.testing.indexes import IndexLife
+from entidb.testing.keeper import Keeper
 from entidb.testing.oracle import Histories, History
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import INDEXED, NUMBERS, Workload
@@ -69,6 +70,7 @@ class Process(Protocol):
 
     world: World
     age: ServerAge
+    keeper: Keeper
     front: Front
 
     def later(self, work: Callable[[], None]) -> None:
@@ -399,8 +401,9 @@ class Tenant:
         self.queue = [other for other in self.queue if other is not member]
         request, grant, reply = member
         if isinstance(request, RoundRequest):
-            if isinstance(answer, PushResponse | BehindError):
-                decided = isinstance(answer, PushResponse)
+            decided = isinstance(answer, PushResponse)
+            frozen = self.host.keeper.is_frozen(self.db_id)
+            if decided or (isinstance(answer, BehindError) and not frozen):
                 self.watch.on_round(request, grant.collections, decided=decided)
             if isinstance(answer, BehindError):
                 self._refused += 1
