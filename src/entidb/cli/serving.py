@@ -53,6 +53,8 @@ SETTINGS: Final[dict[str, str]] = {
     "collections_max": "Collection names in one message.",
     "in_flight_bytes_max": "Bytes of messages in memory at once.",
     "push_queue_max": "Pushes that wait for a commit, in each database.",
+    "subject_requests_per_s": "Requests of one subject in a second, over time; 0: any number.",
+    "database_requests_per_s": "Requests to one database in a second, over time; 0: any number.",
     "connections_max": "Connections at once.",
     "live_max": "Devices that wait for news at once; 0: none.",
     "live_subject_max": "The same for one subject of tokens.",

@@ -120,6 +120,11 @@ class ServerConfig:
     in_flight_bytes_max: int = 256 * _MIB
     #: Pushes that wait for a commit, in each database. Beyond it pushes are answered ``busy``.
     push_queue_max: int = 1000
+    #: Requests of one subject in a second, over time; twice as many, or 10, at once. Beyond it
+    #: requests are answered ``rate_limited``. 0: any number.
+    subject_requests_per_s: float = 0.0
+    #: As ``subject_requests_per_s``, to one database, from whomever.
+    database_requests_per_s: float = 0.0
     #: Connections at once. Idle ones are closed for new ones; when all are being answered, more
     #: are answered ``busy``.
     connections_max: int = 2000
@@ -288,6 +293,8 @@ _FLOATS: Final = {
     "tombstone_retention_days": (0.0, _DAYS_MAX),
     "purge_interval_s": (1.0, _SECONDS_MAX),
     "idle_close_s": (0.0, _SECONDS_MAX),
+    "subject_requests_per_s": (0.0, 1e6),
+    "database_requests_per_s": (0.0, 1e6),
     "backup_every_s": (0.0, 366 * 24 * 3600.0),
 }
 

@@ -40,6 +40,7 @@ from entidb.server.config import ServerConfig, is_db_id
 from entidb.server.control import Control
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
+from entidb.server.quotas import Quotas
 from entidb.server.service import BehindError, unseen
 from entidb.server.stores import Store, Stores
 from entidb.types import SystemClock
@@ -60,6 +61,7 @@ class Front:
         authenticator: Authenticator,
         stores: Stores,
         control: Control | None = None,
+        quotas: Quotas | None = None,
         features: Sequence[str] = FEATURES,
     ) -> None:
         self.stores: Final = stores
@@ -68,6 +70,7 @@ class Front:
         self.control: Final = control or Control(None, SystemClock())
         # Looked at once more where pushes are decided: one may have waited for its turn.
         stores.is_frozen = self.control.is_frozen
+        self._quotas = quotas
         self._authenticator = authenticator
         self._features = list(features)
         self._page_bytes_max = config.pull_bytes_max
@@ -100,6 +103,8 @@ class Front:
         a request beyond a quota."""
         grant = grants.on(request.db_id)
         self.control.admit(grants, request)
+        if self._quotas is not None:
+            self._quotas.take(grants.subject, request.db_id)
         if isinstance(request, PullRequest | RoundRequest) and not grant.read:
             raise PermissionDeniedError("the token does not allow reading this database")
         return grant

@@ -35,6 +35,7 @@ from entidb.server.control import Control
 from entidb.server.directory import DataDirectory, OpenDatabase, in_memory, on_disk
 from entidb.server.front import FEATURES, Front
 from entidb.server.origins import Origins
+from entidb.server.quotas import quotas_of
 from entidb.server.registry import Registry
 from entidb.server.stores import Stores
 from entidb.server.wire import HttpResponse
@@ -89,6 +90,7 @@ class SyncServer:
                 authenticator=self.authenticator,
                 stores=self.stores,
                 control=Control(config.data_dir, self.clock),
+                quotas=quotas_of(config, self.clock),
                 features=(*FEATURES, *self.encodings),
             )
         except BaseException:
