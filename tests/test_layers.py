@@ -142,3 +142,24 @@ def test_a_forbidden_import_is_found(module: str, line: str):
 )
 def test_a_legal_import_is_left_alone(module: str, line: str):
     assert violations(SOURCE / module, line) == []
+
+
+#: Suites of the whole, or of a promise that no single room keeps.
+ACROSS = {
+    "bitrot",
+    "checked",
+    "compat",
+    "hostile",
+    "planted",
+    "powerloss",
+    "scenarios",
+    "vectors",
+}
+
+
+def test_the_folders_of_the_tests_mirror_the_source_tree():
+    tests = Path(__file__).parent
+    for path in tests.rglob("test_*.py"):
+        folder = path.parent.relative_to(tests)
+        if not ACROSS & set(folder.parts):
+            assert (SOURCE / folder).is_dir(), f"{path.name} tests nothing in src/entidb/{folder}"

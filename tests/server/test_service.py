@@ -563,11 +563,9 @@ def test_r29_another_history_or_a_cursor_beyond_the_head_is_history_changed() ->
 # ---------------------------------------------------------------- the idle pull
 
 
-def test_the_idle_pull_answers_only_what_a_real_one_would() -> None:
-    world = World()
-    push(world, tx(1, op(1, "x")))
+def idle_request(world: World) -> PullRequest:
     assert world.server.history is not None
-    idle = PullRequest(
+    return PullRequest(
         db_id="shop",
         device_id=DEVICE,
         history=world.server.history,
@@ -575,6 +573,12 @@ def test_the_idle_pull_answers_only_what_a_real_one_would() -> None:
         limit=10,
         bytes_max=1000,
     )
+
+
+def test_the_idle_pull_answers_only_what_a_real_one_would() -> None:
+    world = World()
+    push(world, tx(1, op(1, "x")))
+    idle = idle_request(world)
     known = world.service.idle_pull(idle, GRANT)
     assert known is not None, "the push has just learned where the head is"
     assert known == world.service.pull(idle, GRANT) == world.service.idle_pull(idle, GRANT)
@@ -595,15 +599,7 @@ def test_the_idle_pull_answers_only_what_a_real_one_would() -> None:
 def test_a_push_that_changed_nothing_does_not_answer_for_the_commit_after_it() -> None:
     world = World()
     push(world, tx(1, op(1, "x")))
-    assert world.server.history is not None
-    idle = PullRequest(
-        db_id="shop",
-        device_id=DEVICE,
-        history=world.server.history,
-        cursor=1,
-        limit=10,
-        bytes_max=1000,
-    )
+    idle = idle_request(world)
     push(world, tx(1, op(1, "x")))  # known: nothing is stored
     assert world.service.idle_pull(idle, GRANT) is not None
     world.put(("notes", 2, "by a program"))

@@ -19,11 +19,8 @@ from entidb.errors import (
 )
 from entidb.protocol import (
     ErrorResponse,
-    HandshakeRequest,
     HandshakeResponse,
-    Limits,
     PullRequest,
-    PullResponse,
     PushRequest,
     PushResponse,
     SyncRequest,
@@ -39,21 +36,11 @@ from entidb.sync.transport import (
     SyncTransport,
     check_response,
 )
+from tests.sync.messages import HANDSHAKE, ID, LIMITS, PAGE, PULL
 
-ID = bytes(range(16))
-LIMITS = Limits(
-    transaction_bytes_max=2**24,
-    message_bytes_max=2**26,
-    push_operations_max=10,
-    pull_operations_max=10,
-    collections_max=10,
-)
-HANDSHAKE = HandshakeRequest(major=1, minor=0, db_id="d", device_id=ID, history=None, cursor=0)
 WELCOME = HandshakeResponse(
     major=1, minor=0, history=ID, head=3, floor=0, limits=LIMITS, features=[], time=1
 )
-PULL = PullRequest(db_id="d", device_id=ID, history=ID, cursor=3, limit=10, bytes_max=1000)
-PAGE = PullResponse(collections=[], commits=[], cursor=3, has_more=False, head=3, floor=0, time=1)
 PUSH = PushRequest(db_id="d", device_id=ID, history=ID, cursor=3, collections=[], transactions=[])
 VERDICTS = PushResponse(results=[], collections=[], head=3, time=1)
 

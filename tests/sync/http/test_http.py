@@ -40,9 +40,7 @@ from entidb.errors import (
 )
 from entidb.protocol import (
     ErrorResponse,
-    HandshakeRequest,
     HandshakeResponse,
-    Limits,
     PullCommit,
     PullOperation,
     PullRequest,
@@ -56,23 +54,13 @@ from entidb.protocol import (
 from entidb.sync.config import HttpConfig
 from entidb.sync.http import HttpResponse, HttpTransport, HttpxClient
 from entidb.sync.http.failures import too_large
+from tests.sync.messages import HANDSHAKE, ID, LIMITS, PAGE, PULL
 
 try:
     zstd: Any = importlib.import_module("compression.zstd")
 except ImportError:
     zstd = importlib.import_module("backports.zstd")
 
-ID = bytes(range(16))
-LIMITS = Limits(
-    transaction_bytes_max=2**24,
-    message_bytes_max=2**26,
-    push_operations_max=10,
-    pull_operations_max=10,
-    collections_max=10,
-)
-HANDSHAKE = HandshakeRequest(major=1, minor=0, db_id="d", device_id=ID, history=None, cursor=0)
-PULL = PullRequest(db_id="d", device_id=ID, history=ID, cursor=3, limit=10, bytes_max=1000)
-PAGE = PullResponse(collections=[], commits=[], cursor=3, has_more=False, head=3, floor=0, time=1)
 BIG_PAGE = PullResponse(
     collections=["notes"],
     commits=[PullCommit(4, ID, 1, [PullOperation(0, ID, b"\xa0" * 5000)])],

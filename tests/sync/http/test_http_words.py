@@ -18,8 +18,6 @@ from entidb.errors import ConfigError, SyncError, TransportError
 from entidb.protocol import ErrorResponse, encode
 from entidb.sync.http import HttpTransport
 from tests.sync.http.test_http import (
-    PAGE,
-    PULL,
     STALL,
     NoClient,
     RawServer,
@@ -28,6 +26,7 @@ from tests.sync.http.test_http import (
     reply,
     server_tls,
 )
+from tests.sync.messages import PAGE, PULL
 
 __all__ = ["certificate", "server_tls"]  # fixtures
 
