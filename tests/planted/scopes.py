@@ -293,7 +293,9 @@ def _adopted_group_cut(garden: Garden) -> None:
 @bug("base-versions-one-high", "NO-LOST-UPDATE")
 def _base_one_high(garden: Garden) -> None:
     """A push names base versions one above those the device has."""
-    garden.replace(batch, "version_of", lambda original: lambda row: original(row) + 1)
+    garden.replace(
+        batch, "versions_of", lambda original: lambda rows: [n + 1 for n in original(rows)]
+    )
 
 
 @bug("have-begins-one-early", "PREFIX", "ORDER", "NO-RESURRECTION")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from entidb.sync.listening import (
     ResultListener,
     StateListener,
 )
+from entidb.sync.standing import EntityStatus
 from entidb.sync.state import SyncCycleResult, SyncState, SyncStats, SyncStatus
 from entidb.sync.transport import SyncTransport
 
@@ -200,6 +202,12 @@ class AsyncSyncEngine:
 
     async def status(self) -> SyncStatus:
         return await asyncio.to_thread(self.engine.status)
+
+    async def entity_status(self, collection: str, entity_id: uuid.UUID) -> EntityStatus:
+        return await asyncio.to_thread(self.engine.entity_status, collection, entity_id)
+
+    async def explain(self, collection: str, entity_id: uuid.UUID) -> str:
+        return await asyncio.to_thread(self.engine.explain, collection, entity_id)
 
     async def conflicts(self) -> list[Conflict]:
         return await asyncio.to_thread(self.engine.conflicts)

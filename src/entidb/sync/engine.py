@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ from entidb.sync.interrupt import acting_thread
 from entidb.sync.listening import Listeners, Listening
 from entidb.sync.live import LiveState, NewsSource
 from entidb.sync.parts import applier_of, check_parts
+from entidb.sync.standing import EntityStatus, entity_status
 from entidb.sync.state import (
     SyncCycleResult,
     SyncProgress,
@@ -322,6 +324,15 @@ class SyncEngine(Decisions, Listening, Waiting):
             live=LiveState.OFFLINE.value if channel is None else channel.state.value,
             live_since_ms=None if channel is None else channel.since_ms,
         )
+
+    def entity_status(self, collection: str, entity_id: uuid.UUID) -> EntityStatus:
+        """How an entity stands with the server, and why: reads the outbox, so it is for a person
+        who asks, and not for every row of a list."""
+        return entity_status(self.applier, self.status(), collection, entity_id)
+
+    def explain(self, collection: str, entity_id: uuid.UUID) -> str:
+        """``entity_status`` in words."""
+        return self.entity_status(collection, entity_id).explain()
 
     # ------------------------------------------------------------ reset
 
