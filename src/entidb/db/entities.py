@@ -382,9 +382,15 @@ class Entities(Overlay):
         self.changes.update(zip(keys, made, strict=True))
         once = len(self.changes) == before + len(made)
         if self.watcher is not None:
+            told: dict[int, tuple[list[bytes], list[bytes]]] = {}
             for index, entity_id, payload in zip(indexes, ids, payloads, strict=True):
-                if payload is not None and (info := infos[index]) is not None:
-                    self.watcher.changed(info, [entity_id], [None], [payload])
+                if payload is not None:
+                    here, values = told.setdefault(index, ([], []))
+                    here.append(entity_id)
+                    values.append(payload)
+            for index, (here, values) in told.items():
+                if (info := infos[index]) is not None:
+                    self.watcher.changed(info, here, [None] * len(here), values)
         return once
 
     def stage_change(

@@ -159,6 +159,11 @@ class Indexing:
             return
         wanted = self._wanted(info)
         decode, changes = cbor.decode_trusted, self._entities.changes
+        if not any(olds) and None not in news:
+            values = [decode(new) for new in news if new is not None]
+            for prefix, places, counted in wanted:
+                self._add(prefix, places, counted, ids, values)
+            return
         for entity_id, old, new in zip(ids, olds, news, strict=True):
             was = None if old is None else decode(old)
             now = None if new is None else decode(new)
@@ -176,6 +181,24 @@ class Indexing:
                 by = bool(after) - bool(before)
                 if by and (counted is None or entity_id <= counted):
                     self._counts[prefix] = self._counts.get(prefix, 0) + by
+
+    def _add(
+        self,
+        prefix: bytes,
+        places: MakePlaces,
+        counted: bytes | None,
+        ids: Sequence[bytes],
+        values: Sequence[Any],
+    ) -> None:
+        """What ``changed`` does about entities that are new, as most are where many change."""
+        changes, count = self._entities.changes, 0
+        for entity_id, value in zip(ids, values, strict=True):
+            found = places(value)
+            for fields in found:
+                changes[prefix + fields + entity_id] = b""
+            if found and (counted is None or entity_id <= counted):
+                count += 1
+        self._counts[prefix] = self._counts.get(prefix, 0) + count
 
     def _wanted(self, info: CollectionInfo) -> list[tuple[bytes, MakePlaces, bytes | None]]:
         """Of each index that is kept: what its places begin with, what makes them, and up to which
