@@ -103,6 +103,9 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
     def _read_values(
         self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
     ) -> Iterator[V]:
+        if type(self._codec) is PlainCodec:
+            # Every entity fits, so nobody has to be told which one did not.
+            return map(self._codec.decode, map(itemgetter(1), find(limit)))
         if self._codec.instead is None:
             return starmap(self._decode, find(limit))
         return map(itemgetter(1), self._read(find, limit))
