@@ -10,7 +10,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from entidb import cbor
-from entidb.db import overruled
+from entidb.db import machine, overruled
 from entidb.db.core import Core
 from entidb.db.fields import Side
 from entidb.db.records import (
@@ -39,10 +39,11 @@ def schedule_adoption(writer: Writer, sources: list[list[int]], *, compare: bool
     raw = writer.get(META_ADOPT)
     # A scheduled adoption that is not done yet keeps its own ``compare``, and a collection may be
     # in both.
-    standing = [] if raw is None else _sources(decode_record(Adopt, raw))
+    before = None if raw is None else decode_record(Adopt, raw)
+    standing = [] if before is None else _sources(before)
     new = [[number, table, int(compare)] for number, table in sources]
     every = sorted(standing + new, key=lambda source: source[1])
-    writer.put(META_ADOPT, encode_record(Adopt(every, b"", False)))
+    writer.put(META_ADOPT, encode_record(machine.SCHEDULE(before, Adopt(every, b"", False))))
 
 
 def _sources(adopt: Adopt) -> list[list[int]]:
@@ -60,11 +61,12 @@ def adopt_step(database: Core, *, keeps: bool = True, rows: int = COMMIT_ROWS) -
             return False
         adopt = decode_record(Adopt, raw)
         if not adopt.indexed:
-            adopt = _index(writer, adopt)
-            writer.put(META_ADOPT, encode_record(adopt))
+            indexed = machine.INDEX(adopt, _index(writer, adopt))
+            writer.put(META_ADOPT, encode_record(indexed))
             return True
         if _commit_groups(database, writer, adopt, keeps, rows):
             return True
+        machine.ADOPTED(adopt, None)
         writer.delete(META_ADOPT)
         return False
 

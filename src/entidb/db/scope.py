@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from entidb.db import machine
 from entidb.db.adopt import schedule_adoption
 from entidb.db.catalogue import Catalogue
 from entidb.db.pending import decode_pending
@@ -70,7 +71,8 @@ def _switch(writer: Writer, after: Catalogue, before: Catalogue) -> None:
     uncovered = (set(state.uncovered) | (now - was)) & now
     # From a list of names to "all": collections that this device does not know yet are to come too.
     full = state.full or (before.scope is not None and after.scope is None)
-    writer.set_sync_state(replace(state, uncovered=sorted(uncovered), full=full))
+    now_lacking = replace(state, uncovered=sorted(uncovered), full=full)
+    writer.set_sync_state(machine.RESCOPE(state, now_lacking))
     writer.abandon_stage()
     adopt = [[after.by_name[n].number, after.by_name[n].table] for n in sorted(now - was)]
     if adopt:

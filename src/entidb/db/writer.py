@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from entidb.db import machine
 from entidb.db.catalogue import Catalogue
 from entidb.db.entities import Entities
 from entidb.db.moment import Moment
@@ -115,7 +116,7 @@ class Writer(Entities):
                 catalogue = catalogue.discarding(table, int(number))
         if stage.tables or stage.deltas:
             self.set_catalogue(catalogue)
-        self.set_stage(None)
+        self.set_stage(machine.ABANDON(stage, None))
 
     # ------------------------------------------------------------ accepted transactions (R14)
 

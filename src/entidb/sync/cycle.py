@@ -151,8 +151,8 @@ class Cycle:
 
     def _adopted(self, look: Look) -> Look:
         """The device when nothing is left to be made pending (R29, R31)."""
-        while look.adopting:
-            self._exchange.applier.adopt()
+        if not look.adopting:
+            return look
+        while self._exchange.applier.adopt():
             self._exchange.check()
-            look = self._exchange.applier.look()
-        return look
+        return self._exchange.applier.look()

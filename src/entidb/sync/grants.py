@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from entidb.db import machine
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.outbox import read_pending
 from entidb.db.replica import ReplicaState
@@ -39,14 +40,13 @@ def take_grant(writer: Writer, rebase: Rebase, granted: list[str] | None) -> Non
     _remove(writer, rebase, lost)
     gone = {info.name for info in lost}
     gained, full = _gained(state, catalogue, granted)
-    writer.set_sync_state(
-        replace(
-            now,
-            uncovered=sorted(name for name in {*state.uncovered, *gained} if now.grants(name)),
-            full=state.full or full,
-            outdated=[name for name in state.outdated if name not in gone],
-        )
+    now = replace(
+        now,
+        uncovered=sorted(name for name in {*state.uncovered, *gained} if now.grants(name)),
+        full=state.full or full,
+        outdated=[name for name in state.outdated if name not in gone],
     )
+    writer.set_sync_state(machine.REGRANT(state, now))
 
 
 def needs_grant(state: ReplicaState) -> bool:

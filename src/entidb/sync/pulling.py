@@ -12,6 +12,7 @@ from enum import Enum
 
 from msgspec.structs import replace
 
+from entidb.db import machine
 from entidb.db.replica import ReplicaState, Stage
 from entidb.errors import ResetRequiredError, ServerError
 from entidb.protocol import (
@@ -103,9 +104,7 @@ class Pulling:
         if stage is not None and (stage.history != state.history or stage.cursor != state.cursor):
             self._exchange.applier.restart_stage(full=False)
             stage = None
-        full: list[str] | None = [] if stage is None else stage.full
-        if stage is None and (state.full or state.uncovered):
-            full = None if state.full else state.uncovered
+        full = machine.from_nothing(state, stage)
         self._exchange.result.reset |= full is None and (state.cursor > 0 or state.foreign)
         if full != [] and (stage is None or not stage.full_done):
             # A cursor of 0 is no proof: the server may have been empty, and this device may have

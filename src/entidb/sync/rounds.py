@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from entidb.db import machine
 from entidb.db.replica import ReplicaState
 from entidb.errors import ResetRequiredError, SyncError, UpgradeRequiredError
 from entidb.protocol import PullRequest, PullResponse, RoundRequest, RoundResponse, SyncResponse
@@ -100,8 +101,11 @@ class Rounds:
 def _is_plain(look: Look) -> bool:
     """Whether the pull of this cycle asks for what changed and nothing else."""
     state = look.state
-    waits = state.full or state.uncovered or state.foreign or state.outdated or state.unsettled
-    return not waits and look.stage is None and not look.adopting and not needs_grant(state)
+    level = machine.lacks(state) is machine.Lacks.NOTHING
+    waits = state.outdated or state.unsettled
+    return (
+        level and not waits and look.stage is None and not look.adopting and not needs_grant(state)
+    )
 
 
 __all__ = ["Rounds"]

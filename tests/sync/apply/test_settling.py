@@ -125,6 +125,7 @@ def test_a_batch_is_bounded_by_bytes_and_filled_up_to_them() -> None:
         a.put(("notes", n, "x" * 100))
     sizes = [len(transaction.encode()) for transaction in applier.pending()]
     for bytes_max, expected in ((sum(sizes[:2]), 2), (sum(sizes[:2]) - 1, 1), (1, 1)):
+        applier.unsend()
         batch = applier.prepare(BatchLimits(bytes_max=bytes_max))
         assert batch is not None and len(batch.keys) == expected
 
@@ -285,6 +286,7 @@ def test_the_outbox_is_read_about_a_batch_at_a_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kind, "scan", watching)
     for count, expected in ((45, [32, 45]), (1, [32]), (10**6, [32, 2000])):
         limits.clear()
+        a.engine.applier.unsend()
         batch = a.engine.applier.prepare(BatchLimits(bytes_max=count * (size + 1)))
         assert batch is not None and len(batch.keys) == min(count, 100)
         assert limits == expected

@@ -13,7 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from entidb.collector import paused
-from entidb.db import Database, overruled
+from entidb.db import Database, machine, overruled
 from entidb.db.adopt import adopt_step
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
@@ -135,7 +135,9 @@ class DatabaseApplier(Review):
         if state.db_id == db_id and state.history == history:
             return
         with self.database.write() as writer:
-            writer.set_sync_state(replace(writer.sync_state, db_id=db_id, history=history))
+            before = writer.sync_state
+            now = replace(before, db_id=db_id, history=history)
+            writer.set_sync_state(machine.STAND(before, now))
 
     # ------------------------------------------------------------ push
 
@@ -150,7 +152,7 @@ class DatabaseApplier(Review):
             check_ready(writer)
             batch = choose(writer, limits, [])
             if batch is not None:
-                writer.set_inflight(Inflight(batch.ranges))
+                writer.set_inflight(machine.SEND(writer.inflight, Inflight(batch.ranges)))
             return batch
 
     def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
@@ -160,7 +162,8 @@ class DatabaseApplier(Review):
                 raise SyncStateError("the batch was settled already by another engine")
             after = choose(writer, limits, batch.ranges, frozenset(batch.entity_keys))
             if after is not None:
-                writer.set_inflight(Inflight(batch.ranges, after.ranges))
+                both = Inflight(batch.ranges, after.ranges)
+                writer.set_inflight(machine.FOLLOW(inflight, both))
                 still_fresh(batch, writer)
             return after
 
@@ -196,7 +199,7 @@ class DatabaseApplier(Review):
             left = [kept] if kept else []
             if next_batch is not None:
                 left.append(next_batch.ranges)
-            writer.set_inflight(Inflight(*left) if left else None)
+            writer.set_inflight(machine.SETTLE(inflight, Inflight(*left) if left else None))
             if following is not None:
                 still_fresh(following, writer)
             return settled
@@ -207,7 +210,7 @@ class DatabaseApplier(Review):
 
     def unsend(self) -> None:
         with self.database.write() as writer:
-            writer.set_inflight(None)
+            writer.set_inflight(machine.UNSEND(writer.inflight, None))
 
     def refuse(self, batch: PushBatch, code: str, message: str) -> RebaseReport:
         with paused(), self.database.write() as writer:
@@ -221,7 +224,7 @@ class DatabaseApplier(Review):
                 if transaction is not None:  # else it was built on one before it
                     rebase.withdraw([transaction], *reason, [])
             rebase.release()
-            writer.set_inflight(None)
+            writer.set_inflight(machine.REFUSE(inflight, None))
             return rebase.report
 
     def still_pending(self, sequences: Iterable[int]) -> list[int]:
@@ -243,7 +246,7 @@ class DatabaseApplier(Review):
             # A pull has reached the head, and it was no reset: it showed what became of those.
             now = replace(now, unsettled=[])
         if now is not state:
-            writer.set_sync_state(now)
+            writer.set_sync_state(machine.STAND(state, now))
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         response = expanded(response)
@@ -274,7 +277,7 @@ class DatabaseApplier(Review):
         self._heard_ms = response.time
         with self.database.write() as writer:
             state = check_belongs(writer, request)
-            stage = writer.stage
+            before = stage = writer.stage
             if stage is None and full != [] and not request.full:
                 # The stage this page continues was abandoned: as the first page of another it
                 # would pass for everything there is.
@@ -299,7 +302,7 @@ class DatabaseApplier(Review):
                 stage = stage_operations(writer, stage, request, response)
             else:
                 stage = stage_rows(writer, stage, response, rows)
-            writer.set_stage(stage)
+            writer.set_stage(machine.KEEP(before, stage))
             return stage
 
     def publish(self) -> RebaseReport:
@@ -322,7 +325,7 @@ class DatabaseApplier(Review):
             writer.abandon_stage()
             state = writer.sync_state
             if full and not state.full:
-                writer.set_sync_state(replace(state, full=True))
+                writer.set_sync_state(machine.FALL(state, replace(state, full=True)))
 
     def grant(self, granted: list[str] | None) -> RebaseReport:
         with paused(), self.database.write() as writer:

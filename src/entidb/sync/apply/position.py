@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from entidb.db import machine
 from entidb.db.records import META_ADOPT
 from entidb.db.replica import ReplicaState, ranges_above
 from entidb.db.writer import Writer
@@ -100,7 +101,7 @@ def move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
         ),
     )
     if now != state:
-        writer.set_sync_state(now)
+        writer.set_sync_state(machine.REACH(state, now))
 
 
 def remember_doubt(writer: Writer) -> None:
@@ -110,4 +111,4 @@ def remember_doubt(writer: Writer) -> None:
     sent = [[first, last, state.cursor] for first, last in (*inflight.ranges, *inflight.after)]
     unsettled = [each for each in state.unsettled if each not in sent] + sent
     if unsettled != state.unsettled:
-        writer.set_sync_state(replace(state, unsettled=unsettled))
+        writer.set_sync_state(machine.STAND(state, replace(state, unsettled=unsettled)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from entidb.db import machine
 from entidb.db.adopt import schedule_adoption
 from entidb.db.entities import remote_rows
 from entidb.db.outbox import read_pending
@@ -34,7 +35,7 @@ def publish_stage(writer: Writer, rebase: Rebase, stage: Stage, state: ReplicaSt
     _apply_deltas(writer, rebase, stage)
     if state.keep_device:
         schedule_adoption(writer, [[n, old_tables[n]] for n in sorted(full)], compare=True)
-    writer.set_stage(None)
+    writer.set_stage(machine.PUBLISH(stage, None))
     move_cursor(writer, writer.sync_state, cursor)
 
 

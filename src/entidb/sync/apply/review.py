@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Set
 
 from msgspec.structs import replace
 
-from entidb.db import Database, overruled
+from entidb.db import Database, machine, overruled
 from entidb.db.fields import with_field
 from entidb.db.outbox import DiscardedTransaction, discard_key, read_discarded, read_pending
 from entidb.db.overruled import OverruledValue, read_overruled
@@ -209,19 +209,19 @@ class Review:
         with self.database.write() as writer:
             writer.abandon_stage()
             remember_doubt(writer)
-            writer.set_inflight(None)
+            writer.set_inflight(machine.DISOWN(writer.inflight, None))
             state = writer.sync_state
-            writer.set_sync_state(
-                replace(
-                    state,
-                    history=None,
-                    cursor=0,
-                    have=[],
-                    full=True,
-                    foreign=True,
-                    keep_device=keep == "device",
-                )
+            now = replace(
+                state,
+                history=None,
+                cursor=0,
+                have=[],
+                full=True,
+                foreign=True,
+                keep_device=keep == "device",
             )
+            move = machine.RESET_DEVICE if keep == "device" else machine.RESET_SERVER
+            writer.set_sync_state(move(state, now))
 
 
 def _check_entry(method: str, given: object) -> None:

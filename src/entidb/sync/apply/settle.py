@@ -13,6 +13,7 @@ from operator import attrgetter
 from msgspec.structs import replace
 
 from entidb import cbor
+from entidb.db import machine
 from entidb.db.pending import PendingOp
 from entidb.db.records import (
     sequence_of,
@@ -214,7 +215,7 @@ class Settling:
         return True
 
     def _store_have(self, batch: PushBatch) -> None:
-        state = self._state
+        state, move = self._state, machine.STAND
         if self._have != state.have:
             # Too many ranges only mean that some own changes come back and are skipped (R21).
             state = replace(state, have=self._have[-HAVE_RANGES_MAX:])
@@ -224,8 +225,9 @@ class Settling:
             strange = {name for name in batch.collections if not state.grants(name)}
             if strange:
                 state = replace(state, uncovered=sorted(strange.union(state.uncovered)))
+                move = machine.UNCOVER
         if state is not self._state:
-            self._writer.set_sync_state(state)
+            self._writer.set_sync_state(move(self._state, state))
 
 
 def _writes(operations: list[PendingOp]) -> list[tuple[int, bytes, bytes | None]]:
