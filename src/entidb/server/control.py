@@ -147,7 +147,8 @@ class Control:
         return False
 
     def is_frozen(self, db_id: str) -> bool:
-        return db_id in self._state().frozen
+        state = self._alone if self._watched is None else self._watched.current()
+        return db_id in state.frozen
 
     @property
     def decided(self) -> Decided:

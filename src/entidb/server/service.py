@@ -95,7 +95,7 @@ class DatabaseService:
         #: (when, head, floor) of the newest read; None when unknown.
         self._known: tuple[Moment, int, int] | None = None
         #: Called with a pull and the cursor that its page leads to, on the thread that read it.
-        self.on_page: Callable[[PullRequest, int], None] = _nothing
+        self.on_page: Callable[[PullRequest, int], None] | None = None
         #: Asked before each group: whether nothing is to be pushed at the moment (R32).
         self.is_frozen: Callable[[], bool] = _no
         #: The newest head that this service has seen; a hint.
@@ -188,7 +188,8 @@ class DatabaseService:
             cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
             self._known = (view.moment, head, floor)
             self._head = head
-            self.on_page(request, cursor)
+            if self.on_page is not None:
+                self.on_page(request, cursor)
             return page.encode(
                 PullResponse(
                     collections=page.names,
@@ -454,10 +455,6 @@ class DatabaseService:
 
     def close(self) -> None:
         self._known = None
-
-
-def _nothing(request: PullRequest, cursor: int) -> None:
-    return None
 
 
 def _no() -> bool:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Final
 
 from entidb.db import Database, purge_tombstones
@@ -105,8 +106,7 @@ class Stores:
         #: Called with a database and its newest commit, after every one (R17: it is durable); from
         #: any thread.
         self.on_commit: Callable[[str, int], None] = _ignore
-        #: Called with a pull and the cursor that its page leads to; from any thread.
-        self.on_page: Callable[[PullRequest, int], None] = _ignore_page
+        self._on_page: Callable[[PullRequest, int], None] | None = None
         #: Whether a database takes no pushes at the moment; from any thread.
         self.is_frozen: Callable[[str], bool] = _never
         #: Called with a database that was opened: it may have been put back meanwhile.
@@ -194,6 +194,14 @@ class Stores:
                 with self._lock:
                     store.users -= 1
 
+    def tell_pages(self, call: Callable[[PullRequest, int], None]) -> None:
+        """Have ``call`` told of every pull and the cursor that its page leads to; from any
+        thread."""
+        with self._lock:
+            self._on_page = call
+            for store in self._stores.values():
+                store.service.on_page = call
+
     def make(self, db_id: str) -> None:
         """Make the database, or see that it is there, also where ``create_databases`` is off.
         Raises as ``use``."""
@@ -253,8 +261,8 @@ class Stores:
             schema=self._schema,
             clock_mark_ms=self._clock_mark_ms,
         )
-        service.is_frozen = lambda: self.is_frozen(db_id)
-        service.on_page = lambda request, cursor: self.on_page(request, cursor)
+        service.is_frozen = partial(self.is_frozen, db_id)
+        service.on_page = self._on_page
         store = Store(db_id, database, service, self._committer(service))
         store.used_at = self._clock.monotonic()
         store.users = 1
@@ -389,10 +397,6 @@ def _ignore(db_id: str, head: int) -> None:
 
 def _never(db_id: str) -> bool:
     return False
-
-
-def _ignore_page(request: PullRequest, cursor: int) -> None:
-    return None
 
 
 def _closable(store: Store) -> bool:

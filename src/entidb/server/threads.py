@@ -54,7 +54,7 @@ class Running:
         server.stores.on_group = self._wake
         server.stores.on_commit = self.live.told
         server.stores.on_open = self.live.opened
-        server.stores.on_page = server.registry.pulled
+        server.stores.tell_pages(server.registry.pulled)
         self._housekeeper = threading.Thread(
             target=self._housekeep, name="entidb-housekeeper", daemon=True
         )
