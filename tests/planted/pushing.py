@@ -54,7 +54,9 @@ def _accepted_moves_base(garden: Garden) -> None:
     """An old transaction that is accepted again becomes the base, though newer is known."""
 
     def make(original: Any) -> Any:
-        def settle(self: Rebase, transaction: Any, version: int, stamp: int, cursor: int) -> None:
+        def settle(
+            self: Rebase, transaction: Any, version: int, stamp: int, cursor: int, instead: Any
+        ) -> None:
             self.remove(transaction)
             for op in transaction.operations:
                 ref = (op.collection, op.entity_id)
@@ -112,11 +114,15 @@ def _stale_rows(garden: Garden) -> None:
 def _look_of_yesterday(garden: Garden) -> None:
     """What a cycle knows of the device is believed until a cycle changes it, whatever a program
     has committed since."""
+    times = [0]
 
     def make(original: Any) -> Any:
         def look(self: Any) -> Any:
             believed, now = self._look, original(self)
-            if believed is None or believed.state != now.state:
+            times[0] += 1
+            # What waits for a change would not end if none was ever seen.
+            if believed is None or believed.state != now.state or times[0] > 100:
+                times[0] = 0
                 return now
             self._look = believed
             return believed

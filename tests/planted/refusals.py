@@ -165,9 +165,9 @@ def _idle_cycle_asks_twice(garden: Garden) -> None:
     """A cycle with nothing to do pulls a second time."""
 
     def make(original: Any) -> Any:
-        def pull(self: Any) -> Any:
-            yield from original(self)
-            yield from original(self)
+        def pull(self: Any, look: Any, first: Any = None) -> Any:
+            yield from original(self, look, first)
+            yield from original(self, self._exchange.applier.look())
 
         return pull
 
