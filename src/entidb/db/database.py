@@ -103,7 +103,7 @@ class Database(Indexed):
         page may end it. ``read_only`` makes and changes no file, so that a backup stays one and
         files that may not be written can be read; several processes may do so at once (not on
         Windows), and what would write raises ``TransactionError``. They keep those out who would
-        write; beside one who writes already it reads like anybody else. Other options are those
+        write; beside a process that writes already it reads like any other. Other options are those
         of the constructor.
 
         Raises ``ConfigError`` for a setting that cannot be (nothing is made then),
