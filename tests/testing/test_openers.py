@@ -14,6 +14,7 @@ from entidb.db.observers import Observers
 from entidb.db.rows import SnapshotRows
 from entidb.db.writer import Writer
 from entidb.storage import MemoryStorage
+from entidb.storage.base import StoreTurn
 from entidb.storage.memory import MemoryTurn
 from entidb.testing.openers_simulator import first_failure, main, run
 
@@ -133,10 +134,10 @@ def _heard_twice(patch: pytest.MonkeyPatch) -> None:
 def _two_engines(patch: pytest.MonkeyPatch) -> None:
     """A sync engine looks for others in its own process only."""
 
-    def attach_engine(self: Database, engine: object) -> None:
-        self._engine = engine
+    def right(self: Database, name: str) -> StoreTurn:
+        return MemoryStorage().claim(name)
 
-    patch.setattr(Database, "attach_engine", attach_engine)
+    patch.setattr(Database, "right", right)
 
 
 @bug("engine-of-the-dead-is-kept", "ENGINE", "TURN")
@@ -145,10 +146,10 @@ def _engine_kept(patch: pytest.MonkeyPatch) -> None:
     original = MemoryTurn.take
 
     def take(self: MemoryTurn, timeout_s: float | None = None) -> bool:
-        if self._line and self._line[0] is not self._me:
-            owner = self._line[0]()
-            if owner is not None and owner._closed and self._line is not owner.turn._line:
-                return False
+        me = self._me()
+        assert me is not None
+        if self._line is not me.turn._line and self._line and self._line[0] is not self._me:
+            return False
         return original(self, timeout_s)
 
     patch.setattr(MemoryTurn, "take", take)

@@ -51,6 +51,7 @@ from entidb.errors import (
 )
 from entidb.storage import Snapshot as StorageSnapshot
 from entidb.storage import Storage
+from entidb.storage.base import StoreTurn
 from entidb.storage.regions import spacers_of
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
@@ -186,6 +187,7 @@ class Core(Explored):
         self._stale_rows_max = stale_rows_max
         self._turns = Turns()
         self._store_turn = storage.turn
+        self._rights: dict[str, StoreTurn] = {}
         self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
         #: What the last commit of this object left: its mark, head and catalogue. Good for the
         #: thread that has the turn and finds the store at that mark.
@@ -383,12 +385,25 @@ class Core(Explored):
         """Call observers with what other processes have committed since they were last called; the
         mark of the store up to which that is. A thread calls this while there are observers, where
         others may commit."""
-        mark = self._observers.tell_others(self._open_rows())
-        self._observers.deliver()
+        if self._observers.listeners:
+            mark = self._observers.tell_others(self._open_rows())
+            self._observers.deliver()
+        else:
+            with self.storage.snapshot() as snapshot:
+                mark = snapshot.mark
+        left, on_commit = self._left, self.on_commit
+        if on_commit is not None and (left is None or left[0] != mark):
+            on_commit(self.read_head().sequence)
         return mark
 
+    def start_hearing(self) -> None:
+        """Call ``on_commit`` after commits of other processes too, in a thread of its own, for as
+        long as it is set."""
+        if self.storage.shared:
+            self._hearing.start()
+
     def _is_heard(self) -> bool:
-        return not self._closed and bool(self._observers.listeners)
+        return not self._closed and (bool(self._observers.listeners) or self.on_commit is not None)
 
     # ---- identity
 

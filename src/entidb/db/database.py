@@ -81,7 +81,6 @@ class Database(Indexed):
         )
     )
     _engine: object | None = None
-    _engine_right: StoreTurn | None = None
 
     @classmethod
     def open(
@@ -403,26 +402,26 @@ class Database(Indexed):
             forget_collection(writer, name)
 
     def attach_engine(self, engine: object) -> None:
-        """One sync engine at a time, among all processes. Raises ``DatabaseLockedError``."""
+        """Give the database to ``engine``, the one sync engine that it has in this process; those
+        of several processes take turns. Raises ``DatabaseLockedError``."""
         if self._engine is not None and self._engine is not engine:
             raise DatabaseLockedError(
                 f"{self.where} already has a sync engine; close that one first"
-            )
-        right = self._engine_right
-        if right is None:
-            right = self._engine_right = self.storage.claim("engine")
-        if not right.take(0):
-            raise DatabaseLockedError(
-                f"{self.where} already has a sync engine, in {right.holder() or 'another process'}"
-                "; close that one first"
             )
         self._engine = engine
 
     def detach_engine(self, engine: object) -> None:
         if self._engine is engine:
             self._engine = None
-            if self._engine_right is not None:
-                self._engine_right.give_back()
+
+    def right(self, name: str) -> StoreTurn:
+        """The right called ``name``, which one process has at a time: ``"engine"`` while a cycle
+        runs, ``"background"`` for the process whose engine runs in the background."""
+        right = self._rights.get(name)
+        if right is None:
+            # One object, whoever asks at the same time.
+            right = self._rights.setdefault(name, self.storage.claim(name))
+        return right
 
     # ------------------------------------------------------------ care
 
@@ -468,8 +467,8 @@ class Database(Indexed):
             self._give_back(mine)
         self._end_builder()
         with self._turns.hold():
-            if self._engine_right is not None:
-                self._engine_right.give_back()
+            for right in self._rights.values():
+                right.give_back()
             self.storage.close()
             self._closed = True
 

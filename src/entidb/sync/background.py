@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 from entidb.db import Database
 from entidb.errors import EntiDBError, SyncCancelledError
+from entidb.storage.base import StoreTurn
 from entidb.sync.config import SyncConfig
 from entidb.sync.live import Channel, NewsSource
 from entidb.sync.state import SyncCycleResult
@@ -23,6 +24,8 @@ from entidb.types import Clock
 
 #: Seconds that a burst of commits may pause and still be one.
 BURST_S: Final = 0.005
+#: Between two looks at whether the engine of another process has ended.
+STANDBY_S: Final = 0.25
 #: How many times that is waited for: a program that writes without a pause is pushed meanwhile.
 _BURST_TURNS: Final = 10
 
@@ -78,6 +81,8 @@ class Background:
         self._unheard = False
         #: The thread that ``run`` is on; None while it is not.
         self.thread: int | None = None
+        #: Whether another process does what this is there for.
+        self.standing_by = False
 
     def wake(self) -> None:
         """A cycle is due now."""
@@ -105,9 +110,13 @@ class Background:
         """Sync again and again, until ``stopped``, which has to be followed by ``wake``. Raises
         nothing."""
         database = self._engine.database
-        database.on_commit = self.committed
+        right = database.right("background")
         self.thread = threading.get_ident()
         try:
+            if not self._stand_by(right, stopped):
+                return
+            database.on_commit = self.committed
+            database.start_hearing()
             while not stopped.is_set():
                 # News from here on is for the next turn: the pull may be over by then.
                 self._called = self._committed = self._unheard = False
@@ -119,10 +128,24 @@ class Background:
                 self._wait(stopped)
         finally:
             self.thread = None
+            self.standing_by = False
             database.on_commit = None
+            right.give_back()
             channel, self.channel = self.channel, None
             if channel is not None:
                 channel.stop()
+
+    def _stand_by(self, right: StoreTurn, stopped: threading.Event) -> bool:
+        """Wait while the engine of another process runs in the background; whether to run now."""
+        while not stopped.is_set() and not self._engine.closed:
+            if right.take(0):
+                self.standing_by = False
+                return True
+            self.standing_by = True
+            self._event.clear()
+            if not stopped.is_set():
+                self._clock.wait(self._event, STANDBY_S)
+        return False
 
     def _listen(self) -> None:
         """Begin to listen for news, as soon as the server has said that it offers them."""

@@ -30,6 +30,7 @@ from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import acting_thread
 from entidb.sync.listening import Listeners, Listening
 from entidb.sync.live import LiveState, NewsSource
+from entidb.sync.others import Others
 from entidb.sync.parts import applier_of, check_parts
 from entidb.sync.standing import EntityStatus, entity_status
 from entidb.sync.state import (
@@ -103,6 +104,7 @@ class SyncEngine(Decisions, Listening, Waiting):
             self.database.detach_engine(self)
             raise
         self._clock: Clock = clock or SystemClock()
+        self._others = Others(self.database, self._clock)
         self._state = SyncState.IDLE
         self._cycle_lock = threading.Lock()
         #: Of the cycle in progress. Together with ``_cycle_thread`` under ``_running_lock``, which
@@ -188,6 +190,7 @@ class SyncEngine(Decisions, Listening, Waiting):
                     cancelled.set()
                 self._cancel = cancelled
                 self._cycle_thread = threading.get_ident()
+            yield from self._others.enter(self._check_cancelled, self._nudge)
             result = yield from self._attempts.run()
             return result
         except EntiDBError:
@@ -203,6 +206,7 @@ class SyncEngine(Decisions, Listening, Waiting):
                 self._ended.append((result, self._attempts.results))
             with self._running_lock:
                 self._cycle_thread = None
+            self._others.leave()
             self._cycle_lock.release()
             if result is not None and result.pushed:
                 trim(self._answers)
@@ -273,8 +277,9 @@ class SyncEngine(Decisions, Listening, Waiting):
 
     @property
     def state(self) -> SyncState:
-        """Where it is in a cycle."""
-        return self._state
+        """Where it is in a cycle; or that it stands by for another process."""
+        waits = self._background.standing_by and self._cycle_thread is None
+        return SyncState.STANDBY if waits else self._state
 
     @property
     def closed(self) -> bool:
@@ -308,7 +313,7 @@ class SyncEngine(Decisions, Listening, Waiting):
         error, at = self._attempts.last_error, self._next_try_at
         channel = self._background.channel
         return SyncStatus(
-            state=self._state,
+            state=self.state,
             pending=head.ready,
             held=head.held,
             conflicts=head.conflicts,
@@ -342,7 +347,7 @@ class SyncEngine(Decisions, Listening, Waiting):
         ``SyncStateError``."""
         if self._cycle_thread == acting_thread():
             raise SyncStateError("reset() inside a sync cycle: call it when the cycle is over")
-        with self._cycle_lock:
+        with self._cycle_lock, self._others.kept_out():
             self.applier.reset(keep)
             self._attempts.connection.forget()
 

@@ -31,6 +31,8 @@ class SyncState(Enum):
     ERROR = "error"
     #: The last attempt failed; the engine waits for the time of the next one.
     RETRY_WAIT = "retry_wait"
+    #: Another process's engine runs in the background; this one takes over when that one ends.
+    STANDBY = "standby"
 
 
 _S = SyncState
@@ -44,6 +46,7 @@ TRANSITIONS: dict[SyncState, frozenset[SyncState]] = {
     _S.PUSHING: frozenset({_S.PULLING, _S.SYNCED, _S.ERROR, _S.RETRY_WAIT, _S.IDLE}),
     _S.SYNCED: frozenset({_S.CONNECTING, _S.PULLING, _S.PUSHING, _S.ERROR, _S.IDLE}),
     _S.ERROR: frozenset({_S.CONNECTING, _S.PULLING, _S.PUSHING, _S.IDLE, _S.ERROR}),
+    _S.STANDBY: frozenset({_S.IDLE}),
     _S.RETRY_WAIT: frozenset({_S.CONNECTING, _S.PULLING, _S.PUSHING, _S.ERROR, _S.IDLE}),
 }
 

@@ -30,7 +30,7 @@ from entidb.db import Database
 from entidb.db.moment import Moment
 from entidb.db.observers import CommitEvent
 from entidb.db.transaction import Transaction
-from entidb.errors import CommitStaleError, DatabaseLockedError, EntiDBError, TransactionError
+from entidb.errors import CommitStaleError, EntiDBError, TransactionError
 from entidb.storage import MemoryStorage
 
 PROCESSES = 3
@@ -212,11 +212,9 @@ class Several:
 
     def take_engine(self, process: Process) -> None:
         others = [each for each in self.alive if each.engine and each is not process]
-        try:
-            process.database.attach_engine(process)
-        except DatabaseLockedError as error:
+        if not process.database.right("background").take(0):
             if not others:
-                raise Broken("ENGINE", "nobody alive has it, and nobody gets it") from error
+                raise Broken("ENGINE", "nobody alive has it, and nobody gets it")
             return
         if others:
             raise Broken("ENGINE", "two have it")

@@ -23,8 +23,8 @@ from entidb.storage.lmdb.pages import closed_file_faults, damaged_file
 from entidb.storage.lmdb.place import LMDB_LOCK, TEMPORARY, Place, take_place
 from entidb.storage.lmdb.turn import CLAIM, TURN
 
-#: Left by a sync engine that had the database before its data file was lost.
-ENGINE: Final = f"{CLAIM}engine"
+#: Left by sync engines that had the database before its data file was lost.
+CLAIMS: Final = (f"{CLAIM}engine", f"{CLAIM}background")
 #: Files that were looked at and not opened since, as they were then, and their faults.
 _LOOKED: Final[dict[str, tuple[tuple[int, ...], list[str]]]] = {}
 _LOOKED_MAX: Final = 4096
@@ -48,7 +48,7 @@ def check_directory(where: str, create: bool) -> None:
         raise storage_error(error, f"opening {where}") from error
     if DATA in names:
         return
-    others = names - {LMDB_LOCK, LOCK, TURN, TEMPORARY, ENGINE}
+    others = names - {LMDB_LOCK, LOCK, TURN, TEMPORARY, *CLAIMS}
     if others:
         raise FormatError(
             f"{where} holds other things ({', '.join(sorted(others)[:3])}) and no database; it "

@@ -428,6 +428,7 @@ class Place:
         for claim in self._claims:
             # A right to a store that is closed would keep others from it.
             claim.give_back()
+            claim.forget()
         if self._data is not None:
             self._data.release()
         if self._lock is not None:
@@ -443,6 +444,8 @@ class Place:
             self._lock.forget()
         if self._door is not None:
             self._door.forget()
+        for claim in self._claims:
+            claim.forget()
         self._close_folder()
 
     def _close_folder(self) -> None:

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from entidb.storage.directories import NO_FOLLOW, give_as
-from entidb.storage.locks import FileLock, HeldError, system_holders, written_holder
+from entidb.storage.directories import NO_FOLLOW, give_as, is_at
+from entidb.storage.locks import system_holders
 
 TURN: Final = "entidb.turn"
 #: Bytes of the file: a process waits; a commit is under way.
@@ -62,25 +62,44 @@ class SoleTurn:
     forget = close
 
 
+if sys.platform == "win32":
+
+    def _flock(descriptor: int, kind: int) -> None:
+        raise AssertionError("one process at a time has a store open here")
+
+    _TAKE: Final = 0
+    _GIVE_BACK: Final = 0
+else:
+    import fcntl
+
+    _flock = fcntl.flock
+    _TAKE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
+    _GIVE_BACK: Final = fcntl.LOCK_UN
+
+
 class FileClaim:
     """A right that one process has at a time: the lock of a file of its own."""
 
+    __slots__ = ("__weakref__", "_descriptor", "_like", "_path", "mine")
+
     def __init__(self, path: str, like: os.stat_result) -> None:
+        self.mine = False
         self._path = path
         self._like = like
-        self._lock: FileLock | None = None
-
-    @property
-    def mine(self) -> bool:
-        return self._lock is not None and self._lock.descriptor >= 0
+        self._descriptor = -1
 
     def take(self, timeout_s: float | None = None) -> bool:
         """Raises ``OSError`` where no file can be made."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.mine:
+            if self._descriptor >= 0 and not is_at(self._path, self._descriptor):
+                self.forget()  # deleted: who takes it now takes another file
+            if self._descriptor < 0:
+                self._descriptor = _open(self._path, self._like)
             try:
-                self._lock = FileLock.take(self._path, self._like)
-            except HeldError:
+                _flock(self._descriptor, _TAKE)
+                self.mine = True
+            except BlockingIOError:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False
@@ -88,112 +107,115 @@ class FileClaim:
         return True
 
     def give_back(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        self.mine = False
+        if self._descriptor >= 0:
+            _flock(self._descriptor, _GIVE_BACK)
 
     def holder(self) -> str:
-        pids = system_holders(self._path) or [written_holder(self._path)]
-        return f"process {pids[0]}" if pids[0] and pids[0] != str(os.getpid()) else ""
+        pids = system_holders(self._path)
+        return f"process {pids[0]}" if pids else ""
+
+    def forget(self) -> None:
+        """In a forked child: the right is the parent's."""
+        descriptor, self._descriptor, self.mine = self._descriptor, -1, False
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.forget()
 
 
-if sys.platform != "win32":
-    import fcntl
+class FileTurn:
+    """The turn of this process; one thread of it at a time calls this."""
 
-    _flock = fcntl.flock
-    _TAKE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
-    _GIVE_BACK: Final = fcntl.LOCK_UN
+    __slots__ = ("_descriptor", "_path", "_recover", "memory", "mine")
 
-    class FileTurn:
-        """The turn of this process; one thread of it at a time calls this."""
+    def __init__(self, path: str, like: os.stat_result, first: bool) -> None:
+        """``first``: no other process has the store open, and what the file says is of
+        processes that ended. Raises ``OSError``."""
+        self.mine = False
+        self._path = path
+        #: What all share. ``COMMITTING`` is not 0 while a commit is under way, and stays so
+        #: when its outcome is unknown: the process that takes the turn next finds out.
+        self.memory: mmap.mmap
+        self._recover: Callable[[], None] = _nothing
+        self._descriptor = _open(path, like)
+        try:
+            if first or os.fstat(self._descriptor).st_size < _BYTES:
+                # Written and not only set to that size: a page without room on the disk
+                # behind it ends the process that touches it.
+                os.pwrite(self._descriptor, bytes(_BYTES), 0)
+            self.memory = mmap.mmap(self._descriptor, _BYTES)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
-        __slots__ = ("_descriptor", "_path", "_recover", "memory", "mine")
+    def recover_by(self, recover: Callable[[], None]) -> None:
+        """``recover`` sees to what a commit left whose owner died in it."""
+        self._recover = recover
 
-        def __init__(self, path: str, like: os.stat_result, first: bool) -> None:
-            """``first``: no other process has the store open, and what the file says is of
-            processes that ended. Raises ``OSError``."""
-            self.mine = False
-            self._path = path
-            #: What all share. ``COMMITTING`` is not 0 while a commit is under way, and stays so
-            #: when its outcome is unknown: the process that takes the turn next finds out.
-            self.memory: mmap.mmap
-            self._recover: Callable[[], None] = _nothing
-            self._descriptor = _open(path, like)
-            try:
-                if first or os.fstat(self._descriptor).st_size < _BYTES:
-                    # Written and not only set to that size: a page without room on the disk
-                    # behind it ends the process that touches it.
-                    os.pwrite(self._descriptor, bytes(_BYTES), 0)
-                self.memory = mmap.mmap(self._descriptor, _BYTES)
-            except BaseException:
-                os.close(self._descriptor)
-                raise
-
-        def recover_by(self, recover: Callable[[], None]) -> None:
-            """``recover`` sees to what a commit left whose owner died in it."""
-            self._recover = recover
-
-        def take(self, timeout_s: float | None = None) -> bool:
-            if self.mine or self._descriptor < 0:  # closed: whatever comes next says so
-                return True
-            memory = self.memory
-            waited_for = memory[_WAITED_FOR]
-            try:
-                if waited_for and not self._wait(waited_for, timeout_s):
-                    return False
-                _flock(self._descriptor, _TAKE)
-            except BlockingIOError:
-                if not self._wait(0, timeout_s):
-                    return False
-            self.mine = True
-            if memory[COMMITTING]:
-                self._recover()
-                memory[COMMITTING] = 0
+    def take(self, timeout_s: float | None = None) -> bool:
+        if self.mine or self._descriptor < 0:  # closed: whatever comes next says so
             return True
-
-        def give_back(self) -> None:
-            self.mine = False
-            if self._descriptor >= 0:
-                _flock(self._descriptor, _GIVE_BACK)
-
-        def holder(self) -> str:
-            pids = system_holders(self._path)
-            return f"process {pids[0]}" if pids else ""
-
-        def close(self) -> None:
-            """Idempotent."""
-            if self._descriptor >= 0:
-                self.give_back()
-            self.forget()
-
-        def forget(self) -> None:
-            """In a forked child: the turn is the parent's."""
-            descriptor, self._descriptor = self._descriptor, -1
-            if descriptor >= 0:
-                self.memory.close()
-                os.close(descriptor)
-
-        def _try(self) -> bool:
-            try:
-                _flock(self._descriptor, _TAKE)
-            except BlockingIOError:
+        memory = self.memory
+        waited_for = memory[_WAITED_FOR]
+        try:
+            if waited_for and not self._wait(waited_for, timeout_s):
                 return False
-            return True
+            _flock(self._descriptor, _TAKE)
+        except BlockingIOError:
+            if not self._wait(0, timeout_s):
+                return False
+        self.mine = True
+        if memory[COMMITTING]:
+            self._recover()
+            memory[COMMITTING] = 0
+        return True
 
-        def _wait(self, waited_for: int, timeout_s: float | None) -> bool:
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
-            pause, longest = _PAUSE_SECONDS, (waited_for + 1) * _STEP_SECONDS
-            while True:
-                left = longest if deadline is None else min(longest, deadline - time.monotonic())
-                if left > 0:
-                    time.sleep(left)
-                if self._try():
-                    # A process that waits still notes it again when its pause is over.
-                    self.memory[_WAITED_FOR] = 0
-                    return True
-                self.memory[_WAITED_FOR] = int(pause / _STEP_SECONDS) + 1
-                if left <= 0:
-                    return False
-                pause = longest = min(pause * 1.2, _PAUSE_SECONDS_MAX)
+    def give_back(self) -> None:
+        self.mine = False
+        if self._descriptor >= 0:
+            _flock(self._descriptor, _GIVE_BACK)
+
+    def holder(self) -> str:
+        pids = system_holders(self._path)
+        return f"process {pids[0]}" if pids else ""
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._descriptor >= 0:
+            self.give_back()
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: the turn is the parent's."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            self.memory.close()
+            os.close(descriptor)
+
+    def _try(self) -> bool:
+        try:
+            _flock(self._descriptor, _TAKE)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _wait(self, waited_for: int, timeout_s: float | None) -> bool:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pause, longest = _PAUSE_SECONDS, (waited_for + 1) * _STEP_SECONDS
+        while True:
+            left = longest if deadline is None else min(longest, deadline - time.monotonic())
+            if left > 0:
+                time.sleep(left)
+            if self._try():
+                # A process that waits still notes it again when its pause is over.
+                self.memory[_WAITED_FOR] = 0
+                return True
+            self.memory[_WAITED_FOR] = int(pause / _STEP_SECONDS) + 1
+            if left <= 0:
+                return False
+            pause = longest = min(pause * 1.2, _PAUSE_SECONDS_MAX)
 
 
 def _nothing() -> None:
