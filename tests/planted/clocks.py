@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from entidb.protocol import PushResult
 from entidb.server import decide
 from entidb.sync.apply import applier, clock, settle
@@ -40,7 +42,7 @@ def _clamped_not_taken(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def accepted(self: Any, *rest: Any) -> None:
-            original(self, *rest[:-1], 0)
+            original(self, *rest[:-1], replace(rest[-1], timestamp=0))
 
         return accepted
 

@@ -6,8 +6,10 @@ import contextlib
 from typing import Any
 from unittest import mock
 
+from entidb import cbor
 from entidb.db import Database, maintenance
 from entidb.db.pending import PendingTransaction
+from entidb.db.records import META_IDENTITY
 from entidb.db.writer import Writer
 from entidb.errors import (
     ResetRequiredError,
@@ -172,10 +174,12 @@ def _backup_keeps_history(garden: Garden) -> None:
     """A server that comes back from a backup does not tell its devices so."""
 
     def make(original: Any) -> Any:
-        def leave(self: Database, identity: dict[str, Any]) -> None:
-            known = identity["history"]
+        def leave(self: Database) -> None:
+            with self.storage.snapshot() as snapshot:
+                raw = snapshot.get(META_IDENTITY)
+            known = cbor.decode_trusted(raw or b"")["history"]
             with mock.patch.object(self, "entropy", return_value=known):
-                original(self, identity)
+                original(self)
 
         return leave
 
