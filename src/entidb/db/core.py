@@ -55,9 +55,7 @@ from entidb.storage.base import StoreTurn
 from entidb.storage.regions import spacers_of
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
-    OPERATION_OVERHEAD_BYTES,
     TRANSACTION_BYTES_MAX,
-    TRANSACTION_CONTAINERS_MAX,
     Clock,
     Entropy,
     IdSource,
@@ -177,9 +175,6 @@ class Core(Explored):
         self.clock: Clock = clock or SystemClock()
         self.entropy = entropy
         self.transaction_bytes_max = transaction_bytes_max
-        #: A transaction of one payload up to here is within every bound.
-        self._small_bytes = min(transaction_bytes_max, TRANSACTION_CONTAINERS_MAX)
-        self._small_bytes -= OPERATION_OVERHEAD_BYTES
         self.where = where
         self._read_only = read_only
         self._ids = IdSource(self.clock, entropy)

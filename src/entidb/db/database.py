@@ -49,6 +49,8 @@ from entidb.storage.base import StoreTurn
 from entidb.storage.opening import remove_store
 from entidb.storage.turns import Turn
 from entidb.types import (
+    OPERATION_OVERHEAD_BYTES,
+    TRANSACTION_CONTAINERS_MAX,
     check_bool,
     check_name,
     path_text,
@@ -293,7 +295,9 @@ class Database(Indexed):
                 if (stored := rows.get(name, made)) is not None:
                     payload = kept(keep, name, made, payload, stored)
             writes: Writes = {name: {made: payload}}
-            if len(payload) > self._small_bytes:
+            # A payload has no more containers than bytes, so a small one is within every bound.
+            size = len(payload) + OPERATION_OVERHEAD_BYTES
+            if size > TRANSACTION_CONTAINERS_MAX or size > self.transaction_bytes_max:
                 check_size(writes, self.transaction_bytes_max)
             commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
         return made
