@@ -457,3 +457,10 @@ def test_a_stream_of_a_revoked_device_ends_within_a_second_or_two_and_no_other()
         with Client(url) as client:
             refused = client.request("GET", f"/v1/live?db_id=shop&device_id={'aa' * 16}")
         assert refused.error.details == {"reason": "revoked"}
+
+
+def test_those_who_wait_leave_half_of_the_connections_to_those_who_ask() -> None:
+    with running(connections_max=4) as (_, url):
+        kept = [Events(url), Events(url)]
+        assert [each.response.status for each in kept] == [200, 200]
+        assert Events(url).response.status == 503

@@ -129,7 +129,8 @@ class ServerConfig:
     #: are answered ``busy``.
     connections_max: int = 2000
     #: Devices that wait for news on a connection of their own (``GET /v1/live``), at once. More
-    #: are answered ``busy``, and ask now and then instead. 0: none.
+    #: are answered ``busy``, and ask now and then instead; so are those beyond half of
+    #: ``connections_max``. 0: none.
     live_max: int = 1000
     #: The same for one subject of tokens.
     live_subject_max: int = 200

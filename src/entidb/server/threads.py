@@ -48,7 +48,9 @@ class Running:
         self.ready: deque[
             tuple[asyncio.Future[PushResponse | SyncError], PushResponse | SyncError]
         ] = deque()
-        self.live = Live(loop, server.config.live_max, server.config.live_subject_max)
+        # Half of the connections at most: those who wait must leave room for those who ask.
+        most = min(server.config.live_max, server.config.connections_max // 2)
+        self.live = Live(loop, most, server.config.live_subject_max)
         self._server = server
         self._stop = threading.Event()
         server.stores.on_group = self._wake
