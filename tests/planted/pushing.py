@@ -184,9 +184,9 @@ def _round_stays_in_flight(garden: Garden) -> None:
     """What was not decided beside a pull still counts as sent while its page is applied."""
 
     def make(original: Any) -> Any:
-        def ask(self: Any) -> Any:
+        def ask(self: Any, look: Any) -> Any:
             with mock.patch.object(self._exchange.applier, "unsend"):
-                return (yield from original(self))
+                return (yield from original(self, look))
 
         return ask
 
