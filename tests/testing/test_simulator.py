@@ -79,6 +79,7 @@ def test_a_few_seeds_run_what_ships_of_the_engine_and_of_the_server(
         assert simulate(seed).invariant is None
     for seed in (3, 4, 7):
         settings = {"server_disk_full": 300, "attempts": 3, "events": 600, "lmdb": 0}
+        settings |= {"group_ms": 0, "server_crash_after": 0, "put_back": 0, "restore_server": 0}
         assert simulate(seed, Options(settings)).invariant is None
     expected = {
         f"{owner.__name__}.{name}" for owner, names in RUN_BY_SEEDS.items() for name in names
