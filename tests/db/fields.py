@@ -76,7 +76,7 @@ COMMON: Final[dict[str, tuple[Any, Any]]] = {
     "datetime | str": (datetime.datetime | str, "a"),
     "set[int] | list[int]": (set[int] | list[int], [1]),
     "dict[tuple[int, int], str]": (dict[tuple[int, int], str], {(1, 2): "a"}),
-    "a class nobody knows": (Unknown, Unknown()),
+    "an unknown class": (Unknown, Unknown()),
 }
 
 
