@@ -41,7 +41,7 @@ from entidb.protocol import (
     SyncRequest,
     Verdict,
 )
-from entidb.storage.lmdb import doubt, store
+from entidb.storage.lmdb import doubt, verifying
 from entidb.storage.lmdb import snapshot as reading
 from entidb.storage.lmdb.batches import RESIDUE
 from entidb.storage.lmdb.pages import closed_file_faults
@@ -240,7 +240,7 @@ def take_away(guard: str) -> None:
     elif guard == "look":
         setattr(doubt, "closed_file_faults", lambda path: [])  # noqa: B010
     elif guard == "pages":
-        setattr(store, "page_faults", lambda path, header: iter(()))  # noqa: B010
+        setattr(verifying, "page_faults", lambda path, header: iter(()))  # noqa: B010
         setattr(doubt, "closed_file_faults", lambda path: [])  # noqa: B010
 
 

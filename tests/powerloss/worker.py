@@ -26,7 +26,7 @@ from entidb.protocol import LIMITS, PushOperation, PushRequest, PushTransaction
 from entidb.server.hooks import Grant
 from entidb.server.service import DatabaseService
 from entidb.storage import directories
-from entidb.storage.lmdb import doubt, open_file, place
+from entidb.storage.lmdb import doubt, folder, open_file
 
 COMMITS = 24
 DB_ID = "shop"
@@ -143,7 +143,7 @@ def weaken(how: str) -> None:
 
         setattr(lmdb, "open", open_unsynced)  # noqa: B010
     elif how == "unnamed":
-        for module in (directories, place):
+        for module in (directories, folder):
             setattr(module, "sync_directory", lambda descriptor: None)  # noqa: B010
     elif how == "unsettled":
         for module in (doubt, open_file):

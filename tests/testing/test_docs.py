@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from entidb.testing.checkers import INVARIANTS
+from entidb.testing.invariants import INVARIANTS
 from entidb.testing.knobs import Knobs
 from tests.planted import BUGS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from entidb.testing.checkers import INVARIANTS
+from entidb.testing.invariants import INVARIANTS
 from entidb.testing.simulator import Options, simulate
 from tests.planted import BUGS, SEEDS_MAX, find
 

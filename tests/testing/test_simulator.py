@@ -21,7 +21,7 @@ from entidb.sync.drive import Drive
 from entidb.testing import knobs as knob
 from entidb.testing.__main__ import main
 from entidb.testing.batch import run_seeds, shrink
-from entidb.testing.checkers import INVARIANTS
+from entidb.testing.invariants import INVARIANTS
 from entidb.testing.simulator import Options, simulate
 from entidb.testing.watch.decisions import decisions_of
 from tests.planted import BUGS, planted

@@ -5,7 +5,7 @@ One writer at a time holds the writer lock; readers take snapshots and never wai
 contains is decided in ``transaction`` (local writes), ``entidb.sync`` (applying and settling) and
 ``entidb.server`` (pushes); all of them go through ``Core.write``.
 
-Not here: what programs hold (``database``).
+Not here: what programs hold (``database``), and the record of which database it is (``identity``).
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import TYPE_CHECKING, Any
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
 from entidb.db.hearing import Hearing
-from entidb.db.identity import no_identity
+from entidb.db.identity import (
+    another_history,
+    end_backup,
+    make_identity,
+    no_identity,
+    read_identity,
+)
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.moment import Moment
 from entidb.db.notebook import Explored
 from entidb.db.observers import Observers
 from entidb.db.records import (
-    META_BEGUN,
     META_CATALOGUE,
-    META_FORMAT,
     META_HEAD,
     META_IDENTITY,
-    SPACED,
     Head,
     decode_format,
     decode_head,
-    encode_format,
-    format_of,
-    is_spacer,
 )
 from entidb.db.rows import SnapshotRows
 from entidb.db.settings import check_settings
@@ -52,7 +52,6 @@ from entidb.errors import (
 from entidb.storage import Snapshot as StorageSnapshot
 from entidb.storage import Storage
 from entidb.storage.base import StoreTurn
-from entidb.storage.regions import spacers_of
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
     TRANSACTION_BYTES_MAX,
@@ -403,13 +402,13 @@ class Core(Explored):
     # ---- identity
 
     def _load(self, role: Role, create: bool) -> None:
-        raw_format, raw_identity, empty = self._read_identity()
+        raw_format, raw_identity, empty = read_identity(self.storage)
         if empty:
             if not create:
                 raise FormatError(f"{self.where} holds no EntiDB database")
             with self._turn_of_store():
                 # Another process may have made it while this one waited.
-                raw_format, raw_identity, empty = self._read_identity()
+                raw_format, raw_identity, empty = read_identity(self.storage)
                 if empty:
                     self._initialise(role)
                     return
@@ -426,15 +425,6 @@ class Core(Explored):
             with self._turn_of_store():
                 self._leave_backup()
 
-    def _read_identity(self) -> tuple[bytes | None, bytes | None, bool]:
-        """The records of format and identity, and whether there is nothing at all."""
-        with self.storage.snapshot() as snapshot:
-            raw_format = snapshot.get(META_FORMAT)
-            empty = raw_format is None and not any(
-                not is_spacer(key) for key in snapshot.scan_keys(b"\0", b"\xff", limit=100)
-            )
-            return raw_format, snapshot.get(META_IDENTITY), empty
-
     @contextmanager
     def _turn_of_store(self) -> Iterator[None]:
         """The turn among processes, before any other thread of this one uses the database."""
@@ -447,49 +437,20 @@ class Core(Explored):
             turn.give_back()
 
     def _initialise(self, role: Role) -> None:
-        identity = {
-            "role": role.value,
-            "device_id": self.entropy(16),
-            "created_ms": self.clock.now_ms(),
-            "history": self.entropy(16) if role is Role.SERVER else None,
-        }
-        first, rows = spacers_of(self.storage, SPACED)
-        # A crash after this commit leaves a store that ``_load`` treats as empty.
-        self.storage.commit(first)
-        rows |= {META_FORMAT: encode_format(), META_IDENTITY: cbor.encode(identity)}
-        self.storage.commit(rows)
-        self._take_identity(identity)
+        # A crash within leaves a store that ``_load`` treats as empty.
+        self._take_identity(make_identity(self.storage, role, self.entropy, self.clock.now_ms()))
 
     def _leave_backup(self) -> None:
-        """A copy comes to life: a server's begins a new history, so that devices notice (R29)."""
-        raw_format, raw_identity, _ = self._read_identity()
-        assert raw_identity is not None, "it had one a moment ago"
-        identity: dict[str, Any] = cbor.decode_trusted(raw_identity)
-        if decode_format(raw_format, self.where):
-            if self.role is Role.SERVER:
-                identity["history"] = self.entropy(16)
-            version = format_of(raw_format or b"")
-            rows = {META_FORMAT: encode_format(version), META_IDENTITY: cbor.encode(identity)}
-            self.storage.commit(rows)
-        self._take_identity(identity)
+        self._take_identity(end_backup(self.storage, self.role, self.entropy, self.where))
 
     def begin_history(self, times_max: int, within_ms: int) -> bool:
         """Give a server's database a new history (R29), in one commit; whether it was done: more
         than ``times_max`` times within ``within_ms`` it is not. Entities, versions and ids stay.
         The times are in the database, so putting its files back puts them back too."""
         with self.write() as writer:
-            since, now = writer.now_ms - within_ms, writer.now_ms
-            raw = writer.get(META_BEGUN)
-            times = [] if raw is None else cbor.decode_trusted(raw)
-            # One from beyond the present is a wrong clock's.
-            times = [time for time in times if since < time <= now]
-            if len(times) >= times_max:
+            identity = another_history(writer, times_max, within_ms, self.entropy)
+            if identity is None:
                 return False
-            stored = writer.get(META_IDENTITY)
-            assert stored is not None, "a database that is open has an identity"
-            identity = {**cbor.decode_trusted(stored), "history": self.entropy(16)}
-            writer.put(META_IDENTITY, cbor.encode(identity))
-            writer.put(META_BEGUN, cbor.encode([*times, now]))
         self._take_identity(identity)
         return True
 

@@ -21,7 +21,7 @@ from entidb.protocol import PullRequest, PushRequest, SyncRequest
 from entidb.server.hooks import NO_SCHEMA, Grant, Schema
 from entidb.sync import SyncConfig
 from entidb.sync.refusal import Path
-from entidb.testing.checkers import Checks
+from entidb.testing.invariants import Checks
 from entidb.testing.knobs import Knobs
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import INVALID

@@ -20,7 +20,7 @@ from unittest import mock
 from entidb.errors import ConfigError
 from entidb.server.hooks import Refusal, ValidateContext, ValidateHook, ValidateTransaction
 from entidb.sync import Conflict, ConflictPolicy, ConflictResolution, resolve_policy
-from entidb.testing.checkers import Violation
+from entidb.testing.invariants import Violation
 from entidb.testing.simulator import Options, simulate
 
 #: How far clocks are moved for the second question, in seconds: a blink, a day, ten years back.

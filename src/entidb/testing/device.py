@@ -40,11 +40,11 @@ from entidb.sync import (
 from entidb.sync.drive import Drive
 from entidb.testing.ages import DeviceAge
 from entidb.testing.between import BetweenApplier, BetweenEngine
-from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.ends import check_end
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
 from entidb.testing.indexes import IndexLife
+from entidb.testing.invariants import GROUP_COLLECTION
 from entidb.testing.losers import Limits
 from entidb.testing.person import Person
 from entidb.testing.tenant import Tenant

@@ -14,7 +14,7 @@ from entidb import cbor
 from entidb.db.overruled import OverruledValue, values_of
 from entidb.db.records import OVERRULED
 from entidb.sync import Conflict
-from entidb.testing.checkers import Checks
+from entidb.testing.invariants import Checks
 from entidb.testing.oracle import Ref
 from entidb.types import Clock
 

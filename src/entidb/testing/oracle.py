@@ -2,7 +2,7 @@
 
 A ``History`` is one life of a server database (R29). It learns from the storage commits of the
 real server and from the requests that were being decided, never from the server's answers. It
-decides nothing; what must hold is in ``checkers``.
+decides nothing; what must hold is in ``invariants``.
 """
 
 from __future__ import annotations

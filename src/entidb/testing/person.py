@@ -9,8 +9,8 @@ from entidb.db import OverruledValue
 from entidb.errors import ConflictError
 from entidb.sync import Conflict, ConflictResolution
 from entidb.testing.between import BetweenEngine
-from entidb.testing.checkers import GROUP_COLLECTION
 from entidb.testing.faults import FaultyStorage
+from entidb.testing.invariants import GROUP_COLLECTION
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import Workload
 from entidb.testing.world import World

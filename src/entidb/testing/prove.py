@@ -24,7 +24,7 @@ from msgspec import Struct, ValidationError, convert, to_builtins
 from entidb.errors import ConfigError
 from entidb.testing import batch
 from entidb.testing import knobs as knob
-from entidb.testing.checkers import INVARIANTS
+from entidb.testing.invariants import INVARIANTS
 from entidb.testing.simulator import Run, simulate
 
 SEEDS: Final = "0:100000"

@@ -1,7 +1,7 @@
 """The simulator: one thread, one seed, a virtual clock, a heap of events, and the real code.
 
 ``simulate(seed)`` runs two phases. In the first, everything goes wrong that its knobs allow, and
-every invariant of ``checkers`` must hold all the same; in the second the faults stop, and all must
+every one of the ``invariants`` must hold all the same; in the second the faults stop, and all must
 come to rest, in step, within bounds. One seed gives one trace, in any process.
 """
 
@@ -17,9 +17,9 @@ from functools import partial
 from typing import Final
 
 from entidb.db.maintenance import dump, verify
-from entidb.testing.checkers import Violation
 from entidb.testing.device import Device
 from entidb.testing.host import Host
+from entidb.testing.invariants import Violation
 from entidb.testing.knobs import Knobs
 from entidb.testing.tenant import Tenant
 from entidb.testing.world import Options, World

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from entidb.server.hooks import Refusal, ValidateContext, ValidateTransaction
 from entidb.sync import Conflict, ConflictPolicy, ConflictResolution, Merge, resolve_policy
-from entidb.testing.checkers import GROUP_COLLECTION, GROUP_SIZE, POISON
+from entidb.testing.invariants import GROUP_COLLECTION, GROUP_SIZE, POISON
 from entidb.testing.knobs import POLICY_NAMES, Knobs
 
 NOTES: Final = "notes"

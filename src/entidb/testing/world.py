@@ -22,8 +22,8 @@ from entidb.server.hooks import ValidateHook
 from entidb.storage import MemoryStorage, Storage, open_storage
 from entidb.sync import ConflictPolicy
 from entidb.testing import knobs as knob
-from entidb.testing.checkers import Checks
 from entidb.testing.faults import FaultyStorage, Network, read_records
+from entidb.testing.invariants import Checks
 
 #: Faults that turn a run: part of its story, where the others are part of the trace only.
 _TOLD: Final = frozenset(

@@ -328,7 +328,7 @@ class Names:
         self._mkdir, self._replace, self._sync = os.mkdir, os.replace, directories.sync_directory
         monkeypatch.setattr(os, "mkdir", self.mkdir)
         monkeypatch.setattr(os, "replace", self.replace)
-        for module in ("directories", "lmdb.place"):
+        for module in ("directories", "lmdb.folder"):
             monkeypatch.setattr(f"entidb.storage.{module}.sync_directory", self.sync)
 
     def mkdir(self, path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:

@@ -16,11 +16,12 @@ from entidb.errors import FormatError
 from entidb.storage.directories import make_directory
 from entidb.storage.lmdb.closed_file import write_headers_again
 from entidb.storage.lmdb.failures import storage_error
+from entidb.storage.lmdb.folder import TEMPORARY
 from entidb.storage.lmdb.headers import UNREADABLE, Headers, header_fault, read_headers
 from entidb.storage.lmdb.layout import open_to_read
 from entidb.storage.lmdb.left import DATA, LOCK, is_closed
 from entidb.storage.lmdb.pages import closed_file_faults, damaged_file
-from entidb.storage.lmdb.place import LMDB_LOCK, TEMPORARY, Place, take_place
+from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
 from entidb.storage.lmdb.turn import CLAIM, TURN
 
 #: Left by sync engines that had the database before its data file was lost.

@@ -411,11 +411,11 @@ def as_bytes(path: str) -> str | bytes:
 def create_file(place: Place) -> None:
     """Put an empty data file in place in one step: a crash leaves none, never half of one."""
     try:
-        where = as_bytes(place.make_temporary())
+        where = as_bytes(place.folder.make_temporary())
         lmdb.open(where, map_size=MAP_BYTES_MIN, mode=0o600, lock=False).close()
         place.swap()
         sync_names(place.path)
     except lmdb.Error as error:
         raise storage_error(error, f"creating {place.path}") from error
     finally:
-        place.remove_temporary()
+        place.folder.remove_temporary()

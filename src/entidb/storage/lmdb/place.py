@@ -3,14 +3,13 @@
 A path can come to mean another thing than what is open: a person deletes a lock file, or moves the
 directory and puts a copy in its place. So two files are locked, ``entidb.lock`` and the data file
 itself, and the data file is known by its number in the file system (its inode), which is compared
-before something is written. What is made or replaced in the directory is reached through the open
-directory and not through its path.
+before something is written.
 
 On Windows a file or directory that is open cannot be deleted, moved or replaced, so there one lock
 is enough and nothing is compared.
 
-Not here: what has to be true of the data file (``closed_file``), and the locks themselves
-(``locks``).
+Not here: what has to be true of the data file (``closed_file``), what is made or replaced in the
+directory (``folder``), and the locks themselves (``locks``).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import shutil
 import sys
 import time
 import weakref
@@ -26,14 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from entidb.errors import DatabaseLockedError, StorageError
-from entidb.storage.directories import (
-    NO_FOLLOW,
-    give_as,
-    give_owner,
-    is_at,
-    sync_directory,
-    sync_path,
-)
+from entidb.storage.directories import NO_FOLLOW, give_as, give_owner, is_at
 from entidb.storage.lmdb.closed_file import check_data_file
 from entidb.storage.lmdb.company import (
     SHARING,
@@ -44,6 +35,7 @@ from entidb.storage.lmdb.company import (
     why_not_join,
     written_holder,
 )
+from entidb.storage.lmdb.folder import Folder
 from entidb.storage.lmdb.headers import Headers
 from entidb.storage.lmdb.left import DATA, LOCK, Left, left_line, read_left, signature
 from entidb.storage.lmdb.standing import Standing
@@ -51,7 +43,6 @@ from entidb.storage.lmdb.turn import CLAIM, TURN, FileClaim, FileTurn, SoleTurn
 from entidb.storage.locks import BINARY, TRIES, FileLock, HeldError
 
 LMDB_LOCK: Final = "lock.mdb"
-TEMPORARY: Final = ".entidb-new"
 #: Looks at a data file that another process has for a moment, and seconds between them.
 _LOOKS: Final = 10
 _LOOK_SECONDS: Final = 0.005
@@ -91,7 +82,7 @@ class Place:
         self._standing = Standing(path, self.data_path)
         #: Raises ``DatabaseMovedError`` if the path no longer leads to the file that is open.
         self.check: Callable[[], None] = self._standing.check
-        self._folder = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
+        self.folder = Folder(path)
         try:
             if find_here(path) is not None:
                 raise HeldError("")  # LMDB opens a file once in a process, for reading too.
@@ -114,7 +105,7 @@ class Place:
     def _enter(self) -> bool:
         """False: those whom this one was to join have left meanwhile."""
         if SHARING:
-            self._door = take_door(self._folder, look=self.read_only)
+            self._door = take_door(self.folder.descriptor, look=self.read_only)
         if os.path.exists(self.data_path):
             # First, because it makes nothing where another process is at work, or where something
             # else is.
@@ -137,7 +128,7 @@ class Place:
         """A process writes here, so this one reads like those that write, and is counted."""
         assert self._data is not None
         self._close_door()
-        self._door = take_door(self._folder)
+        self._door = take_door(self.folder.descriptor)
         if not self._data.have_alone():
             self._data.share()
             return True
@@ -243,7 +234,7 @@ class Place:
         if self._data is None or self._lock is None or self.read_only or self._data.descriptor < 0:
             return False
         try:
-            self._door = take_door(self._folder, timeout_s=_LAST_SECONDS)
+            self._door = take_door(self.folder.descriptor, timeout_s=_LAST_SECONDS)
         except (HeldError, OSError):
             return False
         return self._data.have_alone() and DOUBT not in self._lock.read()
@@ -262,7 +253,7 @@ class Place:
         if self.alone or self._data is None:
             yield
             return
-        with nobody_else(self._folder, self._data, self.path):
+        with nobody_else(self.folder.descriptor, self._data, self.path):
             try:
                 yield
             finally:
@@ -364,42 +355,24 @@ class Place:
 
     # ---- replacing the data file
 
-    def make_temporary(self) -> str:
-        """An empty directory inside this one; its path."""
-        self.remove_temporary()
-        os.mkdir(self._at(TEMPORARY), 0o700, dir_fd=self._dir_fd())
-        return os.path.join(self.path, TEMPORARY)
-
-    def remove_temporary(self) -> None:
-        shutil.rmtree(self._at(TEMPORARY), ignore_errors=True, dir_fd=self._dir_fd())
-
     def swap(self) -> None:
         """Put the data file of the temporary directory in the place of the present one, durably,
         with owner and permissions of the old one; the lock goes over without a gap. Nobody may
         have either of them mapped."""
         self.check()
-        new, old = self._at(TEMPORARY, DATA), self._at(DATA)
         if sys.platform == "win32":
-            sync_path(new)
-            os.replace(new, old)
+            self.folder.put_new()
             return
-        held = FileLock(os.open(new, os.O_RDWR, dir_fd=self._folder))
+        held = FileLock(self.folder.open_new())
         try:
             give_as(held.descriptor, self._like())
             os.fsync(held.descriptor)
-            os.replace(new, old, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            self.folder.put_new()
         except BaseException:
             held.release()
             raise
         self._know(held)
-        sync_directory(self._folder)
-
-    def _at(self, *names: str) -> str:
-        """The name of something in the directory, as the functions with ``dir_fd`` want it."""
-        return os.path.join(*names) if self._folder >= 0 else os.path.join(self.path, *names)
-
-    def _dir_fd(self) -> int | None:
-        return self._folder if self._folder >= 0 else None
+        self.folder.sync()
 
     def give(self, copy: str) -> None:
         """Give the directory ``copy`` and the data file in it to the owner of this one."""
@@ -411,9 +384,6 @@ class Place:
                 give_owner(made, self._like())
             finally:
                 os.close(made)
-
-    def folder_stat(self) -> os.stat_result:
-        return os.stat(self.path) if self._folder < 0 else os.fstat(self._folder)
 
     def _like(self) -> os.stat_result:
         """Whose files these are."""
@@ -434,7 +404,7 @@ class Place:
         if self._lock is not None:
             self._lock.release()
         self._close_door()
-        self._close_folder()
+        self._leave_folder()
 
     def forget(self) -> None:
         """In a forked child: the locks are the parent's."""
@@ -446,12 +416,10 @@ class Place:
             self._door.forget()
         for claim in self._claims:
             claim.forget()
-        self._close_folder()
+        self._leave_folder()
 
-    def _close_folder(self) -> None:
-        folder, self._folder = self._folder, -1
-        if folder >= 0:
-            os.close(folder)
+    def _leave_folder(self) -> None:
+        self.folder.close()
         _PLACES.discard(self)
 
     def _held_by(self, holder: str, why: str = "") -> str:
@@ -479,7 +447,7 @@ def find_here(path: str) -> Place | None:
     with contextlib.suppress(OSError):
         here = os.stat(path)
         for place in list(_PLACES):
-            if os.path.samestat(here, place.folder_stat()):
+            if os.path.samestat(here, place.folder.stat()):
                 return place
     return None
 

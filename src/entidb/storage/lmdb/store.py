@@ -4,7 +4,8 @@ compact, back up, close.
 A batch is complete before its transaction begins, because aborting one waits for every reader.
 
 Not here: what is done to the file and its map (``open_file``), how readers are kept out meanwhile
-(``gate``), reading (``snapshot``), and what keys and values mean (``db``).
+(``gate``), reading (``snapshot``), what is wrong with it (``verifying``), and what keys and values
+mean (``db``).
 """
 
 from __future__ import annotations
@@ -30,16 +31,15 @@ from entidb.storage.lmdb.doubt import (
     doubtful_bytes,
     known_faults,
 )
-from entidb.storage.lmdb.failures import foreign_errors, storage_error
+from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.gate import CLOSED, FROZEN, OPEN, Gate, Reader
-from entidb.storage.lmdb.headers import Header
 from entidb.storage.lmdb.left import DATA, LOCK
 from entidb.storage.lmdb.open_file import MAP_BYTES_MIN, OpenFile, as_bytes, create_file
-from entidb.storage.lmdb.pages import page_faults, read_header
 from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
-from entidb.storage.lmdb.snapshot import LmdbSnapshot, record_faults
+from entidb.storage.lmdb.snapshot import LmdbSnapshot
 from entidb.storage.lmdb.spacers import spacers
 from entidb.storage.lmdb.turn import COMMITTING, TURN
+from entidb.storage.lmdb.verifying import faults_of, snapshot_with_header
 from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.turns import Turn
 
@@ -56,8 +56,6 @@ _BUSY_SECONDS: Final = 1.0
 #: What ends a write because there is no room, here or any more.
 _ROOM: Final = (lmdb.MapFullError, lmdb.MapResizedError)
 Puts = list[tuple[bytes, bytes]]
-#: Snapshots whose header was written over by another process before it could be read.
-_HEADER_LOOKS: Final = 100
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
 
@@ -163,7 +161,7 @@ class LmdbStorage:
         try:
             if place.first:
                 if not read_only:
-                    place.remove_temporary()
+                    place.folder.remove_temporary()
                 if place.headers is None:
                     create_file(place)
                 else:
@@ -361,36 +359,9 @@ class LmdbStorage:
             if self._gate.level:
                 self._gate.find_open()
             self._place.check()
-            snapshot, header = self._snapshot_with_header(data)
+            snapshot, header = snapshot_with_header(self.snapshot, data, self.path, self.shared)
         with snapshot:
-            if header is None:
-                yield "the header of the newest commit cannot be found"
-                return
-            damaged = False
-            for fault in page_faults(data, header):
-                damaged = self._gate.doubtful = True
-                yield fault
-            if damaged:
-                return
-            try:
-                yield from record_faults(snapshot)
-            except StorageError as error:
-                self._gate.doubtful = True
-                yield f"the walk ended early: {error}"
-
-    def _snapshot_with_header(self, data: str) -> tuple[LmdbSnapshot, Header | None]:
-        """A snapshot and what the file says of it; another process may be writing over that."""
-        for _ in range(_HEADER_LOOKS):
-            snapshot = self.snapshot()
-            number = snapshot.transaction_number()
-            with foreign_errors(f"verifying {self.path}"):
-                header = read_header(data, number)
-                if header is not None and read_header(data, number) == header:
-                    return snapshot, header
-            if not self.shared:
-                break
-            snapshot.close()
-        return self.snapshot(), None
+            yield from faults_of(snapshot, header, data, self._gate)
 
     def compact(self) -> None:
         """Raises ``StorageError`` when snapshots stay open longer than ``drain_seconds``, or the
@@ -409,14 +380,14 @@ class LmdbStorage:
                     self._copy_to(self._make_temporary())
                     self._file.swap()
                 finally:
-                    self._place.remove_temporary()
+                    self._place.folder.remove_temporary()
 
     def _no_writing(self) -> StorageError:
         return StorageError(f"{self.path} was opened only to read; open it without read_only")
 
     def _make_temporary(self) -> str:
         try:
-            return self._place.make_temporary()
+            return self._place.folder.make_temporary()
         except OSError as error:
             raise storage_error(error, f"compacting {self.path}") from error
 

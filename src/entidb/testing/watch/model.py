@@ -23,7 +23,7 @@ from entidb.db.records import (
 from entidb.db.replica import ReplicaState, decode_record
 from entidb.protocol import PushResult
 from entidb.sync import Conflict, ConflictResolution
-from entidb.testing.checkers import Checks
+from entidb.testing.invariants import Checks
 from entidb.testing.losers import Losers
 from entidb.testing.oracle import NEVER, Histories, History, Ref, State
 from entidb.testing.watch.commits import Records

@@ -17,7 +17,7 @@ from entidb.db.records import (
     version_of,
 )
 from entidb.protocol import PushRequest
-from entidb.testing.checkers import GROUP_COLLECTION, group_is_whole
+from entidb.testing.invariants import GROUP_COLLECTION, group_is_whole
 from entidb.testing.losers import leaves, lost_leaves
 from entidb.testing.oracle import Ref
 from entidb.testing.watch.commits import DeviceCommit, Records
