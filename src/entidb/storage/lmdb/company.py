@@ -2,7 +2,7 @@
 inside tell the next one.
 
 Each process that has the store open holds shared locks on ``entidb.lock`` and on the data file, as
-long as it has it. An EntiDB before 0.4 takes the first of the two alone, so that it and these keep
+long as it has it. An EntiDB before 0.5 takes the first of the two alone, so that it and these keep
 each other out. A process that comes, goes, or needs the store alone holds the *door* meanwhile, a
 lock on the directory itself: so it is certain who is the first and who the last, and two locks that
 have to be changed are changed without another process in between. Processes that only look, where
