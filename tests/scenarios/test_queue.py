@@ -164,7 +164,8 @@ def cancel_in(device: Device, state: SyncState) -> Callable[[], None]:
     return device.engine.on_state(lambda old, new: device.engine.cancel() if new is state else None)
 
 
-@pytest.mark.parametrize("state", SyncState)
+# Nothing of a cycle runs while another process has the engine.
+@pytest.mark.parametrize("state", [s for s in SyncState if s is not SyncState.STANDBY])
 def test_after_a_cancel_in_any_state_the_next_sync_does_everything(state: SyncState):
     world = World()
     world.put(*[("notes", n, "theirs") for n in range(10, 30)])

@@ -208,9 +208,13 @@ class Tenant:
 
     # ------------------------------------------------------------ backup, restore, care
 
+    def _present(self) -> FaultyStorage:
+        """The files that lie there, whether or not a process has opened them since."""
+        return self.storage if self._placed is None else self._placed
+
     def make_backup(self) -> None:
         self.world.trace("backup", self.db_id)
-        copy = self.storage.copy([(META_FORMAT, encode_format(backup=True))])
+        copy = self._present().copy([(META_FORMAT, encode_format(backup=True))])
         history = self.watch.history
         self.backup = copy, history, history.head, history.floor
 
@@ -242,7 +246,7 @@ class Tenant:
         """An operator copies the files, instead of using ``entidb backup``."""
         self.world.trace("copied", self.db_id)
         history = self.watch.history
-        self.files = self.storage.copy(), history, history.head, history.floor
+        self.files = self._present().copy(), history, history.head, history.floor
 
     def may_be_put_back(self) -> bool:
         """Whether some device would notice. Where none has seen more than the files hold, they are
