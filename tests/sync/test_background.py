@@ -168,7 +168,11 @@ class Turns:
             retry=RetryConfig(attempts_max=2, delay_initial_s=1.0, jitter=False),
         )
         self.database: Any = SimpleNamespace(
-            on_commit=None, commit_mark=0, read_head=lambda: SimpleNamespace(ready=0)
+            on_commit=None,
+            commit_mark=0,
+            read_head=lambda: SimpleNamespace(ready=0),
+            right=lambda name: SimpleNamespace(take=lambda seconds: True, give_back=lambda: None),
+            start_hearing=lambda: None,
         )
         self.closed = False
         self.reached = 0
