@@ -280,6 +280,8 @@ class Simulation:
                 device.granted = None
             device.gateway.open()
             device.engine.connection.path.try_again()
+            # A cycle that is under way forgets with that what it has kept back.
+            device.due = frozenset()
             device.renew_token()
         self._drain()
 
