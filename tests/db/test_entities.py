@@ -3,6 +3,7 @@ and what it does in columns is what it does one by one."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -307,6 +308,9 @@ def test_the_room_hears_of_every_change_of_a_path(
     assert_sound(world.server)
 
 
+@pytest.mark.skipif(
+    os.environ.get("ENTIDB_TEST_STORE") == "sqlite", reason="the simulator has stores of its own"
+)
 def test_the_room_hears_of_every_change_in_a_simulated_life(hook: Hook) -> None:
     columns = CALM | {"singles": 1000, "keys": 40, "pause_ms": 3000}
     purges = CALM | {"operations": 8, "purge": 80, "deletes": 400}
