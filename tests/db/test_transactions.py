@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from entidb.db import Database, Role, catalogue, transaction
+from entidb.db import Database, Role, Transaction, catalogue, local
 from entidb.errors import (
     CborEncodeError,
     CommitUnknownError,
@@ -264,7 +264,7 @@ def test_thousands_of_collections_in_one_transaction_are_linear_work(db: Databas
     assert db.verify() == []
 
 
-def write_to(tx: transaction.Transaction, collections: int) -> None:
+def write_to(tx: Transaction, collections: int) -> None:
     for n in range(collections):
         tx.collection(f"c{n}")[uid(1)] = n
     tx.commit()
@@ -390,7 +390,7 @@ def test_a_batch_written_in_columns_is_what_it_is_one_by_one(
     found = []
     for one_by_one in (False, True):
         if one_by_one:
-            monkeypatch.setattr(transaction, "_in_columns", lambda groups: [])
+            monkeypatch.setattr(local, "_in_columns", lambda groups: [])
         storage = MemoryStorage()
         db = Database(storage, clock=FakeClock(), entropy=random.Random(1).randbytes)
         db.declare_local("drafts")

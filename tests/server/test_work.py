@@ -8,7 +8,7 @@ from entidb import cbor
 from entidb.cbor import decoding, encoding, weight
 from entidb.db import Database
 from entidb.db import adopt as adopting
-from entidb.db import transaction as transactions
+from entidb.db import local as transactions
 from entidb.errors import CborEncodeError, ProtocolError, TransactionTooLargeError
 from entidb.protocol import PushOperation, PushTransaction, Verdict
 from entidb.server import work

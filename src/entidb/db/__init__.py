@@ -9,6 +9,7 @@ from entidb.db.entity_info import EntityInfo
 from entidb.db.feed import ChangeEvent, ChangeFeed
 from entidb.db.index_care import IndexStatus
 from entidb.db.indexing import Index
+from entidb.db.local import Role
 from entidb.db.maintenance import dump, inspect, purge_tombstones
 from entidb.db.migrating import Migrated, migrate
 from entidb.db.observers import CommitEvent
@@ -16,7 +17,7 @@ from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import OverruledValue
 from entidb.db.query import Plan, Query
 from entidb.db.snapshot import Snapshot
-from entidb.db.transaction import Role, Transaction
+from entidb.db.transaction import Transaction
 from entidb.lazy import lazy_names
 
 if TYPE_CHECKING:

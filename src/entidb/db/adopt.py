@@ -13,6 +13,7 @@ from entidb import cbor
 from entidb.db import machine, overruled
 from entidb.db.core import Core
 from entidb.db.fields import Side
+from entidb.db.local import Writes
 from entidb.db.records import (
     ADOPT,
     META_ADOPT,
@@ -25,7 +26,6 @@ from entidb.db.records import (
     table_prefix,
 )
 from entidb.db.replica import Adopt, decode_record, encode_record
-from entidb.db.transaction import Writes
 from entidb.db.writer import Ref, Writer
 from entidb.types import OPERATION_OVERHEAD_BYTES, TRANSACTION_CONTAINERS_MAX
 

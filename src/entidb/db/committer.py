@@ -13,8 +13,8 @@ from typing import Any, Final, Generic, TypeVar
 
 from entidb.db.core import Core
 from entidb.db.draft import Draft
+from entidb.db.local import Writes, check_size, commit_local
 from entidb.db.rows import OverlayRows, SnapshotRows
-from entidb.db.transaction import Writes, check_size, commit_local
 from entidb.db.writer import Writer
 from entidb.errors import (
     CommitUnknownError,

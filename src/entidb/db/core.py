@@ -2,7 +2,7 @@
 may be remembered between two.
 
 One writer at a time holds the writer lock; readers take snapshots and never wait. What a commit
-contains is decided in ``transaction`` (local writes), ``entidb.sync`` (applying and settling) and
+contains is decided in ``local`` (local writes), ``entidb.sync`` (applying and settling) and
 ``entidb.server`` (pushes); all of them go through ``Core.write``.
 
 Not here: what programs hold (``database``), and the record of which database it is (``identity``).
@@ -27,6 +27,7 @@ from entidb.db.identity import (
     read_identity,
 )
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
+from entidb.db.local import Role, Writes, commit_local
 from entidb.db.moment import Moment
 from entidb.db.notebook import Explored
 from entidb.db.observers import Observers
@@ -40,7 +41,6 @@ from entidb.db.records import (
 )
 from entidb.db.rows import SnapshotRows
 from entidb.db.settings import check_settings
-from entidb.db.transaction import Role, Writes, commit_local
 from entidb.db.writer import STALE_ROWS_MAX, Writer
 from entidb.errors import (
     ConfigError,

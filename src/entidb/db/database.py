@@ -1,7 +1,7 @@
 """The database: what programs hold. Opening, collections, transactions, the feed, observers, scope,
 and care. The same on both sides.
 
-Not here: what all of them use (``core``), what a local write becomes (``transaction``), and checks
+Not here: what all of them use (``core``), what a local write becomes (``local``), and checks
 and housekeeping (``maintenance``).
 """
 
@@ -23,27 +23,19 @@ from entidb.db.identity import stored_role
 from entidb.db.indexed import Indexed
 from entidb.db.indexing import Index
 from entidb.db.leaving import check_may_go
+from entidb.db.local import Role, Writes, check_size, commit_local
 from entidb.db.maintenance import sweep_garbage, verify
 from entidb.db.observers import Observer
 from entidb.db.observing import add_observer
 from entidb.db.plain import Keep
 from entidb.db.reading import OnInvalid, Upgrade
-from entidb.db.records import (
-    META_COLUMNS,
-    META_FORMAT,
-    encode_format,
-    format_of,
-)
+from entidb.db.records import META_COLUMNS, META_FORMAT, encode_format, format_of
 from entidb.db.rows import SnapshotRows
 from entidb.db.scope import change_local, change_scope, forget_collection
 from entidb.db.settings import check_settings, cursor_of, names_of
 from entidb.db.snapshot import Snapshot
-from entidb.db.transaction import Role, Transaction, Writes, check_size, commit_local
-from entidb.errors import (
-    DatabaseLockedError,
-    ScopeError,
-    TransactionError,
-)
+from entidb.db.transaction import Transaction
+from entidb.errors import DatabaseLockedError, ScopeError, TransactionError
 from entidb.storage import MemoryStorage, open_storage
 from entidb.storage.base import StoreTurn
 from entidb.storage.opening import remove_store

@@ -15,12 +15,12 @@ from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection, TransactionCollection
 from entidb.db.feed import ChangeFeed
 from entidb.db.index_keys import Span
+from entidb.db.local import Writes
 from entidb.db.notebook import Explored
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import EntityRow
 from entidb.db.rows import OverlayRows, Pair, Rows, SnapshotRows
-from entidb.db.transaction import Writes
 from entidb.errors import TransactionConflictError, TransactionError
 from entidb.types import check_name, uuid_from_bytes
 

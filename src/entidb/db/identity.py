@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from entidb import cbor
+from entidb.db.local import Role
 from entidb.db.records import (
     META_BEGUN,
     META_FORMAT,
@@ -18,7 +19,6 @@ from entidb.db.records import (
     format_of,
     is_spacer,
 )
-from entidb.db.transaction import Role
 from entidb.db.writer import Writer
 from entidb.errors import (
     CorruptionError,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from entidb.db.core import Core
-from entidb.db.transaction import Role
+from entidb.db.local import Role
 from entidb.errors import DatabaseClosedError, ScopeError, TransactionError
 from entidb.types import check_bool
 

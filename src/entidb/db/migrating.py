@@ -12,9 +12,9 @@ from typing import Final
 
 from entidb.db.codec import located
 from entidb.db.database import Database
+from entidb.db.local import Role
 from entidb.db.reading import Upgrade, check_function, upgraded
 from entidb.db.rows import Pair
-from entidb.db.transaction import Role
 from entidb.errors import ConfigError, ScopeError, ValueTypeError
 from entidb.types import OPERATION_OVERHEAD_BYTES, check_name
 

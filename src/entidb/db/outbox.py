@@ -1,4 +1,4 @@
-"""Reading the outbox and the discarded list. ``transaction`` (local commits) and the sync engine's
+"""Reading the outbox and the discarded list. ``local`` (local commits) and the sync engine's
 rebase change them.
 """
 

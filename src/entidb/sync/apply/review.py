@@ -13,11 +13,11 @@ from msgspec.structs import replace
 
 from entidb.db import Database, machine, overruled
 from entidb.db.fields import with_field
+from entidb.db.local import Writes
 from entidb.db.outbox import DiscardedTransaction, discard_key, read_discarded, read_pending
 from entidb.db.overruled import OverruledValue, read_overruled
 from entidb.db.pending import PendingTransaction
 from entidb.db.records import CONFLICT, conflict_key, end_of, split_numbered_key
-from entidb.db.transaction import Writes
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, ConflictError
 from entidb.sync.apply.conflict_rows import decode_conflict
