@@ -58,12 +58,16 @@ class Interrupter:
         self.where = ""
 
     def __enter__(self) -> Interrupter:
+        # The collector could come at any line, and end objects of earlier databases within it:
+        # an interrupt in there leaves Python 3.11 with a wrong exception in the line as well.
+        gc.disable()
         self._before = sys.gettrace()  # what measures coverage wants to go on
         sys.settrace(self._enter_frame)
         return self
 
     def __exit__(self, *exc: object) -> None:
         sys.settrace(self._before)
+        gc.enable()
 
     def _enter_frame(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(SOURCE) else None
