@@ -149,17 +149,14 @@ Work = list[tuple[CollectionInfo, bytes, bytes | None, EntityRow | None]]
 def _commit_on_device(
     writer: Writer, work: Work, sequence: int, transaction_id: bytes, timestamp: int
 ) -> None:
-    held = any(
-        info.synced and old is not None and old.pending and old.flags & IS_HELD
-        for info, _, _, old in work
-    )
     state = writer.sync_state
     operations = []
-    absent = {
-        info.name: state.base_version_of_absent(info.name)
-        for info, _, _, old in work
-        if old is None
-    }
+    held, absent = False, {}
+    for info, _, _, old in work:
+        if old is None:
+            absent[info.name] = state.base_version_of_absent(info.name)
+        elif info.synced and old.pending and old.flags & IS_HELD:
+            held = True
     for info, entity_id, payload, old in work:
         if info.synced and old is None and not held and payload is not None:
             # A new entity beside others: its row and its place in the feed, without objects.

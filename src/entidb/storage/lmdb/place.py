@@ -75,6 +75,9 @@ class Place:
         #: Whether no other process had it when it was taken, and whether none gets in meanwhile.
         self.first = True
         self.alone = alone or not SHARING
+        #: Of the data file, where it is locked; -1 when it is closed. Not asked of the lock: it is
+        #: needed for every look at the mark.
+        self.descriptor = -1
         self._data: FileLock | None = None
         self._lock: FileLock | None = None
         self._door: FileLock | None = None
@@ -88,6 +91,9 @@ class Place:
                 raise HeldError("")  # LMDB opens a file once in a process, for reading too.
             while not self._enter():
                 continue
+            #: Whether others may commit to it while this object has it: not to files that are
+            #: looked at by those alone who only read.
+            self.shared = not self.alone and not (self.read_only and self.first)
         except HeldError as error:
             self.release()
             raise DatabaseLockedError(self._held_by(error.holder)) from error
@@ -95,12 +101,6 @@ class Place:
             self.release()
             raise
         _PLACES.add(self)
-
-    @property
-    def shared(self) -> bool:
-        """Whether others may commit to it while this object has it: not to files that are looked
-        at by those alone who only read."""
-        return not self.alone and not (self.read_only and self.first)
 
     def _enter(self) -> bool:
         """False: those whom this one was to join have left meanwhile."""
@@ -133,7 +133,7 @@ class Place:
             self._data.share()
             return True
         self._data.release()
-        self._data, self.first = None, True
+        self._data, self.descriptor, self.first = None, -1, True
         self._close_door()
         return False
 
@@ -276,7 +276,7 @@ class Place:
         return made
 
     def _know(self, held: FileLock) -> None:
-        before, self._data = self._data, held
+        before, self._data, self.descriptor = self._data, held, held.descriptor
         self._standing.know(held.descriptor)
         if before is not None:
             before.release()
@@ -303,11 +303,6 @@ class Place:
             yield descriptor
         finally:
             os.close(descriptor)
-
-    @property
-    def descriptor(self) -> int:
-        """Of the data file, where it is locked; -1 when it is closed."""
-        return -1 if self._data is None else self._data.descriptor
 
     def data_bytes(self) -> int:
         """The size of the data file."""
@@ -399,6 +394,7 @@ class Place:
             # A right to a store that is closed would keep others from it.
             claim.give_back()
             claim.forget()
+        self.descriptor = -1
         if self._data is not None:
             self._data.release()
         if self._lock is not None:
@@ -408,6 +404,7 @@ class Place:
 
     def forget(self) -> None:
         """In a forked child: the locks are the parent's."""
+        self.descriptor = -1
         if self._data is not None:
             self._data.forget()
         if self._lock is not None:
