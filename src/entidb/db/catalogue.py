@@ -61,7 +61,7 @@ class IndexSet(Struct, frozen=True):
     next: int = 1
 
     def of(self, collection: int) -> tuple[IndexInfo, ...]:
-        return tuple(index for index in self.each if index.collection == collection)
+        return tuple([index for index in self.each if index.collection == collection])
 
     def replacing(self, *changed: IndexInfo) -> IndexSet:
         """With ``changed`` in the place of those that have their numbers."""
