@@ -338,7 +338,8 @@ class Torture:
             self.report.failures.append(f"{transaction} is on the server and no client wrote it")
 
     def _stored_server(self) -> Path:
-        (path,) = (entry for entry in self._server_path.iterdir() if entry.name.startswith(DB_ID))
+        found = [e for e in self._server_path.iterdir() if e.name.startswith(DB_ID) and e.is_dir()]
+        (path,) = found
         return path
 
     @contextlib.contextmanager
