@@ -207,7 +207,7 @@ class RecordingClient:
         **telling: Any,
     ) -> HttpResponse:
         response = self.client.request(method, url, headers, body, timeout_s, **telling)
-        if self.on_pushed is not None and url.endswith("/v1/push"):
+        if self.on_pushed is not None and url.endswith(("/v1/push", "/v1/sync")):
             self.on_pushed()
         if self.recording:
             self.exchanges.append(Exchange(url, headers, body, response))

@@ -8,7 +8,6 @@ from unittest import mock
 
 from entidb import cbor
 from entidb.db import Database, maintenance
-from entidb.db.pending import PendingTransaction
 from entidb.db.records import META_IDENTITY
 from entidb.db.writer import Writer
 from entidb.errors import (
@@ -21,7 +20,6 @@ from entidb.server.auth import Grants
 from entidb.server.hooks import Grant
 from entidb.server.service import DatabaseService
 from entidb.sync.apply import applier, position
-from entidb.sync.apply.rebase import Rebase
 from tests.planted.garden import CALM, WILD, Garden, bug
 
 
@@ -214,48 +212,6 @@ def _versions_outlive_their_history(garden: Garden) -> None:
 
     for module in (applier, position):
         garden.replace(module, "foreign_collections", make)
-
-
-@bug(
-    "superseded-takes-what-is-below",
-    "NO-SILENT-LOSS",
-    "CLOCK",
-    knobs=CALM
-    | {
-        "events": 2000,
-        "devices": 2,
-        "tenants": 1,
-        "keys": 1,
-        "operations": 1,
-        "policy_notes": 3,
-        "policy_pairs": 3,
-        "policy_carts": 3,
-        "deletes": 0,
-        "copy_device": 60,
-        "restore_server": 30,
-        "restore_device": 0,
-        "latency_ms": 100,
-        "think_ms": 300,
-        "pause_ms": 100,
-        "lost": 20,
-        "disk_full": 0,
-        "person": 0,
-        "scope": 0,
-        "server_writes": 0,
-    },
-)
-def _superseded_takes_below(garden: Garden) -> None:
-    """What another copy of the device pushed of a transaction stands for the older ones too."""
-
-    def make(original: Any) -> Any:
-        def settle(self: Rebase, transaction: PendingTransaction) -> Any:
-            for op in transaction.operations:
-                self._drop_below((op.collection, op.entity_id), op)
-            return original(self, transaction)
-
-        return settle
-
-    garden.replace(Rebase, "settle_superseded", make)
 
 
 @bug(

@@ -18,7 +18,6 @@ from entidb.server.service import DatabaseService
 from entidb.sync.apply import applier, settle
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.rebase import Rebase
-from entidb.sync.rounds import Rounds
 from tests.planted.garden import CALM, WILD, Garden, bug
 
 
@@ -168,29 +167,6 @@ def _in_flight_forgotten(garden: Garden) -> None:
 def _round_behind_the_head(garden: Garden) -> None:
     """A push beside a pull is decided for a device that has not seen what that pull brings."""
     garden.replace(DatabaseService, "_is_behind", lambda original: lambda *rest: False)
-
-
-@bug(
-    "round-stays-in-flight",
-    "UNEXPECTED",
-    "LIVENESS",
-    "NO-SILENT-LOSS",
-    "READ-YOUR-WRITES",
-    "PREFIX",
-    "PULL-FIRST",
-    knobs=CALM | {"rounds": 1, "devices": 4},
-)
-def _round_stays_in_flight(garden: Garden) -> None:
-    """What was not decided beside a pull still counts as sent while its page is applied."""
-
-    def make(original: Any) -> Any:
-        def ask(self: Any, look: Any) -> Any:
-            with mock.patch.object(self._exchange.applier, "unsend"):
-                return (yield from original(self, look))
-
-        return ask
-
-    garden.replace(Rounds, "ask", make)
 
 
 @bug("always-told-to-pull", "PULL-FIRST", knobs=CALM | {"rounds": 1})
