@@ -44,9 +44,7 @@ $(STAMP): pyproject.toml $(LOCK)
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	@echo 'the suites of db and sync again, on another store (sqlite3):'
-	ENTIDB_TEST_STORE=sqlite $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/db tests/sync \
-	  --deselect tests/sync/test_ending.py::test_a_reset_inside_a_cycle_is_refused_instead_of_waiting_for_itself \
-	  --deselect tests/sync/test_fates.py::test_cancelling_ends_a_wait_in_asyncio --ignore tests/sync/http
+	ENTIDB_TEST_STORE=sqlite $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/db tests/sync --ignore tests/sync/http
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -142,21 +142,29 @@ class SqliteTurn:
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._connection.execute("PRAGMA busy_timeout = 0")
+        self._lock = threading.RLock()
 
     def take(self, timeout_s: float | None = None) -> bool:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self.mine:
-            try:
-                self._connection.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError:
-                if deadline is not None and time.monotonic() >= deadline:
-                    return False
-                time.sleep(_LOOK_SECONDS)
+        while not self._try():
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
         return True
 
+    def _try(self) -> bool:
+        with self._lock:
+            if not self.mine:
+                try:
+                    self._connection.execute("BEGIN EXCLUSIVE")
+                except sqlite3.OperationalError:
+                    return False
+            return True
+
     def give_back(self) -> None:
-        if self.mine:
-            self._connection.execute("ROLLBACK")
+        with self._lock:
+            if self.mine:
+                self._connection.execute("ROLLBACK")
 
     @property
     def mine(self) -> bool:

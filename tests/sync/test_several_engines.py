@@ -72,7 +72,7 @@ def test_a_sync_waits_for_the_cycle_of_another_and_then_reports(
     assert second.database.right("engine").take(0)
     first.put(("notes", 1, "x"))
     monkeypatch.setattr(others, "OTHERS_S", 0.0)
-    with pytest.raises(DatabaseLockedError, match="another (opener|process)"):
+    with pytest.raises(DatabaseLockedError, match=r"another (opener|process)"):
         first.engine.sync()
     with pytest.raises(DatabaseLockedError):
         first.engine.reset("server")

@@ -142,7 +142,8 @@ class Storage(Protocol):
 
     def claim(self, name: str) -> StoreTurn:
         """As ``turn``, for another right that one opener has at a time: ``name`` says which, in
-        letters. Each call makes an object of its own, and one of them has the right."""
+        letters. Each call makes an object of its own, and one of them has the right. Unlike the
+        turn it may be used by several threads at the same time."""
         ...
 
     @property

@@ -66,10 +66,14 @@ class MemoryTurn:
 
     def take(self, timeout_s: float | None = None) -> bool:
         line, me = self._line, self._me
-        if me not in line:
-            line.append(me)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while (first := line[0]) is not me:
+        while not self.mine:
+            if me not in line:
+                line.append(me)
+            # Another thread may give it back meanwhile.
+            first = next(iter(line[:1]), me)
+            if first is me:
+                continue
             owner = first()
             if owner is None or owner._closed:
                 _leave(line, first)

@@ -229,6 +229,31 @@ class SeveralOpeners(StorageContract):
             storage.turn.give_back()
             assert storage.mark() == mark
 
+    # ---- other rights
+
+    def test_a_right_may_be_used_by_several_threads_at_once(self) -> None:
+        """The thread that runs gives it back while another closes."""
+        with self.fresh({b"a": b"1"}) as storage, self.another(storage) as other:
+            right = storage.claim("engine")
+            failures: list[BaseException] = []
+
+            def use() -> None:
+                try:
+                    for _ in range(300):
+                        right.take(1.0)
+                        right.give_back()
+                except BaseException as error:
+                    failures.append(error)
+
+            threads = [threading.Thread(target=use) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert failures == []
+            assert not right.mine
+            assert other.claim("engine", 5.0)
+
     # ---- wait
 
     def test_waiting_ends_with_a_commit_of_another(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -80,10 +81,13 @@ else:
 class FileClaim:
     """A right that one process has at a time: the lock of a file of its own."""
 
-    __slots__ = ("__weakref__", "_descriptor", "_like", "_path", "mine")
+    __slots__ = ("__weakref__", "_descriptor", "_like", "_lock", "_path", "mine")
 
     def __init__(self, path: str, like: os.stat_result) -> None:
         self.mine = False
+        #: Threads take and give back as they come, and the descriptor may be exchanged meanwhile.
+        #: Reentrant for signal handlers and the collector.
+        self._lock = threading.RLock()
         self._path = path
         self._like = like
         self._descriptor = -1
@@ -91,32 +95,41 @@ class FileClaim:
     def take(self, timeout_s: float | None = None) -> bool:
         """Raises ``OSError`` where no file can be made."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self.mine:
+        while not self._try():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            time.sleep(_CLAIM_SECONDS if left is None else min(left, _CLAIM_SECONDS))
+        return True
+
+    def _try(self) -> bool:
+        with self._lock:
+            if self.mine:
+                return True
             if self._descriptor >= 0 and not is_at(self._path, self._descriptor):
                 self.forget()  # deleted: who takes it now takes another file
             if self._descriptor < 0:
                 self._descriptor = _open(self._path, self._like)
             try:
                 _flock(self._descriptor, _TAKE)
-                self.mine = True
             except BlockingIOError:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
-                time.sleep(_CLAIM_SECONDS if left is None else min(left, _CLAIM_SECONDS))
-        return True
+                return False
+            self.mine = True
+            return True
 
     def give_back(self) -> None:
-        self.mine = False
-        if self._descriptor >= 0:
-            _flock(self._descriptor, _GIVE_BACK)
+        with self._lock:
+            self.mine = False
+            if self._descriptor >= 0:
+                _flock(self._descriptor, _GIVE_BACK)
 
     def holder(self) -> str:
         pids = system_holders(self._path)
         return f"process {pids[0]}" if pids else ""
 
     def forget(self) -> None:
-        """In a forked child: the right is the parent's."""
+        """In a forked child: the right is the parent's. Takes no lock, which a thread that is not
+        there may have."""
         descriptor, self._descriptor, self.mine = self._descriptor, -1, False
         if descriptor >= 0:
             os.close(descriptor)
