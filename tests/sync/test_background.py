@@ -13,7 +13,13 @@ import pytest
 
 from entidb import AsyncSyncEngine, Database, SyncConfig
 from entidb.db.observers import CommitEvent
-from entidb.errors import EntiDBError, PermissionDeniedError, SyncCancelledError, TransportError
+from entidb.errors import (
+    EntiDBError,
+    PermissionDeniedError,
+    SyncCancelledError,
+    SyncStateError,
+    TransportError,
+)
 from entidb.protocol import PushRequest, SyncRequest, SyncResponse
 from entidb.server import Refusal, SyncServer
 from entidb.sync import (
@@ -26,6 +32,7 @@ from entidb.sync import (
     Withdrawn,
 )
 from entidb.sync.background import BURST_S, Background
+from entidb.sync.transport import MockTransport
 from tests.support import World, uid
 
 WAIT_S = 60.0
@@ -286,6 +293,34 @@ def test_after_a_failure_that_stays_only_the_interval_or_a_call_starts_the_next(
     turns = Turns(fails(refused), fails(refused), nothing)
     turns.plan = [(1.0, turns.commit), (40.0, turns.commit), (45.0, turns.background.wake)]
     assert turns.run() == [0.0, 30.0, 45.0, 75.0]
+
+
+def test_a_sync_by_hand_in_its_way_holds_commits_up_no_longer_than_a_backoff():
+    turns = Turns(fails(SyncStateError("a cycle runs already")), nothing)
+    turns.plan = [(1.0, turns.commit)]
+    assert turns.run() == [0.0, 4.005, 34.005]
+
+
+def test_an_engine_that_was_started_runs_in_the_background_before_its_thread_has_begun():
+    began = threading.Event()
+
+    def away(request: SyncRequest) -> SyncResponse:
+        raise TransportError("away")
+
+    with Database.in_memory() as db, SyncEngine(CONFIG, MockTransport(away), db) as engine:
+        run = engine._background.run
+
+        def late(stopped: threading.Event) -> None:
+            began.wait(WAIT_S)
+            run(stopped)
+
+        engine._background.run = late  # type: ignore[method-assign]
+        engine.start()
+        try:
+            assert engine._background.thread is None
+            assert engine._background.is_running
+        finally:
+            began.set()
 
 
 def test_a_bug_and_a_cancelled_cycle_do_not_end_the_run():

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from entidb.db import Database
-from entidb.errors import EntiDBError, SyncCancelledError
+from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
 from entidb.storage.base import StoreTurn
 from entidb.sync.config import SyncConfig
 from entidb.sync.live import Channel, NewsSource
@@ -79,10 +79,17 @@ class Background:
         self.channel: Channel | None = None
         self._named = 0
         self._unheard = False
-        #: The thread that ``run`` is on; None while it is not.
+        #: The thread that ``run`` is on; None while it is not. And whether one is about to call it.
         self.thread: int | None = None
+        self.starting = False
         #: Whether another process does what this is there for.
         self.standing_by = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether cycles come by themselves: from the start of the thread on, not only from its
+        first step."""
+        return self.starting or self.thread is not None
 
     def wake(self) -> None:
         """A cycle is due now."""
@@ -112,6 +119,7 @@ class Background:
         database = self._engine.database
         right = database.right("background")
         self.thread = threading.get_ident()
+        self.starting = False
         try:
             if not self._stand_by(right, stopped):
                 return
@@ -166,6 +174,10 @@ class Background:
             self._failures, self._held_until = 0, -math.inf
         except SyncCancelledError:
             return  # asked for; the state shows it
+        except SyncStateError as error:
+            # Another thread syncs by hand; what is committed meanwhile waits for no interval.
+            engine.note_error(error)
+            self._hold(True)
         except EntiDBError as error:
             # Kept for status(); a background engine goes on at its next turn (R9).
             engine.note_error(error)

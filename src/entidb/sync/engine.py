@@ -367,9 +367,9 @@ class SyncEngine(Decisions, Listening, Waiting):
         if self._thread is not None:
             raise SyncStateError("this engine runs in the background already")
         self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(self._stop, self._ending), name="entidb-sync", daemon=True
-        )
+        until = (self._stop, self._ending)
+        self._thread = threading.Thread(None, self._run, "entidb-sync", until, daemon=True)
+        self._background.starting = True
         self._thread.start()
 
     def wake(self) -> None:
@@ -424,7 +424,7 @@ class SyncEngine(Decisions, Listening, Waiting):
         """What ``start`` does, on this thread, until ``stopped`` is set, and ``cancel`` and
         ``wake`` are called after it. Raises ``SyncStateError`` if it runs already."""
         self._check_not_closed()
-        if self._background.thread is not None:
+        if self._background.is_running:
             raise SyncStateError("this engine runs in the background already")
         self._background.run(stopped)
         self._tell_waiting()

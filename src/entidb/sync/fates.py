@@ -160,14 +160,14 @@ class Waiting:
                 "waiting for a sync inside one, or inside a transaction, would never end: wait in "
                 "another thread"
             )
-        if self._background.thread is None:
+        if not self._background.is_running:
             self.sync()
             return holds()
         began = self._clock.monotonic()
         self._waiting.append(patience.event)
         try:
             self.wake()
-            while not holds() and not patience.gone and self._background.thread is not None:
+            while not holds() and not patience.gone and self._background.is_running:
                 passed = self._clock.monotonic() - began
                 left = 3600.0 if timeout_s is None else timeout_s - passed
                 if left <= 0:

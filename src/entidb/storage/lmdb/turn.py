@@ -95,27 +95,23 @@ class FileClaim:
     def take(self, timeout_s: float | None = None) -> bool:
         """Raises ``OSError`` where no file can be made."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._try():
-            left = None if deadline is None else deadline - time.monotonic()
+        while True:
+            with self._lock:
+                if self.mine:
+                    return True
+                if self._descriptor >= 0 and not is_at(self._path, self._descriptor):
+                    self.forget()  # deleted: who takes it now takes another file
+                if self._descriptor < 0:
+                    self._descriptor = _open(self._path, self._like)
+                try:
+                    _flock(self._descriptor, _TAKE)
+                    self.mine = True
+                    return True
+                except BlockingIOError:
+                    left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return False
             time.sleep(_CLAIM_SECONDS if left is None else min(left, _CLAIM_SECONDS))
-        return True
-
-    def _try(self) -> bool:
-        with self._lock:
-            if self.mine:
-                return True
-            if self._descriptor >= 0 and not is_at(self._path, self._descriptor):
-                self.forget()  # deleted: who takes it now takes another file
-            if self._descriptor < 0:
-                self._descriptor = _open(self._path, self._like)
-            try:
-                _flock(self._descriptor, _TAKE)
-            except BlockingIOError:
-                return False
-            self.mine = True
-            return True
 
     def give_back(self) -> None:
         with self._lock:
