@@ -52,16 +52,14 @@ def _turn_kept(patch: pytest.MonkeyPatch) -> None:
 
 @bug("turn-is-not-exclusive", "TURN", "DENSE", "LEDGER", "SOUND")
 def _turn_shared(patch: pytest.MonkeyPatch) -> None:
-    """Everybody gets the turn at once."""
-    original = MemoryTurn.take
+    """Everybody has the turn at once; no other right."""
 
-    def take(self: MemoryTurn, timeout_s: float | None = None) -> bool:
+    def mine(self: MemoryTurn) -> bool:
         owner = self._me()
         assert owner is not None
-        return self._line is owner.turn._line or original(self, timeout_s)
+        return self._line is owner.turn._line or self._line[:1] == [self._me]
 
-    patch.setattr(MemoryTurn, "take", take)
-    patch.setattr(MemoryTurn, "mine", True)
+    patch.setattr(MemoryTurn, "mine", property(mine))
 
 
 @bug("stale-catalogue", "FRESH", "SOUND", "LEDGER")
