@@ -21,7 +21,7 @@ class Marked(Protocol):
     def commit_mark(self) -> int: ...
 
 
-class Moment(Struct, gc=False):
+class Moment(Struct):
     """What was read at this moment is true while ``is_current``. It is that of a snapshot; what
     the store itself says of now may be ahead of every snapshot.
 
