@@ -137,7 +137,8 @@ def _proved(key: bytes, value: bytes, checksum: int) -> bytes:
 
 class SqliteTurn:
     """A write transaction on a file of its own: the lock of the library, which goes with the
-    process."""
+    process. Of a closed store it is anybody's: whatever comes next says that the store is closed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -159,16 +160,20 @@ class SqliteTurn:
                     self._connection.execute("BEGIN EXCLUSIVE")
                 except sqlite3.OperationalError:
                     return False
+                except sqlite3.ProgrammingError:
+                    pass  # closed, perhaps at this very line
             return True
 
     def give_back(self) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(sqlite3.ProgrammingError):
             if self.mine:
                 self._connection.execute("ROLLBACK")
 
     @property
     def mine(self) -> bool:
-        return self._connection.in_transaction
+        with contextlib.suppress(sqlite3.ProgrammingError):
+            return self._connection.in_transaction
+        return False
 
     def holder(self) -> str:
         return ""
