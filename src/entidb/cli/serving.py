@@ -40,6 +40,7 @@ SETTINGS: Final[dict[str, str]] = {
     "cors_origins": "Origin of a web page that may use this server; repeat it.",
     "audience": "What a token's `aud` has to name.",
     "leeway_s": "Seconds a token counts beyond its times.",
+    "workers": "Processes that serve together, for machines with several cores; on Linux.",
     "create_databases": "Make a database when a token that may write first asks for it.",
     "validate": "MODULE:FUNCTION called for every pushed transaction (found from here).",
     "schema": "Number of the newest schema of the programs that use this server.",

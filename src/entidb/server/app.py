@@ -45,7 +45,6 @@ from entidb.server import wire
 from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
-from entidb.server.admin.readiness import Readiness
 from entidb.server.config import ServerConfig
 from entidb.server.exchange import Exchange, GoneError, Receive, Scope, Send
 from entidb.server.hooks import Grant
@@ -61,6 +60,7 @@ from entidb.server.service import BehindError, unseen
 from entidb.server.stores import Store
 from entidb.server.threads import Running
 from entidb.server.wire import HttpResponse
+from entidb.server.workers.team import Team
 
 if TYPE_CHECKING:
     from entidb.server.metrics import Metrics
@@ -100,6 +100,7 @@ class SyncApp:
         self._owned = owned
         self._budget = Budget(server.config.in_flight_bytes_max)
         self._running: Running | None = None
+        self._team: Team | None = None
         self._stopping = False
         if self._config.live_max:
             server.front.announce("live")
@@ -107,7 +108,7 @@ class SyncApp:
         self._office = office_of(server)
         self._admin = AdminHttp(self._office)
         self._metrics = _make_metrics(self) if server.config.metrics else None
-        self._plain = Plain(server, Readiness(self._office), self._metrics)
+        self._plain = Plain(server, self._office, self._metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -149,6 +150,9 @@ class SyncApp:
             await asyncio.to_thread(self.server.close)
         if running is not None:
             await asyncio.to_thread(running.close)
+        team, self._team = self._team, None
+        if team is not None:
+            await asyncio.to_thread(team.close)
 
     def send_away(self) -> None:
         """Refuse what is new, and tell those who wait for news to come again later: a server that
@@ -174,7 +178,11 @@ class SyncApp:
         loop = asyncio.get_running_loop()
         running = self._running
         if running is None or running.loop is not loop:
+            self.server.begin()
             running = self._running = Running(loop, self.server)
+            family = self.server.family
+            if family is not None and self._team is None:
+                self._team = Team(self.server, self._office, running.live, family, self._metrics)
         return running
 
     # ------------------------------------------------------------ one request

@@ -50,6 +50,10 @@ class ServerConfig:
     #: Directory of the databases, one directory each; made if missing. None keeps everything in
     #: memory, for tests.
     data_dir: str | os.PathLike[str] | None
+    #: Processes that serve it together, each of which opens any database; on Linux only.
+    #: ``serve`` starts so many. For an app that another program runs in several processes, any
+    #: number above 1 says that those of one parent are one server.
+    workers: int = 1
     #: Make a database when a token that grants writing to it first asks for it. False: only
     #: databases that are there are served.
     create_databases: bool = True
@@ -180,6 +184,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.data_dir is not None and not os.fspath(self.data_dir):
             raise ConfigError("data_dir is empty: name a directory")
+        if self.workers > 1 and self.data_dir is None:
+            raise ConfigError("workers share what is on a disk: give data_dir, or workers=1")
         self._check_backups()
         if not self.audience:
             raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
@@ -266,6 +272,7 @@ WAYS_TO_KNOW: Final = (
 _AUTH: Final = (*WAYS_TO_KNOW, "insecure_no_auth")
 _BOOLS: Final = ("create_databases", "insecure_no_auth", "compression", "access_log", "metrics")
 _INTS: Final = {
+    "workers": (1, 256),
     "transaction_bytes_max": (TRANSACTION_BYTES_MAX, _BYTES_MAX),
     "body_bytes_max": (TRANSACTION_BYTES_MAX, _BYTES_MAX + _FRAMING_BYTES),
     "push_operations_max": (1, _OPERATIONS_MAX),

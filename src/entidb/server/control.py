@@ -103,6 +103,8 @@ class Control:
         self._clock = clock
         self._path = None if data_dir is None else os.path.join(os.fspath(data_dir), CONTROL_FILE)
         self._alone = _State(Decided())
+        #: Called after each change that was made here; for what tells other processes of it.
+        self.on_change: Callable[[], None] = _nothing
         path = self._path
         self._watched = (
             None
@@ -149,6 +151,11 @@ class Control:
     def is_frozen(self, db_id: str) -> bool:
         state = self._alone if self._watched is None else self._watched.current()
         return db_id in state.frozen
+
+    def look_again(self) -> None:
+        """Read at once what another process has just decided. Raises ``ConfigError``."""
+        if self._watched is not None:
+            self._watched.reread()
 
     @property
     def decided(self) -> Decided:
@@ -233,7 +240,13 @@ class Control:
                 _write(partial.path, after)
                 partial.finish()
                 self._watched.set(_State(after))
+        if after != before:
+            self.on_change()
         return before
+
+
+def _nothing() -> None:
+    return None
 
 
 def frozen_error(db_id: str) -> ServerBusyError:

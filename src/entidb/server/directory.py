@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -19,12 +20,20 @@ from entidb.errors import ConfigError, DatabaseLockedError, PermissionDeniedErro
 from entidb.server.allocator import large_pieces_apart
 from entidb.server.checks import Checks
 from entidb.server.config import ServerConfig, db_id_of, directory_name
+from entidb.server.workers.family import Family, is_alive, name_of
+from entidb.server.workers.seats import clear_seats
 from entidb.storage.directories import is_at, make_directory
-from entidb.storage.locks import FileLock, HeldError
+from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store
 
 #: Locked by the server of a data directory; no database is called so.
 SERVER_LOCK: Final = "entidb-server.lock"
+#: Seconds to wait where it is not known whose the directory is, and where it is another family's.
+_JOIN_S: Final = 2.0
+_STRANGERS_S: Final = 0.3
+#: For workers to end whose parent was killed.
+_ORPHANS_S: Final = 10.0
+_LOOK_S: Final = 0.02
 
 #: Opens the database of that name, making it if it is not there and the second argument says so;
 #: else ``PermissionDeniedError``, code ``unknown_database``.
@@ -32,20 +41,24 @@ OpenDatabase = Callable[[str, bool], Database]
 
 
 class DataDirectory:
-    """``config.data_dir``, for one server: made if missing, and locked as long as it is served.
-    Several processes that work for one server would share this object's lock."""
+    """``config.data_dir``, for one server: made if missing, and locked as long as it is served. The
+    processes of one family share the locks."""
 
-    def __init__(self, root: str, locks: list[FileLock]) -> None:
+    def __init__(self, root: str, locks: list[FileLock], family: Family | None = None) -> None:
         self._lock_path = os.path.join(root, SERVER_LOCK)
         self._locks = locks
+        self._family = family
 
     @classmethod
-    def take(cls, config: ServerConfig) -> DataDirectory:
+    def take(cls, config: ServerConfig, family: Family | None = None) -> DataDirectory:
         """Raises ``ConfigError`` for a place that cannot be made or written, and
         ``DatabaseLockedError`` if another server has it, in this process or in another."""
         root = _root(config)
         try:
             make_directory(root)
+            if family is not None:
+                return cls._join(root, family)
+            _wait_for_orphans(root)
             try:
                 return cls._lock(root)
             except HeldError as error:
@@ -55,7 +68,9 @@ class DataDirectory:
             gc.collect()
             return cls._lock(root)
         except HeldError as error:
-            raise _served(root, error.holder) from error
+            parent = next(iter(_note_in(root)), "")
+            holder = parent.partition(".")[0] if is_alive(parent) else error.holder
+            raise _served(root, holder) from error
         except OSError as error:
             raise _unusable(root, error) from error
 
@@ -71,13 +86,88 @@ class DataDirectory:
             raise
         return cls(root, locks)
 
+    @classmethod
+    def _join(cls, root: str, family: Family) -> DataDirectory:
+        """The first of a family takes the directory alone, writes down whose it is, and shares it;
+        who comes next reads that. Raises ``HeldError``, ``OSError``."""
+        _wait_for_orphans(root)
+        began = time.monotonic()
+        while True:
+            try:
+                return cls._found(root, family)
+            except HeldError:
+                try:
+                    return cls._enter(root, family)
+                except HeldError:
+                    # Another one of the family may have it alone for a moment, as it comes or goes.
+                    theirs = is_alive(next(iter(_note_in(root)), ""))
+                    limit = _STRANGERS_S if theirs else _JOIN_S
+                    if time.monotonic() - began >= limit:
+                        raise
+            time.sleep(_LOOK_S)
+
+    @classmethod
+    def _found(cls, root: str, family: Family) -> DataDirectory:
+        found = cls._lock(root)
+        try:
+            clear_seats(root)
+            found._locks[0].write(f"{family.name} {name_of(os.getpid())}\n".encode())
+            for lock in found._locks:
+                lock.share()
+        except BaseException:
+            found.release()
+            raise
+        found._family = family
+        return found
+
+    @classmethod
+    def _enter(cls, root: str, family: Family) -> DataDirectory:
+        path = os.path.join(root, SERVER_LOCK)
+        locks = [FileLock.take(path, os.stat(root), shared=True)]
+        try:
+            note = _fields(locks[0].found)
+            # Or the child of the process that came first, which may itself be one of the family.
+            if family.name not in note[:2]:
+                raise HeldError(written_holder(path))
+            locks.append(FileLock(os.open(root, os.O_RDONLY), shared=True))
+        except BaseException:
+            for lock in locks:
+                lock.release()
+            raise
+        return cls(root, locks, family)
+
     def release(self) -> None:
         """Idempotent. Leaves no lock file behind; a killed process does, which does no harm."""
         with contextlib.suppress(OSError):
-            if self._locks[0].descriptor >= 0 and is_at(self._lock_path, self._locks[0].descriptor):
-                os.unlink(self._lock_path)
+            lock = self._locks[0]
+            if lock.descriptor >= 0 and is_at(self._lock_path, lock.descriptor):
+                # Others of the family may still have it.
+                if self._family is None or lock.have_alone():
+                    if self._family is not None:
+                        clear_seats(os.path.dirname(self._lock_path))
+                    os.unlink(self._lock_path)
         for lock in self._locks:
             lock.release()
+
+
+def _wait_for_orphans(root: str) -> None:
+    """The workers of a parent that was killed end in a moment: a server that is started again at
+    once waits for them."""
+    path = os.path.join(root, SERVER_LOCK)
+    end = time.monotonic() + _ORPHANS_S
+    while time.monotonic() < end:
+        try:
+            held = FileLock.look(path)
+        except (HeldError, OSError):
+            return  # had alone
+        if held is None:
+            return
+        note = _fields(held.found)
+        orphans = bool(note) and not is_alive(note[0]) and not held.have_alone()
+        held.release()
+        if not orphans:
+            return
+        time.sleep(_LOOK_S)
 
 
 def _root(config: ServerConfig) -> str:
@@ -91,6 +181,19 @@ def _root(config: ServerConfig) -> str:
     return root
 
 
+def _note_in(root: str) -> list[str]:
+    try:
+        with open(os.path.join(root, SERVER_LOCK), "rb") as file:
+            return _fields(file.read(NOTE_BYTES_MAX))
+    except OSError:
+        return []
+
+
+def _fields(found: bytes) -> list[str]:
+    """Of what a lock file holds: the family, and its first process."""
+    return found.partition(b"\n")[2].decode("ascii", "replace").split()
+
+
 def _served(root: str, holder: str) -> DatabaseLockedError:
     if holder == str(os.getpid()):
         return DatabaseLockedError(
@@ -99,7 +202,8 @@ def _served(root: str, holder: str) -> DatabaseLockedError:
         )
     process = f"process {holder}" if holder else "another process"
     return DatabaseLockedError(
-        f"{root} is served by {process} already; stop that server, or give another directory"
+        f"{root} is served by {process} already; stop that server, or give another directory. "
+        "Processes that are to serve it together have one parent, and workers=N in their settings"
     )
 
 

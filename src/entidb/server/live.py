@@ -99,6 +99,18 @@ class Live:
         """How many wait."""
         return len(self._slot_of)
 
+    def is_awaited(self, db_id: str) -> bool:
+        """Whether somebody waits for news of ``db_id``. From any thread."""
+        return db_id in self._channels
+
+    def awaited(self) -> set[str]:
+        """The databases of which somebody waits for news. From any thread."""
+        return set(self._channels)
+
+    def look(self) -> None:
+        """Do now what is done once in a second. From any thread."""
+        self._call(lambda: self.on_tick())
+
     # ------------------------------------------------------------ coming and going
 
     def check_room(self, subject: str) -> None:

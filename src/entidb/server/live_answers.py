@@ -96,6 +96,7 @@ class LiveAnswers:
     async def _newest(self, db_id: str) -> Newest:
         store = await self._use(db_id)
         try:
+            self._server.stores.listen(store)
             return Newest(store.database.history, store.database.read_head().sequence)
         except (StorageError, DatabaseClosedError) as error:
             store.report(error)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+from msgspec import Struct
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -12,6 +13,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.metrics_core import Metric
 
 from entidb.errors import ERROR_TABLE, REASONS
 from entidb.protocol import PATHS, PushResponse, Verdict
@@ -24,6 +26,18 @@ _PATHS = frozenset((*PATHS, "/healthz", "/readyz", "/v1/info", "/metrics"))
 #: Codes of refusals that are told apart; a code may come from a program's own hook.
 _CODES = frozenset((*ERROR_TABLE, *REASONS.values()))
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+#: Of all processes of a server the highest, and not the sum: each of them says the same.
+_SAME = frozenset(("entidb_backup_age_seconds", "entidb_backups_late", "entidb_revoked"))
+_GAUGE = "gauge"
+
+
+class Series(Struct, array_like=True):
+    """One metric as one process has it: samples by name and labels."""
+
+    name: str
+    says: str
+    kind: str
+    samples: list[tuple[str, dict[str, str], float]]
 
 
 class Metrics:
@@ -36,6 +50,8 @@ class Metrics:
         office: Office,
     ) -> None:
         self._registry = registry = CollectorRegistry()
+        #: What the other processes of this server have counted.
+        self.others: Callable[[], list[list[Series]]] = list
         self._requests = Counter(
             "entidb_requests", "Requests answered", ["path", "status"], registry=registry
         )
@@ -88,10 +104,71 @@ class Metrics:
         for result in answer.results:
             self._transactions.labels(_VERDICTS[result.verdict]).inc()
 
+    def series(self) -> list[Series]:
+        """What this process has counted."""
+        return [
+            Series(
+                each.name,
+                each.documentation,
+                each.type,
+                [(sample.name, sample.labels, sample.value) for sample in each.samples],
+            )
+            for each in self._registry.collect()
+        ]
+
     def response(self) -> HttpResponse:
-        return HttpResponse(
-            200, {"content-type": CONTENT_TYPE_LATEST}, generate_latest(self._registry)
+        others, registry = self.others(), self._registry
+        if others:
+            registry = CollectorRegistry(auto_describe=False)
+            registry.register(_Together(summed([self.series(), *others])))
+        return HttpResponse(200, {"content-type": CONTENT_TYPE_LATEST}, generate_latest(registry))
+
+
+def summed(parts: Iterable[list[Series]]) -> list[Series]:
+    """What several processes have counted, together."""
+    found: dict[str, Series] = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for part in parts:
+        for each in part:
+            found.setdefault(each.name, each)
+            into = values.setdefault(each.name, {})
+            for name, labels, value in each.samples:
+                key = name, tuple(sorted(labels.items()))
+                known = into.get(key)
+                if known is None:
+                    into[key] = value
+                elif name.endswith("_created"):
+                    into[key] = min(known, value)
+                else:
+                    into[key] = max(known, value) if name in _SAME else known + value
+    return [
+        Series(
+            name,
+            each.says,
+            each.kind,
+            [(sample, dict(labels), value) for (sample, labels), value in values[name].items()],
         )
+        for name, each in found.items()
+    ]
+
+
+def lasting(series: list[Series]) -> list[Series]:
+    """What still counts when its process has ended."""
+    return [each for each in series if each.kind != _GAUGE]
+
+
+class _Together:
+    """A collector of what was summed up."""
+
+    def __init__(self, series: list[Series]) -> None:
+        self._series = series
+
+    def collect(self) -> Iterator[Metric]:
+        for each in self._series:
+            metric = Metric(each.name, each.says, each.kind)
+            for name, labels, value in each.samples:
+                metric.add_sample(name, labels, value)
+            yield metric
 
 
 def _backup_age_s(office: Office) -> float:

@@ -12,6 +12,7 @@ from msgspec import json, to_builtins
 from entidb.errors import ProtocolError
 from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from entidb.server import wire
+from entidb.server.admin.office import Office
 from entidb.server.admin.readiness import Readiness
 from entidb.server.exchange import Exchange
 from entidb.server.server import SyncServer
@@ -27,9 +28,10 @@ ADDRESSES: Final = frozenset(("/healthz", "/readyz", "/v1/info", "/metrics"))
 class Plain:
     """Without ``metrics`` there is no address for them."""
 
-    def __init__(self, server: SyncServer, readiness: Readiness, metrics: Metrics | None) -> None:
+    def __init__(self, server: SyncServer, office: Office, metrics: Metrics | None) -> None:
         self._server = server
-        self._readiness = readiness
+        self._office = office
+        self._readiness = Readiness(office)
         self._metrics = metrics
 
     def serves(self, path: str) -> bool:
@@ -41,19 +43,28 @@ class Plain:
             raise ProtocolError("read this with GET", code="method_not_allowed")
         if exchange.path == "/metrics":
             assert self._metrics is not None
-            return self._metrics.response()
+            if self._office.others.count() is None:
+                return self._metrics.response()
+            return await asyncio.to_thread(self._metrics.response)
         if exchange.path == "/healthz":
             status = "stopping" if stopping else "ok"
-            return _json({"status": status}, 503 if stopping else 200)
+            count = self._office.others.count()
+            workers = {} if count is None else {"workers": count}
+            return _json({"status": status, **workers}, 503 if stopping else 200)
         if exchange.path == "/readyz":
             return await self._ready(stopping)
         return _json(self.info())
 
     async def _ready(self, stopping: bool) -> HttpResponse:
-        reasons = ("stopping",) if stopping else await asyncio.to_thread(self._readiness.reasons)
+        reasons = ["stopping"] if stopping else await asyncio.to_thread(self._reasons)
         if reasons:
-            return _json({"status": "not ready", "reasons": list(reasons)}, 503)
+            return _json({"status": "not ready", "reasons": reasons}, 503)
         return _json({"status": "ready"})
+
+    def _reasons(self) -> list[str]:
+        """Of all processes of this server."""
+        mine = self._readiness.reasons()
+        return [*mine, *sorted(self._office.others.reasons() - set(mine))]
 
     def info(self) -> dict[str, Any]:
         """What ``GET /v1/info`` says."""

@@ -1,7 +1,7 @@
-"""Running the app on uvicorn: addresses, TLS, signals, and connections that do nothing.
+"""Running the app on uvicorn: addresses, TLS, signals, and connections that do nothing; in this
+process, or in several that have this one as their parent.
 
-One server per data directory, in one process: the store has one writer, and pushes share commits
-only within a process. What is served is ``app``'s.
+One server per data directory. What is served is ``app``'s.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import uvicorn
@@ -37,6 +38,8 @@ from entidb.server.connections import (
 from entidb.server.keys import key_files
 from entidb.server.server import SyncServer
 from entidb.server.signals import read_again, signals
+from entidb.server.workers.family import Family, can_share, cannot_share
+from entidb.server.workers.parent import Parent
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -72,11 +75,13 @@ def serve(
     SIGHUP has keys and certificate read again, and says so in a line on standard error.
 
     Prints the address once it is bound, as one line on standard error, and writes it to
-    ``ready_file``. Other keywords are those of ``Listen``. Logs go to standard error unless the
-    program has set up logging. Warns there of a secret or a key that every user of this machine can
-    read. Raises ``ConfigError`` for an address that cannot be bound, for certificates that cannot
-    be read, for a ``ready_file`` that cannot be written, and for anything but loopback without
-    authentication; ``DatabaseLockedError`` if another server has the directory.
+    ``ready_file``. With ``workers`` it serves in so many processes, forked from this one, and
+    replaces those that end; call it before the program starts threads. Other keywords are those of
+    ``Listen``. Logs go to standard error unless the program has set up logging. Warns there of a
+    secret or a key that every user of this machine can read. Raises ``ConfigError`` for an address
+    that cannot be bound, for certificates that cannot be read, for a ``ready_file`` that cannot be
+    written, and for anything but loopback without authentication; ``DatabaseLockedError`` if
+    another server has the directory.
     """
     _log_to_stderr()
 
@@ -88,7 +93,50 @@ def serve(
 
     if ready_file is not None:
         _check_ready(Path(ready_file))
-    runner = _prepare(config, Listen(host=host, port=port, **listen), announce)
+    settings = config.config if isinstance(config, SyncServer) else config
+    where = Listen(host=host, port=port, **listen)
+    if settings.workers > 1:
+        _serve_together(config, settings, where, announce)
+        return
+    runner = _prepare(config, where, announce)
+    with signals(runner.server, runner.read_again):
+        runner.run()
+
+
+def _serve_together(
+    config: ServerConfig | SyncServer,
+    settings: ServerConfig,
+    listen: Listen,
+    announce: Callable[[str], None],
+) -> None:
+    if isinstance(config, SyncServer):
+        raise ConfigError(
+            "each of several workers has a server of its own: give serve the ServerConfig"
+        )
+    if not can_share():
+        raise cannot_share()
+    server = SyncServer(config, family=Family.of(os.getpid()))
+    try:
+        runner = _prepare(server, listen, _nothing, worker=True)
+        with runner.bound:
+            parent = Parent(
+                settings.workers,
+                partial(_work, runner, listen.backlog),
+                announce=lambda: announce(runner.server.url),
+                grace_s=settings.shutdown_timeout_s,
+            )
+            parent.run()
+    finally:
+        server.close()
+
+
+def _work(runner: _Runner, backlog: int, ready: Callable[[], None]) -> None:
+    def listens(url: str) -> None:
+        # It was told to accept one connection at a time, for others to get their share.
+        runner.bound.listen(backlog)
+        ready()
+
+    runner.server.announce = listens
     with signals(runner.server, runner.read_again):
         runner.run()
 
@@ -104,6 +152,9 @@ def serving(config: ServerConfig | SyncServer, **listen: Any) -> Iterator[str]:
         urls.append(url)
         ready.set()
 
+    settings = config.config if isinstance(config, SyncServer) else config
+    if settings.workers > 1:
+        raise ConfigError("serving runs in this process alone: take serve for several workers")
     runner = _prepare(config, Listen(**{"port": 0, **listen}), announce)
 
     def run() -> None:
@@ -127,7 +178,7 @@ def serving(config: ServerConfig | SyncServer, **listen: Any) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Runner:
-    server: uvicorn.Server
+    server: _Server
     bound: socket.socket
     read_again: Callable[[], None]
 
@@ -137,27 +188,42 @@ class _Runner:
 
 
 def _prepare(
-    config: ServerConfig | SyncServer, listen: Listen, announce: Callable[[str], None]
+    config: ServerConfig | SyncServer,
+    listen: Listen,
+    announce: Callable[[str], None],
+    *,
+    worker: bool = False,
 ) -> _Runner:
     settings = config.config if isinstance(config, SyncServer) else config
     # First, so that a directory that another server has is not called a port that is taken.
-    app = create_app(config)
+    app = (
+        SyncApp(config, owned=True)
+        if isinstance(config, SyncServer) and worker
+        else (create_app(config))
+    )
     bound = None
     try:
         bound = _bind(listen, settings)
         certificate = _certificate(listen, app.server.clock)
         uvicorn_config = _uvicorn_config(app, settings, listen, certificate)
+        if worker:
+            uvicorn_config.backlog = 1
         name = bound.getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         scheme = "https" if listen.tls_cert else "http"
         url = f"{scheme}://{host}:{name[1]}"
         server = _Server(uvicorn_config, announce, url, app.send_away)
+        server.gentle = worker
         return _Runner(server, bound, partial(read_again, app.server, certificate))
     except BaseException:
         if bound is not None:
             bound.close()
         app.discard()
         raise
+
+
+def _nothing(url: str) -> None:
+    return None
 
 
 def _certificate(listen: Listen, clock: Clock) -> Certificate | None:
@@ -322,13 +388,21 @@ class _Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._send_away = send_away
-        self._announce = announce
-        self._url = url
+        self.announce = announce
+        self.url = url
+        #: Ctrl-C reaches it from the terminal and from its parent, and is no second one.
+        self.gentle = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._announce(self._url)
+            self.announce(self.url)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.gentle:
+            self.should_exit = True
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._send_away()

@@ -9,6 +9,7 @@ threads. ``app`` serves the same over ASGI, with group commit and a reader threa
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
@@ -39,6 +40,7 @@ from entidb.server.quotas import quotas_of
 from entidb.server.registry import Registry
 from entidb.server.stores import Stores
 from entidb.server.wire import HttpResponse
+from entidb.server.workers.family import Family, family_of
 from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy
 
 
@@ -57,7 +59,10 @@ class SyncServer:
         clock: Clock | None = None,
         entropy: Entropy = system_entropy,
         open_database: OpenDatabase | None = None,
+        family: Family | None = None,
     ) -> None:
+        """``family``: the processes with which it is one server, where ``config`` and the program
+        that has started this process do not say so."""
         if not isinstance(config, ServerConfig):
             raise ConfigError(f"config must be a ServerConfig, not {kind_name(config)}")
         self.config = config
@@ -79,9 +84,12 @@ class SyncServer:
         }
         if open_database is None and config.data_dir is None:
             open_database = in_memory(**options)
+        self.family: Final = family or family_of(config)
+        self._process = os.getpid()
+        self._entropy = entropy
         self._directory: DataDirectory | None = None
         if open_database is None:
-            self._directory = DataDirectory.take(config)
+            self._directory = DataDirectory.take(config, self.family)
             open_database = on_disk(config, **options)
         try:
             self.stores = Stores(config, clock=self.clock, open_database=open_database)
@@ -125,6 +133,16 @@ class SyncServer:
         settings = {"idle_close_s": 0.0, "databases_open_max": 100_000, **settings}
         config = ServerConfig(data_dir=None, **settings)
         return cls(config, clock=clock, entropy=entropy, open_database=open_database)
+
+    def begin(self) -> None:
+        """Called by code that is going to serve this: a process that was forked since it was made
+        takes its own share of the directory, and its own ids. Raises ``DatabaseLockedError``."""
+        if self._process == os.getpid():
+            return
+        self._process = os.getpid()
+        self._request_id_prefix = self._entropy(6).hex()
+        if self.family is not None:
+            self._directory = DataDirectory.take(self.config, self.family)
 
     # ------------------------------------------------------------ answering
 

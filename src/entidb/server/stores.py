@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Final
 
@@ -111,6 +111,13 @@ class Stores:
         self.is_frozen: Callable[[str], bool] = _never
         #: Called with a database that was opened: it may have been put back meanwhile.
         self.on_open: Callable[[str, int], None] = _ignore
+        #: Where several processes are one server: the database is closed in the others as long as
+        #: this goes on; one of them keeps it closed; somebody waits for news of it here; it is
+        #: this process that looks for old tombstones now.
+        self.elsewhere: Callable[[str, float], AbstractContextManager[None]] = _alone
+        self.is_kept_closed: Callable[[str], bool] = _never
+        self.is_awaited: Callable[[str], bool] = _never
+        self.may_purge: Callable[[str, float], bool] = _always
         self._stores: dict[str, Store] = {}
         #: Guards the table and the counters of its entries; never held during I/O.
         self._lock = threading.Lock()
@@ -214,6 +221,13 @@ class Stores:
 
     @contextmanager
     def closed(self, db_id: str, wait_s: float) -> Iterator[None]:
+        """The database is closed inside the block, in every process of this server, and cannot be
+        opened. Raises as ``closed_here``."""
+        with self.closed_here(db_id, wait_s), self.elsewhere(db_id, wait_s):
+            yield
+
+    @contextmanager
+    def closed_here(self, db_id: str, wait_s: float) -> Iterator[None]:
         """The database is closed inside the block, and cannot be opened: who asks for it is told
         to come again. Raises ``ServerBusyError`` if somebody uses it for longer than ``wait_s``,
         if it is closed by another such block, and if a program of the server has it open."""
@@ -244,12 +258,20 @@ class Stores:
             time.sleep(_LOOK_S)
         self._close(store)
 
+    def listen(self, store: Store) -> None:
+        """Have ``on_commit`` called for what other processes commit too, where somebody waits for
+        it."""
+        if self.is_awaited(store.db_id):
+            store.database.start_hearing()
+
     @property
     def open_count(self) -> int:
         return len(self._stores)
 
     def _open(self, db_id: str, create: bool) -> Store:
         self._drop_broken(db_id)
+        if self.is_kept_closed(db_id):
+            raise _looked_after()
         self._make_room()
         database = self._open_database(db_id, create)
         database.on_commit = lambda head: self.on_commit(db_id, head)
@@ -272,6 +294,7 @@ class Stores:
                 self._stores[db_id] = store
         if opened:
             self.on_open(db_id, database.read_head().sequence)
+            self.listen(store)
             return store
         store.close()
         raise _stopping()
@@ -296,7 +319,7 @@ class Stores:
             if self._closed:
                 raise _stopping()
             if db_id in self._kept_closed:
-                raise ServerBusyError("the database is being looked after", retry_after=_RETRY_S)
+                raise _looked_after()
             store = self._stores.get(db_id)
             if store is None:
                 return
@@ -353,7 +376,7 @@ class Stores:
                 idle = [
                     store
                     for store in self._stores.values()
-                    if (idle_s and _closable(store) and store.used_at <= before)
+                    if (idle_s and self._is_idle(store) and store.used_at <= before)
                     or (store.broken and not store.users)
                 ]
                 for store in idle:
@@ -361,12 +384,17 @@ class Stores:
             for store in idle:
                 self._close(store)
 
+    def _is_idle(self, store: Store) -> bool:
+        return _closable(store) and not self.is_awaited(store.db_id)
+
     def _purge(self, store: Store) -> None:
         now = self._clock.monotonic()
         due = store.purged_at is None or now - store.purged_at >= self._purge_interval_s
         if not due:
             return
         store.purged_at = now
+        if not self.may_purge(store.db_id, self._purge_interval_s):
+            return
         with store.database.write() as writer:
             if writer.head.sequence:
                 mark_clock(writer, self._clock_mark_ms)
@@ -397,6 +425,18 @@ def _ignore(db_id: str, head: int) -> None:
 
 def _never(db_id: str) -> bool:
     return False
+
+
+def _always(db_id: str, every_s: float) -> bool:
+    return True
+
+
+def _alone(db_id: str, wait_s: float) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _looked_after() -> ServerBusyError:
+    return ServerBusyError("the database is being looked after", retry_after=_RETRY_S)
 
 
 def _closable(store: Store) -> bool:

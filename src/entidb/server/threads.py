@@ -61,7 +61,8 @@ class Running:
             target=self._housekeep, name="entidb-housekeeper", daemon=True
         )
         self._housekeeper.start()
-        self._door = open_door(office_of(server))
+        # Of several processes only one has it (``workers.team``).
+        self._door = None if server.family is not None else open_door(office_of(server))
 
     @asynccontextmanager
     async def line(self, db_id: str) -> AsyncIterator[None]:

@@ -136,4 +136,5 @@ def reload(office: Office, caller: Caller) -> list[KeyRow]:
             office.server.reload()
         except EntiDBError as error:
             raise ConfigError(f"the keys stay as they were: {error}") from error
+        office.others.reload()
     return keys(office, caller)

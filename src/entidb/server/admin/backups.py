@@ -209,7 +209,7 @@ class Schedule:
             tried = self._tried.get(name)
             if tried is not None and now - tried < min(every_ms, _AGAIN_MS):
                 continue
-            if self._office.tasks.is_due("backup", name):
+            if self._office.tasks.is_due("backup", name) or not self._office.others.on_duty():
                 continue
             try:
                 backup(self._office, _SCHEDULE, name)

@@ -10,6 +10,7 @@ from entidb.db.maintenance import sequence_at
 from entidb.errors import ConfigError, CorruptionError
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.checking import check
+from entidb.server.admin.databases import WAIT_S
 from entidb.server.admin.office import Office
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id
@@ -67,7 +68,8 @@ def compact(office: Office, caller: Caller, db_id: str) -> Task:
 
 def _compact(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
     progress.at("compacting")
-    with office.stores.using(db_id, create=False) as store:
+    alone = office.stores.elsewhere(db_id, WAIT_S)
+    with office.stores.using(db_id, create=False) as store, alone:
         before = store.database.storage.info().file_bytes
         store.database.compact()
         return {"before_bytes": before, "after_bytes": store.database.storage.info().file_bytes}

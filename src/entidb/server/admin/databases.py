@@ -62,7 +62,7 @@ class Aside(Struct):
 
 def rows(office: Office, caller: Caller) -> list[DatabaseRow]:
     """All databases that ``caller`` may see, in order."""
-    opened = office.stores.opened()
+    opened = office.opened()
     names = set(opened)
     if office.server.config.data_dir is not None:
         names |= set(list_databases(office.root))
@@ -74,7 +74,7 @@ def row(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
     caller.check(db_id)
     check_db_id(db_id)
     look(office, db_id)
-    return _row(office, db_id, office.stores.opened())
+    return _row(office, db_id, office.opened())
 
 
 def look(office: Office, db_id: str) -> About:
@@ -173,7 +173,7 @@ def freeze(office: Office, caller: Caller, db_id: str, reason: str = "") -> Data
         office.path_of(db_id)
         frozen = Frozen(since_ms=office.clock.now_ms(), by=caller.who, reason=reason)
         office.control.freeze(db_id, frozen)
-    return _row(office, db_id, office.stores.opened())
+    return _row(office, db_id, office.opened())
 
 
 def thaw(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
@@ -182,7 +182,7 @@ def thaw(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
     with office.change(caller, "thaw", db_id):
         office.path_of(db_id)
         office.control.freeze(db_id, None)
-    return _row(office, db_id, office.stores.opened())
+    return _row(office, db_id, office.opened())
 
 
 def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
@@ -201,7 +201,7 @@ def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
             os.rename(source, target)
             sync_path(str(office.root))
             office.control.rename(db_id, to)
-    return _row(office, to, office.stores.opened())
+    return _row(office, to, office.opened())
 
 
 def delete(office: Office, caller: Caller, db_id: str, confirm: str) -> Aside:
@@ -282,7 +282,7 @@ def take_back(office: Office, caller: Caller, identity: str) -> DatabaseRow:
 
 def clear_aside(office: Office) -> None:
     """Remove for good what has waited for a day."""
-    if office.server.config.data_dir is None:
+    if office.server.config.data_dir is None or not office.others.on_duty():
         return
     now = office.clock.now_ms()
     for each, path in _aside(office):

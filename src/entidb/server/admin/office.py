@@ -6,7 +6,7 @@ What has to be done now and then is done with the server's own housekeeping.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
@@ -42,6 +42,8 @@ class Databases(Protocol[S_co]):
     def using(self, db_id: str, *, create: bool) -> AbstractContextManager[S_co]: ...
     def make(self, db_id: str) -> None: ...
     def closed(self, db_id: str, wait_s: float) -> AbstractContextManager[None]: ...
+    @property
+    def elsewhere(self) -> Callable[[str, float], AbstractContextManager[None]]: ...
 
 
 class Front(Protocol):
@@ -77,6 +79,68 @@ class Served(Protocol):
     def reload(self) -> str: ...
 
 
+class Others(Protocol):
+    """The other processes of this server."""
+
+    def on_duty(self) -> bool:
+        """Whether this process does what only one of them may do."""
+        ...
+
+    def forward(
+        self, caller: Caller, method: str, path: str, query: Mapping[str, str], body: bytes
+    ) -> tuple[int, bytes] | None:
+        """The answer of the process that is on duty; None: that is this one. Raises
+        ``ServerBusyError``."""
+        ...
+
+    def gather(self) -> None:
+        """Have them write down what they have noted of devices and refused logins."""
+        ...
+
+    def opened(self) -> dict[str, float]:
+        """The databases that they have open, with the monotonic time of the last use."""
+        ...
+
+    def reasons(self) -> set[str]:
+        """Why they should not be given work."""
+        ...
+
+    def reload(self) -> None:
+        """Have them read the keys of tokens again."""
+        ...
+
+    def count(self) -> int | None:
+        """How many there are with this one; None: this server has one process."""
+        ...
+
+
+class NoOthers:
+    """The ``Others`` of a server that is one process."""
+
+    def on_duty(self) -> bool:
+        return True
+
+    def forward(
+        self, caller: Caller, method: str, path: str, query: Mapping[str, str], body: bytes
+    ) -> tuple[int, bytes] | None:
+        return None
+
+    def gather(self) -> None:
+        return None
+
+    def opened(self) -> dict[str, float]:
+        return {}
+
+    def reasons(self) -> set[str]:
+        return set()
+
+    def reload(self) -> None:
+        return None
+
+    def count(self) -> int | None:
+        return None
+
+
 class Office:
     """Opened by ``opening``. Thread-safe."""
 
@@ -88,6 +152,7 @@ class Office:
         self.registry: Final = server.registry
         self.audit: Final = AuditLog(server.config.data_dir, server.clock)
         self.tasks: Final = Tasks(server.clock)
+        self.others: Others = NoOthers()
         #: Databases whose backups are too old, and when the oldest of the newest was made, in
         #: milliseconds since 1970; as of the last housekeeping.
         self.late_backups: list[str] = []
@@ -107,6 +172,14 @@ class Office:
         if self.server.config.data_dir is None:
             raise ServerError("this server keeps its databases in memory", code="not_on_disk")
         return Path(self.server.config.data_dir)
+
+    def opened(self) -> dict[str, float]:
+        """The databases that are open in any process of this server, with the monotonic time of
+        their last use."""
+        found = self.others.opened()
+        for name, used_at in self.stores.opened().items():
+            found[name] = max(used_at, found.get(name, used_at))
+        return found
 
     def path_of(self, db_id: str) -> Path:
         """The directory of a database that is there. Raises ``InvalidNameError``, and

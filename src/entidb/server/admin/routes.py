@@ -11,9 +11,9 @@ from typing import Final
 
 from msgspec import Struct
 
-from entidb.errors import ProtocolError
+from entidb.errors import EntiDBError, ProtocolError
 from entidb.server.admin import access, backups, care, databases
-from entidb.server.admin.asking import Asked, Changed, Route, answer_from
+from entidb.server.admin.asking import Asked, Changed, Route, answer_from, refusal
 from entidb.server.admin.audit import Entry
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
@@ -311,5 +311,13 @@ def answer(
     query: Mapping[str, str],
     body: bytes,
 ) -> tuple[int, bytes]:
-    """Status and JSON of the answer to one request; ``path`` is the whole of it."""
+    """Status and JSON of the answer to one request; ``path`` is the whole of it. Of several
+    processes that are one server the one on duty gives it."""
+    try:
+        elsewhere = office.others.forward(caller, method, path, query, body)
+        if elsewhere is not None:
+            return elsewhere
+        office.others.gather()
+    except EntiDBError as error:
+        return refusal(error)
     return answer_from(ROUTES, office, caller, method, path, query, body)

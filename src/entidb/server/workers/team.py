@@ -1,0 +1,331 @@
+"""One process among those that are one server: what it tells the others and asks them, and what it
+does if it is the one that has the *chair*.
+
+Only the process in the chair has the socket of `entidb admin`, runs administrative tasks, makes the
+backups that are due and removes what was deleted; what another process is asked of administration,
+it passes on to that one. When it ends, another one takes the chair within half a second.
+
+A thread looks after all this four times a second; nothing here is on the way of a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct, convert
+
+from entidb.errors import EntiDBError, ServerBusyError
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.local import LocalDoor, open_door
+from entidb.server.admin.office import Office
+from entidb.server.admin.readiness import Readiness
+from entidb.server.admin.routes import answer
+from entidb.server.config import directory_name
+from entidb.server.live import Live
+from entidb.server.server import SyncServer
+from entidb.server.watched import Mark, mark_of
+from entidb.server.workers.family import Family
+from entidb.server.workers.seats import SOCKET, Seats
+from entidb.server.workers.talk import Answers, Ear, Leases, ask, asking
+from entidb.storage.locks import HeldError
+
+if TYPE_CHECKING:
+    from entidb.server.metrics import Metrics
+    from entidb.server.workers.counted import Counted
+
+logger = logging.getLogger("entidb.server")
+
+#: Seconds between two looks; and between those at what changes less often.
+_TICK_S: Final = 0.25
+_SLOW_TICK_S: Final = 1.0
+#: Seconds that another process gets for an answer that it has at hand.
+_ASK_S: Final = 2.0
+#: For one that administration takes, and to find the process in the chair.
+_ADMIN_S: Final = 150.0
+_FIND_S: Final = 5.0
+_PAUSE_S: Final = 0.05
+_NOT_THERE: Final = (FileNotFoundError, ConnectionRefusedError)
+
+
+class Passed(Struct):
+    """A request to administration, passed on to the process in the chair."""
+
+    who: str
+    where: str
+    databases: list[str] | None
+    method: str
+    path: str
+    query: dict[str, str]
+    body: str
+
+
+class Team:
+    """Begins with the process's event loop, and ends after it has served. ``Others`` for the
+    office. Raises ``OSError`` where the folder of the seats cannot be made."""
+
+    def __init__(
+        self,
+        server: SyncServer,
+        office: Office,
+        live: Live,
+        family: Family,
+        metrics: Metrics | None,
+    ) -> None:
+        self._server, self._office, self._live, self._family = server, office, live, family
+        self._readiness = Readiness(office)
+        self._door: LocalDoor | None = None
+        self._on_duty = False
+        self._told_to_stop = False
+        #: What the files of databases looked like for which somebody waits.
+        self._files: dict[str, Mark] = {}
+        self._stop = threading.Event()
+        self._slow_at = 0.0
+        self._seats: Final = Seats(str(office.root))
+        self._counted = _counted(self._seats, metrics)
+        answers: Answers = {
+            "ready": lambda given: list(self._readiness.reasons()),
+            "opened": lambda given: server.stores.opened(),
+            "flush": lambda given: self._flush(),
+            "decided": lambda given: self._look_again(),
+            "reload": lambda given: server.reload(),
+            "admin": self._administer,
+            "counts": lambda given: [] if metrics is None else metrics.series(),
+        }
+        leases: Leases = {"close": lambda given: server.stores.closed_here(*given)}
+        self._ear = Ear(self._seats.folder, self._seats.name + SOCKET, answers, leases)
+        server.stores.elsewhere = self.closed
+        server.stores.is_kept_closed = lambda name: self._seats.is_kept_closed(directory_name(name))
+        server.stores.is_awaited = live.is_awaited
+        server.stores.may_purge = self._may_purge
+        office.control.on_change = self._tell_decided
+        office.others = self
+        if metrics is not None and self._counted is not None:
+            metrics.others = self._counted.others
+        self._thread = threading.Thread(target=self._run, name="entidb-team", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Give everything up, for another process to take. Idempotent."""
+        self._stop.set()
+        self._thread.join()
+        self._ear.close()
+        self._leave_chair()
+        if self._counted is not None:
+            self._counted.leave()
+        self._seats.leave()
+
+    # ------------------------------------------------------------ now and then
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._tick()
+            except Exception:
+                # The next one may work, and without it nobody would take the chair.
+                logger.exception("looking after the other processes of this server failed")
+            if self._stop.wait(_TICK_S):
+                return
+
+    def _tick(self) -> None:
+        if os.getppid() != self._family.parent and not self._told_to_stop:
+            self._told_to_stop = True
+            logger.warning("the parent of this process has ended, and so does this one")
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not self._on_duty and self._seats.take_chair():
+            self._door = open_door(self._office)
+            self._on_duty = True
+        now = time.monotonic()
+        if now >= self._slow_at:
+            self._slow_at = now + _SLOW_TICK_S
+            self._look_at_files()
+            if self._counted is not None:
+                self._counted.leave()
+            if self._on_duty:
+                self._clear_up()
+
+    def _clear_up(self) -> None:
+        if self._counted is not None:
+            self._counted.add_up()
+            return
+        for name in self._seats.gone():
+            self._seats.clear(name)
+
+    def _leave_chair(self) -> None:
+        door, self._door = self._door, None
+        if door is not None:
+            door.close()
+        self._on_duty = False
+        self._seats.give_chair()
+
+    def _look_at_files(self) -> None:
+        """Have those who wait for a database that is closed here hear of what another process has
+        committed: it is opened, and says where it ends."""
+        stores = self._server.stores
+        opened = stores.opened()
+        awaited = self._live.awaited()
+        for db_id in self._files.keys() - awaited:
+            del self._files[db_id]
+        for db_id in awaited:
+            mark = mark_of(self._office.root / directory_name(db_id) / "data.mdb")
+            known = self._files.get(db_id)
+            self._files[db_id] = mark
+            # One that is seen for the first time may have changed since it was closed.
+            if known != mark and db_id not in opened:
+                try:
+                    stores.release(stores.use(db_id, create=False))
+                except EntiDBError as error:
+                    # Who waits asks for it by himself, and is told.
+                    logger.info("database %s has changed and is not opened: %s", db_id, error)
+
+    def _may_purge(self, db_id: str, every_s: float) -> bool:
+        return self._seats.is_first(directory_name(db_id), every_s)
+
+    # ------------------------------------------------------------ asked by the others
+
+    def _flush(self) -> None:
+        self._server.registry.flush()
+        self._office.audit.flush()
+
+    def _look_again(self) -> None:
+        self._office.control.look_again()
+        self._live.look()
+
+    def _administer(self, given: Any) -> list[Any]:
+        passed = convert(given, Passed)
+        databases = None if passed.databases is None else frozenset(passed.databases)
+        status, body = answer(
+            self._office,
+            Caller(passed.who, passed.where, databases),
+            passed.method,
+            passed.path,
+            passed.query,
+            passed.body.encode("latin-1"),
+        )
+        return [status, body.decode("latin-1")]
+
+    # ------------------------------------------------------------ for the office
+
+    def on_duty(self) -> bool:
+        return self._on_duty
+
+    def count(self) -> int | None:
+        return 1 + len(self._seats.others())
+
+    def forward(
+        self, caller: Caller, method: str, path: str, query: Mapping[str, str], body: bytes
+    ) -> tuple[int, bytes] | None:
+        databases = None if caller.databases is None else sorted(caller.databases)
+        passed = Passed(
+            caller.who, caller.where, databases, method, path, dict(query), body.decode("latin-1")
+        )
+        end = time.monotonic() + _FIND_S
+        while not self._on_duty:
+            name = self._seats.chairman()
+            if name is not None and name != self._seats.name:
+                try:
+                    status, text = ask(
+                        self._seats.folder,
+                        name + SOCKET,
+                        "admin",
+                        passed,
+                        _ADMIN_S,
+                        tuple[int, str],
+                    )
+                    return status, text.encode("latin-1")
+                except _NOT_THERE:
+                    pass  # it ended before it was asked: another one takes the chair
+                except OSError as error:
+                    raise ServerBusyError(
+                        "the process of this server that administers it has ended, or is slow; "
+                        "look what came of this before you ask again",
+                        retry_after=1.0,
+                    ) from error
+            if time.monotonic() >= end:
+                raise ServerBusyError("no process administers this server at the moment")
+            time.sleep(_PAUSE_S)
+        return None
+
+    def gather(self) -> None:
+        self._ask_all("flush")
+
+    def opened(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for opened in self._ask_all("opened"):
+            for name, used_at in opened.items():
+                found[name] = max(used_at, found.get(name, used_at))
+        return found
+
+    def reasons(self) -> set[str]:
+        return {reason for reasons in self._ask_all("ready") for reason in reasons}
+
+    def reload(self) -> None:
+        self._ask_all("reload")
+
+    def _tell_decided(self) -> None:
+        self._live.look()
+        self._ask_all("decided")
+
+    def _ask_all(self, what: str) -> list[Any]:
+        """The answers of those that answer."""
+        found = []
+        for name in self._seats.others():
+            try:
+                found.append(self._ask(name, what))
+            except _NOT_THERE:
+                logger.debug("process %s has not begun yet, or has ended", name)
+            except (OSError, ServerBusyError) as error:
+                logger.warning("process %s of this server, asked to %s: %s", name, what, error)
+        return found
+
+    def _ask(self, name: str, what: str, given: Any = None, timeout_s: float = _ASK_S) -> Any:
+        return ask(self._seats.folder, name + SOCKET, what, given, timeout_s)
+
+    # ------------------------------------------------------------ for the databases
+
+    @contextmanager
+    def closed(self, db_id: str, wait_s: float) -> Iterator[None]:
+        """The database is closed in all other processes, also in those that begin meanwhile.
+        Raises ``ServerBusyError``."""
+        directory = directory_name(db_id)
+        try:
+            lock = self._seats.keep_closed(directory)
+        except HeldError as error:
+            raise ServerBusyError(f"database {db_id!r} is being looked after") from error
+        try:
+            with ExitStack() as leases:
+                for name in self._seats.others():
+                    self._close_in(leases, name, db_id, wait_s)
+                yield
+        finally:
+            self._seats.let_open(directory, lock)
+
+    def _close_in(self, leases: ExitStack, name: str, db_id: str, wait_s: float) -> None:
+        try:
+            leases.enter_context(
+                asking(self._seats.folder, name + SOCKET, "close", [db_id, wait_s], wait_s + _ASK_S)
+            )
+        except (*_NOT_THERE, ConnectionResetError):
+            return  # it has ended; or has opened nothing yet, and looks before it does
+        except OSError as error:
+            raise ServerBusyError(
+                f"process {name.partition('-')[0]} of this server does not answer, and may have "
+                f"database {db_id!r} open"
+            ) from error
+
+
+def _counted(seats: Seats, metrics: Metrics | None) -> Counted | None:
+    if metrics is None:
+        return None
+    from entidb.server.workers.counted import Counted  # as ``metrics``: only where it is used
+
+    return Counted(seats, metrics)
+
+
+__all__ = ["Team"]
