@@ -237,6 +237,8 @@ def _valid_edges() -> Iterator[dict[str, Any]]:
         PUSH_RESPONSE | {"results": [[0, 7, 0, [], "", ""]]},
         canonical(PUSH_RESPONSE | {"results": [[0, 7]]}),
     )
+    taken = [3, 0, 0, [[0, OTHER, 9, PAYLOAD]], "not_unique", "'email' is taken"]
+    yield _valid("PushResponse", "who has what is unique", PUSH_RESPONSE | {"results": [taken]})
 
 
 def _valid(kind: str, name: str, meaning: Message, data: bytes | None = None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from entidb.errors import HistoryChangedError as HistoryChangedError
     from entidb.errors import InvalidNameError as InvalidNameError
     from entidb.errors import LocalError as LocalError
+    from entidb.errors import NotUniqueError as NotUniqueError
     from entidb.errors import PermissionDeniedError as PermissionDeniedError
     from entidb.errors import ProtocolError as ProtocolError
     from entidb.errors import QueryError as QueryError
@@ -176,6 +177,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "TransactionTooLargeError",
         "ValueTypeError",
         "QueryError",
+        "NotUniqueError",
         "ScanWarning",
         "InvalidNameError",
         "ScopeError",

@@ -10,6 +10,7 @@
     │   ├── TransactionTooLargeError   transaction_too_large
     │   ├── ValueTypeError             value_type               refused by the collection's type
     │   ├── QueryError                 invalid_query            an impossible condition or order
+    │   ├── NotUniqueError             not_unique               another entity has the same fields
     │   ├── InvalidNameError           invalid_name
     │   ├── ScopeError                 scope_conflict
     │   └── ConfigError                invalid_config
@@ -135,6 +136,33 @@ class ValueTypeError(LocalError, TypeError):
 
 class QueryError(LocalError, ValueError):
     code = "invalid_query"
+
+
+class NotUniqueError(LocalError):
+    """A transaction would give an entity what another one has, in fields that an index declares
+    unique. Nothing was written.
+
+    ``collection`` and ``entity_id`` name the entity, ``fields`` what is the same, ``holder`` the
+    entity that has it already.
+    """
+
+    code = "not_unique"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        collection: str = "",
+        entity_id: UUID | None = None,
+        fields: tuple[str, ...] = (),
+        holder: UUID | None = None,
+    ) -> None:
+        super().__init__(message, code=code)
+        self.collection = collection
+        self.entity_id = entity_id
+        self.fields = fields
+        self.holder = holder
 
 
 class ScanWarning(UserWarning):

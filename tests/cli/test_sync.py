@@ -508,6 +508,14 @@ def test_a_server_that_cannot_be_safe_does_not_start(tmp_path: Path, options: tu
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("given", ["users", "=email", "users=", "users=a,a", "users=a..b"])
+def test_what_is_unique_is_given_as_collection_and_fields(tmp_path: Path, given: str):
+    options = ("--insecure-no-auth", "--unique", given)
+    result = entidb("serve", tmp_path / "srv", "--port", 0, *options)
+    assert result.exit_code == Exit.USAGE
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_every_setting_of_the_server_is_an_option_of_serve():
     fields = {name for name in ServerConfig.__dataclass_fields__ if name != "data_dir"}
     assert set(SETTINGS) == fields - {"authenticator"}  # a function has no place on a command line

@@ -54,6 +54,27 @@ def test_a_device_and_a_server_of_two_versions_keep_in_step(
         assert a.care() == b.care() == []
 
 
+def test_an_older_device_withdraws_what_is_not_unique(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    old, unique = sources["0.3.1"], ("--unique", "users=email")
+    with (
+        server(sources["now"], tmp_path / "srv", *unique) as url,
+        device(old, tmp_path / "a", url) as a,
+        device(old, tmp_path / "b", url) as b,
+    ):
+        a.put(("users", 1, {"email": "ada"}))
+        b.put(("users", 2, {"email": "ada"}))
+        b.put(("users", 3, {"email": "bob"}))
+        assert a.sync()["pushed"] == 1
+        answer = b.sync()
+        assert (answer["discarded"], answer["pending"]) == (["not_unique"], 0)
+        a.sync()
+        assert a.read() == b.read()
+        assert sorted(a.read()["users"]) == ["1", "3"]
+        assert a.care() == b.care() == []
+
+
 OPEN = """
 import sys
 from entidb import Database, EntiDBError

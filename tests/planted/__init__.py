@@ -15,6 +15,7 @@ invariant noticed and after how many seeds. By subject:
     running     how syncs are run, and the server's groups and stores
     keeping     who is locked out, what is frozen, and what devices make of it
     indexing    indexes that fall out of step, and what they answer
+    unique      what is unique on a server, and is not
     histories   histories, floors, tenants and backups of the server
     ages        programs of different ages, and a server that stores newer shapes
 """
@@ -36,6 +37,7 @@ for _room in (
     "serving",
     "running",
     "indexing",
+    "unique",
     "histories",
     "ages",
     "keeping",

@@ -46,6 +46,8 @@ SETTINGS: Final[dict[str, str]] = {
     "schema": "Number of the newest schema of the programs that use this server.",
     "schema_min": "Programs of a lower schema may push, and not pull.",
     "upcast": "MODULE:FUNCTION that makes the newest shape of what older programs push.",
+    "unique": "COLLECTION=FIELD[,FIELD…] that no two entities may share; repeat it.",
+    "indexes": "COLLECTION=FIELD[,FIELD…] to find entities by; repeat it.",
     "transaction_bytes_max": "Bytes of one transaction.",
     "body_bytes_max": "Bytes of one request.",
     "push_operations_max": "Operations in one push.",
@@ -100,6 +102,9 @@ _DEFAULTS: Final = {
     for each in dataclasses.fields(ServerConfig)
     if each.default is not dataclasses.MISSING
 }
+#: Lists by collection: an option for each member.
+_BY_COLLECTION: Final = ("unique", "indexes")
+_DEFAULTS.update(dict.fromkeys(_BY_COLLECTION, ()))
 
 
 def _option(name: str, default: Any, meaning: str) -> Callable[[F], F]:
@@ -153,10 +158,24 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
         )
     if given["validate"] is not None or given["upcast"] is not None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does; a script's path has no such entry
+    for name in _BY_COLLECTION:
+        given[name] = _by_collection(name, given[name])
     config = ServerConfig(data_dir=data_dir, **given)
     from entidb.server import serve
 
     serve(config, **listen)
+
+
+def _by_collection(option: str, given: tuple[str, ...]) -> dict[str, list[tuple[str, ...]]]:
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for each in given:
+        name, equals, fields = each.rpartition("=")
+        if not equals or not name:
+            raise UsageError(
+                f"--{option} wants COLLECTION=FIELD or COLLECTION=FIELD,FIELD, not {each!r}"
+            )
+        found.setdefault(name, []).append(tuple(fields.split(",")))
+    return found
 
 
 # ---------------------------------------------------------------- secrets and tokens

@@ -30,6 +30,7 @@ class IndexInfo(Struct, frozen=True):
     A table has all of its entities in it if it was begun with the index there already (its number
     is ``since`` or more), or is in ``built``. In ``table`` it is being built, up to and with the id
     ``after``. It is ``paused`` once a program has written that does not have the function.
+    ``unique`` says that no two entities may have the same place in it.
     """
 
     number: int
@@ -42,6 +43,7 @@ class IndexInfo(Struct, frozen=True):
     table: int = 0
     after: bytes = b""
     paused: bool = False
+    unique: bool = False
 
     def has(self, table: int) -> bool:
         """Whether all entities of ``table`` are in it."""
@@ -49,7 +51,8 @@ class IndexInfo(Struct, frozen=True):
 
     def __str__(self) -> str:
         names = ", ".join(".".join(path) for path in self.fields)
-        return names + (" each" if self.each else "") + (f" by {self.key}" if self.key else "")
+        how = (" each" if self.each else "") + (f" by {self.key}" if self.key else "")
+        return names + how + (" unique" if self.unique else "")
 
 
 class IndexSet(Struct, frozen=True):

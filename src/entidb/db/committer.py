@@ -13,8 +13,9 @@ from typing import Any, Final, Generic, TypeVar
 
 from entidb.db.core import Core
 from entidb.db.draft import Draft
-from entidb.db.local import Writes, check_size, commit_local
+from entidb.db.local import Role, Writes, check_size, commit_local
 from entidb.db.rows import OverlayRows, SnapshotRows
+from entidb.db.uniqueness import refuse_taken
 from entidb.db.writer import Writer
 from entidb.errors import (
     CommitUnknownError,
@@ -166,6 +167,8 @@ class Committer:
             try:
                 job.error, job.value = None, job.work(staging)
                 check_size(staging.writes, core.transaction_bytes_max)
+                if writer.watcher is not None:
+                    refuse_taken(writer, staging.writes, decides=core.role is Role.SERVER)
             except Exception as error:
                 job.fail(error)
                 continue

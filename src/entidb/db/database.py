@@ -35,6 +35,7 @@ from entidb.db.scope import change_local, change_scope, forget_collection
 from entidb.db.settings import check_settings, cursor_of, names_of
 from entidb.db.snapshot import Snapshot
 from entidb.db.transaction import Transaction
+from entidb.db.uniqueness import refuse_taken
 from entidb.errors import DatabaseLockedError, ScopeError, TransactionError
 from entidb.storage import MemoryStorage, open_storage
 from entidb.storage.base import StoreTurn
@@ -265,6 +266,8 @@ class Database(Indexed):
         rows = tx._rows.below
         assert isinstance(rows, SnapshotRows)
         writer = self._writer(rows)
+        if writer.watcher is not None:
+            refuse_taken(writer, tx.writes, decides=self.role is Role.SERVER)
         sequence = commit_local(writer, self.role, tx.writes, tx.transaction_id, self._tick(writer))
         if sequence:
             self._store(writer, "local")
@@ -291,6 +294,8 @@ class Database(Indexed):
             size = len(payload) + OPERATION_OVERHEAD_BYTES
             if size > TRANSACTION_CONTAINERS_MAX or size > self.transaction_bytes_max:
                 check_size(writes, self.transaction_bytes_max)
+            if writer.watcher is not None:
+                refuse_taken(writer, writes, decides=self.role is Role.SERVER)
             commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
         return made
 

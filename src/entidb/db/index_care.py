@@ -6,6 +6,8 @@ carries it on, so it can stop anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -13,7 +15,8 @@ from entidb import cbor
 from entidb.db.catalogue import NO_INDEXES, CollectionInfo, IndexInfo, IndexSet
 from entidb.db.core import Core
 from entidb.db.index_keys import index_count_key, index_prefix
-from entidb.db.indexing import Index, MakePlaces, maker_of, paths_of, renewed
+from entidb.db.indexing import Index, MakePlaces, Meaning, maker_of, meaning_of, renewed
+from entidb.db.local import Role
 from entidb.db.looking import function_name
 from entidb.db.records import (
     FORMAT_PLAIN,
@@ -37,16 +40,26 @@ DROP_ROWS = 5_000
 # ---------------------------------------------------------------- declaring
 
 
-def declare(database: Core, name: str, wanted: list[Index]) -> bool:
-    """Make ``wanted`` the indexes of collection ``name``: new ones are to be built, others are to
-    be emptied. Whether there is something to do. Raises what a commit does."""
-    for index in wanted:
+def declare(
+    database: Core,
+    name: str,
+    wanted: Sequence[Index] | None,
+    unique: Sequence[Index] | None = None,
+) -> bool:
+    """Make ``wanted`` the indexes of collection ``name`` (None: leave those that are there): new
+    ones are to be built, others are to be emptied. Whether there is something to do. Raises what a
+    commit does.
+
+    With ``unique`` these are unique beside them, and nothing else is. Without, what is unique on
+    a server stays so: a program there does not end that by leaving it out."""
+    for index in (*(wanted or ()), *(unique or ())):
         if index.key is not None:
             database.index_functions[function_name(index.key)] = index.key
     with database.view() as view:
         info = view.catalogue.by_name.get(name)
         there = () if info is None else info.indexes
-        if {_meaning(index) for index in there} == set(map(_declared, wanted)):
+        due = _definitions(database.role, there, wanted, unique)
+        if set(map(_meaning, there)) == set(due):
             if not any(index.paused for index in there):
                 return bool(_unfinished(view)) or bool(view.catalogue.indexes.dropped)
         if database.read_only:
@@ -59,39 +72,69 @@ def declare(database: Core, name: str, wanted: list[Index]) -> bool:
         )
     try:
         with database.write("local") as writer:
-            _declare(writer, name, wanted)
+            there = writer.collection(name).indexes
+            _declare(writer, name, _definitions(database.role, there, wanted, unique))
     finally:
         database._format_lock.release()
     return True
 
 
-def _declared(index: Index) -> tuple[object, ...]:
-    key = None if index.key is None else function_name(index.key)
-    return paths_of(index), index.each, key
+def declare_all(
+    database: Core,
+    given: Mapping[str, tuple[Sequence[Index] | None, Sequence[Index] | None]],
+) -> bool:
+    """``declare`` for several collections; whether something is to be built. What was declared
+    stays, whatever the next one raises."""
+    to_do = [declare(database, name, *lists) for name, lists in given.items()]
+    return any(to_do)
 
 
-def _meaning(index: IndexInfo) -> tuple[object, ...]:
-    return index.fields, index.each, index.key
+#: Fields, whether of each member, the name of the function, and whether it is unique.
+_Definition = tuple[tuple[tuple[str, ...], ...], bool, str | None, bool]
 
 
-def _declare(writer: Writer, name: str, wanted: list[Index]) -> None:
+def _meaning(index: IndexInfo) -> _Definition:
+    return index.fields, index.each, index.key, index.unique
+
+
+def _definitions(
+    role: Role,
+    there: Sequence[IndexInfo],
+    wanted: Sequence[Index] | None,
+    unique: Sequence[Index] | None,
+) -> dict[_Definition, None]:
+    """What the indexes of a collection are to be, in order; see ``declare``."""
+    if wanted is None:
+        found = [_meaning(index) for index in there if unique is None or not index.unique]
+    else:
+        found = [(*meaning_of(index), index.unique) for index in wanted]
+    if unique is not None:
+        found += [(*meaning_of(index), True) for index in unique]
+    elif role is Role.SERVER:
+        found += [_meaning(index) for index in there if index.unique]
+    flags: dict[Meaning, bool] = {}
+    for fields, each, key, flag in found:
+        flags[fields, each, key] = flag or flags.get((fields, each, key), False)
+    return {(*meaning, flag): None for meaning, flag in flags.items()}
+
+
+def _declare(writer: Writer, name: str, wanted: Iterable[_Definition]) -> None:
     info = writer.collection(name)
     catalogue = writer.catalogue
     indexes = catalogue.indexes
-    left = {_meaning(index): index for index in indexes.of(info.number)}
+    left = {_meaning(index)[:3]: index for index in indexes.of(info.number)}
     # A table without a row has all of them in it.
     built = () if writer.table_rows(info.table, 1) else (info.table,)
     mine, following = [], indexes.next
-    for index in wanted:
-        known = left.pop(_declared(index), None)
+    for fields, each, key, unique in wanted:
+        known = left.pop((fields, each, key), None)
         if known is None:
-            key = None if index.key is None else function_name(index.key)
-            fields, since = paths_of(index), catalogue.next_table
-            known = IndexInfo(following, info.number, fields, index.each, key, since, built)
+            since = catalogue.next_table
+            known = IndexInfo(following, info.number, fields, each, key, since, built)
             following += 1
         elif known.paused:
             known = replace(known, since=catalogue.next_table, built=built, paused=False)
-        mine.append(known)
+        mine.append(known if known.unique is unique else replace(known, unique=unique))
     others = tuple(index for index in indexes.each if index.collection != info.number)
     gone = tuple(index.number for index in left.values())
     indexes = IndexSet((*others, *mine), indexes.dropped + gone, following)
@@ -225,6 +268,7 @@ __all__ = [
     "IndexStatus",
     "build_step",
     "declare",
+    "declare_all",
     "rebuild",
     "statuses",
 ]

@@ -31,6 +31,10 @@ class Indexed(Core):
         """The indexes of all collections, and how far each is built."""
         return statuses(self)
 
+    def build_indexes(self) -> None:
+        """Build in the background what is to be built, unless that is under way."""
+        self._builder.start()
+
     def wait_for_indexes(self) -> None:
         """Return when all indexes that this program can build are ready, and build meanwhile.
         Raises what a commit does; what was built stays."""

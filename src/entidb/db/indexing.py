@@ -1,4 +1,4 @@
-"""Indexes: what one is declared as, which places an entity has in it, and keeping those in step.
+"""Indexes: which places an entity has in one, and keeping those in step.
 
 A place is a key: the index, the table, what the entity's fields sort by (``sort_keys``), its id.
 ``Indexing`` hangs on the one room that writes entities. So a place is put or taken away in the
@@ -9,25 +9,25 @@ its indexes when readers see it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo, IndexInfo, IndexSet
 from entidb.db.entities import Entities, Payloads
+from entidb.db.index_definition import FIELDS_MAX, Index, Meaning, checked, meaning_of, paths_of
 from entidb.db.index_keys import INDEXED_BYTES_MAX, WHOLE_TEXT, index_prefix
-from entidb.db.looking import MISSING, Function, applied, field_of, function_name
+from entidb.db.looking import MISSING, Function, applied, field_of
 from entidb.db.records import INDEX_COUNT, pack_u64, unpack_u64
 from entidb.db.sort_keys import sort_key
-from entidb.errors import ConfigError
 
 Functions = dict[str, Function]
 #: The fields of an entity's places in an index.
 Places = tuple[bytes, ...]
 MakePlaces = Callable[[Any], Places]
+#: Of an index that is kept in step: see ``Indexing._wanted``.
+_Kept = tuple[bytes, MakePlaces, bytes | None, bool]
 
-FIELDS_MAX: Final = 8
 #: Functions that every program has.
 WELL_KNOWN: Final[Mapping[str, Function]] = {
     "str.casefold": str.casefold,
@@ -35,61 +35,6 @@ WELL_KNOWN: Final[Mapping[str, Function]] = {
     "str.upper": str.upper,
 }
 NOWHERE: Final[Places] = ()
-
-
-@dataclass(frozen=True, init=False)
-class Index:
-    """An index to declare: ``db.collection("stock", indexes=[Index("kind", "price")])``.
-
-    Entities are found by the first of its fields, by the first two, and so on, and come in the
-    order of the next one. ``Index("tags", each=True)`` has each member of a list, for
-    ``F.tags.contains("new")``. ``Index("name", key=str.casefold)`` goes by what a function makes
-    of the field, for ``F.name.by(str.casefold) == "ada"``: a pure function with a name, which is
-    part of the definition. It answers what an entity can hold, with ``each``
-    a list; where it raises, the entity is not in the index. A field inside a field is
-    ``"address.city"``. ``ConfigError`` is raised when it is declared, for what cannot be one.
-    """
-
-    fields: tuple[str, ...]
-    each: bool = False
-    key: Function | None = None
-
-    def __init__(self, *fields: str, each: bool = False, key: Function | None = None) -> None:
-        object.__setattr__(self, "fields", fields)
-        object.__setattr__(self, "each", each)
-        object.__setattr__(self, "key", key)
-
-
-def checked(name: str, given: object) -> list[Index]:
-    """The indexes declared for collection ``name``. Raises ``ConfigError``."""
-    if not isinstance(given, list | tuple) or not all(isinstance(one, Index) for one in given):
-        raise ConfigError(
-            f'indexes of {name!r} are a list like [Index("kind", "price")], not {given!r:.80}'
-        )
-    for index in given:
-        _check(name, index)
-    if len(set(given)) < len(given):
-        raise ConfigError(f"{name!r} declares the same index twice: {given!r:.200}")
-    return list(given)
-
-
-def _check(name: str, index: Index) -> None:
-    if not 1 <= len(index.fields) <= FIELDS_MAX:
-        raise ConfigError(f"an index of {name!r} takes 1 to {FIELDS_MAX} fields, not {index!r:.80}")
-    for field in index.fields:
-        given: object = field
-        if not isinstance(given, str) or not all(given.split(".")):
-            raise ConfigError(f"a field of an index of {name!r} is its name, not {given!r:.80}")
-    if len(set(index.fields)) < len(index.fields):
-        raise ConfigError(f"an index of {name!r} names a field twice: {index!r:.80}")
-    if (index.each or index.key is not None) and len(index.fields) > 1:
-        raise ConfigError(f"each and key are for an index of one field, not {index!r:.80}")
-    if index.key is not None:
-        function_name(index.key)
-
-
-def paths_of(index: Index) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(field.split(".")) for field in index.fields)
 
 
 # ---------------------------------------------------------------- places
@@ -149,8 +94,13 @@ class Indexing:
 
     def __init__(self, entities: Entities, functions: Mapping[str, Function]) -> None:
         self._entities = entities
-        self._functions = functions
+        self.functions = functions
+        #: What this commit has done to places of indexes that are unique: by place, with the
+        #: index before it, the ids that are there by now (True) or not any more.
+        self.moved: dict[bytes, dict[bytes, bool]] = {}
         self._counts: dict[bytes, int] = {}
+        #: The collection that was asked about last, and what was found.
+        self._known: tuple[CollectionInfo | None, list[_Kept]] = None, []
 
     def changed(
         self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
@@ -161,17 +111,19 @@ class Indexing:
         decode, changes = cbor.decode_trusted, self._entities.changes
         if not any(olds) and None not in news:
             values = [decode(new) for new in news if new is not None]
-            for prefix, places, counted in wanted:
-                self._add(prefix, places, counted, ids, values)
+            for kept in wanted:
+                self._add(kept, ids, values)
             return
         for entity_id, old, new in zip(ids, olds, news, strict=True):
             was = None if old is None else decode(old)
             now = None if new is None else decode(new)
-            for prefix, places, counted in wanted:
+            for prefix, places, counted, unique in wanted:
                 before = NOWHERE if old is None else places(was)
                 after = NOWHERE if new is None else places(now)
                 if before == after:
                     continue
+                if unique:
+                    self._move(prefix, entity_id, before, after)
                 for fields in before:
                     if fields not in after:
                         changes[prefix + fields + entity_id] = None
@@ -182,39 +134,46 @@ class Indexing:
                 if by and (counted is None or entity_id <= counted):
                     self._counts[prefix] = self._counts.get(prefix, 0) + by
 
-    def _add(
-        self,
-        prefix: bytes,
-        places: MakePlaces,
-        counted: bytes | None,
-        ids: Sequence[bytes],
-        values: Sequence[Any],
-    ) -> None:
+    def _add(self, kept: _Kept, ids: Sequence[bytes], values: Sequence[Any]) -> None:
         """What ``changed`` does about entities that are new, as most are where many change."""
+        prefix, places, counted, unique = kept
         changes, count = self._entities.changes, 0
         for entity_id, value in zip(ids, values, strict=True):
             found = places(value)
             for fields in found:
                 changes[prefix + fields + entity_id] = b""
+            if unique:
+                self._move(prefix, entity_id, NOWHERE, found)
             if found and (counted is None or entity_id <= counted):
                 count += 1
         self._counts[prefix] = self._counts.get(prefix, 0) + count
 
-    def _wanted(self, info: CollectionInfo) -> list[tuple[bytes, MakePlaces, bytes | None]]:
-        """Of each index that is kept: what its places begin with, what makes them, and up to which
-        id its entities are counted (None: all). One that is being built has places beyond too."""
+    def _move(self, prefix: bytes, entity_id: bytes, before: Places, after: Places) -> None:
+        for fields in before:
+            self.moved.setdefault(prefix + fields, {})[entity_id] = False
+        for fields in after:
+            self.moved.setdefault(prefix + fields, {})[entity_id] = True
+
+    def _wanted(self, info: CollectionInfo) -> list[_Kept]:
+        """Of each index that is kept: what its places begin with, what makes them, up to which
+        id its entities are counted (None: all), and whether it is unique. One that is being built
+        has places beyond too."""
+        if self._known[0] is info:
+            return self._known[1]
         wanted = []
         for index in info.indexes:
             if index.paused:
                 continue
-            places = maker_of(index, self._functions)
+            places = maker_of(index, self.functions)
             if places is None:
                 self._pause(index)
                 continue
             counted = None
             if not index.has(info.table):
                 counted = index.after if index.table == info.table else b""
-            wanted.append((index_prefix(index.number, info.table), places, counted))
+            prefix = index_prefix(index.number, info.table)
+            wanted.append((prefix, places, counted, index.unique))
+        self._known = info, wanted
         return wanted
 
     def _pause(self, index: IndexInfo) -> None:
@@ -248,6 +207,7 @@ def renewed(
             one.key,
             next_table,
             paused=paused,
+            unique=one.unique,
         )
         if one.number in numbers
         else one
@@ -262,8 +222,10 @@ __all__ = [
     "Functions",
     "Index",
     "Indexing",
+    "Meaning",
     "checked",
     "maker_of",
+    "meaning_of",
     "paths_of",
     "renewed",
 ]

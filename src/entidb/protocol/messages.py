@@ -138,7 +138,8 @@ class PushResult(Struct, frozen=True, array_like=True, gc=False):
     clamped the transaction's (R27). ``states`` with CONFLICT; their payloads may be left out by
     a server that keeps answers small (the pull that follows brings them). With ACCEPTED they are
     what the server stored in the place of what an older program wrote (R33). ``code`` and
-    ``message`` with REJECTED.
+    ``message`` with REJECTED; with ``not_unique`` a state of the entity that has the value,
+    for a token that may read it.
     """
 
     verdict: Annotated[int, Meta(ge=0, le=3)]

@@ -12,12 +12,13 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
+from entidb.server.declared import Declared, declared
 from entidb.server.origins import check_names
 from entidb.types import COLLECTIONS_MAX, SEQUENCE_MAX, TRANSACTION_BYTES_MAX
 
@@ -104,6 +105,15 @@ class ServerConfig:
     #: Called for what a program below ``schema`` pushes, as a function or ``"module:function"``:
     #: ``(collection, value, schema)`` to the value in its newest shape.
     upcast: str | Callable[..., Any] | None = None
+
+    #: What no two entities of a collection may share, in every database: ``{"users": ["email"]}``.
+    #: ``("team", "name")`` are unique together, and an ``Index`` may have a ``key``. A transaction
+    #: that breaks it gets the verdict ``not_unique``. For a collection that is named here nothing
+    #: else is unique; ``[]`` ends it.
+    unique: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    #: Indexes of collections, in every database: ``{"stock": ["sku", ("kind", "price")]}``, or
+    #: ``Index``. For a collection that is named here these are all, beside what is ``unique``.
+    indexes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     #: Bytes of one transaction, counted as the protocol does. Every server must accept 16 MiB.
     transaction_bytes_max: int = TRANSACTION_BYTES_MAX
@@ -194,6 +204,7 @@ class ServerConfig:
         _check_hook("validate", self.validate)
         _check_hook("upcast", self.upcast)
         self._check_schema()
+        self.declared()
 
     def _check_numbers(self) -> None:
         for name, (low, high) in _INTS.items():
@@ -250,6 +261,10 @@ class ServerConfig:
             collections_max=self.collections_max,
             database_collections_max=COLLECTIONS_MAX,
         )
+
+    def declared(self) -> Declared:
+        """``indexes`` and ``unique`` together. Raises ``ConfigError``."""
+        return declared(self.indexes, self.unique)
 
     def load_validate(self) -> Callable[..., Any] | None:
         """The hook itself. Raises ``ConfigError`` if it cannot be imported."""

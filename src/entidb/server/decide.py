@@ -48,6 +48,7 @@ from entidb.server.hooks import (
     ValidateTransaction,
     sendable,
 )
+from entidb.server.unique import is_asked, refused
 from entidb.server.work import Fault
 from entidb.types import (
     COLLECTIONS_MAX,
@@ -131,6 +132,8 @@ class Deciding:
         self._device_id = request.device_id
         self._validates = rules.hook is not None
         self._bytes_max = rules.transaction_bytes_max
+        #: Some collection of the request has something that is unique.
+        self._asks = len(writer.catalogue.indexes.each) > 0 and is_asked(self._infos)
         self._many_names = len(request.collections) > TRANSACTION_COLLECTIONS_MAX
 
     def _collections(self) -> list[CollectionInfo | None]:
@@ -214,7 +217,7 @@ class Deciding:
         payloads = [operation.payload for operation in operations]
         if self._validates or self._below_floor or self._may_be_large or None in payloads:
             return None
-        if self._faults or self._upcast:
+        if self._faults or self._upcast or self._asks:
             return None
         if not len(transactions) == len(set(keys)) == len(set(transaction_ids)):
             return None
@@ -287,6 +290,11 @@ class Deciding:
             if refusal is not None:
                 return self._refuse(places, refusal.code, refusal.message)
         newest = self._upcast.get(identity)
+        if self._asks:
+            taken = refused(self._writer, self._infos, self._grant.read, transaction, newest)
+            if taken is not None:
+                self._refused.update(places)
+                return taken
         if newest is None:
             return self._accept(transaction, places, digest)
         newer = digest_stored_newer(digest)

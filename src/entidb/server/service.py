@@ -46,6 +46,7 @@ from entidb.server.control import frozen_error
 from entidb.server.decide import NOTHING_CHECKED, Checked, Deciding, Rules, value_of
 from entidb.server.hooks import NO_SCHEMA, Grant, Schema, ValidateHook
 from entidb.server.pages import SCAN_ROWS_MAX, ColumnPage, Page, known_up_to, wanted_collections
+from entidb.server.unique import waits_for
 from entidb.server.upcasting import upcast_all
 from entidb.server.work import too_much
 
@@ -254,7 +255,7 @@ class DatabaseService:
         with self.database.write() as writer:
             frozen = self.is_frozen()
             floor, known_head = read_floor(writer), writer.head.sequence
-            proof = None
+            indexed, proof = writer.catalogue.indexes.each, None
             if max(seen, default=0) > known_head:
                 proof = self._proof(members, seen, known_head)
             for (request, grant), found, newest in zip(members, checked, seen, strict=True):
@@ -267,12 +268,16 @@ class DatabaseService:
                     # No device can have built on a commit that no answer has named yet: such a base
                     # would let a write pass over what others are about to commit (R13).
                     self._check_history(request.history, newest, known_head)
+                    busy = waits_for(writer, _pushed(request)) if indexed else None
                     if isinstance(request, RoundRequest):
                         self._check_pull(request.pull, grant, newest, known_head, floor)
-                        if frozen or self._is_behind(writer, request.pull, grant, known_head):
+                        waits = frozen or busy is not None
+                        if waits or self._is_behind(writer, request.pull, grant, known_head):
                             raise BehindError("the device has not seen everything")
                     elif frozen:
                         raise frozen_error(self.db_id)
+                    elif busy is not None:
+                        raise busy
                     answers.append(self._decide(writer, _pushed(request), grant, floor, found))
                 except SyncError as error:
                     answers.append(error)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Final
 
 from entidb.db import Database, purge_tombstones
+from entidb.db.index_care import declare_all
 from entidb.db.maintenance import clock_mark_ms, mark_clock, sequence_at
 from entidb.errors import (
     DatabaseClosedError,
@@ -96,6 +97,7 @@ class Stores:
         self._validate: ValidateHook | None = config.load_validate()
         self._schema = Schema(config.schema, config.schema_min, config.load_upcast())
         self._limits = config.limits()
+        self._declared = config.declared()
         self._retention_ms = int(config.tombstone_retention_days * _DAY_MS)
         self._clock_mark_ms = clock_mark_ms(self._retention_ms)
         # A retention of minutes is kept in minutes.
@@ -274,6 +276,8 @@ class Stores:
             raise _looked_after()
         self._make_room()
         database = self._open_database(db_id, create)
+        if self._declared:
+            self._declare(database)
         database.on_commit = lambda head: self.on_commit(db_id, head)
         service = DatabaseService(
             database,
@@ -298,6 +302,15 @@ class Stores:
             return store
         store.close()
         raise _stopping()
+
+    def _declare(self, database: Database) -> None:
+        """Have its indexes, which are built beside its work."""
+        try:
+            if declare_all(database, self._declared) and self._schedule is None:
+                database.build_indexes()
+        except BaseException:
+            database.close()
+            raise
 
     def _committer(self, service: DatabaseService) -> GroupCommitter:
         def failed(error: EntiDBError) -> None:
@@ -360,10 +373,11 @@ class Stores:
             store = self.try_use(name)
             if store is not None:
                 try:
+                    self._keep_declared(store)
                     self._purge(store)
                 except EntiDBError as error:
                     store.report(error)
-                    logger.exception("database %s: purging tombstones failed", name)
+                    logger.exception("database %s: looking after it failed", name)
                 finally:
                     with self._lock:  # not ``release``: housekeeping is no use of it
                         store.users -= 1
@@ -386,6 +400,13 @@ class Stores:
 
     def _is_idle(self, store: Store) -> bool:
         return _closable(store) and not self.is_awaited(store.db_id)
+
+    def _keep_declared(self, store: Store) -> None:
+        """Another program may have put an index out of use, and a full disk may have ended a
+        build: what is unique waits for it."""
+        if self._declared and declare_all(store.database, self._declared):
+            if self._schedule is None:
+                store.database.build_indexes()
 
     def _purge(self, store: Store) -> None:
         now = self._clock.monotonic()

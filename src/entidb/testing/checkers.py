@@ -42,6 +42,7 @@ from entidb.server.service import ROUND_ROWS_MAX
 from entidb.storage.base import Batch
 from entidb.testing.invariants import GROUP_COLLECTION, POISON, Checks, group_is_whole
 from entidb.testing.oracle import History, Mark, Ref, has_version
+from entidb.testing.unique import NOT_UNIQUE, UniqueWatch
 from entidb.types import Clock, timestamp_from_ms
 
 
@@ -60,6 +61,8 @@ class ServerWatch:
         self.head_before = 0
         #: The hook is a user's: it may refuse what it likes.
         self.any_refusal = False
+        #: Where something is unique.
+        self.unique: UniqueWatch | None = None
         #: What is to be stored of what a program of this schema has pushed (R33).
         self.newest: Callable[[int, bytes | None], bytes | None] = lambda schema, payload: payload
         self._catalogue: tuple[bytes | None, Catalogue] = (None, empty_catalogue())
@@ -300,6 +303,8 @@ class ServerWatch:
             )
             if result.verdict == Verdict.CONFLICT:
                 self._false_conflict(request, transaction, refs, refused)
+            elif result.code == NOT_UNIQUE and self.unique is not None:
+                self.unique.refused(names, transaction, self.history, self.head_before)
             else:
                 self.checks.that(
                     self.any_refusal

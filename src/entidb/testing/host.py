@@ -29,6 +29,7 @@ from entidb.testing.ages import ServerAge, refuse_as_before
 from entidb.testing.faults import Crash
 from entidb.testing.keeper import Keeper
 from entidb.testing.tenant import Reply, Tenant
+from entidb.testing.unique import settings as unique_settings
 from entidb.testing.workload import PolicyFailure, validate
 from entidb.testing.world import World
 
@@ -60,6 +61,7 @@ class Host:
             authenticator=self._authenticator,
             validate=hook,
             idle_close_s=IDLE_S,
+            unique=unique_settings(knobs),
         )
         #: How many processes there have been.
         self._life = 0

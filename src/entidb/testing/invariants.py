@@ -30,6 +30,7 @@ INVARIANTS: Final[dict[str, str]] = {
     "NO-RESURRECTION": "what was deleted stays deleted",
     "CONVERGE": "quiet devices and their server hold the same bytes, and verify is clean",
     "INDEXED": "each index is in step with its entities, and gives what a loop would",
+    "UNIQUE": "no two entities of a server share what is unique; refusals for it have a reason",
     "LIVENESS": "without faults everything drains in a bounded number of requests",
     "PULL-FIRST": "a push beside a pull is decided if the pull brings nothing, and only then",
     "NO-POISON": "a transaction that always fails stops no other",

@@ -107,6 +107,7 @@ class Knobs:
     purge: int = 0
     refuse: int = 0  # transactions that the validate hook refuses
     refuse_raises: int = 0  # transactions the validate hook raises at
+    unique: int = 0  # how many values a field has of which the server takes each once
 
     # -- pushes that are refused as a whole (R5)
     body_limit: int = 0  # looks at which a proxy's limit for bodies changes
@@ -172,6 +173,7 @@ FAULTS: Final = (
     "purge",
     "refuse",
     "refuse_raises",
+    "unique",
     "policy_raises",
     "group",
     "server_writes",
@@ -235,6 +237,7 @@ LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "revoke": (30, 150, 400),
     "freeze": (30, 150),
     "indexes": (100, 500),
+    "unique": (3, 12),
 }
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15

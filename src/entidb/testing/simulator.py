@@ -272,6 +272,8 @@ class Simulation:
         self.world.network.armed = False
         for tenant in self.host.tenants:
             tenant.storage.armed = False
+            if self.knobs.unique:
+                tenant.build_indexes()
         self.host.keeper.open_all()
         for device in self.devices:
             device.storage.armed = False

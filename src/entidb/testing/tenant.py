@@ -12,13 +12,16 @@ from typing import Protocol
 
 from entidb import cbor, protocol
 from entidb.db import Database, Role
+from entidb.db.index_care import declare_all
 from entidb.db.maintenance import purge_tombstones
 from entidb.db.records import META_FORMAT, META_IDENTITY, encode_format
 from entidb.errors import (
+    NotUniqueError,
     ResetRequiredError,
     ServerBusyError,
     StorageError,
     SyncError,
+    TransactionError,
     UpgradeRequiredError,
 )
 from entidb.protocol import (
@@ -30,6 +33,7 @@ from entidb.protocol import (
     RoundRequest,
     SyncRequest,
 )
+from entidb.server.declared import declared
 from entidb.server.front import Front
 from entidb.server.hooks import Grant
 from entidb.server.service import HISTORIES_MAX, BehindError, unseen
@@ -40,6 +44,8 @@ from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_reco
 from entidb.testing.indexes import IndexLife
 from entidb.testing.keeper import Keeper
 from entidb.testing.oracle import Histories, History
+from entidb.testing.unique import UniqueWatch
+from entidb.testing.unique import settings as unique_settings
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import INDEXED, NUMBERS, Workload
 from entidb.testing.world import World
@@ -134,6 +140,8 @@ class Tenant:
         self.device_watches: list[DeviceWatch] = []
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
         self.indexes = IndexLife(world, self.db_id, INDEXED, NUMBERS)
+        self.unique = UniqueWatch(world, self.db_id)
+        self.watch.unique = self.unique if world.knobs.unique else None
         self.watch.any_refusal = world.options.validate is not None
         self.watch.newest = host.age.newest
         #: Files that no process has opened yet.
@@ -149,6 +157,7 @@ class Tenant:
         storage.armed = False
         self.storage = storage
         self.indexes.opened()
+        self.unique.opened()
         database = Database(
             storage,
             role=Role.SERVER,
@@ -156,6 +165,9 @@ class Tenant:
             entropy=self.entropy,
             stale_rows_max=self.world.knobs.stale_rows,
         )
+        if self.world.knobs.unique:
+            declare_all(database, declared({}, unique_settings(self.world.knobs)))
+            database.wait_for_indexes()
         storage.armed = not self.world.quiet
         return database
 
@@ -188,6 +200,7 @@ class Tenant:
             self._begin(identity)
         self.watch.on_commit(batch, old, records)
         self.indexes.stored(batch, old, records)
+        self.unique.stored(batch, records)
 
     def _begin(self, identity: bytes) -> None:
         """The server has begun another history, as it is (R29)."""
@@ -309,6 +322,10 @@ class Tenant:
         """A program on the server declares indexes, builds them, asks by them."""
         self._guarded(self.indexes.act)
 
+    def build_indexes(self) -> None:
+        """What is to be built is built."""
+        self._guarded(lambda database: database.wait_for_indexes())
+
     def program_writes(self) -> None:
         """A program on the server commits a transaction (R11)."""
         self._guarded(self._write)
@@ -337,7 +354,7 @@ class Tenant:
                 action(database)
         except Crash:
             self.host.start()
-        except (StorageError, ServerBusyError) as error:
+        except (StorageError, ServerBusyError, NotUniqueError, TransactionError) as error:
             # Nothing was changed, or that is unknown; the program tries again another day.
             self.world.trace("program refused", self.db_id, error.code)
 

@@ -101,6 +101,8 @@ class Workload:
         value["f"][rng.choice("abc")] = token
         if rng.random() < 0.5:
             value["t"] = token
+        if self._knobs.unique and rng.random() < 0.7:
+            value["only"] = rng.randrange(self._knobs.unique)
         if self._knobs.indexes:
             value["i"] = NUMBERS[self._made % len(NUMBERS)]
         if rng.random() < 0.2:

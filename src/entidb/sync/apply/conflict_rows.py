@@ -72,5 +72,12 @@ def lost_to(conflict: Conflict) -> list[Any]:
     ]
 
 
+def lost_to_holder(
+    collection: str, entity_id: bytes, version: int, payload: bytes | None
+) -> list[Any]:
+    """The same of an entity that the server has named; who wrote it, and when, it has not said."""
+    return [collection, entity_id, version, NO_DEVICE, 0, payload]
+
+
 def _state(version: int, device: bytes, timestamp: int, payload: bytes | None) -> list[Any]:
     return [version, device, timestamp, payload]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -22,12 +23,15 @@ from entidb.db.replica import HAVE_RANGES_MAX, add_to_ranges
 from entidb.db.writer import Ref, Writer
 from entidb.errors import ProtocolError, SyncCodecError
 from entidb.protocol import PushResponse, PushResult, ServerState, Verdict
+from entidb.sync.apply.conflict_rows import lost_to_holder
 from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.seam import PushBatch, Settled
 
 #: What is kept of a server's words for a refusal.
 CODE_CHARS_MAX = 100
 MESSAGE_CHARS_MAX = 1000
+#: Entities that are kept as what a refused transaction lost to.
+HOLDERS_MAX = 1
 # Plain numbers: looking a member up in its enum for every transaction costs more than the rest.
 _ACCEPTED, _SUPERSEDED, _CONFLICT = (
     int(verdict) for verdict in (Verdict.ACCEPTED, Verdict.SUPERSEDED, Verdict.CONFLICT)
@@ -126,7 +130,7 @@ class Settling:
                 # Every transaction built on this one keeps a copy of these.
                 code = result.code[:CODE_CHARS_MAX] or "rejected"
                 message = result.message[:MESSAGE_CHARS_MAX] or "refused by the server"
-                self._rebase.withdraw([current], code, message, [])
+                self._rebase.withdraw([current], code, message, self._holders(result.states))
                 settled.rejected += 1
         self._rebase.release()
         self._store_have(batch)
@@ -183,6 +187,16 @@ class Settling:
         stamp = timestamp or transaction.timestamp
         instead = self._instead(result.states) if result.states else {}
         self._rebase.settle_accepted(current, version, stamp, cursor, instead)
+
+    def _holders(self, states: list[ServerState]) -> list[list[Any]]:
+        """What a refused transaction lost to, where the server says so (``not_unique``). It is for
+        people to read, so what cannot be read is left out."""
+        names = self._response.collections
+        return [
+            lost_to_holder(names[state.collection], state.entity_id, state.version, state.payload)
+            for state in states[:HOLDERS_MAX]
+            if state.payload is not None and cbor.all_pass([state.payload])
+        ]
 
     def _instead(self, states: list[ServerState]) -> dict[Ref, bytes]:
         """What the server stored in the place of what this device wrote (R33)."""
