@@ -20,6 +20,7 @@ NAMES = (
     "idle",
     "latency",
     "many",
+    "workers",
     "conflicts",
     "size",
     "stalled",

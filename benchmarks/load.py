@@ -43,13 +43,14 @@ class Plan(Struct):
 
 
 class Outcome(Struct):
-    """``p50`` and ``p99`` in seconds, over all requests."""
+    """``p50`` and ``p99`` in seconds, over all requests; ``cpu`` is what this process took."""
 
     seconds: float
     p50: float
     p99: float
     pushed: int
     pulled: int
+    cpu: float
 
 
 Prepared = tuple[bytes, Any]
@@ -154,11 +155,11 @@ async def run(plan: Plan) -> Outcome:
         await loop.create_connection(lambda c=connection: c, plan.host, plan.port)  # type: ignore[misc]
         connections.append(connection)
         waiting.append(done)
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     for connection in connections:
         connection.send_next()
     await asyncio.gather(*waiting)
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
     answers = [answer for connection in connections for answer in connection.answers]
     assert len(answers) == plan.requests
     for connection in connections:
@@ -168,7 +169,7 @@ async def run(plan: Plan) -> Outcome:
         pushed += check(request, raw, plan.bare)
     times = [answer[0] for answer in answers]
     half, tail = percentile(times, 0.5), percentile(times, 0.99)
-    return Outcome(seconds, half, tail, pushed, plan.requests - pushed)
+    return Outcome(seconds, half, tail, pushed, plan.requests - pushed, cpu)
 
 
 def check(request: PushRequest | PullRequest, raw: bytes, bare: bool) -> bool:

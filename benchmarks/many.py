@@ -27,6 +27,8 @@ THERE = 2000
 #: single commit more than a group of many, which is bound by the processor.
 PUSH_TARGET = Target("value", least=4000.0)
 TAIL_TARGET = Target("value", most=120.0)
+#: Of databases: what they are asked by.
+Histories = dict[str, tuple[str, int]]
 MIXES = {"push": 1.0, "pull": 0.0, "mixed": 0.5}
 
 
@@ -37,24 +39,31 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
             yield from _databases(world, count, rounds, databases)
 
 
-def _databases(world: World, count: int, rounds: int, databases: int) -> Iterator[Figure]:
-    pairs = entities(min(THERE, count))
-    histories = {}
-    paths = {}
+def make_databases(
+    world: World, databases: int, pairs: list[tuple[bytes, bytes]]
+) -> tuple[dict[str, Path], Histories]:
+    """So many of them, each with ``pairs`` in it: where they are; their histories and heads."""
+    paths, histories = {}, {}
     for name in [f"db-{number}" for number in range(databases)]:
         paths[name] = world.path("many")
         with Database.open(paths[name], role=Role.SERVER) as database:
             load(database, pairs)
             assert database.history is not None
             histories[name] = (database.history.hex(), database.sequence)
+    return paths, histories
+
+
+def _databases(world: World, count: int, rounds: int, databases: int) -> Iterator[Figure]:
+    pairs = entities(min(THERE, count))
+    paths, histories = make_databases(world, databases, pairs)
     with (
         world.server(paths) as server,
         world.bare_server() as bare_url,
         contextlib.closing(Singles(world.directory, pairs)) as raw,
     ):
         for what, mix in MIXES.items():
-            plan = _plan(server.url, server, histories, count, mix)
-            bare_plan = _plan(bare_url, server, histories, count, mix)
+            plan = plan_of(server.url, server, histories, count, mix)
+            bare_plan = plan_of(bare_url, server, histories, count, mix)
             bare_plan.bare = True
             rounds_done = [_round(plan, bare_plan, raw, count) for _ in range(rounds)]
             yield from _figures(what, databases, count, rounds_done)
@@ -67,7 +76,7 @@ Round = tuple[float, Outcome, Outcome]
 def _round(plan: Plan, bare_plan: Plan, raw: Singles, count: int) -> Round:
     singles = min(SINGLES, count)
     rate = singles / sum(raw.seconds(singles))
-    return rate, _generate(bare_plan), _generate(plan)
+    return rate, generate(bare_plan), generate(plan)
 
 
 def _figures(what: str, databases: int, count: int, rounds: list[Round]) -> Iterator[Figure]:
@@ -103,15 +112,13 @@ def _figures(what: str, databases: int, count: int, rounds: list[Round]) -> Iter
         yield figure("many", f"{where}: {name}", count, "ms", values, target=target)
 
 
-def _plan(
-    url: str, server: Server, histories: dict[str, tuple[str, int]], count: int, mix: float
-) -> Plan:
+def plan_of(url: str, server: Server, histories: Histories, count: int, mix: float) -> Plan:
     parts = urlsplit(url)
     assert parts.hostname is not None and parts.port is not None
     return Plan(parts.hostname, parts.port, server.token, histories, CONNECTIONS, count, mix)
 
 
-def _generate(plan: Plan) -> Outcome:
+def generate(plan: Plan) -> Outcome:
     answer = subprocess.run(
         [sys.executable, "-m", "benchmarks.load"],
         input=json.encode(plan),

@@ -90,13 +90,16 @@ class World:
     # ------------------------------------------------------------ processes
 
     @contextlib.contextmanager
-    def server(self, databases: Mapping[str, Path] | None = None) -> Iterator[Server]:
-        """A real server in a process of its own. ``databases`` are moved into its directory."""
+    def server(
+        self, databases: Mapping[str, Path] | None = None, *, workers: int = 1
+    ) -> Iterator[Server]:
+        """A real server in a process of its own, or in several. ``databases`` are moved into its
+        directory."""
         data_dir = self.path("server")
         data_dir.mkdir(mode=0o700)
         for db_id, path in (databases or {}).items():
             path.rename(data_dir / directory_name(db_id))
-        arguments = ["benchmarks.serving", str(data_dir), str(self.secret_file)]
+        arguments = ["benchmarks.serving", str(data_dir), str(self.secret_file), str(workers)]
         with self._process(arguments) as (pid, url):
             yield Server(url=url, pid=pid, data_dir=data_dir, token=self.token())
         shutil.rmtree(data_dir)

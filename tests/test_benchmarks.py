@@ -31,6 +31,7 @@ FIGURES = {
     "idle": {"cycle with nothing to do"},
     "latency": {"p50", "p99"},
     "many": {"push, 1 database: requests", "pull, 50 databases: p99", "mixed, 1 database: p50"},
+    "workers": {"pull, 50 databases: requests", "push, 1 database: load generator"},
     "conflicts": {"pull and rebase", "whole cycle, with the push"},
     "size": {"server after load", "push on the wire, zstd"},
     "stalled": {"until all are dropped"},

@@ -19,3 +19,8 @@ def program(name: str) -> Path:
     if found is None:
         pytest.skip(f"{NOT_RUN}{name} is not installed")
     return Path(found)
+
+
+def package(name: str) -> None:
+    """Leaves the test out where the package ``name`` is not installed."""
+    pytest.importorskip(name, reason=f"{NOT_RUN}{name} is not installed")

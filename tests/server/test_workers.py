@@ -29,6 +29,7 @@ from entidb.server.workers import family as families
 from entidb.server.workers.family import Family
 from tests.server.support import SECRET, Client, pull, push
 from tests.server.test_live import Events
+from tests.tools import package
 
 pytestmark = [
     pytest.mark.process,
@@ -292,6 +293,13 @@ def test_a_stream_of_one_worker_hears_of_a_push_to_the_other(tmp_path: Path) -> 
             event = stream.next()
             assert event is not None
             assert event["data"] == "1"
+        # Who waits does not hold up the end of any of them.
+        server.process.send_signal(signal.SIGTERM)
+        for stream in streams:
+            last = stream.next()
+            assert last is not None
+            assert last["data"] == "shutdown"
+        assert server.process.wait(WAIT_S) == 0
 
 
 def test_a_stream_hears_of_a_database_that_its_worker_has_closed(tmp_path: Path) -> None:
@@ -553,7 +561,7 @@ def test_the_processes_of_one_parent_are_one_server(tmp_path: Path, manager: str
     port = free_port()
     command = ["uvicorn", "shop_app:app", "--workers", "2", "--port", str(port)]
     if manager.startswith("gunicorn"):
-        pytest.importorskip("gunicorn", reason="gunicorn is not installed: not run with it")
+        package("gunicorn")
         command = [*manager.split(), "shop_app:app", "--workers", "2"]
         command += [
             "--bind",
