@@ -51,7 +51,7 @@ class Exit(IntEnum):
     STORAGE = 7
     #: Another process has the database open.
     LOCKED = 8
-    #: `verify` found faults.
+    #: `verify` found faults, or `doctor` problems.
     FAULTS = 9
     #: The server has another history: choose with `reset --keep`.
     HISTORY = 10

@@ -97,6 +97,8 @@ _ALIASES: Final = {
     "jwt_keys": "--keys",
     "jwt_jwks_url": "--jwks-url",
 }
+#: Settings of which one has to be given.
+WAYS_IN: Final = (*_ALIASES, "insecure_no_auth")
 _DEFAULTS: Final = {
     each.name: each.default
     for each in dataclasses.fields(ServerConfig)
@@ -150,7 +152,7 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
     if data_dir is None:
         raise UsageError("which directory? give DIR, where the server keeps its databases")
     listen = {name: given.pop(name) for name in LISTEN}
-    if not any(given[name] for name in (*_ALIASES, "insecure_no_auth")):
+    if not any(given[name] for name in WAYS_IN):
         raise UsageError(
             "who may sync? give --secret-file FILE (make one with `entidb secret --out FILE`), "
             "--public-key-file FILE, --keys DIR, --jwks-url URL, or --insecure-no-auth for a try "

@@ -150,11 +150,11 @@ def rows(office: Office, caller: Caller) -> list[BackupRow]:
         for folder in Path(where).iterdir():
             name = db_id_of(folder.name)
             if name is not None and folder.is_dir() and caller.sees(name):
-                found += _rows(folder, name)
+                found += rows_in(folder, name)
     return sorted(found, key=lambda each: (-each.made_ms, each.id))
 
 
-def _rows(folder: Path, db_id: str) -> list[BackupRow]:
+def rows_in(folder: Path, db_id: str) -> list[BackupRow]:
     """Newest first."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -174,7 +174,7 @@ def _rows(folder: Path, db_id: str) -> list[BackupRow]:
 
 def _prune(office: Office, db_id: str, folder: Path) -> None:
     kept = {True: office.server.config.backup_keep, False: _FAULTY_KEPT}
-    for row in _rows(folder, db_id):
+    for row in rows_in(folder, db_id):
         if kept[not row.faults]:
             kept[not row.faults] -= 1
             continue
@@ -198,7 +198,7 @@ class Schedule:
         late, ages = [], []
         for name in list_databases(self._office.root):
             folder = _folder(self._office, name)
-            good = next((row for row in _rows(folder, name) if not row.faults), None)
+            good = next((row for row in rows_in(folder, name) if not row.faults), None)
             # A server that has just begun gets the time to make them.
             made_ms = self._office.opened_ms if good is None else good.made_ms
             if now - max(made_ms, self._office.opened_ms) > _LATE * every_ms:
@@ -232,7 +232,7 @@ def restore(office: Office, caller: Caller, db_id: str, identity: str, confirm: 
     folder = _folder(office, db_id)
     with office.change(caller, "restore", db_id, backup=identity):
         check_confirmed(db_id, confirm)
-        row = next((each for each in _rows(folder, db_id) if each.id == identity), None)
+        row = next((each for each in rows_in(folder, db_id) if each.id == identity), None)
         if row is None:
             raise unknown(f"{db_id} {identity}")
         if row.faults:
