@@ -510,6 +510,24 @@ def test_a_hangup_reaches_every_worker(tmp_path: Path) -> None:
         assert server.process.wait(WAIT_S) == 0
 
 
+def test_a_worker_that_takes_anothers_place_has_the_keys_that_were_read_last(
+    tmp_path: Path,
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(SECRET)
+    secret.chmod(0o600)
+    newer = b"another correct horse, and a better battery"
+    with served(tmp_path, jwt_secret_file=str(secret)) as server:
+        secret.write_bytes(newer)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.log().count("SIGHUP: keys") == 2, "both have read them")
+        server.kill_one()
+        server.kill_one()
+        token = mint_token(newer, subject="till", databases={"shop": "rw"})
+        for client in server.clients(token):
+            client.history()
+
+
 def test_workers_that_end_before_they_serve_are_not_started_without_end(tmp_path: Path) -> None:
     program = PROGRAM.replace(
         "serve(", "import os, entidb.server.run as run\nrun._work = lambda *a: os._exit(7)\nserve("

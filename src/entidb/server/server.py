@@ -9,6 +9,7 @@ threads. ``app`` serves the same over ASGI, with group commit and a reader threa
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -42,6 +43,8 @@ from entidb.server.stores import Stores
 from entidb.server.wire import HttpResponse
 from entidb.server.workers.family import Family, family_of
 from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy
+
+logger = logging.getLogger("entidb.server")
 
 
 class SyncServer:
@@ -143,6 +146,12 @@ class SyncServer:
         self._request_id_prefix = self._entropy(6).hex()
         if self.family is not None:
             self._directory = DataDirectory.take(self.config, self.family)
+        if self.config.jwt_jwks_url is None:  # those are fetched when they are first needed
+            try:
+                # They may have been read again by the others since.
+                self.reload()
+            except ConfigError as error:
+                logger.error("the keys are those of the start of this server: %s", error)
 
     # ------------------------------------------------------------ answering
 

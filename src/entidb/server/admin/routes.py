@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from entidb.errors import EntiDBError, ProtocolError
 from entidb.server.admin import access, backups, care, databases
-from entidb.server.admin.asking import Asked, Changed, Route, answer_from, refusal
+from entidb.server.admin.asking import PREFIX, Asked, Changed, Route, answer_from, refusal
 from entidb.server.admin.audit import Entry
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
@@ -303,6 +303,10 @@ ROUTES: Final[list[Route]] = [
 ]
 
 
+#: Says nothing of devices, and is asked again and again until something is done.
+_ASKED_OFTEN: Final = PREFIX + "tasks"
+
+
 def answer(
     office: Office,
     caller: Caller,
@@ -317,7 +321,8 @@ def answer(
         elsewhere = office.others.forward(caller, method, path, query, body)
         if elsewhere is not None:
             return elsewhere
-        office.others.gather()
+        if not path.startswith(_ASKED_OFTEN):
+            office.others.gather()
     except EntiDBError as error:
         return refusal(error)
     return answer_from(ROUTES, office, caller, method, path, query, body)
