@@ -115,6 +115,16 @@ def write_one(db: Database) -> None:
     db.collection("notes")[uid(1)] = "new"
 
 
+def commit_in_company(db: Database) -> None:
+    db._sharing.warm = True  # as if other threads had committed a moment ago
+    commit(db)
+
+
+def write_one_in_company(db: Database) -> None:
+    db._sharing.warm = True
+    write_one(db)
+
+
 def write_one_refused(db: Database) -> None:
     db.transaction_bytes_max = 10
     try:
@@ -156,6 +166,8 @@ WORKS: list[Work] = [
     write,
     write_one,
     write_one_refused,
+    commit_in_company,
+    write_one_in_company,
     abort,
     read,
     iterate,
@@ -167,6 +179,7 @@ del NEW[uid(3)]
 DONE: dict[Work, tuple[dict[Any, Any], dict[Any, Any]]] = {
     **dict.fromkeys(WORKS, (NEW, {uid(2): "new"})),
     write_one: ({**OLD, uid(1): "new"}, {}),
+    write_one_in_company: ({**OLD, uid(1): "new"}, {}),
 }
 
 
@@ -286,7 +299,7 @@ def in_another_thread(work: Callable[[], object], where: str) -> None:
     assert raised == [], where
 
 
-@pytest.mark.parametrize("work", [commit, write, write_one])
+@pytest.mark.parametrize("work", [commit, write, write_one, write_one_in_company])
 def test_a_signal_handler_that_writes_or_closes_at_any_line_is_refused_or_obeyed(
     work: Work, fresh: Callable[[], Open]
 ) -> None:

@@ -16,6 +16,7 @@ from entidb.cli.output import one_line, plural
 from entidb.cli.rows import ID_FIELD, VALUE_FIELD, Row, key_text
 from entidb.cli.words import key_id, parse_uuid
 from entidb.db import Database
+from entidb.db.columns import keep_column_order
 from entidb.errors import CborEncodeError, EntiDBError
 
 #: Payload bytes after which a transaction is committed with fewer rows: far below what one may
@@ -173,7 +174,7 @@ class Import:
                 self._count(counts, bool(tx.sequence))
         if len(self.order) > self._kept:
             self._kept = len(self.order)
-            self.database.keep_column_order(self.collection, list(self.order))
+            keep_column_order(self.database, self.collection, list(self.order))
         self.committed()
 
     def _count(self, counts: _Counts, written: bool) -> None:

@@ -45,6 +45,7 @@ from entidb.cli.words import (
 from entidb.cli.words import words as positional
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
+from entidb.db.columns import column_order
 from entidb.errors import StorageError
 from entidb.storage.partial import Partial, remove_dead
 from entidb.types import check_name
@@ -352,7 +353,7 @@ def _all_fields(source: ReadCollection[Any], id_field: str, database: Database) 
         raise UsageError(
             f"entities have a field {id_field!r} themselves: choose another --id-field"
         )
-    known = [name for name in database.column_order(source.name) if name in found]
+    known = [name for name in column_order(database, source.name) if name in found]
     return list(dict.fromkeys([*known, *found]))
 
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 from entidb.db.core import Core
 from entidb.db.draft import Draft
+from entidb.db.jobs import GROUP_MAX, Job
 from entidb.db.local import Role, Writes, check_size, commit_local
 from entidb.db.rows import OverlayRows, SnapshotRows
 from entidb.db.uniqueness import refuse_taken
 from entidb.db.writer import Writer
 from entidb.errors import (
-    CommitUnknownError,
     DatabaseClosedError,
     StorageFullError,
     TransactionTooLargeError,
 )
 
-T = TypeVar("T")
-#: Jobs of one storage commit at most, and the bytes from which on no more are taken.
-GROUP_MAX: Final = 256
 #: Seconds after which a thread without work ends; the next job begins another.
 _IDLE_S: Final = 5.0
 
@@ -41,34 +38,6 @@ class Staging(Draft):
         super().__init__(OverlayRows(committed, before), new_id)
         self.committed = committed
         self.before = before
-
-
-class Job(Generic[T]):
-    """``work`` is done on the committer's thread, perhaps more than once. ``told`` is called there
-    when it is over; then ``error`` or ``value`` is set. ``sequence`` is that of its commit: 0 if
-    nothing was committed, None if that is unknown."""
-
-    def __init__(
-        self,
-        work: Callable[[Staging], T],
-        told: Callable[[], None],
-        transaction_id: bytes | None = None,
-    ) -> None:
-        self.work = work
-        self.told = told
-        self.transaction_id = transaction_id
-        self.error: BaseException | None = None
-        self.value: T | None = None
-        self.sequence: int | None = 0
-
-    def result(self) -> T:
-        if self.error is not None:
-            raise self.error
-        return self.value  # type: ignore[return-value]
-
-    def fail(self, error: BaseException) -> None:
-        self.error, self.value = error, None
-        self.sequence = None if isinstance(error, CommitUnknownError) else 0
 
 
 class Committer:

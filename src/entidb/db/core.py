@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.local import Role, Writes, commit_local
 from entidb.db.moment import Moment
 from entidb.db.notebook import Explored
-from entidb.db.observers import Observers
+from entidb.db.observers import CommitEvent, Observers
 from entidb.db.records import (
     META_CATALOGUE,
     META_HEAD,
@@ -41,6 +41,7 @@ from entidb.db.records import (
 )
 from entidb.db.rows import SnapshotRows
 from entidb.db.settings import check_settings
+from entidb.db.sharing import Sharing
 from entidb.db.writer import STALE_ROWS_MAX, Writer
 from entidb.errors import (
     ConfigError,
@@ -190,6 +191,7 @@ class Core(Explored):
         #: then, whatever became of it (R17).
         self._failures = 0
         self._observers = Observers()
+        self._sharing = Sharing(self)
         #: Held while the files are copied: what a copy says of its format must stay true.
         self._format_lock = threading.Lock()
         #: The functions that indexes go by, by name.
@@ -269,8 +271,9 @@ class Core(Explored):
         """Whether this thread has a transaction open, or waits for one."""
         return self._turns.mine() is not None
 
-    def _take(self, turn: Turn) -> None:
-        """It is ``turn``'s turn to write. ``give_back`` is the caller's, whatever this raises."""
+    def _take(self, turn: Turn, shares: bool = False) -> None:
+        """It is ``turn``'s turn to write; with ``shares`` some commits may still be on their way,
+        which come before. ``give_back`` is the caller's, whatever this raises."""
         if self._closed:
             raise DatabaseClosedError(f"{self.where} is closed; open it again to use it")
         if self._read_only:
@@ -282,6 +285,8 @@ class Core(Explored):
             )
         if not self._turns.take(turn, self._busy_timeout_s):
             raise self._busy("another thread's transaction")
+        if self._sharing.jobs and not self._sharing.enter(shares, self._busy_timeout_s):
+            raise self._busy("another thread's commit")
         if not self._store_turn.take(self._busy_timeout_s):
             raise self._busy(f"a transaction of {self._store_turn.holder() or 'another process'}")
 
@@ -294,7 +299,7 @@ class Core(Explored):
 
     def _give_back(self, turn: Turn) -> None:
         """End ``turn``, had or not. May be repeated when it was interrupted."""
-        if self._turns.has(turn):
+        if self._turns.has(turn) and not (self._sharing.jobs and self._sharing.leave()):
             self._store_turn.give_back()
         self._turns.give_back(turn)
 
@@ -347,7 +352,7 @@ class Core(Explored):
                 "begin another"
             )
 
-    def _store(self, writer: Writer, origin: str) -> None:
+    def _store(self, writer: Writer, origin: str, calls: Sequence[CommitEvent] = ()) -> None:
         changes = writer.finish()
         if not changes:
             return
@@ -368,7 +373,7 @@ class Core(Explored):
             if self.on_commit is not None:
                 self.on_commit(writer.head.sequence)
             if observers.listeners and (rows := writer.feed_rows()):
-                observers.tell(self._open_rows(), writer.head.sequence, rows, origin)
+                observers.tell(self._open_rows(), writer.head.sequence, rows, origin, calls)
             observers.committing = 0
         except BaseException:
             self._failures += _FAILURE

@@ -12,10 +12,9 @@ import sys
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from entidb import cbor
 from entidb.db.codec import codec_for
 from entidb.db.collection import Collection, kept
 from entidb.db.feed import ChangeFeed
@@ -29,10 +28,11 @@ from entidb.db.observers import Observer
 from entidb.db.observing import add_observer
 from entidb.db.plain import Keep
 from entidb.db.reading import OnInvalid, Upgrade
-from entidb.db.records import META_COLUMNS, META_FORMAT, encode_format, format_of
+from entidb.db.records import META_FORMAT, encode_format, format_of
 from entidb.db.rows import SnapshotRows
 from entidb.db.scope import change_local, change_scope, forget_collection
 from entidb.db.settings import check_settings, cursor_of, names_of
+from entidb.db.sharing import AheadRows, snapshot_rows
 from entidb.db.snapshot import Snapshot
 from entidb.db.transaction import Transaction
 from entidb.db.uniqueness import refuse_taken
@@ -54,9 +54,6 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-#: Names of the columns of one collection that are worth remembering.
-COLUMNS_BYTES_MAX = 64 << 10
-
 
 class Database(Indexed):
     """An embedded, transactional entity database.
@@ -67,9 +64,9 @@ class Database(Indexed):
 
     plumbing = frozenset(
         (
-            *("attach_engine", "begin_history", "clock", "column_order", "commit_mark"),
+            *("attach_engine", "begin_history", "clock", "commit_mark"),
             *("commit_one", "commit_writes", "created_ms", "detach_engine", "entropy", "history"),
-            *("hear_others", "in_transaction", "keep_column_order", "moment", "moment_of"),
+            *("hear_others", "in_transaction", "moment", "moment_of"),
             *("index_functions", "on_commit", "read_only"),
             *("read_catalogue", "read_head", "storage", "tells_observers", "view", "where"),
             *("transaction_bytes_max", "write"),
@@ -237,9 +234,11 @@ class Database(Indexed):
         turn = Turn()
         snapshot = None
         try:
-            self._take(turn)
+            self._take(turn, True)
+            ahead = self._sharing.ahead() if self._sharing.jobs else None
             snapshot = self.storage.snapshot()
-            rows = self._rows_to_write(snapshot)
+            now = self._rows_to_write(snapshot)
+            rows = now if ahead is None else AheadRows(now, *ahead)
             identity = self._ids.new_bytes()
             commit, release = self._commit_transaction, self._end_transaction
             made = Transaction(identity, rows, turn, commit, release, self._ids.new_bytes)
@@ -253,7 +252,8 @@ class Database(Indexed):
 
     def _end_transaction(self, tx: Transaction) -> None:
         rows = tx._rows.below
-        assert isinstance(rows, SnapshotRows)
+        if not isinstance(rows, SnapshotRows):
+            rows = snapshot_rows(rows)
         rows.snapshot.close()
         self._give_back(tx._turn)
         self._observers.deliver()
@@ -263,8 +263,11 @@ class Database(Indexed):
         check_size(tx.writes, self.transaction_bytes_max)
         if not tx.writes:
             return 0
-        rows = tx._rows.below
-        assert isinstance(rows, SnapshotRows)
+        rows, sharing = tx._rows.below, self._sharing
+        if sharing.warm or len(self._turns.line) > 1 or not isinstance(rows, SnapshotRows):
+            if sharing.takes(rows, tx.writes):
+                return sharing.commit_transaction(tx._turn, rows, tx.writes, tx.transaction_id)
+            rows = tx._rows.below = sharing.settled(rows)
         writer = self._writer(rows)
         if writer.watcher is not None:
             refuse_taken(writer, tx.writes, decides=self.role is Role.SERVER)
@@ -282,6 +285,10 @@ class Database(Indexed):
         programs write through those.
 
         What programs do most, so without the objects that one holds on to in a transaction."""
+        if self._turns.line or self._sharing.warm:
+            merge = None if keep is None else partial(kept, keep, name)
+            if shared := self._sharing.commit_one(name, entity_id, payload, merge):
+                return shared
         with self.write("local") as writer:
             transaction_id = self._ids.new_bytes()
             made = self._ids.new_bytes() if entity_id is None else entity_id
@@ -298,26 +305,6 @@ class Database(Indexed):
                 refuse_taken(writer, writes, decides=self.role is Role.SERVER)
             commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
         return made
-
-    def column_order(self, name: str) -> list[str]:
-        """In which order an imported file had the fields of collection ``name``; canonical CBOR
-        keeps none. Empty if it is unknown. Of this device alone."""
-        with self._open_rows() as rows:
-            raw = rows.snapshot.get(META_COLUMNS)
-        order: list[str] = [] if raw is None else cbor.decode_trusted(raw).get(name, [])
-        return order
-
-    def keep_column_order(self, name: str, columns: Sequence[str]) -> None:
-        """Remember ``columns`` for ``column_order``, in front of those that are known already;
-        nothing, where they are more than ``COLUMNS_BYTES_MAX``."""
-        check_name(name)
-        order = list(dict.fromkeys([*columns, *self.column_order(name)]))
-        if order == self.column_order(name) or len("".join(order).encode()) > COLUMNS_BYTES_MAX:
-            return
-        with self.write("local") as writer:
-            raw = writer.get(META_COLUMNS)
-            known = {} if raw is None else cbor.decode_trusted(raw)
-            writer.put(META_COLUMNS, cbor.encode({**known, name: order}))
 
     @cached_property
     def aio(self) -> AsyncDatabase:
@@ -470,6 +457,7 @@ class Database(Indexed):
         with self._turns.hold():
             for right in self._rights.values():
                 right.give_back()
+            self._sharing.close()
             self.storage.close()
             self._closed = True
 

@@ -7,7 +7,7 @@ Not here: adding one (``listeners``), and what a commit contains.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from msgspec import Struct
@@ -53,20 +53,24 @@ class Observers:
         sequence: int,
         feed: list[tuple[tuple[int, int, bytes], bytes]],
         origin: str,
+        calls: Sequence[CommitEvent] = (),
     ) -> None:
         """Keep for ``deliver`` what this process's commit ``sequence`` changed: the rows ``feed``,
-        read as the commit left them; behind those of others that came before."""
+        read as the commit left them, or ``calls`` where several transactions share the commit;
+        behind those of others that came before."""
         first = feed[0][0][0]
         with self.telling.hold(), reading as rows:
             if 0 <= self.told < first - 1:
                 self._tell_others(rows, first)
-            entities = [place for place, _ in feed if place[1]]
-            events = load_events(rows.snapshot, rows.catalogue, entities)
-            for place, record in feed:
-                if not place[1]:
-                    names = cbor.decode_trusted(record)
-                    events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
-            self._deliveries.append(CommitEvent(sequence, origin, events))
+            if not calls:
+                entities = [place for place, _ in feed if place[1]]
+                events = load_events(rows.snapshot, rows.catalogue, entities)
+                for place, record in feed:
+                    if not place[1]:
+                        names = cbor.decode_trusted(record)
+                        events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
+                calls = [CommitEvent(sequence, origin, events)]
+            self._deliveries.extend(calls)
             self.told = sequence
             self.committing = 0
 

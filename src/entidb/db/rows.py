@@ -226,7 +226,8 @@ class OverlayRows:
         return self.below.index_count(name, index)
 
     def own(self, name: str) -> Mapping[bytes, bytes | None]:
-        return self.writes.get(name, {})
+        mine, before = self.writes.get(name, {}), self.below.own(name)
+        return {**before, **mine} if before else mine
 
 
 def _merge(

@@ -47,10 +47,11 @@ class Turn:
 class Turns:
     """The line, first come first served."""
 
-    __slots__ = ("_line",)
+    __slots__ = ("line",)
 
     def __init__(self) -> None:
-        self._line: list[Turn] = []
+        #: For others to read: who has the turn, and who waits.
+        self.line: list[Turn] = []
 
     def take(self, turn: Turn, timeout_s: float | None = None) -> bool:
         """Wait in line until it is ``turn``'s turn, without a bound when ``timeout_s`` is None;
@@ -58,31 +59,30 @@ class Turns:
 
         Raises ``StorageError`` when this thread itself is the one that would have to go on first:
         a signal handler that comes in the middle of a commit."""
-        line = self._line
+        line = self.line
         line.append(turn)
         return line[0] is turn or self._wait(turn, timeout_s)
 
     def give_back(self, turn: Turn) -> None:
         """Does nothing for a turn that is over."""
+        if turn not in self.line:
+            return
         try:
-            self._line.remove(turn)
+            self.line.remove(turn)
         except ValueError:
             return
-        for first in self._line[:1]:
+        for first in self.line[:1]:
             _ring(first)
 
     def has(self, turn: Turn) -> bool:
-        try:
-            return self._line[0] is turn
-        except IndexError:
-            return False
+        return self.line[:1] == [turn]
 
     def mine(self) -> Turn | None:
         """The turn that this thread has or waits for; a void one is ended first."""
-        if not self._line:
+        if not self.line:
             return None
         me = get_ident()
-        for turn in self._line[:]:
+        for turn in self.line[:]:
             if turn.thread == me:
                 if not turn.void:
                     return turn
@@ -97,21 +97,21 @@ class Turns:
     @property
     def taken(self) -> bool:
         """Whether there is anyone in line, if only with a void turn. Cheap, for readers."""
-        return bool(self._line)
+        return bool(self.line)
 
     def first(self) -> list[Turn]:
         """The turn that is held now, or nothing."""
-        return self._line[:1]
+        return self.line[:1]
 
     def idle(self) -> bool:
         """Whether the turn is free."""
-        return all(turn.void for turn in self._line[:1])
+        return all(turn.void for turn in self.line[:1])
 
     def _wait(self, turn: Turn, timeout_s: float | None) -> bool:
         turn.bell = bell = threading.Lock()
         bell.acquire()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while (first := self._line[0]) is not turn:
+        while (first := self.line[0]) is not turn:
             if first.void:
                 self.give_back(first)
                 continue
