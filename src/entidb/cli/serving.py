@@ -77,6 +77,7 @@ SETTINGS: Final[dict[str, str]] = {
     "compression_min_bytes": "Smaller answers are not packed.",
     "access_log": "A line of JSON for each request, on standard error.",
     "metrics": "Serve GET /metrics, which needs no token.",
+    "console": "Serve a page for administrators at /console.",
 }
 #: Fields of ``Listen``; and the file that says that the server is ready.
 LISTEN: Final[dict[str, tuple[Any, str]]] = {

@@ -53,6 +53,7 @@ from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.origins import check_single
 from entidb.server.pages import known_up_to
 from entidb.server.plain import ADDRESSES, Plain
+from entidb.server.pulse import Gauges, Pulse
 from entidb.server.room import RETRY_S, Budget, Held
 from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
@@ -108,6 +109,7 @@ class SyncApp:
         self._office = office_of(server)
         self._admin = AdminHttp(self._office)
         self._metrics = _make_metrics(self) if server.config.metrics else None
+        self._pulse = self._office.pulse = _make_pulse(self) if server.config.console else None
         self._plain = Plain(server, self._office, self._metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -455,12 +457,19 @@ class SyncApp:
         if self._metrics is not None and exchange.path != LIVE_PATH:
             # How long a stream was open says nothing about how fast answers are.
             self._metrics.answered(exchange.path, exchange.status, seconds, exchange.code)
+        if self._pulse is not None:
+            self._pulse.answered(exchange, seconds, streamed=exchange.path == LIVE_PATH)
         if self._config.access_log and access_logger.isEnabledFor(logging.INFO):
             access_logger.info("%s", exchange.log_line(seconds))
 
 
 def _administers(exchange: Exchange) -> bool:
     return exchange.path.startswith(PREFIX)
+
+
+def _make_pulse(app: SyncApp) -> Pulse:
+    gauges = Gauges(in_flight_bytes=lambda: app.in_flight_bytes, waiting=lambda: app.waiting)
+    return Pulse(app.server.clock, gauges)
 
 
 def _make_metrics(app: SyncApp) -> Metrics:

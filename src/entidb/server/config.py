@@ -186,6 +186,9 @@ class ServerConfig:
     access_log: bool = True
     #: Serve ``GET /metrics`` for Prometheus. It needs no token: keep it from the public.
     metrics: bool = False
+    #: Serve the console, a page for who administers the server, at ``/console``. The page says
+    #: nothing by itself: it asks for a token with the claim ``admin``.
+    console: bool = False
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -285,7 +288,14 @@ WAYS_TO_KNOW: Final = (
     "authenticator",
 )
 _AUTH: Final = (*WAYS_TO_KNOW, "insecure_no_auth")
-_BOOLS: Final = ("create_databases", "insecure_no_auth", "compression", "access_log", "metrics")
+_BOOLS: Final = (
+    "create_databases",
+    "insecure_no_auth",
+    "compression",
+    "access_log",
+    "metrics",
+    "console",
+)
 _INTS: Final = {
     "workers": (1, 256),
     "transaction_bytes_max": (TRANSACTION_BYTES_MAX, _BYTES_MAX),

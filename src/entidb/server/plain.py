@@ -1,5 +1,5 @@
 """The addresses of a server that need no token: whether it lives, whether it is ready, what it is,
-and its counters. Nothing of them says anything about databases or people.
+its counters, and the files of the console. Nothing of them says anything about databases or people.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from entidb.server import wire
 from entidb.server.admin.office import Office
 from entidb.server.admin.readiness import Readiness
+from entidb.server.console.serving import Console
 from entidb.server.exchange import Exchange
 from entidb.server.server import SyncServer
 from entidb.server.wire import HttpResponse
@@ -33,14 +34,19 @@ class Plain:
         self._office = office
         self._readiness = Readiness(office)
         self._metrics = metrics
+        self._console = Console() if server.config.console else None
 
     def serves(self, path: str) -> bool:
+        if self._console is not None and self._console.serves(path):
+            return True
         return path in ADDRESSES and (path != "/metrics" or self._metrics is not None)
 
     async def answer(self, exchange: Exchange, *, stopping: bool) -> HttpResponse:
         """Raises ``ProtocolError`` (method_not_allowed)."""
         if exchange.method not in ("GET", "HEAD"):
             raise ProtocolError("read this with GET", code="method_not_allowed")
+        if self._console is not None and self._console.serves(exchange.path):
+            return self._console.answer(exchange.path, exchange.headers)
         if exchange.path == "/metrics":
             assert self._metrics is not None
             if self._office.others.count() is None:

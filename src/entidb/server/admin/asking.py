@@ -78,8 +78,9 @@ class Route(Struct, frozen=True):
     do: Do
     gives: Any
     takes: type[Struct] = Nothing
-    #: Names that may follow a question mark.
+    #: Names of numbers that may follow a question mark, and of texts.
     query: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- asked and answered

@@ -16,10 +16,12 @@ from entidb.errors import EntiDBError, PermissionDeniedError, ServerError
 from entidb.protocol import ErrorResponse
 from entidb.server.admin.audit import AuditLog
 from entidb.server.admin.callers import Caller
+from entidb.server.admin.summary import Summaries
 from entidb.server.admin.tasks import Tasks
 from entidb.server.auth import Authenticator, Grants
 from entidb.server.config import ServerConfig, check_db_id, directory_name
 from entidb.server.control import Control
+from entidb.server.pulse import Pulse
 from entidb.server.registry import Registry
 from entidb.types import Clock
 
@@ -158,6 +160,9 @@ class Office:
         self.late_backups: list[str] = []
         self.oldest_backup_ms: int | None = None
         self.opened_ms: Final = server.clock.now_ms()
+        self.summaries: Final = Summaries()
+        #: What the server did lately, where it shows a console.
+        self.pulse: Pulse | None = None
         #: One change of databases at a time, such as a rename and a delete of the same.
         self.changing: Final = threading.Lock()
         #: Called with each housekeeping, by rooms that have something to do then.

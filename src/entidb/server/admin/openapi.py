@@ -48,7 +48,9 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
     named = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"\{(\w+)\}", route.path)
-    ] + [{"name": name, "in": "query", "schema": {"type": "integer"}} for name in route.query]
+    ]
+    named += [{"name": name, "in": "query", "schema": {"type": "integer"}} for name in route.query]
+    named += [{"name": name, "in": "query", "schema": {"type": "string"}} for name in route.texts]
     answers = {
         "200": {"description": "Done.", "content": _json(schema_of[str(route.gives)])},
         "default": {

@@ -18,6 +18,7 @@ from entidb.server.admin.audit import Entry
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
 from entidb.server.admin.tasks import Task
+from entidb.server.admin.watching import WATCHING
 from entidb.server.control import Kind, Revoked
 
 
@@ -300,6 +301,7 @@ ROUTES: Final[list[Route]] = [
     Route("GET", "tasks", "List the tasks, newest first.", _tasks, list[Task]),
     Route("GET", "tasks/{id}", "Show a task.", _task, Task),
     Route("POST", "tasks/{id}/cancel", "Cancel a task.", _cancel, Changed),
+    *WATCHING,
 ]
 
 
