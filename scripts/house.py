@@ -38,7 +38,9 @@ DEPTH_MAX: Final = 20
 #: Calls of Python functions of this project, by what a program or the engine does: where they
 #: stand, so that no feature adds to them unseen. The store is the one on disk, device and server
 #: are in one thread.
-CALLS_MAX: Final[Mapping[str, int]] = {"get": 21, "set": 95, "idle": 164, "push": 688, "pull": 407}
+CALLS_MAX: Final[Mapping[str, int]] = {"get": 18, "set": 76, "idle": 147, "push": 556, "pull": 365}
+#: Rounds in which they are counted.
+_ROUNDS: Final = 4
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,7 +206,8 @@ def look_at_calls() -> list[str]:
 
 
 def count_calls() -> dict[str, int]:
-    """Calls of Python functions of this project in this thread, for one of each."""
+    """Calls of Python functions of this project in this thread, for one of each: the fewest of a
+    few rounds, because now and then the time has come to look at a file, or at a directory."""
     from entidb.db import Database
     from entidb.server import ServerConfig, SyncServer
     from entidb.sync import SyncConfig, SyncEngine
@@ -240,20 +243,21 @@ def count_calls() -> dict[str, int]:
         def change() -> None:
             notes[entity] = {"n": 1}
 
-        counts = {}
-        settle()
-        counts["get"] = _calls(lambda: notes[entity])
-        counts["set"] = _calls(change)
-        settle()
-        counts["idle"] = _calls(one.sync)
-        change()
-        counts["push"] = _calls(one.sync)
-        counts["pull"] = _calls(other.sync)
+        rounds = []
+        for _ in range(_ROUNDS):
+            settle()
+            counts = {"get": _calls(lambda: notes[entity]), "set": _calls(change)}
+            settle()
+            counts["idle"] = _calls(one.sync)
+            change()
+            counts["push"] = _calls(one.sync)
+            counts["pull"] = _calls(other.sync)
+            rounds.append(counts)
         for engine in engines:
             engine.close()
             engine.database.close()
         server.close()
-    return counts
+    return {name: min(counts[name] for counts in rounds) for name in rounds[0]}
 
 
 def _calls(action: Callable[[], Any]) -> int:

@@ -31,9 +31,7 @@ from tests.planted.garden import CALM, WILD, Garden, bug
 )
 def _history_ignored(garden: Garden) -> None:
     """The server answers requests that name the history before a restore."""
-    garden.replace(
-        DatabaseService, "_check_history", lambda original: lambda self, history, cursor, head: None
-    )
+    garden.replace(DatabaseService, "_check_history", lambda original: lambda self, *rest: None)
 
 
 @bug(
@@ -79,8 +77,10 @@ def _reset_without_need(garden: Garden) -> None:
     """A device at the floor is told to reset as well, for ever."""
 
     def make(original: Any) -> Any:
-        def check(self: Any, request: Any, grant: Grant, head: int, floor: int) -> None:
-            original(self, request, grant, head, floor)
+        def check(
+            self: Any, request: Any, grant: Grant, seen: int, head: int, floor: int, *rest: Any
+        ) -> None:
+            original(self, request, grant, seen, head, floor, *rest)
             if floor and not request.full and request.cursor <= floor + 3:
                 raise ResetRequiredError("planted")
 

@@ -25,7 +25,8 @@ from entidb.protocol import (
 )
 from entidb.server import Grants, Rights, SyncServer
 from entidb.server.hooks import Grant
-from entidb.server.service import BehindError, DatabaseService, unseen
+from entidb.server.pages import unseen
+from entidb.server.service import BehindError, DatabaseService
 from entidb.sync import HttpTransport, LoopbackClient
 from entidb.sync.transport import HttpResponse
 from tests.server.support import pull, push
@@ -107,6 +108,28 @@ def test_a_device_that_has_seen_everything_pushes_with_one_exchange(
     assert on_the_server(server) == one.values()
     one.engine.sync()
     assert one.line.taken() == ["/v1/pull"]
+
+
+def test_a_page_that_was_asked_for_another_scope_is_not_taken(
+    server: SyncServer, one: Device, other: Device
+) -> None:
+    other.notes.add({"by": "other"})
+    other.database.collection("tasks").add({"by": "other"})
+    other.engine.sync()
+    one.notes.add({"by": "one"})
+
+    def narrow(path: str, answer: Answer) -> HttpResponse:
+        one.line.hook = lambda path, answer: answer()
+        found = answer()
+        one.database.set_scope(["notes"])
+        return found
+
+    one.line.hook = narrow
+    one.engine.sync()
+    assert one.line.taken()[:2] == ["/v1/sync", "/v1/pull"]
+    assert [str(value) for value in one.database.collection("tasks").values()] == []
+    one.engine.sync()
+    assert on_the_server(server) == one.values()
 
 
 def test_one_that_is_behind_gets_its_page_and_nothing_is_decided(

@@ -120,6 +120,8 @@ class _WriteBlock:
             if kind is None:
                 self._database._begin_commit(self._turn)
                 self._database._store(self._writer, self._origin)
+                if self._writer.changes:
+                    self._snapshot = None  # closed before its changes were committed
             self._end()
             if kind is None:
                 self._database._observers.deliver()
@@ -189,7 +191,7 @@ class Core(Explored):
         self._left: tuple[int, bytes, Catalogue] | None = None
         #: Moves with every attempt to commit that has failed: nothing is answered from memory
         #: then, whatever became of it (R17).
-        self._failures = 0
+        self.failures = 0
         self._observers = Observers()
         self._sharing = Sharing(self)
         #: Held while the files are copied: what a copy says of its format must stay true.
@@ -228,12 +230,12 @@ class Core(Explored):
 
     def moment_of(self, snapshot: StorageSnapshot) -> Moment:
         """The moment at which everything is true that is read in ``snapshot``."""
-        return Moment(self, self._failures + snapshot.mark)
+        return Moment(self, self.failures + snapshot.mark)
 
     @property
     def commit_mark(self) -> int:
-        """Of the newest state: for ``Moment`` alone."""
-        return self._failures + self.storage.mark()
+        """Of the newest state: another one after each attempt to commit."""
+        return self.failures + self.storage.mark()
 
     def _open_rows(self) -> _OpenRows:
         return _OpenRows(self)
@@ -328,7 +330,7 @@ class Core(Explored):
             raw: bytes | None = left[1]
         else:
             raw = snapshot.get(META_HEAD)
-        moment, now = Moment(self, self._failures + mark), self.clock.now_ms()
+        moment, now = Moment(self, self.failures + mark), self.clock.now_ms()
         slack = self._stale_rows_max
         writer = Writer(snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
         if rows.catalogue.indexes.each:
@@ -346,7 +348,8 @@ class Core(Explored):
 
     def _begin_commit(self, turn: Turn) -> None:
         turn.committing = True
-        if turn.void or not self._turns.has(turn):
+        kept = turn.kept  # as ``void``, without asking twice for each commit
+        if (kept is not None and kept() is None) or not self._turns.has(turn):
             raise TransactionError(
                 "this transaction was aborted when its block was left or its database closed; "
                 "begin another"
@@ -362,7 +365,7 @@ class Core(Explored):
         observers.committing = writer.first_sequence
         try:
             mark = self.storage.commit(changes, writer.snapshot.mark)
-            writer.moment.mark = self._failures + mark
+            writer.moment.mark = self.failures + mark
             if self._identity_mark == mark - 1:
                 self._identity_mark = mark  # whoever changes it takes it over
             self._left = mark, writer.encoded_head, writer.catalogue
@@ -376,7 +379,7 @@ class Core(Explored):
                 observers.tell(self._open_rows(), writer.head.sequence, rows, origin, calls)
             observers.committing = 0
         except BaseException:
-            self._failures += _FAILURE
+            self.failures += _FAILURE
             observers.committing = 0
             raise
 

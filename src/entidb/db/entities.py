@@ -84,12 +84,6 @@ class Entities(Overlay):
 
     watcher: Watcher | None = None
 
-    def finish_entities(self, sequence: int) -> None:
-        """What is stored once for the whole commit, whose newest change is at ``sequence``."""
-        if self.watcher is not None:
-            self.watcher.finish()
-        self.finish_places(sequence)
-
     # ------------------------------------------------------------ reading
 
     def entity(self, ref: Ref) -> EntityRow | None:
@@ -142,7 +136,8 @@ class Entities(Overlay):
         info = self.catalogue.by_number[ref[0]]
         self.changes[info.prefix + ref[1]] = row.encode()
         was = None if old is None else old.payload
-        self.count(ref[0], (row.payload is not None) - (was is not None))
+        if (row.payload is None) != (was is None):
+            self.count(ref[0], 1 if was is None else -1)
         if self.watcher is not None and was != row.payload:
             self.watcher.changed(info, [ref[1]], [was], [row.payload])
 

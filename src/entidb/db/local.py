@@ -75,6 +75,12 @@ def commit_local(
     """Stage ``writes`` as one local transaction; returns its sequence, 0 if nothing changes.
 
     Deleting what is not there changes nothing and leaves no trace."""
+    if len(writes) == 1:
+        ((name, payloads),) = writes.items()
+        if len(payloads) == 1:
+            ((entity_id, payload),) = payloads.items()
+            place = writer.collection(name), entity_id, payload
+            return _commit_one(writer, role, *place, transaction_id, timestamp)
     groups = [(writer.collection(name), sorted(ids), ids) for name, ids in writes.items() if ids]
     if len(groups) > 1:
         groups.sort(key=lambda group: group[0].number)
@@ -97,14 +103,30 @@ def commit_local(
     ]
     if not work:
         return 0
-    sequence = writer.next_sequence()
-    if role is Role.SERVER:
-        for info, entity_id, payload, old in work:
-            row = EntityRow(REMOTE, 0, sequence, writer.device_id, timestamp, 0, payload)
-            writer.show((info.number, entity_id), row, old, sequence)
+    return _commit_work(writer, role, work, transaction_id, timestamp)
+
+
+def _commit_one(
+    writer: Writer,
+    role: Role,
+    info: CollectionInfo,
+    entity_id: bytes,
+    payload: bytes | None,
+    transaction_id: bytes,
+    timestamp: int,
+) -> int:
+    """As ``commit_local`` for a transaction that writes one entity."""
+    raw = writer.get(info.prefix + entity_id)
+    if raw is None and payload is not None and role is Role.DEVICE:
+        sequence = writer.next_sequence()
+        created = [(info, [entity_id], [payload])]
+        _create_on_device(writer, created, sequence, transaction_id, timestamp)
         return sequence
-    _commit_on_device(writer, work, sequence, transaction_id, timestamp)
-    return sequence
+    old = None if raw is None else decode_entity(raw)
+    if payload is None and (old is None or old.payload is None):
+        return 0
+    work = [(info, entity_id, payload, old)]
+    return _commit_work(writer, role, work, transaction_id, timestamp)
 
 
 #: Of each collection: ids in order, and what is written to each.
@@ -143,17 +165,31 @@ def _create_on_device(
         writer.head.ready += 1
 
 
+#: What is written to which entity, over what.
 Work = list[tuple[CollectionInfo, bytes, bytes | None, EntityRow | None]]
+
+
+def _commit_work(
+    writer: Writer, role: Role, work: Work, transaction_id: bytes, timestamp: int
+) -> int:
+    sequence = writer.next_sequence()
+    if role is Role.SERVER:
+        for info, entity_id, payload, old in work:
+            row = EntityRow(REMOTE, 0, sequence, writer.device_id, timestamp, 0, payload)
+            writer.show((info.number, entity_id), row, old, sequence)
+    else:
+        _commit_on_device(writer, work, sequence, transaction_id, timestamp)
+    return sequence
 
 
 def _commit_on_device(
     writer: Writer, work: Work, sequence: int, transaction_id: bytes, timestamp: int
 ) -> None:
-    state = writer.sync_state
     operations = []
-    held, absent = False, {}
+    held, absent, state = False, {}, None
     for info, _, _, old in work:
         if old is None:
+            state = state or writer.sync_state
             absent[info.name] = state.base_version_of_absent(info.name)
         elif info.synced and old.pending and old.flags & IS_HELD:
             held = True

@@ -103,10 +103,13 @@ def clock_mark_ms(retention_ms: int) -> int:
     return min(CLOCK_MARK_MS, max(1, retention_ms // CLOCK_MARKS_MIN))
 
 
-def mark_clock(writer: Writer, every_ms: int = CLOCK_MARK_MS) -> None:
+def mark_clock(writer: Writer, every_ms: int = CLOCK_MARK_MS) -> int | None:
     """Remember, once in ``every_ms``, the present time and commit sequence: the timestamps of
     entities come from devices and may be old. Marks from the future are dropped: they were made
-    while the clock was wrong, and no new one would be made until that time has come (R27)."""
+    while the clock was wrong, and no new one would be made until that time has come (R27).
+
+    Returns the time of the newest mark that is there already and good: none is due before
+    ``every_ms`` after it. None where this commit is to leave one."""
     stop = CLOCK_MARK + pack_u64(2**64 - 1)
     newest = writer.snapshot.scan_keys(CLOCK_MARK, stop, limit=1, reverse=True)
     made_ms = unpack_u64(newest[0][1:]) if newest else None
@@ -116,6 +119,8 @@ def mark_clock(writer: Writer, every_ms: int = CLOCK_MARK_MS) -> None:
         made_ms = None
     if made_ms is None or made_ms + every_ms <= writer.now_ms:
         writer.put(CLOCK_MARK + pack_u64(writer.now_ms), pack_u64(writer.head.sequence))
+        return None
+    return made_ms
 
 
 def sequence_at(database: Core, time_ms: int) -> int:

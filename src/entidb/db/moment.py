@@ -11,14 +11,18 @@ from typing import Protocol
 from msgspec import Struct
 
 from entidb.errors import LocalError, StorageError
+from entidb.storage import Storage
 
 
 class Marked(Protocol):
-    """``commit_mark`` is another one after each attempt to commit, by any thread, in whichever
-    process."""
+    """The mark of the store is another one after each commit, by any thread, in whichever process;
+    and ``failures`` after each attempt that failed."""
 
     @property
-    def commit_mark(self) -> int: ...
+    def failures(self) -> int: ...
+
+    @property
+    def storage(self) -> Storage: ...
 
 
 class Moment(Struct):
@@ -37,7 +41,8 @@ class Moment(Struct):
         """Whether nothing was committed since, nor tried to be (R17). A few microseconds; raises
         nothing: of a database that is closed nothing is known."""
         try:
-            return self.source.commit_mark == self.mark
+            source = self.source
+            return source.failures + source.storage.mark() == self.mark
         except (LocalError, StorageError):
             return False
 

@@ -22,7 +22,7 @@ HAVE_RANGES_MAX = 1024
 
 
 def encode_record(record: Struct) -> bytes:
-    return cbor.encode(to_builtins(record, builtin_types=(bytes,)))
+    return cbor.encode_message(to_builtins(record, builtin_types=(bytes,)))
 
 
 def decode_record(kind: type[T], raw: bytes) -> T:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from msgspec import Struct
+
 from entidb.db.catalogue import Catalogue, IndexInfo
 from entidb.db.index_keys import Span, index_count_key, index_prefix
 from entidb.db.records import (
@@ -71,14 +73,11 @@ class Rows(Protocol):
         ...
 
 
-class SnapshotRows:
+class SnapshotRows(Struct, eq=False):
     """The entities of a storage snapshot, read with the catalogue of that same snapshot."""
 
-    __slots__ = ("catalogue", "snapshot")
-
-    def __init__(self, snapshot: Snapshot, catalogue: Catalogue) -> None:
-        self.snapshot = snapshot
-        self.catalogue = catalogue
+    snapshot: Snapshot
+    catalogue: Catalogue
 
     def get(self, name: str, entity_id: bytes) -> bytes | None:
         info = self.catalogue.by_name.get(name)

@@ -87,7 +87,7 @@ class Writer(Entities):
         return ReplicaState() if raw is None else decode_state(raw)
 
     def set_sync_state(self, state: ReplicaState) -> None:
-        self.put(META_SYNC, encode_record(state))
+        self.changes[META_SYNC] = encode_record(state)
 
     @property
     def inflight(self) -> Inflight | None:
@@ -147,15 +147,16 @@ class Writer(Entities):
         return None
 
     def put_pending(self, transaction: PendingTransaction) -> None:
-        self.put(transaction.key, transaction.encode())
+        self.changes[transaction.key] = transaction.encode()
 
     def finish(self) -> dict[bytes, bytes | None]:
         """The whole commit, counters included; empty when nothing changes."""
-        self.finish_entities(self.head.sequence)
+        if self.watcher is not None:
+            self.watcher.finish()
+        self.finish_places(self.head.sequence)
         head = self.head.encode()
         if head != self.encoded_head:
-            self.encoded_head = head
-            self.put(META_HEAD, head)
+            self.encoded_head = self.changes[META_HEAD] = head
         return self.changes
 
 

@@ -5,6 +5,7 @@ It does not look into payloads, which are checked once, where they enter a datab
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 import struct
@@ -298,9 +299,13 @@ def _check_different(names: Collection[str], limits: Limits, place: str = "$.col
         raise _invalid(place, "a name comes twice")
 
 
+#: The same few come with every message.
+_check_known_name: Final = functools.lru_cache(maxsize=256)(check_name)
+
+
 def _check_name(place: str, name: str) -> None:
     try:
-        check_name(name)
+        _check_known_name(name)
     except InvalidNameError as error:
         raise _invalid(place, str(error)) from error
 

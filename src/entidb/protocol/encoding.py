@@ -24,6 +24,13 @@ from entidb.protocol.messages import (
 
 #: The heads of small maps, by how many pairs they have.
 _MAPS: Final = tuple(cbor.map_head(pairs) for pairs in range(10))
+#: What a round has before its pull, and before its push.
+_PULL: Final = cbor.map_head(2) + cbor.text("pull")
+_PUSH: Final = cbor.text("push")
+#: No names, no commits.
+_NONE: Final = cbor.array_head(0)
+#: Of operations of a push, by the index of their collection.
+_OPERATION_HEADS: Final = tuple(b"\x84" + cbor.uint(index) + ID for index in range(64))
 #: The keys of the messages that are joined by hand.
 _KEYS: Final = {
     name: cbor.text(name)
@@ -90,7 +97,9 @@ def _encode_push_request(message: PushRequest) -> bytes:
         _KEYS["collections"] + _names(message.collections),
         _KEYS["transactions"] + array_head(len(message.transactions)),
     ]
-    heads = [b"\x84" + uint(index) + ID for index in range(len(message.collections))]
+    heads: Sequence[bytes] = _OPERATION_HEADS
+    if len(message.collections) > len(heads):
+        heads = [b"\x84" + uint(index) + ID for index in range(len(message.collections))]
     for transaction in message.transactions:
         operations = transaction.operations
         parts += (
@@ -146,7 +155,7 @@ def _encode_pull_response(message: PullResponse) -> bytes:
             message, columns.ids, columns.heads, columns.sizes, columns.values, columns.indexes
         )
     if not message.commits:
-        return _joined(message, (NULL,), (array_head(0),))
+        return _joined(message, (NULL,), (_NONE,))
     page = PullPage()
     for commit in message.commits:
         page.begin(commit.version, commit.device_id, commit.timestamp)
@@ -163,7 +172,7 @@ def encode_columns(
     parts = [_MAPS[5]]
     for name, column in columns.items():
         parts += (_KEYS[name], bytes_head(len(column)), column)
-    return _joined(message, parts, (array_head(0),))
+    return _joined(message, parts, (_NONE,))
 
 
 def _joined(message: PullResponse, columns: Sequence[bytes], commits: Sequence[bytes]) -> bytes:
@@ -181,7 +190,7 @@ def _joined(message: PullResponse, columns: Sequence[bytes], commits: Sequence[b
             *commits,
             _KEYS["granted"] + (NULL if message.granted is None else _names(message.granted)),
             _KEYS["has_more"] + (b"\xf5" if message.has_more else b"\xf4"),
-            _KEYS["collections"] + _names(message.collections),
+            _KEYS["collections"] + (_names(message.collections) if message.collections else _NONE),
         )
     )
 
@@ -231,20 +240,20 @@ class PullPage:
 
 
 def _encode_round_request(message: RoundRequest) -> bytes:
-    return _round(encode(message.pull), encode(message.push))
+    return _round(_encode_pull_request(message.pull), _encode_push_request(message.push))
 
 
 def _encode_round_response(message: RoundResponse) -> bytes:
-    return encode_round(encode(message.pull), message.push)
+    return encode_round(_encode_pull_response(message.pull), message.push)
 
 
 def encode_round(pull: bytes, push: PushResponse | None) -> bytes:
     """A ``RoundResponse`` whose page is encoded already."""
-    return _round(pull, NULL if push is None else encode(push))
+    return _round(pull, NULL if push is None else _encode_push_response(push))
 
 
 def _round(pull: bytes, push: bytes) -> bytes:
-    return b"".join((cbor.map_head(2), cbor.text("pull"), pull, cbor.text("push"), push))
+    return b"".join((_PULL, pull, _PUSH, push))
 
 
 def _names(names: Sequence[str]) -> bytes:

@@ -51,13 +51,13 @@ from entidb.server.hooks import Grant
 from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.origins import check_single
-from entidb.server.pages import known_up_to
+from entidb.server.pages import known_up_to, unseen
 from entidb.server.plain import ADDRESSES, Plain
 from entidb.server.pulse import Gauges, Pulse
 from entidb.server.room import RETRY_S, Budget, Held
 from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
-from entidb.server.service import BehindError, unseen
+from entidb.server.service import BehindError
 from entidb.server.stores import Store
 from entidb.server.threads import Running
 from entidb.server.wire import HttpResponse

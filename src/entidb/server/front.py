@@ -40,8 +40,9 @@ from entidb.server.config import ServerConfig, is_db_id
 from entidb.server.control import Control
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
+from entidb.server.pages import unseen
 from entidb.server.quotas import Quotas
-from entidb.server.service import BehindError, unseen
+from entidb.server.service import BehindError
 from entidb.server.stores import Store, Stores
 from entidb.types import SystemClock
 

@@ -11,13 +11,23 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from entidb import protocol
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.feed import feed_page, latest_of
 from entidb.db.records import payloads_of, shown_fields, split_feed_keys
 from entidb.db.writer import Writer
 from entidb.errors import CorruptionError
-from entidb.protocol import TOMBSTONE_SIZE, PullRequest, PullResponse
+from entidb.protocol import (
+    TOMBSTONE_SIZE,
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    RoundRequest,
+    Verdict,
+)
 
 #: Feed rows looked at for one page at most, however many a filter or ``have`` leaves out, so that
 #: a page takes bounded time.
@@ -237,15 +247,46 @@ def known_up_to(request: PullRequest) -> int:
     return request.cursor
 
 
+def seen_by(request: PullRequest | PushRequest | RoundRequest) -> int:
+    """The newest commit that the device says it has seen. What it got for its own pushes counts
+    (R21), and what it built on."""
+    if isinstance(request, RoundRequest):
+        return max(seen_by(request.pull), seen_by(request.push))
+    if isinstance(request, PullRequest):
+        return max(request.cursor, request.have[-1][1] if request.have else 0)
+    bases = [op.base_version for t in request.transactions for op in t.operations]
+    return max(request.cursor, max(bases, default=0))
+
+
+def unseen(request: RoundRequest, answer: PushResponse | None) -> PullRequest:
+    """What the device of a round has to pull once it has ``answer``: what the answer has accepted
+    it has. None: nothing was decided."""
+    pull = request.pull
+    if answer is None:
+        return pull
+    accepted = {
+        (result.version, result.version)
+        for result in answer.results
+        if result.verdict == Verdict.ACCEPTED and result.version > pull.cursor
+    }
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted([*pull.have, *accepted]):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
+        else:
+            joined.append((first, last))
+    return replace(pull, have=joined)
+
+
 def wanted_collections(
     catalogue: Catalogue, asked: list[str] | None, allowed: frozenset[str] | None
-) -> list[CollectionInfo]:
-    """The collections to send: those asked for that the token grants."""
+) -> dict[int, CollectionInfo]:
+    """The collections to send, by number: those asked for that the token grants."""
     names = None if asked is None else frozenset(asked)
-    return [
-        info
+    return {
+        info.number: info
         for info in catalogue.by_name.values()
         if info.synced
         and (names is None or info.name in names)
         and (allowed is None or info.name in allowed)
-    ]
+    }

@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from entidb import cbor, protocol
 from entidb.collector import paused
 from entidb.db import Database
-from entidb.db.catalogue import CollectionInfo
 from entidb.db.maintenance import CLOCK_MARK_MS, mark_clock, read_floor
 from entidb.db.moment import Moment
 from entidb.db.records import META_FLOOR, META_HEAD, decode_head, unpack_u64
@@ -40,12 +39,18 @@ from entidb.protocol import (
     PushRequest,
     PushResponse,
     RoundRequest,
-    Verdict,
 )
 from entidb.server.control import frozen_error
 from entidb.server.decide import NOTHING_CHECKED, Checked, Deciding, Rules, value_of
 from entidb.server.hooks import NO_SCHEMA, Grant, Schema, ValidateHook
-from entidb.server.pages import SCAN_ROWS_MAX, ColumnPage, Page, known_up_to, wanted_collections
+from entidb.server.pages import (
+    SCAN_ROWS_MAX,
+    ColumnPage,
+    Page,
+    known_up_to,
+    seen_by,
+    wanted_collections,
+)
 from entidb.server.unique import waits_for
 from entidb.server.upcasting import upcast_all
 from entidb.server.work import too_much
@@ -93,12 +98,14 @@ class DatabaseService:
         self._validate = validate
         self._schema = schema
         self._rules = Rules(db_id, limits.transaction_bytes_max, validate)
-        #: (when, head, floor) of the newest read; None when unknown.
-        self._known: tuple[Moment, int, int] | None = None
+        #: (when, head, floor, history) of the newest read; None when unknown.
+        self._known: tuple[Moment, int, int, bytes | None] | None = None
         #: Called with a pull and the cursor that its page leads to, on the thread that read it.
         self.on_page: Callable[[PullRequest, int], None] | None = None
         #: Asked before each group: whether nothing is to be pushed at the moment (R32).
         self.is_frozen: Callable[[], bool] = _no
+        #: The newest clock mark that this service has seen in the database.
+        self._marked_ms: int | None = None
         #: The newest head that this service has seen; a hint.
         self._head = 0
         self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
@@ -140,13 +147,13 @@ class DatabaseService:
         known = self._known
         if known is None or request.full:
             return None
-        moment, head, floor = known
+        moment, head, floor, history = known
         if not moment.is_current() or known_up_to(request) != head:
             return None
-        seen = _seen(request)
+        seen = seen_by(request)
         if seen > head:
             return None  # what follows takes a commit
-        self._check_pull(request, grant, seen, head, floor)
+        self._check_pull(request, grant, seen, head, floor, history)
         return PullResponse(
             collections=[],
             commits=[],
@@ -162,7 +169,7 @@ class DatabaseService:
         """Whether a pull asks for the newest few commits only. They were written a moment ago, so
         reading them waits for no disk."""
         behind = self._head - known_up_to(request)
-        return not request.full and 0 <= behind <= RECENT_COMMITS and _seen(request) <= self._head
+        return not request.full and 0 <= behind <= RECENT_COMMITS and seen_by(request) <= self._head
 
     def pull(self, request: PullRequest, grant: Grant) -> PullResponse:
         """One page of the change feed (R19). Raises ``HistoryChangedError``,
@@ -177,17 +184,19 @@ class DatabaseService:
             head = error.details.get("head")
             if head is None:
                 raise
-        raise self._put_back(grant, _seen(request), head)
+        raise self._put_back(grant, seen_by(request), head)
 
     def _pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
         with paused(), self.database.view() as view:
             head = view.head.sequence
             floor = read_floor(view)
-            self._check_pull(request, grant, _seen(request), head, floor)
+            history = self.database.history
+            self._check_pull(request, grant, seen_by(request), head, floor, history)
             kind = ColumnPage if request.columns else Page
-            page = kind(view, request, self._wanted(view, request, grant))
+            wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
+            page = kind(view, request, wanted)
             cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
-            self._known = (view.moment, head, floor)
+            self._known = (view.moment, head, floor, history)
             self._head = head
             if self.on_page is not None:
                 self.on_page(request, cursor)
@@ -205,11 +214,17 @@ class DatabaseService:
             )
 
     def _check_pull(
-        self, request: PullRequest, grant: Grant, seen: int, head: int, floor: int
+        self,
+        request: PullRequest,
+        grant: Grant,
+        seen: int,
+        head: int,
+        floor: int,
+        history: bytes | None,
     ) -> None:
         if not grant.read:
             raise PermissionDeniedError(f"this token may not read database {self.db_id!r}")
-        self._check_history(request.history, seen, head)
+        self._check_history(request.history, seen, head, history)
         if 0 < request.schema < self._schema.least:
             raise UpgradeRequiredError(
                 f"this program works with schema {request.schema} of database {self.db_id!r}, and "
@@ -223,12 +238,6 @@ class DatabaseService:
                 "forgotten, so everything has to be pulled again",
                 details={"floor": floor},
             )
-
-    def _wanted(
-        self, view: Writer, request: PullRequest, grant: Grant
-    ) -> dict[int, CollectionInfo]:
-        wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
-        return {info.number: info for info in wanted}
 
     # ------------------------------------------------------------ push
 
@@ -249,16 +258,24 @@ class DatabaseService:
         self, members: Sequence[tuple[PushRequest | RoundRequest, Grant]]
     ) -> list[PushResponse | SyncError]:
         # What can fail or take long is done before the writer lock is taken.
-        checked = [self._prechecked(_pushed(request), grant) for request, grant in members]
-        seen = [_seen(request) for request, _ in members]
+        pushed = [
+            request.push if isinstance(request, RoundRequest) else request for request, _ in members
+        ]
+        checked = [
+            self._prechecked(push, grant) for push, (_, grant) in zip(pushed, members, strict=True)
+        ]
+        seen = [seen_by(request) for request, _ in members]
         answers: list[PushResponse | SyncError] = []
         with self.database.write() as writer:
             frozen = self.is_frozen()
             floor, known_head = read_floor(writer), writer.head.sequence
             indexed, proof = writer.catalogue.indexes.each, None
+            # Nobody else begins another while this one has the turn.
+            history = self.database.history
             if max(seen, default=0) > known_head:
                 proof = self._proof(members, seen, known_head)
-            for (request, grant), found, newest in zip(members, checked, seen, strict=True):
+            each = zip(members, pushed, checked, seen, strict=True)
+            for (request, grant), push, found, newest in each:
                 if proof is not None:
                     break  # nothing is decided in the history that ends here
                 if isinstance(found, SyncError):
@@ -267,28 +284,32 @@ class DatabaseService:
                 try:
                     # No device can have built on a commit that no answer has named yet: such a base
                     # would let a write pass over what others are about to commit (R13).
-                    self._check_history(request.history, newest, known_head)
-                    busy = waits_for(writer, _pushed(request)) if indexed else None
+                    busy = waits_for(writer, push) if indexed else None
                     if isinstance(request, RoundRequest):
-                        self._check_pull(request.pull, grant, newest, known_head, floor)
+                        pull = request.pull
+                        self._check_pull(pull, grant, newest, known_head, floor, history)
                         waits = frozen or busy is not None
-                        if waits or self._is_behind(writer, request.pull, grant, known_head):
+                        if waits or self._is_behind(writer, pull, grant, known_head):
                             raise BehindError("the device has not seen everything")
-                    elif frozen:
-                        raise frozen_error(self.db_id)
-                    elif busy is not None:
-                        raise busy
-                    answers.append(self._decide(writer, _pushed(request), grant, floor, found))
+                    else:
+                        self._check_history(push.history, newest, known_head, history)
+                        if frozen:
+                            raise frozen_error(self.db_id)
+                        if busy is not None:
+                            raise busy
+                    answers.append(self._decide(writer, push, grant, floor, found))
                 except SyncError as error:
                     answers.append(error)
             if not writer.is_empty:
-                mark_clock(writer, self._clock_mark_ms)
+                marked = self._marked_ms
+                if marked is None or not 0 <= writer.now_ms - marked < self._clock_mark_ms:
+                    self._marked_ms = mark_clock(writer, self._clock_mark_ms)
             head = writer.head.sequence
         if proof is not None:
             self._put_back(*proof)
             return self._push_many(members)
         # True after the commit that has just worked, and until the next.
-        self._known = (writer.moment, head, floor)
+        self._known = (writer.moment, head, floor, history)
         self._head = head
         return [
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer
@@ -306,7 +327,8 @@ class DatabaseService:
         others have in this very group is decided against like anything else (R13)."""
         if known_up_to(pull) >= head:
             return False
-        page = Page(writer, pull, self._wanted(writer, pull, grant))
+        wanted = wanted_collections(writer.catalogue, pull.collections, grant.collections)
+        page = Page(writer, pull, wanted)
         _, more = page.fill(ROUND_ROWS_MAX, head)
         return more or not page.is_empty
 
@@ -377,12 +399,12 @@ class DatabaseService:
         assert self.database.history is not None, "a server database has a history"
         return self.database.history
 
-    def _check_history(self, history: bytes, cursor: int, head: int) -> None:
-        if history != self.database.history:
+    def _check_history(self, asked: bytes, cursor: int, head: int, history: bytes | None) -> None:
+        if asked != history:
             raise HistoryChangedError(
                 f"database {self.db_id!r} has another history than this device knows: it "
                 'was restored or made anew. Choose reset(keep="server") or reset(keep="device")',
-                details={"history": self._history},
+                details={"history": history},
             )
         if cursor > head:
             raise self._seen_more(cursor, head)
@@ -464,35 +486,3 @@ class DatabaseService:
 
 def _no() -> bool:
     return False
-
-
-def unseen(request: RoundRequest, answer: PushResponse | None) -> PullRequest:
-    """What the device of a round has to pull once it has ``answer``: what the answer has accepted
-    it has. None: nothing was decided."""
-    pull = request.pull
-    if answer is None:
-        return pull
-    accepted = {result.version for result in answer.results if result.verdict == Verdict.ACCEPTED}
-    have = [*pull.have, *((version, version) for version in accepted if version > pull.cursor)]
-    joined: list[tuple[int, int]] = []
-    for first, last in sorted(have):
-        if joined and first <= joined[-1][1] + 1:
-            joined[-1] = joined[-1][0], max(last, joined[-1][1])
-        else:
-            joined.append((first, last))
-    return replace(pull, have=joined)
-
-
-def _pushed(request: PushRequest | RoundRequest) -> PushRequest:
-    return request.push if isinstance(request, RoundRequest) else request
-
-
-def _seen(request: PullRequest | PushRequest | RoundRequest) -> int:
-    """The newest commit that the device says it has seen. What it got for its own pushes counts
-    (R21), and what it built on."""
-    if isinstance(request, RoundRequest):
-        return max(_seen(request.pull), _seen(request.push))
-    if isinstance(request, PullRequest):
-        return max(request.cursor, request.have[-1][1] if request.have else 0)
-    bases = [op.base_version for t in request.transactions for op in t.operations]
-    return max(request.cursor, max(bases, default=0))

@@ -19,24 +19,23 @@ from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct, field
+
 from entidb.errors import StorageError
 
 #: Seconds between two looks at whether the first in line still has a thread that ends its turn.
 _LOOK_SECONDS: Final = 0.05
 
 
-class Turn:
+class Turn(Struct, eq=False):
     """One place in a line."""
 
-    __slots__ = ("bell", "committing", "kept", "thread")
-
-    def __init__(self) -> None:
-        self.thread = get_ident()
-        #: Refers to what will end this turn. None: the code that took it will, and is running.
-        self.kept: weakref.ref[Any] | None = None
-        #: Set when what it was taken for happens, in the thread that has it.
-        self.committing = False
-        self.bell: threading.Lock | None = None
+    thread: int = field(default_factory=get_ident)
+    #: Refers to what will end this turn. None: the code that took it will, and is running.
+    kept: weakref.ref[Any] | None = None
+    #: Set when what it was taken for happens, in the thread that has it.
+    committing: bool = False
+    bell: threading.Lock | None = None
 
     @property
     def void(self) -> bool:

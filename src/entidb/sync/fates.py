@@ -192,7 +192,9 @@ class Waiting:
 
 def trim(answers: Answers) -> None:
     """Forget the oldest, down to ``TRANSACTIONS_MAX``."""
-    count = sum(len(sequences) for sequences, _ in answers)
+    count = 0
+    for sequences, _ in answers:
+        count += len(sequences)
     while len(answers) > 1 and count > TRANSACTIONS_MAX:
         count -= len(answers.popleft()[0])
 

@@ -169,14 +169,22 @@ class Pulling:
         """What changed after the cursor. One page is applied at once (True); several, or what
         completes a widening, are staged."""
         cursor = state.cursor if stage is None else stage.delta_cursor
-        request, came = self._pull_request(state, cursor), None
-        if first is not None and first[0].cursor == cursor and stage is None and not full:
+        came = None
+        if (
+            first is not None
+            and stage is None
+            and not full
+            and first[0].cursor == cursor
+            and first[0].collections == self._scope
+        ):
             request, came = first
             self._heed_page(came, state)
+        else:
+            request = self._pull_request(state, cursor)
         done = size = 0
         for _ in range(PAGES_MAX):
-            page = came or (yield from self._ask_page(request, state))
-            response, came = expanded(page), None
+            response = expanded(came or (yield from self._ask_page(request, state)))
+            came = None
             if stage is None and not full and not response.has_more:
                 if not response.commits and state.cursor < response.cursor <= state.reached:
                     # R10: only own commits are new, so nothing needs to be stored now.
@@ -197,10 +205,10 @@ class Pulling:
             request = following
         raise _endless()
 
-    def request(self, state: ReplicaState) -> PullRequest:
-        """The request for what changed since a device was at ``state``."""
-        self._scope = self._exchange.applier.look().scope
-        return self._pull_request(state, state.cursor)
+    def request(self, look: Look) -> PullRequest:
+        """The request for what changed since a device was as in ``look``."""
+        self._scope = look.scope
+        return self._pull_request(look.state, look.state.cursor)
 
     def _pull_request(self, state: ReplicaState, cursor: int) -> PullRequest:
         config, server = self._exchange.config, self._exchange.connection.limits

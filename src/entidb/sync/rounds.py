@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from entidb.db import machine
-from entidb.db.replica import ReplicaState
 from entidb.errors import ResetRequiredError, SyncError, UpgradeRequiredError
 from entidb.protocol import PullRequest, PullResponse, RoundRequest, RoundResponse, SyncResponse
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch
@@ -52,18 +51,17 @@ class Rounds:
         if batch is None:
             return None
         exchange.enter(SyncState.PUSHING)
-        state = exchange.applier.look().state
-        response = yield from self._exchanged(self._request(batch, state), batch)
+        asked = self._request(batch, exchange.applier.look())
+        response = yield from self._exchanged(asked, batch)
         exchange.enter(SyncState.PULLING)
         if response is None:
             return None
-        request = self._pulling.request(state)
         if response.push is None:
             # Nothing else may touch what is in flight, and a page is about to (R5).
             exchange.applier.unsend()
         else:
             self._pushing.settle_alone(batch, response.push, look.ready)
-        return request, response.pull
+        return asked.pull, response.pull
 
     def _limits(self, look: Look) -> BatchLimits:
         limits = self._pushing.limits(look.sequence)
@@ -73,9 +71,9 @@ class Rounds:
             bytes_max=min(limits.bytes_max, ROUND_BYTES_MAX),
         )
 
-    def _request(self, batch: PushBatch, state: ReplicaState) -> RoundRequest:
+    def _request(self, batch: PushBatch, look: Look) -> RoundRequest:
         return RoundRequest(
-            pull=self._pulling.request(state), push=self._pushing.request(batch, state)
+            pull=self._pulling.request(look), push=self._pushing.request(batch, look.state)
         )
 
     def _exchanged(

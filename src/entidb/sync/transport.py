@@ -317,9 +317,9 @@ class LoopbackClient:
         if self._closed:
             raise SyncStateError("the client is closed: make a new one")
         path = urlsplit(url).path
-        lower = {name.lower(): value for name, value in headers.items()}
+        lower = dict(zip(map(str.lower, headers), headers.values(), strict=True))
         answer = self._server.handle_http(method, path, lower, body)
-        names = {name.lower(): value for name, value in answer.headers.items()}
+        names = dict(zip(map(str.lower, answer.headers), answer.headers.values(), strict=True))
         return HttpResponse(answer.status, names, answer.body)
 
     def close(self) -> None:

@@ -36,7 +36,8 @@ from entidb.protocol import (
 from entidb.server.declared import declared
 from entidb.server.front import Front
 from entidb.server.hooks import Grant
-from entidb.server.service import HISTORIES_MAX, BehindError, unseen
+from entidb.server.pages import unseen
+from entidb.server.service import HISTORIES_MAX, BehindError
 from entidb.storage import MemoryStorage
 from entidb.testing.ages import ServerAge, note_forbidden
 from entidb.testing.checkers import ServerWatch

@@ -28,15 +28,23 @@ def stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
     if len(keys) > _FEW or len(b"".join(keys)) > KEY_BYTES_MAX or not all(keys[:1]):
         _check(keys, batch)
     pack = U32.pack
+    if len(keys) <= _FEW:
+        few: list[tuple[bytes, bytes]] = []
+        deletes: list[bytes] = []
+        for key in keys:
+            value = batch[key]
+            if value is None:
+                deletes.append(key)
+            elif len(value) > _VALUE_BYTES_MAX:
+                raise _too_long()
+            else:
+                few.append((key, value + pack(crc32(value, crc32(key)))))
+        return few, deletes
     puts = [
         (key, value + pack(crc32(value, crc32(key))))
         for key in keys
         if (value := batch[key]) is not None
     ]
-    if len(keys) <= _FEW:
-        for _, value in puts:
-            if len(value) > _VALUE_BYTES_MAX + U32.size:
-                raise _too_long()
     if len(puts) == len(keys):
         return puts, []
     return puts, [key for key in keys if batch[key] is None]

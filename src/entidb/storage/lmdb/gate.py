@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
+from msgspec import Struct
+
 from entidb.errors import DatabaseClosedError, DatabaseForkedError, StorageError
 from entidb.storage.lmdb.left import DATA
 from entidb.storage.lmdb.resident import shed
@@ -34,17 +36,14 @@ _GATE_LOOK_SECONDS: Final = 0.001
 _SHED_EVERY_ROWS: Final = 20_000
 
 
-class Reader:
+class Reader(Struct, eq=False):
     """What the store knows of an open snapshot. ``busy`` is set around every call into LMDB:
     closing an environment under a thread that is inside one is a segmentation fault. It is taken
     back in an ``except`` clause and not in ``finally``, which an interrupt can keep from starting:
     a reader that stayed busy would be waited for without end."""
 
-    __slots__ = ("busy", "txn")
-
-    def __init__(self) -> None:
-        self.busy = False
-        self.txn: Any = None
+    busy: bool = False
+    txn: Any = None
 
 
 class Gate:
@@ -128,18 +127,11 @@ class Gate:
         while any(reader.busy for reader in list(self.readers)):
             time.sleep(0.0001)
 
-    def release(self, reader: Reader) -> None:
+    def end(self, reader: Reader) -> None:
+        """May be repeated, and has to be when it was interrupted."""
         # In a forked child the transaction is the parent's, and is kept alive for good.
         if self.level == FORKED:
             return
-        try:
-            self.end(reader)
-        except BaseException:
-            self.end(reader)
-            raise
-
-    def end(self, reader: Reader) -> None:
-        """May be repeated, and has to be when it was interrupted."""
         reader.busy = True
         if self.touched > _SHED_EVERY_ROWS and self.level <= DRAINING:
             # The map cannot move while a reader is open and busy.

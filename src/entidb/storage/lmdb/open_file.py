@@ -90,16 +90,24 @@ class OpenFile:
         _FILES.add(self)
 
     def mark(self) -> int:
-        """The mark of the newest commit, or of one under way."""
+        """The mark of the newest commit, or of one under way; what ``Storage`` promises of it."""
+        gate = self.gate
+        if gate.level >= CLOSED:
+            gate.wait_for()
         if not self.place.shared:
             return self.newest
         # Read in the file itself: LMDB must not be asked while it is being shut. A descriptor that
         # is closed meanwhile, and even given to another file, leads to no mark that was seen.
-        descriptor = self.place.descriptor
-        raw = os.pread(descriptor, 8, _NUMBER_AT)
-        raw += os.pread(descriptor, 8, self._page_bytes + _NUMBER_AT)
-        if len(raw) < 16:
-            raise OSError(errno.EBADF, "this is not the data file any more")
+        try:
+            descriptor = self.place.descriptor
+            raw = os.pread(descriptor, 8, _NUMBER_AT)
+            raw += os.pread(descriptor, 8, self._page_bytes + _NUMBER_AT)
+            if len(raw) < 16:
+                raise OSError(errno.EBADF, "this is not the data file any more")
+        except OSError as error:
+            if gate.level >= CLOSED:
+                gate.wait_for()
+            raise storage_error(error, f"reading {gate.path}") from error
         return self.marks + int(max(_TWO_U64.unpack(raw)))
 
     def _close_env(self) -> None:

@@ -132,8 +132,12 @@ class LmdbSnapshot:
 
     def close(self) -> None:
         reader = self._reader
-        if reader.txn is not None:
-            self._gate.release(reader)
+        try:
+            if reader.txn is not None:
+                self._gate.end(reader)
+        except BaseException:
+            self._gate.end(reader)
+            raise
 
     def __enter__(self) -> LmdbSnapshot:
         return self
@@ -147,7 +151,7 @@ class LmdbSnapshot:
         except AttributeError:
             return  # Interrupted while it was made.
         if reader.txn is not None:
-            self._gate.release(reader)
+            self.close()
 
     def entries(
         self, start: bytes, stop: bytes, limit: int | None, reverse: bool, *, values: bool

@@ -89,6 +89,8 @@ class LmdbStorage:
         self._gate = Gate(path, drain_seconds)
         self._file = OpenFile(place, self._gate, map_bytes, read_only)
         self.turn = self._file.turn
+        #: Of the newest commit, or of one under way.
+        self.mark = self._file.mark
         self._turn_in_turn = Turn()
         self._commits = 0
         self._news_at = 0.0
@@ -223,16 +225,6 @@ class LmdbStorage:
     @property
     def shared(self) -> bool:
         return self._place.shared
-
-    def mark(self) -> int:
-        if self._gate.level >= CLOSED:
-            self._gate.wait_for()
-        try:
-            return self._file.mark()
-        except OSError as error:
-            if self._gate.level >= CLOSED:
-                self._gate.wait_for()
-            raise storage_error(error, f"reading {self.path}") from error
 
     def wait(self, mark: int, timeout_s: float) -> bool:
         now = time.monotonic()

@@ -30,7 +30,7 @@ from entidb.sync.apply.clock import (
     lower_clock,
     lower_idle_clock,
 )
-from entidb.sync.apply.look import look_at
+from entidb.sync.apply.look import look_after, look_at
 from entidb.sync.apply.page import check_page, take_page
 from entidb.sync.apply.position import (
     check_adopted,
@@ -95,6 +95,11 @@ class DatabaseApplier(Review):
             self._look = look = look_at(self.database)
         return look
 
+    def _seen(self, writer: Writer) -> Look | None:
+        """The newest look, if it shows what ``writer`` begins with."""
+        look = self._look
+        return look if look is not None and look.moment.mark == writer.moment.mark else None
+
     def sequence(self) -> int:
         """The newest local commit."""
         return self.look().sequence
@@ -143,17 +148,20 @@ class DatabaseApplier(Review):
 
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
         with paused(), self.database.write() as writer:
+            seen = self._seen(writer)
             if not writer.head.ready:
                 return None
             latest = latest_timestamp(limits.server_ms)
             if limits.server_ms and writer.head.timestamp > latest + CLOCK_SLACK:
                 lower_clock(writer, latest)
-            self._take_confirmed(writer)
+            state = self._take_confirmed(writer)
             check_ready(writer)
-            batch = choose(writer, limits, [])
+            batch = choose(writer, limits, [], state=state)
             if batch is not None:
                 writer.set_inflight(machine.SEND(writer.inflight, Inflight(batch.ranges)))
-            return batch
+        if seen is not None:
+            self._look = look_after(seen, writer)
+        return batch
 
     def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
         with paused(), self.database.write() as writer:
@@ -182,6 +190,7 @@ class DatabaseApplier(Review):
         check_verdicts(response)
         self._heard_ms = response.time
         with paused(), self.database.write() as writer:
+            seen = self._seen(writer)
             inflight = writer.inflight
             kept = [] if following is None else following.ranges
             if inflight is None or (inflight.ranges, inflight.after) != (batch.ranges, kept):
@@ -202,7 +211,9 @@ class DatabaseApplier(Review):
             writer.set_inflight(machine.SETTLE(inflight, Inflight(*left) if left else None))
             if following is not None:
                 still_fresh(following, writer)
-            return settled
+        if seen is not None:
+            self._look = look_after(seen, writer)
+        return settled
 
     def doubt(self) -> None:
         with self.database.write() as writer:
@@ -236,7 +247,7 @@ class DatabaseApplier(Review):
     def confirm(self, cursor: int) -> None:
         self._confirmed = cursor
 
-    def _take_confirmed(self, writer: Writer) -> None:
+    def _take_confirmed(self, writer: Writer) -> ReplicaState:
         state, confirmed = writer.sync_state, self._confirmed
         now = state
         if state.cursor < confirmed <= state.reached:
@@ -247,12 +258,14 @@ class DatabaseApplier(Review):
             now = replace(now, unsettled=[])
         if now is not state:
             writer.set_sync_state(machine.STAND(state, now))
+        return now
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         response = expanded(response)
         check_page(request, response)
         self._heard_ms = response.time
         with paused(), self.database.write() as writer:
+            seen = self._seen(writer)
             state = check_belongs(writer, request)
             foreign = foreign_collections(writer, state)
             rebase = self._rebase(writer, response.time, foreign)
@@ -261,7 +274,9 @@ class DatabaseApplier(Review):
             rebase.release()
             move_cursor(writer, state, response.cursor)
             lower_idle_clock(writer, latest_timestamp(response.time))
-            return rebase.report
+        if seen is not None:
+            self._look = look_after(seen, writer)
+        return rebase.report
 
     def stage_page(
         self, request: PullRequest, response: PullResponse, full: list[str] | None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from entidb.db.pending import decode_pending, first_payload, read_first
 from entidb.db.records import READY, end_of, sequence_key, sequence_of, versions_of
-from entidb.db.replica import ranges_of
+from entidb.db.replica import ReplicaState, ranges_of
 from entidb.db.writer import Writer
 from entidb.errors import CorruptionError
 from entidb.protocol import PushOperation, PushTransaction
@@ -54,13 +54,14 @@ def choose(
     limits: BatchLimits,
     inflight: list[list[int]],
     apart: frozenset[bytes] = frozenset(),
+    state: ReplicaState | None = None,
 ) -> PushBatch | None:
     """The next batch, for the caller to mark as in flight in the commit this is part of (R5).
 
     Rows within the ascending ranges ``inflight`` belong to other batches, or have just been
     settled and are gone but still in the snapshot. The batch ends before the first transaction
-    that touches an entity in ``apart``."""
-    state = writer.sync_state
+    that touches an entity in ``apart``. ``state`` is what ``writer`` has, if that was read."""
+    state = state or writer.sync_state
     if outdated_in_scope(writer, state):
         # What is built on another history has to meet this one first (R29).
         return None

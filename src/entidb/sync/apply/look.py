@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from entidb.db import Database
+from entidb.db.catalogue import Catalogue
 from entidb.db.records import (
     META_ADOPT,
+    META_CATALOGUE,
     META_HEAD,
     META_INFLIGHT,
     META_OVERRULED,
@@ -17,6 +19,7 @@ from entidb.db.records import (
     decode_overruled_head,
 )
 from entidb.db.replica import Inflight, ReplicaState, Stage, decode_record, decode_state
+from entidb.db.writer import Writer
 from entidb.sync.apply.seam import Look
 
 _RECORDS: Final = (META_HEAD, META_SYNC, META_STAGE, META_INFLIGHT, META_ADOPT, META_OVERRULED)
@@ -36,7 +39,7 @@ def look_at(database: Database) -> Look:
         state=ReplicaState() if state is None else decode_state(state),
         stage=None if stage is None else decode_record(Stage, stage),
         inflight=None if inflight is None else decode_record(Inflight, inflight),
-        scope=None if catalogue.scope is None else sorted(catalogue.scope),
+        scope=_scope_of(catalogue),
         sequence=head.sequence,
         ready=head.ready,
         adopting=adopt is not None,
@@ -45,4 +48,32 @@ def look_at(database: Database) -> Look:
     )
 
 
-__all__ = ["look_at"]
+def look_after(before: Look, writer: Writer) -> Look:
+    """What ``before`` has become with ``writer``'s commit, which began at that moment and is
+    stored. Only what it changed is read, and of what it holds in memory."""
+    changes, head = writer.changes, writer.head
+    catalogue = writer.catalogue if META_CATALOGUE in changes else None
+    adopting, overruled = before.adopting, before.overruled
+    if META_ADOPT in changes:
+        adopting = changes[META_ADOPT] is not None
+    if META_OVERRULED in changes:
+        overruled = decode_overruled_head(changes[META_OVERRULED])
+    return Look(
+        moment=writer.moment,
+        state=writer.sync_state if META_SYNC in changes else before.state,
+        stage=writer.stage if META_STAGE in changes else before.stage,
+        inflight=writer.inflight if META_INFLIGHT in changes else before.inflight,
+        scope=before.scope if catalogue is None else _scope_of(catalogue),
+        sequence=head.sequence,
+        ready=head.ready,
+        adopting=adopting,
+        garbage=before.garbage if catalogue is None else bool(catalogue.garbage),
+        overruled=overruled,
+    )
+
+
+def _scope_of(catalogue: Catalogue) -> list[str] | None:
+    return None if catalogue.scope is None else sorted(catalogue.scope)
+
+
+__all__ = ["look_after", "look_at"]
