@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ import pytest
 from entidb.errors import ConfigError, DatabaseLockedError
 from entidb.protocol import PullResponse, PushResponse, Verdict
 from entidb.server import ServerConfig, SyncServer, mint_token, serve, serving
+from entidb.server.admin import databases
 from entidb.server.admin.local import LocalRequest, ask
+from entidb.server.admin.office import NoOthers
+from entidb.server.admin.opening import office_of
 from entidb.server.directory import DataDirectory
 from entidb.server.workers import family as families
 from entidb.server.workers.family import Family
+from entidb.server.workers.seats import Seats
+from entidb.storage.locks import HeldError
 from tests.server.support import SECRET, Client, pull, push
 from tests.server.test_live import Events
 from tests.tools import package
@@ -91,6 +97,13 @@ class Served:
         pids = {int(pid) for each in found for pid in each}
         seats = {path.name.partition("-")[0] for path in self.seats()}
         return sorted(pid for pid in pids if str(pid) in seats)
+
+    def chairman(self) -> int:
+        """The process that does what only one may do; 0 while it is not known."""
+        with contextlib.suppress(OSError):
+            note = (self.data / "entidb-workers" / "chair").read_text().split()
+            return int(note[1].partition("-")[0]) if len(note) == 2 else 0
+        return 0
 
     def kill_one(self) -> None:
         """Kill a worker, and wait for another one to take its place."""
@@ -443,14 +456,10 @@ def test_the_socket_of_administration_is_another_workers_when_its_owner_is_kille
     with served(tmp_path) as server:
         server.clients()[0].history()
 
-        def chairman() -> int:
-            note = (server.data / "entidb-workers" / "chair").read_text().split()
-            return int(note[1].partition("-")[0]) if len(note) == 2 else 0
-
-        first = until(chairman, "one has the chair")
+        first = until(server.chairman, "one has the chair")
         assert (server.data / "entidb-admin.sock").exists()
         os.kill(first, signal.SIGKILL)
-        until(lambda: chairman() not in (0, first), "another one has it")
+        until(lambda: server.chairman() not in (0, first), "another one has it")
         door = server.data / "entidb-admin.sock"
 
         def answered() -> bool:
@@ -461,6 +470,60 @@ def test_the_socket_of_administration_is_another_workers_when_its_owner_is_kille
 
         until(answered, "it answers at the socket")
         assert door.exists()
+
+
+def test_backups_are_made_by_one_worker_and_by_another_when_that_is_killed(tmp_path: Path) -> None:
+    place = tmp_path / "backups" / "shop.entidb"
+    settings = {"backup_every_s": 1.0, "backup_keep": 100, "purge_interval_s": 1.0}
+    with served(tmp_path, backup_dir=str(tmp_path / "backups"), **settings) as server:
+
+        def made() -> list[int]:
+            """When, in milliseconds."""
+            found = [json.loads(path.read_bytes()) for path in place.glob("*.json")]
+            return sorted(each["made_ms"] for each in found)
+
+        for client in server.clients():
+            client.history()
+        until(lambda: len(made()) >= 2, "two are made")
+        first = server.chairman()
+        assert first
+        os.kill(first, signal.SIGKILL)
+        before = len(made())
+        until(lambda: len(made()) >= before + 2, "they go on")
+        assert server.chairman() not in (0, first)
+        # A second worker that makes them would make one where the first has just made one.
+        times = made()
+        assert all(later - earlier >= 1000 for earlier, later in pairwise(times))
+
+
+class OffDuty(NoOthers):
+    """The others of a process that has not got the chair."""
+
+    def on_duty(self) -> bool:
+        return False
+
+
+def test_a_worker_that_is_not_on_duty_makes_no_backup_and_removes_nothing(tmp_path: Path) -> None:
+    config = ServerConfig(
+        data_dir=tmp_path / "data",
+        insecure_no_auth=True,
+        backup_dir=tmp_path / "backups",
+        backup_every_s=60.0,
+    )
+    with SyncServer(config) as server:
+        server.database("shop")
+        office = office_of(server)
+        old = tmp_path / "data" / databases.ASIDE / "gone.entidb.1"
+        old.mkdir(parents=True)
+        office.others = OffDuty()
+        server.housekeep()
+        assert office.tasks.all() == []
+        assert office.oldest_backup_ms is not None  # what it says of backups is known here too
+        assert old.exists()
+        office.others = NoOthers()
+        server.housekeep()
+        assert [each.kind for each in office.tasks.all()] == ["backup"]
+        assert not old.exists()
 
 
 def test_a_second_server_of_the_directory_is_refused_and_names_the_parent(tmp_path: Path) -> None:
@@ -645,3 +708,49 @@ def test_a_directory_is_one_familys_as_long_as_one_of_it_is_there(tmp_path: Path
     second.release()
     DataDirectory.take(config, other).release()
     DataDirectory.take(config).release()
+
+
+# ---------------------------------------------------------------- seats
+
+
+def test_a_seat_is_held_as_long_as_its_process_has_it_and_one_has_the_chair(tmp_path: Path) -> None:
+    first, second = Seats(str(tmp_path)), Seats(str(tmp_path))
+    assert first.others() == [second.name]
+    assert first.take_chair()
+    assert not second.take_chair()
+    assert second.chairman() == first.name
+    first.leave()
+    assert (second.others(), second.gone(), second.chairman()) == ([], [first.name], None)
+    assert second.take_chair()
+    second.clear(first.name)
+    assert second.gone() == []
+    second.leave()
+
+
+def test_a_database_that_one_keeps_closed_is_closed_for_those_who_come_later(
+    tmp_path: Path,
+) -> None:
+    first = Seats(str(tmp_path))
+    lock = first.keep_closed("shop.entidb")
+    second = Seats(str(tmp_path))
+    assert second.is_kept_closed("shop.entidb")
+    assert not second.is_kept_closed("other.entidb")
+    with pytest.raises(HeldError):
+        second.keep_closed("shop.entidb")
+    lock.release()  # as when its process is killed: what it left says nothing any more
+    assert not second.is_kept_closed("shop.entidb")
+    first.let_open("shop.entidb", second.keep_closed("shop.entidb"))
+    assert not second.is_kept_closed("shop.entidb")
+    first.leave()
+    second.leave()
+
+
+def test_of_several_that_would_look_for_old_tombstones_one_does(tmp_path: Path) -> None:
+    first, second = Seats(str(tmp_path)), Seats(str(tmp_path))
+    assert first.is_first("shop.entidb", 3600.0)
+    assert not second.is_first("shop.entidb", 3600.0)
+    assert not first.is_first("shop.entidb", 3600.0)
+    assert second.is_first("other.entidb", 3600.0)
+    assert second.is_first("shop.entidb", 0.0)
+    first.leave()
+    second.leave()
