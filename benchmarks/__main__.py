@@ -14,6 +14,7 @@ from benchmarks.world import World
 #: In the order in which they run.
 NAMES = (
     "local",
+    "threads",
     "push",
     "pull",
     "incremental",

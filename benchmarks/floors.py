@@ -89,9 +89,9 @@ class RawLmdb:
 class RawSqlite:
     """The same in ``sqlite3``: WAL, synchronous=FULL, payloads as blobs."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timeout_s: float = 5.0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(path, isolation_level=None)
+        self.connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None)
         for pragma in ("journal_mode=WAL", "synchronous=FULL"):
             self.connection.execute(f"PRAGMA {pragma}")
         self.connection.execute(

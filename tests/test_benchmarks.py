@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 #: What each benchmark has to say at least.
 FIGURES = {
     "local": {"get", "get, sqlite3", "iterate", "change feed", "single commits", "open"},
+    "threads": {"32 threads, the disk as it is", "32 threads, sqlite3"},
     "push": {"v7 ids", "random ids"},
     "pull": {"first sync", "device memory, own", "server memory, own"},
     "incremental": {"push 100 changes", "pull 100 changes", "push growth with size"},
