@@ -475,9 +475,11 @@ def _make_pulse(app: SyncApp) -> Pulse:
 def _make_metrics(app: SyncApp) -> Metrics:
     from entidb.server.metrics import Metrics
 
-    return Metrics(
+    made = Metrics(
         in_flight_bytes=lambda: app.in_flight_bytes,
         open_databases=lambda: app.server.stores.open_count,
         live=lambda: app.waiting,
         office=app._office,
     )
+    app.server.stores.meter.note = made.grouped
+    return made

@@ -8,6 +8,7 @@ not wanted, the caller says when that is done (``Schedule``).
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -35,6 +36,14 @@ class Decider(Protocol):
     ) -> list[PushResponse | SyncError]: ...
 
 
+class Meter:
+    """``note`` is called with the pushes of a group and the seconds until they were decided and
+    durable, on the writer's thread; None: nobody measures, and no clock is read."""
+
+    def __init__(self) -> None:
+        self.note: Callable[[int, float], None] | None = None
+
+
 class GroupCommitter:
     """The writer thread of one database, started with the first push; with ``schedule`` there is
     none, and what has queued up is committed when that calls back.
@@ -53,6 +62,7 @@ class GroupCommitter:
         on_failure: Callable[[EntiDBError], None] = lambda error: None,
         on_group: Callable[[], None] = lambda: None,
         schedule: Schedule | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._service = service
         self._queue_max = queue_max
@@ -60,6 +70,7 @@ class GroupCommitter:
         self._on_failure = on_failure
         self._on_group = on_group
         self._schedule = schedule
+        self._meter = meter or Meter()
         #: The schedule was asked, and has not called back yet.
         self._scheduled = False
         self._queue: deque[Member] = deque()
@@ -137,6 +148,8 @@ class GroupCommitter:
 
     def _commit(self, group: list[Member]) -> None:
         answers: list[PushResponse | SyncError]
+        note = self._meter.note
+        began = 0.0 if note is None else time.perf_counter()
         try:
             answers = self._service.push_many([(request, grant) for request, grant, _ in group])
         except EntiDBError as error:
@@ -150,6 +163,8 @@ class GroupCommitter:
             # Our own mistake must not end the writer thread: every later push would hang.
             self._on_failure(ServerError(f"push failed: {error!r}"))
             answers = [ServerError("the server failed to decide this push")] * len(group)
+        if note is not None:
+            note(len(group), time.perf_counter() - began)
         for (_, _, done), answer in zip(group, answers, strict=True):
             done(answer)
         self._on_group()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from msgspec import Struct
 from prometheus_client import (
@@ -17,7 +19,11 @@ from prometheus_client.metrics_core import Metric
 
 from entidb.errors import ERROR_TABLE, REASONS
 from entidb.protocol import PATHS, PushResponse, Verdict
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.databases import rows as database_rows
+from entidb.server.admin.fleet import summary
 from entidb.server.admin.office import Office
+from entidb.server.admin.summary import LAGS
 from entidb.server.wire import HttpResponse
 
 _VERDICTS = {verdict.value: verdict.name.lower() for verdict in Verdict}
@@ -27,8 +33,22 @@ _PATHS = frozenset((*PATHS, "/healthz", "/readyz", "/v1/info", "/metrics"))
 _CODES = frozenset((*ERROR_TABLE, *REASONS.values()))
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 #: Of all processes of a server the highest, and not the sum: each of them says the same.
-_SAME = frozenset(("entidb_backup_age_seconds", "entidb_backups_late", "entidb_revoked"))
+_SAME = frozenset(
+    (
+        "entidb_backup_age_seconds",
+        "entidb_backups_late",
+        "entidb_revoked",
+        "entidb_databases",
+        "entidb_devices",
+        "entidb_store_bytes",
+        "entidb_disk_free_bytes",
+    )
+)
+_GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+#: How far behind devices are: a label for each number of ``Summary.lag``.
+_LAGS = (*map(str, LAGS), "more")
 _GAUGE = "gauge"
+_EVERYBODY = Caller("the server", "local")
 
 
 class Series(Struct, array_like=True):
@@ -85,6 +105,33 @@ class Metrics:
         Gauge(
             "entidb_revoked", "Devices, subjects and tokens that are locked out", registry=registry
         ).set_function(lambda: len(office.control.decided.revoked))
+        self._group_pushes = Histogram(
+            "entidb_group_pushes", "Pushes in one storage commit", buckets=_GROUPS,
+            registry=registry,
+        )  # fmt: skip
+        self._group_seconds = Histogram(
+            "entidb_group_seconds",
+            "Time until a group of pushes was decided and on the disk",
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        devices = Gauge(
+            "entidb_devices",
+            "Devices by commits that they are behind: up to so many",
+            ["behind"],
+            registry=registry,
+        )
+        for number, label in enumerate(_LAGS):
+            devices.labels(label).set_function(partial(_devices, office, number))
+        Gauge(
+            "entidb_databases", "Databases that there are, open or not", registry=registry
+        ).set_function(lambda: summary(office, _EVERYBODY).databases)
+        Gauge(
+            "entidb_store_bytes", "Bytes of all databases on the disk", registry=registry
+        ).set_function(lambda: sum(row.bytes for row in database_rows(office, _EVERYBODY)))
+        Gauge(
+            "entidb_disk_free_bytes", "Bytes free for the databases", registry=registry
+        ).set_function(lambda: _free_bytes(office))
         Gauge(
             "entidb_in_flight_bytes", "Bodies and answers in memory", registry=registry
         ).set_function(in_flight_bytes)
@@ -103,6 +150,11 @@ class Metrics:
     def pushed(self, answer: PushResponse) -> None:
         for result in answer.results:
             self._transactions.labels(_VERDICTS[result.verdict]).inc()
+
+    def grouped(self, pushes: int, seconds: float) -> None:
+        """A group of pushes was decided, and is on the disk."""
+        self._group_pushes.observe(pushes)
+        self._group_seconds.observe(seconds)
 
     def series(self) -> list[Series]:
         """What this process has counted."""
@@ -174,3 +226,17 @@ class _Together:
 def _backup_age_s(office: Office) -> float:
     oldest = office.oldest_backup_ms
     return 0.0 if oldest is None else max(0.0, (office.clock.now_ms() - oldest) / 1000)
+
+
+def _devices(office: Office, number: int) -> float:
+    return summary(office, _EVERYBODY).lag[number]
+
+
+def _free_bytes(office: Office) -> float:
+    place = office.server.config.data_dir
+    if place is None:
+        return 0.0
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return 0.0  # /readyz says that the disk does not answer

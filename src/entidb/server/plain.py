@@ -49,8 +49,6 @@ class Plain:
             return self._console.answer(exchange.path, exchange.headers)
         if exchange.path == "/metrics":
             assert self._metrics is not None
-            if self._office.others.count() is None:
-                return self._metrics.response()
             return await asyncio.to_thread(self._metrics.response)
         if exchange.path == "/healthz":
             status = "stopping" if stopping else "ok"

@@ -32,7 +32,7 @@ from entidb.protocol import PullRequest
 from entidb.server.checks import CheckingError
 from entidb.server.config import ServerConfig, check_db_id
 from entidb.server.directory import OpenDatabase
-from entidb.server.group_commit import GroupCommitter, Schedule
+from entidb.server.group_commit import GroupCommitter, Meter, Schedule
 from entidb.server.hooks import Schema, ValidateHook
 from entidb.server.service import DatabaseService
 from entidb.types import Clock
@@ -105,6 +105,7 @@ class Stores:
         self._purge_interval_s = min(config.purge_interval_s, often_s)
         #: Called on a writer's thread after the members of a group have their answers.
         self.on_group: Callable[[], None] = _nothing
+        self.meter: Final = Meter()
         #: Called with a database and its newest commit, after every one (R17: it is durable); from
         #: any thread.
         self.on_commit: Callable[[str, int], None] = _ignore
@@ -325,6 +326,7 @@ class Stores:
             on_failure=failed,
             on_group=lambda: self.on_group(),
             schedule=self._schedule,
+            meter=self.meter,
         )
 
     def _drop_broken(self, db_id: str) -> None:

@@ -5,6 +5,7 @@ one of them with what happened to it lately.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
@@ -17,7 +18,7 @@ from entidb.server.admin.callers import Caller
 from entidb.server.admin.databases import rows as database_rows
 from entidb.server.admin.happened import HappenedRow, rows_of
 from entidb.server.admin.office import Office
-from entidb.server.admin.summary import Summary
+from entidb.server.admin.summary import LAGS, Summary
 from entidb.server.registry import DEVICES_MAX
 
 #: Answers of a device's story.
@@ -119,5 +120,13 @@ def _summaries(office: Office) -> dict[str, Summary]:
             devices=len(rows),
             behind=sum(bool(row.behind) for row in rows),
             revoked=sum(row.revoked for row in rows),
+            lag=_lag(rows),
         )
     return found
+
+
+def _lag(rows: list[DeviceRow]) -> list[int]:
+    counts = [0] * (len(LAGS) + 1)
+    for row in rows:
+        counts[bisect_left(LAGS, row.behind or 0)] += 1
+    return counts

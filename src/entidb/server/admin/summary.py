@@ -8,18 +8,28 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 _BELIEVED_S: Final = 5.0
 
 
+#: Commits by which devices may be behind, for each number of ``Summary.lag`` but the last.
+LAGS: Final = (0, 10, 1000)
+
+
+def _nobody() -> list[int]:
+    return [0] * (len(LAGS) + 1)
+
+
 class Summary(Struct):
-    """Of some databases; ``behind``: devices that were not given all commits."""
+    """Of some databases; ``behind``: devices that were not given all commits; ``lag``: devices
+    that are behind by nothing, by up to 10 commits, by up to 1,000, and by more."""
 
     databases: int = 0
     devices: int = 0
     behind: int = 0
     revoked: int = 0
+    lag: list[int] = field(default_factory=_nobody)
 
 
 class Summaries:
@@ -46,4 +56,5 @@ class Summaries:
                 total.devices += each.devices
                 total.behind += each.behind
                 total.revoked += each.revoked
+                total.lag = [one + more for one, more in zip(total.lag, each.lag, strict=True)]
         return total
