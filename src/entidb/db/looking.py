@@ -21,6 +21,10 @@ Path = tuple[str, ...]
 Function = Callable[[Any], Any]
 
 
+#: Integers up to here are what they are, in every encoding.
+_PLAIN_MAX: Final = 1 << 53
+
+
 class _Missing(Enum):
     MISSING = "missing"
 
@@ -116,6 +120,11 @@ def _step(name: str) -> str:
 def plain(value: Any) -> Any:
     """``value`` as an entity stores it: dates, UUIDs, enums and decimals become what msgspec
     makes of them. Raises ``QueryError`` for what no entity can hold."""
+    kind = type(value)
+    if kind is bool or value is None or (kind is str and value.isascii()):
+        return value
+    if kind is int and -_PLAIN_MAX <= value <= _PLAIN_MAX:
+        return value
     try:
         made = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)
         # The same way for all values: what comes back is what an entity would hold.

@@ -10,10 +10,36 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from msgspec import Struct
+
 from entidb import cbor
 from entidb.db.conditions import ALL, Condition, Needles, Test
 from entidb.db.rows import Pair
 from entidb.errors import ValueTypeError
+
+
+class Plan(Struct, frozen=True):
+    """How a query found its answer, and what that took.
+
+    ``collection`` was read by ``way`` (``scan``: every entity; or the index, like
+    ``index(kind, price)``); ``entities`` were looked at, ``decoded`` of them decoded because they
+    could match, and ``found`` matched. ``condition`` and ``order`` are the query's.
+    """
+
+    collection: str
+    way: str
+    condition: str
+    order: tuple[str, ...]
+    entities: int
+    decoded: int
+    found: int
+
+    def __str__(self) -> str:
+        sorting = f", sorted by {', '.join(self.order)}" if self.order else ""
+        return (
+            f"{self.way} of {self.collection!r} for {self.condition or 'everything'}{sorting}: "
+            f"{self.entities:,} entities looked at, {self.decoded:,} decoded, {self.found:,} found"
+        )
 
 
 class Tally:

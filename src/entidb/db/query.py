@@ -18,9 +18,8 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from msgspec import Struct
-
 from entidb import cbor
+from entidb.db.catalogue import IndexInfo
 from entidb.db.conditions import ALL, Condition, Field, all_of
 from entidb.db.filters import from_dict
 from entidb.db.index_reading import (
@@ -32,7 +31,8 @@ from entidb.db.index_reading import (
 )
 from entidb.db.live import Live, Observe
 from entidb.db.looking import Path, field_of, order_key
-from entidb.db.matching import Tally, matching
+from entidb.db.lookup import entities_at, place_of
+from entidb.db.matching import Plan, Tally, matching
 from entidb.db.notebook import ROWS_MAX, Explored, entities_table
 from entidb.db.plain import ValueCodec
 from entidb.db.plans import Chosen, Order, choose
@@ -62,6 +62,8 @@ class Source(Protocol):
     @property
     def _observe(self) -> Observe | None: ...
 
+    def _pair(self, raw: bytes, payload: bytes) -> tuple[uuid.UUID, Any]: ...
+
     def _read(
         self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
     ) -> Iterator[tuple[uuid.UUID, Any]]: ...
@@ -69,30 +71,6 @@ class Source(Protocol):
     def _read_values(
         self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
     ) -> Iterator[Any]: ...
-
-
-class Plan(Struct, frozen=True):
-    """How a query found its answer, and what that took.
-
-    ``collection`` was read by ``way`` (``scan``: every entity; or the index, like
-    ``index(kind, price)``); ``entities`` were looked at, ``decoded`` of them decoded because they
-    could match, and ``found`` matched. ``condition`` and ``order`` are the query's.
-    """
-
-    collection: str
-    way: str
-    condition: str
-    order: tuple[str, ...]
-    entities: int
-    decoded: int
-    found: int
-
-    def __str__(self) -> str:
-        sorting = f", sorted by {', '.join(self.order)}" if self.order else ""
-        return (
-            f"{self.way} of {self.collection!r} for {self.condition or 'everything'}{sorting}: "
-            f"{self.entities:,} entities looked at, {self.decoded:,} decoded, {self.found:,} found"
-        )
 
 
 class Where(Generic[V]):
@@ -212,15 +190,11 @@ class Query(Explored, Generic[V]):
         return self._with(source=source)
 
     def _with(self, **changes: Any) -> Self:
-        made = type(self)(
-            self._source,
-            self._condition,
-            order=self._order,
-            limit=self._limit,
-            after=self._after,
-            delete=self._delete,
-            scan=self._scan,
-        )
+        kind = type(self)
+        made = kind.__new__(kind)
+        made._source, made._condition, made._order = self._source, self._condition, self._order
+        made._limit, made._after = self._limit, self._after
+        made._delete, made._scan = self._delete, self._scan
         for name, value in changes.items():
             setattr(made, f"_{name}", value)
         return made
@@ -240,15 +214,21 @@ class Query(Explored, Generic[V]):
 
     def first(self) -> tuple[uuid.UUID, V] | None:
         """The first ``(id, value)``, None where there is none."""
-        return next(iter(self._with(limit=_least(self._limit, 1))), None)
+        return next(iter(self._few(1)), None)
 
     def one(self) -> tuple[uuid.UUID, V]:
         """The only ``(id, value)``. Raises ``QueryError`` where there is none or another."""
-        found = list(self._with(limit=_least(self._limit, 2)))
+        found = self._few(2)
         if len(found) == 1:
             return found[0]
         how = "no entity" if not found else "more than one entity"
         raise QueryError(f"{how} of {self._source.name!r} meets {self._condition!r}")
+
+    def _few(self, most: int) -> list[tuple[uuid.UUID, V]]:
+        most, source = _least(self._limit, most), self._source
+        if source._codec.instead is not None:
+            return list(self._with(limit=most))
+        return [source._pair(raw, payload) for raw, payload in self._found_up_to(most)]
 
     def exists(self) -> bool:
         """Whether there is one."""
@@ -370,6 +350,13 @@ class Query(Explored, Generic[V]):
 
     def _run(self, tally: Tally) -> Iterator[Pair]:
         with self._source._open() as rows:
+            place = self._place(rows)
+            if place is not None:
+                tally.way = f"index({place[0]})"
+                for pair in entities_at(rows, self._source.name, *place, self._limit):
+                    tally.entities += 1
+                    yield pair
+                return
             chosen = self._choose(rows)
             if chosen is None:
                 yield from self._by_scan(rows, tally)
@@ -383,6 +370,13 @@ class Query(Explored, Generic[V]):
                 del ids[: bisect_right(ids, self._after[1])]
             pairs = pairs_of(rows, self._source.name, ids)
             yield from self._sorted(pairs, tally) if self._order else self._meeting(pairs, tally)
+
+    def _place(self, rows: Rows) -> tuple[IndexInfo, bytes] | None:
+        """The place of an index that has the answer, all of it and nothing else."""
+        name = self._source.name
+        if self._order or self._after is not None or self._source._codec.upgraded is not None:
+            return None
+        return None if rows.own(name) else place_of(rows.indexes(name), self._condition)
 
     def _choose(self, rows: Rows) -> Chosen | None:
         """The index to use, if there is one. Raises ``QueryError`` where there has to be."""

@@ -130,7 +130,7 @@ class SnapshotRows(Struct, eq=False):
         info = self.catalogue.by_name.get(name)
         if info is None or not info.indexes:
             return ()
-        return tuple(index for index in info.indexes if index.has(info.table))
+        return tuple([index for index in info.indexes if index.has(info.table)])
 
     def places(
         self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int
