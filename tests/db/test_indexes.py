@@ -723,3 +723,40 @@ def test_a_collection_that_upgrades_what_it_reads_is_asked_without_an_index(db: 
     stock = db.collection("stock", upgrade=upgrade)
     assert stock.where(kind="TEA").count() == 10
     assert stock.where(kind="TEA").explain().way == "scan"
+
+
+# ---------------------------------------------------------------- one place
+
+
+def test_equal_fields_are_found_at_one_place_without_decoding(db: Database) -> None:
+    stock = stored(db, Index("kind", "price"), Index("kind"))
+    db.wait_for_indexes()
+    plan = stock.where(kind="cup").explain()
+    assert (plan.way, plan.decoded, plan.found) == ("index(kind)", 0, plan.entities)
+    assert list(stock.where(kind="cup")) == [
+        pair for pair in stock.items() if pair[1].get("kind") == "cup"
+    ]
+    both = stock.where(F.price == 3.0, kind="cup")
+    assert both.explain().way == "index(kind, price)"
+    assert [value["price"] for value in both.values()] == [3]
+    assert stock.where(kind="cup").limit(2).count() == 2
+    assert len(list(stock.where(kind="cup").limit(2))) == 2
+    assert stock.where(kind="none").first() is None
+    with db.transaction() as tx:
+        tx.collection("stock")[uid(99)] = {"kind": "cup", "price": 3}
+        inside = tx.collection("stock").where(F.price == 3, kind="cup")
+        assert uid(99) in list(inside.ids())
+
+
+def test_what_a_function_makes_of_a_field_is_no_field_inside_it(db: Database) -> None:
+    stock = db.collection("stock", indexes=[Index("name.str.lower"), Index("name")])
+    stock[uid(1)] = {"name": "TEA"}
+    db.wait_for_indexes()
+    assert [i.int for i in stock.where(F.name.by(str.lower) == "tea").ids()] == [1]
+
+
+def test_a_value_that_has_no_room_in_a_key_is_compared_whole(db: Database) -> None:
+    stock = db.collection("stock", indexes=[Index("name")])
+    stock[uid(1)] = {"name": LONG + "a"}
+    stock[uid(2)] = {"name": LONG + "b"}
+    assert [i.int for i in stock.where(name=LONG + "b").ids()] == [2]

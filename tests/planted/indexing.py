@@ -8,6 +8,8 @@ from typing import Any, Final
 from entidb.db import maintenance, plans, sort_keys
 from entidb.db.conditions import Compared
 from entidb.db.entities import Entities
+from entidb.db.index_run import IndexRun
+from entidb.db.moment import Moment
 from entidb.sync.apply.chains import Chains
 from tests.planted.garden import CALM, Garden, bug
 
@@ -82,6 +84,27 @@ def _purge_forgets(garden: Garden) -> None:
     garden.replace(
         maintenance, "sweep_places", lambda original: lambda writer, table, number, limit: False
     )
+
+
+@bug("a-run-outlives-a-commit", "INDEXED", "CONVERGE", knobs=_INDEXES | {"keys": 40})
+def _run_outlives(garden: Garden) -> None:
+    """An index is built from what was read before somebody committed."""
+
+    def make(original: Any) -> Any:
+        def goes_on(self: IndexRun, info: Any, index: Any) -> bool:
+            moment, self.moment = self.moment, Moment(_Always(), 0)
+            try:
+                return bool(original(self, info, index))
+            finally:
+                self.moment = moment
+
+        return goes_on
+
+    garden.replace(IndexRun, "goes_on", make)
+
+
+class _Always:
+    commit_mark = 0
 
 
 @bug("a-range-ends-one-too-early", "INDEXED", knobs=_INDEXES)

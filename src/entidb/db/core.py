@@ -26,6 +26,7 @@ from entidb.db.identity import (
     no_identity,
     read_identity,
 )
+from entidb.db.index_run import IndexRun
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.local import Role, Writes, commit_local
 from entidb.db.moment import Moment
@@ -198,6 +199,8 @@ class Core(Explored):
         self._format_lock = threading.Lock()
         #: The functions that indexes go by, by name.
         self.index_functions: Functions = dict(WELL_KNOWN)
+        #: What an index is being built from.
+        self.index_run: IndexRun | None = None
         self._hearing = Hearing(storage, self.hear_others, self._is_heard)
         #: Called with the sequence of every commit, after it, by the thread that still has the
         #: turn: quick, and without raising. For what passes the news on.

@@ -49,7 +49,7 @@ class IndexBuilder:
         while not self._ended.wait(_PAUSE_S):
             database = self._database()
             try:
-                if database is None or not build_step(database):
+                if database is None or not build_step(database, is_ended=self._ended.is_set):
                     return
             except DatabaseClosedError:
                 return

@@ -6,7 +6,7 @@ carries it on, so it can stop anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -15,6 +15,7 @@ from entidb import cbor
 from entidb.db.catalogue import NO_INDEXES, CollectionInfo, IndexInfo, IndexSet
 from entidb.db.core import Core
 from entidb.db.index_keys import index_count_key, index_prefix
+from entidb.db.index_run import FIRST_ROWS, PLACES, ROWS_MAX, IndexRun
 from entidb.db.indexing import Index, MakePlaces, Meaning, maker_of, meaning_of, renewed
 from entidb.db.local import Role
 from entidb.db.looking import function_name
@@ -162,20 +163,58 @@ def rebuild(database: Core, name: str | None = None) -> int:
 # ---------------------------------------------------------------- building and emptying
 
 
-def build_step(database: Core, rows: int = BUILD_ROWS) -> bool:
-    """One bounded commit of what is to be built, or emptied; whether there may be more."""
+def build_step(
+    database: Core,
+    rows: int | None = None,
+    *,
+    places: int = PLACES,
+    is_ended: Callable[[], bool] = lambda: False,
+) -> bool:
+    """One bounded commit of what is to be built, or emptied; whether there may be more. It writes
+    so many ``places`` of a run (``index_run``), or with ``rows`` looks at so many entities within
+    the commit. What it prepares is cut short once it ``is_ended``."""
     with database.view() as view:
-        if not _buildable(database, view) and not view.catalogue.indexes.dropped:
-            return False
+        due = _buildable(database, view)
+        if not due:
+            database.index_run = None
+            if not view.catalogue.indexes.dropped:
+                return False
+        elif rows is None:
+            _prepare(database, view, *due[0], is_ended)
+    run = None
     with database.write("local") as writer:
         chosen = _buildable(database, writer)
         if chosen:
-            _build(writer, *chosen[0], rows)
-            return True
-        if writer.catalogue.indexes.dropped:
+            run = database.index_run if rows is None else None
+            if run is not None and run.goes_on(*chosen[0][:2]):
+                if run.write(writer, places):
+                    _come_to(writer, *chosen[0][:2], run.last, run.counted)
+            else:
+                run = None
+                _build(writer, *chosen[0], rows or BUILD_ROWS)
+        elif writer.catalogue.indexes.dropped:
             _empty(writer, writer.catalogue.indexes)
-            return True
-    return False
+    if run is not None:
+        run.wrote(writer.moment, places)
+    return True
+
+
+def _prepare(
+    database: Core,
+    view: Writer,
+    info: CollectionInfo,
+    index: IndexInfo,
+    make: MakePlaces,
+    is_ended: Callable[[], bool],
+) -> None:
+    """Have a run that goes on, or begin one: longer than the last if that came to its end."""
+    run, rows = database.index_run, FIRST_ROWS
+    if run is not None:
+        if run.goes_on(info, index):
+            return
+        if run.moment.is_current():
+            rows = min(ROWS_MAX, 4 * run.rows)
+    database.index_run = IndexRun(view, info, index, make, rows, is_ended)
 
 
 def _unfinished(view: Writer) -> list[tuple[CollectionInfo, IndexInfo]]:
@@ -204,13 +243,21 @@ def _build(
         for fields in found:
             writer.put(prefix + fields + entity_id, b"")
         counted += bool(found)
+    _come_to(writer, info, index, None if len(page) < rows else page[-1][0], counted)
+
+
+def _come_to(
+    writer: Writer, info: CollectionInfo, index: IndexInfo, last: bytes | None, counted: int
+) -> None:
+    """All up to the id ``last`` are in the index, ``counted`` more than before; None: all."""
+    table = info.table
     key = index_count_key(index.number, table)
-    raw = writer.get(key) if after else None
+    raw = writer.get(key) if index.table == table else None
     writer.put(key, pack_u64((0 if raw is None else unpack_u64(raw)) + counted))
-    if len(page) < rows:
+    if last is None:
         index = replace(index, built=(table,), table=0, after=b"")
     else:
-        index = replace(index, table=table, after=page[-1][0])
+        index = replace(index, table=table, after=last)
     catalogue = writer.catalogue
     writer.set_catalogue(catalogue.with_indexes(catalogue.indexes.replacing(index)))
 

@@ -57,6 +57,17 @@ def places_in(
 
         return one
 
+    if function is None and max(map(len, fields)) == 1:
+        names = [path[0] for path in fields]
+
+        def flat(value: Any) -> Places:
+            if type(value) is not dict or names[0] not in value:
+                return NOWHERE
+            parts = [sort_key(value.get(name, MISSING)) for name in names]
+            return (b"".join(parts)[:INDEXED_BYTES_MAX],)
+
+        return flat
+
     def several(value: Any) -> Places:
         first = _field(value, fields[0], function)
         if first is MISSING:

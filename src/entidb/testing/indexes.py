@@ -57,7 +57,11 @@ class IndexLife:
         if chance < 2:
             declare(database, name, rng.sample(DECLARED, rng.randrange(4)))
         elif chance < 7:
-            build_step(database, rng.choice((1, 3, 2000)))
+            size = rng.choice((1, 3, 2000))
+            if rng.random() < 0.5:
+                build_step(database, size)
+            else:
+                build_step(database, places=size)
         elif chance < 8:
             rebuild(database)
         elif chance < 9:

@@ -1,0 +1,108 @@
+"""Indexes built from sorted runs: complete, counted, and never from what is not so any more."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from entidb import Index
+from entidb.db import Database, index_care, index_run
+from entidb.db.index_care import build_step, declare
+from entidb.errors import StorageFullError
+from entidb.storage import MemoryStorage
+from tests.support import FakeClock, uid
+
+
+def unbuilt(count: int, monkeypatch: pytest.MonkeyPatch, page: int = 8) -> Database:
+    """A database with an index that is declared, and pages and runs that are small."""
+    monkeypatch.setattr(index_run, "_PAGE_ROWS", page)
+    monkeypatch.setattr(index_care, "FIRST_ROWS", 2 * page)
+    db = Database(MemoryStorage(), clock=FakeClock(), entropy=random.Random(1).randbytes)
+    with db.transaction() as tx:
+        for n in range(count):
+            tx.collection("stock")[uid(n + 1)] = {"kind": (n * 7) % 10, "price": n}
+    declare(db, "stock", [Index("kind")])
+    return db
+
+
+def found_by_kind(db: Database) -> list[list[int]]:
+    stock = db.collection("stock")
+    return [[i.int for i in stock.where(kind=kind).scan(False).ids()] for kind in range(10)]
+
+
+def by_hand(db: Database) -> list[list[int]]:
+    items = list(db.collection("stock").items())
+    return [[i.int for i, value in items if value["kind"] == kind] for kind in range(10)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 17, 40, 41])
+@pytest.mark.parametrize("places", [1, 5, 1000])
+def test_an_index_is_built_from_sorted_runs(
+    count: int, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unbuilt(count, monkeypatch) as db:
+        while build_step(db, places=places):
+            pass
+        assert found_by_kind(db) == by_hand(db)
+        assert [(each.ready, each.done) for each in db.indexes()] == [(True, count)]
+        assert db.verify() == []
+        assert db.index_run is None
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_what_others_commit_while_an_index_is_built_from_runs_is_in_it(
+    every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, steps = random.Random(every), 0
+    with unbuilt(60, monkeypatch) as db:
+        stock = db.collection("stock")
+        while build_step(db, places=3):
+            steps += 1
+            if steps % every == 0 and steps < 90:
+                stock[uid(rng.randrange(1, 80))] = {"kind": rng.randrange(10), "price": 0}
+                stock.discard(uid(rng.randrange(1, 80)))
+        assert found_by_kind(db) == by_hand(db)
+        assert db.indexes()[0].done == len(stock)
+        assert db.verify() == []
+
+
+def test_a_build_goes_on_after_the_last_run_that_came_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with unbuilt(60, monkeypatch) as db:
+        for _ in range(9):
+            assert build_step(db, places=3)
+        inner = db.storage
+        assert isinstance(inner, MemoryStorage)
+        with Database(inner.copy()) as again:
+            assert 0 < again.indexes()[0].done < 60
+            again.wait_for_indexes()
+            assert found_by_kind(again) == by_hand(again)
+            assert again.verify() == []
+
+
+def test_a_run_that_is_ended_early_is_a_shorter_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unbuilt(60, monkeypatch) as db:
+        assert build_step(db, is_ended=lambda: True)
+        assert db.indexes()[0].done == 8
+        db.wait_for_indexes()
+        assert found_by_kind(db) == by_hand(db)
+
+
+def test_a_run_is_not_counted_for_a_commit_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unbuilt(60, monkeypatch) as db:
+        build_step(db, places=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(db.storage, "commit", _no_room)
+            with pytest.raises(StorageFullError):
+                build_step(db, places=3)
+        while build_step(db, places=3):
+            pass
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+
+
+def _no_room(batch: Any, after: Any = None) -> int:
+    raise StorageFullError("no room")
