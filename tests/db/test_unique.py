@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,28 @@ def test_tasks_that_commit_together_are_refused_one_by_one() -> None:
     answers = asyncio.run(run())
     assert sum(isinstance(each, uuid.UUID) for each in answers) == 3
     assert sum(isinstance(each, NotUniqueError) for each in answers) == 6
+
+
+def test_threads_that_share_a_commit_are_refused_one_by_one(tmp_path: Path) -> None:
+    with Database.open(tmp_path / "db") as db:
+        users = db.collection("users", indexes=EMAIL)
+
+        def add(n: int) -> bool:
+            try:
+                if n % 2:
+                    users.add({"email": n // 8})
+                else:
+                    with db.transaction() as tx:
+                        tx.collection("users").add({"email": n // 8})
+            except NotUniqueError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            added = list(pool.map(add, range(160)))
+        assert sum(added) == 20
+        assert sorted(value["email"] for value in users.values()) == list(range(20))
+        assert verify(db) == []
 
 
 def test_each_member_cannot_be_unique() -> None:
