@@ -16,6 +16,11 @@ if os.environ.get("ENTIDB_TEST_STORE") == "sqlite":
 
     take_the_place_of_memory()
 
+if os.environ.get("ENTIDB_TEST_STORE") == "postgres":
+    from tests.storage.postgres_store import take_the_place_of_memory
+
+    take_the_place_of_memory()
+
 # A loaded machine is slow, not wrong: no deadline, and no health check that measures time.
 settings.register_profile(
     "entidb", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True

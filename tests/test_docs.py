@@ -167,7 +167,10 @@ def vocabulary() -> set[str]:
 
 VOCABULARY = vocabulary()
 #: Names that belong to other programs, or that a reader is to choose.
-FOREIGN = {"your_policy", "BigInt", "TextEncoder", "TextDecoder"}
+FOREIGN = {
+    *("your_policy", "BigInt", "TextEncoder", "TextDecoder"),
+    *("statement_timeout", "transaction_timeout"),  # settings of PostgreSQL
+}
 
 
 @BY_NAME

@@ -31,6 +31,8 @@ UNRANKED = {"__init__", "__main__"}
 SEAMS = {
     "libipld": ("cbor/",),
     "lmdb": ("storage/lmdb/",),
+    "psycopg": ("storage/postgres/",),
+    "psycopg_pool": ("storage/postgres/",),
     "httpx2": ("sync/http/",),
     "starlette": ("server/",),
     "uvicorn": ("server/",),

@@ -71,6 +71,16 @@ def test_a_missing_server_extra_says_what_to_install(monkeypatch: pytest.MonkeyP
         entidb.create_app  # noqa: B018
 
 
+def test_a_missing_postgres_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    def missing(home: str) -> object:
+        raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
+
+    monkeypatch.setattr(lazy, "import_module", missing)
+    monkeypatch.delitem(vars(entidb.storage), "PostgresStorage", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "entidb\[postgres\]"'):
+        entidb.storage.PostgresStorage  # noqa: B018
+
+
 def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch: pytest.MonkeyPatch):
     def missing(home: str) -> object:
         raise ModuleNotFoundError("No module named 'lmdb'", name="lmdb")

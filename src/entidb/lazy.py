@@ -23,6 +23,9 @@ SERVER_EXTRA: Final = {
     "uvloop": "uvloop",
 }
 
+#: The same of the extra ``postgres``.
+POSTGRES_EXTRA: Final = {"psycopg": "psycopg", "psycopg_pool": "psycopg-pool"}
+
 
 def lazy_names(
     package: str, homes: Mapping[str, Sequence[str]], names: dict[str, Any]
@@ -43,12 +46,14 @@ def lazy_names(
         try:
             value = getattr(import_module(home), name)
         except ModuleNotFoundError as error:
-            missing = SERVER_EXTRA.get((error.name or "").partition(".")[0])
+            imported = (error.name or "").partition(".")[0]
+            extra = "postgres" if imported in POSTGRES_EXTRA else "server"
+            missing = (SERVER_EXTRA | POSTGRES_EXTRA).get(imported)
             if missing is None:
                 raise
             raise ImportError(
                 f"{package}.{name} needs a package that is not installed ({missing}): "
-                'pip install "entidb[server]"',
+                f'pip install "entidb[{extra}]"',
                 name=error.name,
             ) from error
         names[name] = value
@@ -60,4 +65,4 @@ def lazy_names(
     return home_of, load, listed
 
 
-__all__ = ["SERVER_EXTRA", "lazy_names"]
+__all__ = ["POSTGRES_EXTRA", "SERVER_EXTRA", "lazy_names"]

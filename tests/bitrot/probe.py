@@ -41,9 +41,9 @@ from entidb.protocol import (
     SyncRequest,
     Verdict,
 )
+from entidb.storage.checksums import RESIDUE
 from entidb.storage.lmdb import doubt, verifying
 from entidb.storage.lmdb import snapshot as reading
-from entidb.storage.lmdb.batches import RESIDUE
 from entidb.storage.lmdb.pages import closed_file_faults
 from entidb.sync import MockTransport
 from tests.bitrot.content import DB_ID, GRANT, engine_on, service_on

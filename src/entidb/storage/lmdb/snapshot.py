@@ -18,7 +18,7 @@ import lmdb
 
 from entidb.errors import CorruptionError, DatabaseClosedError, StorageError
 from entidb.storage.base import KEY_BYTES_MAX
-from entidb.storage.lmdb.batches import RESIDUE, U32
+from entidb.storage.checksums import RESIDUE, U32
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.gate import CLOSED, DRAINING, Gate, Reader
 

@@ -22,8 +22,8 @@ import lmdb
 
 from entidb.errors import CommitStaleError, StorageError, StorageFullError
 from entidb.storage.base import Batch, StorageInfo, StoreTurn
+from entidb.storage.checksums import stage
 from entidb.storage.directories import restrict, sync_path
-from entidb.storage.lmdb.batches import stage
 from entidb.storage.lmdb.doubt import (
     check_closed,
     check_directory,

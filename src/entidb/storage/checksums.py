@@ -1,5 +1,5 @@
-"""What is stored of a batch: a CRC-32 over key and value ends each value, because LMDB does not
-notice a flipped bit.
+"""What a store on disk keeps of a batch: a CRC-32 over key and value ends each value, because
+neither LMDB nor a PostgreSQL without page checksums notices a flipped bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ U32: Final = struct.Struct("<I")
 
 
 def stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
-    """The batch in key order with its checksums, and the keys to delete. Everything LMDB would
+    """The batch in key order with its checksums, and the keys to delete. Everything a backend would
     refuse is refused here, where no transaction has to be aborted for it."""
     keys = sorted(batch)
     # All together are no longer than one may be, in most commits.

@@ -1,0 +1,66 @@
+"""How PostgreSQL's errors leave this package.
+
+Not here: the outcome of a commit that nobody acknowledged (``writing``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Final
+
+import psycopg
+from psycopg import errors
+from psycopg_pool import PoolTimeout, TooManyRequests
+
+from entidb.errors import StorageError, StorageFullError
+
+#: By SQLSTATE or its class, the first match counts.
+_WORDS: Final = (
+    ("53100", "the disk of the PostgreSQL server is full"),
+    ("53300", "the PostgreSQL server has no connection left: raise its max_connections"),
+    ("25006", "the PostgreSQL server takes no writes: it is a standby now"),
+    ("28", "the PostgreSQL server refuses the user or the password"),
+    ("3D000", "there is no such PostgreSQL database; create it with createdb"),
+    ("42501", "the PostgreSQL user may not do this; give it the rights to create and use tables"),
+    ("57P", "the PostgreSQL server is shutting down or starting"),
+    ("08", "the connection to the PostgreSQL server is lost"),
+    ("40", "the PostgreSQL server undid it because of another transaction; try again"),
+    ("58", "the PostgreSQL server reports an error of its system"),
+    ("XX", "the PostgreSQL server reports damage; look at its log"),
+)
+
+
+def storage_error(error: Exception, doing: str) -> StorageError:
+    """Ours for what psycopg raised. Nothing was changed by what failed."""
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, PoolTimeout | TooManyRequests):
+        return StorageError(
+            f"{doing}: no connection to the PostgreSQL server within the time that is waited; is "
+            "it there, and are the snapshots closed?"
+        )
+    state = getattr(error, "sqlstate", None) or ""
+    kind = StorageFullError if isinstance(error, errors.DiskFull) else StorageError
+    for prefix, words in _WORDS:
+        if state.startswith(prefix):
+            return kind(f"{doing}: {words} (SQLSTATE {state})")
+    if state:
+        return kind(f"{doing}: the PostgreSQL server refused this (SQLSTATE {state})")
+    return kind(f"{doing}: the PostgreSQL server cannot be reached, or went away")
+
+
+@contextlib.contextmanager
+def as_ours(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except psycopg.Error as error:
+        raise storage_error(error, doing) from error
+
+
+def is_demoted(error: BaseException) -> bool:
+    """Whether the server has become a standby: its connections are of no more use."""
+    return isinstance(error, errors.ReadOnlySqlTransaction)
+
+
+__all__ = ["as_ours", "is_demoted", "storage_error"]

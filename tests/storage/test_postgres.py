@@ -1,0 +1,343 @@
+"""The store in PostgreSQL: the promises of every store, between openers, and what is its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+
+from entidb.db import Database, Role
+from entidb.errors import (
+    CommitUnknownError,
+    ConfigError,
+    CorruptionError,
+    DatabaseClosedError,
+    FormatError,
+    StorageError,
+)
+from entidb.storage import Storage, open_storage
+from entidb.storage.postgres import PostgresStorage
+from entidb.testing.openers import LocalOpener, Opener, ProcessOpener, SeveralOpeners
+from tests.storage.postgres_cluster import Cluster, cluster
+from tests.storage.storage_model import StorageMachine
+
+
+def open_named(where: str) -> PostgresStorage:
+    """For openers in other processes: address and name, with a space between them."""
+    address, _, name = where.partition(" ")
+    return PostgresStorage.open(address, name)
+
+
+class TestPostgres(SeveralOpeners):
+    @pytest.fixture(autouse=True)
+    def _cluster(self, postgres: Cluster) -> None:
+        self.address = postgres.address
+
+    def make_storage(self) -> Storage:
+        return PostgresStorage.open(self.address, uuid.uuid4().hex)
+
+    def reopen(self, storage: Storage) -> Storage:
+        assert isinstance(storage, PostgresStorage)
+        storage.close()
+        return PostgresStorage.open(self.address, storage.name, create=False)
+
+    def open_path(self, path: str) -> Storage:
+        return open_storage(path)
+
+    @contextlib.contextmanager
+    def another(self, storage: Storage) -> Iterator[Opener]:
+        assert isinstance(storage, PostgresStorage)
+        opened = PostgresStorage.open(self.address, storage.name)
+        with contextlib.closing(LocalOpener(opened)) as opener:
+            yield opener
+
+
+class TestPostgresAcrossProcesses(TestPostgres):
+    @contextlib.contextmanager
+    def another(self, storage: Storage) -> Iterator[Opener]:
+        assert isinstance(storage, PostgresStorage)
+        where = f"{self.address} {storage.name}"
+        opens = "tests.storage.test_postgres:open_named"
+        with contextlib.closing(ProcessOpener(opens, where)) as opener:
+            yield opener
+
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def store(postgres: Cluster) -> Iterator[PostgresStorage]:
+    with contextlib.closing(PostgresStorage.open(postgres.address, uuid.uuid4().hex)) as opened:
+        yield opened
+
+
+def asked(address: str, statement: str, *values: object) -> list[tuple[object, ...]]:
+    """Past EntiDB, as an operator would."""
+    with psycopg.connect(address, autocommit=True) as connection:
+        cursor = connection.execute(statement.encode(), values)
+        return cursor.fetchall() if cursor.description else []
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize("address", ["postgresql://[::1/x", "what is this"])
+def test_what_is_no_address_is_refused_without_showing_it(address: str) -> None:
+    with pytest.raises(ConfigError, match="no address of a PostgreSQL database") as raised:
+        PostgresStorage.open(address, "shop")
+    assert address not in str(raised.value)
+
+
+def test_a_server_that_is_not_there_is_named_without_the_password() -> None:
+    with pytest.raises(StorageError, match=r"postgresql://127\.0\.0\.1:1/shop") as raised:
+        PostgresStorage.open("postgresql://me:secret@127.0.0.1:1/shop", "shop")
+    assert "secret" not in str(raised.value)
+
+
+def test_a_store_that_is_not_there_is_not_made_unless_asked_for(postgres: Cluster) -> None:
+    with pytest.raises(StorageError, match="there is no store 'nosuch'"):
+        PostgresStorage.open(postgres.address, "nosuch", create=False)
+    for name in ("", "a\0b"):
+        with pytest.raises(ConfigError, match="name"):
+            PostgresStorage.open(postgres.address, name)
+
+
+def test_tables_of_a_newer_program_are_left_alone() -> None:
+    with cluster() as own:
+        PostgresStorage.open(own.address, "shop").close()
+        asked(own.address, "UPDATE entidb_format SET format = 2")
+        with pytest.raises(FormatError, match="newer EntiDB") as raised:
+            PostgresStorage.open(own.address, "shop")
+        assert raised.value.code == "newer_format"
+
+
+def test_a_server_that_may_lose_commits_is_refused() -> None:
+    with cluster() as own:
+        for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+            own.stop(signal.SIGINT)
+            own.start(**{setting: "off"})
+            with pytest.raises(StorageError, match=f"has {setting} = off"):
+                PostgresStorage.open(own.address, "shop")
+
+
+def test_a_record_that_was_changed_is_never_returned(store: PostgresStorage) -> None:
+    store.commit({b"a": b"1", b"b": b"2"})
+    with psycopg.connect(store.opened.node._address, autocommit=True) as connection:
+        connection.execute(
+            "UPDATE entidb_kv SET v = set_byte(v, 0, 51) WHERE store = %s AND k = %s",
+            (store.opened.number, b"a"),
+        )
+    with store.snapshot() as snapshot:
+        assert snapshot.get(b"b") == b"2"
+        with pytest.raises(CorruptionError, match="61"):
+            snapshot.get(b"a")
+    assert len(list(store.verify())) == 1
+
+
+# ---------------------------------------------------------------- connections that end
+
+
+def end_connections(address: str) -> None:
+    asked(
+        address,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE application_name = 'entidb' AND pid <> pg_backend_pid()",
+    )
+
+
+def test_a_store_goes_on_after_its_idle_connections_were_ended(store: PostgresStorage) -> None:
+    store.commit({b"a": b"1"})
+    right = store.claim("engine")
+    assert right.take(0)
+    end_connections(store.opened.node._address)
+    with store.snapshot() as snapshot:
+        assert snapshot.get(b"a") == b"1"
+    until(lambda: right.take(0))
+    mark = store.mark()
+    until(lambda: works(lambda: store.commit({b"a": b"2"}, mark)))
+    assert store.mark() == mark + 1
+
+
+def works(do: Callable[[], object]) -> bool:
+    try:
+        do()
+    except StorageError:
+        return False
+    return True
+
+
+def test_a_turn_goes_with_its_connection_and_nothing_is_committed_without_it(
+    store: PostgresStorage,
+) -> None:
+    store.commit({b"a": b"1"})
+    mark = store.mark()
+    assert store.turn.take(WAIT_S)
+    assert store.turn.connection is not None
+    asked(
+        store.opened.node._address,
+        "SELECT pg_terminate_backend(%s)",
+        store.turn.connection.info.backend_pid,
+    )
+    with pytest.raises(StorageError, match=r"cannot be reached, or went away|shutting down"):
+        store.commit({b"a": b"2"}, mark)
+    assert not store.turn.mine
+    store.turn.give_back()
+    assert store.commit({b"a": b"3"}, mark) == mark + 1
+
+
+def test_a_connection_that_ends_before_the_answer_to_a_commit_leaves_it_open(
+    store: PostgresStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit({b"a": b"1"})
+    write = PostgresStorage._write
+
+    def write_and_lose(
+        self: PostgresStorage, connection: psycopg.Connection, *rest: object
+    ) -> None:
+        write(self, connection, *rest)  # type: ignore[arg-type]
+        asked(
+            store.opened.node._address,
+            "SELECT pg_terminate_backend(%s)",
+            connection.info.backend_pid,
+        )
+
+    monkeypatch.setattr(PostgresStorage, "_write", write_and_lose)
+    with pytest.raises(CommitUnknownError, match="open it again"):
+        store.commit({b"a": b"2"})
+    with pytest.raises(DatabaseClosedError):
+        store.snapshot()
+
+
+def test_a_store_that_was_lost_gives_back_its_turn_and_its_rights(postgres: Cluster) -> None:
+    name = uuid.uuid4().hex
+    lost = PostgresStorage.open(postgres.address, name)
+    lost.commit({b"a": b"1"})
+    assert lost.turn.take(WAIT_S)
+    assert lost.claim("engine").take(0)
+    del lost
+    gc.collect()
+    with contextlib.closing(PostgresStorage.open(postgres.address, name)) as store:
+        assert store.turn.take(WAIT_S)
+        store.turn.give_back()
+        until(lambda: store.claim("engine").take(0))
+
+
+def test_who_has_the_turn_is_named(store: PostgresStorage, postgres: Cluster) -> None:
+    with contextlib.closing(PostgresStorage.open(postgres.address, store.name)) as other:
+        assert other.turn.take(WAIT_S)
+        assert "entidb" in store.turn.holder()
+        assert not store.turn.take(0.01)
+
+
+def test_a_child_of_a_fork_opens_its_own(store: PostgresStorage) -> None:
+    store.commit({b"a": b"1"})
+    child = os.fork()
+    if child == 0:
+        try:
+            store.mark()
+        except BaseException as error:
+            os._exit(7 if getattr(error, "code", "") == "database_forked" else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert store.mark() == 1
+
+
+# ---------------------------------------------------------------- a standby that does not answer
+
+
+def test_a_commit_that_was_made_to_stop_waiting_for_its_standby_is_no_success() -> None:
+    """PostgreSQL says COMMIT to it, with a warning."""
+    with cluster() as own:
+        PostgresStorage.open(own.address, "shop").close()
+        own.stop(signal.SIGINT)
+        own.start()
+        store = PostgresStorage.open(own.address, "shop")
+        store.commit({b"a": b"1"})
+        assert store.turn.take(WAIT_S)
+        assert store.turn.connection is not None
+        backend = store.turn.connection.info.backend_pid
+        asked(own.address, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        asked(own.address, "SELECT pg_reload_conf()")
+        until(lambda: asked(own.address, "SHOW synchronous_standby_names") == [("nobody",)])
+        raised: list[BaseException] = []
+
+        def commit() -> None:
+            try:
+                store.commit({b"a": b"2"})
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=commit)
+        thread.start()
+        waits = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
+        until(lambda: asked(own.address, waits, backend) == [("SyncRep",)])
+        asked(own.address, "SELECT pg_cancel_backend(%s)", backend)
+        thread.join(WAIT_S)
+        assert [type(error) for error in raised] == [CommitUnknownError]
+
+
+# ---------------------------------------------------------------- crashes
+
+
+def test_what_was_acknowledged_is_there_after_every_crash_of_the_server() -> None:
+    with cluster() as own:
+        acknowledged, number = 0, 0
+        for _ in range(5):
+            store = PostgresStorage.open(own.address, "shop")
+            with contextlib.suppress(StorageError), contextlib.closing(store):
+                killer = threading.Timer(0.3, own.stop)
+                killer.start()
+                while True:
+                    number += 1
+                    store.commit({b"%08d" % number: b"x" * 200, b"newest": b"%d" % number})
+                    acknowledged = number
+            killer.join()
+            own.start()
+            with contextlib.closing(PostgresStorage.open(own.address, "shop")) as again:
+                with again.snapshot() as snapshot:
+                    newest = int(snapshot.get(b"newest") or b"0")
+                    there = snapshot.scan_keys(b"0", b"9")
+                assert newest in (acknowledged, number)
+                assert len(there) == newest == again.mark()
+                assert list(again.verify()) == []
+            number = acknowledged = newest
+
+
+def test_a_database_lives_in_it_and_is_backed_up_to_files(
+    store: PostgresStorage, postgres: Cluster, tmp_path: object
+) -> None:
+    with Database(store, role=Role.DEVICE) as database:
+        notes = database.collection("notes")
+        notes.put_many({uuid.uuid4(): {"n": n} for n in range(200)})
+        assert len(notes) == 200
+        assert database.verify() == []
+        database.backup(f"{tmp_path}/copy")
+    with Database.open(f"{tmp_path}/copy") as copy:
+        assert len(copy.collection("notes")) == 200
+
+
+class PostgresMachine(StorageMachine):
+    address = ""
+
+    def make_storage(self) -> Storage:
+        return PostgresStorage.open(self.address, uuid.uuid4().hex)
+
+
+def test_it_does_what_a_dict_does(postgres: Cluster) -> None:
+    PostgresMachine.address = postgres.address
+    PostgresMachine.TestCase().runTest()
