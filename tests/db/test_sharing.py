@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from entidb.errors import (
     StorageFullError,
     TransactionTooLargeError,
 )
-from entidb.storage import MemoryStorage
+from entidb.storage import LmdbStorage, MemoryStorage
 from entidb.storage.base import Batch
 from tests.support import uid
 
@@ -607,9 +608,13 @@ def test_a_block_that_would_not_read_what_is_on_its_way_is_found() -> None:
         assert any("read None" in fault for fault in compare(db, done))
 
 
-def test_a_ledger_of_what_was_acknowledged_agrees_whatever_the_disk_does() -> None:
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_ledger_of_what_was_acknowledged_agrees_whatever_the_disk_does(
+    where: str, tmp_path: Path
+) -> None:
     """Every third storage commit fails before it is made; what was acknowledged is there once."""
-    db = Database(MemoryStorage(), busy_timeout_s=WAIT_S)
+    store = MemoryStorage() if where == "memory" else LmdbStorage.open(tmp_path / "db")
+    db = Database(store, busy_timeout_s=WAIT_S)
     gate = Gate(db)
     tries = iter(range(10**9))
 

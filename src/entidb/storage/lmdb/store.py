@@ -49,10 +49,13 @@ _DRAIN_SECONDS: Final = 5.0
 _ROOM_EVERY_COMMITS: Final = 64
 _ROOM_EVERY_ROWS: Final = 1000
 #: Seconds between two looks at the mark: half of it is how long news wait, and a look costs some
-#: tens of microseconds with waking up for it. Less within so many seconds of other news.
+#: tens of microseconds with waking up for it. Less within so many seconds of other news, and more
+#: where there was none for a while.
 _WAIT_SECONDS: Final = 0.03
 _WAIT_BUSY_SECONDS: Final = 0.01
 _BUSY_SECONDS: Final = 1.0
+_WAIT_IDLE_SECONDS: Final = 0.05
+_IDLE_SECONDS: Final = 10.0
 #: What ends a write because there is no room, here or any more.
 _ROOM: Final = (lmdb.MapFullError, lmdb.MapResizedError)
 Puts = list[tuple[bytes, bytes]]
@@ -93,7 +96,7 @@ class LmdbStorage:
         self.mark = self._file.mark
         self._turn_in_turn = Turn()
         self._commits = 0
-        self._news_at = 0.0
+        self._news_at = time.monotonic()
         #: Whether it has to be closed.
         self._made = True
 
@@ -233,8 +236,12 @@ class LmdbStorage:
             left = deadline - now
             if left <= 0:
                 return False
-            busy = now - self._news_at < _BUSY_SECONDS
-            time.sleep(min(_WAIT_BUSY_SECONDS if busy else _WAIT_SECONDS, left))
+            quiet = now - self._news_at
+            if quiet < _BUSY_SECONDS:
+                pause = _WAIT_BUSY_SECONDS
+            else:
+                pause = _WAIT_SECONDS if quiet < _IDLE_SECONDS else _WAIT_IDLE_SECONDS
+            time.sleep(min(pause, left))
             now = time.monotonic()
         self._news_at = now
         return True
