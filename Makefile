@@ -15,11 +15,12 @@ export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint format demo bench vectors lock clean
+.PHONY: help install test lint format demo demo-console bench vectors lock clean
 
 help:
 	@echo 'make test     ruff, mypy and the whole test suite'
 	@echo 'make demo     a server and a few devices on this machine, without a network'
+	@echo 'make demo-console   the same with the console, to watch in a browser'
 	@echo 'make bench    the benchmarks'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff rewrite the code'
@@ -58,6 +59,9 @@ format: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/entidb demo
+
+demo-console: $(STAMP)
+	$(BIN)/entidb demo --console
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

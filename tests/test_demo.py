@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import click
+import httpx2
 import pytest
 
 from entidb.cli import demo, demo_data
@@ -20,9 +21,9 @@ from entidb.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 
 
-def start(directory: Path, **environment: str) -> subprocess.Popen[str]:
+def start(directory: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "entidb", "demo"],
+        [sys.executable, "-m", "entidb", "demo", *options],
         env=os.environ
         | {"PYTHONPATH": str(ROOT / "src"), "TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"}
         | environment,
@@ -54,6 +55,28 @@ def test_the_demo_ends_by_itself_with_everything_the_same_everywhere(tmp_path: P
     assert len({digest for _, digest in rows}) == 1
     assert "\x1b" not in output, "colour codes where there is no terminal"
     assert_nothing_is_left(output, tmp_path)
+
+
+@pytest.mark.process
+def test_the_second_scene_prints_address_and_token_and_ends_when_it_should(tmp_path: Path):
+    process = start(tmp_path, "--console", "--seconds", "3")
+    assert process.stdout is not None
+    lines: list[str] = []
+    found: dict[str, str] = {}
+    for line in process.stdout:
+        lines.append(line)
+        found.update(re.findall(r"(console|token): (\S+)", line))
+        if "token" in found:
+            break
+    url, token = found["console"], found["token"]
+    assert httpx2.get(url).headers["content-type"].startswith("text/html")
+    asked = url.replace("/console", "/v1/admin/devices")
+    seen = httpx2.get(asked, headers={"authorization": f"Bearer {token}"}).json()
+    assert {each["row"]["device"]["subject"] for each in seen["rows"]} == {"ada", "ben", "cleo"}
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in rest
+    assert_nothing_is_left("".join(lines) + rest, tmp_path)
 
 
 @pytest.mark.process
@@ -102,7 +125,7 @@ def test_a_check_that_does_not_hold_makes_the_demo_fail(
 
     monkeypatch.setattr(demo, "tell", untrue)
     with pytest.raises(click.ClickException, match="everything is the same"):
-        demo.demo_command.callback()  # type: ignore[misc]
+        demo.demo_command.callback(console=False, seconds=0.0)  # type: ignore[misc]
 
 
 def test_without_its_tables_the_demo_names_the_group_that_has_them(
@@ -110,7 +133,7 @@ def test_without_its_tables_the_demo_names_the_group_that_has_them(
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="dev group") as raised:
-        demo.demo_command.callback()  # type: ignore[misc]
+        demo.demo_command.callback(console=False, seconds=0.0)  # type: ignore[misc]
     assert raised.value.code == "demo_data_missing"
     assert "\n" not in raised.value.message
 

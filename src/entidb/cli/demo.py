@@ -10,6 +10,7 @@ what the processes answered. The exit code is 0 only if every check held.
     demo_device     what a device process does
     demo_data       the tables
     demo_story      what is printed
+    demo_console    the second scene: a server with its console, to watch
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import Any, Final
 
 import click
 
+from entidb.cli.demo_console import watch
 from entidb.cli.demo_data import data_directory
 from entidb.cli.demo_device import DB_ID, fingerprint
 from entidb.cli.demo_processes import DeviceProcess, ServerProcess, ended_by_signals, undisturbed
 from entidb.cli.demo_story import Answer, Story
+from entidb.cli.exits import UsageError
 from entidb.db import Database
 from entidb.db.records import ACCEPTED, end_of
 from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR, HandshakeRequest
@@ -135,13 +138,21 @@ _OFFLINE_WORK: Final[list[tuple[str, str, list[dict[str, Any]]]]] = [
 
 
 @click.command("demo")
-def demo_command() -> None:
+@click.option("--console", is_flag=True, help="A server with its console, to watch.")
+@click.option("--seconds", default=0.0, help="With --console: for how long; 0: until Ctrl-C.")
+def demo_command(console: bool, seconds: float) -> None:
     """Show everything on this machine: a server, three devices, and what can go wrong."""
     data_directory()  # no tables, no story: found out before anything is started
+    if seconds < 0 or (seconds and not console):
+        raise UsageError("--seconds is 0 or more, and goes with --console")
     story = Story()
+    failed: list[str] = []
     try:
         with ended_by_signals():
-            failed = tell(story)
+            if console:
+                watch(story, seconds)
+            else:
+                failed = tell(story)
     except KeyboardInterrupt:
         story.line("Interrupted. The processes are stopped and the files are gone.")
         raise SystemExit(130) from None
@@ -165,6 +176,7 @@ def tell(story: Story) -> list[str]:
         demo.come_to_rest()
         demo.compare()
     story.line(f"All processes are stopped, all files removed. {clock.monotonic() - began:.0f} s.")
+    story.line("The second scene is yours to watch: make demo-console, or entidb demo --console.")
     return demo.failed
 
 

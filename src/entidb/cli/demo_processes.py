@@ -139,13 +139,13 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 class ServerProcess:
     """``entidb serve`` on a free port of loopback, started like any other server."""
 
-    def __init__(self, directory: Path, secret_file: Path) -> None:
+    def __init__(self, directory: Path, secret_file: Path, *options: str) -> None:
         self.data = directory / "server"
         self._log = directory / "server.log"
         self._ready = directory / "server.ready"
         self.command = ["entidb", "serve", str(self.data)]
         self.command += ["--port", "0", "--secret-file", str(secret_file)]
-        self.command += ["--ready-file", str(self._ready)]
+        self.command += ["--ready-file", str(self._ready), *options]
         self.pid = 0
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None

@@ -30,7 +30,7 @@ export const audit = {
           { name: 'From', show: (row) => row.where },
           { name: 'What', show: (row) => row.action },
           { name: 'Database', show: (row) => (row.database ? databaseLink(row.database) : '–') },
-          { name: 'Result', show: (row) => chip(row.result, row.result === 'done' ? 'done' : 'failed') },
+          { name: 'Result', show: (row) => chip(row.result ?? 'done', (row.result ?? 'done') === 'done' ? 'done' : 'failed') },
           { name: 'More', show: more },
         ],
       }),
