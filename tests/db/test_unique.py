@@ -178,9 +178,9 @@ def test_a_program_on_a_server_does_not_end_what_is_unique_by_leaving_it_out() -
 
 def test_tasks_that_commit_together_are_refused_one_by_one() -> None:
     async def run() -> list[Any]:
-        below = Database.in_memory()
-        below.collection("users", indexes=EMAIL)
-        db = below.aio
+        db = Database.in_memory().aio
+        await db.declare_indexes("users", EMAIL)
+        await db.wait_for_indexes()
         users = db.collection("users")
         adding = [users.add({"email": n % 3}) for n in range(9)]
         return await asyncio.gather(*adding, return_exceptions=True)

@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar, cast, overload
 
@@ -20,8 +20,9 @@ from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection, TransactionCollection, id_bytes, kept
 from entidb.db.committer import Committer, Job, Staging
 from entidb.db.conditions import Condition, Field
-from entidb.db.core import Core
 from entidb.db.draft import Draft, SeeingRows, Seen
+from entidb.db.index_definition import Index
+from entidb.db.indexed import Indexed
 from entidb.db.live import Found, Listening
 from entidb.db.notebook import Explored
 from entidb.db.observing import add_observer
@@ -52,7 +53,7 @@ class AsyncDatabase(Explored):
     ``sequence``, the number of the commit, 0 where nothing was committed, and a note in words.
     """
 
-    def __init__(self, core: Core, close: Callable[[], None]) -> None:
+    def __init__(self, core: Indexed, close: Callable[[], None]) -> None:
         self._core = core
         self._close = close
         self._committer = Committer(core)
@@ -176,6 +177,16 @@ class AsyncDatabase(Explored):
                 change_local(writer, name, local)
 
         await in_thread(declare, "entidb-aio-declare")
+
+    async def declare_indexes(self, name: str, indexes: Sequence[Index]) -> None:
+        """Make ``indexes`` all that a collection has, as ``Database.collection(indexes=…)`` does.
+        They are built in the background. Raises ``ConfigError``, and what a commit does."""
+        check_name(name)
+        await in_thread(lambda: self._core._declare_indexes(name, indexes), "entidb-aio-indexes")
+
+    async def wait_for_indexes(self) -> None:
+        """As ``Database.wait_for_indexes``."""
+        await in_thread(self._core.wait_for_indexes, "entidb-aio-indexes")
 
     async def _commit(
         self, work: Callable[[Staging], T], transaction_id: bytes | None = None

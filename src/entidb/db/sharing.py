@@ -29,7 +29,6 @@ from entidb.db.local import Role, Writes, check_size, commit_local
 from entidb.db.observers import CommitEvent, Observers
 from entidb.db.records import feed_key
 from entidb.db.rows import OverlayRows, Rows, SnapshotRows
-from entidb.db.uniqueness import refuse_taken
 from entidb.db.writer import Writer
 from entidb.errors import StorageFullError
 from entidb.storage import Snapshot, Storage
@@ -386,8 +385,6 @@ class Sharing:
                     continue
                 assert job.transaction_id is not None, "given when it was made"
                 stamp = host._tick(writer)
-                if writer.watcher is not None:
-                    refuse_taken(writer, job.writes, decides=host.role is Role.SERVER)
                 sequence = commit_local(writer, host.role, job.writes, job.transaction_id, stamp)
                 staged.append((job, sequence))
                 if len(group) > 1 and sequence and host._observers.listeners:
