@@ -115,23 +115,7 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=registry,
         )
-        devices = Gauge(
-            "entidb_devices",
-            "Devices by commits that they are behind: up to so many",
-            ["behind"],
-            registry=registry,
-        )
-        for number, label in enumerate(_LAGS):
-            devices.labels(label).set_function(partial(_devices, office, number))
-        Gauge(
-            "entidb_databases", "Databases that there are, open or not", registry=registry
-        ).set_function(lambda: summary(office, _EVERYBODY).databases)
-        Gauge(
-            "entidb_store_bytes", "Bytes of all databases on the disk", registry=registry
-        ).set_function(lambda: sum(row.bytes for row in database_rows(office, _EVERYBODY)))
-        Gauge(
-            "entidb_disk_free_bytes", "Bytes free for the databases", registry=registry
-        ).set_function(lambda: _free_bytes(office))
+        _count_store(office, registry)
         Gauge(
             "entidb_in_flight_bytes", "Bodies and answers in memory", registry=registry
         ).set_function(in_flight_bytes)
@@ -226,6 +210,27 @@ class _Together:
 def _backup_age_s(office: Office) -> float:
     oldest = office.oldest_backup_ms
     return 0.0 if oldest is None else max(0.0, (office.clock.now_ms() - oldest) / 1000)
+
+
+def _count_store(office: Office, registry: CollectorRegistry) -> None:
+    """Gauges of what lies on the disk, and of whom it is for."""
+    devices = Gauge(
+        "entidb_devices",
+        "Devices by commits that they are behind: up to so many",
+        ["behind"],
+        registry=registry,
+    )
+    for number, label in enumerate(_LAGS):
+        devices.labels(label).set_function(partial(_devices, office, number))
+    Gauge(
+        "entidb_databases", "Databases that there are, open or not", registry=registry
+    ).set_function(lambda: summary(office, _EVERYBODY).databases)
+    Gauge(
+        "entidb_store_bytes", "Bytes of all databases on the disk", registry=registry
+    ).set_function(lambda: sum(row.bytes for row in database_rows(office, _EVERYBODY)))
+    Gauge("entidb_disk_free_bytes", "Bytes free for the databases", registry=registry).set_function(
+        lambda: _free_bytes(office)
+    )
 
 
 def _devices(office: Office, number: int) -> float:
