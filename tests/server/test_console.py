@@ -312,6 +312,7 @@ def test_a_device_falls_behind_and_is_found_by_what_one_knows_of_it(place: Place
         "devices": 1,
         "behind": 1,
         "revoked": 0,
+        "lag": [0, 1, 0, 0],
     }
     assert place.ask("devices", sort="colour")[0] == 400
     assert place.ask("devices", offset="x")[0] == 400
