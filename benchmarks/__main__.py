@@ -22,6 +22,7 @@ NAMES = (
     "latency",
     "many",
     "workers",
+    "noisy",
     "conflicts",
     "size",
     "stalled",

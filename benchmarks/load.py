@@ -114,6 +114,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
 
+    def renew(self, done: asyncio.Future[None]) -> None:
+        """Take ``done`` for the end of what there is to do from now on."""
+        self._done = done
+
     def send_next(self) -> None:
         if not self._todo:
             self._done.set_result(None)

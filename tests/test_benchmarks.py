@@ -33,6 +33,7 @@ FIGURES = {
     "latency": {"p50", "p99"},
     "many": {"push, 1 database: requests", "pull, 50 databases: p99", "mixed, 1 database: p50"},
     "workers": {"pull, 50 databases: requests", "push, 1 database: load generator"},
+    "noisy": {"quiet databases beside a flooded one: p99"},
     "conflicts": {"pull and rebase", "whole cycle, with the push"},
     "size": {"server after load", "push on the wire, zstd"},
     "stalled": {"until all are dropped"},
