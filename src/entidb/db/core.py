@@ -124,7 +124,7 @@ class _WriteBlock:
                 if self._writer.changes:
                     self._snapshot = None  # closed before its changes were committed
             self._end()
-            if kind is None:
+            if kind is None and self._database._observers.deliveries:
                 self._database._observers.deliver()
         except BaseException:
             self._end()
@@ -283,7 +283,7 @@ class Core(Explored):
             raise DatabaseClosedError(f"{self.where} is closed; open it again to use it")
         if self._read_only:
             raise self._no_writing()
-        if self._turns.mine() is not None:
+        if self._turns.line and self._turns.mine() is not None:
             raise TransactionError(
                 "a transaction is already open in this thread; write through it "
                 "(`tx.collection(name)`), or commit it first"
@@ -304,7 +304,7 @@ class Core(Explored):
 
     def _give_back(self, turn: Turn) -> None:
         """End ``turn``, had or not. May be repeated when it was interrupted."""
-        if self._turns.has(turn) and not (self._sharing.jobs and self._sharing.leave()):
+        if turn in self._turns.line[:1] and not (self._sharing.jobs and self._sharing.leave()):
             self._store_turn.give_back()
         self._turns.give_back(turn)
 
@@ -352,7 +352,7 @@ class Core(Explored):
     def _begin_commit(self, turn: Turn) -> None:
         turn.committing = True
         kept = turn.kept  # as ``void``, without asking twice for each commit
-        if (kept is not None and kept() is None) or not self._turns.has(turn):
+        if (kept is not None and kept() is None) or turn not in self._turns.line[:1]:
             raise TransactionError(
                 "this transaction was aborted when its block was left or its database closed; "
                 "begin another"

@@ -292,7 +292,7 @@ class Database(Indexed):
         with self.write("local") as writer:
             transaction_id = self._ids.new_bytes()
             made = self._ids.new_bytes() if entity_id is None else entity_id
-            if keep is not None:
+            if keep is not None and entity_id is not None:
                 rows = SnapshotRows(writer.snapshot, writer.catalogue)
                 if (stored := rows.get(name, made)) is not None:
                     payload = kept(keep, name, made, payload, stored)

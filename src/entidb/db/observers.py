@@ -44,7 +44,8 @@ class Observers:
         self.committing = 0
         #: What puts commits into the order in which they are delivered.
         self.telling = Turns()
-        self._deliveries: deque[CommitEvent] = deque()
+        #: What ``deliver`` has still to call them with.
+        self.deliveries: deque[CommitEvent] = deque()
         self._delivering = Turns()
 
     def tell(
@@ -70,7 +71,7 @@ class Observers:
                         names = cbor.decode_trusted(record)
                         events += [ChangeEvent(place[0], "reset", name, "remote") for name in names]
                 calls = [CommitEvent(sequence, origin, events)]
-            self._deliveries.extend(calls)
+            self.deliveries.extend(calls)
             self.told = sequence
             self.committing = 0
 
@@ -99,7 +100,7 @@ class Observers:
                 if before and sequence >= before:
                     reached, more = before - 1, False
                     break
-                self._deliveries.append(CommitEvent(sequence, "process", found))
+                self.deliveries.append(CommitEvent(sequence, "process", found))
             if before:
                 reached = min(reached, before - 1)
             self.told = max(self.told, reached)
@@ -107,13 +108,13 @@ class Observers:
     def deliver(self) -> None:
         """Call the observers with the commits since they were called last."""
         # Commits made by an observer queue up and are delivered by the loop that is running.
-        while self._deliveries and self._delivering.idle():
+        while self.deliveries and self._delivering.idle():
             turn = Turn()
             try:
                 if not self._delivering.take(turn, 0):
                     return
-                while self._deliveries:
-                    self._call_observers(self._deliveries.popleft())
+                while self.deliveries:
+                    self._call_observers(self.deliveries.popleft())
                 self._delivering.give_back(turn)
             except BaseException:
                 self._delivering.give_back(turn)

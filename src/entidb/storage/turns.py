@@ -49,7 +49,7 @@ class Turns:
     __slots__ = ("line",)
 
     def __init__(self) -> None:
-        #: For others to read: who has the turn, and who waits.
+        #: For others to read: who has the turn, and behind it who waits.
         self.line: list[Turn] = []
 
     def take(self, turn: Turn, timeout_s: float | None = None) -> bool:
@@ -72,9 +72,6 @@ class Turns:
             return
         for first in self.line[:1]:
             _ring(first)
-
-    def has(self, turn: Turn) -> bool:
-        return self.line[:1] == [turn]
 
     def mine(self) -> Turn | None:
         """The turn that this thread has or waits for; a void one is ended first."""
