@@ -13,10 +13,13 @@ from entidb.db.records import (
     BaseRow,
     unpack_pending,
 )
+from entidb.db.replica import Inflight
+from entidb.db.writer import Writer
 from entidb.protocol import PushResult, Verdict
 from entidb.server.service import DatabaseService
 from entidb.sync.apply import applier, settle
 from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.batch import choose
 from entidb.sync.apply.rebase import Rebase
 from tests.planted.garden import CALM, WILD, Garden, bug
 
@@ -161,6 +164,58 @@ def _following_forgotten(garden: Garden) -> None:
 def _in_flight_forgotten(garden: Garden) -> None:
     """A batch without an answer is not sent again first."""
     garden.replace(DatabaseApplier, "inflight", lambda original: lambda self: [])
+
+
+_MARKED: Final = WILD | {"marks": 1, "singles": 900, "think_ms": 1500}
+
+
+@bug("sent-without-a-mark", "SETTLE-FIRST", knobs=_MARKED)
+def _sent_without_a_mark(garden: Garden) -> None:
+    """Where one transaction is all there is to push, nothing is stored before it is sent, whether
+    its own commit has marked it or not."""
+
+    def make(original: Any) -> Any:
+        def prepare(self: DatabaseApplier, limits: Any) -> Any:
+            with self.database.write("send") as writer:
+                if writer.head.ready == 1 and writer.inflight is None:
+                    return choose(writer, limits, [])
+            return original(self, limits)
+
+        return prepare
+
+    garden.replace(DatabaseApplier, "prepare", make)
+
+
+@bug("more-sent-than-is-marked", "SETTLE-FIRST", knobs=_MARKED | {"think_ms": 300})
+def _more_than_marked(garden: Garden) -> None:
+    """What a commit has marked as in flight takes along what was committed after it."""
+
+    def make(original: Any) -> Any:
+        def marked(self: DatabaseApplier, writer: Any, limits: Any) -> Any:
+            batch = choose(writer, limits, [])
+            if batch is not None:
+                self.database.unsent = writer.unsent = None
+                self._look = None
+            return batch
+
+        return marked
+
+    garden.replace(DatabaseApplier, "_marked", make)
+
+
+@bug(
+    "marked-beside-a-batch", "PREFIX", "LIVENESS", "NO-FALSE-CONFLICT", "UNEXPECTED", knobs=_MARKED
+)
+def _marked_beside(garden: Garden) -> None:
+    """A commit marks its transaction as in flight in the place of the batch that was sent."""
+
+    def make(original: Any) -> Any:
+        def mark(self: Writer, sequence: int) -> None:
+            self.set_inflight(Inflight([[sequence, sequence]]))
+
+        return mark
+
+    garden.replace(Writer, "mark", make)
 
 
 @bug("round-decided-behind-the-head", "PULL-FIRST", knobs=CALM | {"rounds": 1, "devices": 4})

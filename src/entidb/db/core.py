@@ -40,6 +40,7 @@ from entidb.db.records import (
     decode_format,
     decode_head,
 )
+from entidb.db.replica import Inflight
 from entidb.db.rows import SnapshotRows
 from entidb.db.settings import check_settings
 from entidb.db.sharing import Sharing
@@ -110,8 +111,10 @@ class _WriteBlock:
             enter_block(self._turn, self._leaving)
             database._take(self._turn)
             self._snapshot = snapshot = database.storage.snapshot()
-            self._writer = database._writer(database._rows_to_write(snapshot))
-            return self._writer
+            self._writer = writer = database._writer(database._rows_to_write(snapshot))
+            if self._origin != "local" and (writer.marks or writer.unsent is not None):
+                writer.begin(self._origin)
+            return writer
         except BaseException:
             self._end()
             raise
@@ -205,6 +208,9 @@ class Core(Explored):
         #: Called with the sequence of every commit, after it, by the thread that still has the
         #: turn: quick, and without raising. For what passes the news on.
         self.on_commit: Callable[[int], None] | None = None
+        #: Whether local commits mark what they commit as in flight (R5); a mark that was not sent.
+        self.marks_commits = False
+        self.unsent: Inflight | None = None
         self._closed = False
         #: The mark at which the identity was read; of no state at first.
         self._identity_mark = -1
@@ -333,9 +339,11 @@ class Core(Explored):
             raw: bytes | None = left[1]
         else:
             raw = snapshot.get(META_HEAD)
+            self.unsent = None  # another process may have sent it meanwhile
         moment, now = Moment(self, self.failures + mark), self.clock.now_ms()
         slack = self._stale_rows_max
         writer = Writer(snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
+        writer.marks, writer.unsent = self.marks_commits, self.unsent
         if rows.catalogue.indexes.each:
             writer.watcher = Indexing(writer, self.index_functions)
         return writer
@@ -367,6 +375,7 @@ class Core(Explored):
         observers = self._observers
         observers.committing = writer.first_sequence
         try:
+            self.unsent = writer.unsent  # first: who sees the mark must know that it was not sent
             mark = self.storage.commit(changes, writer.snapshot.mark)
             writer.moment.mark = self.failures + mark
             if self._identity_mark == mark - 1:
@@ -382,8 +391,7 @@ class Core(Explored):
                 observers.tell(self._open_rows(), writer.head.sequence, rows, origin, calls)
             observers.committing = 0
         except BaseException:
-            self.failures += _FAILURE
-            observers.committing = 0
+            self.failures, self.unsent, observers.committing = self.failures + _FAILURE, None, 0
             raise
 
     def hear_others(self) -> int:

@@ -163,6 +163,8 @@ def _create_on_device(
         row = encode_creation(transaction_id, timestamp, operations)
         writer.put(sequence_key(READY, sequence), row)
         writer.head.ready += 1
+        if writer.marks and writer.head.ready == 1:
+            writer.mark(sequence)
 
 
 #: What is written to which entity, over what.
@@ -224,5 +226,7 @@ def _commit_on_device(
         writer.put_pending(made)
         if held:
             writer.head.held += 1
-        else:
-            writer.head.ready += 1
+            return
+        writer.head.ready += 1
+        if writer.marks and writer.head.ready == 1:
+            writer.mark(sequence)

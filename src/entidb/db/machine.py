@@ -197,7 +197,7 @@ SEND: Final = Move(
     "SEND",
     Sent,
     "R5 R6",
-    "A batch is put together, and durable before its first byte leaves.",
+    "A batch, or a transaction in its own commit, is durable as such before its first byte leaves.",
     {Sent.NOTHING: (Sent.ONE,)},
 )
 FOLLOW: Final = Move(

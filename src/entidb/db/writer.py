@@ -63,6 +63,11 @@ class Writer(Entities):
         #: Until when what is read here is true; it passes the commit that this becomes.
         self.moment = moment
         self.now_ms = now_ms
+        #: Whether a local transaction that finds nothing else to push is marked as in flight by its
+        #: own commit (R5).
+        self.marks = False
+        #: Such a mark, while it is known that nothing of it was sent.
+        self.unsent: Inflight | None = None
 
     # ------------------------------------------------------------ raw rows
 
@@ -96,6 +101,25 @@ class Writer(Entities):
 
     def set_inflight(self, inflight: Inflight | None) -> None:
         self.changes[META_INFLIGHT] = None if inflight is None else encode_record(inflight)
+
+    def begin(self, origin: str) -> None:
+        """The commit is a program's own ("local"), one that sends ("send"), or any other."""
+        if origin != "local":
+            self.marks = False
+            if self.unsent is not None and origin != "send":
+                self.unmark()
+
+    def mark(self, sequence: int) -> None:
+        """The transaction of this commit is in flight from here on, if nothing else is (R5)."""
+        if self.get(META_INFLIGHT) is None:
+            self.unsent = Inflight([[sequence, sequence]])
+            self.set_inflight(machine.SEND(None, self.unsent))
+
+    def unmark(self) -> None:
+        """What was marked by its own commit and was not sent is not in flight any more."""
+        if self.unsent is not None:
+            self.set_inflight(machine.UNSEND(self.unsent, None))
+            self.unsent = None
 
     @property
     def stage(self) -> Stage | None:

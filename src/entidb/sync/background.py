@@ -137,6 +137,7 @@ class Background:
         finally:
             self.thread = None
             self.standing_by = False
+            database.marks_commits = False
             database.on_commit = None
             right.give_back()
             channel, self.channel = self.channel, None
@@ -172,6 +173,8 @@ class Background:
                 # Of an observer or a listener, which the cycle's own thread has called.
                 self._committed = True
             self._failures, self._held_until = 0, -math.inf
+            # What is committed from here on leaves at once.
+            engine.database.marks_commits = True
         except SyncCancelledError:
             return  # asked for; the state shows it
         except SyncStateError as error:
@@ -188,6 +191,7 @@ class Background:
 
     def _hold(self, passes: bool) -> None:
         """After a failure, commits start no cycle for a while."""
+        self._engine.database.marks_commits = False
         retry = self._engine.config.retry
         self._failures += 1
         delay = retry.delay_s(retry.attempts_max + self._failures, self._draw())

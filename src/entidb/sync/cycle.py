@@ -68,10 +68,11 @@ class Cycle:
             yield from self._connect()
         applier = self._exchange.applier
         look = applier.look()
-        if look.inflight is not None and (inflight := applier.inflight()):
+        if look.inflight is not None:
             applier.doubt()
-            self._exchange.enter(SyncState.PUSHING)
-            yield from self._pushing.push_again(inflight)
+            if inflight := applier.inflight():
+                self._exchange.enter(SyncState.PUSHING)
+                yield from self._pushing.push_again(inflight)
             look = applier.look()
         too_old: UpgradeRequiredError | None = None
         for _ in range(self._exchange.config.rounds_max):

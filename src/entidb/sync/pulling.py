@@ -169,17 +169,17 @@ class Pulling:
         """What changed after the cursor. One page is applied at once (True); several, or what
         completes a widening, are staged."""
         cursor = state.cursor if stage is None else stage.delta_cursor
-        came = None
-        if (
-            first is not None
-            and stage is None
-            and not full
-            and first[0].cursor == cursor
-            and first[0].collections == self._scope
-        ):
-            request, came = first
-            self._heed_page(came, state)
-        else:
+        request, came = None, None
+        if first is not None and stage is None and not full:
+            asked, page = first
+            if asked.cursor < cursor <= page.cursor and not page.commits:
+                # What was settled since has moved the cursor over commits of this device's own: a
+                # page that brings nothing brings nothing to there either.
+                asked = replace(asked, cursor=cursor)
+            if asked.cursor == cursor and asked.collections == self._scope:
+                request, came = asked, page
+                self._heed_page(came, state)
+        if request is None:
             request = self._pull_request(state, cursor)
         done = size = 0
         for _ in range(PAGES_MAX):

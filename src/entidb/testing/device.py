@@ -157,6 +157,7 @@ class Device(Person):
             entropy=self.entropy,
             stale_rows_max=self.world.knobs.stale_rows,
         )
+        self.database.marks_commits = bool(self.world.knobs.marks)
         self.applier = BetweenApplier(
             self.database,
             policies=self.policies,

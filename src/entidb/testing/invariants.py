@@ -32,6 +32,7 @@ INVARIANTS: Final[dict[str, str]] = {
     "INDEXED": "each index is in step with its entities, and gives what a loop would",
     "UNIQUE": "no two entities of a server share what is unique; refusals for it have a reason",
     "LIVENESS": "without faults everything drains in a bounded number of requests",
+    "SETTLE-FIRST": "what is sent is in flight on the device's disk before its first byte leaves",
     "PULL-FIRST": "a push beside a pull is decided if the pull brings nothing, and only then",
     "NO-POISON": "a transaction that always fails stops no other",
     "TAKEN": "what was done with an old program is pushed, and never refused for its age",

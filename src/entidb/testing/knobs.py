@@ -56,6 +56,7 @@ class Knobs:
     policy_notes: int = 0  # index into POLICY_NAMES
     policy_pairs: int = 0
     policy_carts: int = 3
+    marks: int = 0  # 1: a local commit marks what it commits as in flight (R5)
     group_ms: int = 0  # the server gathers pushes this long for one commit
     singles: int = 0  # transactions of one write and no group: most batches are of such
     adopt_rows: int = 2_000  # entities that one commit of an adoption makes pending
@@ -297,6 +298,7 @@ def draw(seed: int) -> Knobs:
     chosen["singles"] = own.choice((0, 0, 0, 950))
     chosen["adopt_rows"] = own.choice((2_000, 2_000, 4))
     chosen["rounds"] = stream(seed, "rounds").choice((0, 1))
+    chosen["marks"] = stream(seed, "marks").choice((0, 1))
     chosen["attempts"] = stream(seed, "attempts").choice((1, 1, 2, 5))
     return Knobs(**chosen)
 

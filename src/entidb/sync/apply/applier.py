@@ -147,20 +147,40 @@ class DatabaseApplier(Review):
     # ------------------------------------------------------------ push
 
     def prepare(self, limits: BatchLimits) -> PushBatch | None:
-        with paused(), self.database.write() as writer:
+        with paused(), self.database.write("send") as writer:
+            if writer.unsent is not None:
+                marked = self._marked(writer, limits)
+                if marked is not None:
+                    return marked
+                writer.unmark()
             seen = self._seen(writer)
             if not writer.head.ready:
                 return None
             latest = latest_timestamp(limits.server_ms)
             if limits.server_ms and writer.head.timestamp > latest + CLOCK_SLACK:
                 lower_clock(writer, latest)
-            state = self._take_confirmed(writer)
+            state = self._take_confirmed(writer, pulled=True)
             check_ready(writer)
             batch = choose(writer, limits, [], state=state)
             if batch is not None:
                 writer.set_inflight(machine.SEND(writer.inflight, Inflight(batch.ranges)))
         if seen is not None:
             self._look = look_after(seen, writer)
+        return batch
+
+    def _marked(self, writer: Writer, limits: BatchLimits) -> PushBatch | None:
+        """The transaction that its own commit has marked as in flight, if it is the whole batch:
+        it is sent from here on, and nothing needs to be stored for that."""
+        latest, state = latest_timestamp(limits.server_ms), writer.sync_state
+        late = limits.server_ms and writer.head.timestamp > latest + CLOCK_SLACK
+        if writer.head.ready != 1 or late or state.unsettled:
+            return None
+        check_ready(writer)
+        batch = choose(writer, limits, [])
+        if batch is None or writer.unsent != Inflight(batch.ranges):
+            return None
+        self.database.unsent = writer.unsent = None
+        self._look = None
         return batch
 
     def prepare_after(self, batch: PushBatch, limits: BatchLimits) -> PushBatch | None:
@@ -198,6 +218,8 @@ class DatabaseApplier(Review):
             settling = Settling(writer, self._rebase, response)
             settled = settling.run(batch, batch.moment.is_current())
             lower_idle_clock(writer, latest_timestamp(response.time))
+            if self._confirmed:
+                self._take_confirmed(writer, pulled=False)
             next_batch = None
             more = writer.head.ready > (0 if following is None else len(following.keys))
             if limits is not None and more and not settled.pull:
@@ -247,17 +269,19 @@ class DatabaseApplier(Review):
     def confirm(self, cursor: int) -> None:
         self._confirmed = cursor
 
-    def _take_confirmed(self, writer: Writer) -> ReplicaState:
+    def _take_confirmed(self, writer: Writer, *, pulled: bool) -> ReplicaState:
+        """``pulled`` says that nothing was in flight when this cycle pulled."""
         state, confirmed = writer.sync_state, self._confirmed
         now = state
         if state.cursor < confirmed <= state.reached:
             # Only the cursor: what a wider scope still has to bring is no business of this pull.
             now = replace(now, cursor=confirmed, have=ranges_above(state.have, confirmed))
-        if state.unsettled:
+        if state.unsettled and pulled:
             # A pull has reached the head, and it was no reset: it showed what became of those.
             now = replace(now, unsettled=[])
         if now is not state:
             writer.set_sync_state(machine.STAND(state, now))
+        self._confirmed = 0
         return now
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:

@@ -33,12 +33,14 @@ def look_at(database: Database) -> Look:
         catalogue = database.read_catalogue(snapshot)
     finally:
         snapshot.close()
+    sent = None if inflight is None else decode_record(Inflight, inflight)
     head = Head() if raw_head is None else decode_head(raw_head)
     return Look(
         moment=moment,
         state=ReplicaState() if state is None else decode_state(state),
         stage=None if stage is None else decode_record(Stage, stage),
-        inflight=None if inflight is None else decode_record(Inflight, inflight),
+        # What its own commit has marked, and nobody has sent, is as good as not in flight.
+        inflight=None if sent is None or sent == database.unsent else sent,
         scope=_scope_of(catalogue),
         sequence=head.sequence,
         ready=head.ready,

@@ -10,12 +10,14 @@ from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import (
     DIRTY,
     HELD,
+    META_INFLIGHT,
     READY,
     payload_of,
     sequence_key,
     unpack_pending,
     version_of,
 )
+from entidb.db.replica import Inflight, decode_record
 from entidb.protocol import PushRequest
 from entidb.testing.invariants import GROUP_COLLECTION, group_is_whole
 from entidb.testing.losers import leaves, lost_leaves
@@ -95,8 +97,20 @@ def on_acknowledged(
 
 def on_push(watch: DeviceModel, records: Records, request: PushRequest) -> None:
     """Every operation names the version that the device has as its base: what another device wrote
-    after that is a conflict (R13)."""
+    after that is a conflict (R13). And the device knows after a crash that it was sent (R5)."""
+    raw = records.get(META_INFLIGHT)
+    mark = None if raw is None else decode_record(Inflight, raw)
+    marked = [] if mark is None else [*mark.ranges, *mark.after]
+    numbers = [number for first, last in marked for number in range(first, last + 1)]
+    rows = [records.get(sequence_key(READY, number)) for number in numbers]
+    known = {row[:16] for row in rows if row is not None}
     for transaction in request.transactions:
+        watch.checks.that(
+            transaction.transaction_id in known,
+            "SETTLE-FIRST",
+            f"{watch.name} sends {transaction.transaction_id.hex()}, which is not in flight on its "
+            "disk",
+        )
         for op in transaction.operations:
             name = request.collections[op.collection]
             raw = records.get(watch.catalogue.by_name[name].prefix + op.entity_id)
