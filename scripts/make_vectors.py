@@ -133,6 +133,28 @@ ROUND_REQUEST: Final[Message] = {
     "push": PUSH_REQUEST,
 }
 ROUND_RESPONSE: Final[Message] = {"pull": PULL_RESPONSE, "push": PUSH_RESPONSE}
+DIGEST_REQUEST: Final[Message] = {
+    "db_id": "household",
+    "device_id": DEVICE,
+    "history": HISTORY,
+    "cursor": 65536,
+    "collections": ["notes", "lists"],
+    "collection": "notes",
+    "after": bytes(16),
+    "last": ENTITY,
+    "block": 512,
+    "ids": [],
+    "schema": 256,
+}
+DIGEST_RESPONSE: Final[Message] = {
+    "collections": [],
+    "blocks": [[bytes(15) + b"\1", 1, DEVICE], [ENTITY, 511, HISTORY]],
+    "states": [[ENTITY, 65535, DEVICE, STAMP, PAYLOAD]],
+    "newer": [bytes(15) + b"\2"],
+    "more": True,
+    "head": 65540,
+    "granted": ["lists", "notes"],
+}
 ERROR_RESPONSE: Final[Message] = {
     "code": "rate_limited",
     "message": "slow down",
@@ -149,6 +171,8 @@ COMPLETE: Final[dict[str, Message]] = {
     "PushResponse": PUSH_RESPONSE,
     "RoundRequest": ROUND_REQUEST,
     "RoundResponse": ROUND_RESPONSE,
+    "DigestRequest": DIGEST_REQUEST,
+    "DigestResponse": DIGEST_RESPONSE,
     "ErrorResponse": ERROR_RESPONSE,
 }
 #: Keys a message may lack, with what their absence means.
@@ -158,6 +182,23 @@ DEFAULTS: Final[dict[str, Message]] = {
     "PushRequest": {"schema": 0},
     "HandshakeResponse": {"granted": None},
     "PullResponse": {"columns": None, "granted": None},
+    "DigestRequest": {
+        "collections": None,
+        "collection": None,
+        "after": None,
+        "last": b"\xff" * 16,
+        "block": 512,
+        "ids": [],
+        "schema": 0,
+    },
+    "DigestResponse": {
+        "collections": [],
+        "blocks": [],
+        "states": [],
+        "newer": [],
+        "more": False,
+        "granted": None,
+    },
     "ErrorResponse": {"retry_after": None, "details": {}},
 }
 
@@ -273,6 +314,7 @@ def refused() -> Iterator[dict[str, Any]]:
     yield from _refused_values()
     yield from _refused_together()
     yield from _refused_rounds()
+    yield from _refused_digests()
 
 
 def _refused_bytes() -> Iterator[dict[str, Any]]:
@@ -431,6 +473,25 @@ def _refused_rounds() -> Iterator[dict[str, Any]]:
     yield _refused("RoundRequest", "its pull alone would be refused", one)
     bad = {"pull": PULL_RESPONSE | {"cursor": 41}, "push": None}
     yield _refused("RoundResponse", "its page alone would be refused", bad)
+
+
+def _refused_digests() -> Iterator[dict[str, Any]]:
+    few, many = bytes(15) + b"\1", bytes(15) + b"\2"
+    requests: dict[str, Message] = {
+        "a range that ends before it begins": {"after": ENTITY, "last": ENTITY},
+        "ids that do not ascend": {"ids": [many, few]},
+        "an id twice": {"ids": [few, few]},
+        "blocks of nothing": {"block": 0},
+    }
+    for name, fields in requests.items():
+        yield _refused("DigestRequest", name, DIGEST_REQUEST | fields)
+    responses: dict[str, Message] = {
+        "blocks that do not ascend": {"blocks": [[many, 1, DEVICE], [few, 1, DEVICE]]},
+        "a digest of 32 bytes": {"blocks": [[few, 1, bytes(32)]]},
+        "a state twice": {"states": [[few, 1, DEVICE, 0, None], [few, 1, DEVICE, 0, None]]},
+    }
+    for name, fields in responses.items():
+        yield _refused("DigestResponse", name, DIGEST_RESPONSE | fields)
 
 
 def _refused(kind: str, name: str, value: Any) -> dict[str, Any]:

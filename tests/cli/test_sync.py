@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from msgspec.structs import replace
 
+from entidb import cbor
 from entidb.cli.exits import Exit
 from entidb.cli.serving import LISTEN, SETTINGS
+from entidb.db import Database
 from entidb.server import Listen, ServerConfig, mint_token, serving
 from tests.cli.support import (
     TIMEOUT_S,
@@ -523,3 +526,45 @@ def test_every_setting_of_the_server_is_an_option_of_serve():
     for name, (default, _) in LISTEN.items():
         if name != "ready_file":
             assert default == Listen.__dataclass_fields__[name].default, name
+
+
+# ---------------------------------------------------------------- verify --server
+
+
+def spoil(path: Path, entity_id: str) -> None:
+    """The device knows another value than the server has, without a change of its own."""
+    with Database.open(path) as database, database.write() as writer:
+        ref = writer.collection("notes").number, uuid.UUID(entity_id).bytes
+        row = writer.entity(ref)
+        assert row is not None
+        wrong = replace(row, payload=cbor.encode({"wrong": True}))
+        writer.show(ref, wrong, row, writer.next_sequence())
+
+
+def verified(scene: Scene, name: str, *options: object) -> Result:
+    return entidb("verify", scene.home / name, "--server", scene.url, *options, **scene.env)
+
+
+def test_verify_with_a_server_names_what_differs_and_repairs_it(scene: Scene) -> None:
+    put(scene.home / "one", "notes", 1, {"n": 1})
+    put(scene.home / "one", "notes", 2, {"n": 2})
+    scene.synced("one")
+    assert "agrees with" in verified(scene, "one").stdout
+    spoil(scene.home / "one", NOTE)
+    result = verified(scene, "one")
+    assert NOTE in result.stdout and OTHER not in result.stdout
+    assert "--repair" in failed(result, Exit.FAULTS, "faults")
+    result = verified(scene, "one", "--json")
+    found = document(result.stdout)
+    assert (result.exit_code, found["ok"], found["repaired"]) == (Exit.FAULTS, False, 0)
+    assert [each["id"] for each in found["differences"]] == [NOTE]
+    result = verified(scene, "one", "--repair")
+    assert (result.exit_code, "1 entity put right" in result.stdout) == (Exit.OK, True)
+    assert document(verified(scene, "one", "--json").stdout)["ok"] is True
+
+
+def test_verify_with_a_server_needs_one_that_the_database_knows(scene: Scene) -> None:
+    put(scene.home / "new", "notes", 1, {"n": 1})
+    assert "entidb sync" in failed(verified(scene, "new"), Exit.USAGE, "usage")
+    result = entidb("verify", scene.home / "new", "--repair")
+    assert "--server" in failed(result, Exit.USAGE, "usage")

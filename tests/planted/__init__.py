@@ -17,6 +17,7 @@ invariant noticed and after how many seeds. By subject:
     indexing    indexes that fall out of step, and what they answer
     unique      what is unique on a server, and is not
     histories   histories, floors, tenants and backups of the server
+    comparing   digests of devices and servers, and repairs
     ages        programs of different ages, and a server that stores newer shapes
 """
 
@@ -41,6 +42,7 @@ for _room in (
     "histories",
     "ages",
     "keeping",
+    "comparing",
 ):
     import_module(f"{__name__}.{_room}")
 

@@ -50,7 +50,7 @@ def _floor_ignored_in_pulls(garden: Garden) -> None:
 
         return check
 
-    garden.replace(DatabaseService, "_check_pull", make)
+    garden.replace(DatabaseService, "check_pull", make)
 
 
 @bug(
@@ -86,7 +86,7 @@ def _reset_without_need(garden: Garden) -> None:
 
         return check
 
-    garden.replace(DatabaseService, "_check_pull", make)
+    garden.replace(DatabaseService, "check_pull", make)
 
 
 @bug(

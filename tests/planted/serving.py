@@ -223,4 +223,4 @@ def _error_leaves_traces(garden: Garden) -> None:
 
         return check
 
-    garden.replace(DatabaseService, "_check_pull", make)
+    garden.replace(DatabaseService, "check_pull", make)

@@ -23,6 +23,8 @@ from entidb.protocol import (
     HAVE_RANGES_MAX,
     LIMITS,
     PATHS,
+    DigestRequest,
+    DigestResponse,
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
@@ -64,6 +66,8 @@ KINDS: dict[str, Any] = {
         RoundRequest,
         RoundResponse,
         PushResponse,
+        DigestRequest,
+        DigestResponse,
         ErrorResponse,
     )
 }
@@ -561,6 +565,9 @@ def test_each_path_takes_its_request(path: str):
         PushRequest: push(),
         RoundRequest: RoundRequest(
             pull=replace(pull(), cursor=push().cursor, have=[]), push=push()
+        ),
+        DigestRequest: DigestRequest(
+            db_id="a", device_id=DEVICE, history=DEVICE, cursor=3, collection="notes", ids=[DEVICE]
         ),
     }[PATHS[path]]
     assert decode_request(path, encode(request)) == request

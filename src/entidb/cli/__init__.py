@@ -12,7 +12,7 @@
     serving    serve, token
     restoring  restore
     admin      admin: a running server (``admin_views`` shows its answers)
-    care       verify, inspect, compact, backup, version
+    care       verify, inspect, compact, backup, version (``comparing``: verify with a server)
 
 Nothing is imported here: what a command needs is loaded when that command runs.
 """

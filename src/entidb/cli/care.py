@@ -28,14 +28,40 @@ _PACKAGES: Final = ("lmdb", "libipld", "msgspec", "httpx2", "click", "rich", "st
 
 @click.command("verify")
 @words("")
+@click.option("--server", "url", metavar="URL", help="Synchronise with this server, and compare "
+              "every entity with what it has.")  # fmt: skip
+@click.option("--repair", is_flag=True, help="Put right what differs from the server; what is "
+              "pending goes on top.")  # fmt: skip
+@click.option("--policy", "policies", multiple=True, metavar="[COLLECTION=]NAME",
+              help="Conflict policy, as for `sync`.")  # fmt: skip
+@click.option("--token", metavar="TEXT", help="Bearer token for --server. Others on this machine "
+              "may see it in the list of processes: prefer --token-file.")  # fmt: skip
+@click.option("--token-file", metavar="FILE", envvar="ENTIDB_TOKEN_FILE", show_envvar=True,
+              help="File with the token for --server.")  # fmt: skip
 @json_option
-def verify_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> int:
+def verify_command(
+    words: tuple[str, ...],
+    directory: str | None,
+    url: str | None,
+    repair: bool,
+    policies: tuple[str, ...],
+    token: str | None,
+    token_file: str | None,
+    as_json: bool,
+) -> int:
     """Check every record, checksum and cross-reference.
 
-    Reads the whole database and changes nothing. Exit code 9 if there are faults.
+    Reads the whole database and changes nothing. Exit code 9 if there are faults. With --server
+    the database is synchronised and compared with that server, too.
     """
+    if repair and url is None:
+        raise UsageError("--repair needs --server URL: what is right is what the server has")
     path = bind(words, directory).path
     faults = _faults(path)
+    if not faults and url is not None:
+        from entidb.cli.comparing import compare
+
+        return compare(path, url, token, token_file, policies, repair=repair, as_json=as_json)
     if as_json:
         print_json({"path": path, "ok": not faults, "faults": faults})
         return Exit.FAULTS if faults else Exit.OK

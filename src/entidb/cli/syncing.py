@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
@@ -57,6 +57,7 @@ from entidb.sync import (
 from entidb.types import SystemClock
 from entidb.version import VERSION
 
+T = TypeVar("T")
 INTERVAL_S: Final = 30.0
 _PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
 
@@ -111,9 +112,9 @@ def sync_command(
         "connect_timeout_s": min(10.0, timeout),
         "interval_s": interval,
         "allow_insecure_token": insecure_token,
-        **_policies(policies),
+        **policies_of(policies),
     }
-    job = _Sync(path, url, db_id, _token(token, token_file), collections, settings)
+    job = _Sync(path, url, db_id, token_of(token, token_file), collections, settings)
     job.token_file = token_file if token is None else None
     report = _report_json if as_json else _report_lines
     if watch:
@@ -141,7 +142,7 @@ def _environment(name: str) -> str:
     return os.environ.get(name, "")
 
 
-def _policies(given: tuple[str, ...]) -> dict[str, Any]:
+def policies_of(given: tuple[str, ...]) -> dict[str, Any]:
     """``NAME`` is the default, ``COLLECTION=NAME`` for one of them."""
     default = "server_wins"
     named: dict[str, str] = {}
@@ -154,7 +155,7 @@ def _policies(given: tuple[str, ...]) -> dict[str, Any]:
     return {"default_policy": default, "policies": named}
 
 
-def _token(token: str | None, file: str | None) -> str | Callable[[bool], str] | None:
+def token_of(token: str | None, file: str | None) -> str | Callable[[bool], str] | None:
     """From the option, the file, or the environment, in this order."""
     if token is not None and file is not None and not _environment("ENTIDB_TOKEN_FILE"):
         raise UsageError("--token and --token-file are two tokens: give one of them")
@@ -224,7 +225,7 @@ class _Sync:
             with progress("connecting", None, unit="rows") as bar:
                 engine.on_state(lambda _, new: _show_waiting(bar, new))
                 engine.on_progress(lambda step: _show(bar, step))
-                result = _on_a_thread(engine)
+                result = on_a_thread(engine, engine.sync)
             return result, engine.status()
 
     def _config(self, db_id: str, collections: tuple[str, ...] | None) -> SyncConfig:
@@ -255,14 +256,15 @@ def _show(bar: Bar, step: SyncProgress) -> None:
     bar.reach(step.operations, step.operations_total, _PHASES.get(step.state, step.state.value))
 
 
-def _on_a_thread(engine: SyncEngine) -> SyncCycleResult:
+def on_a_thread(engine: SyncEngine, call: Callable[[], T]) -> T:
+    """What ``call`` returns, which syncs with ``engine``; Ctrl-C ends it at once."""
     done = threading.Event()
-    results: list[SyncCycleResult] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            results.append(engine.sync())
+            results.append(call())
         except BaseException as error:  # goes on in the thread that waits
             errors.append(error)
         finally:

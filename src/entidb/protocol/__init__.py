@@ -29,11 +29,16 @@ from entidb.protocol.digests import (
 from entidb.protocol.encoding import PullPage, encode, encode_columns, encode_round
 from entidb.protocol.messages import (
     CONTENT_TYPE,
+    DIGEST_IDS_MAX,
     HAVE_RANGES_MAX,
     LIMITS,
     PATHS,
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
+    DigestBlock,
+    DigestRequest,
+    DigestResponse,
+    DigestState,
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
@@ -64,6 +69,7 @@ from entidb.protocol.messages import (
 
 __all__ = [
     "CONTENT_TYPE",
+    "DIGEST_IDS_MAX",
     "HAVE_RANGES_MAX",
     "LIMITS",
     "PATHS",
@@ -71,6 +77,10 @@ __all__ = [
     "PROTOCOL_MINOR",
     "TOMBSTONE_SIZE",
     "ColumnRows",
+    "DigestBlock",
+    "DigestRequest",
+    "DigestResponse",
+    "DigestState",
     "ErrorResponse",
     "HandshakeRequest",
     "HandshakeResponse",

@@ -19,10 +19,13 @@ from entidb.collector import paused
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
 from entidb.protocol.columns import COLUMN_HEAD_BYTES, TOMBSTONE_SIZE, column_versions
 from entidb.protocol.messages import (
+    DIGEST_IDS_MAX,
     HAVE_RANGES_MAX,
     LIMITS,
     PATHS,
     AnyMessage,
+    DigestRequest,
+    DigestResponse,
     HandshakeRequest,
     HandshakeResponse,
     Limits,
@@ -249,6 +252,33 @@ def _check_round_response(message: RoundResponse, limits: Limits) -> None:
         _check_push_response(message.push, limits)
 
 
+def _check_digest_request(message: DigestRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+    if message.collections is not None:
+        _check_collections(message.collections, limits)
+    if message.collection is not None:
+        _check_name("$.collection", message.collection)
+    if len(message.ids) > DIGEST_IDS_MAX:
+        raise _too_large("$.ids", f"has {len(message.ids)} ids", DIGEST_IDS_MAX)
+    if message.after is not None and message.after >= message.last:
+        raise _invalid("$.last", "it is not beyond $.after")
+    _check_ascending("$.ids", message.ids)
+
+
+def _check_digest_response(message: DigestResponse, limits: Limits) -> None:
+    _check_collections(message.collections, limits)
+    if message.granted is not None:
+        _check_collections(message.granted, limits, "$.granted")
+    _check_ascending("$.blocks", [block.last for block in message.blocks])
+    _check_ascending("$.states", [state.entity_id for state in message.states])
+    _check_ascending("$.newer", message.newer)
+
+
+def _check_ascending(place: str, ids: Sequence[bytes]) -> None:
+    if not all(map(operator.lt, ids, ids[1:])):
+        raise _invalid(place, "ids ascend, and none comes twice")
+
+
 def _check_columns(message: PullResponse, columns: PullColumns, names: int) -> None:
     count, rest = divmod(len(columns.ids), ID_BYTES)
     lengths = (len(columns.heads), len(columns.sizes), len(columns.indexes))
@@ -331,4 +361,6 @@ _CHECKS: Final[dict[type, Callable[[Any, Limits], None]]] = {
     PushResponse: _check_push_response,
     RoundRequest: _check_round_request,
     RoundResponse: _check_round_response,
+    DigestRequest: _check_digest_request,
+    DigestResponse: _check_digest_response,
 }

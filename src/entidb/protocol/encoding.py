@@ -10,6 +10,7 @@ from msgspec import to_builtins
 from entidb import cbor
 from entidb.protocol.heads import _UINTS, ID, NULL, array_head, bytes_head, uint
 from entidb.protocol.messages import (
+    DigestRequest,
     HandshakeRequest,
     PullRequest,
     PullResponse,
@@ -72,7 +73,7 @@ def _encode_small(message: SyncRequest | SyncResponse) -> bytes:
 # A program that gives no number of its schema says nothing: its messages are those of before.
 
 
-def _encode_handshake_request(message: HandshakeRequest) -> bytes:
+def _encode_asking(message: HandshakeRequest | DigestRequest) -> bytes:
     envelope = to_builtins(message, builtin_types=(bytes,))
     if not message.schema:
         del envelope["schema"]
@@ -261,7 +262,8 @@ def _names(names: Sequence[str]) -> bytes:
 
 
 _ENCODERS: Final[dict[type, Callable[[Any], bytes]]] = {
-    HandshakeRequest: _encode_handshake_request,
+    HandshakeRequest: _encode_asking,
+    DigestRequest: _encode_asking,
     PullRequest: _encode_pull_request,
     PushRequest: _encode_push_request,
     PushResponse: _encode_push_response,

@@ -22,6 +22,8 @@ PROTOCOL_MINOR: Final = 0
 CONTENT_TYPE: Final = "application/cbor"
 #: More ranges than this in ``PullRequest.have`` are refused; a device sends fewer (R21).
 HAVE_RANGES_MAX: Final = 4096
+#: Entities that ``DigestRequest.ids`` names at most, and those of a block unless it says.
+DIGEST_IDS_MAX: Final = 512
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 #: No upper bound is named (msgspec knows none above an int64): CBOR itself ends at 2**64 - 1.
@@ -273,6 +275,60 @@ class RoundResponse(Struct, frozen=True, kw_only=True):
     push: PushResponse | None
 
 
+class DigestBlock(Struct, frozen=True, array_like=True, gc=False):
+    """``digest`` is over the ``count`` entities that follow the block before, up to ``last``."""
+
+    last: Id
+    count: Uint
+    digest: Id
+
+
+class DigestState(Struct, frozen=True, array_like=True, gc=False):
+    """What the server has for an entity that was asked about. ``payload`` None: it has none, since
+    ``version`` if that is known, else version 0."""
+
+    entity_id: Id
+    version: Uint
+    device_id: Id
+    timestamp: Stamp
+    payload: bytes | None
+
+
+class DigestRequest(Struct, frozen=True, kw_only=True):
+    """What a device asks to learn whether it has what the server has, as of ``cursor`` (R34).
+
+    Without ``collection``: which collections there are, of ``collections`` (None: all). With it:
+    digests of its entities beyond ``after`` (None: from the first) up to ``last``, one for each
+    ``block`` entities; or, with ``ids``, those entities themselves. Only for a server with the
+    feature ``digest``."""
+
+    db_id: Name
+    device_id: Id
+    history: Id
+    cursor: Uint
+    collections: list[Name] | None = None
+    collection: Name | None = None
+    after: Id | None = None
+    last: Id = b"\xff" * ID_BYTES
+    block: Positive = DIGEST_IDS_MAX
+    ids: list[Id] = []
+    schema: Uint = 0
+
+
+class DigestResponse(Struct, frozen=True, kw_only=True):
+    """``collections``, ``blocks`` or ``states``, as was asked. ``newer`` are entities that were
+    written after the cursor of the request: they are in no block and no state. ``more``: the blocks
+    end before ``last``, or the states before the last of ``ids``; ask again from there."""
+
+    collections: list[Name] = []
+    blocks: list[DigestBlock] = []
+    states: list[DigestState] = []
+    newer: list[Id] = []
+    more: bool = False
+    head: Uint
+    granted: list[Name] | None = None
+
+
 class ErrorResponse(Struct, frozen=True, kw_only=True):
     """``code`` is a row of ``entidb.errors.ERROR_TABLE``; ``retry_after`` in seconds."""
 
@@ -283,8 +339,10 @@ class ErrorResponse(Struct, frozen=True, kw_only=True):
     details: dict[str, Any] = {}
 
 
-SyncRequest = HandshakeRequest | PullRequest | PushRequest | RoundRequest
-SyncResponse = HandshakeResponse | PullResponse | PushResponse | RoundResponse | ErrorResponse
+SyncRequest = HandshakeRequest | PullRequest | PushRequest | RoundRequest | DigestRequest
+SyncResponse = (
+    HandshakeResponse | PullResponse | PushResponse | RoundResponse | DigestResponse | ErrorResponse
+)
 AnyMessage = TypeVar("AnyMessage", bound=SyncRequest | SyncResponse)
 #: HTTP path of each request.
 PATHS: Final[dict[str, type[SyncRequest]]] = {
@@ -292,12 +350,14 @@ PATHS: Final[dict[str, type[SyncRequest]]] = {
     "/v1/pull": PullRequest,
     "/v1/push": PushRequest,
     "/v1/sync": RoundRequest,
+    "/v1/digest": DigestRequest,
 }
 _RESPONSES: Final[dict[type, type[SyncResponse]]] = {
     HandshakeRequest: HandshakeResponse,
     PullRequest: PullResponse,
     PushRequest: PushResponse,
     RoundRequest: RoundResponse,
+    DigestRequest: DigestResponse,
 }
 _PATH_OF: Final = {kind: path for path, kind in PATHS.items()}
 

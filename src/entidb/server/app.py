@@ -31,6 +31,7 @@ from entidb.errors import (
     SyncTimeoutError,
 )
 from entidb.protocol import (
+    DigestRequest,
     HandshakeRequest,
     PullRequest,
     PushRequest,
@@ -51,7 +52,7 @@ from entidb.server.hooks import Grant
 from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.origins import check_single
-from entidb.server.pages import known_up_to, unseen
+from entidb.server.pages import PAGE_BYTES_MAX, known_up_to, unseen
 from entidb.server.plain import ADDRESSES, Plain
 from entidb.server.pulse import Gauges, Pulse
 from entidb.server.room import RETRY_S, Budget, Held
@@ -344,13 +345,22 @@ class SyncApp:
     async def _read(
         self,
         exchange: Exchange,
-        request: HandshakeRequest | PullRequest,
+        request: HandshakeRequest | PullRequest | DigestRequest,
         grant: Grant,
         held: Held,
         wrapped: Callable[[bytes], bytes] = bytes,
     ) -> HttpResponse:
         """The answer; of a page, what ``wrapped`` makes of it."""
         running, front = self._start(), self.server.front
+        if isinstance(request, DigestRequest):
+            held.charge(("database", request.db_id))
+            async with running.line(request.db_id):
+                await held.reserve(min(PAGE_BYTES_MAX, self._room_max()))
+                async with self._using(request, grant) as store:
+                    body = await self._run(running.reader, front.read, store, request, grant)
+            return wire.message_response(
+                body, self.server.response_encoding(exchange.headers, len(body))
+            )
         async with self._using(request, grant) as store:
             if isinstance(request, HandshakeRequest):
                 answer = await self._run(running.reader, front.read, store, request, grant)

@@ -22,6 +22,7 @@ from entidb.errors import (
     SyncError,
 )
 from entidb.protocol import (
+    DigestRequest,
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
@@ -38,6 +39,7 @@ from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants
 from entidb.server.config import ServerConfig, is_db_id
 from entidb.server.control import Control
+from entidb.server.digesting import digested
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
 from entidb.server.pages import unseen
@@ -106,7 +108,7 @@ class Front:
         self.control.admit(grants, request)
         if self._quotas is not None:
             self._quotas.take(grants.subject, request.db_id)
-        if isinstance(request, PullRequest | RoundRequest) and not grant.read:
+        if isinstance(request, PullRequest | RoundRequest | DigestRequest) and not grant.read:
             raise PermissionDeniedError("the token does not allow reading this database")
         return grant
 
@@ -149,8 +151,14 @@ class Front:
 
     # ------------------------------------------------------------ the answer
 
-    def read(self, store: Store, request: HandshakeRequest | PullRequest, grant: Grant) -> bytes:
+    def read(
+        self, store: Store, request: HandshakeRequest | PullRequest | DigestRequest, grant: Grant
+    ) -> bytes:
         """The encoded answer to what stores nothing, but for a history that begins (R29)."""
+        if isinstance(request, DigestRequest):
+            # It may have waited for its turn since it was permitted.
+            self.control.admit(grant, request)
+            return encode(digested(store.service, request, grant))
         if isinstance(request, HandshakeRequest):
             return encode(self.handshake(store, request, grant))
         idle = store.service.idle_pull(request, grant)

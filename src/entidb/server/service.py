@@ -63,7 +63,7 @@ RECENT_COMMITS = 64
 HISTORIES_MAX = 4
 HISTORIES_WITHIN_MS = 3_600_000
 #: What a device may use only where it is announced.
-FEATURES: Final = ("columns",)
+FEATURES: Final = ("columns", "digest")
 
 
 #: Commits that a round may lie behind what it would pull, if none of them concerns it.
@@ -153,7 +153,7 @@ class DatabaseService:
         seen = seen_by(request)
         if seen > head:
             return None  # what follows takes a commit
-        self._check_pull(request, grant, seen, head, floor, history)
+        self.check_pull(request, grant, seen, head, floor, history)
         return PullResponse(
             collections=[],
             commits=[],
@@ -191,7 +191,7 @@ class DatabaseService:
             head = view.head.sequence
             floor = read_floor(view)
             history = self.database.history
-            self._check_pull(request, grant, seen_by(request), head, floor, history)
+            self.check_pull(request, grant, seen_by(request), head, floor, history)
             kind = ColumnPage if request.columns else Page
             wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
             page = kind(view, request, wanted)
@@ -213,7 +213,7 @@ class DatabaseService:
                 )
             )
 
-    def _check_pull(
+    def check_pull(
         self,
         request: PullRequest,
         grant: Grant,
@@ -287,7 +287,7 @@ class DatabaseService:
                     busy = waits_for(writer, push) if indexed else None
                     if isinstance(request, RoundRequest):
                         pull = request.pull
-                        self._check_pull(pull, grant, newest, known_head, floor, history)
+                        self.check_pull(pull, grant, newest, known_head, floor, history)
                         waits = frozen or busy is not None
                         if waits or self._is_behind(writer, pull, grant, known_head):
                             raise BehindError("the device has not seen everything")

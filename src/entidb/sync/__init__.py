@@ -8,6 +8,7 @@ from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.apply.applier import DatabaseApplier, MemorySyncApplier
 from entidb.sync.apply.report import RebaseReport, Resolved, Withdrawn
 from entidb.sync.apply.seam import BatchLimits, SyncApplier
+from entidb.sync.comparing import Difference, Verification
 from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 from entidb.sync.cycle import Cycle
@@ -57,6 +58,7 @@ __all__ = [
     "ConflictResolution",
     "Cycle",
     "DatabaseApplier",
+    "Difference",
     "Fate",
     "FateState",
     "HttpClient",
@@ -85,6 +87,7 @@ __all__ = [
     "SyncStats",
     "SyncStatus",
     "SyncTransport",
+    "Verification",
     "Withdrawn",
     "client_wins",
     "last_write_wins",

@@ -17,9 +17,11 @@ from entidb.db import Database, DiscardedTransaction, OverruledValue, Transactio
 from entidb.errors import SyncStateError
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
+from entidb.sync.comparing import Comparing, Verification
 from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.engine import SyncEngine
+from entidb.sync.exchange import Then
 from entidb.sync.fates import Fate, Patience
 from entidb.sync.interrupt import Job
 from entidb.sync.listening import (
@@ -68,10 +70,18 @@ class AsyncSyncEngine:
         behind the caller's back, and the next cycle goes on from there (R9)."""
         return (await self._cycle(None)).result()
 
-    async def _cycle(self, stopped: threading.Event | None) -> Job[SyncCycleResult]:
+    async def verify_with_server(self, *, repair: bool = False) -> Verification:
+        """One cycle, and a comparison with the server (R34); cancelled as ``sync``."""
+        comparing = Comparing(self.engine.applier, repair=repair)
+        (await self._cycle(None, comparing)).result()
+        return comparing.result
+
+    async def _cycle(
+        self, stopped: threading.Event | None, then: Then | None = None
+    ) -> Job[SyncCycleResult]:
         cancelled = threading.Event()
         job: Job[SyncCycleResult]
-        job = Job(lambda _: self.engine.run_cycle(cancelled, stopped), "entidb-aio-sync")
+        job = Job(lambda _: self.engine.run_cycle(cancelled, stopped, then), "entidb-aio-sync")
         await self._ended(job, lambda: self.engine.cancel_cycle(cancelled))
         return job
 

@@ -17,7 +17,7 @@ from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.cycle import Cycle
 from entidb.sync.drive import Courier, Course, Pause
-from entidb.sync.exchange import Connection
+from entidb.sync.exchange import Connection, Then
 from entidb.sync.refusal import kept_back_error
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState, SyncStats
 from entidb.types import Clock
@@ -68,9 +68,9 @@ class Attempts:
         self._check = check
         self._cancelled = cancelled
 
-    def run(self) -> Course:
-        """One ``sync()``. Returns the result of the attempt that worked; raises the error of the
-        last one, or ``SyncCancelledError``."""
+    def run(self, then: Then | None = None) -> Course:
+        """One ``sync()``; ``then`` belongs to each cycle that worked. Returns the result of the
+        attempt that worked; raises the error of the last one, or ``SyncCancelledError``."""
         began = self._clock.monotonic()
         attempt = 1
         self.results = []
@@ -79,6 +79,8 @@ class Attempts:
                 cycle = self._begin()
                 try:
                     result = yield from cycle.run()
+                    if then is not None:
+                        yield from then.run(cycle.exchange)
                 except BaseException as error:
                     self._forget(error)
                     raise

@@ -51,37 +51,37 @@ class Cycle:
         check: Callable[[], None] = lambda: None,
         answers: deque[tuple[list[int], list[PushResult]]] | None = None,
     ) -> None:
-        self._exchange = Exchange(applier, config, connection, enter, progress, check)
+        self.exchange = Exchange(applier, config, connection, enter, progress, check)
         if answers is not None:
-            self._exchange.answers = answers
-        self._pulling = Pulling(self._exchange)
-        self._pushing = Pushing(self._exchange)
-        self._rounds = Rounds(self._exchange, self._pulling, self._pushing)
-        self.result = self._exchange.result
+            self.exchange.answers = answers
+        self._pulling = Pulling(self.exchange)
+        self._pushing = Pushing(self.exchange)
+        self._rounds = Rounds(self.exchange, self._pulling, self._pushing)
+        self.result = self.exchange.result
 
     def run(self) -> Flow:
         """The cycle. Returns its result; raises ``SyncError`` subclasses, with everything that
         was settled or applied until then kept."""
-        self._exchange.connection.path.begin_cycle()
-        fresh = not self._exchange.connection.made
+        self.exchange.connection.path.begin_cycle()
+        fresh = not self.exchange.connection.made
         if fresh:
             yield from self._connect()
-        applier = self._exchange.applier
+        applier = self.exchange.applier
         look = applier.look()
         if look.inflight is not None:
             applier.doubt()
             if inflight := applier.inflight():
-                self._exchange.enter(SyncState.PUSHING)
+                self.exchange.enter(SyncState.PUSHING)
                 yield from self._pushing.push_again(inflight)
             look = applier.look()
         too_old: UpgradeRequiredError | None = None
-        for _ in range(self._exchange.config.rounds_max):
+        for _ in range(self.exchange.config.rounds_max):
             self.result.rounds += 1
-            self._exchange.enter(SyncState.PULLING)
+            self.exchange.enter(SyncState.PULLING)
             look = self._adopted(look)
             if fresh:
                 # Not before what is in flight was settled: nothing else may touch that (R5).
-                self._pulling.heed_grant(self._exchange.connection.granted)
+                self._pulling.heed_grant(self.exchange.connection.granted)
                 look, fresh = applier.look(), False
             first = None
             try:
@@ -105,24 +105,24 @@ class Cycle:
         self._pushing.tell_kept_back()
         if self._pushing.closed_by is not None:
             raise closed(self._pushing.closed_by)
-        self._exchange.enter(SyncState.SYNCED)
+        self.exchange.enter(SyncState.SYNCED)
         return self.result
 
     def _connect(self) -> Generator[Step, SyncResponse | None, None]:
-        self._exchange.enter(SyncState.CONNECTING)
-        state = self._exchange.applier.look().state
-        check_replica_of(state, self._exchange.config.db_id)
+        self.exchange.enter(SyncState.CONNECTING)
+        state = self.exchange.applier.look().state
+        check_replica_of(state, self.exchange.config.db_id)
         request = HandshakeRequest(
             major=PROTOCOL_MAJOR,
             minor=PROTOCOL_MINOR,
-            db_id=self._exchange.config.db_id,
-            device_id=self._exchange.applier.device_id,
+            db_id=self.exchange.config.db_id,
+            device_id=self.exchange.applier.device_id,
             history=state.history,
             cursor=state.cursor,
-            client=self._exchange.config.client,
-            schema=self._exchange.config.schema,
+            client=self.exchange.config.client,
+            schema=self.exchange.config.schema,
         )
-        response = yield from self._exchange.ask(request, HandshakeResponse)
+        response = yield from self.exchange.ask(request, HandshakeResponse)
         if response.major != PROTOCOL_MAJOR:
             raise VersionMismatchError(
                 f"the server speaks protocol {response.major}.{response.minor}, this client "
@@ -135,18 +135,18 @@ class Cycle:
                 'state, or reset(keep="device") to commit again what it no longer has'
             )
         check_not_back(state, response)
-        self._exchange.applier.bind(self._exchange.config.db_id, response.history)
-        self._exchange.connection.history = response.history
-        self._exchange.connection.limits = response.limits
-        self._exchange.connection.features = response.features
+        self.exchange.applier.bind(self.exchange.config.db_id, response.history)
+        self.exchange.connection.history = response.history
+        self.exchange.connection.limits = response.limits
+        self.exchange.connection.features = response.features
         looks = "schema" in response.features
-        self._exchange.connection.schema = self._exchange.config.schema if looks else 0
-        self._exchange.connection.granted = response.granted
+        self.exchange.connection.schema = self.exchange.config.schema if looks else 0
+        self.exchange.connection.granted = response.granted
 
     def _check_may_push(self, error: UpgradeRequiredError) -> None:
         """This program is too old to pull. What is pending is pushed all the same (R33), but not
         where versions are of another history: raises ``error`` there."""
-        state = self._exchange.applier.look().state
+        state = self.exchange.applier.look().state
         if state.foreign or state.outdated:
             raise error
 
@@ -154,6 +154,6 @@ class Cycle:
         """The device when nothing is left to be made pending (R29, R31)."""
         if not look.adopting:
             return look
-        while self._exchange.applier.adopt():
-            self._exchange.check()
-        return self._exchange.applier.look()
+        while self.exchange.applier.adopt():
+            self.exchange.check()
+        return self.exchange.applier.look()

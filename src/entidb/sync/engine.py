@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
+from threading import Event
 
 from entidb.db import Database
 from entidb.errors import (
@@ -22,9 +23,11 @@ from entidb.errors import (
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.attempts import Attempts
 from entidb.sync.background import Background
+from entidb.sync.comparing import Verifying
 from entidb.sync.config import SyncConfig
 from entidb.sync.decisions import Decisions
 from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
+from entidb.sync.exchange import Then
 from entidb.sync.fates import Waiting, trim
 from entidb.sync.http import HttpTransport
 from entidb.sync.interrupt import acting_thread
@@ -33,13 +36,7 @@ from entidb.sync.live import LiveState, NewsSource
 from entidb.sync.others import Others
 from entidb.sync.parts import applier_of, check_parts
 from entidb.sync.standing import EntityStatus, entity_status
-from entidb.sync.state import (
-    SyncCycleResult,
-    SyncProgress,
-    SyncState,
-    SyncStatus,
-    check_move,
-)
+from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState, SyncStatus, check_move
 from entidb.sync.transport import SyncTransport
 from entidb.types import Clock, SystemClock
 
@@ -54,7 +51,7 @@ _END_TURNS_MAX = 1500
 _INSIDE_TURNS = 3
 
 
-class SyncEngine(Decisions, Listening, Waiting):
+class SyncEngine(Decisions, Verifying, Listening, Waiting):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.
@@ -164,20 +161,22 @@ class SyncEngine(Decisions, Listening, Waiting):
         return result
 
     def run_cycle(
-        self, cancelled: threading.Event, stopped: threading.Event | None = None
+        self, cancelled: Event, stopped: Event | None = None, then: Then | None = None
     ) -> SyncCycleResult:
         """As ``sync``, with the event that ``cancel_cycle`` takes: one that is set already, or
-        ``stopped``, ends the cycle before it begins."""
+        ``stopped``, ends the cycle before it begins; ``then`` is done at its end."""
         result: SyncCycleResult | None = None
         try:
-            result = Drive(self.course(cancelled, stopped), self._courier).go_on()
+            result = Drive(self.course(cancelled, stopped, then), self._courier).go_on()
         finally:
             if self._ended:
                 self._tell_ended()
         assert result is not None, "what waits for a transport has the answer when it returns"
         return result
 
-    def course(self, cancelled: threading.Event, stopped: threading.Event | None = None) -> Course:
+    def course(
+        self, cancelled: Event, stopped: Event | None = None, then: Then | None = None
+    ) -> Course:
         """What ``run_cycle`` drives, for a driver that is no transport. No other begins before
         its end, or before it is closed."""
         self._check_not_closed()
@@ -191,7 +190,7 @@ class SyncEngine(Decisions, Listening, Waiting):
                 self._cancel = cancelled
                 self._cycle_thread = threading.get_ident()
             yield from self._others.enter(self._check_cancelled, self._nudge)
-            result = yield from self._attempts.run()
+            result = yield from self._attempts.run(then)
             return result
         except EntiDBError:
             raise  # the state says what became of it

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
 from entidb.db.replica import ReplicaState
 from entidb.errors import HistoryChangedError, ProtocolError
 from entidb.protocol import (
+    DigestResponse,
     HandshakeResponse,
     Limits,
     PullResponse,
@@ -40,7 +41,7 @@ class Ahead(Struct, frozen=True):
     request: SyncRequest
 
 
-R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse, RoundResponse)
+R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse, RoundResponse, DigestResponse)
 Step = SyncRequest | Ahead
 Flow = Generator[Step, SyncResponse | None, SyncCycleResult]
 
@@ -103,6 +104,12 @@ class Exchange:
         self.result.withdrawn += report.withdrawn
         self.result.done += report.done
         self.result.overruled += report.overruled
+
+
+class Then(Protocol):
+    """What is done at the end of a cycle that worked, before another one may begin."""
+
+    def run(self, exchange: Exchange) -> Generator[Step, SyncResponse | None, None]: ...
 
 
 def history_of(state: ReplicaState) -> bytes:

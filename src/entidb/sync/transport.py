@@ -28,6 +28,7 @@ from entidb.errors import (
     error_from_code,
 )
 from entidb.protocol import (
+    DigestResponse,
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
@@ -42,7 +43,7 @@ from entidb.protocol import (
 )
 
 #: What a transport hands out: an ``ErrorResponse`` has become an exception on the way.
-Answer = HandshakeResponse | PullResponse | PushResponse | RoundResponse
+Answer = HandshakeResponse | PullResponse | PushResponse | RoundResponse | DigestResponse
 
 _A = TypeVar("_A", HandshakeResponse, PullResponse, PushResponse)
 

@@ -29,6 +29,8 @@ INVARIANTS: Final[dict[str, str]] = {
     "RESET-ENDS": "a device that has reset is above the floor",
     "NO-RESURRECTION": "what was deleted stays deleted",
     "CONVERGE": "quiet devices and their server hold the same bytes, and verify is clean",
+    "DIGESTS": "quiet devices and their server agree by digest, what is damaged is found, and its "
+    "repair loses nothing",
     "INDEXED": "each index is in step with its entities, and gives what a loop would",
     "UNIQUE": "no two entities of a server share what is unique; refusals for it have a reason",
     "LIVENESS": "without faults everything drains in a bounded number of requests",

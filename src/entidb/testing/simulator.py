@@ -18,6 +18,7 @@ from typing import Final
 
 from entidb.db.maintenance import dump, verify
 from entidb.testing.device import Device
+from entidb.testing.digests import check_digests
 from entidb.testing.host import Host
 from entidb.testing.invariants import Violation
 from entidb.testing.knobs import Knobs
@@ -385,6 +386,7 @@ class Simulation:
                     f"{device.name} and {tenant.db_id} differ: {_difference(there, due)}",
                 )
             self.checks.passed("CONVERGE")
+            check_digests(device, self.world.stream(f"damage of {device.name}"))
 
 
 def _difference(there: list[Row], due: list[Row]) -> str:

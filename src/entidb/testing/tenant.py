@@ -25,6 +25,7 @@ from entidb.errors import (
     UpgradeRequiredError,
 )
 from entidb.protocol import (
+    DigestRequest,
     HandshakeRequest,
     PullRequest,
     PullResponse,
@@ -364,7 +365,7 @@ class Tenant:
     def read(
         self,
         answer: Callable[[], bytes],
-        request: HandshakeRequest | PullRequest,
+        request: HandshakeRequest | PullRequest | DigestRequest,
         grant: Grant,
     ) -> bytes:
         """The answer of the front, which is checked before it leaves."""

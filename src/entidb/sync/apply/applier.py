@@ -21,7 +21,15 @@ from entidb.db.records import OverruledHead
 from entidb.db.replica import Inflight, ReplicaState, Stage, ranges_above
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, SyncStateError
-from entidb.protocol import PullRequest, PullResponse, PushResponse, column_rows, expanded
+from entidb.protocol import (
+    DigestRequest,
+    DigestResponse,
+    PullRequest,
+    PullResponse,
+    PushResponse,
+    column_rows,
+    expanded,
+)
 from entidb.sync.apply.batch import batch_of, check_ready, choose, outbox_damaged, still_fresh
 from entidb.sync.apply.clock import (
     CLOCK_SLACK,
@@ -42,6 +50,7 @@ from entidb.sync.apply.position import (
     scope_changed,
 )
 from entidb.sync.apply.publish import publish_stage
+from entidb.sync.apply.repair import check_states, repair
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.apply.review import Review
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
@@ -373,6 +382,14 @@ class DatabaseApplier(Review):
             check_adopted(writer)
             rebase = self._rebase(writer, writer.now_ms)
             take_grant(writer, rebase, granted)
+            rebase.release()
+            return rebase.report
+
+    def repair(self, request: DigestRequest, response: DigestResponse) -> RebaseReport:
+        check_states(request, response)
+        with paused(), self.database.write() as writer:
+            rebase = self._rebase(writer, writer.now_ms)
+            repair(writer, rebase, request, response.states)
             rebase.release()
             return rebase.report
 

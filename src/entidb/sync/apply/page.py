@@ -59,7 +59,7 @@ def check_page(
         )
     if not cbor.all_pass([payload for payload in payloads if payload is not None]):
         for version, entity_id, payload in places:
-            _check_payload(version, entity_id, payload)
+            check_payload(version, entity_id, payload)
     if response.cursor < last or response.head < response.cursor:
         raise ProtocolError(
             f"the server's page ends at cursor {response.cursor} with head {response.head}, but "
@@ -76,7 +76,7 @@ def _version_back(version: int, last: int) -> ProtocolError:
     return ProtocolError(f"the server sent version {version} after {last}; nothing was applied")
 
 
-def _check_payload(version: int, entity_id: bytes, payload: bytes | None) -> None:
+def check_payload(version: int, entity_id: bytes, payload: bytes | None) -> None:
     if payload is None:
         return
     try:

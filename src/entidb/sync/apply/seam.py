@@ -14,7 +14,14 @@ from entidb.db.moment import Moment
 from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import OverruledHead
 from entidb.db.replica import Inflight, ReplicaState, Stage
-from entidb.protocol import PullRequest, PullResponse, PushResponse, PushTransaction
+from entidb.protocol import (
+    DigestRequest,
+    DigestResponse,
+    PullRequest,
+    PullResponse,
+    PushResponse,
+    PushTransaction,
+)
 from entidb.sync.apply.report import RebaseReport
 from entidb.types import SEQUENCE_MAX
 
@@ -193,6 +200,12 @@ class SyncApplier(Protocol):
         """Make these collections (None: all) what the token grants, as the server has said (R31).
         Nothing may be in flight. Raises ``PermissionDeniedError`` where a reset is to keep what
         is not granted; then nothing changes."""
+        ...
+
+    def repair(self, request: DigestRequest, response: DigestResponse) -> RebaseReport:
+        """Make what the server has of the entities in ``response`` what the device knows of it,
+        with what is pending there on top (R34). Raises ``SyncStateError`` if the device is not
+        where it was when it asked."""
         ...
 
     def adopt(self) -> bool:

@@ -15,6 +15,8 @@ from msgspec.structs import replace
 from entidb import cbor
 from entidb.protocol import (
     LIMITS,
+    DigestRequest,
+    DigestResponse,
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
@@ -133,6 +135,8 @@ class _Empty:
                 floor=0,
                 time=1,
             )
+        if isinstance(request, DigestRequest):
+            return DigestResponse(head=self.head)
         results = []
         for _ in request.transactions:
             self.head += 1
