@@ -42,7 +42,7 @@ def digested(service: DatabaseService, request: DigestRequest, grant: Grant) -> 
         service.check_pull(_pull_of(request), grant, request.cursor, head, floor, history)
         if name is None:
             infos = wanted_collections(view.catalogue, request.collections, grant.collections)
-            names = sorted(info.name for info in infos)
+            names = sorted([info.name for info in infos.values()])
             return DigestResponse(collections=names, head=head, granted=grant.named)
         if grant.collections is not None and name not in grant.collections:
             raise PermissionDeniedError(

@@ -49,6 +49,8 @@ from entidb.server.stores import Store, Stores
 from entidb.types import SystemClock
 
 logger = logging.getLogger("entidb.server")
+#: What only those send who may read.
+_READING: Final = (PullRequest, RoundRequest, DigestRequest)
 #: What the front can do beside what each database can.
 FEATURES: Final = ("sync",)
 
@@ -108,7 +110,7 @@ class Front:
         self.control.admit(grants, request)
         if self._quotas is not None:
             self._quotas.take(grants.subject, request.db_id)
-        if isinstance(request, PullRequest | RoundRequest | DigestRequest) and not grant.read:
+        if isinstance(request, _READING) and not grant.read:
             raise PermissionDeniedError("the token does not allow reading this database")
         return grant
 

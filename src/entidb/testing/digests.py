@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from msgspec.structs import replace
 
@@ -31,14 +31,27 @@ from entidb.server.service import DatabaseService
 from entidb.storage import MemoryStorage
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.comparing import Comparing, Verification
+from entidb.sync.config import SyncConfig
 from entidb.sync.exchange import Connection, Exchange
-from entidb.testing.device import Device
 from entidb.testing.invariants import Checks
 
 _POLICIES: Final = ("server_wins", "client_wins", "merge", "manual")
 
 
-def check_digests(device: Device, rng: random.Random) -> None:
+class Subject(Protocol):
+    """What of a device is compared."""
+
+    name: str
+    config: SyncConfig
+    granted: tuple[str, ...] | None
+    applier: Any
+    clock: Any
+    storage: Any
+    tenant: Any
+    world: Any
+
+
+def check_digests(device: Subject, rng: random.Random) -> None:
     """Nothing differs; and what is damaged in a copy of the device is found and put right, with
     nothing pending lost."""
     checks = device.world.checks
@@ -54,7 +67,7 @@ def check_digests(device: Device, rng: random.Random) -> None:
         copy.close()
 
 
-def _check_repair(device: Device, copy: Database, rng: random.Random, checks: Checks) -> None:
+def _check_repair(device: Subject, copy: Database, rng: random.Random, checks: Checks) -> None:
     applier = DatabaseApplier(copy, default_policy=rng.choice(_POLICIES))
     with copy.view() as view:
         there = _clean_entities(view)
@@ -84,7 +97,7 @@ def _check_repair(device: Device, copy: Database, rng: random.Random, checks: Ch
     checks.that(pending <= kept, "DIGESTS", f"the repair of {device.name} lost what was pending")
 
 
-def _compare(device: Device, applier: DatabaseApplier, *, repair: bool) -> Verification:
+def _compare(device: Subject, applier: DatabaseApplier, *, repair: bool) -> Verification:
     """One comparison, with messages as they are on the wire and nothing lost on the way."""
     tenant = device.tenant
     service = DatabaseService(tenant.database, db_id=tenant.db_id, limits=LIMITS)
