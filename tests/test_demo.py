@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from entidb.cli import demo, demo_data
-from entidb.cli.demo_story import Story
+from entidb.cli.demo_story import DemoStory
 from entidb.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ def test_a_demo_whose_server_dies_says_so_and_leaves_nothing(tmp_path: Path):
 def test_a_check_that_does_not_hold_makes_the_demo_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def untrue(story: Story) -> list[str]:
+    def untrue(story: DemoStory) -> list[str]:
         return ["everything is the same"]
 
     monkeypatch.setattr(demo, "tell", untrue)

@@ -35,7 +35,7 @@ from entidb.protocol import (
     path_of,
 )
 from entidb.server import SyncServer
-from entidb.server.wire import HttpResponse
+from entidb.server.wire import ServerResponse
 from entidb.testing.fuzz import dense, garbled, mutations, packed
 from tests.hostile.support import store_hash
 
@@ -125,7 +125,7 @@ def history_of(server: SyncServer) -> bytes:
     return history
 
 
-def post(server: SyncServer, path: str, body: bytes, **headers: str) -> HttpResponse:
+def post(server: SyncServer, path: str, body: bytes, **headers: str) -> ServerResponse:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return server.handle_http("POST", path, HEADERS | named, body)
 
@@ -232,7 +232,7 @@ def test_what_is_huge_in_memory_is_refused_before_it_is_decoded(
     assert_still_serves(server)
 
 
-def encode_error(response: HttpResponse) -> bytes:
+def encode_error(response: ServerResponse) -> bytes:
     assert response.headers["content-type"] == "application/cbor"
     return response.body
 

@@ -28,7 +28,7 @@ from entidb.protocol import (
     path_of,
 )
 from entidb.server import ServerConfig, SyncServer, mint_token
-from entidb.server.wire import HttpResponse, decompress
+from entidb.server.wire import ServerResponse, decompress
 from entidb.testing.fuzz import Canary, forged_tokens, leaks, mutations
 from tests.hostile.support import store_hash
 from tests.support import FakeClock, uid
@@ -86,7 +86,7 @@ def token_for(key: bytes, clock: FakeClock, *names: str, **named: object) -> str
     return mint_token(key, **fields)  # type: ignore[arg-type]
 
 
-def ask(server: SyncServer, token: str, body: bytes, path: str = "/v1/pull") -> HttpResponse:
+def ask(server: SyncServer, token: str, body: bytes, path: str = "/v1/pull") -> ServerResponse:
     headers = {"content-type": "application/cbor", "authorization": f"Bearer {token}"}
     return server.handle_http("POST", path, headers, body)
 
@@ -99,7 +99,7 @@ def pull(server: SyncServer, name: str) -> PullRequest:
     )
 
 
-def code_of(response: HttpResponse) -> str:
+def code_of(response: ServerResponse) -> str:
     return decode(ErrorResponse, response.body).code
 
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from entidb.db import overruled
 from entidb.db.fields import Side
 from entidb.db.outbox import DiscardedTransaction
-from entidb.db.overruled import Keeper
+from entidb.db.overruled import OverruledKeeper
 from entidb.db.writer import Writer
 from entidb.sync.apply import review
 from entidb.sync.apply.applier import DatabaseApplier
@@ -41,7 +41,7 @@ def _discarded_later(garden: Garden) -> None:
 @bug("loser-not-kept", "NO-SILENT-LOSS")
 def _loser_not_kept(garden: Garden) -> None:
     """What a policy decides against is not kept."""
-    garden.replace(Keeper, "add", lambda original: lambda self, *rest: None)
+    garden.replace(OverruledKeeper, "add", lambda original: lambda self, *rest: None)
 
 
 @bug("own-side-kept-only", "NO-SILENT-LOSS", knobs=CALM | {"policy_notes": 1})
@@ -49,7 +49,7 @@ def _own_side_only(garden: Garden) -> None:
     """What the server's side loses to this device is not kept."""
 
     def make(original: Any) -> Any:
-        def add(self: Keeper, *rest: Any) -> None:
+        def add(self: OverruledKeeper, *rest: Any) -> None:
             ref, mine, theirs, identity, lost, *more = rest
             own = [each for each in lost if each[0] is Side.LOCAL]
             if own:
@@ -57,7 +57,7 @@ def _own_side_only(garden: Garden) -> None:
 
         return add
 
-    garden.replace(Keeper, "add", make)
+    garden.replace(OverruledKeeper, "add", make)
 
 
 @bug("loser-kept-in-a-second-commit", "NO-SILENT-LOSS", knobs=CALM | {"crash_after": 60})
@@ -66,7 +66,7 @@ def _loser_later(garden: Garden) -> None:
     waiting: list[tuple[Any, ...]] = []
 
     def make(original: Any) -> Any:
-        def store(self: Keeper) -> int:
+        def store(self: OverruledKeeper) -> int:
             late, waiting[:] = waiting[:], self._values
             self._values = late
             made: int = original(self)
@@ -74,7 +74,7 @@ def _loser_later(garden: Garden) -> None:
 
         return store
 
-    garden.replace(Keeper, "store", make)
+    garden.replace(OverruledKeeper, "store", make)
 
 
 @bug("wrong-side-kept", "NO-SILENT-LOSS")
@@ -82,14 +82,14 @@ def _wrong_side_kept(garden: Garden) -> None:
     """The value that won is kept, and not the one that lost."""
 
     def make(original: Any) -> Any:
-        def add(self: Keeper, *rest: Any) -> None:
+        def add(self: OverruledKeeper, *rest: Any) -> None:
             ref, mine, theirs, identity, lost, *more = rest
             turned = [(side, path, won, lost, base) for side, path, lost, won, base in lost]
             original(self, ref, mine, theirs, identity, turned, *more)
 
         return add
 
-    garden.replace(Keeper, "add", make)
+    garden.replace(OverruledKeeper, "add", make)
 
 
 @bug("persons-loser-not-kept", "NO-SILENT-LOSS", knobs=CALM | {"policy_notes": 7, "person": 100})

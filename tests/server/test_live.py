@@ -21,7 +21,7 @@ from entidb.protocol import HandshakeResponse
 from entidb.server import Grants, Rights, ServerConfig, SyncServer, live_http, serving
 from entidb.server import live as live_room
 from entidb.server.control import Revoked
-from entidb.server.live import Live
+from entidb.server.live import LiveChannels
 from entidb.server.stores import Store
 from tests.server.support import Client, handshake, pull, push
 from tests.server.test_app import eventually
@@ -289,7 +289,7 @@ def test_signs_of_life_come_while_nothing_happens(monkeypatch: pytest.MonkeyPatc
     with running() as (server, url):
         events = Events(url)
         events.next()
-        live: Live = server.stores.on_commit.__self__  # type: ignore[attr-defined]
+        live: LiveChannels = server.stores.on_commit.__self__  # type: ignore[attr-defined]
 
         def quarter_of_a_minute() -> None:
             for _ in range(15):
@@ -338,13 +338,13 @@ class Told:
 
 def in_loop(test: Any) -> None:
     async def run() -> None:
-        await test(Live(asyncio.get_running_loop(), 10_000, 10_000))
+        await test(LiveChannels(asyncio.get_running_loop(), 10_000, 10_000))
 
     asyncio.run(run())
 
 
 def test_many_commits_at_once_are_two_hints() -> None:
-    async def test(live: Live) -> None:
+    async def test(live: LiveChannels) -> None:
         waiter = Told()
         live.add(waiter)
         for head in range(1, 101):
@@ -357,7 +357,7 @@ def test_many_commits_at_once_are_two_hints() -> None:
 
 
 def test_the_first_of_many_are_told_at_once_and_the_rest_spread() -> None:
-    async def test(live: Live) -> None:
+    async def test(live: LiveChannels) -> None:
         waiters = [Told() for _ in range(500)]
         for waiter in waiters:
             live.add(waiter)
@@ -372,7 +372,7 @@ def test_the_first_of_many_are_told_at_once_and_the_rest_spread() -> None:
 
 
 def test_a_head_that_comes_in_the_middle_of_a_round_reaches_everybody() -> None:
-    async def test(live: Live) -> None:
+    async def test(live: LiveChannels) -> None:
         waiters = [Told() for _ in range(200)]
         for waiter in waiters:
             live.add(waiter)
@@ -386,7 +386,7 @@ def test_a_head_that_comes_in_the_middle_of_a_round_reaches_everybody() -> None:
 
 
 def test_one_who_does_not_read_holds_up_nobody() -> None:
-    async def test(live: Live) -> None:
+    async def test(live: LiveChannels) -> None:
         waiters = [Told(60.0), *(Told() for _ in range(30))]
         for waiter in waiters:
             live.add(waiter)
@@ -398,7 +398,7 @@ def test_one_who_does_not_read_holds_up_nobody() -> None:
 
 
 def test_who_waits_for_another_database_hears_nothing() -> None:
-    async def test(live: Live) -> None:
+    async def test(live: LiveChannels) -> None:
         waiter, other = Told(), Told()
         other.db_id = "office"
         live.add(waiter)
@@ -411,7 +411,7 @@ def test_who_waits_for_another_database_hears_nothing() -> None:
 
 
 def test_a_database_that_went_back_sends_its_waiters_away() -> None:
-    async def test(live: Live) -> None:
+    async def test(live: LiveChannels) -> None:
         waiter = Told()
         live.add(waiter)
         live._told("shop", 5)
@@ -424,7 +424,7 @@ def test_a_database_that_went_back_sends_its_waiters_away() -> None:
 
 
 def test_after_the_end_nobody_waits() -> None:
-    async def test(live: Live) -> None:
+    async def test(live: LiveChannels) -> None:
         waiter = Told()
         live.add(waiter)
         live.close()

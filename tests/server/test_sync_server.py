@@ -35,7 +35,7 @@ from entidb.protocol import (
     path_of,
 )
 from entidb.server import Grants, Refusal, Rights, SyncServer
-from entidb.server.wire import HttpResponse, error_response, failure
+from entidb.server.wire import ServerResponse, error_response, failure
 from tests.server.support import ManualClock, handshake, number_id, pull, push
 
 RIGHTS = {
@@ -69,7 +69,7 @@ def history_of(server: SyncServer, db_id: str = "shop") -> bytes:
     return answer.history
 
 
-def http(server: SyncServer, request: SyncRequest, **headers: str) -> HttpResponse:
+def http(server: SyncServer, request: SyncRequest, **headers: str) -> ServerResponse:
     named = {"content-type": CONTENT_TYPE, "authorization": "Bearer shop=rw"}
     named.update({name.replace("_", "-"): value for name, value in headers.items()})
     return server.handle_http("POST", path_of(request), named, encode(request))

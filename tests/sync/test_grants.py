@@ -388,7 +388,7 @@ def test_r31_a_scope_given_from_the_first_day_and_grants_around_it() -> None:
         held_by(world, a, *({"notes", "tasks"} & names))
 
 
-def test_r31_outdated_rows_of_a_collection_that_is_not_granted_stop_no_push() -> None:
+def test_r31_foreign_rows_of_a_collection_that_is_not_granted_stop_no_push() -> None:
     world, a = filled_world()
     sync(a, GRANT)
     a.db.set_scope(["notes"])
@@ -397,12 +397,12 @@ def test_r31_outdated_rows_of_a_collection_that_is_not_granted_stop_no_push() ->
         sync(a, NOTES)
     a.engine.reset(keep="server")
     sync(a, NOTES)
-    assert a.state.outdated == ["tasks"]
+    assert a.state.foreign_names == ["tasks"]
     a.db.set_scope(["notes", "tasks"])
     a.put(("notes", 1, "mine"))
     sync(a, NOTES)
     assert world.values("notes")[1] == "mine"
-    assert a.state.outdated == []
+    assert a.state.foreign_names == []
     held_by(world, a, "notes")
     sync(a, GRANT)
     assert_in_step(world, a)

@@ -26,8 +26,8 @@ from entidb.sync.live import (
     Ask,
     Channel,
     Event,
-    Listen,
     LiveState,
+    OpenStream,
     Policy,
     Wait,
 )
@@ -45,7 +45,7 @@ def policy(draw: float = 1.0) -> Policy:
 
 
 def test_it_begins_with_a_stream() -> None:
-    assert policy().next(0.0) == Listen(refresh=False)
+    assert policy().next(0.0) == OpenStream(refresh=False)
 
 
 def test_a_stream_that_is_held_up_gives_way_to_polls_and_is_tried_again_later() -> None:
@@ -55,7 +55,7 @@ def test_a_stream_that_is_held_up_gives_way_to_polls_and_is_tried_again_later() 
     steps.answered(101.0)
     assert steps.state is LiveState.POLLING
     assert isinstance(steps.next(101.0), Wait)
-    assert steps.next(100.0 + POLL_INSTEAD_S) == Listen(refresh=False)
+    assert steps.next(100.0 + POLL_INSTEAD_S) == OpenStream(refresh=False)
 
 
 def test_failures_wait_longer_each_time_up_to_a_bound() -> None:
@@ -90,21 +90,21 @@ def test_what_the_server_says_of_when_to_come_again_is_kept() -> None:
 def test_the_end_of_a_token_asks_for_a_fresh_one_at_once() -> None:
     steps = policy()
     steps.said_goodbye(0.0, Event("bye", "token", 0), 100.0)
-    assert steps.next(0.0) == Listen(refresh=True)
-    assert steps.next(0.0) == Listen(refresh=False)
+    assert steps.next(0.0) == OpenStream(refresh=True)
+    assert steps.next(0.0) == OpenStream(refresh=False)
 
 
 def test_a_refused_token_is_refreshed_once_and_then_waits() -> None:
     steps = policy()
     steps.failed(0.0, AuthenticationError("no"))
-    assert steps.next(0.0) == Listen(refresh=True)
+    assert steps.next(0.0) == OpenStream(refresh=True)
     steps.failed(0.0, AuthenticationError("no"))
     assert isinstance(steps.next(0.0), Wait)
     steps = policy()
     steps.failed(0.0, AuthenticationError("no"))
     steps.opened()
     steps.failed(0.0, AuthenticationError("no"))
-    assert steps.next(0.0) == Listen(refresh=True)
+    assert steps.next(0.0) == OpenStream(refresh=True)
 
 
 def test_a_server_that_refuses_is_not_asked_again_for_minutes() -> None:
@@ -120,7 +120,7 @@ def test_a_stream_that_ends_at_once_each_time_is_no_loop() -> None:
     assert isinstance(steps.next(0.0), Wait)
     steps = policy()
     steps.said_goodbye(0.0, Event("bye", "time", 0), 300.0)
-    assert steps.next(0.0) == Listen(refresh=False)
+    assert steps.next(0.0) == OpenStream(refresh=False)
 
 
 # ---------------------------------------------------------------- over a network

@@ -475,7 +475,7 @@ def out_of_scope_in_a_reset(policy: str, *more: str) -> tuple[World, Device]:
     a.engine.reset("server")
     a.sync()
     assert a.values("tasks") == {1: "lost"}
-    assert a.state.outdated == [*more, "tasks"]
+    assert a.state.foreign_names == [*more, "tasks"]
     return world, a
 
 
@@ -492,7 +492,7 @@ def test_r29_what_a_reset_did_not_cover_is_compared_by_bytes_when_the_scope_wide
     a.settle()
     assert world.values("tasks") == {1: "theirs" if policy == "server_wins" else "mine"}
     assert len(a.engine.discarded()) == (policy == "server_wins")
-    assert a.state.outdated == []
+    assert a.state.foreign_names == []
     assert_in_step(world, a)
 
 
@@ -514,36 +514,36 @@ def test_r29_nothing_is_pushed_that_is_built_on_another_history() -> None:
     assert world.values("tasks") == {1: "theirs"}
 
 
-def test_r29_what_is_outdated_out_of_scope_or_gone_keeps_nothing_else_back() -> None:
+def test_r29_what_is_foreign_out_of_scope_or_gone_keeps_nothing_else_back() -> None:
     world, a = out_of_scope_in_a_reset("server_wins")
     with a.db.write() as writer:
-        writer.set_sync_state(replace(writer.sync_state, outdated=["never made", "tasks"]))
+        writer.set_sync_state(replace(writer.sync_state, foreign_names=["never made", "tasks"]))
     a.put(("notes", 3, "mine"))
     assert a.engine.applier.prepare(BatchLimits(100, 10_000)) is not None
     a.settle()
     assert world.values()[3] == "mine"
 
 
-def test_r29_outdated_collections_are_named_in_order() -> None:
+def test_r29_foreign_collections_are_named_in_order() -> None:
     _, a = out_of_scope_in_a_reset("server_wins", "lists")
-    assert a.state.outdated == ["lists", "tasks"]
+    assert a.state.foreign_names == ["lists", "tasks"]
 
 
-def test_r29_outdated_collections_are_remembered_over_another_reset_and_narrowing() -> None:
+def test_r29_foreign_collections_are_remembered_over_another_reset_and_narrowing() -> None:
     world, a = out_of_scope_in_a_reset("server_wins")
     a.engine.reset("server")
     a.sync()
-    assert a.state.outdated == ["tasks"]
+    assert a.state.foreign_names == ["tasks"]
     a.db.set_scope(["tasks"])
-    assert a.state.outdated == ["tasks"]
+    assert a.state.foreign_names == ["tasks"]
     a.db.set_scope(["notes"])
     a.sync()
-    assert a.state.outdated == ["tasks"]
+    assert a.state.foreign_names == ["tasks"]
     a.db.set_scope(["tasks"])
     a.sync()
     assert a.values("tasks") == {1: "theirs"}
     # "notes" was taken in from this history before it left the scope.
-    assert a.state.outdated == []
+    assert a.state.foreign_names == []
     world.put(("notes", 1, "changed"))
     a.db.set_scope(None)
     a.sync()

@@ -26,7 +26,7 @@ import pytest
 
 from entidb.db import Database
 from entidb.testing.torture import Torture, TortureConfig, TortureReport, main, run_torture
-from entidb.testing.torture_process import Process, TortureFailure, read_ledger
+from entidb.testing.torture_process import TortureFailure, TortureProcess, read_ledger
 from entidb.testing.torture_proxy import FAIR, Proxy, Weather
 from entidb.testing.torture_workload import ROWS, SUMS, parts_seen, parts_stored, write_one
 
@@ -119,7 +119,7 @@ def test_a_device_that_differs_is_noticed(tmp_path: Path) -> None:
 
 def test_a_process_that_ends_by_itself_is_noticed(tmp_path: Path) -> None:
     settings = {"path": str(tmp_path / "no" / "such"), "seed": "1", "url": "http://127.0.0.1:1"}
-    client = Process("client", "client", settings, tmp_path)  # it misses a setting
+    client = TortureProcess("client", "client", settings, tmp_path)  # it misses a setting
     client.start()
     try:
         assert client._process is not None

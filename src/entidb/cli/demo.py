@@ -30,7 +30,7 @@ from entidb.cli.demo_console import watch
 from entidb.cli.demo_data import data_directory
 from entidb.cli.demo_device import DB_ID, fingerprint
 from entidb.cli.demo_processes import DeviceProcess, ServerProcess, ended_by_signals, undisturbed
-from entidb.cli.demo_story import Answer, Story
+from entidb.cli.demo_story import Answer, DemoStory
 from entidb.cli.exits import UsageError
 from entidb.db import Database
 from entidb.db.records import ACCEPTED, end_of
@@ -145,7 +145,7 @@ def demo_command(console: bool, seconds: float) -> None:
     data_directory()  # no tables, no story: found out before anything is started
     if seconds < 0 or (seconds and not console):
         raise UsageError("--seconds is 0 or more, and goes with --console")
-    story = Story()
+    story = DemoStory()
     failed: list[str] = []
     try:
         with ended_by_signals():
@@ -160,7 +160,7 @@ def demo_command(console: bool, seconds: float) -> None:
         raise click.ClickException(f"{len(failed)} checks failed: {'; '.join(failed)}")
 
 
-def tell(story: Story) -> list[str]:
+def tell(story: DemoStory) -> list[str]:
     """Run the whole story. Returns the sentences that turned out not to be true. Nothing that it
     started is left when it returns or raises."""
     clock = SystemClock()
@@ -229,7 +229,7 @@ class Demo:
     """The chapters. ``failed`` collects what should have been true and was not."""
 
     scene: Scene
-    story: Story
+    story: DemoStory
     failed: list[str] = field(default_factory=list)
     #: Transactions the server had already, because both sides did the same (R24).
     done: set[str] = field(default_factory=set)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from entidb.cli.demo_device import DB_ID
 from entidb.cli.demo_processes import DeviceProcess, ServerProcess, undisturbed
-from entidb.cli.demo_story import Story
+from entidb.cli.demo_story import DemoStory
 from entidb.server import mint_token
 from entidb.types import SystemClock
 
@@ -36,7 +36,7 @@ _SCHEDULE_S: Final = 30
 
 
 @dataclass
-class Watched:
+class LivingDevices:
     """Who takes part."""
 
     server: ServerProcess
@@ -44,7 +44,7 @@ class Watched:
     devices: list[DeviceProcess]
 
 
-def watch(story: Story, seconds: float) -> None:
+def watch(story: DemoStory, seconds: float) -> None:
     """Run the scene for so many seconds; 0: until somebody ends it. Nothing that it started is left
     when it returns or raises."""
     clock = SystemClock()
@@ -70,7 +70,7 @@ def watch(story: Story, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _stage() -> Iterator[Watched]:
+def _stage() -> Iterator[LivingDevices]:
     cleanup = contextlib.ExitStack()
     try:
         directory = Path(tempfile.mkdtemp(prefix="entidb-demo-"))
@@ -95,13 +95,13 @@ def _stage() -> Iterator[Watched]:
         token = mint_token(
             secret, subject="you", databases={}, expires_s=_TOKEN_S, claims={"admin": True}
         )
-        yield Watched(server, token, devices)
+        yield LivingDevices(server, token, devices)
     finally:
         with undisturbed():
             cleanup.close()
 
 
-def _load(scene: Watched, story: Story) -> None:
+def _load(scene: LivingDevices, story: DemoStory) -> None:
     ada, ben, cleo = scene.devices
     for device, table in ((ada, "airports"), (ben, "cars")):
         answer = device.ask("load", table=table, rows=_ROWS_PER_TRANSACTION)
@@ -110,7 +110,7 @@ def _load(scene: Watched, story: Story) -> None:
         device.ask("sync")
 
 
-def _turn(scene: Watched, story: Story, turn: int) -> None:
+def _turn(scene: LivingDevices, story: DemoStory, turn: int) -> None:
     """One second of their lives."""
     ada, ben, cleo = scene.devices
     _edit(ada, "airports", "SEA", {"add": {"visits": 1}})
@@ -133,7 +133,7 @@ def _edit(device: DeviceProcess, collection: str, key: str, change: dict[str, An
     device.ask("edit", changes=[{"in": collection, "key": key, **change}])
 
 
-def _sync(device: DeviceProcess, story: Story) -> None:
+def _sync(device: DeviceProcess, story: DemoStory) -> None:
     answer = device.try_to("sync")
     if "error" in answer:
         # Whoever watches may have locked it out; its work waits.

@@ -72,7 +72,7 @@ class SwitchedClient:
         raise SystemExit("the demo ended while an answer was being held back")
 
 
-class Device:
+class DemoDevice:
     """What the commands do. Each method is one command; its answer is what it returns."""
 
     def __init__(self, settings: dict[str, Any], commands: TextIO, answers: TextIO) -> None:
@@ -256,7 +256,7 @@ def say(stream: TextIO, answer: Answer) -> None:
 
 def serve_commands(commands: TextIO, answers: TextIO) -> None:
     """Read settings, then answer commands until the input ends."""
-    device = Device(json.loads(commands.readline()), commands, answers)
+    device = DemoDevice(json.loads(commands.readline()), commands, answers)
     say(answers, {"pid": os.getpid(), **device.status()})
     try:
         while line := commands.readline():

@@ -28,7 +28,7 @@ _OUTCOMES: Final = {
 }
 
 
-class Story:
+class DemoStory:
     """The demo's output, in order."""
 
     def __init__(self, console: Console | None = None) -> None:

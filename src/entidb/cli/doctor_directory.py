@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -63,16 +62,14 @@ def _parsed(place: str, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _config(given: dict[str, Any]) -> tuple[ServerConfig | None, list[Finding]]:
-    from entidb.cli.serving import LISTEN, WAYS_IN
+    from entidb.cli.serving import LISTEN, WAYS_IN, config_of
 
     settings = {name: value for name, value in given.items() if name not in LISTEN}
     if not any(settings[name] for name in WAYS_IN):
         says = "not looked at: give them as `entidb serve` gets them, after `--`"
         return None, [skipped("settings", says)]
-    if settings["validate"] is not None or settings["upcast"] is not None:
-        sys.path.insert(0, os.getcwd())
     try:
-        config = ServerConfig(**settings)
+        config = config_of(**settings)
         config.load_validate()
         config.load_upcast()
         if config.jwt_jwks_url is None:

@@ -101,7 +101,7 @@ class Answer:
         return found if isinstance(found, str) else None
 
 
-class Way:
+class NetworkPath:
     """Connections to one server. Raises what sockets, TLS and ``http.client`` raise."""
 
     def __init__(self, visit: Visit) -> None:
@@ -147,7 +147,7 @@ _FAILURES: Final = (OSError, http.client.HTTPException)
 def examine(visit: Visit) -> list[Finding]:
     """Everything that can be tried, in the order in which a person would mend it. Raises
     ``ConfigError`` for a URL that is none."""
-    way = Way(visit)
+    way = NetworkPath(visit)
     found = list(_tls(way))
     try:
         info = way.ask("/v1/info", headers={"Accept-Encoding": "identity"})
@@ -170,7 +170,7 @@ def examine(visit: Visit) -> list[Finding]:
 # ---------------------------------------------------------------- certificate and server
 
 
-def _tls(way: Way) -> Iterator[Finding]:
+def _tls(way: NetworkPath) -> Iterator[Finding]:
     if not way.secure:
         if is_loopback(way.host):
             yield skipped("tls", "none on this machine itself; devices elsewhere need https://")
@@ -245,7 +245,7 @@ def _unasked(info: Answer) -> Finding:
     return problem("compression", f"answers are packed as {encoding} without being asked", change)
 
 
-def _ready(way: Way) -> Iterator[Finding]:
+def _ready(way: NetworkPath) -> Iterator[Finding]:
     answer = way.ask("/readyz")
     reasons = answer.document().get("reasons")
     if answer.status == 200:
@@ -257,7 +257,7 @@ def _ready(way: Way) -> Iterator[Finding]:
         yield skipped("ready", "/readyz is not to be seen from here")
 
 
-def _public_metrics(way: Way) -> Iterator[Finding]:
+def _public_metrics(way: NetworkPath) -> Iterator[Finding]:
     answer = way.ask("/metrics")
     if answer.status == 200 and b"entidb_" in answer.body and not is_loopback(way.host):
         change = "nginx: location = /metrics { deny all; }; haproxy: http-request deny"
@@ -267,7 +267,7 @@ def _public_metrics(way: Way) -> Iterator[Finding]:
 # ---------------------------------------------------------------- bodies
 
 
-def _body_limit(way: Way, info: Answer) -> Iterator[Finding]:
+def _body_limit(way: NetworkPath, info: Answer) -> Iterator[Finding]:
     limits = info.document().get("limits", {})
     wanted = limits.get("message_bytes_max", _BODY_DEFAULT)
     refused = _refused(way, wanted)
@@ -292,7 +292,7 @@ def _body_limit(way: Way, info: Answer) -> Iterator[Finding]:
         yield warning("body", f"{says}; devices send smaller batches instead", change)
 
 
-def _refused(way: Way, size: int) -> str | None:
+def _refused(way: NetworkPath, size: int) -> str | None:
     """How a body of that size is kept from the server; None if it arrives."""
     body = secrets.token_bytes(_PIECE) * (size // _PIECE + 1)
     try:
@@ -307,7 +307,7 @@ def _refused(way: Way, size: int) -> str | None:
 # ---------------------------------------------------------------- with a token
 
 
-def _with_token(way: Way, visit: Visit) -> Iterator[Finding]:
+def _with_token(way: NetworkPath, visit: Visit) -> Iterator[Finding]:
     if visit.db_id is None:
         says = "not tried: give --db NAME and --token-file FILE"
         yield from (skipped(each, says) for each in ("token", "stream", "idle"))
@@ -330,7 +330,7 @@ def _live_path(visit: Visit, **more: str) -> str:
     return "/v1/live?" + urlencode({"db_id": visit.db_id, **more})
 
 
-def _token_refused(way: Way, visit: Visit, headers: Mapping[str, str]) -> Finding | None:
+def _token_refused(way: NetworkPath, visit: Visit, headers: Mapping[str, str]) -> Finding | None:
     answer = way.ask(_live_path(visit), headers={**headers, "Accept": CONTENT_TYPE})
     if answer.status == 200:
         return None
@@ -348,7 +348,7 @@ def _token_refused(way: Way, visit: Visit, headers: Mapping[str, str]) -> Findin
     return problem("token", says, "docs/errors.md says what to do")
 
 
-def _packed_requests(way: Way, headers: Mapping[str, str]) -> Finding:
+def _packed_requests(way: NetworkPath, headers: Mapping[str, str]) -> Finding:
     """A packed body that is no message: the server says so only if it could unpack it."""
     check = "packed requests"
     given = {**headers, "Content-Type": CONTENT_TYPE, "Content-Encoding": "x-doctor"}
@@ -379,7 +379,7 @@ class _Heard:
     text: bytearray = field(default_factory=bytearray)
 
 
-def _stream(way: Way, visit: Visit, headers: Mapping[str, str]) -> Iterator[Finding]:
+def _stream(way: NetworkPath, visit: Visit, headers: Mapping[str, str]) -> Iterator[Finding]:
     heard = _Heard()
     try:
         answer = _listen(way, visit, headers, heard)
@@ -408,7 +408,9 @@ def _stream(way: Way, visit: Visit, headers: Mapping[str, str]) -> Iterator[Find
         yield ok("idle", f"a stream stays open for {visit.wait_s:g} s at least")
 
 
-def _listen(way: Way, visit: Visit, headers: Mapping[str, str], heard: _Heard) -> int | None:
+def _listen(
+    way: NetworkPath, visit: Visit, headers: Mapping[str, str], heard: _Heard
+) -> int | None:
     """Read until ``wait_s`` are over or somebody ends it; the status where it is not 200."""
     clock: Callable[[], float] = time.monotonic
     began = clock()
@@ -441,7 +443,7 @@ def _listen(way: Way, visit: Visit, headers: Mapping[str, str], heard: _Heard) -
     return None
 
 
-def _poll(way: Way, visit: Visit, headers: Mapping[str, str]) -> Finding:
+def _poll(way: NetworkPath, visit: Visit, headers: Mapping[str, str]) -> Finding:
     """Ask for news that there are not, which takes the server ``_POLL_S``."""
     check = "idle poll"
     path = _live_path(visit, cursor="9" * 18)

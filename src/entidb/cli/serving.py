@@ -159,14 +159,19 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
             "--public-key-file FILE, --keys DIR, --jwks-url URL, or --insecure-no-auth for a try "
             "on this machine"
         )
+    config = config_of(data_dir=data_dir, **given)
+    from entidb.server import serve
+
+    serve(config, **listen)
+
+
+def config_of(**given: Any) -> ServerConfig:
+    """From the options without those in ``LISTEN``. Raises ``UsageError``, ``ConfigError``."""
     if given["validate"] is not None or given["upcast"] is not None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does; a script's path has no such entry
     for name in _BY_COLLECTION:
         given[name] = _by_collection(name, given[name])
-    config = ServerConfig(data_dir=data_dir, **given)
-    from entidb.server import serve
-
-    serve(config, **listen)
+    return ServerConfig(**given)
 
 
 def _by_collection(option: str, given: tuple[str, ...]) -> dict[str, list[tuple[str, ...]]]:

@@ -101,7 +101,7 @@ def _commit_groups(database: Core, writer: Writer, adopt: Adopt, keeps: bool, ro
         sources.setdefault(number, []).append((table, bool(compare)))
     group, room = -1, _Room(database.transaction_bytes_max)
     writes: Writes = {}
-    keeper = overruled.Keeper(writer, writer.now_ms)
+    keeper = overruled.OverruledKeeper(writer, writer.now_ms)
     for key in keys:
         at, number, entity_id = split_feed_key(key)
         writer.delete(key)
@@ -124,7 +124,7 @@ def _commit_groups(database: Core, writer: Writer, adopt: Adopt, keeps: bool, ro
     return True
 
 
-def _overrule(keeper: overruled.Keeper, ref: Ref, now: EntityRow, row: EntityRow) -> None:
+def _overrule(keeper: overruled.OverruledKeeper, ref: Ref, now: EntityRow, row: EntityRow) -> None:
     """What the server has, ``now``, loses to ``row``. Their common base is unknown."""
     theirs = now.device_id, now.timestamp, now.version
     mine = row.device_id, row.timestamp, 0

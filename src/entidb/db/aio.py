@@ -20,10 +20,10 @@ from entidb.db.codec import codec_for
 from entidb.db.collection import ReadCollection, TransactionCollection, id_bytes, kept
 from entidb.db.committer import Committer, Job, Staging
 from entidb.db.conditions import Condition, Field
-from entidb.db.draft import Draft, SeeingRows, Seen
+from entidb.db.draft import Draft, ReadSet, SeeingRows
 from entidb.db.index_definition import Index
 from entidb.db.indexed import Indexed
-from entidb.db.live import Found, Listening
+from entidb.db.live import Found, LiveQuery
 from entidb.db.notebook import Explored
 from entidb.db.observing import add_observer
 from entidb.db.plain import ValueCodec
@@ -291,7 +291,7 @@ class AsyncTransaction(Draft):
         except BaseException:
             snapshot.close()
             raise
-        self._seen = Seen(0 if raw is None else decode_head(raw).sequence)
+        self._seen = ReadSet(0 if raw is None else decode_head(raw).sequence)
         super().__init__(SeeingRows(rows, self._seen), core._ids.new_bytes)
         self.transaction_id = core._ids.new_bytes()
         self.sequence = 0
@@ -384,7 +384,7 @@ class AsyncQuery(Query[V]):
         observe = self._source._observe
         assert observe is not None, "made by a collection of a database"
         wake = partial(call_on, loop, news.set)
-        listening = Listening(self, self._source.name, observe, wake)
+        listening = LiveQuery(self, self._source.name, observe, wake)
         try:
             while True:
                 news.clear()

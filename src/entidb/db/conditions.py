@@ -237,7 +237,7 @@ def _encodings(value: Any) -> list[bytes]:
     return [] if kind in (list, dict) else [cbor.encode_message(value)]
 
 
-class Asked(Condition):
+class FieldTest(Condition):
     """One field, and a question that is no comparison."""
 
     __slots__ = ("_judge", "_needles", "_says", "asked", "path")
@@ -330,7 +330,9 @@ class Field(Condition):
         text = _text(start, "startswith")
         judge: Test = lambda got: type(got) is str and got.startswith(text)  # noqa: E731
         needles = None if self._is_made else (text.encode(),)
-        return Asked(self._path, f".startswith({start!r})", judge, needles, ("startswith", text))
+        return FieldTest(
+            self._path, f".startswith({start!r})", judge, needles, ("startswith", text)
+        )
 
     def contains(self, part: Any) -> Condition:
         """A list with a member equal to ``part``, or text with ``part`` in it."""
@@ -346,11 +348,11 @@ class Field(Condition):
             return is_text and type(got) is str and member in got
 
         asked = ("contains", member)
-        return Asked(self._path, f".contains({part!r})", judge, encoded or None, asked)
+        return FieldTest(self._path, f".contains({part!r})", judge, encoded or None, asked)
 
     def exists(self) -> Condition:
         """The field is there, whatever its value; also when it is None."""
-        return Asked(
+        return FieldTest(
             self._path, ".exists()", lambda got: got is not MISSING, None, ("exists", None)
         )
 

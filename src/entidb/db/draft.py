@@ -1,7 +1,7 @@
 """Writes that are put together on a view of the database, and what was read on the way.
 
-Nothing is committed here: who has a draft commits it (``committer``), and finds out with ``Seen``
-whether what it was made on is still so.
+Nothing is committed here: who has a draft commits it (``committer``), and finds out with
+``ReadSet`` whether what it was made on is still so.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Draft(Explored):
             raise TransactionError(f"this transaction is over ({self._over}); begin another")
 
 
-class Seen:
+class ReadSet:
     """What was read of a snapshot: entities with their payloads, and collections as a whole."""
 
     def __init__(self, sequence: int) -> None:
@@ -161,7 +161,7 @@ def _conflict(what: str) -> TransactionConflictError:
 class SeeingRows:
     """``below``, noting in ``seen`` what is read of it."""
 
-    def __init__(self, below: SnapshotRows, seen: Seen) -> None:
+    def __init__(self, below: SnapshotRows, seen: ReadSet) -> None:
         self._below = below
         self._seen = seen
 
@@ -207,4 +207,4 @@ class SeeingRows:
         return self._below.own(name)
 
 
-__all__ = ["Draft", "SeeingRows", "Seen"]
+__all__ = ["Draft", "SeeingRows", "ReadSet"]

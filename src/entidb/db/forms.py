@@ -15,7 +15,7 @@ from entidb.errors import ValueTypeError
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenForm:
     """One place of a class. ``forms`` are what it can be stored as; it is ``clear`` when a stored
     form is the value itself, and needs no class to come back. ``values``, where they are known,
     are all it can be."""
@@ -27,8 +27,8 @@ class Seen:
     values: frozenset[Any] | None = None
 
 
-def seen(*forms: str, clear: bool = False, shape: Shape | None = None, label: str = "") -> Seen:
-    return Seen(frozenset(forms), clear, shape, label)
+def seen(*forms: str, clear: bool = False, shape: Shape | None = None, label: str = "") -> SeenForm:
+    return SeenForm(frozenset(forms), clear, shape, label)
 
 
 def refused(field: str, reason: str, way_out: str) -> ValueTypeError:
@@ -76,7 +76,7 @@ def form_of(plain: Any) -> str:
 # ---------------------------------------------------------------- unions
 
 
-def union(members: Iterable[Seen], path: str, *, decided: bool = False) -> Seen:
+def union(members: Iterable[SeenForm], path: str, *, decided: bool = False) -> SeenForm:
     """The place of one of ``members``. Raises ``ValueTypeError`` if what is stored does not say
     which of two it was; not for maps that are ``decided`` by a tag of their own."""
     found = list(members)
@@ -86,10 +86,10 @@ def union(members: Iterable[Seen], path: str, *, decided: bool = False) -> Seen:
     shapes = [each.shape for each in found if each.shape is not None]
     shape = shapes[0] if len(shapes) == 1 else Choice(shapes) if shapes else None
     forms = frozenset().union(*(each.forms for each in found))
-    return Seen(forms, all(each.clear for each in found), shape, "union")
+    return SeenForm(forms, all(each.clear for each in found), shape, "union")
 
 
-def _told_apart(first: Seen, second: Seen, path: str, decided: bool) -> None:
+def _told_apart(first: SeenForm, second: SeenForm, path: str, decided: bool) -> None:
     shared = first.forms & second.forms
     if "any" in first.forms | second.forms:
         shared = shared | {"any"} if not (first.clear and second.clear) else frozenset()
@@ -122,7 +122,7 @@ def _maps_told_apart(first: Shape | None, second: Shape | None) -> bool:
 
 
 __all__ = [
-    "Seen",
+    "SeenForm",
     "form_of",
     "has_own_eq",
     "is_model",

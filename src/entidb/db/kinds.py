@@ -20,7 +20,7 @@ from typing import Any, Final
 from msgspec import inspect as described
 
 from entidb.db.forms import (
-    Seen,
+    SeenForm,
     form_of,
     has_own_eq,
     is_model,
@@ -146,7 +146,7 @@ def _said(error: Exception) -> str:
 
 # ---------------------------------------------------------------- walking
 
-_FORMS: Final[dict[type, Seen]] = {
+_FORMS: Final[dict[type, SeenForm]] = {
     described.AnyType: seen("any", clear=True, label="Any"),
     described.NoneType: seen("null", clear=True, label="None"),
     described.BoolType: seen("bool", clear=True, label="bool"),
@@ -185,11 +185,11 @@ class _Walk:
     def __init__(self) -> None:
         self.bare = self.tuples = self.sets = False
         self.models: list[type] = []
-        self._made: dict[int, Seen] = {}
+        self._made: dict[int, SeenForm] = {}
         #: Keeps what ``_made`` names by its address alive.
         self._kept: list[Any] = []
 
-    def place(self, info: Any, path: str) -> Seen:
+    def place(self, info: Any, path: str) -> SeenForm:
         known = _FORMS.get(type(info))
         if known is not None:
             return known
@@ -213,7 +213,7 @@ class _Walk:
             return self._custom(info.cls, path)
         raise refused(path, f"{type(info).__name__.removesuffix('Type')} cannot be stored", _OTHER)
 
-    def _list(self, info: Any, path: str) -> Seen:
+    def _list(self, info: Any, path: str) -> SeenForm:
         self.sets |= isinstance(info, (described.SetType, described.FrozenSetType))
         self.tuples |= isinstance(info, described.VarTupleType)
         member = self.place(info.item_type, f"{path}[]")
@@ -224,7 +224,7 @@ class _Walk:
         label = type(info).__name__.removesuffix("Type").removeprefix("Var").lower()
         return seen("list", clear=clear, shape=shape, label=label)
 
-    def _dict(self, info: Any, path: str) -> Seen:
+    def _dict(self, info: Any, path: str) -> SeenForm:
         keys = info.key_type.types if isinstance(info.key_type, described.UnionType) else ()
         for key in keys or (info.key_type,):
             if not isinstance(key, _KEY_TYPES):
@@ -237,7 +237,7 @@ class _Walk:
         plain = isinstance(info.key_type, (described.StrType, described.AnyType))
         return seen("map", clear=plain and member.clear, shape=shape, label="dict")
 
-    def _class(self, info: Any, path: str) -> Seen:
+    def _class(self, info: Any, path: str) -> SeenForm:
         made = self._made.get(id(info))
         if made is not None:
             return made
@@ -269,7 +269,7 @@ class _Walk:
             shape.known.add(tag)
             shape.tags[tag] = frozenset([info.tag])
 
-    def _row(self, info: Any, path: str) -> Seen:
+    def _row(self, info: Any, path: str) -> SeenForm:
         """A class that is stored as a list of its fields."""
         struct = isinstance(info, described.StructType)
         self.tuples |= not struct
@@ -280,7 +280,7 @@ class _Walk:
             below.append(self.place(field.type, f"{path}.{field.name}").shape)
         return made
 
-    def _custom(self, kind: Any, path: str) -> Seen:
+    def _custom(self, kind: Any, path: str) -> SeenForm:
         if kind is object:
             return seen("any", clear=True)
         if is_model(kind):
@@ -299,24 +299,26 @@ _OTHER: Final = (
 )
 
 
-def _check_members(info: Any, member: Seen, path: str) -> None:
+def _check_members(info: Any, member: SeenForm, path: str) -> None:
     """Sets are stored in order, so that equal sets are equal bytes; their members need one."""
     several = isinstance(info.item_type, described.UnionType)
     if "map" in member.forms or (several and not member.forms <= {"int", "float", "bool"}):
         raise refused(path, "a set of these members has no order to be stored in", "use a list")
 
 
-def _values(info: Any) -> Seen:
+def _values(info: Any) -> SeenForm:
     if isinstance(info, described.EnumType):
         values = [each.value for each in info.cls]
         clear = issubclass(info.cls, (str, int))
     else:
         values, clear = list(info.values), True
     forms = frozenset(form_of(each) for each in values)
-    return Seen(forms, clear, None, label_of(getattr(info, "cls", "Literal")), frozenset(values))
+    return SeenForm(
+        forms, clear, None, label_of(getattr(info, "cls", "Literal")), frozenset(values)
+    )
 
 
-def _places(below: Sequence[Seen], label: str) -> Seen:
+def _places(below: Sequence[SeenForm], label: str) -> SeenForm:
     shapes = [each.shape for each in below]
     shape = Places(shapes) if any(each is not None for each in shapes) else None
     return seen("list", shape=shape, label=label)

@@ -21,7 +21,7 @@ Observe = Callable[[Observer], Callable[[], None]]
 _LOOK_S: Final = 1.0
 
 
-class Asked(Protocol[V_co]):
+class LiveSource(Protocol[V_co]):
     """The query that is asked again."""
 
     def _read_once(self) -> tuple[list[Pair], Iterator[tuple[uuid.UUID, V_co]]]:
@@ -33,11 +33,11 @@ class Asked(Protocol[V_co]):
         ...
 
 
-class Listening(Generic[V]):
+class LiveQuery(Generic[V]):
     """What both kinds of live query share: whether there may be news, and what was given last."""
 
     def __init__(
-        self, query: Asked[V], name: str, observe: Observe, news: Callable[[], object]
+        self, query: LiveSource[V], name: str, observe: Observe, news: Callable[[], object]
     ) -> None:
         self._query = query
         self._name = name
@@ -76,12 +76,12 @@ class Live(Generic[V]):
     Waits in between. ``close`` ends the iteration, from any thread. Raises what the query raises,
     and goes on after that; ``DatabaseClosedError`` when the database is closed."""
 
-    def __init__(self, query: Asked[V], name: str, observe: Observe) -> None:
+    def __init__(self, query: LiveSource[V], name: str, observe: Observe) -> None:
         self._news = threading.Event()
         self._news.set()
         self._query = query
         self._closed = False
-        self._listening: Listening[V] = Listening(query, name, observe, self._news.set)
+        self._listening: LiveQuery[V] = LiveQuery(query, name, observe, self._news.set)
 
     def __iter__(self) -> Iterator[Found[V]]:
         return self
@@ -110,4 +110,4 @@ class Live(Generic[V]):
         self.close()
 
 
-__all__ = ["Found", "Listening", "Live", "Observe"]
+__all__ = ["Found", "LiveQuery", "Live", "Observe"]

@@ -20,10 +20,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
-from entidb.db.forms import Seen, form_of, has_own_eq, is_typed_dict, label_of, refused, seen, union
+from entidb.db.forms import (
+    SeenForm,
+    form_of,
+    has_own_eq,
+    is_typed_dict,
+    label_of,
+    refused,
+    seen,
+    union,
+)
 from entidb.db.shapes import Fields, Items, Places, Shape, Values
 
-_CLEAR: Final[dict[Any, Seen]] = {
+_CLEAR: Final[dict[Any, SeenForm]] = {
     Any: seen("any", clear=True, label="Any"),
     object: seen("any", clear=True, label="object"),
     None: seen("null", clear=True, label="None"),
@@ -115,13 +124,13 @@ def _knows_by_name(kind: Any) -> bool:
 class _Walk:
     def __init__(self) -> None:
         self.model = Model()
-        self._made: dict[Any, Seen] = {}
+        self._made: dict[Any, SeenForm] = {}
         #: Names of the type aliases that are being followed.
         self._aliases: set[str] = set()
 
     # ------------------------------------------------------------ annotations
 
-    def annotation(self, note: Any, path: str, extra: tuple[Any, ...]) -> Seen:
+    def annotation(self, note: Any, path: str, extra: tuple[Any, ...]) -> SeenForm:
         """The place that is annotated with ``note`` and has ``extra`` beside it: what stands in
         ``Annotated``, and ``"custom"`` for a serializer of its own."""
         if type(note).__name__ == "TypeAliasType":
@@ -152,7 +161,7 @@ class _Walk:
             forms = frozenset(form_of(_plain_member(each)) for each in arguments)
             clear = not any(isinstance(each, Enum) for each in arguments)
             values = frozenset(_plain_member(each) for each in arguments)
-            return Seen(forms, clear, None, "Literal", values)
+            return SeenForm(forms, clear, None, "Literal", values)
         if origin in _USED_UP:
             raise refused(path, f"{label_of(note)} is used up when it is read", "use a list")
         if origin in (*_SETS, *_LISTS):
@@ -163,7 +172,7 @@ class _Walk:
             return self._map(origin, arguments, path)
         return self._class(note, origin, path, extra)
 
-    def _alias(self, alias: Any, path: str, extra: tuple[Any, ...]) -> Seen:
+    def _alias(self, alias: Any, path: str, extra: tuple[Any, ...]) -> SeenForm:
         if alias.__name__ in self._aliases:
             return self._itself()
         self._aliases.add(alias.__name__)
@@ -171,12 +180,12 @@ class _Walk:
         self._aliases.discard(alias.__name__)
         return found
 
-    def _itself(self) -> Seen:
+    def _itself(self) -> SeenForm:
         """A type that contains itself without a class between: what it holds is not followed."""
         self.model.python = True
         return _CLEAR[Any]
 
-    def _union(self, arguments: tuple[Any, ...], path: str, extra: tuple[Any, ...]) -> Seen:
+    def _union(self, arguments: tuple[Any, ...], path: str, extra: tuple[Any, ...]) -> SeenForm:
         decided = any(
             getattr(each, "discriminator", None) is not None
             or type(each).__name__ == "Discriminator"
@@ -184,7 +193,7 @@ class _Walk:
         )
         return union([self.annotation(each, path, ()) for each in arguments], path, decided=decided)
 
-    def _list(self, origin: Any, arguments: tuple[Any, ...], path: str) -> Seen:
+    def _list(self, origin: Any, arguments: tuple[Any, ...], path: str) -> SeenForm:
         self.model.python |= origin in _SETS or not arguments
         member = self.annotation(arguments[0] if arguments else Any, f"{path}[]", ())
         if origin in _SETS and "map" in member.forms:
@@ -193,7 +202,7 @@ class _Walk:
         clear = origin is list and member.clear
         return seen("list", clear=clear, shape=shape, label=label_of(origin))
 
-    def _tuple(self, arguments: tuple[Any, ...], path: str) -> Seen:
+    def _tuple(self, arguments: tuple[Any, ...], path: str) -> SeenForm:
         self.model.python |= not arguments
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             member = self.annotation(arguments[0], f"{path}[]", ())
@@ -202,7 +211,7 @@ class _Walk:
         below = [self.annotation(each, f"{path}[{n}]", ()) for n, each in enumerate(arguments)]
         return _places(below)
 
-    def _map(self, origin: Any, arguments: tuple[Any, ...], path: str) -> Seen:
+    def _map(self, origin: Any, arguments: tuple[Any, ...], path: str) -> SeenForm:
         self.model.python |= not arguments
         key = arguments[0] if arguments else Any
         if origin is collections.OrderedDict:
@@ -227,7 +236,7 @@ class _Walk:
 
     # ------------------------------------------------------------ classes
 
-    def _class(self, note: Any, origin: Any, path: str, extra: tuple[Any, ...]) -> Seen:
+    def _class(self, note: Any, origin: Any, path: str, extra: tuple[Any, ...]) -> SeenForm:
         made = self._made.get(note)
         if made is not None:
             return made
@@ -254,7 +263,7 @@ class _Walk:
             return seen("text", label=label_of(note))
         raise refused(path, f"{label_of(note)} is no type that can be stored", _OTHER)
 
-    def _model(self, kind: Any, path: str) -> Seen:
+    def _model(self, kind: Any, path: str) -> SeenForm:
         _complete(kind, path)
         if getattr(kind, "__pydantic_root_model__", False):
             self._made[kind] = self._itself()
@@ -328,7 +337,7 @@ class _Walk:
         shape.known |= aliases.keys()
         self.model.by_name |= any(alias != name for alias, name in aliases.items())
 
-    def _dataclass(self, note: Any, origin: Any, path: str) -> Seen:
+    def _dataclass(self, note: Any, origin: Any, path: str) -> SeenForm:
         shape = Fields(label_of(note))
         made = self._made[note] = seen("map", shape=shape, label=shape.name)
         infos = getattr(origin, "__pydantic_fields__", None)
@@ -346,7 +355,7 @@ class _Walk:
                 shape.required.add(each.name)
         return made
 
-    def _typed_dict(self, note: Any, origin: Any, path: str) -> Seen:
+    def _typed_dict(self, note: Any, origin: Any, path: str) -> SeenForm:
         shape = Fields(label_of(note))
         made = self._made[note] = seen("map", shape=shape, label=shape.name)
         for name, hint in _hints(origin, path).items():
@@ -354,7 +363,7 @@ class _Walk:
         shape.required |= origin.__required_keys__
         return made
 
-    def _field(self, shape: Fields, name: str, found: Seen) -> None:
+    def _field(self, shape: Fields, name: str, found: SeenForm) -> None:
         shape.known.add(name)
         if found.shape is not None:
             shape.below[name] = found.shape
@@ -406,19 +415,19 @@ def _hints(kind: Any, path: str) -> dict[str, Any]:
         raise refused(path, reason, "define that class in a module, before this one") from error
 
 
-def _places(below: list[Seen]) -> Seen:
+def _places(below: list[SeenForm]) -> SeenForm:
     shapes = [each.shape for each in below]
     shape = Places(shapes) if any(each is not None for each in shapes) else None
     return seen("list", shape=shape, label="tuple")
 
 
-def _enum(kind: type[Enum], path: str) -> Seen:
+def _enum(kind: type[Enum], path: str) -> SeenForm:
     values = [each.value for each in kind]
     if not all(isinstance(each, (str, int, float)) for each in values):
         reason = f"{kind.__name__} has members that are neither text nor numbers"
         raise refused(path, reason, "give its members values of text or numbers")
     forms = frozenset(form_of(each) for each in values)
-    return Seen(forms, issubclass(kind, (str, int)), None, kind.__name__, frozenset(values))
+    return SeenForm(forms, issubclass(kind, (str, int)), None, kind.__name__, frozenset(values))
 
 
 def _plain_member(value: Any) -> Any:

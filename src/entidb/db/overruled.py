@@ -153,11 +153,11 @@ _DECIDED: Final = {
 # ---------------------------------------------------------------- keeping
 
 
-#: As ``Keeper.add`` takes it.
+#: As ``OverruledKeeper.add`` takes it.
 _Decided = tuple[Ref, Origin, Origin, bytes, Sequence[Overruled], int]
 
 
-class Keeper:
+class OverruledKeeper:
     """What one commit decides against: ``add`` it as it is decided, ``store`` it at the end."""
 
     def __init__(self, writer: Writer, at_ms: int) -> None:
@@ -394,4 +394,4 @@ def _settle_oldest(writer: Writer) -> None:
     _put_head(writer, head)
 
 
-__all__ = ["Keeper", "OverruledValue", "forget", "prune", "read_head", "read_overruled"]
+__all__ = ["OverruledKeeper", "OverruledValue", "forget", "prune", "read_head", "read_overruled"]

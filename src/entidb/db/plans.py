@@ -12,7 +12,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from entidb.db.catalogue import IndexInfo
-from entidb.db.conditions import ALL, Asked, Compared, Condition, Joined
+from entidb.db.conditions import ALL, Compared, Condition, FieldTest, Joined
 from entidb.db.index_keys import INDEXED_BYTES_MAX, WHOLE_TEXT, Span
 from entidb.db.looking import Path, order_key, written
 from entidb.db.records import end_of
@@ -64,7 +64,7 @@ class _Asks:
         self.count = len(parts)
         self.equal: dict[Path, Any] = {}
         self.one_of: dict[Path, list[Any]] = {}
-        self.ranges: dict[Path, list[Compared | Asked]] = {}
+        self.ranges: dict[Path, list[Compared | FieldTest]] = {}
         self.members: dict[Path, Any] = {}
         for part in parts:
             self._take(part)
@@ -75,9 +75,9 @@ class _Asks:
             self.equal.setdefault(part.path, part.other)
         elif isinstance(part, Compared):
             self.ranges.setdefault(part.path, []).append(part)
-        elif isinstance(part, Asked) and part.asked[0] == "contains":
+        elif isinstance(part, FieldTest) and part.asked[0] == "contains":
             self.members.setdefault(part.path, part.asked[1])
-        elif isinstance(part, Asked):
+        elif isinstance(part, FieldTest):
             self.ranges.setdefault(part.path, []).append(part)
         elif isinstance(part, Joined) and 0 < len(part.parts) <= LOOKED_UP_MAX:
             equal = [p for p in part.parts if isinstance(p, Compared) and p.sign == "=="]
@@ -180,9 +180,9 @@ def _spans(fixed: bytes, rest: Sequence[Path], asks: _Asks) -> tuple[list[Span],
     return [(start, max(start, stop))], any(is_cut for _, is_cut in found), len(found)
 
 
-def _bounds(fixed: bytes, part: Compared | Asked) -> tuple[Span, bool]:
+def _bounds(fixed: bytes, part: Compared | FieldTest) -> tuple[Span, bool]:
     """The range of an index whose fields meet a condition."""
-    if isinstance(part, Asked):
+    if isinstance(part, FieldTest):
         if part.asked[0] == "startswith":
             start = fixed + text_start(part.asked[1])
             return _span(start, start)

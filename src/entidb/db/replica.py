@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import TypeVar
 
-from msgspec import Struct, ValidationError, convert, to_builtins
+from msgspec import Struct, ValidationError, convert, field, to_builtins
 
 from entidb import cbor
 from entidb.db.records import unreadable
@@ -47,9 +47,10 @@ class ReplicaState(Struct, frozen=True):
     ``uncovered`` names collections in scope that the cursor does not speak of yet (R31).
     ``foreign`` says the entities' versions belong to another history (R29), so that only bytes
     can be compared; ``keep_device`` that newer entities of this device are committed again.
-    ``outdated`` names collections that were not in scope when that ended, so that the versions of
-    their entities are of another history still. ``granted`` names what the token grants of the
-    database, sorted, as the server has said it; None is everything (R31).
+    ``foreign_names`` are collections that were not in scope when that ended, so that the versions
+    of their entities are of another history still (``outdated`` in the record). ``granted`` names
+    what the token grants of the database, sorted, as the server has said it; None is everything
+    (R31).
     ``unsettled`` are ranges of outbox sequences, (first, last, cursor): transactions that were in
     flight when the device was at ``cursor``, got no answer, and may have been accepted (R28).
     """
@@ -62,7 +63,7 @@ class ReplicaState(Struct, frozen=True):
     uncovered: list[str] = []
     foreign: bool = False
     keep_device: bool = False
-    outdated: list[str] = []
+    foreign_names: list[str] = field(default_factory=list, name="outdated")
     granted: list[str] | None = None
     unsettled: list[list[int]] = []
 

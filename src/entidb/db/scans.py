@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Final
 
-from entidb.db.conditions import Asked, Compared, Condition, Joined
+from entidb.db.conditions import Compared, Condition, FieldTest, Joined
 from entidb.db.looking import By, Path
 from entidb.db.plans import Order
 from entidb.db.rows import Rows
@@ -43,7 +43,7 @@ def helping_index(condition: Condition, order: tuple[Order, ...]) -> str | None:
     for part in parts:
         if isinstance(part, Compared):
             (equal if part.sign == "==" else ranges).append(part.path)
-        elif isinstance(part, Asked):
+        elif isinstance(part, FieldTest):
             if part.asked[0] == "contains":
                 return f"Index({_name(part.path)}, each=True)"
             ranges.append(part.path)

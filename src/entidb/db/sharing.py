@@ -53,7 +53,7 @@ Merge = Callable[[bytes, bytes, bytes], bytes]
 _COME_S: Final = 0.00005
 
 
-class Host(Protocol):
+class SharingHost(Protocol):
     """What sharing needs of a database: ``Core`` has it."""
 
     storage: Storage
@@ -100,7 +100,7 @@ class AheadRows(OverlayRows):
 class Sharing:
     """Thread-safe."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: SharingHost) -> None:
         # Not the database itself: one that is lost is to be noticed at once.
         self._database = weakref.ref(host)
         #: What is decided and not yet stored, in order.
@@ -122,7 +122,7 @@ class Sharing:
         self._closed = False
 
     @property
-    def _host(self) -> Host:
+    def _host(self) -> SharingHost:
         host = self._database()
         assert host is not None, "who waits for a commit holds its database"
         return host

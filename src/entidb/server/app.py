@@ -47,7 +47,7 @@ from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
 from entidb.server.config import ServerConfig
-from entidb.server.exchange import Exchange, GoneError, Receive, Scope, Send
+from entidb.server.exchange import GoneError, HttpExchange, Receive, Scope, Send
 from entidb.server.hooks import Grant
 from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
@@ -60,8 +60,8 @@ from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
 from entidb.server.service import BehindError
 from entidb.server.stores import Store
-from entidb.server.threads import Running
-from entidb.server.wire import HttpResponse
+from entidb.server.threads import AppThreads
+from entidb.server.wire import ServerResponse
 from entidb.server.workers.team import Team
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class SyncApp:
         self._config = server.config
         self._owned = owned
         self._budget = Budget(server.config.in_flight_bytes_max)
-        self._running: Running | None = None
+        self._running: AppThreads | None = None
         self._team: Team | None = None
         self._stopping = False
         if self._config.live_max:
@@ -177,12 +177,12 @@ class SyncApp:
         await self.aclose()
         await send({"type": "lifespan.shutdown.complete"})
 
-    def _start(self) -> Running:
+    def _start(self) -> AppThreads:
         loop = asyncio.get_running_loop()
         running = self._running
         if running is None or running.loop is not loop:
             self.server.begin()
-            running = self._running = Running(loop, self.server)
+            running = self._running = AppThreads(loop, self.server)
             family = self.server.family
             if family is not None and self._team is None:
                 self._team = Team(self.server, self._office, running.live, family, self._metrics)
@@ -191,7 +191,7 @@ class SyncApp:
     # ------------------------------------------------------------ one request
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, self.server)
+        exchange = HttpExchange(scope, receive, self.server)
         with self._budget.hold() as held:
             try:
                 response = await self._respond_or_explain(exchange, held)
@@ -212,7 +212,7 @@ class SyncApp:
         self._note(exchange)
 
     async def _stream(
-        self, exchange: Exchange, response: Streamed, receive: Receive, send: Send
+        self, exchange: HttpExchange, response: Streamed, receive: Receive, send: Send
     ) -> None:
         headers = raw_headers(exchange, response)
         try:
@@ -220,7 +220,7 @@ class SyncApp:
         except OSError as error:
             raise GoneError("closed the connection") from error
 
-    async def _respond_or_explain(self, exchange: Exchange, held: Held) -> HttpResponse:
+    async def _respond_or_explain(self, exchange: HttpExchange, held: Held) -> ServerResponse:
         try:
             return await self._respond(exchange, held)
         except GoneError:
@@ -235,13 +235,13 @@ class SyncApp:
                 response.headers["allow"] = "GET, HEAD"
             return response
 
-    async def _respond(self, exchange: Exchange, held: Held) -> HttpResponse:
+    async def _respond(self, exchange: HttpExchange, held: Held) -> ServerResponse:
         check_single(exchange.raw_headers)
         origins = self.server.origins
         origins.check(exchange.headers)
         if self._config.cors_origins and origins.is_preflight(exchange.method, exchange.headers):
             exchange.preflight = True
-            return HttpResponse(204)
+            return ServerResponse(204)
         if self._plain.serves(exchange.path):
             return await self._plain.answer(exchange, stopping=self._stopping)
         administers = _administers(exchange)
@@ -303,7 +303,7 @@ class SyncApp:
 
     # ------------------------------------------------------------ reading a request
 
-    async def _read_request(self, exchange: Exchange, held: Held) -> SyncRequest:
+    async def _read_request(self, exchange: HttpExchange, held: Held) -> SyncRequest:
         headers, limit = exchange.headers, self._config.body_bytes_max
         wire.check_content_type(headers)
         encoding = self.server.request_encoding(headers)
@@ -344,12 +344,12 @@ class SyncApp:
 
     async def _read(
         self,
-        exchange: Exchange,
+        exchange: HttpExchange,
         request: HandshakeRequest | PullRequest | DigestRequest,
         grant: Grant,
         held: Held,
         wrapped: Callable[[bytes], bytes] = bytes,
-    ) -> HttpResponse:
+    ) -> ServerResponse:
         """The answer; of a page, what ``wrapped`` makes of it."""
         running, front = self._start(), self.server.front
         if isinstance(request, DigestRequest):
@@ -372,7 +372,7 @@ class SyncApp:
             request = front.bounded(request)
             room = min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max())
             held.charge(("database", request.db_id))
-            response: HttpResponse
+            response: ServerResponse
             if store.service.is_recent(request) and held.try_reserve(room):
                 # What one device has just pushed, for all others: at once, and without waiting in
                 # front of the reader, behind another device's first sync.
@@ -396,7 +396,7 @@ class SyncApp:
         grant: Grant,
         headers: Mapping[str, str],
         wrapped: Callable[[bytes], bytes],
-    ) -> HttpResponse:
+    ) -> ServerResponse:
         body = wrapped(self.server.front.page(store, request, grant))
         return wire.message_response(body, self.server.response_encoding(headers, len(body)))
 
@@ -410,8 +410,8 @@ class SyncApp:
     # ------------------------------------------------------------ push
 
     async def _round(
-        self, exchange: Exchange, request: RoundRequest, grant: Grant, held: Held
-    ) -> HttpResponse:
+        self, exchange: HttpExchange, request: RoundRequest, grant: Grant, held: Held
+    ) -> ServerResponse:
         """A push that is decided if the device has seen everything, and what it has not seen."""
         answer: PushResponse | None = None
         store = await self._use(request, grant)
@@ -426,8 +426,8 @@ class SyncApp:
         )
 
     async def _push(
-        self, exchange: Exchange, store: Store, request: PushRequest, grant: Grant
-    ) -> HttpResponse:
+        self, exchange: HttpExchange, store: Store, request: PushRequest, grant: Grant
+    ) -> ServerResponse:
         body = encode(await self._decided(exchange, store, request, grant))
         return wire.message_response(
             body, self.server.response_encoding(exchange.headers, len(body))
@@ -435,7 +435,7 @@ class SyncApp:
 
     async def _decided(
         self,
-        exchange: Exchange,
+        exchange: HttpExchange,
         store: Store,
         request: PushRequest | RoundRequest,
         grant: Grant,
@@ -459,7 +459,7 @@ class SyncApp:
 
     # ------------------------------------------------------------ records
 
-    def _note(self, exchange: Exchange) -> None:
+    def _note(self, exchange: HttpExchange) -> None:
         seconds = exchange.seconds()
         exchange.tell(self.server.registry)
         if exchange.code in _KNOCKS or (exchange.code == "forbidden" and _administers(exchange)):
@@ -473,7 +473,7 @@ class SyncApp:
             access_logger.info("%s", exchange.log_line(seconds))
 
 
-def _administers(exchange: Exchange) -> bool:
+def _administers(exchange: HttpExchange) -> bool:
     return exchange.path.startswith(PREFIX)
 
 

@@ -32,7 +32,7 @@ class CheckingError(ServerBusyError):
         self.done = done
 
 
-class Checks:
+class FileChecks:
     """The files that are being read. Thread-safe."""
 
     def __init__(self) -> None:
@@ -78,4 +78,4 @@ class Checks:
             done.set()
 
 
-__all__ = ["AT_ONCE_BYTES", "CheckingError", "Checks"]
+__all__ = ["AT_ONCE_BYTES", "CheckingError", "FileChecks"]

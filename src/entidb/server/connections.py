@@ -57,21 +57,21 @@ class Connections:
         self.count = 0
         #: Those that have been answered and wait for their next request, longest first; and those
         #: that have not asked anything yet, with the time since when.
-        self.idle: OrderedDict[Connection, None] = OrderedDict()
-        self.new: OrderedDict[Connection, float] = OrderedDict()
+        self.idle: OrderedDict[LimitedConnection, None] = OrderedDict()
+        self.new: OrderedDict[LimitedConnection, float] = OrderedDict()
 
-    def enter(self, connection: Connection) -> bool:
+    def enter(self, connection: LimitedConnection) -> bool:
         """Count ``connection``. False if there is not even time to answer that it has to go."""
         self.count += 1
         self.new[connection] = self._clock()
         return self.count <= self._told_most
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: LimitedConnection) -> None:
         self.count -= 1
         self.idle.pop(connection, None)
         self.new.pop(connection, None)
 
-    def asks(self, connection: Connection) -> bool:
+    def asks(self, connection: LimitedConnection) -> bool:
         """A request of ``connection`` is beginning; whether there is room for it."""
         self.idle.pop(connection, None)
         self.new.pop(connection, None)
@@ -80,7 +80,7 @@ class Connections:
                 return False
         return True
 
-    def rests(self, connection: Connection) -> None:
+    def rests(self, connection: LimitedConnection) -> None:
         """``connection`` has its answer, and nothing else was asked."""
         self.idle[connection] = None
         if self.count - self._closing > self.most:
@@ -101,13 +101,13 @@ class Connections:
         connection.transport.close()
         return True
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: LimitedConnection) -> None:
         self.leave(connection)
         if connection.making_room:
             self._closing -= 1
 
 
-class Connection(HttpToolsProtocol):
+class LimitedConnection(HttpToolsProtocol):
     """uvicorn's connection, within limits.
 
     uvicorn itself waits without end for the head of a first request, takes heads of any size, keeps
@@ -185,14 +185,14 @@ class Connection(HttpToolsProtocol):
         self._head_timer.start(self.transport.abort)
 
 
-def connection_class(settings: ServerConfig, most: int) -> type[Connection]:
+def connection_class(settings: ServerConfig, most: int) -> type[LimitedConnection]:
     """The class of a server's connections, of which there are ``most`` at once."""
 
     def now() -> float:
         return asyncio.get_running_loop().time()
 
     named = {"settings": settings, "connections_of_all": Connections(most, now)}
-    return type("Connection", (Connection,), named)
+    return type("LimitedConnection", (LimitedConnection,), named)
 
 
 async def _turn_away(scope: Scope, receive: Any, send: Send) -> None:

@@ -68,7 +68,7 @@ class Decided(Struct, frozen=True, omit_defaults=True):
     frozen: dict[str, Frozen] = {}
 
 
-class Asked(Protocol):
+class DatabaseRequest(Protocol):
     """What is asked: any request that names a database."""
 
     @property
@@ -114,7 +114,7 @@ class Control:
 
     # ------------------------------------------------------------ asked for every request
 
-    def admit(self, asking: Asking, request: Asked | None = None) -> None:
+    def admit(self, asking: Asking, request: DatabaseRequest | None = None) -> None:
         """Raises ``PermissionDeniedError`` (forbidden, with the reason ``revoked``) for who is
         revoked, and ``ServerBusyError`` (busy, ``frozen``) for a push to a frozen database. The
         push of a round is left undecided instead: its pull is answered."""

@@ -18,7 +18,7 @@ from typing import Any, Final
 from entidb.db import Database, Role
 from entidb.errors import ConfigError, DatabaseLockedError, PermissionDeniedError
 from entidb.server.allocator import large_pieces_apart
-from entidb.server.checks import Checks
+from entidb.server.checks import FileChecks
 from entidb.server.config import ServerConfig, db_id_of, directory_name
 from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
@@ -218,7 +218,7 @@ def _unusable(root: str, error: OSError) -> ConfigError:
 def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
     """Databases in directories below ``config.data_dir``."""
     root = Path(_root(config))
-    checks = Checks()
+    checks = FileChecks()
 
     def open_database(db_id: str, create: bool) -> Database:
         path = root / directory_name(db_id)

@@ -33,7 +33,7 @@ _LOGGED_MAX: Final = 500
 _STRANGERS: Final = frozenset(("forbidden", "unknown_database", "invalid_message"))
 
 
-class Host(Protocol):
+class ExchangeHost(Protocol):
     """What a request needs of its server."""
 
     @property
@@ -48,10 +48,10 @@ class GoneError(Exception):
 # ---------------------------------------------------------------- one request and its answer
 
 
-class Exchange:
+class HttpExchange:
     """What is known of one request, and its body as long as it is coming in."""
 
-    def __init__(self, scope: Scope, receive: Receive, server: Host) -> None:
+    def __init__(self, scope: Scope, receive: Receive, server: ExchangeHost) -> None:
         self.method: str = scope["method"]
         self.path = path_in_app(scope)
         self.query: bytes = scope.get("query_string", b"")

@@ -40,8 +40,8 @@ _GOLDEN: Final = 0.6180339887
 
 
 class Waiter(Protocol):
-    """One who waits. The methods are called by ``Live`` and must not raise; ``hint`` and ``beat``
-    may wait for a slow reader."""
+    """One who waits. The methods are called by ``LiveChannels`` and must not raise; ``hint`` and
+    ``beat`` may wait for a slow reader."""
 
     db_id: str
     subject: str
@@ -74,7 +74,7 @@ class _Channel:
         self.free_at = 0.0
 
 
-class Live:
+class LiveChannels:
     """All who wait at one server. ``most`` of them at once, ``most_each`` of one subject."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, most: int, most_each: int) -> None:

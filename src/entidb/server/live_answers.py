@@ -12,7 +12,7 @@ from functools import partial
 
 from entidb.errors import DatabaseClosedError, PermissionDeniedError, StorageError
 from entidb.server.auth import Grants
-from entidb.server.live import Live
+from entidb.server.live import LiveChannels
 from entidb.server.live_http import (
     EVENTS_TYPE,
     Headers,
@@ -25,17 +25,17 @@ from entidb.server.live_http import (
 )
 from entidb.server.server import SyncServer
 from entidb.server.stores import Store
-from entidb.server.wire import HttpResponse
+from entidb.server.wire import ServerResponse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Streamed(HttpResponse):
+class Streamed(ServerResponse):
     """The answer that is a stream; ``body`` stays empty."""
 
     stream: Stream
     newest: Newest
 
-    async def run(self, live: Live, send: Send, receive: Receive, headers: Headers) -> None:
+    async def run(self, live: LiveChannels, send: Send, receive: Receive, headers: Headers) -> None:
         """To its end. Raises what ``send`` and ``receive`` raise."""
         try:
             await self.stream.run(live, self.newest, send, receive, headers)
@@ -60,7 +60,9 @@ class LiveAnswers:
         self._use = use
         self._decided = server.front.control.decided
 
-    async def answer(self, live: Live, request: LiveRequest, grants: Grants) -> HttpResponse:
+    async def answer(
+        self, live: LiveChannels, request: LiveRequest, grants: Grants
+    ) -> ServerResponse:
         """The answer, or a ``Streamed`` one to be run. Raises ``PermissionDeniedError``,
         ``ServerBusyError``."""
         if not grants.on(request.db_id).read:
@@ -83,7 +85,7 @@ class LiveAnswers:
             live.remove(stream)
             raise
 
-    def _look(self, live: Live) -> None:
+    def _look(self, live: LiveChannels) -> None:
         """Send away who was revoked since the last look (R32), also by another process."""
         control = self._server.front.control
         decided = control.decided

@@ -22,8 +22,8 @@ from entidb import cbor
 from entidb.errors import ProtocolError
 from entidb.protocol import CONTENT_TYPE
 from entidb.server.auth import Grants
-from entidb.server.live import Live
-from entidb.server.wire import HttpResponse
+from entidb.server.live import LiveChannels
+from entidb.server.wire import ServerResponse
 from entidb.types import Clock
 
 LIVE_PATH: Final = "/v1/live"
@@ -121,7 +121,7 @@ class Poll:
         if not self._news.done():
             self._news.set_result(None)
 
-    async def answer(self, newest: Newest) -> HttpResponse:
+    async def answer(self, newest: Newest) -> ServerResponse:
         """``newest`` is where the database ends, read after this became a waiter."""
         if not newest.is_news(self._request):
             with contextlib.suppress(TimeoutError):  # nothing new is an answer too
@@ -129,7 +129,7 @@ class Poll:
                     await self._news
         self.head = max(self.head, newest.head)
         headers = {"content-type": CONTENT_TYPE, "cache-control": "no-store"}
-        return HttpResponse(200, headers, cbor.encode({"head": self.head}))
+        return ServerResponse(200, headers, cbor.encode({"head": self.head}))
 
 
 # ---------------------------------------------------------------- a stream
@@ -176,7 +176,7 @@ class Stream:
         self._main: asyncio.Task[Any] | None = None
 
     async def run(
-        self, live: Live, newest: Newest, send: Send, receive: Receive, headers: Headers
+        self, live: LiveChannels, newest: Newest, send: Send, receive: Receive, headers: Headers
     ) -> None:
         """Until the client is gone or the stream ends. ``newest`` is where the database ended
         after this became a waiter. Raises what ``send`` and ``receive`` raise."""
@@ -221,7 +221,7 @@ class Stream:
         except OSError:
             self._give_up()
 
-    def _time_is_up(self, live: Live) -> None:
+    def _time_is_up(self, live: LiveChannels) -> None:
         live.remove(self)
         self.end(self._reason)
 

@@ -24,7 +24,7 @@ from entidb.server.admin.databases import rows as database_rows
 from entidb.server.admin.fleet import summary
 from entidb.server.admin.office import Office
 from entidb.server.admin.summary import LAGS
-from entidb.server.wire import HttpResponse
+from entidb.server.wire import ServerResponse
 
 _VERDICTS = {verdict.value: verdict.name.lower() for verdict in Verdict}
 #: Other paths count as one: a name from the network must not become a label.
@@ -152,12 +152,12 @@ class Metrics:
             for each in self._registry.collect()
         ]
 
-    def response(self) -> HttpResponse:
+    def response(self) -> ServerResponse:
         others, registry = self.others(), self._registry
         if others:
             registry = CollectorRegistry(auto_describe=False)
             registry.register(_Together(summed([self.series(), *others])))
-        return HttpResponse(200, {"content-type": CONTENT_TYPE_LATEST}, generate_latest(registry))
+        return ServerResponse(200, {"content-type": CONTENT_TYPE_LATEST}, generate_latest(registry))
 
 
 def summed(parts: Iterable[list[Series]]) -> list[Series]:

@@ -15,9 +15,9 @@ from entidb.server import wire
 from entidb.server.admin.office import Office
 from entidb.server.admin.readiness import Readiness
 from entidb.server.console.serving import Console
-from entidb.server.exchange import Exchange
+from entidb.server.exchange import HttpExchange
 from entidb.server.server import SyncServer
-from entidb.server.wire import HttpResponse
+from entidb.server.wire import ServerResponse
 from entidb.version import VERSION
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Plain:
             return True
         return path in ADDRESSES and (path != "/metrics" or self._metrics is not None)
 
-    async def answer(self, exchange: Exchange, *, stopping: bool) -> HttpResponse:
+    async def answer(self, exchange: HttpExchange, *, stopping: bool) -> ServerResponse:
         """Raises ``ProtocolError`` (method_not_allowed)."""
         if exchange.method not in ("GET", "HEAD"):
             raise ProtocolError("read this with GET", code="method_not_allowed")
@@ -59,7 +59,7 @@ class Plain:
             return await self._ready(stopping)
         return _json(self.info())
 
-    async def _ready(self, stopping: bool) -> HttpResponse:
+    async def _ready(self, stopping: bool) -> ServerResponse:
         reasons = ["stopping"] if stopping else await asyncio.to_thread(self._reasons)
         if reasons:
             return _json({"status": "not ready", "reasons": reasons}, 503)
@@ -81,5 +81,5 @@ class Plain:
         }
 
 
-def _json(value: object, status: int = 200) -> HttpResponse:
-    return HttpResponse(status, {"content-type": wire.JSON_TYPE}, json.encode(value))
+def _json(value: object, status: int = 200) -> ServerResponse:
+    return ServerResponse(status, {"content-type": wire.JSON_TYPE}, json.encode(value))

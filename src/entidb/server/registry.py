@@ -38,7 +38,7 @@ _CLIENT_CHARS_MAX: Final = 100
 _VERDICT_OF: Final = attrgetter("verdict")
 
 
-class Device(Struct, omit_defaults=True):
+class DeviceRecord(Struct, omit_defaults=True):
     """A device in one database. Times are milliseconds since 1970; ``cursor`` is the newest commit
     that it was given; ``error`` the code of the last answer that refused it; bytes are of bodies
     as they crossed the network, ``bytes_in`` those that it sent."""
@@ -78,14 +78,14 @@ class _Page(Struct, omit_defaults=True):
 
     version: int = 1
     about: About | None = None
-    devices: list[Device] = []
+    devices: list[DeviceRecord] = []
 
 
 class _Book:
     """What came of one database since its file was written."""
 
     def __init__(self) -> None:
-        self.fresh: dict[bytes, Device] = {}
+        self.fresh: dict[bytes, DeviceRecord] = {}
         self.about: About | None = None
 
 
@@ -156,7 +156,7 @@ class Registry:
             if answer is not None:
                 _count(row, answer)
 
-    def _row(self, request: SyncRequest) -> Device:
+    def _row(self, request: SyncRequest) -> DeviceRecord:
         book = self._books.get(request.db_id)
         if book is None:
             book = self._books[request.db_id] = _Book()
@@ -168,13 +168,13 @@ class Registry:
                 book.fresh = {each: book.fresh[each] for each in newest[: self._devices_max]}
             now = self._clock.now_ms()
             cursor = request.cursor
-            row = Device(request.device_id.hex(), first_ms=now, last_ms=now, cursor=cursor)
+            row = DeviceRecord(request.device_id.hex(), first_ms=now, last_ms=now, cursor=cursor)
             book.fresh[request.device_id] = row
         return row
 
     # ------------------------------------------------------------ for administrators
 
-    def devices(self, db_id: str) -> list[Device]:
+    def devices(self, db_id: str) -> list[DeviceRecord]:
         """The rows of a database, those seen last first."""
         with self._lock:
             book = self._books.get(db_id)
@@ -274,13 +274,13 @@ class Registry:
             logger.warning("the devices of database %s are forgotten: %s", db_id, error)
             return _Page()
 
-    def _kept(self, rows: Iterable[Device]) -> list[Device]:
+    def _kept(self, rows: Iterable[DeviceRecord]) -> list[DeviceRecord]:
         since = self._clock.now_ms() - self._retention_ms
         newest = sorted(rows, key=lambda row: -row.last_ms)[: self._devices_max]
         return [row for row in newest if row.last_ms >= since]
 
 
-def _count(row: Device, answer: PushResponse) -> None:
+def _count(row: DeviceRecord, answer: PushResponse) -> None:
     # Thousands of them, with the lock held.
     counts = Counter(map(_VERDICT_OF, answer.results))
     row.accepted += counts[Verdict.ACCEPTED]
@@ -289,11 +289,11 @@ def _count(row: Device, answer: PushResponse) -> None:
     row.superseded += counts[Verdict.SUPERSEDED]
 
 
-def _copy(row: Device) -> Device:
-    return Device(*(getattr(row, name) for name in Device.__struct_fields__))
+def _copy(row: DeviceRecord) -> DeviceRecord:
+    return DeviceRecord(*(getattr(row, name) for name in DeviceRecord.__struct_fields__))
 
 
-def _merged(older: Iterable[Device], newer: Iterable[Device]) -> list[Device]:
+def _merged(older: Iterable[DeviceRecord], newer: Iterable[DeviceRecord]) -> list[DeviceRecord]:
     """Counters add up; all else is what the last request said."""
     rows = {row.device_id: row for row in older}
     for new in newer:
@@ -321,4 +321,4 @@ def client_text(user_agent: str | None) -> str | None:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-__all__ = ["DEVICES_MAX", "About", "Device", "Registry", "client_text"]
+__all__ = ["DEVICES_MAX", "About", "DeviceRecord", "Registry", "client_text"]

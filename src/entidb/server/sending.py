@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from entidb.server.exchange import Exchange, GoneError, Message, Send
-from entidb.server.wire import HttpResponse
+from entidb.server.exchange import GoneError, HttpExchange, Message, Send
+from entidb.server.wire import ServerResponse
 
 #: Sent at a time: as much as a transport buffers by itself before it asks to wait.
 _CHUNK_BYTES: Final = 64 * 1024
 
 
 async def send_answer(
-    exchange: Exchange, response: HttpResponse, send: Send, timeout_s: float
+    exchange: HttpExchange, response: ServerResponse, send: Send, timeout_s: float
 ) -> None:
     """Send ``response`` whole. Raises ``GoneError`` for a client that is gone, or does not read
     for ``timeout_s``."""
@@ -43,7 +43,7 @@ async def _send_some(send: Send, messages: tuple[Message, ...], timeout_s: float
         raise GoneError("closed the connection") from error
 
 
-def raw_headers(exchange: Exchange, response: HttpResponse) -> list[tuple[bytes, bytes]]:
+def raw_headers(exchange: HttpExchange, response: ServerResponse) -> list[tuple[bytes, bytes]]:
     headers = [
         (name.encode("latin-1"), value.encode("latin-1"))
         for name, value in response.headers.items()

@@ -40,7 +40,7 @@ from entidb.server.origins import Origins
 from entidb.server.quotas import quotas_of
 from entidb.server.registry import Registry
 from entidb.server.stores import Stores
-from entidb.server.wire import HttpResponse
+from entidb.server.wire import ServerResponse
 from entidb.server.workers.family import Family, family_of
 from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy
 
@@ -168,7 +168,7 @@ class SyncServer:
 
     def handle_http(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
-    ) -> HttpResponse:
+    ) -> ServerResponse:
         """HTTP without the wire: what ``entidb.sync.LoopbackServer`` asks for. Header names are
         lower case. Only the protocol's own addresses are served."""
         rid = wire.request_id(headers) or self.new_request_id()
@@ -181,7 +181,7 @@ class SyncServer:
 
     def _handle_http(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
-    ) -> HttpResponse:
+    ) -> ServerResponse:
         wire.check_route(method, path)
         grants = self.front.authenticate(wire.bearer_token(headers))
         wire.check_content_type(headers)

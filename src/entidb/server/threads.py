@@ -16,7 +16,7 @@ from entidb.errors import SyncError
 from entidb.protocol import PushResponse
 from entidb.server.admin.local import open_door
 from entidb.server.admin.opening import office_of
-from entidb.server.live import Live
+from entidb.server.live import LiveChannels
 from entidb.server.room import no_room
 from entidb.server.server import SyncServer
 
@@ -34,7 +34,7 @@ _HOUSEKEEP_S: Final = 30.0
 # ---------------------------------------------------------------- threads
 
 
-class Running:
+class AppThreads:
     """Threads, and what is bound to one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, server: SyncServer) -> None:
@@ -50,7 +50,7 @@ class Running:
         ] = deque()
         # Half of the connections at most: those who wait must leave room for those who ask.
         most = min(server.config.live_max, server.config.connections_max // 2)
-        self.live = Live(loop, most, server.config.live_subject_max)
+        self.live = LiveChannels(loop, most, server.config.live_subject_max)
         self._server = server
         self._stop = threading.Event()
         server.stores.on_group = self._wake

@@ -32,7 +32,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True)
-class HttpResponse:
+class ServerResponse:
     """An answer: ``headers`` by lower-case name, ``body`` in whatever encoding they name."""
 
     status: int
@@ -127,7 +127,7 @@ def accepted_encoding(headers: Mapping[str, str]) -> str | None:
 # ---------------------------------------------------------------- answers
 
 
-def message_response(body: bytes, encoding: str | None = None) -> HttpResponse:
+def message_response(body: bytes, encoding: str | None = None) -> ServerResponse:
     """A message, already encoded, as the answer; packed with ``encoding`` if that is shorter."""
     headers = {"content-type": CONTENT_TYPE}
     if encoding is not None:
@@ -135,7 +135,7 @@ def message_response(body: bytes, encoding: str | None = None) -> HttpResponse:
         if len(packed) < len(body):
             headers["content-encoding"] = encoding
             body = packed
-    return HttpResponse(200, headers, body)
+    return ServerResponse(200, headers, body)
 
 
 def failure(error: BaseException, rid: str) -> ErrorResponse:
@@ -183,7 +183,7 @@ def is_internal(error: BaseException) -> bool:
     return not isinstance(error, SyncError) or error.code not in ERROR_TABLE
 
 
-def error_response(answer: ErrorResponse) -> HttpResponse:
+def error_response(answer: ErrorResponse) -> ServerResponse:
     headers = {"content-type": CONTENT_TYPE}
     if answer.code == "unauthorized":
         headers["www-authenticate"] = 'Bearer realm="entidb"'
@@ -191,4 +191,4 @@ def error_response(answer: ErrorResponse) -> HttpResponse:
         headers["allow"] = "POST"
     if answer.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(answer.retry_after)))
-    return HttpResponse(ERROR_TABLE[answer.code].status, headers, encode(answer))
+    return ServerResponse(ERROR_TABLE[answer.code].status, headers, encode(answer))

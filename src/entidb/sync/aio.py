@@ -23,7 +23,7 @@ from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.engine import SyncEngine
 from entidb.sync.exchange import Then
 from entidb.sync.fates import Fate, Patience
-from entidb.sync.interrupt import Job
+from entidb.sync.interrupt import InterruptibleJob
 from entidb.sync.listening import (
     ConflictListener,
     ProgressListener,
@@ -78,14 +78,16 @@ class AsyncSyncEngine:
 
     async def _cycle(
         self, stopped: threading.Event | None, then: Then | None = None
-    ) -> Job[SyncCycleResult]:
+    ) -> InterruptibleJob[SyncCycleResult]:
         cancelled = threading.Event()
-        job: Job[SyncCycleResult]
-        job = Job(lambda _: self.engine.run_cycle(cancelled, stopped, then), "entidb-aio-sync")
+        job: InterruptibleJob[SyncCycleResult]
+        job = InterruptibleJob(
+            lambda _: self.engine.run_cycle(cancelled, stopped, then), "entidb-aio-sync"
+        )
         await self._ended(job, lambda: self.engine.cancel_cycle(cancelled))
         return job
 
-    async def _ended(self, job: Job[T], cancel: Callable[[], None]) -> None:
+    async def _ended(self, job: InterruptibleJob[T], cancel: Callable[[], None]) -> None:
         """Start ``job`` and wait for its end, also when cancelled, as often as that may be."""
         loop = asyncio.get_running_loop()
         over = asyncio.Event()
@@ -113,7 +115,9 @@ class AsyncSyncEngine:
             raise SyncStateError("this engine runs in the background already")
         self._running, self._stop = True, threading.Event()
         stopped = self._stop
-        job: Job[None] = Job(lambda _: self.engine.run_until(stopped), "entidb-aio-run")
+        job: InterruptibleJob[None] = InterruptibleJob(
+            lambda _: self.engine.run_until(stopped), "entidb-aio-run"
+        )
         try:
             await self._ended(job, self.stop)
         finally:
@@ -139,7 +143,9 @@ class AsyncSyncEngine:
     async def close(self) -> None:
         """End what is running and let another engine have the database. Idempotent."""
         self.stop()
-        job: Job[None] = Job(lambda _: self.engine.close(), "entidb-aio-close")
+        job: InterruptibleJob[None] = InterruptibleJob(
+            lambda _: self.engine.close(), "entidb-aio-close"
+        )
         await self._ended(job, lambda: None)
         job.result()
 
@@ -194,7 +200,7 @@ class AsyncSyncEngine:
 
     async def _patient(self, wait: Callable[[Patience], T]) -> T:
         patience = Patience()
-        job: Job[T] = Job(lambda _: wait(patience), "entidb-aio-wait")
+        job: InterruptibleJob[T] = InterruptibleJob(lambda _: wait(patience), "entidb-aio-wait")
 
         def give_up() -> None:
             patience.give_up()

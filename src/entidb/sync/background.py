@@ -30,7 +30,7 @@ STANDBY_S: Final = 0.25
 _BURST_TURNS: Final = 10
 
 
-class Running(Protocol):
+class BackgroundEngine(Protocol):
     """What the loop needs of an engine."""
 
     database: Database
@@ -63,7 +63,7 @@ class Background:
     be called from any thread, and from a signal handler."""
 
     def __init__(
-        self, engine: Running, clock: Clock, draw: Callable[[], float] = random.random
+        self, engine: BackgroundEngine, clock: Clock, draw: Callable[[], float] = random.random
     ) -> None:
         self._engine = engine
         self._clock = clock

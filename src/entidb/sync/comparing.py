@@ -138,7 +138,7 @@ class Comparing:
             state, catalogue = view.sync_state, view.catalogue
             mine = {info.name for info in catalogue.by_name.values() if info.synced}
             wanted = {name for name in listed if catalogue.in_scope(name)} | mine
-            unknown = {*state.outdated, *state.uncovered}
+            unknown = {*state.foreign_names, *state.uncovered}
             granted = {name for name in wanted if state.grants(name)}
         self.result.skipped = sorted(granted & unknown)
         return sorted(granted - unknown)

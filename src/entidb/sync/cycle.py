@@ -147,7 +147,7 @@ class Cycle:
         """This program is too old to pull. What is pending is pushed all the same (R33), but not
         where versions are of another history: raises ``error`` there."""
         state = self.exchange.applier.look().state
-        if state.foreign or state.outdated:
+        if state.foreign or state.foreign_names:
             raise error
 
     def _adopted(self, look: Look) -> Look:

@@ -17,7 +17,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from entidb.protocol import SyncRequest, SyncResponse
-from entidb.sync.exchange import Ahead, Step
+from entidb.sync.exchange import SendAhead, Step
 from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.state import SyncCycleResult
 from entidb.sync.transport import SyncTransport
@@ -78,7 +78,7 @@ class Drive(Struct):
                 return result
             outcome = None
             try:
-                if isinstance(step, Ahead):
+                if isinstance(step, SendAhead):
                     courier.send_ahead(step.request)
                 elif isinstance(step, Pause):
                     if not courier.pause(step):

@@ -33,7 +33,7 @@ from entidb.sync.refusal import Path
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
 
-class Ahead(Struct, frozen=True):
+class SendAhead(Struct, frozen=True):
     """A hint to the driver: this request will be asked for next, or after the one that is under
     way. It may be sent as soon as that one has its answer, while what came before is being staged
     or settled. Answered with None at once; ignoring it is fine."""
@@ -42,7 +42,7 @@ class Ahead(Struct, frozen=True):
 
 
 R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse, RoundResponse, DigestResponse)
-Step = SyncRequest | Ahead
+Step = SyncRequest | SendAhead
 Flow = Generator[Step, SyncResponse | None, SyncCycleResult]
 
 

@@ -44,7 +44,7 @@ def take_grant(writer: Writer, rebase: Rebase, granted: list[str] | None) -> Non
         now,
         uncovered=sorted(name for name in {*state.uncovered, *gained} if now.grants(name)),
         full=state.full or full,
-        outdated=[name for name in state.outdated if name not in gone],
+        foreign_names=[name for name in state.foreign_names if name not in gone],
     )
     writer.set_sync_state(machine.REGRANT(state, now))
 

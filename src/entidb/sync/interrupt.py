@@ -98,7 +98,7 @@ class Interrupts:
 
         Raises ``SyncCancelledError`` at once when interrupted, and leaves the thread to itself:
         ``work`` gets a watch that shows it."""
-        job = Job(work, name)
+        job = InterruptibleJob(work, name)
         watch = self.begin(job.done)
         job.watch = watch
         try:
@@ -115,7 +115,7 @@ class Interrupts:
         return job.result()
 
 
-class Job(Generic[T]):
+class InterruptibleJob(Generic[T]):
     """Work on a thread of its own."""
 
     def __init__(self, work: Callable[[Watch], T], name: str) -> None:
@@ -160,4 +160,4 @@ class Job(Generic[T]):
             del error  # its traceback refers to this frame
 
 
-__all__ = ["Interrupts", "Job", "Watch", "act_for", "acting_thread"]
+__all__ = ["Interrupts", "InterruptibleJob", "Watch", "act_for", "acting_thread"]

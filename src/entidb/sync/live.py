@@ -98,7 +98,7 @@ class NewsSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Listen:
+class OpenStream:
     """Open a stream."""
 
     refresh: bool
@@ -131,11 +131,11 @@ class Policy:
         self._refresh = False
         self._refreshed = False
 
-    def next(self, now: float) -> Listen | Ask | Wait:
+    def next(self, now: float) -> OpenStream | Ask | Wait:
         if now < self._not_before:
             return Wait(self._not_before - now)
         refresh, self._refresh = self._refresh, False
-        return Ask(refresh) if now < self._poll_until else Listen(refresh)
+        return Ask(refresh) if now < self._poll_until else OpenStream(refresh)
 
     # ---- what has happened
 
@@ -247,7 +247,7 @@ class Channel:
             try:
                 if isinstance(step, Wait):
                     self._clock.wait(self._stopping, step.seconds)
-                elif isinstance(step, Listen):
+                elif isinstance(step, OpenStream):
                     self._listen(step)
                 else:
                     self._ask(step)
@@ -258,7 +258,7 @@ class Channel:
         self._policy.state = LiveState.OFFLINE
         self._tell()
 
-    def _listen(self, step: Listen) -> None:
+    def _listen(self, step: OpenStream) -> None:
         now = self._clock.monotonic
         began = now()
         events: Events | None = None

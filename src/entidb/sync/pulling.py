@@ -24,7 +24,7 @@ from entidb.protocol import (
     payload_bytes,
 )
 from entidb.sync.apply.seam import Look
-from entidb.sync.exchange import Ahead, Exchange, Step, check_not_back, history_of
+from entidb.sync.exchange import Exchange, SendAhead, Step, check_not_back, history_of
 from entidb.sync.grants import needs_grant
 from entidb.sync.state import SyncProgress, SyncState
 
@@ -109,7 +109,9 @@ class Pulling:
         if full != [] and (stage is None or not stage.full_done):
             # A cursor of 0 is no proof: the server may have been empty, and this device may have
             # pushed since. Then what the server no longer has must go, so it is staged.
-            known = state.cursor > 0 or bool(state.have) or state.foreign or bool(state.outdated)
+            known = (
+                state.cursor > 0 or bool(state.have) or state.foreign or bool(state.foreign_names)
+            )
             known = known or bool(state.unsettled)
             first_sync = full is None and not known
             outcome = yield from self._pull_full(state, stage, full, first_sync)
@@ -150,7 +152,7 @@ class Pulling:
             floor = response.floor
             following = replace(request, cursor=response.cursor, limit=usual)
             if response.has_more:
-                yield Ahead(following)
+                yield SendAhead(following)
             self._exchange.check()
             self._exchange.applier.stage_page(request, response, full)
             done, size = self._count(response, done, size)
@@ -196,7 +198,7 @@ class Pulling:
                 return True
             following = replace(request, cursor=response.cursor)
             if response.has_more:
-                yield Ahead(following)
+                yield SendAhead(following)
             self._exchange.check()
             stage = self._exchange.applier.stage_page(request, response, full)
             done, size = self._count(response, done, size)

@@ -13,7 +13,7 @@ from entidb.db.replica import ReplicaState
 from entidb.errors import SyncError
 from entidb.protocol import PushRequest, PushResponse, SyncResponse
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
-from entidb.sync.exchange import Ahead, Exchange, Step, history_of
+from entidb.sync.exchange import Exchange, SendAhead, Step, history_of
 from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
 from entidb.sync.state import SyncProgress, SyncState
 
@@ -112,11 +112,11 @@ class Pushing:
         pull = False
         while True:
             if following is None and not pull and total > self._pushed + len(batch.keys):
-                yield Ahead(request)
+                yield SendAhead(request)
                 following = self._exchange.applier.prepare_after(batch, limits)
             after = None if following is None else self.request(following, state)
             if after is not None:
-                yield Ahead(after)
+                yield SendAhead(after)
             response = yield from self._ask_push(batch, state, request)
             settled = self._settle(batch, response, None if pull else limits, following, total)
             pull = self._pull_due = pull or settled.pull

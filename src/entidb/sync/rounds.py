@@ -100,7 +100,7 @@ def _is_plain(look: Look) -> bool:
     """Whether the pull of this cycle asks for what changed and nothing else."""
     state = look.state
     level = machine.lacks(state) is machine.Lacks.NOTHING
-    waits = state.outdated or state.unsettled
+    waits = state.foreign_names or state.unsettled
     return (
         level and not waits and look.stage is None and not look.adopting and not needs_grant(state)
     )

@@ -102,7 +102,7 @@ class DeviceAge:
         versions are of another history."""
         if not isinstance(error, UpgradeRequiredError):
             return
-        may = not (path.kept or watch.foreign or watch.outdated)
+        may = not (path.kept or watch.foreign or watch.foreign_names)
         ready = database.read_head().ready
         if self._ready and ready and may:
             checks = watch.checks

@@ -45,7 +45,7 @@ from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
 from entidb.testing.indexes import IndexLife
 from entidb.testing.invariants import GROUP_COLLECTION
-from entidb.testing.losers import Limits
+from entidb.testing.losers import KeepLimits
 from entidb.testing.person import Person
 from entidb.testing.tenant import Tenant
 from entidb.testing.watch import Context, DeviceWatch
@@ -95,7 +95,7 @@ class Device(Person):
         tenant.device_watches.append(self.watch)
         self.indexes = IndexLife(world, name, INDEXED, NUMBERS)
         losers = self.watch.losers
-        losers.limits = Limits(knobs.overruled_max, knobs.overruled_s / 86_400)
+        losers.limits = KeepLimits(knobs.overruled_max, knobs.overruled_s / 86_400)
         losers.combined = combined_fields(knobs)
         losers.judges = world.options.policy is None
         self.saved: Saved | None = None

@@ -23,7 +23,7 @@ Records = Mapping[bytes, bytes]
 _DAY_MS = 24 * 3600 * 1000
 
 
-class Limits(NamedTuple):
+class KeepLimits(NamedTuple):
     """How many values a device keeps, and for how long."""
 
     count_max: int
@@ -37,7 +37,7 @@ class Losers:
         self.checks = checks
         self.name = name
         self._server_clock = server_clock
-        self.limits = Limits(10_000, 90.0)
+        self.limits = KeepLimits(10_000, 90.0)
         #: Fields that a policy adds up or joins, by collection: neither side loses there.
         self.combined: dict[str, frozenset[str]] = {}
         #: Whether the policies are known, so that what they combine is.
@@ -219,4 +219,4 @@ def _covers(place: Path, held: bytes | None, path: Path, leaf: bytes | None) -> 
     return path[: len(place)] == place and leaves(held).get(path[len(place) :]) == leaf
 
 
-__all__ = ["Limits", "Losers", "lost_leaves"]
+__all__ = ["KeepLimits", "Losers", "lost_leaves"]

@@ -46,7 +46,7 @@ class Broken(AssertionError):
 
 
 @dataclass
-class Process:
+class OpenerProcess:
     """One process that is alive."""
 
     database: Database
@@ -69,7 +69,7 @@ class Several:
         self.store = MemoryStorage()
         self.ledger: list[str] = []
         self.collections: set[str] = set()
-        self.alive: list[Process] = []
+        self.alive: list[OpenerProcess] = []
         self.number = 0
         #: Of the store, those without a sequence too.
         self.commits = 0
@@ -78,7 +78,7 @@ class Several:
 
     def run(self) -> None:
         """Raises ``Broken``."""
-        steps: list[tuple[Callable[[Process], None], int]] = [
+        steps: list[tuple[Callable[[OpenerProcess], None], int]] = [
             (self.open_transaction, 4),
             (self.write_one, 5),
             (self.end_transaction, 6),
@@ -103,14 +103,14 @@ class Several:
     # ---- what a process does
 
     def begin(self) -> None:
-        self.alive.append(Process(Database(self.store.another(), busy_timeout_s=0.0)))
+        self.alive.append(OpenerProcess(Database(self.store.another(), busy_timeout_s=0.0)))
 
-    def turn_is_free(self, process: Process) -> bool:
+    def turn_is_free(self, process: OpenerProcess) -> bool:
         """Whether nobody who is alive has the turn, but ``process``."""
         others = [each for each in self.alive if each is not process]
         return all(each.transaction is None or each.lost_at is not None for each in others)
 
-    def open_transaction(self, process: Process) -> None:
+    def open_transaction(self, process: OpenerProcess) -> None:
         if process.transaction is not None:
             return
         try:
@@ -129,20 +129,20 @@ class Several:
             tx.collection(self.rng.choice(("a", "b"))).add({"mark": mark, "n": n})
         return mark
 
-    def lose_turn(self, process: Process) -> None:
+    def lose_turn(self, process: OpenerProcess) -> None:
         """As a process that was paused, where a store gives its turn to others then."""
         if process.transaction is not None and process.lost_at is None:
             process.lost_at = self.commits
             process.database.storage.turn.give_back()
 
-    def write_one(self, process: Process) -> None:
+    def write_one(self, process: OpenerProcess) -> None:
         self.open_transaction(process)
         if process.transaction is not None and not process.marks:
             process.marks.append(self._write(process.transaction))
         if self.rng.random() < 0.5:
             self.end_transaction(process)
 
-    def end_transaction(self, process: Process) -> None:
+    def end_transaction(self, process: OpenerProcess) -> None:
         tx, process.transaction = process.transaction, None
         marks, process.marks = process.marks, []
         lost_at, process.lost_at = process.lost_at, None
@@ -165,7 +165,7 @@ class Several:
         if sequence != len(self.ledger):
             raise Broken("DENSE", f"commit {len(self.ledger)} has sequence {sequence}")
 
-    def declare(self, process: Process) -> None:
+    def declare(self, process: OpenerProcess) -> None:
         if process.transaction is not None or not self.turn_is_free(process):
             return
         name = f"local {self.rng.randrange(6)}"
@@ -174,7 +174,7 @@ class Several:
         process.database.declare_local(name)
         self.collections.add(name)
 
-    def read(self, process: Process) -> None:
+    def read(self, process: OpenerProcess) -> None:
         database = process.database
         if database.sequence != len(self.ledger):
             raise Broken("FRESH", f"{database.sequence} after {len(self.ledger)} commits")
@@ -186,18 +186,18 @@ class Several:
             if moment.is_current() and sequence != len(self.ledger):
                 raise Broken("FRESH", f"what was read at {sequence} counts as new")
 
-    def remember(self, process: Process) -> None:
+    def remember(self, process: OpenerProcess) -> None:
         """As a cache does: what is read, with its moment."""
         self.read(process)
         with process.database.view() as view:
             process.moment = view.moment, view.head.sequence
 
-    def listen(self, process: Process) -> None:
+    def listen(self, process: OpenerProcess) -> None:
         if process.listens_since < 0:
             process.listens_since = len(self.ledger)
             process.database.observe(process.heard.append)
 
-    def hear(self, process: Process) -> None:
+    def hear(self, process: OpenerProcess) -> None:
         """As the thread does that waits for another mark."""
         if process.listens_since < 0:
             return
@@ -210,7 +210,7 @@ class Several:
             if (event.origin == "process") is (event.sequence in process.own):
                 raise Broken("HEARD", f"commit {event.sequence} is said to be {event.origin}")
 
-    def take_engine(self, process: Process) -> None:
+    def take_engine(self, process: OpenerProcess) -> None:
         others = [each for each in self.alive if each.engine and each is not process]
         if not process.database.right("background").take(0):
             if not others:
@@ -220,7 +220,7 @@ class Several:
             raise Broken("ENGINE", "two have it")
         process.engine = True
 
-    def die(self, process: Process) -> None:
+    def die(self, process: OpenerProcess) -> None:
         """As by SIGKILL: nothing of it runs any more; the system closes its files."""
         self.alive.remove(process)
         process.database.storage.close()

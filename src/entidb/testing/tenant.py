@@ -73,7 +73,7 @@ def asked(request: PushRequest | RoundRequest, error: SyncError) -> PullRequest 
     return request.pull if pulls else request.push
 
 
-class Process(Protocol):
+class SimulatedServer(Protocol):
     """The server that a database belongs to."""
 
     world: World
@@ -113,7 +113,7 @@ class Tenant:
     faults_begin = "server_"
     durable = "SERVER-DURABLE"
 
-    def __init__(self, host: Process, index: int) -> None:
+    def __init__(self, host: SimulatedServer, index: int) -> None:
         self.host = host
         self.world = world = host.world
         self.name = self.db_id = f"tenant{index}"

@@ -39,8 +39,8 @@ from entidb.storage.opening import closed_faults
 from entidb.testing.torture_process import (
     START_SECONDS,
     Ledger,
-    Process,
     TortureFailure,
+    TortureProcess,
     read_ledger,
 )
 from entidb.testing.torture_proxy import FAIR, Proxy, Weather
@@ -113,17 +113,17 @@ class Torture:
         self._ready = directory / "server.ready"
         self._server_path = directory / "server"
         server: dict[str, Any] = {"path": str(self._server_path), "ready": str(self._ready)}
-        self.server = Process("server", "server", server | {"seed": config.seed}, directory)
+        self.server = TortureProcess("server", "server", server | {"seed": config.seed}, directory)
         self.clients = [self._make_client(number) for number in range(config.clients)]
 
-    def _make_client(self, number: int) -> Process:
+    def _make_client(self, number: int) -> TortureProcess:
         settings = {
             "path": str(self._client_path(number)),
             "url": f"http://127.0.0.1:{self._proxy.ports[number]}",
             "seed": f"{self._config.seed} {number}",
             "pause_s": self._config.pause_s,
         }
-        return Process(f"client-{number}", "client", settings, self._directory)
+        return TortureProcess(f"client-{number}", "client", settings, self._directory)
 
     def _client_path(self, number: int) -> Path:
         return self._directory / "devices" / str(number)
@@ -197,7 +197,7 @@ class Torture:
     def _stop_server(self) -> None:
         self._stop(self.server, "servers stopped")
 
-    def _stop(self, process: Process, name: str) -> None:
+    def _stop(self, process: TortureProcess, name: str) -> None:
         if process.running and not process.stopped:
             self.report.faults[name] += 1
             process.pause()

@@ -27,7 +27,7 @@ class TortureFailure(Exception):
     """A promise was broken, or a process ended by itself."""
 
 
-class Process:
+class TortureProcess:
     """One worker, started again after every kill. Ended by its process id, and always reaped."""
 
     def __init__(self, name: str, role: str, settings: dict[str, Any], directory: Path) -> None:

@@ -70,7 +70,7 @@ class Server(Protocol):
         ...
 
 
-class Sent:
+class SentRequest:
     """One request on its way. ``outcome`` is the answer or the error, once there is one."""
 
     def __init__(self, request: SyncRequest) -> None:
@@ -88,9 +88,9 @@ class Way:
         self._world = world
         self._host = host
         self._device = device
-        self._waiting: Sent | None = None
+        self._waiting: SentRequest | None = None
         #: Requests known ahead of time, in order; one is sent when the one before it is answered.
-        self._ahead: list[Sent] = []
+        self._ahead: list[SentRequest] = []
         self._hints_ignored = False
         self._pause: Pause | None = None
 
@@ -144,7 +144,7 @@ class Way:
             self._waiting = ahead
             return None
         self._ahead = []
-        self._waiting = Sent(request)
+        self._waiting = SentRequest(request)
         self._send(self._waiting)
         return None
 
@@ -153,7 +153,7 @@ class Way:
         willing = self._device.rng.random() * 1000 < world.knobs.ahead and not world.quiet
         if willing and not self._hints_ignored:
             world.fired("ahead")
-            self._ahead.append(Sent(request))
+            self._ahead.append(SentRequest(request))
             if len(self._ahead) == 1 or self._ahead[-2].outcome is not None:
                 self._send(self._ahead[-1])
         else:
@@ -162,7 +162,7 @@ class Way:
 
     # ------------------------------------------------------------ there
 
-    def _send(self, sent: Sent) -> None:
+    def _send(self, sent: SentRequest) -> None:
         sent.is_out = True
         world, device, request = self._world, self._device, sent.request
         pushed = push_in(request)
@@ -180,7 +180,7 @@ class Way:
             world.after(delay, partial(self._arrive, sent, path, token, data, whole))
         world.after(TIMEOUT_MS, lambda: self._timeout(sent))
 
-    def _arrive(self, sent: Sent, path: str, token: str, data: bytes, whole: bool) -> None:
+    def _arrive(self, sent: SentRequest, path: str, token: str, data: bytes, whole: bool) -> None:
         refusal = self._device.gateway.refusal(path, data)
         if refusal is not None:
             self._world.after(1, lambda: self._heard(sent, refusal))
@@ -195,12 +195,12 @@ class Way:
 
     # ------------------------------------------------------------ and back
 
-    def _reply(self, sent: Sent, ok: bool, body: bytes) -> None:
+    def _reply(self, sent: SentRequest, ok: bool, body: bytes) -> None:
         world = self._world
         for delay, data in world.network.deliveries(self._device.name, "down", body, world.now):
             world.after(delay, partial(self._received, sent, ok, data))
 
-    def _received(self, sent: Sent, ok: bool, data: bytes) -> None:
+    def _received(self, sent: SentRequest, ok: bool, data: bytes) -> None:
         if not self._awaits(sent):
             return
         outcome: SyncResponse | SyncError
@@ -227,26 +227,26 @@ class Way:
             return
         self._settle(sent, outcome)
 
-    def _awaits(self, sent: Sent) -> bool:
+    def _awaits(self, sent: SentRequest) -> bool:
         return sent.outcome is None and (sent is self._waiting or sent in self._ahead)
 
-    def _heard(self, sent: Sent, refusal: SyncError) -> None:
+    def _heard(self, sent: SentRequest, refusal: SyncError) -> None:
         """Something else than the server has answered."""
         if self._awaits(sent):
             self._settle(sent, refusal)
 
-    def _timeout(self, sent: Sent) -> None:
+    def _timeout(self, sent: SentRequest) -> None:
         if sent.outcome is None:
             if sent is self._waiting:
                 self._lost(sent)
             self._settle(sent, SyncTimeoutError("no answer in time"))
 
-    def _lost(self, sent: Sent) -> None:
+    def _lost(self, sent: SentRequest) -> None:
         pushed = push_in(sent.request)
         if sent.is_out and sent.outcome is None and pushed is not None:
             self._device.unanswered(pushed)
 
-    def _settle(self, sent: Sent, outcome: SyncResponse | SyncError) -> None:
+    def _settle(self, sent: SentRequest, outcome: SyncResponse | SyncError) -> None:
         sent.outcome = outcome
         if not isinstance(outcome, SyncError):
             self._send_next()
@@ -263,7 +263,7 @@ class Way:
             if sent.outcome is None:
                 return
 
-    def _taken(self, sent: Sent) -> SyncResponse | SyncError:
+    def _taken(self, sent: SentRequest) -> SyncResponse | SyncError:
         """The outcome, as it is handed to the cycle."""
         outcome = sent.outcome
         assert outcome is not None

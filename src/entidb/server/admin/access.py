@@ -12,7 +12,7 @@ from entidb.server.admin.office import Office
 from entidb.server.auth import JwtAuthenticator
 from entidb.server.config import check_db_id
 from entidb.server.control import Kind, Revoked
-from entidb.server.registry import Device
+from entidb.server.registry import DeviceRecord
 
 _NAME_CHARS_MAX = 500
 
@@ -21,7 +21,7 @@ class DeviceRow(Struct, omit_defaults=True):
     """A device in a database. ``behind``: commits that it was not given yet; None where the head
     of the database is not known."""
 
-    device: Device
+    device: DeviceRecord
     behind: int | None = None
     revoked: bool = False
 

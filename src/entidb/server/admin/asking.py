@@ -51,7 +51,7 @@ class ErrorAnswer(Struct):
     message: str
 
 
-class Asked(Struct, frozen=True):
+class AdminRequest(Struct, frozen=True):
     """One request: ``names`` come from the address, ``query`` from what follows it."""
 
     names: Mapping[str, str]
@@ -66,7 +66,7 @@ class Asked(Struct, frozen=True):
         return int(text)
 
 
-Do = Callable[[Office, Caller, Asked], Any]
+Do = Callable[[Office, Caller, AdminRequest], Any]
 
 
 class Route(Struct, frozen=True):
@@ -100,7 +100,7 @@ def answer_from(
     try:
         route, names = _find(routes, method, path)
         return 200, json.encode(
-            route.do(office, caller, Asked(names, query, _body(route.takes, body)))
+            route.do(office, caller, AdminRequest(names, query, _body(route.takes, body)))
         )
     except Exception as error:
         return refusal(error)

@@ -36,7 +36,7 @@ class CollectionRow(Struct):
     synced: bool
 
 
-class EntityRow(Struct, omit_defaults=True):
+class BrowsedEntity(Struct, omit_defaults=True):
     """``value`` is JSON that loses nothing (``{"$bytes": …}``); where it is not ``whole``, long
     texts and what is inside lists and maps are left out. ``version`` is the commit that wrote it,
     ``changed_ms`` in milliseconds since 1970 when its device says it did, ``bytes`` of the value
@@ -55,7 +55,7 @@ class EntityPage(Struct):
     """``after`` is what to ask for the next page with; None: there is none. ``entities``: so many
     are in the collection."""
 
-    rows: list[EntityRow]
+    rows: list[BrowsedEntity]
     entities: int
     after: str | None = None
 
@@ -93,7 +93,9 @@ def entities(
         return EntityPage(rows, len(found), more)
 
 
-def entity(office: Office, caller: Caller, db_id: str, collection: str, identity: str) -> EntityRow:
+def entity(
+    office: Office, caller: Caller, db_id: str, collection: str, identity: str
+) -> BrowsedEntity:
     """One entity. Raises ``ProtocolError`` (not_found)."""
     _check(caller, db_id)
     key = _id(identity)
@@ -146,13 +148,13 @@ def _query(found: ReadCollection[Any], where: str, order: str, after: str) -> Qu
     return query
 
 
-def _row(found: ReadCollection[Any], key: uuid.UUID, value: Any, *, short: bool) -> EntityRow:
+def _row(found: ReadCollection[Any], key: uuid.UUID, value: Any, *, short: bool) -> BrowsedEntity:
     about = found.info(key)
     if short or about.payload_bytes > _WHOLE_BYTES_MAX:
         shown, whole = cut(value)
     else:
         shown, whole = as_json(value), True
-    return EntityRow(
+    return BrowsedEntity(
         id=str(key),
         value=shown,
         whole=whole,

@@ -18,7 +18,7 @@ from entidb.server.admin.callers import Caller
 from entidb.server.admin.databases import rows as database_rows
 from entidb.server.admin.happened import HappenedRow, rows_of
 from entidb.server.admin.office import Office
-from entidb.server.admin.summary import LAGS, Summary
+from entidb.server.admin.summary import LAGS, ServerSummary
 from entidb.server.registry import DEVICES_MAX
 
 #: Answers of a device's story.
@@ -41,7 +41,7 @@ class FleetPage(Struct):
     rows: list[FleetRow]
 
 
-class Story(Struct):
+class DeviceStory(Struct):
     """A device, and what happened to it lately, newest first; that is empty where the server
     shows no console, which keeps it."""
 
@@ -94,29 +94,29 @@ def _text(database: str, row: DeviceRow) -> str:
     return " ".join([each for each in parts if each] + ["revoked"] * row.revoked).lower()
 
 
-def story(office: Office, caller: Caller, db_id: str, device_id: str) -> Story:
+def story(office: Office, caller: Caller, db_id: str, device_id: str) -> DeviceStory:
     """Raises ``ProtocolError`` (not_found) for a device that this database does not know."""
     if re.fullmatch("[0-9a-f]{32}", device_id) is None:
         raise ProtocolError("a device id is 32 hexadecimal digits, in lower case")
     for row in access.devices(office, caller, db_id, DEVICES_MAX):
         if row.device.device_id == device_id:
             happened = rows_of(office, caller, db_id, device_id, limit=_STORY_MAX)
-            return Story(row, happened)
+            return DeviceStory(row, happened)
     raise ProtocolError("this database does not know that device", code="not_found")
 
 
-def summary(office: Office, caller: Caller) -> Summary:
+def summary(office: Office, caller: Caller) -> ServerSummary:
     """All that ``caller`` may see, as it was at most some seconds ago."""
     now = office.clock.monotonic()
     return office.summaries.total(now, lambda: _summaries(office), caller.sees)
 
 
-def _summaries(office: Office) -> dict[str, Summary]:
+def _summaries(office: Office) -> dict[str, ServerSummary]:
     everyone = Caller("the server", "local")
     found = {}
     for each in database_rows(office, everyone):
         rows = access.devices(office, everyone, each.name, DEVICES_MAX)
-        found[each.name] = Summary(
+        found[each.name] = ServerSummary(
             devices=len(rows),
             behind=sum(bool(row.behind) for row in rows),
             revoked=sum(row.revoked for row in rows),

@@ -20,9 +20,9 @@ from entidb.server.admin.callers import caller_of
 from entidb.server.admin.office import Office
 from entidb.server.admin.openapi import DOCUMENT, document
 from entidb.server.admin.routes import answer
-from entidb.server.exchange import Exchange, GoneError
+from entidb.server.exchange import GoneError, HttpExchange
 from entidb.server.room import Held
-from entidb.server.wire import HttpResponse
+from entidb.server.wire import ServerResponse
 
 #: Requests at once; the rest wait. Each takes a thread.
 _AT_ONCE: Final = 4
@@ -35,7 +35,7 @@ class AdminHttp:
         self._office = office
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
-    async def answer(self, exchange: Exchange, held: Held) -> HttpResponse:
+    async def answer(self, exchange: HttpExchange, held: Held) -> ServerResponse:
         """The answer to a request below ``PREFIX``; refusals too are JSON."""
         office = self._office
         try:
@@ -71,7 +71,7 @@ class AdminHttp:
             await exchange.drain(BODY_BYTES_MAX)
         return _response(status, data)
 
-    async def _read(self, exchange: Exchange, held: Held) -> bytes:
+    async def _read(self, exchange: HttpExchange, held: Held) -> bytes:
         wire.content_length(exchange.headers, BODY_BYTES_MAX)
         seconds = self._office.server.config.body_timeout_s
         try:
@@ -95,7 +95,7 @@ def _query(query: bytes) -> Mapping[str, str]:
         raise ProtocolError("the query of this address cannot be read") from error
 
 
-def _response(status: int, data: bytes) -> HttpResponse:
+def _response(status: int, data: bytes) -> ServerResponse:
     headers = {
         "content-type": wire.JSON_TYPE,
         "cache-control": "no-store",
@@ -103,4 +103,4 @@ def _response(status: int, data: bytes) -> HttpResponse:
     }
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="entidb"'
-    return HttpResponse(status, headers, data)
+    return ServerResponse(status, headers, data)

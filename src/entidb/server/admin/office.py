@@ -48,7 +48,7 @@ class Databases(Protocol[S_co]):
     def elsewhere(self) -> Callable[[str, float], AbstractContextManager[None]]: ...
 
 
-class Front(Protocol):
+class AdminFront(Protocol):
     """What is needed of ``front``."""
 
     @property
@@ -69,7 +69,7 @@ class Served(Protocol):
     @property
     def stores(self) -> Databases[OpenStore]: ...
     @property
-    def front(self) -> Front: ...
+    def front(self) -> AdminFront: ...
     @property
     def registry(self) -> Registry: ...
     @property
@@ -81,7 +81,7 @@ class Served(Protocol):
     def reload(self) -> str: ...
 
 
-class Others(Protocol):
+class OtherWorkers(Protocol):
     """The other processes of this server."""
 
     def on_duty(self) -> bool:
@@ -117,7 +117,7 @@ class Others(Protocol):
 
 
 class NoOthers:
-    """The ``Others`` of a server that is one process."""
+    """The ``OtherWorkers`` of a server that is one process."""
 
     def on_duty(self) -> bool:
         return True
@@ -154,7 +154,7 @@ class Office:
         self.registry: Final = server.registry
         self.audit: Final = AuditLog(server.config.data_dir, server.clock)
         self.tasks: Final = Tasks(server.clock)
-        self.others: Others = NoOthers()
+        self.others: OtherWorkers = NoOthers()
         #: Databases whose backups are too old, and when the oldest of the newest was made, in
         #: milliseconds since 1970; as of the last housekeeping.
         self.late_backups: list[str] = []

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
-from entidb.server.admin.summary import Summary
+from entidb.server.admin.summary import ServerSummary
 from entidb.server.pulse import Beat
 from entidb.version import VERSION
 
@@ -27,7 +27,7 @@ class Overview(Struct):
     disk_free_bytes: int | None
     disk_bytes: int | None
     open_databases: int
-    fleet: Summary
+    fleet: ServerSummary
     waiting: int
     in_flight_bytes: int
     tasks: int
@@ -38,7 +38,7 @@ class Overview(Struct):
     beats: list[Beat]
 
 
-def overview(office: Office, caller: Caller, fleet: Summary, since_ms: int = 0) -> Overview:
+def overview(office: Office, caller: Caller, fleet: ServerSummary, since_ms: int = 0) -> Overview:
     """``fleet`` is what ``caller`` may see of all devices; ``beats`` are those after
     ``since_ms``. Who administers some databases sees those counted, and the figures of the whole
     process, which name nobody."""

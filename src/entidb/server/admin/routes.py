@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from entidb.errors import EntiDBError, ProtocolError
 from entidb.server.admin import access, backups, care, databases
-from entidb.server.admin.asking import PREFIX, Asked, Changed, Route, answer_from, refusal
+from entidb.server.admin.asking import PREFIX, AdminRequest, Changed, Route, answer_from, refusal
 from entidb.server.admin.audit import Entry
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
@@ -82,24 +82,24 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _tasks(office: Office, caller: Caller, asked: Asked) -> list[Task]:
+def _tasks(office: Office, caller: Caller, asked: AdminRequest) -> list[Task]:
     return [each for each in office.tasks.all() if caller.sees(each.database)]
 
 
-def _task(office: Office, caller: Caller, asked: Asked) -> Task:
+def _task(office: Office, caller: Caller, asked: AdminRequest) -> Task:
     found = office.tasks.find(_number(asked.names["id"]))
     if found is None or not caller.sees(found.database):
         raise ProtocolError("there is no such task", code="not_found")
     return found
 
 
-def _cancel(office: Office, caller: Caller, asked: Asked) -> Changed:
+def _cancel(office: Office, caller: Caller, asked: AdminRequest) -> Changed:
     found = _task(office, caller, asked)
     with office.change(caller, "cancel", found.database, task=str(found.id)):
         return Changed(office.tasks.cancel(found.id))
 
 
-def _audit(office: Office, caller: Caller, asked: Asked) -> list[Entry]:
+def _audit(office: Office, caller: Caller, asked: AdminRequest) -> list[Entry]:
     found = office.audit.newest(asked.limit)
     return [each for each in found if caller.databases is None or caller.sees(each.database)]
 

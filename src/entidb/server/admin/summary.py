@@ -13,7 +13,7 @@ from msgspec import Struct, field
 _BELIEVED_S: Final = 5.0
 
 
-#: Commits by which devices may be behind, for each number of ``Summary.lag`` but the last.
+#: Commits by which devices may be behind, for each number of ``ServerSummary.lag`` but the last.
 LAGS: Final = (0, 10, 1000)
 
 
@@ -21,7 +21,7 @@ def _nobody() -> list[int]:
     return [0] * (len(LAGS) + 1)
 
 
-class Summary(Struct):
+class ServerSummary(Struct):
     """Of some databases; ``behind``: devices that were not given all commits; ``lag``: devices
     that are behind by nothing, by up to 10 commits, by up to 1,000, and by more."""
 
@@ -37,19 +37,22 @@ class Summaries:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: Mapping[str, Summary] = {}
+        self._known: Mapping[str, ServerSummary] = {}
         self._at: float | None = None
 
     def total(
-        self, now: float, read: Callable[[], Mapping[str, Summary]], sees: Callable[[str], bool]
-    ) -> Summary:
+        self,
+        now: float,
+        read: Callable[[], Mapping[str, ServerSummary]],
+        sees: Callable[[str], bool],
+    ) -> ServerSummary:
         """Of the databases that ``sees`` says yes to, as ``read`` found them; ``now`` in seconds of
         a clock that only goes forward."""
         with self._lock:
             if self._at is None or now - self._at >= _BELIEVED_S:
                 self._known, self._at = read(), now
             known = self._known
-        total = Summary()
+        total = ServerSummary()
         for name, each in known.items():
             if sees(name):
                 total.databases += 1

@@ -9,31 +9,31 @@ from typing import Final
 
 from entidb.errors import ProtocolError
 from entidb.server.admin import browse, fleet, happened
-from entidb.server.admin.asking import Asked, Route
+from entidb.server.admin.asking import AdminRequest, Route
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
 from entidb.server.admin.overview import Overview, overview
 
 
-def _number(asked: Asked, name: str) -> int:
+def _number(asked: AdminRequest, name: str) -> int:
     text = asked.query.get(name, "0")
     if re.fullmatch("[0-9]{1,15}", text) is None:
         raise ProtocolError(f"{name} is a number")
     return int(text)
 
 
-def _collection(asked: Asked) -> str:
+def _collection(asked: AdminRequest) -> str:
     name = asked.query.get("collection", "")
     if not name:
         raise ProtocolError("which collection? name it behind the question mark")
     return name
 
 
-def _overview(office: Office, caller: Caller, asked: Asked) -> Overview:
+def _overview(office: Office, caller: Caller, asked: AdminRequest) -> Overview:
     return overview(office, caller, fleet.summary(office, caller), _number(asked, "since"))
 
 
-def _devices(office: Office, caller: Caller, asked: Asked) -> fleet.FleetPage:
+def _devices(office: Office, caller: Caller, asked: AdminRequest) -> fleet.FleetPage:
     return fleet.devices(
         office,
         caller,
@@ -45,13 +45,13 @@ def _devices(office: Office, caller: Caller, asked: Asked) -> fleet.FleetPage:
     )
 
 
-def _happened(office: Office, caller: Caller, asked: Asked) -> list[happened.HappenedRow]:
+def _happened(office: Office, caller: Caller, asked: AdminRequest) -> list[happened.HappenedRow]:
     database = asked.query.get("database") or None
     what = asked.query.get("what", "")
     return happened.rows_of(office, caller, database, what=what, limit=asked.limit)
 
 
-def _entities(office: Office, caller: Caller, asked: Asked) -> browse.EntityPage:
+def _entities(office: Office, caller: Caller, asked: AdminRequest) -> browse.EntityPage:
     return browse.entities(
         office,
         caller,
@@ -89,7 +89,7 @@ WATCHING: Final[list[Route]] = [
         lambda office, caller, asked: fleet.story(
             office, caller, asked.names["name"], asked.names["id"]
         ),
-        fleet.Story,
+        fleet.DeviceStory,
     ),
     Route(
         "GET",
@@ -123,7 +123,7 @@ WATCHING: Final[list[Route]] = [
         lambda office, caller, asked: browse.entity(
             office, caller, asked.names["name"], _collection(asked), asked.names["id"]
         ),
-        browse.EntityRow,
+        browse.BrowsedEntity,
         texts=("collection",),
     ),
 ]

@@ -11,7 +11,7 @@ from typing import Final
 
 from entidb import packing
 from entidb.server import wire
-from entidb.server.wire import HttpResponse
+from entidb.server.wire import ServerResponse
 
 #: Where the page is, and what its files are below.
 PAGE: Final = "/console"
@@ -51,17 +51,17 @@ class Console:
     def serves(self, path: str) -> bool:
         return path == PAGE or path.startswith(PAGE + "/")
 
-    def answer(self, path: str, headers: Mapping[str, str]) -> HttpResponse:
+    def answer(self, path: str, headers: Mapping[str, str]) -> ServerResponse:
         """The file at ``path``; for what is none, the way to the page: 404, or 308 for the page
         with a slash behind it."""
         name = path.removeprefix(PAGE).removeprefix("/")
         if path == PAGE + "/":
             # The addresses in the page are below it, wherever the server is mounted.
-            return HttpResponse(308, {"location": "../console", **_HEADERS})
+            return ServerResponse(308, {"location": "../console", **_HEADERS})
         found = self._files.get(name or _INDEX)
         if found is None or name == _INDEX:
             kind = {"content-type": "text/plain; charset=utf-8"}
-            return HttpResponse(404, {**kind, **_HEADERS}, b"the console has no such file\n")
+            return ServerResponse(404, {**kind, **_HEADERS}, b"the console has no such file\n")
         return found.answer(headers)
 
 
@@ -76,13 +76,13 @@ class _File:
         for encoding in packing.ENCODINGS:
             self._bodies[encoding] = packing.compress(encoding, data)
 
-    def answer(self, headers: Mapping[str, str]) -> HttpResponse:
+    def answer(self, headers: Mapping[str, str]) -> ServerResponse:
         given = headers.get("if-none-match", "")[:1000]
         if self._headers["etag"] in [each.strip().removeprefix("W/") for each in given.split(",")]:
-            return HttpResponse(304, dict(self._headers))
+            return ServerResponse(304, dict(self._headers))
         encoding = wire.accepted_encoding(headers)
         packed = {} if encoding is None else {"content-encoding": encoding}
-        return HttpResponse(200, {**self._headers, **packed}, self._bodies[encoding])
+        return ServerResponse(200, {**self._headers, **packed}, self._bodies[encoding])
 
 
 def read_files() -> dict[str, bytes]:

@@ -28,7 +28,7 @@ from entidb.server.admin.office import Office
 from entidb.server.admin.readiness import Readiness
 from entidb.server.admin.routes import answer
 from entidb.server.config import directory_name
-from entidb.server.live import Live
+from entidb.server.live import LiveChannels
 from entidb.server.server import SyncServer
 from entidb.server.watched import Mark, mark_of
 from entidb.server.workers.family import Family
@@ -74,7 +74,7 @@ class Team:
         self,
         server: SyncServer,
         office: Office,
-        live: Live,
+        live: LiveChannels,
         family: Family,
         metrics: Metrics | None,
     ) -> None:

@@ -91,7 +91,7 @@ class Node:
         #: Connections of snapshots that the collector has found: given back by whoever comes next,
         #: because the collector may run inside the pool.
         self.forgotten: deque[Connection] = deque()
-        self.rights = Rights(self)
+        self.rights = NodeRights(self)
         self.marks = Marks(self)
 
     def _connect(self) -> Connection:
@@ -170,7 +170,7 @@ class Node:
             pool.close()
 
 
-class Rights:
+class NodeRights:
     """Rights of the stores of one node, on one connection: PostgreSQL gives each of them back when
     that ends, in whatever way. Thread-safe."""
 
@@ -359,4 +359,4 @@ def lease(address: str, connections_max: int) -> Lease:
         return Lease(node, key)
 
 
-__all__ = ["CONNECTIONS_MAX", "Lease", "Node", "Rights", "lease", "without_secret"]
+__all__ = ["CONNECTIONS_MAX", "Lease", "Node", "NodeRights", "lease", "without_secret"]

@@ -16,7 +16,7 @@ from entidb.db.writer import Writer
 from entidb.errors import CorruptionError
 from entidb.protocol import PushOperation, PushTransaction
 from entidb.storage import Snapshot
-from entidb.sync.apply.position import outdated_in_scope
+from entidb.sync.apply.position import foreign_in_scope
 from entidb.sync.apply.seam import BatchLimits, PushBatch
 from entidb.types import OPERATION_OVERHEAD_BYTES
 
@@ -62,7 +62,7 @@ def choose(
     settled and are gone but still in the snapshot. The batch ends before the first transaction
     that touches an entity in ``apart``. ``state`` is what ``writer`` has, if that was read."""
     state = state or writer.sync_state
-    if outdated_in_scope(writer, state):
+    if foreign_in_scope(writer, state):
         # What is built on another history has to meet this one first (R29).
         return None
     gaps = _gaps(inflight, limits.sequence_max)

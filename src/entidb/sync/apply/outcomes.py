@@ -11,7 +11,7 @@ from typing import Any
 
 from entidb import cbor
 from entidb.db.fields import Overruled
-from entidb.db.overruled import BY_POLICY, Keeper
+from entidb.db.overruled import BY_POLICY, OverruledKeeper
 from entidb.db.pending import PendingTransaction
 from entidb.db.records import (
     DISCARDED,
@@ -43,7 +43,7 @@ class Outcomes(Chains):
         super().__init__(writer)
         self._timestamp_max = timestamp_from_ms(server_ms) | 0xFFFF
         # A clock that is wrong must not let what is kept be forgotten too soon, or never.
-        self._keeper = Keeper(writer, min(writer.now_ms, server_ms))
+        self._keeper = OverruledKeeper(writer, min(writer.now_ms, server_ms))
         self._keeps = keeps
         self._taken_back: set[Ref] = set()
 

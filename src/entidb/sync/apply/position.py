@@ -73,13 +73,13 @@ def foreign_collections(writer: Writer, state: ReplicaState) -> frozenset[int]:
     return frozenset(
         info.number
         for info in writer.catalogue.by_name.values()
-        if state.foreign or info.name in state.outdated
+        if state.foreign or info.name in state.foreign_names
     )
 
 
-def outdated_in_scope(writer: Writer, state: ReplicaState) -> bool:
-    found = map(writer.catalogue.by_name.get, state.outdated)
-    return bool(state.outdated) and any(info is not None and info.synced for info in found)
+def foreign_in_scope(writer: Writer, state: ReplicaState) -> bool:
+    found = map(writer.catalogue.by_name.get, state.foreign_names)
+    return bool(state.foreign_names) and any(info is not None and info.synced for info in found)
 
 
 def move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
@@ -94,7 +94,7 @@ def move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
         foreign=False,
         keep_device=False,
         unsettled=[],
-        outdated=sorted(
+        foreign_names=sorted(
             info.name
             for info in writer.catalogue.by_name.values()
             if not info.synced and info.number in foreign

@@ -46,7 +46,7 @@ class DeviceWatch(DeviceModel):
         state = sync_state(records)
         if not state.foreign:
             self.move(state)
-        self.foreign, self.outdated = state.foreign, frozenset(state.outdated)
+        self.foreign, self.foreign_names = state.foreign, frozenset(state.foreign_names)
         self.full = state.full
         self.keep_device, self.unsettled = state.keep_device, state.unsettled
         self.granted = None if state.granted is None else frozenset(state.granted)

@@ -94,7 +94,7 @@ def _check_gone(watch: DeviceModel, records: Records, lost: Mapping[bytes, str])
 def take_state(watch: DeviceModel, state: ReplicaState) -> Iterable[Ref]:
     """Follow the cursor; returns the entities that must look different now."""
     watch.unsettled = state.unsettled
-    watch.outdated = frozenset(state.outdated)
+    watch.foreign_names = frozenset(state.foreign_names)
     if state.foreign:
         # R29: until the reset is through, the bases are those of the old history.
         watch.foreign = watch.full = True

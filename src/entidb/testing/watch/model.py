@@ -89,7 +89,7 @@ class DeviceModel:
         self.prefixes: dict[bytes, CollectionInfo] = {}
         self.foreign = False
         #: Collections whose rows are of the history before a reset that did not cover them.
-        self.outdated: frozenset[str] = frozenset()
+        self.foreign_names: frozenset[str] = frozenset()
         self.full = True
         self.keep_device = False
         self.unheard = False

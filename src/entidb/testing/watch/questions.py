@@ -31,7 +31,7 @@ def on_policy(
         f"{watch.name} asked its policy about {ref[0]}/{ref[1].hex()} with a time that has not "
         "come yet",
     )
-    if not first or watch.foreign or ref[0] in watch.outdated or watch.history is None:
+    if not first or watch.foreign or ref[0] in watch.foreign_names or watch.history is None:
         return
     if conflict.remote_payload is not None:
         mark = conflict.remote_device, conflict.remote_timestamp
