@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from entidb import AsyncSyncEngine, ConfigError, Database, SyncConfig, SyncEngine
-from entidb.server import SyncServer, create_app, serving
+from entidb.server import SyncServer, create_app, serve, serving
 
 CONFIG = SyncConfig(db_id="notes")
 NOWHERE = "http://127.0.0.1:1"
@@ -52,7 +52,7 @@ def test_only_entries_of_the_lists_can_be_dealt_with(db: Database, wrong: Any) -
 
 @pytest.mark.parametrize("wrong", [None, {}, "data"], ids=repr)
 def test_a_server_is_made_from_its_config(wrong: Any) -> None:
-    for make in (SyncServer, create_app):
+    for make in (SyncServer, create_app, serve):
         with pytest.raises(ConfigError, match="ServerConfig"):
             make(wrong)
     with pytest.raises(ConfigError, match="ServerConfig"), serving(wrong):

@@ -40,7 +40,7 @@ from entidb.server.server import SyncServer
 from entidb.server.signals import read_again, signals
 from entidb.server.workers.family import Family, can_share, cannot_share
 from entidb.server.workers.parent import Parent
-from entidb.types import Clock
+from entidb.types import Clock, kind_name
 
 logger = logging.getLogger("entidb.server")
 
@@ -93,7 +93,7 @@ def serve(
 
     if ready_file is not None:
         _check_ready(Path(ready_file))
-    settings = config.config if isinstance(config, SyncServer) else config
+    settings = _settings_of(config)
     where = Listen(host=host, port=port, **listen)
     if settings.workers > 1:
         _serve_together(config, settings, where, announce)
@@ -101,6 +101,13 @@ def serve(
     runner = _prepare(config, where, announce)
     with signals(runner.server, runner.read_again):
         runner.run()
+
+
+def _settings_of(config: ServerConfig | SyncServer) -> ServerConfig:
+    settings: object = config.config if isinstance(config, SyncServer) else config
+    if not isinstance(settings, ServerConfig):
+        raise ConfigError(f"config must be a ServerConfig, not {kind_name(settings)}")
+    return settings
 
 
 def _serve_together(
@@ -152,8 +159,7 @@ def serving(config: ServerConfig | SyncServer, **listen: Any) -> Iterator[str]:
         urls.append(url)
         ready.set()
 
-    settings = config.config if isinstance(config, SyncServer) else config
-    if settings.workers > 1:
+    if _settings_of(config).workers > 1:
         raise ConfigError("serving runs in this process alone: take serve for several workers")
     runner = _prepare(config, Listen(**{"port": 0, **listen}), announce)
 
