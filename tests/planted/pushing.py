@@ -149,7 +149,7 @@ def _following_not_apart(garden: Garden) -> None:
     """The batch after the one in flight may touch what that one touches."""
 
     def make(original: Any) -> Any:
-        return lambda writer, limits, inflight, apart=None: original(writer, limits, inflight)
+        return lambda writer, limits, inflight, *rest, **more: original(writer, limits, inflight)
 
     garden.replace(applier, "choose", make)
 

@@ -31,10 +31,11 @@ def _widening_cleared(garden: Garden) -> None:
     """A cursor taken along with a push clears what a wider scope still has to bring."""
 
     def make(original: Any) -> Any:
-        def take_confirmed(self: DatabaseApplier, writer: Writer) -> None:
+        def take_confirmed(self: DatabaseApplier, writer: Writer, **more: Any) -> Any:
             state = writer.sync_state
             if state.cursor < self._confirmed <= state.reached:
                 position.move_cursor(writer, state, self._confirmed)
+            return original(self, writer, **more)
 
         return take_confirmed
 

@@ -153,6 +153,7 @@ def _written_back_nowhere(garden: Garden) -> None:
     "dependents-not-held",
     "SURFACED-ONCE",
     "ORDER",
+    "CONVERGE",
     knobs=CALM | {"policy_notes": 7, "policy_pairs": 7},
 )
 def _dependents_not_held(garden: Garden) -> None:

@@ -109,9 +109,9 @@ def _lost_wake_up(patch: pytest.MonkeyPatch) -> None:
     """One's own commit counts as all that was committed before it."""
     original = Observers.tell
 
-    def tell(self: Observers, reading: Any, sequence: int, feed: Any, origin: str) -> None:
+    def tell(self: Observers, reading: Any, sequence: int, feed: Any, *rest: Any) -> None:
         self.told = feed[0][0][0] - 1
-        original(self, reading, sequence, feed, origin)
+        original(self, reading, sequence, feed, *rest)
 
     patch.setattr(Observers, "tell", tell)
 
@@ -121,8 +121,8 @@ def _heard_twice(patch: pytest.MonkeyPatch) -> None:
     """One's own commit is told as another process's as well."""
     original = Observers.tell
 
-    def tell(self: Observers, reading: Any, sequence: int, feed: Any, origin: str) -> None:
-        original(self, reading, sequence, feed, origin)
+    def tell(self: Observers, reading: Any, sequence: int, feed: Any, *rest: Any) -> None:
+        original(self, reading, sequence, feed, *rest)
         self.told = feed[0][0][0] - 1
 
     patch.setattr(Observers, "tell", tell)

@@ -53,18 +53,18 @@ def look_at(database: Database) -> Look:
 def look_after(before: Look, writer: Writer) -> Look:
     """What ``before`` has become with ``writer``'s commit, which began at that moment and is
     stored. Only what it changed is read, and of what it holds in memory."""
-    changes, head = writer.changes, writer.head
-    catalogue = writer.catalogue if META_CATALOGUE in changes else None
+    head = writer.head
+    catalogue = writer.catalogue if META_CATALOGUE in writer.changes else None
     adopting, overruled = before.adopting, before.overruled
-    if META_ADOPT in changes:
-        adopting = changes[META_ADOPT] is not None
-    if META_OVERRULED in changes:
-        overruled = decode_overruled_head(changes[META_OVERRULED])
+    if META_ADOPT in writer.changes:
+        adopting = writer.changes[META_ADOPT] is not None
+    if META_OVERRULED in writer.changes:
+        overruled = decode_overruled_head(writer.changes[META_OVERRULED])
     return Look(
         moment=writer.moment,
-        state=writer.sync_state if META_SYNC in changes else before.state,
-        stage=writer.stage if META_STAGE in changes else before.stage,
-        inflight=writer.inflight if META_INFLIGHT in changes else before.inflight,
+        state=writer.sync_state if META_SYNC in writer.changes else before.state,
+        stage=writer.stage if META_STAGE in writer.changes else before.stage,
+        inflight=writer.inflight if META_INFLIGHT in writer.changes else before.inflight,
         scope=before.scope if catalogue is None else _scope_of(catalogue),
         sequence=head.sequence,
         ready=head.ready,
