@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from entidb import Database, RetryConfig, SyncConfig, SyncEngine
+from entidb.db.replica import Stage
 from entidb.errors import CommitUnknownError, TransportError
 from entidb.server import SyncServer
 from entidb.storage import MemoryStorage
@@ -198,3 +200,34 @@ def test_a_background_engine_marks_while_its_syncs_work(server: SyncServer, one:
     assert one.database.marks_commits
     one.engine.stop()
     assert not one.database.marks_commits
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"full": True},
+        {"uncovered": ["notes"]},
+        {"foreign": True},
+        {"foreign_names": ["tasks"]},
+    ],
+    ids=str,
+)
+def test_a_device_that_lacks_more_than_what_is_new_marks_nothing(
+    one: Device, lacking: dict[str, Any]
+) -> None:
+    """What is marked would be sent before what is being pulled anew is complete."""
+    with one.database.write() as writer:
+        writer.set_sync_state(replace(writer.sync_state, **lacking))
+    one.notes.add("a")
+    with one.database.view() as view:
+        assert view.inflight is None
+
+
+def test_beside_a_staged_pull_nothing_is_marked(one: Device) -> None:
+    with one.database.write() as writer:
+        history = writer.sync_state.history
+        assert history is not None
+        writer.set_stage(Stage(history, 0, 0, 3, None))
+    one.notes.add("a")
+    with one.database.view() as view:
+        assert view.inflight is None

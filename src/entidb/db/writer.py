@@ -110,10 +110,17 @@ class Writer(Entities):
                 self.unmark()
 
     def mark(self, sequence: int) -> None:
-        """The transaction of this commit is in flight from here on, if nothing else is (R5)."""
-        if self.get(META_INFLIGHT) is None:
+        """The transaction of this commit is in flight from here on, if nothing else is (R5), and
+        this device lacks nothing but what is newer than its cursor: what is being pulled anew is
+        complete before anything is sent (R20, R31), also after a crash that forgets what was not
+        sent."""
+        if self.get(META_INFLIGHT) is None and self.get(META_STAGE) is None and self._is_whole():
             self.unsent = Inflight([[sequence, sequence]])
             self.set_inflight(machine.SEND(None, self.unsent))
+
+    def _is_whole(self) -> bool:
+        state = self.sync_state
+        return not (state.full or state.uncovered or state.foreign or state.foreign_names)
 
     def unmark(self) -> None:
         """What was marked by its own commit and was not sent is not in flight any more."""

@@ -133,6 +133,8 @@ class Tenant:
         self.restores = 0
         #: That became durable, of whatever process.
         self.commits = 0
+        #: Of these, such as belong to opening it: they are no effect of the request that did.
+        self.prepared = 0
         #: Files that an operator has copied, with what they are a copy of: history, head, floor.
         self.files: tuple[MemoryStorage, History, int, int] | None = None
         self.put_backs = 0
@@ -168,8 +170,10 @@ class Tenant:
             stale_rows_max=self.world.knobs.stale_rows,
         )
         if self.world.knobs.unique:
+            before = self.commits
             declare_all(database, declared({}, unique_settings(self.world.knobs)))
             database.wait_for_indexes()
+            self.prepared += self.commits - before
         storage.armed = not self.world.quiet
         return database
 
@@ -470,13 +474,13 @@ class Tenant:
     def effects(self) -> tuple[int, bytes]:
         """What an error must not change; but for a history that begins, which has to be durable
         before the error that says so."""
-        return self.commits, self.watch.history.identity
+        return self.commits - self.prepared, self.watch.history.identity
 
     def unchanged(self, before: tuple[int, bytes]) -> None:
         commits, identity = before
         begun = self.watch.history.identity != identity
         self.world.checks.that(
-            self.commits == commits + begun,
+            self.commits - self.prepared == commits + begun,
             "NO-EFFECT",
             f"{self.db_id} changed its store and answered with an error",
         )
