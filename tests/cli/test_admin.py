@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,22 @@ def test_tasks_are_waited_for_or_only_begun(place: Place):
     assert begun.get("state", "waiting") == "waiting"
     assert str(begun["id"]) in place("tasks")
     place.fails(3, "unknown_database", "verify", "gone")
+
+
+def test_a_person_is_erased_after_a_look(place: Place):
+    place("create", "shop")
+    place.fails(2, "usage", "erase", "shop", "--where", "people", "{")
+    place.fails(3, "not_found", "erase", "shop", "--where", "people", '{"name": "grace"}')
+    place.server.database("shop").collection("people")[uuid.UUID(int=1)] = {"name": "grace"}
+    where = ("erase", "shop", "--where", "people", '{"name": "grace"}')
+    place.fails(2, "usage", *where, "--where", "people", '{"name": "bob"}')
+    seen = place.json(*where)
+    assert (seen["entities"], seen["collections"]) == (1, {"people": 1})
+    assert seen["confirm"] in place(*where)
+    place.fails(2, "not_confirmed", *where, "--confirm", "1")
+    done = place.json(*where, "--confirm", seen["confirm"])
+    assert done["result"]["erased"] == {"people": 1}
+    assert "grace" not in place("audit", "--json")
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path):

@@ -250,6 +250,7 @@ def test_an_operator_gets_from_an_empty_machine_to_an_upgrade_by_the_page_alone(
     assert "second" in said["Rotate the key"]
     assert "ada" in said["Who is behind"] and '"ready"' in said["Who is behind"]
     assert "revoked" in said["Lock a device or a person out"]
+    assert "{'notes': 1}" in said["Erase a person"]
     listed = entidb("list", machine.here / "device", "notes", "--json")
     assert {each["value"]["text"] for each in documents(listed.stdout)} == {
         "the first",

@@ -409,6 +409,28 @@ def test_a_database_is_renamed_compacted_and_deleted_though_every_worker_has_it_
             assert client.send(pull(history, db_id="store")).code == "history_changed"
 
 
+def test_a_person_is_erased_though_every_worker_has_the_database_open(tmp_path: Path) -> None:
+    with served(tmp_path) as server:
+        clients = first, second = server.clients()
+        history = first.history()
+        for number, client in enumerate(clients, 1):
+            value = {"name": "ada-of-marylebone"}
+            client.send(push(history, number, value=value)).message(PushResponse)
+        second.send(push(history, 3, value={"name": "other"})).message(PushResponse)
+        wanted = {"collections": {"notes": {"name": "ada-of-marylebone"}}}
+        seen = admin(second, "POST", "databases/shop/erase/preview", wanted)
+        assert seen["entities"] == 2
+        confirmed = {**wanted, "confirm": seen["confirm"]}
+        task = admin(first, "POST", "databases/shop/erase", confirmed)
+        until(lambda: is_done(second, task["id"]), "it is erased")
+        for client in clients:
+            page = client.send(pull(history, cursor=4)).message(PullResponse)
+            assert page.cursor == page.head == 4
+        files = [path for path in server.data.rglob("*") if path.is_file()]
+        assert [path for path in files if b"ada-of-marylebone" in path.read_bytes()] == []
+        assert admin(second, "GET", "databases/shop")["entities"] == 1
+
+
 def is_done(client: Client, task: int) -> bool:
     return bool(admin(client, "GET", f"tasks/{task}")["state"] == "done")
 

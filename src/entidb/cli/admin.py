@@ -387,6 +387,41 @@ def purge_command(desk: Desk, name: str, wait: bool, days: float | None) -> Resu
     return _task(desk, _at("databases", name, "purge"), {"days": days}, wait)
 
 
+@_command("erase", _NAME, _WAIT,
+          click.option("--where", "wanted", nargs=2, multiple=True, required=True,
+                       metavar="COLLECTION CONDITION", help="What to erase; CONDITION is JSON."),
+          click.option("--confirm", metavar="TOKEN", help="What the preview said."),
+          click.option("--backups", is_flag=True,
+                       help="Remove the backups that have it, too."))  # fmt: skip
+def erase_command(
+    desk: Desk,
+    name: str,
+    wait: bool,
+    wanted: tuple[tuple[str, str], ...],
+    confirm: str | None,
+    backups: bool,
+) -> Result:
+    """Erase a person. Without --confirm only counts what would go.
+
+    What is found is deleted for every device, and gone from the bytes of the database's files;
+    devices that are behind pull everything anew. The answer names who may still have it.
+    """
+    body: dict[str, Any] = {"collections": {each: _condition(text) for each, text in wanted}}
+    if len(body["collections"]) < len(wanted):
+        raise UsageError("give each collection once; a condition can join several with |")
+    if confirm is None:
+        return desk.ask("POST", _at("databases", name, "erase", "preview"), body), views.preview
+    body |= {"confirm": confirm, "backups": backups}
+    return _task(desk, _at("databases", name, "erase"), body, wait)
+
+
+def _condition(text: str) -> Any:
+    try:
+        return json.decode(text)
+    except ValueError as error:
+        raise UsageError(f"a condition of --where is no JSON: {error}") from error
+
+
 def wait_for(desk: Desk, task: dict[str, Any]) -> dict[str, Any]:
     """The task when it is over. Raises ``EntiDBError`` (failed) if it did not come to a good
     end."""

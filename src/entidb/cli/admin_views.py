@@ -198,3 +198,8 @@ def task(row: Row) -> Iterator[str]:
             *((name, str(value)) for name, value in row.get("result", {}).items()),
         ]
     )
+
+
+def preview(row: Row) -> Iterator[str]:
+    found = [(name, str(count)) for name, count in row["collections"].items()]
+    yield from facts([*found, ("entities", str(row["entities"])), ("confirm", row["confirm"])])

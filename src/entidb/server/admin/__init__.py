@@ -10,6 +10,7 @@ written down of it.
     audit      the log of changes and of refused logins
     databases  list, create, freeze, rename, delete
     access     devices, revocations, keys
+    erase      what conditions find, taken from the bytes of the files too
     tasks      what takes long: one at a time, with progress, to be cancelled
 
 Functions take the office, the caller and plain values, and answer structures that become JSON.

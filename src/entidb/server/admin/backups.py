@@ -178,9 +178,14 @@ def _prune(office: Office, db_id: str, folder: Path) -> None:
         if kept[not row.faults]:
             kept[not row.faults] -= 1
             continue
-        # Without its second file it counts no more, whatever happens to the first.
-        _about(folder / row.id).unlink()
-        shutil.rmtree(folder / row.id)
+        remove(folder, row.id)
+
+
+def remove(folder: Path, identity: str) -> None:
+    """Take a backup away for good."""
+    # Without its second file it counts no more, whatever happens to the first.
+    _about(folder / identity).unlink()
+    shutil.rmtree(folder / identity)
 
 
 class Schedule:

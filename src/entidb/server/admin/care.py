@@ -62,11 +62,12 @@ def compact(office: Office, caller: Caller, db_id: str) -> Task:
     with office.change(caller, "compact", db_id):
         office.path_of(db_id)
         return office.tasks.add(
-            "compact", caller.who, db_id, lambda progress: _compact(office, db_id, progress)
+            "compact", caller.who, db_id, lambda progress: compact_now(office, db_id, progress)
         )
 
 
-def _compact(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
+def compact_now(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
+    """The body of ``compact``, for tasks that end with it."""
     progress.at("compacting")
     alone = office.stores.elsewhere(db_id, WAIT_S)
     with office.stores.using(db_id, create=False) as store, alone:
@@ -86,11 +87,12 @@ def purge(office: Office, caller: Caller, db_id: str, days: float | None = None)
     with office.change(caller, "purge", db_id, days=f"{kept:g}"):
         office.path_of(db_id)
         return office.tasks.add(
-            "purge", caller.who, db_id, lambda progress: _purge(office, db_id, kept, progress)
+            "purge", caller.who, db_id, lambda progress: purge_now(office, db_id, kept, progress)
         )
 
 
-def _purge(office: Office, db_id: str, days: float, progress: Progress) -> dict[str, Any]:
+def purge_now(office: Office, db_id: str, days: float, progress: Progress) -> dict[str, Any]:
+    """The body of ``purge``, for tasks that go on after it."""
     progress.at("purging", 0, _PARTS)
     purged = 0
     with office.stores.using(db_id, create=False) as store:

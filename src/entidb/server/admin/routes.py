@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 
 from entidb.errors import EntiDBError, ProtocolError
-from entidb.server.admin import access, backups, care, databases
+from entidb.server.admin import access, backups, care, databases, erase
 from entidb.server.admin.asking import PREFIX, AdminRequest, Changed, Route, answer_from, refusal
 from entidb.server.admin.audit import Entry
 from entidb.server.admin.callers import Caller
@@ -74,6 +74,20 @@ class Purge(Struct):
     """Deletions older than so many days; without it, as the server's retention says."""
 
     days: float | None = None
+
+
+class ErasePreview(Struct):
+    """Conditions on entities, by the names of collections."""
+
+    collections: dict[str, dict[str, Any]]
+
+
+class Erase(ErasePreview):
+    """The same conditions, what the preview said to confirm them by, and whether the backups go
+    that have one of the entities."""
+
+    confirm: str
+    backups: bool = False
 
 
 def _number(text: str) -> int:
@@ -228,6 +242,31 @@ ROUTES: Final[list[Route]] = [
         ),
         Task,
         Purge,
+    ),
+    Route(
+        "POST",
+        "databases/{name}/erase/preview",
+        "Count what would be erased.",
+        lambda office, caller, asked: erase.preview(
+            office, caller, asked.names["name"], asked.body.collections
+        ),
+        erase.Erasable,
+        ErasePreview,
+    ),
+    Route(
+        "POST",
+        "databases/{name}/erase",
+        "Erase what was looked at, from the bytes of the files too.",
+        lambda office, caller, asked: erase.erase(
+            office,
+            caller,
+            asked.names["name"],
+            asked.body.collections,
+            asked.body.confirm,
+            with_backups=asked.body.backups,
+        ),
+        Task,
+        Erase,
     ),
     Route(
         "GET",

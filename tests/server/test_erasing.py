@@ -1,0 +1,138 @@
+"""A person is erased: from the entities, from the bytes of every file, from devices that ask."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from entidb.db import Index
+from entidb.errors import ConfigError, PermissionDeniedError, ProtocolError
+from entidb.server.admin import backups, erase
+from entidb.server.admin import checking as checking_room
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.tasks import Task
+from entidb.server.auth import Grants
+from tests.server.support import pull
+from tests.server.test_backups import ROOT, Device, Place
+
+SECRET = "ada-lovelace-of-marylebone"
+WANTED = {"people": {"name": SECRET}}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    database = made.server.database("shop")
+    database.collection("people", indexes=[Index("name")])
+    with database.transaction() as tx:
+        for number in range(700):
+            name = SECRET if number < 600 else f"other-{number}"
+            tx.collection("people")[uuid.UUID(int=number + 1)] = {"name": name}
+    yield made
+    made.server.close()
+
+
+def holding(root: Path, words: str) -> list[str]:
+    return [
+        str(path.relative_to(root))
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and words.encode() in path.read_bytes()
+    ]
+
+
+def erased(place: Place, **given: bool) -> Task:
+    seen = erase.preview(place.office, ROOT, "shop", WANTED)
+    return place.over(erase.erase(place.office, ROOT, "shop", WANTED, seen.confirm, **given))
+
+
+def test_no_file_of_the_server_has_a_byte_of_what_was_erased(place: Place):
+    assert holding(place.root, SECRET)
+    seen = erase.preview(place.office, ROOT, "shop", WANTED)
+    assert (seen.collections, seen.entities) == ({"people": 600}, 600)
+    task = place.over(erase.erase(place.office, ROOT, "shop", WANTED, seen.confirm))
+    assert task.state == "done", task.error
+    assert task.result["erased"] == {"people": 600}
+    assert holding(place.root, SECRET) == []
+    assert holding(place.root, "other-650")
+    assert len(place.server.database("shop").collection("people")) == 100
+    (entry,) = [each for each in place.office.audit.newest(9) if each.action == "erase"]
+    assert entry.result == "done" and SECRET not in str(entry)
+    assert SECRET not in str(task)
+
+
+def test_a_device_that_syncs_loses_it(place: Place):
+    device = Device(place)
+    device.engine.sync()
+    people = device.database.collection("people")
+    assert len(people) == 700
+    erased(place)
+    device.engine.sync()
+    assert len(people) == 100
+    assert erased(place).result["erased"] == {"people": 0}
+
+
+def test_devices_that_have_not_fetched_the_deletion_are_named(place: Place):
+    history = place.history()
+    asked = pull(history, cursor=1)
+    place.office.registry.heard(asked, Grants("ada", {}), code=None)
+    place.office.registry.pulled(asked, 1)
+    result = erased(place).result
+    assert result["devices_that_may_hold_it"] == [asked.device_id.hex()]
+    assert result["devices_that_pull_anew"] == 1
+    assert result["floor"] == result["head"] > 1
+    place.office.registry.pulled(asked, result["head"])
+    again = erased(place).result
+    assert again["devices_that_may_hold_it"] == []
+    assert again["devices_that_pull_anew"] == 0
+
+
+def test_backups_that_have_it_are_named_and_removed_only_when_asked(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(backups, "check", lambda path, go_on: checking_room._look(path))
+    identity = place.backup()
+    task = erased(place)
+    assert task.result["backups_with_it"] == [identity] == place.ids()
+    people = place.server.database("shop").collection("people")
+    people[uuid.UUID(int=1)] = {"name": SECRET}
+    other = place.backup()
+    assert sorted(place.ids()) == sorted([identity, other])
+    task = erased(place, with_backups=True)
+    assert sorted(task.result["backups_removed"]) == sorted([identity, other])
+    assert (task.result["backups_with_it"], place.ids()) == ([], [])
+    assert holding(place.backups, SECRET) == []
+
+
+def test_what_is_erased_is_what_was_looked_at(place: Place):
+    seen = erase.preview(place.office, ROOT, "shop", WANTED)
+    people = place.server.database("shop").collection("people")
+    people[uuid.UUID(int=1)] = {"name": SECRET, "more": 1}
+    with pytest.raises(ConfigError) as refused:
+        erase.erase(place.office, ROOT, "shop", WANTED, seen.confirm)
+    assert refused.value.code == "not_confirmed"
+    assert len(people) == 700
+    (entry,) = [each for each in place.office.audit.newest(9) if each.action == "erase"]
+    assert entry.result == "not_confirmed" and SECRET not in str(entry)
+
+
+@pytest.mark.parametrize("wanted", [{}, {"people": {}}, {"nothing": {"name": "x"}}])
+def test_a_question_that_means_everything_or_nothing_is_refused(place: Place, wanted: erase.Wanted):
+    with pytest.raises(ProtocolError):
+        erase.preview(place.office, ROOT, "shop", wanted)
+
+
+def test_too_much_at_once_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(erase, "ERASED_MAX", 599)
+    with pytest.raises(ConfigError, match="more than 599 entities"):
+        erase.preview(place.office, ROOT, "shop", WANTED)
+
+
+def test_who_does_not_administer_the_database_erases_nothing(place: Place):
+    other = Caller("eve", "test", frozenset(["store"]))
+    with pytest.raises(PermissionDeniedError):
+        erase.preview(place.office, other, "shop", WANTED)
+    with pytest.raises(PermissionDeniedError):
+        erase.erase(place.office, other, "shop", WANTED, "")
