@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Final
 
 from msgspec import Struct, field
@@ -29,7 +29,7 @@ from entidb.protocol import (
     SyncResponse,
 )
 from entidb.sync.apply.applier import DatabaseApplier
-from entidb.sync.exchange import Connection, Exchange, Step, Then, history_of
+from entidb.sync.exchange import Connection, Exchange, Step, history_of
 from entidb.sync.state import SyncCycleResult
 
 #: Entities of one block; 32 bytes or so on the wire for each block, and for each entity of a block
@@ -271,14 +271,7 @@ class Verifying:
     """The part of an engine that compares with the server."""
 
     applier: DatabaseApplier
-
-    def run_cycle(
-        self,
-        cancelled: threading.Event,
-        stopped: threading.Event | None = None,
-        then: Then | None = None,
-    ) -> SyncCycleResult:
-        raise NotImplementedError
+    run_cycle: Callable[..., SyncCycleResult]
 
     def verify_with_server(self, *, repair: bool = False) -> Verification:
         """Synchronise, and compare what this device knows of the server with what the server has:
