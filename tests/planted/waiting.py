@@ -204,6 +204,7 @@ def _held_for_no_reason(garden: Garden) -> None:
 @bug(
     "stale-decision-taken",
     "SURFACED-ONCE",
+    "NO-SILENT-LOSS",
     knobs=CALM | {"policy_notes": 7, "policy_pairs": 7, "think_ms": 100, "pause_ms": 100},
 )
 def _stale_decision(garden: Garden) -> None:
