@@ -22,7 +22,7 @@ from entidb.errors import (
     error_from_code,
 )
 from entidb.protocol import PullRequest, PushRequest, SyncRequest, encode
-from entidb.sync.refusal import TRY_AGAIN_CYCLES
+from entidb.sync.refusal import TRY_AGAIN_CYCLES, KeptBack, Path
 from tests.support import Crash, Device, World, assert_in_step, assert_sound, uid
 
 Rule = Callable[[PushRequest], SyncError | None]
@@ -616,3 +616,22 @@ def test_a_connection_that_is_cut_once_changes_nothing() -> None:
     a.wire.before = hook
     a.sync()
     assert [each.transactions for each in pushes] == [refused[0].transactions]
+
+
+def test_what_was_cut_is_tried_again_after_some_cycles_and_what_was_refused_is_not() -> None:
+    """A server that has more devices than connections cuts some of them, and by chance twice."""
+    path, tried = Path(), []
+    path.kept[2] = KeptBack(2, bytes(16), "too_large", "too large")
+    for cycle in range(1, 40):
+        path.begin_cycle()
+        if 1 not in path.kept:
+            tried.append(cycle)
+            path.kept[1] = KeptBack(1, bytes(16), "transport_error", "cut")
+    assert tried == [1, 2, 5, 10, 19, 36]
+    assert 2 in path.kept
+    path.cut_bytes = 10
+    path.passed(10)
+    path.kept[1] = KeptBack(1, bytes(16), "transport_error", "cut")
+    path.begin_cycle()
+    path.begin_cycle()
+    assert list(path.kept) == [2]

@@ -29,7 +29,7 @@ _SHOWN_MAX: Final = 3
 class KeptBack(Struct, frozen=True):
     """A transaction that does not get through to the server, and why: ``code`` and ``message``
     are those of the refusal. It stays pending and visible, with those built on it, and is tried
-    again with the next connection."""
+    again with the next connection; where the connection was cut, after some cycles too."""
 
     sequence: int
     transaction_id: bytes
@@ -51,11 +51,26 @@ class Path:
     #: The smallest push whose connection was cut while it was sent, until one of its size passes.
     cut_bytes: int | None = None
     _cycles: int = 0
+    #: Cycles after which that is tried again whose connection was cut, and how many there were. A
+    #: server with more devices than connections cuts them by chance, and more than once.
+    _patience: int = 1
+    _waited: int = 0
 
     def begin_cycle(self) -> None:
         self._cycles += 1
+        self._waited += 1
         if self._cycles > TRY_AGAIN_CYCLES:
             self.try_again()
+        elif self._waited > self._patience:
+            self._try_cut_again()
+
+    def _try_cut_again(self) -> None:
+        cut = [each for each, kept in self.kept.items() if kept.code == TransportError.code]
+        if cut:
+            self._patience *= 2
+        for sequence in cut:
+            del self.kept[sequence]
+        self._waited = 0
 
     def try_again(self) -> None:
         """A limit may have been raised since: let the next batches try it, one step up."""
@@ -82,6 +97,7 @@ class Path:
         self.forbidden = False
         if self.cut_bytes is not None and size >= self.cut_bytes:
             self.cut_bytes = None
+            self._patience = 1
 
     def forget_all_but(self, sequences: Iterable[int]) -> list[KeptBack]:
         """Drop what is not pending any more; returns the rest."""
