@@ -38,7 +38,8 @@ DEPTH_MAX: Final = 20
 #: Calls of Python functions of this project, by what a program or the engine does: where they
 #: stand, so that no feature adds to them unseen. The store is the one on disk, device and server
 #: are in one thread.
-CALLS_MAX: Final[Mapping[str, int]] = {"get": 18, "set": 73, "idle": 147, "push": 547, "pull": 362}
+#: Some more than there are on a quiet machine: looks that a clock makes due come on top by chance.
+CALLS_MAX: Final[Mapping[str, int]] = {"get": 18, "set": 76, "idle": 150, "push": 556, "pull": 368}
 #: Rounds in which they are counted.
 _ROUNDS: Final = 4
 

@@ -61,7 +61,7 @@ class Path:
         self._waited += 1
         if self._cycles > TRY_AGAIN_CYCLES:
             self.try_again()
-        elif self._waited > self._patience:
+        elif self.kept and self._waited > self._patience:
             self._try_cut_again()
 
     def _try_cut_again(self) -> None:
