@@ -199,6 +199,10 @@ class AsyncSyncEngine:
         return await self._patient(lambda patience: self.engine.wait_synced(patience, timeout_s))
 
     async def _patient(self, wait: Callable[[Patience], T]) -> T:
+        # What was started begins on a thread of its own: until then nothing seems to run here.
+        task, background = self._task, self.engine._background
+        while task is not None and not task.done() and not background.is_running:
+            await asyncio.sleep(0.001)
         patience = Patience()
         job: InterruptibleJob[T] = InterruptibleJob(lambda _: wait(patience), "entidb-aio-wait")
 
