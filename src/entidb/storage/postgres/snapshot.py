@@ -35,7 +35,7 @@ class PostgresSnapshot:
         store.readers.add(id(self))
 
     def get(self, key: bytes) -> bytes | None:
-        rows = self._rows("SELECT k, v FROM entidb_kv WHERE store = %s AND k = %s", key)
+        rows = self.rows("SELECT k, v FROM entidb_kv WHERE store = %s AND k = %s", key)
         return _proved(*rows[0]) if rows else None
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -43,7 +43,7 @@ class PostgresSnapshot:
         wanted = [*dict.fromkeys(keys)]
         for first in range(0, len(wanted), _KEYS_AT_ONCE):
             part = wanted[first : first + _KEYS_AT_ONCE]
-            rows = self._rows(
+            rows = self.rows(
                 "SELECT kv.k, kv.v FROM entidb_kv kv WHERE kv.store = %s AND kv.k = ANY(%s)", part
             )
             found |= {key: _proved(key, stored) for key, stored in rows}
@@ -73,14 +73,15 @@ class PostgresSnapshot:
     ) -> list[tuple[Any, ...]]:
         order = "DESC" if reverse else "ASC"
         most = "" if limit is None else f" LIMIT {max(0, int(limit))}"
-        return self._rows(
+        return self.rows(
             f"SELECT {columns} FROM entidb_kv WHERE store = %s AND k >= %s AND k < %s "
             f"ORDER BY k {order}{most}",
             start,
             stop,
         )
 
-    def _rows(self, statement: str, *rest: Any) -> list[tuple[Any, ...]]:
+    def rows(self, statement: str, *rest: Any) -> list[tuple[Any, ...]]:
+        """What ``statement`` finds in this state, as it is stored; its first value is the store."""
         connection, store = self._open(), self._store
         try:
             with connection.cursor(binary=True) as cursor:

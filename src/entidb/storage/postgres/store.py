@@ -235,7 +235,7 @@ class PostgresStorage:
         with self.snapshot() as snapshot:
             last = b""
             while True:
-                rows = snapshot._rows(
+                rows = snapshot.rows(
                     "SELECT k, v FROM entidb_kv WHERE store = %s AND k > %s ORDER BY k "
                     f"LIMIT {_READ_AT_ONCE}",
                     last,
@@ -278,7 +278,7 @@ class PostgresStorage:
         self.opened.check_open()
         self.opened.node.reclaim()
         with self.snapshot() as snapshot:
-            ((records, used),) = snapshot._rows(
+            ((records, used),) = snapshot.rows(
                 "SELECT count(*), coalesce(sum(length(k) + length(v)), 0)::bigint FROM entidb_kv "
                 "WHERE store = %s"
             )
