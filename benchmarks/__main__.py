@@ -1,4 +1,5 @@
-"""``python -m benchmarks [NAME …] [--json] [--n N] [--rounds R] [--dir DIR]``: see the package."""
+"""``python -m benchmarks [NAME …] [--json] [--n N] [--rounds R] [--store S] [--dir D]``: see the
+package."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ NAMES = (
     "threads",
     "push",
     "pull",
+    "first",
     "incremental",
     "idle",
     "latency",
@@ -27,15 +29,23 @@ NAMES = (
     "size",
     "stalled",
 )
+#: Those that compare stores.
+STORE_NAMES = ("push", "pull", "incremental", "latency", "many")
 DIRECTORY = Path(".bench")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     world = World(options.dir)
+    figures = run
     try:
-        for name in options.names or NAMES:
-            for figure in run(name, world, options.n, options.rounds):
+        if options.store == "postgres":
+            from benchmarks import stores
+
+            world.closing(stores.begin(world))
+            figures = stores.run
+        for name in options.names or (NAMES if options.store == "files" else STORE_NAMES):
+            for figure in figures(name, world, options.n, options.rounds):
                 print(figure.to_json(), flush=True)
                 if not options.json:
                     print(figure, file=sys.stderr, flush=True)
@@ -58,11 +68,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="JSON only, no table")
     parser.add_argument("--n", type=int, action="append", help="size; may be given several times")
     parser.add_argument("--rounds", type=int, default=ROUNDS_DEFAULT)
+    parser.add_argument(
+        "--store",
+        choices=("files", "postgres"),
+        default="files",
+        help="postgres: databases in a PostgreSQL of its own, beside files and beside raw "
+        "PostgreSQL, in turns",
+    )
     parser.add_argument("--dir", type=Path, default=DIRECTORY, help="a directory on a disk")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in NAMES:
             parser.error(f"{name} is none of {', '.join(NAMES)}")
+        if options.store == "postgres" and name not in STORE_NAMES:
+            parser.error(f"--store postgres is for {', '.join(STORE_NAMES)}")
     if options.rounds < 1 or any(n < 1 for n in options.n or ()):
         parser.error("--n and --rounds are at least 1")
     return options

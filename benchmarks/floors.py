@@ -1,4 +1,5 @@
-"""Floors: what the machine does without EntiDB. Raw py-lmdb, sqlite3, and HTTP with nothing behind.
+"""Floors: what the machine does without EntiDB. Raw py-lmdb, sqlite3, PostgreSQL, and HTTP with
+nothing behind.
 
 Raw LMDB keeps what any store of this kind has to: the entities by id, and one index of them by
 commit sequence. It has no outbox, no versions, no checksums and no counts. Every commit is durable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import psycopg
 
 from benchmarks.figures import timed
 
@@ -128,6 +130,36 @@ class RawSqlite:
 
     def changes(self) -> Iterator[Pair]:
         return self.connection.execute("SELECT id, payload FROM entities ORDER BY sequence")
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class RawPostgres:
+    """The same in PostgreSQL: two tables, and as few round trips as there can be."""
+
+    def __init__(self, address: str) -> None:
+        self.connection = psycopg.connect(address, autocommit=True)
+        self.connection.execute("CREATE TABLE entities (id bytea PRIMARY KEY, payload bytea)")
+        self.connection.execute("CREATE TABLE changes (n bigint PRIMARY KEY, id bytea)")
+        self.sequence = 0
+
+    def put(self, pairs: Sequence[Pair]) -> None:
+        """One durable commit."""
+        self.connection.execute(
+            "WITH new AS (SELECT * FROM unnest(%b::bytea[], %b::bytea[]) WITH ORDINALITY "
+            "AS new(id, payload, n)), "
+            "old AS (INSERT INTO entities SELECT id, payload FROM new "
+            "ON CONFLICT (id) DO UPDATE SET payload = excluded.payload) "
+            "INSERT INTO changes SELECT %s + n, id FROM new",
+            ([key for key, _ in pairs], [data for _, data in pairs], self.sequence),
+            prepare=True,
+        )
+        self.sequence += len(pairs)
+
+    def put_batches(self, pairs: Sequence[Pair], size: int = BATCH) -> None:
+        for batch in batches(pairs, size):
+            self.put(batch)
 
     def close(self) -> None:
         self.connection.close()

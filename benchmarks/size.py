@@ -18,6 +18,8 @@ SIZES = (20_000,)
 UPDATE_ROUNDS = 20
 #: Each round of updates changes one entity in this many.
 UPDATE_SHARE = 10
+#: Cycles without a change after which a device is looked at: they give back what a push held.
+IDLE_CYCLES = 2
 LOADED = "after load"
 UPDATED = f"after {UPDATE_ROUNDS} rounds of updates"
 
@@ -45,6 +47,8 @@ def _disk(world: World, count: int, pairs: list[tuple[bytes, bytes]]) -> Iterato
                 load(writer.database, changes)
                 writer.sync()
             reader.sync()
+            for _ in range(IDLE_CYCLES):
+                writer.sync()
             places = {
                 "writing device": writer.path,
                 "reading device": reader.path,

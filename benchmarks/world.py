@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.floors import batches
 from benchmarks.payloads import COLLECTION, entities
 from entidb.db import Database, Role
-from entidb.server import mint_token
+from entidb.server import copy_server, mint_token
 from entidb.server.config import directory_name
 from entidb.sync import HttpTransport, SyncConfig, SyncEngine
 from entidb.sync.config import Compression
@@ -45,6 +45,9 @@ class World:
         self.secret_file.write_text(secrets.token_hex(32))
         self._numbers = itertools.count(1)
         self._templates: dict[tuple[str, int, str], Path] = {}
+        self._ends: list[Callable[[], None]] = []
+        #: Makes the address that a server keeps its databases at; None: in a directory.
+        self.new_address: Callable[[], str] | None = None
 
     def path(self, name: str) -> Path:
         """A path nobody else has."""
@@ -54,7 +57,13 @@ class World:
         secret = self.secret_file.read_bytes()
         return mint_token(secret, subject="bench", databases={"*": "rw"}, expires_s=7 * 24 * 3600)
 
+    def closing(self, close: Callable[[], None]) -> None:
+        """Have ``close`` called before the directory goes."""
+        self._ends.append(close)
+
     def close(self) -> None:
+        for end in self._ends:
+            end()
         shutil.rmtree(self.directory)
 
     # ------------------------------------------------------------ data to start from
@@ -91,7 +100,11 @@ class World:
 
     @contextlib.contextmanager
     def server(
-        self, databases: Mapping[str, Path] | None = None, *, workers: int = 1
+        self,
+        databases: Mapping[str, Path] | None = None,
+        *,
+        workers: int = 1,
+        segments_min_entities: int | None = None,
     ) -> Iterator[Server]:
         """A real server in a process of its own, or in several. ``databases`` are moved into its
         directory."""
@@ -99,7 +112,19 @@ class World:
         data_dir.mkdir(mode=0o700)
         for db_id, path in (databases or {}).items():
             path.rename(data_dir / directory_name(db_id))
-        arguments = ["benchmarks.serving", str(data_dir), str(self.secret_file), str(workers)]
+        place = str(data_dir)
+        if self.new_address is not None:
+            place = self.new_address()
+            if databases:
+                copy_server(data_dir, place)
+        least = "" if segments_min_entities is None else str(segments_min_entities)
+        arguments = [
+            "benchmarks.serving",
+            place,
+            str(self.secret_file),
+            str(workers),
+            least,
+        ]
         with self._process(arguments) as (pid, url):
             yield Server(url=url, pid=pid, data_dir=data_dir, token=self.token())
         shutil.rmtree(data_dir)
@@ -308,6 +333,12 @@ def memory_bytes(pid: int) -> tuple[int, int]:
         if name.startswith(("VmRSS", "RssAnon")):
             fields[name] = int(rest.split()[0]) * 1024
     return fields.get("VmRSS", 0), fields.get("RssAnon", 0)
+
+
+def processor_s(pid: int) -> float:
+    """Seconds of a processor that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---------------------------------------------------------------- the machine

@@ -211,6 +211,16 @@ def granted(row: Json, names: list[str] | None) -> Json:
     return row | {"answer": row["answer"] | {"granted": names}}
 
 
+def naming(row: Json, subject: str) -> Json:
+    """A handshake with the token of ``subject``."""
+    return row | {"answer": row["answer"] | {"subject": subject}}
+
+
+def under(row: Json, subject: str) -> Json:
+    """A push that has to name the ``subject`` it goes under."""
+    return row | {"must": row["must"] | {"subject": subject}}
+
+
 def refused(row: Json, status: int, code: str | None = None, **more: Any) -> Json:
     """``code`` None: by something on the way that does not speak this protocol."""
     bare = {key: item for key, item in row.items() if key != "answer"} | {"status": status}
@@ -835,6 +845,42 @@ def stored_in_a_newer_shape() -> list[Json]:
             push({"one of": [1, 2]}, [sent("t2", (E1, 2, D))], accepted(3)),
         ),
         holds([(E1, D)]),
+    ]
+
+
+@_conversation(5, "R36: what one subject committed is not sent under another, and waits")
+def two_people_at_one_device() -> list[Json]:
+    return [
+        sync(naming(meeting(0), "ann"), pull(0, head=0)),
+        commit((E1, A)),
+        RESTART,
+        sync(naming(handshake(0), "ben"), pull(0, head=0)),
+        holds([(E1, A)], pending=[[(E1, A)]]),
+        commit((E2, B)),
+        commit((E1, C)),
+        sync(pull(0, head=0), under(push(0, [sent("t2", (E2, 0, B))], accepted(1)), "ben")),
+        holds([(E1, C), (E2, B)], pending=[[(E1, A)], [(E1, C)]]),
+        RESTART,
+        sync(
+            naming(handshake(1), "ann"),
+            pull({"one of": [0, 1]}, head=1, have={"at most": [[1, 1]]}),
+            under(push({"one of": [0, 1]}, [sent("t1", (E1, absent(1), A))], accepted(2)), "ann"),
+        ),
+        holds([(E1, C), (E2, B)], pending=[[(E1, C)]]),
+    ]
+
+
+@_conversation(5, "R36: what got no answer is not sent again under another subject")
+def another_person_after_a_lost_answer() -> list[Json]:
+    batch = [sent("t1", (E1, 0, A))]
+    own = [1, DEVICE, {"is": "time of t1"}, [[0, E1, A]]]
+    return [
+        sync(naming(meeting(0), "ann"), pull(0, head=0)),
+        commit((E1, A)),
+        sync(pull(0, head=0), lost(under(push(0, batch), "ann")), ends="no_answer"),
+        RESTART,
+        sync(naming(handshake(1), "ben"), pull(0, own, head=1)),
+        holds([(E1, A)]),
     ]
 
 

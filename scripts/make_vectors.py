@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -57,6 +58,7 @@ HANDSHAKE_RESPONSE: Final[Message] = {
     "features": ["zstd", "gzip"],
     "time": 1764000000123,
     "granted": ["Läden/東京", "notes"],
+    "subject": "Ann Müller",
 }
 PULL_REQUEST: Final[Message] = {
     "db_id": "household",
@@ -115,6 +117,7 @@ PUSH_REQUEST: Final[Message] = {
         [ID_LIKE_A_LINK, 0, [[1, ID_LIKE_A_LINK, 0, PAYLOAD_LIKE_A_LINK]]],
     ],
     "schema": 256,
+    "subject": "東京",
 }
 PUSH_RESPONSE: Final[Message] = {
     "results": [
@@ -155,6 +158,29 @@ DIGEST_RESPONSE: Final[Message] = {
     "head": 65540,
     "granted": ["lists", "notes"],
 }
+SNAPSHOT_REQUEST: Final[Message] = {
+    "db_id": "household",
+    "device_id": DEVICE,
+    "history": HISTORY,
+    "collections": ["notes", "Läden/東京"],
+    "packings": ["zstd", "gzip"],
+    "schema": 24,
+}
+MANIFEST: Final[Message] = {
+    "history": HISTORY,
+    "head": 65540,
+    "floor": 23,
+    "collections": ["lists", "notes"],
+    "segments": [
+        [bytes(range(32)), 0, 4096, 65536, bytes(16), ENTITY, "zstd"],
+        [bytes(range(1, 33)), 1, 300, 2, bytes(16), ENTITY, "zstd"],
+        [bytes(range(2, 34)), 1, 200, 1, OTHER, OTHER, "gzip"],
+    ],
+    "entities": 65539,
+    "ends": 1764003600123,
+    "time": 1764000000123,
+    "granted": ["lists", "notes"],
+}
 ERROR_RESPONSE: Final[Message] = {
     "code": "rate_limited",
     "message": "slow down",
@@ -173,14 +199,16 @@ COMPLETE: Final[dict[str, Message]] = {
     "RoundResponse": ROUND_RESPONSE,
     "DigestRequest": DIGEST_REQUEST,
     "DigestResponse": DIGEST_RESPONSE,
+    "SnapshotRequest": SNAPSHOT_REQUEST,
+    "Manifest": MANIFEST,
     "ErrorResponse": ERROR_RESPONSE,
 }
 #: Keys a message may lack, with what their absence means.
 DEFAULTS: Final[dict[str, Message]] = {
     "HandshakeRequest": {"client": "", "schema": 0},
     "PullRequest": {"have": [], "collections": None, "full": False, "columns": False, "schema": 0},
-    "PushRequest": {"schema": 0},
-    "HandshakeResponse": {"granted": None},
+    "PushRequest": {"schema": 0, "subject": None},
+    "HandshakeResponse": {"granted": None, "subject": None},
     "PullResponse": {"columns": None, "granted": None},
     "DigestRequest": {
         "collections": None,
@@ -199,8 +227,14 @@ DEFAULTS: Final[dict[str, Message]] = {
         "more": False,
         "granted": None,
     },
+    "SnapshotRequest": {"history": None, "collections": None, "schema": 0},
+    "Manifest": {"granted": None},
     "ErrorResponse": {"retry_after": None, "details": {}},
 }
+
+
+#: What says nothing is the same as what is not there, and is not written.
+NOT_WRITTEN: Final[Message] = {"schema": 0, "subject": None}
 
 
 def canonical(value: Any) -> bytes:
@@ -226,7 +260,9 @@ def valid() -> Iterator[dict[str, Any]]:
         if kind in DEFAULTS:
             short = {key: item for key, item in message.items() if key not in DEFAULTS[kind]}
             meaning = message | DEFAULTS[kind]
-            meaning.pop("schema", None)  # 0 is the same as none, and is not written
+            for name, none in NOT_WRITTEN.items():
+                if meaning.get(name, 0) == none:
+                    meaning.pop(name, None)
             data = None if short == meaning else canonical(short)
             yield _valid(kind, "what is absent has its default", meaning, data)
             if data is not None:
@@ -234,6 +270,9 @@ def valid() -> Iterator[dict[str, Any]]:
             if "schema" in message:
                 zero = canonical(meaning | {"schema": 0})
                 yield _valid(kind, "a schema of 0 says nothing", meaning, zero)
+            if "subject" in message:
+                nobody = canonical(meaning | {"subject": None})
+                yield _valid(kind, "a subject that is null says nothing", meaning, nobody)
     yield from _valid_edges()
 
 
@@ -254,6 +293,17 @@ def _valid_edges() -> Iterator[dict[str, Any]]:
     none: Message = dict.fromkeys(PULL_COLUMNS, b"")
     yield _valid("PullResponse", "empty columns", PULL_RESPONSE | IN_COLUMNS | {"columns": none})
     yield _valid("RoundResponse", "nothing was decided", ROUND_RESPONSE | {"push": None})
+    image: Message = {"collections": [], "segments": [], "entities": 0, "ends": 0}
+    yield _valid("Manifest", "no image", MANIFEST | image)
+    newer = [[*segment, "newer"] for segment in MANIFEST["segments"]]
+    yield _valid(
+        "Manifest",
+        "unknown elements of a segment are ignored",
+        MANIFEST,
+        canonical(MANIFEST | {"segments": newer}),
+    )
+    longest: Message = {"subject": "ß" * 255}
+    yield _valid("HandshakeResponse", "a long subject", HANDSHAKE_RESPONSE | longest)
     nothing: Message = {"collections": [], "transactions": []}
     yield _valid("PushRequest", "no transaction at all", PUSH_REQUEST | nothing)
     for length in (23, 24, 255, 256, 4095, 4096):
@@ -315,6 +365,7 @@ def refused() -> Iterator[dict[str, Any]]:
     yield from _refused_together()
     yield from _refused_rounds()
     yield from _refused_digests()
+    yield from _refused_manifests()
 
 
 def _refused_bytes() -> Iterator[dict[str, Any]]:
@@ -446,6 +497,11 @@ def _refused_together() -> Iterator[dict[str, Any]]:
         }
     ):
         yield _refused("PushResponse", name, PUSH_RESPONSE | {"results": [result]})
+    for name, change in _each(
+        {"no subject's name": {"subject": ""}, "too long a subject": {"subject": "x" * 256}}
+    ):
+        yield _refused("HandshakeResponse", name, HANDSHAKE_RESPONSE | change)
+        yield _refused("PushRequest", name, PUSH_REQUEST | change)
     yield _refused(
         "ErrorResponse", "a time to wait below 0", ERROR_RESPONSE | {"retry_after": -1.0}
     )
@@ -492,6 +548,29 @@ def _refused_digests() -> Iterator[dict[str, Any]]:
     }
     for name, fields in responses.items():
         yield _refused("DigestResponse", name, DIGEST_RESPONSE | fields)
+
+
+def _refused_manifests() -> Iterator[dict[str, Any]]:
+    one, two, three = MANIFEST["segments"]
+    for name, fields in _each(
+        {
+            "a collection that is not there": {"segments": [one, [two[0], 2, *two[2:]], three]},
+            "collections in turns": {"segments": [two, one, three]},
+            "segments out of order": {"segments": [one, three, two]},
+            "segments that overlap": {"segments": [one, [*two[:5], OTHER, "zstd"], three]},
+            "a segment that ends before it begins": {
+                "segments": [one, [*two[:4], ENTITY, bytes(16), "zstd"], three]
+            },
+            "a segment without rows": {"segments": [one, [*two[:3], 0, *two[4:]], three]},
+            "a segment of too many rows": {"segments": [[*one[:3], 65537, *one[4:]], two, three]},
+            "a segment without bytes": {"segments": [one, [*two[:2], 0, *two[3:]], three]},
+            "a name of 31 bytes": {"segments": [[bytes(31), *one[1:]], two, three]},
+            "other rows than there are": {"entities": 65538},
+            "a floor above the head": {"floor": 65541},
+            "a collection that comes twice": {"collections": ["notes", "notes"]},
+        }
+    ):
+        yield _refused("Manifest", name, MANIFEST | fields)
 
 
 def _refused(kind: str, name: str, value: Any) -> dict[str, Any]:
@@ -603,6 +682,129 @@ def _nested(depth: int) -> list[Any]:
     return value
 
 
+# --- segments ---------------------------------------------------------------------------------
+
+#: Rows of a segment: id, version, device, timestamp, payload.
+ROWS: Final = [
+    [ENTITY, 42, DEVICE, STAMP, PAYLOAD],
+    [ID_LIKE_A_LINK, 2**63 - 1, ID_LIKE_A_LINK, 2**64 - 1, PAYLOAD_LIKE_A_LINK],
+    [b"\xff" * 16, 1, DEVICE, 0, b"\xf6\xf6"],
+]
+
+
+def _columns(rows: list[Any]) -> bytes:
+    return b"".join(
+        (
+            b"".join(row[0] for row in rows),
+            b"".join(
+                row[1].to_bytes(8, "big") + row[2] + row[3].to_bytes(8, "big") for row in rows
+            ),
+            b"".join(len(row[4]).to_bytes(4, "big") for row in rows),
+            b"".join(row[4] for row in rows),
+        )
+    )
+
+
+def _stored_zstd(data: bytes) -> bytes:
+    """One frame with one block that is not compressed (RFC 8878): the same bytes everywhere."""
+    block = (len(data) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\xa0" + len(data).to_bytes(4, "little") + block + data
+
+
+def _stored_gzip(data: bytes) -> bytes:
+    """The same as one member of gzip (RFC 1952)."""
+    size = len(data).to_bytes(2, "little")
+    block = b"\x01" + size + bytes(255 - byte for byte in size) + data
+    tail = zlib.crc32(data).to_bytes(4, "little") + len(data).to_bytes(4, "little")
+    return b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff" + block + tail
+
+
+def _segment(held: list[Any], body: bytes | None = None, **changes: Any) -> tuple[Message, bytes]:
+    header = {
+        "collection": "notes",
+        "rows": len(held),
+        "first": held[0][0],
+        "last": held[-1][0],
+        "packing": "none",
+        "size": len(_columns(held)),
+    } | changes
+    head = canonical(header)
+    packed = _columns(held) if body is None else body
+    return header, b"EntiDB-segment\0\1" + len(head).to_bytes(4, "big") + head + packed
+
+
+def segments() -> Iterator[dict[str, Any]]:
+    rows = sorted(ROWS)
+    whole = _columns(rows)
+    for name, made in _each(
+        {
+            "three rows": _segment(rows),
+            "one row": _segment(rows[:1]),
+            "a stored block of zstd": _segment(rows, _stored_zstd(whole), packing="zstd"),
+            "a stored block of gzip": _segment(rows, _stored_gzip(whole), packing="gzip"),
+            "an unknown key of the header": _segment(rows, a_newer_key=[1]),
+        }
+    ):
+        header, data = made
+        header = {key: item for key, item in header.items() if key != "a_newer_key"}
+        entities = rows[: header["rows"]]
+        yield {
+            "name": name,
+            "hex": data.hex(),
+            "header": _as_json(header),
+            "entities": _as_json(entities),
+        }
+    for name, data in _each(_broken_segments(rows, whole)):
+        yield {"name": name, "hex": data.hex()}
+
+
+def _broken_segments(rows: list[Any], whole: bytes) -> dict[str, bytes]:
+    data = _segment(rows)[1]
+    twice = [rows[0], [rows[0][0], *rows[1][1:]], rows[2]]
+    turned = [rows[0], rows[2], rows[1], [b"\xff" * 15 + b"\xff", *rows[2][1:]]]
+    empty = [rows[0], [*rows[1][:4], b""], rows[2]]
+    unborn = [rows[0], [rows[1][0], 0, *rows[1][2:]], rows[2]]
+    return {
+        "nothing": b"",
+        "another magic": b"entidb-segment" + data[14:],
+        "another version": data[:15] + b"\2" + data[16:],
+        "a header without an end": data[:16] + b"\xff" * 4 + data[20:],
+        "a header that is no map": b"EntiDB-segment\0\1\0\0\0\1\x01" + whole,
+        "cut off": data[:-1],
+        "one byte too many": data + b"\0",
+        "a size that is too small": _segment(rows, size=len(whole) - 1)[1],
+        "a size that no such segment has": _segment(rows, size=2**62)[1],
+        "too many rows": _segment(rows, rows=65537)[1],
+        "one row less than there are": _segment(rows, rows=2)[1],
+        "one row more than there are": _segment(rows, rows=4)[1],
+        "another first id": _segment(rows, first=bytes(16))[1],
+        "another last id": _segment(rows[:2], last=b"\xff" * 16)[1],
+        "an id that comes twice": _segment(twice)[1],
+        "ids that do not ascend": _segment(turned)[1],
+        "a value without bytes": _segment(empty)[1],
+        "version 0": _segment(unborn)[1],
+        "no collection": _segment(rows, collection="")[1],
+        "an unknown packing": _segment(rows, packing="brotli")[1],
+        "not packed as it says": _segment(rows, packing="zstd")[1],
+        "a frame cut off": _segment(rows, _stored_zstd(whole)[:-1], packing="zstd")[1],
+        "something behind the frame": _segment(rows, _stored_zstd(whole) + b"\0", packing="zstd")[
+            1
+        ],
+        "something behind the member": _segment(rows, _stored_gzip(whole) + b"\0", packing="gzip")[
+            1
+        ],
+        "more in the frame than it says": _segment(
+            rows, _stored_zstd(whole + b"\0"), packing="zstd"
+        )[1],
+        "less in the frame than it says": _segment(rows, _stored_zstd(whole[:-1]), packing="zstd")[
+            1
+        ],
+        "a size that does not fit its value": _segment(
+            rows, whole[:147] + bytes([whole[147] ^ 1]) + whole[148:]
+        )[1],
+    }
+
+
 # --- answers that nobody may believe ----------------------------------------------------------
 
 
@@ -665,6 +867,7 @@ def build() -> str:
         "refused": [*refused()],
         "digests": [*digests()],
         "payloads": [*payloads()],
+        "segments": [*segments()],
         "unbelieved": [*unbelieved()],
     }
     lines = []

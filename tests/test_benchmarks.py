@@ -6,6 +6,7 @@ No timing is looked at: whether a target is met is for a quiet machine and a per
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as program
+from benchmarks import stores
 from benchmarks.compare import Pair, main, measured, table
 from benchmarks.figures import Target, figure, percentile
 from benchmarks.world import World
+from tests.storage.postgres_cluster import MISSING
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -28,6 +31,7 @@ FIGURES = {
     "threads": {"32 threads, the disk as it is", "32 threads, sqlite3"},
     "push": {"v7 ids", "random ids"},
     "pull": {"first sync", "device memory, own", "server memory, own"},
+    "first": {"first sync", "first sync by pages", "bytes when killed at half"},
     "incremental": {"push 100 changes", "pull 100 changes", "push growth with size"},
     "idle": {"cycle with nothing to do"},
     "latency": {"p50", "p99"},
@@ -81,6 +85,22 @@ def test_the_command_prints_json_and_leaves_nothing_behind(
     output, errors = capsys.readouterr()
     assert [json.loads(line)["benchmark"] for line in output.splitlines()] == ["idle"]
     assert errors == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_a_store_in_postgresql_is_measured_beside_files_and_beside_postgresql_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("benchmarks.world.check_on_disk", lambda path: None)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL runs as another user
+        world = World(Path(folder))
+        world.closing(stores.begin(world))
+        found = {each.figure: each for each in stores.run("push", world, [N], 1)}
+        world.close()
+    assert found["v7 ids, in PostgreSQL"].floor_is == stores.EMBEDDED
+    assert "raw PostgreSQL, one commit of 1,000 entities" in found
+    assert world.new_address is None
 
 
 def test_the_command_refuses_a_name_it_does_not_know(capsys: pytest.CaptureFixture[str]):

@@ -32,7 +32,6 @@ SEAMS = {
     "libipld": ("cbor/",),
     "lmdb": ("storage/lmdb/",),
     "psycopg": ("storage/postgres/",),
-    "psycopg_pool": ("storage/postgres/",),
     "httpx2": ("sync/http/",),
     "starlette": ("server/",),
     "uvicorn": ("server/",),

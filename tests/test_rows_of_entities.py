@@ -36,6 +36,8 @@ READERS = {
     "db/maintenance.py",
     "db/rows.py",
     "db/sharing.py",
+    "server/fullness.py",
+    "server/segments/building.py",
 }
 #: Still cuts rows: the page of a pull in columns. The line goes with the last of them.
 CUTS = {"server/pages.py"}

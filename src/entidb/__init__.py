@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from entidb.errors import ServerError as ServerError
     from entidb.errors import StorageError as StorageError
     from entidb.errors import StorageFullError as StorageFullError
+    from entidb.errors import StorageUnreachableError as StorageUnreachableError
     from entidb.errors import SyncCancelledError as SyncCancelledError
     from entidb.errors import SyncCodecError as SyncCodecError
     from entidb.errors import SyncError as SyncError
@@ -187,6 +188,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "CborDecodeError",
         "StorageError",
         "StorageFullError",
+        "StorageUnreachableError",
         "CorruptionError",
         "FormatError",
         "CommitStaleError",

@@ -22,6 +22,7 @@
     │   ├── CorruptionError            corrupt_record
     │   ├── FormatError                not_a_database | newer_format | truncated
     │   ├── DatabaseMovedError         database_moved           the path leads to something else
+    │   ├── StorageUnreachableError    storage_unreachable      its server is away; try again
     │   ├── CommitStaleError           commit_stale             another was faster; begin again
     │   └── CommitUnknownError         commit_unknown           reopen and read to find out
     └── SyncError                      (codes: see ``ERROR_TABLE``)
@@ -238,6 +239,13 @@ class DatabaseMovedError(StorageError):
     code = "database_moved"
 
 
+class StorageUnreachableError(StorageError):
+    """The PostgreSQL server that has the database cannot be reached, takes no writes at the moment,
+    or went away meanwhile. Nothing was changed; the same can be tried again."""
+
+    code = "storage_unreachable"
+
+
 class CommitStaleError(StorageError):
     """Another process has committed since this commit was decided: the turn to commit was lost
     without noticing. Nothing was changed; the same transaction may be begun again."""
@@ -417,10 +425,11 @@ REFUSALS: frozenset[str] = frozenset(
 )
 
 
-#: What an administrator decides travels as a code that every device knows, with a ``reason`` among
-#: the details; a device that knows the reason has it as its code.
+#: What an administrator decides, and who a token is for, travels as a code that every device knows,
+#: with a ``reason`` among the details; a device that knows the reason has it as its code.
 REASONS: dict[tuple[str, str], str] = {
     ("forbidden", "revoked"): "revoked",
+    ("forbidden", "subject_changed"): "subject_changed",
     ("busy", "frozen"): "frozen",
 }
 
@@ -442,6 +451,7 @@ def error_from_code(
     if code in REFUSALS:
         error.refused_by = "server"
     if reason is not None:
-        # An administrator has decided this, and asking again at once changes nothing.
-        error.retryable = False
+        # An administrator has decided this, and asking again at once changes nothing; but for a
+        # token that was exchanged under way, of which the next handshake says whose it is (R36).
+        error.retryable = reason == "subject_changed"
     return error

@@ -24,7 +24,7 @@ SERVER_EXTRA: Final = {
 }
 
 #: The same of the extra ``postgres``.
-POSTGRES_EXTRA: Final = {"psycopg": "psycopg", "psycopg_pool": "psycopg-pool"}
+POSTGRES_EXTRA: Final = {"psycopg": "psycopg"}
 
 
 def lazy_names(

@@ -14,6 +14,7 @@ from entidb import errors
 from entidb.cli import exits
 from entidb.cli.app import COMMANDS, SUMMARIES, cli
 from entidb.cli.exits import Exit, exit_of
+from entidb.db import Database, Role
 from tests.cli.support import ROOT, TIMEOUT_S, document, done, environment, put
 
 MANUAL = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -151,8 +152,11 @@ def test_the_json_shapes_are_those_of_the_manual(tmp_path: Any):
     path, file = tmp_path / "shop", tmp_path / "rows"
     done("init", path)
     entity_id = put(path, "notes", 1, {"a": 1})
+    snapshot = tmp_path / "snapshot"
+    Database.open(tmp_path / "served", role=Role.SERVER).close()
+    done("snapshot", tmp_path / "served", snapshot)
     lines: dict[str, list[tuple[object, ...]]] = {
-        "init": [("init", path)],
+        "init": [("init", path), ("init", tmp_path / "begun", "--from", snapshot)],
         "put": [("put", path, "notes", "1")],
         "get": [("get", path, "notes", entity_id)],
         "list": [("list", path), ("list", path, "notes", "--limit", 1)],

@@ -17,6 +17,7 @@ from entidb.protocol import (
     HandshakeRequest,
     HandshakeResponse,
     Limits,
+    Manifest,
     PullCommit,
     PullOperation,
     PullRequest,
@@ -26,7 +27,9 @@ from entidb.protocol import (
     PushResponse,
     PushResult,
     PushTransaction,
+    SegmentInfo,
     ServerState,
+    SnapshotRequest,
     SyncRequest,
     SyncResponse,
     Verdict,
@@ -70,6 +73,19 @@ RESPONSES: list[SyncResponse] = [
         head=9,
         time=1,
     ),
+    Manifest(
+        history=HISTORY,
+        head=9,
+        floor=1,
+        collections=["a", "b"],
+        segments=[
+            SegmentInfo(b"s" * 32, 0, 100, 2, b"1" * 16, b"2" * 16, "zstd"),
+            SegmentInfo(b"t" * 32, 1, 90, 1, b"1" * 16, b"1" * 16, "gzip"),
+        ],
+        entities=3,
+        ends=5,
+        time=1,
+    ),
     ErrorResponse(code="busy", message="m", retryable=True, retry_after=1.5, details={"a": [1]}),
 ]
 
@@ -106,6 +122,13 @@ def requests(history: bytes = HISTORY) -> list[SyncRequest]:
                 ),
                 PushTransaction(b"u" * 16, 2, [PushOperation(0, b"3" * 16, 0, b"\xa0")]),
             ],
+        ),
+        SnapshotRequest(
+            db_id="shop",
+            device_id=DEVICE,
+            history=history,
+            collections=["notes", "tags"],
+            packings=["zstd", "gzip"],
         ),
     ]
 

@@ -17,7 +17,10 @@ invariant noticed and after how many seeds. By subject:
     indexing    indexes that fall out of step, and what they answer
     unique      what is unique on a server, and is not
     histories   histories, floors, tenants and backups of the server
+    nodes       several nodes on one store, each with a memory of its own
     comparing   digests of devices and servers, and repairs
+    fetching    first syncs and resets by segments
+    people      a device that changes hands
     ages        programs of different ages, and a server that stores newer shapes
 """
 
@@ -40,9 +43,12 @@ for _room in (
     "indexing",
     "unique",
     "histories",
+    "fetching",
     "ages",
     "keeping",
     "comparing",
+    "people",
+    "nodes",
 ):
     import_module(f"{__name__}.{_room}")
 

@@ -71,6 +71,7 @@ CALM: Final[dict[str, int]] = {
     "keys": 5,
     "lmdb": 0,
     "stale_rows": 0,
+    "nodes": 0,
 }
 WILD: Final = CALM | {"lost": 100, "repeated": 100}
 

@@ -204,7 +204,13 @@ def _more_than_marked(garden: Garden) -> None:
 
 
 @bug(
-    "marked-beside-a-batch", "PREFIX", "LIVENESS", "NO-FALSE-CONFLICT", "UNEXPECTED", knobs=_MARKED
+    "marked-beside-a-batch",
+    "PREFIX",
+    "LIVENESS",
+    "NO-FALSE-CONFLICT",
+    "UNEXPECTED",
+    "CLOCK",
+    knobs=_MARKED,
 )
 def _marked_beside(garden: Garden) -> None:
     """A commit marks its transaction as in flight in the place of the batch that was sent."""

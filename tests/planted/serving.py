@@ -143,6 +143,7 @@ def _answered_from_memory(garden: Garden) -> None:
 
 @bug(
     "head-known-after-nothing",
+    "FRESH",
     "ORDER",
     "LIVENESS",
     knobs=WILD | {"server_writes": 300, "repeated": 300},

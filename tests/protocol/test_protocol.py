@@ -29,6 +29,7 @@ from entidb.protocol import (
     HandshakeRequest,
     HandshakeResponse,
     Limits,
+    Manifest,
     PullColumns,
     PullCommit,
     PullOperation,
@@ -41,7 +42,9 @@ from entidb.protocol import (
     PushTransaction,
     RoundRequest,
     RoundResponse,
+    SegmentInfo,
     ServerState,
+    SnapshotRequest,
     Verdict,
     decode,
     decode_request,
@@ -68,6 +71,8 @@ KINDS: dict[str, Any] = {
         PushResponse,
         DigestRequest,
         DigestResponse,
+        SnapshotRequest,
+        Manifest,
         ErrorResponse,
     )
 }
@@ -104,9 +109,10 @@ def as_lists(message: Any) -> Any:
 
 
 def envelope_of(message: Any) -> dict[str, Any]:
-    """``message`` as it is written: a schema of 0 is none."""
+    """``message`` as it is written: a schema of 0 is none, and so is a subject that is null."""
     envelope: dict[str, Any] = to_builtins(message, builtin_types=(bytes,))
-    return {name: item for name, item in envelope.items() if (name, item) != ("schema", 0)}
+    nothing = (("schema", 0), ("subject", None))
+    return {name: item for name, item in envelope.items() if (name, item) not in nothing}
 
 
 def named(row: dict[str, Any]) -> str:
@@ -281,6 +287,7 @@ def push_requests(draw: st.DrawFn) -> PushRequest:
         collections=collections,
         transactions=draw(transactions),
         schema=draw(st.just(0) | sequences),
+        subject=draw(st.none() | st.text(min_size=1, max_size=255)),
     )
 
 
@@ -369,6 +376,40 @@ def pull_requests(draw: st.DrawFn) -> PullRequest:
     )
 
 
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    collections = draw(name_lists)
+    segments = []
+    for collection in range(len(collections)):
+        ends = sorted(draw(st.sets(ids, max_size=6)))
+        for first, last in zip(ends[::2], ends[1::2], strict=False):
+            packed = draw(st.sampled_from(["zstd", "gzip"]))
+            size, rows = draw(st.integers(1, 2**63 - 1)), draw(st.integers(1, 65536))
+            name = draw(st.binary(min_size=32, max_size=32))
+            segments.append(SegmentInfo(name, collection, size, rows, first, last, packed))
+    floor, head = sorted((draw(sequences), draw(sequences)))
+    return Manifest(
+        history=draw(ids),
+        head=head,
+        floor=floor,
+        collections=collections,
+        segments=segments,
+        entities=sum(segment.rows for segment in segments),
+        ends=draw(sequences),
+        time=draw(sequences),
+        granted=draw(st.none() | name_lists),
+    )
+
+
+snapshot_requests = st.builds(
+    SnapshotRequest,
+    db_id=names,
+    device_id=ids,
+    history=ids | st.none(),
+    collections=st.none() | name_lists,
+    packings=st.lists(st.text(min_size=1, max_size=9), max_size=3),
+    schema=st.just(0) | sequences,
+)
 handshake_requests = st.builds(
     HandshakeRequest,
     major=sequences,
@@ -390,6 +431,8 @@ handshake_responses = st.builds(
     limits=st.builds(Limits, **dict.fromkeys(Limits.__struct_fields__, sequences)),
     features=st.lists(st.text(max_size=9), max_size=3),
     time=sequences,
+    granted=st.none() | name_lists,
+    subject=st.none() | st.text(min_size=1, max_size=255),
 )
 error_responses = st.builds(
     ErrorResponse,
@@ -406,6 +449,8 @@ messages: st.SearchStrategy[Any] = st.one_of(
     pull_responses(),
     push_requests(),
     push_responses(),
+    snapshot_requests,
+    manifests(),
     error_responses,
 )
 
@@ -569,10 +614,13 @@ def test_each_path_takes_its_request(path: str):
         DigestRequest: DigestRequest(
             db_id="a", device_id=DEVICE, history=DEVICE, cursor=3, collection="notes", ids=[DEVICE]
         ),
+        SnapshotRequest: SnapshotRequest(db_id="a", device_id=DEVICE, packings=["gzip"]),
     }[PATHS[path]]
     assert decode_request(path, encode(request)) == request
     assert protocol.path_of(request) == path
-    assert protocol.response_type(request).__name__ == PATHS[path].__name__[:-7] + "Response"
+    answer = PATHS[path].__name__[:-7] + "Response"
+    answer = "Manifest" if answer == "SnapshotResponse" else answer
+    assert protocol.response_type(request).__name__ == answer
 
 
 def test_an_unknown_path_is_not_found():

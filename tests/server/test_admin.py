@@ -34,6 +34,7 @@ from entidb.server.admin.office import Office
 from entidb.server.admin.openapi import document
 from entidb.server.admin.opening import office_of
 from entidb.server.admin.routes import ROUTES, answer
+from entidb.server.directory import ASIDE
 from tests.server.support import DEVICE, NOW_MS, SECRET, Client, ManualClock, handshake, pull, push
 
 ROOT = Caller("root", "test")
@@ -249,7 +250,7 @@ def test_a_deleted_database_can_be_taken_back_for_a_day(place: Place):
     place.clock.advance(DAY_S)
     place.server.housekeep()
     assert databases.all_aside(place.office, ROOT) == []
-    assert list((place.root / databases.ASIDE).iterdir()) == []
+    assert list((place.root / ASIDE).iterdir()) == []
     with pytest.raises(PermissionDeniedError) as unknown:
         databases.take_back(place.office, ROOT, aside.id)
     assert unknown.value.code == "unknown_database"

@@ -10,11 +10,14 @@ import pytest
 
 from entidb.db import Index
 from entidb.errors import ConfigError, PermissionDeniedError, ProtocolError
+from entidb.packing import ENCODINGS
+from entidb.protocol import Manifest, SnapshotRequest
 from entidb.server.admin import backups, erase
 from entidb.server.admin import checking as checking_room
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.tasks import Task
 from entidb.server.auth import Grants
+from entidb.server.segments.keeping import FOLDER
 from tests.server.support import pull
 from tests.server.test_backups import ROOT, Device, Place
 
@@ -136,3 +139,30 @@ def test_who_does_not_administer_the_database_erases_nothing(place: Place):
         erase.preview(place.office, other, "shop", WANTED)
     with pytest.raises(PermissionDeniedError):
         erase.erase(place.office, other, "shop", WANTED, "")
+
+
+def test_an_image_that_has_it_goes_and_holds_no_deletion_back(tmp_path: Path):
+    place = Place(tmp_path, segments_min_entities=50)
+    try:
+        images = place.server.images
+        images.background = False
+        with place.server.database("shop").transaction() as tx:
+            for number in range(200):
+                name = SECRET if number < 100 else f"other-{number}"
+                tx.collection("people")[uuid.UUID(int=number + 1)] = {"name": name}
+        assert images.make("shop")
+        history = place.history()
+        request = SnapshotRequest(db_id="shop", device_id=b"d" * 16, packings=[*ENCODINGS])
+        manifest = place.server.handle("/v1/snapshot", None, request)
+        assert isinstance(manifest, Manifest) and manifest.segments
+        result = erased(place).result
+        assert result["floor"] == result["head"] > manifest.head
+        assert not list((place.root / FOLDER).rglob("*.segment"))
+        again = place.server.handle("/v1/snapshot", None, request)
+        assert isinstance(again, Manifest) and not again.segments
+        assert images.make("shop")
+        newer = place.server.handle("/v1/snapshot", None, request)
+        assert isinstance(newer, Manifest)
+        assert (newer.entities, newer.history) == (100, history)
+    finally:
+        place.server.close()

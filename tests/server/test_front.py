@@ -27,8 +27,8 @@ from entidb.protocol import (
 )
 from entidb.server import Grant, ServerConfig, SyncServer, serving
 from entidb.server.auth import Grants, Rights, everything
-from entidb.server.directory import in_memory
 from entidb.server.front import Front
+from entidb.server.place import MemoryPlace
 from entidb.server.stores import Store, Stores
 from tests.server.support import Client, ManualClock, handshake, pull, push
 
@@ -45,7 +45,7 @@ class Place:
         self.stores = Stores(
             self.config,
             clock=clock,
-            open_database=in_memory(clock=clock),
+            open_database=MemoryPlace(clock=clock).open,
             schedule=self.works.append,
         )
         self.front = Front(

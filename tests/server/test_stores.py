@@ -202,6 +202,21 @@ def test_a_broken_database_waits_for_those_who_still_use_it(place: Place):
     assert place.use() is not store
 
 
+def test_a_database_that_goes_away_while_it_is_opened_is_used_by_nobody(place: Place):
+    def goes_away(db_id: str, head: int) -> None:
+        raise StorageError("away")
+
+    known, place.stores.on_open = place.stores.on_open, goes_away
+    for _ in range(2):
+        with pytest.raises(StorageError, match="away"):
+            place.use()
+    place.stores.on_open = known
+    store = place.use()
+    assert pushed(store, 1).head == 1
+    place.stores.release(store)
+    assert place.opener.opened == ["shop"] * 3
+
+
 def test_a_group_that_fails_breaks_its_database_and_its_members_are_told(place: Place):
     store = place.use()
     storage: Any = store.database.storage

@@ -24,11 +24,10 @@ import pytest
 from entidb.errors import ConfigError, DatabaseLockedError
 from entidb.protocol import PullResponse, PushResponse, Verdict
 from entidb.server import ServerConfig, SyncServer, mint_token, serve, serving
-from entidb.server.admin import databases
 from entidb.server.admin.local import LocalRequest, ask
 from entidb.server.admin.office import NoOthers
 from entidb.server.admin.opening import office_of
-from entidb.server.directory import DataDirectory
+from entidb.server.directory import ASIDE, DataDirectory
 from entidb.server.workers import family as families
 from entidb.server.workers.family import Family
 from entidb.server.workers.seats import Seats
@@ -432,7 +431,7 @@ def test_a_person_is_erased_though_every_worker_has_the_database_open(tmp_path: 
 
 
 def is_done(client: Client, task: int) -> bool:
-    return bool(admin(client, "GET", f"tasks/{task}")["state"] == "done")
+    return bool(admin(client, "GET", f"tasks/{task}").get("state") == "done")
 
 
 def counters(client: Client) -> dict[str, float]:
@@ -535,7 +534,7 @@ def test_a_worker_that_is_not_on_duty_makes_no_backup_and_removes_nothing(tmp_pa
     with SyncServer(config) as server:
         server.database("shop")
         office = office_of(server)
-        old = tmp_path / "data" / databases.ASIDE / "gone.entidb.1"
+        old = tmp_path / "data" / ASIDE / "gone.entidb.1"
         old.mkdir(parents=True)
         office.others = OffDuty()
         server.housekeep()

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.storage.postgres_cluster import MISSING, Cluster, cluster
+from tests.storage.postgres_cluster import Cluster, cluster
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
     """One PostgreSQL server for all tests of a process."""
-    if MISSING is not None:
-        pytest.skip(MISSING)
     with cluster() as made:
         yield made

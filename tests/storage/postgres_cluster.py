@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from tests.tools import NOT_RUN
 
 #: Why the tests that need it are not run; None where they are.
@@ -31,6 +33,13 @@ def _programs() -> Path:
     return max(found, key=lambda path: int(path.parts[-3])).parent
 
 
+def address_of(*clusters: Cluster) -> str:
+    """Of all of them: the one that takes writes is used."""
+    folders = ",".join(str(each.folder) for each in clusters)
+    ports = ",".join(str(each.port) for each in clusters)
+    return f"postgresql:///postgres?host={folders}&port={ports}&user={clusters[0].user}"
+
+
 class Cluster:
     """One server. PostgreSQL does not run as root: then it runs as its own user."""
 
@@ -43,8 +52,11 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        user = self._user or pwd.getpwuid(os.geteuid()).pw_name
-        return f"postgresql:///postgres?host={self.folder}&port={self.port}&user={user}"
+        return address_of(self)
+
+    @property
+    def user(self) -> str:
+        return self._user or pwd.getpwuid(os.geteuid()).pw_name
 
     def make(self) -> None:
         if self._user:
@@ -85,6 +97,53 @@ class Cluster:
             process.send_signal(kind)
             process.wait(_START_SECONDS)
 
+    def set(self, **settings: str) -> None:
+        """While it runs; it is so when this returns."""
+        for name, value in settings.items():
+            self._sql(f"ALTER SYSTEM SET {name} = '{value}'")
+        self._sql("SELECT pg_reload_conf()")
+        end = time.monotonic() + _START_SECONDS
+        while any(self._sql(f"SHOW {name}") != value for name, value in settings.items()):
+            if time.monotonic() > end:
+                raise RuntimeError(f"{settings} did not come about")
+            time.sleep(0.02)
+
+    def _sql(self, statement: str) -> str:
+        options = ("-h", str(self.folder), "-p", str(self.port), "-U", self.user)
+        done = subprocess.run(
+            [_programs() / "psql", *options, "-d", "postgres", "-AtXqc", statement],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    def kill(self) -> None:
+        """SIGKILL to all of it, as if its power was cut."""
+        process = self._process
+        assert process is not None
+        self._signal(signal.SIGKILL)
+        process.wait(_START_SECONDS)
+        self._process = None
+
+    def freeze(self) -> None:
+        """It keeps its connections, and says nothing any more, until ``thaw``."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, kind: signal.Signals) -> None:
+        """To the first process, which starts no other one while it is frozen, and to all others."""
+        assert self._process is not None
+        first = self._process.pid
+        self._process.send_signal(kind)
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        for number in map(int, children):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(number, kind)
+
     def _run(self, program: str, *arguments: str, check: bool = True) -> int:
         done = subprocess.run(
             [_programs() / program, *arguments],
@@ -100,9 +159,45 @@ class Cluster:
         return done.returncode
 
 
+class Standby(Cluster):
+    """A server that follows another one, by its name ``standby``, until it is promoted."""
+
+    def follow(self, primary: Cluster) -> None:
+        """Begin with a copy of ``primary``, which runs."""
+        if self._user:
+            shutil.chown(self.folder, self._user)
+        source = f"host={primary.folder} port={primary.port} user={primary.user}"
+        self._run("pg_basebackup", "-D", str(self.data), "-d", source, "-c", "fast", "-X", "stream")
+        with (self.data / "postgresql.auto.conf").open("a") as settings:
+            settings.write(f"primary_conninfo = '{source} application_name=standby'\n")
+        (self.data / "standby.signal").touch()
+
+    def promote(self) -> None:
+        self._run("pg_ctl", "promote", "-w", "-D", str(self.data))
+
+
+@contextlib.contextmanager
+def pair() -> Iterator[tuple[Cluster, Standby]]:
+    """A primary, and a standby that every commit of it waits for."""
+    with cluster() as primary:
+        folder = Path(tempfile.mkdtemp(prefix="entidb-pg-", dir=primary.folder.parent))
+        standby = Standby(folder, primary.port + 1)
+        try:
+            standby.follow(primary)
+            standby.start()
+            primary.set(synchronous_standby_names="standby")
+            yield primary, standby
+        finally:
+            standby.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """In memory where the system has that: its ``fsync`` is on, because EntiDB asks for it."""
+    """In memory where the system has that: its ``fsync`` is on, because EntiDB asks for it. The
+    test is skipped where PostgreSQL is missing."""
+    if MISSING is not None:
+        pytest.skip(MISSING)
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="entidb-pg-", dir=place))
     made = Cluster(folder)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -22,9 +24,14 @@ from entidb.errors import (
     DatabaseClosedError,
     FormatError,
     StorageError,
+    StorageUnreachableError,
 )
 from entidb.storage import Storage, open_storage
-from entidb.storage.postgres import PostgresStorage
+from entidb.storage.postgres import PostgresStorage, schema, turn
+from entidb.storage.postgres.line import Line
+from entidb.storage.postgres.pool import Pool
+from entidb.storage.postgres.schema import _DURABLE
+from entidb.storage.postgres.store import ROWS_AT_ONCE
 from entidb.testing.openers import LocalOpener, Opener, ProcessOpener, SeveralOpeners
 from tests.storage.postgres_cluster import Cluster, cluster
 from tests.storage.storage_model import StorageMachine
@@ -120,10 +127,35 @@ def test_a_store_that_is_not_there_is_not_made_unless_asked_for(postgres: Cluste
 def test_tables_of_a_newer_program_are_left_alone() -> None:
     with cluster() as own:
         PostgresStorage.open(own.address, "shop").close()
-        asked(own.address, "UPDATE entidb_format SET format = 2")
+        asked(own.address, "UPDATE entidb_format SET format = format + 1")
         with pytest.raises(FormatError, match="newer EntiDB") as raised:
             PostgresStorage.open(own.address, "shop")
         assert raised.value.code == "newer_format"
+
+
+def test_tables_that_another_node_makes_meanwhile_are_not_made_twice() -> None:
+    with cluster() as own:
+        raised: list[BaseException] = []
+
+        def opens() -> None:
+            try:
+                with psycopg.connect(own.address, autocommit=True) as second:
+                    schema.make_tables(second, "here")
+            except BaseException as error:
+                raised.append(error)
+
+        waits = b"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        thread = threading.Thread(target=opens)
+        with psycopg.connect(own.address) as first:
+            first.execute("SELECT pg_advisory_xact_lock(%s, %s)", schema._MAKING)
+            thread.start()
+            until(lambda: first.execute(waits).fetchone() == (1,))
+            first.execute(schema._TABLES.encode())
+            for step in sorted(schema._STEPS):
+                first.execute(schema._STEPS[step].encode())
+            first.execute("UPDATE entidb_format SET format = %s", (schema.FORMAT,))
+        thread.join(WAIT_S)
+        assert raised == []
 
 
 def test_a_server_that_may_lose_commits_is_refused() -> None:
@@ -160,6 +192,12 @@ def end_connections(address: str) -> None:
     )
 
 
+def end_connection(address: str, process: int) -> None:
+    """And wait until it has ended."""
+    asked(address, "SELECT pg_terminate_backend(%s)", process)
+    until(lambda: not asked(address, "SELECT 1 FROM pg_stat_activity WHERE pid = %s", process))
+
+
 def test_a_store_goes_on_after_its_idle_connections_were_ended(store: PostgresStorage) -> None:
     store.commit({b"a": b"1"})
     right = store.claim("engine")
@@ -188,11 +226,7 @@ def test_a_turn_goes_with_its_connection_and_nothing_is_committed_without_it(
     mark = store.mark()
     assert store.turn.take(WAIT_S)
     assert store.turn.connection is not None
-    asked(
-        store.opened.node._address,
-        "SELECT pg_terminate_backend(%s)",
-        store.turn.connection.info.backend_pid,
-    )
+    end_connection(store.opened.node._address, store.turn.connection.info.backend_pid)
     with pytest.raises(StorageError, match=r"cannot be reached, or went away|shutting down"):
         store.commit({b"a": b"2"}, mark)
     assert not store.turn.mine
@@ -200,27 +234,55 @@ def test_a_turn_goes_with_its_connection_and_nothing_is_committed_without_it(
     assert store.commit({b"a": b"3"}, mark) == mark + 1
 
 
+@pytest.mark.parametrize("records", [1, ROWS_AT_ONCE + 1])
 def test_a_connection_that_ends_before_the_answer_to_a_commit_leaves_it_open(
-    store: PostgresStorage, monkeypatch: pytest.MonkeyPatch
+    store: PostgresStorage, monkeypatch: pytest.MonkeyPatch, records: int
 ) -> None:
+    """One that is a single statement, and one that takes several."""
+    address = store.opened.node._address
     store.commit({b"a": b"1"})
-    write = PostgresStorage._write
+    to_the_end = Line.ask_to_the_end
 
-    def write_and_lose(
-        self: PostgresStorage, connection: psycopg.Connection, *rest: object
-    ) -> None:
-        write(self, connection, *rest)  # type: ignore[arg-type]
-        asked(
-            store.opened.node._address,
-            "SELECT pg_terminate_backend(%s)",
-            connection.info.backend_pid,
-        )
+    def lose_and_ask(line: Line, *question: object) -> object:
+        end_connection(address, line.info.backend_pid)
+        return to_the_end(line, *question)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PostgresStorage, "_write", write_and_lose)
+    monkeypatch.setattr(Line, "ask_to_the_end", lose_and_ask)
     with pytest.raises(CommitUnknownError, match="open it again"):
-        store.commit({b"a": b"2"})
+        store.commit({b"%06d" % number: b"2" for number in range(records)})
     with pytest.raises(DatabaseClosedError):
         store.snapshot()
+
+
+def test_a_commit_and_a_read_take_the_round_trips_that_the_guide_says(
+    store: PostgresStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit({b"a": b"1", b"b": b"2"})
+    for _ in range(2):  # it learns what is asked for first
+        with store.snapshot() as snapshot:
+            snapshot.get(b"a")
+    trips: list[str] = []
+    ask, to_the_end = Line._asked, Line.ask_to_the_end
+
+    def count(line: Line, *question: object) -> object:
+        trips.append("ask")
+        return ask(line, *question)  # type: ignore[arg-type]
+
+    def count_commit(line: Line, *question: object) -> object:
+        trips.append("commit")
+        return to_the_end(line, *question)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Line, "_asked", count)
+    monkeypatch.setattr(Line, "ask_to_the_end", count_commit)
+    with store.snapshot() as snapshot:
+        assert snapshot.get(b"a") == b"1"
+    assert len(trips) == 1  # nobody waits for its end
+    trips.clear()
+    store.commit({b"a": b"3", b"b": None}, store.mark())
+    assert trips == ["ask", "ask", "commit", "ask"]  # the mark; turn, commit, turn
+    trips.clear()
+    store.commit({b"%06d" % number: b"2" for number in range(2 * ROWS_AT_ONCE)})
+    assert trips == ["ask", "ask", "commit", "ask"]  # turn, all the records, commit, turn
 
 
 def test_a_store_that_was_lost_gives_back_its_turn_and_its_rights(postgres: Cluster) -> None:
@@ -291,6 +353,39 @@ def test_a_commit_that_was_made_to_stop_waiting_for_its_standby_is_no_success() 
         assert [type(error) for error in raised] == [CommitUnknownError]
 
 
+def test_a_failure_to_connect_takes_no_place_however_long_the_error_is_kept() -> None:
+    def fails() -> Line:
+        raise psycopg.OperationalError("away")
+
+    pool, kept = Pool(fails, 2, 0.01), []
+    for _ in range(5):
+        with pytest.raises(psycopg.OperationalError) as raised:
+            pool.getconn()
+        kept.append(raised)
+
+
+# ---------------------------------------------------------------- a process that is stopped
+
+
+def test_the_turn_of_one_who_asks_nothing_is_ended_when_others_wait_and_it_commits_nothing(
+    store: PostgresStorage, postgres: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = PostgresStorage.open(postgres.address, uuid.uuid4().hex)
+    other = PostgresStorage.open(postgres.address, store.name)
+    with contextlib.closing(other), contextlib.closing(beside):
+        assert store.turn.take() and beside.turn.take()
+        monkeypatch.setattr(turn, "STILL_S", 0.2)
+        assert other.turn.take(WAIT_S)
+        with pytest.raises(StorageUnreachableError):
+            store.commit({b"k": b"stale"}, 0)
+        assert other.commit({b"k": b"new"}, 0) == 1
+        # Whose turn is that of another store, is left alone.
+        assert beside.commit({b"k": b"beside"}, 0) == 1
+        other.turn.give_back()
+        with store.snapshot() as snapshot:
+            assert snapshot.get(b"k") == b"new"
+
+
 # ---------------------------------------------------------------- crashes
 
 
@@ -341,3 +436,37 @@ class PostgresMachine(StorageMachine):
 def test_it_does_what_a_dict_does(postgres: Cluster) -> None:
     PostgresMachine.address = postgres.address
     PostgresMachine.TestCase().runTest()
+
+
+# ---------------------------------------------------------------- settings
+
+GUIDE = Path(__file__).parent.parent.parent / "docs" / "postgres.md"
+
+
+def test_the_guide_names_the_settings_that_are_checked_and_no_other() -> None:
+    text = GUIDE.read_text()
+    named = set(re.findall(r"^\| `(\w+)` \|", text[text.index("## Settings") :], re.MULTILINE))
+    assert named == {"server_version", *_DURABLE}
+
+
+def test_limits_of_time_that_a_role_has_do_not_reach_our_connections() -> None:
+    """PostgreSQL answers a commit that was cancelled by one of them with success."""
+    with cluster() as own:
+        settings = {
+            **dict.fromkeys(("statement_timeout", "lock_timeout"), "'1ms'"),
+            "idle_in_transaction_session_timeout": "'1ms'",
+            "idle_session_timeout": "'1min'",  # this one reaches them until they have said so
+            "default_transaction_isolation": "serializable",
+        }
+        with psycopg.connect(own.address, autocommit=True) as operator:
+            for name, value in settings.items():
+                operator.execute(f"ALTER DATABASE postgres SET {name} = {value}".encode())
+        with contextlib.closing(PostgresStorage.open(own.address, "shop")) as store:
+            with store.snapshot() as snapshot:
+                time.sleep(0.05)
+                assert snapshot.get(b"a") is None
+            store.commit({b"%06d" % number: b"x" for number in range(20_000)})
+            with store.opened.node.connect() as connection:
+                for name in settings:
+                    ((found,),) = connection.execute(f"SHOW {name}".encode()).fetchall()
+                    assert found == ("read committed" if "isolation" in name else "0"), name

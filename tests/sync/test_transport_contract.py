@@ -24,11 +24,17 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     peer: ClassVar[HttpPeer]
 
+    def do_GET(self) -> None:
+        self._answer("GET")
+
     def do_POST(self) -> None:
+        self._answer("POST")
+
+    def _answer(self, method: str) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = self.rfile.read(int(headers.get("content-length", "0")))
         try:
-            answer = type(self).peer(Received("POST", self.path, headers, body))
+            answer = type(self).peer(Received(method, self.path, headers, body))
         except TransportError:
             self.close_connection = True
             return

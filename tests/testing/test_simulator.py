@@ -53,9 +53,13 @@ def test_no_invariant_fails_and_every_fault_fires():
 
 def test_every_invariant_is_checked_by_ordinary_runs():
     summary = run_seeds(range(60))
-    unchecked = [name for name in INVARIANTS if not summary.checks[name]]
-    # SAME-SEED compares whole runs, below.
-    assert unchecked == ["SAME-SEED"]
+    unchecked = {name for name in INVARIANTS if not summary.checks[name]}
+    # SAME-SEED compares whole runs, below; floors that move while a device is on its way with an
+    # image are rare.
+    assert unchecked <= {"SAME-SEED", "PINNED"}
+    images = run_seeds(range(30), settings={"images": 2, "purge": 80})
+    assert images.checks["PINNED"]
+    assert not images.failures
 
 
 def test_a_few_seeds_run_what_ships_of_the_engine_and_of_the_server(

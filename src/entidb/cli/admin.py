@@ -33,6 +33,7 @@ from entidb.errors import (
     TransportError,
     error_from_code,
 )
+from entidb.storage.addresses import is_address
 
 _PREFIX: Final = "/v1/admin/"
 _TIMEOUT_S: Final = 120.0
@@ -70,6 +71,7 @@ class Desk:
         self, method: str, path: str, body: dict[str, Any], query: dict[str, Any]
     ) -> tuple[int, bytes]:
         from entidb.server.admin.local import LocalRequest, ask
+        from entidb.server.nodes.door import ask_nodes
 
         assert self.data_dir is not None
         request = LocalRequest(
@@ -78,6 +80,9 @@ class Desk:
             {name: str(value) for name, value in query.items()},
             Raw(json.encode(body)),
         )
+        if is_address(self.data_dir):
+            answer = ask_nodes(self.data_dir, request, _TIMEOUT_S)
+            return answer.status, bytes(answer.body)
         try:
             answer = ask(self.data_dir, request, _TIMEOUT_S)
         except (FileNotFoundError, ConnectionRefusedError) as error:
@@ -157,7 +162,7 @@ def _desk(data_dir: str | None, url: str | None, token_file: str | None) -> Desk
 
 @click.group("admin")
 @click.option("--dir", "data_dir", metavar="DIR", envvar="ENTIDB_SERVE_DATA_DIR", show_envvar=True,
-              help="The data directory of a server on this machine.")  # fmt: skip
+              help="The data directory of a server here, or a postgresql:// address.")  # fmt: skip
 @click.option("--url", metavar="URL", envvar="ENTIDB_ADMIN_URL", show_envvar=True,
               help="The address of a server anywhere.")  # fmt: skip
 @click.option("--token-file", metavar="FILE",
@@ -169,7 +174,8 @@ def admin_command(
     """Look after a running server: databases, devices, keys, tasks.
 
     With --dir it goes through a socket in the data directory, which only the user of the server
-    and root can use; with --url over the network, with a token.
+    and root can use; or, for a server on PostgreSQL, through that. With --url it goes over the
+    network, with a token.
     """
     context.obj = lambda: _desk(data_dir, url, token_file)
 
@@ -312,6 +318,12 @@ def reload_command(desk: Desk) -> Result:
 def audit_command(desk: Desk, limit: int) -> Result:
     """Read the audit log, newest first."""
     return desk.ask("GET", "audit", limit=limit), views.audit
+
+
+@_command("nodes")
+def nodes_command(desk: Desk) -> Result:
+    """List the processes of the server, and which is on duty."""
+    return desk.ask("GET", "nodes"), views.nodes
 
 
 @_command("tasks")

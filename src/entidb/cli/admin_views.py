@@ -169,6 +169,24 @@ def backups(rows: list[Row]) -> Iterator[str]:
     return _or_none(lambda _: table(cells, heads), rows)
 
 
+def nodes(rows: list[Row]) -> Iterator[str]:
+    heads = ("name", "host", "process", "version", "address", "began", "last seen", "")
+    return _or_none(lambda found: table(map(_node_cells, found), heads), rows)
+
+
+def _node_cells(row: Row) -> tuple[str, ...]:
+    return (
+        row["name"],
+        row["host"],
+        str(row["process"]),
+        row["version"],
+        row.get("address", "-"),
+        time_text(row["began_ms"]),
+        time_text(row["seen_ms"]),
+        "on duty" if row.get("on_duty") else "",
+    )
+
+
 def tasks(rows: list[Row]) -> Iterator[str]:
     heads = ("id", "task", "database", "state", "step", "by", "ended")
     return _or_none(lambda found: table(map(_task_cells, found), heads), rows)

@@ -14,7 +14,7 @@ from entidb.cli.doctor_findings import Finding, State
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import one_line, plural, say
 from entidb.cli.values import print_json
-from entidb.cli.words import json_option
+from entidb.cli.words import a_directory, json_option
 from entidb.credentials import read_token
 
 _MARKS = {State.OK: "ok", State.WARNING: "warning", State.PROBLEM: "PROBLEM", State.SKIPPED: "-"}
@@ -51,7 +51,7 @@ def doctor_command(
     backups; give the settings of `entidb serve` after `--`. With URL, from a device: the clock, the
     certificate, and what a proxy on the way lets through. Exit code 9: there are problems.
     """
-    if "://" in place:
+    if "://" in a_directory(place):
         if settings or mend:
             raise UsageError("settings and --mend are for DIR, on the machine of the server")
         from entidb.cli.doctor_network import Visit, examine

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
 import click
 
+from entidb.cli.beginning import begin_command
 from entidb.cli.exits import UsageError
 from entidb.cli.finding import query_of
 from entidb.cli.output import fit, id_text, note, plural, say, table
@@ -21,12 +23,15 @@ from entidb.cli.words import (
     full_id,
     is_database,
     json_option,
+    not_empty,
     opened,
     opened_or_made,
     words,
 )
 from entidb.db import Database, inspect
 from entidb.db.collection import ReadCollection
+from entidb.storage.addresses import is_address
+from entidb.storage.opening import open_shelf
 from entidb.types import check_name
 
 #: Entities that ``list`` shows by default.
@@ -36,15 +41,31 @@ LIST_LIMIT = 100
 @click.command("init")
 @words("")
 @click.option("--local", multiple=True, metavar="COLLECTION", help="Never synchronise it.")
+@click.option("--from", "source", metavar="FILE", help="Begin with what a snapshot holds.")
 @json_option
 def init_command(
-    words: tuple[str, ...], directory: str | None, local: tuple[str, ...], as_json: bool
+    words: tuple[str, ...],
+    directory: str | None,
+    local: tuple[str, ...],
+    source: str | None,
+    as_json: bool,
 ) -> None:
     """Make a new, empty database in the directory DIR.
 
-    A database that is there already stays as it is, except for collections given with --local.
+    A database that is there already stays as it is, except for collections given with --local. DIR
+    may also be the address of a PostgreSQL database, where it makes the tables for `entidb serve`.
+    With --from the database begins with what a file of `entidb snapshot` holds; `entidb sync` has
+    the rest.
     """
-    path = bind(words, directory).path
+    path = bind(words, directory, or_address=True).path
+    if is_address(path):
+        if source is not None:
+            raise UsageError("--from is for the database of a device, which is in a directory")
+        _make_tables(path, local, as_json)
+        return
+    if source is not None:
+        begin_command(path, not_empty("FILE", source), local, as_json=as_json)
+        return
     existed = is_database(path)
     with Database.open(path) as database:
         for name in local:
@@ -56,6 +77,19 @@ def init_command(
         say(f"{path} is an EntiDB database already; it stays as it is")
     else:
         say(f"made a database in {path}")
+
+
+def _make_tables(address: str, local: tuple[str, ...], as_json: bool) -> None:
+    if local:
+        raise UsageError("--local is for the database of a device, which is in a directory")
+    with closing(open_shelf(address)) as shelf:
+        where, made = shelf.where, shelf.node.made
+    if as_json:
+        print_json({"path": where, "created": made})
+    elif made:
+        say(f"made the tables of EntiDB in {where}")
+    else:
+        say(f"{where} has the tables of EntiDB already; they stay as they are")
 
 
 @click.command("put")

@@ -59,6 +59,10 @@ def status_command(words: tuple[str, ...], directory: str | None, as_json: bool)
     with opened(path, read_only=True) as database:
         found = inspect(database)
         scope = database.scope
+        who, others = None, {}
+        if database.role is not Role.SERVER:
+            applier = _applier(database)
+            who, others = applier.state().subject, applier.others()
     document = {
         "path": path,
         "role": found["role"],
@@ -73,6 +77,8 @@ def status_command(words: tuple[str, ...], directory: str | None, as_json: bool)
         "conflicts": found["conflicts"],
         "discarded": found["discarded"],
         "overruled": found["overruled"],
+        "subject": who,
+        "others": others,
     }
     if as_json:
         print_json(document)
@@ -96,9 +102,13 @@ def _status(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "server", "never synchronised: `entidb sync` does"
     else:
         yield "server", f"database {found['db_id']}, up to its commit {found['cursor']:,}"
+    if found["subject"] is not None:
+        yield "subject", found["subject"]
     scope = found["scope"]
     yield "synchronises", "all that is not local" if scope is None else ", ".join(scope)
     yield "pending", _open(found["pending"], "transaction", "`entidb pending`")
+    for who, count in found["others"].items():
+        yield "", f"{plural(count, 'transaction')} until {who} syncs here"
     if found["held"]:
         yield "held", f"{plural(found['held'], 'transaction')}, by conflicts"
     yield "conflicts", _open(found["conflicts"], "conflict", "`entidb conflicts`")

@@ -12,7 +12,7 @@ import click
 from entidb.cli.exits import UsageError
 from entidb.cli.output import plural, say
 from entidb.cli.values import print_json
-from entidb.cli.words import json_option, not_empty, opened
+from entidb.cli.words import a_directory, json_option, not_empty, opened
 from entidb.errors import CorruptionError, DatabaseLockedError
 from entidb.types import SystemClock
 
@@ -30,12 +30,11 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
     history, which devices notice.
     """
     from entidb.server.admin.checking import check
-    from entidb.server.admin.databases import put_aside
     from entidb.server.config import ServerConfig, check_db_id, directory_name
-    from entidb.server.directory import DataDirectory
+    from entidb.server.directory import DataDirectory, put_aside
     from entidb.storage.partial import Partial
 
-    source, root = not_empty("BACKUP", backup), Path(not_empty("DIR", data_dir)).absolute()
+    source, root = not_empty("BACKUP", backup), Path(a_directory(data_dir)).absolute()
     place = root / directory_name(check_db_id(name))
     try:
         directory = DataDirectory.take(ServerConfig(data_dir=root, insecure_no_auth=True))

@@ -24,7 +24,8 @@ from typing import IO, Any, Final, NoReturn
 from entidb import cbor
 from entidb.cli.exits import InputError, UsageError
 from entidb.cli.output import plural
-from entidb.cli.values import dump, parse
+from entidb.cli.values import parse
+from entidb.db.json_values import dump
 from entidb.errors import CborEncodeError
 
 #: One row: its number in the file (a line, for NDJSON), its content, and the texts of its key,

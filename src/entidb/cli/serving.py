@@ -58,6 +58,8 @@ SETTINGS: Final[dict[str, str]] = {
     "push_queue_max": "Pushes that wait for a commit, in each database.",
     "subject_requests_per_s": "Requests of one subject in a second, over time; 0: any number.",
     "database_requests_per_s": "Requests to one database in a second, over time; 0: any number.",
+    "database_entities_max": "Entities that a database may hold; 0: any number.",
+    "database_bytes_max": "Bytes that the store of a database may take; 0: any number.",
     "connections_max": "Connections at once.",
     "live_max": "Devices that wait for news at once; 0: none.",
     "live_subject_max": "The same for one subject of tokens.",
@@ -69,6 +71,7 @@ SETTINGS: Final[dict[str, str]] = {
     "purge_interval_s": "Seconds between two looks for deletions to forget.",
     "idle_close_s": "Seconds after which an unused database is closed; 0: never.",
     "databases_open_max": "Databases open at once.",
+    "segments_min_entities": "Entities from which a database has images for first syncs; 0: none.",
     "backup_dir": "Directory for backups of the databases, best on another disk.",
     "backup_every_s": "Seconds between two backups of each database; 0: only when asked for.",
     "backup_keep": "Backups of each database that are kept.",
@@ -146,12 +149,16 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
     """Serve the databases in DIR to devices.
 
     Until Ctrl-C or SIGTERM; then what is under way is finished. DIR holds one directory for each
-    database and is made if missing. Exactly one of the secret, the public key, --keys, --jwks-url
+    database and is made if missing; or it is the address of a PostgreSQL database,
+    postgresql://USER@HOST/NAME, which several servers may serve (set it in the environment if it
+    has a password). Exactly one of the secret, the public key, --keys, --jwks-url
     or --insecure-no-auth is needed. Every option --some-name can also come from the environment as
     ENTIDB_SERVE_SOME_NAME, and DIR as ENTIDB_SERVE_DATA_DIR.
     """
     if data_dir is None:
-        raise UsageError("which directory? give DIR, where the server keeps its databases")
+        raise UsageError(
+            "which directory? give DIR, where the server keeps its databases, or postgresql://…"
+        )
     listen = {name: given.pop(name) for name in LISTEN}
     if not any(given[name] for name in WAYS_IN):
         raise UsageError(

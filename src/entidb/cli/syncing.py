@@ -30,7 +30,7 @@ from entidb.cli.output import (
 )
 from entidb.cli.summary import document, lines
 from entidb.cli.values import print_json
-from entidb.cli.words import bind, json_option, opened
+from entidb.cli.words import a_directory, bind, json_option, opened
 from entidb.cli.words import words as positional
 from entidb.credentials import read_token
 from entidb.db import Database
@@ -128,7 +128,7 @@ def sync_command(
 
 def _path_and_url(words: tuple[str, ...], directory: str | None) -> tuple[str, str]:
     """DIR and URL in any number from none to both; a URL is what has :// in it."""
-    urls = [word for word in words if "://" in word]
+    urls = [word for word in words if "://" in a_directory(word)]
     rest = tuple(word for word in words if "://" not in word)
     default = _environment("ENTIDB_URL")
     if len(urls) > 1 or (not urls and not default):

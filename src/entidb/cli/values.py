@@ -22,9 +22,8 @@ import click
 
 from entidb.cli.exits import InputError
 from entidb.cli.output import say
+from entidb.db.json_values import BYTES, ESCAPED, dump
 
-_BYTES: Final = "$bytes"
-_ESCAPED: Final = re.compile(r"\$+bytes")
 #: JSON escapes C0 itself; these could still steer a terminal, or turn its text around.
 _UNSAFE: Final = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -52,10 +51,10 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
         raise InputError(f"one object has the key {twice!r} twice", code="invalid_json")
     if len(made) == 1:
         name, value = pairs[0]
-        if name == _BYTES and isinstance(value, str):
+        if name == BYTES and isinstance(value, str):
             return _from_base64(value)
-        if _ESCAPED.fullmatch(name):
-            return {name.removeprefix("$") if name != _BYTES else name: value}
+        if ESCAPED.fullmatch(name):
+            return {name.removeprefix("$") if name != BYTES else name: value}
     return made
 
 
@@ -105,12 +104,6 @@ def _text(raw: bytes, where: str) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def dump(value: Any, *, indent: int | None = None) -> str:
-    """``value`` as JSON in UTF-8's whole range, without the byte-string rule applied twice."""
-    separators = None if indent else (",", ":")
-    return json.dumps(_with_bytes(value), ensure_ascii=False, indent=indent, separators=separators)
-
-
 def shown(value: Any, *, indent: int | None = None) -> str:
     """``value`` as JSON for standard output: nothing in it can steer a terminal, and it is pure
     ASCII where standard output is not UTF-8, so that what comes out is always JSON."""
@@ -124,23 +117,3 @@ def shown(value: Any, *, indent: int | None = None) -> str:
 def print_json(document: Any) -> None:
     """One JSON document on one line; for a list, call it for each (NDJSON)."""
     say(shown(document))
-
-
-def _with_bytes(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return _bytes_only(value)
-    if isinstance(value, list):
-        return [_with_bytes(item) for item in value]
-    if isinstance(value, dict):
-        made = {name: _with_bytes(item) for name, item in value.items()}
-        if len(made) == 1 and _ESCAPED.fullmatch(next(iter(made))):
-            return {f"${name}": item for name, item in made.items()}
-        return made
-    return value
-
-
-def _bytes_only(value: Any) -> Any:
-    """What the standard encoder calls for a type that it does not know, which is bytes alone."""
-    if not isinstance(value, bytes):
-        raise TypeError(f"{type(value).__name__} is not JSON")
-    return {_BYTES: base64.b64encode(value).decode()}

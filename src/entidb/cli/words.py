@@ -21,6 +21,7 @@ from entidb.cli.exits import InputError, NotFoundError, UsageError
 from entidb.cli.output import note, safe
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
+from entidb.storage.addresses import is_address
 from entidb.storage.opening import holds_store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,8 +68,11 @@ class Bound:
         return self.named[name]
 
 
-def bind(given: tuple[str, ...], directory: str | None, *names: str) -> Bound:
-    """Give the words their ``names``; one in brackets may be missing. Raises ``UsageError``.
+def bind(
+    given: tuple[str, ...], directory: str | None, *names: str, or_address: bool = False
+) -> Bound:
+    """Give the words their ``names``; one in brackets may be missing. With ``or_address`` the
+    directory may be the address of a PostgreSQL database. Raises ``UsageError``.
 
     Where one word less is a possible reading too, and ``ENTIDB_DIR`` is set, the first word is
     the directory if there is a database in it.
@@ -76,15 +80,26 @@ def bind(given: tuple[str, ...], directory: str | None, *names: str) -> Bound:
     default = os.environ.get("ENTIDB_DIR") or None
     least = sum(1 for name in names if not name.startswith("["))
     if directory is not None:
-        return Bound(not_empty("DIR", directory), _named(given, names))
+        return Bound(a_directory(directory, or_address), _named(given, names))
     fits_without = default is not None and least <= len(given) <= len(names)
     fits_with = least + 1 <= len(given) <= len(names) + 1
     if fits_with and (not fits_without or is_database(given[0])):
-        return Bound(not_empty("DIR", given[0]), _named(given[1:], names))
+        return Bound(a_directory(given[0], or_address), _named(given[1:], names))
     if fits_without:
         assert default is not None
-        return Bound(default, _named(given, names))
+        return Bound(a_directory(default, or_address), _named(given, names))
     raise _misfit(given, least, names, default)
+
+
+def a_directory(path: str, or_address: bool = False) -> str:
+    """Raises ``UsageError`` for what is none, and does not show an address: it may have a
+    password."""
+    if is_address(path) and not or_address:
+        raise UsageError(
+            "DIR is a directory, and not the address of a PostgreSQL database; `entidb init` and "
+            "`entidb serve` take one, and `entidb admin --dir` asks a server there"
+        )
+    return not_empty("DIR", path)
 
 
 def not_empty(name: str, path: str) -> str:

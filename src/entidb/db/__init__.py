@@ -22,9 +22,13 @@ from entidb.lazy import lazy_names
 
 if TYPE_CHECKING:
     from entidb.db.aio import AsyncCollection, AsyncDatabase, AsyncTransaction
+    from entidb.db.copying import Copied, copy_database
 
 #: Loaded when one of them is first used: a program without asyncio does not pay for it.
-_HOMES: Final = {"entidb.db.aio": ("AsyncCollection", "AsyncDatabase", "AsyncTransaction")}
+_HOMES: Final = {
+    "entidb.db.aio": ("AsyncCollection", "AsyncDatabase", "AsyncTransaction"),
+    "entidb.db.copying": ("Copied", "copy_database"),
+}
 _HOME_OF, __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "Collection",
     "CommitEvent",
     "Condition",
+    "Copied",
     "Database",
     "DiscardedTransaction",
     "EntityInfo",
@@ -51,6 +56,7 @@ __all__ = [
     "Snapshot",
     "Transaction",
     "TransactionCollection",
+    "copy_database",
     "dump",
     "inspect",
     "migrate",

@@ -22,8 +22,8 @@ from entidb.db.hearing import Hearing
 from entidb.db.identity import (
     another_history,
     end_backup,
+    identity_fields,
     make_identity,
-    no_identity,
     read_identity,
 )
 from entidb.db.index_run import IndexRun
@@ -479,22 +479,21 @@ class Core(Explored):
         if self.role is Role.SERVER and not self._closed:
             with suppress(LocalError):  # closed meanwhile
                 if self.storage.mark() != self._identity_mark:
-                    self._read_history()
+                    with self.storage.snapshot() as snapshot:
+                        return self.history_at(snapshot)
         return self._history
 
-    def _read_history(self) -> None:
-        with self.storage.snapshot() as snapshot:
-            raw, mark = snapshot.get(META_IDENTITY), snapshot.mark
-        if raw is not None:
-            self._take_identity(cbor.decode_trusted(raw))
+    def history_at(self, snapshot: StorageSnapshot) -> bytes | None:
+        """As ``history``, in the state of ``snapshot``; the store is asked for nothing else."""
+        mark = snapshot.mark
+        if mark == self._identity_mark or (raw := snapshot.get(META_IDENTITY)) is None:
+            return self._history
+        identity = cbor.decode_trusted(raw)
+        if mark > self._identity_mark:
+            self._take_identity(identity)
             self._identity_mark = mark
+        return identity_fields(identity)[3]
 
     def _take_identity(self, identity: dict[str, Any]) -> None:
-        try:
-            self.role = Role(identity["role"])
-            #: 16 bytes that name this database in what it writes (R30).
-            self.device_id: bytes = identity["device_id"]
-            self.created_ms: int = identity["created_ms"]
-            self._history: bytes | None = identity["history"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise no_identity() from error
+        # ``device_id`` is the 16 bytes that name this database in what it writes (R30).
+        self.role, self.device_id, self.created_ms, self._history = identity_fields(identity)

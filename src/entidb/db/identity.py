@@ -40,6 +40,15 @@ def stored_role(storage: Storage) -> Role:
         raise no_identity() from error
 
 
+def identity_fields(identity: dict[str, Any]) -> tuple[Role, bytes, int, bytes | None]:
+    """Role, ``device_id``, when it was made in milliseconds, and a server's history."""
+    try:
+        role = Role(identity["role"])
+        return role, identity["device_id"], identity["created_ms"], identity["history"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise no_identity() from error
+
+
 def no_identity() -> StorageError:
     return CorruptionError("the identity record cannot be read; restore a backup")
 
@@ -102,3 +111,12 @@ def another_history(
     writer.put(META_IDENTITY, cbor.encode(identity))
     writer.put(META_BEGUN, cbor.encode([*times, now]))
     return identity
+
+
+def history_in(writer: Writer) -> bytes:
+    """The history of a server's database as of the snapshot of ``writer``."""
+    raw = writer.get(META_IDENTITY)
+    history = None if raw is None else cbor.decode_trusted(raw).get("history")
+    if not isinstance(history, bytes):
+        raise no_identity()
+    return history

@@ -42,7 +42,7 @@ class Staged(Enum):
     """The pages of a pull that nobody sees yet."""
 
     NOTHING = "No page is kept aside."
-    FULL = "Pages of what comes from nothing are kept, and more come."
+    FULL = "Pages or segments of what comes from nothing are kept, and more come."
     REST = "All of that is kept; what changed in the other collections is coming, or there."
 
 
@@ -133,8 +133,8 @@ _RESCOPED: Final[dict[Any, tuple[Any, ...]]] = _same(Lacks) | {
 STAND: Final = Move(
     "STAND",
     Lacks,
-    "R10 R18 R21 R28 R29",
-    "Cursor, own versions, doubts or the history's name move, and nothing else.",
+    "R10 R18 R21 R28 R29 R36",
+    "Cursor, own versions, doubts, the history's name or the person move, and nothing else.",
     _same(Lacks),
 )
 RESCOPE: Final = Move(
@@ -241,8 +241,8 @@ DISOWN: Final = Move(
 KEEP: Final = Move(
     "KEEP",
     Staged,
-    "R20",
-    "A page of several is kept aside.",
+    "R20 R35",
+    "A page of several, or a part of an image, is kept aside.",
     {
         Staged.NOTHING: (Staged.FULL, Staged.REST),
         Staged.FULL: (Staged.FULL, Staged.REST),

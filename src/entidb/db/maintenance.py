@@ -12,6 +12,7 @@ from typing import Any
 
 from entidb import cbor
 from entidb.db.core import Core
+from entidb.db.images import pinned_to
 from entidb.db.index_verify import index_faults, sweep_places
 from entidb.db.overruled import read_head, values_of
 from entidb.db.pending import decode_pending
@@ -136,14 +137,15 @@ def sequence_at(database: Core, time_ms: int) -> int:
 
 def purge_tombstones(database: Core, up_to: int) -> int:
     """Forget tombstones with a sequence of at most ``up_to``, and the ids of transactions accepted
-    before; the floor moves in the same commits (R28). Returns how many tombstones were removed.
+    before; the floor moves in the same commits (R28), and not beyond an image that a device may be
+    on its way with (R35). Returns how many tombstones were removed.
 
     A tombstone with pending changes stays: it is their base."""
     purged = 0
     while True:
         with database.write() as writer:
             floor = read_floor(writer)
-            target = min(up_to, writer.head.sequence)
+            target = min(up_to, writer.head.sequence, pinned_to(writer))
             if floor >= target:
                 break
             # A feed row may be stale, but not of an entity that is forgotten.

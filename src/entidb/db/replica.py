@@ -39,6 +39,15 @@ def decode_state(raw: bytes) -> ReplicaState:
     return decode_record(ReplicaState, raw)
 
 
+class OtherWork(Struct, frozen=True, array_like=True):
+    """The local commits from ``first`` to ``last`` were made under ``subject``, who is not the one
+    that this device syncs as now (R36)."""
+
+    first: int
+    last: int
+    subject: str
+
+
 class ReplicaState(Struct, frozen=True):
     """``cursor`` is the last server commit applied, inclusive; ``have`` the inclusive ranges of
     versions above it that are the device's own (R21).
@@ -53,6 +62,9 @@ class ReplicaState(Struct, frozen=True):
     (R31).
     ``unsettled`` are ranges of outbox sequences, (first, last, cursor): transactions that were in
     flight when the device was at ``cursor``, got no answer, and may have been accepted (R28).
+    ``subject`` is who the server has last said that this device syncs as; None: it has not, or they
+    have signed out. ``others`` are the commits of other subjects, ascending, without a
+    commit in two of them; all others are of ``subject`` (R36).
     """
 
     db_id: str | None = None
@@ -66,6 +78,8 @@ class ReplicaState(Struct, frozen=True):
     foreign_names: list[str] = field(default_factory=list, name="outdated")
     granted: list[str] | None = None
     unsettled: list[list[int]] = []
+    subject: str | None = None
+    others: list[OtherWork] = []
 
     def grants(self, collection: str) -> bool:
         return self.granted is None or collection in self.granted
@@ -94,6 +108,32 @@ class Inflight(Struct, frozen=True):
     after: list[list[int]] = []
 
 
+class ImageSegment(Struct, frozen=True, array_like=True):
+    """One segment of an image that is still to be staged: the file named ``sha256``, of ``size``
+    bytes, with ``rows`` entities of ``collection`` from the id ``first`` to ``last``."""
+
+    sha256: bytes
+    collection: str
+    size: int
+    rows: int
+    first: bytes
+    last: bytes
+
+
+class StagedImage(Struct, frozen=True):
+    """An image of the server's database as of ``head``, that comes in segments (R35). ``left`` are
+    those that are not staged yet, in order; of the first of them ``done`` rows are. ``history`` is
+    the server's, ``entities`` counts those of all segments, ``failures`` how often in a row nothing
+    came of fetching."""
+
+    history: bytes
+    head: int
+    entities: int
+    left: list[ImageSegment]
+    done: int = 0
+    failures: int = 0
+
+
 class Stage(Struct, frozen=True):
     """A pull of several pages (R20). The collections in ``full`` (None: all in scope) come in
     from nothing up to ``full_cursor``, each in a new table (``tables``, by collection number);
@@ -106,6 +146,11 @@ class Stage(Struct, frozen=True):
     what went into new tables; the others are counted when they are applied. ``time_ms`` is the
     server's clock with the newest page. ``size`` is about how many bytes it takes; a program before
     0.4 did not count them.
+
+    ``image`` is there while it begins with segments (R35). Until all are staged ``history`` is
+    empty, and that of the image counts: a program that knows of no segments takes the stage for one
+    of another history then, and forgets it. ``image_head`` is the commit of the image that it began
+    with; 0 if it did not.
     """
 
     history: bytes
@@ -122,6 +167,13 @@ class Stage(Struct, frozen=True):
     operations: int = 0
     time_ms: int = 0
     size: int = 0
+    image: StagedImage | None = None
+    image_head: int = 0
+
+    def fits(self, state: ReplicaState) -> bool:
+        """Whether it belongs where the device stands (R22)."""
+        history = self.history if self.image is None else self.image.history
+        return history == state.history and self.cursor == state.cursor
 
 
 class Adopt(Struct, frozen=True):

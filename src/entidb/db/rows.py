@@ -6,7 +6,7 @@ Speaks of collections by name and of entities by their 16 bytes; values are stil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct
@@ -23,6 +23,7 @@ from entidb.db.records import (
     unreadable,
 )
 from entidb.storage import Snapshot
+from entidb.types import ID_BYTES
 
 #: More entities than any disk has room for.
 _COUNT_MAX = 2**48
@@ -34,6 +35,11 @@ PAGE_ROWS = 512
 _PLACES_MAX = 2048
 
 Pair = tuple[bytes, bytes]
+
+
+def ids_of(keys: Iterable[bytes]) -> list[bytes]:
+    """Of keys of entities, their ids."""
+    return [key[-ID_BYTES:] for key in keys]
 
 
 class Rows(Protocol):

@@ -5,6 +5,7 @@
     digests    what two transactions have in common if they wrote the same (R14)
     encoding   messages to canonical CBOR
     decoding   bytes to messages: shape, limits, and whether two fields agree
+    segments   the files of an image, without I/O
     heads      the first bytes of CBOR items, made once
 
 The normative text is ``docs/protocol.md``. The server's service and the device's cycle decide what
@@ -35,6 +36,8 @@ from entidb.protocol.messages import (
     PATHS,
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
+    SEGMENT_ROWS_MAX,
+    SUBJECT_CHARS_MAX,
     DigestBlock,
     DigestRequest,
     DigestResponse,
@@ -43,6 +46,7 @@ from entidb.protocol.messages import (
     HandshakeRequest,
     HandshakeResponse,
     Limits,
+    Manifest,
     PullColumns,
     PullCommit,
     PullOperation,
@@ -55,7 +59,9 @@ from entidb.protocol.messages import (
     PushTransaction,
     RoundRequest,
     RoundResponse,
+    SegmentInfo,
     ServerState,
+    SnapshotRequest,
     SyncRequest,
     SyncResponse,
     Verdict,
@@ -66,6 +72,15 @@ from entidb.protocol.messages import (
     response_type,
     transaction_bytes,
 )
+from entidb.protocol.segments import (
+    SEGMENT_BYTES_MAX,
+    SegmentColumns,
+    SegmentHeader,
+    decode_header,
+    decode_segment,
+    encode_segment,
+    segment_rows,
+)
 
 __all__ = [
     "CONTENT_TYPE",
@@ -75,6 +90,9 @@ __all__ = [
     "PATHS",
     "PROTOCOL_MAJOR",
     "PROTOCOL_MINOR",
+    "SEGMENT_BYTES_MAX",
+    "SEGMENT_ROWS_MAX",
+    "SUBJECT_CHARS_MAX",
     "TOMBSTONE_SIZE",
     "ColumnRows",
     "DigestBlock",
@@ -85,6 +103,7 @@ __all__ = [
     "HandshakeRequest",
     "HandshakeResponse",
     "Limits",
+    "Manifest",
     "PullColumns",
     "PullCommit",
     "PullOperation",
@@ -98,21 +117,28 @@ __all__ = [
     "PushTransaction",
     "RoundRequest",
     "RoundResponse",
+    "SegmentColumns",
+    "SegmentHeader",
+    "SegmentInfo",
     "ServerState",
+    "SnapshotRequest",
     "SyncRequest",
     "SyncResponse",
     "Verdict",
     "column_heads",
     "column_rows",
     "decode",
+    "decode_header",
     "decode_request",
     "decode_response",
+    "decode_segment",
     "digest_heads",
     "digest_operations",
     "digest_stored_newer",
     "encode",
     "encode_columns",
     "encode_round",
+    "encode_segment",
     "expanded",
     "operations_count",
     "operations_digest",
@@ -120,5 +146,6 @@ __all__ = [
     "payload_bytes",
     "push_in",
     "response_type",
+    "segment_rows",
     "transaction_bytes",
 ]

@@ -22,13 +22,16 @@ from entidb.protocol.messages import (
     DIGEST_IDS_MAX,
     HAVE_RANGES_MAX,
     LIMITS,
+    PACKINGS_MAX,
     PATHS,
+    SEGMENTS_MAX,
     AnyMessage,
     DigestRequest,
     DigestResponse,
     HandshakeRequest,
     HandshakeResponse,
     Limits,
+    Manifest,
     PullColumns,
     PullOperation,
     PullRequest,
@@ -39,6 +42,7 @@ from entidb.protocol.messages import (
     RoundRequest,
     RoundResponse,
     ServerState,
+    SnapshotRequest,
     SyncRequest,
     SyncResponse,
     Verdict,
@@ -274,6 +278,38 @@ def _check_digest_response(message: DigestResponse, limits: Limits) -> None:
     _check_ascending("$.newer", message.newer)
 
 
+def _check_snapshot_request(message: SnapshotRequest, limits: Limits) -> None:
+    _check_name("$.db_id", message.db_id)
+    if message.collections is not None:
+        _check_collections(message.collections, limits)
+    if len(message.packings) > PACKINGS_MAX:
+        raise _too_large("$.packings", f"has {len(message.packings)} names", PACKINGS_MAX)
+
+
+def _check_manifest(message: Manifest, limits: Limits) -> None:
+    _check_collections(message.collections, limits)
+    if message.granted is not None:
+        _check_collections(message.granted, limits, "$.granted")
+    if len(message.segments) > SEGMENTS_MAX:
+        raise _too_large("$.segments", f"has {len(message.segments)} segments", SEGMENTS_MAX)
+    names, before, last, rows = len(message.collections), -1, b"", 0
+    for index, segment in enumerate(message.segments):
+        place = f"$.segments[{index}]"
+        if segment.collection >= names:
+            raise _no_such_collection(place)
+        if segment.collection < before:
+            raise _invalid(place, "the segments of a collection follow one another")
+        if segment.first > segment.last:
+            raise _invalid(place, "it ends before it begins")
+        if segment.collection == before and segment.first <= last:
+            raise _invalid(place, "it does not lie behind the one before")
+        before, last, rows = segment.collection, segment.last, rows + segment.rows
+    if rows != message.entities:
+        raise _invalid("$.entities", f"the segments have {rows} rows")
+    if message.floor > message.head:
+        raise _invalid("$.floor", "it is above the head")
+
+
 def _check_ascending(place: str, ids: Sequence[bytes]) -> None:
     if not all(map(operator.lt, ids, ids[1:])):
         raise _invalid(place, "ids ascend, and none comes twice")
@@ -363,4 +399,6 @@ _CHECKS: Final[dict[type, Callable[[Any, Limits], None]]] = {
     RoundResponse: _check_round_response,
     DigestRequest: _check_digest_request,
     DigestResponse: _check_digest_response,
+    SnapshotRequest: _check_snapshot_request,
+    Manifest: _check_manifest,
 }

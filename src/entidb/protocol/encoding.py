@@ -12,6 +12,7 @@ from entidb.protocol.heads import _UINTS, ID, NULL, array_head, bytes_head, uint
 from entidb.protocol.messages import (
     DigestRequest,
     HandshakeRequest,
+    HandshakeResponse,
     PullRequest,
     PullResponse,
     PushRequest,
@@ -19,6 +20,7 @@ from entidb.protocol.messages import (
     RoundRequest,
     RoundResponse,
     ServerState,
+    SnapshotRequest,
     SyncRequest,
     SyncResponse,
 )
@@ -52,6 +54,7 @@ _KEYS: Final = {
         "history",
         "indexes",
         "results",
+        "subject",
         "has_more",
         "device_id",
         "collections",
@@ -70,13 +73,21 @@ def _encode_small(message: SyncRequest | SyncResponse) -> bytes:
     return cbor.encode_message(to_builtins(message, builtin_types=(bytes,)))
 
 
-# A program that gives no number of its schema says nothing: its messages are those of before.
+# A program that gives no number of its schema says nothing, and so does a server that knows nobody:
+# these messages are those of before.
 
 
-def _encode_asking(message: HandshakeRequest | DigestRequest) -> bytes:
+def _encode_asking(message: HandshakeRequest | DigestRequest | SnapshotRequest) -> bytes:
     envelope = to_builtins(message, builtin_types=(bytes,))
     if not message.schema:
         del envelope["schema"]
+    return cbor.encode_message(envelope)
+
+
+def _encode_handshake_response(message: HandshakeResponse) -> bytes:
+    envelope = to_builtins(message, builtin_types=(bytes,))
+    if message.subject is None:
+        del envelope["subject"]
     return cbor.encode_message(envelope)
 
 
@@ -89,11 +100,12 @@ def _encode_pull_request(message: PullRequest) -> bytes:
 
 def _encode_push_request(message: PushRequest) -> bytes:
     parts = [
-        _MAPS[7 if message.schema else 6],
+        _MAPS[6 + bool(message.schema) + (message.subject is not None)],
         _KEYS["db_id"] + cbor.text(message.db_id),
         _KEYS["cursor"] + uint(message.cursor),
         _KEYS["schema"] + uint(message.schema) if message.schema else b"",
         _KEYS["history"] + ID + message.history,
+        b"" if message.subject is None else _KEYS["subject"] + cbor.text(message.subject),
         _KEYS["device_id"] + ID + message.device_id,
         _KEYS["collections"] + _names(message.collections),
         _KEYS["transactions"] + array_head(len(message.transactions)),
@@ -263,7 +275,9 @@ def _names(names: Sequence[str]) -> bytes:
 
 _ENCODERS: Final[dict[type, Callable[[Any], bytes]]] = {
     HandshakeRequest: _encode_asking,
+    HandshakeResponse: _encode_handshake_response,
     DigestRequest: _encode_asking,
+    SnapshotRequest: _encode_asking,
     PullRequest: _encode_pull_request,
     PushRequest: _encode_push_request,
     PushResponse: _encode_push_response,

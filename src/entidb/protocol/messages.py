@@ -22,15 +22,24 @@ PROTOCOL_MINOR: Final = 0
 CONTENT_TYPE: Final = "application/cbor"
 #: More ranges than this in ``PullRequest.have`` are refused; a device sends fewer (R21).
 HAVE_RANGES_MAX: Final = 4096
+#: Segments that one ``Manifest`` names at most, and packings that ``SnapshotRequest`` does.
+SEGMENTS_MAX: Final = 65_536
+PACKINGS_MAX: Final = 16
+#: Rows of one segment at most.
+SEGMENT_ROWS_MAX: Final = 65_536
 #: Entities that ``DigestRequest.ids`` names at most, and those of a block unless it says.
 DIGEST_IDS_MAX: Final = 512
+#: Characters of a subject. One that is longer is not named.
+SUBJECT_CHARS_MAX: Final = 255
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 #: No upper bound is named (msgspec knows none above an int64): CBOR itself ends at 2**64 - 1.
 Stamp = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 #: ``entidb.types.check_name`` sees to the rest: bytes, not characters, and no control characters.
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
+Subject = Annotated[str, Meta(min_length=1, max_length=SUBJECT_CHARS_MAX)]
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -166,7 +175,8 @@ class HandshakeRequest(Struct, frozen=True, kw_only=True):
 
 class HandshakeResponse(Struct, frozen=True, kw_only=True):
     """``granted`` names the collections that the token grants; None means all, or a server that
-    does not name them (R31)."""
+    does not name them (R31). ``subject`` is who the token is for; None: the server does not say,
+    or knows nobody (R36)."""
 
     major: Uint
     minor: Uint
@@ -177,6 +187,7 @@ class HandshakeResponse(Struct, frozen=True, kw_only=True):
     features: list[str]
     time: Uint  # server's clock, ms since 1970
     granted: list[Name] | None = None
+    subject: Subject | None = None
 
 
 class PullRequest(Struct, frozen=True, kw_only=True):
@@ -217,7 +228,8 @@ class PullResponse(Struct, frozen=True, kw_only=True):
 
 class PushRequest(Struct, frozen=True, kw_only=True):
     """``collections`` may hold texts that are no names: that is the fault of the transactions that
-    write there, and not of the others (R15)."""
+    write there, and not of the others (R15). ``subject`` is who has committed all of this, as the
+    handshake has named them; with the token of another the server decides nothing (R36)."""
 
     db_id: Name
     device_id: Id
@@ -226,6 +238,7 @@ class PushRequest(Struct, frozen=True, kw_only=True):
     collections: list[str]
     transactions: list[PushTransaction]
     schema: Uint = 0
+    subject: Subject | None = None
 
 
 class PushResponse(Struct, frozen=True, kw_only=True):
@@ -329,6 +342,56 @@ class DigestResponse(Struct, frozen=True, kw_only=True):
     granted: list[Name] | None = None
 
 
+class SnapshotRequest(Struct, frozen=True, kw_only=True):
+    """What a device asks that would begin with all there is (R35): an image of the database, in
+    segments packed with one of ``packings`` (``zstd``, ``gzip``). ``history`` is None, or the one
+    it has met. Only for a server with the feature ``segments``."""
+
+    db_id: Name
+    device_id: Id
+    history: Id | None = None
+    collections: list[Name] | None = None
+    packings: list[Annotated[str, Meta(min_length=1, max_length=32)]]
+    schema: Uint = 0
+
+    @property
+    def cursor(self) -> int:
+        """As of other requests: it begins with nothing."""
+        return 0
+
+
+class SegmentInfo(Struct, frozen=True, array_like=True, gc=False):
+    """One segment of an image: the entities of a collection (its index in the manifest) from
+    ``first`` to ``last``. ``sha256`` is over the whole file of so many ``bytes``, and its name."""
+
+    sha256: Sha256
+    collection: Uint
+    bytes: Positive
+    rows: Annotated[int, Meta(ge=1, le=SEGMENT_ROWS_MAX)]
+    first: Id
+    last: Id
+    packing: Annotated[str, Meta(min_length=1, max_length=32)]
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """An image as of ``head``: every entity of ``collections`` that there was, in segments, those
+    of a collection in the order of their ids. Until ``ends`` (ms of the server's clock) the
+    segments are there, and the floor does not pass ``head``.
+
+    Without ``segments`` there is no image for this device, which pulls instead; ``head`` is then
+    that of the database. ``time`` and ``granted`` as in the pull."""
+
+    history: Id
+    head: Uint
+    floor: Uint
+    collections: list[Name]
+    segments: list[SegmentInfo]
+    entities: Uint
+    ends: Uint
+    time: Uint
+    granted: list[Name] | None = None
+
+
 class ErrorResponse(Struct, frozen=True, kw_only=True):
     """``code`` is a row of ``entidb.errors.ERROR_TABLE``; ``retry_after`` in seconds."""
 
@@ -339,9 +402,17 @@ class ErrorResponse(Struct, frozen=True, kw_only=True):
     details: dict[str, Any] = {}
 
 
-SyncRequest = HandshakeRequest | PullRequest | PushRequest | RoundRequest | DigestRequest
+SyncRequest = (
+    HandshakeRequest | PullRequest | PushRequest | RoundRequest | DigestRequest | SnapshotRequest
+)
 SyncResponse = (
-    HandshakeResponse | PullResponse | PushResponse | RoundResponse | DigestResponse | ErrorResponse
+    HandshakeResponse
+    | PullResponse
+    | PushResponse
+    | RoundResponse
+    | DigestResponse
+    | Manifest
+    | ErrorResponse
 )
 AnyMessage = TypeVar("AnyMessage", bound=SyncRequest | SyncResponse)
 #: HTTP path of each request.
@@ -351,6 +422,7 @@ PATHS: Final[dict[str, type[SyncRequest]]] = {
     "/v1/push": PushRequest,
     "/v1/sync": RoundRequest,
     "/v1/digest": DigestRequest,
+    "/v1/snapshot": SnapshotRequest,
 }
 _RESPONSES: Final[dict[type, type[SyncResponse]]] = {
     HandshakeRequest: HandshakeResponse,
@@ -358,6 +430,7 @@ _RESPONSES: Final[dict[type, type[SyncResponse]]] = {
     PushRequest: PushResponse,
     RoundRequest: RoundResponse,
     DigestRequest: DigestResponse,
+    SnapshotRequest: Manifest,
 }
 _PATH_OF: Final = {kind: path for path, kind in PATHS.items()}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Rights,
     )
     from entidb.server.config import ServerConfig
+    from entidb.server.copying import copy_server
     from entidb.server.group_commit import GroupCommitter
     from entidb.server.hooks import (
         Grant,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         ValidateTransaction,
     )
     from entidb.server.minting import mint_token
+    from entidb.server.renewing import renew
     from entidb.server.run import Listen, serve, serving
     from entidb.server.server import SyncServer
     from entidb.server.service import DatabaseService
@@ -37,6 +39,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
     "entidb.server.app": ("SyncApp", "create_app"),
     "entidb.server.auth": ("Authenticator", "Grants", "JwtAuthenticator", "Rights"),
     "entidb.server.config": ("ServerConfig",),
+    "entidb.server.copying": ("copy_server",),
     "entidb.server.group_commit": ("GroupCommitter",),
     "entidb.server.hooks": (
         "Grant",
@@ -47,6 +50,7 @@ _HOMES: Final[dict[str, tuple[str, ...]]] = {
         "ValidateTransaction",
     ),
     "entidb.server.minting": ("mint_token",),
+    "entidb.server.renewing": ("renew",),
     "entidb.server.run": ("Listen", "serve", "serving"),
     "entidb.server.server": ("SyncServer",),
     "entidb.server.service": ("DatabaseService",),
@@ -70,8 +74,10 @@ __all__ = [
     "ValidateHook",
     "ValidateOperation",
     "ValidateTransaction",
+    "copy_server",
     "create_app",
     "mint_token",
+    "renew",
     "serve",
     "serving",
 ]

@@ -1,6 +1,7 @@
 """The server as an ASGI app: to be run by ``serve`` or any ASGI server, or mounted in another app.
 
-    event loop     reads bodies, checks tokens, decodes, answers idle pulls, sends
+    event loop     reads bodies, checks tokens, decodes, answers idle pulls, and those for few
+                   operations that are in memory; sends
     reader thread  pulls and handshakes: one thread, because readers of the store must not pile up;
                    each database has at most two pages in front of it, so they take turns
     unpackers      unpack and decode large bodies, which takes long
@@ -22,7 +23,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from entidb.errors import (
     ProtocolError,
@@ -37,6 +38,7 @@ from entidb.protocol import (
     PushRequest,
     PushResponse,
     RoundRequest,
+    SnapshotRequest,
     SyncRequest,
     encode,
     encode_round,
@@ -47,25 +49,28 @@ from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
 from entidb.server.config import ServerConfig
+from entidb.server.deadlines import within
 from entidb.server.exchange import GoneError, HttpExchange, Receive, Scope, Send
+from entidb.server.fresh import Freshness
+from entidb.server.front import Reading
 from entidb.server.hooks import Grant
 from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
+from entidb.server.measured import metrics_of, pulse_of
 from entidb.server.origins import check_single
 from entidb.server.pages import PAGE_BYTES_MAX, known_up_to, unseen
 from entidb.server.plain import ADDRESSES, Plain
-from entidb.server.pulse import Gauges, Pulse
 from entidb.server.room import RETRY_S, Budget, Held
+from entidb.server.segments.answers import SegmentAnswers
+from entidb.server.segments.serving import SEGMENTS_PATH
 from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
 from entidb.server.service import BehindError
 from entidb.server.stores import Store
 from entidb.server.threads import AppThreads
+from entidb.server.warmth import is_small, waits
 from entidb.server.wire import ServerResponse
-from entidb.server.workers.team import Team
-
-if TYPE_CHECKING:
-    from entidb.server.metrics import Metrics
+from entidb.server.workers.team import Team, company_of
 
 access_logger = logging.getLogger("entidb.access")
 #: Larger bodies are unpacked off the event loop.
@@ -106,11 +111,15 @@ class SyncApp:
         self._stopping = False
         if self._config.live_max:
             server.front.announce("live")
-        self._live = LiveAnswers(server, self._use_existing)
+        self._live = LiveAnswers(
+            server, self._use_existing, lambda *given: self._start().ask(*given)
+        )
+        self._segments = SegmentAnswers(server, self._use_existing)
         self._office = office_of(server)
-        self._admin = AdminHttp(self._office)
-        self._metrics = _make_metrics(self) if server.config.metrics else None
-        self._pulse = self._office.pulse = _make_pulse(self) if server.config.console else None
+        self._fresh = Freshness(server.front.control)
+        self._admin = AdminHttp(self._office, self._fresh.wait)
+        self._metrics = metrics_of(self, self._office) if server.config.metrics else None
+        self._pulse = self._office.pulse = pulse_of(self) if server.config.console else None
         self._plain = Plain(server, self._office, self._metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,10 +191,10 @@ class SyncApp:
         running = self._running
         if running is None or running.loop is not loop:
             self.server.begin()
+            company = None if self._team else company_of(self.server)
             running = self._running = AppThreads(loop, self.server)
-            family = self.server.family
-            if family is not None and self._team is None:
-                self._team = Team(self.server, self._office, running.live, family, self._metrics)
+            if company is not None:
+                self._team = Team(self.server, self._office, running.live, company, self._metrics)
         return running
 
     # ------------------------------------------------------------ one request
@@ -236,7 +245,8 @@ class SyncApp:
             return response
 
     async def _respond(self, exchange: HttpExchange, held: Held) -> ServerResponse:
-        check_single(exchange.raw_headers)
+        if exchange.repeats:
+            check_single(exchange.raw_headers)
         origins = self.server.origins
         origins.check(exchange.headers)
         if self._config.cors_origins and origins.is_preflight(exchange.method, exchange.headers):
@@ -245,9 +255,10 @@ class SyncApp:
         if self._plain.serves(exchange.path):
             return await self._plain.answer(exchange, stopping=self._stopping)
         administers = _administers(exchange)
-        if exchange.path != LIVE_PATH and not administers:
+        segment = exchange.path.startswith(SEGMENTS_PATH)
+        if exchange.path != LIVE_PATH and not administers and not segment:
             wire.check_route(exchange.method, exchange.path)
-        elif exchange.method != "GET" and not administers:
+        elif exchange.path == LIVE_PATH and exchange.method != "GET":
             raise ProtocolError("read this with GET", code="method_not_allowed")
         if self._stopping:
             raise ServerBusyError(
@@ -256,6 +267,7 @@ class SyncApp:
         if administers:
             return await self._admin.answer(exchange, held)
         front = self.server.front
+        await self._fresh.wait()
         grants = front.authenticate(wire.bearer_token(exchange.headers))
         exchange.subject = grants.subject
         if exchange.path == LIVE_PATH:
@@ -263,24 +275,22 @@ class SyncApp:
             exchange.db_id = wanted.db_id
             return await self._live.answer(self._start().live, wanted, grants)
         held.charge(("subject", grants.subject))
+        if segment:
+            return await self._segments.answer(exchange, grants, held)
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
         exchange.request, exchange.grants = request, grants
+        await self._fresh.wait()  # the body may have taken its time
         grant = front.permit(request, grants)
         if isinstance(request, PushRequest):
-            store = await self._use(request, grant)
+            store = front.try_use(request) or await self._use(request, grant)
             return await self._push(exchange, store, request, grant)
         if isinstance(request, RoundRequest):
             return await self._round(exchange, request, grant, held)
         return await self._read(exchange, request, grant, held)
 
-    @asynccontextmanager
-    async def _using(self, request: SyncRequest, grant: Grant) -> AsyncIterator[Store]:
-        """``Front.using``, without waiting on the event loop."""
-        with self.server.stores.holding(await self._use(request, grant)) as store:
-            yield store
-
     async def _use(self, request: SyncRequest, grant: Grant) -> Store:
+        """``Front.use``, without waiting on the event loop."""
         front = self.server.front
         return front.try_use(request) or await self._opened(front.use, request, grant)
 
@@ -289,10 +299,11 @@ class SyncApp:
         return stores.try_use(db_id) or await self._opened(partial(stores.use, create=False), db_id)
 
     async def _opened(self, use: Callable[..., Store], *arguments: object) -> Store:
-        opening = self._start().opener.submit(use, *arguments)
+        running = self._start()
+        opening = running.opener.submit(use, *arguments)
         try:
-            return await asyncio.wrap_future(opening)
-        except asyncio.CancelledError:
+            return await running.bounded(asyncio.wrap_future(opening))
+        except (asyncio.CancelledError, ServerBusyError):
             opening.add_done_callback(self._give_back)
             raise
 
@@ -309,8 +320,7 @@ class SyncApp:
         encoding = self.server.request_encoding(headers)
         wire.content_length(headers, limit)
         try:
-            async with asyncio.timeout(self._config.body_timeout_s):
-                body = await exchange.read(limit, held)
+            body = await within(self._config.body_timeout_s, exchange.read(limit, held))
         except TimeoutError as error:
             raise SyncTimeoutError(
                 f"the body did not arrive within {self._config.body_timeout_s:g} s"
@@ -345,27 +355,29 @@ class SyncApp:
     async def _read(
         self,
         exchange: HttpExchange,
-        request: HandshakeRequest | PullRequest | DigestRequest,
+        request: Reading,
         grant: Grant,
         held: Held,
         wrapped: Callable[[bytes], bytes] = bytes,
     ) -> ServerResponse:
         """The answer; of a page, what ``wrapped`` makes of it."""
         running, front = self._start(), self.server.front
-        if isinstance(request, DigestRequest):
+        using = self.server.stores.holding
+        if isinstance(request, DigestRequest | SnapshotRequest):
             held.charge(("database", request.db_id))
             async with running.line(request.db_id):
                 await held.reserve(min(PAGE_BYTES_MAX, self._room_max()))
-                async with self._using(request, grant) as store:
+                with using(await self._use(request, grant)) as store:
                     body = await self._run(running.reader, front.read, store, request, grant)
             return wire.message_response(
                 body, self.server.response_encoding(exchange.headers, len(body))
             )
-        async with self._using(request, grant) as store:
+        with using(front.try_use(request) or await self._use(request, grant)) as store:
             if isinstance(request, HandshakeRequest):
-                answer = await self._run(running.reader, front.read, store, request, grant)
+                where = running.asker or running.reader
+                answer = await self._run(where, front.read, store, request, grant)
                 return wire.message_response(answer)
-            idle = front.idle(store, request, grant)
+            idle = await running.ask(front.idle, store, request, grant)
             if idle is not None:
                 self.server.registry.pulled(request, known_up_to(request))
                 return wire.message_response(wrapped(idle))
@@ -373,21 +385,27 @@ class SyncApp:
             room = min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max())
             held.charge(("database", request.db_id))
             response: ServerResponse
-            if store.service.is_recent(request) and held.try_reserve(room):
-                # What one device has just pushed, for all others: at once, and without waiting in
-                # front of the reader, behind another device's first sync.
+            if running.is_near(store, request) and held.try_reserve(room):
+                # As what one device has just pushed, for all others: at once, and without waiting
+                # in front of the reader, behind another device's first sync.
                 response = self._page(store, request, grant, exchange.headers, wrapped)
                 held.resize(len(response.body))
                 return response
         # Who waits is no user of the database: it could not be opened again after an error.
-        async with running.line(request.db_id):
-            await held.reserve(room)
-            async with self._using(request, grant) as store:
-                response = await self._run(
-                    running.reader, self._page, store, request, grant, exchange.headers, wrapped
-                )
-                held.resize(len(response.body))
-        return response
+        while True:
+            async with running.line(request.db_id, small=is_small(request)) as has_turn:
+                await held.reserve(room)
+                with using(await self._use(request, grant)) as store:
+                    page = partial(self._page, store, request, grant, exchange.headers, wrapped)
+                    if running.is_near(store, request):
+                        running.hurry(request.db_id)
+                        response = page()
+                    elif has_turn:
+                        response = await self._run(running.reader, page)
+                    else:
+                        continue
+                    held.resize(len(response.body))
+                    return response
 
     def _page(
         self,
@@ -397,7 +415,10 @@ class SyncApp:
         headers: Mapping[str, str],
         wrapped: Callable[[bytes], bytes],
     ) -> ServerResponse:
+        waited = waits() if is_small(request) else None
         body = wrapped(self.server.front.page(store, request, grant))
+        if waited is not None:
+            store.warmth.read(waited, len(body))
         return wire.message_response(body, self.server.response_encoding(headers, len(body)))
 
     def _room_max(self) -> int:
@@ -447,9 +468,9 @@ class SyncApp:
             running.ready.append((future, answer))  # on the writer's thread
 
         # The front gives the store back, and not the task that awaits the answer: that may have
-        # been cancelled, and the push goes on all the same.
+        # been cancelled, or waited for long enough, and the push goes on all the same.
         self.server.front.push(store, request, grant, done)
-        answer = await future
+        answer = await running.bounded(future)
         if isinstance(answer, SyncError):
             raise answer
         exchange.verdicts = answer
@@ -475,21 +496,3 @@ class SyncApp:
 
 def _administers(exchange: HttpExchange) -> bool:
     return exchange.path.startswith(PREFIX)
-
-
-def _make_pulse(app: SyncApp) -> Pulse:
-    gauges = Gauges(in_flight_bytes=lambda: app.in_flight_bytes, waiting=lambda: app.waiting)
-    return Pulse(app.server.clock, gauges)
-
-
-def _make_metrics(app: SyncApp) -> Metrics:
-    from entidb.server.metrics import Metrics
-
-    made = Metrics(
-        in_flight_bytes=lambda: app.in_flight_bytes,
-        open_databases=lambda: app.server.stores.open_count,
-        live=lambda: app.waiting,
-        office=app._office,
-    )
-    app.server.stores.meter.note = made.grouped
-    return made

@@ -13,13 +13,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
 from entidb.server.declared import Declared, declared
 from entidb.server.origins import check_names
+from entidb.storage.addresses import ADDRESSES, is_address, without_secrets
 from entidb.types import COLLECTIONS_MAX, SEQUENCE_MAX, TRANSACTION_BYTES_MAX
 
 _MIB: Final = 1024 * 1024
@@ -39,7 +40,7 @@ _SUFFIX: Final = ".entidb"
 _DIRECTORY: Final = re.compile(r"(?:==)?((?:=[a-z]|[a-z0-9._-])+)" + re.escape(_SUFFIX))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ServerConfig:
     """How a server behaves. Raises ``ConfigError``, which names the field.
 
@@ -48,8 +49,9 @@ class ServerConfig:
     ``authenticator``, or ``insecure_no_auth``.
     """
 
-    #: Directory of the databases, one directory each; made if missing. None keeps everything in
-    #: memory, for tests.
+    #: Directory of the databases, one directory each; made if missing. Or the address of a
+    #: PostgreSQL database, ``postgresql://user@host/database``, which several servers may serve.
+    #: None keeps everything in memory, for tests.
     data_dir: str | os.PathLike[str] | None
     #: Processes that serve it together, each of which opens any database; on Linux only.
     #: ``serve`` starts so many. For an app that another program runs in several processes, any
@@ -139,6 +141,12 @@ class ServerConfig:
     subject_requests_per_s: float = 0.0
     #: As ``subject_requests_per_s``, to one database, from whomever.
     database_requests_per_s: float = 0.0
+    #: Entities that a database may hold. What would be one more is refused, transaction by
+    #: transaction, as ``over_quota``, and withdrawn on its device. 0: any number.
+    database_entities_max: int = 0
+    #: Bytes that the store of a database may take, measured once a minute; beyond it only what
+    #: makes nothing larger is accepted. 0: any number.
+    database_bytes_max: int = 0
     #: Connections at once. Idle ones are closed for new ones; when all are being answered, more
     #: are answered ``busy``.
     connections_max: int = 2000
@@ -168,6 +176,11 @@ class ServerConfig:
     #: Databases open at once. The least recently used one is closed for another.
     databases_open_max: int = 64
 
+    #: Entities from which on a database gets an image: files that are made once and serve the first
+    #: sync of every device. They take about half of what the database does, below ``data_dir``. 0:
+    #: none is made.
+    segments_min_entities: int = 50_000
+
     #: Directory for backups of the databases, best on another disk. None: there are none.
     backup_dir: str | os.PathLike[str] | None = None
     #: Seconds between two backups of each database. 0: only when somebody asks for one.
@@ -195,8 +208,7 @@ class ServerConfig:
         for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
-        if self.data_dir is not None and not os.fspath(self.data_dir):
-            raise ConfigError("data_dir is empty: name a directory")
+        self._check_place()
         if self.workers > 1 and self.data_dir is None:
             raise ConfigError("workers share what is on a disk: give data_dir, or workers=1")
         self._check_backups()
@@ -225,13 +237,43 @@ class ServerConfig:
                 f"body_bytes_max, so that one large request does not stop all others"
             )
 
+    def _check_place(self) -> None:
+        place = self.data_dir
+        if place is None:
+            return
+        if not os.fspath(place):
+            raise ConfigError("data_dir is empty: name a directory")
+        if self.address is None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(place)):
+            raise ConfigError(
+                f"data_dir is a directory, or an address that begins with {ADDRESSES[0]}"
+            )
+
+    def __repr__(self) -> str:
+        """Without the password that an address may have."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.address is not None:
+            values["data_dir"] = without_secrets(self.address)
+        shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        return f"{type(self).__qualname__}({shown})"
+
+    @property
+    def address(self) -> str | None:
+        """``data_dir`` where it is the address of a PostgreSQL database. It may have a password,
+        and belongs into no message."""
+        return str(self.data_dir) if is_address(self.data_dir) else None
+
+    @property
+    def directory(self) -> str | os.PathLike[str] | None:
+        """``data_dir`` where it is a directory."""
+        return None if self.address is not None else self.data_dir
+
     def _check_backups(self) -> None:
         if self.backup_dir is None:
             if self.backup_every_s:
                 raise ConfigError("backup_every_s needs backup_dir, the place for the backups")
             return
         where = os.path.abspath(self.backup_dir)
-        if self.data_dir is not None and where == os.path.abspath(self.data_dir):
+        if self.directory is not None and where == os.path.abspath(self.directory):
             raise ConfigError("backup_dir is another directory than data_dir: best on another disk")
 
     def _check_auth(self) -> None:
@@ -306,12 +348,15 @@ _INTS: Final = {
     "collections_max": (1, 65536),
     "in_flight_bytes_max": (_MIB, 1024 * _BYTES_MAX),
     "push_queue_max": (1, 1_000_000),
+    "database_entities_max": (0, SEQUENCE_MAX),
+    "database_bytes_max": (0, SEQUENCE_MAX),
     "connections_max": (1, 1_000_000),
     "live_max": (0, 1_000_000),
     "live_subject_max": (1, 1_000_000),
     "databases_open_max": (1, 100_000),
     "backup_keep": (1, 10_000),
     "ready_disk_bytes_min": (0, 1024 * _BYTES_MAX),
+    "segments_min_entities": (0, SEQUENCE_MAX),
     "schema": (0, SEQUENCE_MAX),
     "schema_min": (0, SEQUENCE_MAX),
     "compression_min_bytes": (0, _BYTES_MAX),

@@ -16,12 +16,16 @@ import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
+from urllib.parse import unquote
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from entidb.protocol import ErrorResponse
 from entidb.server import wire
 from entidb.server.config import ServerConfig
+from entidb.server.cycle import RequestCycle
+from entidb.server.deadlines import Deadline
 
 logger = logging.getLogger("entidb.server")
 
@@ -122,8 +126,10 @@ class LimitedConnection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.making_room = False
-        self._head_timer = _Timer(self.loop, self.settings.head_timeout_s)
-        self._write_timer = _Timer(self.loop, self.settings.write_timeout_s)
+        loop, settings = self.loop, self.settings
+        self._head_limit = Deadline(loop, settings.head_timeout_s, self._cut)
+        self._write_limit = Deadline(loop, settings.write_timeout_s, self._cut)
+        self._idle_limit = Deadline(loop, self.timeout_keep_alive, self.timeout_keep_alive_handler)
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -133,41 +139,86 @@ class LimitedConnection(HttpToolsProtocol):
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer.stop()
-        self._write_timer.stop()
+        for limit in (self._head_limit, self._write_limit, self._idle_limit):
+            limit.end()
         self.connections_of_all.closed(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._head_timer.running and self._is_idle():
+        self._idle_limit.stop()
+        if not self._head_limit.running and self._is_idle():
             self._expect_head()
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_timer.running and self._head_bytes > _HEAD_BYTES_MAX:
+        if self._head_limit.running and self._head_bytes > _HEAD_BYTES_MAX:
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        self._head_timer.stop()
+        self._head_limit.stop()
         self._head_bytes = 0
-        if self.connections_of_all.asks(self) or self.url.startswith(b"/healthz"):
-            super().on_headers_complete()
-            return
-        # What looks after the server has to be answered most of all when there is too much.
-        usual, self.app = self.app, _turn_away
-        super().on_headers_complete()
-        self.app = usual
+        app = self.app
+        if not self.connections_of_all.asks(self) and not self.url.startswith(b"/healthz"):
+            # What looks after the server has to be answered most of all when there is too much.
+            app = _turn_away
+        before: RequestResponseCycle | None = self.cycle
+        cycle = self.cycle = self._begun()
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, app)
+        else:
+            # Requests that do not wait for the answer before them do.
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
+
+    def _begun(self) -> RequestCycle:
+        """The request whose head has come in."""
+        parser, scope = self.parser, self.scope
+        version = parser.get_http_version()
+        scope["method"] = parser.get_method().decode("ascii")
+        if version != "1.1":
+            scope["http_version"] = version
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["path"] = self.root_path + (unquote(path) if "%" in path else path)
+        scope["raw_path"] = self.root_path.encode("ascii") + url.path
+        scope["query_string"] = url.query or b""
+        return RequestCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+
+    def on_body(self, body: bytes) -> None:
+        cycle = self.cycle
+        assert isinstance(cycle, RequestCycle), "every request begins with its head"
+        if not cycle.response_complete:
+            cycle.came(body)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._is_idle() and not self.transport.is_closing():
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_limit.start()
+        if self._is_idle():
             self.connections_of_all.rests(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer.start(self.transport.abort)
+        self._write_limit.start()
 
     def resume_writing(self) -> None:
-        self._write_timer.stop()
+        self._write_limit.stop()
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -182,7 +233,10 @@ class LimitedConnection(HttpToolsProtocol):
 
     def _expect_head(self) -> None:
         self._head_bytes = 0
-        self._head_timer.start(self.transport.abort)
+        self._head_limit.start()
+
+    def _cut(self) -> None:
+        self.transport.abort()
 
 
 def connection_class(settings: ServerConfig, most: int) -> type[LimitedConnection]:
@@ -216,26 +270,6 @@ async def _turn_away(scope: Scope, receive: Any, send: Send) -> None:
     await send({"type": "http.response.body", "body": response.body})
 
 
-class _Timer:
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._loop = loop
-        self._seconds = seconds
-        self._handle: asyncio.TimerHandle | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._handle is not None
-
-    def start(self, call: Callable[[], None]) -> None:
-        if self._handle is None:
-            self._handle = self._loop.call_later(self._seconds, call)
-
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-
-
 # ---------------------------------------------------------------- open files
 
 
@@ -246,7 +280,7 @@ def files_needed(settings: ServerConfig) -> int:
 
 
 def _database_files(settings: ServerConfig) -> int:
-    return 0 if settings.data_dir is None else _DATABASE_FILES * settings.databases_open_max
+    return 0 if settings.directory is None else _DATABASE_FILES * settings.databases_open_max
 
 
 def fit_connections(settings: ServerConfig, files: int | None) -> int:

@@ -1,13 +1,14 @@
 """What the administrator of a server has decided: who is revoked (R32), and which database is
 frozen.
 
-It is one small file in the data directory, written durably before the answer, and read again within
-a second by every process that serves the directory. A server that cannot read it does not start: it
-would let in who was locked out. Not here: who may decide (``admin``).
+It is one small record (``records``), written durably before the answer, and read again within a
+second by every process of the server. A server that cannot read it does not start: it would let in
+who was locked out. Not here: who may decide (``admin``).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, Final, Literal, Protocol
@@ -15,18 +16,23 @@ from typing import Any, Final, Literal, Protocol
 from msgspec import Struct, ValidationError, json
 from msgspec.structs import replace
 
-from entidb.errors import ConfigError, DatabaseLockedError, PermissionDeniedError, ServerBusyError
+from entidb.errors import (
+    ConfigError,
+    DatabaseLockedError,
+    PermissionDeniedError,
+    ServerBusyError,
+    StorageError,
+)
 from entidb.protocol import PushRequest
-from entidb.server.watched import Watched, mark_of
-from entidb.storage.directories import NO_FOLLOW, sync_path
-from entidb.storage.partial import Partial
+from entidb.server.away import retry_after_s
+from entidb.server.records import BYTES_MAX, CONTROL, CONTROL_FILE, Records, as_records
+from entidb.server.watched import Followed, Mark, Watched
 from entidb.types import Clock
 
-#: The file, in the data directory; no database is called so.
-CONTROL_FILE: Final = "entidb-control.json"
+logger = logging.getLogger("entidb.server")
+
 #: Entries at once; more is a sign that tokens should live shorter.
 REVOKED_MAX: Final = 100_000
-_BYTES_MAX: Final = 64 * 2**20
 _VERSION: Final = 1
 #: Seconds after which a device asks again whether it may push.
 _FROZEN_RETRY_S: Final = 5.0
@@ -96,21 +102,26 @@ class _State:
 
 
 class Control:
-    """Looked at for every request; thread-safe. Without a path it lives as long as the server."""
+    """Looked at for every request; thread-safe. Without a place it lives as long as the server."""
 
-    def __init__(self, data_dir: str | os.PathLike[str] | None, clock: Clock) -> None:
-        """Raises ``ConfigError`` for a file that cannot be read."""
+    def __init__(self, place: str | os.PathLike[str] | Records | None, clock: Clock) -> None:
+        """Raises ``ConfigError`` for a record that cannot be read; ``StorageError``."""
         self._clock = clock
-        self._path = None if data_dir is None else os.path.join(os.fspath(data_dir), CONTROL_FILE)
+        self._records = records = as_records(place)
+        #: Whether it is asked over a network: then ``freshen`` comes before ``admit``.
+        self.far: Final = records is not None and records.far
         self._alone = _State(Decided())
         #: Called after each change that was made here; for what tells other processes of it.
         self.on_change: Callable[[], None] = _nothing
-        path = self._path
-        self._watched = (
-            None
-            if path is None
-            else Watched(path, lambda: _State(_read(path)), lambda: mark_of(path), clock)
-        )
+        self._watched: Watched[_State] | Followed[_State] | None = None
+        if records is not None:
+            kind = Followed if self.far else Watched
+            self._watched = kind(
+                records.where(CONTROL),
+                lambda: _State(_read(records)),
+                lambda: records.mark(CONTROL),
+                clock,
+            )
 
     # ------------------------------------------------------------ asked for every request
 
@@ -152,10 +163,26 @@ class Control:
         state = self._alone if self._watched is None else self._watched.current()
         return db_id in state.frozen
 
+    def is_stale(self) -> bool:
+        """Whether ``look_again`` comes first, because another node may have decided something: so
+        it is where that is asked over a network, and was not for a second."""
+        return self._watched is not None and self._watched.is_stale()
+
     def look_again(self) -> None:
-        """Read at once what another process has just decided. Raises ``ConfigError``."""
+        """Read at once what another process has just decided. Raises ``ConfigError``,
+        ``StorageError``."""
         if self._watched is not None:
             self._watched.reread()
+
+    def freshen(self) -> None:
+        """Look again if what is known is stale. Waits for the network; nobody is let in without
+        it. Raises ``ServerBusyError``."""
+        if self.is_stale():
+            try:
+                self.look_again()
+            except StorageError as error:
+                logger.warning("who is revoked cannot be read, and nobody is served: %s", error)
+                raise unread_error() from error
 
     @property
     def decided(self) -> Decided:
@@ -228,18 +255,29 @@ class Control:
 
     def _change(self, change: Callable[[Decided], Decided]) -> Decided:
         """Returns what was decided before."""
-        if self._path is None or self._watched is None:
+        records, watched = self._records, self._watched
+        if records is None or watched is None:
             before = self._alone.decided
             self._alone = _State(change(before))
             return before
-        # The file is the truth, and not what this process has read of it a moment ago.
-        with _alone(self._path) as partial:
-            before = _read(self._path)
+        before = after = _read(records)
+
+        def make(content: bytes | None) -> bytes | None:
+            # The record is the truth, and not what this process has read of it a moment ago.
+            nonlocal before, after
+            before = _decoded(records, content)
             after = change(before)
-            if after != before:
-                _write(partial.path, after)
-                partial.finish()
-                self._watched.set(_State(after))
+            return None if after == before else json.format(json.encode(after), indent=1)
+
+        def wrote(mark: Mark) -> None:
+            watched.set(_State(after), mark)
+
+        try:
+            records.change(CONTROL, make, wrote)
+        except DatabaseLockedError as error:
+            raise DatabaseLockedError(
+                f"{records.where(CONTROL)} is being changed by another process; try again"
+            ) from error
         if after != before:
             self.on_change()
         return before
@@ -247,6 +285,14 @@ class Control:
 
 def _nothing() -> None:
     return None
+
+
+def unread_error() -> ServerBusyError:
+    """What everybody is told while it cannot be read who is revoked."""
+    return ServerBusyError(
+        "the server cannot read at the moment who is revoked, and serves nobody without it",
+        retry_after=retry_after_s(),
+    )
 
 
 def frozen_error(db_id: str) -> ServerBusyError:
@@ -259,47 +305,42 @@ def frozen_error(db_id: str) -> ServerBusyError:
     )
 
 
-def _alone(path: str) -> Partial:
+def _read(records: Records) -> Decided:
     try:
-        return Partial(path, "change")
-    except DatabaseLockedError as error:
-        raise DatabaseLockedError(f"{path} is being changed by another process; try again") from (
-            error
-        )
-
-
-def _write(path: str, decided: Decided) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(json.format(json.encode(decided), indent=1))
-    sync_path(path)
-
-
-def _read(path: str) -> Decided:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
-    except FileNotFoundError:
-        return Decided()
+        content = records.read(CONTROL)
     except OSError as error:
-        raise _unreadable(path, str(error.strerror)) from error
-    with open(descriptor, "rb") as file:
-        content = file.read(_BYTES_MAX + 1)
-    if len(content) > _BYTES_MAX:
-        raise _unreadable(path, "it is too large")
+        raise _unreadable(records, str(error.strerror)) from error
+    return _decoded(records, content)
+
+
+def _decoded(records: Records, content: bytes | None) -> Decided:
+    if content is None:
+        return Decided()
+    if len(content) > BYTES_MAX:
+        raise _unreadable(records, "it is too large")
     try:
         decided = json.decode(content, type=Decided)
     except (ValidationError, ValueError, RecursionError) as error:
-        raise _unreadable(path, str(error)) from error
+        raise _unreadable(records, str(error)) from error
     if decided.version > _VERSION:
-        raise _unreadable(path, "a newer EntiDB has written it")
+        raise _unreadable(records, "a newer EntiDB has written it")
     return decided
 
 
-def _unreadable(path: str, why: str) -> ConfigError:
+def _unreadable(records: Records, why: str) -> ConfigError:
     return ConfigError(
-        f"{path}, which says who is revoked, cannot be read: {why}. Nobody is served without it; "
-        "put it back from a copy"
+        f"{records.where(CONTROL)}, which says who is revoked, cannot be read: {why}. Nobody is "
+        "served without it; put it back from a copy"
     )
 
 
-__all__ = ["CONTROL_FILE", "REVOKED_MAX", "Control", "Decided", "Frozen", "Kind", "Revoked"]
+__all__ = [
+    "CONTROL_FILE",
+    "REVOKED_MAX",
+    "Control",
+    "Decided",
+    "Frozen",
+    "Kind",
+    "Revoked",
+    "unread_error",
+]

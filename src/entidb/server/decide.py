@@ -39,6 +39,7 @@ from entidb.protocol import (
     payload_bytes,
     transaction_bytes,
 )
+from entidb.server.fullness import Fullness
 from entidb.server.hooks import (
     Grant,
     Refusal,
@@ -99,6 +100,7 @@ class Rules(Struct, frozen=True):
     db_id: str
     transaction_bytes_max: int
     hook: ValidateHook | None
+    fullness: Fullness | None = None
 
 
 class Deciding:
@@ -134,6 +136,7 @@ class Deciding:
         self._bytes_max = rules.transaction_bytes_max
         #: Some collection of the request has something that is unique.
         self._asks = len(writer.catalogue.indexes.each) > 0 and is_asked(self._infos)
+        self._room = None if rules.fullness is None else rules.fullness.room(writer)
         self._many_names = len(request.collections) > TRANSACTION_COLLECTIONS_MAX
 
     def _collections(self) -> list[CollectionInfo | None]:
@@ -226,6 +229,8 @@ class Deciding:
             bases = [operation.base_version for operation, _ in replaced]
             if any(map(lt, bases, versions_of([row for _, row in replaced]))):
                 return None
+        if self._room is not None and self._room.take(zip(payloads, rows, strict=True)):
+            return None
         self._make_collections()
         writer, head, latest = self._writer, self._writer.head, self._timestamp_max
         versions = range(head.sequence + 1, head.sequence + 1 + len(keys))
@@ -295,6 +300,12 @@ class Deciding:
             if taken is not None:
                 self._refused.update(places)
                 return taken
+        if self._room is not None:
+            payloads = newest or [op.payload for op in transaction.operations]
+            stored = [self._states[place] for place in places]
+            quota = self._room.take(zip(payloads, stored, strict=True))
+            if quota is not None and self._rules.fullness is not None:
+                return self._refuse(places, *self._rules.fullness.fault(quota))
         if newest is None:
             return self._accept(transaction, places, digest)
         newer = digest_stored_newer(digest)

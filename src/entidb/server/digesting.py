@@ -38,7 +38,7 @@ def digested(service: DatabaseService, request: DigestRequest, grant: Grant) -> 
     name = request.collection
     with paused(), service.database.view() as view:
         head = view.head.sequence
-        history, floor = service.database.history, read_floor(view)
+        history, floor = service.database.history_at(view.snapshot), read_floor(view)
         service.check_pull(_pull_of(request), grant, request.cursor, head, floor, history)
         if name is None:
             infos = wanted_collections(view.catalogue, request.collections, grant.collections)

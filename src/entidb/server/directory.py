@@ -1,5 +1,5 @@
-"""Where databases come from: the data directory of a server, which is one server's alone, and the
-databases in it; or memory.
+"""The place of databases that is a directory: the data directory of a server, which is one server's
+alone, and the databases in it.
 
 Not here: which of them are open (``stores``).
 """
@@ -9,25 +9,32 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from entidb.db import Database, Role
-from entidb.errors import ConfigError, DatabaseLockedError, PermissionDeniedError
+from entidb.errors import ConfigError, DatabaseLockedError
 from entidb.server.allocator import large_pieces_apart
 from entidb.server.checks import FileChecks
 from entidb.server.config import ServerConfig, db_id_of, directory_name
+from entidb.server.place import ASIDE_MS, Aside, exists, unknown_database
 from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
-from entidb.storage.directories import is_at, make_directory
+from entidb.storage.directories import is_at, make_directory, sync_path
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store
 
 #: Locked by the server of a data directory; no database is called so.
 SERVER_LOCK: Final = "entidb-server.lock"
+#: Where databases wait that were deleted, in the data directory; no database is called so.
+ASIDE: Final = "entidb-deleted"
+_ASIDE_NAME: Final = re.compile(r"(.+\.entidb)\.([0-9]{1,15})")
 #: Seconds to wait where it is not known whose the directory is, and where it is another family's.
 _JOIN_S: Final = 2.0
 _STRANGERS_S: Final = 0.3
@@ -231,17 +238,6 @@ def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
     return open_database
 
 
-def in_memory(**options: Any) -> OpenDatabase:
-    """Databases that are gone with the server."""
-
-    def open_database(db_id: str, create: bool) -> Database:
-        if not create:
-            raise unknown_database()
-        return Database.in_memory(role=Role.SERVER, **options)
-
-    return open_database
-
-
 def list_databases(data_dir: str | os.PathLike[str]) -> list[str]:
     """Names of the databases below ``data_dir``, in order; empty if there is no such place."""
     root = Path(data_dir)
@@ -249,5 +245,133 @@ def list_databases(data_dir: str | os.PathLike[str]) -> list[str]:
     return sorted(name for name in found if name is not None)
 
 
-def unknown_database() -> PermissionDeniedError:
-    return PermissionDeniedError("there is no such database", code="unknown_database")
+# ---------------------------------------------------------------- the place
+
+
+class DirectoryPlace:
+    """``config.data_dir`` as the ``Place`` of databases. With ``locked`` no other server may
+    have it."""
+
+    waits: Final = False
+
+    def __init__(
+        self, config: ServerConfig, family: Family | None, *, locked: bool = True, **options: Any
+    ) -> None:
+        """Raises as ``DataDirectory.take``."""
+        assert config.data_dir is not None
+        self.root: Final = Path(config.data_dir)
+        self._config, self._family, self._process = config, family, os.getpid()
+        self._locked = DataDirectory.take(config, family) if locked else None
+        try:
+            self._open = on_disk(config, **options)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def where(self) -> str:
+        return os.path.abspath(self.root)
+
+    def begin(self) -> None:
+        if self._process != os.getpid() and self._locked is not None and self._family is not None:
+            self._locked = DataDirectory.take(self._config, self._family)
+        self._process = os.getpid()
+
+    def open(self, db_id: str, create: bool) -> Database:
+        return self._open(db_id, create)
+
+    def names(self) -> list[str]:
+        return list_databases(self.root)
+
+    def holds(self, db_id: str) -> bool:
+        return self.path_of(db_id).is_dir()
+
+    def path_of(self, db_id: str) -> Path:
+        """The directory of a database that may be there. Raises ``InvalidNameError``."""
+        return self.root / directory_name(db_id)
+
+    def sizes(self, only: str | None = None) -> dict[str, int]:
+        names = self.names() if only is None else [only]
+        return {name: _bytes_in(self.path_of(name)) for name in names}
+
+    def rename(self, db_id: str, to: str) -> None:
+        source, target = self.path_of(db_id), self.path_of(to)
+        if os.path.lexists(target):
+            raise exists(to)
+        if not source.is_dir():
+            raise unknown_database()
+        os.rename(source, target)
+        sync_path(str(self.root))
+
+    def put_aside(self, db_id: str, now: int) -> Aside:
+        if not self.holds(db_id):
+            raise unknown_database()
+        return put_aside(self.root, db_id, now)
+
+    def aside(self) -> list[Aside]:
+        folder = self.root / ASIDE
+        found = []
+        for path in folder.iterdir() if folder.is_dir() else ():
+            parts = _ASIDE_NAME.fullmatch(path.name)
+            name = None if parts is None else db_id_of(parts[1])
+            if parts is not None and name is not None:
+                at = int(parts[2])
+                found.append(Aside(path.name, name, at, at + ASIDE_MS))
+        return found
+
+    def open_aside(self, aside: Aside) -> Database:
+        return Database.open(self._path_of_aside(aside), read_only=True)
+
+    def _path_of_aside(self, aside: Aside) -> Path:
+        return self.root / ASIDE / aside.id
+
+    def take_back(self, aside: Aside) -> None:
+        target = self.path_of(aside.name)
+        if os.path.lexists(target):
+            raise exists(aside.name)
+        os.rename(self._path_of_aside(aside), target)
+        sync_path(str(self.root))
+
+    def remove(self, aside: Aside) -> None:
+        path = self._path_of_aside(aside)
+        if path.is_symlink():
+            path.unlink()  # what it leads to is not this server's
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def news(self) -> None:
+        return None
+
+    def check(self) -> str | None:
+        try:
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                file.write(b"ready")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            return "storage"
+        return None
+
+    def close(self) -> None:
+        if self._locked is not None:
+            self._locked.release()
+
+
+def put_aside(root: Path, db_id: str, now: int) -> Aside:
+    """Move the directory of a closed database out of the way; ``now`` in milliseconds."""
+    folder = root / ASIDE
+    make_directory(str(folder))
+    while os.path.lexists(folder / f"{directory_name(db_id)}.{now}"):
+        now += 1
+    target = folder / f"{directory_name(db_id)}.{now}"
+    os.rename(root / directory_name(db_id), target)
+    sync_path(str(folder))
+    sync_path(str(root))
+    return Aside(target.name, db_id, now, now + ASIDE_MS)
+
+
+def _bytes_in(path: Path) -> int:
+    try:
+        return sum(each.stat().st_size for each in os.scandir(path) if each.is_file())
+    except OSError:
+        return 0  # deleted a moment ago

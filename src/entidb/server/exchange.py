@@ -5,6 +5,7 @@ in the access log.
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
@@ -59,8 +60,10 @@ class HttpExchange:
         self.preflight = False
         self.headers = {
             name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
+            for name, value in self.raw_headers
         }
+        #: Whether a header stands there more than once.
+        self.repeats = len(self.headers) < len(self.raw_headers)
         self.id = wire.request_id(self.headers) or server.new_request_id()
         self.client: str | None = scope["client"][0] if scope.get("client") else None
         self.body_read = not self._announces_body()
@@ -85,21 +88,25 @@ class HttpExchange:
 
     async def read(self, limit: int, held: Held) -> bytes:
         """The whole body. Raises ``ProtocolError`` (too_large), ``ServerBusyError``."""
-        buffer: bytes | bytearray = b""
+        first, buffer = b"", None
         while True:
             piece, more = await self._next()
             if self.bytes_in > limit:
                 raise wire.too_large(limit)
             held.take(len(piece))
-            if not buffer:
-                buffer = piece
+            if buffer is not None:
+                buffer.write(piece)
+            elif not first:
+                first = piece
             else:
-                # One buffer: a list of pieces would cost more than the bytes in them.
-                if isinstance(buffer, bytes):
-                    buffer = bytearray(buffer)
-                buffer += piece
+                # One buffer, because a list of pieces would cost more than the bytes in them; and
+                # of this kind, because it gives its bytes away without a copy.
+                buffer = io.BytesIO()
+                buffer.write(first)
+                buffer.write(piece)
+                first = b""
             if not more:
-                return bytes(buffer)
+                return first if buffer is None else buffer.getvalue()
 
     async def drain(self, limit: int) -> None:
         """Let the client finish sending what was refused, within bounds; what is left then is

@@ -12,24 +12,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec.structs import replace
 
 from entidb.errors import (
     HistoryChangedError,
     PermissionDeniedError,
+    ProtocolError,
     SyncError,
 )
 from entidb.protocol import (
+    SUBJECT_CHARS_MAX,
     DigestRequest,
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
+    Manifest,
     PullRequest,
     PushRequest,
     PushResponse,
     RoundRequest,
+    SnapshotRequest,
     SyncRequest,
     decode_request,
     encode,
@@ -37,8 +41,9 @@ from entidb.protocol import (
 )
 from entidb.server import wire
 from entidb.server.auth import Authenticator, Grants
+from entidb.server.away import is_away
 from entidb.server.config import ServerConfig, is_db_id
-from entidb.server.control import Control
+from entidb.server.control import Control, DatabaseRequest
 from entidb.server.digesting import digested
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
@@ -50,9 +55,17 @@ from entidb.types import SystemClock
 
 logger = logging.getLogger("entidb.server")
 #: What only those send who may read.
-_READING: Final = (PullRequest, RoundRequest, DigestRequest)
+_READING: Final = (PullRequest, RoundRequest, DigestRequest, SnapshotRequest)
+#: What stores nothing, but for a history that begins (R29).
+Reading = HandshakeRequest | PullRequest | DigestRequest | SnapshotRequest
 #: What the front can do beside what each database can.
 FEATURES: Final = ("sync",)
+
+
+class Imaging(Protocol):
+    """Whatever has images of databases (R35)."""
+
+    def manifest(self, store: Store, request: SnapshotRequest, grant: Grant) -> Manifest: ...
 
 
 class Front:
@@ -67,6 +80,7 @@ class Front:
         stores: Stores,
         control: Control | None = None,
         quotas: Quotas | None = None,
+        images: Imaging | None = None,
         features: Sequence[str] = FEATURES,
     ) -> None:
         self.stores: Final = stores
@@ -76,10 +90,13 @@ class Front:
         # Looked at once more where pushes are decided: one may have waited for its turn.
         stores.is_frozen = self.control.is_frozen
         self._quotas = quotas
+        self._images = images
         self._authenticator = authenticator
         self._features = list(features)
         self._page_bytes_max = config.pull_bytes_max
         self._creates = config.create_databases
+        #: Whether tokens say who somebody is (R36).
+        self._knows_people = not config.insecure_no_auth
 
     def announce(self, feature: str) -> None:
         """Name ``feature`` in handshakes from now on: for code that serves this over a network."""
@@ -108,11 +125,37 @@ class Front:
         a request beyond a quota."""
         grant = grants.on(request.db_id)
         self.control.admit(grants, request)
+        if isinstance(request, PushRequest | RoundRequest):
+            self._check_subject(grant, request)
         if self._quotas is not None:
             self._quotas.take(grants.subject, request.db_id)
         if isinstance(request, _READING) and not grant.read:
             raise PermissionDeniedError("the token does not allow reading this database")
         return grant
+
+    def permit_segment(self, request: DatabaseRequest, grants: Grants) -> None:
+        """As ``permit``, for a segment of an image; its collection is looked at later."""
+        grant = grants.on(request.db_id)
+        self.control.admit(grants, request)
+        if self._quotas is not None:
+            self._quotas.take(grants.subject, request.db_id)
+        if not grant.read:
+            raise PermissionDeniedError("the token does not allow reading this database")
+
+    def _check_subject(self, grant: Grant, request: PushRequest | RoundRequest) -> None:
+        subject = (request.push if isinstance(request, RoundRequest) else request).subject
+        if self._knows_people and subject is not None and subject != grant.subject:
+            raise PermissionDeniedError(
+                "this was committed by somebody else than this token is for, and nothing of it was "
+                "decided: the device shakes hands again, and sends what is this subject's",
+                details={"reason": "subject_changed"},
+            )
+
+    def subject(self, grant: Grant) -> str | None:
+        """Who the token is for, as a handshake says it."""
+        said = grant.subject
+        fits = 0 < len(said) <= SUBJECT_CHARS_MAX and said.isprintable()
+        return said if fits and self._knows_people else None
 
     # ------------------------------------------------------------ the database
 
@@ -126,7 +169,8 @@ class Front:
         ``HistoryChangedError`` where a database that the device has met is gone."""
         # A database that is not there is made for a device that has never met one. Who knows its
         # history means one that should be there.
-        makes = grant.write and request.history is None
+        meets = request.history is None and not isinstance(request, SnapshotRequest)
+        makes = grant.write and meets
         try:
             return self.stores.use(request.db_id, create=makes)
         except PermissionDeniedError as error:
@@ -153,14 +197,17 @@ class Front:
 
     # ------------------------------------------------------------ the answer
 
-    def read(
-        self, store: Store, request: HandshakeRequest | PullRequest | DigestRequest, grant: Grant
-    ) -> bytes:
+    def read(self, store: Store, request: Reading, grant: Grant) -> bytes:
         """The encoded answer to what stores nothing, but for a history that begins (R29)."""
         if isinstance(request, DigestRequest):
             # It may have waited for its turn since it was permitted.
             self.control.admit(grant, request)
             return encode(digested(store.service, request, grant))
+        if isinstance(request, SnapshotRequest):
+            self.control.admit(grant, request)
+            if self._images is None:
+                raise ProtocolError("this server makes no images", code="not_found")
+            return encode(self._images.manifest(store, request, grant))
         if isinstance(request, HandshakeRequest):
             return encode(self.handshake(store, request, grant))
         idle = store.service.idle_pull(request, grant)
@@ -168,7 +215,11 @@ class Front:
 
     def handshake(self, store: Store, request: HandshakeRequest, grant: Grant) -> HandshakeResponse:
         answer = store.service.handshake(request, grant)
-        return replace(answer, features=[*answer.features, *self._features])
+        return replace(
+            answer,
+            features=[*answer.features, *self._features],
+            subject=self.subject(grant),
+        )
 
     def idle(self, store: Store, request: PullRequest, grant: Grant) -> bytes | None:
         """The answer to a pull with nothing new, without touching the disk; else None."""
@@ -224,7 +275,10 @@ class Front:
 
     def explain(self, error: Exception, rid: str) -> ErrorResponse:
         """The answer to the client; what it leaves out goes to the log, under the same id."""
-        if wire.is_internal(error):
+        if is_away(error):
+            # Where the error came from says nothing more, and in an outage there are many.
+            logger.warning("request %s: %s", rid, error)
+        elif wire.is_internal(error):
             logger.error("request %s failed", rid, exc_info=error)
         answer = wire.failure(error, rid)
         try:

@@ -13,8 +13,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from entidb.errors import EntiDBError, ServerBusyError, ServerError, SyncError
+from entidb.errors import (
+    DatabaseClosedError,
+    DatabaseLockedError,
+    EntiDBError,
+    ServerBusyError,
+    ServerError,
+    SyncError,
+    TransactionError,
+)
 from entidb.protocol import PushRequest, PushResponse, RoundRequest
+from entidb.server.away import come_again, is_away
 from entidb.server.hooks import Grant
 
 Done = Callable[[PushResponse | SyncError], None]
@@ -154,11 +163,7 @@ class GroupCommitter:
             answers = self._service.push_many([(request, grant) for request, grant, _ in group])
         except EntiDBError as error:
             self._on_failure(error)
-            failure = ServerError(
-                "the server could not store this push; nothing of it was accepted, try again",
-                code="storage_full" if error.code == "storage_full" else "storage_error",
-            )
-            answers = [failure] * len(group)
+            answers = [_not_stored(error) for _ in group]
         except Exception as error:
             # Our own mistake must not end the writer thread: every later push would hang.
             self._on_failure(ServerError(f"push failed: {error!r}"))
@@ -168,3 +173,14 @@ class GroupCommitter:
         for (_, _, done), answer in zip(group, answers, strict=True):
             done(answer)
         self._on_group()
+
+
+def _not_stored(error: EntiDBError) -> ServerError:
+    # Closed after an error, and about to be opened again; or another process has its turn for long.
+    passing = DatabaseClosedError | DatabaseLockedError | TransactionError
+    if is_away(error) or isinstance(error, passing):
+        return come_again()
+    return ServerError(
+        "the server could not store this push; nothing of it was accepted, try again",
+        code="storage_full" if error.code == "storage_full" else "storage_error",
+    )

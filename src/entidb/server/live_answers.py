@@ -53,11 +53,18 @@ def _headers() -> dict[str, str]:
 
 
 class LiveAnswers:
-    """Answers ``GET /v1/live``; ``use`` opens a database without waiting on the event loop."""
+    """Answers ``GET /v1/live``; ``use`` opens a database without waiting on the event loop, and
+    ``ask`` calls a function that reads in one."""
 
-    def __init__(self, server: SyncServer, use: Callable[[str], Awaitable[Store]]) -> None:
+    def __init__(
+        self,
+        server: SyncServer,
+        use: Callable[[str], Awaitable[Store]],
+        ask: Callable[[Callable[[Store], Newest], Store], Awaitable[Newest]],
+    ) -> None:
         self._server = server
         self._use = use
+        self._ask = ask
         self._decided = server.front.control.decided
 
     async def answer(
@@ -99,10 +106,14 @@ class LiveAnswers:
         store = await self._use(db_id)
         try:
             self._server.stores.listen(store)
-            return Newest(store.database.history, store.database.read_head().sequence)
+            return await self._ask(_newest_in, store)
         except (StorageError, DatabaseClosedError) as error:
             store.report(error)
             raise
         finally:
             # Who waits is no user of the database (R17).
             self._server.stores.release(store)
+
+
+def _newest_in(store: Store) -> Newest:
+    return Newest(store.database.history, store.database.read_head().sequence)

@@ -24,6 +24,7 @@ from entidb.server.admin.databases import rows as database_rows
 from entidb.server.admin.fleet import summary
 from entidb.server.admin.office import Office
 from entidb.server.admin.summary import LAGS
+from entidb.server.segments.serving import SEGMENTS_PATH
 from entidb.server.wire import ServerResponse
 
 _VERDICTS = {verdict.value: verdict.name.lower() for verdict in Verdict}
@@ -128,6 +129,8 @@ class Metrics:
         if code is not None:
             self._refused.labels(code if code in _CODES else "other").inc()
         label = path if path in _PATHS else "other"
+        if path.startswith(SEGMENTS_PATH):
+            label = SEGMENTS_PATH
         self._requests.labels(label, str(status)).inc()
         self._seconds.labels(label).observe(seconds)
 
@@ -238,7 +241,7 @@ def _devices(office: Office, number: int) -> float:
 
 
 def _free_bytes(office: Office) -> float:
-    place = office.server.config.data_dir
+    place = office.place.root
     if place is None:
         return 0.0
     try:

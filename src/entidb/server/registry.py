@@ -14,25 +14,21 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from operator import attrgetter
-from pathlib import Path
 from typing import Final
 
 from msgspec import Struct, ValidationError, json
 
-from entidb.errors import DatabaseLockedError
+from entidb.errors import DatabaseLockedError, StorageError
 from entidb.protocol import PullRequest, PushResponse, SyncRequest, Verdict
-from entidb.server.config import directory_name, is_db_id
 from entidb.server.control import Asking
-from entidb.storage.directories import NO_FOLLOW
-from entidb.storage.partial import Partial
+from entidb.server.records import Records, as_records, devices_of
+from entidb.server.watched import Mark
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
 
 #: Rows of one database; those that were not seen for longest go first.
 DEVICES_MAX: Final = 10_000
-_SUFFIX: Final = ".devices"
-_BYTES_MAX: Final = 64 * 2**20
 _DAY_MS: Final = 24 * 3600 * 1000
 _CLIENT_CHARS_MAX: Final = 100
 _VERDICT_OF: Final = attrgetter("verdict")
@@ -101,17 +97,17 @@ _COUNTERS: Final = (
 
 
 class Registry:
-    """Notes every request; thread-safe. Without a directory it lives as long as the server."""
+    """Notes every request; thread-safe. Without a place it lives as long as the server."""
 
     def __init__(
         self,
-        data_dir: str | os.PathLike[str] | None,
+        place: str | os.PathLike[str] | Records | None,
         clock: Clock,
         *,
         retention_days: float,
         devices_max: int = DEVICES_MAX,
     ) -> None:
-        self._root = None if data_dir is None else Path(data_dir)
+        self._records = as_records(place)
         self._clock = clock
         self._retention_ms = int(max(1.0, retention_days) * _DAY_MS)
         self._devices_max = devices_max
@@ -198,7 +194,7 @@ class Registry:
 
     def flush(self) -> None:
         """Write what came since the last time. What cannot be written is kept and logged."""
-        if self._root is None:
+        if self._records is None:
             return
         with self._lock:
             names = [name for name, book in self._books.items() if book.fresh or book.about]
@@ -206,20 +202,21 @@ class Registry:
             self._flush(db_id)
 
     def _flush(self, db_id: str) -> None:
-        path = self._path(db_id)
+        records = self._records
         with self._lock:
             book = self._books.pop(db_id, None)
-        if book is None or path is None:
-            return  # a database that is not there has no devices
+        if book is None or records is None:
+            return
+
+        def make(content: bytes | None) -> bytes:
+            page = self._decoded(db_id, content)
+            rows = self._kept(_merged(page.devices, book.fresh.values()))
+            return json.encode(_Page(about=book.about or page.about, devices=rows))
+
         try:
-            with Partial(str(path), "change") as partial:
-                page = self._read(db_id)
-                rows = self._kept(_merged(page.devices, book.fresh.values()))
-                descriptor = os.open(partial.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with open(descriptor, "wb") as file:
-                    file.write(json.encode(_Page(about=book.about or page.about, devices=rows)))
-                partial.finish()
-        except (OSError, DatabaseLockedError) as error:
+            if records.has_database(db_id):  # one that is not there has no devices
+                records.change(devices_of(db_id), make, _nothing)
+        except (OSError, DatabaseLockedError, StorageError) as error:
             logger.warning("the devices of database %s are not written: %s", db_id, error)
             self._put_back(db_id, book)
 
@@ -235,38 +232,28 @@ class Registry:
     def rename(self, db_id: str, to: str | None) -> None:
         """The rows go with a database to its new name; None: it is gone."""
         self._flush(db_id)
-        if self._root is None:
+        if self._records is None:
             return
-        path = self._root / (directory_name(db_id) + _SUFFIX)
         try:
-            if to is None:
-                path.unlink(missing_ok=True)
-            elif path.exists():
-                os.replace(path, self._root / (directory_name(to) + _SUFFIX))
-        except OSError as error:
+            self._records.rename(devices_of(db_id), None if to is None else devices_of(to))
+        except (OSError, StorageError) as error:
             logger.warning("the devices of database %s stay where they are: %s", db_id, error)
 
-    # ------------------------------------------------------------ files
-
-    def _path(self, db_id: str) -> Path | None:
-        if self._root is None or not is_db_id(db_id):
-            return None
-        directory = self._root / directory_name(db_id)
-        return directory.with_name(directory.name + _SUFFIX) if directory.is_dir() else None
+    # ------------------------------------------------------------ as they are kept
 
     def _read(self, db_id: str) -> _Page:
-        path = self._path(db_id)
-        if path is None:
-            return _Page()
+        records = self._records
         try:
-            descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
-        except FileNotFoundError:
-            return _Page()
-        except OSError as error:
+            if records is None or not records.has_database(db_id):
+                return _Page()
+            return self._decoded(db_id, records.read(devices_of(db_id)))
+        except (OSError, StorageError) as error:
             logger.warning("the devices of database %s cannot be read: %s", db_id, error)
             return _Page()
-        with open(descriptor, "rb") as file:
-            content = file.read(_BYTES_MAX)
+
+    def _decoded(self, db_id: str, content: bytes | None) -> _Page:
+        if content is None:
+            return _Page()
         try:
             return json.decode(content, type=_Page)
         except (ValidationError, ValueError, RecursionError) as error:
@@ -280,7 +267,14 @@ class Registry:
         return [row for row in newest if row.last_ms >= since]
 
 
+def _nothing(mark: Mark) -> None:
+    return None
+
+
 def _count(row: DeviceRecord, answer: PushResponse) -> None:
+    if len(answer.results) == 1 and answer.results[0].verdict == Verdict.ACCEPTED:
+        row.accepted += 1  # as most of them are
+        return
     # Thousands of them, with the lock held.
     counts = Counter(map(_VERDICT_OF, answer.results))
     row.accepted += counts[Verdict.ACCEPTED]

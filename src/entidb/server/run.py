@@ -217,7 +217,7 @@ def _prepare(
         name = bound.getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         scheme = "https" if listen.tls_cert else "http"
-        url = f"{scheme}://{host}:{name[1]}"
+        url = app.server.address = f"{scheme}://{host}:{name[1]}"
         server = _Server(uvicorn_config, announce, url, app.send_away)
         server.gentle = worker
         return _Runner(server, bound, partial(read_again, app.server, certificate))

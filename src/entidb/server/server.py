@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -34,11 +35,17 @@ from entidb.server import wire
 from entidb.server.auth import Grants, JwtAuthenticator, authenticator_for
 from entidb.server.config import WAYS_TO_KNOW, ServerConfig
 from entidb.server.control import Control
-from entidb.server.directory import DataDirectory, OpenDatabase, in_memory, on_disk
+from entidb.server.directory import DirectoryPlace, OpenDatabase
 from entidb.server.front import FEATURES, Front
+from entidb.server.nodes.records import NodeRecords
 from entidb.server.origins import Origins
+from entidb.server.place import MemoryPlace, ServerPlace
+from entidb.server.postgres import PostgresPlace
 from entidb.server.quotas import quotas_of
+from entidb.server.records import Records, as_records
 from entidb.server.registry import Registry
+from entidb.server.segments.keeping import ImageKeeper
+from entidb.server.segments.serving import SEGMENTS_PATH, SegmentRequest, segment_answer, whole
 from entidb.server.stores import Stores
 from entidb.server.wire import ServerResponse
 from entidb.server.workers.family import Family, family_of
@@ -54,6 +61,11 @@ class SyncServer:
     cannot work: a key that cannot be read, a hook that cannot be imported, no directory, or none
     that can be written; ``DatabaseLockedError`` if another server has the directory.
     """
+
+    #: Where it is administered, once it is (``admin``).
+    office: object = None
+    #: Where it serves, for people; empty where that is not known.
+    address: str = ""
 
     def __init__(
         self,
@@ -85,37 +97,43 @@ class SyncServer:
             "entropy": entropy,
             "transaction_bytes_max": config.transaction_bytes_max,
         }
-        if open_database is None and config.data_dir is None:
-            open_database = in_memory(**options)
         self.family: Final = family or family_of(config)
         self._process = os.getpid()
         self._entropy = entropy
-        self._directory: DataDirectory | None = None
-        if open_database is None:
-            self._directory = DataDirectory.take(config, self.family)
-            open_database = on_disk(config, **options)
+        #: Where its databases are.
+        self.place: Final = _place_of(config, self.family, open_database is None, options)
+        #: What it keeps beside its databases; None where it is gone with the server.
+        self.records: Final = _records_of(config, self.place)
         try:
-            self.stores = Stores(config, clock=self.clock, open_database=open_database)
+            self.stores = Stores(
+                config, clock=self.clock, open_database=open_database or self.place.open
+            )
+            #: Files for the first sync of devices (R35).
+            self.images: Final = ImageKeeper(config, self.stores, self.clock, entropy)
+            announced = ["segments"] if self.images.enabled else []
             self.front: Final = Front(
                 config,
                 authenticator=self.authenticator,
                 stores=self.stores,
-                control=Control(config.data_dir, self.clock),
+                control=Control(self.records, self.clock),
                 quotas=quotas_of(config, self.clock),
-                features=(*FEATURES, *self.encodings),
+                images=self.images,
+                features=(*FEATURES, *self.encodings, *announced),
             )
         except BaseException:
-            self._release_directory()
+            self._leave()
             raise
         #: Devices that came over a network; the code that serves it notes them.
         self.registry: Final = Registry(
-            config.data_dir, self.clock, retention_days=config.tombstone_retention_days
+            self.records, self.clock, retention_days=config.tombstone_retention_days
         )
         #: Called with each housekeeping; and before the databases are closed.
-        self.chores: Final[list[Callable[[], None]]] = [self.registry.flush]
-        self.at_end: Final[list[Callable[[], None]]] = []
-        #: Where it is administered, once it is (``admin``).
-        self.office: object = None
+        self.chores: Final[list[Callable[[], None]]] = [
+            self.registry.flush,
+            self.images.look,
+        ]
+        self.at_end: Final[list[Callable[[], None]]] = [self.images.close]
+        self._rest()
         self._request_ids = itertools.count(1)
         self._request_id_prefix = entropy(6).hex()
 
@@ -139,13 +157,13 @@ class SyncServer:
 
     def begin(self) -> None:
         """Called by code that is going to serve this: a process that was forked since it was made
-        takes its own share of the directory, and its own ids. Raises ``DatabaseLockedError``."""
+        takes its own share of the place, and its own ids. Raises ``DatabaseLockedError``,
+        ``StorageError``."""
+        self.place.begin()
         if self._process == os.getpid():
             return
         self._process = os.getpid()
         self._request_id_prefix = self._entropy(6).hex()
-        if self.family is not None:
-            self._directory = DataDirectory.take(self.config, self.family)
         if self.config.jwt_jwks_url is None:  # those are fetched when they are first needed
             try:
                 # They may have been read again by the others since.
@@ -170,10 +188,13 @@ class SyncServer:
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> ServerResponse:
         """HTTP without the wire: what ``entidb.sync.LoopbackServer`` asks for. Header names are
-        lower case. Only the protocol's own addresses are served."""
+        lower case, and ``path`` may have a query. Only the protocol's own addresses are served."""
         rid = wire.request_id(headers) or self.new_request_id()
         try:
-            response = self._handle_http(method, path, headers, body)
+            if path.startswith(SEGMENTS_PATH):
+                response = self._segment(method, path, headers)
+            else:
+                response = self._handle_http(method, path.partition("?")[0], headers, body)
         except Exception as error:
             response = wire.error_response(self.front.explain(error, rid))
         response.headers["x-request-id"] = rid
@@ -194,8 +215,19 @@ class SyncServer:
         answer = self._answer(self.front.decode(path, body), grants)
         return wire.message_response(answer, self.response_encoding(headers, len(answer)))
 
+    def _segment(self, method: str, path: str, headers: Mapping[str, str]) -> ServerResponse:
+        name, _, query = path.partition("?")
+        request = SegmentRequest(method, name, query)
+        grants = self.front.authenticate(wire.bearer_token(headers))
+        self.front.permit_segment(request, grants)
+        with self.stores.using(request.db_id, create=False) as store:
+            answer = segment_answer(self.images, store, request, grants, headers)
+        return whole(answer, only_head=request.only_head)
+
     def _answer(self, request: SyncRequest, grants: Grants) -> bytes:
         front = self.front
+        if front.control.far:
+            front.control.freshen()
         grant = front.permit(request, grants)
         with front.using(request, grant) as store:
             if isinstance(request, PushRequest):
@@ -252,11 +284,22 @@ class SyncServer:
             self.stores.close()
             self.registry.flush()
         finally:
-            self._release_directory()
+            self._leave()
 
-    def _release_directory(self) -> None:
-        if self._directory is not None:
-            self._directory.release()
+    def _rest(self) -> None:
+        """Keep nothing that a process which is forked now could not use."""
+        if isinstance(self.records, NodeRecords):
+            self.records.rest()
+
+    def _leave(self) -> None:
+        if isinstance(self.records, NodeRecords):
+            self.records.close()
+        self.place.close()
+
+    @property
+    def journal(self) -> Path | NodeRecords | None:
+        """Where the audit log is."""
+        return self.records if isinstance(self.records, NodeRecords) else self.place.root
 
     def __enter__(self) -> Self:
         return self
@@ -268,3 +311,18 @@ class SyncServer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _records_of(config: ServerConfig, place: ServerPlace) -> Records | None:
+    return NodeRecords(config.address) if config.address is not None else as_records(place.root)
+
+
+def _place_of(
+    config: ServerConfig, family: Family | None, opens: bool, options: dict[str, Any]
+) -> ServerPlace:
+    """``opens``: databases are opened there, and not where the program says."""
+    if config.address is not None:
+        return PostgresPlace(config, **options)
+    if config.data_dir is not None:
+        return DirectoryPlace(config, family, locked=opens, **options)
+    return MemoryPlace(**options)

@@ -42,6 +42,7 @@ from entidb.protocol import (
 )
 from entidb.server.control import frozen_error
 from entidb.server.decide import NOTHING_CHECKED, Checked, Deciding, Rules, value_of
+from entidb.server.fullness import Fullness
 from entidb.server.hooks import NO_SCHEMA, Grant, Schema, ValidateHook
 from entidb.server.pages import (
     SCAN_ROWS_MAX,
@@ -88,6 +89,7 @@ class DatabaseService:
         validate: ValidateHook | None = None,
         schema: Schema = NO_SCHEMA,
         clock_mark_ms: int = CLOCK_MARK_MS,
+        fullness: Fullness | None = None,
     ) -> None:
         """Every ``clock_mark_ms`` the database remembers the time of its newest commit (R28)."""
         self._clock_mark_ms = clock_mark_ms
@@ -97,7 +99,7 @@ class DatabaseService:
         self.limits = limits
         self._validate = validate
         self._schema = schema
-        self._rules = Rules(db_id, limits.transaction_bytes_max, validate)
+        self._rules = Rules(db_id, limits.transaction_bytes_max, validate, fullness)
         #: (when, head, floor, history) of the newest read; None when unknown.
         self._known: tuple[Moment, int, int, bytes | None] | None = None
         #: Called with a pull and the cursor that its page leads to, on the thread that read it.
@@ -190,7 +192,7 @@ class DatabaseService:
         with paused(), self.database.view() as view:
             head = view.head.sequence
             floor = read_floor(view)
-            history = self.database.history
+            history = self.database.history_at(view.snapshot)
             self.check_pull(request, grant, seen_by(request), head, floor, history)
             kind = ColumnPage if request.columns else Page
             wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
@@ -271,7 +273,7 @@ class DatabaseService:
             floor, known_head = read_floor(writer), writer.head.sequence
             indexed, proof = writer.catalogue.indexes.each, None
             # Nobody else begins another while this one has the turn.
-            history = self.database.history
+            history = self.database.history_at(writer.snapshot)
             if max(seen, default=0) > known_head:
                 proof = self._proof(members, seen, known_head)
             each = zip(members, pushed, checked, seen, strict=True)

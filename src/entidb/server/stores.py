@@ -16,25 +16,28 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Final
 
+from msgspec import Struct
+
 from entidb.db import Database, purge_tombstones
 from entidb.db.index_care import declare_all
 from entidb.db.maintenance import clock_mark_ms, mark_clock, sequence_at
 from entidb.errors import (
     DatabaseClosedError,
     EntiDBError,
-    InvalidNameError,
-    ProtocolError,
     ServerBusyError,
     StorageError,
     TransactionError,
 )
 from entidb.protocol import PullRequest
 from entidb.server.checks import CheckingError
-from entidb.server.config import ServerConfig, check_db_id
+from entidb.server.config import ServerConfig
 from entidb.server.directory import OpenDatabase
+from entidb.server.fullness import fullness_of
 from entidb.server.group_commit import GroupCommitter, Meter, Schedule
 from entidb.server.hooks import Schema, ValidateHook
+from entidb.server.place import check_asked
 from entidb.server.service import DatabaseService
+from entidb.server.warmth import Warmth, is_small
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -64,6 +67,11 @@ class Store:
         self.users = 0
         self.used_at = 0.0
         self.purged_at: float | None = None
+        self.warmth = Warmth(counted=getattr(database.storage, "reads_mapped_files", False))
+
+    def has_in_memory(self, request: PullRequest) -> bool:
+        """Whether reading what ``request`` asks for waits for no disk, as far as anybody knows."""
+        return self.service.is_recent(request) or (self.warmth.is_warm and is_small(request))
 
     def report(self, error: Exception) -> None:
         """Note an error that came out of this database: what it knows may be wrong now."""
@@ -76,6 +84,21 @@ class Store:
         self.committer.stop()
         self.service.close()
         self.database.close()
+
+
+class _Holding(Struct, frozen=True):
+    """As ``Stores.holding``; each request has one, and a generator would cost it more."""
+
+    stores: Stores
+    store: Store
+
+    def __enter__(self) -> Store:
+        return self.store
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, StorageError | DatabaseClosedError):
+            self.store.report(error)
+        self.stores.release(self.store)
 
 
 class Stores:
@@ -121,6 +144,8 @@ class Stores:
         self.is_kept_closed: Callable[[str], bool] = _never
         self.is_awaited: Callable[[str], bool] = _never
         self.may_purge: Callable[[str, float], bool] = _always
+        #: Whether each database hears of such commits by itself; no where one thread does for all.
+        self.hears = True
         self._stores: dict[str, Store] = {}
         #: Guards the table and the counters of its entries; never held during I/O.
         self._lock = threading.Lock()
@@ -153,7 +178,7 @@ class Stores:
         store = self.try_use(db_id)
         if store is not None:
             return store
-        _check_known_name(db_id)
+        check_asked(db_id)
         with self._changing:
             create = create and (anyway or self._config.create_databases)
             return self.try_use(db_id) or self._open(db_id, create)
@@ -167,17 +192,10 @@ class Stores:
         """``use`` and ``release`` around a block; a storage error in it is reported."""
         return self.holding(self.use(db_id, create=create))
 
-    @contextmanager
-    def holding(self, store: Store) -> Iterator[Store]:
+    def holding(self, store: Store) -> AbstractContextManager[Store]:
         """``release`` at the end of a block for what was used before it; a storage error in it is
         reported."""
-        try:
-            yield store
-        except (StorageError, DatabaseClosedError) as error:
-            store.report(error)
-            raise
-        finally:
-            self.release(store)
+        return _Holding(self, store)
 
     def pin(self, db_id: str, *, create: bool) -> Database:
         """The database, kept open until ``close``. After a storage error this one is closed;
@@ -264,7 +282,7 @@ class Stores:
     def listen(self, store: Store) -> None:
         """Have ``on_commit`` called for what other processes commit too, where somebody waits for
         it."""
-        if self.is_awaited(store.db_id):
+        if self.hears and self.is_awaited(store.db_id):
             store.database.start_hearing()
 
     @property
@@ -287,6 +305,7 @@ class Stores:
             validate=self._validate,
             schema=self._schema,
             clock_mark_ms=self._clock_mark_ms,
+            fullness=fullness_of(self._config, database, self._clock),
         )
         service.is_frozen = partial(self.is_frozen, db_id)
         service.on_page = self._on_page
@@ -297,12 +316,18 @@ class Stores:
             opened = not self._closed
             if opened:
                 self._stores[db_id] = store
-        if opened:
+        if not opened:
+            store.close()
+            raise _stopping()
+        try:
             self.on_open(db_id, database.read_head().sequence)
             self.listen(store)
-            return store
-        store.close()
-        raise _stopping()
+        except BaseException:
+            # Nobody has it, and the next one opens it again.
+            store.broken = True
+            self.release(store)
+            raise
+        return store
 
     def _declare(self, database: Database) -> None:
         """Have its indexes, which are built beside its work."""
@@ -468,11 +493,3 @@ def _closable(store: Store) -> bool:
 
 def _stopping() -> ServerBusyError:
     return ServerBusyError("the server is shutting down", code="shutting_down", retry_after=1.0)
-
-
-def _check_known_name(db_id: str) -> None:
-    try:
-        check_db_id(db_id)
-    except InvalidNameError as error:
-        # Not "unknown", which sends people to look for a database: there can be none.
-        raise ProtocolError(str(error)) from error

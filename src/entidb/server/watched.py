@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from entidb.errors import EntiDBError
 from entidb.types import Clock
@@ -22,10 +22,12 @@ logger = logging.getLogger("entidb.server")
 
 #: Seconds between two looks at the disk: what changed there counts within a second.
 LOOK_S: Final = 0.5
+#: Seconds for which a look over a network counts.
+FRESH_S: Final = 1.0
 
 T = TypeVar("T")
 #: What changes when the content does.
-Mark = tuple[object, ...]
+Mark = tuple[Any, ...]
 
 
 class Watched(Generic[T]):
@@ -65,11 +67,16 @@ class Watched(Generic[T]):
             self._take(self._mark())
             return self._value
 
-    def set(self, value: T) -> None:
-        """What this process has just written there."""
+    def set(self, value: T, mark: Mark) -> None:
+        """What this process has just written there, and its mark."""
         with self._lock:
-            self._seen = self._mark()
+            self._seen = mark
             self._value = value
+
+    def is_stale(self) -> bool:
+        """Whether ``reread`` is to be called before ``current`` is believed: never, because that
+        looks by itself."""
+        return False
 
     def _look(self) -> None:
         self._next_look = self._clock.monotonic() + LOOK_S
@@ -89,6 +96,53 @@ class Watched(Generic[T]):
         # The mark is older than what is read: a change in between is found by the next look.
         value = self._read()
         self._seen, self._value = mark, value
+
+
+class Followed(Generic[T]):
+    """As ``Watched``, of what is asked over a network: ``current`` looks at nothing, and whoever
+    may wait calls ``look`` now and then. Until that was done within ``FRESH_S``, what is known is
+    stale, and is not believed."""
+
+    def __init__(
+        self, what: str, read: Callable[[], T], mark: Callable[[], Mark], clock: Clock
+    ) -> None:
+        self._what = what
+        self._read = read
+        self._mark = mark
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._looked_at = clock.monotonic()
+        self._seen = mark()
+        self._value = read()
+
+    def current(self) -> T:
+        return self._value
+
+    def is_stale(self) -> bool:
+        return self._clock.monotonic() - self._looked_at > FRESH_S
+
+    def look(self) -> None:
+        """Raises what ``read`` raises; what is known is as old as before then."""
+        with self._lock:
+            began = self._clock.monotonic()
+            mark = self._mark()
+            if mark != self._seen:
+                # The mark is older than what is read: a change in between is found by the next.
+                value = self._read()
+                self._seen, self._value = mark, value
+                logger.info("%s has changed and was read again", self._what)
+            self._looked_at = began
+
+    def reread(self) -> T:
+        """As ``look``."""
+        self.look()
+        return self._value
+
+    def set(self, value: T, mark: Mark) -> None:
+        """What this process has just written there, and its mark."""
+        with self._lock:
+            if mark > self._seen:
+                self._seen, self._value = mark, value
 
 
 def mark_of(path: str | os.PathLike[str]) -> Mark:
@@ -111,4 +165,4 @@ def _stat(path: str | os.PathLike[str]) -> Mark:
     return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-__all__ = ["LOOK_S", "Mark", "Watched", "mark_of"]
+__all__ = ["FRESH_S", "LOOK_S", "Followed", "Mark", "Watched", "mark_of"]

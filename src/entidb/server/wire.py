@@ -25,6 +25,7 @@ from entidb.errors import (
     TransactionError,
 )
 from entidb.protocol import CONTENT_TYPE, PATHS, ErrorResponse, encode
+from entidb.server.away import is_away, retry_after_s
 
 JSON_TYPE: Final = "application/json"
 _SERVER_ERROR: Final = "server_error"
@@ -160,6 +161,8 @@ def failure(error: BaseException, rid: str) -> ErrorResponse:
 
 
 def _said(error: BaseException) -> tuple[str, str, float | None]:
+    if is_away(error):
+        return "busy", "the database cannot be reached at the moment", retry_after_s()
     if isinstance(error, StorageFullError):
         return "storage_full", "the server's disk is full", None
     if isinstance(error, StorageError):

@@ -12,6 +12,8 @@ import sys
 from typing import Final
 
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
+#: Files on their way to the database in this directory, in a directory of their own.
+FETCHED: Final = ".entidb-segments"
 
 
 def is_at(path: str, descriptor: int) -> bool:

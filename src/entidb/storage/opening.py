@@ -1,5 +1,5 @@
-"""Stores on disk: opening one, and looking at one that is closed. The only place that knows which
-backend a directory holds; the layers above ask here.
+"""Stores on disk, and in PostgreSQL: opening one, and looking at one that is closed. The only place
+that knows which backend a directory or an address holds; the layers above ask here.
 
 A backend is imported when the first store on disk is asked for (each function imports it): a
 program that keeps its databases in memory, or opens none, does not load it. One that gives up its
@@ -12,9 +12,13 @@ Not here: what a store promises (``base``), and a store in memory (``memory``).
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from entidb.errors import ConfigError
 from entidb.storage.base import Storage
+
+if TYPE_CHECKING:
+    from entidb.storage.postgres.shelf import Shelf
 
 
 def open_storage(path: str | os.PathLike[str], **options: Any) -> Storage:
@@ -23,6 +27,20 @@ def open_storage(path: str | os.PathLike[str], **options: Any) -> Storage:
     from entidb.storage.lmdb import LmdbStorage
 
     return LmdbStorage.open(path, **options)
+
+
+def open_shelf(address: str) -> Shelf:
+    """The stores in the PostgreSQL database at ``address``, whose tables are made if they are not
+    there. Errors are those of ``PostgresStorage.open``; and ``ConfigError`` where the extra
+    ``postgres`` is not installed."""
+    try:
+        from entidb.storage.postgres.shelf import Shelf
+    except ImportError as error:
+        raise ConfigError(
+            "databases in PostgreSQL need a package that is not installed "
+            f'({error.name or error}): pip install "entidb[postgres]"'
+        ) from error
+    return Shelf(address)
 
 
 def holds_store(path: str | os.PathLike[str]) -> bool:
@@ -67,4 +85,12 @@ def remove_store(path: str | os.PathLike[str]) -> None:
     remove_store(os.path.abspath(os.fspath(path)))
 
 
-__all__ = ["closed_faults", "doubtful_bytes", "holds_store", "look", "open_storage", "remove_store"]
+__all__ = [
+    "closed_faults",
+    "doubtful_bytes",
+    "holds_store",
+    "look",
+    "open_shelf",
+    "open_storage",
+    "remove_store",
+]

@@ -8,6 +8,7 @@ It is not one of the loop's pool, which others may have filled with work that wa
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -251,6 +252,20 @@ class AsyncSyncEngine:
 
     async def reset(self, keep: str) -> None:
         await asyncio.to_thread(self.engine.reset, keep)
+
+    async def logout(
+        self,
+        pending: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        subject: str | None = None,
+    ) -> int:
+        """As ``SyncEngine.logout``; ``run()`` returns."""
+        self.stop()
+        return await asyncio.to_thread(self.engine.logout, pending, file=file, subject=subject)
+
+    async def take_over(self, subject: str) -> int:
+        return await asyncio.to_thread(self.engine.take_over, subject)
 
     async def __aenter__(self) -> AsyncSyncEngine:
         return self

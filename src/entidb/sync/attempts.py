@@ -27,7 +27,12 @@ TIDY_STEPS: Final = 50
 #: Batches whose verdicts are remembered.
 ANSWERS_MAX: Final = 64
 #: After these the next cycle shakes hands again.
-_FORGETTING: Final = ("history_changed", "version_mismatch", "invalid_message")
+_FORGETTING: Final = (
+    "history_changed",
+    "version_mismatch",
+    "invalid_message",
+    "subject_changed",
+)
 
 
 class Attempts:
@@ -47,11 +52,14 @@ class Attempts:
         check: Callable[[], None],
         cancelled: Callable[[], bool],
     ) -> None:
-        self.connection = Connection()
+        self.connection = Connection(fetches=courier.fetches)
         self.stats = SyncStats()
         self.last_success_ms: int | None = None
         self.last_error: EntiDBError | None = None
         self.tidy_steps = TIDY_STEPS
+        #: Whether there may be room that the outbox held: an engine before this one may have
+        #: pushed. A cycle that pushes nothing gives it back.
+        self._has_room = True
         #: What each attempt of the newest ``sync()`` did, the last one included.
         self.results: list[SyncCycleResult] = []
         #: The newest verdicts.
@@ -87,6 +95,10 @@ class Attempts:
                 for _ in range(self.tidy_steps):
                     if not self._applier.tidy():
                         break
+                if result.pushed:
+                    self._has_room = True
+                elif self._has_room:
+                    self._has_room = self._applier.give_back()
             except SyncCancelledError:
                 self._enter(SyncState.IDLE)
                 raise

@@ -20,7 +20,7 @@ from entidb.db.overruled import OVERRULED_DAYS, OVERRULED_MAX
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.sync.conflict import ConflictPolicy
 from entidb.sync.policies import resolve_policy
-from entidb.sync.room import STAGED_BYTES_MAX
+from entidb.sync.room import PROVE_SAMPLE, STAGED_BYTES_MAX
 from entidb.types import (
     SEQUENCE_MAX,
     check_bool,
@@ -32,6 +32,8 @@ from entidb.types import (
 
 Compression = Literal["auto", "zstd", "gzip", "none"]
 COMPRESSIONS: Final[tuple[str, ...]] = get_args(Compression)
+Prove = Literal["sample", "all"]
+PROVES: Final[tuple[str, ...]] = get_args(Prove)
 
 _MIB: Final = 1024 * 1024
 #: Bounds that only keep a typo (seconds for milliseconds, bytes for MiB) from going unnoticed.
@@ -178,6 +180,12 @@ class SyncConfig(HttpConfig):
     #: never end must not fill the disk. The first sync of a large database has to fit. Beside it, a
     #: pull leaves a quarter of what was free on the disk.
     staged_bytes_max: int = STAGED_BYTES_MAX
+    #: Begin with segments where a server has them, which is several times as fast as pages (R35).
+    #: False: a first sync comes in pages, as from a server that has none.
+    segments: bool = True
+    #: Which values of a segment are proved to be canonical before they are used: a ``sample``, or
+    #: ``all`` of them, as with pages. The hash of each segment is checked in any case.
+    prove: Prove = PROVE_SAMPLE
     #: Pull, rebase and push again at most this often in one cycle (R7).
     rounds_max: int = 5
     #: Seconds between two cycles of a background run, when nothing asks for one earlier.
@@ -204,6 +212,8 @@ class SyncConfig(HttpConfig):
         self._check_collections()
         self._check_sizes()
         check_bool("live", self.live)
+        check_bool("segments", self.segments)
+        _check_choice("prove", self.prove, PROVES)
         check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)
         check_int("overruled_max", self.overruled_max, 0, _VALUES_MAX)
         check_int("staged_bytes_max", self.staged_bytes_max, 1, _STAGED_BYTES_LIMIT)

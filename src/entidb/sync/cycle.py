@@ -26,6 +26,7 @@ from entidb.protocol import (
 )
 from entidb.sync.apply.position import check_replica_of
 from entidb.sync.apply.seam import Look, SyncApplier
+from entidb.sync.apply.signing import sent_by_others
 from entidb.sync.config import SyncConfig
 from entidb.sync.exchange import Connection, Exchange, Flow, Step, check_not_back
 from entidb.sync.pulling import Pulling
@@ -67,10 +68,17 @@ class Cycle:
         if fresh:
             yield from self._connect()
         applier = self.exchange.applier
-        look = applier.look()
+        look, subject = applier.look(), self.exchange.connection.subject
+        if subject is not None and look.state.subject != subject:
+            # Another process may have synced as somebody else since (R36).
+            applier.sign_in(subject)
+            look = applier.look()
         if look.inflight is not None:
             applier.doubt()
-            if inflight := applier.inflight():
+            if sent_by_others(look.state, [*look.inflight.ranges, *look.inflight.after]):
+                # Not under another subject, not even again (R36): the pull shows what became of it.
+                applier.unsend()
+            elif inflight := applier.inflight():
                 self.exchange.enter(SyncState.PUSHING)
                 yield from self._pushing.push_again(inflight)
             look = applier.look()
@@ -135,13 +143,14 @@ class Cycle:
                 'state, or reset(keep="device") to commit again what it no longer has'
             )
         check_not_back(state, response)
-        self.exchange.applier.bind(self.exchange.config.db_id, response.history)
+        self.exchange.applier.bind(self.exchange.config.db_id, response.history, response.subject)
         self.exchange.connection.history = response.history
         self.exchange.connection.limits = response.limits
         self.exchange.connection.features = response.features
         looks = "schema" in response.features
         self.exchange.connection.schema = self.exchange.config.schema if looks else 0
         self.exchange.connection.granted = response.granted
+        self.exchange.connection.subject = response.subject
 
     def _check_may_push(self, error: UpgradeRequiredError) -> None:
         """This program is too old to pull. What is pending is pushed all the same (R33), but not

@@ -19,6 +19,7 @@ from msgspec import Struct
 from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.exchange import SendAhead, Step
 from entidb.sync.interrupt import Interrupts, Watch
+from entidb.sync.segment_files import Fetch
 from entidb.sync.state import SyncCycleResult
 from entidb.sync.transport import SyncTransport
 
@@ -36,8 +37,13 @@ Course = Generator[Step | Pause, SyncResponse | None, SyncCycleResult]
 
 
 class Courier(Protocol):
-    """Does what a course asks for. ``send`` and ``pause`` are done when they return, or will be:
-    then they return None and False, and the driver goes on with the outcome later."""
+    """Does what a course asks for. ``send``, ``fetch`` and ``pause`` are done when they return, or
+    will be: then they return None and False, and the driver goes on with the outcome later."""
+
+    @property
+    def fetches(self) -> bool:
+        """Whether ``fetch`` works: where it does not, no course asks for it."""
+        ...
 
     def begin(self) -> bool:
         """A cycle begins: what was interrupted or sent ahead before it does not count. Whether the
@@ -49,6 +55,8 @@ class Courier(Protocol):
     def send_ahead(self, request: SyncRequest) -> None: ...
 
     def forget_ahead(self) -> None: ...
+
+    def fetch(self, fetch: Fetch) -> bool: ...
 
     def pause(self, pause: Pause) -> bool: ...
 
@@ -83,6 +91,9 @@ class Drive(Struct):
                 elif isinstance(step, Pause):
                     if not courier.pause(step):
                         return None
+                elif isinstance(step, Fetch):
+                    if not courier.fetch(step):
+                        return None
                 else:
                     outcome = courier.send(step)
                     if outcome is None:
@@ -106,6 +117,8 @@ class Driver:
         self._pause = pause
         self._interrupts = Interrupts()
         self._interrupt_transport = getattr(transport, "interrupt", None)
+        self._fetch: Callable[[Fetch], None] | None = getattr(transport, "fetch", None)
+        self._begin_cycle = getattr(transport, "begin_cycle", None)
         #: A ``send`` that was left to itself, of a transport that cannot be interrupted.
         self._left_alone: threading.Event | None = None
 
@@ -119,13 +132,24 @@ class Driver:
             self._interrupts.wait(self._left_alone)
             self._left_alone = None
         self._transport.forget_ahead()
-        return self._transport.connected
+        begin_cycle = self._begin_cycle
+        return self._transport.connected if begin_cycle is None else begin_cycle()
 
     def send_ahead(self, request: SyncRequest) -> None:
         self._transport.send_ahead(request)
 
     def forget_ahead(self) -> None:
         self._transport.forget_ahead()
+
+    @property
+    def fetches(self) -> bool:
+        able = self._fetch is not None and self._interrupt_transport is not None
+        return able and bool(getattr(self._transport, "fetches", True))
+
+    def fetch(self, fetch: Fetch) -> bool:
+        assert self._fetch is not None, "nothing is fetched over a transport that cannot"
+        self._fetch(fetch)
+        return True
 
     def pause(self, pause: Pause) -> bool:
         self._pause(pause)

@@ -30,7 +30,6 @@ from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
 from entidb.sync.exchange import Then
 from entidb.sync.fates import Waiting, trim
 from entidb.sync.http import HttpTransport
-from entidb.sync.interrupt import acting_thread
 from entidb.sync.listening import Listeners, Listening
 from entidb.sync.live import LiveState, NewsSource
 from entidb.sync.others import Others
@@ -38,6 +37,7 @@ from entidb.sync.parts import applier_of, check_parts
 from entidb.sync.standing import EntityStatus, entity_status
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState, SyncStatus, check_move
 from entidb.sync.transport import SyncTransport
+from entidb.sync.turnover import Turnover
 from entidb.types import Clock, SystemClock
 
 #: Seconds until a background engine whose device was revoked asks again by itself (R32).
@@ -51,7 +51,7 @@ _END_TURNS_MAX = 1500
 _INSIDE_TURNS = 3
 
 
-class SyncEngine(Decisions, Verifying, Listening, Waiting):
+class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.
@@ -327,6 +327,8 @@ class SyncEngine(Decisions, Verifying, Listening, Waiting):
             overruled=self.applier.overruled_count(),
             live=LiveState.OFFLINE.value if channel is None else channel.state.value,
             live_since_ms=None if channel is None else channel.since_ms,
+            subject=state.subject,
+            others=self.applier.others() if state.others else {},
         )
 
     def entity_status(self, collection: str, entity_id: uuid.UUID) -> EntityStatus:
@@ -337,18 +339,6 @@ class SyncEngine(Decisions, Verifying, Listening, Waiting):
     def explain(self, collection: str, entity_id: uuid.UUID) -> str:
         """``entity_status`` in words."""
         return self.entity_status(collection, entity_id).explain()
-
-    # ------------------------------------------------------------ reset
-
-    def reset(self, keep: str) -> None:
-        """After ``HistoryChangedError``: choose ``"server"`` or ``"device"`` (R29), then sync.
-        Waits for a cycle in progress; inside one (a listener, a token provider) it raises
-        ``SyncStateError``."""
-        if self._cycle_thread == acting_thread():
-            raise SyncStateError("reset() inside a sync cycle: call it when the cycle is over")
-        with self._cycle_lock, self._others.kept_out():
-            self.applier.reset(keep)
-            self._attempts.connection.forget()
 
     # ------------------------------------------------------------ background
 

@@ -19,6 +19,7 @@ from entidb.protocol import (
     DigestResponse,
     HandshakeResponse,
     Limits,
+    Manifest,
     PullResponse,
     PushResponse,
     PushResult,
@@ -30,6 +31,7 @@ from entidb.sync.apply.report import RebaseReport
 from entidb.sync.apply.seam import SyncApplier
 from entidb.sync.config import SyncConfig
 from entidb.sync.refusal import Path
+from entidb.sync.segment_files import Fetch
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
 
@@ -41,8 +43,10 @@ class SendAhead(Struct, frozen=True):
     request: SyncRequest
 
 
-R = TypeVar("R", HandshakeResponse, PullResponse, PushResponse, RoundResponse, DigestResponse)
-Step = SyncRequest | SendAhead
+R = TypeVar(
+    "R", HandshakeResponse, PullResponse, PushResponse, RoundResponse, DigestResponse, Manifest
+)
+Step = SyncRequest | SendAhead | Fetch
 Flow = Generator[Step, SyncResponse | None, SyncCycleResult]
 
 
@@ -59,6 +63,12 @@ class Connection:
     schema: int = 0
     #: What the handshake named as granted; pulls name it again, and may name something else.
     granted: list[str] | None = None
+    #: Whether segments can be fetched over it at all; the driver says so.
+    fetches: bool = False
+    #: How often in a row the way to the server failed just when an image was asked for.
+    image_failures: int = 0
+    #: Who the handshake said the token is for (R36).
+    subject: str | None = None
 
     @property
     def made(self) -> bool:
@@ -82,6 +92,8 @@ class Exchange:
     #: The server's clock, as the newest pull said it.
     server_ms: int = 0
     result: SyncCycleResult = field(default_factory=SyncCycleResult)
+    #: An image was asked for in this cycle: it has one try (R35).
+    image_asked: bool = False
     #: The verdicts on each batch, with the sequences of its transactions.
     answers: deque[tuple[list[int], list[PushResult]]] = field(default_factory=deque)
 

@@ -18,6 +18,7 @@ from msgspec import Struct
 from entidb.db import Database, Transaction
 from entidb.db.outbox import read_discarded
 from entidb.db.records import READY, sequence_key
+from entidb.db.subjects import sendable
 from entidb.errors import ConfigError, SyncStateError
 from entidb.protocol import PushResult, Verdict
 from entidb.sync.background import Background
@@ -146,8 +147,12 @@ class Waiting:
 
     def _all_decided(self, sequence: int) -> bool:
         first, after = sequence_key(READY, 0), sequence_key(READY, sequence + 1)
-        with self.database.storage.snapshot() as snapshot:
-            return not list(snapshot.scan_keys(first, after, limit=1))
+        with self.database.view() as view:
+            if not view.snapshot.scan_keys(first, after, limit=1):
+                return True
+            state = view.sync_state
+            # What waits for another person to sign in is not decided by a sync of this one.
+            return bool(state.others) and not sendable(view, state, sequence)
 
     def _wait_until(
         self, holds: Callable[[], bool], patience: Patience, timeout_s: float | None

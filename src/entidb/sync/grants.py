@@ -49,6 +49,20 @@ def take_grant(writer: Writer, rebase: Rebase, granted: list[str] | None) -> Non
     writer.set_sync_state(machine.REGRANT(state, now))
 
 
+class GrantChangedError(Exception):
+    """An answer was made under another grant than the one this device knows."""
+
+    def __init__(self, granted: list[str] | None) -> None:
+        super().__init__(granted)
+        self.granted = granted
+
+
+def check_granted(granted: list[str] | None, state: ReplicaState) -> None:
+    """Raises ``GrantChangedError`` unless an answer was made under the grant of ``state``."""
+    if granted != state.granted and (granted is None or sorted(granted) != state.granted):
+        raise GrantChangedError(granted)
+
+
 def needs_grant(state: ReplicaState) -> bool:
     """Whether a wider scope took in collections that are not granted: they will not come."""
     return state.granted is not None and not all(map(state.grants, state.uncovered))

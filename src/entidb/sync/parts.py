@@ -31,6 +31,7 @@ def applier_of(database: Database, config: SyncConfig) -> DatabaseApplier:
         overruled_max=config.overruled_max,
         staged_bytes_max=config.staged_bytes_max,
         overruled_days=config.overruled_days,
+        prove=config.prove,
     )
 
 

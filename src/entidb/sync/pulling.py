@@ -25,7 +25,9 @@ from entidb.protocol import (
 )
 from entidb.sync.apply.seam import Look
 from entidb.sync.exchange import Exchange, SendAhead, Step, check_not_back, history_of
-from entidb.sync.grants import needs_grant
+from entidb.sync.fetching import Fetching
+from entidb.sync.grants import GrantChangedError, check_granted, needs_grant
+from entidb.sync.room import ROW_BYTES
 from entidb.sync.state import SyncProgress, SyncState
 
 #: A reset that has to start over more often than this in one cycle ends it; the next goes on.
@@ -59,7 +61,7 @@ class Pulling:
                 self._exchange.applier.restart_stage(full=True)
                 look, first = self._exchange.applier.look(), None
                 continue
-            except _GrantChanged as change:
+            except GrantChangedError as change:
                 # R31: nothing of that page counts, it was made under another grant.
                 reason = "changing what it grants while that is being pulled"
                 self.heed_grant(change.granted)
@@ -90,8 +92,8 @@ class Pulling:
         check_not_back(state, response)
         self._exchange.server_ms = response.time
         granted = response.granted
-        if granted != state.granted and (granted is None or sorted(granted) != state.granted):
-            raise _GrantChanged(granted)
+        if granted != state.granted:
+            check_granted(granted, state)
 
     def _pull_once(
         self, look: Look, first: tuple[PullRequest, PullResponse] | None
@@ -101,11 +103,15 @@ class Pulling:
             self.heed_grant(look.state.granted)
             look = self._exchange.applier.look()
         state, stage, self._scope = look.state, look.stage, look.scope
-        if stage is not None and (stage.history != state.history or stage.cursor != state.cursor):
+        if stage is not None and not stage.fits(state):
             self._exchange.applier.restart_stage(full=False)
             stage = None
         full = machine.from_nothing(state, stage)
         self._exchange.result.reset |= full is None and (state.cursor > 0 or state.foreign)
+        if full != [] and (stage is None or stage.image is not None):
+            names = self._scope if full is None else full
+            there = yield from Fetching(self._exchange).run(state, stage, full, names)
+            stage = self._exchange.applier.look().stage if there else None
         if full != [] and (stage is None or not stage.full_done):
             # A cursor of 0 is no proof: the server may have been empty, and this device may have
             # pushed since. Then what the server no longer has must go, so it is staged.
@@ -135,14 +141,17 @@ class Pulling:
         if full is not None:
             request = replace(request, collections=full)
         floor = None if stage is None else stage.floor
+        image_head = 0 if stage is None else stage.image_head
         done = size = 0
+        if stage is not None and image_head:
+            done, size = stage.operations, stage.size - ROW_BYTES * stage.operations
         usual = request.limit
         if stage is None:
             # Nothing can be done here before the first page is in, and it comes sooner.
             request = replace(request, limit=min(usual, FIRST_PAGE_OPERATIONS))
         for _ in range(PAGES_MAX):
             response = yield from self._ask_page(request, state)
-            if floor is not None and response.floor != floor:
+            if floor is not None and _moved(floor, response.floor, image_head):
                 self._exchange.applier.restart_stage(full=state.full)
                 return FullPull.RESTARTED
             if first_sync and floor is None and not response.has_more:
@@ -237,12 +246,10 @@ class Pulling:
         return done + operations, size + weight
 
 
-class _GrantChanged(Exception):
-    """A page was made under another grant than the one this device knows."""
-
-    def __init__(self, granted: list[str] | None) -> None:
-        super().__init__(granted)
-        self.granted = granted
+def _moved(before: int, floor: int, image_head: int) -> bool:
+    """Whether the floor has moved in a way that a full pull has to begin again (R28). After an
+    image it may move, up to there: until then the server knows all that was deleted since (R35)."""
+    return floor != before and not 0 < floor <= image_head
 
 
 class FullPull(Enum):

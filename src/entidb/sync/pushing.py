@@ -181,6 +181,7 @@ class Pushing:
             collections=batch.collections,
             transactions=batch.transactions,
             schema=self._exchange.connection.schema,
+            subject=self._exchange.connection.subject,
         )
 
     # ------------------------------------------------------------ refused as a whole
@@ -208,8 +209,8 @@ class Pushing:
             applier.unsend()
             path.refused(batch.bytes)
             return
-        if error.code == "revoked":
-            # It is about this device, and whatever it asked would be answered so (R32).
+        if error.code in ("revoked", "subject_changed"):
+            # It is about who asks, and whatever they asked would be answered so (R32, R36).
             applier.unsend()
             raise error
         if is_forbidden(error):

@@ -16,12 +16,15 @@ STAGED_BYTES_SMALL: Final = 64 << 20
 #: A pull may bring this many times what is still free: three quarters of what was free before it.
 STAGED_SHARE: Final = 3
 #: What a row takes beside its value, about.
-_ROW_BYTES: Final = 64
+ROW_BYTES: Final = 64
+#: How much of a segment is proved: each value, or a sample of them.
+PROVE_ALL: Final = "all"
+PROVE_SAMPLE: Final = "sample"
 
 
 def staged_bytes(response: PullResponse) -> int:
     """About what a page takes when it is staged."""
-    return payload_bytes(response) + _ROW_BYTES * operations_count(response)
+    return payload_bytes(response) + ROW_BYTES * operations_count(response)
 
 
 def check_room(storage: Storage, size: int, staged_bytes_max: int) -> None:
@@ -54,4 +57,11 @@ def _free_bytes(path: str) -> int:
         raise StorageError(f"how full the disk of {path} is cannot be read") from error
 
 
-__all__ = ["STAGED_BYTES_MAX", "check_room", "staged_bytes"]
+__all__ = [
+    "PROVE_ALL",
+    "PROVE_SAMPLE",
+    "ROW_BYTES",
+    "STAGED_BYTES_MAX",
+    "check_room",
+    "staged_bytes",
+]

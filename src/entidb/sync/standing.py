@@ -10,6 +10,7 @@ from msgspec import Struct
 from entidb.db.collection import id_bytes
 from entidb.db.outbox import read_pending
 from entidb.db.rows import SnapshotRows
+from entidb.db.subjects import is_others, subject_of
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.conflict import Conflict
 from entidb.sync.state import SyncStatus
@@ -40,7 +41,8 @@ class EntityStatus(Struct, frozen=True, kw_only=True):
     ``changed_by`` the 16 bytes of the device that made the newest change, None where nothing is
     here. ``sequences`` are the local commits that wait, oldest first; ``ahead`` counts what is
     pushed before the first of them. ``conflict`` is the entity's own, if it has one. ``granted``
-    is False where the token does not grant the collection. ``sync`` is the engine's status then.
+    is False where the token does not grant the collection; ``waits_for`` is another subject without
+    whom nothing of it is pushed (R36). ``sync`` is the engine's status then.
     """
 
     collection: str
@@ -53,6 +55,7 @@ class EntityStatus(Struct, frozen=True, kw_only=True):
     conflict: Conflict | None
     granted: bool
     sync: SyncStatus
+    waits_for: str | None = None
 
     def explain(self) -> str:
         """Why it is not synced, or that it is, in words for a person."""
@@ -77,6 +80,11 @@ class EntityStatus(Struct, frozen=True, kw_only=True):
             said.append("it is in conflict with a change of another device: resolve() decides")
         elif self.state is EntityState.HELD:
             said.append("it was changed together with something that is in conflict")
+        elif self.waits_for is not None:
+            said.append(
+                f"it was committed by {self.waits_for!r}, or on top of that, and is pushed when "
+                "they sync here"
+            )
         elif self.ahead:
             others = "another is" if self.ahead == 1 else f"{self.ahead} others are"
             said.append(f"{others} pushed before it")
@@ -96,13 +104,14 @@ def entity_status(
         row = SnapshotRows(view.snapshot, view.catalogue).row(collection, raw)
         info = view.catalogue.by_name.get(collection)
         scope, granted = view.catalogue.scope, view.sync_state.grants(collection)
+        sync_state = view.sync_state
         waiting, ahead = [], 0
         for pending in read_pending(view.snapshot):
             if info is not None and any(
                 (op.collection, op.entity_id) == (info.number, raw) for op in pending.operations
             ):
                 waiting.append(pending)
-            elif not waiting and not pending.held:
+            elif not waiting and not pending.held and not is_others(sync_state, pending.sequence):
                 ahead += 1
     here = row is not None and row.payload is not None
     if info is not None and info.local:
@@ -123,6 +132,14 @@ def entity_status(
         changed_by=None if row is None else row.device_id,
         sequences=[pending.sequence for pending in waiting],
         ahead=ahead if waiting else 0,
+        waits_for=next(
+            (
+                subject_of(sync_state, each.sequence)
+                for each in waiting
+                if is_others(sync_state, each.sequence)
+            ),
+            None,
+        ),
         conflict=own[0] if own else None,
         granted=granted,
         sync=status,

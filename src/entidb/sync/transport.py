@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Final, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 from entidb.errors import (
@@ -32,6 +32,7 @@ from entidb.protocol import (
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
+    Manifest,
     PullRequest,
     PullResponse,
     PushRequest,
@@ -43,7 +44,7 @@ from entidb.protocol import (
 )
 
 #: What a transport hands out: an ``ErrorResponse`` has become an exception on the way.
-Answer = HandshakeResponse | PullResponse | PushResponse | RoundResponse | DigestResponse
+Answer = HandshakeResponse | PullResponse | PushResponse | RoundResponse | DigestResponse | Manifest
 
 _A = TypeVar("_A", HandshakeResponse, PullResponse, PushResponse)
 
@@ -65,6 +66,13 @@ class SyncTransport(Protocol):
       the next ``forget_ahead``, raise ``SyncCancelledError`` within 100 ms. Its connection is
       closed. The engine calls ``send`` of a transport without it on a thread of its own, which it
       leaves to itself when the program stops it; no other ``send`` begins before that one ends.
+    - A transport that has ``interrupt()`` and a method ``fetch(Fetch)`` brings segments (R35): when
+      ``fetch`` returns, the first of them is in the files that it was given, as long as it was
+      said to be; what it holds the caller finds out. It raises a ``SyncError``, or an ``OSError``
+      of the files, and keeps what came; ``interrupt`` ends it as it ends ``send``. Over a transport
+      without it, or with an attribute ``fetches`` that is false, a first sync comes in pages.
+    - One that has a method ``begin_cycle()`` is asked by it where a cycle begins, in the place of
+      ``connected``: it is false, too, where the token is another person's than before (R36).
     """
 
     @property
@@ -248,6 +256,12 @@ class HttpResponse:
     body: bytes = b""
 
 
+#: Takes an answer as it comes: what is known before its body, without it, and each part of that.
+Sink = Callable[[HttpResponse, bytes], None]
+#: The statuses of answers that go into a ``Sink``.
+SINKS: Final = (200, 206)
+
+
 class HttpClient(Protocol):
     """The little of HTTP that ``HttpTransport`` needs; any client library can be wrapped in it.
 
@@ -265,6 +279,13 @@ class HttpClient(Protocol):
       the connections of those are closed. Both return at once and may come from any thread.
       Requests of a client without them run on threads of their own, and the engine leaves those to
       themselves when the program stops it.
+    - A part of a segment (R35) is asked for with the method ``GET``, an empty body, a query in the
+      URL and the header ``Range``; any error that is none of those above means that this client
+      cannot. One that says so first, with an attribute ``gets`` that is false, is not asked: a
+      first sync comes in pages then.
+    - A client whose ``takes_sink`` is true takes the keyword ``sink``: called with the head and
+      each part of an answer of a status in ``SINKS``, on the thread that asks, which returns the
+      answer without a body then. What it raises ends the request.
     """
 
     def request(
@@ -291,9 +312,10 @@ class HttpAnswer(Protocol):
 class LoopbackServer(Protocol):
     """What a server in the same process must offer: HTTP without the wire.
 
-    ``path`` is the path of the URL ("/v1/pull"), ``headers`` have lower-case names, ``body`` is
-    as the client sent it, compressed or not. Every refusal is an answer; an exception is a bug
-    of the server, and passes through the client unchanged. Called from any thread.
+    ``path`` is the path of the URL ("/v1/pull"), with its query if it has one, ``headers`` have
+    lower-case names, ``body`` is as the client sent it, compressed or not. Every refusal is an
+    answer; an exception is a bug of the server, and passes through the client unchanged. Called
+    from any thread.
     """
 
     def handle_http(
@@ -317,7 +339,8 @@ class LoopbackClient:
     ) -> HttpResponse:
         if self._closed:
             raise SyncStateError("the client is closed: make a new one")
-        path = urlsplit(url).path
+        parts = urlsplit(url)
+        path = f"{parts.path}?{parts.query}" if parts.query else parts.path
         lower = dict(zip(map(str.lower, headers), headers.values(), strict=True))
         answer = self._server.handle_http(method, path, lower, body)
         names = dict(zip(map(str.lower, answer.headers), answer.headers.values(), strict=True))

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from entidb import cbor
 from entidb.db import Database
+from entidb.db.subjects import sendable
 from entidb.errors import (
     EntiDBError,
     PermissionDeniedError,
@@ -17,7 +18,7 @@ from entidb.errors import (
     SyncError,
     UpgradeRequiredError,
 )
-from entidb.protocol import PullRequest, PushRequest, SyncRequest
+from entidb.protocol import PullRequest, PushRequest, SnapshotRequest, SyncRequest
 from entidb.server.hooks import NO_SCHEMA, Grant, Schema
 from entidb.sync import SyncConfig
 from entidb.sync.refusal import Path
@@ -70,7 +71,8 @@ class ServerAge:
     def check_refusal(self, checks: Checks, request: SyncRequest, error: SyncError) -> None:
         if isinstance(error, UpgradeRequiredError):
             checks.that(
-                isinstance(request, PullRequest) and 0 < request.schema < self._least,
+                isinstance(request, PullRequest | SnapshotRequest)
+                and 0 < request.schema < self._least,
                 "TAKEN",
                 f"{type(request).__name__} of a program of schema {getattr(request, 'schema', 0)} "
                 f"is refused for its age; the server wants {self._least}",
@@ -88,9 +90,9 @@ class DeviceAge:
         self._ready = 0
         self.pushed = False
 
-    def config(self, config: SyncConfig, ready: int) -> SyncConfig:
-        """That of the cycle that begins, with so many transactions ready."""
-        self._ready, self.pushed = ready, False
+    def config(self, config: SyncConfig, database: Database) -> SyncConfig:
+        """That of the cycle that begins."""
+        self._ready, self.pushed = _can_push(database), False
         if self._schema and (self._world.quiet or self._rng.random() < 0.02):
             self._schema = NEW
         return config if config.schema == self._schema else replace(config, schema=self._schema)
@@ -104,13 +106,20 @@ class DeviceAge:
             return
         may = not (path.kept or watch.foreign or watch.foreign_names)
         ready = database.read_head().ready
-        if self._ready and ready and may:
+        if self._ready and may and _can_push(database):
             checks = watch.checks
             checks.that(
                 self.pushed,
                 "TAKEN",
                 f"a cycle ended with {error.code}, and {ready} transactions were not pushed",
             )
+
+
+def _can_push(database: Database) -> bool:
+    """Whether something is ready that waits for nobody who is away (R36)."""
+    with database.view() as view:
+        state = view.sync_state
+        return sendable(view, state) if state.others else view.head.ready > 0
 
 
 # ---------------------------------------------------------------- an older server

@@ -134,7 +134,7 @@ def _smaller(run: Run) -> list[tuple[str, int]]:
     tries = [("events", value) for value in (knobs.events // 4, knobs.events // 2) if value > 4]
     tries += [("devices", value) for value in range(1, knobs.devices)]
     tries += [("tenants", 1)] if knobs.tenants > 1 else []
-    names = [*knob.LEVELS, "operations", "deletes", "group_ms"]
+    names = [*knob.LEVELS, *knob.NODE_LEVELS, "operations", "deletes", "group_ms"]
     tries += [(name, 0) for name in names if getattr(knobs, name)]
     tries += [("keys", value) for value in (2, 5, knobs.keys // 2) if 2 <= value < knobs.keys]
     tries += [("events", value) for value in (knobs.events * 9 // 10,) if value > 4]

@@ -12,12 +12,19 @@ from typing import Any, cast
 
 from entidb.db.adopt import adopt_step
 from entidb.db.replica import Stage
-from entidb.protocol import PullRequest, PullResponse, PushResponse
-from entidb.sync import DatabaseApplier, RebaseReport, SyncConfig, SyncEngine, SyncTransport
-from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
-from entidb.sync.cycle import Cycle
+from entidb.protocol import Manifest, PullRequest, PullResponse, PushResponse
+from entidb.sync import (
+    DatabaseApplier,
+    RebaseReport,
+    SyncConfig,
+    SyncCycleResult,
+    SyncEngine,
+    SyncTransport,
+)
+from entidb.sync.apply.seam import BatchLimits, Look, OpenSegment, PushBatch, Settled
 from entidb.sync.drive import Courier
 from entidb.sync.exchange import Connection
+from entidb.sync.segment_files import SegmentFiles
 
 
 class BetweenApplier(DatabaseApplier):
@@ -25,11 +32,19 @@ class BetweenApplier(DatabaseApplier):
     another thread could."""
 
     def __init__(
-        self, *rest: Any, between: Callable[[], None], adopt_rows: int, **options: Any
+        self,
+        *rest: Any,
+        between: Callable[[], None],
+        adopt_rows: int,
+        files: SegmentFiles,
+        chunk_rows: int,
+        **options: Any,
     ) -> None:
         super().__init__(*rest, **options)
         self._between = between
         self._adopt_rows = adopt_rows
+        self._files = files
+        self._chunk_rows = chunk_rows
 
     def adopt(self) -> bool:
         """In such small commits that groups meet their ends."""
@@ -66,6 +81,16 @@ class BetweenApplier(DatabaseApplier):
     ) -> Stage:
         self._between()
         return super().stage_page(request, response, full)
+
+    def begin_image(
+        self, manifest: Manifest, full: list[str] | None, names: list[str] | None
+    ) -> Stage:
+        self._between()
+        return super().begin_image(manifest, full, names)
+
+    def stage_segment(self, opened: OpenSegment) -> Stage:
+        self._between()
+        return super().stage_segment(opened)
 
     def publish(self) -> RebaseReport:
         self._between()
@@ -105,10 +130,10 @@ class BetweenEngine(SyncEngine):
         return self._attempts.connection
 
     @property
-    def cycle(self) -> Cycle:
-        """The newest one."""
+    def cycle_result(self) -> SyncCycleResult:
+        """What the newest cycle has done."""
         assert self._attempts.cycle is not None
-        return self._attempts.cycle
+        return self._attempts.cycle.result
 
     def tidy_at_most(self, steps: int) -> None:
         self._attempts.tidy_steps = steps

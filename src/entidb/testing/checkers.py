@@ -8,7 +8,8 @@ Not here: what must hold, by name (``invariants``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
@@ -27,6 +28,7 @@ from entidb.db.records import (
 )
 from entidb.errors import HistoryChangedError, ResetRequiredError, SyncError
 from entidb.protocol import (
+    HandshakeResponse,
     PullRequest,
     PullResponse,
     PushRequest,
@@ -35,13 +37,13 @@ from entidb.protocol import (
     RoundRequest,
     Verdict,
     digest_stored_newer,
-    expanded,
     operations_digest,
 )
 from entidb.server.service import ROUND_ROWS_MAX
 from entidb.storage.base import Batch
 from entidb.testing.invariants import GROUP_COLLECTION, POISON, Checks, group_is_whole
 from entidb.testing.oracle import History, Mark, Ref, has_version
+from entidb.testing.pages import Seen, check_fresh, check_page
 from entidb.testing.unique import NOT_UNIQUE, UniqueWatch
 from entidb.types import Clock, timestamp_from_ms
 
@@ -57,8 +59,10 @@ class ServerWatch:
         self.history = history
         self.members: list[PushRequest] = []
         self.program: list[tuple[Ref, bytes | None]] | None = None
-        #: The head before the group that is being decided.
+        #: The head before the group that is being decided, its history, and when that was.
         self.head_before = 0
+        self.decided_in = history
+        self.decided_ms = 0
         #: The hook is a user's: it may refuse what it likes.
         self.any_refusal = False
         #: Where something is unique.
@@ -66,6 +70,25 @@ class ServerWatch:
         #: What is to be stored of what a program of this schema has pushed (R33).
         self.newest: Callable[[int, bytes | None], bytes | None] = lambda schema, payload: payload
         self._catalogue: tuple[bytes | None, Catalogue] = (None, empty_catalogue())
+
+    def now(self) -> Seen:
+        return Seen(self.history, self.history.head, self.history.floor)
+
+    def begins(self) -> None:
+        """Something is decided, on what is there now."""
+        self.head_before, self.decided_in = self.history.head, self.history
+        self.decided_ms = self._clock.now_ms()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Others decide inside the block, while what is being decided waits."""
+        members, program, decided_ms = self.members, self.program, self.decided_ms
+        head_before, decided_in = self.head_before, self.decided_in
+        try:
+            yield
+        finally:
+            self.members, self.program, self.decided_ms = members, program, decided_ms
+            self.head_before, self.decided_in = head_before, decided_in
 
     # ------------------------------------------------------------ commits
 
@@ -166,7 +189,7 @@ class ServerWatch:
                     for op in transaction.operations
                 ]
                 # R27: a timestamp from the future counts as now.
-                stamp = min(transaction.timestamp, self.latest_timestamp())
+                stamp = min(transaction.timestamp, _latest(self.decided_ms))
                 possible.append(((request.device_id, stamp), writes))
             else:
                 blamed = lost
@@ -187,7 +210,7 @@ class ServerWatch:
 
     def latest_timestamp(self) -> int:
         """The latest timestamp that anything may have now."""
-        return timestamp_from_ms(self._clock.now_ms()) | 0xFFFF
+        return _latest(self._clock.now_ms())
 
     def _candidates(
         self, transaction_id: bytes
@@ -261,7 +284,9 @@ class ServerWatch:
         *,
         may_write: bool = True,
     ) -> None:
-        self._check_history(request.history)
+        # While a node was paused after its commit, another may have begun a history.
+        known_by = self.decided_in if request.history != self.history.identity else self.history
+        self._check_history(request.history, known_by)
         names = request.collections
         refused: dict[Ref, None] = {}
         for index, transaction in enumerate(request.transactions):
@@ -321,8 +346,11 @@ class ServerWatch:
             refused.update(dict.fromkeys(refs))
 
     def _replaced(self, refs: list[Ref], version: int) -> bool:
-        """Whether something that ``version`` wrote is not the latest any more."""
-        return any(self.history.latest(ref)[0] != version for ref in refs)
+        """Whether something that ``version`` wrote is not the latest any more, or is a forgotten
+        deletion."""
+        latest = [self.history.latest(ref) for ref in refs]
+        forgotten = version <= self.history.floor
+        return any(each[0] != version or (forgotten and each[1] is None) for each in latest)
 
     def _false_conflict(
         self,
@@ -368,9 +396,9 @@ class ServerWatch:
                 f"a device at {request.cursor} has to reset; the floor is {self.history.floor}",
             )
 
-    def _check_history(self, history: bytes) -> None:
+    def _check_history(self, asked: bytes, history: History) -> None:
         self.checks.that(
-            history == self.history.identity,
+            asked == history.identity,
             "ORDER",
             "a request that named another history was answered",
         )
@@ -383,7 +411,9 @@ class ServerWatch:
         pull, history = request.pull, self.history
         unseen = [
             (version, ref, payload)
-            for version, ref, payload in history.changes_then(pull.cursor, self.head_before)
+            for version, ref, payload in history.changes_then(
+                pull.cursor, self.head_before, self.head_before
+            )
             if (pull.collections is None or ref[0] in pull.collections)
             and (granted is None or ref[0] in granted)
             and not has_version(pull.have, version)
@@ -408,37 +438,30 @@ class ServerWatch:
         request: PullRequest,
         response: PullResponse,
         granted: frozenset[str] | None = None,
+        before: Seen | None = None,
     ) -> None:
-        self._check_history(request.history)
-        history, checks = self.history, self.checks
-        names = response.collections
-        sent = {
-            (commit.version, (names[op.collection], op.entity_id)): op.payload
-            for commit in expanded(response).commits
-            for op in commit.operations
-        }
-        due = {
-            (version, ref): payload
-            for version, ref, payload in history.changes(request.cursor, response.cursor)
-            if (request.collections is None or ref[0] in request.collections)
-            and (granted is None or ref[0] in granted)
-            and not has_version(request.have, version)
-        }
-        for key in due.keys() ^ sent.keys() if due.keys() != sent.keys() else ():
-            # A tombstone at or below the floor may be gone, and need not be.
-            purged = key in due and due[key] is None and key[0] <= history.floor
-            if not purged:
-                what = "left out" if key in due else "added"
-                checks.fail("ORDER", f"a page after {request.cursor} {what} {key}")
-        wrong = [key for key, payload in sent.items() if due[key] != payload]
-        checks.that(not wrong, "ORDER", f"a page holds other values than the server: {wrong}")
-        ends = (
-            response.cursor == history.head
-            if not response.has_more
-            else (request.cursor < response.cursor)
+        """A page is exactly what was next at its head, which is no older than what there was when
+        it was asked for."""
+        before = before or self.now()
+        history = self.history if request.history == self.history.identity else before.history
+        self._check_history(request.history, history)
+        check_page(self.checks, history, request, response, granted)
+        if history is before.history:
+            check_fresh(self.checks, before, response.head, response.floor)
+
+    def on_handshake(self, response: HandshakeResponse, before: Seen) -> None:
+        """It says what was true when it was asked for, or has become so since."""
+        self.checks.that(
+            response.history in (before.history.identity, self.history.identity),
+            "FRESH",
+            "a handshake names a history that had ended when it was asked for",
         )
-        checks.that(ends, "ORDER", f"a page after {request.cursor} ends at {response.cursor}")
-        checks.that(response.head == history.head, "ORDER", "a page names another head")
+        if response.history == before.history.identity:
+            check_fresh(self.checks, before, response.head, response.floor)
+
+
+def _latest(now_ms: int) -> int:
+    return timestamp_from_ms(now_ms) | 0xFFFF
 
 
 def _remembered(digest: bytes) -> tuple[bytes, bytes]:

@@ -24,6 +24,7 @@ from entidb.errors import (
     SyncError,
 )
 from entidb.protocol import (
+    HandshakeResponse,
     PushRequest,
     PushResponse,
     RoundResponse,
@@ -38,31 +39,30 @@ from entidb.sync import (
     SyncCycleResult,
 )
 from entidb.sync.drive import Drive
+from entidb.sync.segment_files import SegmentFiles
 from entidb.testing.ages import DeviceAge
 from entidb.testing.between import BetweenApplier, BetweenEngine
 from entidb.testing.ends import check_end
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
+from entidb.testing.hands import Hands
 from entidb.testing.indexes import IndexLife
 from entidb.testing.invariants import GROUP_COLLECTION
 from entidb.testing.losers import KeepLimits
-from entidb.testing.person import Person
+from entidb.testing.scoped import Scoped
+from entidb.testing.shelf import damage_files
 from entidb.testing.tenant import Tenant
 from entidb.testing.watch import Context, DeviceWatch
 from entidb.testing.way import Server, Way
-from entidb.testing.workload import COLLECTIONS, DRAFTS, INDEXED, NUMBERS, combined_fields, policies
+from entidb.testing.workload import INDEXED, NUMBERS, combined_fields, policies
 from entidb.testing.world import World, WorldClock
 
-#: A copy of a device: its records, and what its bases belong to.
-Saved = tuple[dict[bytes, bytes], Context]
+#: A copy of a device: its records, what its bases belong to, and who had it.
+Saved = tuple[dict[bytes, bytes], Context, str]
 TIDY_STEPS = 3
-#: The scopes that a device may get.
-SCOPES = (None, COLLECTIONS[:2], COLLECTIONS[:3], COLLECTIONS[1:3])
-#: What the token of a device may be for.
-GRANTS = (None, None, COLLECTIONS[:1], COLLECTIONS[:2], COLLECTIONS[1:3], COLLECTIONS[2:], ())
 
 
-class Device(Person):
+class Device(Scoped):
     """See the module."""
 
     #: What the names of its storage faults begin with.
@@ -114,6 +114,9 @@ class Device(Person):
         #: The collections its tokens are for; None: all.
         self.granted: tuple[str, ...] | None = None
         self.age = DeviceAge(world, name)
+        self.hands = Hands(
+            world.checks, tenant.host.ledger, name, world.stream(f"people at {name}")
+        )
         self.gateway = Gateway(world.stream(f"way of {name}"), knobs, world.fired)
         self.watch.refused = tenant.refused
         self.renew_token()
@@ -127,11 +130,19 @@ class Device(Person):
         self.last_error: EntiDBError | None = None
         self.needs_choice = False
         self.was_connected = False
+        #: Segments on their way; a process that ends leaves them to the next.
+        self.files = SegmentFiles(None)
         self._open(world.new_store(self, records))
+
+    @property
+    def device_id(self) -> bytes:
+        return self.database.device_id
 
     def renew_token(self) -> None:
         write = not self.gateway.read_only
-        self.token = self.tenant.host.token(self.tenant, self.granted, write=write)
+        self.token = self.tenant.host.token(
+            self.tenant, self.granted, write=write, subject=self.hands.who
+        )
 
     def rates(self) -> dict[str, int]:
         return {name: getattr(self.world.knobs, name) for name in COMMIT_FAULTS}
@@ -144,12 +155,14 @@ class Device(Person):
     ) -> None:
         self.watch.on_commit(batch, old, records)
         self.indexes.stored(batch, old, records)
+        self.hands.on_commit(batch, records)
 
     # ------------------------------------------------------------ opening, crashing
 
     def _open(self, storage: FaultyStorage) -> None:
         storage.armed = False
         self.storage = storage
+        self.hands.found(storage.records)
         self.indexes.opened()
         self.database = Database(
             storage,
@@ -165,6 +178,8 @@ class Device(Person):
             overruled_days=self.watch.losers.limits.days,
             between=self._others_act,
             adopt_rows=self.world.knobs.adopt_rows,
+            files=self.files,
+            chunk_rows=max(1, self.world.knobs.images // 2),
         )
         self._make_engine()
         self.reader = None
@@ -194,13 +209,15 @@ class Device(Person):
         self.way.end()
         self.world.trace("restart", self.name)
         self.restarts += 1
+        if self.world.knobs.image_faults:
+            damage_files(self.files, self.rng, self.world.fired, self.world.knobs.image_faults)
         self._open(self.world.reopen_store(self))
         self.watch.compare_after_restart(self.storage.records)
         if self.rng.random() < 0.1:
             self.check_store()
 
     def save(self) -> Saved:
-        return dict(self.storage.records), self.watch.context()
+        return dict(self.storage.records), self.watch.context(), self.hands.who
 
     def replace_store(self, saved: Saved) -> None:
         """An older copy of the device comes back."""
@@ -209,6 +226,7 @@ class Device(Person):
         # Of what this device has sent since that copy was made it knows nothing any more (R30).
         self.watch.unanswered = {}
         self.watch.adopt(self.storage.records, saved[1])
+        self.held_by(saved[2])
 
     def check_store(self) -> None:
         faults = verify(self.database)
@@ -277,43 +295,7 @@ class Device(Person):
     def _content(self, snapshot: Any) -> list[tuple[bytes, bytes]]:
         return list(snapshot.collection(GROUP_COLLECTION).payloads())
 
-    # ------------------------------------------------------------ its scope and its token
-
-    def change_scope(self) -> None:
-        chosen = self._another_scope()
-        self._scoped(lambda: self.database.set_scope(chosen), "scope")
-
-    def _another_scope(self) -> tuple[str, ...] | None:
-        """Mostly one that is not refused: nothing may leave the scope while it is pending."""
-        now = self.database.scope
-        others = [names for names in SCOPES if names is None or now != frozenset(names)]
-        if self.watch.outbox and now is not None:
-            others = [names for names in others if names is None or now <= frozenset(names)]
-        return self.rng.choice(others)
-
-    def change_local(self) -> None:
-        local = self.rng.random() < 0.5
-        self._scoped(lambda: self.database.declare_local(DRAFTS, local), "local_collection")
-
-    def _scoped(self, change: Callable[[], None], fault: str) -> None:
-        before = self.storage.commits
-        try:
-            self.guarded(change)
-        except ScopeError as error:
-            # A collection with pending changes cannot leave: the person tries again later.
-            self.world.trace("scope refused", self.name, error.code)
-            return
-        if self.storage.commits != before:
-            self.world.trace(fault, self.name)
-            self.world.fired(fault)
-
-    def change_grant(self) -> None:
-        """This device gets a token for other collections."""
-        self.granted = self.rng.choice([names for names in GRANTS if names != self.granted])
-        self.renew_token()
-        self.world.trace("grant", self.name, self.granted)
-        self.world.tell(f"{self.name} gets a token for {self.granted or 'nothing'}")
-        self.world.fired("grants")
+    # ------------------------------------------------------------ cycles
 
     def choose_history(self) -> None:
         """The person's answer to ``HistoryChangedError`` (R29)."""
@@ -327,14 +309,12 @@ class Device(Person):
             # What is withdrawn from now on is reported as on a new server.
             self.watch.reported = {}
 
-    # ------------------------------------------------------------ cycles
-
     def begin_cycle(self, *, keep_connection: bool = False) -> None:
         if self.drive is not None:
             return
         if self.needs_choice:
             self.choose_history()
-        self._update(self.age.config(self.config, self.database.read_head().ready))
+        self._update(self.age.config(self.config, self.database))
         if not keep_connection and self.rng.random() < 0.1:
             self.way.connected = False
         self.was_connected = self.way.connected and self.engine.connection.made
@@ -350,6 +330,8 @@ class Device(Person):
         """Drive the cycle to its next request."""
         drive = self.drive
         assert drive is not None
+        if isinstance(outcome, HandshakeResponse):
+            self.hands.named = outcome.subject
         self.watch.forget_questions()
         try:
             result = drive.go_on(outcome)
@@ -365,7 +347,7 @@ class Device(Person):
     def waits(self) -> None:
         """An attempt is over."""
         self.watch.forget_questions()
-        self.watch.on_report(self.engine.cycle.result)
+        self.watch.on_report(self.engine.cycle_result)
 
     def _ended(self, result: SyncCycleResult | None, error: EntiDBError | None) -> None:
         self.world.trace("ended", self.name, "" if error is None else error.code)
@@ -410,7 +392,7 @@ class Device(Person):
                 self._transact()
             elif chance < knobs.local_in_cycle + knobs.scope_in_cycle:
                 before = self.storage.commits
-                self.database.set_scope(self._another_scope())
+                self.database.set_scope(self.another_scope())
                 if self.storage.commits != before:
                     world.fired("scope_in_cycle")
         except CommitUnknownError:

@@ -4,8 +4,12 @@ that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from entidb.db.pending import PendingTransaction
 from entidb.errors import EntiDBError, SyncCancelledError
 from entidb.sync import SyncCycleResult, SyncState
+from entidb.sync.apply.applier import DatabaseApplier
 from entidb.testing.person import Person
 
 
@@ -28,14 +32,26 @@ def check_end(device: Person, result: SyncCycleResult | None, error: EntiDBError
         return
     if device.watch.full or device.watch.excluded:
         return  # a scope that changed meanwhile has to be pulled first (R31)
-    left = [
-        t for t in device.engine.applier.pending() if t.transaction_id in device.due and not t.held
-    ]
+    left = [t for t in _ready(device) if t.transaction_id in device.due]
     checks.that(
         not left,
         "LIVENESS",
         f"a sync of {device.name} worked, and left {len(left)} transactions that were due",
     )
+
+
+def _ready(device: Person) -> Iterator[PendingTransaction]:
+    """What waits for nothing but a sync: no conflict, and nobody who is away (R36)."""
+    # Not a step of a cycle: nobody comes in between.
+    others = DatabaseApplier.look(device.engine.applier).state.others
+    kept: set[tuple[int, bytes]] = set()
+    for pending in device.engine.applier.pending():
+        refs = {(op.collection, op.entity_id) for op in pending.operations}
+        away = any(each.first <= pending.sequence <= each.last for each in others)
+        if away or not kept.isdisjoint(refs):
+            kept |= refs
+        elif not pending.held:
+            yield pending
 
 
 __all__ = ["check_end"]

@@ -16,19 +16,38 @@ from functools import partial
 
 from entidb import protocol
 from entidb.db import Database
-from entidb.errors import PermissionDeniedError, SyncError
-from entidb.protocol import PushRequest, RoundRequest, SyncRequest, push_in
+from entidb.errors import (
+    DatabaseClosedError,
+    EntiDBError,
+    PermissionDeniedError,
+    ServerBusyError,
+    StorageError,
+    SyncError,
+    TransactionError,
+)
+from entidb.protocol import (
+    Manifest,
+    PushRequest,
+    RoundRequest,
+    SnapshotRequest,
+    SyncRequest,
+    push_in,
+)
 from entidb.server.auth import JwtAuthenticator
 from entidb.server.config import ServerConfig
 from entidb.server.front import FEATURES, Front
 from entidb.server.group_commit import Done
 from entidb.server.hooks import NO_SCHEMA, Refusal, ValidateContext, ValidateTransaction
 from entidb.server.minting import mint_token
+from entidb.server.segments.cutting import Sizes
+from entidb.server.segments.keeping import ImageKeeper
 from entidb.server.stores import Stores
 from entidb.testing.ages import ServerAge, refuse_as_before
-from entidb.testing.faults import Crash
+from entidb.testing.hands import PEOPLE, Authors
 from entidb.testing.keeper import Keeper
-from entidb.testing.tenant import Reply, Tenant
+from entidb.testing.nodes import Named, Reply, SimulatedNode, SimulatedNodes
+from entidb.testing.shelf import SERVER_LIVES_MS
+from entidb.testing.tenant import Tenant
 from entidb.testing.unique import settings as unique_settings
 from entidb.testing.workload import PolicyFailure, validate
 from entidb.testing.world import World
@@ -38,6 +57,9 @@ AUDIENCE = "simulator"
 TOKEN_S = 30.0
 #: A database that was not used for so long is closed at the next look.
 IDLE_S = 2.0
+#: Entities from which on a database gets an image; what one of them takes of it, roughly.
+_IMAGE_LEAST = 2
+_ROW_BYTES = 90
 
 
 class Host:
@@ -46,7 +68,7 @@ class Host:
     def __init__(self, world: World) -> None:
         self.world = world
         #: Which database each token was made for.
-        self._issued: dict[str, Tenant] = {}
+        self._issued: dict[str, Named] = {}
         knobs = world.knobs
         hook = world.options.validate
         if hook is None and (knobs.refuse or knobs.refuse_raises):
@@ -55,6 +77,7 @@ class Host:
             SECRET, "HS256", audience=AUDIENCE, clock=world.server_clock
         )
         self.keeper = Keeper(world, world.stream("keeper"))
+        self.ledger = Authors(world.checks)
         self.age = ServerAge(world, "the server")
         self._config = ServerConfig(
             data_dir=None,
@@ -62,35 +85,54 @@ class Host:
             validate=hook,
             idle_close_s=IDLE_S,
             unique=unique_settings(knobs),
+            segments_min_entities=_IMAGE_LEAST if knobs.images else 0,
         )
-        #: How many processes there have been.
-        self._life = 0
-        self._pushed_to: Tenant | None = None
+        self._image_names = world.stream("names of images").randbytes
+        #: How long the manifests of this server hold.
+        self._life_ms = world.stream("life of images").choice(SERVER_LIVES_MS)
+        #: Of the process that each node is now.
+        self._images: dict[str, ImageKeeper] = {}
+        self.nodes = SimulatedNodes(world, self._begin)
         self.tenants = [Tenant(self, index) for index in range(knobs.tenants)]
         self.start()
         for tenant in self.tenants:
             tenant.begin()
 
     def start(self) -> None:
-        """Another process begins, with nothing but what is durable. Whatever the one before it
-        was at, nobody will hear of it."""
-        self._life += 1
-        for tenant in self.tenants:
-            tenant.queue.clear()
+        """Other processes begin, with nothing but what is durable."""
+        self.nodes.start_all()
+
+    def _begin(self, node: SimulatedNode) -> Front:
+        """What a process begins with."""
         config = self._configured()
         stores = Stores(
             config,
             clock=self.world.server_clock,
-            open_database=self._open,
-            schedule=self._schedule,
+            open_database=partial(self._open, node),
+            schedule=partial(self._schedule, node),
         )
-        knows = self.world.knobs.rounds and not self.world.knobs.older_server
-        self.front = Front(
+        if self.world.nodes > 1:
+            stores.on_commit = stores.on_open = node.heard.__setitem__
+        knobs = self.world.knobs
+        images = self._images[node.name] = ImageKeeper(
+            config,
+            stores,
+            self.world.server_clock,
+            self._image_names,
+            lambda db_id: self._tenant(db_id).shelf.files,
+        )
+        images.background = False
+        images.sizes = Sizes(1, _ROW_BYTES * knobs.images)
+        images.life_ms = self._life_ms
+        features = list(FEATURES) if knobs.rounds else []
+        features += ["segments"] if knobs.images else []
+        return Front(
             config,
             authenticator=self._authenticator,
             stores=stores,
-            features=FEATURES if knows else (),
+            features=() if knobs.older_server else features,
             control=self.keeper.control,
+            images=images,
         )
 
     def _configured(self) -> ServerConfig:
@@ -101,18 +143,57 @@ class Host:
             self._config, schema=schema.number, schema_min=schema.least, upcast=schema.upcast
         )
 
-    def _open(self, db_id: str, create: bool) -> Database:
-        return self._tenant(db_id).open()
+    def _open(self, node: SimulatedNode, db_id: str, create: bool) -> Database:
+        return self._tenant(db_id).open(node)
 
     def _tenant(self, db_id: str) -> Tenant:
         return next(tenant for tenant in self.tenants if tenant.db_id == db_id)
 
     def housekeep(self) -> None:
+        for node in filter(self.nodes.runs, self.nodes.all):
+            with self.nodes.within(node, "the server crashes while it tidies up"):
+                node.front.stores.housekeep()
+
+    def hear(self) -> None:
+        """Nodes listen for what others have committed, where they have a database open (HEARD)."""
+        for node in filter(self.nodes.runs, self.nodes.all):
+            for tenant in self.tenants:
+                with self.nodes.within(node, f"{node.name} crashes while it listens"):
+                    self._hear(node, tenant)
+
+    def _hear(self, node: SimulatedNode, tenant: Tenant) -> None:
+        late, due = self.world.faults["news_late"], tenant.watch.history.head
+        with node.front.stores.looking(tenant.db_id) as store:
+            if store is None:
+                return
+            mark = node.marks.get(tenant.db_id, -1)
+            try:
+                with self.nodes.on(node, pausable=True):
+                    node.marks[tenant.db_id] = store.database._hearing.step(mark)
+            except EntiDBError as error:
+                store.report(error)
+                return
+        heard = node.heard.get(tenant.db_id, 0)
+        self.world.checks.that(
+            heard >= due or self.world.faults["news_late"] > late,
+            "HEARD",
+            f"{node.name} has heard of commit {heard} of {tenant.db_id} when it is at {due}",
+        )
+
+    def make_image(self, tenant: Tenant) -> None:
+        """A node makes an image of the database, where one is due."""
+        node = self.nodes.pick_running()
+        if node is None:
+            return
         try:
-            self.front.stores.housekeep()
-        except Crash:
-            self.world.tell("the server crashes while it tidies up")
-            self.start()
+            with (
+                self.nodes.within(node, f"{node.name} crashes while it makes an image"),
+                node.front.stores.using(tenant.db_id, create=False),
+                self.nodes.on(node, pausable=True),
+            ):
+                tenant.shelf.make(self._images[node.name])
+        except (StorageError, DatabaseClosedError, ServerBusyError, TransactionError) as error:
+            self.world.trace("no image", tenant.db_id, error.code)
 
     def _validate(
         self, context: ValidateContext, transaction: ValidateTransaction
@@ -127,14 +208,19 @@ class Host:
         return refusal
 
     def token(
-        self, tenant: Tenant, granted: tuple[str, ...] | None = None, *, write: bool = True
+        self,
+        tenant: Named,
+        granted: tuple[str, ...] | None = None,
+        *,
+        write: bool = True,
+        subject: str = PEOPLE[0],
     ) -> str:
-        """A token for a database, or for some of its collections."""
+        """A token of somebody for a database, or for some of its collections."""
         may = "rw" if write else "r"
         rights = {"rights": may, "collections": None if granted is None else list(granted)}
         made = mint_token(
             SECRET,
-            subject="a device",
+            subject=subject,
             databases={tenant.db_id: may if granted is None else rights},
             expires_s=TOKEN_S if self.world.knobs.expired_token else 10_000_000,
             audience=AUDIENCE,
@@ -144,30 +230,46 @@ class Host:
         self._issued[made] = tenant
         return made
 
-    def any_token(self, rng: random.Random) -> str:
-        return self.token(rng.choice(self.tenants))
+    def any_token(self, rng: random.Random, subject: str) -> str:
+        return self.token(rng.choice(self.tenants), subject=subject)
 
     @contextmanager
-    def using(self, tenant: Tenant, *, create: bool) -> Iterator[Database]:
-        with self.front.stores.using(tenant.db_id, create=create) as store:
+    def using(self, tenant: Named, *, create: bool) -> Iterator[Database]:
+        node = self.nodes.pick_running()
+        if node is None:
+            raise ServerBusyError("no node runs")
+        with (
+            self.nodes.on(node),
+            node.front.stores.using(tenant.db_id, create=create) as store,
+        ):
             yield store.database
 
     def receive(self, path: str, token: str, body: bytes, reply: Reply) -> None:
-        """One request, as bytes."""
-        before = [tenant.effects() for tenant in self.tenants]
-        try:
-            self._receive(path, token, body, reply)
-        except Crash:
-            self.world.tell("the server crashes while it begins a history")
-            self.start()
-        except Exception as error:
-            if isinstance(error, SyncError):
-                for tenant, effects in zip(self.tenants, before, strict=True):
-                    tenant.unchanged(effects)
-            self.refuse(reply, error)
+        """One request, as bytes, for whichever node gets it."""
+        node = self.nodes.pick()
+        if node is None:
+            self.world.trace("no node is up")
+        else:
+            self._receive(node, path, token, body, reply)
 
-    def _receive(self, path: str, token: str, body: bytes, reply: Reply) -> None:
-        front = self.front
+    def _receive(
+        self, node: SimulatedNode, path: str, token: str, body: bytes, reply: Reply
+    ) -> None:
+        if node.paused:
+            node.deferred.append(partial(self._receive, node, path, token, body, reply))
+            return
+        before = [node.effects(tenant.db_id) for tenant in self.tenants]
+        with self.nodes.within(node, "the server crashes while it begins a history"):
+            try:
+                self._take(node, path, token, body, reply)
+            except Exception as error:
+                if isinstance(error, SyncError):
+                    for tenant, effects in zip(self.tenants, before, strict=True):
+                        tenant.unchanged(node, effects)
+                self.refuse(node, reply, error)
+
+    def _take(self, node: SimulatedNode, path: str, token: str, body: bytes, reply: Reply) -> None:
+        front = node.front
         grants = front.authenticate(token)
         request = front.decode(path, body)
         try:
@@ -192,30 +294,49 @@ class Host:
                 pushed = push_in(request)
                 assert pushed is not None
                 refuse_as_before(self.world, tenant.refused, pushed, grant)
-            self._pushed_to = tenant
+            node.pushed_to = tenant.db_id
             store = front.use(request, grant)
 
             def submit(done: Done) -> None:
                 front.push(store, request, grant, self.keeper.judging(request, done))
 
-            tenant.push(submit, request, grant, reply)
+            tenant.push(node, submit, request, grant, reply)
             return
         # Reading stores nothing, but for a history that begins (R29).
         with front.using(request, grant) as store:
-            data = tenant.read(partial(front.read, store, request, grant), request, grant)
+            data = tenant.read(node, partial(front.read, store, request, grant), request, grant)
+            if isinstance(request, SnapshotRequest):
+                told = protocol.decode(Manifest, data)
+                data = tenant.shelf.answer(tenant.watch.history, store, request, grant, told)
         self.answer(tenant, reply, data)
 
-    def _schedule(self, work: Callable[[], None]) -> None:
+    def receive_fetch(
+        self, sha: bytes, begin: int, end: int, device_id: bytes, token: str, reply: Reply
+    ) -> None:
+        """A request for a part of a segment."""
+        node = self.nodes.pick_running()
+        if node is None:
+            return
+        try:
+            issued = self._issued.get(token)
+            grants = node.front.authenticate(token)
+            assert issued is not None, "who has a token that counts got it here"
+            tenant = self._tenant(issued.db_id)
+            request = SnapshotRequest(db_id=tenant.db_id, device_id=device_id, packings=[])
+            grant = node.front.permit(request, grants)
+            images, part = self._images[node.name], range(begin, end)
+            with node.front.stores.using(tenant.db_id, create=False) as store:
+                data = tenant.shelf.segment(images, store, sha, part, grant)
+        except EntiDBError as error:
+            self.refuse(node, reply, error)
+        else:
+            self.answer(tenant, reply, data)
+
+    def _schedule(self, node: SimulatedNode, work: Callable[[], None]) -> None:
         """The group commit of the database that is being pushed to has something to do."""
-        tenant, life = self._pushed_to, self._life
-        assert tenant is not None
-
-        def decide() -> None:
-            if life == self._life:
-                tenant.decide(work)
-
+        decide = partial(self._tenant(node.pushed_to).decide, node, work)
         if self.world.knobs.group_ms:
-            self.world.after(self.world.knobs.group_ms, decide)
+            self.nodes.later(node, self.world.knobs.group_ms, decide)
         else:
             decide()
 
@@ -226,23 +347,18 @@ class Host:
             if pushed is not None and tenant.db_id == request.db_id:
                 tenant.forbid(pushed)
 
-    def later(self, work: Callable[[], None]) -> None:
-        """Do ``work`` after what else is due now, if the server has not crashed by then."""
-        life = self._life
-        self.world.after(0, lambda: work() if life == self._life else None)
-
-    def answer(self, tenant: Tenant, reply: Reply, data: bytes) -> None:
+    def answer(self, tenant: Named, reply: Reply, data: bytes) -> None:
         self.check_canaries(tenant, data)
         reply(True, data)
 
-    def refuse(self, reply: Reply, error: Exception) -> None:
-        answer = self.front.explain(error, "simulated")
+    def refuse(self, node: SimulatedNode, reply: Reply, error: Exception) -> None:
+        answer = node.front.explain(error, "simulated")
         self.world.trace("refused", answer.code)
         data = protocol.encode(answer)
         self.check_canaries(None, data)
         reply(False, data)
 
-    def check_canaries(self, tenant: Tenant | None, data: bytes) -> None:
+    def check_canaries(self, tenant: Named | None, data: bytes) -> None:
         for other in self.tenants:
             if other is not tenant:
                 self.world.checks.that(

@@ -56,6 +56,8 @@ class HttpClientContract:
 
     #: False: the server is called on the thread of the request, and cannot be out of reach.
     has_network = True
+    #: False: it says of itself that it sends no ``GET`` (``HttpClient``).
+    gets = True
 
     def make_client(self, peer: HttpPeer) -> tuple[HttpClient, str]:
         """A client, and the URL of a server that answers with ``peer``. ``fresh`` closes the
@@ -103,6 +105,23 @@ class HttpClientContract:
                 peer.answer = HttpResponse(200, {}, body)
                 answer = client.request("POST", f"{url}/", {}, body, STUCK_SECONDS)
                 assert answer.body == body == peer.received[-1].body
+
+    def test_a_get_with_a_range_and_a_query_brings_what_it_asks_for(self) -> None:
+        part = HttpResponse(206, {"content-range": "bytes 2-4/9"}, b"cde")
+        peer = _Recorder(part)
+        with self.fresh(peer) as (client, url):
+            assert getattr(client, "gets", True) is self.gets
+            if not self.gets:
+                return
+            asked = {"Range": "bytes=2-4", "Accept-Encoding": "identity"}
+            where = f"{url}/v1/segments/ab?db_id=a%20b"
+            answer = client.request("GET", where, asked, b"", STUCK_SECONDS)
+        assert (answer.status, answer.body) == (206, b"cde")
+        assert answer.headers["content-range"] == "bytes 2-4/9"
+        (received,) = peer.received
+        assert (received.method, received.body) == ("GET", b"")
+        assert received.path == "/v1/segments/ab?db_id=a%20b"
+        assert received.headers["range"] == "bytes=2-4"
 
     # ---- answers
 

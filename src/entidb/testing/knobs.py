@@ -91,6 +91,7 @@ class Knobs:
     local_in_cycle: int = 0  # a commit between two steps of a cycle that has no request out
     scope: int = 0
     grants: int = 0  # tokens whose collections change
+    people: int = 0  # looks at which a device changes hands, or gets another's token (R36)
     scope_in_cycle: int = 0  # between two steps of a cycle, such as after its pull
     local_collection: int = 0
     person: int = 0  # resolve, recommit, prune
@@ -110,6 +111,13 @@ class Knobs:
     refuse_raises: int = 0  # transactions the validate hook raises at
     unique: int = 0  # how many values a field has of which the server takes each once
 
+    # -- several nodes (where ``lmdb`` is zero)
+    nodes: int = 0  # processes that serve the same databases; 0 and 1: one
+    node_pause: int = 0  # places inside a request, or beside one, at which a node is paused
+    node_kill: int = 0  # looks at which a node is killed; and pauses that end with it
+    standby_away: int = 0  # commits that find no standby
+    news_late: int = 0  # looks of a node that do not find what others have committed
+
     # -- pushes that are refused as a whole (R5)
     body_limit: int = 0  # looks at which a proxy's limit for bodies changes
     firewall: int = 0  # transactions that a firewall, which comes and goes, stops
@@ -123,6 +131,10 @@ class Knobs:
     # -- programs of different ages (R33)
     old_program: int = 0  # 1: old programs, and a server that refuses their pulls for a while
     upcast: int = 0  # 1: a server that stores what old programs push in a newer shape
+
+    # -- first syncs by segments (R35)
+    images: int = 0  # entities of a segment; 0: the server has no images
+    image_faults: int = 0  # answers about images that are wrong, and files that were damaged
 
 
 #: Knobs whose events are counted; one that never fires in 1,000 seeds is an error.
@@ -151,6 +163,7 @@ FAULTS: Final = (
     "scope",
     "scope_in_cycle",
     "grants",
+    "people",
     "local_collection",
     "person",
     "reader",
@@ -159,6 +172,13 @@ FAULTS: Final = (
     "server_crash_after",
     "server_commit_unknown",
     "server_disk_full",
+    "node_pause",
+    "turn_lost",
+    "node_kill",
+    "standby_away",
+    "store_restart",
+    "failover",
+    "news_late",
     "restore_server",
     "restore_twice",
     "put_back",
@@ -180,6 +200,8 @@ FAULTS: Final = (
     "server_writes",
     "bulk",
     "lmdb",
+    "images",
+    "image_faults",
 )
 
 #: What a fault may be set to when a run has it: one is chosen.
@@ -239,6 +261,15 @@ LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "freeze": (30, 150),
     "indexes": (100, 500),
     "unique": (3, 12),
+    "images": (1, 2, 5),
+    "people": (20, 80, 300),
+}
+#: As ``LATER_LEVELS``, for runs with several nodes.
+NODE_LEVELS: Final[dict[str, tuple[int, ...]]] = {
+    "node_pause": (5, 20, 80),
+    "node_kill": (20, 100),
+    "standby_away": (50, 200),
+    "news_late": (100, 500),
 }
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15
@@ -291,6 +322,13 @@ def draw(seed: int) -> Knobs:
         own = stream(seed, f"knob {name}")
         if own.randrange(100) < LATER_PERCENT:
             chosen[name] = own.choice(levels)
+    own = stream(seed, "what is wrong with images")
+    chosen["image_faults"] = own.choice((0, 0, 30, 200)) if chosen.get("images") else 0
+    own = stream(seed, "several nodes")
+    if own.randrange(100) < LATER_PERCENT and not chosen["lmdb"]:
+        chosen["nodes"] = own.choice((2, 2, 3))
+        for name, levels in NODE_LEVELS.items():
+            chosen[name] = own.choice((0, *levels))
     own = stream(seed, "overruled values")
     chosen["overruled_max"] = own.choice((0, 2, 10, 10_000, 10_000, 10_000))
     chosen["overruled_s"] = own.choice((5, 1_000_000, 1_000_000))

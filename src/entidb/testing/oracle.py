@@ -117,11 +117,13 @@ class History:
                 if latest[0] == version:
                     yield version, ref, latest[1]
 
-    def changes_then(self, after: int, to: int) -> Iterator[tuple[int, Ref, bytes | None]]:
-        """As ``changes``, when the head was ``to``."""
+    def changes_then(
+        self, after: int, to: int, head: int
+    ) -> Iterator[tuple[int, Ref, bytes | None]]:
+        """As ``changes``, when the head was ``head``."""
         for version in range(after + 1, to + 1):
             for ref in self.commits[version]:
-                at, payload = self.state_at(ref, to)
+                at, payload = self.state_at(ref, head)
                 if at == version:
                     yield version, ref, payload
 

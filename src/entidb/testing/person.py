@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from entidb.db import OverruledValue
+from entidb.db.subjects import sendable
 from entidb.errors import ConflictError
 from entidb.sync import Conflict, ConflictResolution
+from entidb.sync.drive import Drive
 from entidb.testing.between import BetweenEngine
 from entidb.testing.faults import FaultyStorage
+from entidb.testing.hands import Hands
 from entidb.testing.invariants import GROUP_COLLECTION
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import Workload
@@ -30,8 +34,54 @@ class Person:
     due: frozenset[bytes]
     cancelled: bool
     guarded: Callable[[Callable[[], object]], bool]
+    hands: Hands
+    drive: Drive | None
+    renew_token: Callable[[], None]
     #: A conflict that the person has seen and not decided yet.
     looked_at: Conflict | None = None
+
+    # ------------------------------------------------------------ who it is (R36)
+
+    def change_hands(self) -> None:
+        """Somebody else takes the device; or their token comes to it, and nobody says so."""
+        who = self.hands.another()
+        if self.hands.signed is not None and self.hands.coin():
+            self.world.trace("another's token", self.name, who)
+            self.world.tell(f"{self.name} gets the token of {who}")
+            self.held_by(who)
+        elif self.drive is None:
+            self.sign_out(who)
+        else:
+            return
+        self.world.fired("people")
+
+    def sign_out(self, who: str) -> None:
+        """Whoever has the device leaves it to ``who``."""
+        self.world.trace("signs out", self.name, who)
+        self.world.tell(f"{self.name} is taken over by {who}")
+        self.hands.leaving = True
+        leave = partial(self.engine.logout, "keep", subject=self.hands.who)
+        if not self.guarded(leave):
+            # It may or may not have happened; they look again.
+            armed, self.storage.armed = self.storage.armed, False
+            self.engine.logout("keep", subject=self.hands.who)
+            self.storage.armed = armed
+        self.hands.gone()
+        self.held_by(who)
+
+    def held_by(self, who: str) -> None:
+        self.hands.who = who
+        self.renew_token()
+
+    def let_in_who_waits(self) -> None:
+        """Somebody whose work waits comes and syncs, when whoever is there has nothing to push."""
+        with self.engine.database.view() as view:
+            waiting = {each.subject for each in view.sync_state.others}
+            busy = sendable(view, view.sync_state)
+        if waiting and not busy and self.drive is None:
+            self.sign_out(self.hands.one_of(waiting))
+
+    # ------------------------------------------------------------ what they decide
 
     def person(self) -> None:
         """The person works through conflicts and discarded transactions."""

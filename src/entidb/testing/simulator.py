@@ -33,6 +33,7 @@ _WORLD_FAULTS: Final = (
     "clock_jump",
     "scope",
     "grants",
+    "people",
     "local_collection",
     "restore_device",
     "copy_device",
@@ -44,6 +45,8 @@ _WORLD_FAULTS: Final = (
 )
 DEVICES_MAX = 10
 HOUSEKEEPING_MS = 5_000
+HEARING_MS = 300
+LIFE_MS = 500
 #: Rounds of the quiet phase: in each every device syncs once and every person decides once.
 QUIET_ROUNDS_MAX = 60
 #: Scheduled events of one quiet round at most: a device that never ends would show here.
@@ -137,6 +140,9 @@ class Simulation:
         for tenant in self.host.tenants:
             self._often(1000, partial(self._server_life, tenant))
         self._often(HOUSEKEEPING_MS, self.host.housekeep)
+        if self.world.nodes > 1:
+            self._often(HEARING_MS, self.host.hear)
+            self._often(LIFE_MS, self.host.nodes.life)
         if any(getattr(knobs, name) for name in _WORLD_FAULTS):
             self._often(200, self._world_life)
 
@@ -179,6 +185,8 @@ class Simulation:
             tenant.purge(rng.randint(history.floor, history.head))
         if knobs.indexes:
             tenant.keep_indexes()
+        if knobs.images:
+            self.host.make_image(tenant)
         if knobs.restore_server:
             if tenant.backup is None and rng.random() * 100 < max(10, 2 * knobs.restore_server):
                 tenant.make_backup()
@@ -221,11 +229,13 @@ class Simulation:
             device.change_scope()
         if knobs.grants and rng.random() * 1000 < knobs.grants:
             device.change_grant()
+        if knobs.people and rng.random() * 1000 < knobs.people:
+            device.change_hands()
         if rng.random() * 1000 < knobs.local_collection:
             device.change_local()
         if knobs.revoke and rng.random() * 1000 < knobs.revoke:
             self.host.keeper.turn_key(device.database.device_id, device.tenant.db_id)
-        if knobs.freeze and rng.random() * 1000 < knobs.freeze:
+        if knobs.freeze and not self.host.nodes.waits and rng.random() * 1000 < knobs.freeze:
             self.host.keeper.freeze_or_thaw(device.tenant.db_id)
         if rng.random() * 1000 < 10 * knobs.restore_device:
             self._copy_or_restore(device)
@@ -258,9 +268,10 @@ class Simulation:
         self.world.fired("copy_device")
         name = f"{device.name}c{len(self.devices)}"
         self.world.tell(f"{name} is a copy of {device.name}")
-        records, context = device.save()
+        records, context, who = device.save()
         made = Device(self.world, name, self.host, device.tenant, records)
         made.watch.adopt(made.storage.records, context)
+        made.held_by(who)
         self.devices.append(made)
         self._schedule_device(made)
 
@@ -271,8 +282,9 @@ class Simulation:
         self.world.tell("the faults stop")
         self.world.quiet = True
         self.world.network.armed = False
+        self.host.nodes.heal()
         for tenant in self.host.tenants:
-            tenant.storage.armed = False
+            tenant.openings.heal()
             if self.knobs.unique:
                 tenant.build_indexes()
         self.host.keeper.open_all()
@@ -305,6 +317,8 @@ class Simulation:
                 while device.watch.open_conflicts and device.drive is None:
                     device.person()
                     busy = True
+                if self.knobs.people:
+                    device.let_in_who_waits()
                 self.world.after(self.rng.randrange(50), device.begin_cycle)
             self._drain()
             for device in self.devices:
@@ -352,6 +366,8 @@ class Simulation:
         for tenant in self.host.tenants:
             self._check_server(tenant)
             self._check_same(tenant)
+        if self.world.nodes > 1:
+            self.host.hear()
 
     def _check_server(self, tenant: Tenant) -> None:
         faults = verify(tenant.database)

@@ -6,9 +6,7 @@ Requests come to it through ``host``; what it holds is opened and closed by the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
 
 from entidb import cbor, protocol
 from entidb.db import Database, Role
@@ -16,17 +14,17 @@ from entidb.db.index_care import declare_all
 from entidb.db.maintenance import purge_tombstones
 from entidb.db.records import META_FORMAT, META_IDENTITY, encode_format
 from entidb.errors import (
+    DatabaseClosedError,
+    EntiDBError,
     NotUniqueError,
-    ResetRequiredError,
     ServerBusyError,
     StorageError,
     SyncError,
     TransactionError,
-    UpgradeRequiredError,
 )
 from entidb.protocol import (
-    DigestRequest,
     HandshakeRequest,
+    HandshakeResponse,
     PullRequest,
     PullResponse,
     PushRequest,
@@ -35,75 +33,28 @@ from entidb.protocol import (
     SyncRequest,
 )
 from entidb.server.declared import declared
-from entidb.server.front import Front
+from entidb.server.front import Reading
 from entidb.server.hooks import Grant
 from entidb.server.pages import unseen
 from entidb.server.service import HISTORIES_MAX, BehindError
+from entidb.server.unique import waits_for
 from entidb.storage import MemoryStorage
-from entidb.testing.ages import ServerAge, note_forbidden
+from entidb.testing.ages import note_forbidden
 from entidb.testing.checkers import ServerWatch
-from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage, read_records
+from entidb.testing.faults import COMMIT_FAULTS, FaultyStorage, Observe, read_records
 from entidb.testing.indexes import IndexLife
-from entidb.testing.keeper import Keeper
+from entidb.testing.node_store import NodeStorage
+from entidb.testing.nodes import Member, Reply, SimulatedNode, SimulatedServer, asked, pushed
+from entidb.testing.openings import Openings
 from entidb.testing.oracle import Histories, History
+from entidb.testing.shelf import SimulatedShelf
 from entidb.testing.unique import UniqueWatch
 from entidb.testing.unique import settings as unique_settings
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import INDEXED, NUMBERS, Workload
-from entidb.testing.world import World
 
 #: As many as a server believes in an hour, and one less.
 PUT_BACKS_MAX = HISTORIES_MAX - 1
-
-#: Called with the answer to a request: whether it worked, and the bytes.
-Reply = Callable[[bool, bytes], None]
-#: A push that waits to be decided.
-Member = tuple[PushRequest | RoundRequest, Grant, Reply]
-
-
-def pushed(request: PushRequest | RoundRequest) -> PushRequest:
-    return request.push if isinstance(request, RoundRequest) else request
-
-
-def asked(request: PushRequest | RoundRequest, error: SyncError) -> PullRequest | PushRequest:
-    """The half of a round that ``error`` is about."""
-    if not isinstance(request, RoundRequest):
-        return request
-    pulls = isinstance(error, ResetRequiredError | UpgradeRequiredError)
-    return request.pull if pulls else request.push
-
-
-class SimulatedServer(Protocol):
-    """The server that a database belongs to."""
-
-    world: World
-    age: ServerAge
-    keeper: Keeper
-    front: Front
-
-    def later(self, work: Callable[[], None]) -> None:
-        """Do ``work`` soon, in this life of the server."""
-        ...
-
-    def token(
-        self, tenant: Tenant, granted: tuple[str, ...] | None = None, *, write: bool = True
-    ) -> str: ...
-
-    def using(self, tenant: Tenant, *, create: bool) -> AbstractContextManager[Database]:
-        """The database, as a program on the server has it."""
-        ...
-
-    def start(self) -> None:
-        """Another process takes the place of this one."""
-        ...
-
-    def check_canaries(self, tenant: Tenant | None, data: bytes) -> None:
-        """That nothing of another database is in what leaves this one."""
-        ...
-
-    def answer(self, tenant: Tenant, reply: Reply, data: bytes) -> None: ...
-
-    def refuse(self, reply: Reply, error: Exception) -> None: ...
 
 
 class Tenant:
@@ -122,8 +73,7 @@ class Tenant:
         self.histories = Histories()
         self.entropy = world.stream(f"entropy of {self.db_id}").randbytes
         self.workload = Workload(world.stream(f"work on {self.db_id}"), world.knobs, self.canary)
-        #: Pushes that wait for their group, and how many of it have been refused.
-        self.queue: list[Member] = []
+        #: Pushes of the group that is being decided which have been refused.
         self._refused = 0
         #: Codes for which transactions were truly refused, each with a push of which nothing was
         #: decided.
@@ -131,10 +81,6 @@ class Tenant:
         #: As ``files``, made with ``entidb backup``.
         self.backup: tuple[MemoryStorage, History, int, int] | None = None
         self.restores = 0
-        #: That became durable, of whatever process.
-        self.commits = 0
-        #: Of these, such as belong to opening it: they are no effect of the request that did.
-        self.prepared = 0
         #: Files that an operator has copied, with what they are a copy of: history, head, floor.
         self.files: tuple[MemoryStorage, History, int, int] | None = None
         self.put_backs = 0
@@ -145,21 +91,17 @@ class Tenant:
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
         self.indexes = IndexLife(world, self.db_id, INDEXED, NUMBERS)
         self.unique = UniqueWatch(world, self.db_id)
+        self.shelf = SimulatedShelf(world, self.db_id)
         self.watch.unique = self.unique if world.knobs.unique else None
         self.watch.any_refusal = world.options.validate is not None
         self.watch.newest = host.age.newest
-        #: Files that no process has opened yet.
-        self._placed: FaultyStorage | None = world.new_store(self, None)
-        self.storage = self._placed
+        self.storage: FaultyStorage
+        self.openings = Openings(world, self)
 
-    def open(self) -> Database:
+    def open(self, node: SimulatedNode) -> Database:
         """What a process finds that opens this database: only what is durable is left."""
-        storage, self._placed = self._placed, None
-        if storage is None:
-            self.world.trace("server opens again", self.db_id)
-            storage = self.world.reopen_store(self)
+        storage = self.openings.open(node.storages)
         storage.armed = False
-        self.storage = storage
         self.indexes.opened()
         self.unique.opened()
         database = Database(
@@ -168,12 +110,13 @@ class Tenant:
             clock=self.world.server_clock,
             entropy=self.entropy,
             stale_rows_max=self.world.knobs.stale_rows,
+            busy_timeout_s=60.0 if self.world.nodes == 1 else 0.0,
         )
         if self.world.knobs.unique:
-            before = self.commits
+            before = node.commits[self.db_id]
             declare_all(database, declared({}, unique_settings(self.world.knobs)))
             database.wait_for_indexes()
-            self.prepared += self.commits - before
+            node.prepared[self.db_id] += node.commits[self.db_id] - before
         storage.armed = not self.world.quiet
         return database
 
@@ -191,8 +134,30 @@ class Tenant:
 
     def _place(self, records: Mapping[bytes, bytes]) -> None:
         """Other files lie there now: no process of before has them open."""
-        self._placed = self.world.new_store(self, records)
+        self.openings.place(records)
         self.host.start()
+
+    def pause(self, storage: NodeStorage) -> None:
+        """A node may be paused here: what others do meanwhile is theirs."""
+        refused = self._refused
+        with self.watch.aside():
+            self.host.nodes.pause(storage)
+        self._refused = refused
+
+    def seen_later(self) -> Observe:
+        stored, watch = self.world.observer(self), self.watch
+        members, program, decided_ms = watch.members, watch.program, watch.decided_ms
+
+        def observe(
+            batch: Mapping[bytes, bytes | None],
+            old: Mapping[bytes, bytes | None],
+            records: Mapping[bytes, bytes],
+        ) -> None:
+            with watch.aside():
+                watch.members, watch.program, watch.decided_ms = members, program, decided_ms
+                stored(batch, old, records)
+
+        return observe
 
     def stored(
         self,
@@ -200,7 +165,9 @@ class Tenant:
         old: Mapping[bytes, bytes | None],
         records: Mapping[bytes, bytes],
     ) -> None:
-        self.commits += 1
+        node = self.host.nodes.running
+        if node is not None:
+            node.commits[self.db_id] += 1
         if self.unproven and META_IDENTITY in batch:
             identity = cbor.decode_trusted(records[META_IDENTITY])["history"]
             self._begin(identity)
@@ -220,6 +187,9 @@ class Tenant:
         self.watch.history = old.fork(identity, old.head, old.floor)
         self.histories.add(self.watch.history)
         self.unproven = False
+        node = self.host.nodes.running
+        if node is not None:
+            node.begun[self.db_id] += 1
 
     def rates(self) -> dict[str, int]:
         knobs = self.world.knobs
@@ -227,13 +197,11 @@ class Tenant:
 
     # ------------------------------------------------------------ backup, restore, care
 
-    def _present(self) -> FaultyStorage:
-        """The files that lie there, whether or not a process has opened them since."""
-        return self.storage if self._placed is None else self._placed
-
     def make_backup(self) -> None:
+        if not self.openings.in_step:
+            return
         self.world.trace("backup", self.db_id)
-        copy = self._present().copy([(META_FORMAT, encode_format(backup=True))])
+        copy = self.openings.present.copy([(META_FORMAT, encode_format(backup=True))])
         history = self.watch.history
         self.backup = copy, history, history.head, history.floor
 
@@ -263,9 +231,11 @@ class Tenant:
 
     def copy_files(self) -> None:
         """An operator copies the files, instead of using ``entidb backup``."""
+        if not self.openings.in_step:
+            return
         self.world.trace("copied", self.db_id)
         history = self.watch.history
-        self.files = self._present().copy(), history, history.head, history.floor
+        self.files = self.openings.present.copy(), history, history.head, history.floor
 
     def may_be_put_back(self) -> bool:
         """Whether some device would notice. Where none has seen more than the files hold, they are
@@ -320,9 +290,11 @@ class Tenant:
         )
 
     def purge(self, up_to: int) -> None:
+        up_to = self.shelf.purge_limit(up_to)
         self.world.trace("purge", self.db_id, up_to)
         self.world.tell(f"{self.db_id} purges tombstones up to {up_to}")
         self._guarded(lambda database: purge_tombstones(database, up_to))
+        self.shelf.check_floor(self.watch.history)
 
     def keep_indexes(self) -> None:
         """A program on the server declares indexes, builds them, asks by them."""
@@ -355,12 +327,24 @@ class Tenant:
             tx.commit()
 
     def _guarded(self, action: Callable[[Database], object]) -> None:
+        nodes = self.host.nodes
+        node = nodes.pick_running()
+        if node is None:
+            return
         try:
-            with self.host.using(self, create=False) as database:
-                action(database)
-        except Crash:
-            self.host.start()
-        except (StorageError, ServerBusyError, NotUniqueError, TransactionError) as error:
+            with (
+                nodes.within(node, f"{node.name} crashes while a program works"),
+                node.front.stores.using(self.db_id, create=False) as store,
+                nodes.on(node, pausable=True),
+            ):
+                action(store.database)
+        except (
+            StorageError,
+            DatabaseClosedError,
+            ServerBusyError,
+            NotUniqueError,
+            TransactionError,
+        ) as error:
             # Nothing was changed, or that is unknown; the program tries again another day.
             self.world.trace("program refused", self.db_id, error.code)
 
@@ -368,13 +352,16 @@ class Tenant:
 
     def read(
         self,
+        node: SimulatedNode,
         answer: Callable[[], bytes],
-        request: HandshakeRequest | PullRequest | DigestRequest,
+        request: Reading,
         grant: Grant,
     ) -> bytes:
         """The answer of the front, which is checked before it leaves."""
+        before = self.watch.now()
         try:
-            data = answer()
+            with self.host.nodes.on(node, pausable=True):
+                data = answer()
         except SyncError as error:
             if isinstance(request, PullRequest):
                 self.watch.on_refusal(request, error)
@@ -385,56 +372,70 @@ class Tenant:
         self.host.check_canaries(self, data)
         if isinstance(request, PullRequest):
             response = protocol.decode(PullResponse, data)
-            self.watch.on_pull(request, response, grant.collections)
+            self.watch.on_pull(request, response, grant.collections, before)
+        elif isinstance(request, HandshakeRequest):
+            self.watch.on_handshake(protocol.decode(HandshakeResponse, data), before)
         return data
 
     def push(
         self,
+        node: SimulatedNode,
         submit: Callable[[Callable[[PushResponse | SyncError], None]], None],
         request: PushRequest | RoundRequest,
         grant: Grant,
         reply: Reply,
     ) -> None:
         member = request, grant, reply
-        self.queue.append(member)
+        node.queues.setdefault(self.db_id, []).append(member)
         try:
-            submit(partial(self._decided, member))
+            submit(partial(self._decided, node, member))
         except SyncError:
-            self.queue.pop()
+            node.queues[self.db_id].pop()
             raise
 
-    def decide(self, work: Callable[[], None]) -> None:
+    def decide(self, node: SimulatedNode, work: Callable[[], None]) -> None:
         """Have what has queued up decided as one group (R16)."""
-        world, count = self.world, len(self.queue)
-        self.watch.members = [pushed(request) for request, _, _ in self.queue]
-        self.watch.head_before = self.watch.history.head
+        world, queue = self.world, node.queues.get(self.db_id, [])
+        count = len(queue)
+        self.watch.members = [pushed(request) for request, _, _ in queue]
+        self.watch.begins()
         if count > 1:
             world.fired("group")
-        before, unknown = self.effects(), world.faults["server_commit_unknown"]
+        before, unknown = node.effects(self.db_id), world.faults["server_commit_unknown"]
         self._refused = 0
         try:
-            work()
-        except Crash:
-            world.tell(f"{self.db_id} crashes while deciding {count} pushes")
-            self.host.start()
-            return
+            with (
+                self.host.nodes.within(node, f"{self.db_id} crashes while deciding {count} pushes"),
+                self.host.nodes.on(node, pausable=True),
+            ):
+                work()
+                if self._refused == count and world.faults["server_commit_unknown"] == unknown:
+                    self.unchanged(node, before)
         finally:
             self.watch.members = []
-        if self._refused == count and world.faults["server_commit_unknown"] == unknown:
-            self.unchanged(before)
 
-    def _decided(self, member: Member, answer: PushResponse | SyncError) -> None:
+    def _waits(self, node: SimulatedNode, request: RoundRequest) -> bool:
+        """Whether its push waits for something else than a pull."""
+        if self.host.keeper.is_frozen(self.db_id):
+            return True
+        stores = node.front.stores
+        with stores.using(self.db_id, create=False) as store, store.database.view() as view:
+            return waits_for(view, request.push) is not None
+
+    def _decided(
+        self, node: SimulatedNode, member: Member, answer: PushResponse | SyncError
+    ) -> None:
         """The group commit says what became of a push."""
-        self.queue = [other for other in self.queue if other is not member]
+        queue = node.queues[self.db_id]
+        node.queues[self.db_id] = [other for other in queue if other is not member]
         request, grant, reply = member
         if isinstance(request, RoundRequest):
             decided = isinstance(answer, PushResponse)
-            frozen = self.host.keeper.is_frozen(self.db_id)
-            if decided or (isinstance(answer, BehindError) and not frozen):
+            if decided or (isinstance(answer, BehindError) and not self._waits(node, request)):
                 self.watch.on_round(request, grant.collections, decided=decided)
             if isinstance(answer, BehindError):
                 self._refused += 1
-                self.host.later(partial(self._rest, request, None, grant, reply))
+                self._rest_later(node, request, None, grant, reply)
                 return
         if isinstance(answer, SyncError):
             self._refused += 1
@@ -442,45 +443,56 @@ class Tenant:
                 self.proved(grant)
                 self.watch.on_refusal(asked(request, answer), answer)
                 self.host.age.check_refusal(self.world.checks, asked(request, answer), answer)
-            self.host.refuse(reply, answer)
+            self.host.refuse(node, reply, answer)
             return
         self.proved(grant)
+        self.host.ledger.check(pushed(request), answer, grant.subject)
         self.watch.on_push(
             pushed(request), answer, self.storage.records, grant.collections, may_write=grant.write
         )
         if isinstance(request, RoundRequest):
-            self.host.later(partial(self._rest, request, answer, grant, reply))
+            self._rest_later(node, request, answer, grant, reply)
         else:
             self.host.answer(self, reply, protocol.encode(answer))
 
+    def _rest_later(
+        self,
+        node: SimulatedNode,
+        request: RoundRequest,
+        answer: PushResponse | None,
+        grant: Grant,
+        reply: Reply,
+    ) -> None:
+        rest = partial(self._rest, node, request, answer, grant, reply)
+        self.host.nodes.later(node, 0, rest)
+
     def _rest(
-        self, request: RoundRequest, answer: PushResponse | None, grant: Grant, reply: Reply
+        self,
+        node: SimulatedNode,
+        request: RoundRequest,
+        answer: PushResponse | None,
+        grant: Grant,
+        reply: Reply,
     ) -> None:
         """The page that belongs to a round, as it is when the group is through."""
-        pull, front = unseen(request, answer), self.host.front
-        try:
-            with front.using(pull, grant) as store:
-                page = self.read(partial(front.read, store, pull, grant), pull, grant)
-        except Crash:
-            self.host.start()
-        except (SyncError, StorageError) as error:
-            self.host.refuse(reply, error)
-        else:
-            self.host.answer(self, reply, protocol.encode_round(page, answer))
+        pull, front = unseen(request, answer), node.front
+        with self.host.nodes.within(node, "the server crashes while it reads"):
+            try:
+                with front.using(pull, grant) as store:
+                    page = self.read(node, partial(front.read, store, pull, grant), pull, grant)
+            except EntiDBError as error:
+                self.host.refuse(node, reply, error)
+            else:
+                self.host.answer(self, reply, protocol.encode_round(page, answer))
 
     def forbid(self, request: PushRequest) -> None:
         note_forbidden(self.refused, request)
 
-    def effects(self) -> tuple[int, bytes]:
-        """What an error must not change; but for a history that begins, which has to be durable
-        before the error that says so."""
-        return self.commits - self.prepared, self.watch.history.identity
-
-    def unchanged(self, before: tuple[int, bytes]) -> None:
-        commits, identity = before
-        begun = self.watch.history.identity != identity
+    def unchanged(self, node: SimulatedNode, before: tuple[int, int]) -> None:
+        """``node`` has stored nothing since."""
+        stored, begun = node.effects(self.db_id)
         self.world.checks.that(
-            self.commits - self.prepared == commits + begun,
+            stored - before[0] == begun - before[1],
             "NO-EFFECT",
             f"{self.db_id} changed its store and answered with an error",
         )

@@ -297,7 +297,7 @@ class Torture:
                 fail(f"{name}: {fault}")
             if digest_of(device) != expected:
                 fail(
-                    f"CONVERGE: {name} differs from the server: {_first_difference(device, server)}"
+                    f"CONVERGE: {name} differs from the server: {first_difference(device, server)}"
                 )
             head = device.read_head()
             if head.ready or head.held or head.conflicts:
@@ -373,7 +373,7 @@ def _has_sum(discarded: DiscardedTransaction, sum_id: str) -> bool:
     return any(name == SUMS and each.hex == sum_id for name, each, _ in discarded.values())
 
 
-def _first_difference(device: Database, server: Database) -> str:
+def first_difference(device: Database, server: Database) -> str:
     ours, theirs = set(dump(device)), set(dump(server))
     some = sorted(ours ^ theirs, key=lambda row: row[:3])[:1]
     where = [f"{name}/{raw.hex()} at version {version}" for name, raw, version, _ in some]

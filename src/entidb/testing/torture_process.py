@@ -30,12 +30,19 @@ class TortureFailure(Exception):
 class TortureProcess:
     """One worker, started again after every kill. Ended by its process id, and always reaped."""
 
-    def __init__(self, name: str, role: str, settings: dict[str, Any], directory: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        settings: dict[str, Any],
+        directory: Path,
+        module: str = "entidb.testing.torture_worker",
+    ) -> None:
         self.name = name
         self.stopped = False
         self.ledger = directory / f"{name}.ledger"
         self.log = directory / f"{name}.log"
-        self._role = role
+        self._command = ["-m", module, role]
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
@@ -52,8 +59,7 @@ class TortureProcess:
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with open(self.ledger, "ab") as ledger, open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "entidb.testing.torture_worker", self._role,
-                 json.dumps(settings)],
+                [sys.executable, *self._command, json.dumps(settings)],
                 stdin=subprocess.PIPE, stdout=ledger, stderr=log,
                 env={**os.environ, "PYTHONPATH": path}, preexec_fn=end_with_parent,
             )  # fmt: skip

@@ -49,8 +49,9 @@ class Link:
     """One listening port on loopback, and the connections through it."""
 
     def __init__(self, seen: Counter[str]) -> None:
-        #: (host, port) of the server, which has a new one after every restart; None while down.
-        self.upstream: tuple[str, int] | None = None
+        #: (host, port) of the server, which has a new one after every restart; of several, the
+        #: first that takes a connection. None are there while all are down.
+        self.upstreams: tuple[tuple[str, int], ...] = ()
         self.port = 0
         self._seen = seen
         self._weather = FAIR
@@ -95,10 +96,11 @@ class Link:
             self._seen["connections refused"] += 1
             _reset(writer)
             return
-        if self.upstream is None:
+        far = await self._reach()
+        if far is None:
             _reset(writer)
             return
-        far_reader, far_writer = await asyncio.open_connection(*self.upstream)
+        far_reader, far_writer = far
         self._open.add(far_writer.transport)
         ends = (writer, far_writer)
         pumps = (
@@ -112,6 +114,12 @@ class Link:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        for place in self.upstreams:
+            with contextlib.suppress(OSError):  # it is down, maybe another one is not
+                return await asyncio.open_connection(*place)
+        return None
 
     async def _pump(
         self,
@@ -199,7 +207,13 @@ class Proxy:
     def point_at(self, upstream: tuple[str, int] | None) -> None:
         """Where new connections go; None: nowhere, as when a server is down."""
         for link in self._links:
-            link.upstream = upstream
+            link.upstreams = () if upstream is None else (upstream,)
+
+    def balance(self, upstreams: tuple[tuple[str, int], ...]) -> None:
+        """New connections go to any of these that takes them; each link has its own favourite."""
+        for number, link in enumerate(self._links):
+            first = number % max(1, len(upstreams))
+            link.upstreams = upstreams[first:] + upstreams[:first]
 
     def weather(self, link: int, weather: Weather) -> None:
         self._loop.call_soon_threadsafe(self._links[link].set_weather, weather)

@@ -61,11 +61,12 @@ def run_server(settings: dict[str, Any]) -> None:
         write_timeout_s=3.0,
         shutdown_timeout_s=5.0,
     )
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    threading.Thread(target=end_with_input, daemon=True).start()
     serve(config, port=0, ready_file=settings["ready"])
 
 
-def _end_with_input() -> None:
+def end_with_input() -> None:
+    """End this process when its parent closes the other end of its standard input."""
     sys.stdin.read()
     os._exit(0)
 
@@ -88,7 +89,7 @@ class Client:
     def run(self) -> None:
         """Obey the lines of standard input: ``quiet``, ``sync``, and the end."""
         for work in (self._write, self._sync, self._read):
-            thread = threading.Thread(target=_guarded, args=(work,), daemon=True)
+            thread = threading.Thread(target=guarded, args=(work,), daemon=True)
             thread.start()
             self._threads.append(thread)
         for line in sys.stdin:
@@ -183,7 +184,8 @@ def report(**line: Any) -> None:
     os.write(sys.stdout.fileno(), json.dumps(line).encode() + b"\n")
 
 
-def _guarded(work: Any) -> None:
+def guarded(work: Any) -> None:
+    """Do ``work``, and end the process if it raises."""
     try:
         work()
     except BaseException:

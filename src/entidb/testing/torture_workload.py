@@ -40,15 +40,19 @@ class Written:
 
 
 def write_one(
-    database: Database, source: random.Random, begun: Callable[[Written], None]
+    database: Database,
+    source: random.Random,
+    begun: Callable[[Written], None],
+    names: tuple[str, ...] = ROWS,
 ) -> Written:
-    """Commit one random transaction; ``begun`` is called with it before the commit."""
+    """Commit one random transaction with rows of ``names``; ``begun`` is called with it before the
+    commit."""
     sum_id = database.new_id()
     with database.transaction() as tx:
         written = Written(tx.transaction_id.hex(), sum_id.hex)
         before: dict[str, str] = {}
         deleted: list[str] = []
-        for name, number in _choose(source):
+        for name, number in _choose(source, names):
             collection, entity_id = tx.collection(name), row_id(name, number)
             old = collection.get(entity_id)
             place = f"{name}/{entity_id.hex}"
@@ -67,9 +71,9 @@ def write_one(
     return written
 
 
-def _choose(source: random.Random) -> list[tuple[str, int]]:
+def _choose(source: random.Random, all_names: tuple[str, ...]) -> list[tuple[str, int]]:
     # Mostly one policy, so that not every transaction has a collection that withdraws it.
-    names = ROWS if source.random() < 0.2 else (source.choice(ROWS),)
+    names = all_names if source.random() < 0.2 else (source.choice(all_names),)
     return list(
         {
             (source.choice(names), source.randrange(ROWS_PER_COLLECTION))

@@ -16,6 +16,7 @@ from entidb import protocol
 from entidb.errors import (
     AuthenticationError,
     PermissionDeniedError,
+    ProtocolError,
     SyncError,
     SyncTimeoutError,
     TransportError,
@@ -23,10 +24,14 @@ from entidb.errors import (
 )
 from entidb.protocol import ErrorResponse, PushRequest, SyncRequest, SyncResponse, push_in
 from entidb.sync.drive import Pause
+from entidb.sync.segment_files import Fetch
 from entidb.testing.gateway import Gateway
+from entidb.testing.hands import Hands
 from entidb.testing.world import World
 
 TIMEOUT_MS: Final = 1500
+#: Of a segment, in one answer.
+PIECE_BYTES: Final = 150
 
 
 class Traveller(Protocol):
@@ -36,6 +41,10 @@ class Traveller(Protocol):
     token: str
     rng: random.Random
     gateway: Gateway
+    hands: Hands
+
+    @property
+    def device_id(self) -> bytes: ...
 
     def renew_token(self) -> None: ...
 
@@ -65,8 +74,18 @@ class Server(Protocol):
         self, path: str, token: str, body: bytes, reply: Callable[[bool, bytes], None]
     ) -> None: ...
 
-    def any_token(self, rng: random.Random) -> str:
-        """For one of its databases."""
+    def receive_fetch(
+        self,
+        sha: bytes,
+        begin: int,
+        end: int,
+        device_id: bytes,
+        token: str,
+        reply: Callable[[bool, bytes], None],
+    ) -> None: ...
+
+    def any_token(self, rng: random.Random, subject: str) -> str:
+        """Somebody's, for one of its databases."""
         ...
 
 
@@ -78,6 +97,29 @@ class SentRequest:
         self.outcome: SyncResponse | SyncError | None = None
         self.renewed = False
         self.is_out = False
+
+
+class Piece:
+    """A part of a segment on its way."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self.fetch = fetch
+        self.files = fetch.files
+        self.segment = fetch.segments[0]
+        self.sha = self.segment.sha256
+        self.at = self.files.size(self.segment)
+        self.renewed = False
+
+    @property
+    def end(self) -> int:
+        return min(self.at + PIECE_BYTES, self.segment.size)
+
+    def begins(self) -> bool:
+        """Whether there is anything to ask for; what is too long is begun again."""
+        if self.at > self.segment.size:
+            self.files.drop(self.segment)
+            self.at = 0
+        return self.at < self.segment.size
 
 
 class Way:
@@ -93,6 +135,7 @@ class Way:
         self._ahead: list[SentRequest] = []
         self._hints_ignored = False
         self._pause: Pause | None = None
+        self._piece: Piece | None = None
 
     def end(self) -> None:
         """The process is gone: what comes now reaches no process."""
@@ -108,7 +151,7 @@ class Way:
         return self.connected
 
     def close(self) -> None:
-        self._waiting = self._pause = None
+        self._waiting = self._pause = self._piece = None
         self._ahead = []
 
     def interrupt(self) -> None:
@@ -160,6 +203,75 @@ class Way:
             # What comes after a request that was not sent ahead must not be either.
             self._hints_ignored = True
 
+    # ------------------------------------------------------------ segments
+
+    @property
+    def fetches(self) -> bool:
+        return True
+
+    def fetch(self, fetch: Fetch) -> bool:
+        """In pieces, one after the other, as over HTTP."""
+        self._piece = piece = Piece(fetch)
+        if piece.begins():
+            self._ask_piece(piece)
+            return False
+        self._piece = None
+        return True
+
+    def _ask_piece(self, piece: Piece) -> None:
+        world, device = self._world, self._device
+        token, name = device.token, piece.sha
+        for delay, data in world.network.deliveries(device.name, "up", name, world.now):
+            whole = len(data) == len(name)
+            world.after(delay, partial(self._piece_arrives, piece, token, whole))
+        world.after(TIMEOUT_MS, lambda: self._piece_over(piece, SyncTimeoutError("no answer")))
+
+    def _piece_arrives(self, piece: Piece, token: str, whole: bool) -> None:
+        if not whole:
+            self._piece_over(piece, TransportError("the connection was cut off"))
+            return
+        sha, begin, end, device_id = piece.sha, piece.at, piece.end, self._device.device_id
+        self._host.receive_fetch(
+            sha, begin, end, device_id, token, lambda ok, body: self._piece_reply(piece, ok, body)
+        )
+
+    def _piece_reply(self, piece: Piece, ok: bool, body: bytes) -> None:
+        world = self._world
+        for delay, data in world.network.deliveries(self._device.name, "down", body, world.now):
+            whole = len(data) == len(body)
+            world.after(delay, partial(self._piece_comes, piece, ok, data, whole))
+
+    def _piece_comes(self, piece: Piece, ok: bool, data: bytes, whole: bool) -> None:
+        if self._piece is not piece:
+            return
+        if not whole:
+            self._piece_over(piece, TransportError("the answer was cut off"))
+        elif ok and data:
+            piece.files.append(piece.segment, piece.at, data)
+            self._piece = None
+            if self.fetch(piece.fetch):
+                self._device.go_on(None)
+        elif ok:
+            self._piece_over(piece, ProtocolError("the file is shorter than it should be"))
+        else:
+            said = protocol.decode(ErrorResponse, data)
+            error = error_from_code(said.code, said.message, retry_after=said.retry_after)
+            expired = isinstance(error, AuthenticationError)
+            if expired and not isinstance(error, PermissionDeniedError) and not piece.renewed:
+                piece.renewed = True
+                self._world.fired("expired_token")
+                self._device.renew_token()
+                self._ask_piece(piece)
+                return
+            self._piece_over(piece, error)
+
+    def _piece_over(self, piece: Piece, error: SyncError) -> None:
+        if self._piece is piece:
+            self._piece = None
+            self.connected = self.connected and not isinstance(error, TransportError)
+            self._world.trace("no segment", self._device.name, error.code)
+            self._device.go_on(error)
+
     # ------------------------------------------------------------ there
 
     def _send(self, sent: SentRequest) -> None:
@@ -172,7 +284,7 @@ class Way:
         token = device.token
         if not world.quiet and device.rng.random() * 1000 < world.knobs.wrong_token:
             world.fired("wrong_token")
-            token = self._host.any_token(device.rng)
+            token = self._host.any_token(device.rng, device.hands.who)
             if device.rng.random() < 0.3:
                 token = token[:-3]
         for delay, data in world.network.deliveries(device.name, "up", body, world.now):

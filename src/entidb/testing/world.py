@@ -22,7 +22,7 @@ from entidb.server.hooks import ValidateHook
 from entidb.storage import MemoryStorage, Storage, open_storage
 from entidb.sync import ConflictPolicy
 from entidb.testing import knobs as knob
-from entidb.testing.faults import FaultyStorage, Network, read_records
+from entidb.testing.faults import FaultyStorage, Network, Observe, read_records
 from entidb.testing.invariants import Checks
 
 #: Faults that turn a run: part of its story, where the others are part of the trace only.
@@ -34,6 +34,7 @@ _TOLD: Final = frozenset(
         "scope",
         "scope_in_cycle",
         "grants",
+        "people",
         "local_collection",
         "crash_before",
         "crash_after",
@@ -41,6 +42,11 @@ _TOLD: Final = frozenset(
         "server_crash_before",
         "server_crash_after",
         "server_commit_unknown",
+        "node_pause",
+        "turn_lost",
+        "standby_away",
+        "store_restart",
+        "failover",
     )
 )
 _MAP_BYTES: Final = 1 << 16
@@ -85,6 +91,8 @@ class World:
         self.seed = seed
         self.options = options
         self.knobs = knob.override(knob.draw(seed), dict(options.settings))
+        #: Processes of the server. A file on disk is opened once in a process such as this.
+        self.nodes = 1 if self.knobs.lmdb else max(1, self.knobs.nodes)
         self.now = 0
         self.epoch_ms = EPOCH_MS
         self.quiet = False
@@ -145,13 +153,13 @@ class World:
         """A store for ``owner`` with these records in it."""
         inner = self._inner()
         inner.commit(dict(records or {}))
-        return self._faulty(owner, inner)
+        return self.store_over(owner, inner)
 
     def reopen_store(self, owner: Owner) -> FaultyStorage:
         """What a new process finds: the durable state, and nothing else."""
         store = owner.storage
         if isinstance(store.inner, MemoryStorage):
-            return self._faulty(owner, store.copy())
+            return self.store_over(owner, store.copy())
         path = self._on_disk[store.inner]
         store.inner.close()
         inner = self._open_on_disk(path)
@@ -160,7 +168,7 @@ class World:
             owner.durable,
             f"the store of {owner.name} came back with other records than were committed",
         )
-        return self._faulty(owner, inner)
+        return self.store_over(owner, inner)
 
     def _inner(self) -> Storage:
         if not self.knobs.lmdb:
@@ -177,7 +185,9 @@ class World:
         self._on_disk[made] = path
         return made
 
-    def _faulty(self, owner: Owner, inner: Storage) -> FaultyStorage:
+    def observer(self, owner: Owner) -> Observe:
+        """What a store of ``owner`` tells its commits."""
+
         def observe(
             batch: Mapping[bytes, bytes | None],
             old: Mapping[bytes, bytes | None],
@@ -186,6 +196,10 @@ class World:
             self.trace("stored", owner.name, len(batch))
             owner.stored(batch, old, records)
 
+        return observe
+
+    def store_over(self, owner: Owner, inner: Storage) -> FaultyStorage:
+        """``inner``, with the faults of ``owner``."""
         rates = owner.rates()
         prefix = owner.faults_begin
         return FaultyStorage(
@@ -193,7 +207,7 @@ class World:
             self._crashes,
             rates,
             fired=lambda fault: self.fired(prefix + fault),
-            observe=observe,
+            observe=self.observer(owner),
         )
 
     def close(self) -> None:

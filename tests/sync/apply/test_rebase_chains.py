@@ -746,6 +746,37 @@ def test_r18_work_on_top_of_superseded_content_can_be_held() -> None:
 
 
 @pytest.mark.parametrize("on_top", [False, True], ids=["newest", "with work on top"])
+def test_r18_a_conflict_with_superseded_content_ends_where_what_is_on_top_was_accepted(
+    on_top: bool,
+) -> None:
+    """A copy of the device has pushed both of its transactions, the first of them merged."""
+
+    def merges_the_first(conflict: Conflict) -> ConflictResolution:
+        return ConflictResolution.merge("merged" if conflict.local == "first" else "second")
+
+    world, a = start(lambda conflict: SKIP)
+    a.put(("notes", 1, "first"))
+    a.clock.ms += 10
+    a.put(("notes", 1, "second"))
+    copy = a.copy(default_policy=merges_the_first)
+    a.wire.before = lose(PushRequest)
+    with pytest.raises(TransportError):
+        a.sync()
+    world.put(("notes", 1, "theirs"))
+    assert copy.sync().pushed == 2
+    if on_top:
+        a.clock.ms += 10
+        a.put(("notes", 1, "third"))
+    a.sync()
+    status = a.engine.status()
+    assert (status.held, status.conflicts, a.engine.conflicts()) == (0, 0, [])
+    assert_sound(a.db)
+    a.settle()
+    assert world.values()[1] == ("third" if on_top else "second")
+    assert_in_step(world, a)
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["newest", "with work on top"])
 def test_r18_what_is_below_superseded_content_is_done(on_top: bool) -> None:
     # The copy had its first transaction settled by equal bytes (R24), and the second merged.
     world, a = start(lambda conflict: KEEP)

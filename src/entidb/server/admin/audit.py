@@ -12,7 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec import DecodeError, Struct, json
 
@@ -49,21 +49,36 @@ class Entry(Struct, omit_defaults=True):
     count: int | None = None
 
 
-class AuditLog:
-    """Thread-safe, also beside other processes. Without a directory it keeps the newest lines."""
+class Journal(Protocol):
+    """Where the lines are, for all processes of a server. Methods raise ``StorageError``."""
 
-    def __init__(self, data_dir: str | os.PathLike[str] | None, clock: Clock) -> None:
-        self._path = None if data_dir is None else os.path.join(os.fspath(data_dir), AUDIT_FILE)
+    def check(self) -> None:
+        """Raises if nothing can be written down."""
+        ...
+
+    def append(self, lines: list[bytes]) -> None:
+        """Durable when it returns."""
+        ...
+
+    def newest(self) -> Iterator[bytes]:
+        """Newest first."""
+        ...
+
+
+class AuditLog:
+    """Thread-safe, also beside other processes. Without a place it keeps the newest lines."""
+
+    def __init__(self, place: str | os.PathLike[str] | Journal | None, clock: Clock) -> None:
+        self._journal = FileJournal(place) if isinstance(place, str | os.PathLike) else place
         self._clock = clock
         self._memory: deque[Entry] = deque(maxlen=_IN_MEMORY)
-        self._writing = threading.Lock()
         self._lock = threading.Lock()
         self._refused: dict[tuple[str, str, str], Entry] = {}
 
     def check(self) -> None:
         """Raises ``StorageError`` if nothing can be written down: then nothing is to be done."""
-        if self._path is not None:
-            os.close(self._open())
+        if self._journal is not None:
+            self._journal.check()
 
     def write(
         self,
@@ -118,26 +133,38 @@ class AuditLog:
     def newest(self, limit: int) -> list[Entry]:
         """The newest lines, newest first. What cannot be read is passed over."""
         self.flush()
-        if self._path is None:
+        journal = self._journal
+        if journal is None:
             return list(self._memory)[: -limit - 1 : -1]
         found: list[Entry] = []
-        for path in (self._path, *(self._aside(n) for n in range(1, FILES_KEPT + 1))):
-            for line in _backwards(path):
-                try:
-                    found.append(json.decode(line, type=Entry))
-                except (DecodeError, ValueError):
-                    logger.warning("%s has a line that is not of an audit log", path)
-                if len(found) >= limit:
-                    return found
+        for line in journal.newest():
+            try:
+                found.append(json.decode(line, type=Entry))
+            except (DecodeError, ValueError):
+                logger.warning("there is a line that is not of an audit log")
+            if len(found) >= limit:
+                break
         return found
 
-    # ------------------------------------------------------------ the file
-
     def _append(self, entries: list[Entry]) -> None:
-        if self._path is None:
+        if self._journal is None:
             self._memory.extend(entries)
-            return
-        data = b"".join(json.encode(entry) + b"\n" for entry in entries)
+        else:
+            self._journal.append([json.encode(entry) for entry in entries])
+
+
+class FileJournal:
+    """Files in a directory, readable for their owner alone."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._path: Final = os.path.join(os.fspath(root), AUDIT_FILE)
+        self._writing = threading.Lock()
+
+    def check(self) -> None:
+        os.close(self._open())
+
+    def append(self, lines: list[bytes]) -> None:
+        data = b"".join(line + b"\n" for line in lines)
         with self._writing:
             descriptor = self._open()
             try:
@@ -152,8 +179,11 @@ class AuditLog:
             if size + len(data) > FILE_BYTES_MAX:
                 self._put_aside()
 
+    def newest(self) -> Iterator[bytes]:
+        for path in (self._path, *(self._aside(n) for n in range(1, FILES_KEPT + 1))):
+            yield from _backwards(path)
+
     def _open(self) -> int:
-        assert self._path is not None
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW
         try:
             return os.open(self._path, flags, 0o600)
@@ -167,7 +197,6 @@ class AuditLog:
         return f"{self._path}.{number}"
 
     def _put_aside(self) -> None:
-        assert self._path is not None
         try:
             with Partial(self._path, "rotation"):
                 if os.stat(self._path).st_size <= FILE_BYTES_MAX:

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +24,11 @@ from msgspec import Struct, ValidationError, json
 from entidb.errors import ConfigError, CorruptionError, ServerBusyError
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.checking import check
-from entidb.server.admin.databases import WAIT_S, check_confirmed, put_aside
+from entidb.server.admin.databases import WAIT_S, check_confirmed
 from entidb.server.admin.office import Office, unknown
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id, db_id_of, directory_name
-from entidb.server.directory import list_databases
+from entidb.server.postgres import PostgresPlace
 from entidb.storage.directories import make_directory, sync_path
 from entidb.storage.partial import Partial
 
@@ -67,7 +68,7 @@ def backup(office: Office, caller: Caller, db_id: str) -> Task:
     check_db_id(db_id)
     folder = _folder(office, db_id)
     with office.change(caller, "backup", db_id):
-        office.path_of(db_id)
+        office.require(db_id)
         return office.tasks.add(
             "backup", caller.who, db_id, lambda progress: _make(office, db_id, folder, progress)
         )
@@ -75,7 +76,7 @@ def backup(office: Office, caller: Caller, db_id: str) -> Task:
 
 def backup_all(office: Office, caller: Caller) -> list[Task]:
     """As ``backup``, of every database that ``caller`` administers."""
-    names = [name for name in list_databases(office.root) if caller.sees(name)]
+    names = [name for name in office.place.names() if caller.sees(name)]
     return [backup(office, caller, name) for name in names]
 
 
@@ -197,11 +198,15 @@ class Schedule:
 
     def __call__(self) -> None:
         config = self._office.server.config
-        if not config.backup_every_s or config.backup_dir is None or config.data_dir is None:
+        if not config.backup_every_s or config.backup_dir is None:
+            return
+        if self._office.place.root is None and not self._office.others.on_duty():
+            # Another node makes them, maybe on another disk.
+            self._office.late_backups, self._office.oldest_backup_ms = [], None
             return
         every_ms, now = config.backup_every_s * 1000, self._office.clock.now_ms()
         late, ages = [], []
-        for name in list_databases(self._office.root):
+        for name in self._office.place.names():
             folder = _folder(self._office, name)
             good = next((row for row in rows_in(folder, name) if not row.faults), None)
             # A server that has just begun gets the time to make them.
@@ -254,6 +259,8 @@ def restore(office: Office, caller: Caller, db_id: str, identity: str, confirm: 
 
 
 def _put_back(office: Office, db_id: str, source: Path, progress: Progress) -> dict[str, Any]:
+    if isinstance(office.place, PostgresPlace):
+        return _put_back_there(office, office.place, db_id, source, progress)
     place = office.root / directory_name(db_id)
     with Partial(str(place), "restore") as partial:
         copy_backup(source, partial.path, progress.at)
@@ -264,8 +271,26 @@ def _put_back(office: Office, db_id: str, source: Path, progress: Progress) -> d
         aside = None
         with office.changing, office.stores.closed(db_id, WAIT_S):
             if os.path.lexists(place):
-                aside = put_aside(office.root, db_id, office.clock.now_ms()).id
+                aside = office.place.put_aside(db_id, office.clock.now_ms()).id
             partial.finish()
+    return {"aside": aside, "head": found.head, "entities": found.entities}
+
+
+def _put_back_there(
+    office: Office, place: PostgresPlace, db_id: str, source: Path, progress: Progress
+) -> dict[str, Any]:
+    """Record by record. Nobody opens the copy before it has its name, and then it begins its
+    history."""
+    found = check(str(source), lambda: progress.at("checking"))
+    if found.faults:
+        raise CorruptionError(f"{source} was damaged since it was made: {found.faults[0]}")
+    copy = place.take_in(db_id, source, partial(progress.at, "copying"))
+    progress.at("taking the place")
+    aside = None
+    with office.changing, office.stores.closed(db_id, WAIT_S):
+        if place.holds(db_id):
+            aside = place.put_aside(db_id, office.clock.now_ms()).id
+        place.rename(copy, db_id)
     return {"aside": aside, "head": found.head, "entities": found.entities}
 
 

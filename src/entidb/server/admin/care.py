@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from pathlib import Path
 from typing import Any, Final
 
 from entidb.db import purge_tombstones
-from entidb.db.maintenance import sequence_at
+from entidb.db.maintenance import read_floor, sequence_at
 from entidb.errors import ConfigError, CorruptionError
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.checking import check
@@ -16,7 +18,8 @@ from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id
 from entidb.storage.directories import make_directory
 
-#: Where copies are that are being verified, in the data directory; no database is called so.
+#: Where copies are that are being verified, in the data directory, where no database is called so,
+#: or among the temporary files of the system.
 CHECKED: Final = "entidb-checked"
 _DAY_MS: Final = 24 * 3600 * 1000
 #: Parts of a purge, after each of which it can be cancelled.
@@ -29,17 +32,14 @@ def verify(office: Office, caller: Caller, db_id: str) -> Task:
     caller.check(db_id)
     check_db_id(db_id)
     with office.change(caller, "verify", db_id):
-        office.path_of(db_id)
+        office.require(db_id)
         return office.tasks.add(
             "verify", caller.who, db_id, lambda progress: _verify(office, db_id, progress)
         )
 
 
 def _verify(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
-    folder = office.root / CHECKED
-    # What a killed server has left there belongs to no task.
-    shutil.rmtree(folder, ignore_errors=True)
-    make_directory(str(folder))
+    folder = _room_for_copy(office)
     try:
         progress.at("copying")
         with office.stores.using(db_id, create=False) as store:
@@ -54,13 +54,24 @@ def _verify(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
     return {"head": found.head, "entities": found.entities}
 
 
+def _room_for_copy(office: Office) -> Path:
+    """An empty folder, beside the databases if those are in files."""
+    if office.place.root is None:
+        return Path(tempfile.mkdtemp(prefix=f"{CHECKED}-"))
+    folder = office.place.root / CHECKED
+    # What a killed server has left there belongs to no task.
+    shutil.rmtree(folder, ignore_errors=True)
+    make_directory(str(folder))
+    return folder
+
+
 def compact(office: Office, caller: Caller, db_id: str) -> Task:
     """Have unused room given back to the file system. There has to be room for a copy, and
     requests to the database wait; once begun it is not cancelled."""
     caller.check(db_id)
     check_db_id(db_id)
     with office.change(caller, "compact", db_id):
-        office.path_of(db_id)
+        office.require(db_id)
         return office.tasks.add(
             "compact", caller.who, db_id, lambda progress: compact_now(office, db_id, progress)
         )
@@ -78,14 +89,15 @@ def compact_now(office: Office, db_id: str, progress: Progress) -> dict[str, Any
 
 def purge(office: Office, caller: Caller, db_id: str, days: float | None = None) -> Task:
     """Have deletions forgotten that are older than ``days`` (None: as the server's retention says).
-    Devices that were away for longer pull everything anew (R28)."""
+    Devices that were away for longer pull everything anew (R28). While a device may be on its way
+    with an image, nothing behind that is forgotten (R35)."""
     caller.check(db_id)
     check_db_id(db_id)
     kept = office.server.config.tombstone_retention_days if days is None else days
     if not 0 <= kept < 100_000:
         raise ConfigError("days is a number from 0 on")
     with office.change(caller, "purge", db_id, days=f"{kept:g}"):
-        office.path_of(db_id)
+        office.require(db_id)
         return office.tasks.add(
             "purge", caller.who, db_id, lambda progress: purge_now(office, db_id, kept, progress)
         )
@@ -105,4 +117,6 @@ def purge_now(office: Office, db_id: str, days: float, progress: Progress) -> di
             if target:
                 purged += purge_tombstones(database, target)
             progress.at("purging", part, _PARTS)
-    return {"purged": purged, "floor": up_to}
+        with database.view() as view:
+            floor = read_floor(view)
+    return {"purged": purged, "floor": floor}

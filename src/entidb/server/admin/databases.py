@@ -7,10 +7,6 @@ is closed, and nothing can open it meanwhile.
 from __future__ import annotations
 
 import logging
-import os
-import re
-import shutil
-from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
@@ -19,20 +15,15 @@ from entidb.db import Database, inspect
 from entidb.errors import ConfigError, EntiDBError
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office, unknown
-from entidb.server.config import check_db_id, db_id_of, directory_name
+from entidb.server.config import check_db_id
 from entidb.server.control import Frozen
-from entidb.server.directory import list_databases
+from entidb.server.place import Aside, exists
 from entidb.server.registry import About
-from entidb.storage.directories import make_directory, sync_path
 
 logger = logging.getLogger("entidb.server")
 
-#: Where databases wait that were deleted, in the data directory; no database is called so.
-ASIDE: Final = "entidb-deleted"
-ASIDE_MS: Final = 24 * 3600 * 1000
 #: Seconds that requests under way get before a change says that the database is in use.
 WAIT_S: Final = 10.0
-_ASIDE_NAME: Final = re.compile(r"(.+\.entidb)\.([0-9]{1,15})")
 
 
 class DatabaseRow(Struct, omit_defaults=True):
@@ -50,23 +41,12 @@ class DatabaseRow(Struct, omit_defaults=True):
     frozen: Frozen | None = None
 
 
-class Aside(Struct):
-    """A database that was deleted, or that a backup took the place of; gone for good at
-    ``until_ms``."""
-
-    id: str
-    name: str
-    deleted_ms: int
-    until_ms: int
-
-
 def rows(office: Office, caller: Caller) -> list[DatabaseRow]:
     """All databases that ``caller`` may see, in order."""
     opened = office.opened()
-    names = set(opened)
-    if office.server.config.data_dir is not None:
-        names |= set(list_databases(office.root))
-    return [_row(office, name, opened) for name in sorted(names) if caller.sees(name)]
+    sizes = office.place.sizes()
+    names = sorted(opened.keys() | sizes.keys())
+    return [_row(office, name, opened, sizes) for name in names if caller.sees(name)]
 
 
 def row(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
@@ -106,15 +86,18 @@ def _used_ms(office: Office, used_at: float | None) -> int:
     return now if used_at is None else now - round(1000 * (office.clock.monotonic() - used_at))
 
 
-def _row(office: Office, db_id: str, opened: dict[str, float]) -> DatabaseRow:
+def _row(
+    office: Office, db_id: str, opened: dict[str, float], sizes: dict[str, int] | None = None
+) -> DatabaseRow:
     about = office.registry.about(db_id)
+    sizes = office.place.sizes(db_id) if sizes is None else sizes
     used = None if about is None else about.used_ms
     if db_id in opened:
         used = _used_ms(office, opened[db_id])
     return DatabaseRow(
         name=db_id,
         open=db_id in opened,
-        bytes=_bytes(office, db_id),
+        bytes=sizes.get(db_id, 0),
         devices=len(office.registry.devices(db_id)),
         entities=None if about is None else about.entities,
         head=None if about is None else about.head,
@@ -122,16 +105,6 @@ def _row(office: Office, db_id: str, opened: dict[str, float]) -> DatabaseRow:
         used_ms=used,
         frozen=office.control.decided.frozen.get(db_id),
     )
-
-
-def _bytes(office: Office, db_id: str) -> int:
-    if office.server.config.data_dir is None:
-        return 0
-    path = office.root / directory_name(db_id)
-    try:
-        return sum(each.stat().st_size for each in os.scandir(path) if each.is_file())
-    except OSError:
-        return 0  # deleted a moment ago
 
 
 def remember(office: Office, seen: dict[str, float]) -> None:
@@ -161,7 +134,7 @@ def create(office: Office, caller: Caller, name: str) -> DatabaseRow:
     check_db_id(name)
     with office.change(caller, "create", name), office.changing:
         if name in {each.name for each in rows(office, caller)}:
-            raise ConfigError(f"there is a database {name!r} already", code="exists")
+            raise exists(name)
         office.stores.make(name)
     return row(office, caller, name)
 
@@ -170,7 +143,7 @@ def freeze(office: Office, caller: Caller, db_id: str, reason: str = "") -> Data
     """Take no pushes any more; pulls go on."""
     caller.check(db_id)
     with office.change(caller, "freeze", db_id, reason=reason):
-        office.path_of(db_id)
+        office.require(db_id)
         frozen = Frozen(since_ms=office.clock.now_ms(), by=caller.who, reason=reason)
         office.control.freeze(db_id, frozen)
     return _row(office, db_id, office.opened())
@@ -180,7 +153,7 @@ def thaw(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
     """Take pushes again."""
     caller.check(db_id)
     with office.change(caller, "thaw", db_id):
-        office.path_of(db_id)
+        office.require(db_id)
         office.control.freeze(db_id, None)
     return _row(office, db_id, office.opened())
 
@@ -193,13 +166,12 @@ def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
     caller.check(to)
     check_db_id(to)
     with office.change(caller, "rename", db_id, to=to), office.changing:
-        source, target = office.path_of(db_id), office.root / directory_name(to)
+        office.require(db_id)
         with office.stores.closed(db_id, WAIT_S), office.stores.closed(to, WAIT_S):
-            if os.path.lexists(target):
-                raise ConfigError(f"there is a database {to!r} already", code="exists")
+            if office.place.holds(to):
+                raise exists(to)
             office.registry.rename(db_id, to)
-            os.rename(source, target)
-            sync_path(str(office.root))
+            office.place.rename(db_id, to)
             office.control.rename(db_id, to)
     return _row(office, to, office.opened())
 
@@ -210,9 +182,9 @@ def delete(office: Office, caller: Caller, db_id: str, confirm: str) -> Aside:
     caller.check(db_id)
     with office.change(caller, "delete", db_id), office.changing:
         check_confirmed(db_id, confirm)
-        office.path_of(db_id)
+        office.require(db_id)
         with office.stores.closed(db_id, WAIT_S):
-            aside = put_aside(office.root, db_id, office.clock.now_ms())
+            aside = office.place.put_aside(db_id, office.clock.now_ms())
             office.registry.rename(db_id, None)
             office.control.rename(db_id, None)
     return aside
@@ -229,65 +201,35 @@ def check_confirmed(db_id: str, confirm: str) -> None:
 # ---------------------------------------------------------------- aside
 
 
-def put_aside(root: Path, db_id: str, now: int) -> Aside:
-    """Move the directory of a closed database out of the way; ``now`` in milliseconds."""
-    folder = root / ASIDE
-    make_directory(str(folder))
-    while os.path.lexists(folder / f"{directory_name(db_id)}.{now}"):
-        now += 1
-    target = folder / f"{directory_name(db_id)}.{now}"
-    os.rename(root / directory_name(db_id), target)
-    sync_path(str(folder))
-    sync_path(str(root))
-    return Aside(target.name, db_id, now, now + ASIDE_MS)
-
-
 def all_aside(office: Office, caller: Caller) -> list[Aside]:
     """What can still be taken back, newest first."""
-    found = [each for each, _ in _aside(office) if caller.sees(each.name)]
+    found = [each for each in office.place.aside() if caller.sees(each.name)]
     return sorted(found, key=lambda each: -each.deleted_ms)
-
-
-def _aside(office: Office) -> list[tuple[Aside, Path]]:
-    folder = office.root / ASIDE
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        parts = _ASIDE_NAME.fullmatch(path.name)
-        name = None if parts is None else db_id_of(parts[1])
-        if parts is not None and name is not None:
-            at = int(parts[2])
-            found.append((Aside(path.name, name, at, at + ASIDE_MS), path))
-    return found
 
 
 def take_back(office: Office, caller: Caller, identity: str) -> DatabaseRow:
     """Put a database that was deleted back under its name. Raises ``ConfigError`` (exists) if
     there is another one now, ``PermissionDeniedError`` (unknown_database)."""
-    found = [pair for pair in _aside(office) if pair[0].id == identity]
-    if not found or not caller.sees(found[0][0].name):
+    found = [each for each in all_aside(office, caller) if each.id == identity]
+    if not found:
         raise unknown(identity)
-    each, path = found[0]
-    with office.change(caller, "undelete", each.name, id=each.id), office.changing:
-        target = office.root / directory_name(each.name)
-        with office.stores.closed(each.name, WAIT_S):
-            if os.path.lexists(target):
-                raise ConfigError(
-                    f"there is a database {each.name!r} now: rename or delete that one first",
-                    code="exists",
-                )
-            os.rename(path, target)
-            sync_path(str(office.root))
+    each = found[0]
+    changed = office.change(caller, "undelete", each.name, id=each.id)
+    with changed, office.changing, office.stores.closed(each.name, WAIT_S):
+        if office.place.holds(each.name):
+            raise ConfigError(
+                f"there is a database {each.name!r} now: rename or delete that one first",
+                code="exists",
+            )
+        office.place.take_back(each)
     return row(office, Caller(caller.who, caller.where), each.name)
 
 
 def clear_aside(office: Office) -> None:
     """Remove for good what has waited for a day."""
-    if office.server.config.data_dir is None or not office.others.on_duty():
+    if not office.others.on_duty():
         return
     now = office.clock.now_ms()
-    for each, path in _aside(office):
+    for each in office.place.aside():
         if now >= each.until_ms:
-            if path.is_symlink():
-                path.unlink()  # what it leads to is not this server's
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+            office.place.remove(each)

@@ -8,7 +8,8 @@ erases these and no others. Neither log nor report has a value, or a condition.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +50,7 @@ def preview(office: Office, caller: Caller, db_id: str, wanted: Wanted) -> Erasa
     ``QueryError``, ``ProtocolError`` (not_found), ``ConfigError`` for more than ``ERASED_MAX``."""
     caller.check(db_id)
     check_db_id(db_id)
-    office.path_of(db_id)
+    office.require(db_id)
     with office.stores.using(db_id, create=False) as store:
         return _preview(db_id, _find(store.database, wanted))
 
@@ -71,7 +72,7 @@ def erase(
     or others in their place."""
     caller.check(db_id)
     check_db_id(db_id)
-    office.path_of(db_id)
+    office.require(db_id)
     with office.stores.using(db_id, create=False) as store:
         found = _find(store.database, wanted)
     seen = _preview(db_id, found)
@@ -135,6 +136,7 @@ def _erase(
     with office.stores.using(db_id, create=False) as store:
         erased = _delete(store.database, found, progress)
         head = store.database.read_head().sequence
+    office.server.images.drop(db_id)
     office.others.gather()
     behind = [each for each in office.registry.devices(db_id) if each.cursor < head]
     purged = care.purge_now(office, db_id, 0.0, progress)
@@ -157,7 +159,7 @@ def _erase(
         "deleted_databases_with_it": [
             each.id
             for each in databases.all_aside(office, Caller("the server", "local"))
-            if each.name == db_id and _has(office.root / databases.ASIDE / each.id, found)
+            if each.name == db_id and _has(partial(office.place.open_aside, each), found)
         ],
     }
 
@@ -183,13 +185,13 @@ def _backups_with(office: Office, db_id: str, found: _Found) -> list[Path]:
         return []
     folder = Path(where) / directory_name(db_id)
     paths = [folder / row.id for row in backups.rows_in(folder, db_id)]
-    return [path for path in paths if _has(path, found)]
+    return [path for path in paths if _has(partial(Database.open, path, read_only=True), found)]
 
 
-def _has(path: Path, found: _Found) -> bool:
-    """Whether the database at ``path`` has one of the entities, or cannot say."""
+def _has(open_copy: Callable[[], Database], found: _Found) -> bool:
+    """Whether the database that ``open_copy`` opens has one of the entities, or cannot say."""
     try:
-        with Database.open(path, read_only=True) as copy:
+        with open_copy() as copy:
             known = inspect(copy)["collections"]
             return any(
                 key in copy.collection(name)

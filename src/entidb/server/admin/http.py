@@ -7,7 +7,7 @@ are not to be kept by anything on the way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -31,8 +31,10 @@ _AT_ONCE: Final = 4
 class AdminHttp:
     """Answers for one app. Used from its event loop."""
 
-    def __init__(self, office: Office) -> None:
+    def __init__(self, office: Office, fresh: Callable[[], Awaitable[None]]) -> None:
+        """``fresh`` comes back when it is known who is revoked."""
         self._office = office
+        self._fresh = fresh
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def answer(self, exchange: HttpExchange, held: Held) -> ServerResponse:
@@ -42,6 +44,7 @@ class AdminHttp:
             front = office.server.front
             grants = front.authenticate(wire.bearer_token(exchange.headers))
             exchange.subject = grants.subject
+            await self._fresh()
             front.control.admit(grants)
             caller = caller_of(
                 grants,

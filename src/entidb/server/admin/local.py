@@ -116,7 +116,7 @@ class LocalDoor:
 
 def open_door(office: Office) -> LocalDoor | None:
     """None where there can be none: in memory, or where the system has no such sockets."""
-    if office.server.config.data_dir is None or not hasattr(socket, "AF_UNIX"):
+    if office.place.root is None or not hasattr(socket, "AF_UNIX"):
         return None
     try:
         return LocalDoor(office)

@@ -5,25 +5,31 @@ What has to be done now and then is done with the server's own housekeeping.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
+from msgspec import Struct
+
 from entidb.db import Database
 from entidb.errors import EntiDBError, PermissionDeniedError, ServerError
 from entidb.protocol import ErrorResponse
-from entidb.server.admin.audit import AuditLog
+from entidb.server.admin.audit import AuditLog, Journal
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.summary import Summaries
 from entidb.server.admin.tasks import Tasks
 from entidb.server.auth import Authenticator, Grants
-from entidb.server.config import ServerConfig, check_db_id, directory_name
+from entidb.server.config import ServerConfig, check_db_id
 from entidb.server.control import Control
+from entidb.server.place import ServerPlace
 from entidb.server.pulse import Pulse
 from entidb.server.registry import Registry
 from entidb.types import Clock
+from entidb.version import VERSION
 
 
 class OpenStore(Protocol):
@@ -57,6 +63,12 @@ class AdminFront(Protocol):
     def explain(self, error: Exception, rid: str) -> ErrorResponse: ...
 
 
+class DroppedImages(Protocol):
+    """Copies of what is in a database, for the first sync of devices."""
+
+    def drop(self, db_id: str) -> None: ...
+
+
 class Served(Protocol):
     """What is needed of a ``SyncServer``, which knows nothing of administration."""
 
@@ -67,6 +79,10 @@ class Served(Protocol):
     @property
     def clock(self) -> Clock: ...
     @property
+    def journal(self) -> str | os.PathLike[str] | Journal | None: ...
+    @property
+    def place(self) -> ServerPlace: ...
+    @property
     def stores(self) -> Databases[OpenStore]: ...
     @property
     def front(self) -> AdminFront: ...
@@ -75,10 +91,32 @@ class Served(Protocol):
     @property
     def authenticator(self) -> Authenticator: ...
     @property
+    def images(self) -> DroppedImages: ...
+    @property
     def chores(self) -> list[Callable[[], None]]: ...
     @property
     def at_end(self) -> list[Callable[[], None]]: ...
     def reload(self) -> str: ...
+
+
+class NodeRow(Struct, omit_defaults=True):
+    """A process of the server. Times are milliseconds since 1970; ``seen_ms`` is when it last said
+    that it lives, ``address`` where it serves, if it has said so."""
+
+    name: str
+    host: str
+    process: int
+    version: str
+    began_ms: int
+    seen_ms: int
+    on_duty: bool = False
+    address: str = ""
+
+
+def row_here(name: str, began_ms: int, seen_ms: int, *, on_duty: bool = True) -> NodeRow:
+    """Of a process of this machine, whose name begins with its number."""
+    process = int(name.partition("-")[0])
+    return NodeRow(name, socket.gethostname(), process, VERSION, began_ms, seen_ms, on_duty)
 
 
 class OtherWorkers(Protocol):
@@ -112,7 +150,13 @@ class OtherWorkers(Protocol):
         ...
 
     def count(self) -> int | None:
-        """How many there are with this one; None: this server has one process."""
+        """How many there are with this one, without waiting; None: this server has one
+        process."""
+        ...
+
+    def rows(self) -> list[NodeRow]:
+        """All of them, this one too; empty: this server has one process. Raises
+        ``ServerBusyError``."""
         ...
 
 
@@ -142,6 +186,9 @@ class NoOthers:
     def count(self) -> int | None:
         return None
 
+    def rows(self) -> list[NodeRow]:
+        return []
+
 
 class Office:
     """Opened by ``opening``. Thread-safe."""
@@ -149,10 +196,11 @@ class Office:
     def __init__(self, server: Served) -> None:
         self.server: Final = server
         self.clock: Final = server.clock
+        self.place: Final = server.place
         self.stores: Final[Databases[OpenStore]] = server.stores
         self.control: Final = server.front.control
         self.registry: Final = server.registry
-        self.audit: Final = AuditLog(server.config.data_dir, server.clock)
+        self.audit: Final = AuditLog(server.journal, server.clock)
         self.tasks: Final = Tasks(server.clock)
         self.others: OtherWorkers = NoOthers()
         #: Databases whose backups are too old, and when the oldest of the newest was made, in
@@ -172,11 +220,26 @@ class Office:
         server.at_end.append(self._close)
 
     @property
+    def on_files(self) -> bool:
+        """Whether the databases are in files."""
+        return self.place.root is not None
+
+    @property
     def root(self) -> Path:
-        """Where the databases are. Raises ``ServerError`` for a server in memory."""
-        if self.server.config.data_dir is None:
-            raise ServerError("this server keeps its databases in memory", code="not_on_disk")
-        return Path(self.server.config.data_dir)
+        """The directory of the databases. Raises ``ServerError`` (not_on_disk) where they are not
+        in files."""
+        if self.place.root is None:
+            raise ServerError(
+                f"this server keeps its databases in {self.place.where}, and this is done with "
+                "files",
+                code="not_on_disk",
+            )
+        return self.place.root
+
+    def nodes(self) -> list[NodeRow]:
+        """The processes of this server, in the order in which they began."""
+        now_ms = self.clock.now_ms()
+        return self.others.rows() or [row_here(str(os.getpid()), self.opened_ms, now_ms)]
 
     def opened(self) -> dict[str, float]:
         """The databases that are open in any process of this server, with the monotonic time of
@@ -186,14 +249,12 @@ class Office:
             found[name] = max(used_at, found.get(name, used_at))
         return found
 
-    def path_of(self, db_id: str) -> Path:
-        """The directory of a database that is there. Raises ``InvalidNameError``, and
-        ``PermissionDeniedError`` (unknown_database)."""
+    def require(self, db_id: str) -> None:
+        """Raises ``PermissionDeniedError`` (unknown_database) for a database that is not there,
+        ``InvalidNameError``, and ``ServerError`` (not_on_disk) for a server in memory."""
         check_db_id(db_id)
-        path = self.root / directory_name(db_id)
-        if not path.is_dir():
+        if not self.place.holds(db_id):
             raise unknown(db_id)
-        return path
 
     @contextmanager
     def change(

@@ -8,7 +8,7 @@ import shutil
 from msgspec import Struct
 
 from entidb.server.admin.callers import Caller
-from entidb.server.admin.office import Office
+from entidb.server.admin.office import NodeRow, Office
 from entidb.server.admin.summary import ServerSummary
 from entidb.server.pulse import Beat
 from entidb.version import VERSION
@@ -17,7 +17,8 @@ from entidb.version import VERSION
 class Overview(Struct):
     """Times are milliseconds since 1970. ``memory_bytes`` is what the process has of it, None
     where the system does not say; the disk is that of the data directory. ``beats`` are the last
-    minutes of this process, two seconds each; empty where the server shows no console."""
+    minutes of this process, two seconds each; empty where the server shows no console. ``nodes``
+    are the processes of the server, for who administers all of it."""
 
     version: str
     process: int
@@ -35,6 +36,7 @@ class Overview(Struct):
     late_backups: list[str]
     backups: bool
     everything: bool
+    nodes: list[NodeRow]
     beats: list[Beat]
 
 
@@ -62,15 +64,16 @@ def overview(office: Office, caller: Caller, fleet: ServerSummary, since_ms: int
         late_backups=[each for each in office.late_backups if caller.sees(each)],
         backups=office.server.config.backup_dir is not None,
         everything=caller.databases is None,
+        nodes=office.nodes() if caller.databases is None else [],
         beats=[] if pulse is None else pulse.beats(since_ms),
     )
 
 
 def _disk(office: Office) -> tuple[int | None, int | None]:
-    if office.server.config.data_dir is None:
+    if office.place.root is None:
         return None, None
     try:
-        usage = shutil.disk_usage(office.root)
+        usage = shutil.disk_usage(office.place.root)
     except OSError:
         return None, None  # the answer is about more than the disk
     return usage.free, usage.total

@@ -5,9 +5,7 @@ young enough. What the answer to a stranger may say, in one word for each reason
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import tempfile
 import threading
 from typing import Final
 
@@ -41,14 +39,13 @@ class Readiness:
 
     def _look(self) -> list[str]:
         found = []
-        config = self._office.server.config
-        if config.data_dir is not None:
+        config, place = self._office.server.config, self._office.place
+        why = place.check()
+        if why is not None:
+            found.append(why)
+        elif place.root is not None:
             try:
-                with tempfile.TemporaryFile(dir=config.data_dir) as file:
-                    file.write(b"ready")
-                    file.flush()
-                    os.fsync(file.fileno())
-                if shutil.disk_usage(config.data_dir).free < config.ready_disk_bytes_min:
+                if shutil.disk_usage(place.root).free < config.ready_disk_bytes_min:
                     found.append("disk")
             except OSError:
                 found.append("storage")

@@ -16,10 +16,11 @@ from entidb.server.admin import access, backups, care, databases, erase
 from entidb.server.admin.asking import PREFIX, AdminRequest, Changed, Route, answer_from, refusal
 from entidb.server.admin.audit import Entry
 from entidb.server.admin.callers import Caller
-from entidb.server.admin.office import Office
+from entidb.server.admin.office import NodeRow, Office
 from entidb.server.admin.tasks import Task
 from entidb.server.admin.watching import WATCHING
 from entidb.server.control import Kind, Revoked
+from entidb.server.place import Aside
 
 
 class Name(Struct):
@@ -113,6 +114,11 @@ def _cancel(office: Office, caller: Caller, asked: AdminRequest) -> Changed:
         return Changed(office.tasks.cancel(found.id))
 
 
+def _nodes(office: Office, caller: Caller, asked: AdminRequest) -> list[NodeRow]:
+    caller.check_all()
+    return office.nodes()
+
+
 def _audit(office: Office, caller: Caller, asked: AdminRequest) -> list[Entry]:
     found = office.audit.newest(asked.limit)
     return [each for each in found if caller.databases is None or caller.sees(each.database)]
@@ -148,7 +154,7 @@ ROUTES: Final[list[Route]] = [
         lambda office, caller, asked: databases.delete(
             office, caller, asked.names["name"], asked.body.confirm
         ),
-        databases.Aside,
+        Aside,
         Confirm,
     ),
     Route(
@@ -193,7 +199,7 @@ ROUTES: Final[list[Route]] = [
         "deleted",
         "List the databases that can be taken back.",
         lambda office, caller, asked: databases.all_aside(office, caller),
-        list[databases.Aside],
+        list[Aside],
     ),
     Route(
         "POST",
@@ -336,6 +342,13 @@ ROUTES: Final[list[Route]] = [
         _audit,
         list[Entry],
         query=("limit",),
+    ),
+    Route(
+        "GET",
+        "nodes",
+        "List the processes of the server, and which is on duty.",
+        _nodes,
+        list[NodeRow],
     ),
     Route("GET", "tasks", "List the tasks, newest first.", _tasks, list[Task]),
     Route("GET", "tasks/{id}", "Show a task.", _task, Task),

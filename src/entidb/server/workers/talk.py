@@ -46,6 +46,18 @@ class Reply(Struct):
     fault: str | None = None
 
 
+class Passed(Struct):
+    """A request to administration, passed on to the process in the chair."""
+
+    who: str
+    where: str
+    databases: list[str] | None
+    method: str
+    path: str
+    query: dict[str, str]
+    body: str
+
+
 class Ear:
     """Where one process is asked, on threads of its own. Raises ``OSError``."""
 
@@ -65,22 +77,33 @@ class Ear:
 
     def hear(self, line: bytes, say: Callable[[bytes], object], wait: Callable[[], object]) -> None:
         """Answer one line; ``wait`` comes back when the other side has hung up."""
-        try:
-            question = json.decode(line, type=Question)
-            lease = self._leases.get(question.ask)
-            if lease is not None:
-                with lease(question.given):
-                    say(_line(Reply()))
-                    wait()
-                return
-            value = self._answers[question.ask](question.given)
-            reply = Reply(Raw(json.encode(value)))
-        except EntiDBError as error:
-            reply = Reply(fault=str(error))
-        except (KeyError, ValueError, ValidationError) as error:
-            logger.warning("another process of this server asked what is not known: %s", error)
-            reply = Reply(fault=f"not known here: {error}")
-        say(_line(reply))
+        hear(self._answers, self._leases, line, say, wait)
+
+
+def hear(
+    answers: Answers,
+    leases: Leases,
+    line: bytes,
+    say: Callable[[bytes], object],
+    wait: Callable[[], object],
+) -> None:
+    """Answer one line to ``say``. A lease goes on until ``wait`` comes back."""
+    try:
+        question = json.decode(line, type=Question)
+        lease = leases.get(question.ask)
+        if lease is not None:
+            with lease(question.given):
+                say(_line(Reply()))
+                wait()
+            return
+        value = answers[question.ask](question.given)
+        reply = Reply(Raw(json.encode(value)))
+    except EntiDBError as error:
+        reply = Reply(fault=str(error))
+    except (KeyError, ValueError, ValidationError) as error:
+        logger.warning("another process of this server asked what is not known: %s", error)
+        reply = Reply(fault=f"not known here: {error}")
+    say(_line(reply))
 
 
 def _line(reply: Reply) -> bytes:
@@ -135,10 +158,15 @@ def asking(folder: str, name: str, what: str, given: Any, timeout_s: float) -> I
             line = lines.readline(_LINE_BYTES_MAX)
         if not line.endswith(b"\n"):
             raise ConnectionResetError("it has ended")
-        reply = json.decode(line, type=Reply)
-        if reply.fault is not None:
-            raise ServerBusyError(reply.fault, retry_after=1.0)
-        yield reply.value
+        yield said(line)
 
 
-__all__ = ["Answers", "Ear", "Leases", "ask", "asking"]
+def said(line: bytes) -> Raw:
+    """The answer in a line. Raises ``ServerBusyError`` with what is said instead."""
+    reply = json.decode(line, type=Reply)
+    if reply.fault is not None:
+        raise ServerBusyError(reply.fault, retry_after=1.0)
+    return reply.value
+
+
+__all__ = ["Answers", "Ear", "Leases", "Passed", "Question", "ask", "asking", "hear", "said"]

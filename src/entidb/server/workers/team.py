@@ -19,22 +19,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import Struct, convert
+from msgspec import convert
 
 from entidb.errors import EntiDBError, ServerBusyError
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.local import LocalDoor, open_door
-from entidb.server.admin.office import Office
+from entidb.server.admin.office import NodeRow, Office
 from entidb.server.admin.readiness import Readiness
 from entidb.server.admin.routes import answer
 from entidb.server.config import directory_name
 from entidb.server.live import LiveChannels
 from entidb.server.server import SyncServer
 from entidb.server.watched import Mark, mark_of
-from entidb.server.workers.family import Family
-from entidb.server.workers.seats import SOCKET, Seats
-from entidb.server.workers.talk import Answers, Ear, Leases, ask, asking
-from entidb.storage.locks import HeldError
+from entidb.server.workers.company import NOT_THERE, Company, FolderCompany
+from entidb.server.workers.talk import Answers, Leases, Passed
 
 if TYPE_CHECKING:
     from entidb.server.metrics import Metrics
@@ -51,19 +49,6 @@ _ASK_S: Final = 2.0
 _ADMIN_S: Final = 150.0
 _FIND_S: Final = 5.0
 _PAUSE_S: Final = 0.05
-_NOT_THERE: Final = (FileNotFoundError, ConnectionRefusedError)
-
-
-class Passed(Struct):
-    """A request to administration, passed on to the process in the chair."""
-
-    who: str
-    where: str
-    databases: list[str] | None
-    method: str
-    path: str
-    query: dict[str, str]
-    body: str
 
 
 class Team:
@@ -75,10 +60,11 @@ class Team:
         server: SyncServer,
         office: Office,
         live: LiveChannels,
-        family: Family,
+        company: Company,
         metrics: Metrics | None,
     ) -> None:
-        self._server, self._office, self._live, self._family = server, office, live, family
+        self._server, self._office, self._live = server, office, live
+        self._company: Final = company
         self._readiness = Readiness(office)
         self._door: LocalDoor | None = None
         self._on_duty = False
@@ -87,11 +73,10 @@ class Team:
         self._files: dict[str, Mark] = {}
         self._stop = threading.Event()
         self._slow_at = 0.0
-        self._seats: Final = Seats(str(office.root))
-        self._counted = _counted(self._seats, metrics)
+        self._counted = _counted(company, metrics)
         answers: Answers = {
             "ready": lambda given: list(self._readiness.reasons()),
-            "opened": lambda given: server.stores.opened(),
+            "opened": lambda given: self._opened_here(),
             "flush": lambda given: self._flush(),
             "decided": lambda given: self._look_again(),
             "reload": lambda given: server.reload(),
@@ -99,11 +84,11 @@ class Team:
             "counts": lambda given: [] if metrics is None else metrics.series(),
         }
         leases: Leases = {"close": lambda given: server.stores.closed_here(*given)}
-        self._ear = Ear(self._seats.folder, self._seats.name + SOCKET, answers, leases)
+        company.listen(answers, leases, self._office.control.look_again)
         server.stores.elsewhere = self.closed
-        server.stores.is_kept_closed = lambda name: self._seats.is_kept_closed(directory_name(name))
+        server.stores.is_kept_closed = company.is_kept_closed
         server.stores.is_awaited = live.is_awaited
-        server.stores.may_purge = self._may_purge
+        server.stores.may_purge = company.is_first
         office.control.on_change = self._tell_decided
         office.others = self
         if metrics is not None and self._counted is not None:
@@ -115,18 +100,25 @@ class Team:
         """Give everything up, for another process to take. Idempotent."""
         self._stop.set()
         self._thread.join()
-        self._ear.close()
+        self._company.deafen()
         self._leave_chair()
         if self._counted is not None:
             self._counted.leave()
-        self._seats.leave()
+        self._company.leave()
 
     # ------------------------------------------------------------ now and then
 
     def _run(self) -> None:
+        said = ""
         while True:
             try:
                 self._tick()
+                said = ""
+            except EntiDBError as error:
+                # As long as the store of all is away: once, and not at each look.
+                if str(error) != said:
+                    logger.warning("the other processes of this server are not seen: %s", error)
+                said = str(error)
             except Exception:
                 # The next one may work, and without it nobody would take the chair.
                 logger.exception("looking after the other processes of this server failed")
@@ -134,35 +126,46 @@ class Team:
                 return
 
     def _tick(self) -> None:
-        if os.getppid() != self._family.parent and not self._told_to_stop:
+        family = self._server.family
+        if family is not None and os.getppid() != family.parent and not self._told_to_stop:
             self._told_to_stop = True
             logger.warning("the parent of this process has ended, and so does this one")
             os.kill(os.getpid(), signal.SIGTERM)
-        if not self._on_duty and self._seats.take_chair():
-            self._door = open_door(self._office)
-            self._on_duty = True
+        self._look_at_chair()
         now = time.monotonic()
         if now >= self._slow_at:
             self._slow_at = now + _SLOW_TICK_S
-            self._look_at_files()
+            if self._office.on_files:
+                self._look_at_files()
             if self._counted is not None:
                 self._counted.leave()
             if self._on_duty:
                 self._clear_up()
 
+    def _look_at_chair(self) -> None:
+        """A node loses it with its connection."""
+        mine = self._company.take_chair()
+        if mine and not self._on_duty:
+            self._door = open_door(self._office)
+        elif self._on_duty and not mine:
+            self._close_door()
+        self._on_duty = mine
+
     def _clear_up(self) -> None:
         if self._counted is not None:
             self._counted.add_up()
-            return
-        for name in self._seats.gone():
-            self._seats.clear(name)
+        else:
+            self._company.clear_up()
 
-    def _leave_chair(self) -> None:
+    def _close_door(self) -> None:
         door, self._door = self._door, None
         if door is not None:
             door.close()
+
+    def _leave_chair(self) -> None:
+        self._close_door()
         self._on_duty = False
-        self._seats.give_chair()
+        self._company.give_chair()
 
     def _look_at_files(self) -> None:
         """Have those who wait for a database that is closed here hear of what another process has
@@ -184,10 +187,13 @@ class Team:
                     # Who waits asks for it by himself, and is told.
                     logger.info("database %s has changed and is not opened: %s", db_id, error)
 
-    def _may_purge(self, db_id: str, every_s: float) -> bool:
-        return self._seats.is_first(directory_name(db_id), every_s)
-
     # ------------------------------------------------------------ asked by the others
+
+    def _opened_here(self) -> dict[str, float]:
+        """The databases that are open here, with the seconds since their last use: another machine
+        has another clock."""
+        now = self._office.clock.monotonic()
+        return {name: now - used_at for name, used_at in self._server.stores.opened().items()}
 
     def _flush(self) -> None:
         self._server.registry.flush()
@@ -216,7 +222,10 @@ class Team:
         return self._on_duty
 
     def count(self) -> int | None:
-        return 1 + len(self._seats.others())
+        return self._company.count()
+
+    def rows(self) -> list[NodeRow]:
+        return self._company.rows(self._office.clock.now_ms())
 
     def forward(
         self, caller: Caller, method: str, path: str, query: Mapping[str, str], body: bytes
@@ -227,19 +236,14 @@ class Team:
         )
         end = time.monotonic() + _FIND_S
         while not self._on_duty:
-            name = self._seats.chairman()
-            if name is not None and name != self._seats.name:
+            name = self._company.chairman()
+            if name is not None and name != self._company.name:
                 try:
-                    status, text = ask(
-                        self._seats.folder,
-                        name + SOCKET,
-                        "admin",
-                        passed,
-                        _ADMIN_S,
-                        tuple[int, str],
+                    status, text = self._company.ask(
+                        name, "admin", passed, _ADMIN_S, tuple[int, str]
                     )
                     return status, text.encode("latin-1")
-                except _NOT_THERE:
+                except NOT_THERE:
                     pass  # it ended before it was asked: another one takes the chair
                 except OSError as error:
                     raise ServerBusyError(
@@ -258,11 +262,14 @@ class Team:
     def opened(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for opened in self._ask_all("opened"):
-            for name, used_at in opened.items():
-                found[name] = max(used_at, found.get(name, used_at))
+            now = self._office.clock.monotonic()
+            for name, seconds in opened.items():
+                found[name] = max(now - seconds, found.get(name, now - seconds))
         return found
 
     def reasons(self) -> set[str]:
+        if not self._company.one_address:
+            return set()  # another node is asked at its own address
         return {reason for reasons in self._ask_all("ready") for reason in reasons}
 
     def reload(self) -> None:
@@ -275,17 +282,14 @@ class Team:
     def _ask_all(self, what: str) -> list[Any]:
         """The answers of those that answer."""
         found = []
-        for name in self._seats.others():
+        for name in self._company.others():
             try:
-                found.append(self._ask(name, what))
-            except _NOT_THERE:
+                found.append(self._company.ask(name, what, None, _ASK_S))
+            except NOT_THERE:
                 logger.debug("process %s has not begun yet, or has ended", name)
             except (OSError, ServerBusyError) as error:
                 logger.warning("process %s of this server, asked to %s: %s", name, what, error)
         return found
-
-    def _ask(self, name: str, what: str, given: Any = None, timeout_s: float = _ASK_S) -> Any:
-        return ask(self._seats.folder, name + SOCKET, what, given, timeout_s)
 
     # ------------------------------------------------------------ for the databases
 
@@ -293,25 +297,16 @@ class Team:
     def closed(self, db_id: str, wait_s: float) -> Iterator[None]:
         """The database is closed in all other processes, also in those that begin meanwhile.
         Raises ``ServerBusyError``."""
-        directory = directory_name(db_id)
-        try:
-            lock = self._seats.keep_closed(directory)
-        except HeldError as error:
-            raise ServerBusyError(f"database {db_id!r} is being looked after") from error
-        try:
-            with ExitStack() as leases:
-                for name in self._seats.others():
-                    self._close_in(leases, name, db_id, wait_s)
-                yield
-        finally:
-            self._seats.let_open(directory, lock)
+        with self._company.keeping_closed(db_id), ExitStack() as leases:
+            for name in self._company.others():
+                self._close_in(leases, name, db_id, wait_s)
+            yield
 
     def _close_in(self, leases: ExitStack, name: str, db_id: str, wait_s: float) -> None:
         try:
-            leases.enter_context(
-                asking(self._seats.folder, name + SOCKET, "close", [db_id, wait_s], wait_s + _ASK_S)
-            )
-        except (*_NOT_THERE, ConnectionResetError):
+            given = [db_id, wait_s]
+            leases.enter_context(self._company.lease(name, "close", given, wait_s + _ASK_S))
+        except (*NOT_THERE, ConnectionResetError):
             return  # it has ended; or has opened nothing yet, and looks before it does
         except OSError as error:
             raise ServerBusyError(
@@ -320,12 +315,24 @@ class Team:
             ) from error
 
 
-def _counted(seats: Seats, metrics: Metrics | None) -> Counted | None:
-    if metrics is None:
+def company_of(server: SyncServer) -> Company | None:
+    """The other processes of this server; None where it is alone. Raises ``OSError`` and
+    ``StorageError``."""
+    config = server.config
+    if config.address is not None:
+        from entidb.server.nodes.company import NodeCompany  # its package is an extra
+
+        return NodeCompany(config.address, server.address)
+    return None if server.family is None else FolderCompany(str(server.place.root))
+
+
+def _counted(company: Company, metrics: Metrics | None) -> Counted | None:
+    """Of nodes each counts for itself, and is asked at its own address."""
+    if metrics is None or not isinstance(company, FolderCompany):
         return None
     from entidb.server.workers.counted import Counted  # as ``metrics``: only where it is used
 
-    return Counted(seats, metrics)
+    return Counted(company.seats, metrics)
 
 
-__all__ = ["Team"]
+__all__ = ["Team", "company_of"]

@@ -33,7 +33,7 @@ GATE_SECONDS: Final = 60.0
 #: Seconds between two looks at the gate, or at who is still before it.
 _GATE_LOOK_SECONDS: Final = 0.001
 #: Rows read or written between two looks at how much of the file is resident.
-_SHED_EVERY_ROWS: Final = 20_000
+SHED_EVERY_ROWS: Final = 20_000
 
 
 class Reader(Struct, eq=False):
@@ -127,16 +127,20 @@ class Gate:
         while any(reader.busy for reader in list(self.readers)):
             time.sleep(0.0001)
 
+    def shed(self) -> None:
+        """Give memory back that holds pages of the file. The map cannot move meanwhile: a reader
+        of the caller is open and busy."""
+        self.touched = 0
+        shed(self._data_path)
+
     def end(self, reader: Reader) -> None:
         """May be repeated, and has to be when it was interrupted."""
         # In a forked child the transaction is the parent's, and is kept alive for good.
         if self.level == FORKED:
             return
         reader.busy = True
-        if self.touched > _SHED_EVERY_ROWS and self.level <= DRAINING:
-            # The map cannot move while a reader is open and busy.
-            self.touched = 0
-            shed(self._data_path)
+        if self.touched > SHED_EVERY_ROWS and self.level <= DRAINING:
+            self.shed()
         txn = reader.txn
         if txn is not None:
             if self.level > DRAINING:

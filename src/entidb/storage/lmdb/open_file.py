@@ -36,9 +36,10 @@ from entidb.storage.lmdb.closed_file import check_data_file, write_headers_again
 from entidb.storage.lmdb.failures import code_of, storage_error
 from entidb.storage.lmdb.gate import CLOSED, DRAINING, FORKED, FROZEN, Gate
 from entidb.storage.lmdb.headers import UNREADABLE, read_headers
+from entidb.storage.lmdb.holes import Holes
 from entidb.storage.lmdb.layout import META_BYTES, META_END
 from entidb.storage.lmdb.place import Place
-from entidb.storage.lmdb.turn import FileTurn, SoleTurn
+from entidb.storage.lmdb.turn import COMMITTING, FileTurn, SoleTurn
 
 #: Room in a new map beside twice the file: virtual, but of 2**47 bytes that a process has. So many
 #: databases can be open, and the map of few has to grow while a reader is open.
@@ -48,7 +49,7 @@ _MAP_SHARE: Final = 2048
 MAP_BYTES_MAX: Final = 2**46
 MAP_BYTES_MIN: Final = 2**20
 _READERS_MAX: Final = 512
-_TWO_U64: Final = struct.Struct("=QQ")
+_U64_BYTES: Final = 8
 #: Where a header names its commit.
 _NUMBER_AT: Final = META_BYTES - META_END.size + 8
 #: How to ask for address space and nothing else.
@@ -77,6 +78,7 @@ class OpenFile:
         #: The mark after the newest commit of this process; the newest there is, if it is alone.
         self.newest = 0
         self.turn: FileTurn | SoleTurn = SoleTurn()
+        self._holes = Holes()
         self._open()
         self.newest = self._number()
         try:
@@ -89,6 +91,25 @@ class OpenFile:
         self.turn.recover_by(self._recover)
         _FILES.add(self)
 
+    def give_back(self) -> bool:
+        """As ``SpareStorage.give_back``; LMDB's lock of the writer keeps other processes out."""
+        if self.turn.memory[COMMITTING]:
+            return True
+        try:
+            with self.place.data_file() as descriptor:
+                return self._holes.step(descriptor, self._begin_to_look, self.env.readers)
+        except (BlockingIOError, lmdb.MapResizedError):
+            return True  # A commit is under way, or the next one maps more.
+
+    def _begin_to_look(self) -> Any:
+        """Raises ``BlockingIOError`` where the newest commit may not be durable yet."""
+        self.env.reader_check()
+        transaction = self.env.begin(write=True)
+        if self.turn.memory[COMMITTING]:
+            transaction.commit()
+            raise BlockingIOError(errno.EAGAIN, "a commit is under way in another process")
+        return transaction
+
     def mark(self) -> int:
         """The mark of the newest commit, or of one under way; what ``Storage`` promises of it."""
         gate = self.gate
@@ -99,16 +120,15 @@ class OpenFile:
         # Read in the file itself: LMDB must not be asked while it is being shut. A descriptor that
         # is closed meanwhile, and even given to another file, leads to no mark that was seen.
         try:
-            descriptor = self.place.descriptor
-            raw = os.pread(descriptor, 8, _NUMBER_AT)
-            raw += os.pread(descriptor, 8, self._page_bytes + _NUMBER_AT)
-            if len(raw) < 16:
+            # Both headers with one call, and what is between them: two take longer.
+            raw = os.pread(self.place.descriptor, self._numbers.size, _NUMBER_AT)
+            if len(raw) < self._numbers.size:
                 raise OSError(errno.EBADF, "this is not the data file any more")
         except OSError as error:
             if gate.level >= CLOSED:
                 gate.wait_for()
             raise storage_error(error, f"reading {gate.path}") from error
-        return self.marks + int(max(_TWO_U64.unpack(raw)))
+        return self.marks + int(max(self._numbers.unpack(raw)))
 
     def _close_env(self) -> None:
         if self.env is not None:
@@ -319,7 +339,8 @@ class OpenFile:
 
     def _open(self) -> None:
         self.env, self.map_bytes = map_store(self.place, self.map_bytes, self.read_only)
-        self._page_bytes: int = self.env.stat()["psize"]
+        between = self.env.stat()["psize"] - _U64_BYTES
+        self._numbers = struct.Struct(f"=Q{between}xQ")
         self.begin = self.env.begin
 
     def _refuse_begin(self) -> Any:

@@ -97,6 +97,23 @@ def page_faults(path: str, header: Header) -> Iterator[str]:
         os.close(descriptor)
 
 
+def free_pages(descriptor: int, header: Header, up_to: int) -> list[int]:
+    """In order, the pages that commits up to ``up_to`` have freed, by the list that belongs to
+    ``header``. The caller keeps writers away. Raises one of ``UNREADABLE`` where the list, or a
+    page in it, is not what it must be."""
+    walk, lists = _Walk(descriptor, header), list[tuple[bytes, bytes]]()
+    for fault in _TreeWalk(walk, header.free, lists).run():
+        raise Unreadable(fault)
+    pages: list[int] = []
+    for key, raw in lists:
+        if _U64.unpack(key)[0] <= up_to:
+            pages += struct.unpack_from(f"={_U64.unpack_from(raw, 0)[0]}Q", raw, 8)
+    pages.sort()
+    if pages and not 2 <= pages[0] <= pages[-1] <= header.last_page:
+        raise Unreadable("a page that is listed as free is outside the file")
+    return pages
+
+
 class _Walk:
     """One pass over the list of free pages and the tree of records."""
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import Final
 
-from entidb.storage.directories import sync_path
+from entidb.storage.directories import FETCHED, sync_path
 from entidb.storage.lmdb.doubt import CLAIMS
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.folder import TEMPORARY
@@ -31,7 +31,8 @@ def remove_store(path: str) -> None:
             for name in os.listdir(path):
                 if name in _OTHERS:
                     os.unlink(os.path.join(path, name))
-            shutil.rmtree(os.path.join(path, TEMPORARY), ignore_errors=True)
+            for name in (TEMPORARY, FETCHED):
+                shutil.rmtree(os.path.join(path, name), ignore_errors=True)
         finally:
             place.release()
         with contextlib.suppress(FileNotFoundError):

@@ -15,13 +15,16 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 #: Bytes of mapped files that may be resident before they are given back.
 RESIDENT_BYTES_MAX: Final = 96 * 2**20
 _DONTNEED: Final = 4  # MADV_DONTNEED, on every Linux
 _MAPS: Final = "/proc/self/maps"
+#: Seconds between two looks while a file is read at once: a disk reads some ten MiB meanwhile.
+_LOOK_SECONDS: Final = 0.02
 _STATM: Final = "/proc/self/statm"
 
 
@@ -36,6 +39,31 @@ def shed(path: str, limit: int = RESIDENT_BYTES_MAX) -> bool:
     for start, length in _mappings(path):
         shed_some |= advise(ctypes.c_void_p(start), ctypes.c_size_t(length), _DONTNEED) == 0
     return shed_some
+
+
+@contextlib.contextmanager
+def shedding(path: str, limit: int = RESIDENT_BYTES_MAX) -> Iterator[None]:
+    """``shed`` now and then while the block runs, from a thread: for one call that reads the whole
+    file. The caller sees to it that the map stays where it is meanwhile."""
+    if not sys.platform.startswith("linux") or os.stat(path).st_size <= limit:
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(
+        target=_shed_until, args=(over, path, limit), name="entidb-shedder", daemon=True
+    )
+    try:
+        thread.start()
+        yield
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def _shed_until(over: threading.Event, path: str, limit: int) -> None:
+    while not over.wait(_LOOK_SECONDS):
+        shed(path, limit)
 
 
 def mapped_bytes() -> int:
@@ -68,4 +96,4 @@ def _madvise() -> Callable[..., Any]:
     return function
 
 
-__all__ = ["RESIDENT_BYTES_MAX", "mapped_bytes", "shed"]
+__all__ = ["RESIDENT_BYTES_MAX", "mapped_bytes", "shed", "shedding"]

@@ -20,7 +20,7 @@ from entidb.errors import CorruptionError, DatabaseClosedError, StorageError
 from entidb.storage.base import KEY_BYTES_MAX
 from entidb.storage.checksums import RESIDUE, U32
 from entidb.storage.lmdb.failures import storage_error
-from entidb.storage.lmdb.gate import CLOSED, DRAINING, Gate, Reader
+from entidb.storage.lmdb.gate import CLOSED, DRAINING, SHED_EVERY_ROWS, Gate, Reader
 
 #: Records between two looks at ``stop``: small ranges do not read far over their end.
 _SCAN_CHUNK_FIRST: Final = 32
@@ -192,6 +192,10 @@ class LmdbSnapshot:
             if inside < asked:
                 break
             self._gate.touched += inside
+            if self._gate.touched > SHED_EVERY_ROWS:
+                # A snapshot may be read from for long, as ``verify`` does.
+                with self.inside():
+                    self._gate.shed()
             left -= inside
             chunk_size = min(chunk_size * 4, SCAN_CHUNK_MAX)
         return found

@@ -36,6 +36,7 @@ from entidb.storage.lmdb.gate import CLOSED, FROZEN, OPEN, Gate, Reader
 from entidb.storage.lmdb.left import DATA, LOCK
 from entidb.storage.lmdb.open_file import MAP_BYTES_MIN, OpenFile, as_bytes, create_file
 from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
+from entidb.storage.lmdb.resident import shedding
 from entidb.storage.lmdb.snapshot import LmdbSnapshot
 from entidb.storage.lmdb.spacers import spacers
 from entidb.storage.lmdb.turn import COMMITTING, TURN
@@ -76,6 +77,8 @@ class LmdbStorage:
 
     #: Contracts ask this: it has files, so ``backup`` works and it can be opened again.
     supports_files: Final = True
+    #: A server asks this: who reads waits for a page of a file, or for nothing.
+    reads_mapped_files: Final = True
 
     def __init__(
         self,
@@ -381,6 +384,20 @@ class LmdbStorage:
                 finally:
                     self._place.folder.remove_temporary()
 
+    def give_back(self) -> bool:
+        """As ``SpareStorage.give_back``."""
+        if self._read_only:
+            return False
+        try:
+            with self._gate.turns.hold(0) as ours:
+                if not ours:
+                    return True
+                self._gate.find_open()
+                self._place.check()
+                return self._file.give_back()
+        except (OSError, lmdb.Error) as error:
+            raise storage_error(error, f"giving back room of {self.path}") from error
+
     def _no_writing(self) -> StorageError:
         return StorageError(f"{self.path} was opened only to read; open it without read_only")
 
@@ -423,7 +440,8 @@ class LmdbStorage:
         """A compacted, consistent and synced copy in the empty ``directory``; ``env.copy`` reads
         one snapshot."""
         try:
-            self._file.env.copy(as_bytes(directory), compact=True)
+            with shedding(self._place.data_path):
+                self._file.env.copy(as_bytes(directory), compact=True)
             restrict(os.path.join(directory, DATA))
             sync_path(os.path.join(directory, DATA))
         except (OSError, lmdb.Error) as error:

@@ -11,9 +11,9 @@ from typing import Final
 
 import psycopg
 from psycopg import errors
-from psycopg_pool import PoolTimeout, TooManyRequests
 
-from entidb.errors import StorageError, StorageFullError
+from entidb.errors import StorageError, StorageFullError, StorageUnreachableError
+from entidb.storage.postgres.reaching import NoAnswerError
 
 #: By SQLSTATE or its class, the first match counts.
 _WORDS: Final = (
@@ -30,18 +30,23 @@ _WORDS: Final = (
     ("XX", "the PostgreSQL server reports damage; look at its log"),
 )
 
+#: Those that pass by themselves, or when somebody looks after the server: it is worth asking again.
+_PASSING: Final = ("53300", "25006", "57P", "08")
+
 
 def storage_error(error: Exception, doing: str) -> StorageError:
     """Ours for what psycopg raised. Nothing was changed by what failed."""
     if isinstance(error, StorageError):
         return error
-    if isinstance(error, PoolTimeout | TooManyRequests):
-        return StorageError(
-            f"{doing}: no connection to the PostgreSQL server within the time that is waited; is "
-            "it there, and are the snapshots closed?"
+    if isinstance(error, NoAnswerError):
+        return StorageUnreachableError(
+            f"{doing}: the PostgreSQL server does not answer within the time that is waited; is it "
+            "there, and does its synchronous standby answer?"
         )
     state = getattr(error, "sqlstate", None) or ""
     kind = StorageFullError if isinstance(error, errors.DiskFull) else StorageError
+    if not state or state.startswith(_PASSING):
+        kind = StorageUnreachableError
     for prefix, words in _WORDS:
         if state.startswith(prefix):
             return kind(f"{doing}: {words} (SQLSTATE {state})")

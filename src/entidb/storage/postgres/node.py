@@ -22,32 +22,62 @@ from typing import Any, Final
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg_pool import ConnectionPool
+from psycopg.pq.abc import PGresult
 
-from entidb.errors import ConfigError, DatabaseForkedError
-from entidb.storage.postgres.failures import as_ours, is_demoted
-from entidb.storage.postgres.schema import Connection, check_server, make_tables
+from entidb.errors import (
+    ConfigError,
+    DatabaseForkedError,
+    StorageError,
+    StorageUnreachableError,
+)
+from entidb.storage.postgres.failures import as_ours, is_demoted, storage_error
+from entidb.storage.postgres.line import Line, Question
+from entidb.storage.postgres.pool import Pool
+from entidb.storage.postgres.pulse import Heartbeat
+from entidb.storage.postgres.reaching import Hosts, Lines, Place, ask, place_of
+from entidb.storage.postgres.schema import check_server, make_tables
 
 #: Connections of one node, unless it is told otherwise; a third of them is for turns.
 CONNECTIONS_MAX: Final = 16
 #: Seconds that are waited for a connection.
 WAIT_S: Final = 15.0
+#: Seconds after a failure to connect in which nobody tries again.
+_FAILED_S: Final = 0.5
+#: Connections that may have died unnoticed before one that works.
+_TRIES: Final = 20
+#: Seconds that a new connection waits for the synchronous standby, before the server is as good as
+#: away: nothing else can be acknowledged either.
+BARRIER_S: Final = 10.0
+_BARRIER: Final = b"UPDATE entidb_barrier SET passed = passed + 1"
 #: Seconds between two looks at the marks that somebody waits for.
 LOOK_S: Final = 0.02
+#: Seconds until the next one after they could not be read.
+_AWAY_S: Final = 0.5
 #: A dead network ends a connection after some ten seconds, on both ends. No statement is ever given
 #: up by a time limit: PostgreSQL reports a commit that was cancelled as one that succeeded.
 _SETTINGS: Final[dict[str, Any]] = {
     "target_session_attrs": "read-write",
-    "connect_timeout": 5,
+    "connect_timeout": 3,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
     "application_name": "entidb",
 }
-_SERVER_SETTINGS: Final = (
-    "-c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"
+#: What a role or a database has set otherwise does not count. Every statement finds its records by
+#: their key, and says so to a planner that has no statistics yet: never by reading a whole table.
+_SERVER_SETTINGS: Final = " ".join(
+    f"-c {setting}"
+    for setting in (
+        *("tcp_keepalives_idle=5", "tcp_keepalives_interval=2", "tcp_keepalives_count=3"),
+        *("statement_timeout=0", "lock_timeout=0", "idle_in_transaction_session_timeout=0"),
+        r"default_transaction_isolation=read\ committed",
+        *("plan_cache_mode=force_generic_plan", "jit=off", "enable_seqscan=off"),
+        *("enable_bitmapscan=off", "enable_hashjoin=off", "enable_mergejoin=off"),
+    )
 )
+#: Those of newer servers, which older ones do not know, by the version that brought them.
+_NEWER_SETTINGS: Final = ((140000, "idle_session_timeout"), (170000, "transaction_timeout"))
 
 
 def without_secret(address: str) -> str:
@@ -80,52 +110,67 @@ class Node:
         given = _parts(address)
         given["options"] = " ".join(filter(None, (_SERVER_SETTINGS, given.get("options"))))
         self._address = make_conninfo(**(_SETTINGS | given))
+        self._hosts = _hosts_of(self._address)
+        self._lines = Lines()
+        #: Until when nobody tries to connect again, and what it said the last time.
+        self._failed: tuple[float, str] | None = None
         self._process = os.getpid()
-        self._turns = max(2, connections_max // 3)
-        self._readers = connections_max - self._turns - 1
+        turns = max(2, connections_max // 3)
         with as_ours(f"opening {self.where}"), self._connect() as first:
             check_server(first, self.where)
-            make_tables(first, self.where)
-        self.reading = self._pool(self._readers)
-        self.committing = self._pool(self._turns)
+            #: Whether this node has made the tables.
+            self.made = make_tables(first, self.where)
+        self.reading = Pool(self._connect, connections_max - turns - 1, WAIT_S)
+        self.committing = Pool(self._connect, turns, WAIT_S)
         #: Connections of snapshots that the collector has found: given back by whoever comes next,
         #: because the collector may run inside the pool.
-        self.forgotten: deque[Connection] = deque()
+        self.forgotten: deque[Line] = deque()
         self.rights = NodeRights(self)
         self.marks = Marks(self)
+        self._pulse = Heartbeat(self._beside, self._is_watched, self._lost)
 
-    def _connect(self) -> Connection:
-        made = psycopg.connect(self._address, autocommit=True)
+    def _connect(self) -> Line:
+        """Where that has just failed, it is not tried: who waits in a line behind an outage hears
+        of it at once, and not after a time limit for each in front of him."""
+        failed = self._failed
+        if failed is not None and time.monotonic() < failed[0]:
+            raise StorageUnreachableError(failed[1])
         try:
+            made = self._connected()
+        except (psycopg.OperationalError, StorageUnreachableError) as error:
+            said = storage_error(error, f"connecting to {self.where}")
+            self._failed = time.monotonic() + _FAILED_S, str(said)
+            raise
+        self._failed = None
+        return made
+
+    def _connected(self) -> Line:
+        made = Line.connect(self._hosts.address(), autocommit=True)
+        try:
+            self._lines.add(made)
             self.bar(made)
         except BaseException:
             made.close()
             raise
+        self._hosts.prefer(place_of(made))
         return made
 
-    def bar(self, connection: Connection) -> None:
-        """See the module. Of a database that has no tables yet there is nothing to read."""
-        with contextlib.suppress(psycopg.errors.UndefinedTable):
-            connection.execute("UPDATE entidb_barrier SET passed = passed + 1")
+    def _beside(self) -> psycopg.Connection[Any]:
+        """To the server that takes writes now, as libpq finds it; nothing is read there."""
+        return psycopg.connect(self._hosts.address(), autocommit=True)
 
-    def connect(self) -> Connection:
+    def bar(self, connection: Line) -> None:
+        """See the module. Of a database that has no tables yet there is nothing to read."""
+        for version, setting in _NEWER_SETTINGS:
+            if connection.info.server_version >= version:
+                connection.execute(f"SET {setting} = 0".encode())
+        with contextlib.suppress(psycopg.errors.UndefinedTable):
+            ask(connection, _BARRIER, BARRIER_S)
+
+    def connect(self) -> Line:
         """One more connection, of the caller's own."""
         self.check_process()
         return self._connect()
-
-    def _pool(self, size: int) -> ConnectionPool[Connection]:
-        return ConnectionPool(
-            self._address,
-            connection_class=Connection,
-            kwargs={"autocommit": True},
-            min_size=0,
-            max_size=size,
-            configure=self.bar,
-            timeout=WAIT_S,
-            max_idle=60.0,
-            num_workers=1,
-            open=True,
-        )
 
     def check_process(self) -> None:
         if os.getpid() != self._process:
@@ -133,14 +178,35 @@ class Node:
                 f"{self.where} was opened before this process was forked; open it again here"
             )
 
-    def lend(self, pool: ConnectionPool[Connection]) -> Connection:
+    def lend(self, pool: Pool) -> Line:
         """A connection that is in no transaction; ``take_back`` is the caller's. Raises what
         psycopg raises."""
         self.check_process()
         self.reclaim()
+        self._pulse.begin()
         return pool.getconn()
 
-    def take_back(self, pool: ConnectionPool[Connection], connection: Connection) -> None:
+    def ask(self, pool: Pool, questions: list[Question]) -> tuple[Line, list[PGresult]]:
+        """A connection, and its answers; ``take_back`` is the caller's. One that was idle may have
+        died: then the next one is asked. Raises what psycopg raises."""
+        failed: psycopg.Error | None = None
+        for _ in range(_TRIES):
+            line = self.lend(pool)
+            try:
+                return line, line.ask_all(questions)
+            except psycopg.Error as error:
+                alive = not line.closed
+                self.take_back(pool, line)
+                if alive:
+                    raise
+                failed = error
+            except BaseException:
+                self.take_back(pool, line)
+                raise
+        assert failed is not None
+        raise failed
+
+    def take_back(self, pool: Pool, connection: Line) -> None:
         """Whatever state it is in: one that is broken is replaced."""
         if os.getpid() == self._process:
             pool.putconn(connection)
@@ -156,13 +222,31 @@ class Node:
     def note(self, error: BaseException) -> None:
         """What became of a statement: a primary that was demoted is not asked again."""
         if is_demoted(error):
-            for pool in (self.reading, self.committing):
-                pool.drain()
-            self.rights.drop()
+            self._drain()
+
+    def _drain(self) -> None:
+        for pool in (self.reading, self.committing):
+            pool.drain()
+        self.rights.drop()
+
+    def _is_watched(self) -> bool:
+        """Idle ones are watched too: a server that was replaced while it was frozen has an answer
+        for them when it goes on, and it is an old one."""
+        for pool in (self.reading, self.committing):
+            pool.tidy()
+        return len(self._lines) > 0
+
+    def _lost(self, place: Place | None) -> None:
+        """The server does not answer any more, or does not lead."""
+        if place is not None:
+            self._hosts.avoid(place)
+        self._lines.cut()
+        self._drain()
 
     def close(self) -> None:
         if os.getpid() != self._process:
             return
+        self._pulse.close()
         self.marks.close()
         self.rights.drop()
         self.reclaim()
@@ -177,7 +261,7 @@ class NodeRights:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._lock = threading.Lock()
-        self._connection: Connection | None = None
+        self._connection: Line | None = None
         #: Who has which, on the connection of now.
         self._held: dict[tuple[int, int], object] = {}
 
@@ -211,7 +295,7 @@ class NodeRights:
         with self._lock:
             self._forget()
 
-    def _alive(self) -> Connection:
+    def _alive(self) -> Line:
         """The connection, after a look at it: the rights on one that is lost are lost."""
         if self._connection is not None:
             try:
@@ -289,7 +373,7 @@ class Marks:
                 wanted = list(self._waiting)
             try:
                 found = self._read(wanted)
-            except psycopg.Error:
+            except (psycopg.Error, StorageError):
                 found = None
             with self._changed:
                 self._failed = found is None
@@ -297,7 +381,7 @@ class Marks:
                     if store in self._waiting:
                         self._seen[store] = max(mark, self._seen.get(store, 0))
                 self._changed.notify_all()
-            time.sleep(LOOK_S)
+            time.sleep(_AWAY_S if found is None else LOOK_S)
 
     def _read(self, stores: list[int]) -> dict[int, int]:
         node = self._node
@@ -317,7 +401,7 @@ class Lease:
 
     def __init__(self, node: Node, key: tuple[str, int, int]) -> None:
         self.node = node
-        self.turn: Connection | None = None
+        self.turn: Line | None = None
         self.rights: dict[tuple[int, int], object] = {}
         self._key = key
         self._closed = False
@@ -343,6 +427,14 @@ class Lease:
         """For the collector, which may run anywhere, also inside the pool."""
         if not self._closed:
             threading.Thread(target=self.close, name="entidb-close").start()
+
+
+#: What is known of the hosts of an address outlives the node, which an outage may close.
+_HOSTS: dict[str, Hosts] = {}
+
+
+def _hosts_of(address: str) -> Hosts:
+    return _HOSTS.setdefault(address, Hosts(dict(conninfo_to_dict(address))))
 
 
 #: Nodes of this process, and how many stores use each. Held again by the collector.

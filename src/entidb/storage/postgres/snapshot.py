@@ -7,22 +7,67 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 from zlib import crc32
 
 import psycopg
+from psycopg.pq.abc import PGresult
 
-from entidb.errors import CorruptionError, DatabaseClosedError, StorageError
+from entidb.errors import CorruptionError, DatabaseClosedError
 from entidb.storage.base import KEY_BYTES_MAX
 from entidb.storage.checksums import RESIDUE
-from entidb.storage.postgres.failures import storage_error
+from entidb.storage.postgres.line import (
+    Line,
+    Question,
+    Statement,
+    Value,
+    byteas,
+    column_in,
+    int4,
+    int8,
+    number_in,
+    pairs_in,
+)
 from entidb.storage.postgres.opened import Opened
-from entidb.storage.postgres.schema import Connection
 
 #: Keys that one statement looks for.
-_KEYS_AT_ONCE: Final = 1000
-#: Connections that may have died unnoticed before one that works.
-_TRIES: Final = 20
+_KEYS_AT_ONCE: Final = 5000
+
+_BEGIN: Final[Question] = (
+    Statement(b"begin", b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"),
+    (),
+)
+#: The first statement decides which state it is.
+_MARK: Final = Statement(
+    b"first",
+    b"SELECT mark, (SELECT v FROM entidb_kv WHERE store = $1 AND k = $2) "
+    b"FROM entidb_store WHERE id = $1 AND name = $3",
+)
+_GET: Final = Statement(b"get", b"SELECT v FROM entidb_kv WHERE store = $1 AND k = $2")
+#: In the order of the keys; a join would be planned as one.
+_GET_MANY: Final = Statement(
+    b"get_many",
+    b"SELECT (SELECT kv.v FROM entidb_kv kv WHERE kv.store = $1 AND kv.k = wanted.k) "
+    b"FROM unnest($2::bytea[]) wanted(k)",
+)
+
+
+def _range(name: str, columns: str, order: str) -> Statement:
+    return Statement(
+        name.encode(),
+        f"SELECT {columns} FROM entidb_kv WHERE store = $1 AND k >= $2 AND k < $3 "
+        f"ORDER BY k {order} LIMIT $4".encode(),
+    )
+
+
+#: By whether it is reverse.
+_SCAN: Final = _range("scan", "k, v", "ASC"), _range("scan_back", "k, v", "DESC")
+_SCAN_KEYS: Final = _range("keys", "k", "ASC"), _range("keys_back", "k", "DESC")
+_COUNT: Final = Statement(b"count", b"SELECT count(*) FROM entidb_kv WHERE store = $1")
+_BYTES: Final = Statement(
+    b"bytes",
+    b"SELECT coalesce(sum(length(k) + length(v)), 0)::bigint FROM entidb_kv WHERE store = $1",
+)
 
 
 class PostgresSnapshot:
@@ -30,30 +75,50 @@ class PostgresSnapshot:
 
     def __init__(self, store: Opened) -> None:
         self._store = store
-        self._connection: Connection | None = None
-        self._connection, self.mark = _begin(store)
+        self._connection: Line | None = None
+        self._first = store.first.key
+        self._connection, answer = _begin(store, self._first)
+        self.mark = number_in(answer) or 0
+        self._first_value: Value = answer.get_value(0, 1)
+        self._asked = False
+        store.first.came(len(self._first_value or b""))
         store.readers.add(id(self))
 
     def get(self, key: bytes) -> bytes | None:
-        rows = self.rows("SELECT k, v FROM entidb_kv WHERE store = %s AND k = %s", key)
-        return _proved(*rows[0]) if rows else None
+        if key == self._first:
+            self._open()
+            return None if self._first_value is None else proved(key, self._first_value)
+        answer = self._ask(_GET, key)
+        stored = answer.get_value(0, 0) if answer.ntuples else None
+        if not self._asked:
+            self._asked = True
+            self._store.first.saw(key, 0 if stored is None else len(stored))
+        return None if stored is None else proved(key, stored)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        found: dict[bytes, bytes] = {}
-        wanted = [*dict.fromkeys(keys)]
-        for first in range(0, len(wanted), _KEYS_AT_ONCE):
-            part = wanted[first : first + _KEYS_AT_ONCE]
-            rows = self.rows(
-                "SELECT kv.k, kv.v FROM entidb_kv kv WHERE kv.store = %s AND kv.k = ANY(%s)", part
-            )
-            found |= {key: _proved(key, stored) for key, stored in rows}
-        return [found.get(key) for key in keys]
+        if len(keys) == 1:
+            return [self.get(keys[0])]
+        found: list[bytes | None] = []
+        for first in range(0, len(keys), _KEYS_AT_ONCE):
+            part = keys[first : first + _KEYS_AT_ONCE]
+            values = column_in(self._ask(_GET_MANY, byteas(part)))
+            found += [
+                None if stored is None else proved(key, stored)
+                for key, stored in zip(part, values, strict=True)
+            ]
+        return found
 
     def scan(
         self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
     ) -> list[tuple[bytes, bytes]]:
-        rows = self._range("k, v", start, stop, limit, reverse)
-        return [(key, _proved(key, stored)) for key, stored in rows]
+        rows = self.stored(start, stop, limit=limit, reverse=reverse)
+        return [(key, proved(key, stored)) for key, stored in rows]
+
+    def stored(
+        self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False
+    ) -> list[tuple[bytes, bytes]]:
+        """As ``scan``, with values as they are stored: not proved, and with their checksums."""
+        return pairs_in(self._ask(_SCAN[reverse], start, stop, _limit(limit)))
 
     def scan_keys(
         self,
@@ -66,30 +131,21 @@ class PostgresSnapshot:
     ) -> list[bytes]:
         if proved:
             return [key for key, _ in self.scan(start, stop, limit=limit, reverse=reverse)]
-        return [key for (key,) in self._range("k", start, stop, limit, reverse)]
+        return column_in(self._ask(_SCAN_KEYS[reverse], start, stop, _limit(limit)))
 
-    def _range(
-        self, columns: str, start: bytes, stop: bytes, limit: int | None, reverse: bool
-    ) -> list[tuple[Any, ...]]:
-        order = "DESC" if reverse else "ASC"
-        most = "" if limit is None else f" LIMIT {max(0, int(limit))}"
-        return self.rows(
-            f"SELECT {columns} FROM entidb_kv WHERE store = %s AND k >= %s AND k < %s "
-            f"ORDER BY k {order}{most}",
-            start,
-            stop,
-        )
+    def size(self) -> tuple[int, int]:
+        """Records, and bytes of all of them."""
+        return number_in(self._ask(_COUNT)) or 0, number_in(self._ask(_BYTES)) or 0
 
-    def rows(self, statement: str, *rest: Any) -> list[tuple[Any, ...]]:
-        """What ``statement`` finds in this state, as it is stored; its first value is the store."""
-        connection, store = self._open(), self._store
+    def _ask(self, statement: Statement, *values: Value) -> PGresult:
+        """The first value is the store."""
+        line, store = self._open(), self._store
         try:
-            with connection.cursor(binary=True) as cursor:
-                return cursor.execute(statement.encode(), (store.number, *rest)).fetchall()
+            return line.ask(statement, int4(store.number), *values)
         except psycopg.Error as error:
             raise store.failure(error, f"reading {store.path}") from error
 
-    def _open(self) -> Connection:
+    def _open(self) -> Line:
         if self._connection is None:
             raise DatabaseClosedError("this snapshot is closed; take a new one")
         self._store.check_open()
@@ -117,47 +173,37 @@ class PostgresSnapshot:
                 self._store.node.forgotten.append(connection)
 
 
-def _ended(connection: Connection) -> Connection:
-    """The pool would do it too, on a thread of its own, and say so in the log."""
+def _ended(line: Line) -> Line:
+    """Whose transaction ends without anybody waiting for it."""
     try:
-        connection.execute("ROLLBACK")
+        if not line.closed:
+            line.leave(b"ROLLBACK")
     except psycopg.Error:
-        connection.close()
-    return connection
+        line.close()
+    return line
 
 
-def _begin(store: Opened) -> tuple[Connection, int]:
-    """A connection inside a transaction, whose state is that of the mark it has read: the first
-    statement decides which. An idle connection may have died; one that did says so at once."""
-    node, failed = store.node, None
-    for _ in range(_TRIES):
-        try:
-            connection = node.lend(node.reading)
-        except psycopg.Error as error:
-            raise store.failure(error, f"reading {store.path}") from error
-        try:
-            cursor = connection.execute(
-                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; "
-                f"SELECT mark FROM entidb_store WHERE id = {store.number:d}".encode()
-            )
-            cursor.nextset()
-            row = cursor.fetchone()
-            if row is None:
-                raise StorageError(f"{store.path} was removed; nothing of it can be read")
-            return connection, int(row[0])
-        except psycopg.Error as error:
-            node.take_back(node.reading, connection)
-            if not connection.closed:
-                raise store.failure(error, f"reading {store.path}") from error
-            failed = error
-        except BaseException:
-            node.take_back(node.reading, _ended(connection))
-            raise
-    assert failed is not None
-    raise storage_error(failed, f"reading {store.path}") from failed
+def _begin(store: Opened, first: bytes | None) -> tuple[Line, PGresult]:
+    """A connection inside a transaction, and its first answer: the mark, and what stands at
+    ``first`` in the state of that mark."""
+    node = store.node
+    try:
+        mark = _MARK, (int4(store.number), first, store.known_as)
+        line, answers = node.ask(node.reading, [_BEGIN, mark])
+    except psycopg.Error as error:
+        raise store.failure(error, f"reading {store.path}") from error
+    if not answers[1].ntuples:
+        node.take_back(node.reading, _ended(line))
+        raise store.gone()
+    return line, answers[1]
 
 
-def _proved(key: bytes, stored: bytes) -> bytes:
+def _limit(limit: int | None) -> Value:
+    return None if limit is None else int8(max(0, int(limit)))
+
+
+def proved(key: bytes, stored: bytes) -> bytes:
+    """The value of a record as it is stored. Raises ``CorruptionError``."""
     if crc32(stored, crc32(key)) != RESIDUE:
         raise CorruptionError(
             f"the record at key {key.hex()} fails its checksum; it was not returned. Restore a "
@@ -169,4 +215,4 @@ def _proved(key: bytes, stored: bytes) -> bytes:
 #: Above every key.
 ABOVE_ALL: Final = b"\xff" * (KEY_BYTES_MAX + 1)
 
-__all__ = ["ABOVE_ALL", "PostgresSnapshot"]
+__all__ = ["ABOVE_ALL", "PostgresSnapshot", "proved"]

@@ -2,14 +2,16 @@
 
 A commit is one transaction of PostgreSQL on the connection that has the turn: it moves the mark of
 the store, compares it with the one that the commit was decided on, writes the records, and ends.
+Where all that fits into one statement, the statement is the transaction, and takes one round trip.
 What is read in a snapshot is read with its mark, in one transaction. Nothing is kept in memory.
 
-A COMMIT is never given up: PostgreSQL answers a commit that was cancelled while it waited for its
+A commit is never given up: PostgreSQL answers one that was cancelled while it waited for its
 synchronous standby with *success* and a warning. That warning, and a connection that ends before
 the answer, leave the outcome open: ``CommitUnknownError`` closes the store, and opening it again
 waits for the standby before anything is read (``node``).
 
-Not here: connections (``node``), tables (``schema``), reading (``snapshot``), turns (``turn``).
+Not here: connections (``node``), questions on one (``line``), tables (``schema``), reading
+(``snapshot``), turns (``turn``).
 """
 
 from __future__ import annotations
@@ -22,37 +24,89 @@ from typing import Any, Final
 from zlib import crc32
 
 import psycopg
-from psycopg import pq
+from psycopg import pq, sql
+from psycopg.pq.abc import PGresult
 
 from entidb.errors import (
     CommitStaleError,
     CommitUnknownError,
     ConfigError,
     StorageError,
+    StorageUnreachableError,
 )
 from entidb.storage.base import Batch, StorageInfo
 from entidb.storage.checksums import RESIDUE, stage
 from entidb.storage.opening import open_storage
 from entidb.storage.partial import Partial
 from entidb.storage.postgres.failures import storage_error
-from entidb.storage.postgres.node import CONNECTIONS_MAX, Lease, lease
+from entidb.storage.postgres.line import (
+    Line,
+    Question,
+    Statement,
+    Value,
+    byteas,
+    int4,
+    int8,
+    number_in,
+)
+from entidb.storage.postgres.node import BARRIER_S, CONNECTIONS_MAX, Lease, lease
 from entidb.storage.postgres.opened import Opened
-from entidb.storage.postgres.schema import Connection
+from entidb.storage.postgres.reaching import ask
 from entidb.storage.postgres.snapshot import ABOVE_ALL, PostgresSnapshot
 from entidb.storage.postgres.turn import PostgresRight, PostgresTurn
 
 #: Records and bytes of one statement.
-_ROWS_AT_ONCE: Final = 2000
+ROWS_AT_ONCE: Final = 5000
 _BYTES_AT_ONCE: Final = 8 << 20
 #: Records that verify and backup read at once.
 _READ_AT_ONCE: Final = 5000
 #: What PostgreSQL says with a commit that it was made to stop waiting for.
 _CANCELLED: Final = "01000"
 
-_PUT: Final = (
-    "INSERT INTO entidb_kv (store, k, v) SELECT %s, * FROM unnest(%b::bytea[], %b::bytea[]) "
-    "ON CONFLICT (store, k) DO UPDATE SET v = excluded.v"
+_LOOK: Final = Statement(b"mark", b"SELECT mark FROM entidb_store WHERE id = $1 AND name = $2")
+#: A whole commit. Where the mark is another one nothing is written, and there is no row. Only who
+#: has the turn comes here, so that nothing was committed after the statement began to look.
+_COMMIT: Final = Statement(
+    b"commit",
+    b"WITH moved AS (UPDATE entidb_store SET mark = mark + 1 WHERE id = $1 "
+    b"AND name = $3 AND mark = coalesce($2::bigint, mark) RETURNING mark), "
+    b"gone AS (DELETE FROM entidb_kv kv USING moved, unnest($4::bytea[]) AS old(k) "
+    b"WHERE kv.store = $1 AND kv.k = old.k), "
+    b"put AS (INSERT INTO entidb_kv (store, k, v) SELECT $1, new.k, new.v "
+    b"FROM moved, unnest($5::bytea[], $6::bytea[]) AS new(k, v) "
+    b"ON CONFLICT (store, k) DO UPDATE SET v = excluded.v) "
+    b"SELECT mark FROM moved",
 )
+#: The same without the keys to delete, of which most commits have none.
+_COMMIT_PUTS: Final = Statement(
+    b"commit_puts",
+    b"WITH moved AS (UPDATE entidb_store SET mark = mark + 1 WHERE id = $1 "
+    b"AND name = $3 AND mark = coalesce($2::bigint, mark) RETURNING mark), "
+    b"put AS (INSERT INTO entidb_kv (store, k, v) SELECT $1, new.k, new.v "
+    b"FROM moved, unnest($4::bytea[], $5::bytea[]) AS new(k, v) "
+    b"ON CONFLICT (store, k) DO UPDATE SET v = excluded.v) "
+    b"SELECT mark FROM moved",
+)
+#: The parts of one that does not fit.
+_BEGIN: Final = Statement(b"begin_commit", b"BEGIN")
+_MOVE: Final = Statement(
+    b"move",
+    b"UPDATE entidb_store SET mark = mark + 1 WHERE id = $1 AND name = $2 RETURNING mark",
+)
+_DELETE: Final = Statement(
+    b"delete",
+    b"DELETE FROM entidb_kv kv USING unnest($2::bytea[]) AS old(k) "
+    b"WHERE kv.store = $1 AND kv.k = old.k",
+)
+_PUT: Final = Statement(
+    b"put",
+    b"INSERT INTO entidb_kv (store, k, v) SELECT $1, new.k, new.v "
+    b"FROM unnest($2::bytea[], $3::bytea[]) AS new(k, v) "
+    b"ON CONFLICT (store, k) DO UPDATE SET v = excluded.v",
+)
+_END: Final = Statement(b"end_commit", b"COMMIT")
+
+Puts = list[tuple[bytes, bytes]]
 
 
 class PostgresStorage:
@@ -100,7 +154,7 @@ class PostgresStorage:
         try:
             number = _number(leased.node.connect, name, create)
             if number is None:
-                raise StorageError(f"there is no store {name!r} at {where}")
+                raise StorageError(f"there is no store {name!r} at {where}", code="no_store")
             return cls(leased, name, number)
         except BaseException as error:
             leased.close()
@@ -116,8 +170,22 @@ class PostgresStorage:
 
     def mark(self) -> int:
         self.opened.check_open()
-        node = self.opened.node
-        return int(self._on(node.reading, "SELECT mark FROM entidb_store WHERE id = %s", "reading"))
+        node, failure = self.opened.node, self.opened.failure
+        try:
+            line, (answer,) = node.ask(node.reading, [(_LOOK, self._row())])
+        except psycopg.Error as error:
+            raise failure(error, f"reading {self.path}") from error
+        node.take_back(node.reading, line)
+        return self._there(answer)
+
+    def _row(self) -> tuple[bytes, bytes]:
+        return int4(self.opened.number), self.opened.known_as
+
+    def _there(self, answer: PGresult) -> int:
+        mark = number_in(answer)
+        if mark is None:
+            raise self.opened.gone()
+        return mark
 
     def wait(self, mark: int, timeout_s: float) -> bool:
         if self.mark() != mark:
@@ -142,91 +210,102 @@ class PostgresStorage:
         finally:
             self.turn.give_back()
 
-    def _commit(
-        self, puts: list[tuple[bytes, bytes]], deletes: list[bytes], after: int | None
-    ) -> int:
-        connection = self.turn.connection
-        assert connection is not None
-        try:
-            mark = self._begin(connection, after, bool(puts or deletes))
-            self._write(connection, puts, deletes)
-        except psycopg.Error as error:
-            self._undo(connection)
-            raise self.opened.failure(error, f"writing to {self.path}") from error
-        except BaseException:
-            self._undo(connection)
-            raise
-        self._end(connection)
+    def _commit(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
+        line = self.turn.connection
+        assert line is not None
+        parts = list(_in_parts(puts))
+        if not puts and not deletes:
+            mark = self._look(line)
+            if after is not None and mark != after:
+                raise CommitStaleError.of(self.path, after, mark)
+            return mark
+        if len(parts) <= 1 and len(deletes) <= ROWS_AT_ONCE:
+            mark = self._commit_at_once(line, parts[0] if parts else [], deletes, after)
+        else:
+            mark = self._begin(line, parts, deletes, after)
+            self._end(line, *line.ask_to_the_end(_END))
         self.opened.node.marks.tell(self.opened.number, mark)
         return mark
 
-    def _begin(self, connection: Connection, after: int | None, changes: bool) -> int:
-        """Inside a transaction, which holds the row of the store until it ends; the mark that it
-        makes."""
-        step = 1 if changes else 0
-        cursor = connection.execute(
-            f"BEGIN; UPDATE entidb_store SET mark = mark + {step} "
-            f"WHERE id = {self.opened.number:d} RETURNING mark".encode()
-        )
-        cursor.nextset()
-        row = cursor.fetchone()
-        if row is None:
-            raise StorageError(f"{self.path} was removed; nothing was written")
-        mark = int(row[0])
-        if after is not None and mark - step != after:
-            raise CommitStaleError.of(self.path, after, mark - step)
+    def _commit_at_once(
+        self, line: Line, puts: Puts, deletes: list[bytes], after: int | None
+    ) -> int:
+        given = None if after is None else int8(after)
+        values: list[Value] = [int4(self.opened.number), given, self.opened.known_as]
+        if deletes:
+            values.append(byteas(deletes))
+        values += _columns(puts)
+        try:
+            line.check()
+        except psycopg.Error as error:
+            raise self.opened.failure(error, f"writing to {self.path}") from error
+        statement = _COMMIT if deletes else _COMMIT_PUTS
+        mark = number_in(self._end(line, *line.ask_to_the_end(statement, *values)))
+        if mark is None:
+            mark = self._look(line)
+            raise CommitStaleError.of(self.path, mark if after is None else after, mark)
         return mark
 
-    def _write(
-        self, connection: Connection, puts: list[tuple[bytes, bytes]], deletes: list[bytes]
-    ) -> None:
-        for first in range(0, len(deletes), _ROWS_AT_ONCE):
-            part = deletes[first : first + _ROWS_AT_ONCE]
-            connection.execute(
-                "DELETE FROM entidb_kv WHERE store = %s AND k = ANY(%s)", (self.opened.number, part)
-            )
-        for rows in _in_parts(puts):
-            keys, values = [key for key, _ in rows], [value for _, value in rows]
-            connection.execute(_PUT, (self.opened.number, keys, values))
+    def _look(self, line: Line) -> int:
+        try:
+            return self._there(line.ask(_LOOK, *self._row()))
+        except psycopg.Error as error:
+            raise self.opened.failure(error, f"writing to {self.path}") from error
 
-    def _undo(self, connection: Connection) -> None:
+    def _begin(self, line: Line, parts: list[Puts], deletes: list[bytes], after: int | None) -> int:
+        """Everything but the end of a transaction, which holds the row of the store until then; the
+        mark that it makes."""
+        store = int4(self.opened.number)
+
+        def questions() -> Iterator[Question]:
+            yield _BEGIN, ()
+            yield _MOVE, self._row()
+            for first in range(0, len(deletes), ROWS_AT_ONCE):
+                yield _DELETE, (store, byteas(deletes[first : first + ROWS_AT_ONCE]))
+            for part in parts:
+                yield _PUT, (store, *_columns(part))
+
+        try:
+            mark = self._there(line.ask_all(questions())[1])
+            if after is not None and mark - 1 != after:
+                raise CommitStaleError.of(self.path, after, mark - 1)
+            return mark
+        except psycopg.Error as error:
+            self._undo(line)
+            raise self.opened.failure(error, f"writing to {self.path}") from error
+        except BaseException:
+            self._undo(line)
+            raise
+
+    def _undo(self, line: Line) -> None:
         """After a failure before the COMMIT, which PostgreSQL undoes whatever comes next."""
         try:
-            if not connection.closed:
-                connection.execute("ROLLBACK")
+            if not line.closed:
+                line.execute("ROLLBACK")
         except psycopg.Error:
-            connection.close()
+            line.close()
 
-    def _end(self, connection: Connection) -> None:
-        """The COMMIT, in one call of libpq that no signal handler of Python interrupts: psycopg
-        would cancel it."""
-        said: list[str | None] = []
-
-        def listen(notice: psycopg.errors.Diagnostic) -> None:
-            said.append(notice.sqlstate)
-
-        connection.add_notice_handler(listen)
-        try:
-            result = connection.pgconn.exec_(b"COMMIT")
-            status = result.status
-            ended = result.command_status
-        finally:
-            connection.remove_notice_handler(listen)
-        if status == pq.ExecStatus.COMMAND_OK and ended == b"COMMIT" and _CANCELLED not in said:
-            return
-        lost = connection.pgconn.status != pq.ConnStatus.OK
+    def _end(self, line: Line, answer: PGresult, said: list[str | None]) -> PGresult:
+        """The answer to a commit that is done; raises for every other one."""
+        good = answer.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK)
+        if good and answer.command_status != b"ROLLBACK" and _CANCELLED not in said:
+            return answer
+        lost = line.pgconn.status != pq.ConnStatus.OK
         if not lost and _CANCELLED not in said:
             # It has answered, and not with a commit: nothing was changed.
-            self._undo(connection)
-            raise StorageError(f"committing to {self.path}: PostgreSQL refused it")
-        self._close_now(connection)
+            self._undo(line)
+            if good:
+                raise StorageError(f"committing to {self.path}: PostgreSQL refused it")
+            error = psycopg.errors.error_from_result(answer)
+            raise self.opened.failure(error, f"committing to {self.path}") from error
+        self._close_now(line)
         raise CommitUnknownError(
             f"the connection to {self.path} ended before its answer, or PostgreSQL stopped waiting "
             "for its standby: open it again to find out whether the commit is there"
-        )
+        ) from StorageUnreachableError(f"committing to {self.path}: no answer")
 
-    def _close_now(self, connection: Connection) -> None:
-        connection.close()
+    def _close_now(self, line: Line) -> None:
+        line.close()
         self.close()
 
     # ---- care
@@ -235,11 +314,7 @@ class PostgresStorage:
         with self.snapshot() as snapshot:
             last = b""
             while True:
-                rows = snapshot.rows(
-                    "SELECT k, v FROM entidb_kv WHERE store = %s AND k > %s ORDER BY k "
-                    f"LIMIT {_READ_AT_ONCE}",
-                    last,
-                )
+                rows = snapshot.stored(last + b"\0", ABOVE_ALL, limit=_READ_AT_ONCE)
                 for key, stored in rows:
                     if crc32(stored, crc32(key)) != RESIDUE:
                         yield f"the record at key {key.hex()} fails its checksum"
@@ -278,58 +353,45 @@ class PostgresStorage:
         self.opened.check_open()
         self.opened.node.reclaim()
         with self.snapshot() as snapshot:
-            ((records, used),) = snapshot.rows(
-                "SELECT count(*), coalesce(sum(length(k) + length(v)), 0)::bigint FROM entidb_kv "
-                "WHERE store = %s"
-            )
+            records, used = snapshot.size()
         return StorageInfo("postgres", self.path, used, used, 0, records, len(self.opened.readers))
 
     def close(self) -> None:
         self.opened.closed = True
         self.opened.lease.close()
 
-    def _on(self, pool: Any, statement: str, doing: str) -> Any:
-        """The one value that a statement finds, on a connection for a moment."""
-        node = self.opened.node
-        try:
-            connection = node.lend(pool)
-            try:
-                row = connection.execute(statement.encode(), (self.opened.number,)).fetchone()
-            finally:
-                node.take_back(pool, connection)
-        except psycopg.Error as error:
-            raise self.opened.failure(error, f"{doing} {self.path}") from error
-        if row is None:
-            raise StorageError(f"{self.path} was removed")
-        return row[0]
-
 
 def _number(connect: Any, name: str, create: bool) -> int | None:
     """Which store it is. Opening is a commit (``epoch``), so that it waits for the standby."""
+    named = sql.Literal(name).as_string(None)
+    opens = f"UPDATE entidb_store SET epoch = epoch + 1 WHERE name = {named} RETURNING id"
+    makes = f"INSERT INTO entidb_store (name) VALUES ({named}) ON CONFLICT DO NOTHING"
     with connect() as connection:
         for _ in range(2):
-            row = connection.execute(
-                "UPDATE entidb_store SET epoch = epoch + 1 WHERE name = %s RETURNING id", (name,)
-            ).fetchone()
-            if row is not None or not create:
-                return None if row is None else int(row[0])
-            connection.execute(
-                "INSERT INTO entidb_store (name) VALUES (%s) ON CONFLICT DO NOTHING", (name,)
-            )
+            # Given up where the standby stays away: what becomes of an epoch matters to nobody.
+            found = ask(connection, opens.encode(), BARRIER_S)
+            if found is not None or not create:
+                return None if found is None else int(found)
+            ask(connection, makes.encode(), BARRIER_S)
     raise StorageError(f"the store {name!r} was removed while it was opened")
 
 
-def _in_parts(puts: list[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    part: list[tuple[bytes, bytes]] = []
+def _in_parts(puts: Puts) -> Iterator[Puts]:
+    part: Puts = []
     size = 0
-    for key, value in puts:
-        part.append((key, value))
-        size += len(value)
-        if len(part) >= _ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
+    for pair in puts:
+        part.append(pair)
+        size += len(pair[1])
+        if len(part) >= ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
             yield part
             part, size = [], 0
     if part:
         yield part
 
 
-__all__ = ["PostgresStorage"]
+def _columns(puts: Puts) -> tuple[bytes, bytes]:
+    """Keys and values, as arrays."""
+    return byteas([key for key, _ in puts]), byteas([value for _, value in puts])
+
+
+__all__ = ["ROWS_AT_ONCE", "PostgresStorage"]

@@ -8,6 +8,7 @@ turn without noticing. The fence (``store``) is compared in the commit all the s
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 import zlib
 from typing import Final
@@ -16,11 +17,20 @@ import psycopg
 from psycopg import errors
 
 from entidb.storage.postgres.failures import as_ours, storage_error
+from entidb.storage.postgres.line import Line, Statement, int4
 from entidb.storage.postgres.opened import Opened
-from entidb.storage.postgres.schema import Connection
+
+logger = logging.getLogger("entidb.storage")
 
 #: Seconds between two looks at whether a right is free.
 _LOOK_S: Final = 0.02
+_TRY: Final = Statement(b"try_turn", b"SELECT pg_try_advisory_lock($1::int, $2::int)")
+_LOCK: Final = Statement(b"take_turn", b"SELECT pg_advisory_lock($1::int, $2::int)")
+_UNLOCK: Final = Statement(b"end_turn", b"SELECT pg_advisory_unlock($1::int, $2::int)")
+#: A value of the type ``boolean``.
+_TRUE: Final = b"\1"
+#: Seconds after which the turn is taken from who has it and asks nothing, while others wait.
+STILL_S: Final = 30.0
 #: The number of the turn among the rights of a store.
 _TURN: Final = 0
 
@@ -33,7 +43,7 @@ class PostgresTurn:
         self._lease = store.lease
 
     @property
-    def connection(self) -> Connection | None:
+    def connection(self) -> Line | None:
         """That has it, and commits; None while this opener has no turn."""
         return self._lease.turn
 
@@ -45,41 +55,62 @@ class PostgresTurn:
             return True  # whatever comes next says so
         node = store.node
         with as_ours(f"waiting for the turn of {store.path}"):
-            connection = node.lend(node.committing)
+            line, (answer,) = node.ask(node.committing, [(_TRY, self._key())])
             try:
-                if self._lock(connection, timeout_s):
-                    self._lease.turn = connection
+                if answer.get_value(0, 0) == _TRUE or self._wait(line, timeout_s):
+                    self._lease.turn = line
                     return True
             finally:
-                if self._lease.turn is not connection:
-                    node.take_back(node.committing, connection)
+                if self._lease.turn is not line:
+                    node.take_back(node.committing, line)
         return False
 
-    def _lock(self, connection: Connection, timeout_s: float | None) -> bool:
-        key = (self._store.number, _TURN)
-        row = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", key).fetchone()
-        if row is not None and row[0]:
-            return True
-        if timeout_s is not None and timeout_s <= 0:
-            return False
-        milliseconds = 0 if timeout_s is None else max(1, round(timeout_s * 1000))
-        # Ends a wait for a lock, and never a commit: no lock is waited for inside one.
-        connection.execute(f"SET lock_timeout = {milliseconds}")
+    def _key(self) -> tuple[bytes, bytes]:
+        return int4(self._store.number), int4(_TURN)
+
+    def _wait(self, line: Line, timeout_s: float | None) -> bool:
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            connection.execute("SELECT pg_advisory_lock(%s, %s)", key)
-            return True
-        except errors.LockNotAvailable:
-            return False
+            while True:
+                left = STILL_S if until is None else until - time.monotonic()
+                if left <= 0:
+                    return False
+                # Ends a wait for a lock, and never a commit: no lock is waited for inside one.
+                milliseconds = max(1, round(min(left, STILL_S) * 1000))
+                line.execute(f"SET lock_timeout = {milliseconds}".encode())
+                try:
+                    line.ask(_LOCK, *self._key())
+                    return True
+                except errors.LockNotAvailable:
+                    self._end_still(line)
         finally:
             with contextlib.suppress(psycopg.Error):
-                connection.execute("RESET lock_timeout")
+                line.execute("SET lock_timeout = 0")
+
+    def _end_still(self, line: Line) -> None:
+        """End the connection of who has the turn, if it has asked nothing for so long: a process
+        that is stopped, or its machine, would keep the turn for ever. It finds its connection gone
+        when it goes on, and commits nothing."""
+        try:
+            row = line.execute(_END_STILL, (self._store.number, _TURN, STILL_S)).fetchone()
+        except errors.InsufficientPrivilege:
+            row = None  # another user's; it has to be ended by hand
+        if row is not None:
+            logger.warning(
+                "%s: PostgreSQL process %s had the turn and asked nothing for %g s, while others "
+                "waited; its connection was ended",
+                self._store.path,
+                row[0],
+                STILL_S,
+            )
 
     def give_back(self) -> None:
         connection = self._lease.turn
         if connection is None:
             return
         try:
-            connection.execute("SELECT pg_advisory_unlock(%s, %s)", (self._store.number, _TURN))
+            if not connection.closed:
+                connection.ask(_UNLOCK, *self._key())
         except psycopg.Error:
             connection.close()  # and with it the lock
         finally:
@@ -109,6 +140,17 @@ class PostgresTurn:
         return f"{name or 'another node'}{place} (PostgreSQL process {process})"
 
 
+#: Of the connection that has the turn, and asks nothing; one that waits for its standby is active.
+#: First which it is, and then its end: a planner may call a function of a condition before others.
+_END_STILL: Final = (
+    "WITH still AS MATERIALIZED (SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid) "
+    "WHERE locktype = 'advisory' "
+    "AND granted AND classid::int = %s AND objid::int = %s AND objsubid = 2 "
+    "AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND state IN ('idle', 'idle in transaction') "
+    "AND state_change < clock_timestamp() - make_interval(secs => %s)) "
+    "SELECT pid, pg_terminate_backend(pid) FROM still"
+)
 _HOLDER: Final = (
     "SELECT application_name, host(client_addr), pid FROM pg_locks JOIN pg_stat_activity USING "
     "(pid) WHERE locktype = 'advisory' AND granted AND classid::int = %s AND objid::int = %s "

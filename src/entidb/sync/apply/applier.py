@@ -30,6 +30,7 @@ from entidb.protocol import (
     column_rows,
     expanded,
 )
+from entidb.storage.spare import give_back
 from entidb.sync.apply.batch import batch_of, check_ready, choose, outbox_damaged, still_fresh
 from entidb.sync.apply.clock import (
     CLOCK_SLACK,
@@ -38,6 +39,7 @@ from entidb.sync.apply.clock import (
     lower_clock,
     lower_idle_clock,
 )
+from entidb.sync.apply.image import StagesImages
 from entidb.sync.apply.look import look_after, look_at
 from entidb.sync.apply.page import check_page, take_page
 from entidb.sync.apply.position import (
@@ -55,21 +57,23 @@ from entidb.sync.apply.report import RebaseReport
 from entidb.sync.apply.review import Review
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.apply.settle import CODE_CHARS_MAX, MESSAGE_CHARS_MAX, Settling, check_verdicts
+from entidb.sync.apply.signing import sign_in
 from entidb.sync.apply.stage import comes_once, stage_operations, stage_rows
 from entidb.sync.conflict import ConflictPolicy
 from entidb.sync.grants import take_grant
-from entidb.sync.room import STAGED_BYTES_MAX, check_room, staged_bytes
+from entidb.sync.room import PROVE_SAMPLE, STAGED_BYTES_MAX, check_room, staged_bytes
 
 _DAY_MS = 24 * 3600 * 1000
 
 
-class DatabaseApplier(Review):
+class DatabaseApplier(StagesImages, Review):
     """The ``SyncApplier`` on an EntiDB database.
 
     ``policies`` maps collection names to policies (names or callables), ``default_policy`` is for
     the others. Of the values they decide against the newest ``overruled_max`` are kept, for
     ``overruled_days`` days (R4). A pull of several pages takes at most ``staged_bytes_max`` bytes,
-    and leaves a quarter of the disk's free space. Only one engine uses a database at a time.
+    and leaves a quarter of the disk's free space. Of the values that come in segments it proves a
+    sample, or with ``prove="all"`` each (R35). Only one engine uses a database at a time.
     """
 
     def __init__(
@@ -81,11 +85,13 @@ class DatabaseApplier(Review):
         overruled_max: int = OVERRULED_MAX,
         overruled_days: float = OVERRULED_DAYS,
         staged_bytes_max: int = STAGED_BYTES_MAX,
+        prove: str = PROVE_SAMPLE,
     ) -> None:
-        super().__init__(
-            database, default_policy=default_policy, policies=policies, keeps=overruled_max > 0
+        StagesImages.__init__(self, database, staged_bytes_max=staged_bytes_max, prove=prove)
+        keeps = overruled_max > 0
+        Review.__init__(
+            self, database, default_policy=default_policy, policies=policies, keeps=keeps
         )
-        self._staged_bytes_max = staged_bytes_max
         self._overruled_max = overruled_max
         self._overruled_days = overruled_days
         self._heard_ms = 0
@@ -143,15 +149,23 @@ class DatabaseApplier(Review):
 
     # ------------------------------------------------------------ binding
 
-    def bind(self, db_id: str, history: bytes) -> None:
+    def bind(self, db_id: str, history: bytes, subject: str | None = None) -> None:
         state = self.state()
         check_replica_of(state, db_id)
-        if state.db_id == db_id and state.history == history:
+        same = subject is None or state.subject == subject
+        if state.db_id == db_id and state.history == history and same:
             return
         with self.database.write() as writer:
             before = writer.sync_state
             now = replace(before, db_id=db_id, history=history)
             writer.set_sync_state(machine.STAND(before, now))
+            if subject is not None:
+                sign_in(writer, subject)
+
+    def sign_in(self, subject: str) -> None:
+        if self.state().subject != subject:
+            with self.database.write() as writer:
+                sign_in(writer, subject)
 
     # ------------------------------------------------------------ push
 
@@ -345,6 +359,9 @@ class DatabaseApplier(Review):
             size = stage.size + staged_bytes(response)
             check_room(self.database.storage, size, self._staged_bytes_max)
             stage = replace(stage, size=size)
+            if stage.image_head:
+                # It may move, up to the image (R35); what is in doubt is told by the newest (R28).
+                stage = replace(stage, floor=max(stage.floor, response.floor))
             hear_clock(writer, response, rows)
             if rows is None:
                 stage = stage_operations(writer, stage, request, response)
@@ -359,7 +376,7 @@ class DatabaseApplier(Review):
             if stage is None:
                 raise SyncStateError("there is nothing staged to publish")
             state = writer.sync_state
-            if stage.history != state.history or stage.cursor != state.cursor:
+            if not stage.fits(state):
                 raise SyncStateError("the stage belongs to another state; sync again")
             check_adopted(writer)
             foreign = foreign_collections(writer, state)
@@ -401,6 +418,10 @@ class DatabaseApplier(Review):
         if look.garbage and sweep_garbage(self.database):
             return True
         return bool(look.overruled.count) and self._prune_overruled(look.overruled)
+
+    def give_back(self) -> bool:
+        """Give the disk a bounded part of the room that the outbox held; whether there is more."""
+        return give_back(self.database.storage)
 
     def _prune_overruled(self, head: OverruledHead) -> bool:
         """Forget a bounded part of the overruled values that are too many or too old. Their age

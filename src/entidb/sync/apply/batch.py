@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from entidb.db.pending import decode_pending, first_payload, read_first
 from entidb.db.records import READY, end_of, sequence_key, sequence_of, versions_of
 from entidb.db.replica import ReplicaState, ranges_of
+from entidb.db.subjects import Behind
 from entidb.db.writer import Writer
 from entidb.errors import CorruptionError
 from entidb.protocol import PushOperation, PushTransaction
@@ -60,13 +61,18 @@ def choose(
 
     Rows within the ascending ranges ``inflight`` belong to other batches, or have just been
     settled and are gone but still in the snapshot. The batch ends before the first transaction
-    that touches an entity in ``apart``. ``state`` is what ``writer`` has, if that was read."""
+    that touches an entity in ``apart``. ``state`` is what ``writer`` has, if that was read. What
+    others have committed, and what was built on that, is for their own batches (R36)."""
     state = state or writer.sync_state
     if foreign_in_scope(writer, state):
         # What is built on another history has to meet this one first (R29).
         return None
+    waiting = None
+    if state.others:
+        inflight = sorted([*inflight, *([each.first, each.last] for each in state.others)])
+        waiting = Behind(writer, state.others)
     gaps = _gaps(inflight, limits.sequence_max)
-    batch = batch_of(writer, state.cursor, gaps, limits, apart)
+    batch = batch_of(writer, state.cursor, gaps, limits, apart, waiting)
     return batch if batch.keys else None
 
 
@@ -92,10 +98,11 @@ def batch_of(
     ranges: Iterable[Sequence[int]],
     limits: BatchLimits | None = None,
     apart: frozenset[bytes] = frozenset(),
+    waiting: Behind | None = None,
 ) -> PushBatch:
-    """The batch of the outbox rows in ``ranges``: all, or as many as ``limits`` allow, up to the
-    first that touches an entity in ``apart``. Base versions come from the entities: nothing
-    rebases them while the batch is in flight, so it is the same however often it is built."""
+    """The batch of the outbox rows in ``ranges``: all, or as many as ``limits`` allow, without
+    those in ``waiting``, up to the first that touches an entity in ``apart``. Nothing rebases what
+    is in flight, of which the base versions are read: it is the same however often it is built."""
     infos = view.catalogue.by_number
     batch = PushBatch([], [], [], set(), [], [], [], [], [], [], [], cursor, 0, view.moment)
     ids: list[bytes] = []
@@ -112,7 +119,9 @@ def batch_of(
             continue
         transaction_id, stamp, count, number, entity_id, previous, length = read_first(row)
         if limits is not None:
-            if limits.without and _leave_out(view, key, row, limits.without, left_out):
+            if (limits.without and _leave_out(view, key, row, limits.without, left_out)) or (
+                waiting is not None and waiting.waits(key, row)
+            ):
                 continue
             if len(batch.keys) >= limits.transactions_max:
                 break

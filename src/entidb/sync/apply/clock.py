@@ -18,9 +18,13 @@ CLOCK_SLACK = timestamp_from_ms(1000)
 def hear_clock(writer: Writer, response: PullResponse, rows: ColumnRows | None = None) -> None:
     """The clock is a hybrid one (R27): what is written after this is later than what was seen,
     however slow the device's own clock is, but never beyond what the server says the time is."""
-    latest = latest_timestamp(response.time)
     stamps = rows.timestamps if rows is not None else [c.timestamp for c in response.commits]
-    newest = max(stamps, default=0)
+    hear_stamp(writer, max(stamps, default=0), response.time)
+
+
+def hear_stamp(writer: Writer, newest: int, server_ms: int) -> None:
+    """As ``hear_clock``, for the newest timestamp of what was seen at that time of the server."""
+    latest = latest_timestamp(server_ms)
     writer.head.timestamp = max(writer.head.timestamp, min(newest, latest))
     lower_idle_clock(writer, latest)
 

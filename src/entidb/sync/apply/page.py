@@ -95,20 +95,35 @@ def check_payload(version: int, entity_id: bytes, payload: bytes | None) -> None
 
 def targets_of(writer: Writer, response: PullResponse) -> list[CollectionInfo | None]:
     """The collection behind each index of the page; None for one that is local here (R31)."""
+    return targets_for(writer, response.collections)
+
+
+def targets_for(writer: Writer, names: list[str]) -> list[CollectionInfo | None]:
+    """The same for collections by their names."""
     wanted: list[CollectionInfo | None] = []
     scope = writer.catalogue.scope
     known = writer.catalogue.adding_all(
-        (name for name in response.collections if scope is None or name in scope), pulled=True
+        (name for name in names if scope is None or name in scope), pulled=True
     )
     if known is not writer.catalogue:
         writer.set_catalogue(known)
-    for name in response.collections:
+    for name in names:
         if scope is not None and name not in scope:
             wanted.append(None)
             continue
         info = writer.collection(name)
         wanted.append(info if info.synced else None)
     return wanted
+
+
+def table_for(writer: Writer, tables: dict[str, int], collection: int) -> int:
+    """The stage's table of a collection, allocated when it is needed first."""
+    number = str(collection)
+    if number not in tables:
+        table, catalogue = writer.catalogue.allocating()
+        writer.set_catalogue(catalogue)
+        tables[number] = table
+    return tables[number]
 
 
 def take_page(writer: Writer, rebase: Rebase, response: PullResponse) -> None:

@@ -64,7 +64,12 @@ def is_missing(writer: Writer, state: ReplicaState, request: PullRequest) -> boo
     must not count as covered by an answer that does not speak of it (R31)."""
     if not request.full:
         return not (state.full or state.uncovered)
-    asked = None if request.collections is None else frozenset(request.collections)
+    return is_missing_of(writer, state, request.collections)
+
+
+def is_missing_of(writer: Writer, state: ReplicaState, names: list[str] | None) -> bool:
+    """The same of everything in the collections ``names``; None for all."""
+    asked = None if names is None else frozenset(names)
     return asked == (writer.catalogue.scope if state.full else frozenset(state.uncovered))
 
 

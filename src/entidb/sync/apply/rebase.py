@@ -370,6 +370,11 @@ class Rebase(Outcomes):
                 payload = instead.get(ref, op.payload)
                 written = BaseRow(version, self._writer.device_id, timestamp, payload)
                 self._writer.set_base(ref, row, written)
+                if self._writer.head.conflicts:
+                    # What is pending on top was built on this, and an open conflict is against
+                    # something that came before: one that an older transaction of the same answer
+                    # has left by being superseded. Nothing is left to decide.
+                    self._drop_conflict(ref, self._writer.get(conflict_key(*ref)) is not None)
             if row.pending == transaction.sequence:
                 self.show_base(ref)
 

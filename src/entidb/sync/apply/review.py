@@ -18,12 +18,14 @@ from entidb.db.outbox import DiscardedTransaction, discard_key, read_discarded, 
 from entidb.db.overruled import OverruledValue, read_overruled
 from entidb.db.pending import PendingTransaction
 from entidb.db.records import CONFLICT, conflict_key, end_of, split_numbered_key
+from entidb.db.subjects import count_others
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, ConflictError
 from entidb.sync.apply.conflict_rows import decode_conflict
 from entidb.sync.apply.position import remember_doubt
 from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.report import RebaseReport
+from entidb.sync.apply.signing import Export, hand_over, sign_out, withdraw_own
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 from entidb.sync.policies import resolve_policy
 
@@ -197,6 +199,35 @@ class Review:
         """The outbox, oldest first, held ones included."""
         with self.database.view() as view:
             yield from read_pending(view.snapshot)
+
+    # ------------------------------------------------------------ persons (R36)
+
+    def others(self) -> dict[str, int]:
+        """How many transactions wait for each of the other subjects."""
+        with self.database.view() as view:
+            return count_others(view.snapshot, view.sync_state)
+
+    def sign_out(self, subject: str | None) -> int:
+        """Keep what is pending for who has committed it, ``subject`` where no server has said who
+        that is; how many transactions that are. Raises ``SyncStateError`` if nobody knows."""
+        with self.database.write() as writer:
+            own = writer.sync_state.subject or subject
+            sign_out(writer, subject)
+            kept = count_others(writer.snapshot, writer.sync_state)
+        return 0 if own is None else kept.get(own, 0)
+
+    def withdraw_own(self, export: Export | None) -> int:
+        """Take out what is pending of the present subject, written by ``export`` before, and have
+        them signed out."""
+        with self.database.write() as writer:
+            return withdraw_own(writer, self._rebase(writer, writer.now_ms), export)
+
+    def hand_over(self, subject: str) -> int:
+        """Make what waits for ``subject`` the present subject's; how many transactions."""
+        with self.database.write() as writer:
+            count = count_others(writer.snapshot, writer.sync_state).get(subject, 0)
+            hand_over(writer, subject)
+            return count
 
     # ------------------------------------------------------------ reset (R29)
 

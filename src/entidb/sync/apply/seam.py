@@ -13,16 +13,19 @@ from msgspec import Struct, field
 from entidb.db.moment import Moment
 from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import OverruledHead
-from entidb.db.replica import Inflight, ReplicaState, Stage
+from entidb.db.replica import ImageSegment, Inflight, ReplicaState, Stage, StagedImage
 from entidb.protocol import (
+    ColumnRows,
     DigestRequest,
     DigestResponse,
+    Manifest,
     PullRequest,
     PullResponse,
     PushResponse,
     PushTransaction,
 )
 from entidb.sync.apply.report import RebaseReport
+from entidb.sync.segment_files import SegmentFiles
 from entidb.types import SEQUENCE_MAX
 
 
@@ -87,6 +90,14 @@ class Settled(Struct):
     report: RebaseReport = field(default_factory=RebaseReport)
 
 
+class OpenSegment(Struct):
+    """A segment that was fetched and proved, to be staged; ``used_up`` when all of it is."""
+
+    segment: ImageSegment
+    rows: ColumnRows
+    used_up: bool = False
+
+
 class Look(Struct, frozen=True):
     """What a cycle has to know of a device before a step, all of one moment.
 
@@ -121,8 +132,14 @@ class SyncApplier(Protocol):
         look."""
         ...
 
-    def bind(self, db_id: str, history: bytes) -> None:
-        """Remember whose replica this is. Raises ``ConfigError`` if it is another database's."""
+    def bind(self, db_id: str, history: bytes, subject: str | None = None) -> None:
+        """Remember whose replica this is, and sign in as ``subject``, if the server has named one.
+        Raises ``ConfigError`` if it is another database's."""
+        ...
+
+    def sign_in(self, subject: str) -> None:
+        """The server says that this device syncs as ``subject``: what is pending of others is kept
+        for them, and is in no batch from here on (R36)."""
         ...
 
     def inflight(self) -> list[PushBatch]:
@@ -186,6 +203,32 @@ class SyncApplier(Protocol):
     ) -> Stage:
         """Keep one page of several, durable and out of sight. ``full`` are the collections
         that come from nothing (None: all)."""
+        ...
+
+    def begin_image(
+        self, manifest: Manifest, full: list[str] | None, names: list[str] | None
+    ) -> Stage:
+        """Begin a stage with an image of the collections ``names`` (None: all in scope), which was
+        asked for because they come from nothing (R35)."""
+        ...
+
+    def segment_files(self) -> SegmentFiles:
+        """Where segments come before they are staged."""
+        ...
+
+    def open_segment(self, image: StagedImage, data: bytes) -> OpenSegment:
+        """Prove that ``data`` is the first segment that is left of ``image``, and as much of it as
+        the settings say. Raises ``ProtocolError``; nothing is stored."""
+        ...
+
+    def stage_segment(self, opened: OpenSegment) -> Stage:
+        """Keep a bounded part of the segment, the next of the image, durable and out of sight. With
+        the last part of the last one the stage is that of an ordinary pull, at the commit of the
+        image."""
+        ...
+
+    def note_failure(self) -> int:
+        """Fetching failed, and nothing came: how often in a row it has now."""
         ...
 
     def publish(self) -> RebaseReport:

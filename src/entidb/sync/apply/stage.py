@@ -14,7 +14,7 @@ from entidb.db.replica import Stage
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError
 from entidb.protocol import ColumnRows, PullRequest, PullResponse
-from entidb.sync.apply.page import targets_of
+from entidb.sync.apply.page import table_for, targets_of
 
 
 def comes_once(stage: Stage, response: PullResponse, rows: ColumnRows) -> bool:
@@ -35,7 +35,7 @@ def stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: Colum
     tables, counts = dict(stage.tables), dict(stage.counts)
     targets = targets_of(writer, response)
     staged = [
-        None if info is None else info.standing_in(_table_for(writer, tables, info.number))
+        None if info is None else info.standing_in(table_for(writer, tables, info.number))
         for info in targets
     ]
     once = writer.stage_entities(
@@ -69,16 +69,6 @@ def stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: Colum
     )
 
 
-def _table_for(writer: Writer, tables: dict[str, int], collection: int) -> int:
-    """The stage's table of a collection, allocated when it is needed first."""
-    number = str(collection)
-    if number not in tables:
-        table, catalogue = writer.catalogue.allocating()
-        writer.set_catalogue(catalogue)
-        tables[number] = table
-    return tables[number]
-
-
 def stage_operations(
     writer: Writer, stage: Stage, request: PullRequest, response: PullResponse
 ) -> Stage:
@@ -95,7 +85,7 @@ def stage_operations(
             # A collection that was not asked for now: its changes come after the full part.
             places.append(None)
             continue
-        table = _table_for(writer, tables if is_full else deltas, info.number)
+        table = table_for(writer, tables if is_full else deltas, info.number)
         places.append((info.standing_in(table), is_full))
     operations = 0
     seen: set[tuple[int, bytes]] = set()

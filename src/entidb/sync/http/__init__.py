@@ -10,6 +10,7 @@
     streaming      the client for an answer that has no end
     watchdog       the thread that ends requests which take too long in all
     address        which URLs and which tokens a device may use
+    subject        whether a token is another person's than the one before
     surroundings   proxies and certificate authorities of the environment
 
 A server may be hostile, or not be one of ours at all (a hotel's login page, a proxy's error page):

@@ -32,7 +32,7 @@ from entidb.sync.http.steps import NewConnectionError, Steps
 from entidb.sync.http.surroundings import authorities_error, check_authorities, proxy_to
 from entidb.sync.http.watchdog import Watchdog
 from entidb.sync.interrupt import Interrupts, Watch
-from entidb.sync.transport import HttpResponse
+from entidb.sync.transport import SINKS, HttpResponse, Sink
 from entidb.types import Clock, SystemClock
 
 Client = TypeVar("Client", bound="HttpxClient")
@@ -59,6 +59,7 @@ class _Exchange:
     body: bytes
     timeout_s: float
     on_sent: Callable[[], None] | None
+    sink: Sink | None = None
 
 
 class HttpxClient:
@@ -73,6 +74,8 @@ class HttpxClient:
 
     #: ``request`` takes ``on_sent``: see ``HttpClient``.
     tells_when_sent: Final = True
+    #: And ``sink``.
+    takes_sink: Final = True
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class HttpxClient:
         timeout_s: float,
         *,
         on_sent: Callable[[], None] | None = None,
+        sink: Sink | None = None,
     ) -> HttpResponse:
         """See ``HttpClient``. Raises ``TransportError``, ``SyncTimeoutError``, ``TlsError`` (not
         retryable), or ``ProtocolError`` ``too_large`` for a body over ``response_bytes_max``."""
@@ -111,7 +115,7 @@ class HttpxClient:
         try:
             watch.check()
             route = self._routes.get(url) or self._open_route(url)
-            exchange = _Exchange(url, route, method, headers, body, timeout_s, on_sent)
+            exchange = _Exchange(url, route, method, headers, body, timeout_s, on_sent, sink)
             try:
                 steps = Steps(self.remember, watch, on_sent, connects=False)
                 return self._attempt(exchange, steps)
@@ -200,6 +204,12 @@ class HttpxClient:
                 raise TransportError(
                     f"{route.url} answered without a length, so a cut would look like its end"
                 )
+            head = HttpResponse(response.status_code, names)
+            if exchange.sink is not None and response.status_code in SINKS:
+                assert isinstance(response.stream, httpx2.SyncByteStream)
+                for part in response.stream:
+                    exchange.sink(head, part)
+                return head
             return HttpResponse(response.status_code, names, self._read(response))
         finally:
             response.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from entidb import packing
@@ -25,6 +25,7 @@ from entidb.protocol import (
     CONTENT_TYPE,
     PATHS,
     ErrorResponse,
+    HandshakeRequest,
     HandshakeResponse,
     SyncRequest,
     SyncResponse,
@@ -39,12 +40,16 @@ from entidb.sync.http.answers import is_cbor, spoken_error, status_error
 from entidb.sync.http.client import HttpxClient, ready_client
 from entidb.sync.http.failures import FOREIGN, too_large, translated
 from entidb.sync.http.news import HttpNews
+from entidb.sync.http.segments import Downloads
 from entidb.sync.http.streaming import StreamingClient
+from entidb.sync.http.subject import subject_of
 from entidb.sync.interrupt import Interrupts, Watch
+from entidb.sync.segment_files import Fetch
 from entidb.sync.transport import (
     BaseTransport,
     HttpClient,
     HttpResponse,
+    Sink,
     printable,
 )
 from entidb.types import Clock, Entropy, SystemClock, system_entropy
@@ -86,6 +91,9 @@ class HttpTransport(BaseTransport):
         check_token(token, base, host, self._config)
         self._token = token
         self._token_lock = threading.Lock()
+        #: Of the newest handshake; and what was asked for already for the next request.
+        self._handshake_token: str | None = None
+        self._asked_token: str | None = None
         self._base = base
         self._urls: dict[type, str] = {kind: base + path for path, kind in PATHS.items()}
         self._client = client or ready_client(self._config, self._clock, base)
@@ -107,8 +115,27 @@ class HttpTransport(BaseTransport):
         self._interrupts = Interrupts()
         self._interrupt_client: Callable[[], None] | None
         self._interrupt_client = getattr(self._client, "interrupt", None)
+        self._downloads = Downloads(
+            self._get,
+            self._fetch_error,
+            self._interrupts,
+            streams=getattr(self._client, "takes_sink", False),
+        )
 
     # -- sending ------------------------------------------------------------------------------
+
+    def begin_cycle(self) -> bool:
+        """A cycle begins: whether the connection of before still is one, and is the same person's
+        (R36)."""
+        self._asked_token = None
+        known = self._handshake_token
+        if not self._connected or known is None or self._token is known:
+            return self._connected
+        try:
+            token = self._asked_token = self._ask_token(refresh=False)
+        except SyncError:
+            return True  # the first request asks again, and fails as ever
+        return token == known or subject_of(token) == subject_of(known)
 
     def _exchange(self, request: SyncRequest) -> SyncResponse:
         ahead = self._carrier.take(request)
@@ -149,18 +176,33 @@ class HttpTransport(BaseTransport):
         refresh: bool,
         on_sent: Callable[[], None] | None = None,
     ) -> HttpResponse:
+        telling = {} if on_sent is None else {"on_sent": on_sent}
+        return self._request("POST", self._urls[type(request)], headers, body, refresh, telling)
+
+    def _request(
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes,
+        refresh: bool,
+        telling: Mapping[str, Callable[..., None]],
+    ) -> HttpResponse:
         headers["X-Request-Id"] = f"{self._request_id_prefix}-{next(self._request_ids)}"
         if self._token is not None:
-            headers["Authorization"] = "Bearer " + self._ask_token(refresh=refresh)
-        url = self._urls[type(request)]
-        telling = {} if on_sent is None else {"on_sent": on_sent}
+            token, self._asked_token = self._asked_token, None
+            if token is None or refresh:
+                token = self._ask_token(refresh=refresh)
+            headers["Authorization"] = "Bearer " + token
+            if url == self._urls[HandshakeRequest]:
+                self._handshake_token = token
         timeout_s = self._config.total_timeout_s
         client = self._client
         try:
             if self._interrupt_client is not None:
-                return client.request("POST", url, headers, body, timeout_s, **telling)
+                return client.request(method, url, headers, body, timeout_s, **telling)
             return self._interrupts.call(
-                lambda _: client.request("POST", url, headers, body, timeout_s, **telling),
+                lambda _: client.request(method, url, headers, body, timeout_s, **telling),
                 "entidb-request",
             )
         except FOREIGN as error:
@@ -207,7 +249,7 @@ class HttpTransport(BaseTransport):
 
     def _read(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
         if response.status != 200 or not is_cbor(response):
-            raise self._error(request, response)
+            raise self._error(self._urls[type(request)], response)
         return decode_response(request, self._unpacked(response))
 
     def _unpacked(self, response: HttpResponse) -> bytes:
@@ -222,10 +264,9 @@ class HttpTransport(BaseTransport):
             raise SyncCodecError(f"the answer is packed as {named!r}, which was not asked for")
         return packing.decompress(encoding, response.body, limit, "the answer", too_large)
 
-    def _error(self, request: SyncRequest, response: HttpResponse) -> SyncError:
+    def _error(self, url: str, response: HttpResponse) -> SyncError:
         """The error that the answer reports: in the protocol's words if it has them, else by its
         status."""
-        url = self._urls[type(request)]
         try:
             body = self._unpacked(response)
             if is_cbor(response):
@@ -235,6 +276,37 @@ class HttpTransport(BaseTransport):
             # about retrying.
             body = b""
         return status_error(url, response, body, self._clock)
+
+    # -- segments -----------------------------------------------------------------------------
+
+    def fetch(self, fetch: Fetch) -> None:
+        """Bring the first of the segments into its file, the next at the same time; see
+        ``SyncTransport``."""
+        self._check_open()
+        self._downloads.fetch(fetch)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether the client takes part: see ``HttpClient``."""
+        return bool(getattr(self._client, "gets", True))
+
+    def _get(self, path: str, wanted: dict[str, str], sink: Sink | None) -> HttpResponse:
+        headers = {"User-Agent": self._headers["User-Agent"], "Accept-Encoding": "identity"}
+        headers |= wanted
+        url = self._base + path
+        more = {} if sink is None else {"sink": sink}
+        try:
+            response = self._request("GET", url, headers, b"", False, more)
+            if response.status == 401 and callable(self._token):
+                response = self._request("GET", url, headers, b"", True, more)
+        except (SyncError, OSError):
+            raise
+        except Exception as error:
+            raise ProtocolError(f"the client cannot ask for {url}: {error!r}") from error
+        return response
+
+    def _fetch_error(self, path: str, response: HttpResponse) -> SyncError:
+        return self._error(self._base + path, response)
 
     # -- waiting for news ---------------------------------------------------------------------
 
@@ -270,6 +342,8 @@ class HttpTransport(BaseTransport):
 
     def forget_ahead(self) -> None:
         self._carrier.drop()
+        if self._downloads.begun:
+            self._downloads.forget()
         self._interrupts.clear()
         if self._interrupt_client is not None:
             self._client.resume()  # type: ignore[attr-defined]
@@ -286,7 +360,9 @@ class HttpTransport(BaseTransport):
         self._carrier.drop()
         self._client.close()
         self._interrupts.interrupt()
+        self._downloads.forget()
         self._carrier.join()
+        self._downloads.join()
 
 
 def _encodings(mode: str, loopback: bool) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from entidb.protocol import (
     HandshakeRequest,
     HandshakeResponse,
     Limits,
+    Manifest,
     PullCommit,
     PullOperation,
     PullRequest,
@@ -28,6 +29,7 @@ from entidb.protocol import (
     PushRequest,
     PushResponse,
     PushResult,
+    SnapshotRequest,
     SyncRequest,
     SyncResponse,
     Verdict,
@@ -137,6 +139,17 @@ class _Empty:
             )
         if isinstance(request, DigestRequest):
             return DigestResponse(head=self.head)
+        if isinstance(request, SnapshotRequest):
+            return Manifest(
+                history=b"h" * 16,
+                head=self.head,
+                floor=0,
+                collections=[],
+                segments=[],
+                entities=0,
+                ends=0,
+                time=1,
+            )
         results = []
         for _ in request.transactions:
             self.head += 1

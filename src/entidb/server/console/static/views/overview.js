@@ -30,7 +30,7 @@ export const overview = {
     return state;
   },
   draw(state) {
-    return [warnings(state), charts(), standing(state), behindList(), refusedList()];
+    return [warnings(state), charts(), standing(state), nodeList(state), behindList(), refusedList()];
   },
 };
 
@@ -92,6 +92,21 @@ function warnings(state) {
   if (state.disk_bytes && state.disk_free_bytes < 0.05 * state.disk_bytes) found.push('The disk is nearly full.');
   if (state.tasks_failed) found.push(`${plural(state.tasks_failed, 'task')} failed.`);
   return el('div', { class: 'warnings' }, found.map((text) => el('p', { class: 'warning' }, text)));
+}
+
+function nodeList(state) {
+  if (state.nodes.length < 2) return null;
+  return section('Nodes', table({
+    label: 'Nodes of this server', rows: state.nodes, key: (each) => each.name,
+    empty: '',
+    columns: [
+      { name: 'Name', show: (each) => each.name },
+      { name: 'Duty', show: (each) => (each.on_duty ? chip('done', 'on duty') : '') },
+      { name: 'Version', show: (each) => each.version },
+      { name: 'Up', show: (each) => duration(state.now_ms - each.began_ms) },
+      { name: 'Last seen', show: (each) => when(each.seen_ms) },
+    ],
+  }));
 }
 
 function behindList() {

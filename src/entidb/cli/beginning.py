@@ -1,0 +1,53 @@
+"""``init --from``: a device that begins with a snapshot of a server's database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from entidb.cli.exits import UsageError
+from entidb.cli.output import plural, say
+from entidb.cli.values import print_json
+from entidb.cli.words import is_database
+from entidb.db import Database
+from entidb.errors import ProtocolError, SyncStateError
+
+
+def begin_command(path: str, source: str, local: tuple[str, ...], *, as_json: bool) -> None:
+    """Make a device of the snapshot ``source`` in the directory ``path``. A file that is no
+    snapshot, or a damaged one, leaves an empty database there."""
+    from entidb.sync.beginning import begin_from
+
+    with open(source, "rb") as file:
+        existed = is_database(path)
+        with Database.open(path) as database:
+            for name in local:
+                database.declare_local(name)
+            try:
+                manifest = begin_from(database, file)
+            except SyncStateError as error:
+                raise UsageError(f"{path}: {error.message}", code="exists") from error
+            except ProtocolError as error:
+                raise UsageError(
+                    f"{source} cannot be used: {error.message}; copy it again, or make it anew "
+                    f"with `entidb snapshot`. The database in {path} is empty"
+                ) from error
+            device_id = database.device_id.hex()
+    entities = manifest.entities
+    if as_json:
+        print_json(
+            {
+                "path": path,
+                "created": not existed,
+                "device_id": device_id,
+                "from": str(Path(source)),
+                "history": manifest.history.hex(),
+                "head": manifest.head,
+                "entities": entities,
+            }
+        )
+    else:
+        count = plural(entities, "entity", "entities")
+        say(f"{path} begins with {count} as of commit {manifest.head:,}; sync it for the rest")
+
+
+__all__ = ["begin_command"]

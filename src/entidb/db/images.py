@@ -1,0 +1,62 @@
+"""Which images of a server's database there are, and until when each may be on its way (R35).
+
+The record is in the database and goes with it: files that were put back know nothing of images that
+were made of another future. An image counts only while it is named here. The files are for
+``server.segments``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec import Struct
+
+from entidb.db.records import META_IMAGES
+from entidb.db.replica import decode_record, encode_record
+from entidb.db.writer import Writer
+from entidb.types import SEQUENCE_MAX
+
+
+class ImageRow(Struct, frozen=True, array_like=True):
+    """An image as of ``head``, of so many ``entities``, made at ``made_ms``. Until ``until_ms`` a
+    device may be on its way with it; 0: none ever was."""
+
+    id: bytes
+    head: int
+    entities: int
+    made_ms: int
+    until_ms: int = 0
+
+
+class ImageRows(Struct, frozen=True):
+    """The images, newest last. One as of a commit before ``dropped`` must not come any more.
+    ``unused``: the last one went because nobody had asked for it; none is made until somebody
+    does."""
+
+    rows: list[ImageRow] = []
+    dropped: int = 0
+    unused: bool = False
+
+
+NO_IMAGES: Final = ImageRows()
+
+
+def read_images(view: Writer) -> ImageRows:
+    raw = view.get(META_IMAGES)
+    return NO_IMAGES if raw is None else decode_record(ImageRows, raw)
+
+
+def write_images(writer: Writer, images: ImageRows) -> None:
+    writer.put(META_IMAGES, encode_record(images))
+
+
+def pinned_to(writer: Writer) -> int:
+    """The commit that the floor must not pass now."""
+    raw = writer.get(META_IMAGES)
+    if raw is None:
+        return SEQUENCE_MAX
+    alive = [row.head for row in read_images(writer).rows if row.until_ms > writer.now_ms]
+    return min(alive, default=SEQUENCE_MAX)
+
+
+__all__ = ["NO_IMAGES", "ImageRow", "ImageRows", "pinned_to", "read_images", "write_images"]

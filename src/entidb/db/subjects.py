@@ -1,0 +1,113 @@
+"""Whose work waits on a device: which pending transactions were committed under which subject, the
+person or account that a token is for (R36).
+
+What is pushed goes under the subject that committed it. A device that changes hands keeps what is
+pending for the one before, and pushes it when they are back. Nothing is stored with a transaction:
+ranges of local commits belong to others, and the rest to who syncs now. Here is what they are, and
+what is built on them; what changes them is ``sync``'s (``sync.apply.signing``).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Sequence
+
+from entidb.db.outbox import scan_ready_rows
+from entidb.db.pending import decode_pending
+from entidb.db.records import HELD, READY, sequence_key
+from entidb.db.replica import OtherWork, ReplicaState
+from entidb.db.writer import Writer
+from entidb.storage import Snapshot
+from entidb.types import SEQUENCE_MAX
+
+_COUNTED_ROWS = 10_000
+
+
+def subject_of(state: ReplicaState, sequence: int) -> str | None:
+    """Whose transaction the local commit ``sequence`` is; None: of who comes next."""
+    at = bisect.bisect_right(state.others, sequence, key=lambda each: each.first) - 1
+    if at >= 0 and sequence <= state.others[at].last:
+        return state.others[at].subject
+    return state.subject
+
+
+def is_others(state: ReplicaState, sequence: int) -> bool:
+    """Whether it was committed under another subject than the present one."""
+    return bool(state.others) and subject_of(state, sequence) != state.subject
+
+
+def own_gaps(others: Sequence[OtherWork], last: int) -> list[tuple[int, int]]:
+    """The commits up to ``last`` that are in none of ``others``, as (first, last)."""
+    gaps, start = [], 1
+    for each in others:
+        if each.first > start:
+            gaps.append((start, min(each.first - 1, last)))
+        start = each.last + 1
+    if start <= last:
+        gaps.append((start, last))
+    return [gap for gap in gaps if gap[0] <= gap[1]]
+
+
+def has_pending(snapshot: Snapshot, first: int, last: int) -> bool:
+    """Whether a transaction of these commits is in the outbox, ready or held."""
+    return any(
+        snapshot.scan_keys(sequence_key(kind, first), sequence_key(kind, last) + b"\0", limit=1)
+        for kind in (READY, HELD)
+    )
+
+
+def count_others(snapshot: Snapshot, state: ReplicaState) -> dict[str, int]:
+    """How many transactions wait for each of the other subjects."""
+    counts: Counter[str] = Counter()
+    for each in state.others:
+        for kind in (READY, HELD):
+            start, stop = sequence_key(kind, each.first), sequence_key(kind, each.last) + b"\0"
+            while keys := snapshot.scan_keys(start, stop, limit=_COUNTED_ROWS):
+                counts[each.subject] += len(keys)
+                start = keys[-1] + b"\0"
+    return dict(counts)
+
+
+class Behind:
+    """Which transactions of the present subject wait for another's: they were built on one that is
+    pending. To be asked in the order in which they were committed."""
+
+    def __init__(self, view: Writer, others: Sequence[OtherWork]) -> None:
+        self._view = view
+        self._state = ReplicaState(others=list(others))
+        self._found: set[int] = set()
+
+    def waits(self, key: bytes, row: bytes) -> bool:
+        transaction = decode_pending(key, row)
+        if not any(self._is_waited_for(op.previous) for op in transaction.operations):
+            return False
+        self._found.add(transaction.sequence)
+        return True
+
+    def _is_waited_for(self, previous: int) -> bool:
+        """Whether an entity's pending transaction before this one keeps it from being sent."""
+        if previous in self._found:
+            return True
+        return is_others(self._state, previous) and self._view.pending(previous) is not None
+
+
+def sendable(view: Writer, state: ReplicaState, last: int = SEQUENCE_MAX) -> bool:
+    """Whether something that was committed up to ``last`` may go out under the present subject."""
+    waiting = Behind(view, state.others)
+    for first, end in own_gaps(state.others, last):
+        for key, row in scan_ready_rows(view.snapshot, first, end):
+            if not waiting.waits(key, row):
+                return True
+    return False
+
+
+__all__ = [
+    "Behind",
+    "count_others",
+    "has_pending",
+    "is_others",
+    "own_gaps",
+    "sendable",
+    "subject_of",
+]

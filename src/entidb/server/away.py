@@ -1,0 +1,45 @@
+"""A store that is away for a moment: which errors say so, and what devices are told.
+
+What is stored may be on another machine, which is restarted, or has handed over to another one; or
+a database may have got another name on another node. Nothing is wrong then that a device should
+hear of: it comes again, and finds the database opened anew.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Final
+
+from entidb.errors import DatabaseMovedError, ServerBusyError, StorageUnreachableError
+
+#: Seconds after which devices come again: at least, and spread over so many more.
+_RETRY_S: Final = 1.0
+_SPREAD_S: Final = 2.0
+#: Multiples of it, without their whole part, are spread evenly, however many there are.
+_GOLDEN: Final = 0.6180339887
+_told = count(1)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether asking again may find what was not to be had now. Also of a commit whose answer
+    got lost: what became of it is seen when the database is opened again (R17)."""
+    if isinstance(error, DatabaseMovedError):
+        return error.code == "store_gone"  # and not files, which somebody has moved by mistake
+    unreachable = StorageUnreachableError
+    return isinstance(error, unreachable) or isinstance(error.__cause__, unreachable)
+
+
+def retry_after_s() -> float:
+    """Not the same for all who are told in one moment: they should not come back together."""
+    return _RETRY_S + _SPREAD_S * (next(_told) * _GOLDEN % 1)
+
+
+def come_again() -> ServerBusyError:
+    return ServerBusyError(
+        "the database cannot be reached at the moment; nothing was changed that a new try would "
+        "not find",
+        retry_after=retry_after_s(),
+    )
+
+
+__all__ = ["come_again", "is_away", "retry_after_s"]

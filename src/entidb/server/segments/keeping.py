@@ -1,0 +1,389 @@
+"""Images of databases (R35): when one is made, how long it is kept, and what of it counts.
+
+    look      a chore of the housekeeper: what is due goes to a thread of its own
+    make      one image from one snapshot, beside the work of others (``building``)
+    manifest  the newest image that fits, pinned: the floor does not pass it (``db.images``)
+    open      a segment of an image that counts
+    drop      none counts any more, and the files go
+
+An image counts while the record in its database names it. It is made when the database is large
+enough, and anew when a tenth of it has changed and somebody has asked for the last one. Two are
+kept at most, so that one that devices are on their way with stays while the next is made; one that
+nobody asks for goes after a week. Several processes may do all this for one database: one of them
+makes images, and each serves those of all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from entidb import packing
+from entidb.db import Database
+from entidb.db.identity import history_in
+from entidb.db.images import (
+    NO_IMAGES,
+    ImageRow,
+    ImageRows,
+    read_images,
+)
+from entidb.db.maintenance import read_floor
+from entidb.db.writer import Writer
+from entidb.errors import (
+    DatabaseClosedError,
+    EntiDBError,
+    ProtocolError,
+    StorageError,
+    StorageFullError,
+)
+from entidb.protocol import Manifest, SegmentInfo, SnapshotRequest
+from entidb.server.config import ServerConfig, db_id_of, directory_name
+from entidb.server.hooks import Grant
+from entidb.server.pages import wanted_collections
+from entidb.server.segments.building import (
+    Pauses,
+    StoppedError,
+    build,
+    counts,
+    entities_in,
+    is_due,
+    kept_rows,
+)
+from entidb.server.segments.cutting import SIZES
+from entidb.server.segments.files import FolderFiles, KeptFiles, KeptImage, MemoryFiles, SegmentFile
+from entidb.server.segments.manifests import manifest_of, no_manifest, pull_of
+from entidb.server.segments.rows import change_images, drop_images
+from entidb.server.stores import Store, Stores
+from entidb.types import Clock, Entropy
+
+logger = logging.getLogger("entidb.server")
+
+#: Below the data directory; no database is called so.
+FOLDER: Final = "entidb-segments"
+#: How long a manifest holds. The floor stays for twice as long, so that one commit an hour says so.
+LIFE_MS: Final = 3_600_000
+#: The right to make images and to clear up, among the processes of a server.
+_RIGHT: Final = "segments"
+#: Seconds between two looks at a database, and until it is tried again where it did not work.
+_LOOK_S: Final = 60.0
+_AGAIN_S: Final = 600.0
+#: Seconds to wait for another process that makes an image to end.
+_DROP_WAIT_S: Final = 30.0
+
+
+def _go_on() -> None:
+    return None
+
+
+class ImageKeeper:
+    """Thread-safe; ``close`` it. Starts a thread when the first image is due."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        stores: Stores,
+        clock: Clock,
+        entropy: Entropy,
+        files_of: Callable[[str], KeptFiles] | None = None,
+    ) -> None:
+        """``files_of`` says where the files of a database are, if not where ``config`` has it."""
+        # The nodes of a server in PostgreSQL have no directory in common.
+        self._least: Final = 0 if config.address else config.segments_min_entities
+        self._spare = config.ready_disk_bytes_min
+        self._data_dir = None if config.directory is None else Path(config.directory)
+        self._root = None if self._data_dir is None else self._data_dir / FOLDER
+        self._stores, self._clock, self._entropy = stores, clock, entropy
+        #: Whether a thread makes what is due; else somebody calls ``make``.
+        self.background = True
+        #: How long a manifest holds.
+        self.life_ms = LIFE_MS
+        self._files_of = files_of
+        #: How large segments are made.
+        self.sizes = SIZES
+        self._files: dict[str, KeptFiles] = {}
+        #: Databases that are to be looked at by the thread, in order.
+        self._due: dict[str, None] = {}
+        #: When to look again, and where it did not work the last time.
+        self._next: dict[str, float] = {}
+        self._failed: set[str] = set()
+        self._stop = threading.Event()
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._locks: dict[str, threading.Lock] = {}
+
+    @property
+    def enabled(self) -> bool:
+        return self._least > 0
+
+    def close(self) -> None:
+        """What is being made is given up. Idempotent."""
+        self._stop.set()
+        with self._news:
+            self._news.notify_all()
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+
+    def files(self, db_id: str) -> KeptFiles:
+        if self._files_of is not None:
+            return self._files_of(db_id)
+        made = self._files.get(db_id)
+        if made is None:
+            folder = self._folder(db_id)
+            new = MemoryFiles() if folder is None else FolderFiles(folder)
+            made = self._files.setdefault(db_id, new)
+        return made
+
+    def _folder(self, db_id: str) -> Path | None:
+        return None if self._root is None else self._root / directory_name(db_id)
+
+    # ------------------------------------------------------------ asked for
+
+    def manifest(self, store: Store, request: SnapshotRequest, grant: Grant) -> Manifest:
+        """The answer to ``request``; without segments where there is no image for it. Raises as
+        a pull of everything does."""
+        service, database = store.service, store.database
+        image: KeptImage | None = None
+        with database.view() as view:
+            head, floor, history = view.head.sequence, read_floor(view), history_in(view)
+            service.check_pull(pull_of(request, history), grant, 0, head, floor, history)
+            wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
+            if self.enabled:
+                image = self.newest(view, request)
+        if image is not None and not self.pin(database, image):
+            image = None
+        self.ask(store, fits=image is not None)
+        none = no_manifest(history, head, floor, self._clock.now_ms(), grant)
+        if image is None:
+            return none
+        return manifest_of(image, {info.name for info in wanted.values()}, none, self.life_ms)
+
+    def newest(self, view: Writer, request: SnapshotRequest) -> KeptImage | None:
+        """The newest image that counts, and that the device can unpack."""
+        files = self.files(request.db_id)
+        for row in reversed(read_images(view).rows):
+            image = files.image(row.id)
+            if image is not None and counts(view, row, image):
+                if {each.packing for each in image.segments} <= {*request.packings}:
+                    return image
+        return None
+
+    def pin(self, database: Database, image: KeptImage) -> bool:
+        """From now on the floor does not pass the image for ``life_ms``; whether it still counts.
+        Mostly somebody has asked within the hour, and this stores nothing."""
+        now, life_ms = self._clock.now_ms(), self.life_ms
+        with database.view() as view:
+            row = _row_of(read_images(view), image)
+            if row is not None and life_ms <= row.until_ms - now <= 2 * life_ms:
+                return True
+        pinned = False
+
+        def pin(writer: Writer, found: ImageRows) -> ImageRows | None:
+            nonlocal pinned
+            row = _row_of(found, image)
+            if row is None or not counts(writer, row, image):
+                return None
+            pinned = True
+            kept = replace(row, until_ms=writer.now_ms + 2 * life_ms)
+            return replace(found, rows=[kept if each is row else each for each in found.rows])
+
+        change_images(database, pin)
+        return pinned
+
+    def open(self, store: Store, sha256: bytes) -> tuple[str, SegmentInfo, SegmentFile] | None:
+        """A segment of an image that counts, and the collection that it is of; None if there is
+        none. The caller closes the file."""
+        files = self.files(store.db_id)
+        with store.database.view() as view:
+            images = [
+                image
+                for row in read_images(view).rows
+                if (image := files.image(row.id)) is not None and counts(view, row, image)
+            ]
+        for image in images:
+            info = image.segment(sha256)
+            file = None if info is None else files.open(sha256)
+            if info is not None and file is not None:
+                if file.size == info.bytes:
+                    return image.collections[info.collection], info, file
+                file.close()
+                logger.error("segment %s of database %s is cut", sha256.hex(), store.db_id)
+        return None
+
+    # ------------------------------------------------------------ now and then
+
+    def ask(self, store: Store, *, fits: bool) -> None:
+        """Somebody has asked for an image, and ``fits`` says whether there is one for him. One is
+        made if it is due, also where the last went because nobody had asked."""
+        if not self.enabled or self._stop.is_set():
+            return
+        if not fits:
+            with store.database.view() as view:
+                unused = read_images(view).unused
+            if unused:
+                change_images(store.database, lambda _, found: replace(found, unused=False))
+            if store.db_id not in self._failed:
+                self._next.pop(store.db_id, None)
+        self._look_at(store)
+
+    def look(self) -> None:
+        """Have done what is due for the databases that are open, and clear up after those that
+        are gone. Called with each housekeeping."""
+        if not self.enabled or self._stop.is_set():
+            return
+        for db_id in self._stores.opened():
+            with self._stores.looking(db_id) as store:
+                if store is not None:
+                    self._look_at(store)
+        self._remove_strays()
+
+    def _look_at(self, store: Store) -> None:
+        """Hand the database to the thread, if there may be something to do."""
+        db_id = store.db_id
+        if not self.background or self._clock.monotonic() < self._next.get(db_id, 0.0):
+            return
+        with store.database.view() as view:
+            if entities_in(view) < self._least and read_images(view) == NO_IMAGES:
+                return
+        with self._news:
+            self._due[db_id] = None
+            if self._thread is None and not self._stop.is_set():
+                self._thread = threading.Thread(
+                    target=self._run, name="entidb-segments", daemon=True
+                )
+                self._thread.start()
+            self._news.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                while not self._due and not self._stop.is_set():
+                    self._news.wait()
+                if self._stop.is_set():
+                    return
+                db_id = next(iter(self._due))
+                del self._due[db_id]
+            self._do(db_id)
+
+    def _do(self, db_id: str) -> None:
+        pause_s = _LOOK_S
+        try:
+            self.make(db_id, Pauses(self._stop))
+            self._failed.discard(db_id)
+        except StoppedError:
+            logger.info("database %s: an image was not made to its end", db_id)
+        except (EntiDBError, OSError) as error:
+            pause_s = _AGAIN_S
+            self._failed.add(db_id)
+            logger.warning("database %s: no image was made: %s", db_id, error)
+        self._next[db_id] = self._clock.monotonic() + pause_s
+
+    def make(self, db_id: str, pause: Callable[[], None] = _go_on) -> bool:
+        """Make an image of the database if one is due, and remove what does not count any more;
+        whether one was made. Raises ``StoppedError``, ``OSError`` and errors of the storage; then
+        there is what there was before."""
+        with self._stores.looking(db_id) as store, self._lock_of(db_id):
+            if store is None or not self.enabled:
+                return False
+            right = store.database.right(_RIGHT)
+            if not right.take(0):
+                return False  # Another process is at it.
+            try:
+                self._clear_up(store)
+                return self._make(store, pause)
+            except (StorageError, DatabaseClosedError) as error:
+                store.report(error)
+                raise
+            finally:
+                right.give_back()
+
+    def _make(self, store: Store, pause: Callable[[], None]) -> bool:
+        db_id, database, files = store.db_id, store.database, self.files(store.db_id)
+        with database.view() as view:
+            if not is_due(view, files, self._least, pause):
+                return False
+            head = view.head.sequence
+        if not self._has_room(database, files):
+            raise StorageFullError(
+                "there is not enough room for the files of an image beside the database"
+            )
+
+        def check() -> None:
+            with self._stores.looking(db_id) as still, database.view() as view:
+                if still is not store or read_images(view).dropped > head or self._stop.is_set():
+                    raise StoppedError
+
+        try:
+            image = build(
+                database, files, self._entropy(16), packing.ENCODINGS[0], check, pause, self.sizes
+            )
+        except (StoppedError, ProtocolError, OSError):
+            # After an error of the storage what is left goes with the next look.
+            self._clear_up(store)
+            raise
+        logger.info(
+            "database %s: an image of %d entities as of commit %d was made",
+            db_id,
+            image.entities,
+            image.head,
+        )
+        return True
+
+    def _has_room(self, database: Database, files: KeptFiles) -> bool:
+        free = files.free_bytes()
+        return free is None or free >= database.storage.info().used_bytes + self._spare
+
+    def _clear_up(self, store: Store) -> None:
+        files = self.files(store.db_id)
+        now = self._clock.now_ms()
+        with store.database.view() as view:
+            kept = kept_rows(view, files, now)
+            changed = kept != read_images(view)
+        if changed:
+            kept = change_images(
+                store.database, lambda writer, _: kept_rows(writer, files, writer.now_ms)
+            )
+        files.sweep([row.id for row in kept.rows])
+
+    def _remove_strays(self) -> None:
+        """Folders of databases that are not there any more."""
+        root, data_dir = self._root, self._data_dir
+        if root is None or data_dir is None or not root.is_dir():
+            return
+        for entry in list(os.scandir(root)):
+            db_id = db_id_of(entry.name)
+            if db_id is not None and not (data_dir / entry.name).is_dir():
+                with self._lock_of(db_id):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+    def drop(self, db_id: str) -> None:
+        """No image counts any more, also none that is being made, and their files go: what was
+        erased from the database must not stay in them. Raises as ``Stores.use``."""
+        with self._stores.using(db_id, create=False) as store:
+            drop_images(store.database)
+            # What is being made ends before its next segment.
+            with self._lock_of(db_id):
+                right = store.database.right(_RIGHT)
+                try:
+                    if right.take(_DROP_WAIT_S):
+                        self.files(db_id).sweep([])
+                finally:
+                    right.give_back()
+
+    def _lock_of(self, db_id: str) -> threading.Lock:
+        """Held in this process where an image is made or files are removed."""
+        return self._locks.setdefault(db_id, threading.Lock())
+
+
+def _row_of(images: ImageRows, image: KeptImage) -> ImageRow | None:
+    return next((row for row in images.rows if row.id == image.id), None)
+
+
+__all__ = ["FOLDER", "LIFE_MS", "ImageKeeper"]

@@ -1,0 +1,55 @@
+"""A database's image in one file, for devices that begin from it (``protocol.archives``)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from entidb import packing
+from entidb.db import Database
+from entidb.db.maintenance import read_floor
+from entidb.protocol import Manifest, SegmentInfo
+from entidb.protocol.archives import write_archive
+from entidb.server.hooks import Grant
+from entidb.server.segments.building import take
+from entidb.server.segments.files import FolderFiles
+from entidb.server.segments.manifests import manifest_of, no_manifest
+from entidb.storage.partial import Partial
+
+_ALL = Grant("snapshot", read=True, write=False)
+
+
+def write_snapshot(database: Database, target: str | os.PathLike[str]) -> Manifest:
+    """Write ``target``, whole or not at all, from one snapshot of a server's database; until it is
+    there it needs twice its room. What it holds is in the manifest. A file there is replaced.
+    Raises ``DatabaseLockedError`` where another snapshot to that place is under way, ``OSError``,
+    ``StorageError``."""
+    with Partial(os.path.abspath(target), "snapshot") as partial:
+        files = FolderFiles(Path(partial.path).parent / "segments")
+        with database.view() as view:
+            floor = read_floor(view)
+            image = take(view, files, bytes(16), packing.ENCODINGS[0], _nothing, _nothing)
+        none = no_manifest(image.history, image.head, floor, database.clock.now_ms(), _ALL)
+        manifest = manifest_of(image, image.collections, none, 0)
+
+        def read(segment: SegmentInfo) -> bytes:
+            file = files.open(segment.sha256)
+            assert file is not None, "it was put there"
+            try:
+                return file.read(0, segment.bytes)
+            finally:
+                file.close()
+
+        with open(partial.path, "wb") as file:
+            write_archive(file, manifest, read)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.finish()
+    return manifest
+
+
+def _nothing() -> None:
+    return None
+
+
+__all__ = ["write_snapshot"]

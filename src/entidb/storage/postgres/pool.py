@@ -1,0 +1,170 @@
+"""Connections that are used again, and are given up together.
+
+A thread that wants one takes one that is idle, or makes one itself: an outage is said at once, to
+each who asks, and its end is noticed by the next who does. One that is idle and that the server has
+ended is never lent: its socket has something to read. When one turns out to be broken, those beside
+it go too, because a server mostly ends all of them.
+
+A connection that is lost is not counted any more: a thread that was interrupted need not have given
+its own back. And an answer that nobody waits for may still be under way on one that is idle
+(``Line.leave``).
+
+Not here: what a connection is made of (``reaching``), and who notices that a server does not
+answer (``pulse``).
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Final
+
+import psycopg
+
+from entidb.errors import DatabaseClosedError, StorageUnreachableError
+from entidb.storage.postgres.line import Line
+
+#: Seconds after which a connection that nobody used is closed.
+_IDLE_S: Final = 60.0
+#: Seconds between two looks whether a connection was lost.
+_LOOK_S: Final = 0.05
+
+
+class _Kept:
+    """A place among the connections of a pool, and what the pool knows of the one that has it:
+    which is in ``line`` while it is idle, and has this otherwise."""
+
+    def __init__(self, generation: int) -> None:
+        self.line: Line | None = None
+        self.generation = generation
+        self.used_at = 0.0
+
+
+class Pool:
+    """At most ``size`` connections that ``connect`` makes. Thread-safe."""
+
+    def __init__(self, connect: Callable[[], Line], size: int, wait_s: float) -> None:
+        self._connect = connect
+        self._size = size
+        self._wait_s = wait_s
+        #: Guards what follows; nothing is waited for meanwhile.
+        self._changed = threading.Condition()
+        self._idle: list[_Kept] = []
+        self._places: weakref.WeakSet[_Kept] = weakref.WeakSet()
+        self._generation = 0
+        self._closed = False
+
+    def getconn(self) -> Line:
+        """One that is in no transaction; ``putconn`` is the caller's. Raises
+        ``StorageUnreachableError`` if none is free in time, and what ``connect`` raises."""
+        until = time.monotonic() + self._wait_s
+        while True:
+            kept = self._take(until)
+            line, kept.line = kept.line, None
+            if line is None:
+                line = self._connect_for(kept)
+            elif not _is_alive(line):
+                self._free(kept)
+                line.close()
+                continue
+            line.kept = kept
+            return line
+
+    def _connect_for(self, kept: _Kept) -> Line:
+        try:
+            return self._connect()
+        except BaseException:
+            # Its place is not lost with it: the error keeps this frame for as long as it is kept.
+            self._free(kept)
+            raise
+
+    def _free(self, kept: _Kept) -> None:
+        with self._changed:
+            self._places.discard(kept)
+            self._changed.notify()
+
+    def _take(self, until: float) -> _Kept:
+        """One that is idle, or a place for a new one."""
+        while True:
+            with self._changed:
+                if self._closed:
+                    raise DatabaseClosedError("this store is closed; open it again to use it")
+                if self._idle:
+                    return self._idle.pop()
+                if len(self._places) < self._size:
+                    kept = _Kept(self._generation)
+                    self._places.add(kept)
+                    return kept
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise StorageUnreachableError(
+                        f"all connections to PostgreSQL were in use for {self._wait_s:g} s; are "
+                        "the snapshots closed?"
+                    )
+                self._changed.wait(min(left, _LOOK_S))
+
+    def putconn(self, line: Line) -> None:
+        """Whatever state it is in."""
+        kept, line.kept = line.kept, None
+        assert isinstance(kept, _Kept)
+        gone: list[_Kept] = []
+        with self._changed:
+            if line.closed:
+                self._generation += 1
+                gone, self._idle = self._idle, []
+            if not self._closed and kept.generation == self._generation and line.is_free():
+                kept.used_at = time.monotonic()
+                kept.line = line
+                self._idle.append(kept)
+            else:
+                self._places.discard(kept)
+            self._changed.notify()
+        if kept.line is None:
+            line.close()
+        _close(gone)
+
+    def tidy(self) -> None:
+        """Close those that have been idle for long: they are the first ones."""
+        before = time.monotonic() - _IDLE_S
+        with self._changed:
+            count = sum(1 for kept in self._idle if kept.used_at < before)
+            old, self._idle = self._idle[:count], self._idle[count:]
+        _close(old)
+
+    def drain(self) -> None:
+        """None that is here now is lent again."""
+        with self._changed:
+            self._generation += 1
+            gone, self._idle = self._idle, []
+        _close(gone)
+
+    def close(self) -> None:
+        """Those that are lent are closed when they come back."""
+        with self._changed:
+            self._closed = True
+        self.drain()
+
+
+def _is_alive(line: Line) -> bool:
+    """Whether it is as it was left. A server that ends it has said so."""
+    try:
+        line.settle()
+    except psycopg.Error:
+        return False
+    if line.closed:
+        return False
+    look = select.poll()
+    look.register(line.fileno(), select.POLLIN)
+    return not look.poll(0)
+
+
+def _close(several: list[_Kept]) -> None:
+    for kept in several:
+        if kept.line is not None:
+            kept.line.close()
+
+
+__all__ = ["Pool"]

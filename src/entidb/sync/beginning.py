@@ -1,0 +1,96 @@
+"""A device that begins with a snapshot of its server's database, from a file (R35).
+
+What the file holds is proved and staged as an image that comes over the network, and published at
+its commit. Which server it is of is not in the file: the first sync says so, and has the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import IO, Final
+
+from msgspec.structs import replace
+
+from entidb.db import Database, Role, machine
+from entidb.db.replica import ReplicaState
+from entidb.errors import SyncStateError
+from entidb.protocol import Manifest
+from entidb.protocol.archives import Archive
+from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.room import PROVE_SAMPLE
+
+_BEGUN: Final = (
+    "this device has a copy of a database already, and begins no more: sync it, or begin in "
+    "another directory"
+)
+
+
+def begin_from(
+    database: Database,
+    file: IO[bytes],
+    *,
+    prove: str = PROVE_SAMPLE,
+    progress: Callable[[int, int], None] = lambda done, entities: None,
+) -> Manifest:
+    """Make the snapshot in ``file`` the state of ``database``, that of a device which never
+    synchronised; what was committed to it before is pending on top. ``progress`` is called with
+    the entities that are in, and those there are. Returns what the snapshot says of itself.
+
+    Raises ``SyncStateError`` for a device that has synchronised, or is a server's database;
+    ``SyncCodecError`` and ``ProtocolError`` for a file that is none or is damaged: nothing of it
+    counts then. A process that is killed meanwhile leaves a device that pulls from nothing."""
+    manifest = (archive := Archive(file)).manifest
+    applier = DatabaseApplier(database, prove=prove)
+    _bind(database, manifest)
+    try:
+        if manifest.segments:
+            stage = applier.begin_image(manifest, None, _scope(applier))
+            segments = iter(manifest.segments)
+            while stage.image is not None:
+                opened = applier.open_segment(stage.image, archive.segment(next(segments)))
+                while not opened.used_up:
+                    stage = applier.stage_segment(opened)
+                    progress(stage.operations, manifest.entities)
+            _complete(database)
+            applier.publish()
+    except BaseException:
+        applier.restart_stage(full=False)
+        _unbind(database)
+        raise
+    return manifest
+
+
+def _scope(applier: DatabaseApplier) -> list[str] | None:
+    if applier.scope() is not None:
+        raise SyncStateError("a snapshot holds all collections: set a scope after it, not before")
+    return None
+
+
+def _bind(database: Database, manifest: Manifest) -> None:
+    """The device is one of that history, and lacks all of it."""
+    if database.role is Role.SERVER:
+        raise SyncStateError("this is a server's database: a snapshot is for a device to begin")
+    with database.write() as writer:
+        state = writer.sync_state
+        if state.cursor or state.db_id is not None or not state.full or state.foreign:
+            raise SyncStateError(_BEGUN)
+        writer.abandon_stage()
+        writer.set_sync_state(machine.STAND(state, replace(state, history=manifest.history)))
+
+
+def _complete(database: Database) -> None:
+    """Nothing follows the image: the stage is as one whose last page has come."""
+    with database.write() as writer:
+        stage = writer.stage
+        assert stage is not None, "its last segment was staged just now"
+        writer.set_stage(machine.KEEP(stage, replace(stage, full_done=True)))
+
+
+def _unbind(database: Database) -> None:
+    with database.write() as writer:
+        state = writer.sync_state
+        if state != ReplicaState():
+            writer.set_sync_state(machine.STAND(state, replace(state, history=None)))
+
+
+__all__ = ["begin_from"]

@@ -1,0 +1,228 @@
+"""Segments over HTTP: two at a time, each into a file that a later process goes on with.
+
+What is missing is asked for with a ``Range``. Our client hands an answer on as it comes; any other
+brings it in pieces, so that a line that is cut costs one of them at most, and no more than one of
+each segment is in memory. What a file holds in the end is for who asked: its hash is checked there.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import quote
+
+from entidb.db.replica import ImageSegment
+from entidb.errors import ProtocolError, SyncCancelledError, TransportError
+from entidb.sync.interrupt import Interrupts, act_for, acting_thread
+from entidb.sync.segment_files import Fetch, SegmentFiles
+from entidb.sync.transport import SINKS, HttpResponse, Sink
+
+#: Bytes of one request: what a line that is cut costs at most, for each segment on its way; and
+#: where nothing is lost, because they are kept as they come.
+PIECE_BYTES: Final = 256 * 1024
+STREAM_BYTES: Final = 4 * 1024 * 1024
+#: Segments that come at once: a client has to take two requests at a time.
+AT_ONCE: Final = 2
+_JOIN_S: Final = 5.0
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
+_WHOLE: Final = 200
+
+#: Asks for the path with these headers, as the transport asks for everything: with its token, and
+#: a fresh one where it has expired. Any status is an answer; raises ``SyncError``.
+Get = Callable[[str, dict[str, str], Sink | None], HttpResponse]
+#: The error that an answer reports.
+Explain = Callable[[str, HttpResponse], Exception]
+
+
+@dataclass
+class _Download:
+    """One segment on its way."""
+
+    db_id: str
+    segment: ImageSegment
+    files: SegmentFiles
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+
+class Downloads:
+    """The segments that one transport fetches. ``fetch`` waits for one of them, as its thread does
+    for everything; ``forget`` leaves those under way to themselves, and no piece of theirs is
+    kept."""
+
+    def __init__(
+        self, get: Get, explain: Explain, interrupts: Interrupts, *, streams: bool = False
+    ) -> None:
+        self._get = get
+        self._streams = streams
+        self._explain = explain
+        self._interrupts = interrupts
+        self._lock = threading.Lock()
+        self._under_way: dict[bytes, _Download] = {}
+        #: Whether anything was ever fetched.
+        self.begun = False
+        self._threads: set[threading.Thread] = set()
+        #: What was asked for last: a thread that is through goes on with what comes next there.
+        self._newest: Fetch | None = None
+
+    def fetch(self, fetch: Fetch) -> None:
+        """See ``SyncTransport``."""
+        self.begun = True
+        first, files = fetch.segments[0], fetch.files
+        self._newest = fetch
+        missing = [each for each in fetch.segments if files.size(each) != each.size]
+        for segment in missing[:AT_ONCE]:
+            # Those that were left to themselves count: a client takes so many requests at a time.
+            if segment is first or len(self._threads) < AT_ONCE:
+                self._begin(fetch, segment)
+        with self._lock:
+            wanted = self._under_way.get(first.sha256)
+        if wanted is None:
+            return  # it is there
+        try:
+            self._interrupts.wait(wanted.done)
+        finally:
+            if wanted.done.is_set():
+                with self._lock:
+                    self._under_way.pop(first.sha256, None)
+        if wanted.error is not None:
+            raise wanted.error
+
+    def _begin(self, fetch: Fetch, segment: ImageSegment) -> None:
+        with self._lock:
+            before = self._under_way.get(segment.sha256)
+            if before is not None and not (before.done.is_set() and before.error is None):
+                return  # it comes, or why it does not is told to who waits for it
+            download = _Download(fetch.db_id, segment, fetch.files)
+            thread = threading.Thread(
+                target=self._run,
+                args=(download, acting_thread()),
+                name="entidb-segment",
+                daemon=True,
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # out of threads, or the interpreter is ending
+                raise TransportError(f"no thread could be started to fetch: {error}") from error
+            self._under_way[segment.sha256] = download
+            self._threads.add(thread)
+
+    def forget(self) -> None:
+        with self._lock:
+            self._under_way.clear()
+            self._newest = None
+
+    def join(self) -> None:
+        """Wait, but not for ever, until what was begun has seen that its client is closed."""
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(_JOIN_S)
+
+    # ------------------------------------------------------------ on a thread of its own
+
+    def _run(self, begun: _Download, ident: int) -> None:
+        act_for(ident)
+        download: _Download | None = begun
+        while download is not None:
+            try:
+                while self._is_wanted(download) and self._piece(download):
+                    pass
+            except BaseException as error:  # raised where it is waited for
+                download.error = error
+            with self._lock:
+                following = self._following(download)
+                if following is None:
+                    self._threads.discard(threading.current_thread())
+            download.done.set()
+            download = following
+
+    def _following(self, download: _Download) -> _Download | None:
+        """What this thread goes on with; nothing after an error, or where it was forgotten."""
+        fetch, under_way = self._newest, self._under_way
+        if fetch is None or download.error is not None:
+            return None
+        # The first was waited for, and may be used up by now.
+        for segment in fetch.segments[1:]:
+            if segment.sha256 in under_way or fetch.files.size(segment) == segment.size:
+                continue
+            following = under_way[segment.sha256] = _Download(fetch.db_id, segment, fetch.files)
+            return following
+        return None
+
+    def _is_wanted(self, download: _Download) -> bool:
+        with self._lock:
+            return self._under_way.get(download.segment.sha256) is download
+
+    def _piece(self, download: _Download) -> bool:
+        """Fetch what comes next of it; whether there is more."""
+        segment, files = download.segment, download.files
+        at = files.size(segment)
+        if at > segment.size:
+            files.drop(segment)
+            at = 0
+        if at == segment.size:
+            return False
+        count = STREAM_BYTES if self._streams else PIECE_BYTES
+        last = min(at + count, segment.size) - 1
+        path = f"/v1/segments/{segment.sha256.hex()}?db_id={quote(download.db_id, safe='')}"
+        taking = _Taking(self, download, path, at, last)
+        sink = taking if self._streams else None
+        answer = self._get(path, {"Range": f"bytes={at}-{last}"}, sink)
+        if answer.status not in SINKS:
+            raise self._explain(path, answer)
+        if sink is None:
+            taking(answer, answer.body)
+        if taking.came == 0:
+            raise ProtocolError(f"{path} has fewer bytes than its manifest says")
+        return at + taking.came < segment.size
+
+    def keep(self, download: _Download, at: int, data: bytes) -> None:
+        """Put a part into the file. Raises ``SyncCancelledError`` if nobody wants it any more."""
+        with self._lock:
+            if self._under_way.get(download.segment.sha256) is not download:
+                raise SyncCancelledError("this segment is not waited for any more")
+            # Before anybody else may begin where this one ends.
+            download.files.append(download.segment, at, data)
+
+
+class _Taking:
+    """Takes one answer with the bytes from ``at`` to ``last``, as it comes."""
+
+    def __init__(
+        self, downloads: Downloads, download: _Download, path: str, at: int, last: int
+    ) -> None:
+        self.came = 0
+        self._downloads = downloads
+        self._download = download
+        self._path = path
+        self._at = at
+        self._last = last
+        #: Where in the segment the next part begins; unknown before the first.
+        self._next: int | None = None
+
+    def __call__(self, answer: HttpResponse, part: bytes) -> None:
+        if self._next is None:
+            self._next = self._begin_of(answer)
+        begin, self._next = self._next, self._next + len(part)
+        data = part[max(0, self._at - begin) : max(0, self._last + 1 - begin)]
+        if data:
+            self._downloads.keep(self._download, self._at + self.came, data)
+            self.came += len(data)
+
+    def _begin_of(self, answer: HttpResponse) -> int:
+        if answer.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise ProtocolError(f"{self._path} came packed, which was not asked for")
+        if answer.status == _WHOLE:
+            return 0  # a server, or something on the way, that knows no ranges
+        found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", "").strip())
+        if found is None or int(found[1]) != self._at:
+            raise ProtocolError(f"{self._path} answered with another part than was asked for")
+        return self._at
+
+
+__all__ = ["AT_ONCE", "PIECE_BYTES", "Downloads"]

@@ -1,0 +1,151 @@
+"""``entidb snapshot``: a server's database in one file."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from entidb.cli.exits import Exit
+from entidb.db import Database, Role
+from entidb.db.maintenance import verify
+from entidb.protocol import decode_segment, segment_rows
+from entidb.protocol.archives import Archive
+from entidb.server import ServerConfig, SyncServer
+from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
+from entidb.sync.beginning import begin_from
+from tests.cli.support import document, done, entidb, failed
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Path:
+    path = tmp_path / "shop.entidb"
+    with Database.open(path, role=Role.SERVER) as database:
+        with database.transaction() as tx:
+            for number in range(300):
+                tx.collection("notes")[uuid.UUID(int=number)] = {"number": number}
+            tx.collection("lists")[uuid.UUID(int=1)] = ["a"]
+        with database.transaction() as tx:
+            del tx.collection("notes")[uuid.UUID(int=7)]
+    return path
+
+
+def test_a_snapshot_holds_every_entity_of_the_database(server: Path, tmp_path: Path):
+    target = tmp_path / "shop.snapshot"
+    said = done("snapshot", server, target)
+    assert said.startswith(f"wrote 300 entities as of commit 2 to {target} (")
+    found: dict[tuple[str, bytes], bytes | None] = {}
+    with target.open("rb") as file, Database.open(server, read_only=True) as database:
+        archive = Archive(file)
+        assert archive.manifest.history == database.history
+        assert archive.manifest.head == 2
+        for segment in archive.manifest.segments:
+            header, columns = decode_segment(archive.segment(segment))
+            rows = segment_rows(columns)
+            found.update(
+                {
+                    (header.collection, entity_id): payload
+                    for entity_id, payload in zip(rows.ids, rows.payloads, strict=True)
+                }
+            )
+        there = {
+            (name, entity_id): payload
+            for name in ("notes", "lists")
+            for entity_id, payload in database.collection(name).payloads()
+        }
+    assert found == there
+    assert os.listdir(tmp_path) == sorted(os.listdir(tmp_path))
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_the_same_commit_makes_the_same_segments(server: Path, tmp_path: Path):
+    first = document(done("snapshot", server, tmp_path / "1", "--json"))
+    second = document(done("snapshot", server, tmp_path / "2", "--json"))
+    assert (first["head"], first["entities"], first["bytes"]) == (2, 300, second["bytes"])
+    with (tmp_path / "1").open("rb") as one, (tmp_path / "2").open("rb") as two:
+        assert Archive(one).manifest.segments == Archive(two).manifest.segments
+
+
+def test_a_snapshot_never_writes_over_anything(server: Path, tmp_path: Path):
+    (tmp_path / "there").write_text("mine")
+    failed(entidb("snapshot", server, tmp_path / "there"), Exit.USAGE, "exists")
+    assert (tmp_path / "there").read_text() == "mine"
+
+
+def test_a_device_has_no_snapshot(tmp_path: Path):
+    with Database.open(tmp_path / "device") as database:
+        database.collection("notes").add(1)
+    said = failed(entidb("snapshot", tmp_path / "device", tmp_path / "file"), Exit.USAGE, "usage")
+    assert "is a device" in said
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said(server: Path, tmp_path: Path):
+    result = entidb("snapshot", server, tmp_path / "missing" / "file")
+    assert "missing" in failed(result, Exit.STORAGE, "os_error")
+
+
+def test_a_device_begins_with_a_snapshot_and_syncs_the_rest(server: Path, tmp_path: Path):
+    target = tmp_path / "shop.snapshot"
+    done("snapshot", server, target)
+    with Database.open(server, role=Role.SERVER) as database:
+        database.collection("notes")[uuid.UUID(int=9)] = {"number": "later"}
+    said = done("init", tmp_path / "device", "--from", target)
+    begun = tmp_path / "device"
+    assert said == f"{begun} begins with 300 entities as of commit 2; sync it for the rest\n"
+    with Database.open(begun) as device:
+        assert verify(device) == []
+        assert len(device.collection("notes")) == 299
+        assert uuid.UUID(int=7) not in device.collection("notes")
+        with SyncServer(_OPEN, open_database=_opens(server)) as real:
+            transport = HttpTransport("http://localhost", client=LoopbackClient(real))
+            with SyncEngine(SyncConfig(db_id="shop"), transport, device) as engine:
+                result = engine.sync()
+        assert (result.pulled, result.reset) == (1, False)
+        assert device.collection("notes")[uuid.UUID(int=9)] == {"number": "later"}
+    again = failed(entidb("init", begun, "--from", target), Exit.USAGE, "exists")
+    assert "begins no more" in again
+
+
+_OPEN = ServerConfig(data_dir=None, insecure_no_auth=True)
+
+
+def _opens(path: Path) -> Callable[[str, bool], Database]:
+    return lambda db_id, create: Database.open(path, role=Role.SERVER)
+
+
+def test_what_was_written_before_a_snapshot_is_pending_on_top(server: Path, tmp_path: Path):
+    target = tmp_path / "shop.snapshot"
+    done("snapshot", server, target)
+    with Database.open(tmp_path / "device") as device, target.open("rb") as file:
+        device.collection("notes")[uuid.UUID(int=5)] = {"number": "mine"}
+        begin_from(device, file, prove="all")
+        assert device.collection("notes")[uuid.UUID(int=6)] == {"number": 6}
+        assert verify(device) == []
+
+
+def test_a_file_that_is_no_snapshot_leaves_an_empty_database(server: Path, tmp_path: Path):
+    target = tmp_path / "shop.snapshot"
+    done("snapshot", server, target)
+    data = target.read_bytes()
+    cut = data[: data.index(b"EntiDB-segment") + 40]
+    for number, bad in enumerate((b"", b"x" * 2000, cut, cut + bytes(len(data) - len(cut)))):
+        target.write_bytes(bad)
+        path = tmp_path / f"device{number}"
+        said = failed(entidb("init", path, "--from", target), Exit.USAGE, "usage")
+        assert str(target) in said
+        with Database.open(path) as device:
+            assert verify(device) == []
+            assert not any(map(len, map(device.collection, device.collections())))
+            assert device.read_head().sequence == 0
+    target.write_bytes(data)
+    done("init", tmp_path / "device3", "--from", target)
+
+
+def test_a_snapshot_that_is_not_there_is_said(tmp_path: Path):
+    result = entidb("init", tmp_path / "device", "--from", tmp_path / "missing")
+    assert "missing" in failed(result, Exit.STORAGE, "os_error")
+    assert not (tmp_path / "device").exists()

@@ -1,0 +1,185 @@
+"""Quotas of what a database holds: what would go beyond them is refused, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from entidb.db import Database
+from entidb.errors import ConfigError
+from entidb.server import ServerConfig, SyncServer
+from entidb.server.fullness import MEASURED_S, Room, fullness_of
+from entidb.storage import MemoryStorage
+from entidb.sync import HttpTransport, LoopbackClient, RetryConfig, SyncConfig, SyncEngine
+from tests.server.support import ManualClock
+from tests.support import DB_ID, uid
+
+Make = Callable[..., tuple[SyncServer, SyncEngine]]
+
+
+@pytest.fixture
+def make() -> Any:
+    made: list[Any] = []
+
+    def build(clock: ManualClock | None = None, **quota: Any) -> tuple[SyncServer, SyncEngine]:
+        config = ServerConfig(data_dir=None, insecure_no_auth=True, **quota)
+        server = SyncServer(config, clock=clock or ManualClock())
+        transport = HttpTransport("http://localhost", client=LoopbackClient(server))
+        settings = SyncConfig(db_id=DB_ID, retry=RetryConfig.none())
+        engine = SyncEngine(settings, transport, Database(MemoryStorage()))
+        made.extend((engine, server))
+        return server, engine
+
+    yield build
+    for each in made:
+        each.close()
+
+
+def put(engine: SyncEngine, *numbers: int, size: int = 1) -> None:
+    """One transaction."""
+    with engine.database.transaction() as tx:
+        for number in numbers:
+            tx.collection("notes")[uid(number)] = "x" * size
+
+
+def on_server(server: SyncServer) -> set[int]:
+    return {each.int for each, _ in server.database(DB_ID).collection("notes").items()}
+
+
+def codes(engine: SyncEngine) -> list[str]:
+    return [entry.code for entry in engine.discarded()]
+
+
+def test_what_would_be_one_too_many_is_refused_and_the_rest_is_taken(make: Make) -> None:
+    server, engine = make(database_entities_max=5)
+    for number in range(1, 9):  # enough of them to be decided in columns, if they fitted
+        put(engine, number)
+    engine.sync()
+    assert on_server(server) == {1, 2, 3, 4, 5}
+    assert codes(engine) == ["over_quota"] * 3
+    assert "5 entities" in engine.discarded()[0].message
+
+
+def test_a_transaction_counts_whole(make: Make) -> None:
+    server, engine = make(database_entities_max=3)
+    put(engine, 1, 2)
+    put(engine, 3, 4)
+    put(engine, 5)
+    engine.sync()
+    assert on_server(server) == {1, 2, 5}
+    assert codes(engine) == ["over_quota"]
+
+
+def test_a_full_database_takes_changes_and_deletions(make: Make) -> None:
+    server, engine = make(database_entities_max=2)
+    put(engine, 1, 2)
+    engine.sync()
+    put(engine, 1, size=50)
+    with engine.database.transaction() as tx:  # one goes, another comes
+        del tx.collection("notes")[uid(2)]
+        tx.collection("notes")[uid(3)] = "new"
+    engine.sync()
+    assert (on_server(server), codes(engine)) == ({1, 3}, [])
+    put(engine, 4)
+    engine.sync()
+    (refused,) = engine.discarded()
+    with engine.database.transaction() as tx:
+        del tx.collection("notes")[uid(1)]
+    engine.sync()
+    engine.recommit(refused)
+    engine.sync()
+    assert (on_server(server), codes(engine)) == ({3, 4}, [])
+
+
+def test_deleting_and_writing_again_is_not_counted_twice(make: Make) -> None:
+    server, engine = make(database_entities_max=1)
+    for _ in range(5):
+        put(engine, 1)
+        engine.sync()
+        with engine.database.transaction() as tx:
+            del tx.collection("notes")[uid(1)]
+        engine.sync()
+    put(engine, 2)
+    engine.sync()
+    assert (on_server(server), codes(engine)) == ({2}, [])
+
+
+def test_bytes_are_measured_now_and_then_and_counted_in_between(make: Make) -> None:
+    clock = ManualClock()
+    server, engine = make(clock, database_bytes_max=40_000)
+    for number in range(1, 30):
+        put(engine, number, size=4000)
+        engine.sync()
+    full = on_server(server)
+    assert 5 <= len(full) <= 10
+    assert set(codes(engine)) == {"over_quota"}
+    with engine.database.transaction() as tx:
+        for number in full:
+            del tx.collection("notes")[uid(number)]
+    engine.sync()
+    assert on_server(server) == set()
+    clock.ms += int(MEASURED_S * 1000)
+    put(engine, 100, size=4000)
+    engine.sync()
+    assert on_server(server) == {100}
+
+
+def test_what_a_quota_counts_is_what_a_loop_counts(make: Make) -> None:
+    """Any transactions, one by one and many at once, against a set in Python."""
+    rng = random.Random(7)
+    server, engine = make(database_entities_max=12)
+    there: set[int] = set()
+    for _ in range(150):
+        waiting: list[dict[int, bool]] = []
+        here = set(there)
+        for _ in range(rng.choice((1, 6))):
+            writes: dict[int, bool] = {}
+            for number in rng.sample(range(1, 25), rng.choice((1, 1, 3))):
+                writes[number] = number not in here or rng.random() < 0.4
+            with engine.database.transaction() as tx:
+                notes = tx.collection("notes")
+                for number, keeps in writes.items():
+                    if keeps:
+                        notes[uid(number)] = "x" * rng.randint(1, 9)
+                    else:
+                        del notes[uid(number)]
+            here = (here | {n for n, k in writes.items() if k}) - {
+                n for n, k in writes.items() if not k
+            }
+            waiting.append(writes)
+        engine.sync()
+        refused: set[int] = set()
+        for writes in waiting:
+            after = (there | {n for n, k in writes.items() if k}) - {
+                n for n, k in writes.items() if not k
+            }
+            conflicts = not refused.isdisjoint(writes)
+            if conflicts or (len(after) > 12 and len(after) > len(there)):
+                refused |= writes.keys()
+            else:
+                there = after
+        engine.sync()
+        assert on_server(server) == there
+        for entry in engine.discarded():
+            engine.prune(entry)
+
+
+def test_without_a_quota_nothing_is_counted() -> None:
+    config = ServerConfig(data_dir=None, insecure_no_auth=True)
+    assert fullness_of(config, Database.in_memory(), ManualClock()) is None
+
+
+def test_a_room_that_is_over_takes_what_makes_it_smaller() -> None:
+    assert Room(-3, None).take([(None, None)]) is None
+    assert Room(-3, -3).take([(b"x", None)]) == "database_entities_max"
+    assert Room(None, -3).take([(b"x", None)]) == "database_bytes_max"
+
+
+@pytest.mark.parametrize("name", ["database_entities_max", "database_bytes_max"])
+def test_a_quota_is_a_whole_number(name: str) -> None:
+    wrong: dict[str, Any] = {name: -1}
+    with pytest.raises(ConfigError, match=name):
+        ServerConfig(data_dir=None, insecure_no_auth=True, **wrong)

@@ -1,0 +1,642 @@
+"""Servers on PostgreSQL: several nodes serve one place, and none of them owns anything."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import http.client
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from entidb.cli.exits import Exit
+from entidb.db import Database
+from entidb.errors import ConfigError, StorageError
+from entidb.protocol import HandshakeResponse, PullResponse, PushResponse, Verdict
+from entidb.server import ServerConfig, SyncServer, serving
+from entidb.server.admin import backups, databases
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.office import Office
+from entidb.server.admin.opening import office_of
+from entidb.server.admin.tasks import Task
+from entidb.server.news import News
+from entidb.storage.postgres.news import PostgresNews
+from entidb.storage.postgres.node import Node
+from entidb.sync import SyncConfig, SyncEngine
+from tests.cli.support import command, document, done, entidb, environment, failed
+from tests.server.support import Client, handshake, pull, push
+from tests.server.test_live import Events
+from tests.storage.postgres_cluster import MISSING, Cluster, cluster
+
+ADMIN = Caller("ada", "here")
+WAIT_S = 60.0
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def address(postgres: Cluster) -> str:
+    """Of a PostgreSQL database of the test's own."""
+    name = f"t{uuid.uuid4().hex}"
+    with psycopg.connect(postgres.address, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return postgres.address.replace("///postgres?", f"///{name}?")
+
+
+def config(address: str, **settings: Any) -> ServerConfig:
+    return ServerConfig(data_dir=address, insecure_no_auth=True, access_log=False, **settings)
+
+
+class Nodes:
+    """Some nodes of one place, each with a connection to it."""
+
+    def __init__(self, address: str, count: int, **settings: Any) -> None:
+        self.stack = ExitStack()
+        self.servers = [
+            self.stack.enter_context(SyncServer(config(address, **settings))) for _ in range(count)
+        ]
+        self.urls = [self.stack.enter_context(serving(server)) for server in self.servers]
+        self.clients = [self.stack.enter_context(Client(url)) for url in self.urls]
+
+    def engine(self, node: int, database: Database, db_id: str = "shop") -> SyncEngine:
+        made = SyncEngine(
+            SyncConfig(db_id=db_id, default_policy="merge"), self.urls[node], database
+        )
+        return self.stack.enter_context(made)
+
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stack.close()
+
+    def news(self, node: int, waiting: Waiting) -> News:
+        """Beside those that the node has of its own."""
+        source = self.servers[node].place.news()
+        assert source is not None
+        return News(source, waiting)
+
+
+@pytest.fixture
+def nodes(address: str) -> Iterator[Nodes]:
+    with Nodes(address, 2) as made:
+        yield made
+
+
+# ---------------------------------------------------------------- one place, several nodes
+
+
+def test_what_is_pushed_to_one_node_is_pulled_from_another(nodes: Nodes) -> None:
+    first, second = nodes.clients
+    history = first.history()
+    assert second.history() == history
+    for number, node in enumerate([first, second, first], 1):
+        answer = node.send(push(history, number)).message(PushResponse)
+        assert [each.verdict for each in answer.results] == [Verdict.ACCEPTED]
+        for other in nodes.clients:
+            page = other.send(pull(history)).message(PullResponse)
+            assert page.head == number and len(page.commits) == number
+            # And nothing new, which is answered from memory if that is still true.
+            assert other.send(pull(history, cursor=number)).message(PullResponse).head == number
+
+
+def test_a_conflict_between_devices_of_two_nodes_is_decided_once(nodes: Nodes) -> None:
+    devices = [Database.in_memory(), Database.in_memory()]
+    engines = [nodes.engine(node, device) for node, device in enumerate(devices)]
+    entity = devices[0].collection("items").add({"name": "tea", "price": 1, "left": 1})
+    engines[0].sync()
+    engines[1].sync()
+    devices[0].collection("items").patch(entity, {"price": 2})
+    devices[1].collection("items").patch(entity, {"left": 5})
+    for _ in range(2):
+        for engine in engines:
+            engine.sync()
+    found = [device.collection("items")[entity] for device in devices]
+    assert found[0] == found[1]
+    assert found[0]["price"] == 2 and found[0]["left"] == 5
+
+
+def test_a_database_is_made_by_whoever_is_asked_first_unless_none_are_made(address: str) -> None:
+    with Nodes(address, 1, create_databases=False) as made:
+        assert made.clients[0].send(handshake()).code == "unknown_database"
+        made.servers[0].stores.make("shop")
+        assert made.clients[0].send(handshake()).message(HandshakeResponse).head == 0
+        assert made.clients[0].send(handshake("other")).code == "unknown_database"
+        assert made.servers[0].place.names() == ["shop"]
+
+
+def test_names_that_differ_in_case_are_two_databases(nodes: Nodes) -> None:
+    histories = {nodes.clients[0].history(name) for name in ("shop", "Shop", "shop.1")}
+    assert len(histories) == 3
+    assert nodes.servers[1].place.names() == ["Shop", "shop", "shop.1"]
+
+
+# ---------------------------------------------------------------- changed by one of them
+
+
+def test_a_database_that_is_renamed_on_one_node_is_not_served_from_memory_by_another(
+    nodes: Nodes,
+) -> None:
+    first, second = nodes.clients
+    history = first.history()
+    second.send(push(history, 1)).message(PushResponse)
+    idle = pull(history, cursor=1)
+    assert second.send(idle).message(PullResponse).head == 1
+    office = office_of(nodes.servers[0])
+    nodes.servers[0].place.rename("shop", "store")  # and nobody asks the other to close it
+    # The node notices, and the next request opens what is there now.
+    assert second.send(idle).status == 503
+    assert second.send(idle).code == "history_changed"
+    found = second.send(pull(history, db_id="store")).message(PullResponse)
+    assert found.head == 1
+    assert "store" in {each.name for each in databases.rows(office, ADMIN)}
+
+
+def test_a_database_that_is_deleted_on_one_node_is_gone_for_another_and_can_be_taken_back(
+    nodes: Nodes,
+) -> None:
+    first, second = nodes.clients
+    history = first.history()
+    second.send(push(history, 1)).message(PushResponse)
+    office = office_of(nodes.servers[0])
+    aside = nodes.servers[0].place.put_aside("shop", 1_700_000_000_000)
+    assert second.send(push(history, 2)).status == 503
+    assert second.send(push(history, 2)).code == "history_changed"
+    assert [each.id for each in databases.all_aside(office, ADMIN)] == [aside.id]
+    databases.take_back(office, ADMIN, aside.id)
+    assert second.send(push(history, 2)).message(PushResponse).head == 2
+    assert databases.row(office, ADMIN, "shop").bytes > 0
+
+
+def test_what_was_aside_for_a_day_is_removed_for_good(nodes: Nodes) -> None:
+    nodes.clients[0].history()
+    place = nodes.servers[0].place
+    aside = place.put_aside("shop", 1000)
+    assert [each.id for each in place.aside()] == [aside.id]
+    end = time.monotonic() + WAIT_S
+    while place.aside():  # by whichever of them is on duty
+        for server in nodes.servers:
+            databases.clear_aside(office_of(server))
+        assert time.monotonic() < end
+    assert place.aside() == [] and place.names() == []
+
+
+def test_a_backup_takes_the_place_of_a_database_and_begins_a_history(
+    address: str, tmp_path: Path
+) -> None:
+    with Nodes(address, 2, backup_dir=tmp_path / "backups") as nodes:
+        first, second = nodes.clients
+        history = first.history()
+        second.send(push(history, 1)).message(PushResponse)
+        office = next_on_duty(nodes)
+        assert finished(office, backups.backup(office, ADMIN, "shop")) == "done"
+        second.send(push(history, 2)).message(PushResponse)
+        (made,) = backups.rows(office, ADMIN)
+        task = backups.restore(office, ADMIN, "shop", made.id, "shop")
+        assert finished(office, task) == "done"
+        until(lambda: second.send(pull(history, cursor=1)).status != 503)
+        assert second.send(pull(history, cursor=1)).code == "history_changed"
+        renewed = second.history()
+        assert renewed == first.history() != history
+        assert first.send(pull(renewed)).message(PullResponse).head == 1
+        assert [each.name for each in databases.all_aside(office, ADMIN)] == ["shop"]
+
+
+def next_on_duty(nodes: Nodes) -> Office:
+    """The office of the node that is on duty, which does what only one may do."""
+    offices = [office_of(server) for server in nodes.servers]
+    until(lambda: any(each.others.on_duty() for each in offices))
+    return next(each for each in offices if each.others.on_duty())
+
+
+def finished(office: Office, task: Task) -> str:
+    until(lambda: ended(office, task).ended_ms is not None)
+    return ended(office, task).state
+
+
+def ended(office: Office, task: Task) -> Task:
+    found = office.tasks.find(task.id)
+    assert found is not None
+    return found
+
+
+# ---------------------------------------------------------------- the address
+
+
+def test_no_message_and_no_repr_shows_the_password_of_the_address() -> None:
+    for address in (
+        "postgresql://me:hunt:er2x@db.example:5433,other/shops?sslmode=require",
+        "postgresql://db.example/shops?user=me&password=hunt:er2x",
+        "postgresql://me@db.example/shops?password=se@hunt:er2x",
+        "postgresql://me:a/hunt:er2x@db.example/shops",
+    ):
+        assert "er2x" not in repr(config(address)), address
+        assert "workers=1" in repr(config(address))
+
+
+def test_a_server_that_cannot_reach_its_place_does_not_start_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address = "postgresql://me:hunter2x@127.0.0.1:1/shops"
+    with pytest.raises(StorageError, match=r"postgresql://127\.0\.0\.1:1/shops") as raised:
+        SyncServer(config(address))
+    assert "hunter2x" not in str(raised.value)
+    line = failed(
+        entidb("serve", "--insecure-no-auth", ENTIDB_SERVE_DATA_DIR=address),
+        Exit.STORAGE,
+        raised.value.code,
+    )
+    assert "hunter2x" not in line and "cannot be reached" in line
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any, **named: Any) -> Any:
+        if name.startswith("entidb.storage.postgres"):
+            raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ConfigError, match=r'\(psycopg\): pip install "entidb\[postgres\]"'):
+        SyncServer(config("postgresql://db.example/shops"))
+
+
+def test_another_scheme_is_no_directory() -> None:
+    with pytest.raises(ConfigError, match="begins with postgresql://"):
+        config("mysql://db.example/shops")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("get", "ADDRESS", "notes", "1"),
+        ("verify", "ADDRESS"),
+        ("backup", "--dir", "ADDRESS", "copy"),
+        ("restore", "backup", "ADDRESS", "shop"),
+        ("doctor", "ADDRESS"),
+        ("sync", "ADDRESS", "http://localhost:1"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_that_wants_a_directory_refuses_an_address_without_showing_it(
+    words: tuple[str, ...],
+) -> None:
+    address = "postgresql://me:hunter2x@db.example/shops"
+    given = [address if word == "ADDRESS" else word for word in words]
+    line = failed(entidb(*given), Exit.USAGE, "usage")
+    assert "hunter2x" not in line and "PostgreSQL" in line
+
+
+def test_init_makes_the_tables_once(address: str) -> None:
+    assert "made the tables" in done("init", address)
+    assert "already" in done("init", address)
+    assert document(done("init", address, "--json"))["created"] is False
+    failed(entidb("init", address, "--local", "drafts"), Exit.USAGE, "usage")
+    assert json.loads(done("init", address, "--json"))["path"].startswith("postgresql://")
+
+
+# ---------------------------------------------------------------- news
+
+
+@pytest.fixture
+def streams() -> Iterator[list[Events]]:
+    yield Events.opened
+    while Events.opened:
+        Events.opened.pop().close()
+
+
+def test_a_push_to_one_node_wakes_who_waits_at_another(nodes: Nodes, streams: list[Events]) -> None:
+    history = nodes.clients[0].history()
+    stream = Events(nodes.urls[1])
+    assert stream.next() is not None
+    for number in (1, 2):
+        nodes.clients[0].send(push(history, number)).message(PushResponse)
+        event = stream.next()
+        assert event is not None and event["data"] == str(number)
+
+
+def test_who_waits_for_a_database_that_is_closed_there_hears_of_it_and_it_stays_closed(
+    nodes: Nodes, streams: list[Events]
+) -> None:
+    history = nodes.clients[0].history()
+    stream = Events(nodes.urls[1])
+    assert stream.next() is not None
+    stores = nodes.servers[1].stores
+    with stores.closed_here("shop", 60):
+        nodes.clients[0].send(push(history, 1)).message(PushResponse)
+        event = stream.next()
+        assert event is not None and event["data"] == "1"
+        assert stores.opened() == {}
+
+
+class Waiting:
+    """Those who wait, for ``News`` alone."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = set(names)
+        self.heard: queue.Queue[tuple[str, str, int]] = queue.Queue()
+
+    def awaited(self) -> set[str]:
+        return set(self.names)
+
+    def told(self, db_id: str, head: int) -> None:
+        self.heard.put(("told", db_id, head))
+
+    def opened(self, db_id: str, head: int) -> None:
+        self.heard.put(("opened", db_id, head))
+
+
+def test_marks_are_looked_at_also_where_every_notification_is_lost(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PostgresNews, "tell", lambda self, names: None)
+    monkeypatch.setattr(PostgresNews, "_take_in", lambda self, line: time.sleep(0.01))
+    history = nodes.clients[0].history()
+    waiting = Waiting("shop", "nosuch")
+    with contextlib.closing(nodes.news(1, waiting)):
+        assert waiting.heard.get(timeout=WAIT_S) == ("told", "shop", 0)
+        nodes.clients[0].send(push(history, 1)).message(PushResponse)
+        assert waiting.heard.get(timeout=WAIT_S) == ("told", "shop", 1)
+
+
+def test_another_database_of_the_same_name_is_told_as_one_that_was_opened_anew(
+    nodes: Nodes,
+) -> None:
+    history = nodes.clients[0].history()
+    nodes.clients[0].send(push(history, 1, 2)).message(PushResponse)
+    waiting = Waiting("shop")
+    with contextlib.closing(nodes.news(1, waiting)):
+        assert waiting.heard.get(timeout=WAIT_S) == ("told", "shop", 2)
+        nodes.servers[0].place.put_aside("shop", 1000)
+        nodes.servers[1].stores.make("shop")
+        assert waiting.heard.get(timeout=WAIT_S) == ("opened", "shop", 0)
+
+
+def test_news_go_on_after_the_connection_was_ended(nodes: Nodes, address: str) -> None:
+    history = nodes.clients[0].history()
+    waiting = Waiting("shop")
+    with contextlib.closing(nodes.news(1, waiting)):
+        assert waiting.heard.get(timeout=WAIT_S) == ("told", "shop", 0)
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
+                "pg_backend_pid() AND datname = current_database()"
+            )
+        until(lambda: nodes.clients[0].send(push(history, 1)).status == 200)
+        assert waiting.heard.get(timeout=WAIT_S) == ("told", "shop", 1)
+
+
+# ---------------------------------------------------------------- the event loop
+
+
+def test_nothing_is_asked_of_the_store_on_the_event_loop(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, streams: list[Events]
+) -> None:
+    asked: list[str] = []
+
+    def noted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            asked.append(threading.current_thread().name)
+            return real(*given)
+
+        return call
+
+    # All ways to a connection.
+    monkeypatch.setattr(Node, "lend", noted(Node.lend))
+    monkeypatch.setattr(Node, "connect", noted(Node.connect))
+    ask_everything(nodes)
+    stream = Events(nodes.urls[0])
+    assert stream.next() is not None
+    kinds = {name.partition("_")[0] for name in asked}
+    assert {"entidb-asker", "entidb-reader", "entidb-opener"} <= kinds
+    assert not kinds & {"entidb-server", "MainThread"}
+
+
+def ask_everything(nodes: Nodes) -> None:
+    client = nodes.clients[0]
+    history = client.history()
+    for number in range(1, 4):
+        client.send(push(history, number)).message(PushResponse)
+        client.send(pull(history)).message(PullResponse)
+        client.send(pull(history, cursor=number - 1)).message(PullResponse)
+        client.send(pull(history, cursor=number)).message(PullResponse)
+    device = Database.in_memory()
+    engine = nodes.engine(0, device)
+    for number in range(3):
+        device.collection("notes").add({"n": number})
+        engine.sync()
+        engine.sync()
+    assert engine.verify_with_server().agrees
+
+
+def test_no_thread_waits_for_a_connection_to_read_while_it_has_one(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else as many threads as there are connections would wait for each other."""
+    held: Counter[tuple[int, int]] = Counter()
+    nested: list[str] = []
+    lend, take_back = Node.lend, Node.take_back
+
+    def lent(node: Node, pool: Any) -> Any:
+        key = threading.get_ident(), id(pool)
+        if held[key]:
+            nested.extend(traceback.format_stack(limit=12))
+        line = lend(node, pool)
+        held[key] += 1
+        return line
+
+    def taken_back(node: Node, pool: Any, line: Any) -> None:
+        held[threading.get_ident(), id(pool)] -= 1
+        take_back(node, pool, line)
+
+    monkeypatch.setattr(Node, "lend", lent)
+    monkeypatch.setattr(Node, "take_back", taken_back)
+    ask_everything(nodes)
+    assert not nested, "".join(nested)
+
+
+# ---------------------------------------------------------------- what can happen
+
+
+class Ledger:
+    """Devices that push one transaction after the other, to either node, until they are stopped."""
+
+    def __init__(self, nodes: Nodes, devices: int) -> None:
+        self.history = nodes.clients[0].history()
+        self.acknowledged: set[bytes] = set()
+        self.verdicts: Counter[Verdict] = Counter()
+        #: Status, code, and whether it was said when to come again.
+        self.refused: Counter[tuple[int, str, bool]] = Counter()
+        self.stop = threading.Event()
+        self.threads = [
+            threading.Thread(target=self.run, args=[nodes.urls, device])
+            for device in range(1, devices + 1)
+        ]
+
+    def run(self, urls: list[str], device: int) -> None:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(Client(url)) for url in urls]
+            number = 1000 * device
+            while not self.stop.is_set():
+                request = push(self.history, number)
+                answer = clients[number % len(clients)].send(request)
+                if answer.status == 200:
+                    (result,) = answer.message(PushResponse).results
+                    self.verdicts[Verdict(result.verdict)] += 1
+                    self.acknowledged.add(request.transactions[0].transaction_id)
+                    number += 1
+                else:
+                    known = "retry-after" in answer.headers
+                    self.refused[answer.status, answer.code, known] += 1
+                    self.stop.wait(0.05)
+
+    def goes_on(self) -> None:
+        """Every device gets further from here."""
+        count = len(self.acknowledged)
+        until(lambda: len(self.acknowledged) > count + 2 * len(self.threads))
+
+    def is_refused(self) -> None:
+        count = self.refused.total()
+        until(lambda: self.refused.total() > count + 2 * len(self.threads))
+
+    def __enter__(self) -> Ledger:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+@pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
+def test_while_postgresql_is_away_devices_are_told_busy_and_nothing_is_lost() -> None:
+    with cluster() as own, Nodes(own.address, 2) as nodes:
+        with Ledger(nodes, 4) as ledger:
+            for kind in (signal.SIGQUIT, signal.SIGINT):
+                ledger.goes_on()
+                own.stop(kind)
+                ledger.is_refused()
+                assert nodes.clients[0].request("GET", "/healthz").status == 200
+                ready = nodes.clients[0].request("GET", "/readyz")
+                assert (ready.status, json.loads(ready.body)["reasons"]) == (503, ["storage"])
+                own.start()
+            ledger.goes_on()
+        assert set(ledger.refused) == {(503, "busy", True)}
+        assert set(ledger.verdicts) == {Verdict.ACCEPTED}
+        page = nodes.clients[1].send(pull(ledger.history)).message(PullResponse)
+        assert not page.has_more and page.head == len(page.commits)
+        there = {each.entity_id for commit in page.commits for each in commit.operations}
+        assert there >= ledger.acknowledged and len(there) == page.head
+
+
+def test_a_node_that_is_killed_in_the_middle_of_a_push_holds_up_no_other(
+    address: str, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "def check(collection, *rest):\n"
+        "    pathlib.Path('deciding').touch()\n"
+        "    time.sleep(600)\n"
+    )
+    ready = tmp_path / "ready"
+    options = ("--insecure-no-auth", "--port", "0", "--ready-file", ready)
+    node = subprocess.Popen(
+        command("serve", *options, "--validate", "slow:check"),
+        cwd=tmp_path,
+        env=environment(ENTIDB_SERVE_DATA_DIR=address),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(ready.exists)
+        with Nodes(address, 1) as nodes, Client(ready.read_text().strip()) as killed:
+            history = nodes.clients[0].history()
+            request = push(history, 1)
+            sent = threading.Thread(target=lambda: refused(killed.send, request))
+            sent.start()
+            until((tmp_path / "deciding").exists)
+            node.kill()
+            sent.join(WAIT_S)
+            assert nodes.clients[0].send(push(history, 2)).message(PushResponse).head == 1
+            # The device sends again what it has no answer to, to a node that lives.
+            assert nodes.clients[0].send(request).message(PushResponse).head == 2
+    finally:
+        node.kill()
+        node.wait(WAIT_S)
+
+
+def test_databases_that_nobody_uses_are_closed_and_opened_again(address: str) -> None:
+    with Nodes(address, 1, databases_open_max=2, idle_close_s=0.1) as nodes:
+        histories = {f"db{n}": nodes.clients[0].history(f"db{n}") for n in range(5)}
+        assert nodes.servers[0].stores.open_count <= 2
+        until(lambda: nodes.servers[0].stores.open_count == 0)
+        for name, history in histories.items():
+            assert nodes.clients[0].send(push(history, 1, db_id=name)).status == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_workers_are_nodes_of_one_address(address: str, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    options = ("--insecure-no-auth", "--port", "0", "--ready-file", ready, "--workers", "2")
+    parent = subprocess.Popen(
+        command("serve", *options),
+        cwd=tmp_path,
+        env=environment(ENTIDB_SERVE_DATA_DIR=address),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(ready.exists)
+        url = ready.read_text().strip()
+        with Client(url) as client:
+            history = client.history()
+        for number in range(1, 21):
+            with Client(url) as client:  # each connection is for whichever of them is quicker
+                assert client.send(push(history, number)).message(PushResponse).head == number
+                assert client.send(pull(history)).message(PullResponse).head == number
+        with Client(url) as client:
+            health = json.loads(client.request("GET", "/healthz").body)
+        assert health == {"status": "ok", "workers": 2}
+    finally:
+        parent.terminate()
+        assert parent.wait(WAIT_S) == 0
+    assert asked_for(address) == 0
+
+
+def asked_for(address: str) -> int:
+    """How many connections EntiDB has to ``address``."""
+    with psycopg.connect(address) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND application_name = 'entidb'"
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def refused(send: Callable[..., object], *given: object) -> None:
+    with pytest.raises((OSError, http.client.HTTPException)):
+        send(*given)

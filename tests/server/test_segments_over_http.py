@@ -1,0 +1,150 @@
+"""Segments over sockets: in pieces from the disk, in parts, to clients that stop reading."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from entidb.packing import ENCODINGS
+from entidb.protocol import Manifest, SegmentInfo, SnapshotRequest, decode_segment
+from entidb.server import ServerConfig, SyncServer, serving
+from entidb.server.segments import files
+from entidb.server.sending import PIECE_BYTES
+from tests.server.support import DEVICE, Client
+
+pytestmark = pytest.mark.process
+
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SyncServer, str]]:
+    data_dir = tmp_path_factory.mktemp("served") / "data"
+    config = ServerConfig(
+        data_dir=data_dir,
+        insecure_no_auth=True,
+        segments_min_entities=50,
+        write_timeout_s=0.5,
+        metrics=True,
+    )
+    with SyncServer(config) as server, serving(server) as url:
+        server.images.background = False
+        database = server.database("shop")
+        with database.transaction() as tx:
+            large = hashlib.shake_128(b"large").digest(15_000_000)
+            tx.collection("large")[uuid.UUID(int=1)] = {"blob": large}
+        with database.transaction() as tx:
+            for number in range(60):
+                blob = hashlib.shake_128(b"%d" % number).digest(100_000)
+                tx.collection("blobs")[uuid.UUID(int=number)] = {"blob": blob}
+        assert server.images.make("shop")
+        yield server, url
+
+
+@pytest.fixture
+def client(served: tuple[SyncServer, str]) -> Iterator[Client]:
+    with Client(served[1]) as client:
+        yield client
+
+
+@pytest.fixture
+def segment(client: Client) -> SegmentInfo:
+    request = SnapshotRequest(db_id="shop", device_id=DEVICE, packings=[*ENCODINGS])
+    manifest = client.send(request).message(Manifest)
+    largest = max(manifest.segments, key=lambda each: each.bytes)
+    assert largest.bytes > 3 * PIECE_BYTES
+    return largest
+
+
+def path_of(segment: SegmentInfo) -> str:
+    return f"/v1/segments/{segment.sha256.hex()}?db_id=shop"
+
+
+def test_a_segment_comes_whole_in_pieces_and_on_one_connection(
+    client: Client, segment: SegmentInfo, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[int] = []
+    original = files.DiskFile.read
+
+    def noted(self: Any, at: int, count: int) -> bytes:
+        read.append(count)
+        return original(self, at, count)
+
+    monkeypatch.setattr(files.DiskFile, "read", noted)
+    for _ in range(2):
+        answer = client.request("GET", path_of(segment))
+        assert answer.status == 200
+        assert answer.headers["content-length"] == str(segment.bytes)
+        assert answer.headers["content-type"] == "application/vnd.entidb.segment"
+        assert hashlib.sha256(answer.body).digest() == segment.sha256
+    assert decode_segment(answer.body)[0].rows == segment.rows
+    assert max(read) == PIECE_BYTES and sum(read) == 2 * segment.bytes
+
+
+def test_what_is_missing_after_a_cut_is_asked_for_alone(client: Client, segment: SegmentInfo):
+    half = client.request("GET", path_of(segment), range=f"bytes=0-{segment.bytes // 2}").body
+    tag = f'"{segment.sha256.hex()}"'
+    rest = client.request("GET", path_of(segment), range=f"bytes={len(half)}-", if_range=tag)
+    assert rest.status == 206
+    assert rest.headers["content-range"] == (
+        f"bytes {len(half)}-{segment.bytes - 1}/{segment.bytes}"
+    )
+    assert hashlib.sha256(half + rest.body).digest() == segment.sha256
+
+
+def test_other_answers_than_a_file_end_and_leave_the_connection(
+    client: Client, segment: SegmentInfo
+):
+    head = client.request("HEAD", path_of(segment))
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["content-length"] == str(segment.bytes)
+    tag = f'"{segment.sha256.hex()}"'
+    assert client.request("GET", path_of(segment), if_none_match=tag).status == 304
+    assert client.request("GET", path_of(segment), range="bytes=99999999-").status == 416
+    assert client.request("PUT", path_of(segment)).status == 405
+    assert client.request("GET", "/v1/segments/" + "0" * 64 + "?db_id=shop").status == 404
+    assert client.request("GET", "/v1/segments/" + "0" * 64 + "?db_id=nothing").status == 404
+    assert client.request("GET", path_of(segment), range="bytes=0-0").body == b"E"
+
+
+def test_a_client_that_stops_reading_is_dropped(
+    served: tuple[SyncServer, str], client: Client, segment: SegmentInfo
+):
+    place = urlsplit(served[1])
+    assert place.hostname is not None and place.port is not None
+    line = f"GET {path_of(segment)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    stuck = [socket.create_connection((place.hostname, place.port), WAIT_S) for _ in range(4)]
+    try:
+        for connection in stuck:
+            connection.sendall(line)
+        assert len(client.request("GET", path_of(segment)).body) == segment.bytes
+        deadline = time.monotonic() + WAIT_S
+        while not all(_is_cut(connection) for connection in stuck):
+            assert time.monotonic() < deadline, "they were never dropped"
+            time.sleep(0.05)
+    finally:
+        for connection in stuck:
+            connection.close()
+
+
+def _is_cut(connection: socket.socket) -> bool:
+    """Whether the server gave up on it: what is left to read ends before the answer does."""
+    connection.setblocking(False)
+    try:
+        return connection.send(b"x") == 0
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def test_bytes_of_segments_are_counted(client: Client, segment: SegmentInfo):
+    client.request("GET", path_of(segment))
+    assert b'path="/v1/segments/"' in client.request("GET", "/metrics").body

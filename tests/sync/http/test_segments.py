@@ -1,0 +1,177 @@
+"""First syncs by segments over sockets, with both engines, and clients that take no part."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entidb.db import Database
+from entidb.db.maintenance import dump, verify
+from entidb.errors import TransportError
+from entidb.server import ServerConfig, SyncServer, serving
+from entidb.sync import (
+    AsyncSyncEngine,
+    HttpTransport,
+    HttpxClient,
+    RetryConfig,
+    SyncConfig,
+    SyncEngine,
+)
+from entidb.sync.segment_files import SegmentFiles
+from entidb.sync.transport import HttpResponse
+
+pytestmark = pytest.mark.process
+
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SyncServer, str]]:
+    data_dir = tmp_path_factory.mktemp("served") / "data"
+    config = ServerConfig(data_dir=data_dir, insecure_no_auth=True, segments_min_entities=50)
+    with SyncServer(config) as server, serving(server) as url:
+        server.images.background = False
+        database = server.database("shop")
+        for begin in range(0, COUNT, 100):
+            with database.transaction() as tx:
+                for number in range(begin, begin + 100):
+                    blob = hashlib.shake_128(b"%d" % number).digest(20_000)
+                    tx.collection(f"part{number % 3}")[uuid.UUID(int=number)] = {"blob": blob}
+        assert server.images.make("shop")
+        with database.transaction() as tx:
+            tx.collection("part0")[uuid.UUID(int=3)] = {"blob": b"later"}
+            del tx.collection("part1")[uuid.UUID(int=1)]
+        yield server, url
+
+
+class Noting:
+    """The client that ships, which notes what was asked for; ``gets`` as ``HttpClient`` has it."""
+
+    tells_when_sent = True
+
+    def __init__(self, *, gets: bool = True, fails: bool = False) -> None:
+        self.client = HttpxClient()
+        self.gets = gets
+        self.fails = fails
+        self.asked: list[str] = []
+        #: What the first requests with ``GET`` are answered with.
+        self.refusals: list[int] = []
+
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], *rest: Any, **more: Any
+    ) -> HttpResponse:
+        self.asked.append(f"{method} {url.partition('/v1/')[2].partition('/')[0]}")
+        if method == "GET" and self.fails:
+            raise NotImplementedError("only POST")
+        if method == "GET" and self.refusals:
+            return HttpResponse(self.refusals.pop())
+        return self.client.request(method, url, headers, *rest, **more)
+
+    def interrupt(self) -> None:
+        self.client.interrupt()
+
+    def resume(self) -> None:
+        self.client.resume()
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _same(server: SyncServer, device: Database) -> bool:
+    return list(dump(server.database("shop"))) == list(dump(device)) and verify(device) == []
+
+
+def test_a_device_on_a_disk_begins_with_segments(
+    served: tuple[SyncServer, str], tmp_path: Path
+) -> None:
+    server, url = served
+    client, config = Noting(), SyncConfig(db_id="shop")
+    with Database.open(tmp_path / "db") as device:
+        with SyncEngine(config, HttpTransport(url, client=client), device) as engine:
+            result = engine.sync()
+        assert _same(server, device)
+        assert result.pulled == COUNT + 2  # what was written and deleted since, too
+    assert client.asked.count("POST pull") == 1
+    assert client.asked.count("GET segments") > 5
+    assert sorted(path.name for path in (tmp_path / "db").iterdir() if path.is_dir()) == []
+
+
+def test_our_client_hands_on_what_comes_as_it_comes(
+    served: tuple[SyncServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is cut in the middle of an answer, and what had come is not asked for again."""
+    server, url = served
+    kept: dict[bytes, int] = {}
+    original = SegmentFiles.append
+    cut: list[int] = []
+
+    def append(self: Any, segment: Any, offset: int, data: bytes) -> None:
+        sha = segment.sha256
+        assert offset == kept.get(sha, 0), "nothing comes twice, and nothing is left out"
+        original(self, segment, offset, data)
+        kept[sha] = offset + len(data)
+        if len(kept) == 3 and not cut:
+            cut.append(offset)
+            raise TransportError("the line is cut")
+
+    monkeypatch.setattr(SegmentFiles, "append", append)
+    with Database.open(tmp_path / "db") as device:
+        config = SyncConfig(db_id="shop", retry=RetryConfig(delay_initial_s=0.0))
+        with SyncEngine(config, url, device) as engine:
+            engine.sync()
+        assert _same(server, device)
+    assert cut
+
+
+def test_a_device_of_asyncio_does_too(served: tuple[SyncServer, str]) -> None:
+    server, url = served
+    client = Noting()
+
+    async def main() -> None:
+        device = Database.in_memory()
+        transport = HttpTransport(url, client=client)
+        async with AsyncSyncEngine(SyncConfig(db_id="shop"), transport, device) as engine:
+            await engine.sync()
+        assert _same(server, device)
+
+    asyncio.run(main())
+    assert client.asked.count("GET segments") > 5
+
+
+@pytest.mark.parametrize("client", [Noting(gets=False), Noting(fails=True)], ids=["says", "fails"])
+def test_with_a_client_that_cannot_it_comes_in_pages(
+    served: tuple[SyncServer, str], client: Noting
+) -> None:
+    server, url = served
+    device = Database.in_memory()
+    transport = HttpTransport(url, client=client)
+    with SyncEngine(SyncConfig(db_id="shop"), transport, device) as engine:
+        engine.sync()
+    assert _same(server, device)
+    assert client.asked.count("POST snapshot") == int(client.gets)
+
+
+def test_a_token_that_has_expired_is_renewed_while_segments_come(
+    served: tuple[SyncServer, str],
+) -> None:
+    server, url = served
+    client = Noting()
+    client.refusals = [401]
+    asked: list[bool] = []
+
+    def token(refresh: bool) -> str:
+        asked.append(refresh)
+        return "a-token"
+
+    device = Database.in_memory()
+    transport = HttpTransport(url, token=token, client=client)
+    with SyncEngine(SyncConfig(db_id="shop"), transport, device) as engine:
+        engine.sync()
+    assert _same(server, device)
+    assert asked.count(True) == 1
