@@ -280,10 +280,10 @@ def at_port(machine: Machine, url: str) -> None:
         path.write_text(text)
 
 
-def metrics_status(machine: Machine) -> int:
+def metrics_status(machine: Machine, address: str = "/metrics") -> int:
     context = ssl.create_default_context(cafile=machine.authority)
     try:
-        with urllib.request.urlopen(f"https://localhost:{machine.tls}/metrics", context=context):
+        with urllib.request.urlopen(f"https://localhost:{machine.tls}{address}", context=context):
             return 200
     except urllib.error.HTTPError as error:
         with error:
@@ -311,6 +311,8 @@ def test_behind_the_proxy_of_the_docs_nothing_is_wrong(machine: Machine, name: s
         with running(command_of(name, machine), machine.tls):
             without_problem(machine)
             assert metrics_status(machine) == 403
+            for disguise in ("/%6detrics", "/metric%73", "/%6D%65%74%72%69%63%73"):
+                assert metrics_status(machine, disguise) == 403
 
 
 def test_systemd_takes_the_unit(machine: Machine) -> None:

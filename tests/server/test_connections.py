@@ -108,6 +108,53 @@ def test_those_who_connect_and_say_nothing_make_room_for_those_who_ask() -> None
             eventually(lambda: client.send(handshake()).status == 200)
 
 
+#: More than the server takes of one thing that is no body, and than a line holds on its way.
+ENDLESS = b"a" * (64 * 1024 * 1024)
+CHUNKED = (
+    b"POST /v1/handshake HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/cbor\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param(CHUNKED + b"1\r\na\r\n0\r\nX: ", id="a trailer"),
+        pytest.param(CHUNKED + b"1;", id="an extension of a piece"),
+        pytest.param(
+            b"GET /v1/live?db_id=shop HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
+            b"\r\nGET /healthz HTTP/1.1\r\nX: ",
+            id="the next head while an answer is under way",
+        ),
+    ],
+)
+def test_what_is_neither_head_nor_body_has_an_end(begun: bytes) -> None:
+    with running() as url, silent(url) as line:
+        with Client(url) as client:
+            client.history()
+        line.sendall(begun)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            line.sendall(ENDLESS)
+        with Client(url) as client:
+            assert client.send(handshake()).status == 200
+
+
+def test_small_pieces_of_a_body_are_no_trailer() -> None:
+    body = encode(handshake())
+    pieces = b"".join(b"1;x=%s\r\n%c\r\n" % (b"y" * 1000, byte) for byte in body)
+    with running() as url, silent(url) as line:
+        line.sendall(CHUNKED + pieces + b"0\r\n\r\n")
+        assert line.recv(12) == b"HTTP/1.1 200"
+
+
+def test_what_follows_a_body_is_no_header() -> None:
+    body = encode(handshake())
+    trailers = b"Content-Encoding: gzip\r\nHost: example.org\r\n"
+    with running() as url, silent(url) as line:
+        line.sendall(CHUNKED + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers))
+        assert line.recv(12) == b"HTTP/1.1 200"
+
+
 class _Line:
     """A connection as ``Connections`` sees it."""
 

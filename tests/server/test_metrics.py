@@ -92,3 +92,12 @@ def test_devices_are_counted_by_how_far_behind_they_are(
     assert float(re.search(r"^entidb_store_bytes (\S+)", text, re.MULTILINE)[1]) > 0  # type: ignore[index]
     free = re.search(r"^entidb_disk_free_bytes (\S+)", text, re.MULTILINE)
     assert free is not None and float(free[1]) > 0
+
+
+def test_an_address_in_disguise_is_none() -> None:
+    """A proxy may keep the plain one from the public, and know nothing of the others."""
+    with running(metrics=True) as (_, url), Client(url) as client:
+        assert client.request("GET", "/metrics").status == 200
+        for disguise in ("/%6detrics", "/%6Detrics", "/v1%2finfo", "/v1/admin%2Fdatabases"):
+            answer = client.request("GET", disguise)
+            assert (answer.status, answer.code) == (404, "not_found"), disguise

@@ -247,6 +247,7 @@ class SyncApp:
     async def _respond(self, exchange: HttpExchange, held: Held) -> ServerResponse:
         if exchange.repeats:
             check_single(exchange.raw_headers)
+        exchange.check_address()
         origins = self.server.origins
         origins.check(exchange.headers)
         if self._config.cors_origins and origins.is_preflight(exchange.method, exchange.headers):

@@ -29,7 +29,8 @@ from entidb.server.deadlines import Deadline
 
 logger = logging.getLogger("entidb.server")
 
-#: Bytes of a request's line and headers. A token is at most 8 KiB.
+#: Bytes of a request's line and headers, and of anything else that is no body. A token is at most
+#: 8 KiB.
 _HEAD_BYTES_MAX: Final = 64 * 1024
 #: Seconds that a connection gets before its first request comes, even when all are taken.
 _FIRST_WORD_S: Final = 1.0
@@ -130,6 +131,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._head_limit = Deadline(loop, settings.head_timeout_s, self._cut)
         self._write_limit = Deadline(loop, settings.write_timeout_s, self._cut)
         self._idle_limit = Deadline(loop, self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        #: Bytes that came in since the last of a body, or since a request was expected.
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -150,12 +152,17 @@ class LimitedConnection(HttpToolsProtocol):
             self._expect_head()
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_limit.running and self._head_bytes > _HEAD_BYTES_MAX:
+        if self._head_bytes > _HEAD_BYTES_MAX:
+            # A head, or a trailer, or the next head while an answer is under way: the parser keeps
+            # all of it until it ends.
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
         self._head_limit.stop()
         self._head_bytes = 0
+        # What the parser still calls a header comes behind the body, where nobody who looked at the
+        # head has seen it.
+        self.headers = []
         app = self.app
         if not self.connections_of_all.asks(self) and not self.url.startswith(b"/healthz"):
             # What looks after the server has to be answered most of all when there is too much.
@@ -199,6 +206,7 @@ class LimitedConnection(HttpToolsProtocol):
         cycle = self.cycle
         assert isinstance(cycle, RequestCycle), "every request begins with its head"
         if not cycle.response_complete:
+            self._head_bytes = 0
             cycle.came(body)
 
     def on_response_complete(self) -> None:

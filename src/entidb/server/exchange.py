@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
 from msgspec import json
 
+from entidb.errors import ProtocolError
 from entidb.protocol import PushResponse, SyncRequest
 from entidb.server import wire
 from entidb.server.auth import Grants
@@ -32,6 +34,11 @@ _LOGGED_MAX: Final = 500
 
 #: Codes for things whose existence an answer must not show.
 _STRANGERS: Final = frozenset(("forbidden", "unknown_database", "invalid_message"))
+#: Percent-encoded letters, digits, ``-._~`` and slashes: no client encodes those, because they mean
+#: the same as they are (RFC 3986, section 2.3), or because they part an address.
+_DISGUISE: Final = re.compile(
+    rb"%(?:2[def]|3[0-9]|4[1-9a-f]|5[0-9af]|6[1-9a-f]|7[0-9ae])", re.IGNORECASE
+)
 
 
 class ExchangeHost(Protocol):
@@ -55,6 +62,7 @@ class HttpExchange:
     def __init__(self, scope: Scope, receive: Receive, server: ExchangeHost) -> None:
         self.method: str = scope["method"]
         self.path = path_in_app(scope)
+        self.raw_path: bytes = scope.get("raw_path") or b""
         self.query: bytes = scope.get("query_string", b"")
         self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.preflight = False
@@ -85,6 +93,15 @@ class HttpExchange:
     def _announces_body(self) -> bool:
         length = self.headers.get("content-length", "0")
         return length != "0" or "transfer-encoding" in self.headers
+
+    def check_address(self) -> None:
+        """Raises ``ProtocolError`` (not_found) for an address in disguise: a proxy that keeps some
+        addresses from the public may know them by their plain form alone."""
+        if b"%" in self.raw_path and _DISGUISE.search(self.raw_path) is not None:
+            raise ProtocolError(
+                "there is nothing at this address: its letters are percent-encoded",
+                code="not_found",
+            )
 
     async def read(self, limit: int, held: Held) -> bytes:
         """The whole body. Raises ``ProtocolError`` (too_large), ``ServerBusyError``."""
