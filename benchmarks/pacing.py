@@ -13,6 +13,9 @@ from typing import Final, Self
 from urllib.parse import urlsplit
 
 _CHUNK_BYTES: Final = 16 * 1024
+#: What waits before the line at most, as in a router of a real one: without it the line would
+#: stand still whenever this process is late.
+_QUEUE_S: Final = 0.03
 _START_S: Final = 30.0
 
 
@@ -87,7 +90,7 @@ class Line:
                 took = len(chunk) / self._bytes_per_s if self._bytes_per_s else 0.0
                 self._free_at[down] = begin + took
                 await on_its_way.put((begin + took + self._delay_s, chunk))
-                await asyncio.sleep(max(0.0, begin - now))
+                await asyncio.sleep(max(0.0, begin - now - _QUEUE_S))
         await on_its_way.put((0.0, b""))
         await delivery
 

@@ -24,6 +24,7 @@ from entidb.protocol import SegmentColumns, decode_segment, encode_segment
 from entidb.server import SyncServer
 from entidb.storage.directories import FETCHED
 from entidb.sync import HttpTransport, RetryConfig, SyncConfig, SyncEngine, SyncProgress
+from entidb.sync.apply.image import StagesImages
 from entidb.sync.transport import HttpResponse, LoopbackClient
 from entidb.testing.images import ImageFiles, ImageServer, image_of
 from tests.support import uid
@@ -105,6 +106,34 @@ def test_a_first_sync_takes_the_image_and_then_what_changed_since(place: Place) 
     assert not result.reset
     assert engine.sync().requests == 1
     assert device.read_head().sequence > 0
+
+
+@pytest.mark.parametrize("scope", [None, ["notes"]])
+def test_what_follows_an_image_is_asked_for_before_its_end_is_staged(
+    place: Place, monkeypatch: pytest.MonkeyPatch, scope: list[str] | None
+) -> None:
+    place.fill()
+    place.image(names=scope)
+    events: list[str] = []
+
+    def note(kind: type, name: str) -> None:
+        original = getattr(kind, name)
+
+        def noting(self: Any, given: Any) -> Any:
+            events.append(type(given).__name__)
+            return original(self, given)
+
+        monkeypatch.setattr(kind, name, noting)
+
+    note(StagesImages, "stage_segment")
+    note(HttpTransport, "send_ahead")
+    device = place.device()
+    if scope is not None:
+        device.set_scope(scope)
+    place.engine(device).sync()
+    assert events.count("PullRequest") == 1
+    assert events[-2:] == ["PullRequest", "OpenSegment"]
+    assert place.asked("/v1/pull") == 1, "and what came of it was taken"
 
 
 def test_without_an_image_it_pulls(place: Place) -> None:

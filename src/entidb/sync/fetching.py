@@ -9,7 +9,7 @@ with nothing as ever: that is what an answer of False means here, and it never l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,9 +26,9 @@ from entidb.errors import (
     TransportError,
     UpgradeRequiredError,
 )
-from entidb.protocol import Manifest, SnapshotRequest, SyncResponse
+from entidb.protocol import Manifest, PullRequest, SnapshotRequest, SyncResponse
 from entidb.sync.apply.seam import OpenSegment
-from entidb.sync.exchange import Exchange, Step, history_of
+from entidb.sync.exchange import Exchange, SendAhead, Step, history_of
 from entidb.sync.grants import check_granted
 from entidb.sync.room import ROW_BYTES
 from entidb.sync.segment_files import Fetch, SegmentFiles
@@ -52,9 +52,11 @@ _PASSING: Final = (
 
 @dataclass
 class Fetching:
-    """``run`` is what a pull from nothing calls first."""
+    """``run`` is what a pull from nothing calls first; ``pull_from`` makes the request that comes
+    after an image of so many commits."""
 
     _exchange: Exchange
+    _pull_from: Callable[[int], PullRequest]
 
     def run(
         self,
@@ -158,9 +160,12 @@ class Fetching:
         """The first segment that is left, proved. One that is not what it should be is fetched once
         more: it may have been damaged on this disk, or on its way."""
         exchange, first = self._exchange, image.left[0]
-        for _ in range(2):
+        for again in (False, True):
             yield from self._fetch(image.left, files)
             exchange.check()
+            if len(image.left) == 1 and not again:
+                # All is here, and the line would have nothing to carry while it is staged.
+                yield SendAhead(self._pull_from(image.head))
             try:
                 return exchange.applier.open_segment(image, files.read(first))
             except ProtocolError:

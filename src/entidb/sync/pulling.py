@@ -110,7 +110,10 @@ class Pulling:
         self._exchange.result.reset |= full is None and (state.cursor > 0 or state.foreign)
         if full != [] and (stage is None or stage.image is not None):
             names = self._scope if full is None else full
-            there = yield from Fetching(self._exchange).run(state, stage, full, names)
+            fetching = Fetching(
+                self._exchange, lambda head: self._pull_everything(state, head, full)
+            )
+            there = yield from fetching.run(state, stage, full, names)
             stage = self._exchange.applier.look().stage if there else None
         if full != [] and (stage is None or not stage.full_done):
             # A cursor of 0 is no proof: the server may have been empty, and this device may have
@@ -135,11 +138,7 @@ class Pulling:
     def _pull_full(
         self, state: ReplicaState, stage: Stage | None, full: list[str] | None, first_sync: bool
     ) -> Generator[Step, SyncResponse | None, FullPull]:
-        request = self._pull_request(state, 0 if stage is None else stage.full_cursor)
-        columns = "columns" in self._exchange.connection.features
-        request = replace(request, have=[], full=True, columns=columns)
-        if full is not None:
-            request = replace(request, collections=full)
+        request = self._pull_everything(state, 0 if stage is None else stage.full_cursor, full)
         floor = None if stage is None else stage.floor
         image_head = 0 if stage is None else stage.image_head
         done = size = 0
@@ -235,6 +234,14 @@ class Pulling:
             collections=self._scope,
             schema=self._exchange.connection.schema,
         )
+
+    def _pull_everything(
+        self, state: ReplicaState, cursor: int, full: list[str] | None
+    ) -> PullRequest:
+        columns = "columns" in self._exchange.connection.features
+        request = self._pull_request(state, cursor)
+        collections = request.collections if full is None else full
+        return replace(request, have=[], full=True, columns=columns, collections=collections)
 
     def _count(self, response: PullResponse, done: int, size: int) -> tuple[int, int]:
         operations, weight = operations_count(response), payload_bytes(response)

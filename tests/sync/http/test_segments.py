@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from entidb.db import Database
 from entidb.db.maintenance import dump, verify
+from entidb.db.replica import ImageSegment
 from entidb.errors import TransportError
 from entidb.server import ServerConfig, SyncServer, serving
 from entidb.sync import (
@@ -23,7 +26,9 @@ from entidb.sync import (
     SyncConfig,
     SyncEngine,
 )
-from entidb.sync.segment_files import SegmentFiles
+from entidb.sync.http.segments import NEAR_BYTES, Downloads
+from entidb.sync.interrupt import Interrupts
+from entidb.sync.segment_files import Fetch, SegmentFiles
 from entidb.sync.transport import HttpResponse
 
 pytestmark = pytest.mark.process
@@ -175,3 +180,75 @@ def test_a_token_that_has_expired_is_renewed_while_segments_come(
         engine.sync()
     assert _same(server, device)
     assert asked.count(True) == 1
+
+
+class Reluctant:
+    """A line that brings bytes when the test lets it: in the place of ``Downloads``' way to ask."""
+
+    def __init__(self) -> None:
+        self._news = threading.Condition()
+        self._sinks: dict[str, tuple[Any, int]] = {}
+        self._left: dict[str, int] = {}
+
+    def get(self, path: str, headers: dict[str, str], sink: Any) -> HttpResponse:
+        first, last = map(int, headers["Range"].removeprefix("bytes=").split("-"))
+        head = HttpResponse(206, {"content-range": f"bytes {first}-{last}/*"})
+        name = path.rpartition("/")[2][:2]
+        with self._news:
+            self._sinks[name] = (sink, 0)
+            self._news.notify_all()
+            for _ in range(last - first + 1):
+                assert self._news.wait_for(lambda: self._left.get(name, 0) > 0, 30)
+                count = self._left.pop(name)
+                self._news.release()
+                try:
+                    sink(head, bytes(count))
+                finally:
+                    self._news.acquire()
+                    self._news.notify_all()
+                first += count
+                if first > last:
+                    break
+        return head
+
+    def brings(self, name: str, count: int) -> None:
+        with self._news:
+            self._left[name] = count
+            self._news.notify_all()
+            assert self._news.wait_for(lambda: name not in self._left, 30)
+
+    def asked(self, count: int) -> set[str]:
+        """What was asked for, as soon as it is so much."""
+        with self._news:
+            assert self._news.wait_for(lambda: len(self._sinks) >= count, 30), self._sinks
+            return set(self._sinks)
+
+
+def test_the_next_segment_is_asked_for_before_one_ends() -> None:
+    """So the line always has something to carry, and never more than is to be carried at once."""
+    line, files, size = Reluctant(), SegmentFiles(None), 2 * NEAR_BYTES
+    segments = [ImageSegment(bytes([n]) * 32, "notes", size, 1, b"", b"") for n in range(5)]
+
+    def explain(path: str, answer: HttpResponse) -> Exception:
+        raise AssertionError(answer)
+
+    downloads = Downloads(line.get, explain, Interrupts(), streams=True)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(downloads.fetch, Fetch("shop", segments, files))
+        assert line.asked(2) == {"00", "01"}
+        line.brings("01", NEAR_BYTES - 1)
+        assert line.asked(2) == {"00", "01"}
+        line.brings("01", 1)
+        assert line.asked(3) == {"00", "01", "02"}
+        line.brings("00", NEAR_BYTES)
+        assert line.asked(3) == {"00", "01", "02"}, "more than a client takes at a time"
+        assert not waiting.done()
+        line.brings("00", NEAR_BYTES)
+        waiting.result(30)
+        assert line.asked(4) == {"00", "01", "02", "03"}
+        assert files.size(segments[0]) == size
+        downloads.forget()
+        for name in ("01", "02", "03"):
+            line.brings(name, 1)
+        downloads.join()
+    assert files.size(segments[1]) == NEAR_BYTES, "nobody waits for it any more"
