@@ -8,6 +8,7 @@ Running it twice changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -228,6 +229,80 @@ def refused(row: Json, status: int, code: str | None = None, **more: Any) -> Jso
         return bare
     body = {"code": code, "message": code, "retryable": False, "retry_after": None, "details": {}}
     return bare | {"answer": body | more}
+
+
+def offering(row: Json) -> Json:
+    """A handshake with a server that may have images."""
+    return row | {"answer": row["answer"] | {"features": ["segments"]}}
+
+
+class Image:
+    """The entities of a server as of ``head``, each alone in a segment of one of ``names``: (index,
+    entity, version, payload)."""
+
+    def __init__(self, head: int, names: list[str], *rows: tuple[int, Json, int, Json]) -> None:
+        self.head, self.names = head, names
+        self._entries: list[list[Any]] = []
+        self._files: dict[str, Json] = {}
+        for index, entity, version, payload in rows:
+            data = _segment(names[index], entity, version, payload)
+            name = hashlib.sha256(data).hexdigest()
+            self._files[name] = {"hex": data.hex()}
+            entry = [{"hex": name}, index, len(data), 1, entity, entity, "none"]
+            self._entries.append(entry)
+
+    def manifest(self, *, floor: int = 0, **must: Any) -> Json:
+        """The device asks for the image, and is told of it."""
+        answer = {
+            "head": self.head,
+            "floor": floor,
+            "collections": self.names,
+            "segments": self._entries,
+            "entities": len(self._entries),
+            "ends": TIME + 3_600_000,
+        }
+        return _snapshot(answer, **must)
+
+    def segments(self, *others: Json | None) -> Json:
+        """The device may ask for all of the segments, and gets them; ``others`` (None: the
+        segment) is what it gets in their places."""
+        answers = [*others, *[None] * (len(self._files) - len(others))]
+        files = {
+            name: file if answer is None else answer
+            for (name, file), answer in zip(self._files.items(), answers, strict=True)
+        }
+        return {"request": "segments", "files": files}
+
+
+def no_image(head: int) -> Json:
+    none: Json = {"collections": [], "segments": [], "entities": 0, "ends": TIME}
+    return _snapshot({"head": head, "floor": 0} | none)
+
+
+def _snapshot(answer: Json, **must: Any) -> Json:
+    named = {"db_id": DB, "device_id": DEVICE, "history": HISTORY}
+    return exchange("snapshot", named | must, {"history": HISTORY, "time": TIME} | answer)
+
+
+def no_file(status: int, code: str) -> Json:
+    """What the device gets in the place of a segment."""
+    return refused({}, status, code)
+
+
+def _segment(name: str, entity: Json, version: int, payload: Json) -> bytes:
+    row, held = bytes.fromhex(entity["hex"]), bytes.fromhex(payload["hex"])
+    head = version.to_bytes(8, "big") + bytes.fromhex(OTHER["hex"]) + STAMP.to_bytes(8, "big")
+    body = row + head + len(held).to_bytes(4, "big") + held
+    says = {
+        "collection": name,
+        "rows": 1,
+        "first": row,
+        "last": row,
+        "packing": "none",
+        "size": len(body),
+    }
+    header = cbor2.dumps(says, canonical=True)
+    return b"EntiDB-segment" + b"\0\1" + len(header).to_bytes(4, "big") + header + body
 
 
 def accepted(version: int, stamp: int = 0) -> list[Any]:
@@ -677,6 +752,117 @@ def a_wider_grant() -> list[Json]:
             granted(pull(2, head=2), ["lists", "notes"]),
         ),
         holds({"notes": {E1["hex"]: A}, "lists": {E2["hex"]: B}}),
+    ]
+
+
+#: The device meets a server that has an image of E1 and E2.
+IMAGE: Final = Image(2, ["notes"], (0, E1, 1, A), (0, E2, 2, B))
+OFFERED: Final = (offering(meeting(4)), IMAGE.manifest())
+
+
+@_conversation(8, "R35: a first sync takes an image, and pulls what changed since")
+def an_image() -> list[Json]:
+    since = (changed(3, (E3, C)), changed(4, (E2, None)))
+    return [
+        commit((E1, D)),
+        sync(
+            *OFFERED,
+            IMAGE.segments(),
+            pull(2, *since, head=4, full=True),
+        ),
+        holds([(E1, A), (E3, C)], discarded=[("conflict", [(E1, D)])]),
+        sync(pull(4, head=4)),
+    ]
+
+
+@_conversation(8, "R35: where there is no image the device pulls")
+def no_image_yet() -> list[Json]:
+    return [
+        sync(
+            offering(meeting(1)),
+            no_image(1),
+            pull(0, changed(1, (E1, A)), head=1, full=True),
+        ),
+        holds([(E1, A)]),
+    ]
+
+
+@_conversation(8, "R35: of an image that is gone nothing counts, and everything is pulled")
+def an_image_that_is_gone() -> list[Json]:
+    everything = (changed(3, (E3, C)), changed(4, (E1, D)))
+    return [
+        sync(
+            *OFFERED,
+            IMAGE.segments(None, no_file(404, "not_found")),
+            pull(0, *everything, head=4, full=True),
+        ),
+        holds([(E1, D), (E3, C)]),
+    ]
+
+
+@_conversation(8, "R35: a file with another hash than its name is not used")
+def an_image_that_is_damaged() -> list[Json]:
+    damaged = _segment("notes", E1, 1, D)
+    return [
+        sync(
+            *OFFERED,
+            IMAGE.segments({"hex": damaged.hex()}),
+            pull(0, changed(2, (E2, B)), changed(4, (E1, A)), head=4, full=True),
+        ),
+        holds([(E1, A), (E2, B)]),
+    ]
+
+
+@_conversation(8, "R31, R35: what is granted no more comes in no segment, and does not stay")
+def an_image_that_is_not_granted_any_more() -> list[Json]:
+    image = Image(2, ["lists", "notes"], (0, E2, 2, B), (1, E1, 1, A))
+    everything = pull(0, changed(2, (E2, B)), head=2, full=True, names=("lists",))
+    return [
+        sync(
+            granted(offering(meeting(2)), None),
+            granted(image.manifest(), None),
+            image.segments(None, no_file(403, "forbidden")),
+            granted(everything, ["lists"]),
+            granted(everything, ["lists"]),
+        ),
+        holds({"lists": {E2["hex"]: B}}),
+        sync(granted(pull(2, head=2), ["lists"])),
+    ]
+
+
+@_conversation(8, "R35: a device that was killed goes on with the image where it was")
+def an_image_and_a_restart() -> list[Json]:
+    return [
+        sync(*OFFERED, IMAGE.segments(None, {"lost": True}), ends="no_answer"),
+        holds([]),
+        RESTART,
+        sync(
+            offering(handshake(4)),
+            IMAGE.segments(),
+            pull(2, changed(4, (E3, C)), head=4, full=True),
+        ),
+        holds([(E1, A), (E2, B), (E3, C)]),
+    ]
+
+
+@_conversation(8, "R28, R35: a reset by an image keeps what is pending; what is absent was deleted")
+def an_image_behind_the_floor() -> list[Json]:
+    image = Image(8, ["notes"], (0, E2, 7, D))
+    return [
+        sync(
+            offering(meeting(2)),
+            no_image(2),
+            pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True),
+        ),
+        commit((E3, C)),
+        sync(
+            refused(pull(2, head=9), 409, "reset_required", details={"floor": 5}),
+            image.manifest(floor=5),
+            image.segments(),
+            pull(8, head=9, floor=5, full=True),
+            push(9, [sent("t1", (E3, absent(9), C))], accepted(10)),
+        ),
+        holds([(E2, D), (E3, C)]),
     ]
 
 

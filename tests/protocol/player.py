@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import parse_qsl
 from uuid import UUID
 
 from entidb import cbor
@@ -26,6 +27,7 @@ from entidb.types import Clock
 from tests.support import FakeClock
 
 CONVERSATIONS: Final = Path(__file__).parent.parent / "vectors" / "conversations.json"
+SEGMENTS: Final = "/v1/segments/"
 CBOR: Final = {"content-type": "application/cbor"}
 
 Json = dict[str, Any]
@@ -102,15 +104,25 @@ class ScriptedServer:
     def __init__(self, names: Names) -> None:
         self._names = names
         self.script: list[Json] = []
+        #: Segments that were offered in this cycle, by their names.
+        self.files: dict[str, Json] = {}
+        #: What a thread of the device's own has done wrong.
+        self.mismatch: Mismatch | None = None
 
     def handle_http(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> HttpResponse:
+        if path.startswith(SEGMENTS):
+            return self._segment(method, path, headers)
         got = as_json(cbor.decode(body))
         if not self.script:
             raise Mismatch(f"one request too many: {path} {got}")
         row = self.script.pop(0)
-        while row.get("optional") and path != f"/v1/{row['request']}" and self.script:
+        while (
+            (row.get("optional") or "files" in row)
+            and path != f"/v1/{row['request']}"
+            and self.script
+        ):
             row = self.script.pop(0)
         if (method, path) != ("POST", f"/v1/{row['request']}"):
             raise Mismatch(f"{method} {path} instead of a {row['request']}: {got}")
@@ -122,8 +134,30 @@ class ScriptedServer:
         headers = {"content-type": row["type"]} if "type" in row else {}
         if "answer" not in row:
             return HttpResponse(row["status"], headers, b"<html></html>")
+        # What comes next may be asked for as soon as this is answered.
+        if self.script and "files" in self.script[0]:
+            self.files |= self.script[0]["files"]
         answer = cbor.encode(self._names.filled(row["answer"]))
         return HttpResponse(row.get("status", 200), CBOR, answer)
+
+    def _segment(self, method: str, path: str, headers: Mapping[str, str]) -> HttpResponse:
+        """In any order, in parts or whole, and as often as the device likes."""
+        name, _, query = path.removeprefix(SEGMENTS).partition("?")
+        file = self.files.get(name)
+        if method != "GET" or file is None or "db_id" not in dict(parse_qsl(query)):
+            self.mismatch = Mismatch(f"{method} {path}, which nothing has named")
+            raise self.mismatch
+        if file.get("lost"):
+            raise ConnectionResetError("the line was cut")
+        if "answer" in file:
+            return HttpResponse(file["status"], CBOR, cbor.encode(file["answer"]))
+        data = bytes.fromhex(file["hex"])
+        first, _, last = headers.get("range", "").removeprefix("bytes=").partition("-")
+        if not first:
+            return HttpResponse(200, {}, data)
+        begin, end = int(first), min(int(last or len(data)) + 1, len(data))
+        ranged = {"content-range": f"bytes {begin}-{end - 1}/{len(data)}"}
+        return HttpResponse(206, ranged, data[begin:end])
 
 
 class Player:
@@ -185,16 +219,23 @@ class Player:
 
     def _do_sync(self, step: Json) -> None:
         self._server.script = list(step["exchanges"])
+        self._server.files = {}
+        if self._server.script and "files" in self._server.script[0]:
+            self._server.files = self._server.script[0]["files"]
         try:
             self._engine.sync()
             ended = "synced"
+        except Mismatch as error:
+            raise self._server.mismatch or error from None
         except TransportError:
             ended = "no_answer"
         except SyncError as error:
             ended = error.code
+        if self._server.mismatch is not None:
+            raise self._server.mismatch
         if ended != step["ends"]:
             raise Mismatch(f"it ended with {ended}, not {step['ends']}")
-        if not all(row.get("optional") for row in self._server.script):
+        if not all(row.get("optional") or "files" in row for row in self._server.script):
             raise Mismatch(
                 f"{len(self._server.script)} exchanges were left, first a "
                 f"{self._server.script[0]['request']}"

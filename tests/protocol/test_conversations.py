@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from entidb.sync.apply.image import StagesImages
 from tests.protocol.player import CONVERSATIONS, Mismatch, Player, conversations
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,3 +81,22 @@ def test_another_state_is_noticed() -> None:
     conversation["steps"][-1]["entities"] = {"notes": {"00" * 16: {"hex": "a0"}}}
     with pytest.raises(Mismatch, match="entities are"):
         Player(conversation).play()
+
+
+def test_a_segment_that_nothing_has_named_is_noticed() -> None:
+    conversation = _named("an image")
+    [row] = [row for row in _exchanges(conversation) if row["request"] == "segments"]
+    row["files"] = dict(list(row["files"].items())[:1])
+    with pytest.raises(Mismatch, match=r"GET .* which nothing has named"):
+        Player(conversation).play()
+
+
+def test_a_device_that_leaves_out_a_segment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_image = StagesImages.begin_image
+
+    def begin(self: StagesImages, manifest: Any, *names: Any) -> Any:
+        return begin_image(self, replace(manifest, segments=manifest.segments[1:]), *names)
+
+    monkeypatch.setattr(StagesImages, "begin_image", begin)
+    with pytest.raises(Mismatch, match="one request too many"):  # no conflict is seen
+        Player(_named("an image")).play()
