@@ -738,7 +738,6 @@ def test_an_image_made_by_one_process_is_served_by_another(clock: ManualClock, t
             open_database=lambda db_id, create: maker.database(db_id),
         ) as other:
             other.images._root = maker.images._root
-            other.images._data_dir = maker.images._data_dir
             assert asked(other).segments == manifest.segments
             assert downloaded(other, manifest)
             assert storage is other.database("shop").storage

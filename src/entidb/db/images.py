@@ -31,11 +31,13 @@ class ImageRow(Struct, frozen=True, array_like=True):
 class ImageRows(Struct, frozen=True):
     """The images, newest last. One as of a commit before ``dropped`` must not come any more.
     ``unused``: the last one went because nobody had asked for it; none is made until somebody
-    does."""
+    does. ``place`` is the directory that their files are in, where nodes may have several; empty:
+    there is one."""
 
     rows: list[ImageRow] = []
     dropped: int = 0
     unused: bool = False
+    place: bytes = b""
 
 
 NO_IMAGES: Final = ImageRows()

@@ -177,9 +177,11 @@ class ServerConfig:
     databases_open_max: int = 64
 
     #: Entities from which on a database gets an image: files that are made once and serve the first
-    #: sync of every device. They take about half of what the database does, below ``data_dir``. 0:
-    #: none is made.
+    #: sync of every device. They take about half of what the database does. 0: none is made.
     segments_min_entities: int = 50_000
+    #: Directory of these files. None: below ``data_dir``; for databases in PostgreSQL none are made
+    #: then. All nodes of a server have to have the same one.
+    segments_dir: str | os.PathLike[str] | None = None
 
     #: Directory for backups of the databases, best on another disk. None: there are none.
     backup_dir: str | os.PathLike[str] | None = None
@@ -212,6 +214,7 @@ class ServerConfig:
         if self.workers > 1 and self.data_dir is None:
             raise ConfigError("workers share what is on a disk: give data_dir, or workers=1")
         self._check_backups()
+        self._check_segments()
         if not self.audience:
             raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
         check_names(self.allowed_hosts, self.cors_origins)
@@ -273,8 +276,21 @@ class ServerConfig:
                 raise ConfigError("backup_every_s needs backup_dir, the place for the backups")
             return
         where = os.path.abspath(self.backup_dir)
+        if self.segments_dir is not None and where == os.path.abspath(self.segments_dir):
+            raise ConfigError("segments_dir is another directory than backup_dir")
         if self.directory is not None and where == os.path.abspath(self.directory):
             raise ConfigError("backup_dir is another directory than data_dir: best on another disk")
+
+    def _check_segments(self) -> None:
+        if self.segments_dir is None:
+            return
+        if not os.fspath(self.segments_dir):
+            raise ConfigError("segments_dir is empty: name a directory")
+        if self.data_dir is None:
+            raise ConfigError("segments_dir needs data_dir: images of a database in memory are too")
+        where = os.path.abspath(self.segments_dir)
+        if self.directory is not None and where == os.path.abspath(self.directory):
+            raise ConfigError("segments_dir is another directory than data_dir")
 
     def _check_auth(self) -> None:
         ways = [name for name in _AUTH if getattr(self, name) not in (None, False)]

@@ -109,7 +109,9 @@ class SyncServer:
                 config, clock=self.clock, open_database=open_database or self.place.open
             )
             #: Files for the first sync of devices (R35).
-            self.images: Final = ImageKeeper(config, self.stores, self.clock, entropy)
+            self.images: Final = ImageKeeper(
+                config, self.stores, self.clock, entropy, holds=self.place.holds
+            )
             announced = ["segments"] if self.images.enabled else []
             self.front: Final = Front(
                 config,

@@ -285,8 +285,8 @@ class HttpClient(Protocol):
       first sync comes in pages then.
     - A client whose ``takes_sink`` is true takes the keyword ``sink``: called with the head and
       each part of an answer of a status in ``SINKS``, on the thread that asks, which returns the
-      answer without a body then. What it raises ends the request. It can be called from three threads
-      at once.
+      answer without a body then. What it raises ends the request. It can be called from three
+      threads at once.
     """
 
     def request(

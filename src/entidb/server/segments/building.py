@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from msgspec.structs import replace
+
 from entidb.db import Database
 from entidb.db.identity import history_in
 from entidb.db.images import ImageRow, ImageRows, read_images
@@ -26,6 +28,9 @@ IMAGES_MAX: Final = 2
 CHANGED_PART: Final = 10
 #: One that nobody asks for goes after so many milliseconds.
 UNUSED_MS: Final = 7 * 24 * 3_600_000
+#: How long the images of another directory count after somebody asked for one, or after they were
+#: made: as long as one that is asked for is pinned.
+ELSEWHERE_MS: Final = 2 * 3_600_000
 #: Places of the feed that are read at a time.
 _READ_KEYS: Final = 5_000
 #: Seconds of work before a pause as long: half of a processor at most.
@@ -58,6 +63,17 @@ def entities_in(view: Writer) -> int:
     return count
 
 
+def is_elsewhere(images: ImageRows, here: bytes, now_ms: int) -> bool:
+    """Whether the files of the images are in another directory than ``here``, and somebody makes
+    use of them. Who has not these files leaves such images alone: two that take turns in removing
+    and making them would never end."""
+    if not images.rows or not here or images.place in (b"", here):
+        return False
+    lasts = [max(row.made_ms + ELSEWHERE_MS, row.until_ms) for row in images.rows]
+    # What is later than it can be was said by a clock that was wrong.
+    return any(now_ms < last <= now_ms + 2 * ELSEWHERE_MS for last in lasts)
+
+
 def is_due(view: Writer, files: KeptFiles, least: int, pause: Callable[[], None]) -> bool:
     """Whether a new image is to be made. ``pause`` is called now and then."""
     count = entities_in(view)
@@ -82,18 +98,20 @@ def is_due(view: Writer, files: KeptFiles, least: int, pause: Callable[[], None]
     return left <= 0
 
 
-def kept_rows(view: Writer, files: KeptFiles, now_ms: int) -> ImageRows:
+def kept_rows(view: Writer, files: KeptFiles, now_ms: int, here: bytes = b"") -> ImageRows:
     """The images that are to be kept: the newest that counts, if somebody has asked for one within
-    a week; and those that devices may be on their way with."""
+    a week; and those that devices may be on their way with. ``here`` is the directory."""
     found = read_images(view)
+    if is_elsewhere(found, here, now_ms):
+        return found
     alive = [row for row in found.rows if counts(view, row, files.image(row.id))]
     kept = [row for row in alive[:-1] if row.until_ms > now_ms]
     if not alive:
-        return ImageRows([], found.dropped, found.unused)
+        return replace(found, rows=[])
     newest = alive[-1]
     if now_ms - max(newest.made_ms, newest.until_ms) > UNUSED_MS:
-        return ImageRows(kept, found.dropped, unused=True)
-    return ImageRows([*kept, newest], found.dropped)
+        return replace(found, rows=kept, unused=True)
+    return replace(found, rows=[*kept, newest], unused=False)
 
 
 def take(
@@ -143,9 +161,10 @@ def build(
     check: Callable[[], None],
     pause: Callable[[], None],
     sizes: Sizes = SIZES,
+    here: bytes = b"",
 ) -> KeptImage:
-    """Make an image, as ``take``, and have it count. What is left among the files when this raises
-    belongs to no image."""
+    """Make an image, as ``take``, and have it count, as one whose files are in ``here``. What is
+    left among them when this raises belongs to no image."""
     with database.view() as view:
         image = take(view, files, identity, packing, check, pause, sizes)
     files.publish(image)
@@ -154,7 +173,7 @@ def build(
         if image.head < found.dropped or history_in(writer) != image.history:
             raise StoppedError
         row = ImageRow(identity, image.head, image.entities, writer.now_ms)
-        return ImageRows([*found.rows, row], found.dropped)
+        return replace(found, rows=[*found.rows, row], unused=False, place=here)
 
     change_images(database, add)
     return image
@@ -187,6 +206,7 @@ __all__ = [
     "counts",
     "entities_in",
     "is_due",
+    "is_elsewhere",
     "kept_rows",
     "take",
 ]

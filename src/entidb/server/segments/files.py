@@ -5,12 +5,15 @@
     *.part              one that is being made; rubbish if nobody makes one
 
 Files appear whole and are never changed. Nothing here decides which of them count (``keeping``).
+Where the nodes of a server may have different directories, ``entidb-segments.id`` beside these
+folders says which one it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Collection
@@ -27,6 +30,7 @@ from entidb.storage.directories import make_directory, sync_path
 _IMAGE: Final = ".image"
 _SEGMENT: Final = ".segment"
 _PART: Final = ".part"
+_ID: Final = "entidb-segments.id"
 #: Images whose lists are kept in memory, for each database.
 _KNOWN_MAX: Final = 4
 
@@ -235,6 +239,28 @@ class FolderFiles:
         return self._folder / (sha256.hex() + _SEGMENT)
 
 
+def directory_id(root: Path, made: bytes) -> bytes:
+    """What names the directory ``root``, for all who use it: ``made`` if they are the first. Raises
+    ``OSError``."""
+    path = root / _ID
+    if not path.exists():
+        make_directory(str(root.absolute()))
+        part = path.with_name(f"{_ID}.{made.hex()}{_PART}")
+        part.write_text(made.hex())
+        sync_path(str(part))
+        # Of several nodes that come at once one is the first.
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+        part.unlink()
+        sync_path(str(root))
+    text = path.read_text("ascii", "replace").strip()
+    if re.fullmatch("[0-9a-f]{32}", text) is None:
+        raise OSError(
+            f"{path} does not say which directory this is: remove it if images are to be made here"
+        )
+    return bytes.fromhex(text)
+
+
 def _read_image(path: Path) -> KeptImage | None:
     try:
         raw = cbor.decode(path.read_bytes())
@@ -243,4 +269,11 @@ def _read_image(path: Path) -> KeptImage | None:
         return None
 
 
-__all__ = ["FolderFiles", "KeptImage", "MemoryFiles", "SegmentFile", "KeptFiles"]
+__all__ = [
+    "FolderFiles",
+    "KeptFiles",
+    "KeptImage",
+    "MemoryFiles",
+    "SegmentFile",
+    "directory_id",
+]

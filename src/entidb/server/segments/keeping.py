@@ -10,14 +10,14 @@ An image counts while the record in its database names it. It is made when the d
 enough, and anew when a tenth of it has changed and somebody has asked for the last one. Two are
 kept at most, so that one that devices are on their way with stays while the next is made; one that
 nobody asks for goes after a week. Several processes may do all this for one database: one of them
-makes images, and each serves those of all.
+makes images, and each serves those of all. So do the nodes of a server on PostgreSQL, which need a
+directory in common for it; one that has another leaves the images alone (``building``).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +54,18 @@ from entidb.server.segments.building import (
     counts,
     entities_in,
     is_due,
+    is_elsewhere,
     kept_rows,
 )
 from entidb.server.segments.cutting import SIZES
-from entidb.server.segments.files import FolderFiles, KeptFiles, KeptImage, MemoryFiles, SegmentFile
+from entidb.server.segments.files import (
+    FolderFiles,
+    KeptFiles,
+    KeptImage,
+    MemoryFiles,
+    SegmentFile,
+    directory_id,
+)
 from entidb.server.segments.manifests import manifest_of, no_manifest, pull_of
 from entidb.server.segments.rows import change_images, drop_images
 from entidb.server.stores import Store, Stores
@@ -92,13 +100,19 @@ class ImageKeeper:
         clock: Clock,
         entropy: Entropy,
         files_of: Callable[[str], KeptFiles] | None = None,
+        holds: Callable[[str], bool] | None = None,
     ) -> None:
-        """``files_of`` says where the files of a database are, if not where ``config`` has it."""
-        # The nodes of a server in PostgreSQL have no directory in common.
-        self._least: Final = 0 if config.address else config.segments_min_entities
+        """``files_of`` says where the files of a database are, if not where ``config`` has it;
+        ``holds``, whether there is a database of that name."""
+        self._root = _root_of(config)
+        nowhere = config.address is not None and self._root is None
+        self._least: Final = 0 if nowhere else config.segments_min_entities
+        #: Whether there may be nodes with another directory, and which this one is then.
+        self._may_be_elsewhere = config.address is not None
+        self._here: bytes | None = None
+        self._told: set[str] = set()
         self._spare = config.ready_disk_bytes_min
-        self._data_dir = None if config.directory is None else Path(config.directory)
-        self._root = None if self._data_dir is None else self._data_dir / FOLDER
+        self._holds = holds
         self._stores, self._clock, self._entropy = stores, clock, entropy
         #: Whether a thread makes what is due; else somebody calls ``make``.
         self.background = True
@@ -140,6 +154,14 @@ class ImageKeeper:
             new = MemoryFiles() if folder is None else FolderFiles(folder)
             made = self._files.setdefault(db_id, new)
         return made
+
+    def _directory(self) -> bytes:
+        """What ``ImageRows.place`` says of images that are made here. Raises ``OSError``."""
+        if not self._may_be_elsewhere or self._root is None:
+            return b""
+        if self._here is None:
+            self._here = directory_id(self._root, self._entropy(16))
+        return self._here
 
     def _folder(self, db_id: str) -> Path | None:
         return None if self._root is None else self._root / directory_name(db_id)
@@ -307,6 +329,9 @@ class ImageKeeper:
     def _make(self, store: Store, pause: Callable[[], None]) -> bool:
         db_id, database, files = store.db_id, store.database, self.files(store.db_id)
         with database.view() as view:
+            here = self._directory()
+            if is_elsewhere(read_images(view), here, self._clock.now_ms()):
+                return False
             if not is_due(view, files, self._least, pause):
                 return False
             head = view.head.sequence
@@ -322,7 +347,14 @@ class ImageKeeper:
 
         try:
             image = build(
-                database, files, self._entropy(16), packing.ENCODINGS[0], check, pause, self.sizes
+                database,
+                files,
+                self._entropy(16),
+                packing.ENCODINGS[0],
+                check,
+                pause,
+                self.sizes,
+                here,
             )
         except (StoppedError, ProtocolError, OSError):
             # After an error of the storage what is left goes with the next look.
@@ -341,27 +373,36 @@ class ImageKeeper:
         return free is None or free >= database.storage.info().used_bytes + self._spare
 
     def _clear_up(self, store: Store) -> None:
-        files = self.files(store.db_id)
+        files, here = self.files(store.db_id), self._directory()
         now = self._clock.now_ms()
         with store.database.view() as view:
-            kept = kept_rows(view, files, now)
+            kept = kept_rows(view, files, now, here)
             changed = kept != read_images(view)
+            elsewhere = is_elsewhere(kept, here, now)
         if changed:
             kept = change_images(
-                store.database, lambda writer, _: kept_rows(writer, files, writer.now_ms)
+                store.database, lambda writer, _: kept_rows(writer, files, writer.now_ms, here)
+            )
+        if elsewhere and store.db_id not in self._told:
+            self._told.add(store.db_id)
+            logger.warning(
+                "database %s: another node has its images in another directory, so they are of no "
+                "use here: give all nodes the same segments_dir",
+                store.db_id,
             )
         files.sweep([row.id for row in kept.rows])
 
     def _remove_strays(self) -> None:
         """Folders of databases that are not there any more."""
-        root, data_dir = self._root, self._data_dir
-        if root is None or data_dir is None or not root.is_dir():
+        root, holds = self._root, self._holds
+        if root is None or holds is None or not root.is_dir():
             return
         for entry in list(os.scandir(root)):
             db_id = db_id_of(entry.name)
-            if db_id is not None and not (data_dir / entry.name).is_dir():
+            if db_id is not None and not holds(db_id):
                 with self._lock_of(db_id):
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    # What else is in there is not ours, and stays.
+                    self.files(db_id).sweep([])
 
     def drop(self, db_id: str) -> None:
         """No image counts any more, also none that is being made, and their files go: what was
@@ -380,6 +421,13 @@ class ImageKeeper:
     def _lock_of(self, db_id: str) -> threading.Lock:
         """Held in this process where an image is made or files are removed."""
         return self._locks.setdefault(db_id, threading.Lock())
+
+
+def _root_of(config: ServerConfig) -> Path | None:
+    """Where the folders of all databases are; None: nowhere on a disk."""
+    if config.segments_dir is not None:
+        return Path(config.segments_dir)
+    return None if config.directory is None else Path(config.directory) / FOLDER
 
 
 def _row_of(images: ImageRows, image: KeptImage) -> ImageRow | None:
