@@ -85,7 +85,7 @@ def _purge_forgets(garden: Garden) -> None:
     )
 
 
-@bug("a-run-outlives-a-commit", "INDEXED", "CONVERGE", knobs=_INDEXES | {"keys": 40})
+@bug("a-run-outlives-a-commit", "INDEXED", "CONVERGE", "UNEXPECTED", knobs=_INDEXES | {"keys": 40})
 def _run_outlives(garden: Garden) -> None:
     """An index is built from what was read before somebody committed."""
 
