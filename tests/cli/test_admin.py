@@ -73,6 +73,35 @@ def test_a_delete_asks_for_the_name(place: Place):
     place("create", "shop")
     assert "undelete" in place("delete", "shop", stdin="shop\n")
     assert place("databases") == "none\n"
+    assert "no deleted database" in place.fails(3, "unknown_database", "undelete", "shop")
+
+
+def test_what_nobody_confirms_says_so_and_changes_nothing(place: Place):
+    place("create", "shop")
+    for words in (("delete", "shop"), ("restore", "shop", "20200101T000000Z")):
+        ended = entidb("admin", *place.words, *words)
+        assert (ended.exit_code, ended.stdout) == (2, "")
+        assert "error[usage]: nobody confirmed this: give --confirm NAME" in ended.stderr
+    assert "shop" in place("databases")
+
+
+def test_a_question_is_not_in_the_answer_for_programs(place: Place):
+    place("create", "shop")
+    assert document(place("delete", "shop", "--json", stdin="shop\n"))["name"] == "shop"
+
+
+@pytest.mark.parametrize("days", ["nan", "inf", "-1", "1e400"])
+def test_a_purge_takes_no_days_that_are_no_number(place: Place, days: str):
+    """They would have become none, and so those of the server's retention."""
+    place("create", "shop")
+    place.fails(2, "usage", "purge", "shop", "--days", days)
+
+
+def test_nobody_is_locked_out_of_a_database_that_is_not_there(place: Place):
+    place("create", "shop")
+    place.fails(3, "unknown_database", "revoke", "subject", "ada", "--database", "shpo")
+    assert place("revoked") == "none\n"
+    assert place("allow", "subject", "ada", "--database", "shpo") == "there was nothing to change\n"
 
 
 def test_who_is_locked_out_is_listed_and_let_in_again(place: Place):
@@ -115,7 +144,8 @@ def test_a_backup_is_made_listed_and_put_back(place: Place):
     place.fails(2, "usage", "backup")
     place.fails(2, "usage", "backup", "shop", "--all")
     place.fails(2, "not_confirmed", "restore", "shop", identity, "--confirm", "log")
-    place.fails(3, "unknown_database", "restore", "shop", "20200101T000000Z", "--confirm", "shop")
+    gone = ("restore", "shop", "20200101T000000Z", "--confirm", "shop")
+    assert "no backup '20200101T000000Z'" in place.fails(3, "unknown_database", *gone)
     assert "done" in place("restore", "shop", identity, stdin="shop\n")
     assert "shop" in place("deleted")
     assert "restored" in place("audit")

@@ -155,6 +155,17 @@ def test_what_follows_a_body_is_no_header() -> None:
         assert line.recv(12) == b"HTTP/1.1 200"
 
 
+@pytest.mark.parametrize("other", ["websocket", "h2c"])
+def test_who_asks_for_another_protocol_is_answered_in_this_one(
+    other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"connection": "Upgrade", "upgrade": other, "sec_websocket_version": "13"}
+    with caplog.at_level(logging.INFO, "uvicorn"), running() as url, Client(url) as client:
+        for _ in range(2):
+            assert client.request("GET", "/healthz", None, **asked).status == 200
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
 class _Line:
     """A connection as ``Connections`` sees it."""
 

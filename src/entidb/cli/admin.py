@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,7 +25,7 @@ from msgspec import Raw, json
 from entidb.cli import admin_views as views
 from entidb.cli.exits import NotFoundError, UsageError
 from entidb.cli.output import say
-from entidb.cli.values import print_json
+from entidb.cli.values import Bounded, print_json
 from entidb.credentials import read_token
 from entidb.errors import (
     ERROR_TABLE,
@@ -212,6 +213,17 @@ _DATABASE: Final = click.option("--database", metavar="NAME", help="In this data
 Result = tuple[Any, Callable[[Any], Any]]
 
 
+def _asked(what: str) -> str:
+    """The name that somebody types to confirm ``what``; not on standard output, which has the
+    answer. Raises ``UsageError`` where there is nobody to type."""
+    click.echo(f"{what}. Its name once more: ", nl=False, err=True)
+    typed = sys.stdin.readline()
+    if not typed:
+        click.echo(err=True)
+        raise UsageError("nobody confirmed this: give --confirm NAME, with the name once more")
+    return typed.strip()
+
+
 def _at(*parts: str) -> str:
     return "/".join(quote(part, safe="") for part in parts)
 
@@ -256,7 +268,7 @@ def rename_command(desk: Desk, name: str, to: str) -> Result:
 def delete_command(desk: Desk, name: str, confirm: str | None) -> Result:
     """Delete a database. It can be taken back for a day."""
     if confirm is None:
-        confirm = click.prompt(f"This takes {name} away from its devices. Its name once more")
+        confirm = _asked(f"This takes {name} away from its devices")
     return desk.ask("DELETE", _at("databases", name), {"confirm": confirm}), views.aside
 
 
@@ -373,7 +385,7 @@ def restore_command(desk: Desk, name: str, backup: str, wait: bool, confirm: str
     The database begins a new history: every device stops until its program has chosen a side.
     """
     if confirm is None:
-        confirm = click.prompt(f"This replaces {name} by an older state. Its name once more")
+        confirm = _asked(f"This replaces {name} by an older state")
     body = {"backup": backup, "confirm": confirm}
     return _task(desk, _at("databases", name, "restore"), body, wait)
 
@@ -390,7 +402,9 @@ def compact_command(desk: Desk, name: str, wait: bool) -> Result:
     return _task(desk, _at("databases", name, "compact"), {}, wait)
 
 
-_DAYS: Final = click.option("--days", type=float, help="Older than this; else as the retention.")
+_DAYS: Final = click.option(
+    "--days", type=Bounded(0, 100_000), help="Older than this; else as the retention."
+)
 
 
 @_command("purge", _NAME, _DAYS, _WAIT)

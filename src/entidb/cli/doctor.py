@@ -13,7 +13,7 @@ import click
 from entidb.cli.doctor_findings import Finding, State
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import one_line, plural, say
-from entidb.cli.values import print_json
+from entidb.cli.values import Bounded, print_json
 from entidb.cli.words import a_directory, json_option
 from entidb.credentials import read_token
 
@@ -31,7 +31,7 @@ _MARKS = {State.OK: "ok", State.WARNING: "warning", State.PROBLEM: "PROBLEM", St
               help="URL: a database of the server that the token grants.")  # fmt: skip
 @click.option("--ca-file", metavar="FILE", help="URL: certificate authorities to trust instead of "
               "the system's.")  # fmt: skip
-@click.option("--wait", default=30.0, show_default=True, type=click.FloatRange(0.5, 3600),
+@click.option("--wait", default=30.0, show_default=True, type=Bounded(0.5, 3600),
               help="URL: seconds for which a connection is kept idle, to find what cuts it.",
               )  # fmt: skip
 @json_option

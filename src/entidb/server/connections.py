@@ -157,6 +157,10 @@ class LimitedConnection(HttpToolsProtocol):
             # all of it until it ends.
             self.transport.abort()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """The request is answered as if it had not asked for another protocol (RFC 9110, section
+        7.8). uvicorn would tell the log to install something, whenever a stranger asks."""
+
     def on_headers_complete(self) -> None:
         self._head_limit.stop()
         self._head_bytes = 0

@@ -80,8 +80,12 @@ def revoke(
     until_ms: int | None = None,
 ) -> Revoked:
     """Lock a device, a subject or a token out (R32); in ``database`` only, or in all. From
-    ``until_ms`` on it is forgotten: the token has expired by then."""
+    ``until_ms`` on it is forgotten: the token has expired by then. Raises
+    ``PermissionDeniedError`` (unknown_database): a name that is no database would lock out
+    nobody."""
     _check(caller, kind, name, database)
+    if database is not None:
+        office.require(database)
     entry = Revoked(
         kind=kind,
         name=name,

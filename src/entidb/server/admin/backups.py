@@ -21,11 +21,11 @@ from typing import Any, Final
 
 from msgspec import Struct, ValidationError, json
 
-from entidb.errors import ConfigError, CorruptionError, ServerBusyError
+from entidb.errors import ConfigError, CorruptionError, PermissionDeniedError, ServerBusyError
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.checking import check
 from entidb.server.admin.databases import WAIT_S, check_confirmed
-from entidb.server.admin.office import Office, unknown
+from entidb.server.admin.office import Office
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id, db_id_of, directory_name
 from entidb.server.postgres import PostgresPlace
@@ -244,7 +244,11 @@ def restore(office: Office, caller: Caller, db_id: str, identity: str, confirm: 
         check_confirmed(db_id, confirm)
         row = next((each for each in rows_in(folder, db_id) if each.id == identity), None)
         if row is None:
-            raise unknown(f"{db_id} {identity}")
+            raise PermissionDeniedError(
+                f"there is no backup {identity!r} of database {db_id!r} in {folder}: `backups` "
+                "lists those there are",
+                code="unknown_database",
+            )
         if row.faults:
             raise CorruptionError(f"the backup {identity} of {db_id} has faults: {row.faults[0]}")
 

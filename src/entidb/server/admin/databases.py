@@ -12,9 +12,9 @@ from typing import Final
 from msgspec import Struct
 
 from entidb.db import Database, inspect
-from entidb.errors import ConfigError, EntiDBError
+from entidb.errors import ConfigError, EntiDBError, PermissionDeniedError
 from entidb.server.admin.callers import Caller
-from entidb.server.admin.office import Office, unknown
+from entidb.server.admin.office import Office
 from entidb.server.config import check_db_id
 from entidb.server.control import Frozen
 from entidb.server.place import Aside, exists
@@ -212,7 +212,11 @@ def take_back(office: Office, caller: Caller, identity: str) -> DatabaseRow:
     there is another one now, ``PermissionDeniedError`` (unknown_database)."""
     found = [each for each in all_aside(office, caller) if each.id == identity]
     if not found:
-        raise unknown(identity)
+        raise PermissionDeniedError(
+            f"no deleted database has the id {identity!r}: `deleted` lists those that can be taken "
+            "back",
+            code="unknown_database",
+        )
     each = found[0]
     changed = office.change(caller, "undelete", each.name, id=each.id)
     with changed, office.changing, office.stores.closed(each.name, WAIT_S):
