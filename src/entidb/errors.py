@@ -278,6 +278,9 @@ class SyncError(EntiDBError):
     #: for the server itself, ``path`` for something on the way to it. None: the request may have
     #: been decided.
     refused_by: str | None = None
+    #: Under which id the server's access log has the request that failed; where no answer came,
+    #: the id that it was sent with. None: no request was sent, or not over HTTP.
+    request_id: str | None = None
 
     def __init__(
         self,

@@ -22,7 +22,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from entidb.errors import ServerBusyError
+from entidb.db import Database
+from entidb.errors import PermissionDeniedError, ServerBusyError
 from entidb.packing import ENCODINGS, compress
 from entidb.protocol import (
     CONTENT_TYPE,
@@ -39,6 +40,7 @@ from entidb.server.exchange import path_in_app
 from entidb.server.hooks import Grant
 from entidb.server.room import Budget
 from entidb.server.service import DatabaseService
+from entidb.sync import HttpTransport, SyncConfig, SyncEngine
 from tests.server.support import DEVICE, SECRET, Client, handshake, pull, push
 
 pytestmark = pytest.mark.process
@@ -672,6 +674,27 @@ def test_the_access_log_is_one_line_of_json_for_each_request(
     assert by_id["the-refusal"]["code"] == "history_changed"
     assert token not in "".join(lines)
     assert DEVICE.hex() not in "".join(lines)
+
+
+def test_what_a_device_says_of_an_error_finds_the_line_in_the_access_log(
+    guarded: str, caplog: pytest.LogCaptureFixture
+):
+    reader = mint_token(SECRET, subject="ada", databases={"shop": "r"})
+    with (
+        caplog.at_level(logging.INFO, "entidb.access"),
+        HttpTransport(guarded, token=reader) as transport,
+        Database.in_memory() as db,
+        SyncEngine(SyncConfig(db_id="elsewhere"), transport, db) as engine,
+    ):
+        with pytest.raises(PermissionDeniedError) as caught:
+            engine.sync()
+        said = engine.status().last_error
+        eventually(lambda: bool(caplog.records))
+    (line,) = [json.loads(record.getMessage()) for record in caplog.records]
+    assert line["code"] == "forbidden"
+    assert caught.value.request_id == line["request_id"]
+    assert said is not None
+    assert said.endswith(f"(request {line['request_id']})")
 
 
 def test_the_access_log_can_be_switched_off(caplog: pytest.LogCaptureFixture):

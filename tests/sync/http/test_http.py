@@ -270,6 +270,34 @@ def test_every_request_has_an_id_of_its_own():
     assert len({sent.headers["x-request-id"] for sent in server.received}) == 4
 
 
+def test_an_error_names_the_request_as_the_log_of_the_server_has_it():
+    error = error_of(refusal("forbidden", "403 No", x_request_id="behind-7"))
+    assert error.request_id == "behind-7"
+    assert str(error) == "said forbidden (request behind-7)"
+    error = error_of(reply(b"<p>no</p>", "502 Bad", content_type="text/html", x_request_id="b-8"))
+    assert error.request_id == "b-8"
+    error = error_of(reply(b"\xff", "200 OK", x_request_id="b-9"))
+    assert error.code == "codec_error"
+    assert error.request_id == "b-9"
+
+
+def test_an_id_is_said_once_and_only_if_it_is_one():
+    said = ErrorResponse(code="server_error", message="the log has it as request b-1", retryable=True)
+    error = error_of(reply(encode(said), "500 No", x_request_id="b-1"))
+    assert str(error) == said.message
+    error = error_of(refusal("forbidden", "403 No", x_request_id="b" * 65))
+    assert error.request_id is None
+    assert str(error) == "said forbidden"
+    long = ErrorResponse(code="forbidden", message="x" * 5000, retryable=False)
+    assert str(error_of(reply(encode(long), "403 No", x_request_id="b-2"))).endswith("(request b-2)")
+
+
+def test_without_an_answer_the_error_has_the_id_that_was_sent():
+    with RawServer([HANG_UP]) as server, pytest.raises(TransportError) as caught:
+        pull_from(server)
+    assert caught.value.request_id == server.received[-1].headers["x-request-id"]
+
+
 # -- tokens -----------------------------------------------------------------------------------
 
 

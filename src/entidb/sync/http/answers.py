@@ -10,10 +10,17 @@ import re
 from email.utils import parsedate_to_datetime
 from typing import Final
 
+from msgspec.structs import replace
+
 from entidb.errors import ERROR_TABLE, ProtocolError, SyncError, TransportError
 from entidb.protocol import CONTENT_TYPE, ErrorResponse
 from entidb.sync.http.failures import SNIPPET_MAX
-from entidb.sync.transport import HttpResponse, error_from_response, printable
+from entidb.sync.transport import (
+    MESSAGE_CHARS_MAX,
+    HttpResponse,
+    error_from_response,
+    printable,
+)
 from entidb.types import Clock
 
 #: The words in which servers that expect TLS answer a request in the clear.
@@ -36,6 +43,8 @@ _STATUS_CODES: Final[dict[int, str]] = {
 #: Statuses of 4xx that refuse nothing for good: they are about who asks, how often, and what passes
 #: by itself.
 _PASSING: Final = frozenset((401, 407, 408, 409, 421, 423, 425, 429, 499))
+#: An id that is fit for a line of text, as servers take them too.
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: A login page redirects for the moment; these two say that the URL is wrong for good.
 _MOVED_FOR_GOOD: Final = (301, 308)
 _NETWORK_LOGIN_REQUIRED: Final = 511  # RFC 6585, section 6
@@ -46,13 +55,25 @@ def is_cbor(response: HttpResponse) -> bool:
     return kind.partition(";")[0].strip().lower() == CONTENT_TYPE
 
 
+def request_id(response: HttpResponse) -> str | None:
+    """The id that the server's access log has this request under, if it was said."""
+    said = response.headers.get("x-request-id", "")
+    return said if _REQUEST_ID.fullmatch(said) else None
+
+
 def spoken_error(response: HttpResponse, answer: ErrorResponse, clock: Clock) -> SyncError:
-    """The error that ``answer`` reports, in the protocol's words."""
+    """The error that ``answer`` reports, in the protocol's words, and with the request's id: whoever
+    runs the server finds the line in the log by it."""
+    known = request_id(response)
+    if known is not None and known not in answer.message:
+        message = answer.message[: MESSAGE_CHARS_MAX - len(known) - 20]
+        answer = replace(answer, message=f"{message} (request {known})")
     error = error_from_response(answer)
     if answer.code not in ERROR_TABLE and _refuses(response.status) and not answer.retryable:
         # A newer server has a reason that this device does not know; it is one all the same.
         error = ProtocolError(error.message, code=error.code, details=error.details)
         error.refused_by = "server"
+    error.request_id = known
     if error.retry_after is None:
         error.retry_after = _retry_after(response, clock)
     return error
@@ -77,6 +98,7 @@ def status_error(url: str, response: HttpResponse, body: bytes, clock: Clock) ->
     elif code == "not_found":
         said += "; check the path of the URL"
     error = kind(said, code=code, retry_after=_retry_after(response, clock))
+    error.request_id = request_id(response)
     if _refuses(status):
         error.refused_by = "path"
     return error

@@ -36,7 +36,7 @@ from entidb.protocol import (
 from entidb.sync.config import HttpConfig
 from entidb.sync.http.address import TOKEN, check_token, check_url, is_loopback
 from entidb.sync.http.ahead import Ahead, Carrier
-from entidb.sync.http.answers import is_cbor, spoken_error, status_error
+from entidb.sync.http.answers import is_cbor, request_id, spoken_error, status_error
 from entidb.sync.http.client import HttpxClient, ready_client
 from entidb.sync.http.failures import FOREIGN, too_large, translated
 from entidb.sync.http.news import HttpNews
@@ -205,8 +205,13 @@ class HttpTransport(BaseTransport):
                 lambda _: client.request(method, url, headers, body, timeout_s, **telling),
                 "entidb-request",
             )
+        except SyncError as error:
+            error.request_id = headers["X-Request-Id"]
+            raise
         except FOREIGN as error:
-            raise translated(error, url) from error
+            failure = translated(error, url)
+            failure.request_id = headers["X-Request-Id"]
+            raise failure from error
 
     def _packed(self, body: bytes) -> tuple[dict[str, str], bytes]:
         """Headers of a new request and the body, packed where that is agreed on and pays."""
@@ -250,7 +255,11 @@ class HttpTransport(BaseTransport):
     def _read(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
         if response.status != 200 or not is_cbor(response):
             raise self._error(self._urls[type(request)], response)
-        return decode_response(request, self._unpacked(response))
+        try:
+            return decode_response(request, self._unpacked(response))
+        except SyncError as error:
+            error.request_id = request_id(response)
+            raise
 
     def _unpacked(self, response: HttpResponse) -> bytes:
         limit = self._config.response_bytes_max
