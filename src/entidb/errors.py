@@ -433,8 +433,12 @@ REFUSALS: frozenset[str] = frozenset(
 REASONS: dict[tuple[str, str], str] = {
     ("forbidden", "revoked"): "revoked",
     ("forbidden", "subject_changed"): "subject_changed",
+    ("forbidden", "too_many_devices"): "too_many_devices",
+    ("busy", "too_many_devices"): "too_many_devices",
     ("busy", "frozen"): "frozen",
 }
+#: Reasons that are about who asks and stay until somebody at the server changes something.
+LOCKED_OUT: frozenset[str] = frozenset(("revoked", "too_many_devices"))
 
 
 def error_from_code(

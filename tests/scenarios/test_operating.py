@@ -300,7 +300,10 @@ def command_of(name: str, machine: Machine) -> list[str]:
         return [binary, "-db", "-f", str(files / "haproxy.cfg")]
     text = (files / "Caddyfile").read_text().replace("localhost {", f"localhost:{machine.tls} {{")
     (files / "Caddyfile").write_text("{\n    admin off\n}\n" + text)
-    return [binary, "run", "--adapter", "caddyfile", "--config", str(files / "Caddyfile")]
+    # It remembers its settings and its certificates in the home of whoever runs it.
+    home = [f"{name}={machine.here / 'caddy'}" for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME")]
+    run = [binary, "run", "--adapter", "caddyfile", "--config", str(files / "Caddyfile")]
+    return ["env", *home, *run]
 
 
 @pytest.mark.parametrize("name", ["nginx", "haproxy", "caddy"])

@@ -60,6 +60,8 @@ SETTINGS: Final[dict[str, str]] = {
     "database_requests_per_s": "Requests to one database in a second, over time; 0: any number.",
     "database_entities_max": "Entities that a database may hold; 0: any number.",
     "database_bytes_max": "Bytes that the store of a database may take; 0: any number.",
+    "database_devices_max": "Devices that a database may have; 0: any number.",
+    "subject_devices_max": "Devices that one subject may have in a database; 0: any number.",
     "connections_max": "Connections at once.",
     "live_max": "Devices that wait for news at once; 0: none.",
     "live_subject_max": "The same for one subject of tokens.",

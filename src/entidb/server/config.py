@@ -147,6 +147,12 @@ class ServerConfig:
     #: Bytes that the store of a database may take, measured once a minute; beyond it only what
     #: makes nothing larger is accepted. 0: any number.
     database_bytes_max: int = 0
+    #: Devices that a database may have, without those that are revoked or were not seen for
+    #: ``tombstone_retention_days``. One more is refused, as ``too_many_devices``, until there is
+    #: room. 0: as many as are remembered, which is 10,000.
+    database_devices_max: int = 0
+    #: The same for the devices of one subject, in each database.
+    subject_devices_max: int = 0
     #: Connections at once. Idle ones are closed for new ones; when all are being answered, more
     #: are answered ``busy``.
     connections_max: int = 2000
@@ -366,6 +372,8 @@ _INTS: Final = {
     "push_queue_max": (1, 1_000_000),
     "database_entities_max": (0, SEQUENCE_MAX),
     "database_bytes_max": (0, SEQUENCE_MAX),
+    "database_devices_max": (0, 10_000),
+    "subject_devices_max": (0, 10_000),
     "connections_max": (1, 1_000_000),
     "live_max": (0, 1_000_000),
     "live_subject_max": (1, 1_000_000),

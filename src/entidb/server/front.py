@@ -47,6 +47,7 @@ from entidb.server.control import Control, DatabaseRequest
 from entidb.server.digesting import digested
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
+from entidb.server.newcomers import Newcomers
 from entidb.server.pages import unseen
 from entidb.server.quotas import Quotas
 from entidb.server.service import BehindError
@@ -80,6 +81,7 @@ class Front:
         stores: Stores,
         control: Control | None = None,
         quotas: Quotas | None = None,
+        newcomers: Newcomers | None = None,
         images: Imaging | None = None,
         features: Sequence[str] = FEATURES,
     ) -> None:
@@ -90,6 +92,7 @@ class Front:
         # Looked at once more where pushes are decided: one may have waited for its turn.
         stores.is_frozen = self.control.is_frozen
         self._quotas = quotas
+        self._newcomers = newcomers
         self._images = images
         self._authenticator = authenticator
         self._features = list(features)
@@ -160,21 +163,32 @@ class Front:
     # ------------------------------------------------------------ the database
 
     def try_use(self, request: SyncRequest) -> Store | None:
-        """As ``use``, if the database is open and well, without waiting for anything."""
+        """As ``use``, if the database is open and well and knows the device, without waiting for
+        anything."""
+        if self._newcomers is not None and not self._newcomers.knows(request):
+            return None
         return self.stores.try_use(request.db_id)
 
     def use(self, request: SyncRequest, grant: Grant) -> Store:
         """The database of ``request``, opened if need be, and made where ``grant`` allows that.
-        Give it back to ``stores.release``, or to ``push``. Raises as ``Stores.use`` does, and
-        ``HistoryChangedError`` where a database that the device has met is gone."""
+        Give it back to ``stores.release``, or to ``push``. Raises as ``Stores.use`` does,
+        ``HistoryChangedError`` where a database that the device has met is gone, and as
+        ``Newcomers.admit`` for a device that it has not met."""
         # A database that is not there is made for a device that has never met one. Who knows its
         # history means one that should be there.
         meets = request.history is None and not isinstance(request, SnapshotRequest)
         makes = grant.write and meets
         try:
-            return self.stores.use(request.db_id, create=makes)
+            store = self.stores.use(request.db_id, create=makes)
         except PermissionDeniedError as error:
             raise self._missing(request, grant, error) from error
+        try:
+            if self._newcomers is not None:
+                self._newcomers.admit(request, grant)
+        except BaseException:
+            self.stores.release(store)
+            raise
+        return store
 
     def using(self, request: SyncRequest, grant: Grant) -> AbstractContextManager[Store]:
         """``use`` around a block; a storage error in it is reported."""

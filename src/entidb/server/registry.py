@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Final
 
@@ -77,6 +77,10 @@ class _Page(Struct, omit_defaults=True):
     devices: list[DeviceRecord] = []
 
 
+#: Raises for a device that must not be new among these.
+Check = Callable[[Sequence[DeviceRecord]], None]
+
+
 class _Book:
     """What came of one database since its file was written."""
 
@@ -114,6 +118,9 @@ class Registry:
         #: Guards the books, and the rows in them; never held during I/O.
         self._lock = threading.Lock()
         self._books: dict[str, _Book] = {}
+        #: Whether a device may be noted for a request that was refused; not where there is a quota,
+        #: and it was not let in.
+        self.is_met: Callable[[SyncRequest], bool] = _always
 
     # ------------------------------------------------------------ noting every request
 
@@ -135,6 +142,8 @@ class Registry:
     ) -> None:
         """A request of somebody whose token grants its database was answered; ``code`` where it
         was refused."""
+        if code is not None and not self.is_met(request):
+            return
         now = self._clock.now_ms()
         token = asking.claims.get("jti")
         with self._lock:
@@ -168,14 +177,42 @@ class Registry:
             book.fresh[request.device_id] = row
         return row
 
+    def meet(self, request: SyncRequest, asking: Asking, check: Check) -> set[bytes]:
+        """The devices of a database, with this one among them. One that is new is written down
+        first, unless ``check``, which gets the rows of all others, raises. Raises ``OSError``,
+        ``StorageError`` and ``DatabaseLockedError`` too."""
+        new = request.device_id.hex()
+        found: set[bytes] = set()
+
+        def make(content: bytes | None) -> bytes | None:
+            page = self._decoded(request.db_id, content)
+            rows = self._kept(_merged(page.devices, self._fresh(request.db_id)))
+            found.update(bytes.fromhex(row.device_id) for row in rows)
+            if request.device_id in found:
+                return None
+            check(rows)
+            now = self._clock.now_ms()
+            row = DeviceRecord(new, subject=asking.subject, first_ms=now, last_ms=now)
+            return json.encode(_Page(about=page.about, devices=self._kept([*page.devices, row])))
+
+        if self._records is not None:
+            self._records.change(devices_of(request.db_id), make, _nothing)
+        elif make(None) is not None:
+            with self._lock:
+                self._row(request).subject = asking.subject
+        return found | {request.device_id}
+
     # ------------------------------------------------------------ for administrators
 
     def devices(self, db_id: str) -> list[DeviceRecord]:
         """The rows of a database, those seen last first."""
+        fresh = self._fresh(db_id)
+        return self._kept(_merged(self._read(db_id).devices, fresh))
+
+    def _fresh(self, db_id: str) -> list[DeviceRecord]:
         with self._lock:
             book = self._books.get(db_id)
-            fresh = [] if book is None else [_copy(row) for row in book.fresh.values()]
-        return self._kept(_merged(self._read(db_id).devices, fresh))
+            return [] if book is None else [_copy(row) for row in book.fresh.values()]
 
     def about(self, db_id: str) -> About | None:
         with self._lock:
@@ -269,6 +306,10 @@ class Registry:
 
 def _nothing(mark: Mark) -> None:
     return None
+
+
+def _always(request: SyncRequest) -> bool:
+    return True
 
 
 def _count(row: DeviceRecord, answer: PushResponse) -> None:

@@ -37,6 +37,7 @@ from entidb.server.config import WAYS_TO_KNOW, ServerConfig
 from entidb.server.control import Control
 from entidb.server.directory import DirectoryPlace, OpenDatabase
 from entidb.server.front import FEATURES, Front
+from entidb.server.newcomers import newcomers_of
 from entidb.server.nodes.records import NodeRecords
 from entidb.server.origins import Origins
 from entidb.server.place import MemoryPlace, ServerPlace
@@ -113,22 +114,27 @@ class SyncServer:
                 config, self.stores, self.clock, entropy, holds=self.place.holds
             )
             announced = ["segments"] if self.images.enabled else []
+            #: Devices that came over a network; the code that serves it notes them.
+            self.registry: Final = Registry(
+                self.records, self.clock, retention_days=config.tombstone_retention_days
+            )
+            control = Control(self.records, self.clock)
+            newcomers = newcomers_of(config, self.registry, control, self.clock)
+            if newcomers is not None:
+                self.registry.is_met = newcomers.knows
             self.front: Final = Front(
                 config,
                 authenticator=self.authenticator,
                 stores=self.stores,
-                control=Control(self.records, self.clock),
+                control=control,
                 quotas=quotas_of(config, self.clock),
+                newcomers=newcomers,
                 images=self.images,
                 features=(*FEATURES, *self.encodings, *announced),
             )
         except BaseException:
             self._leave()
             raise
-        #: Devices that came over a network; the code that serves it notes them.
-        self.registry: Final = Registry(
-            self.records, self.clock, retention_days=config.tombstone_retention_days
-        )
         #: Called with each housekeeping; and before the databases are closed.
         self.chores: Final[list[Callable[[], None]]] = [
             self.registry.flush,

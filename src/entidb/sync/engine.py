@@ -14,6 +14,7 @@ from threading import Event
 
 from entidb.db import Database
 from entidb.errors import (
+    LOCKED_OUT,
     DatabaseClosedError,
     EntiDBError,
     SyncCancelledError,
@@ -421,8 +422,8 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
     def pause_s(self) -> float:
         """Seconds between this turn in the background and the next."""
         error = self._attempts.last_error
-        revoked = error is not None and error.code == "revoked"
-        return max(self.config.interval_s, REVOKED_PAUSE_S if revoked else 0.0)
+        locked_out = error is not None and error.code in LOCKED_OUT
+        return max(self.config.interval_s, REVOKED_PAUSE_S if locked_out else 0.0)
 
     @property
     def reached(self) -> int:

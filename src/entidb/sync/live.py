@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
 
-from entidb.errors import SyncCancelledError, SyncError
+from entidb.errors import LOCKED_OUT, SyncCancelledError, SyncError
 from entidb.types import Clock
 
 _log = logging.getLogger("entidb.sync")
@@ -180,7 +180,7 @@ class Policy:
         passes = isinstance(error, EOFError | SyncCancelledError) or error.retryable
         if not passes:
             # Not there, not allowed, not understood: it may be another server in some minutes.
-            pause = _REVOKED_S if code == "revoked" else _REFUSED_S * (0.5 + self._draw())
+            pause = _REVOKED_S if code in LOCKED_OUT else _REFUSED_S * (0.5 + self._draw())
             self._not_before = now + pause
             return
         self._again(now, retry_after or 0.0)

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from entidb.db.replica import ReplicaState
-from entidb.errors import SyncError
+from entidb.errors import LOCKED_OUT, SyncError
 from entidb.protocol import PushRequest, PushResponse, SyncResponse
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.exchange import Exchange, SendAhead, Step, history_of
@@ -209,7 +209,7 @@ class Pushing:
             applier.unsend()
             path.refused(batch.bytes)
             return
-        if error.code in ("revoked", "subject_changed"):
+        if error.code in LOCKED_OUT or error.code == "subject_changed":
             # It is about who asks, and whatever they asked would be answered so (R32, R36).
             applier.unsend()
             raise error

@@ -282,14 +282,15 @@ def test_an_error_names_the_request_as_the_log_of_the_server_has_it():
 
 
 def test_an_id_is_said_once_and_only_if_it_is_one():
-    said = ErrorResponse(code="server_error", message="the log has it as request b-1", retryable=True)
+    said = ErrorResponse(code="server_error", message="the log has it as b-1", retryable=True)
     error = error_of(reply(encode(said), "500 No", x_request_id="b-1"))
     assert str(error) == said.message
     error = error_of(refusal("forbidden", "403 No", x_request_id="b" * 65))
     assert error.request_id is None
     assert str(error) == "said forbidden"
     long = ErrorResponse(code="forbidden", message="x" * 5000, retryable=False)
-    assert str(error_of(reply(encode(long), "403 No", x_request_id="b-2"))).endswith("(request b-2)")
+    error = error_of(reply(encode(long), "403 No", x_request_id="b-2"))
+    assert str(error).endswith("x (request b-2)")
 
 
 def test_without_an_answer_the_error_has_the_id_that_was_sent():

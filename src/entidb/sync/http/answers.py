@@ -62,8 +62,8 @@ def request_id(response: HttpResponse) -> str | None:
 
 
 def spoken_error(response: HttpResponse, answer: ErrorResponse, clock: Clock) -> SyncError:
-    """The error that ``answer`` reports, in the protocol's words, and with the request's id: whoever
-    runs the server finds the line in the log by it."""
+    """The error that ``answer`` reports, in the protocol's words and with the request's id, by
+    which whoever runs the server finds the line in the log."""
     known = request_id(response)
     if known is not None and known not in answer.message:
         message = answer.message[: MESSAGE_CHARS_MAX - len(known) - 20]
