@@ -34,6 +34,8 @@ LIMITS: Final = {
     "pull_operations_max": 100000,
     "collections_max": 4096,
 }
+#: The end of the range of all ids.
+LAST: Final = {"hex": "ff" * 16}
 DEVICE: Final = {"is": "device"}
 
 
@@ -68,6 +70,11 @@ def choose(keep: str) -> Json:
 
 def widen(*names: str) -> Json:
     return {"do": "widen", "collections": [*names]}
+
+
+def compare(*exchanges: Json, differs: list[list[Any]], repair: bool = False) -> Json:
+    """A cycle, and after it a comparison by digests; ``differs`` are [collection, entity, how]."""
+    return {"do": "compare", "repair": repair, "exchanges": [*exchanges], "differs": differs}
 
 
 def holds(
@@ -189,6 +196,26 @@ def _push(cursor: int | Json, transactions: list[list[Any]], history: Json = HIS
             "transactions": transactions,
         },
     )
+
+
+def offering(row: Json, *features: str) -> Json:
+    """A handshake with a server that has these features."""
+    return row | {"answer": row["answer"] | {"features": [*features]}}
+
+
+def digest(cursor: int, answer: Json, *, head: int, **must: Any) -> Json:
+    known = {"db_id": DB, "device_id": DEVICE, "history": HISTORY, "cursor": cursor}
+    return exchange("digest", known | must, answer | {"head": head})
+
+
+def block(last: Json, *entities: tuple[Json, int, Json]) -> list[Any]:
+    """The digest of these entities, in a range that ends at ``last``."""
+    told = hashlib.sha256()
+    for entity, version, payload in entities:
+        value = bytes.fromhex(payload["hex"])
+        told.update(bytes.fromhex(entity["hex"]) + version.to_bytes(8, "big"))
+        told.update(len(value).to_bytes(4, "big") + value)
+    return [last, len(entities), {"hex": told.hexdigest()[:32]}]
 
 
 def absent(cursor: int) -> Json:
@@ -1067,6 +1094,52 @@ def another_person_after_a_lost_answer() -> list[Json]:
         RESTART,
         sync(naming(handshake(1), "ben"), pull(0, own, head=1)),
         holds([(E1, A)]),
+    ]
+
+
+@_conversation(8, "R34: what differs is found by digests and put right, entity by entity")
+def what_differs_is_put_right() -> list[Json]:
+    there = ((E1, 1, A), (E2, 2, C), (E3, 1, D))
+    # The device was given the value B for E2, and nothing of E3.
+    seen = pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True)
+    states = [[E2, 2, OTHER, STAMP + 2, C], [E3, 1, OTHER, STAMP + 1, D]]
+    return [
+        sync(offering(meeting(2), "digest"), seen),
+        compare(
+            pull(2, head=2),
+            digest(2, {"collections": ["notes"]}, head=2),
+            digest(2, {"blocks": [block(LAST, *there)]}, head=2, collection="notes"),
+            digest(
+                2,
+                {"blocks": [*(block(one[0], one) for one in there), block(LAST)]},
+                head=2,
+                collection="notes",
+                block=1,
+            ),
+            digest(2, {"states": states}, head=2, collection="notes", ids=[E2, E3]),
+            differs=[["notes", E2, "other"], ["notes", E3, "missing"]],
+            repair=True,
+        ),
+        holds([(E1, A), (E2, C), (E3, D)]),
+        sync(pull(2, head=2)),
+    ]
+
+
+@_conversation(8, "R34: what was written since the cursor counts in no digest, on neither side")
+def written_since_and_not_compared() -> list[Json]:
+    return [
+        sync(offering(meeting(1), "digest"), pull(0, changed(1, (E1, A), (E2, B)), head=1)),
+        compare(
+            pull(1, head=1),
+            digest(1, {"collections": ["notes"]}, head=2),
+            digest(
+                1, {"blocks": [block(LAST, (E1, 1, A))], "newer": [E2]}, head=2, collection="notes"
+            ),
+            differs=[],
+        ),
+        holds([(E1, A), (E2, B)]),
+        sync(pull(1, changed(2, (E2, C)), head=2)),
+        holds([(E1, A), (E2, C)]),
     ]
 
 

@@ -8,7 +8,7 @@ conversation is read is said in ``docs/protocol.md``, last section.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -218,12 +218,26 @@ class Player:
                     tx.collection(name)[key] = cbor.decode(bytes.fromhex(payload["hex"]))
 
     def _do_sync(self, step: Json) -> None:
+        self._go_through(step, self._engine.sync)
+
+    def _do_compare(self, step: Json) -> None:
+        found = []
+
+        def compare() -> None:
+            result = self._engine.verify_with_server(repair=step["repair"])
+            found.extend([[d.collection, as_json(d.id_bytes), d.kind] for d in result.differences])
+
+        self._go_through(step | {"ends": "synced"}, compare)
+        if found != step["differs"]:
+            raise Mismatch(f"differences are {found}, not {step['differs']}")
+
+    def _go_through(self, step: Json, go: Callable[[], object]) -> None:
         self._server.script = list(step["exchanges"])
         self._server.files = {}
         if self._server.script and "files" in self._server.script[0]:
             self._server.files = self._server.script[0]["files"]
         try:
-            self._engine.sync()
+            go()
             ended = "synced"
         except Mismatch as error:
             raise self._server.mismatch or error from None

@@ -76,6 +76,25 @@ def test_a_request_too_many_is_noticed() -> None:
         Player(conversation).play()
 
 
+@pytest.mark.parametrize("name", ["what differs is put right", "written since and not compared"])
+def test_another_digest_is_noticed(name: str) -> None:
+    conversation = _named(name)
+    [step] = [step for step in conversation["steps"] if step["do"] == "compare"]
+    # The server has something else now than what the script says that the device finds.
+    step["exchanges"][2]["answer"]["blocks"][0][2] = {"hex": "00" * 16}
+    step["exchanges"][3:] = []
+    with pytest.raises(Mismatch, match="one request too many"):
+        Player(conversation).play()
+
+
+def test_another_difference_is_noticed() -> None:
+    conversation = _named("what differs is put right")
+    [step] = [step for step in conversation["steps"] if step["do"] == "compare"]
+    step["differs"][0][2] = "missing"
+    with pytest.raises(Mismatch, match="differences are"):
+        Player(conversation).play()
+
+
 def test_another_state_is_noticed() -> None:
     conversation = _named("both deleted")
     conversation["steps"][-1]["entities"] = {"notes": {"00" * 16: {"hex": "a0"}}}
