@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from entidb.db import Index
+from entidb.db import Database, Index, Role
 from entidb.errors import ConfigError, PermissionDeniedError, ProtocolError
 from entidb.packing import ENCODINGS
 from entidb.protocol import Manifest, SnapshotRequest
+from entidb.server import ServerConfig, SyncServer
 from entidb.server.admin import backups, erase
 from entidb.server.admin import checking as checking_room
 from entidb.server.admin.callers import Caller
+from entidb.server.admin.opening import office_of
 from entidb.server.admin.tasks import Task
 from entidb.server.auth import Grants
+from entidb.server.config import directory_name
 from entidb.server.segments.keeping import FOLDER
 from tests.server.support import pull
 from tests.server.test_backups import ROOT, Device, Place
+from tests.storage.sqlite_store import SqliteStorage
 
 SECRET = "ada-lovelace-of-marylebone"
 WANTED = {"people": {"name": SECRET}}
@@ -64,6 +68,27 @@ def test_no_file_of_the_server_has_a_byte_of_what_was_erased(place: Place):
     (entry,) = [each for each in place.office.audit.newest(9) if each.action == "erase"]
     assert entry.result == "done" and SECRET not in str(entry)
     assert SECRET not in str(task)
+
+
+def test_in_another_store_it_is_gone_too(tmp_path: Path):
+    root = tmp_path / "data"
+
+    def open_database(db_id: str, create: bool) -> Database:
+        return Database(SqliteStorage(root / directory_name(db_id)), role=Role.SERVER)
+
+    config = ServerConfig(data_dir=root, insecure_no_auth=True)
+    with SyncServer(config, open_database=open_database) as server:
+        office = office_of(server)
+        people = server.database("shop").collection("people")
+        for number in range(20):
+            people[uuid.UUID(int=number + 1)] = {"name": SECRET if number else "other"}
+        assert holding(root, SECRET)
+        seen = erase.preview(office, ROOT, "shop", WANTED)
+        task = erase.erase(office, ROOT, "shop", WANTED, seen.confirm)
+        found = office.tasks.wait(task.id, 60)
+        assert found is not None and found.state == "done", found
+        assert (found.result["erased"], len(people)) == ({"people": 19}, 1)
+        assert holding(root, SECRET) == found.result["storage_may_keep_it"] == []
 
 
 def test_a_device_that_syncs_loses_it(place: Place):

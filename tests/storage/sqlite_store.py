@@ -280,6 +280,8 @@ class SqliteStorage:
     def compact(self) -> None:
         self._check_open()
         self._writer.execute("VACUUM")
+        # What was deleted goes from the write-ahead log too.
+        self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
         if Path(path).exists():

@@ -185,7 +185,9 @@ class Storage(Protocol):
 
     def compact(self) -> None:
         """Give unused room back to the file system. Waits for open snapshots to close, and for
-        other openers; ``DatabaseLockedError`` says who they are if they stay."""
+        other openers; ``DatabaseLockedError`` says who they are if they stay. Afterwards no bytes
+        of what was deleted are left, but in what the store names in ``left_by_compact``, where it
+        has that."""
         ...
 
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:

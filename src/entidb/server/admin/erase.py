@@ -136,6 +136,7 @@ def _erase(
     with office.stores.using(db_id, create=False) as store:
         erased = _delete(store.database, found, progress)
         head = store.database.read_head().sequence
+        left = getattr(store.database.storage, "left_by_compact", ())
     office.server.images.drop(db_id)
     office.others.gather()
     behind = [each for each in office.registry.devices(db_id) if each.cursor < head]
@@ -152,6 +153,7 @@ def _erase(
         "head": head,
         "floor": purged["floor"],
         **sizes,
+        "storage_may_keep_it": list(left),
         "devices_that_pull_anew": len(behind),
         "devices_that_may_hold_it": [each.device_id for each in behind[:_NAMED_MAX]],
         "backups_removed": named if with_backups else [],

@@ -114,6 +114,12 @@ class PostgresStorage:
     time."""
 
     shared = True
+    #: Where bytes of what was deleted may be after ``compact``.
+    left_by_compact: Final = (
+        "the table entidb_kv of PostgreSQL, until VACUUM FULL has written it anew",
+        "PostgreSQL's log (pg_wal, and what is archived of it)",
+        "its standbys and its own backups",
+    )
 
     def __init__(self, lease: Lease, name: str, number: int) -> None:
         """Programs use ``open``. ``lease`` is the store's from now on."""
