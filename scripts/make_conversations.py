@@ -198,11 +198,6 @@ def _push(cursor: int | Json, transactions: list[list[Any]], history: Json = HIS
     )
 
 
-def offering(row: Json, *features: str) -> Json:
-    """A handshake with a server that has these features."""
-    return row | {"answer": row["answer"] | {"features": [*features]}}
-
-
 def digest(cursor: int, answer: Json, *, head: int, **must: Any) -> Json:
     known = {"db_id": DB, "device_id": DEVICE, "history": HISTORY, "cursor": cursor}
     return exchange("digest", known | must, answer | {"head": head})
@@ -258,9 +253,9 @@ def refused(row: Json, status: int, code: str | None = None, **more: Any) -> Jso
     return bare | {"answer": body | more}
 
 
-def offering(row: Json) -> Json:
-    """A handshake with a server that may have images."""
-    return row | {"answer": row["answer"] | {"features": ["segments"]}}
+def offering(row: Json, feature: str = "segments") -> Json:
+    """A handshake with a server that may have images, or has another feature."""
+    return row | {"answer": row["answer"] | {"features": [feature]}}
 
 
 class Image:

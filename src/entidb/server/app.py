@@ -1,7 +1,7 @@
 """The server as an ASGI app: to be run by ``serve`` or any ASGI server, or mounted in another app.
 
     event loop     reads bodies, checks tokens, decodes, answers idle pulls, and those for few
-                   operations that are in memory; sends
+                   operations that are in memory; sends; databases take turns (``passes``)
     reader thread  pulls and handshakes: one thread, because readers of the store must not pile up;
                    each database has at most two pages in front of it, so they take turns
     unpackers      unpack and decode large bodies, which takes long
@@ -82,7 +82,7 @@ _OPERATION_MEMORY_BYTES: Final = 512
 #: What a page takes beside its entity values, generously, when room for it is set aside.
 _PAGE_FRAMING_BYTES: Final = 256 * 1024
 #: Codes of who is refused for his token.
-_KNOCKS: Final = ("unauthorized", "revoked")
+_KNOCKS: Final = ("unauthorized", "revoked", "too_many_devices")
 
 
 def create_app(config: ServerConfig | SyncServer) -> SyncApp:
@@ -281,6 +281,7 @@ class SyncApp:
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
         exchange.request, exchange.grants = request, grants
+        await self._start().passes.turn(request.db_id)
         await self._fresh.wait()  # the body may have taken its time
         grant = front.permit(request, grants)
         if isinstance(request, PushRequest):
@@ -466,7 +467,7 @@ class SyncApp:
         future: asyncio.Future[PushResponse | SyncError] = running.loop.create_future()
 
         def done(answer: PushResponse | SyncError) -> None:
-            running.ready.append((future, answer))  # on the writer's thread
+            running.ready.append((request.db_id, future, answer))  # on the writer's thread
 
         # The front gives the store back, and not the task that awaits the answer: that may have
         # been cancelled, or waited for long enough, and the push goes on all the same.

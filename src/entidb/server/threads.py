@@ -20,6 +20,7 @@ from entidb.server.away import come_again
 from entidb.server.deadlines import within
 from entidb.server.live import LiveChannels
 from entidb.server.news import News
+from entidb.server.passes import Passes, settle
 from entidb.server.room import no_room
 from entidb.server.server import SyncServer
 from entidb.server.stores import Store
@@ -59,10 +60,11 @@ class AppThreads:
         self.unpackers = ThreadPoolExecutor(_UNPACKERS, "entidb-unpacker")
         #: Who reads and who waits to read, by database; there as long as somebody does.
         self._lines: dict[str, _Line] = {}
-        #: Answers of the writers' threads on their way to the loop.
+        #: Answers of the writers' threads on their way to the loop, with their databases.
         self.ready: deque[
-            tuple[asyncio.Future[PushResponse | SyncError], PushResponse | SyncError]
+            tuple[str, asyncio.Future[PushResponse | SyncError], PushResponse | SyncError]
         ] = deque()
+        self.passes = Passes(loop)
         # Half of the connections at most: those who wait must leave room for those who ask.
         most = min(server.config.live_max, server.config.connections_max // 2)
         self.live = LiveChannels(loop, most, server.config.live_subject_max)
@@ -146,9 +148,8 @@ class AppThreads:
 
     def _deliver(self) -> None:
         while self.ready:
-            future, answer = self.ready.popleft()
-            if not future.done():
-                future.set_result(answer)
+            db_id, future, answer = self.ready.popleft()
+            self.passes.put(db_id, partial(settle, future, answer))
 
     def _housekeep(self) -> None:
         config = self._server.config
