@@ -14,7 +14,7 @@ from entidb.db import Database, Role
 from entidb.db.maintenance import verify
 from entidb.protocol import decode_segment, segment_rows
 from entidb.protocol.archives import Archive
-from entidb.server import ServerConfig, SyncServer
+from entidb.server import ServerConfig, SyncServer, serving
 from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from entidb.sync.beginning import begin_from
 from tests.cli.support import document, done, entidb, failed
@@ -122,9 +122,84 @@ def test_what_was_written_before_a_snapshot_is_pending_on_top(server: Path, tmp_
     done("snapshot", server, target)
     with Database.open(tmp_path / "device") as device, target.open("rb") as file:
         device.collection("notes")[uuid.UUID(int=5)] = {"number": "mine"}
-        begin_from(device, file, prove="all")
+        begun = begin_from(device, file, default_policy="client_wins", prove="all")
+        assert (begun.manifest.entities, begun.report.withdrawn) == (300, [])
+        assert device.collection("notes")[uuid.UUID(int=5)] == {"number": "mine"}
+        assert device.collection("notes").info(uuid.UUID(int=5)).pending
         assert device.collection("notes")[uuid.UUID(int=6)] == {"number": 6}
         assert verify(device) == []
+
+
+def _with_a_change_of_its_own(path: Path) -> None:
+    with Database.open(path) as device:
+        device.collection("notes")[uuid.UUID(int=5)] = {"number": 5, "mine": True}
+
+
+def _note(path: Path) -> object:
+    with Database.open(path, create=False) as device:
+        return device.collection("notes")[uuid.UUID(int=5)]
+
+
+def test_what_a_snapshot_takes_the_place_of_is_said(server: Path, tmp_path: Path):
+    target, path = tmp_path / "shop.snapshot", tmp_path / "device"
+    done("snapshot", server, target)
+    _with_a_change_of_its_own(path)
+    said = done("init", path, "--from", target)
+    assert "withdrawn" in said
+    assert "entidb discarded" in said
+    assert _note(path) == {"number": 5}
+    [entry] = document(entidb("discarded", path, "--json"))["operations"]
+    assert entry["value"] == {"number": 5, "mine": True}
+
+
+def test_the_policy_of_the_program_decides_where_a_snapshot_meets_changes(
+    server: Path, tmp_path: Path
+):
+    target = tmp_path / "shop.snapshot"
+    done("snapshot", server, target)
+    kept, held = tmp_path / "kept", tmp_path / "held"
+    for path in (kept, held):
+        _with_a_change_of_its_own(path)
+    said = document(entidb("init", kept, "--from", target, "--policy", "client_wins", "--json"))
+    assert (said["withdrawn"], said["unresolved"], said["overruled"]) == ([], [], 1)
+    assert _note(kept) == {"number": 5, "mine": True}
+    assert "1 conflict held" in done("init", held, "--from", target, "--policy", "notes=manual")
+    assert _note(held) == {"number": 5, "mine": True}
+    alone = failed(entidb("init", tmp_path / "new", "--policy", "merge"), Exit.USAGE, "usage")
+    assert "--from" in alone
+
+
+def test_a_damaged_snapshot_leaves_a_database_that_was_there_as_it_was(
+    server: Path, tmp_path: Path
+):
+    target, path = tmp_path / "shop.snapshot", tmp_path / "device"
+    done("snapshot", server, target)
+    target.write_bytes(target.read_bytes()[:2000])
+    _with_a_change_of_its_own(path)
+    said = failed(entidb("init", path, "--from", target), Exit.USAGE, "usage")
+    assert f"The database in {path} is as it was" in said
+    assert _note(path) == {"number": 5, "mine": True}
+
+
+def test_a_device_of_a_snapshot_that_meets_another_database_is_told_so(
+    server: Path, tmp_path: Path
+):
+    target, path = tmp_path / "shop.snapshot", tmp_path / "device"
+    done("snapshot", server, target)
+    done("init", path, "--from", target)
+    (tmp_path / "servers").mkdir()
+    with serving(ServerConfig(data_dir=tmp_path / "servers", insecure_no_auth=True)) as url:
+        missing = failed(entidb("sync", path, url, "--db", "cafe"), Exit.HISTORY, "history_changed")
+        assert "no database 'cafe'" in missing
+        assert "`entidb reset --keep device`" in missing
+        with Database.in_memory() as other:
+            other.collection("notes").add({"number": 1})
+            with SyncEngine(SyncConfig(db_id="cafe"), url, other) as engine:
+                engine.sync()
+        said = failed(entidb("sync", path, url, "--db", "cafe"), Exit.HISTORY, "other_snapshot")
+        assert "'cafe'" in said
+    with Database.open(path, create=False) as device:
+        assert len(device.collection("notes")) == 299
 
 
 def test_a_file_that_is_no_snapshot_leaves_an_empty_database(server: Path, tmp_path: Path):

@@ -132,3 +132,18 @@ def test_a_text_that_cannot_be_stored_cannot_be_found_and_the_query_says_so(db: 
 def test_a_limit_beyond_all_entities_is_no_limit(db: Database) -> None:
     db["c"].add({"a": 1})
     assert len(list(db["c"].where(a=1).limit(2**80))) == 1
+
+
+def test_a_function_that_cannot_be_called_as_it_will_be_is_refused(db: Database) -> None:
+    """Found at its first call, an observer's mistake goes to a hook that nobody looks at."""
+    nothing: Any = lambda: None  # noqa: E731
+    two: Any = lambda one, two: None  # noqa: E731
+    for wrong in (nothing, two):
+        with pytest.raises(ConfigError, match=r"observe is called with the event"):
+            db.observe(wrong)
+        with pytest.raises(ConfigError, match=r"upgrade is called with the stored value"):
+            db.collection("notes", dict[str, Any], upgrade=wrong)
+    with pytest.raises(ConfigError, match=r"on_invalid is called with the error and the stored"):
+        db.collection("notes", dict[str, Any], on_invalid=nothing)
+    db.observe(lambda event, more=None: None)
+    db.observe([].append)

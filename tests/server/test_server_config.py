@@ -86,7 +86,7 @@ def hook(context: object, transaction: object) -> None:
 
 
 def test_a_validate_hook_is_loaded_from_its_module():
-    assert config(validate="textwrap:dedent").load_validate() is not None
+    assert config(validate="textwrap:indent").load_validate() is not None
     assert config(validate=hook).load_validate() is hook
     assert config().load_validate() is None
 
@@ -97,6 +97,24 @@ def test_a_validate_hook_is_loaded_from_its_module():
 def test_a_validate_hook_that_is_not_there_is_said_before_the_first_request(name: str):
     with pytest.raises(ConfigError, match="validate"):
         config(validate=name).load_validate()
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "more"),
+    [
+        ("validate", "textwrap:dedent", {}),
+        ("validate", lambda transaction: None, {}),
+        ("upcast", hook, {}),
+        ("authenticator", hook, {"insecure_no_auth": False}),
+    ],
+)
+def test_a_hook_that_cannot_be_called_as_it_will_be_is_refused(
+    setting: str, given: Any, more: dict[str, Any]
+):
+    """A ``validate`` hook with another number of arguments would refuse every transaction, which
+    its device then withdraws."""
+    with pytest.raises(ConfigError, match=rf"{setting}.* is called with the "):
+        config(**more, **{setting: given}).load_validate()
 
 
 @pytest.mark.parametrize(

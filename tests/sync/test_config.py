@@ -117,6 +117,12 @@ def test_a_policy_for_a_collection_that_is_not_synced_is_refused() -> None:
         SyncConfig(db_id="d", collections=("notes",), policies={"tasks": "manual"})
 
 
+def test_a_function_that_does_not_take_a_conflict_is_no_policy() -> None:
+    policy: Any = lambda mine, theirs: mine  # noqa: E731
+    with pytest.raises(ConfigError, match=r"policies\['notes'\]: a policy is called with the"):
+        SyncConfig(db_id="d", policies={"notes": policy})
+
+
 def test_a_function_is_a_policy() -> None:
     config = SyncConfig(db_id="d", policies={"notes": client_wins})
     assert config.policies["notes"] is client_wins

@@ -72,6 +72,15 @@ class Line(LoopbackClient):
         return [each for each in found if each is not None and each.transactions]
 
 
+#: Subjects of tokens that a message cannot hold as they are.
+ODD = {
+    "long": "l" * 300,
+    "longer": "l" * 301,
+    "tab": "a\tb",
+    "joined": "\U0001f469\u200d\U0001f33e",
+}
+
+
 class Till:
     """One device, at which somebody works: ``who`` is what its token says."""
 
@@ -90,7 +99,7 @@ class Till:
 
         def grants(token: str | None) -> Grants:
             assert token is not None
-            return Grants(token, {"*": Rights(read=True, write=True)})
+            return Grants(ODD.get(token, token), {"*": Rights(read=True, write=True)})
 
         how: dict[str, Any] = (
             {"authenticator": grants} if self.names else {"insecure_no_auth": True}
@@ -196,6 +205,30 @@ def test_people_who_come_and_go_each_find_their_own_work(till: Till) -> None:
     assert till.others == {}
     assert till.engine.status().pending == 0
     assert {each: till.accepted[each] for each in wrote} == wrote
+
+
+@pytest.mark.parametrize("token", sorted(ODD))
+def test_a_subject_that_no_message_can_hold_is_somebody_else_all_the_same(
+    till: Till, token: str
+) -> None:
+    till.engine.sync()
+    till.put(1, "alice's")
+    till.come(token)
+    till.engine.sync()
+    assert (till.others, till.on_server()) == ({"alice": 1}, {})
+    theirs = till.put(2, "theirs")
+    till.engine.sync()
+    assert till.accepted[theirs] == ODD[token]
+    till.put(3, "theirs too")
+    till.come("longer" if token == "long" else "bob")
+    till.engine.sync()
+    name = till.engine.status().subject
+    assert sorted(till.others.values()) == [1, 1]
+    assert name not in till.others
+    till.come(token)
+    till.engine.sync()
+    assert till.others == {"alice": 1}
+    assert till.on_server() == {2: "theirs", 3: "theirs too"}
 
 
 def test_what_is_built_on_another_persons_change_waits_with_it(till: Till) -> None:
@@ -446,6 +479,15 @@ def test_exporting_at_logout_writes_a_private_file(till: Till, tmp_path: Path) -
     assert (till.engine.status().pending, till.values()) == (0, {})
 
 
+def test_an_export_removes_what_a_killed_one_left(till: Till, tmp_path: Path) -> None:
+    dead = tmp_path / "bob.ndjson.entidb-partial"
+    dead.mkdir()
+    (dead / "bob.ndjson").write_text("what bob wrote")
+    till.engine.sync()
+    till.engine.logout("export", file=tmp_path / "alice.ndjson")
+    assert [path.name for path in tmp_path.iterdir()] == ["alice.ndjson"]
+
+
 @pytest.mark.parametrize("where", ["there", "nowhere/at/all"])
 def test_an_export_that_cannot_be_written_changes_nothing(
     till: Till, tmp_path: Path, where: str
@@ -499,6 +541,8 @@ def test_logout_ends_the_background_engine(till: Till) -> None:
     [
         ("forget", {}),
         ("export", {}),
+        ("export", {"file": ""}),
+        ("export", {"file": "a\0b"}),
         ("keep", {"file": "x"}),
         ("discard", {"subject": "alice"}),
         ("keep", {"subject": ""}),

@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from entidb.cli.exits import HINTS, TEXTS, Exit, exit_of
+from entidb.cli.exits import CALLS, HINTS, Exit, exit_of
 from entidb.cli.output import code_text, one_line
 from entidb.errors import EntiDBError
 from entidb.version import VERSION
@@ -211,10 +211,11 @@ def _os_words(error: OSError) -> str:
 
 
 def _with_hint(error: EntiDBError) -> str:
+    said = str(error)
+    for call, command in CALLS.items():
+        said = said.replace(call, command)
     hint = HINTS.get(error.code)
-    if error.code in TEXTS:
-        return TEXTS[error.code]
-    return str(error) if hint is None else f"{error}; {hint}"
+    return said if hint is None else f"{said}; {hint}"
 
 
 def _fail_usage(error: click.ClickException) -> int:

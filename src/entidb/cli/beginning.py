@@ -12,9 +12,18 @@ from entidb.db import Database
 from entidb.errors import ProtocolError, SyncStateError
 
 
-def begin_command(path: str, source: str, local: tuple[str, ...], *, as_json: bool) -> None:
+def begin_command(
+    path: str,
+    source: str,
+    local: tuple[str, ...],
+    policies: tuple[str, ...],
+    *,
+    as_json: bool,
+) -> None:
     """Make a device of the snapshot ``source`` in the directory ``path``. A file that is no
-    snapshot, or a damaged one, leaves an empty database there."""
+    snapshot, or a damaged one, leaves the database there as it was, empty where it was made."""
+    from entidb.cli.summary import rebased, rebased_document
+    from entidb.cli.syncing import policies_of
     from entidb.sync.beginning import begin_from
 
     with open(source, "rb") as file:
@@ -23,15 +32,17 @@ def begin_command(path: str, source: str, local: tuple[str, ...], *, as_json: bo
             for name in local:
                 database.declare_local(name)
             try:
-                manifest = begin_from(database, file)
+                begun = begin_from(database, file, **policies_of(policies))
             except SyncStateError as error:
                 raise UsageError(f"{path}: {error.message}", code="exists") from error
             except ProtocolError as error:
+                left = "is as it was" if existed else "is empty"
                 raise UsageError(
                     f"{source} cannot be used: {error.message}; copy it again, or make it anew "
-                    f"with `entidb snapshot`. The database in {path} is empty"
+                    f"with `entidb snapshot`. The database in {path} {left}"
                 ) from error
             device_id = database.device_id.hex()
+    manifest, report = begun.manifest, begun.report
     entities = manifest.entities
     if as_json:
         print_json(
@@ -43,11 +54,14 @@ def begin_command(path: str, source: str, local: tuple[str, ...], *, as_json: bo
                 "history": manifest.history.hex(),
                 "head": manifest.head,
                 "entities": entities,
+                **rebased_document(report),
             }
         )
     else:
         count = plural(entities, "entity", "entities")
         say(f"{path} begins with {count} as of commit {manifest.head:,}; sync it for the rest")
+        for line in rebased(report):
+            say(line)
 
 
 __all__ = ["begin_command"]

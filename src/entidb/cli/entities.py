@@ -42,12 +42,16 @@ LIST_LIMIT = 100
 @words("")
 @click.option("--local", multiple=True, metavar="COLLECTION", help="Never synchronise it.")
 @click.option("--from", "source", metavar="FILE", help="Begin with what a snapshot holds.")
+@click.option("--policy", "policies", multiple=True, metavar="[COLLECTION=]NAME",
+              help="With --from: who wins where something was written here before, as in "
+              "`entidb sync`.")  # fmt: skip
 @json_option
 def init_command(
     words: tuple[str, ...],
     directory: str | None,
     local: tuple[str, ...],
     source: str | None,
+    policies: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Make a new, empty database in the directory DIR.
@@ -64,8 +68,10 @@ def init_command(
         _make_tables(path, local, as_json)
         return
     if source is not None:
-        begin_command(path, not_empty("FILE", source), local, as_json=as_json)
+        begin_command(path, not_empty("FILE", source), local, policies, as_json=as_json)
         return
+    if policies:
+        raise UsageError("--policy is for --from: `entidb sync` takes its own")
     existed = is_database(path)
     with Database.open(path) as database:
         for name in local:

@@ -125,13 +125,10 @@ HINTS: Final[dict[str, str]] = {
     "corrupt_record": "`entidb verify` lists all faults",
     "transaction_too_large": "write less in one transaction (import: a smaller --batch)",
 }
-#: Where the error speaks of Python calls, the same for a command line.
-TEXTS: Final[dict[str, str]] = {
-    "history_changed": (
-        "the server's database has another history than the one this device knows: it was "
-        "restored from a backup or made anew. `entidb reset --keep server` takes its state, "
-        "`entidb reset --keep device` commits again what it no longer has; then sync"
-    ),
+#: Where an error speaks of Python calls, the same for a command line.
+CALLS: Final[dict[str, str]] = {
+    'reset(keep="server")': "`entidb reset --keep server`",
+    'reset(keep="device")': "`entidb reset --keep device`",
 }
 
 

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from entidb.cli.output import code_text, facts, id_text, one_line, plural, safe, size_text
-from entidb.sync import Action, Conflict, KeptBack, SyncCycleResult, SyncStatus, Withdrawn
+from entidb.sync import (
+    Action,
+    Conflict,
+    KeptBack,
+    RebaseReport,
+    SyncCycleResult,
+    SyncStatus,
+    Withdrawn,
+)
 from entidb.types import uuid_from_bytes
 
 #: What a policy did with a conflict, in a person's words.
@@ -29,7 +37,7 @@ def lines(result: SyncCycleResult, status: SyncStatus, url: str) -> Iterator[str
     if result.reset:
         yield "everything was fetched anew"
     yield from facts(_facts(result, status))
-    yield from _withdrawn(result)
+    yield from _withdrawn(result.withdrawn)
     yield from _open_ends(result, status)
 
 
@@ -66,14 +74,24 @@ def _changes(count: int, size: int) -> str:
     return f"{plural(count, 'change')} ({size_text(size)})" if count else "nothing"
 
 
-def _withdrawn(result: SyncCycleResult) -> Iterator[str]:
-    if not result.withdrawn:
+def rebased(report: RebaseReport) -> Iterator[str]:
+    """What became of transactions that were pending before a device began with a snapshot."""
+    yield from _withdrawn(report.withdrawn)
+    if report.overruled:
+        yield f"  {plural(report.overruled, 'value')} overruled, kept: see `entidb discarded`"
+    if report.unresolved:
+        count = plural(len(report.unresolved), "conflict")
+        yield f"  {count} held until you decide: see `entidb conflicts`, then `entidb resolve`"
+
+
+def _withdrawn(withdrawn: list[Withdrawn]) -> Iterator[str]:
+    if not withdrawn:
         return
-    for each in result.withdrawn[:_SHOWN_MAX]:
+    for each in withdrawn[:_SHOWN_MAX]:
         identity = uuid_from_bytes(each.transaction_id)
         yield f"  withdrawn {id_text(identity)} [{code_text(each.code)}]: {one_line(each.message)}"
-    if len(result.withdrawn) > _SHOWN_MAX:
-        yield f"  … and {len(result.withdrawn) - _SHOWN_MAX:,} more"
+    if len(withdrawn) > _SHOWN_MAX:
+        yield f"  … and {len(withdrawn) - _SHOWN_MAX:,} more"
     yield "  nothing is lost: see `entidb discarded`, which can commit them again"
 
 
@@ -127,6 +145,15 @@ def document(result: SyncCycleResult, status: SyncStatus) -> dict[str, Any]:
         "bytes_pulled": result.bytes_pulled,
         "bytes_pushed": result.bytes_pushed,
         "duration_s": round(result.duration_s, 3),
+    }
+
+
+def rebased_document(report: RebaseReport) -> dict[str, Any]:
+    """What ``rebased`` says, for programs."""
+    return {
+        "withdrawn": [_refused(each) for each in report.withdrawn],
+        "unresolved": [place(each) for each in report.unresolved],
+        "overruled": report.overruled,
     }
 
 

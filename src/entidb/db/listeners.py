@@ -12,9 +12,25 @@ from entidb.errors import ConfigError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def check_plain(function: object, where: str) -> None:
-    """Raises ``ConfigError`` unless ``function`` can be called and does its work in that call: a
-    coroutine that is never awaited, or a generator, would do nothing in silence."""
+def check_arguments(function: Callable[..., Any], where: str, given: tuple[str, ...]) -> None:
+    """Raises ``ConfigError`` if ``function`` cannot be called with as many arguments as ``given``
+    names: at the first call it would be too late to say so to who wrote it."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # Some of those written in C do not say.
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        raise ConfigError(
+            f"{where} is called with {' and '.join(given)}, and the function given for it cannot "
+            f"be: {error}"
+        ) from error
+
+
+def check_plain(function: object, where: str, given: tuple[str, ...]) -> None:
+    """Raises ``ConfigError`` unless ``function`` can be called with ``given`` and does its work in
+    that call: a coroutine that is never awaited, or a generator, would do nothing in silence."""
     if not callable(function):
         raise ConfigError(f"{where} needs a function, not {type(function).__name__}")
     for each in (function, getattr(function, "func", None), getattr(function, "__call__", None)):  # noqa: B004
@@ -25,11 +41,13 @@ def check_plain(function: object, where: str) -> None:
             )
         if inspect.isgeneratorfunction(each):
             raise ConfigError(f"{where} needs a plain function, and one with `yield` is not")
+    check_arguments(function, where, given)
 
 
-def add_listener(listeners: list[F], listener: F, where: str) -> Callable[[], None]:
-    """Add ``listener``; what it returns takes it away again, and may be called twice."""
-    check_plain(listener, where)
+def add_listener(listeners: list[F], listener: F, where: str, *given: str) -> Callable[[], None]:
+    """Add ``listener``, which is called with ``given``; what it returns takes it away again, and
+    may be called twice."""
+    check_plain(listener, where, given)
     listeners.append(listener)
 
     def stop() -> None:

@@ -55,7 +55,7 @@ def migrate(
     those before it are. ``dry_run`` finds them all without writing. ``ConfigError`` for settings.
     """
     check_name(name)
-    check_function("upgrade", upgrade)
+    check_function("upgrade", upgrade, "the stored value")
     given: object = batch
     if type(given) is not int or not 1 <= given <= _BATCH_MAX:
         raise ConfigError(f"batch is a number from 1 to {_BATCH_MAX}, not {given!r:.60}")

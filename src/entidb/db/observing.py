@@ -15,7 +15,7 @@ def add_observer(core: Core, observer: Observer, where: str) -> Callable[[], Non
     observers = core._observers
     if not observers.listeners:
         observers.begin(core.read_head().sequence)
-    end = add_listener(observers.listeners, observer, where)
+    end = add_listener(observers.listeners, observer, where, "the event")
     if core.storage.shared:
         core._hearing.start()
     return end

@@ -11,6 +11,7 @@ from itertools import starmap
 from typing import Any, Final, Generic, Literal
 
 from entidb import cbor
+from entidb.db.listeners import check_arguments
 from entidb.db.plain import Keep, PlainCodec, V, ValueCodec
 from entidb.errors import CborEncodeError, ConfigError, ValueTypeError
 
@@ -82,7 +83,7 @@ def codec_reading(
     codec: ValueCodec[V], on_invalid: OnInvalid, upgrade: Upgrade | None
 ) -> ValueCodec[V]:
     """``codec`` for an opening with these two. Raises ``ConfigError`` for what they cannot be."""
-    check_function("upgrade", upgrade)
+    check_function("upgrade", upgrade, "the stored value")
     instead: Instead | None = None
     if on_invalid == "skip":
         instead = _nothing
@@ -92,19 +93,22 @@ def codec_reading(
                 f'on_invalid is "raise", "skip" or a function of the error and the stored value, '
                 f"not {on_invalid!r:.60}"
             )
-        check_function("on_invalid", on_invalid)
+        check_function("on_invalid", on_invalid, "the error", "the stored value")
         instead = on_invalid
     if upgrade is None and instead is None:
         return codec
     return ReadingCodec(codec, upgrade, instead)
 
 
-def check_function(name: str, given: object) -> None:
-    """Raises ``ConfigError`` for what is neither None nor a plain function."""
-    if given is not None and not callable(given):
+def check_function(name: str, given: object, *arguments: str) -> None:
+    """Raises ``ConfigError`` for what is neither None nor a plain function of ``arguments``."""
+    if given is None:
+        return
+    if not callable(given):
         raise ConfigError(f"{name} is a function, not {given!r:.60}")
     if inspect.iscoroutinefunction(given):
         raise ConfigError(f"{name} is an async function: give a plain one")
+    check_arguments(given, name, arguments)
 
 
 def _nothing(error: ValueTypeError, value: Any) -> None:

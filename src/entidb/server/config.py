@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
+from entidb.db.listeners import check_arguments
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
 from entidb.server.declared import Declared, declared
@@ -307,7 +308,7 @@ class ServerConfig:
         if self.authenticator is not None and not callable(self.authenticator):
             raise ConfigError("authenticator is a function from a token to Grants")
         if self.authenticator is not None:
-            _check_not_async("authenticator", self.authenticator)
+            _check_called("authenticator", "authenticator", self.authenticator)
 
     def _check_schema(self) -> None:
         if self.schema_min > self.schema:
@@ -413,8 +414,9 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
 
 
 def _check_hook(name: str, hook: object) -> None:
+    if callable(hook):
+        _check_called(name, name, hook)
     if hook is None or callable(hook):
-        _check_not_async(name, hook)
         return
     if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
         raise ConfigError(f'{name} is a function or "module:function", not {hook!r}')
@@ -432,13 +434,21 @@ def _load_hook(setting: str, hook: str | Callable[..., Any] | None) -> Callable[
         raise ConfigError(f"{setting}={hook!r} cannot be loaded: {error}") from error
     if not callable(found):
         raise ConfigError(f"{setting}={hook!r} is a {type(found).__name__} and not a function")
-    _check_not_async(f"{setting}={hook!r}", found)
+    _check_called(setting, f"{setting}={hook!r}", found)
     return found  # type: ignore[no-any-return]
 
 
-def _check_not_async(name: str, function: object) -> None:
-    """It is called from a thread that no event loop runs in; nothing would await what it
-    returns."""
+#: What the hooks are called with.
+_GIVEN: Final = {
+    "authenticator": ("the token",),
+    "validate": ("the context", "the transaction"),
+    "upcast": ("the collection", "the value", "the number of the schema"),
+}
+
+
+def _check_called(setting: str, name: str, function: Callable[..., Any]) -> None:
+    """It takes what it is called with. It is called from a thread that no event loop runs in;
+    nothing would await what it returns."""
     called = getattr(function, "__call__", None)  # noqa: B004, an object may be a function too
     for each in (function, called, getattr(function, "func", None)):
         if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
@@ -446,6 +456,7 @@ def _check_not_async(name: str, function: object) -> None:
                 f"{name} is an async function, and is called from threads: give a plain one, which "
                 "answers from memory"
             )
+    check_arguments(function, name, _GIVEN[setting])
 
 
 # ---------------------------------------------------------------- names of databases

@@ -9,6 +9,7 @@ it holds for all three. Nothing here knows of HTTP, and nothing starts a thread.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -61,6 +62,20 @@ _READING: Final = (PullRequest, RoundRequest, DigestRequest, SnapshotRequest)
 Reading = HandshakeRequest | PullRequest | DigestRequest | SnapshotRequest
 #: What the front can do beside what each database can.
 FEATURES: Final = ("sync",)
+
+
+#: Characters of a subject that stay in front of the digest that stands for it.
+_STAY: Final = 100
+
+
+def named(subject: str) -> str | None:
+    """How messages name ``subject``: as it is, or, if it is too long or holds what cannot be
+    printed, by its beginning and a digest. Named not at all, it would pass for whoever the device
+    had before (R36). None where a server has no name for anybody."""
+    if not subject or (len(subject) <= SUBJECT_CHARS_MAX and subject.isprintable()):
+        return subject or None
+    digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{''.join(filter(str.isprintable, subject[:_STAY]))}~{digest}"
 
 
 class Imaging(Protocol):
@@ -147,7 +162,7 @@ class Front:
 
     def _check_subject(self, grant: Grant, request: PushRequest | RoundRequest) -> None:
         subject = (request.push if isinstance(request, RoundRequest) else request).subject
-        if self._knows_people and subject is not None and subject != grant.subject:
+        if self._knows_people and subject is not None and subject != self.subject(grant):
             raise PermissionDeniedError(
                 "this was committed by somebody else than this token is for, and nothing of it was "
                 "decided: the device shakes hands again, and sends what is this subject's",
@@ -156,9 +171,7 @@ class Front:
 
     def subject(self, grant: Grant) -> str | None:
         """Who the token is for, as a handshake says it."""
-        said = grant.subject
-        fits = 0 < len(said) <= SUBJECT_CHARS_MAX and said.isprintable()
-        return said if fits and self._knows_people else None
+        return named(grant.subject) if self._knows_people else None
 
     # ------------------------------------------------------------ the database
 

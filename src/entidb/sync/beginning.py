@@ -6,9 +6,10 @@ its commit. Which server it is of is not in the file: the first sync says so, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Final
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from entidb.db import Database, Role, machine
@@ -17,6 +18,8 @@ from entidb.errors import SyncStateError
 from entidb.protocol import Manifest
 from entidb.protocol.archives import Archive
 from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.report import RebaseReport
+from entidb.sync.conflict import ConflictPolicy
 from entidb.sync.room import PROVE_SAMPLE
 
 _BEGUN: Final = (
@@ -25,22 +28,35 @@ _BEGUN: Final = (
 )
 
 
+class Begun(Struct, frozen=True):
+    """What a snapshot says of itself, and what became of transactions that were pending before."""
+
+    manifest: Manifest
+    report: RebaseReport
+
+
 def begin_from(
     database: Database,
     file: IO[bytes],
     *,
+    default_policy: str | ConflictPolicy = "server_wins",
+    policies: Mapping[str, str | ConflictPolicy] | None = None,
     prove: str = PROVE_SAMPLE,
     progress: Callable[[int, int], None] = lambda done, entities: None,
-) -> Manifest:
+) -> Begun:
     """Make the snapshot in ``file`` the state of ``database``, that of a device which never
-    synchronised; what was committed to it before is pending on top. ``progress`` is called with
-    the entities that are in, and those there are. Returns what the snapshot says of itself.
+    synchronised; what was committed to it before goes on top, and where the snapshot has the same
+    entity, its policy decides (R25). ``progress`` is called with the entities that are in, and
+    those there are.
 
     Raises ``SyncStateError`` for a device that has synchronised, or is a server's database;
     ``SyncCodecError`` and ``ProtocolError`` for a file that is none or is damaged: nothing of it
     counts then. A process that is killed meanwhile leaves a device that pulls from nothing."""
     manifest = (archive := Archive(file)).manifest
-    applier = DatabaseApplier(database, prove=prove)
+    applier = DatabaseApplier(
+        database, default_policy=default_policy, policies=policies, prove=prove
+    )
+    report = RebaseReport()
     _bind(database, manifest)
     try:
         if manifest.segments:
@@ -52,12 +68,12 @@ def begin_from(
                     stage = applier.stage_segment(opened)
                     progress(stage.operations, manifest.entities)
             _complete(database)
-            applier.publish()
+            report = applier.publish()
     except BaseException:
         applier.restart_stage(full=False)
         _unbind(database)
         raise
-    return manifest
+    return Begun(manifest, report)
 
 
 def _scope(applier: DatabaseApplier) -> list[str] | None:
@@ -93,4 +109,4 @@ def _unbind(database: Database) -> None:
             writer.set_sync_state(machine.STAND(state, replace(state, history=None)))
 
 
-__all__ = ["begin_from"]
+__all__ = ["Begun", "begin_from"]

@@ -29,6 +29,7 @@ from entidb import cbor
 from entidb.db.fields import ABSENT as _ABSENT
 from entidb.db.fields import Overruled, Path, Side, lost_fields, shown, when_by
 from entidb.db.fields import same as _same
+from entidb.db.listeners import check_arguments
 from entidb.db.notebook import payload_text, table
 from entidb.errors import ConfigError
 from entidb.types import ID_BYTES, uuid_from_bytes
@@ -279,6 +280,7 @@ def check_policy(policy: ConflictPolicy) -> ConflictPolicy:
         raise ConfigError(f"a policy is a name or a function of a Conflict, not {policy!r}")
     if inspect.iscoroutinefunction(policy) or inspect.iscoroutinefunction(type(policy).__call__):
         raise ConfigError("a policy cannot be async: it decides from the conflict alone")
+    check_arguments(policy, "a policy", ("the conflict",))
     return policy
 
 

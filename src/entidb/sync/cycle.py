@@ -137,6 +137,14 @@ class Cycle:
                 f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}: update the older side"
             )
         if state.history is not None and state.history != response.history:
+            if state.db_id is None:  # begun with a snapshot, and not synchronised since
+                raise HistoryChangedError(
+                    "this device began with a snapshot of another database than "
+                    f"{self.exchange.config.db_id!r} at this address: check both. If it is the "
+                    "right one, and was restored or made anew since, begin with a newer snapshot "
+                    "in another directory",
+                    code="other_snapshot",
+                )
             raise HistoryChangedError(
                 "the server's database has another history than the one this device knows: it was "
                 'restored from a backup or made anew. Choose reset(keep="server") to take its '

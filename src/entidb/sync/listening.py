@@ -76,11 +76,11 @@ class Listening:
         A listener may call ``cancel``, ``stop``, ``close`` and ``wake``; they return at once, and
         the cycle ends at its next step. Raises ``ConfigError`` for what cannot be called, and for
         an ``async def``, which would only be called and never awaited."""
-        return add_listener(self._listeners.state, listener, "on_state")
+        return add_listener(self._listeners.state, listener, "on_state", "the old", "the new state")
 
     def on_progress(self, listener: ProgressListener) -> Callable[[], None]:
         """Call ``listener(SyncProgress)`` after every page and batch; as ``on_state``."""
-        return add_listener(self._listeners.progress, listener, "on_progress")
+        return add_listener(self._listeners.progress, listener, "on_progress", "the progress")
 
     def on_result(self, listener: ResultListener) -> Callable[[], None]:
         """Call ``listener(SyncCycleResult)`` after every sync that worked; returns a function that
@@ -89,14 +89,14 @@ class Listening:
         As ``on_conflict`` and ``on_rejected`` it is called in the thread that synced, when the
         cycle is over and holds no lock: a listener may sync, resolve, stop and close. What one
         raises goes to ``sys.unraisablehook``, ends nothing, and the others are called."""
-        return add_listener(self._listeners.result, listener, "on_result")
+        return add_listener(self._listeners.result, listener, "on_result", "the result")
 
     def on_conflict(self, listener: ConflictListener) -> Callable[[], None]:
         """Call ``listener(Conflict)`` for every conflict that a sync has left to a person, also
         one that failed in the end; as ``on_result``."""
-        return add_listener(self._listeners.conflict, listener, "on_conflict")
+        return add_listener(self._listeners.conflict, listener, "on_conflict", "the conflict")
 
     def on_rejected(self, listener: RejectedListener) -> Callable[[], None]:
         """Call ``listener(Withdrawn)`` for every transaction that a sync has withdrawn (R4), also
         one that failed in the end; as ``on_result``."""
-        return add_listener(self._listeners.rejected, listener, "on_rejected")
+        return add_listener(self._listeners.rejected, listener, "on_rejected", "what was withdrawn")

@@ -370,6 +370,12 @@ def test_a_provider_must_return_a_token(token: Any):
         transport.pull(PULL)
 
 
+def test_a_provider_that_does_not_take_what_it_is_given_is_refused_at_once():
+    provider: Any = lambda: "token"  # noqa: E731
+    with pytest.raises(ConfigError, match="token is called with whether the server refused"):
+        HttpTransport("http://127.0.0.1:9", token=provider, client=NoClient())
+
+
 class NoClient:
     """A client that must not be used."""
 

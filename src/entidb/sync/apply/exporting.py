@@ -11,16 +11,17 @@ from entidb.db.json_values import dump
 from entidb.db.pending import PendingTransaction
 from entidb.errors import StorageError
 from entidb.storage.disk_errors import disk_error
-from entidb.storage.partial import Partial
-from entidb.types import ms_from_timestamp, uuid_from_bytes
+from entidb.storage.partial import Partial, remove_dead
+from entidb.types import ms_from_timestamp, path_text, uuid_from_bytes
 
 
 def to_file(
     path: str | os.PathLike[str],
 ) -> Callable[[list[PendingTransaction], dict[int, str], str | None], None]:
     """What writes transactions to the new file ``path``, durably, for nobody else to read; not
-    there at all if that fails. The function raises ``StorageError``."""
-    where = os.path.abspath(os.fspath(path))
+    there at all if that fails. The function raises ``StorageError``, and this ``ConfigError`` for
+    what is no path."""
+    where = os.path.abspath(path_text(path))
 
     def write(pending: list[PendingTransaction], names: dict[int, str], who: str | None) -> None:
         try:
@@ -34,6 +35,7 @@ def to_file(
 def _write(where: str, lines: Iterable[str]) -> None:
     if os.path.lexists(where):
         raise StorageError(f"{where} exists already; name a new file. Nothing was changed")
+    remove_dead(os.path.dirname(where))  # with what somebody wrote in it
     with Partial(where, "export") as partial:
         descriptor = os.open(partial.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:

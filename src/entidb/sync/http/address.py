@@ -53,7 +53,7 @@ def check_token(token: object, url: str, host: str, config: HttpConfig) -> None:
     if token is None:
         return
     if callable(token):
-        check_plain(token, "token")
+        check_plain(token, "token", ("whether the server refused the last one",))
     if not callable(token) and (not isinstance(token, str) or TOKEN.fullmatch(token) is None):
         raise ConfigError("token must be visible ASCII text, or a function that returns such text")
     if url.startswith("https:") or is_loopback(host) or config.allow_insecure_token:
