@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from entidb import Database
 from tests.cli.support import TIMEOUT_S, done, environment
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX's")
@@ -90,3 +91,16 @@ def test_a_place_that_may_not_be_used_is_refused_at_the_start(
     assert "Errno" not in last
     assert str(place) in last
     assert (sorted(os.listdir(place)), sorted(os.listdir(place / "db"))) == before
+
+
+@pytest.mark.parametrize("command", ["status", "pending", "conflicts", "discarded"])
+def test_what_only_reads_opens_a_database_only_to_read(tmp_path: Path, command: str) -> None:
+    """So it works on files that may not be written, and beside others who only read."""
+    with Database.open(tmp_path / "db") as db:
+        db.collection("notes").add(1)
+    with Database.open(tmp_path / "db", read_only=True):
+        ended = subprocess.run(
+            [sys.executable, "-m", "entidb", command, str(tmp_path / "db")],
+            capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr

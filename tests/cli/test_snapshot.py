@@ -85,7 +85,16 @@ def test_a_device_has_no_snapshot(tmp_path: Path):
 
 def test_a_place_that_cannot_be_written_is_said(server: Path, tmp_path: Path):
     result = entidb("snapshot", server, tmp_path / "missing" / "file")
-    assert "missing" in failed(result, Exit.STORAGE, "os_error")
+    said = failed(result, Exit.STORAGE, "storage_error")
+    assert f"writing {tmp_path / 'missing' / 'file'}: " in said
+    assert "partial" not in said
+
+
+def test_a_snapshot_removes_what_a_killed_one_left(server: Path, tmp_path: Path):
+    dead = tmp_path / "old.tar.entidb-partial"
+    (dead / "segments").mkdir(parents=True)
+    done("snapshot", server, tmp_path / "new.tar")
+    assert not dead.exists()
 
 
 def test_a_device_begins_with_a_snapshot_and_syncs_the_rest(server: Path, tmp_path: Path):
@@ -148,7 +157,7 @@ def test_what_a_snapshot_takes_the_place_of_is_said(server: Path, tmp_path: Path
     assert "withdrawn" in said
     assert "entidb discarded" in said
     assert _note(path) == {"number": 5}
-    [entry] = document(entidb("discarded", path, "--json"))["operations"]
+    [entry] = document(done("discarded", path, "--json"))["operations"]
     assert entry["value"] == {"number": 5, "mine": True}
 
 
@@ -160,7 +169,7 @@ def test_the_policy_of_the_program_decides_where_a_snapshot_meets_changes(
     kept, held = tmp_path / "kept", tmp_path / "held"
     for path in (kept, held):
         _with_a_change_of_its_own(path)
-    said = document(entidb("init", kept, "--from", target, "--policy", "client_wins", "--json"))
+    said = document(done("init", kept, "--from", target, "--policy", "client_wins", "--json"))
     assert (said["withdrawn"], said["unresolved"], said["overruled"]) == ([], [], 1)
     assert _note(kept) == {"number": 5, "mine": True}
     assert "1 conflict held" in done("init", held, "--from", target, "--policy", "notes=manual")

@@ -145,5 +145,5 @@ def test_a_function_that_cannot_be_called_as_it_will_be_is_refused(db: Database)
             db.collection("notes", dict[str, Any], upgrade=wrong)
     with pytest.raises(ConfigError, match=r"on_invalid is called with the error and the stored"):
         db.collection("notes", dict[str, Any], on_invalid=nothing)
-    db.observe(lambda event, more=None: None)
-    db.observe([].append)
+    events: list[Any] = []
+    db.observe(events.append)

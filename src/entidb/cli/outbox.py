@@ -320,7 +320,8 @@ def discarded_command(
     path = bind(words, directory).path
     if sum(map(bool, (recommit, prune, recommit_all, prune_all))) > 1:
         raise UsageError("one thing at a time: --recommit, --prune, --recommit-all or --prune-all")
-    with opened(path) as database:
+    changes = bool(recommit or prune or recommit_all or prune_all)
+    with opened(path, read_only=not changes) as database:
         applier = _applier(database)
         found: list[DiscardedTransaction | OverruledValue] = [*applier.discarded()]
         withdrawn = len(found)

@@ -295,7 +295,10 @@ class MemoryStorage:
             self._check_open()
 
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
-        raise StorageError(f"a store in memory has no files to write to {path}; use copy()")
+        raise StorageError(
+            f"a database in memory has no files, and none was written to {path}: only one in a "
+            "directory can be backed up"
+        )
 
     def info(self) -> StorageInfo:
         with self._turns.hold():

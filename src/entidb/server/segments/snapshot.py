@@ -14,7 +14,8 @@ from entidb.server.hooks import Grant
 from entidb.server.segments.building import take
 from entidb.server.segments.files import FolderFiles
 from entidb.server.segments.manifests import manifest_of, no_manifest
-from entidb.storage.partial import Partial
+from entidb.storage.disk_errors import disk_error
+from entidb.storage.partial import Partial, remove_dead
 
 _ALL = Grant("snapshot", read=True, write=False)
 
@@ -22,9 +23,18 @@ _ALL = Grant("snapshot", read=True, write=False)
 def write_snapshot(database: Database, target: str | os.PathLike[str]) -> Manifest:
     """Write ``target``, whole or not at all, from one snapshot of a server's database; until it is
     there it needs twice its room. What it holds is in the manifest. A file there is replaced.
-    Raises ``DatabaseLockedError`` where another snapshot to that place is under way, ``OSError``,
+    Raises ``DatabaseLockedError`` where another snapshot to that place is under way, and
     ``StorageError``."""
-    with Partial(os.path.abspath(target), "snapshot") as partial:
+    where = os.path.abspath(target)
+    try:
+        remove_dead(os.path.dirname(where))  # which is as much as the database
+        return _write(database, where)
+    except OSError as error:
+        raise disk_error(error.errno or 0, f"writing {where}") from error
+
+
+def _write(database: Database, where: str) -> Manifest:
+    with Partial(where, "snapshot") as partial:
         files = FolderFiles(Path(partial.path).parent / "segments")
         with database.view() as view:
             floor = read_floor(view)
