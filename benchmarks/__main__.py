@@ -16,6 +16,7 @@ from benchmarks.world import World
 NAMES = (
     "local",
     "threads",
+    "queries",
     "push",
     "pull",
     "first",

@@ -722,7 +722,79 @@ def test_a_collection_that_upgrades_what_it_reads_is_asked_without_an_index(db: 
     upgrade = lambda value: {**value, "kind": value["kind"].upper()}  # noqa: E731
     stock = db.collection("stock", upgrade=upgrade)
     assert stock.where(kind="TEA").count() == 10
-    assert stock.where(kind="TEA").explain().way == "scan"
+    plan = stock.where(kind="TEA").explain()
+    assert plan.way == "scan" and "upgrade=" in plan.because and plan.because in str(plan)
+    with pytest.raises(QueryError, match="read with upgrade="):
+        stock.where(kind="TEA").scan(False).count()
+    assert (stock.where().min("kind"), stock.where().max("kind")) == ("CUP", "TEA")
+
+
+def test_the_least_value_is_told_also_where_an_entity_cannot_be_upgraded(db: Database) -> None:
+    stock = db.collection("stock", upgrade=lambda value: {"price": 1 / value["price"]})
+    db.collection("stock")[uid(1)] = {"price": 0}
+    db.collection("stock")[uid(2)] = {"price": 2}
+    assert (stock.where().min("price"), stock.where().max("price")) == (0, 0.5)
+
+
+# ---------------------------------------------------------------- while an index is built
+
+
+def test_a_query_says_that_the_index_it_would_use_is_not_built_yet(db: Database) -> None:
+    stock = stored(db, Index("kind"), Index("price"))
+    plan = stock.where(kind="tea").explain()
+    assert (plan.way, plan.found) == ("scan", 10)
+    assert plan.because == (
+        "index(kind) is not built yet; db.wait_for_indexes() returns when it is"
+    )
+    assert str(plan).endswith(f"10 found ({plan.because})")
+    assert stock.where(tags=[]).explain().because == ""
+    with pytest.raises(QueryError, match=r"index\(kind\) is not built yet") as caught:
+        stock.where(kind="tea").scan(False).first()
+    assert caught.value.code == "no_index"
+    with db.transaction() as tx:
+        assert tx.collection("stock").where(kind="tea").explain().because == plan.because
+    db.wait_for_indexes()
+    assert stock.where(kind="tea").explain().because == ""
+    care.rebuild(db)
+    assert stock.where(kind="tea").explain().because == plan.because
+
+
+def test_one_waits_for_indexes_as_long_as_one_likes(db: Database) -> None:
+    stock = stored(db, Index("kind"))
+    assert db.wait_for_indexes(timeout_s=0) is False
+    assert db.wait_for_indexes(timeout_s=600) is True
+    assert stock.where(kind="tea").scan(False).count() == 10
+    assert db.wait_for_indexes(timeout_s=0) is True
+    for wrong in (-1, float("nan"), "1"):
+        with pytest.raises(ConfigError, match="timeout_s"):
+            db.wait_for_indexes(timeout_s=wrong)  # type: ignore[arg-type]
+
+
+def test_two_that_build_take_turns_and_end_no_run_of_each_other(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored(db, Index("kind"))
+    with db.index_lock:
+        # Another thread is at it: who has no time left does nothing.
+        assert build_step(db, is_ended=lambda: True)
+    assert not db.indexes()[0].ready
+    monkeypatch.setattr(care, "_build", lambda *given: pytest.fail("a run was ended"))
+    db.build_indexes()
+    db.wait_for_indexes()
+    assert db.indexes()[0].ready and db.verify() == []
+
+
+def test_of_an_index_that_is_being_built_no_warning_asks_for_it(
+    db: Database, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(scans, "SCANNED_MAX", 5)
+    monkeypatch.setattr(scans, "_told", set())
+    stock = stored(db, Index("kind"))
+    assert stock.where(kind="tea").count() == 10
+    assert [str(one.message) for one in recwarn if one.category is ScanWarning] == []
+    upgraded = db.collection("stock", upgrade=dict)
+    with pytest.warns(ScanWarning, match="entidb migrate"):
+        assert upgraded.where(kind="tea").count() == 10
 
 
 # ---------------------------------------------------------------- one place

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +125,21 @@ def test_a_condition_that_comes_as_data_is_the_written_one(
     assert list(stock.where.from_dict(written)) == list(stock.where(same))
 
 
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def within(depth: int) -> Any:
+    """Conditions as data, one inside the other."""
+    given: Any = {"a": 1}
+    for _ in range(depth):
+        given = {"~": {"&": [given, {"b": 1}]}}
+    return given
+
+
 FIELDS: Any = F
 DATA: Any = from_dict
 
@@ -140,6 +156,28 @@ DATA: Any = from_dict
         (lambda: F.price == object(), "no entity can hold"),
         (lambda: F.price == 2**65, "no entity can hold"),
         (lambda: F.name.in_("tea"), r"in_\(\['tea'\]\)"),
+        (lambda: FIELDS.name.in_(3), "list of values, not 3"),
+        (lambda: FIELDS.name.in_(None), "list of values"),
+        (lambda: FIELDS.name.in_({"a": 1}), "list of values"),
+        (lambda: F.price == F.other, "not with another field"),
+        (lambda: F.tags.contains(F.other), r"not the field F\.other"),
+        (lambda: FIELDS.name.lower(), r"F\.name\.lower is a field and no method"),
+        (lambda: FIELDS("name"), "F is not called"),
+        (lambda: -FIELDS.price, r'order_by\("-price"\)'),
+        (lambda: "tea" in FIELDS.tags, r"F\.tags\.contains\('tea'\)"),
+        (lambda: FIELDS.kind in ["tea", "cup"], "in_"),
+        (lambda: list(FIELDS.tags), "nothing to iterate over"),
+        (lambda: F.name.by(str.lower).length, "has no field 'length'"),
+        (lambda: F.name.by(str.lower).by(str.upper), "one function"),
+        (lambda: F.tags == nested(100), "inside each other"),
+        (lambda: F.tags == nested(20_000), "nested so deep"),
+        (lambda: from_dict({"kind": {"in": "tea"}}), "in takes a list"),
+        (lambda: from_dict({"kind": {"in": None}}), "in takes a list"),
+        (lambda: from_dict({"kind": {"in": {"a": 1}}}), "in takes a list"),
+        (lambda: from_dict({"kind": {"exists": "false"}}), "take true or false, not 'false'"),
+        (lambda: from_dict({"kind": {"is_null": 0}}), "take true or false"),
+        (lambda: from_dict(within(1000)), "at most 30 inside each other"),
+        (lambda: from_dict({"~": [{"a": 1}]}), "map of fields"),
         (lambda: FIELDS.name.startswith(3), "takes text"),
         (lambda: FIELDS[3], "field's name is text"),
         (lambda: from_dict({"price": {"$gt": 3}}), "==, !="),
@@ -214,6 +252,15 @@ def test_pages_by_the_last_of_the_page_before_stay_right_while_others_write(db: 
         lambda stock: stock.where().limit(-1),
         lambda stock: stock.where().limit(True),
         lambda stock: stock.where().after(uid(1)),
+        lambda stock: stock.where().after((uid(1),)),
+        lambda stock: stock.where().after((uid(1), {}, 3)),
+        lambda stock: stock.order_by("name").after((uid(1), {"name": float("nan")})),
+        lambda stock: stock.order_by("name").after((uid(1), None)),
+        lambda stock: stock.where(F["\ud800"] == 1),
+        lambda stock: stock.where(F.kind["\ud800"].exists()),
+        lambda stock: stock.where(**{"\ud800": 1}),
+        lambda stock: stock.order_by("-\ud800"),
+        lambda stock: stock.where([F.kind == "tea"]),
         lambda stock: stock.where().after((uid(1), {})).order_by("name"),
         lambda stock: stock.where(True),
     ],
@@ -221,6 +268,48 @@ def test_pages_by_the_last_of_the_page_before_stay_right_while_others_write(db: 
 def test_a_query_that_cannot_be_is_refused(db: Database, wrong: Callable[[Any], Any]) -> None:
     with pytest.raises(QueryError):
         wrong(db.collection("stock"))
+
+
+def test_fields_may_have_any_name(db: Database) -> None:
+    stock = db.collection("stock")
+    stock.add({"self": 1, "conditions": 2, "": 3})
+    assert stock.where(self=1, conditions=2).where(F[""] == 3).count() == 1
+
+
+def test_what_nothing_or_everything_meets_says_so(db: Database) -> None:
+    stock = db.collection("stock")
+    nothing = stock.where(F.kind.in_([]))
+    assert repr(nothing) == "<Query of 'stock' where nothing>" and not nothing.exists()
+    assert stock.where(~F.kind.in_([])).count() == len(TEAS)
+    with pytest.raises(QueryError, match="meets nothing"):
+        nothing.one()
+    assert repr(stock.where.from_dict({"&": []})) == "<Query of 'stock' where everything>"
+    assert repr(stock.where.from_dict({})) == "<Query of 'stock'>"
+    with pytest.raises(QueryError, match="more than one entity of 'stock' meets everything"):
+        stock.where().one()
+
+
+def test_what_an_entity_holds_in_other_words_is_found_by_them(db: Database) -> None:
+    stock = db.collection("stock")
+    entity = stock.add({"zero": -0.0, "size": [1, 2], "n": 4})
+    for condition in (
+        F.zero == -0.0,
+        F.zero.between(-0.0, 0),
+        F.size == (1, 2),
+        F.n == numpy.int64(4),
+        F.n > numpy.float64(3.5),
+        F.size.contains(numpy.int32(2)),
+    ):
+        assert list(stock.where(condition).ids()) == [entity]
+
+
+def test_one_of_many_values_is_looked_up(db: Database) -> None:
+    stock = db.collection("stock")
+    many: list[Any] = [*range(5, 40), 3.0, "ask", True]
+    for others in (many, [*many, ["smoked", 7]]):
+        assert names(stock.where(F.price.in_(others))) == ["Assam", "Sencha cup", "plain"]
+        assert names(stock.where(F.sold.in_([*others, 1]))) == ["Assam", "Sencha cup"]
+        assert names(stock.where(F.tags.in_(others))) == ["Lapsang"] * (others is not many)
 
 
 # ---------------------------------------------------------------- where it reads and writes
@@ -349,7 +438,11 @@ def test_explain_says_how_much_was_looked_at_and_decoded(db: Database) -> None:
         (F.kind.in_(["cup", "pot"]), 2),
         ((F.kind == "cup") & (F.price > 3), 2),
         ((F.kind == "cup") | (F.price == 3), 3),
-        ((F.kind == "cup") | (F.price > 3), 5),
+        ((F.kind == "cup") | (F.price > 3), 4),
+        (F.price > 3, 3),
+        (F.price.between(4, 5), 1),
+        (F.price < -1.5, 0),
+        (F.kind.in_(["cup", "pot", "a", "b", "c"]), 2),
         (~(F.kind == "tea"), 5),
         (F.tags == ["smoked", 7], 5),
     ],

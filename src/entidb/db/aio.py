@@ -184,9 +184,10 @@ class AsyncDatabase(Explored):
         check_name(name)
         await in_thread(lambda: self._core._declare_indexes(name, indexes), "entidb-aio-indexes")
 
-    async def wait_for_indexes(self) -> None:
+    async def wait_for_indexes(self, timeout_s: float | None = None) -> bool:
         """As ``Database.wait_for_indexes``."""
-        await in_thread(self._core.wait_for_indexes, "entidb-aio-indexes")
+        wait = partial(self._core.wait_for_indexes, timeout_s)
+        return await in_thread(wait, "entidb-aio-indexes")
 
     async def _commit(
         self, work: Callable[[Staging], T], transaction_id: bytes | None = None
@@ -353,7 +354,7 @@ class AsyncWhere(Where[V]):
 
     __slots__ = ()
 
-    def __call__(self, *conditions: Condition, **equal: Any) -> AsyncQuery[V]:
+    def __call__(self, /, *conditions: Condition, **equal: Any) -> AsyncQuery[V]:
         """As ``Where``'s."""
         return cast("AsyncQuery[V]", super().__call__(*conditions, **equal))
 

@@ -9,10 +9,13 @@ which order they come is said in ``looking``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from entidb import cbor
+from entidb.db.byte_ranges import number_pattern
+from entidb.db.comparing import Test, encodings, equals, one_of, ordered
 from entidb.db.looking import (
     MISSING,
     NUMBERS,
@@ -21,14 +24,11 @@ from entidb.db.looking import (
     Function,
     Path,
     field_of,
-    order_key,
-    plain,
     written,
 )
+from entidb.db.settling import plain
 from entidb.errors import QueryError
 
-#: Whether a plain value meets a condition.
-Test = Callable[[Any], bool]
 #: Bytes of which a payload must contain one, for its value to meet a condition.
 Needles = tuple[bytes, ...]
 
@@ -50,6 +50,14 @@ class Condition:
         none."""
         return None
 
+    def pattern(self) -> bytes | None:
+        """A regular expression (for ``re.DOTALL``) that every payload that meets this contains a
+        match of; None where there is none."""
+        needles = self.needles()
+        if needles is None or not all(needles):
+            return None
+        return b"|".join(map(re.escape, needles))
+
     def paths(self) -> set[Path]:
         """The fields that it is about."""
         raise AssertionError(type(self))
@@ -66,7 +74,8 @@ class Condition:
     def __bool__(self) -> bool:
         raise QueryError(
             "a condition is neither true nor false without an entity: join "
-            "conditions with & | ~ and not with and, or, not; write between() for 2 < F.x < 5"
+            "conditions with & | ~ and not with and, or, not; write between() for 2 < F.x < 5, "
+            "and F.x.in_(values) for F.x in values"
         )
 
 
@@ -74,6 +83,10 @@ def _condition(given: object) -> Condition:
     if isinstance(given, Condition):
         return given
     raise QueryError(f"{given!r} is no condition: write one like F.price > 3")
+
+
+#: Values that are compared one after the other; more are looked up.
+_FEW: Final = 8
 
 
 class Joined(Condition):
@@ -94,6 +107,11 @@ class Joined(Condition):
         self.parts = tuple(flat)
 
     def test(self) -> Test:
+        if not self.all and len(self.parts) > _FEW:
+            equal = [p for p in self.parts if isinstance(p, Compared) and p.sign == "=="]
+            judge = one_of([part.other for part in equal])
+            if len(equal) == len(self.parts) and len({p.path for p in equal}) == 1 and judge:
+                return _on_field(equal[0].path, judge)
         tests = tuple(part.test() for part in self.parts)
         if len(tests) == 1:
             return tests[0]
@@ -116,10 +134,29 @@ class Joined(Condition):
             return None
         return tuple(needle for one in found if one is not None for needle in one)
 
+    def pattern(self) -> bytes | None:
+        if not self.all:
+            found = [part.pattern() for part in self.parts]
+            parts = [one for one in found if one is not None]
+            return b"|".join(parts) if parts and len(parts) == len(found) else None
+        ranges: dict[Path, list[Compared]] = {}
+        for part in self.parts:
+            if isinstance(part, Compared) and part.is_about_numbers:
+                ranges.setdefault(part.path, []).append(part)
+        # Both ends of one range leave fewer than each alone.
+        for path, ends in sorted(ranges.items(), key=lambda one: -len(one[1])):
+            lows = [one.other for one in ends if one.sign in (">", ">=")]
+            highs = [one.other for one in ends if one.sign in ("<", "<=")]
+            return _number_in(path, max(lows, default=None), min(highs, default=None))
+        patterns = (part.pattern() for part in self.parts)
+        return next((one for one in patterns if one is not None), None)
+
     def paths(self) -> set[Path]:
         return set().union(*(part.paths() for part in self.parts))
 
     def __repr__(self) -> str:
+        if not self.parts:
+            return "everything" if self.all else "nothing"
         sign = " & " if self.all else " | "
         return sign.join(f"({p!r})" if isinstance(p, Joined) else repr(p) for p in self.parts)
 
@@ -155,6 +192,11 @@ class Compared(Condition):
     def __init__(self, path: Path, sign: str, other: Any) -> None:
         self.path = path
         self.sign = sign
+        if isinstance(other, Condition):
+            raise QueryError(
+                f"{written(path)} {sign} {other!r}: a field is compared with a value, and not with "
+                "another field or a condition"
+            )
         self.other = plain(other)
         if sign in _ORDERED and RANKS[type(self.other)] < 3:
             raise QueryError(
@@ -163,14 +205,27 @@ class Compared(Condition):
             )
 
     def test(self) -> Test:
-        judge = _equals(self.other) if self.sign == "==" else _ordered(self.sign, self.other)
+        judge = equals(self.other) if self.sign == "==" else ordered(self.sign, self.other)
         return _on_field(self.path, judge)
 
     def needles(self) -> Needles | None:
         if self.sign != "==" or isinstance(self.path[-1], By):
             return None
         key = cbor.encode_message(self.path[-1])
-        return tuple(key + encoded for encoded in _encodings(self.other)) or None
+        return tuple(key + encoded for encoded in encodings(self.other)) or None
+
+    @property
+    def is_about_numbers(self) -> bool:
+        """Whether this is a range of numbers, of a field that a payload holds."""
+        ordered = self.sign in _ORDERED and type(self.other) in NUMBERS
+        return ordered and not isinstance(self.path[-1], By)
+
+    def pattern(self) -> bytes | None:
+        if not self.is_about_numbers:
+            return super().pattern()
+        if self.sign in (">", ">="):
+            return _number_in(self.path, self.other, None)
+        return _number_in(self.path, None, self.other)
 
     def paths(self) -> set[Path]:
         return {self.path}
@@ -182,59 +237,16 @@ class Compared(Condition):
 _ORDERED: Final = ("<", "<=", ">", ">=")
 
 
+def _number_in(path: Path, low: Any, high: Any) -> bytes | None:
+    found = number_pattern(low, high)
+    return None if found is None else re.escape(cbor.encode_message(path[-1])) + found
+
+
 def _on_field(path: Path, judge: Test) -> Test:
     if len(path) == 1:
         name = path[0]
         return lambda value: judge(value.get(name, MISSING)) if type(value) is dict else False
     return lambda value: judge(field_of(value, path))
-
-
-def _equals(other: Any) -> Test:
-    kind = type(other)
-    if kind is bool or other is None:
-        return lambda got: got is other
-    if kind in NUMBERS:
-        return lambda got: type(got) in NUMBERS and got == other
-    if kind in (list, dict):
-        key = order_key(other)
-        return lambda got: type(got) is kind and order_key(got) == key
-    return lambda got: type(got) is kind and got == other
-
-
-def _ordered(sign: str, other: Any) -> Test:
-    kinds: tuple[type, ...] = NUMBERS if type(other) in NUMBERS else (type(other),)
-    if kinds[0] in (list, dict):
-        key = order_key(other)
-        whole = _compare(sign, key)
-        return lambda got: type(got) is kinds[0] and whole(order_key(got))
-    judge = _compare(sign, other)
-    return lambda got: type(got) in kinds and judge(got)
-
-
-def _compare(sign: str, other: Any) -> Test:
-    if sign == "<":
-        return lambda got: bool(got < other)
-    if sign == "<=":
-        return lambda got: bool(got <= other)
-    if sign == ">":
-        return lambda got: bool(got > other)
-    return lambda got: bool(got >= other)
-
-
-def _encodings(value: Any) -> list[bytes]:
-    """The ways in which an equal value can be encoded in a payload. For lists and maps with numbers
-    in them there are too many to look for."""
-    kind = type(value)
-    if kind in NUMBERS:
-        found = [cbor.encode_message(value)]
-        if kind is int and abs(value) <= 2**63 and float(value) == value:
-            found.append(cbor.encode_message(float(value)))
-        elif kind is float and value.is_integer() and -(2**64) <= value < 2**64:
-            found.append(cbor.encode_message(int(value)))
-        elif kind is int:
-            return []
-        return found
-    return [] if kind in (list, dict) else [cbor.encode_message(value)]
 
 
 class FieldTest(Condition):
@@ -284,12 +296,35 @@ class Field(Condition):
     def __getattr__(self, name: str) -> Field:
         if name.startswith("__"):
             raise AttributeError(name)
-        return Field((*self._path, name))
+        return self[name]
 
     def __getitem__(self, name: str) -> Field:
         if not isinstance(name, str):
             raise QueryError(f"a field's name is text, not {name!r}")
+        if self._path and self._is_made:
+            raise QueryError(
+                f"{self!r} is what a function makes, and has no field {name!r} inside: let the "
+                "function make that"
+            )
         return Field((*self._path, name))
+
+    if not TYPE_CHECKING:
+        # What a type checker refuses by itself, and what is to be written in its place.
+
+        def __call__(self, *given: object, **named: object) -> None:
+            raise QueryError(
+                f"{self!r} is a field and no method. Methods of fields: between, in_, startswith, "
+                "contains, exists, is_null, and by for what a function makes of one"
+            )
+
+        def __neg__(self) -> None:
+            raise QueryError(f'for the largest first write order_by("-{self._path[-1]}")')
+
+        def __contains__(self, member: object) -> None:
+            raise QueryError(f"write {self!r}.contains({member!r}): `in` asks no entity")
+
+        def __iter__(self) -> None:
+            raise QueryError(f"{self!r} is a field of each entity, and nothing to iterate over")
 
     # Comparisons.
 
@@ -323,6 +358,8 @@ class Field(Condition):
         """Equal to one of ``values``."""
         if isinstance(values, str | bytes):
             raise QueryError(f"in_ takes several values, not {values!r}: write in_([{values!r}])")
+        if isinstance(values, Mapping) or not isinstance(values, Iterable):
+            raise QueryError(f"in_ takes a list of values, not {values!r:.200}")
         return Joined(False, [self == value for value in values])
 
     def startswith(self, start: str) -> Condition:
@@ -336,10 +373,12 @@ class Field(Condition):
 
     def contains(self, part: Any) -> Condition:
         """A list with a member equal to ``part``, or text with ``part`` in it."""
+        if isinstance(part, Condition):
+            raise QueryError(f"contains takes a value, and not the field {part!r}")
         member = plain(part)
-        equal = _equals(member)
+        equal = equals(member)
         is_text = type(member) is str
-        encoded = (member.encode(),) if is_text else tuple(_encodings(member))
+        encoded = (member.encode(),) if is_text else tuple(encodings(member))
         encoded = () if self._is_made else encoded
 
         def judge(got: Any) -> bool:
@@ -360,7 +399,10 @@ class Field(Condition):
         """What ``function`` makes of the field: ``F.name.by(str.casefold) == "ada"``. A pure
         function with a name; where it raises there is no such field. Fast with
         ``Index("name", key=str.casefold)``. Raises ``ConfigError``."""
-        return Field((*self._path, By(function)))
+        made = By(function)
+        if self._is_made:
+            raise QueryError(f"{self!r} is what a function makes already: one function, not two")
+        return Field((*self._path, made))
 
     def is_null(self) -> Condition:
         """The field is there and None."""
@@ -394,6 +436,11 @@ class _Fields:
     """``F``: the fields of an entity, by attribute or by ``F["any name"]``."""
 
     __slots__ = ()
+
+    if not TYPE_CHECKING:
+
+        def __call__(self, *given: object) -> None:
+            raise QueryError('F is not called: a field is F.price or F["price"]')
 
     def __getattr__(self, name: str) -> Field:
         if name.startswith("__"):

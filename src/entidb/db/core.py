@@ -202,8 +202,9 @@ class Core(Explored):
         self._format_lock = threading.Lock()
         #: The functions that indexes go by, by name.
         self.index_functions: Functions = dict(WELL_KNOWN)
-        #: What an index is being built from.
+        #: What an index is being built from. Two that build beside each other would end it.
         self.index_run: IndexRun | None = None
+        self.index_lock = threading.Lock()
         self._hearing = Hearing(storage, self.hear_others, self._is_heard)
         #: Called with the sequence of every commit, after it, by the thread that still has the
         #: turn: quick, and without raising. For what passes the news on.

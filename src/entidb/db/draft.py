@@ -20,7 +20,7 @@ from entidb.db.notebook import Explored
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import EntityRow
-from entidb.db.rows import OverlayRows, Pair, Rows, SnapshotRows
+from entidb.db.rows import OverlayRows, Pair, Rows, SnapshotRows, Stops
 from entidb.errors import TransactionConflictError, TransactionError
 from entidb.types import check_name, uuid_from_bytes
 
@@ -185,12 +185,19 @@ class SeeingRows:
         self._seen.whole(name)
         return self._below.pairs(name, start, stop, reverse)
 
+    def holding(self, name: str, start: bytes, sieve: Stops) -> Iterator[Pair]:
+        self._seen.whole(name)
+        return self._below.holding(name, start, sieve)
+
     def count(self, name: str) -> int:
         self._seen.whole(name)
         return self._below.count(name)
 
     def indexes(self, name: str) -> tuple[IndexInfo, ...]:
         return self._below.indexes(name)
+
+    def unready_indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        return self._below.unready_indexes(name)
 
     def places(
         self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int

@@ -37,6 +37,8 @@ from entidb.errors import TransactionError
 #: Entities that one commit of a build looks at, and places that one commit empties.
 BUILD_ROWS = 2_000
 DROP_ROWS = 5_000
+#: Seconds between two looks of who waits for another's step whether there is still time.
+_LOOK_S = 0.05
 
 # ---------------------------------------------------------------- declaring
 
@@ -172,7 +174,20 @@ def build_step(
 ) -> bool:
     """One bounded commit of what is to be built, or emptied; whether there may be more. It writes
     so many ``places`` of a run (``index_run``), or with ``rows`` looks at so many entities within
-    the commit. What it prepares is cut short once it ``is_ended``."""
+    the commit. What it prepares is cut short once it ``is_ended``. Waits for another thread's
+    step, unless it is ended by then."""
+    while not database.index_lock.acquire(timeout=_LOOK_S):
+        if is_ended():
+            return True
+    try:
+        return _build_step(database, rows, places, is_ended)
+    finally:
+        database.index_lock.release()
+
+
+def _build_step(
+    database: Core, rows: int | None, places: int, is_ended: Callable[[], bool]
+) -> bool:
     with database.view() as view:
         due = _buildable(database, view)
         if not due:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -9,6 +11,7 @@ from entidb.db.core import Core
 from entidb.db.index_builder import IndexBuilder
 from entidb.db.index_care import IndexStatus, build_step, declare, rebuild, statuses
 from entidb.db.indexing import Index, checked
+from entidb.types import check_number
 
 
 class Indexed(Core):
@@ -35,11 +38,25 @@ class Indexed(Core):
         """Build in the background what is to be built, unless that is under way."""
         self._builder.start()
 
-    def wait_for_indexes(self) -> None:
-        """Return when all indexes that this program can build are ready, and build meanwhile.
-        Raises what a commit does; what was built stays."""
-        while build_step(self):
-            continue
+    def wait_for_indexes(self, timeout_s: float | None = None) -> bool:
+        """Return True when all indexes that this program can build are ready, and build meanwhile;
+        False when ``timeout_s`` seconds are over, and the rest is built in the background. Raises
+        ``ConfigError``, and what a commit does; what was built stays."""
+        if timeout_s is None:
+            while build_step(self):
+                continue
+            return True
+        check_number("timeout_s", timeout_s, 0, threading.TIMEOUT_MAX)
+        until = time.monotonic() + timeout_s
+
+        def is_over() -> bool:
+            return time.monotonic() >= until
+
+        while build_step(self, is_ended=is_over):
+            if is_over():
+                self._builder.start()
+                return False
+        return True
 
     def rebuild_indexes(self, name: str | None = None) -> int:
         """Have the indexes of collection ``name``, or of all, built from nothing, in the

@@ -11,18 +11,12 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, Final
 
-import msgspec
-
 from entidb import cbor
-from entidb.errors import CborEncodeError, ConfigError, QueryError
+from entidb.errors import ConfigError
 
 #: The names of a field, one inside the other; ``By`` at the end is what a function makes of it.
 Path = tuple[str, ...]
 Function = Callable[[Any], Any]
-
-
-#: Integers up to here are what they are, in every encoding.
-_PLAIN_MAX: Final = 1 << 53
 
 
 class _Missing(Enum):
@@ -115,21 +109,3 @@ def _step(name: str) -> str:
     if isinstance(name, By):
         return f".by({name})"
     return f".{name}" if name.isidentifier() else f"[{name!r}]"
-
-
-def plain(value: Any) -> Any:
-    """``value`` as an entity stores it: dates, UUIDs, enums and decimals become what msgspec
-    makes of them. Raises ``QueryError`` for what no entity can hold."""
-    kind = type(value)
-    if kind is bool or value is None or (kind is str and value.isascii()):
-        return value
-    if kind is int and -_PLAIN_MAX <= value <= _PLAIN_MAX:
-        return value
-    try:
-        made = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)
-        # The same way for all values: what comes back is what an entity would hold.
-        return cbor.decode_trusted(cbor.encode_message(made))
-    except (CborEncodeError, TypeError, ValueError) as error:
-        raise QueryError(
-            f"no entity can hold {value!r}, so none can be found by it: {error}"
-        ) from error

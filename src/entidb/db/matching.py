@@ -1,8 +1,4 @@
-"""Which of many entities meet a condition, decoding as few of them as it can.
-
-Canonical CBOR has one encoding for a value, so an entity whose ``kind`` is ``"tea"`` holds the
-bytes of that key followed by those of that value, and one that does not hold them is passed over.
-"""
+"""Which of many entities meet a condition, decoding as few of them as it can (``sieve``)."""
 
 from __future__ import annotations
 
@@ -13,8 +9,10 @@ from typing import Any
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.db.conditions import ALL, Condition, Needles, Test
+from entidb.db.comparing import Test
+from entidb.db.conditions import ALL, Condition, Needles
 from entidb.db.rows import Pair
+from entidb.db.sieve import Sieve
 from entidb.errors import ValueTypeError
 
 
@@ -23,7 +21,9 @@ class Plan(Struct, frozen=True):
 
     ``collection`` was read by ``way`` (``scan``: every entity; or the index, like
     ``index(kind, price)``); ``entities`` were looked at, ``decoded`` of them decoded because they
-    could match, and ``found`` matched. ``condition`` and ``order`` are the query's.
+    could match, and ``found`` matched. ``condition`` and ``order`` are the query's. ``because``
+    says why an index that is declared did not answer it: it is not built yet, or the collection
+    is read with ``upgrade=``.
     """
 
     collection: str
@@ -33,12 +33,15 @@ class Plan(Struct, frozen=True):
     entities: int
     decoded: int
     found: int
+    because: str = ""
 
     def __str__(self) -> str:
         sorting = f", sorted by {', '.join(self.order)}" if self.order else ""
+        because = f" ({self.because})" if self.because else ""
         return (
             f"{self.way} of {self.collection!r} for {self.condition or 'everything'}{sorting}: "
             f"{self.entities:,} entities looked at, {self.decoded:,} decoded, {self.found:,} found"
+            f"{because}"
         )
 
 
@@ -49,6 +52,13 @@ class Tally:
         self.entities = 0
         self.decoded = 0
         self.way = "scan"
+        self.because = ""
+
+    def counted(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        """``pairs``, as entities that are looked at."""
+        for pair in pairs:
+            self.entities += 1
+            yield pair
 
 
 def matching(
@@ -58,32 +68,32 @@ def matching(
     upgraded: Callable[[bytes], bytes] | None = None,
     *,
     decoded: bool = False,
+    sieve: Sieve | None = None,
 ) -> Iterator[tuple[bytes, bytes, Any]]:
     """(id, payload, value) of those of ``pairs`` that meet ``condition``; the value may be None
-    where it is not needed and not ``decoded``. Conditions are about what ``upgraded`` makes."""
+    where it is not needed and not ``decoded``. Conditions are about what ``upgraded`` makes.
+    Without a ``tally``, ``pairs`` are what ``sieve`` let through, if there is one."""
     if tally is not None:
-        pairs = _counted(pairs, tally)
+        pairs = tally.counted(pairs)
     if condition is ALL and not decoded:
         return ((raw, payload, None) for raw, payload in pairs)
     if upgraded is not None:
         # The bytes that are stored may be of an older shape, so they cannot be searched.
-        return _tested(pairs, condition.test(), tally, partial(_shape_of, upgraded))
-    return _tested(_holding(pairs, condition.needles()), condition.test(), tally)
+        return _tested(pairs, condition.test(), tally, partial(shape_of, upgraded))
+    if sieve is None:
+        pairs = _holding(pairs, condition.needles())
+    elif tally is not None:
+        pairs = (pair for pair in pairs if sieve.lets(pair[1]))
+    return _tested(pairs, condition.test(), tally)
 
 
-def _shape_of(upgraded: Callable[[bytes], bytes], payload: bytes) -> Any:
+def shape_of(upgraded: Callable[[bytes], bytes], payload: bytes) -> Any:
     """The value a condition looks at. What cannot be upgraded is looked at as it is stored; who
     reads it is informed."""
     try:
         return cbor.decode_trusted(upgraded(payload))
     except ValueTypeError:
         return cbor.decode_trusted(payload)
-
-
-def _counted(pairs: Iterable[Pair], tally: Tally) -> Iterator[Pair]:
-    for pair in pairs:
-        tally.entities += 1
-        yield pair
 
 
 def _holding(pairs: Iterable[Pair], needles: Needles | None) -> Iterable[Pair]:

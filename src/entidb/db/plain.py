@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 from entidb import cbor
+from entidb.db.settling import settled_or
 from entidb.errors import CborEncodeError, ValueTypeError
 
 V = TypeVar("V")
@@ -74,29 +75,3 @@ class PlainCodec:
 
     def make(self, fields: Mapping[str, Any]) -> bytes:
         return self.encode(dict(fields))
-
-
-def settled_or(error: CborEncodeError, value: Any, lists: tuple[type, ...] = (list,)) -> Any:
-    try:
-        return settled(value, lists)
-    except RecursionError:
-        raise error from None
-
-
-def settled(value: Any, lists: tuple[type, ...] = (list,)) -> Any:
-    """``value`` with -0.0 as 0.0 and numpy's scalars as Python's own; members of ``lists`` become
-    lists. For values that canonical CBOR refuses; all others never come here."""
-    if isinstance(value, dict):
-        return {settled(name): settled(item, lists) for name, item in value.items()}
-    if isinstance(value, lists):
-        return [settled(item, lists) for item in cast("list[Any]", value)]
-    if isinstance(value, float):
-        return float(value) + 0.0  # -0.0 + 0.0 is 0.0
-    return numpy_item(value)
-
-
-def numpy_item(value: Any) -> Any:
-    """The Python value of a numpy scalar; anything else as it is."""
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return value.item()
-    return value

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -32,12 +32,14 @@ from entidb.db.index_reading import (
 from entidb.db.live import Live, Observe
 from entidb.db.looking import Path, field_of, order_key
 from entidb.db.lookup import entities_at, place_of
-from entidb.db.matching import Plan, Tally, matching
+from entidb.db.matching import Plan, Tally, matching, shape_of
 from entidb.db.notebook import ROWS_MAX, Explored, entities_table
 from entidb.db.plain import ValueCodec
 from entidb.db.plans import Chosen, Order, choose
+from entidb.db.query_checks import check_fields, order_of, place_behind
 from entidb.db.rows import Pair, Rows
-from entidb.db.scans import helping_index, warn_of_scan
+from entidb.db.scans import helping_index, warn_of_scan, why_unindexed
+from entidb.db.sieve import Sieve
 from entidb.errors import QueryError
 from entidb.types import check_bool, uuid_from_bytes
 
@@ -81,7 +83,7 @@ class Where(Generic[V]):
     def __init__(self, query: Query[V]) -> None:
         self._query = query
 
-    def __call__(self, *conditions: Condition, **equal: Any) -> Query[V]:
+    def __call__(self, /, *conditions: Condition, **equal: Any) -> Query[V]:
         """Those that meet all of ``conditions``, and whose fields are ``equal``.
 
         Raises ``QueryError`` for a field that the collection's class does not have.
@@ -142,8 +144,8 @@ class Query(Explored, Generic[V]):
         """
         if not fields:
             raise QueryError('order_by needs a field: order_by("price")')
-        order = tuple(_order_of(field) for field in fields)
-        _check_fields(self._source, {one.path for one in order})
+        order = tuple(order_of(field) for field in fields)
+        self._check_fields({one.path for one in order})
         if self._after is not None:
             raise QueryError("call order_by before after(): a page goes on in an order")
         return self._with(order=order)
@@ -163,13 +165,7 @@ class Query(Explored, Generic[V]):
         """
         if last is None:
             return self._with(after=None)
-        given: object = last
-        if not isinstance(given, tuple) or list(map(type, given[:1])) != [uuid.UUID]:
-            raise QueryError(
-                f"after() takes the last (id, value) of the page before, or None, not {given!r}"
-            )
-        entity_id, value = last
-        stored = cbor.decode_trusted(self._source._codec.encode(value)) if self._order else None
+        entity_id, stored = place_behind(last, self._source._codec if self._order else None)
         values = tuple(field_of(stored, one.path) for one in self._order)
         return self._with(after=(tuple(map(order_key, values)), entity_id.bytes, values))
 
@@ -180,10 +176,13 @@ class Query(Explored, Generic[V]):
         return self._with(scan=allowed)
 
     def _and(self, added: Condition) -> Self:
-        _check_fields(self._source, added.paths())
+        self._check_fields(added.paths())
         if added is ALL:
             return self
         return self._with(condition=added if self._condition is ALL else self._condition & added)
+
+    def _check_fields(self, paths: Iterable[Path]) -> None:
+        check_fields(self._source.name, self._source._codec.stored_names, paths)
 
     def _on(self, source: Source) -> Self:
         """The same question, asked of ``source``."""
@@ -260,7 +259,7 @@ class Query(Explored, Generic[V]):
         return self._extreme(field, descending=True)
 
     def _extreme(self, field: str | Field, *, descending: bool) -> Any:
-        order = Order(_order_of(field).path, descending)
+        order = Order(order_of(field).path, descending)
         there = self._and(Field(order.path).exists())
         if self._limit is None and self._after is None:
             there = there._with(order=(order,), limit=1)
@@ -272,7 +271,7 @@ class Query(Explored, Generic[V]):
 
     def _value(self, payload: bytes) -> Any:
         upgraded = self._source._codec.upgraded
-        return cbor.decode_trusted(payload if upgraded is None else upgraded(payload))
+        return cbor.decode_trusted(payload) if upgraded is None else shape_of(upgraded, payload)
 
     def delete(self) -> int:
         """Delete them, in one transaction; how many there were.
@@ -306,6 +305,7 @@ class Query(Explored, Generic[V]):
             entities=tally.entities,
             decoded=tally.decoded,
             found=found,
+            because=tally.because,
         )
 
     def __repr__(self) -> str:
@@ -342,26 +342,28 @@ class Query(Explored, Generic[V]):
         """(id, payload) of what is asked for, in order. One snapshot, held until the end."""
         if self._limit == 0:
             return iter(())
-        pairs = self._run(tally or Tally())
+        pairs = self._run(tally)
         return pairs if self._limit is None else islice(pairs, self._limit)
 
     def _found_up_to(self, limit: int | None) -> Iterator[Pair]:
         return self._with(limit=limit)._found()
 
-    def _run(self, tally: Tally) -> Iterator[Pair]:
+    def _run(self, tally: Tally | None) -> Iterator[Pair]:
         with self._source._open() as rows:
             place = self._place(rows)
             if place is not None:
-                tally.way = f"index({place[0]})"
-                for pair in entities_at(rows, self._source.name, *place, self._limit):
-                    tally.entities += 1
-                    yield pair
+                pairs = entities_at(rows, self._source.name, *place, self._limit)
+                if tally is not None:
+                    tally.way = f"index({place[0]})"
+                    pairs = tally.counted(pairs)
+                yield from pairs
                 return
             chosen = self._choose(rows)
             if chosen is None:
                 yield from self._by_scan(rows, tally)
                 return
-            tally.way = str(chosen)
+            if tally is not None:
+                tally.way = str(chosen)
             if chosen.ordered and not rows.own(self._source.name):
                 yield from self._as_they_stand(rows, chosen, tally)
                 return
@@ -383,38 +385,58 @@ class Query(Explored, Generic[V]):
         name = self._source.name
         # Conditions are about the newest shape of an entity, an index about what is stored.
         indexes = rows.indexes(name) if self._source._codec.upgraded is None else ()
-        chosen = None
-        if indexes:
-            limited = self._limit is not None
-            after = None if self._after is None else self._after[0]
-            chosen = choose(indexes, self._condition, self._order, limited=limited, after=after)
-            if chosen is not None and not serves(rows, name, chosen):
-                chosen = None
+        chosen = self._best_of(indexes)
+        if chosen is not None and not serves(rows, name, chosen):
+            chosen = None
         if chosen is None and not self._scan:
+            why = self._why_unindexed(rows) or (
+                f"declare {helping_index(self._condition, self._order) or 'one'}, and wait for it "
+                "with db.wait_for_indexes()"
+            )
             raise QueryError(
-                f"no index that is ready answers {self!r}: declare "
-                f"{helping_index(self._condition, self._order) or 'one'}, wait for it with "
-                "db.wait_for_indexes(), or ask without scan(False)",
+                f"no index that is ready answers {self!r}: {why}; or ask without scan(False)",
                 code="no_index",
             )
         return chosen
 
-    def _by_scan(self, rows: Rows, tally: Tally) -> Iterator[Pair]:
-        name = self._source.name
-        if self._order or self._condition is not ALL:
-            warn_of_scan(rows, name, self._condition, self._order)
-        if self._order:
-            yield from self._sorted(rows.pairs(name, b"", None, False), tally)
-            return
-        start = b"" if self._after is None else self._after[1] + b"\0"
-        yield from self._meeting(rows.pairs(name, start, None, False), tally)
+    def _best_of(self, indexes: Sequence[IndexInfo]) -> Chosen | None:
+        if not indexes:
+            return None
+        after = None if self._after is None else self._after[0]
+        limited = self._limit is not None
+        return choose(indexes, self._condition, self._order, limited=limited, after=after)
 
-    def _meeting(self, pairs: Iterable[Pair], tally: Tally) -> Iterator[Pair]:
+    def _why_unindexed(self, rows: Rows) -> str:
+        """Why an index that is declared does not answer it; empty if there is none."""
+        if self._condition is ALL and not self._order:
+            return ""
+        upgraded = self._source._codec.upgraded is not None
+        return why_unindexed(rows, self._source.name, self._best_of, upgraded=upgraded)
+
+    def _by_scan(self, rows: Rows, tally: Tally | None) -> Iterator[Pair]:
+        name = self._source.name
+        because = self._why_unindexed(rows)
+        if tally is not None:
+            tally.because = because
+        if self._order or self._condition is not ALL:
+            warn_of_scan(rows, name, self._condition, self._order, because)
+        start = b"" if self._after is None or self._order else self._after[1] + b"\0"
+        # What is stored may be of an older shape than the condition is about.
+        sieve = Sieve(self._condition) if self._source._codec.upgraded is None else None
+        if sieve and tally is None:
+            pairs = rows.holding(name, start, sieve)
+        else:
+            pairs = rows.pairs(name, start, None, False)
+        yield from (self._sorted if self._order else self._meeting)(pairs, tally, sieve)
+
+    def _meeting(
+        self, pairs: Iterable[Pair], tally: Tally | None, sieve: Sieve | None = None
+    ) -> Iterator[Pair]:
         upgraded = self._source._codec.upgraded
-        for raw, payload, _ in matching(pairs, self._condition, tally, upgraded):
+        for raw, payload, _ in matching(pairs, self._condition, tally, upgraded, sieve=sieve):
             yield raw, payload
 
-    def _as_they_stand(self, rows: Rows, chosen: Chosen, tally: Tally) -> Iterator[Pair]:
+    def _as_they_stand(self, rows: Rows, chosen: Chosen, tally: Tally | None) -> Iterator[Pair]:
         """What an index gives in the order of the query."""
         name, after = self._source.name, None
         if self._after is not None:
@@ -428,14 +450,22 @@ class Query(Explored, Generic[V]):
             else:
                 yield from self._meeting(pairs_there, tally)
 
-    def _sorted(self, pairs: Iterable[Pair], tally: Tally) -> Iterator[Pair]:
+    def _sorted(
+        self, pairs: Iterable[Pair], tally: Tally | None, sieve: Sieve | None = None
+    ) -> Iterator[Pair]:
         """All of ``pairs`` that match, sorted; with a limit only what can be among the first is
         kept."""
         wanted = self._limit
         most = None if wanted is None else max(_KEPT_MIN, _KEPT_FACTOR * wanted)
         kept: list[tuple[tuple[Any, ...], bytes, bytes]] = []
-        upgraded = self._source._codec.upgraded
-        for raw, payload, value in matching(pairs, self._condition, tally, upgraded, decoded=True):
+        for raw, payload, value in matching(
+            pairs,
+            self._condition,
+            tally,
+            self._source._codec.upgraded,
+            decoded=True,
+            sieve=sieve,
+        ):
             keys = self._keys(value)
             if self._after is None or self._is_after(keys, raw):
                 kept.append((keys, raw, payload))
@@ -465,26 +495,6 @@ class Query(Explored, Generic[V]):
 
 def _least(limit: int | None, most: int) -> int:
     return most if limit is None else min(limit, most)
-
-
-def _order_of(given: object) -> Order:
-    if isinstance(given, Field):
-        return Order(given._path)
-    if isinstance(given, str) and given.removeprefix("-"):
-        return Order(tuple(given.removeprefix("-").split(".")), given.startswith("-"))
-    raise QueryError(f'order_by takes a field, like "price", "-price" or F.price, not {given!r}')
-
-
-def _check_fields(source: Source, paths: Iterable[Path]) -> None:
-    """A field that the class of a typed collection does not know is a mistake of the program."""
-    known = source._codec.stored_names
-    if known is None:
-        return
-    for path in paths:
-        if path and path[0] not in known:
-            raise QueryError(
-                f"{source.name!r} has no field {path[0]!r}; its class has {', '.join(known)}"
-            )
 
 
 __all__ = ["Order", "Plan", "Query", "Where"]

@@ -42,6 +42,14 @@ def ids_of(keys: Iterable[bytes]) -> list[bytes]:
     return [key[-ID_BYTES:] for key in keys]
 
 
+class Stops(Protocol):
+    """What says of rows that lie one after another which may be wanted: ``sieve.Sieve``."""
+
+    def through(self, rows: Sequence[bytes]) -> Sequence[int]:
+        """The places of those."""
+        ...
+
+
 class Rows(Protocol):
     """One unchanging view of the entities."""
 
@@ -57,10 +65,19 @@ class Rows(Protocol):
         """(id, payload) with start <= id < stop (None: to the end), in id order."""
         ...
 
+    def holding(self, name: str, start: bytes, sieve: Stops) -> Iterator[Pair]:
+        """As ``pairs`` from ``start``, in the order of ids, without those that ``sieve`` stops; it
+        need not stop all that it could."""
+        ...
+
     def count(self, name: str) -> int: ...
 
     def indexes(self, name: str) -> tuple[IndexInfo, ...]:
         """Those of a collection that have all of its entities."""
+        ...
+
+    def unready_indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        """Those that have not: they are being built, or wait for a program with their function."""
         ...
 
     def places(
@@ -124,6 +141,22 @@ class SnapshotRows(Struct, eq=False):
             else:
                 low = page[-1][0] + b"\0"
 
+    def holding(self, name: str, start: bytes, sieve: Stops) -> Iterator[Pair]:
+        info = self.catalogue.by_name.get(name)
+        if info is None:
+            return
+        low, high = info.prefix + start, end_of(info.prefix)
+        while True:
+            page = self.snapshot.scan(low, high, limit=PAGE_ROWS)
+            for at in sieve.through([raw for _, raw in page]):
+                key, raw = page[at]
+                payload = payload_of(raw)
+                if payload is not None:
+                    yield key[5:], payload
+            if len(page) < PAGE_ROWS:
+                return
+            low = page[-1][0] + b"\0"
+
     def count(self, name: str) -> int:
         info = self.catalogue.by_name.get(name)
         raw = None if info is None else self.snapshot.get(count_key(info.number))
@@ -137,6 +170,12 @@ class SnapshotRows(Struct, eq=False):
         if info is None or not info.indexes:
             return ()
         return tuple([index for index in info.indexes if index.has(info.table)])
+
+    def unready_indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        info = self.catalogue.by_name.get(name)
+        if info is None or not info.indexes:
+            return ()
+        return tuple([index for index in info.indexes if not index.has(info.table)])
 
     def places(
         self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int
@@ -197,6 +236,11 @@ class OverlayRows:
 
     def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
         below = self.below.pairs(name, start, stop, reverse)
+        return self._with_own(below, name, start, stop, reverse)
+
+    def _with_own(
+        self, below: Iterator[Pair], name: str, start: bytes, stop: bytes | None, reverse: bool
+    ) -> Iterator[Pair]:
         mine = self.writes.get(name)
         if not mine:
             return below
@@ -207,6 +251,9 @@ class OverlayRows:
         ]
         chosen.sort(key=lambda pair: pair[0], reverse=reverse)
         return _merge(below, chosen, reverse)
+
+    def holding(self, name: str, start: bytes, sieve: Stops) -> Iterator[Pair]:
+        return self._with_own(self.below.holding(name, start, sieve), name, start, None, False)
 
     def count(self, name: str) -> int:
         count = self.below.count(name)
@@ -221,6 +268,9 @@ class OverlayRows:
 
     def indexes(self, name: str) -> tuple[IndexInfo, ...]:
         return self.below.indexes(name)
+
+    def unready_indexes(self, name: str) -> tuple[IndexInfo, ...]:
+        return self.below.unready_indexes(name)
 
     def places(
         self, name: str, index: IndexInfo, span: Span, backwards: bool, limit: int
