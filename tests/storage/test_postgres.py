@@ -258,9 +258,9 @@ def test_a_commit_and_a_read_take_the_round_trips_that_the_guide_says(
     store: PostgresStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.commit({b"a": b"1", b"b": b"2"})
-    for _ in range(2):  # it learns what is asked for first
+    for _ in range(2):  # it learns what is asked for again and again
         with store.snapshot() as snapshot:
-            snapshot.get(b"a")
+            assert [snapshot.get(key) for key in (b"a", b"b", b"c")] == [b"1", b"2", None]
     trips: list[str] = []
     ask, to_the_end = Line._asked, Line.ask_to_the_end
 
@@ -275,7 +275,7 @@ def test_a_commit_and_a_read_take_the_round_trips_that_the_guide_says(
     monkeypatch.setattr(Line, "_asked", count)
     monkeypatch.setattr(Line, "ask_to_the_end", count_commit)
     with store.snapshot() as snapshot:
-        assert snapshot.get(b"a") == b"1"
+        assert [snapshot.get(key) for key in (b"a", b"b", b"c")] == [b"1", b"2", None]
     assert len(trips) == 1  # nobody waits for its end
     trips.clear()
     store.commit({b"a": b"3", b"b": None}, store.mark())
@@ -283,6 +283,50 @@ def test_a_commit_and_a_read_take_the_round_trips_that_the_guide_says(
     trips.clear()
     store.commit({b"%06d" % number: b"2" for number in range(2 * ROWS_AT_ONCE)})
     assert trips == ["ask", "ask", "commit", "ask"]  # turn, all the records, commit, turn
+
+
+def test_what_comes_with_the_mark_is_of_its_state_and_only_what_is_asked_for_and_small(
+    store: PostgresStorage,
+) -> None:
+    def read(*keys: bytes) -> list[bytes | None]:
+        with store.snapshot() as snapshot:
+            return [snapshot.get(key) for key in keys]
+
+    store.commit({b"small": b"1", b"large": b"x" * 2000, b"other": b"2"})
+    for _ in range(2):
+        read(b"small", b"large")
+    assert store.opened.often.keys == (b"small",)
+    with store.snapshot() as before:
+        store.commit({b"small": b"3"})
+        assert before.get(b"small") == b"1"
+    assert read(b"small") == [b"3"]
+    store.commit({b"small": None})
+    assert read(b"small") == [None]
+    store.commit({b"small": b"y" * 2000})  # it has grown, and does not come again
+    assert read(b"small") == [b"y" * 2000]
+    assert store.opened.often.keys == ()
+    for number in range(100):  # each is asked for twice, and as many come as are of use
+        assert read(b"k%d" % number, b"other") == [None, b"2"]
+        assert read(b"k%d" % number, b"other") == [None, b"2"]
+    assert b"other" in store.opened.often.keys
+    assert b"k0" not in store.opened.often.keys
+    assert len(store.opened.often.keys) <= 8
+
+
+def test_a_damaged_record_that_comes_with_the_mark_is_not_returned(
+    store: PostgresStorage, postgres: Cluster
+) -> None:
+    store.commit({b"a": b"1"})
+    for _ in range(2):
+        with store.snapshot() as snapshot:
+            snapshot.get(b"a")
+    with psycopg.connect(postgres.address, autocommit=True) as connection:
+        connection.execute(
+            "UPDATE entidb_kv SET v = set_byte(v, 0, 7) WHERE store = %s", (store.opened.number,)
+        )
+    assert store.opened.often.keys == (b"a",)
+    with store.snapshot() as snapshot, pytest.raises(CorruptionError):
+        snapshot.get(b"a")
 
 
 def test_a_store_that_was_lost_gives_back_its_turn_and_its_rights(postgres: Cluster) -> None:

@@ -23,7 +23,8 @@ _LONG: Final = struct.Struct(">q").pack
 _INT: Final = struct.Struct(">i").pack
 #: Of an array of ``bytea`` in one dimension, without NULL: how many there are, and the first's
 #: number.
-_ARRAY_HEAD: Final = struct.Struct(">iiIii").pack
+_HEAD: Final = struct.Struct(">iiIii")
+_ARRAY_HEAD, _ARRAY_HEAD_BYTES = _HEAD.pack, _HEAD.size
 _BYTEA: Final = 17
 _GOOD: Final = frozenset((pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK))
 
@@ -55,6 +56,18 @@ def byteas(items: Sequence[bytes]) -> bytes:
     for item in items:
         parts += (pack(len(item)), item)
     return b"".join(parts)
+
+
+def items_in(array: bytes | None) -> list[bytes | None]:
+    """The items of a value of the type ``bytea[]``; those that are NULL are None."""
+    found: list[bytes | None] = []
+    at, end = _ARRAY_HEAD_BYTES, len(array or b"")
+    while array is not None and at < end:
+        size = int.from_bytes(array[at : at + 4], "big", signed=True)
+        at += 4
+        found.append(None if size < 0 else array[at : at + size])
+        at += max(size, 0)
+    return found
 
 
 def number_in(answer: PGresult) -> int | None:
@@ -255,6 +268,7 @@ __all__ = [
     "column_in",
     "int4",
     "int8",
+    "items_in",
     "number_in",
     "pairs_in",
 ]

@@ -25,6 +25,7 @@ from entidb.storage.postgres.line import (
     column_in,
     int4,
     int8,
+    items_in,
     number_in,
     pairs_in,
 )
@@ -40,7 +41,8 @@ _BEGIN: Final[Question] = (
 #: The first statement decides which state it is.
 _MARK: Final = Statement(
     b"first",
-    b"SELECT mark, (SELECT v FROM entidb_kv WHERE store = $1 AND k = $2) "
+    b"SELECT mark, ARRAY(SELECT (SELECT kv.v FROM entidb_kv kv "
+    b"WHERE kv.store = $1 AND kv.k = wanted.k) FROM unnest($2::bytea[]) wanted(k)) "
     b"FROM entidb_store WHERE id = $1 AND name = $3",
 )
 _GET: Final = Statement(b"get", b"SELECT v FROM entidb_kv WHERE store = $1 AND k = $2")
@@ -76,23 +78,23 @@ class PostgresSnapshot:
     def __init__(self, store: Opened) -> None:
         self._store = store
         self._connection: Line | None = None
-        self._first = store.first.key
-        self._connection, answer = _begin(store, self._first)
+        often = store.often.keys
+        self._connection, answer = _begin(store, often)
         self.mark = number_in(answer) or 0
-        self._first_value: Value = answer.get_value(0, 1)
-        self._asked = False
-        store.first.came(len(self._first_value or b""))
+        #: As they are stored, what came with the mark; and which of it was asked for.
+        self._came = dict(zip(often, items_in(answer.get_value(0, 1)), strict=True))
+        self._used: set[bytes] = set()
         store.readers.add(id(self))
 
     def get(self, key: bytes) -> bytes | None:
-        if key == self._first:
+        if key in self._came:
             self._open()
-            return None if self._first_value is None else proved(key, self._first_value)
-        answer = self._ask(_GET, key)
-        stored = answer.get_value(0, 0) if answer.ntuples else None
-        if not self._asked:
-            self._asked = True
-            self._store.first.saw(key, 0 if stored is None else len(stored))
+            self._used.add(key)
+            stored = self._came[key]
+        else:
+            answer = self._ask(_GET, key)
+            stored = answer.get_value(0, 0) if answer.ntuples else None
+            self._store.often.asked(key, len(stored or b""))
         return None if stored is None else proved(key, stored)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -157,6 +159,8 @@ class PostgresSnapshot:
             return
         store = self._store
         store.readers.discard(id(self))
+        sizes = {key: len(stored or b"") for key, stored in self._came.items()}
+        store.often.ended(sizes, self._used)
         store.node.take_back(store.node.reading, _ended(connection))
 
     def __enter__(self) -> PostgresSnapshot:
@@ -183,12 +187,12 @@ def _ended(line: Line) -> Line:
     return line
 
 
-def _begin(store: Opened, first: bytes | None) -> tuple[Line, PGresult]:
-    """A connection inside a transaction, and its first answer: the mark, and what stands at
-    ``first`` in the state of that mark."""
+def _begin(store: Opened, often: Sequence[bytes]) -> tuple[Line, PGresult]:
+    """A connection inside a transaction, and its first answer: the mark, and what stands at the
+    keys ``often`` in the state of that mark."""
     node = store.node
     try:
-        mark = _MARK, (int4(store.number), first, store.known_as)
+        mark = _MARK, (int4(store.number), byteas(often), store.known_as)
         line, answers = node.ask(node.reading, [_BEGIN, mark])
     except psycopg.Error as error:
         raise store.failure(error, f"reading {store.path}") from error
