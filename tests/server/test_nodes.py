@@ -283,6 +283,22 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
         SyncServer(config("postgresql://db.example/shops"))
 
 
+def test_an_address_of_one_store_is_no_address_of_a_server() -> None:
+    with pytest.raises(ConfigError, match="without #NAME") as raised:
+        config("postgresql://me:hunter2x@db.example/shops#shop")
+    assert "hunter2x" not in str(raised.value)
+    address = "postgresql://me:hunt#er2x@db.example/shops"
+    assert config(address).address == address
+    for words in (
+        ("init", "X"),
+        ("serve", "--insecure-no-auth", "X"),
+        ("admin", "--dir", "X", "nodes"),
+    ):
+        given = [f"{address}#shop" if word == "X" else word for word in words]
+        line = failed(entidb(*given), Exit.USAGE, "invalid_config")
+        assert "er2x" not in line and "without #NAME" in line
+
+
 def test_another_scheme_is_no_directory() -> None:
     with pytest.raises(ConfigError, match="begins with postgresql://"):
         config("mysql://db.example/shops")
@@ -292,10 +308,15 @@ def test_another_scheme_is_no_directory() -> None:
     "words",
     [
         ("get", "ADDRESS", "notes", "1"),
+        ("put", "ADDRESS", "notes", "{}"),
         ("verify", "ADDRESS"),
+        ("verify", "ADDRESS#shop", "--server", "http://localhost:1"),
+        ("compact", "ADDRESS#shop"),
+        ("status", "ADDRESS#shop"),
+        ("backup", "here", "ADDRESS#shop"),
         ("backup", "--dir", "ADDRESS", "copy"),
         ("restore", "backup", "ADDRESS", "shop"),
-        ("doctor", "ADDRESS"),
+        ("doctor", "ADDRESS", "--mend"),
         ("sync", "ADDRESS", "http://localhost:1"),
     ],
     ids=lambda words: words[0],
@@ -304,9 +325,75 @@ def test_a_command_that_wants_a_directory_refuses_an_address_without_showing_it(
     words: tuple[str, ...],
 ) -> None:
     address = "postgresql://me:hunter2x@db.example/shops"
-    given = [address if word == "ADDRESS" else word for word in words]
+    given = [word.replace("ADDRESS", address) for word in words]
     line = failed(entidb(*given), Exit.USAGE, "usage")
-    assert "hunter2x" not in line and "PostgreSQL" in line
+    assert "hunter2x" not in line and ("PostgreSQL" in line or "in files" in line)
+
+
+def test_commands_that_only_read_read_one_database_in_postgresql(
+    nodes: Nodes, address: str, tmp_path: Path
+) -> None:
+    """Also while nodes serve it, and they change nothing."""
+    history = nodes.clients[0].history()
+    nodes.clients[0].send(push(history, 1)).message(PushResponse)
+    place = f"{address}#shop"
+    notes = document(done("list", place, "--json"))
+    assert notes["entities"] == 1
+    listed = done("list", place, notes["collection"], "--json")
+    number = document(listed)["id"]
+    assert done("get", place, notes["collection"], number, "--json")
+    assert number in done("export", place, notes["collection"])
+    assert document(done("inspect", place, "--json"))["role"] == "server"
+    assert document(done("verify", place, "--json"))["ok"]
+    assert "no index" in done("index", place)
+    done("snapshot", place, str(tmp_path / "file"))
+    done("backup", place, str(tmp_path / "copy"))
+    assert document(done("verify", str(tmp_path / "copy"), "--json"))["ok"]
+    failed(entidb("verify", f"{address}#nosuch"), Exit.NOT_FOUND, "no_database")
+    assert nodes.clients[1].send(pull(history, cursor=1)).message(PullResponse).head == 1
+
+
+def checks(*words: str, code: Exit = Exit.OK) -> dict[str, dict[str, Any]]:
+    answer = entidb("doctor", "--json", *words)
+    assert answer.exit_code == code, answer.stderr
+    return {found["check"]: found for found in map(json.loads, answer.stdout.splitlines())}
+
+
+def test_the_doctor_looks_at_what_nodes_need_of_postgresql(
+    address: str, postgres: Cluster, tmp_path: Path
+) -> None:
+    found = checks(address)
+    assert "first node makes those" in found["tables"]["says"]
+    with psycopg.connect(address) as connection:
+        tables = connection.execute("SELECT to_regclass('entidb_store')").fetchone()
+    assert tables == (None,)  # it has made none
+    with Nodes(address, 2):
+        found = checks(address, "--", "--insecure-no-auth")
+    assert {each: found[each]["state"] for each in found} == {
+        **dict.fromkeys(("settings", "postgresql", "durable", "tables", "connections"), "ok"),
+        **dict.fromkeys(("autovacuum", "clock"), "ok"),
+        "standby": "warning",
+        "backups": "skipped",
+    }
+    assert "2 nodes" in found["connections"]["says"]
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute("UPDATE entidb_format SET format = 99")
+        connection.execute("ALTER ROLE CURRENT_USER SET synchronous_commit = 'off'")
+        try:
+            found = checks(address, code=Exit.FAULTS)
+        finally:
+            connection.execute("ALTER ROLE CURRENT_USER RESET synchronous_commit")
+    assert found["tables"]["state"] == found["durable"]["state"] == "problem"
+    assert "synchronous_commit is off" in found["durable"]["says"]
+    nosuch = address.replace("postgresql:///", "postgresql:///no")
+    assert "createdb" in checks(nosuch, code=Exit.FAULTS)["postgresql"]["says"]
+
+
+def test_the_doctor_says_that_commits_wait_for_a_standby_that_is_not_there() -> None:
+    with cluster() as own:
+        own.set(synchronous_standby_names="nobody", autovacuum="off", max_connections="150")
+        found = checks(own.address, code=Exit.FAULTS)
+    assert found["standby"]["state"] == found["autovacuum"]["state"] == "problem"
 
 
 def test_init_makes_the_tables_once(address: str) -> None:

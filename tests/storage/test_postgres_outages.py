@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import sys
 import threading
 import time
@@ -14,9 +15,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from entidb.errors import DatabaseClosedError, StorageError
+from entidb.errors import DatabaseClosedError, StorageError, StorageUnreachableError
 from entidb.storage.postgres import PostgresStorage, node, pulse
 from entidb.storage.postgres import pool as pool_module
+from entidb.storage.postgres.failures import storage_error
 from entidb.storage.postgres.line import Line
 from entidb.storage.postgres.pool import Pool
 from entidb.storage.postgres.reaching import Hosts
@@ -52,6 +54,46 @@ def until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- a server that refuses
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ('FATAL:  password authentication failed for user "me"', r"the user or the password"),
+        ("fe_sendauth: no password supplied", r"the user or the password"),
+        ('FATAL:  role "me" does not exist', r"the user or the password"),
+        ('FATAL:  no pg_hba.conf entry for host "::1", user "me"', r"the user or the password"),
+        ('FATAL:  database "shops" does not exist', r"create it with createdb"),
+        ("FATAL:  sorry, too many clients already", r"raise its max_connections"),
+        ("FATAL:  remaining connection slots are reserved for", r"raise its max_connections"),
+        ("FATAL:  the database system is starting up", r"is shutting down or starting"),
+        ("session is read-only", r"it is a standby now"),
+        (
+            'FATAL:  Datenbank "shops" existiert nicht',
+            r"away \(Datenbank",
+        ),
+        ("Connection refused", r"cannot be reached, or went away$"),
+    ],
+)
+def test_what_a_server_says_that_refuses_a_connection_is_said_in_words(
+    said: str, words: str
+) -> None:
+    error = psycopg.OperationalError(f'connection failed: server at "h", port 1 failed: {said}')
+    ours = storage_error(error, "opening it")
+    assert re.search(words, str(ours))
+    assert isinstance(ours, StorageUnreachableError)  # it may pass: devices are told to come again
+
+
+def test_what_is_wrong_with_an_address_is_named(own: Cluster) -> None:
+    for other, words in (
+        (own.address.replace("///postgres?", "///nosuch?"), "createdb"),
+        (own.address.replace(f"user={own.user}", "user=nobody"), "the user or the password"),
+    ):
+        with pytest.raises(StorageUnreachableError, match=words):
+            PostgresStorage.open(other, "shop")
 
 
 # ---------------------------------------------------------------- a server that is away

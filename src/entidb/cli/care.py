@@ -19,6 +19,7 @@ from entidb.db import inspect
 from entidb.db.records import FORMAT_VERSION
 from entidb.errors import CorruptionError, DatabaseLockedError, FormatError
 from entidb.protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from entidb.storage.addresses import is_address
 from entidb.storage.opening import closed_faults
 from entidb.version import VERSION
 
@@ -56,8 +57,11 @@ def verify_command(
     """
     if repair and url is None:
         raise UsageError("--repair needs --server URL: what is right is what the server has")
-    path = bind(words, directory).path
-    faults = _faults(path)
+    bound = bind(words, directory, or_store=True)
+    if url is not None and is_address(bound.path):
+        raise UsageError("--server is for a database in files, as devices have them")
+    faults = _faults(bound.path)
+    path = bound.shown
     if not faults and url is not None:
         from entidb.cli.comparing import compare
 
@@ -85,10 +89,11 @@ def _faults(path: str) -> list[str]:
     a directory without a database raises."""
     try:
         # Its pages first, without mapping them: a damaged one could end this process.
-        with suppress(DatabaseLockedError):  # whoever has it open has looked
-            faults = closed_faults(path)
-            if faults:
-                return faults
+        if not is_address(path):
+            with suppress(DatabaseLockedError):  # whoever has it open has looked
+                faults = closed_faults(path)
+                if faults:
+                    return faults
         with opened(path, read_only=True) as database:
             return database.verify()
     except CorruptionError as error:
@@ -104,8 +109,7 @@ def _faults(path: str) -> list[str]:
 @json_option
 def inspect_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
     """Show what is in a database: sizes, counters, identity."""
-    path = bind(words, directory).path
-    with opened(path, read_only=True) as database:
+    with opened(bind(words, directory, or_store=True).path, read_only=True) as database:
         found = inspect(database)
     if as_json:
         print_json(found)
@@ -129,7 +133,8 @@ def _inspected(found: dict[str, Any]) -> Iterator[tuple[str, object]]:
         yield name, f"{found[name]:,}"
     yield "file", f"{size_text(storage['file_bytes'])} ({storage['kind']}, {storage['path']})"
     yield "in use", f"{size_text(storage['used_bytes'])} of {plural(storage['records'], 'record')}"
-    yield "can grow to", f"{size_text(storage['map_bytes'])} before the map is enlarged"
+    if storage["map_bytes"]:  # of files
+        yield "can grow to", f"{size_text(storage['map_bytes'])} before the map is enlarged"
     for name, about in found["collections"].items():
         local = "" if about["synced"] else ", local"
         yield f"collection {name}", plural(about["entities"], "entity", "entities") + local
@@ -140,7 +145,8 @@ def _inspected(found: dict[str, Any]) -> Iterator[tuple[str, object]]:
 @json_option
 def compact_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
     """Give unused room back to the file system. Until it is done it needs room for a copy."""
-    path = bind(words, directory).path
+    instead = "PostgreSQL gives its rows' room back by itself (autovacuum)"
+    path = bind(words, directory, instead=instead).path
     with opened(path) as database:
         before = database.storage.info().file_bytes
         database.compact()
@@ -159,17 +165,21 @@ def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool)
 
     A server that is started from it begins a new history, which devices notice.
     """
-    bound = bind(words, directory, "TARGET")
+    bound = bind(words, directory, "TARGET", or_store=True)
     target = not_empty("TARGET", bound["TARGET"])
+    if is_address(target):
+        raise UsageError(
+            "TARGET is a directory; `entidb copy` copies a database to PostgreSQL, with its history"
+        )
     with opened(bound.path, read_only=True) as database:
         if Path(target).exists():
             raise UsageError(f"{target} exists already: name a new directory", code="exists")
         database.backup(target)
     size = sum(each.stat().st_size for each in Path(target).iterdir())
     if as_json:
-        print_json({"path": bound.path, "target": target, "bytes": size})
+        print_json({"path": bound.shown, "target": target, "bytes": size})
     else:
-        say(f"backed up {bound.path} to {target} ({size_text(size)})")
+        say(f"backed up {bound.shown} to {target} ({size_text(size)})")
 
 
 @click.command("version")

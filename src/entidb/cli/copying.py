@@ -9,7 +9,8 @@ import click
 from entidb.cli.output import plural, progress, say
 from entidb.cli.values import print_json
 from entidb.cli.words import json_option, not_empty
-from entidb.db.copying import Copied, copy_database, is_database_at, shown
+from entidb.db.copying import Copied, copy_database, is_database_at
+from entidb.storage.addresses import shown
 
 
 @click.command("copy")

@@ -1,7 +1,8 @@
 """``doctor``: what is wrong with how a server is run, found by looking and by trying.
 
-What is looked at on the machine of the server is in ``doctor_directory``, what is tried from afar
-in ``doctor_network``. Neither changes a database, and only ``--mend`` changes anything.
+What is looked at on the machine of the server is in ``doctor_directory``, what nodes need of their
+PostgreSQL in ``doctor_postgres``, and what is tried from afar in ``doctor_network``. None of them
+changes a database, and only ``--mend`` changes anything.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from entidb.cli.doctor_findings import Finding, State
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import one_line, plural, say
 from entidb.cli.values import Bounded, print_json
-from entidb.cli.words import a_directory, json_option
+from entidb.cli.words import json_option, not_empty
 from entidb.credentials import read_token
+from entidb.storage.addresses import is_address
 
 _MARKS = {State.OK: "ok", State.WARNING: "warning", State.PROBLEM: "PROBLEM", State.SKIPPED: "-"}
 
 
 @click.command("doctor")
-@click.argument("place", metavar="DIR|URL")
+@click.argument("place", metavar="DIR|ADDRESS|URL")
 @click.argument("settings", metavar="[-- SETTINGS OF SERVE]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--mend", is_flag=True, help="DIR: make files with secrets readable for their owner "
               "alone.")  # fmt: skip
@@ -48,10 +50,17 @@ def doctor_command(
     """Look for what is wrong with how a server is run, and say what to change.
 
     With DIR, on the server's own machine: settings, permissions, clock, disk, open files and
-    backups; give the settings of `entidb serve` after `--`. With URL, from a device: the clock, the
-    certificate, and what a proxy on the way lets through. Exit code 9: there are problems.
+    backups; give the settings of `entidb serve` after `--`. With the address of a PostgreSQL
+    database, what nodes need of that. With URL, from a device: the clock, the certificate, and what
+    a proxy on the way lets through. Exit code 9: there are problems.
     """
-    if "://" in a_directory(place):
+    if is_address(place):
+        if mend or token_file is not None:
+            raise UsageError("--mend and --token-file are for DIR or URL, and not for PostgreSQL")
+        from entidb.cli.doctor_postgres import look_at
+
+        found = look_at(place, settings)
+    elif "://" in not_empty("DIR", place):
         if settings or mend:
             raise UsageError("settings and --mend are for DIR, on the machine of the server")
         from entidb.cli.doctor_network import Visit, examine

@@ -37,8 +37,8 @@ def look(
     directory = Path(place)
     if not directory.is_dir():
         raise NotFoundError(f"{place} is not a directory: name the data directory of a server")
-    given = _parsed(place, settings)
-    config, found = _config(given)
+    given = parsed(place, settings)
+    config, found = config_found(given)
     found += _permissions(_secrets(directory, given, token_files), mend=mend)
     found += _directory(directory)
     found += _clock(directory)
@@ -53,7 +53,7 @@ def look(
 # ---------------------------------------------------------------- settings
 
 
-def _parsed(place: str, settings: Sequence[str]) -> dict[str, Any]:
+def parsed(place: str, settings: Sequence[str]) -> dict[str, Any]:
     """What ``entidb serve`` would get, from the words and from the environment."""
     from entidb.cli.serving import serve_command
 
@@ -61,7 +61,7 @@ def _parsed(place: str, settings: Sequence[str]) -> dict[str, Any]:
         return dict(context.params)
 
 
-def _config(given: dict[str, Any]) -> tuple[ServerConfig | None, list[Finding]]:
+def config_found(given: dict[str, Any]) -> tuple[ServerConfig | None, list[Finding]]:
     from entidb.cli.serving import LISTEN, WAYS_IN, config_of
 
     settings = {name: value for name, value in given.items() if name not in LISTEN}

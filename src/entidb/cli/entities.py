@@ -136,7 +136,7 @@ def get_command(words: tuple[str, ...], directory: str | None, as_json: bool) ->
 
     With --json as one line, with its collection and id.
     """
-    bound = bind(words, directory, "COLLECTION", "ID")
+    bound = bind(words, directory, "COLLECTION", "ID", or_store=True)
     with opened(bound.path, read_only=True) as database:
         collection = existing_collection(database, bound["COLLECTION"])
         entity_id = find_id(bound["ID"], collection)
@@ -194,7 +194,7 @@ def list_command(
     as_json: bool,
 ) -> None:
     """List the collections, or the entities of one in order of ids."""
-    bound = bind(words, directory, "[COLLECTION]")
+    bound = bind(words, directory, "[COLLECTION]", or_store=True)
     if limit < 0:
         raise UsageError("--limit is 0 or more")
     name = bound.get("COLLECTION")

@@ -23,8 +23,8 @@ def index_command(
     A program declares them where it opens a collection. --rebuild builds all from nothing, but for
     those by a function of the program's own: it builds them when it runs the next time.
     """
-    path = bind(words, directory).path
-    with opened(path, read_only=not rebuild) as database:
+    bound = bind(words, directory, or_store=True)
+    with opened(bound.path, read_only=not rebuild) as database:
         if rebuild:
             database.rebuild_indexes()
             database.wait_for_indexes()
@@ -34,7 +34,7 @@ def index_command(
             print_json(asdict(status))
         return
     if not found:
-        say(f"{path} has no index")
+        say(f"{bound.shown} has no index")
     for status in found:
         say(f"{status.collection}: {status.index}, {_state(status)}")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -15,6 +16,11 @@ from entidb.cli.values import print_json
 from entidb.cli.words import a_directory, json_option, not_empty, opened
 from entidb.errors import CorruptionError, DatabaseLockedError
 from entidb.types import SystemClock
+
+_INSTEAD: Final = (
+    "`entidb admin --dir ADDRESS restore NAME ID` puts a backup of the server back while it runs, "
+    "and `entidb copy BACKUP ADDRESS#NAME`, with `entidb renew` after it, any other one"
+)
 
 
 @click.command("restore")
@@ -34,7 +40,7 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
     from entidb.server.directory import DataDirectory, put_aside
     from entidb.storage.partial import Partial
 
-    source, root = not_empty("BACKUP", backup), Path(a_directory(data_dir)).absolute()
+    source, root = not_empty("BACKUP", backup), Path(a_directory(data_dir, _INSTEAD)).absolute()
     place = root / directory_name(check_db_id(name))
     try:
         directory = DataDirectory.take(ServerConfig(data_dir=root, insecure_no_auth=True))

@@ -24,21 +24,21 @@ def snapshot_command(words: tuple[str, ...], directory: str | None, as_json: boo
     """
     from entidb.server.segments.snapshot import write_snapshot
 
-    bound = bind(words, directory, "FILE")
+    bound = bind(words, directory, "FILE", or_store=True)
     target = not_empty("FILE", bound["FILE"])
     if Path(target).exists():
         raise UsageError(f"{target} exists already: name a new file", code="exists")
     with opened(bound.path, read_only=True) as database:
         if database.role is not Role.SERVER:
             raise UsageError(
-                f"{bound.path} is a device: devices begin with what a server has, so name the "
+                f"{bound.shown} is a device: devices begin with what a server has, so name the "
                 "directory of a database below that of a server"
             )
         manifest = write_snapshot(database, target)
     size = Path(target).stat().st_size
     if as_json:
         document = {
-            "path": bound.path,
+            "path": bound.shown,
             "target": target,
             "bytes": size,
             "history": manifest.history.hex(),

@@ -236,7 +236,7 @@ def export_command(
     In order of the ids, from one snapshot. NDJSON is exact: `import` makes the same entities
     again. CSV has no types: see docs/cli.md.
     """
-    bound = bind(words, directory, "COLLECTION")
+    bound = bind(words, directory, "COLLECTION", or_store=True)
     if output == "":
         raise UsageError("--output is empty: name a file, or leave it out for standard output")
     chosen = _format_of(kind, output)

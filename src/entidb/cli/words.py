@@ -6,6 +6,7 @@ command therefore takes all its words as one list, and asks ``bind`` which is wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import uuid
@@ -21,7 +22,10 @@ from entidb.cli.exits import InputError, NotFoundError, UsageError
 from entidb.cli.output import note, safe
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
-from entidb.storage.addresses import is_address
+from entidb.db.identity import stored_role
+from entidb.errors import StorageError
+from entidb.storage.addresses import is_address, shown, split_name
+from entidb.storage.named import open_named
 from entidb.storage.opening import holds_store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,6 +36,13 @@ _KEY: Final = "key:"
 _CUT: Final = ("…", "...")
 #: Ids of imported rows with a key of their own; docs/cli.md has the rule for other programs.
 _NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_DNS, "import.entidb")
+
+#: What to do with the address of a PostgreSQL database, where a command takes none.
+_INSTEAD: Final = (
+    "this command is for a database in files. `get`, `list`, `export`, `verify`, `inspect`, "
+    "`index`, `backup` and `snapshot` read one there as ADDRESS#NAME; `entidb admin --dir ADDRESS` "
+    "asks the server there, and `entidb copy` copies one into files"
+)
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, in the shape docs/cli.md describes."
@@ -54,7 +65,8 @@ def words(shape: str) -> Callable[[F], F]:
 
 @dataclass(frozen=True)
 class Bound:
-    """A database directory, and the other words by name; one that was left out is None."""
+    """A database directory, or the address of one in PostgreSQL; and the other words by name, of
+    which one that was left out is None."""
 
     path: str
     named: dict[str, str | None]
@@ -67,39 +79,66 @@ class Bound:
     def get(self, name: str) -> str | None:
         return self.named[name]
 
+    @property
+    def shown(self) -> str:
+        """``path`` for messages: an address may have a password."""
+        return shown(self.path)
+
 
 def bind(
-    given: tuple[str, ...], directory: str | None, *names: str, or_address: bool = False
+    given: tuple[str, ...],
+    directory: str | None,
+    *names: str,
+    or_address: bool = False,
+    or_store: bool = False,
+    instead: str = _INSTEAD,
 ) -> Bound:
     """Give the words their ``names``; one in brackets may be missing. With ``or_address`` the
-    directory may be the address of a PostgreSQL database. Raises ``UsageError``.
+    directory may be the address of a PostgreSQL database, and with ``or_store`` that of one
+    database in it; where it may not, ``instead`` says what to do. Raises ``UsageError``.
 
     Where one word less is a possible reading too, and ``ENTIDB_DIR`` is set, the first word is
     the directory if there is a database in it.
     """
+
+    def place(path: str) -> str:
+        if is_address(path) and or_store:
+            return _a_store(path)
+        return path if is_address(path) and or_address else a_directory(path, instead)
+
     default = os.environ.get("ENTIDB_DIR") or None
     least = sum(1 for name in names if not name.startswith("["))
     if directory is not None:
-        return Bound(a_directory(directory, or_address), _named(given, names))
+        return Bound(place(directory), _named(given, names))
     fits_without = default is not None and least <= len(given) <= len(names)
     fits_with = least + 1 <= len(given) <= len(names) + 1
     if fits_with and (not fits_without or is_database(given[0])):
-        return Bound(a_directory(given[0], or_address), _named(given[1:], names))
+        return Bound(place(given[0]), _named(given[1:], names))
     if fits_without:
         assert default is not None
-        return Bound(a_directory(default, or_address), _named(given, names))
+        return Bound(place(default), _named(given, names))
     raise _misfit(given, least, names, default)
 
 
-def a_directory(path: str, or_address: bool = False) -> str:
+def a_directory(path: str, instead: str = _INSTEAD) -> str:
     """Raises ``UsageError`` for what is none, and does not show an address: it may have a
     password."""
-    if is_address(path) and not or_address:
+    if is_address(path):
         raise UsageError(
-            "DIR is a directory, and not the address of a PostgreSQL database; `entidb init` and "
-            "`entidb serve` take one, and `entidb admin --dir` asks a server there"
+            f"DIR is a directory here, and not the address of a PostgreSQL database; {instead}"
         )
     return not_empty("DIR", path)
+
+
+def _a_store(address: str) -> str:
+    """The address of one database in PostgreSQL. Raises ``UsageError`` for that of all of them."""
+    if not split_name(address)[1]:
+        where = shown(address).rstrip("#")
+        raise UsageError(
+            f"which database of PostgreSQL? write {where}#NAME; "
+            f"`entidb admin --dir {where} databases` lists them"
+        )
+    return address
 
 
 def not_empty(name: str, path: str) -> str:
@@ -147,6 +186,10 @@ def is_database(path: str) -> bool:
 def opened(path: str, *, read_only: bool = False) -> Iterator[Database]:
     """The database at ``path``, which has to be there. ``read_only`` is for commands that only
     look: they make no file, and a backup stays one."""
+    if is_address(path):
+        with _opened_store(path, read_only=read_only) as database:
+            yield database
+        return
     if not _is_there(path):
         raise NotFoundError(
             f"there is no database at {path}; make one with `entidb init {path}`",
@@ -154,6 +197,22 @@ def opened(path: str, *, read_only: bool = False) -> Iterator[Database]:
         )
     with Database.open(path, create=False, read_only=read_only) as database:
         yield database
+
+
+@contextmanager
+def _opened_store(place: str, *, read_only: bool) -> Iterator[Database]:
+    try:
+        store = open_named(place)
+    except StorageError as error:
+        if error.code != "no_store":
+            raise
+        raise NotFoundError(f"there is no database {shown(place)}", code="no_database") from error
+    with contextlib.closing(store):
+        if store.mark() == 0:
+            raise NotFoundError(f"there is no database {shown(place)}", code="no_database")
+        role, where = stored_role(store), shown(place)
+        with Database(store, role=role, create=False, where=where, read_only=read_only) as database:
+            yield database
 
 
 def _is_there(path: str) -> bool:

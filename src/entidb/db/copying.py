@@ -25,7 +25,7 @@ from entidb.db.records import SPACED, decode_format, is_spacer
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, CorruptionError, DatabaseLockedError, StorageError
 from entidb.storage import open_storage
-from entidb.storage.addresses import is_address, split_name, without_secrets
+from entidb.storage.addresses import is_address, shown, split_name
 from entidb.storage.base import KEY_BYTES_MAX, Snapshot, Storage
 from entidb.storage.named import arriving, open_named
 from entidb.storage.opening import holds_store
@@ -94,14 +94,6 @@ def _checked(place: str | os.PathLike[str]) -> str:
             "database of it"
         )
     return where
-
-
-def shown(place: str) -> str:
-    """``place`` for messages, without a password."""
-    if not is_address(place):
-        return place
-    address, name = split_name(place)
-    return without_secrets(address) + ("" if name is None else f"#{name}")
 
 
 def open_source(place: str) -> Storage:

@@ -21,7 +21,7 @@ from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
 from entidb.server.declared import Declared, declared
 from entidb.server.origins import check_names
-from entidb.storage.addresses import ADDRESSES, is_address, without_secrets
+from entidb.storage.addresses import ADDRESSES, is_address, whole, without_secrets
 from entidb.types import COLLECTIONS_MAX, SEQUENCE_MAX, TRANSACTION_BYTES_MAX
 
 _MIB: Final = 1024 * 1024
@@ -253,6 +253,8 @@ class ServerConfig:
             return
         if not os.fspath(place):
             raise ConfigError("data_dir is empty: name a directory")
+        if self.address is not None:
+            whole(self.address)
         if self.address is None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(place)):
             raise ConfigError(
                 f"data_dir is a directory, or an address that begins with {ADDRESSES[0]}"

@@ -23,14 +23,13 @@ from entidb.db.copying import (
     finish_directory,
     new_directory,
     open_source,
-    shown,
 )
 from entidb.errors import ConfigError, StorageError
 from entidb.server.config import ServerConfig, directory_name, is_db_id
 from entidb.server.directory import DataDirectory, list_databases
 from entidb.server.records import CONTROL, FileRecords, devices_of
 from entidb.storage import Storage, open_storage
-from entidb.storage.addresses import is_address, split_name
+from entidb.storage.addresses import is_address, shown, whole
 from entidb.storage.directories import sync_path
 from entidb.storage.named import arriving
 from entidb.storage.opening import open_shelf
@@ -90,7 +89,7 @@ def _place_of(server: str, name: str) -> str:
 def _served(place: str) -> Iterator[list[str]]:
     """The databases at ``place``, which no server serves meanwhile if it is a directory."""
     if is_address(place):
-        with closing(open_shelf(_address(place))) as shelf:
+        with closing(open_shelf(whole(place))) as shelf:
             yield _some([name for name in shelf.names() if is_db_id(name)], place)
         return
     names = _some(list_databases(place), place)
@@ -99,13 +98,6 @@ def _served(place: str) -> Iterator[list[str]]:
         yield names
     finally:
         taken.release()
-
-
-def _address(place: str) -> str:
-    address, name = split_name(place)
-    if name is not None:
-        raise ConfigError(f"{shown(place)} names one database; leave out #… for all of a server")
-    return address
 
 
 def _some(names: list[str], place: str) -> list[str]:
@@ -137,7 +129,7 @@ def _target(
 ) -> tuple[_Make, Callable[[Notes], None]]:
     """What makes the stores, and what makes them those of ``place``, with the notes beside."""
     if is_address(place):
-        made = stack.enter_context(arriving(_address(place), names))
+        made = stack.enter_context(arriving(whole(place), names))
 
         def finish(notes: Notes) -> None:
             _share(place, notes)

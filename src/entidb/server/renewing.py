@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from entidb.db import Database, Role
-from entidb.db.copying import shown
 from entidb.errors import ConfigError
 from entidb.server.config import ServerConfig, directory_name, is_db_id
 from entidb.server.directory import DataDirectory, list_databases
-from entidb.storage.addresses import is_address, split_name
+from entidb.storage.addresses import is_address, shown, split_name
 from entidb.storage.named import open_named
 from entidb.storage.opening import holds_store, open_shelf
 from entidb.types import path_text

@@ -15,9 +15,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from entidb.errors import ConfigError
+from entidb.storage.addresses import whole
 from entidb.storage.base import Storage
 
 if TYPE_CHECKING:
+    from entidb.storage.postgres.examining import ServerFacts
     from entidb.storage.postgres.shelf import Shelf
 
 
@@ -36,11 +38,25 @@ def open_shelf(address: str) -> Shelf:
     try:
         from entidb.storage.postgres.shelf import Shelf
     except ImportError as error:
-        raise ConfigError(
-            "databases in PostgreSQL need a package that is not installed "
-            f'({error.name or error}): pip install "entidb[postgres]"'
-        ) from error
-    return Shelf(address)
+        raise _missing(error) from error
+    return Shelf(whole(address))
+
+
+def examine_server(address: str) -> ServerFacts:
+    """What there is to know of the PostgreSQL server at ``address``, without writing there. Raises
+    ``ConfigError``, ``StorageError``."""
+    try:
+        from entidb.storage.postgres.examining import examine
+    except ImportError as error:
+        raise _missing(error) from error
+    return examine(address)
+
+
+def _missing(error: ImportError) -> ConfigError:
+    return ConfigError(
+        "databases in PostgreSQL need a package that is not installed "
+        f'({error.name or error}): pip install "entidb[postgres]"'
+    )
 
 
 def holds_store(path: str | os.PathLike[str]) -> bool:
@@ -86,6 +102,7 @@ def remove_store(path: str | os.PathLike[str]) -> None:
 
 
 __all__ = [
+    "examine_server",
     "closed_faults",
     "doubtful_bytes",
     "holds_store",

@@ -15,6 +15,7 @@ from msgspec import Raw, json
 from entidb.errors import TransportError
 from entidb.server.admin.local import LocalAnswer, LocalRequest
 from entidb.server.workers.talk import Passed, Question, said
+from entidb.storage.addresses import whole
 
 if TYPE_CHECKING:
     from entidb.storage.postgres.company import Nodes
@@ -32,7 +33,7 @@ def ask_nodes(address: str, request: LocalRequest, timeout_s: float) -> LocalAns
     from entidb.storage.postgres.company import Nodes
     from entidb.storage.postgres.sharing import SharedTables
 
-    with contextlib.closing(SharedTables(address, _CONNECTIONS)) as sharing:
+    with contextlib.closing(SharedTables(whole(address), _CONNECTIONS)) as sharing:
         nodes = Nodes(sharing)
         number = _on_duty(nodes, sharing.where)
         who = f"{sharing.user()} by PostgreSQL"

@@ -23,13 +23,12 @@ import psycopg
 
 from entidb.errors import EntiDBError, StorageError
 from entidb.storage.postgres.failures import as_ours
-from entidb.storage.postgres.schema import Connection
+from entidb.storage.postgres.schema import HELD, SEAT, Connection
 from entidb.storage.postgres.sharing import SharedTables
 
 logger = logging.getLogger("entidb.server")
 
-#: The first numbers of the locks; no store has them.
-_SEAT: Final = 0x656E7470
+#: The first numbers of the other locks; no store has them.
 _DUTY: Final = 0x656E7471
 _CLOSED: Final = 0x656E7472
 #: Held beside the duty: who has it.
@@ -46,18 +45,12 @@ _RETRY_S: Final = 0.5
 #: Seconds without a sign of life after which a node that has a connection counts as stopped.
 QUIET_S: Final = 10.0
 
-#: Locks of a kind that are held now.
-_HELD: Final = (
-    "FROM pg_locks l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND "
-    "l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-    "AND l.classid::bigint = "
-)
 _NODES: Final = (
     "SELECT n.number, n.name, n.about, (extract(epoch FROM n.began) * 1000)::bigint, "
     "(extract(epoch FROM n.seen) * 1000)::bigint, "
     f"n.seen < now() - make_interval(secs => {QUIET_S}), "
-    f"EXISTS (SELECT 1 {_HELD} {_HAS_DUTY} AND l.objid::bigint = n.number) FROM entidb_node n "
-    f"WHERE EXISTS (SELECT 1 {_HELD} {_SEAT} AND l.objid::bigint = n.number) ORDER BY n.number"
+    f"EXISTS (SELECT 1 {HELD} {_HAS_DUTY} AND l.objid::bigint = n.number) FROM entidb_node n "
+    f"WHERE EXISTS (SELECT 1 {HELD} {SEAT} AND l.objid::bigint = n.number) ORDER BY n.number"
 )
 
 #: Answers a question; called on a thread of its own.
@@ -132,7 +125,7 @@ class Nodes:
             time.sleep(_ANSWER_LOOK_S)
 
     def _lives(self, number: int) -> bool:
-        return bool(self._run(f"SELECT 1 {_HELD} {_SEAT} AND l.objid::bigint = %s", number))
+        return bool(self._run(f"SELECT 1 {HELD} {SEAT} AND l.objid::bigint = %s", number))
 
 
 class PostgresCompany(Nodes):
@@ -152,7 +145,7 @@ class PostgresCompany(Nodes):
         self._ear: threading.Thread | None = None
         self._ending = threading.Event()
         self._listening: Connection | None = None
-        self._take(_SEAT, self.number)
+        self._take(SEAT, self.number)
 
     def _take(self, kind: int, number: int, owner: object = None) -> bool:
         self._sharing.node.check_process()
@@ -165,7 +158,7 @@ class PostgresCompany(Nodes):
         """Remove what nodes have left that are gone."""
         self._run(
             "DELETE FROM entidb_node WHERE seen < now() - make_interval(secs => %s) "
-            f"AND NOT EXISTS (SELECT 1 {_HELD} {_SEAT} AND l.objid::bigint = number)",
+            f"AND NOT EXISTS (SELECT 1 {HELD} {SEAT} AND l.objid::bigint = number)",
             _LEFT_S,
         )
         self._run(
@@ -175,7 +168,7 @@ class PostgresCompany(Nodes):
 
     def keep_seat(self) -> None:
         """Say that this node lives; take its seat again where its connection was lost."""
-        self._take(_SEAT, self.number)
+        self._take(SEAT, self.number)
         self._run(
             "INSERT INTO entidb_node (number, name, about) VALUES (%s, %s, %b) "
             "ON CONFLICT (number) DO UPDATE SET seen = now()",
@@ -197,7 +190,7 @@ class PostgresCompany(Nodes):
     def relieve(self, number: int) -> None:
         """Take what a node has from it that gives no sign of life, by ending its connection."""
         self._run(
-            f"SELECT pg_terminate_backend(l.pid) {_HELD} {_SEAT} AND l.objid::bigint = %s "
+            f"SELECT pg_terminate_backend(l.pid) {HELD} {SEAT} AND l.objid::bigint = %s "
             "AND EXISTS (SELECT 1 FROM entidb_node WHERE number = %s "
             f"AND seen < now() - make_interval(secs => {QUIET_S}))",
             number,
@@ -214,7 +207,7 @@ class PostgresCompany(Nodes):
         self._rights.give_back((_CLOSED, _number(db_id)), right)
 
     def is_kept_closed(self, db_id: str) -> bool:
-        return bool(self._run(f"SELECT 1 {_HELD} {_CLOSED} AND l.objid::bigint = %s",
+        return bool(self._run(f"SELECT 1 {HELD} {_CLOSED} AND l.objid::bigint = %s",
                               _number(db_id)))  # fmt: skip
 
     def deafen(self) -> None:
@@ -230,7 +223,7 @@ class PostgresCompany(Nodes):
         """Give everything back. Idempotent."""
         self.deafen()
         self.give_duty()
-        self._rights.give_back((_SEAT, self.number), self._token)
+        self._rights.give_back((SEAT, self.number), self._token)
         try:
             self._run("DELETE FROM entidb_node WHERE number = %s", self.number)
         except StorageError as error:

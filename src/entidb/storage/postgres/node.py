@@ -82,13 +82,14 @@ _NEWER_SETTINGS: Final = ((140000, "idle_session_timeout"), (170000, "transactio
 
 def without_secret(address: str) -> str:
     """``address`` for messages and logs. Raises ``ConfigError`` for what is no address."""
-    parts = _parts(address)
+    parts = parts_of(address)
     hosts, ports = str(parts.get("host") or ""), str(parts.get("port") or "")
     place = hosts + (f":{ports}" if ports else "")
     return f"postgresql://{place}/{parts.get('dbname') or ''}"
 
 
-def _parts(address: str) -> dict[str, Any]:
+def parts_of(address: str) -> dict[str, Any]:
+    """Of an address, by their names in libpq. Raises ``ConfigError``."""
     try:
         return dict(conninfo_to_dict(address))
     except psycopg.Error as error:
@@ -107,7 +108,7 @@ class Node:
         if connections_max < 4:
             raise ConfigError(f"connections_max is at least 4, not {connections_max}")
         self.where = without_secret(address)
-        given = _parts(address)
+        given = parts_of(address)
         given["options"] = " ".join(filter(None, (_SERVER_SETTINGS, given.get("options"))))
         self._address = make_conninfo(**(_SETTINGS | given))
         self._hosts = _hosts_of(self._address)
@@ -451,4 +452,4 @@ def lease(address: str, connections_max: int) -> Lease:
         return Lease(node, key)
 
 
-__all__ = ["CONNECTIONS_MAX", "Lease", "Node", "NodeRights", "lease", "without_secret"]
+__all__ = ["CONNECTIONS_MAX", "Lease", "Node", "NodeRights", "lease", "parts_of", "without_secret"]

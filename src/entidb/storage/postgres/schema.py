@@ -89,8 +89,17 @@ CREATE TABLE entidb_turn (
 """,
 }
 
+#: The first number of the lock that a node has for as long as it lives; no store has it.
+SEAT: Final = 0x656E7470
+#: Locks of a kind that are held now.
+HELD: Final = (
+    "FROM pg_locks l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND "
+    "l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND l.classid::bigint = "
+)
+
 #: Settings without which a commit that was acknowledged may be gone, and what each has to be.
-_DURABLE: Final = {
+DURABLE: Final = {
     "fsync": ("on",),
     "full_page_writes": ("on",),
     "synchronous_commit": ("on", "remote_apply"),
@@ -106,7 +115,7 @@ def check_server(connection: Connection, where: str) -> None:
             f"{where} is PostgreSQL {connection.info.server_version // 10000}; EntiDB needs "
             f"{_OLDEST_SERVER // 10000} or newer"
         )
-    for name, good in _DURABLE.items():
+    for name, good in DURABLE.items():
         row = connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
         if row is None or row[0] not in good:
             raise StorageError(
@@ -119,12 +128,12 @@ def make_tables(connection: Connection, where: str) -> bool:
     """Make the tables if they are not there, and the newest format of older ones, whole or not at
     all; whether anything was made. The caller closes ``connection`` if that fails. Raises
     ``FormatError`` for those of a newer program."""
-    made, found = False, _format(connection)
+    made, found = False, format_of(connection)
     if found is None or found < FORMAT:
         # Before the transaction: one that begins after the wait knows which tables there are.
         connection.execute("SELECT pg_advisory_lock(%s, %s)", _MAKING)
         with connection.transaction():
-            found = _format(connection)  # another node may have made them meanwhile
+            found = format_of(connection)  # another node may have made them meanwhile
             if found is None:
                 connection.execute(_TABLES.encode())
                 found = 1
@@ -143,7 +152,8 @@ def make_tables(connection: Connection, where: str) -> bool:
     return made
 
 
-def _format(connection: Connection) -> int | None:
+def format_of(connection: Connection) -> int | None:
+    """Of the tables; None where there are none."""
     row = connection.execute("SELECT to_regclass('entidb_format') IS NOT NULL").fetchone()
     if row is None or not row[0]:
         return None
@@ -151,4 +161,13 @@ def _format(connection: Connection) -> int | None:
     return None if row is None else int(row[0])
 
 
-__all__ = ["FORMAT", "Connection", "check_server", "make_tables"]
+__all__ = [
+    "DURABLE",
+    "FORMAT",
+    "HELD",
+    "SEAT",
+    "Connection",
+    "check_server",
+    "format_of",
+    "make_tables",
+]
