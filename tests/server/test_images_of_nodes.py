@@ -192,6 +192,17 @@ def test_the_directory_is_one_of_its_own(tmp_path: Path, place: str) -> None:
         )
 
 
+@pytest.mark.parametrize("path", ["images", "/images", "/a b/", "/../", "/im%61ges/", "//", "/"])
+def test_a_redirect_goes_to_a_path(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match="segments_redirect_to is a path like"):
+        ServerConfig(data_dir=tmp_path / "data", segments_redirect_to=path, insecure_no_auth=True)
+
+
+def test_a_redirect_needs_a_directory_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="segments_redirect_to needs segments_dir"):
+        ServerConfig(data_dir=tmp_path, segments_redirect_to="/images/", insecure_no_auth=True)
+
+
 def test_a_server_in_memory_has_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="segments_dir needs data_dir"):
         ServerConfig(data_dir=None, segments_dir=tmp_path, insecure_no_auth=True)

@@ -75,6 +75,7 @@ SETTINGS: Final[dict[str, str]] = {
     "databases_open_max": "Databases open at once.",
     "segments_min_entities": "Entities from which a database has images for first syncs; 0: none.",
     "segments_dir": "Directory of images; all nodes on PostgreSQL have to have the same one.",
+    "segments_redirect_to": "Path at which a proxy in front has the files in --segments-dir.",
     "backup_dir": "Directory for backups of the databases, best on another disk.",
     "backup_every_s": "Seconds between two backups of each database; 0: only when asked for.",
     "backup_keep": "Backups of each database that are kept.",

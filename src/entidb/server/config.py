@@ -189,6 +189,9 @@ class ServerConfig:
     #: Directory of these files. None: below ``data_dir``; for databases in PostgreSQL none are made
     #: then. All nodes of a server have to have the same one.
     segments_dir: str | os.PathLike[str] | None = None
+    #: Path at which a proxy in front has these files for its own use, as ``/images/``: the server
+    #: says who may have one, and the proxy sends it (``X-Accel-Redirect``). Empty: the server does.
+    segments_redirect_to: str = ""
 
     #: Directory for backups of the databases, best on another disk. None: there are none.
     backup_dir: str | os.PathLike[str] | None = None
@@ -291,6 +294,13 @@ class ServerConfig:
             raise ConfigError("backup_dir is another directory than data_dir: best on another disk")
 
     def _check_segments(self) -> None:
+        to = self.segments_redirect_to
+        if to and not _REDIRECT.fullmatch(to):
+            raise ConfigError(f'segments_redirect_to is a path like "/images/", not {to!r}')
+        if to and self.segments_dir is None:
+            raise ConfigError(
+                "segments_redirect_to needs segments_dir, a directory that the proxy may read"
+            )
         if self.segments_dir is None:
             return
         if not os.fspath(self.segments_dir):
@@ -355,6 +365,7 @@ WAYS_TO_KNOW: Final = (
     "authenticator",
 )
 _AUTH: Final = (*WAYS_TO_KNOW, "insecure_no_auth")
+_REDIRECT: Final = re.compile(r"/(?:[A-Za-z0-9_-][A-Za-z0-9._-]*/)+")
 _BOOLS: Final = (
     "create_databases",
     "insecure_no_auth",

@@ -113,7 +113,6 @@ class SyncServer:
             self.images: Final = ImageKeeper(
                 config, self.stores, self.clock, entropy, holds=self.place.holds
             )
-            announced = ["segments"] if self.images.enabled else []
             #: Devices that came over a network; the code that serves it notes them.
             self.registry: Final = Registry(
                 self.records, self.clock, retention_days=config.tombstone_retention_days
@@ -130,7 +129,7 @@ class SyncServer:
                 quotas=quotas_of(config, self.clock),
                 newcomers=newcomers,
                 images=self.images,
-                features=(*FEATURES, *self.encodings, *announced),
+                features=(*FEATURES, *self.encodings, *self.images.features),
             )
         except BaseException:
             self._leave()

@@ -52,6 +52,24 @@ def give_as(descriptor: int, like: os.stat_result) -> None:
         os.fchmod(descriptor, wanted)
 
 
+def share_as(made: str | os.PathLike[str] | int, above: str | os.PathLike[str]) -> None:
+    """Who may read in the directory ``above`` may read ``made``, a file in it (its descriptor) or a
+    directory; nobody else but the owner may, and nobody else may write."""
+    if sys.platform == "win32":
+        return
+    like = os.stat(above)
+    descriptor = made if isinstance(made, int) else os.open(made, os.O_RDONLY | NO_FOLLOW)
+    try:
+        give_owner(descriptor, like)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, 0o700 | like.st_mode & 0o055)
+        else:
+            os.fchmod(descriptor, 0o600 | like.st_mode & 0o044)
+    finally:
+        if descriptor != made:
+            os.close(descriptor)
+
+
 def restrict(path: str) -> None:
     """Only the owner may read a file of his."""
     found = os.stat(path)

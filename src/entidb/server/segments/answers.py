@@ -34,7 +34,13 @@ class SegmentAnswers:
         store = await self._use(request.db_id)
         try:
             return await asyncio.to_thread(
-                segment_answer, server.images, store, request, grants, exchange.headers
+                segment_answer,
+                server.images,
+                store,
+                request,
+                grants,
+                exchange.headers,
+                server.config.segments_redirect_to,
             )
         except (StorageError, DatabaseClosedError) as error:
             store.report(error)

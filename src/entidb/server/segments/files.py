@@ -4,7 +4,8 @@
     <sha256>.segment    a segment, of one image or of several
     *.part              one that is being made; rubbish if nobody makes one
 
-Files appear whole and are never changed. Nothing here decides which of them count (``keeping``).
+Files appear whole and are never changed, and who may read the directory above may read them: a
+proxy, say. Nothing here decides which of them count (``keeping``).
 Where the nodes of a server may have different directories, ``entidb-segments.id`` beside these
 folders says which one it is.
 """
@@ -25,7 +26,8 @@ from msgspec import Struct, ValidationError, convert, to_builtins
 from entidb import cbor
 from entidb.errors import CborDecodeError
 from entidb.protocol import SegmentInfo
-from entidb.storage.directories import make_directory, sync_path
+from entidb.server.config import directory_name
+from entidb.storage.directories import make_directory, share_as, sync_path
 
 _IMAGE: Final = ".image"
 _SEGMENT: Final = ".segment"
@@ -206,9 +208,11 @@ class FolderFiles:
     def _write(self, path: Path, data: bytes) -> None:
         if not self._folder.is_dir():
             make_directory(str(self._folder.absolute()))
+            share_as(self._folder, self._folder.parent)
         part = path.with_name(f"{path.name}{_PART}")
         with open(part, "wb") as file:
             file.write(data)
+            share_as(file.fileno(), self._folder)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -237,6 +241,11 @@ class FolderFiles:
 
     def _at(self, sha256: bytes) -> Path:
         return self._folder / (sha256.hex() + _SEGMENT)
+
+
+def segment_name(db_id: str, sha256: bytes) -> str:
+    """Where a segment is, below the folders of all databases."""
+    return f"{directory_name(db_id)}/{sha256.hex()}{_SEGMENT}"
 
 
 def directory_id(root: Path, made: bytes) -> bytes:
@@ -276,4 +285,5 @@ __all__ = [
     "MemoryFiles",
     "SegmentFile",
     "directory_id",
+    "segment_name",
 ]

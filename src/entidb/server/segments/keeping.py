@@ -136,6 +136,11 @@ class ImageKeeper:
     def enabled(self) -> bool:
         return self._least > 0
 
+    @property
+    def features(self) -> list[str]:
+        """What a handshake says of it."""
+        return ["segments"] if self.enabled else []
+
     def close(self) -> None:
         """What is being made is given up. Idempotent."""
         self._stop.set()

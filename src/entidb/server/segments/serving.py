@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from entidb.errors import PermissionDeniedError, ProtocolError
 from entidb.server.auth import Grants
-from entidb.server.segments.files import SegmentFile
+from entidb.server.segments.files import SegmentFile, segment_name
 from entidb.server.segments.keeping import ImageKeeper
 from entidb.server.stores import Store
 from entidb.server.wire import ServerResponse
@@ -68,10 +68,12 @@ def segment_answer(
     request: SegmentRequest,
     grants: Grants,
     headers: Mapping[str, str],
+    redirect_to: str = "",
 ) -> ServerResponse:
-    """The answer, with the file open if it is a ``SegmentAnswer``. Raises
-    ``PermissionDeniedError`` for a collection that is not granted, and ``ProtocolError``
-    (not_found) where no image that counts has the segment."""
+    """The answer, with the file open if it is a ``SegmentAnswer``; with ``redirect_to`` one that
+    has a proxy send what the request asks for. Raises ``PermissionDeniedError`` for a collection
+    that is not granted, and ``ProtocolError`` (not_found) where no image that counts has the
+    segment."""
     known = request.history in (None, store.database.history)
     found = images.open(store, request.sha256) if images is not None and known else None
     if found is None:
@@ -96,6 +98,10 @@ def segment_answer(
         return ServerResponse(416, common | {"content-range": f"bytes */{info.bytes}"})
     status, span = (200, range(info.bytes)) if wanted is None else (206, wanted)
     common["content-type"] = MEDIA_TYPE
+    if redirect_to:
+        file.close()
+        common["x-accel-redirect"] = redirect_to + quote(segment_name(store.db_id, info.sha256))
+        return ServerResponse(200, common)
     if wanted is not None:
         common["content-range"] = f"bytes {span.start}-{span.stop - 1}/{info.bytes}"
     return SegmentAnswer(status, common, file=file, begin=span.start, length=len(span))
