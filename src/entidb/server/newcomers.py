@@ -121,10 +121,13 @@ def _refused(
 def newcomers_of(
     config: ServerConfig, registry: Registry, control: Control, clock: Clock
 ) -> Newcomers | None:
-    """None where any number of devices may come, which then costs nothing."""
-    if config.database_devices_max or config.subject_devices_max:
-        return Newcomers(config, registry, control, clock)
-    return None
+    """None where any number of devices may come, which then costs nothing; else ``registry`` asks
+    it who is met already."""
+    if not (config.database_devices_max or config.subject_devices_max):
+        return None
+    made = Newcomers(config, registry, control, clock)
+    registry.is_met = made.knows
+    return made
 
 
 __all__ = ["REASON", "Newcomers", "newcomers_of"]

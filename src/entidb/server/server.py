@@ -119,8 +119,6 @@ class SyncServer:
             )
             control = Control(self.records, self.clock)
             newcomers = newcomers_of(config, self.registry, control, self.clock)
-            if newcomers is not None:
-                self.registry.is_met = newcomers.knows
             self.front: Final = Front(
                 config,
                 authenticator=self.authenticator,
@@ -135,10 +133,7 @@ class SyncServer:
             self._leave()
             raise
         #: Called with each housekeeping; and before the databases are closed.
-        self.chores: Final[list[Callable[[], None]]] = [
-            self.registry.flush,
-            self.images.look,
-        ]
+        self.chores: Final[list[Callable[[], None]]] = [self.registry.flush, self.images.look]
         self.at_end: Final[list[Callable[[], None]]] = [self.images.close]
         self._rest()
         self._request_ids = itertools.count(1)
