@@ -315,7 +315,11 @@ def test_another_history_is_exit_code_ten_and_reset_is_the_way_out(scene: Scene)
     )
     with serving(config) as url:
         again = Scene(scene.home, url, scene.token)
-        assert "entidb reset --keep" in failed(again.sync("a"), 10, "history_changed")
+        said = failed(again.sync("a"), 10, "history_changed")
+        assert "this server has no database 'shop'" in said
+        assert "`entidb reset --keep device`" in said
+        assert "`entidb reset --keep server`" in said
+        assert "reset(" not in said
         assert document(again.run("a", "reset", "--keep", "device", "--json")) == {
             "keep": "device",
             "pending": 0,
