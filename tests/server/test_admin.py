@@ -22,6 +22,7 @@ from entidb.errors import (
     ServerBusyError,
     ServerError,
     StorageError,
+    StorageFullError,
 )
 from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import Grants, ServerConfig, SyncServer, mint_token, serving
@@ -35,7 +36,9 @@ from entidb.server.admin.openapi import document
 from entidb.server.admin.opening import office_of
 from entidb.server.admin.routes import ROUTES, answer
 from entidb.server.directory import ASIDE
+from entidb.server.records import FileRecords
 from tests.server.support import DEVICE, NOW_MS, SECRET, Client, ManualClock, handshake, pull, push
+from tests.server.test_control import on_a_full_disk
 
 ROOT = Caller("root", "test")
 SHOPKEEPER = Caller("ada", "test", frozenset(["shop"]))
@@ -254,6 +257,44 @@ def test_a_deleted_database_can_be_taken_back_for_a_day(place: Place):
     with pytest.raises(PermissionDeniedError) as unknown:
         databases.take_back(place.office, ROOT, aside.id)
     assert unknown.value.code == "unknown_database"
+
+
+def frozen_and_revoked(place: Place) -> tuple[set[str], list[str | None]]:
+    decided = place.office.control.decided
+    return set(decided.frozen), [each.db_id for each in decided.revoked]
+
+
+def test_what_is_decided_about_a_database_is_taken_back_with_it(place: Place):
+    place.history()
+    databases.freeze(place.office, ROOT, "shop", "moving")
+    access.revoke(place.office, ROOT, "subject", "eve", "shop")
+    aside = databases.delete(place.office, ROOT, "shop", "shop")
+    assert frozen_and_revoked(place) == ({aside.id}, [aside.id])
+    row = databases.take_back(place.office, ROOT, aside.id)
+    assert row.frozen is not None
+    assert frozen_and_revoked(place) == ({"shop"}, ["shop"])
+    aside = databases.delete(place.office, ROOT, "shop", "shop")
+    place.clock.advance(DAY_S)
+    place.server.housekeep()
+    assert frozen_and_revoked(place) == (set(), [])
+
+
+def test_a_database_that_cannot_be_moved_with_what_is_decided_is_not_moved(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    history = place.history()
+    databases.freeze(place.office, ROOT, "shop", "moving")
+    access.revoke(place.office, ROOT, "subject", "eve", "shop")
+    with monkeypatch.context() as full:
+        full.setattr(FileRecords, "change", on_a_full_disk)
+        with pytest.raises(StorageFullError):
+            databases.rename(place.office, ROOT, "shop", "store")
+        assert [each.name for each in databases.rows(place.office, ROOT)] == ["shop"]
+        # Who wants room gets it: what was decided stays with the name.
+        aside = databases.delete(place.office, ROOT, "shop", "shop")
+        databases.take_back(place.office, ROOT, aside.id)
+    assert frozen_and_revoked(place) == ({"shop"}, ["shop"])
+    assert place.history() == history
 
 
 @pytest.mark.parametrize("identity", ["", "..", "../shop.entidb", "shop.entidb.1", "shop.entidb"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 
 from entidb.db import Database
-from entidb.errors import ConfigError, PermissionDeniedError, ServerBusyError
+from entidb.errors import ConfigError, PermissionDeniedError, ServerBusyError, StorageFullError
 from entidb.protocol import ErrorResponse, PullResponse, PushResponse, Verdict
 from entidb.server import ServerConfig, SyncServer, mint_token, serving
 from entidb.server.auth import Grants, Rights
 from entidb.server.control import CONTROL_FILE, Control, Frozen, Revoked
+from entidb.server.records import FileRecords
 from entidb.sync import LoopbackClient, SyncConfig, SyncEngine
 from entidb.sync.http import HttpTransport
 from entidb.types import SystemClock
@@ -123,7 +125,38 @@ def test_what_is_decided_goes_with_a_database_to_its_new_name(control: Control):
     assert [each.db_id for each in control.decided.revoked] == [None]
 
 
+def test_what_is_decided_holds_for_both_names_while_a_database_moves(control: Control):
+    control.freeze("shop", Frozen(NOW_MS, "root"))
+    control.revoke(entry("device", "aa", db_id="shop"))
+    for _ in range(2):
+        control.carry("shop", "store")
+        assert set(control.decided.frozen) == {"shop", "store"}
+        assert [each.db_id for each in control.decided.revoked] == ["shop", "store"]
+    control.rename("shop", None)
+    assert set(control.decided.frozen) == {"store"}
+    assert [each.db_id for each in control.decided.revoked] == ["store"]
+
+
 # ---------------------------------------------------------------- the file
+
+
+def test_on_a_full_disk_nothing_is_decided_and_the_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    control = Control(tmp_path, ManualClock())
+    control.revoke(entry("subject", "ada"))
+    monkeypatch.setattr(FileRecords, "change", on_a_full_disk)
+    with pytest.raises(StorageFullError, match=CONTROL_FILE):
+        control.revoke(entry("subject", "eve"))
+    with pytest.raises(StorageFullError, match="the disk is full; free space"):
+        control.freeze("shop", Frozen(NOW_MS, "root"))
+    for each in (control, Control(tmp_path, ManualClock())):
+        assert [entry.name for entry in each.decided.revoked] == ["ada"]
+        assert not each.decided.frozen
+
+
+def on_a_full_disk(*given: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_it_survives_a_restart_and_another_process_sees_it_within_a_second(tmp_path: Path):

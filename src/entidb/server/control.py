@@ -8,6 +8,7 @@ who was locked out. Not here: who may decide (``admin``).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from entidb.protocol import PushRequest
 from entidb.server.away import retry_after_s
 from entidb.server.records import BYTES_MAX, CONTROL, CONTROL_FILE, Records, as_records
 from entidb.server.watched import Followed, Mark, Watched
+from entidb.storage.disk_errors import disk_error
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -196,7 +198,7 @@ class Control:
     def revoke(self, entry: Revoked) -> None:
         """Durable when it returns. A subject that is revoked already keeps the time of its
         revocation. Raises ``ConfigError`` for too many entries, ``DatabaseLockedError`` if another
-        process changes the file for long, ``OSError``."""
+        process changes the file for long, ``StorageError``."""
         now = self._clock.now_ms()
 
         def change(decided: Decided) -> Decided:
@@ -235,6 +237,22 @@ class Control:
         before = self._change(change)
         return (db_id in before.frozen) != (frozen is not None)
 
+    def carry(self, db_id: str, to: str) -> None:
+        """What is decided about a database holds for ``to`` as well, until ``rename`` takes the old
+        name away. Done before a database moves, so that it holds whatever ends in between. Raises
+        as ``revoke``."""
+
+        def change(decided: Decided) -> Decided:
+            frozen, keys = dict(decided.frozen), {each.key for each in decided.revoked}
+            if db_id in frozen:
+                frozen.setdefault(to, frozen[db_id])
+            carried = [replace(e, db_id=to) for e in decided.revoked if e.db_id == db_id]
+            new = [each for each in carried if each.key not in keys]
+            return replace(decided, frozen=frozen, revoked=(*decided.revoked, *new))
+
+        if self._decides_about(db_id):
+            self._change(change)
+
     def rename(self, db_id: str, to: str | None) -> None:
         """What is decided about a database goes with it to its new name; None: it is gone."""
 
@@ -250,8 +268,11 @@ class Control:
             ]
             return replace(decided, frozen=frozen, revoked=tuple(revoked))
 
-        if db_id in self.decided.frozen or any(e.db_id == db_id for e in self.decided.revoked):
+        if self._decides_about(db_id):
             self._change(change)
+
+    def _decides_about(self, db_id: str) -> bool:
+        return db_id in self.decided.frozen or any(e.db_id == db_id for e in self.decided.revoked)
 
     def _change(self, change: Callable[[Decided], Decided]) -> Decided:
         """Returns what was decided before."""
@@ -278,6 +299,9 @@ class Control:
             raise DatabaseLockedError(
                 f"{records.where(CONTROL)} is being changed by another process; try again"
             ) from error
+        except OSError as error:
+            doing = f"writing {records.where(CONTROL)}, so that nothing was decided"
+            raise disk_error(error.errno or errno.EIO, doing) from error
         if after != before:
             self.on_change()
         return before

@@ -6,6 +6,7 @@ Not here: what can be asked (``routes``).
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -25,6 +26,7 @@ from entidb.errors import (
 )
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
+from entidb.storage.disk_errors import disk_error
 
 logger = logging.getLogger("entidb.server")
 
@@ -162,6 +164,10 @@ def refusal(error: Exception) -> tuple[int, bytes]:
         status, code, message = 507 if full else 500, error.code, error.message
     elif isinstance(error, EntiDBError):
         status, code, message = 400, error.code, error.message
+    elif isinstance(error, OSError) and error.errno is not None:
+        doing = "the server's directory" if error.filename is None else os.fsdecode(error.filename)
+        logger.error("a request to administration failed", exc_info=error)
+        return refusal(disk_error(error.errno, doing))
     else:
         logger.error("a request to administration failed", exc_info=error)
     return status, json.encode(ErrorAnswer(code, message))

@@ -170,9 +170,11 @@ def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
         with office.stores.closed(db_id, WAIT_S), office.stores.closed(to, WAIT_S):
             if office.place.holds(to):
                 raise exists(to)
+            # First, or a server that ends here has nobody locked out of the new name.
+            office.control.carry(db_id, to)
             office.registry.rename(db_id, to)
             office.place.rename(db_id, to)
-            office.control.rename(db_id, to)
+            _forget(office, db_id)
     return _row(office, to, office.opened())
 
 
@@ -186,8 +188,20 @@ def delete(office: Office, caller: Caller, db_id: str, confirm: str) -> Aside:
         with office.stores.closed(db_id, WAIT_S):
             aside = office.place.put_aside(db_id, office.clock.now_ms())
             office.registry.rename(db_id, None)
-            office.control.rename(db_id, None)
+            try:
+                office.control.rename(db_id, aside.id)
+            except (EntiDBError, OSError) as error:
+                # It holds for the name then, which is where it counts when this is taken back.
+                logger.warning("what is decided about %s stays with the name: %s", db_id, error)
     return aside
+
+
+def _forget(office: Office, name: str) -> None:
+    """Nothing has this name any more. What was decided about it does no harm if it stays."""
+    try:
+        office.control.rename(name, None)
+    except (EntiDBError, OSError) as error:
+        logger.warning("what is decided about %s is still there: %s", name, error)
 
 
 def check_confirmed(db_id: str, confirm: str) -> None:
@@ -225,7 +239,9 @@ def take_back(office: Office, caller: Caller, identity: str) -> DatabaseRow:
                 f"there is a database {each.name!r} now: rename or delete that one first",
                 code="exists",
             )
+        office.control.carry(each.id, each.name)
         office.place.take_back(each)
+        _forget(office, each.id)
     return row(office, Caller(caller.who, caller.where), each.name)
 
 
@@ -237,3 +253,4 @@ def clear_aside(office: Office) -> None:
     for each in office.place.aside():
         if now >= each.until_ms:
             office.place.remove(each)
+            _forget(office, each.id)
