@@ -15,7 +15,7 @@ import pytest
 from entidb import Database, RetryConfig, SyncConfig, SyncEngine
 from entidb.protocol import encode
 from entidb.server import ServerConfig, SyncServer, serving
-from entidb.server.connections import Connections, files_needed, fit_connections
+from entidb.server.connections import Connections, files_needed, fit_connections, fit_databases
 from tests.server.support import Client, handshake
 from tests.server.test_app import eventually
 
@@ -205,11 +205,17 @@ def test_the_limits_fit_into_the_files_that_a_process_may_open(tmp_path: Any) ->
     needed = files_needed(config)
     assert fit_connections(config, None) == fit_connections(config, needed) == 2000
     few = fit_connections(config, 1024)
-    assert 300 < few < 1024 - 6 * 64
+    assert 300 < few < 1024 - 8 * 64
+    assert fit_databases(config, None) == fit_databases(config, needed) == 64
+    assert fit_databases(config, 512) == 32
+    assert fit_databases(config, 16) == 1
+    many = ServerConfig(data_dir=tmp_path, insecure_no_auth=True, databases_open_max=10_000)
+    assert fit_databases(many, files_needed(many)) == 10_000
     assert 0 < fit_connections(config, 128) < 64
     assert fit_connections(config, 16) == 1
     memory = ServerConfig(data_dir=None, insecure_no_auth=True, databases_open_max=100_000)
     assert fit_connections(memory, 4096) == 2000
+    assert fit_databases(memory, 64) == 100_000
 
 
 def test_fewer_connections_than_asked_for_are_said_at_the_start(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ from entidb.protocol import PushResponse, SyncResponse, Verdict
 from entidb.server import Grant, ServerConfig
 from entidb.server.directory import list_databases, on_disk
 from entidb.server.stores import Store, Stores
+from entidb.storage.disk_errors import disk_error
 from tests.server.support import ManualClock, number_id, push
 
 GRANT = Grant(subject="ada", read=True, write=True)
@@ -164,6 +168,41 @@ def test_a_database_in_use_never_makes_room(place: Place):
     assert caught.value.retry_after is not None
     place.stores.release(one)
     assert place.use("three").db_id == "three"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
+def test_where_open_files_run_out_the_least_recently_used_makes_room(place: Place):
+    import resource
+
+    place.touch("d0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The next number that a file gets is the lowest that is free.
+    taken = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 24, hard))
+    try:
+        for _ in range(2):
+            for number in range(8):
+                place.touch(f"d{number}")
+        assert 1 <= place.stores.open_count < 8
+        with place.stores.using("d7", create=False) as store:
+            assert store.database.read_head().sequence == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_open_files_run_out_and_all_are_in_use_the_error_says_so(place: Place):
+    used = place.use("a")
+
+    def none_left(db_id: str, create: bool) -> Database:
+        raise disk_error(errno.EMFILE, f"opening {db_id}") from OSError(errno.EMFILE, "")
+
+    place.stores._open_database = none_left
+    with pytest.raises(StorageError, match="too many files open"):
+        place.touch("b")
+    place.stores.release(used)
+    with pytest.raises(StorageError, match="too many files open"):
+        place.touch("b")
+    assert place.stores.open_count == 0
 
 
 def test_a_pinned_database_stays_open(place: Place):

@@ -41,8 +41,9 @@ _TOLD_MIN: Final = 16
 _RETRY_S: Final = 1.0
 #: Files that a process needs for anything else: standard streams, the loop, logs, libraries.
 _OTHER_FILES: Final = 64
-#: Files of an open database: its data, the readers' table, and the locks.
-_DATABASE_FILES: Final = 6
+#: Files of an open database: its directory, its data three times, the readers' table, and three
+#: for locks.
+_DATABASE_FILES: Final = 8
 
 #: Multiples of it, without their whole part, are spread evenly, however many there are.
 _GOLDEN: Final = 0.6180339887
@@ -302,6 +303,13 @@ def fit_connections(settings: ServerConfig, files: int | None) -> int:
         return settings.connections_max
     left = files - min(_database_files(settings), files // 2) - _OTHER_FILES - _TOLD_MIN
     return max(1, min(settings.connections_max, left * _TOLD_SHARE // (_TOLD_SHARE + 1)))
+
+
+def fit_databases(settings: ServerConfig, files: int | None) -> int:
+    """How many databases may be open at once where the process may have ``files`` open files."""
+    if files is None or files_needed(settings) <= files or not _database_files(settings):
+        return settings.databases_open_max
+    return max(1, min(settings.databases_open_max, files // 2 // _DATABASE_FILES))
 
 
 def raise_file_limit(needed: int) -> int | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from entidb.db import Database, Role
-from entidb.errors import ConfigError, DatabaseLockedError
+from entidb.errors import ConfigError, DatabaseLockedError, StorageError
 from entidb.server.allocator import large_pieces_apart
 from entidb.server.checks import FileChecks
 from entidb.server.config import ServerConfig, db_id_of, directory_name
@@ -28,7 +28,7 @@ from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
 from entidb.storage.directories import is_at, make_directory, sync_path
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
-from entidb.storage.opening import holds_store
+from entidb.storage.opening import holds_store, wants_room
 
 #: Locked by the server of a data directory; no database is called so.
 SERVER_LOCK: Final = "entidb-server.lock"
@@ -45,6 +45,19 @@ _LOOK_S: Final = 0.02
 #: Opens the database of that name, making it if it is not there and the second argument says so;
 #: else ``PermissionDeniedError``, code ``unknown_database``.
 OpenDatabase = Callable[[str, bool], Database]
+
+
+def open_with_room(
+    open_database: OpenDatabase, db_id: str, create: bool, make_room: Callable[[], bool]
+) -> Database:
+    """What ``open_database`` opens; where the process has too many open files or too little memory
+    for it, after ``make_room`` has closed others, as long as that says that it has."""
+    while True:
+        try:
+            return open_database(db_id, create)
+        except StorageError as error:
+            if not wants_room(error) or not make_room():
+                raise
 
 
 class DataDirectory:

@@ -33,6 +33,7 @@ from entidb.server.connections import (
     connection_class,
     files_needed,
     fit_connections,
+    fit_databases,
     raise_file_limit,
 )
 from entidb.server.keys import key_files
@@ -263,7 +264,7 @@ def _uvicorn_config(
 
     return uvicorn.Config(
         app,
-        http=connection_class(settings, _connections_max(settings)),
+        http=connection_class(settings, _connections_max(app, settings)),
         ws="none",
         lifespan="on",
         interface="asgi3",
@@ -282,19 +283,22 @@ def _uvicorn_config(
     )
 
 
-def _connections_max(settings: ServerConfig) -> int:
-    """As many connections as are asked for, or as this process may have open files for."""
+def _connections_max(app: SyncApp, settings: ServerConfig) -> int:
+    """As many connections as are asked for, or as this process may have open files for; and no more
+    databases open in ``app`` than leave room for those."""
     needed = files_needed(settings)
     files = raise_file_limit(needed)
     most = fit_connections(settings, files)
+    app.server.stores.most = fit_databases(settings, files)
     if most < settings.connections_max:
         logger.warning(
             "connections_max is %d, and this process may have %d open files: %d connections are "
-            "taken. Raise the limit (ulimit -n %d, or LimitNOFILE in a systemd unit), or lower "
-            "connections_max or databases_open_max",
+            "taken, and %d databases open at once. Raise the limit (ulimit -n %d, or LimitNOFILE "
+            "in a systemd unit), or lower connections_max or databases_open_max",
             settings.connections_max,
             files,
             most,
+            app.server.stores.most,
             needed,
         )
     return most

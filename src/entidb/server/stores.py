@@ -31,7 +31,7 @@ from entidb.errors import (
 from entidb.protocol import PullRequest
 from entidb.server.checks import CheckingError
 from entidb.server.config import ServerConfig
-from entidb.server.directory import OpenDatabase
+from entidb.server.directory import OpenDatabase, open_with_room
 from entidb.server.fullness import fullness_of
 from entidb.server.group_commit import GroupCommitter, Meter, Schedule
 from entidb.server.hooks import Schema, ValidateHook
@@ -114,6 +114,7 @@ class Stores:
         schedule: Schedule | None = None,
     ) -> None:
         self._config = config
+        self.most = config.databases_open_max  # or fewer, where the system lets no more
         self._schedule = schedule
         self._clock = clock
         self._open_database = open_database
@@ -293,8 +294,9 @@ class Stores:
         self._drop_broken(db_id)
         if self.is_kept_closed(db_id):
             raise _looked_after()
-        self._make_room()
-        database = self._open_database(db_id, create)
+        if len(self._stores) >= self.most and not self._close_oldest():
+            raise ServerBusyError("too many databases are in use", retry_after=_RETRY_S)
+        database = open_with_room(self._open_database, db_id, create, self._close_oldest)
         if self._declared:
             self._declare(database)
         database.on_commit = lambda head: self.on_commit(db_id, head)
@@ -371,16 +373,16 @@ class Stores:
             del self._stores[db_id]
         self._close(store)
 
-    def _make_room(self) -> None:
+    def _close_oldest(self) -> bool:
+        """Close one that nobody uses, and was not used for longest; whether there was one."""
         with self._lock:
-            if len(self._stores) < self._config.databases_open_max:
-                return
             unused = [store for store in self._stores.values() if _closable(store)]
             if not unused:
-                raise ServerBusyError("too many databases are in use", retry_after=_RETRY_S)
+                return False
             victim = min(unused, key=lambda store: store.used_at)
             del self._stores[victim.db_id]
         self._close(victim)
+        return True
 
     def _close(self, store: Store) -> None:
         try:

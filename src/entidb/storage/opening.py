@@ -11,8 +11,9 @@ Not here: what a store promises (``base``), and a store in memory (``memory``).
 
 from __future__ import annotations
 
+import errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from entidb.errors import ConfigError
 from entidb.storage.addresses import whole
@@ -21,6 +22,8 @@ from entidb.storage.base import Storage
 if TYPE_CHECKING:
     from entidb.storage.postgres.examining import ServerFacts
     from entidb.storage.postgres.shelf import Shelf
+
+_SCARCE: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 
 
 def open_storage(path: str | os.PathLike[str], **options: Any) -> Storage:
@@ -57,6 +60,18 @@ def _missing(error: ImportError) -> ConfigError:
         "databases in PostgreSQL need a package that is not installed "
         f'({error.name or error}): pip install "entidb[postgres]"'
     )
+
+
+def wants_room(error: BaseException | None) -> bool:
+    """Whether ``error``, of opening a store, came from a process or a system without open files or
+    memory for it: it may be opened after another one was closed."""
+    from entidb.storage.lmdb.failures import code_of
+
+    while error is not None:
+        if isinstance(error, Exception) and code_of(error) in _SCARCE:
+            return True
+        error = error.__cause__
+    return False
 
 
 def holds_store(path: str | os.PathLike[str]) -> bool:
