@@ -85,7 +85,11 @@ def test_a_token_can_be_held_to_some_collections(check: JwtAuthenticator):
 
 @pytest.mark.parametrize(
     "databases",
-    [None, "shop", 7, {"shop": "admin"}, {"shop": 1}, ["shop", 2], {"shop": {"collections": []}}],
+    [
+        *(None, "shop", 7, {"shop": "admin"}, {"shop": 1}, ["shop", 2]),
+        {"shop": {"collections": []}},
+        {"shop": {"rights": "rw", "colections": ["notes"]}},
+    ],
 )
 def test_rights_that_cannot_be_read_grant_nothing(check: JwtAuthenticator, databases: object):
     with pytest.raises(AuthenticationError):

@@ -241,7 +241,9 @@ def _time(value: object) -> float:
     return seconds
 
 
-class _RightsClaim(Struct, frozen=True):
+class _RightsClaim(Struct, frozen=True, forbid_unknown_fields=True):
+    """A member that is not known might be ``collections``, misspelt, and grant everything."""
+
     rights: str
     collections: list[str] | None = None
 
