@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from entidb.cli.exits import Exit
 from entidb.cli.words import key_id
 from entidb.db import Database
 from tests.cli.support import document, documents, done, entidb, failed, put
@@ -153,6 +154,22 @@ def test_list_goes_downwards_from_the_start_it_is_given(shop: Path):
     ids = [str(put(shop, "notes", number, number)) for number in range(1, 6)]
     rows = documents(done("list", shop, "notes", "--reverse", "--start", ids[2], "--json"))
     assert [row["id"] for row in rows] == ids[2::-1]
+
+
+def test_list_starts_at_an_id_as_a_narrow_terminal_shows_it(shop: Path):
+    ids = [str(put(shop, "notes", number, number)) for number in range(1, 6)]
+    for more, expected in (((), ids[2:]), (("--reverse",), ids[2::-1])):
+        for start in (f"…{ids[2][-12:]}", f"...{ids[2][-6:]}"):
+            said = done("list", shop, "notes", "--start", start, *more, "--json")
+            assert [row["id"] for row in documents(said)] == expected
+    failed(entidb("list", shop, "notes", "--start", "…"), Exit.USAGE, "invalid_id")
+    failed(entidb("list", shop, "notes", "--start", "…abc"), Exit.NOT_FOUND, "not_found")
+
+
+def test_list_downwards_says_how_to_go_on_downwards(shop: Path):
+    ids = [str(put(shop, "notes", number, number)) for number in range(1, 6)]
+    first = entidb("list", shop, "notes", "--reverse", "--limit", 2, "--json")
+    assert f"--start {ids[2]} --reverse" in first.stderr
 
 
 def test_no_value_can_steer_the_terminal(shop: Path):

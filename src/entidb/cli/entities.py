@@ -22,6 +22,7 @@ from entidb.cli.words import (
     find_id,
     full_id,
     is_database,
+    is_end,
     json_option,
     not_empty,
     opened,
@@ -226,6 +227,7 @@ def list_command(
         following = next(pairs, None)
     if following is not None:
         go_on = f"--after {last}" if asked else f"--start {following[0]}"
+        go_on += " --reverse" if reverse else ""
         note(f"there are more: --limit 0 for all, {go_on} to go on")
 
 
@@ -234,10 +236,12 @@ def _from(
 ) -> Iterator[tuple[uuid.UUID, Any]]:
     if start is None:
         return collection.range(reverse=reverse)
-    digits = start.lower().replace("-", "")
-    low = full_id(start, collection.name)
-    if low is None:
-        low = uuid.UUID(hex=digits.ljust(32, "f" if reverse else "0"))
+    if is_end(start):
+        low = find_id(start, collection)
+    else:
+        digits = start.lower().replace("-", "")
+        whole = full_id(start, collection.name)
+        low = whole or uuid.UUID(hex=digits.ljust(32, "f" if reverse else "0"))
     if not reverse:
         return collection.range(low)
     above = low.int + 1

@@ -273,7 +273,7 @@ def find_id(text: str, collection: ReadCollection[Any]) -> uuid.UUID:
             raise _no_entity(text, collection.name)
         return whole
     digits = _digits(text)
-    found: list[uuid.UUID] = [] if _is_end(text) else _beginning_with(digits, collection)
+    found: list[uuid.UUID] = [] if is_end(text) else _beginning_with(digits, collection)
     ends = (uuid.UUID(bytes=raw) for raw, _ in collection.payloads() if _ends_with(raw, digits))
     found = list(dict.fromkeys([*found, *islice(ends, 2)]))
     return _only(text, found, f"entity of {collection.name}")
@@ -296,12 +296,12 @@ def pick_id(text: str, ids: Iterable[uuid.UUID], noun: str) -> uuid.UUID:
     found = [
         each
         for each in dict.fromkeys(ids)
-        if each.hex.endswith(digits) or (not _is_end(text) and each.hex.startswith(digits))
+        if each.hex.endswith(digits) or (not is_end(text) and each.hex.startswith(digits))
     ]
     return _only(text, found, noun)
 
 
-def _is_end(text: str) -> bool:
+def is_end(text: str) -> bool:
     """Whether ``text`` says itself that it is the end of an id, as shortened ids are shown."""
     return text.startswith(_CUT)
 
