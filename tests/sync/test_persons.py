@@ -291,6 +291,27 @@ def test_waiting_for_a_sync_does_not_wait_for_another_person(till: Till) -> None
     assert till.on_server() == {3: "bob's"}
 
 
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_waiting_for_a_sync_does_not_end_before_it_is_known_who_is_there(
+    till: Till, background: bool, restarts: bool
+) -> None:
+    till.engine.sync()
+    till.put(1, "alice's")
+    till.engine.logout("keep")
+    till.come("bob")
+    till.engine.sync()
+    if restarts:
+        till.restart()
+    else:
+        till.engine.logout("keep")
+    till.come("alice")
+    if background:
+        till.engine.start()
+    assert till.engine.synced(timeout_s=30)
+    assert till.on_server() == {1: "alice's"}
+
+
 def test_a_background_engine_rests_while_only_the_work_of_others_waits(till: Till) -> None:
     till.engine.sync()
     till.put(1, "alice's")

@@ -74,6 +74,11 @@ class Connection:
     def made(self) -> bool:
         return self.limits is not None
 
+    def knows(self, subject: str | None) -> bool:
+        """Whether ``subject`` is who a handshake over it named, and so who is there now. A server
+        that names nobody keeps nobody's work apart."""
+        return self.history != b"" and self.subject in (None, subject)
+
     def forget(self) -> None:
         self.limits = None
         self.path.try_again()

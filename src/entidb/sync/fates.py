@@ -21,6 +21,7 @@ from entidb.db.records import READY, sequence_key
 from entidb.db.subjects import sendable
 from entidb.errors import ConfigError, SyncStateError
 from entidb.protocol import PushResult, Verdict
+from entidb.sync.attempts import Attempts
 from entidb.sync.background import Background
 from entidb.sync.interrupt import acting_thread
 from entidb.sync.state import SyncCycleResult
@@ -89,6 +90,7 @@ class Waiting:
     wake: Callable[[], None]
     _cycle_thread: int | None
     _answers: Answers
+    _attempts: Attempts
     _background: Background
     _clock: Clock
     #: Set at the end of each sync, and of a background run.
@@ -151,8 +153,13 @@ class Waiting:
             if not view.snapshot.scan_keys(first, after, limit=1):
                 return True
             state = view.sync_state
-            # What waits for another person to sign in is not decided by a sync of this one.
-            return bool(state.others) and not sendable(view, state, sequence)
+            # What waits for another person to sign in is not decided by a sync of this one. Who is
+            # there now, after somebody left or the program was started again, the server says.
+            return (
+                bool(state.others)
+                and self._attempts.connection.knows(state.subject)
+                and not sendable(view, state, sequence)
+            )
 
     def _wait_until(
         self, holds: Callable[[], bool], patience: Patience, timeout_s: float | None
