@@ -480,6 +480,17 @@ def test_a_summary_tells_of_a_twin_and_of_a_cycle_that_did_not_come_to_an_end():
     assert "still pending" in said
 
 
+def test_a_summary_says_for_whom_what_is_pending_waits():
+    world = World()
+    a = world.device()
+    a.sync()
+    a.put(("notes", 1, "ann's"))
+    a.engine.applier.sign_in("ann")
+    a.engine.logout("keep")
+    said = summary_of(a, a.sync())
+    assert "  1 transaction still pending\n  1 transaction until ann syncs here" in said
+
+
 def test_a_long_list_of_withdrawals_is_cut_with_their_number():
     world = World(validate=lambda context, transaction: Refusal("no", "never"))
     a = world.device()

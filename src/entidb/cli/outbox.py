@@ -28,7 +28,7 @@ from entidb.cli.output import (
     time_text,
     timestamp_text,
 )
-from entidb.cli.summary import place
+from entidb.cli.summary import place, waiting
 from entidb.cli.values import print_json, read_value, shown
 from entidb.cli.words import bind, full_id, json_option, opened, pick_id, words
 from entidb.db import Database, DiscardedTransaction, OverruledValue, Role, inspect
@@ -107,8 +107,7 @@ def _status(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     scope = found["scope"]
     yield "synchronises", "all that is not local" if scope is None else ", ".join(scope)
     yield "pending", _open(found["pending"], "transaction", "`entidb pending`")
-    for who, count in found["others"].items():
-        yield "", f"{plural(count, 'transaction')} until {who} syncs here"
+    yield from (("", line) for line in waiting(found["others"]))
     if found["held"]:
         yield "held", f"{plural(found['held'], 'transaction')}, by conflicts"
     yield "conflicts", _open(found["conflicts"], "conflict", "`entidb conflicts`")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from entidb.cli.output import code_text, facts, id_text, one_line, plural, safe, size_text
@@ -113,6 +113,13 @@ def _open_ends(result: SyncCycleResult, status: SyncStatus) -> Iterator[str]:
         yield "  others kept changing the same entities; what is left is pending: sync again"
     if status.pending:
         yield f"  {plural(status.pending, 'transaction')} still pending"
+        yield from (f"  {line}" for line in waiting(status.others))
+
+
+def waiting(others: Mapping[str, int]) -> Iterator[str]:
+    """For whom how much of what is pending waits (R36)."""
+    for who, count in sorted(others.items()):
+        yield f"{plural(count, 'transaction')} until {one_line(who)} syncs here"
 
 
 def document(result: SyncCycleResult, status: SyncStatus) -> dict[str, Any]:
@@ -132,6 +139,7 @@ def document(result: SyncCycleResult, status: SyncStatus) -> dict[str, Any]:
         "withdrawn": [_refused(each) for each in result.withdrawn],
         "kept_back": [_refused(each) for each in result.kept_back],
         "pending": status.pending,
+        "others": status.others,
         "held": status.held,
         "open_conflicts": status.conflicts,
         "discarded": status.discarded,
