@@ -28,6 +28,7 @@ NAMES = (
     "noisy",
     "conflicts",
     "size",
+    "standing",
     "stalled",
 )
 #: Those that compare stores.

@@ -41,6 +41,7 @@ FIGURES = {
     "noisy": {"quiet databases beside a flooded one: p99"},
     "conflicts": {"pull and rebase", "whole cycle, with the push"},
     "size": {"server after load", "push on the wire, zstd"},
+    "standing": {"memory of an open database", "disk of a device that is known"},
     "stalled": {"until all are dropped"},
 }
 
