@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from entidb.errors import SyncError
 from entidb.server.admin.opening import office_of
+from entidb.server.auth import Grants
 from tests.server.browser import MARKUP, Browser, Scene, browsing, scene
+from tests.server.support import handshake
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -182,5 +185,31 @@ def test_the_first_view_is_small(there: Scene, page: Browser):
     page.size(1280)
     page.sign_in(there.token)
     page.until_shown("Most behind")
+    sizes = "return performance.getEntriesByType('resource').map((each) => each.decodedBodySize)"
+    assert sum(page.driver.execute_script(sizes)) < 300_000
+
+
+def test_many_databases_and_devices_make_no_view_large(there: Scene, page: Browser):
+    """What a view draws, and fetches, is bounded: so is each task of the page that draws it."""
+    registry = office_of(there.server).registry
+    for number in range(100):
+        there.server.stores.make(f"tenant-{number:03}")
+    for number in range(2000):
+        db_id = f"tenant-{number % 100:03}"
+        known = handshake(db_id)
+        device = structs.replace(known, device_id=number.to_bytes(16, "big"))
+        registry.heard(device, Grants(f"person-{number}", {}), code=None, client="till/2.1")
+    page.size(1280)
+    page.sign_in(there.token)
+    page.until_shown("2,002")
+    count = "return document.querySelectorAll('*').length"
+    drawn = {"overview": page.driver.execute_script(count)}
+    page.go("#/databases", "Databases")
+    page.until_shown("101 databases")
+    drawn["databases"] = page.driver.execute_script(count)
+    page.go("#/devices", "Devices")
+    page.until_shown("1 to 50 of 2,002")
+    drawn["devices"] = page.driver.execute_script(count)
+    assert drawn["overview"] <= 400 and max(drawn.values()) <= 2_500, drawn
     sizes = "return performance.getEntriesByType('resource').map((each) => each.decodedBodySize)"
     assert sum(page.driver.execute_script(sizes)) < 300_000
