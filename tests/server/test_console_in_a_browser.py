@@ -192,7 +192,7 @@ def test_the_first_view_is_small(there: Scene, page: Browser):
 def test_many_databases_and_devices_make_no_view_large(there: Scene, page: Browser):
     """What a view draws, and fetches, is bounded: so is each task of the page that draws it."""
     registry = office_of(there.server).registry
-    for number in range(100):
+    for number in range(150):
         there.server.stores.make(f"tenant-{number:03}")
     for number in range(2000):
         db_id = f"tenant-{number % 100:03}"
@@ -205,8 +205,11 @@ def test_many_databases_and_devices_make_no_view_large(there: Scene, page: Brows
     count = "return document.querySelectorAll('*').length"
     drawn = {"overview": page.driver.execute_script(count)}
     page.go("#/databases", "Databases")
-    page.until_shown("101 databases")
+    page.until_shown("1 to 100 of 151")
     drawn["databases"] = page.driver.execute_script(count)
+    page.press("After →")
+    page.until_shown("101 to 151 of 151")
+    assert "tenant-149" in page.text() and "tenant-000" not in page.text()
     page.go("#/devices", "Devices")
     page.until_shown("1 to 50 of 2,002")
     drawn["devices"] = page.driver.execute_script(count)

@@ -1,7 +1,7 @@
 // Parts that several views are made of: tables, figures, chips, empty states, links.
 
 import { el } from './dom.js';
-import { ago, moment } from './format.js';
+import { ago, moment, number } from './format.js';
 
 // `columns`: [{ name, show, kind, sort }]; with `sort`, the head is a link that sorts by it.
 export function table({ label, columns, rows, key, empty, sorted, sortLink }) {
@@ -80,4 +80,15 @@ export function selectField({ label, value, options, change }) {
   return el('label', { class: 'field' }, el('span', {}, label), el('select', {
     onchange: (event) => change(event.target.value),
   }, options.map(([each, text]) => el('option', { value: each, selected: each === value }, text))));
+}
+
+// Links to the rows before and after those that are shown; null where one page has them all.
+export function pages(view, query, total, size) {
+  const offset = Number(query.offset) || 0;
+  if (total <= size) return null;
+  const to = (at) => link(view, { ...query, offset: at || '' });
+  return el('nav', { class: 'tools', 'aria-label': 'Pages' },
+    offset > 0 ? el('a', { class: 'button', href: to(Math.max(0, offset - size)) }, '← Before') : null,
+    el('span', { class: 'note' }, `${number(offset + 1)} to ${number(Math.min(total, offset + size))} of ${number(total)}`),
+    offset + size < total ? el('a', { class: 'button', href: to(offset + size) }, 'After →') : null);
 }

@@ -3,9 +3,10 @@
 import { question } from '../dialog.js';
 import { el } from '../dom.js';
 import { bytes, number, plural } from '../format.js';
-import { button, chip, databaseLink, link, searchField, section, table, when } from '../parts.js';
+import { button, chip, databaseLink, link, pages, searchField, section, table, when } from '../parts.js';
 import { refine } from '../router.js';
 
+const PAGE = 100;
 const ORDERS = {
   name: (a, b) => a.name.localeCompare(b.name),
   devices: (a, b) => b.devices - a.devices,
@@ -30,14 +31,15 @@ export const databases = {
     const search = (asked.query.search ?? '').toLowerCase();
     const sorted = asked.query.sort in ORDERS ? asked.query.sort : 'name';
     const shown = rows.filter((row) => row.name.toLowerCase().includes(search)).sort(ORDERS[sorted]);
+    const offset = Number(asked.query.offset) || 0;
     return [
       el('div', { class: 'tools' },
-        searchField({ label: 'Search', value: asked.query.search ?? '', change: (text) => refine({ search: text }) }),
+        searchField({ label: 'Search', value: asked.query.search ?? '', change: (text) => refine({ search: text, offset: '' }) }),
         button('New database', () => make(act), 'main')),
       el('p', { class: 'note' }, search ? `${number(shown.length)} of ${plural(rows.length, 'database')}` : plural(rows.length, 'database')),
       table({
-        label: 'Databases', rows: shown, key: (row) => row.name, sorted,
-        sortLink: (sort) => link(['databases'], { ...asked.query, sort }),
+        label: 'Databases', rows: shown.slice(offset, offset + PAGE), key: (row) => row.name, sorted,
+        sortLink: (sort) => link(['databases'], { ...asked.query, sort, offset: '' }),
         empty: rows.length ? 'No database has such a name.' : 'There is no database yet: a device makes one when it first comes.',
         columns: [
           { name: 'Name', sort: 'name', up: true, show: (row) => databaseLink(row.name) },
@@ -49,6 +51,7 @@ export const databases = {
           { name: 'Last used', sort: 'used', show: (row) => when(row.used_ms) },
         ],
       }),
+      pages(['databases'], asked.query, shown.length, PAGE),
       deleted.length ? section('Deleted', table({
         label: 'Deleted databases', rows: deleted, key: (row) => row.id, empty: '',
         columns: [

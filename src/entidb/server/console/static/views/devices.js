@@ -2,7 +2,7 @@
 
 import { el } from '../dom.js';
 import { number, plural } from '../format.js';
-import { chip, databaseLink, deviceLink, link, searchField, table, when } from '../parts.js';
+import { chip, databaseLink, deviceLink, link, pages, searchField, table, when } from '../parts.js';
 import { refine } from '../router.js';
 
 const PAGE = 50;
@@ -38,7 +38,7 @@ export const devices = {
           { name: 'State', show: deviceState },
         ],
       }),
-      pages(total, query),
+      pages(['devices'], query, total, PAGE),
     ];
   },
 };
@@ -49,14 +49,4 @@ export function deviceState({ row }) {
   // An error that a later request did not meet is over.
   if (error && (at ?? 0) >= last) return chip(error, 'conflict');
   return row.behind ? chip('behind', 'conflict') : chip('up to date', 'pushed');
-}
-
-function pages(total, query) {
-  const offset = Number(query.offset) || 0;
-  if (total <= PAGE) return null;
-  const to = (at) => link(['devices'], { ...query, offset: at || '' });
-  return el('nav', { class: 'tools', 'aria-label': 'Pages' },
-    offset > 0 ? el('a', { class: 'button', href: to(Math.max(0, offset - PAGE)) }, '← Before') : null,
-    el('span', { class: 'note' }, `${number(offset + 1)} to ${number(Math.min(total, offset + PAGE))} of ${number(total)}`),
-    offset + PAGE < total ? el('a', { class: 'button', href: to(offset + PAGE) }, 'After →') : null);
 }
