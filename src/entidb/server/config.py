@@ -7,8 +7,6 @@ from the network and a directory is on a disk. No clock, no sockets, no files ar
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import os
 import re
@@ -16,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from entidb.db.listeners import check_arguments
 from entidb.errors import ConfigError, InvalidNameError
 from entidb.protocol import Limits
 from entidb.server.declared import Declared, declared
+from entidb.server.hooks import check_called, check_hook, load_hook
 from entidb.server.origins import check_names
 from entidb.storage.addresses import ADDRESSES, is_address, whole, without_secrets
 from entidb.types import COLLECTIONS_MAX, SEQUENCE_MAX, TRANSACTION_BYTES_MAX
@@ -229,8 +227,8 @@ class ServerConfig:
             raise ConfigError("audience is empty: name what tokens are made for, like 'entidb'")
         check_names(self.allowed_hosts, self.cors_origins)
         self._check_auth()
-        _check_hook("validate", self.validate)
-        _check_hook("upcast", self.upcast)
+        check_hook("validate", self.validate)
+        check_hook("upcast", self.upcast)
         self._check_schema()
         self.declared()
 
@@ -320,7 +318,7 @@ class ServerConfig:
         if self.authenticator is not None and not callable(self.authenticator):
             raise ConfigError("authenticator is a function from a token to Grants")
         if self.authenticator is not None:
-            _check_called("authenticator", "authenticator", self.authenticator)
+            check_called("authenticator", "authenticator", self.authenticator)
 
     def _check_schema(self) -> None:
         if self.schema_min > self.schema:
@@ -348,11 +346,11 @@ class ServerConfig:
 
     def load_validate(self) -> Callable[..., Any] | None:
         """The hook itself. Raises ``ConfigError`` if it cannot be imported."""
-        return _load_hook("validate", self.validate)
+        return load_hook("validate", self.validate)
 
     def load_upcast(self) -> Callable[..., Any] | None:
         """As ``load_validate``."""
-        return _load_hook("upcast", self.upcast)
+        return load_hook("upcast", self.upcast)
 
 
 #: Settings that decide who may do what.
@@ -424,52 +422,6 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not low <= number <= high:  # which NaN is not
         raise ConfigError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
-
-
-def _check_hook(name: str, hook: object) -> None:
-    if callable(hook):
-        _check_called(name, name, hook)
-    if hook is None or callable(hook):
-        return
-    if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
-        raise ConfigError(f'{name} is a function or "module:function", not {hook!r}')
-
-
-def _load_hook(setting: str, hook: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
-    if not isinstance(hook, str):
-        return hook
-    module, _, name = hook.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{setting}={hook!r} cannot be loaded: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"{setting}={hook!r} is a {type(found).__name__} and not a function")
-    _check_called(setting, f"{setting}={hook!r}", found)
-    return found  # type: ignore[no-any-return]
-
-
-#: What the hooks are called with.
-_GIVEN: Final = {
-    "authenticator": ("the token",),
-    "validate": ("the context", "the transaction"),
-    "upcast": ("the collection", "the value", "the number of the schema"),
-}
-
-
-def _check_called(setting: str, name: str, function: Callable[..., Any]) -> None:
-    """It takes what it is called with. It is called from a thread that no event loop runs in;
-    nothing would await what it returns."""
-    called = getattr(function, "__call__", None)  # noqa: B004, an object may be a function too
-    for each in (function, called, getattr(function, "func", None)):
-        if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
-            raise ConfigError(
-                f"{name} is an async function, and is called from threads: give a plain one, which "
-                "answers from memory"
-            )
-    check_arguments(function, name, _GIVEN[setting])
 
 
 # ---------------------------------------------------------------- names of databases

@@ -1,7 +1,12 @@
-"""What a ``validate`` hook is given and answers, and what a token grants on one database."""
+"""What a ``validate`` hook is given and answers, what a token grants on one database, and functions
+that settings name.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,7 +14,8 @@ from typing import Any, Final
 from msgspec import Struct, field
 
 from entidb import cbor
-from entidb.errors import InvalidNameError
+from entidb.db.listeners import check_arguments
+from entidb.errors import ConfigError, InvalidNameError
 from entidb.types import check_name
 
 #: Of what a ``validate`` hook says, as much as a device keeps.
@@ -116,3 +122,54 @@ def sendable(refusal: Refusal) -> Refusal:
         c if c.isprintable() else " " for c in refusal.message[:_MESSAGE_CHARS_MAX]
     ).strip()
     return Refusal(code or "rejected", message)
+
+
+# ---------------------------------------------------------------- functions that settings name
+
+
+def check_hook(name: str, hook: object) -> None:
+    """Raises ``ConfigError`` for what cannot be the hook of that setting."""
+    if callable(hook):
+        check_called(name, name, hook)
+    if hook is None or callable(hook):
+        return
+    if not isinstance(hook, str) or not re.fullmatch(r"[\w.]+:[\w.]+", hook):
+        raise ConfigError(f'{name} is a function or "module:function", not {hook!r}')
+
+
+def load_hook(setting: str, hook: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The function that ``hook`` names. Raises ``ConfigError`` if it cannot be imported."""
+    if not isinstance(hook, str):
+        return hook
+    module, _, name = hook.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{setting}={hook!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{setting}={hook!r} is a {type(found).__name__} and not a function")
+    check_called(setting, f"{setting}={hook!r}", found)
+    return found  # type: ignore[no-any-return]
+
+
+#: What the hooks are called with.
+_GIVEN: Final = {
+    "authenticator": ("the token",),
+    "validate": ("the context", "the transaction"),
+    "upcast": ("the collection", "the value", "the number of the schema"),
+}
+
+
+def check_called(setting: str, name: str, function: Callable[..., Any]) -> None:
+    """It takes what it is called with. It is called from a thread that no event loop runs in;
+    nothing would await what it returns."""
+    called = getattr(function, "__call__", None)  # noqa: B004, an object may be a function too
+    for each in (function, called, getattr(function, "func", None)):
+        if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
+            raise ConfigError(
+                f"{name} is an async function, and is called from threads: give a plain one, which "
+                "answers from memory"
+            )
+    check_arguments(function, name, _GIVEN[setting])
