@@ -50,6 +50,9 @@ def found(shop: Path, *options: object) -> list[str]:
         ("price<=4", ["Assam", "Bancha", "Ceylon"]),
         ("sold=true", ["Cup"]),
         ("name^=C", ["Cup", "Ceylon"]),
+        ("name^=3", ["3"]),
+        ('name^="C"', ["Cup", "Ceylon"]),
+        ('name="=>"', []),
         ("name*=an", ["Bancha"]),
         ("tags*=new", ["Assam"]),
         ("at.city=Bern", ["Assam"]),
@@ -103,7 +106,14 @@ def test_people_read_lines(shop: Path):
         (("--where", "=tea"), "FIELD"),
         (("--where", ""), "FIELD"),
         (("--where", '{"price": {"?": 3}}'), "compared by"),
-        (("--where", "kind^=3"), "text"),
+        (("--where", "price=>3"), "=> is no sign"),
+        (("--where", "price=<3"), "=< is no sign"),
+        (("--where", "kind<>tea"), "<> is no sign"),
+        (("--where", "kind===tea"), "=== is no sign"),
+        (("--where", "name=~A"), "=~ is no sign"),
+        (("--where", '{"price": {"exists": "no"}}'), "true or false"),
+        (("--where", '{"price": {"in": 3}}'), "in takes a list"),
+        (("--where", "\udcff=1"), "lone surrogate"),
         (("--order", ""), "--order takes fields"),
         (("--order", "-"), "--order takes fields"),
         (("--order", "name,,price"), "--order takes fields"),
@@ -120,7 +130,7 @@ def test_what_cannot_be_meant_is_refused_with_a_hint(
 @pytest.mark.parametrize("condition", ['kind="tea', '{"kind": ', "tags=[1,"])
 def test_json_that_breaks_off_is_no_text(shop: Path, condition: str):
     result = entidb("list", shop, "stock", "--where", condition)
-    failed(result, Exit.VALUE, "invalid_json")
+    assert f"--where {condition!r}" in failed(result, Exit.VALUE, "invalid_json")
 
 
 def test_going_on_behind_what_is_not_there_is_an_error(shop: Path):
