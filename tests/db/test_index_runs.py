@@ -91,6 +91,47 @@ def test_a_run_that_is_ended_early_is_a_shorter_one(monkeypatch: pytest.MonkeyPa
         assert found_by_kind(db) == by_hand(db)
 
 
+@pytest.mark.parametrize("when", ["while it prepares", "after a part"])
+def test_who_is_overtaken_by_another_process_writes_nothing_and_lets_it_build(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr("entidb.db.index_care.time.sleep", rests.append)
+    monkeypatch.setattr(index_care, "REST_S", 0.01)
+    with unbuilt(60, monkeypatch) as db:
+
+        def others() -> None:
+            """Another process builds a part; it has no run of this one, and its own is not here."""
+            mine, db.index_run = db.index_run, None
+            with db.write("local") as writer:
+                info = writer.catalogue.by_name["stock"]
+                make = index_care._buildable(db, writer)[0][2]
+                index_care._build(writer, info, info.indexes[0], make, 5)
+            db.index_run = mine
+
+        if when == "after a part":
+            assert build_step(db, places=3)
+            others()
+        else:
+            prepare = index_care._prepare
+
+            def overtaken(*given: Any) -> None:
+                prepare(*given)
+                monkeypatch.setattr(index_care, "_prepare", prepare)
+                others()
+
+            monkeypatch.setattr(index_care, "_prepare", overtaken)
+        assert build_step(db, places=3)
+        assert db.indexes()[0].done == 5
+        assert rests and db.index_run is None
+        rests.clear()
+        while build_step(db, places=3):
+            pass
+        assert rests == []
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+
+
 def test_a_run_is_not_counted_for_a_commit_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     with unbuilt(60, monkeypatch) as db:
         build_step(db, places=3)

@@ -6,6 +6,7 @@ carries it on, so it can stop anywhere.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct
@@ -39,6 +40,8 @@ BUILD_ROWS = 2_000
 DROP_ROWS = 5_000
 #: Seconds between two looks of who waits for another's step whether there is still time.
 _LOOK_S = 0.05
+#: Seconds for which one that is overtaken by another process lets that one build.
+REST_S = 0.25
 
 # ---------------------------------------------------------------- declaring
 
@@ -175,14 +178,25 @@ def build_step(
     """One bounded commit of what is to be built, or emptied; whether there may be more. It writes
     so many ``places`` of a run (``index_run``), or with ``rows`` looks at so many entities within
     the commit. What it prepares is cut short once it ``is_ended``. Waits for another thread's
-    step, unless it is ended by then."""
+    step, unless it is ended by then; where another process builds the same index, it writes
+    nothing, and waits for a moment: each commit of one would make void what the other prepares."""
     while not database.index_lock.acquire(timeout=_LOOK_S):
         if is_ended():
             return True
     try:
         return _build_step(database, rows, places, is_ended)
+    except _OvertakenError:
+        database.index_run = None
     finally:
         database.index_lock.release()
+    until = time.monotonic() + REST_S
+    while time.monotonic() < until and not is_ended():
+        time.sleep(_LOOK_S)
+    return True
+
+
+class _OvertakenError(Exception):
+    """Somebody else has carried on the build that a run is for."""
 
 
 def _build_step(
@@ -205,7 +219,10 @@ def _build_step(
                 if run.write(writer, places):
                     _come_to(writer, *chosen[0][:2], run.last, run.counted)
             else:
-                run = None
+                if run is not None and run.is_overtaken(*chosen[0][:2]):
+                    raise _OvertakenError
+                # What this commit looks at itself is no work of others.
+                run = database.index_run = None
                 _build(writer, *chosen[0], rows or BUILD_ROWS)
         elif writer.catalogue.indexes.dropped:
             _empty(writer, writer.catalogue.indexes)
@@ -227,6 +244,8 @@ def _prepare(
     if run is not None:
         if run.goes_on(info, index):
             return
+        if run.is_overtaken(info, index):
+            raise _OvertakenError
         if run.moment.is_current():
             rows = min(ROWS_MAX, 4 * run.rows)
     database.index_run = IndexRun(view, info, index, make, rows, is_ended)

@@ -72,6 +72,13 @@ class IndexRun:
         mine = (self.number, self.table, self.after) == (index.number, info.table, after)
         return mine and self.moment.is_current()
 
+    def is_overtaken(self, info: CollectionInfo, index: IndexInfo) -> bool:
+        """Whether somebody else has carried on the build of this very index: it is neither where
+        this run begins nor where it ends."""
+        after = index.after if index.table == info.table else b""
+        mine = (self.number, self.table) == (index.number, info.table)
+        return mine and after not in (self.after, self.last)
+
     def write(self, writer: Writer, count: int) -> bool:
         """Put the next ``count`` places into a commit; whether these are the last. ``wrote`` has to
         be called when the commit is through."""
