@@ -19,6 +19,7 @@ def unbuilt(count: int, monkeypatch: pytest.MonkeyPatch, page: int = 8) -> Datab
     """A database with an index that is declared, and pages and runs that are small."""
     monkeypatch.setattr(index_run, "_PAGE_ROWS", page)
     monkeypatch.setattr(index_care, "FIRST_ROWS", 2 * page)
+    monkeypatch.setattr(index_care, "ROWS_MIN", page)
     db = Database(MemoryStorage(), clock=FakeClock(), entropy=random.Random(1).randbytes)
     with db.transaction() as tx:
         for n in range(count):
@@ -65,6 +66,31 @@ def test_what_others_commit_while_an_index_is_built_from_runs_is_in_it(
                 stock.discard(uid(rng.randrange(1, 80)))
         assert found_by_kind(db) == by_hand(db)
         assert db.indexes()[0].done == len(stock)
+        assert db.verify() == []
+
+
+def test_a_run_is_shorter_after_one_that_others_made_void_and_longer_after_one_that_came_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[int] = []
+    with unbuilt(200, monkeypatch) as db:
+        monkeypatch.setattr(index_care, "BUILD_ROWS", 5)
+        prepare = index_care._prepare
+
+        def disturbed(*given: Any) -> None:
+            before = db.index_run
+            prepare(*given)
+            assert db.index_run is not None
+            if db.index_run is not before:
+                lengths.append(db.index_run.rows)
+            if len(lengths) < 3:
+                db.collection("others").add({})
+
+        monkeypatch.setattr(index_care, "_prepare", disturbed)
+        while build_step(db, places=1000):
+            pass
+        assert lengths[:5] == [16, 8, 8, 32, 128]
+        assert found_by_kind(db) == by_hand(db)
         assert db.verify() == []
 
 

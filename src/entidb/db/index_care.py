@@ -16,7 +16,7 @@ from entidb import cbor
 from entidb.db.catalogue import NO_INDEXES, CollectionInfo, IndexInfo, IndexSet
 from entidb.db.core import Core
 from entidb.db.index_keys import index_count_key, index_prefix
-from entidb.db.index_run import FIRST_ROWS, PLACES, ROWS_MAX, IndexRun
+from entidb.db.index_run import FIRST_ROWS, PLACES, ROWS_MAX, ROWS_MIN, IndexRun
 from entidb.db.indexing import Index, MakePlaces, Meaning, maker_of, meaning_of, renewed
 from entidb.db.local import Role
 from entidb.db.looking import function_name
@@ -221,8 +221,9 @@ def _build_step(
             else:
                 if run is not None and run.is_overtaken(*chosen[0][:2]):
                     raise _OvertakenError
-                # What this commit looks at itself is no work of others.
-                run = database.index_run = None
+                if database.index_run is not None:
+                    database.index_run.is_void = True
+                run = None
                 _build(writer, *chosen[0], rows or BUILD_ROWS)
         elif writer.catalogue.indexes.dropped:
             _empty(writer, writer.catalogue.indexes)
@@ -239,14 +240,17 @@ def _prepare(
     make: MakePlaces,
     is_ended: Callable[[], bool],
 ) -> None:
-    """Have a run that goes on, or begin one: longer than the last if that came to its end."""
+    """Have a run that goes on, or begin one: longer than the last if that came to its end, and
+    shorter if somebody has committed meanwhile, because what is prepared for nothing is work."""
     run, rows = database.index_run, FIRST_ROWS
     if run is not None:
         if run.goes_on(info, index):
             return
         if run.is_overtaken(info, index):
             raise _OvertakenError
-        if run.moment.is_current():
+        if run.is_void:
+            rows = max(ROWS_MIN, run.rows // 4)
+        elif run.moment.is_current():
             rows = min(ROWS_MAX, 4 * run.rows)
     database.index_run = IndexRun(view, info, index, make, rows, is_ended)
 

@@ -20,12 +20,14 @@ from entidb.db.records import end_of, payload_of
 from entidb.db.writer import Writer
 from entidb.types import ID_BYTES
 
-#: Entities of the first run, and of those after runs that came to their end, at most.
+#: Entities of the first run, of those after runs that came to their end, at most, and of those
+#: after runs that did not, at least.
 FIRST_ROWS: Final = 10_000
+ROWS_MIN: Final = 1_000
 ROWS_MAX: Final = 160_000
 #: Places of one commit, which others wait for.
 PLACES: Final = 5_000
-_PAGE_ROWS: Final = 2_000
+_PAGE_ROWS: Final = 1_000
 
 
 class IndexRun:
@@ -49,6 +51,8 @@ class IndexRun:
         self.moment: Moment = view.moment
         #: Entities that have a place.
         self.counted = 0
+        #: Whether it did not come to its end, because somebody committed.
+        self.is_void = False
         self._places: list[bytes] = []
         self._at = 0
         prefix, places = index_prefix(index.number, info.table), self._places
@@ -70,14 +74,14 @@ class IndexRun:
         """Whether its next part is what the index lacks, and nobody has committed meanwhile."""
         after = index.after if index.table == info.table else b""
         mine = (self.number, self.table, self.after) == (index.number, info.table, after)
-        return mine and self.moment.is_current()
+        return mine and not self.is_void and self.moment.is_current()
 
     def is_overtaken(self, info: CollectionInfo, index: IndexInfo) -> bool:
         """Whether somebody else has carried on the build of this very index: it is neither where
         this run begins nor where it ends."""
         after = index.after if index.table == info.table else b""
         mine = (self.number, self.table) == (index.number, info.table)
-        return mine and after not in (self.after, self.last)
+        return mine and not self.is_void and after not in (self.after, self.last)
 
     def write(self, writer: Writer, count: int) -> bool:
         """Put the next ``count`` places into a commit; whether these are the last. ``wrote`` has to
@@ -101,4 +105,4 @@ def _pages(view: Writer, info: CollectionInfo, after: bytes) -> Iterator[list[tu
         start = page[-1][0] + b"\0"
 
 
-__all__ = ["FIRST_ROWS", "PLACES", "ROWS_MAX", "IndexRun"]
+__all__ = ["FIRST_ROWS", "PLACES", "ROWS_MAX", "ROWS_MIN", "IndexRun"]
