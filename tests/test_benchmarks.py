@@ -9,14 +9,15 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from benchmarks import __main__ as program
 from benchmarks import stores
 from benchmarks.compare import Pair, main, measured, table
-from benchmarks.figures import Target, figure, percentile
+from benchmarks.figures import Figure, Target, figure, percentile
 from benchmarks.world import World
 from tests.storage.postgres_cluster import MISSING
 
@@ -103,6 +104,19 @@ def test_a_store_in_postgresql_is_measured_beside_files_and_beside_postgresql_al
     assert found["v7 ids, in PostgreSQL"].floor_is == stores.EMBEDDED
     assert "raw PostgreSQL, one commit of 1,000 entities" in found
     assert world.new_address is None
+
+
+def test_what_is_compared_with_no_server_at_all_is_a_rate_where_stores_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def measured(name: str, *_: object) -> list[Figure]:
+        names = ["push: requests", "push: against bare", "pull: against bare"]
+        return [figure(name, each, N, "requests/s", [2.0]) for each in names]
+
+    monkeypatch.setattr(program, "run", measured)
+    monkeypatch.setattr(stores, "_raw_ms", lambda world, size: 1.0)
+    found = [each.figure for each in stores.run("many", cast(World, SimpleNamespace()), [N], 1)]
+    assert found[:-1] == ["push: requests, in PostgreSQL", "pull: requests, in PostgreSQL"]
 
 
 def test_the_command_refuses_a_name_it_does_not_know(capsys: pytest.CaptureFixture[str]):

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -690,7 +691,7 @@ def test_workers_are_nodes_of_one_address(address: str, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     options = ("--insecure-no-auth", "--port", "0", "--ready-file", ready, "--workers", "2")
     parent = subprocess.Popen(
-        command("serve", *options),
+        command("serve", *options, "--metrics"),
         cwd=tmp_path,
         env=environment(ENTIDB_SERVE_DATA_DIR=address),
         stderr=subprocess.DEVNULL,
@@ -707,6 +708,16 @@ def test_workers_are_nodes_of_one_address(address: str, tmp_path: Path) -> None:
         with Client(url) as client:
             health = json.loads(client.request("GET", "/healthz").body)
         assert health == {"status": "ok", "workers": 2}
+        # Another node has an address of its own, and is asked there.
+        with Nodes(address, 1) as other:
+            other.clients[0].send(pull(history))
+            for _ in range(10):
+                with Client(url) as client:
+                    metrics = client.request("GET", "/metrics").body.decode()
+                    assert client.request("GET", "/readyz").status == 200
+                pulls = re.findall(r'requests_total\{path="/v1/pull",status="200"\} (\S+)', metrics)
+                assert list(map(float, pulls)) == [20.0]  # of both workers, whichever is asked
+                assert re.findall(r"\nentidb_databases (\S+)", metrics) == ["1.0"]
     finally:
         parent.terminate()
         assert parent.wait(WAIT_S) == 0

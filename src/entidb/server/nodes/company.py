@@ -36,18 +36,20 @@ class AboutNode(Struct, omit_defaults=True):
     process: int
     version: str
     address: str = ""
+    #: Of the processes that one parent has started behind one address, the same name.
+    family: str = ""
 
 
 class NodeCompany:
     """See ``workers.company.Company``. Raises ``StorageError`` where it cannot take a seat."""
 
-    one_address: Final = False
-
-    def __init__(self, address: str, serves_at: str = "") -> None:
-        """``serves_at`` is where this node serves, for people."""
+    def __init__(self, address: str, serves_at: str = "", family: str = "") -> None:
+        """``serves_at`` is where this node serves, for people; ``family`` names the processes with
+        which it shares that."""
         host, process = socket.gethostname(), os.getpid()
+        self._host, self._family = host, family
         self.name: Final = f"{host}-{process}-{secrets.token_hex(4)}"
-        about = json.encode(AboutNode(host, process, VERSION, serves_at))
+        about = json.encode(AboutNode(host, process, VERSION, serves_at, family))
         self._sharing = SharedTables(address)
         try:
             self._company = PostgresCompany(self._sharing, self.name, about)
@@ -86,6 +88,17 @@ class NodeCompany:
     def others(self) -> list[str]:
         """But for those that were stopped: they look before they serve again."""
         return [each.name for each in self._members() if each.name != self.name and not each.quiet]
+
+    def neighbours(self) -> list[str]:
+        if not self._family:
+            return []
+        others = [each for each in self._members() if each.name != self.name and not each.quiet]
+        ours = self._host, self._family
+        return [
+            each.name
+            for each, about in ((each, _about(each)) for each in others)
+            if (about.host, about.family) == ours
+        ]
 
     def _members(self) -> list[Member]:
         with _found():
@@ -160,11 +173,15 @@ def _found() -> Iterator[None]:
         ) from error
 
 
-def _row(member: Member) -> NodeRow:
+def _about(member: Member) -> AboutNode:
     try:
-        about = json.decode(member.about, type=AboutNode)
+        return json.decode(member.about, type=AboutNode)
     except (ValidationError, ValueError):
-        about = AboutNode("", 0, "")  # a newer program says it in another way
+        return AboutNode("", 0, "")  # a newer program says it in another way
+
+
+def _row(member: Member) -> NodeRow:
+    about = _about(member)
     return NodeRow(
         member.name,
         about.host,

@@ -32,9 +32,9 @@ class Company(Protocol):
         """Of this process, among the others."""
         ...
 
-    @property
-    def one_address(self) -> bool:
-        """Whether a request reaches any of them, so that whoever is asked answers for all."""
+    def neighbours(self) -> list[str]:
+        """Those of the others that one address is shared with: a request reaches any of them, so
+        that whoever is asked answers for all."""
         ...
 
     def listen(self, answers: Answers, leases: Leases, each_look: Callable[[], None]) -> None:
@@ -101,8 +101,6 @@ class Company(Protocol):
 class FolderCompany:
     """The processes of one family."""
 
-    one_address: Final = True
-
     def __init__(self, root: str) -> None:
         """Raises ``OSError``."""
         self.seats: Final = Seats(root)
@@ -116,6 +114,9 @@ class FolderCompany:
         ear, self._ear = self._ear, None
         if ear is not None:
             ear.close()
+
+    def neighbours(self) -> list[str]:
+        return self.others()
 
     def others(self) -> list[str]:
         return self.seats.others()

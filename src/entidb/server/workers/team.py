@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,7 +35,7 @@ from entidb.server.workers.company import NOT_THERE, Company, FolderCompany
 from entidb.server.workers.talk import Answers, Leases, Passed
 
 if TYPE_CHECKING:
-    from entidb.server.metrics import Metrics
+    from entidb.server.metrics import Metrics, Series
     from entidb.server.workers.counted import Counted
 
 logger = logging.getLogger("entidb.server")
@@ -91,8 +91,8 @@ class Team:
         server.stores.may_purge = company.is_first
         office.control.on_change = self._tell_decided
         office.others = self
-        if metrics is not None and self._counted is not None:
-            metrics.others = self._counted.others
+        if metrics is not None:
+            metrics.others = self._counts if self._counted is None else self._counted.others
         self._thread = threading.Thread(target=self._run, name="entidb-team", daemon=True)
         self._thread.start()
 
@@ -268,9 +268,23 @@ class Team:
         return found
 
     def reasons(self) -> set[str]:
-        if not self._company.one_address:
-            return set()  # another node is asked at its own address
-        return {reason for reasons in self._ask_all("ready") for reason in reasons}
+        # Another node is asked at its own address.
+        answers = self._ask("ready", self._neighbours())
+        return {reason for reasons in answers for reason in reasons}
+
+    def _counts(self) -> list[list[Series]]:
+        """What nodes have counted that share the address of this one, as far as they answer."""
+        from entidb.server.metrics import Series
+
+        return [convert(each, list[Series]) for each in self._ask("counts", self._neighbours())]
+
+    def _neighbours(self) -> list[str]:
+        """None where they cannot be found: then this process answers for itself, which is no better
+        off."""
+        try:
+            return self._company.neighbours()
+        except ServerBusyError:
+            return []
 
     def reload(self) -> None:
         self._ask_all("reload")
@@ -280,9 +294,12 @@ class Team:
         self._ask_all("decided")
 
     def _ask_all(self, what: str) -> list[Any]:
+        return self._ask(what, self._company.others())
+
+    def _ask(self, what: str, names: Iterable[str]) -> list[Any]:
         """The answers of those that answer."""
         found = []
-        for name in self._company.others():
+        for name in names:
             try:
                 found.append(self._company.ask(name, what, None, _ASK_S))
             except NOT_THERE:
@@ -322,12 +339,13 @@ def company_of(server: SyncServer) -> Company | None:
     if config.address is not None:
         from entidb.server.nodes.company import NodeCompany  # its package is an extra
 
-        return NodeCompany(config.address, server.address)
+        family = "" if server.family is None else server.family.name
+        return NodeCompany(config.address, server.address, family)
     return None if server.family is None else FolderCompany(str(server.place.root))
 
 
 def _counted(company: Company, metrics: Metrics | None) -> Counted | None:
-    """Of nodes each counts for itself, and is asked at its own address."""
+    """Counts that stay when a process ends: nodes have no directory for them."""
     if metrics is None or not isinstance(company, FolderCompany):
         return None
     from entidb.server.workers.counted import Counted  # as ``metrics``: only where it is used
