@@ -223,16 +223,21 @@ class Reluctant:
             assert self._news.wait_for(lambda: len(self._sinks) >= count, 30), self._sinks
             return set(self._sinks)
 
+    def segments(self, count: int) -> tuple[Downloads, list[ImageSegment]]:
+        """So many, of twice what may be near its end."""
+
+        def explain(path: str, answer: HttpResponse) -> Exception:
+            raise AssertionError(answer)
+
+        names = [bytes([number]) * 32 for number in range(count)]
+        made = [ImageSegment(name, "notes", 2 * NEAR_BYTES, 1, b"", b"") for name in names]
+        return Downloads(self.get, explain, Interrupts(), streams=True), made
+
 
 def test_the_next_segment_is_asked_for_before_one_ends() -> None:
     """So the line always has something to carry, and never more than is to be carried at once."""
     line, files, size = Reluctant(), SegmentFiles(None), 2 * NEAR_BYTES
-    segments = [ImageSegment(bytes([n]) * 32, "notes", size, 1, b"", b"") for n in range(5)]
-
-    def explain(path: str, answer: HttpResponse) -> Exception:
-        raise AssertionError(answer)
-
-    downloads = Downloads(line.get, explain, Interrupts(), streams=True)
+    downloads, segments = line.segments(5)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(downloads.fetch, Fetch("shop", segments, files))
         assert line.asked(2) == {"00", "01"}
@@ -252,3 +257,25 @@ def test_the_next_segment_is_asked_for_before_one_ends() -> None:
             line.brings(name, 1)
         downloads.join()
     assert files.size(segments[1]) == NEAR_BYTES, "nobody waits for it any more"
+
+
+def test_the_last_segment_does_not_end_together_with_the_one_before_it() -> None:
+    """That one can be staged while the last comes."""
+    line, files = Reluctant(), SegmentFiles(None)
+    downloads, segments = line.segments(3)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(downloads.fetch, Fetch("shop", segments, files))
+        assert line.asked(2) == {"00", "01"}
+        line.brings("00", 2 * NEAR_BYTES)
+        waiting.result(30)
+        waiting = pool.submit(downloads.fetch, Fetch("shop", segments[1:], files))
+        line.brings("01", NEAR_BYTES - 1)
+        assert line.asked(2) == {"00", "01"}
+        line.brings("01", 1)
+        assert line.asked(3) == {"00", "01", "02"}
+        line.brings("01", NEAR_BYTES)
+        waiting.result(30)
+        line.brings("02", 2 * NEAR_BYTES)
+        downloads.fetch(Fetch("shop", segments[2:], files))
+        downloads.join()
+    assert [files.size(each) for each in segments] == [2 * NEAR_BYTES] * 3

@@ -172,6 +172,9 @@ class Downloads:
         # The first was waited for, and may be used up by now.
         for segment in fetch.segments[1:]:
             if segment.sha256 not in under_way and fetch.files.size(segment) != segment.size:
+                if self._streams and far and segment is fetch.segments[-1]:
+                    # Two that end together would have to be staged when nothing comes any more.
+                    return None
                 return _Download(fetch.db_id, segment, fetch.files)
         return None
 
