@@ -103,6 +103,21 @@ def test_a_backup_is_verified_and_says_what_is_in_it(place: Place):
 
 
 @POSIX
+@pytest.mark.parametrize("where", ["backups", "of/the/shops", "./backups/"])
+def test_backups_go_to_a_directory_that_is_not_there_yet_and_is_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, where: str
+):
+    monkeypatch.chdir(tmp_path)
+    config = ServerConfig(data_dir="data", backup_dir=where, insecure_no_auth=True)
+    with SyncServer(config, clock=ManualClock()) as server:
+        office = office_of(server)
+        databases.create(office, ROOT, "shop")
+        task = office.tasks.wait(backups.backup(office, ROOT, "shop").id, 60)
+        assert task is not None
+        assert (task.state, task.error) == ("done", None)
+        assert [each.faults for each in backups.rows(office, ROOT)] == [[]]
+
+
 def test_only_their_owner_may_read_backups(place: Place, quick: None):
     before = os.umask(0)
     try:

@@ -96,7 +96,7 @@ def make_directory(path: str) -> None:
     with that one's owner; only he may use them. One that is there is left as it is."""
     if os.path.isdir(path):
         return
-    above = os.path.dirname(path)
+    above = os.path.dirname(path) or os.curdir
     if not os.path.lexists(above):
         make_directory(above)
     with contextlib.suppress(FileExistsError):  # Another process may make it at the same time.
