@@ -87,3 +87,21 @@ def test_what_is_no_good_backup_replaces_nothing(tmp_path: Path, backup: Path):
     assert result.exit_code == 7, result.output
     assert count(tmp_path) == 2
     assert not [path for path in data.iterdir() if "partial" in path.name]
+
+
+def test_a_backup_that_is_not_there_is_not_to_be_made(tmp_path: Path, backup: Path):
+    said = failed(
+        entidb("restore", tmp_path / "nosuch", tmp_path / "data", "shop"), 3, "no_database"
+    )
+    assert "there is no backup at" in said
+    assert "init" not in said
+
+
+def test_where_databases_are_below_one_of_them_is_to_be_named(tmp_path: Path, backup: Path):
+    done("restore", backup, tmp_path / "data", "shop")
+    for words in (
+        ("snapshot", tmp_path / "data", tmp_path / "s.tar"),
+        ("inspect", tmp_path / "data"),
+    ):
+        said = failed(entidb(*words), 7, "not_a_database")
+        assert str(tmp_path / "data" / "shop.entidb") in said

@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-from entidb.cli.exits import UsageError
+from entidb.cli.exits import NotFoundError, UsageError
 from entidb.cli.output import plural, say
 from entidb.cli.values import print_json
 from entidb.cli.words import a_directory, json_option, not_empty, opened
@@ -42,6 +42,12 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
 
     source, root = not_empty("BACKUP", backup), Path(a_directory(data_dir, _INSTEAD)).absolute()
     place = root / directory_name(check_db_id(name))
+    if not os.path.lexists(source):
+        raise NotFoundError(
+            f"there is no backup at {source}: name a directory that `entidb backup` or the server "
+            "made",
+            code="no_database",
+        )
     try:
         directory = DataDirectory.take(ServerConfig(data_dir=root, insecure_no_auth=True))
     except DatabaseLockedError as error:

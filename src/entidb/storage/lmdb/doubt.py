@@ -50,6 +50,14 @@ def check_directory(where: str, create: bool) -> None:
     if DATA in names:
         return
     others = names - {LMDB_LOCK, LOCK, TURN, TEMPORARY, *CLAIMS}
+    below = sorted(name for name in others if os.path.isfile(os.path.join(where, name, DATA)))
+    if below and not create:
+        raise FormatError(
+            f"{where} is no database, and has some in it: name one of them, such as "
+            f"{os.path.join(where, below[0])}"
+        )
+    if others and not create:
+        raise FormatError(f"{where} holds no database, but other things; check the path")
     if others:
         raise FormatError(
             f"{where} holds other things ({', '.join(sorted(others)[:3])}) and no database; it "
