@@ -567,6 +567,7 @@ def test_logout_ends_the_background_engine(till: Till) -> None:
         ("keep", {"file": "x"}),
         ("discard", {"subject": "alice"}),
         ("keep", {"subject": ""}),
+        ("keep", {"subject": 5}),
         ("keep", {"subject": "x" * 256}),
     ],
 )
@@ -576,6 +577,12 @@ def test_wrong_arguments_of_logout_are_named(
     till.engine.sync()
     with pytest.raises(ConfigError):
         till.engine.logout(pending, **more)
+
+
+@pytest.mark.parametrize("subject", [None, "", 5, "x" * 256])
+def test_only_a_subject_can_be_taken_over(till: Till, subject: Any) -> None:
+    with pytest.raises(ConfigError, match="a subject is text"):
+        till.engine.take_over(subject)
 
 
 def test_logout_inside_a_cycle_is_refused(till: Till) -> None:

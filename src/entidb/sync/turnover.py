@@ -72,7 +72,9 @@ class Turnover:
     def take_over(self, subject: str) -> int:
         """What waits for ``subject`` (``status().others``) is the present person's from now on, and
         pushed under their token; returns how many transactions that were, 0 if there were none.
-        For work whose own person does not come back. Waits for a cycle, as ``reset``."""
+        For work whose own person does not come back. Waits for a cycle, as ``reset``. Raises
+        ``ConfigError`` for what is no subject."""
+        check_subject(subject)
         with self._between_cycles("take_over"):
             return self.applier.hand_over(subject)
 
@@ -95,8 +97,19 @@ def check_logout(pending: str, file: str | os.PathLike[str] | None, subject: str
         raise ConfigError(f"pending={pending!r}: choose 'keep', 'discard' or 'export'")
     if (file is not None) != (pending == "export"):
         raise ConfigError("export needs a file, a new one; keep and discard take none")
-    if subject is not None and (pending != "keep" or not 0 < len(subject) <= SUBJECT_CHARS_MAX):
+    if subject is None:
+        return
+    check_subject(subject)
+    if pending != "keep":
         raise ConfigError("a subject is for keep: who the next token of this person is for")
+
+
+def check_subject(subject: str) -> None:
+    """Raises ``ConfigError`` for what no token can be for."""
+    if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_CHARS_MAX:
+        raise ConfigError(
+            f"a subject is text of up to {SUBJECT_CHARS_MAX} characters, not {subject!r:.60}"
+        )
 
 
 def sign_off(
@@ -113,4 +126,4 @@ def sign_off(
     return applier.withdraw_own(None if file is None else to_file(file))
 
 
-__all__ = ["Turnover", "check_logout", "sign_off"]
+__all__ = ["Turnover", "check_logout", "check_subject", "sign_off"]
