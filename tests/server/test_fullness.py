@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from entidb.db import Database
+from entidb.db.local import Role
+from entidb.db.records import EntityRow
 from entidb.errors import ConfigError
 from entidb.server import ServerConfig, SyncServer
-from entidb.server.fullness import MEASURED_S, Room, fullness_of
+from entidb.server.fullness import MEASURED_S, Fullness, Room, fullness_of
 from entidb.storage import MemoryStorage
 from entidb.sync import HttpTransport, LoopbackClient, RetryConfig, SyncConfig, SyncEngine
 from tests.server.support import ManualClock
@@ -176,6 +179,79 @@ def test_a_room_that_is_over_takes_what_makes_it_smaller() -> None:
     assert Room(-3, None).take([(None, None)]) is None
     assert Room(-3, -3).take([(b"x", None)]) == "database_entities_max"
     assert Room(None, -3).take([(b"x", None)]) == "database_bytes_max"
+
+
+def test_what_fits_exactly_is_taken_and_counted() -> None:
+    room = Room(1, 4)
+    assert room.take([(b"xxxx", None)]) is None
+    assert (room.entities, room.size) == (0, 0)
+    assert room.take([(b"x", None)]) == "database_entities_max"
+    assert Room(2, 3).take([(b"xxxx", None)]) == "database_bytes_max"
+
+
+def test_a_value_takes_the_room_of_the_one_that_it_replaces() -> None:
+    stored = EntityRow(0, 1, 1, bytes(16), 1, 0, b"xxx").encode()
+    for payload, left in ((b"yyy", -3), (b"y", -1), (None, 0)):
+        room = Room(-3, -3)
+        assert room.take([(payload, stored)]) is None
+        assert room.size == left
+        assert room.entities == -3 + (payload is None)
+    assert Room(-3, -3).take([(b"yyyy", stored)]) == "database_bytes_max"
+
+
+def fullness_and_used(clock: ManualClock, **quota: Any) -> tuple[Fullness, Database, list[int]]:
+    """With a store that says it uses as many bytes as are in the list."""
+    database, used = Database.in_memory(role=Role.SERVER), [0]
+    info = database.storage.info()
+    database.storage.info = lambda: replace(info, used_bytes=used[0])  # type: ignore[method-assign]
+    config = ServerConfig(data_dir=None, insecure_no_auth=True, **quota)
+    fullness = fullness_of(config, database, clock)
+    assert fullness is not None
+    return fullness, database, used
+
+
+def test_the_size_is_measured_once_a_minute_and_counted_in_between() -> None:
+    clock = ManualClock()
+    clock.ms = 0
+    fullness, database, used = fullness_and_used(clock, database_bytes_max=1000)
+    found: list[int | None] = []
+    for at_s, uses in ((0, 100), (59.9, 700), (60, 300), (119.9, 0), (120, 0)):
+        clock.ms, used[0] = int(at_s * 1000), uses
+        with database.write() as writer:
+            room = fullness.room(writer)
+            found.append(room.size)
+            assert room.take([(b"x" * 50, None)]) is None
+    assert found == [900, 850, 700, 650, 1000]
+    assert fullness.fault("database_bytes_max") == (
+        "over_quota",
+        "the database is full: it may hold 1,000 bytes (database_bytes_max)",
+    )
+
+
+def test_all_pushes_of_one_commit_share_its_room() -> None:
+    fullness, database, _ = fullness_and_used(ManualClock(), database_entities_max=2)
+    with database.write() as writer:
+        assert fullness.room(writer).take([(b"x", None)]) is None
+        assert fullness.room(writer).take([(b"x", None), (b"y", None)]) == "database_entities_max"
+        assert fullness.room(writer).entities == 1
+    # Nothing of it was written, so the next commit begins with what is stored.
+    with database.write() as writer:
+        assert fullness.room(writer).entities == 2
+    assert fullness.fault("database_entities_max")[1].endswith(
+        "it may hold 2 entities (database_entities_max)"
+    )
+
+
+def test_what_is_local_on_the_server_and_what_is_empty_does_not_count() -> None:
+    fullness, database, _ = fullness_and_used(ManualClock(), database_entities_max=3)
+    database.declare_local("own")
+    with database.transaction() as tx:
+        tx.collection("notes").add({"n": 1})
+        tx.collection("own").add({"n": 1})
+    with database.write() as writer:
+        writer.collection("empty")
+    with database.write() as writer:
+        assert fullness.room(writer).entities == 2
 
 
 @pytest.mark.parametrize("name", ["database_entities_max", "database_bytes_max"])

@@ -41,11 +41,9 @@ def own_gaps(others: Sequence[OtherWork], last: int) -> list[tuple[int, int]]:
     """The commits up to ``last`` that are in none of ``others``, as (first, last)."""
     gaps, start = [], 1
     for each in others:
-        if each.first > start:
-            gaps.append((start, min(each.first - 1, last)))
+        gaps.append((start, min(each.first - 1, last)))
         start = each.last + 1
-    if start <= last:
-        gaps.append((start, last))
+    gaps.append((start, last))
     return [gap for gap in gaps if gap[0] <= gap[1]]
 
 

@@ -62,7 +62,7 @@ class Fullness:
         #: Whose commit the room is for; it goes with its commit.
         self._writer: Callable[[], Writer | None] = _nobody
         self._room = Room(None, None)
-        self._measured_at: float | None = None
+        self._measured_at = 0.0
 
     def room(self, writer: Writer) -> Room:
         """What is left for the commit of ``writer``, all of its pushes together."""
@@ -89,7 +89,7 @@ class Fullness:
         if not self._bytes_max:
             return None
         now = self._clock.monotonic()
-        if left is None or self._measured_at is None or now - self._measured_at >= MEASURED_S:
+        if left is None or now - self._measured_at >= MEASURED_S:
             self._measured_at = now
             return self._bytes_max - self._database.storage.info().used_bytes
         return left
