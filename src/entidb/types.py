@@ -100,8 +100,7 @@ class SystemClock:
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
 
-    def monotonic(self) -> float:
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
         return event.wait(seconds)
@@ -153,8 +152,8 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def system_entropy(length: int) -> bytes:
-    return os.urandom(length)
+#: The machine's randomness.
+system_entropy: Final[Entropy] = os.urandom
 
 
 def timestamp_from_ms(milliseconds: int) -> Timestamp:

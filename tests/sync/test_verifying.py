@@ -236,7 +236,7 @@ def test_it_compares_only_what_is_in_scope_and_granted(server: SyncServer) -> No
         history=server.database("shop").history or b"",
         cursor=1,
     )
-    with server.stores.holding(server.stores.use("shop", create=False)) as store:
+    with server.stores.using("shop", create=False) as store:
         narrow = Grant("tester", True, True, frozenset(["other"]))
         assert digesting.digested(store.service, request, narrow).collections == ["other"]
         with pytest.raises(PermissionDeniedError, match="notes"):

@@ -8,10 +8,10 @@ from typing import Any, Final
 import pytest
 
 from entidb.db import Database
+from entidb.db.catalogue import Catalogue
 from entidb.db.core import Core
 from entidb.db.moment import Moment
 from entidb.db.observers import Observers
-from entidb.db.rows import SnapshotRows
 from entidb.db.writer import Writer
 from entidb.storage import MemoryStorage
 from entidb.storage.base import StoreTurn
@@ -65,13 +65,13 @@ def _turn_shared(patch: pytest.MonkeyPatch) -> None:
 @bug("stale-catalogue", "FRESH", "SOUND", "LEDGER")
 def _stale_catalogue(patch: pytest.MonkeyPatch) -> None:
     """The catalogue of one's own last commit is good for ever."""
-    original = Core._rows_to_write
+    original = Core.read_catalogue
 
-    def rows_to_write(self: Core, snapshot: Any) -> SnapshotRows:
+    def read_catalogue(self: Core, snapshot: Any) -> Catalogue:
         left = self._left
-        return original(self, snapshot) if left is None else SnapshotRows(snapshot, left[2])
+        return original(self, snapshot) if left is None else left[2]
 
-    patch.setattr(Core, "_rows_to_write", rows_to_write)
+    patch.setattr(Core, "read_catalogue", read_catalogue)
 
 
 @bug("cached-head-after-anothers-commit", "DENSE", "SOUND", "FRESH")
@@ -79,10 +79,10 @@ def _cached_head(patch: pytest.MonkeyPatch) -> None:
     """The head of one's own last commit is good for ever."""
     original = Core._writer
 
-    def writer(self: Core, rows: SnapshotRows) -> Writer:
+    def writer(self: Core, snapshot: Any) -> Writer:
         if self._left is not None:
-            self._left = rows.snapshot.mark, *self._left[1:]
-        return original(self, rows)
+            self._left = snapshot.mark, *self._left[1:]
+        return original(self, snapshot)
 
     patch.setattr(Core, "_writer", writer)
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct, field
+
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, decode_catalogue, empty_catalogue
 from entidb.db.hearing import Hearing
@@ -93,17 +95,15 @@ class _OpenRows:
         self._snapshot.close()
 
 
-class _WriteBlock:
+class _WriteBlock(Struct, eq=False, weakref=True):
     """Context manager of ``Database.write``; a class because its end may not be missed."""
 
-    __slots__ = ("__weakref__", "_database", "_leaving", "_origin", "_snapshot", "_turn", "_writer")
-
-    def __init__(self, database: Core, origin: str) -> None:
-        self._leaving: weakref.ref[Any] | None = None
-        self._database = database
-        self._origin = origin
-        self._snapshot: StorageSnapshot | None = None
-        self._turn = Turn()
+    _database: Core
+    _origin: str
+    _turn: Turn = field(default_factory=Turn)
+    _leaving: weakref.ref[Any] | None = None
+    _snapshot: StorageSnapshot | None = None
+    _writer: Writer | None = None
 
     def __enter__(self) -> Writer:
         database = self._database
@@ -111,7 +111,7 @@ class _WriteBlock:
             enter_block(self._turn, self._leaving)
             database._take(self._turn)
             self._snapshot = snapshot = database.storage.snapshot()
-            self._writer = writer = database._writer(database._rows_to_write(snapshot))
+            self._writer = writer = database._writer(snapshot)
             if self._origin != "local" and (writer.marks or writer.unsent is not None):
                 writer.begin(self._origin)
             return writer
@@ -121,10 +121,10 @@ class _WriteBlock:
 
     def _leave(self, kind: object, *rest: object) -> None:
         try:
-            if kind is None:
+            if kind is None and (writer := self._writer) is not None:
                 self._database._begin_commit(self._turn)
-                self._database._store(self._writer, self._origin)
-                if self._writer.changes:
+                self._database._store(writer, self._origin)
+                if writer.changes:
                     self._snapshot = None  # closed before its changes were committed
             self._end()
             if kind is None and self._database._observers.deliveries:
@@ -329,23 +329,23 @@ class Core(Explored):
     def _rows_to_write(self, snapshot: StorageSnapshot) -> SnapshotRows:
         """For the thread that has the turn, with the snapshot that it took in it."""
         left = self._left
-        if left is not None and left[0] == snapshot.mark:
-            return SnapshotRows(snapshot, left[2])
-        return SnapshotRows(snapshot, self.read_catalogue(snapshot))
+        if left is None or left[0] != snapshot.mark:
+            return SnapshotRows(snapshot, self.read_catalogue(snapshot))
+        return SnapshotRows(snapshot, left[2])
 
-    def _writer(self, rows: SnapshotRows) -> Writer:
-        snapshot, left = rows.snapshot, self._left
-        mark = snapshot.mark
+    def _writer(self, snapshot: StorageSnapshot) -> Writer:
+        left, mark = self._left, snapshot.mark
         if left is not None and left[0] == mark:
             raw: bytes | None = left[1]
+            catalogue = left[2]
         else:
-            raw = snapshot.get(META_HEAD)
+            raw, catalogue = snapshot.get(META_HEAD), self.read_catalogue(snapshot)
             self.unsent = None  # another process may have sent it meanwhile
         moment, now = Moment(self, self.failures + mark), self.clock.now_ms()
         slack = self._stale_rows_max
-        writer = Writer(snapshot, rows.catalogue, raw, self.device_id, moment, now, slack)
+        writer = Writer(snapshot, catalogue, raw, self.device_id, moment, now, slack)
         writer.marks, writer.unsent = self.marks_commits, self.unsent
-        if rows.catalogue.indexes.each:
+        if catalogue.indexes.each:
             writer.watcher = Indexing(writer, self.index_functions)
         return writer
 

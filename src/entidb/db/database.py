@@ -268,7 +268,7 @@ class Database(Indexed):
             if sharing.takes(rows, tx.writes):
                 return sharing.commit_transaction(tx._turn, rows, tx.writes, tx.transaction_id)
             rows = tx._rows.below = sharing.settled(rows)
-        writer = self._writer(rows)
+        writer = self._writer(rows.snapshot)
         if writer.watcher is not None:
             refuse_taken(writer, tx.writes, decides=self.role is Role.SERVER)
         sequence = commit_local(writer, self.role, tx.writes, tx.transaction_id, self._tick(writer))

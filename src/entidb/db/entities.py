@@ -49,7 +49,6 @@ from entidb.db.records import (
     decode_entity,
     end_of,
     feed_key,
-    is_dirty,
     pack_entity,
     pack_feed_key,
     pack_pending,
@@ -120,9 +119,9 @@ class Entities(Overlay):
         """The rows of entities that the outbox has changes of. Raises ``CorruptionError`` for
         one that knows nothing of it."""
         rows = self.get_many(keys)
-        found = [row for row in rows if row is not None and is_dirty(row)]
+        found = [row for row in rows if row and row[0] & DIRTY]
         if len(found) < len(rows):
-            at = next(n for n, row in enumerate(rows) if row is None or not is_dirty(row))
+            at = next(n for n, row in enumerate(rows) if not row or not row[0] & DIRTY)
             raise CorruptionError(
                 f"entity {keys[at][-ID_BYTES:].hex()} has pending changes and no row that says "
                 "so; nothing was sent. Run verify, and restore a backup"
@@ -221,7 +220,7 @@ class Entities(Overlay):
         that is stored now. On a server the version is the commit sequence too (R11)."""
         number = info.number
         if old is not None:
-            self.leave_feed(feed_key(unpack_sequence(old)[0], number, entity_id))
+            self.leave_feed(pack_feed_key(FEED, unpack_sequence(old)[0], number, entity_id))
         if by := (payload is not None) - (old is not None and not old[0] & TOMBSTONE):
             self.count(number, by)
         if payload is None:

@@ -22,8 +22,8 @@ from entidb.db.records import (
     encode_format,
     encode_stale,
     end_of,
-    feed_key,
     format_of,
+    pack_feed_key,
     pack_u64,
     sequence_key,
     split_feed_key,
@@ -67,7 +67,8 @@ class Overlay:
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         if len(keys) == 1:
-            return [self.get(keys[0])]
+            (key,) = keys
+            return [self.changes[key] if key in self.changes else self.snapshot.get(key)]
         found = self.snapshot.get_many(keys)
         changes = self.changes
         if changes:
@@ -110,8 +111,8 @@ class Overlay:
     def move_feed(self, ref: Ref, old_sequence: int, sequence: int) -> None:
         """The feed holds every entity at its latest change (R11)."""
         if old_sequence:
-            self.leave_feed(feed_key(old_sequence, *ref))
-        self.changes[feed_key(sequence, *ref)] = b""
+            self.leave_feed(pack_feed_key(FEED, old_sequence, *ref))
+        self.changes[pack_feed_key(FEED, sequence, *ref)] = b""
 
     def leave_feed(self, key: bytes) -> None:
         """The feed row at ``key`` is stale: its entity is about to change again. It goes now, or
@@ -173,18 +174,19 @@ class Overlay:
                     )
                 self.changes[key] = pack_u64(live)
         self._counts.clear()
-        if self._stale:
-            self._finish_stale(sequence)
+        stale, self._stale = self._stale, []
+        if len(stale) < STALE_FROM:
+            self.changes.update(dict.fromkeys(stale))
+        else:
+            self._finish_stale(stale, sequence)
         if META_CATALOGUE in self.changes:
             self.changes[META_CATALOGUE] = self.catalogue.encode()
 
-    def _finish_stale(self, sequence: int) -> None:
-        stale, self._stale = self._stale, []
-        waiting = self.stale_rows + len(stale) if len(stale) >= STALE_FROM else 0
-        if not waiting or waiting > self._stale_rows_max:
+    def _finish_stale(self, stale: list[bytes], sequence: int) -> None:
+        waiting = self.stale_rows + len(stale)
+        if waiting > self._stale_rows_max:
             self.changes.update(dict.fromkeys(stale))
-            if waiting:
-                self.sweep_stale()
+            self.sweep_stale()
             return
         self.changes[sequence_key(STALE, sequence)] = encode_stale(stale)
         if self.get(META_STALE) is None:

@@ -386,11 +386,6 @@ def timestamp_of(raw: bytes) -> int:
     return decode_entity(raw).timestamp
 
 
-def is_dirty(raw: bytes) -> bool:
-    """Whether an encoded ``EntityRow`` has pending changes."""
-    return bool(raw[:1] and raw[0] & DIRTY)
-
-
 def payload_of(raw: bytes) -> bytes | None:
     """The payload of an encoded ``EntityRow``, None for a tombstone: what a plain read needs."""
     try:

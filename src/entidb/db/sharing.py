@@ -68,7 +68,7 @@ class SharingHost(Protocol):
 
     def _rows_to_write(self, snapshot: Snapshot) -> SnapshotRows: ...
 
-    def _writer(self, rows: SnapshotRows) -> Writer: ...
+    def _writer(self, snapshot: Snapshot) -> Writer: ...
 
     def _tick(self, writer: Writer) -> int: ...
 
@@ -373,7 +373,7 @@ class Sharing:
         host = self._host
         with host.storage.snapshot() as snapshot:
             self._staging = True
-            writer = host._writer(host._rows_to_write(snapshot))
+            writer = host._writer(snapshot)
             staged = []
             calls: list[CommitEvent] = []
             for job in group:

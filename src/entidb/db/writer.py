@@ -68,6 +68,9 @@ class Writer(Entities):
         self.marks = False
         #: Such a mark, while it is known that nothing of it was sent.
         self.unsent: Inflight | None = None
+        #: Two of the records of sync as this commit leaves them, so far: where they are known.
+        self._state: ReplicaState | None = None
+        self._inflight: Inflight | None = None
 
     # ------------------------------------------------------------ raw rows
 
@@ -86,20 +89,33 @@ class Writer(Entities):
         self.head.sequence += 1
         return self.head.sequence
 
+    def know(self, state: ReplicaState, inflight: Inflight | None) -> None:
+        """The records of sync at the moment at which this commit begins, from a reader that has
+        them; ``inflight`` None: it has not. What this commit has changed already stays."""
+        if META_SYNC not in self.changes:
+            self._state = state
+        if META_INFLIGHT not in self.changes:
+            self._inflight = inflight
+
     @property
     def sync_state(self) -> ReplicaState:
-        raw = self.get(META_SYNC)
-        return ReplicaState() if raw is None else decode_state(raw)
+        if self._state is None:
+            raw = self.get(META_SYNC)
+            self._state = ReplicaState() if raw is None else decode_state(raw)
+        return self._state
 
     def set_sync_state(self, state: ReplicaState) -> None:
+        self._state = state
         self.changes[META_SYNC] = encode_record(state)
 
     @property
     def inflight(self) -> Inflight | None:
-        raw = self.get(META_INFLIGHT)
-        return None if raw is None else decode_record(Inflight, raw)
+        if self._inflight is None and (raw := self.get(META_INFLIGHT)) is not None:
+            self._inflight = decode_record(Inflight, raw)
+        return self._inflight
 
     def set_inflight(self, inflight: Inflight | None) -> None:
+        self._inflight = inflight
         self.changes[META_INFLIGHT] = None if inflight is None else encode_record(inflight)
 
     def begin(self, origin: str) -> None:

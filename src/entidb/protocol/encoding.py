@@ -253,7 +253,8 @@ class PullPage:
 
 
 def _encode_round_request(message: RoundRequest) -> bytes:
-    return _round(_encode_pull_request(message.pull), _encode_push_request(message.push))
+    pull, push = _encode_pull_request(message.pull), _encode_push_request(message.push)
+    return b"".join((_PULL, pull, _PUSH, push))
 
 
 def _encode_round_response(message: RoundResponse) -> bytes:
@@ -262,11 +263,7 @@ def _encode_round_response(message: RoundResponse) -> bytes:
 
 def encode_round(pull: bytes, push: PushResponse | None) -> bytes:
     """A ``RoundResponse`` whose page is encoded already."""
-    return _round(pull, NULL if push is None else _encode_push_response(push))
-
-
-def _round(pull: bytes, push: bytes) -> bytes:
-    return b"".join((_PULL, pull, _PUSH, push))
+    return b"".join((_PULL, pull, _PUSH, NULL if push is None else _encode_push_response(push)))
 
 
 def _names(names: Sequence[str]) -> bytes:

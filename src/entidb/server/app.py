@@ -66,7 +66,7 @@ from entidb.server.segments.serving import SEGMENTS_PATH
 from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
 from entidb.server.service import BehindError
-from entidb.server.stores import Store
+from entidb.server.stores import Holding, Store
 from entidb.server.threads import AppThreads
 from entidb.server.warmth import is_small, waits
 from entidb.server.wire import ServerResponse
@@ -364,7 +364,7 @@ class SyncApp:
     ) -> ServerResponse:
         """The answer; of a page, what ``wrapped`` makes of it."""
         running, front = self._start(), self.server.front
-        using = self.server.stores.holding
+        using = partial(Holding, self.server.stores)
         if isinstance(request, DigestRequest | SnapshotRequest):
             held.charge(("database", request.db_id))
             async with running.line(request.db_id):

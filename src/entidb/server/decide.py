@@ -170,13 +170,14 @@ class Deciding:
         grant = self._grant
         if not grant.write:
             return "forbidden", f"this token may not write database {self._rules.db_id!r}"
-        try:
-            check_name(name)
-        except InvalidNameError as error:
-            return "invalid_name", str(error)
+        info = self._writer.catalogue.by_name.get(name)
+        if info is None:
+            try:
+                check_name(name)
+            except InvalidNameError as error:
+                return "invalid_name", str(error)
         if grant.collections is not None and name not in grant.collections:
             return "forbidden", f"this token may not write collection {name!r}"
-        info = self._writer.catalogue.by_name.get(name)
         if info is not None and not info.synced:
             # A collection that is local on the server is for no device (R31).
             return "forbidden", f"this token may not write collection {name!r}"
@@ -231,7 +232,8 @@ class Deciding:
                 return None
         if self._room is not None and self._room.take(zip(payloads, rows, strict=True)):
             return None
-        self._make_collections()
+        if self._planned is not None:
+            self._make_collections(self._planned)
         writer, head, latest = self._writer, self._writer.head, self._timestamp_max
         versions = range(head.sequence + 1, head.sequence + 1 + len(keys))
         head.sequence += len(keys)
@@ -419,16 +421,16 @@ class Deciding:
             ],
         )
 
-    def _make_collections(self) -> None:
-        if self._planned is not None:
-            self._writer.set_catalogue(self._planned)
-            self._planned = None
+    def _make_collections(self, planned: Catalogue) -> None:
+        self._writer.set_catalogue(planned)
+        self._planned = None
 
     def _accept(
         self, transaction: PushTransaction, places: list[bytes], digest: bytes
     ) -> PushResult:
         writer = self._writer
-        self._make_collections()
+        if self._planned is not None:
+            self._make_collections(self._planned)
         states = self._states
         version = writer.next_sequence()
         stamp = transaction.timestamp

@@ -52,7 +52,7 @@ from entidb.server.newcomers import Newcomers
 from entidb.server.pages import unseen
 from entidb.server.quotas import Quotas
 from entidb.server.service import BehindError
-from entidb.server.stores import Store, Stores
+from entidb.server.stores import Holding, Store, Stores
 from entidb.types import SystemClock
 
 logger = logging.getLogger("entidb.server")
@@ -205,7 +205,7 @@ class Front:
 
     def using(self, request: SyncRequest, grant: Grant) -> AbstractContextManager[Store]:
         """``use`` around a block; a storage error in it is reported."""
-        return self.stores.holding(self.use(request, grant))
+        return Holding(self.stores, self.use(request, grant))
 
     def _missing(
         self, request: SyncRequest, grant: Grant, error: PermissionDeniedError

@@ -23,6 +23,7 @@ from entidb.db.writer import Writer
 from entidb.errors import (
     HistoryChangedError,
     PermissionDeniedError,
+    ProtocolError,
     ResetRequiredError,
     SyncError,
     UpgradeRequiredError,
@@ -264,7 +265,7 @@ class DatabaseService:
             request.push if isinstance(request, RoundRequest) else request for request, _ in members
         ]
         checked = [
-            self._prechecked(push, grant) for push, (_, grant) in zip(pushed, members, strict=True)
+            self._precheck(push, grant) for push, (_, grant) in zip(pushed, members, strict=True)
         ]
         seen = [seen_by(request) for request, _ in members]
         answers: list[PushResponse | SyncError] = []
@@ -334,21 +335,19 @@ class DatabaseService:
         _, more = page.fill(ROUND_ROWS_MAX, head)
         return more or not page.is_empty
 
-    def _prechecked(self, request: PushRequest, grant: Grant) -> Checked | SyncError:
-        try:
-            return self._precheck(request, grant)
-        except SyncError as error:
-            return error
-
-    def _precheck(self, request: PushRequest, grant: Grant) -> Checked:
+    def _precheck(self, request: PushRequest, grant: Grant) -> Checked | SyncError:
         """Proof that every payload is canonical (its bytes are stored and forwarded untouched);
         and each payload's value, if there is a ``validate`` that will see it. What is wrong with
-        a payload is wrong with its transaction, and no other (R15)."""
+        a payload is wrong with its transaction, and no other (R15). The error of a push that is
+        too much work is returned."""
         if not grant.write:
             return NOTHING_CHECKED
         upcasts = request.schema > 0 and self._schema.upcasts(request.schema)
         keep = self._validate is not None or upcasts
-        faults = too_much(request)
+        try:
+            faults = too_much(request)
+        except ProtocolError as error:
+            return error
         if not keep and not faults:
             payloads = [
                 op.payload

@@ -86,8 +86,9 @@ class Store:
         self.database.close()
 
 
-class _Holding(Struct, frozen=True):
-    """As ``Stores.holding``; each request has one, and a generator would cost it more."""
+class Holding(Struct, frozen=True):
+    """``Stores.release`` at the end of a block for what was used before it; a storage error in it
+    is reported. Each request has one, and a generator would cost it more."""
 
     stores: Stores
     store: Store
@@ -191,12 +192,7 @@ class Stores:
 
     def using(self, db_id: str, *, create: bool) -> AbstractContextManager[Store]:
         """``use`` and ``release`` around a block; a storage error in it is reported."""
-        return self.holding(self.use(db_id, create=create))
-
-    def holding(self, store: Store) -> AbstractContextManager[Store]:
-        """``release`` at the end of a block for what was used before it; a storage error in it is
-        reported."""
-        return _Holding(self, store)
+        return Holding(self, self.use(db_id, create=create))
 
     def pin(self, db_id: str, *, create: bool) -> Database:
         """The database, kept open until ``close``. After a storage error this one is closed;

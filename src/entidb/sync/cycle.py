@@ -86,7 +86,8 @@ class Cycle:
         for _ in range(self.exchange.config.rounds_max):
             self.result.rounds += 1
             self.exchange.enter(SyncState.PULLING)
-            look = self._adopted(look)
+            if look.adopting:
+                look = self._adopted()
             if fresh:
                 # Not before what is in flight was settled: nothing else may touch that (R5).
                 self._pulling.heed_grant(self.exchange.connection.granted)
@@ -100,7 +101,9 @@ class Cycle:
             except UpgradeRequiredError as error:
                 too_old = error
                 self._check_may_push(error)
-            look = self._adopted(applier.look())
+            look = applier.look()
+            if look.adopting:
+                look = self._adopted()
             again = yield from self._pushing.push_ready(look)
             if too_old is not None:
                 self._pushing.tell_kept_back()
@@ -167,10 +170,8 @@ class Cycle:
         if state.foreign or state.foreign_names:
             raise error
 
-    def _adopted(self, look: Look) -> Look:
+    def _adopted(self) -> Look:
         """The device when nothing is left to be made pending (R29, R31)."""
-        if not look.adopting:
-            return look
         while self.exchange.applier.adopt():
             self.exchange.check()
         return self.exchange.applier.look()

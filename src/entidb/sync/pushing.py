@@ -16,6 +16,7 @@ from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.exchange import Exchange, SendAhead, Step, history_of
 from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
 from entidb.sync.state import SyncProgress, SyncState
+from entidb.types import SEQUENCE_MAX
 
 
 @dataclass
@@ -75,13 +76,17 @@ class Pushing:
             look = applier.look()
         return False
 
-    def limits(self, sequence_max: int) -> BatchLimits:
+    def limits(
+        self, sequence_max: int, operations_max: int = SEQUENCE_MAX, bytes_max: int = SEQUENCE_MAX
+    ) -> BatchLimits:
+        """What the next batch may have; at most what the caller allows."""
         server, config = self._exchange.connection.limits, self._exchange.config
         assert server is not None, "a push comes after the handshake"
         # Half of the server's message leaves room for names, ids and heads around payloads.
-        bytes_max = min(config.push_bytes_max, server.message_bytes_max // 2)
+        bytes_max = min(bytes_max, config.push_bytes_max, server.message_bytes_max // 2)
+        most = min(operations_max, config.push_operations_max, server.push_operations_max)
         return BatchLimits(
-            operations_max=min(config.push_operations_max, server.push_operations_max),
+            operations_max=most,
             bytes_max=min(bytes_max, self._exchange.connection.path.bytes_max),
             sequence_max=sequence_max,
             transactions_max=self._search.transactions_max,

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from msgspec.structs import replace
-
 from entidb.db import machine
 from entidb.errors import ResetRequiredError, SyncError, UpgradeRequiredError
 from entidb.protocol import PullRequest, PullResponse, RoundRequest, RoundResponse, SyncResponse
-from entidb.sync.apply.seam import BatchLimits, Look, PushBatch
+from entidb.sync.apply.seam import Look, PushBatch
 from entidb.sync.exchange import Exchange, Step
 from entidb.sync.grants import needs_grant
 from entidb.sync.pulling import Pulling
@@ -47,11 +45,16 @@ class Rounds:
             return None
         if not look.ready or not _is_plain(look):
             return None
-        batch = exchange.applier.prepare(self._limits(look))
+        batch = exchange.applier.prepare(
+            self._pushing.limits(look.sequence, ROUND_OPERATIONS_MAX, ROUND_BYTES_MAX)
+        )
         if batch is None:
             return None
         exchange.enter(SyncState.PUSHING)
-        asked = self._request(batch, exchange.applier.look())
+        now = exchange.applier.look()
+        asked = RoundRequest(
+            pull=self._pulling.request(now), push=self._pushing.request(batch, now.state)
+        )
         response = yield from self._exchanged(asked, batch)
         exchange.enter(SyncState.PULLING)
         if response is None:
@@ -62,19 +65,6 @@ class Rounds:
         else:
             self._pushing.settle_alone(batch, response.push, look.ready)
         return asked.pull, response.pull
-
-    def _limits(self, look: Look) -> BatchLimits:
-        limits = self._pushing.limits(look.sequence)
-        return replace(
-            limits,
-            operations_max=min(limits.operations_max, ROUND_OPERATIONS_MAX),
-            bytes_max=min(limits.bytes_max, ROUND_BYTES_MAX),
-        )
-
-    def _request(self, batch: PushBatch, look: Look) -> RoundRequest:
-        return RoundRequest(
-            pull=self._pulling.request(look), push=self._pushing.request(batch, look.state)
-        )
 
     def _exchanged(
         self, request: RoundRequest, batch: PushBatch

@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn
 from zlib import crc32
 
 import lmdb
+from msgspec import Struct
 
 from entidb.errors import CorruptionError, DatabaseClosedError, StorageError
 from entidb.storage.base import KEY_BYTES_MAX
@@ -31,17 +32,14 @@ _WALK_FROM: Final = 32
 _LENGTHS_OF_NOTHING: Final = {U32.size}
 
 
-class LmdbSnapshot:
+class LmdbSnapshot(Struct, eq=False, weakref=True):
     """A read transaction. May be used and closed from any thread, by one thread at a time."""
 
-    __slots__ = ("__weakref__", "_gate", "_reader", "_store", "mark")
-
-    def __init__(self, store: object, gate: Gate, reader: Reader, mark: int) -> None:
-        #: A store that is forgotten closes itself, which it must not while this is in use.
-        self._store = store
-        self._gate = gate
-        self._reader = reader
-        self.mark = mark
+    #: A store that is forgotten closes itself, which it must not while this is in use.
+    _store: object
+    _gate: Gate
+    _reader: Reader
+    mark: int
 
     def get(self, key: bytes) -> bytes | None:
         reader = self._reader
@@ -146,11 +144,7 @@ class LmdbSnapshot:
         self.close()
 
     def __del__(self) -> None:
-        try:
-            reader = self._reader
-        except AttributeError:
-            return  # Interrupted while it was made.
-        if reader.txn is not None:
+        if self._reader.txn is not None:
             self.close()
 
     def entries(

@@ -57,8 +57,6 @@ _WAIT_BUSY_SECONDS: Final = 0.01
 _BUSY_SECONDS: Final = 1.0
 _WAIT_IDLE_SECONDS: Final = 0.05
 _IDLE_SECONDS: Final = 10.0
-#: What ends a write because there is no room, here or any more.
-_ROOM: Final = (lmdb.MapFullError, lmdb.MapResizedError)
 Puts = list[tuple[bytes, bytes]]
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
@@ -283,7 +281,7 @@ class LmdbStorage:
             memory[COMMITTING] = 1
             # No ``try`` stands in this one: an interrupt at its first line would pass by this one's
             # handler (CPython 3.11), and the turn would be taken for ever.
-            mark = self._written(puts, deletes, after)
+            mark = self._write(puts, deletes, after)
             memory[COMMITTING] = 0
             rows = len(puts) + len(deletes)
             self._gate.touched += rows
@@ -302,47 +300,38 @@ class LmdbStorage:
             raise self._file.commit_failure(error, f"writing {self.path}") from error
         return mark
 
-    def _written(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
-        try:
-            return self._write(puts, deletes, after)
-        except _ROOM:
-            return self._write_with_room(puts, deletes, after)
-
-    def _write_with_room(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
-        for _ in range(_GROWTHS_MAX):
-            try:
-                return self._write(puts, deletes, after)
-            except lmdb.MapFullError:
-                self._file.grow(sum(len(key) + len(value) for key, value in puts))
-            except lmdb.MapResizedError:
-                self._file.follow()
-        raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
-
     def _write(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
         file = self._file
-        txn: Any = None
-        number, mark, written = 0, 0, False
-        try:
-            txn = file.env.begin(write=True)
-            number = txn.id()
-            mark = file.marks + int(number)
-            if after is not None and mark != after + 1:
-                raise CommitStaleError.of(self.path, after, mark - 1)
-            for key in deletes:
-                txn.delete(key)
-            txn.cursor().putmulti(puts)
-            # Ahead and never behind, wherever an interrupt comes.
-            written, file.newest = True, mark
-            txn.commit()
-        except BaseException as error:
-            failed = isinstance(error, lmdb.Error) and not isinstance(error, lmdb.MapFullError)
-            if failed and written:
-                file.settle(error, number - 1, txn)
+        for _ in range(_GROWTHS_MAX):
+            txn: Any = None
+            number, mark, written = 0, 0, False
+            try:
+                txn = file.env.begin(write=True)
+                number = txn.id()
+                mark = file.marks + int(number)
+                if after is not None and mark != after + 1:
+                    raise CommitStaleError.of(self.path, after, mark - 1)
+                for key in deletes:
+                    txn.delete(key)
+                txn.cursor().putmulti(puts)
+                # Ahead and never behind, wherever an interrupt comes.
+                written, file.newest = True, mark
+                txn.commit()
                 return mark
-            if txn is not None and not _is_over(txn):
-                self._abort(txn)
-            raise
-        return mark
+            except BaseException as error:
+                failed = isinstance(error, lmdb.Error) and not isinstance(error, lmdb.MapFullError)
+                if failed and written:
+                    file.settle(error, number - 1, txn)
+                    return mark
+                if txn is not None and not _is_over(txn):
+                    self._abort(txn)
+                if isinstance(error, lmdb.MapFullError):
+                    file.grow(sum(len(key) + len(value) for key, value in puts))
+                elif isinstance(error, lmdb.MapResizedError):
+                    file.follow()
+                else:
+                    raise
+        raise StorageFullError(f"the batch does not fit into {self.path}; make it smaller")
 
     def _abort(self, txn: Any) -> None:
         """Abort a write transaction with the readers held back: py-lmdb waits in it until no

@@ -111,9 +111,13 @@ class DatabaseApplier(StagesImages, Review):
         return look
 
     def _seen(self, writer: Writer) -> Look | None:
-        """The newest look, if it shows what ``writer`` begins with."""
+        """The newest look, if it shows what ``writer`` begins with, which then need not read it
+        again."""
         look = self._look
-        return look if look is not None and look.moment.mark == writer.moment.mark else None
+        if look is None or look.moment.mark != writer.moment.mark:
+            return None
+        writer.know(look.state, look.inflight)
+        return look
 
     def sequence(self) -> int:
         """The newest local commit."""
@@ -239,7 +243,7 @@ class DatabaseApplier(StagesImages, Review):
             if inflight is None or (inflight.ranges, inflight.after) != (batch.ranges, kept):
                 raise SyncStateError("the batch was settled already by another engine")
             settling = Settling(writer, self._rebase, response)
-            settled = settling.run(batch, batch.moment.is_current())
+            settled = settling.run(batch, batch.moment.mark == writer.moment.mark)
             lower_idle_clock(writer, latest_timestamp(response.time))
             if self._confirmed:
                 self._take_confirmed(writer, pulled=False)

@@ -21,6 +21,7 @@ from entidb.sync.apply.position import foreign_in_scope
 from entidb.sync.apply.seam import BatchLimits, PushBatch
 from entidb.types import OPERATION_OVERHEAD_BYTES
 
+_READY_END = end_of(READY)
 #: Keys read at a time to count them.
 _COUNTED_ROWS = 20_000
 #: Outbox rows read before it is known how large they are here.
@@ -33,8 +34,8 @@ def check_ready(writer: Writer) -> None:
     """Raises ``CorruptionError`` where the outbox does not hold as many transactions as it should.
     A damaged page can hide rows, each of them sound: what is behind them would go out without
     what it was built on."""
-    found, start, stop = 0, READY, end_of(READY)
-    while keys := writer.snapshot.scan_keys(start, stop, limit=_COUNTED_ROWS):
+    found, start = 0, READY
+    while keys := writer.snapshot.scan_keys(start, _READY_END, limit=_COUNTED_ROWS):
         found += len(keys)
         if len(keys) < _COUNTED_ROWS:
             break

@@ -147,9 +147,6 @@ class HttpTransport(BaseTransport):
             # The server takes packed bodies, but something on the way to it does not.
             self._packs, self._request_encoding = False, None
             response = self._carry(request, *self._packed(encode(request)))
-        return self._understood(request, response)
-
-    def _understood(self, request: SyncRequest, response: HttpResponse) -> SyncResponse:
         answer = self._read(request, response)
         if isinstance(answer, HandshakeResponse) and self._packs:
             self._request_encoding = _first_of(self._encodings, answer.features)
@@ -162,22 +159,11 @@ class HttpTransport(BaseTransport):
         body: bytes,
         on_sent: Callable[[], None] | None = None,
     ) -> HttpResponse:
-        response = self._post(request, headers, body, refresh=False, on_sent=on_sent)
+        url, telling = self._urls[type(request)], {} if on_sent is None else {"on_sent": on_sent}
+        response = self._request("POST", url, headers, body, False, telling)
         if response.status == 401 and callable(self._token):
-            response = self._post(request, headers, body, refresh=True)
+            response = self._request("POST", url, headers, body, True, {})
         return response
-
-    def _post(
-        self,
-        request: SyncRequest,
-        headers: dict[str, str],
-        body: bytes,
-        *,
-        refresh: bool,
-        on_sent: Callable[[], None] | None = None,
-    ) -> HttpResponse:
-        telling = {} if on_sent is None else {"on_sent": on_sent}
-        return self._request("POST", self._urls[type(request)], headers, body, refresh, telling)
 
     def _request(
         self,
