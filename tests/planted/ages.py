@@ -25,7 +25,7 @@ def _age_refuses_pushes(garden: Garden) -> None:
     def make(original: Any) -> Any:
         def precheck(self: Any, request: Any, grant: Any) -> Any:
             if 0 < request.schema < self._schema.least:
-                raise UpgradeRequiredError("too old")
+                return UpgradeRequiredError("too old")
             return original(self, request, grant)
 
         return precheck

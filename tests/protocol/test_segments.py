@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import fields
 
-from entidb import packing
+from entidb import cbor, packing
 from entidb.errors import SyncCodecError
 from entidb.protocol import (
     SEGMENT_BYTES_MAX,
@@ -198,3 +198,34 @@ def test_the_same_rows_make_the_same_file_again():
     ]
     assert made[: len(PACKINGS)] == made[len(PACKINGS) :]
     assert len(set(made)) == len(PACKINGS)
+
+
+def _with_header_to(end: int) -> bytes:
+    """A segment whose body begins at ``end``, because its header has a long unknown key."""
+    data = encode_segment("notes", columns_of(many(2)), PLAIN)
+    _, begin = decode_header(data)
+    said = cbor.decode(data[20:begin])
+    without = len(cbor.encode_message(said | {"padding": "x" * 1000})) - 1000
+    header = cbor.encode_message(said | {"padding": "x" * (end - 20 - without)})
+    assert 20 + len(header) == end
+    return data[:16] + len(header).to_bytes(4, "big") + header + data[begin:]
+
+
+def test_a_header_may_have_so_many_bytes_and_not_one_more():
+    data = _with_header_to(HEADER_BYTES_MAX)
+    assert decode_header(data)[1] == HEADER_BYTES_MAX
+    assert rows_of(data) == many(2)
+    with pytest.raises(SyncCodecError, match="too long"):
+        decode_segment(_with_header_to(HEADER_BYTES_MAX + 1))
+
+
+def test_a_header_that_is_not_all_there_is_said_to_be_cut_off():
+    data = encode_segment("notes", columns_of(many(2)), PLAIN)
+    _, begin = decode_header(data)
+    for length in (20, 21, begin - 1):
+        with pytest.raises(SyncCodecError, match="cut off"):
+            decode_header(data[:length])
+    assert decode_header(data[:begin])[1] == begin
+    for length in (0, 14, 19):
+        with pytest.raises(SyncCodecError, match=f"it has {length} bytes"):
+            decode_header(data[:length])
