@@ -19,6 +19,7 @@ from msgspec.structs import fields
 from entidb import cbor, packing
 from entidb.errors import SyncCodecError
 from entidb.protocol import (
+    LIMITS,
     SEGMENT_BYTES_MAX,
     SEGMENT_ROWS_MAX,
     SegmentColumns,
@@ -29,7 +30,7 @@ from entidb.protocol import (
     encode_segment,
     segment_rows,
 )
-from entidb.protocol.segments import HEADER_BYTES_MAX, MAGIC, PLAIN
+from entidb.protocol.segments import HEADER_BYTES_MAX, MAGIC, PLAIN, ROW_BYTES
 from entidb.testing.fuzz import garbled
 
 ROOT = Path(__file__).parent.parent.parent
@@ -229,3 +230,41 @@ def test_a_header_that_is_not_all_there_is_said_to_be_cut_off():
     for length in (0, 14, 19):
         with pytest.raises(SyncCodecError, match=f"it has {length} bytes"):
             decode_header(data[:length])
+
+
+def _headed(**changes: Any) -> bytes:
+    """The beginning of a segment of two rows, with other things in its header."""
+    data = encode_segment("notes", columns_of(many(2)), PLAIN)
+    _, begin = decode_header(data)
+    header = cbor.encode_message(cbor.decode(data[20:begin]) | changes)
+    return data[:16] + len(header).to_bytes(4, "big") + header
+
+
+@pytest.mark.parametrize(
+    ("rows", "least", "most"),
+    [
+        (1, ROW_BYTES, LIMITS.message_bytes_max),
+        (2, 2 * ROW_BYTES, SEGMENT_BYTES_MAX),
+        (1000, 1000 * ROW_BYTES, SEGMENT_BYTES_MAX),
+    ],
+)
+def test_a_header_says_a_size_that_its_rows_can_have(rows: int, least: int, most: int):
+    last = (rows - 1).to_bytes(16, "big")
+    for size in (least, most):
+        assert decode_header(_headed(rows=rows, last=last, size=size))[0].size == size
+    for size in (least - 1, most + 1):
+        with pytest.raises(SyncCodecError, match=f"{rows} rows does not have {size} bytes"):
+            decode_header(_headed(rows=rows, last=last, size=size))
+
+
+@pytest.mark.parametrize(("rows", "first", "last"), [(1, 0, 1), (2, 0, 0), (1, 1, 0), (2, 1, 0)])
+def test_a_header_names_ends_that_its_rows_can_have(rows: int, first: int, last: int):
+    ends = {"first": first.to_bytes(16, "big"), "last": last.to_bytes(16, "big")}
+    with pytest.raises(SyncCodecError, match=f"{rows} rows does not have these ids"):
+        decode_header(_headed(rows=rows, size=200, **ends))
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "é" * 128])
+def test_a_header_names_a_collection_that_there_can_be(name: str):
+    with pytest.raises(SyncCodecError, match="header"):
+        decode_header(_headed(collection=name))
