@@ -268,3 +268,9 @@ def test_a_header_names_ends_that_its_rows_can_have(rows: int, first: int, last:
 def test_a_header_names_a_collection_that_there_can_be(name: str):
     with pytest.raises(SyncCodecError, match="header"):
         decode_header(_headed(collection=name))
+
+
+@pytest.mark.parametrize("how", ["lz4", "identity"])
+def test_a_packing_that_nobody_knows_is_named(how: str):
+    with pytest.raises(SyncCodecError, match=f"cannot unpack '{how}'"):
+        decode_header(_headed(packing=how))
