@@ -170,6 +170,7 @@ VOCABULARY = vocabulary()
 FOREIGN = {
     *("your_policy", "BigInt", "TextEncoder", "TextDecoder"),
     *("statement_timeout", "transaction_timeout"),  # settings of PostgreSQL
+    "ReadWritePaths",  # a setting of systemd
 }
 
 
