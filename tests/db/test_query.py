@@ -454,8 +454,13 @@ def test_what_cannot_match_is_not_decoded(db: Database, condition: Condition, de
 
 # ---------------------------------------------------------------- a loop in Python
 
-NUMBERS = st.sampled_from([0, 1, 1.0, 1.5, -1, 2, 2**53, 2**53 + 1, float(2**53), 2**64 - 1, 1e300])
-SIMPLE = st.none() | st.booleans() | NUMBERS | st.sampled_from(["", "a", "ab", "b", "é", "😀"])
+FEW_NUMBERS = [0, 1, 1.0, 1.5, -1, 2, 2**53, 2**53 + 1, float(2**53), 2**64 - 1, 1e300]
+EDGES = [23, 24, 255.5, 256, -25, 2**32, 2**63, float(2**63), -(2**63) - 1, -(2**64), 5e-324, -1e-9]
+NUMBERS = st.sampled_from(FEW_NUMBERS) | st.sampled_from(EDGES)
+TEXTS = st.sampled_from(["", "a", "ab", "b", "é", "😀"]) | st.sampled_from(
+    ["\0", "a\0", "a\0b", "\uffff", "aa\x05"]
+)
+SIMPLE = st.none() | st.booleans() | NUMBERS | TEXTS
 VALUES = (
     SIMPLE
     | st.binary(max_size=2)
