@@ -104,7 +104,7 @@ def check_logout(pending: str, file: str | os.PathLike[str] | None, subject: str
         raise ConfigError("a subject is for keep: who the next token of this person is for")
 
 
-def check_subject(subject: str) -> None:
+def check_subject(subject: object) -> None:
     """Raises ``ConfigError`` for what no token can be for."""
     if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_CHARS_MAX:
         raise ConfigError(
