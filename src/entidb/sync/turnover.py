@@ -106,7 +106,8 @@ def check_logout(pending: str, file: str | os.PathLike[str] | None, subject: str
 
 def check_subject(subject: object) -> None:
     """Raises ``ConfigError`` for what no token can be for."""
-    if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_CHARS_MAX:
+    given: object = subject
+    if not isinstance(given, str) or not 0 < len(given) <= SUBJECT_CHARS_MAX:
         raise ConfigError(
             f"a subject is text of up to {SUBJECT_CHARS_MAX} characters, not {subject!r:.60}"
         )
