@@ -171,6 +171,13 @@ def sent(transaction: str, *operations: tuple[Json, int | Json, Json | None]) ->
     ]
 
 
+def again(transaction: list[Any]) -> list[Any]:
+    """``transaction`` as it may be sent once more after nothing of it was decided: its time may be
+    another one, which is that of the server if the device's clock is ahead (R27)."""
+    identity, _, operations = transaction
+    return [identity, {"is": f"later time of {identity['is']}"}, operations]
+
+
 def push(
     cursor: int | Json, transactions: list[list[Any]], *results: list[Any], head: int = 0
 ) -> Json:
@@ -211,6 +218,25 @@ def block(last: Json, *entities: tuple[Json, int, Json]) -> list[Any]:
         told.update(bytes.fromhex(entity["hex"]) + version.to_bytes(8, "big"))
         told.update(len(value).to_bytes(4, "big") + value)
     return [last, len(entities), {"hex": told.hexdigest()[:32]}]
+
+
+def taking_rounds(row: Json) -> Json:
+    """A handshake with a server that takes a pull and a push in one request."""
+    return row | {"answer": row["answer"] | {"features": ["sync"]}}
+
+
+def beside(pulled: Json, pushed: Json) -> Json:
+    """A round: both in one request, and the answers to both; a push without an answer was not
+    decided."""
+    return exchange(
+        "sync",
+        {"pull": pulled["must"], "push": pushed["must"]},
+        {"pull": pulled["answer"], "push": pushed.get("answer")},
+    )
+
+
+def undecided(row: Json) -> Json:
+    return {key: item for key, item in row.items() if key != "answer"}
 
 
 def absent(cursor: int) -> Json:
@@ -356,6 +382,10 @@ A, B, C, D = (value(text) for text in ("a", "b", "c", "d"))
 EMPTY: Final = (meeting(0), pull(0, head=0, full=True))
 #: The device meets a server that has E1 with the value A, as version 1.
 ONE: Final = (meeting(1), pull(0, changed(1, (E1, A)), head=1, full=True))
+
+#: As ``EMPTY`` and ``ONE``, of a server that takes rounds.
+EMPTY_ROUNDS: Final = (taking_rounds(EMPTY[0]), EMPTY[1])
+ONE_ROUNDS: Final = (taking_rounds(ONE[0]), ONE[1])
 
 _MADE: Final[list[Json]] = []
 
@@ -548,6 +578,223 @@ def a_conflict_verdict() -> list[Json]:
             push(2, [sent("t1", (E1, 2, B))], accepted(3)),
         ),
         holds([(E1, B)]),
+    ]
+
+
+@_conversation(5, "R6: a device that is up to date pulls and pushes in one exchange")
+def a_round_with_nothing_new() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(beside(pull(1, head=2), push(1, [sent("t1", (E1, 1, B))], accepted(2)))),
+        holds([(E1, B)]),
+        sync(pull({"one of": [1, 2]}, head=2, have={"at most": [[2, 2]]})),
+    ]
+
+
+@_conversation(5, "a round brings what others have committed after its push, too")
+def a_round_with_something_new_behind_it() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(
+            beside(
+                pull(1, changed(3, (E2, C)), head=3),
+                push(1, [sent("t1", (E1, 1, B))], accepted(2), head=3),
+            )
+        ),
+        holds([(E1, B), (E2, C)]),
+        sync(pull(3, head=3)),
+    ]
+
+
+@_conversation(
+    5, "R6: a device that is behind gets a page in the place of verdicts, and pushes again on it"
+)
+def a_round_behind_the_head() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(
+            beside(
+                pull(1, changed(2, (E2, C)), head=2),
+                undecided(push(1, [sent("t1", (E1, 1, B))])),
+            ),
+            push(2, [again(sent("t1", (E1, 1, B)))], accepted(3)),
+        ),
+        holds([(E1, B), (E2, C)]),
+    ]
+
+
+@_conversation(
+    5, "R6: what was not decided is rebased as after any pull, and pushed on the new version",
+    "client_wins",
+)  # fmt: skip
+def a_round_behind_a_change_of_the_same() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(
+            beside(
+                pull(1, changed(2, (E1, D)), head=2),
+                undecided(push(1, [sent("t1", (E1, 1, B))])),
+            ),
+            push(2, [again(sent("t1", (E1, 2, B)))], accepted(3)),
+        ),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(5, "a round behind the head by more than a page goes on with pulls")
+def a_round_answered_with_the_first_of_two_pages() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(
+            beside(
+                pull(1, changed(2, (E2, C)), head=3, reaches=2),
+                undecided(push(1, [sent("t1", (E1, 1, B))])),
+            ),
+            pull(2, changed(3, (E3, D)), head=3),
+            push(3, [again(sent("t1", (E1, 1, B)))], accepted(4)),
+        ),
+        holds([(E1, B), (E2, C), (E3, D)]),
+    ]
+
+
+@_conversation(5, "R21: what the device wrote itself is no news, also where its cursor is below it")
+def a_round_above_what_it_wrote_itself() -> list[Json]:
+    return [
+        commit((E1, A)),
+        sync(*EMPTY_ROUNDS, push(0, [sent("t1", (E1, 0, A))], accepted(1))),
+        commit((E1, B)),
+        sync(
+            beside(
+                pull({"one of": [0, 1]}, head=2, have={"at most": [[1, 1]]}),
+                push({"one of": [0, 1]}, [sent("t2", (E1, 1, B))], accepted(2)),
+            )
+        ),
+        holds([(E1, B)]),
+        sync(pull({"one of": [0, 1, 2]}, head=2, have={"at most": [[1, 2]]})),
+    ]
+
+
+@_conversation(
+    7, "R7: a round may end in a conflict; its page brings the other side", "client_wins"
+)
+def a_conflict_in_a_round() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(
+            beside(
+                pull(1, changed(2, (E1, D)), head=2),
+                push(1, [sent("t1", (E1, 1, B))], conflict((E1, 2, D)), head=2),
+            ),
+            push(2, [again(sent("t1", (E1, 2, B)))], accepted(3)),
+        ),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(7, "R15: what a round rejects is withdrawn, and the rest of its batch is accepted")
+def a_rejection_in_a_round() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        commit((E2, C)),
+        sync(
+            beside(
+                pull(1, head=2),
+                push(
+                    1,
+                    [sent("t1", (E1, 1, B)), sent("t2", (E2, absent(1), C))],
+                    rejected("closed"),
+                    accepted(2),
+                ),
+            )
+        ),
+        holds([(E1, A), (E2, C)], discarded=[("closed", [(E1, B)])]),
+    ]
+
+
+@_conversation(
+    5, "R5: a round whose answer was lost is pushed again by itself, before anything else"
+)
+def a_lost_answer_of_a_round() -> list[Json]:
+    batch = [sent("t1", (E1, 1, B))]
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(lost(beside(pull(1, head=2), push(1, batch, accepted(2)))), ends="no_answer"),
+        holds([(E1, B)], pending=[[(E1, B)]]),
+        RESTART,
+        sync(taking_rounds(handshake(2)), push(1, batch, accepted(2)), pull(1, head=2)),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(
+    5, "R5: where something on the way refuses a round, a pull and a push go each by itself"
+)
+def a_refused_round() -> list[Json]:
+    batch = [sent("t1", (E1, 1, B))]
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E1, B)),
+        sync(
+            refused(beside(pull(1, head=1), push(1, batch, accepted(2))), 413),
+            pull(1, head=1),
+            push(1, [*map(again, batch)], accepted(2)),
+        ),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(8, "R14: a round behind the floor is refused, and the reset is a pull")
+def a_round_behind_the_floor() -> list[Json]:
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E2, B)),
+        sync(
+            refused(
+                beside(pull(1, head=3), push(1, [sent("t1", (E2, absent(1), B))], accepted(4))),
+                409,
+                "reset_required",
+                details={"floor": 2},
+            ),
+            refused(pull(1, head=3), 409, "reset_required", details={"floor": 2}),
+            pull(0, changed(3, (E3, C)), head=3, floor=2, full=True),
+            push(3, [again(sent("t1", (E2, absent(3), B)))], accepted(4)),
+        ),
+        holds([(E2, B), (E3, C)]),
+    ]
+
+
+@_conversation(8, "R29: a round may be the first to hear of another history; nothing was decided")
+def another_history_in_a_round() -> list[Json]:
+    batch = [sent("t1", (E2, absent(1), B))]
+    return [
+        sync(*ONE_ROUNDS),
+        commit((E2, B)),
+        sync(
+            refused(
+                beside(pull(1, head=1), push(1, batch, accepted(2))),
+                409,
+                "history_changed",
+                details={"history": NEW_HISTORY},
+            ),
+            ends="history_changed",
+        ),
+        holds([(E1, A), (E2, B)], pending=[[(E2, B)]]),
+        choose("server"),
+        sync(
+            taking_rounds(handshake(1, known=None, now=NEW_HISTORY)),
+            pull(0, changed(1, (E1, D)), head=1, full=True, history=NEW_HISTORY),
+            _push(1, [*map(again, batch)], NEW_HISTORY)
+            | {"answer": push(1, [], accepted(2))["answer"]},
+        ),
+        holds([(E1, D), (E2, B)]),
     ]
 
 

@@ -119,3 +119,20 @@ def test_a_device_that_leaves_out_a_segment_is_noticed(monkeypatch: pytest.Monke
     monkeypatch.setattr(StagesImages, "begin_image", begin)
     with pytest.raises(Mismatch, match="one request too many"):  # no conflict is seen
         Player(_named("an image")).play()
+
+
+def test_a_push_that_does_not_wait_for_the_pull_beside_it_is_noticed() -> None:
+    """A client that takes a round without verdicts for one that was decided."""
+    conversation = _named("a round behind the head")
+    syncs = [step for step in conversation["steps"] if step["do"] == "sync"]
+    syncs[-1]["exchanges"].pop()
+    with pytest.raises(Mismatch, match="one request too many: /v1/push"):
+        Player(conversation).play()
+
+
+def test_a_round_whose_pull_is_behind_its_push_is_noticed() -> None:
+    conversation = _named("a round with nothing new")
+    [row] = [row for row in _exchanges(conversation) if row["request"] == "sync"]
+    row["must"]["pull"]["cursor"] = 0
+    with pytest.raises(Mismatch, match="cursor is 1, not 0"):
+        Player(conversation).play()
