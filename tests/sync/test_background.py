@@ -288,6 +288,35 @@ def test_after_failures_commits_wait_longer_and_longer_until_one_works():
     assert turns.run() == [0.0, 4.005, 12.01, 12.505, 42.505]
 
 
+def test_what_a_sync_that_failed_was_for_is_due_again_when_the_backoff_allows():
+    away = TransportError("away")
+    turns = Turns(nothing, fails(away), fails(away), nothing, interval_s=600.0)
+    turns.plan = [(1.0, turns.commit)]
+    assert turns.run() == [0.0, 1.005, 5.01, 13.015, 613.015]
+    turns = Turns(nothing, fails(away), nothing, interval_s=600.0)
+    turns.plan = [(1.0, lambda: turns.background.heard(7, False))]
+    assert turns.run() == [0.0, 1.0, 5.0, 605.0]
+
+
+def test_a_number_that_comes_late_takes_no_newer_one_back():
+    turns = Turns(nothing)
+    turns.reached = 8
+
+    def twice() -> None:
+        turns.background.heard(9, False)
+        turns.background.heard(8, False)
+
+    turns.plan = [(1.0, twice)]
+    assert turns.run() == [0.0, 1.0]
+
+
+def test_a_number_that_is_not_beyond_what_is_here_starts_nothing():
+    turns = Turns(nothing)
+    turns.reached = 9
+    turns.plan = [(1.0, lambda: turns.background.heard(9, False))]
+    assert turns.run() == [0.0, 30.0]
+
+
 def test_after_a_failure_that_stays_only_the_interval_or_a_call_starts_the_next():
     refused = PermissionDeniedError("no")
     turns = Turns(fails(refused), fails(refused), nothing)

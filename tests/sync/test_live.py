@@ -25,7 +25,9 @@ from entidb.sync.live import (
     POLL_INSTEAD_S,
     Ask,
     Channel,
+    ChannelCourse,
     Event,
+    HeldUpError,
     LiveState,
     OpenStream,
     Policy,
@@ -121,6 +123,24 @@ def test_a_stream_that_ends_at_once_each_time_is_no_loop() -> None:
     steps = policy()
     steps.said_goodbye(0.0, Event("bye", "time", 0), 300.0)
     assert steps.next(0.0) == OpenStream(refresh=False)
+
+
+def test_a_poll_that_names_less_than_before_is_a_first_word() -> None:
+    """The database is another one: whatever the device has, there is something to pull."""
+    now, heard = [0.0], Heard()
+    course = ChannelCourse(
+        lambda: now[0], lambda: 0.0, news=heard.news, changed=heard.states.append
+    ).run()
+    assert course.send(None) == OpenStream(refresh=False)
+    assert course.throw(HeldUpError()) == Ask(refresh=False, known=None)
+    for head in (10, 12, 5, 5):
+        pause = course.send(head)
+        assert isinstance(pause, Wait)
+        now[0] += pause.seconds
+        assert course.send(None) == Ask(refresh=False, known=head)
+    assert heard.heads == [(10, True), (12, False), (5, True), (5, False)]
+    course.close()
+    assert heard.states == [LiveState.POLLING, LiveState.OFFLINE]
 
 
 # ---------------------------------------------------------------- over a network

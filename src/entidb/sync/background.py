@@ -8,7 +8,6 @@ error that trying again does not help, not at all: then the interval does, or ``
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
 from entidb.storage.base import StoreTurn
 from entidb.sync.config import SyncConfig
 from entidb.sync.live import Channel, NewsSource
+from entidb.sync.occasions import Occasions
 from entidb.sync.state import SyncCycleResult
 from entidb.types import Clock
 
@@ -69,16 +69,11 @@ class Background:
         self._clock = clock
         self._draw = draw
         self._event = threading.Event()
-        #: A cycle was asked for, or the run is to end; and something was committed.
-        self._called = self._committed = False
-        #: Syncs that failed, one after the other, and when a commit may start the next.
-        self._failures = 0
-        self._held_until = -math.inf
-        #: Learns what the server has, while this runs and the server offers news; the newest commit
-        #: that was named, and whether a pull is due whatever it is.
+        self._occasions = Occasions(engine.config.retry, draw)
+        #: Learns what the server has, while this runs and the server offers news.
         self.channel: Channel | None = None
-        self._named = 0
-        self._unheard = False
+        #: When the server last named a commit, in milliseconds since 1970; None: it did not yet.
+        self.heard_ms: int | None = None
         #: The thread that ``run`` is on; None while it is not. And whether one is about to call it.
         self.thread: int | None = None
         self.starting = False
@@ -93,24 +88,23 @@ class Background:
 
     def wake(self) -> None:
         """A cycle is due now."""
-        self._called = True
+        self._occasions.call()
         self._event.set()
 
     def begun(self) -> None:
         """What was asked for until now begins."""
-        self._called = False
+        self._occasions.called = False
 
     def committed(self, sequence: int) -> None:
         """Something else than a cycle has committed: the database calls it after each commit."""
         if threading.get_ident() != self._engine.cycle_thread:
-            self._committed = True
+            self._occasions.commit()
             self._event.set()
 
     def heard(self, head: int, first: bool) -> None:
-        """The server has commit ``head``. After a silence (``first``) a pull is due anyway: what
-        was said meanwhile was not heard."""
-        self._named = head
-        self._unheard |= first
+        """The server has commit ``head``; see ``Occasions.hear``."""
+        self.heard_ms = self._clock.now_ms()
+        self._occasions.hear(head, first)
         self._event.set()
 
     def run(self, stopped: threading.Event) -> None:
@@ -126,9 +120,7 @@ class Background:
             database.on_commit = self.committed
             database.start_hearing()
             while not stopped.is_set():
-                # News from here on is for the next turn: the pull may be over by then.
-                self._called = self._committed = self._unheard = False
-                self._named = 0
+                self._occasions.begin()
                 self._sync(stopped)
                 if stopped.is_set() or self._engine.closed:
                     return
@@ -169,10 +161,9 @@ class Background:
         try:
             result = engine.run_cycle(threading.Event(), stopped)
             done = not (result.incomplete or result.kept_back)
-            if result.changed and done and engine.database.read_head().ready:
-                # Of an observer or a listener, which the cycle's own thread has called.
-                self._committed = True
-            self._failures, self._held_until = 0, -math.inf
+            # Of an observer or a listener, which the cycle's own thread has called.
+            more = result.changed and done and engine.database.read_head().ready > 0
+            self._occasions.worked(more=more)
             # What is committed from here on leaves at once.
             engine.database.marks_commits = True
         except SyncCancelledError:
@@ -192,24 +183,18 @@ class Background:
     def _hold(self, passes: bool) -> None:
         """After a failure, commits start no cycle for a while."""
         self._engine.database.marks_commits = False
-        retry = self._engine.config.retry
-        self._failures += 1
-        delay = retry.delay_s(retry.attempts_max + self._failures, self._draw())
-        self._held_until = self._clock.monotonic() + delay if passes else math.inf
+        self._occasions.failed(self._clock.monotonic(), passes=passes)
 
     def _wait(self, stopped: threading.Event) -> None:
         """Until the next turn."""
-        until = self._clock.monotonic() + self._engine.pause_s()
+        occasions, engine = self._occasions, self._engine
+        occasions.wait(self._clock.monotonic(), engine.pause_s())
         while True:
             self._event.clear()
-            if self._called:
-                return
-            news = self._unheard or self._named > self._engine.reached
-            sooner = (self._committed or news) and self._held_until < until
-            left = (self._held_until if sooner else until) - self._clock.monotonic()
+            left, burst = occasions.left_s(self._clock.monotonic(), lambda: engine.reached)
             if left <= 0 or not self._clock.wait(self._event, left):
                 break
-        if sooner and self._committed:
+        if burst:
             self._wait_for_burst(stopped)
 
     def _wait_for_burst(self, stopped: threading.Event) -> None:

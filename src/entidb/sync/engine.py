@@ -67,8 +67,16 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
 
     plumbing = frozenset(
         (
-            *("applier", "cancel_cycle", "course", "cycle_thread", "news_source", "note_bug"),
-            *("note_error", "pause_s", "reached", "run_cycle", "run_until", "transport"),
+            *("applier", "cancel_cycle", "course", "cycle_thread", "last_error", "news_source"),
+            *(
+                "note_bug",
+                "note_error",
+                "pause_s",
+                "reached",
+                "run_cycle",
+                "run_until",
+                "transport",
+            ),
             *("wait_accepted", "wait_synced"),
         )
     )
@@ -282,6 +290,11 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         return SyncState.STANDBY if waits else self._state
 
     @property
+    def last_error(self) -> EntiDBError | None:
+        """What ``status()`` tells of it; None where the newest sync worked."""
+        return self._attempts.last_error
+
+    @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
         return self._closed
@@ -328,6 +341,7 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
             overruled=self.applier.overruled_count(),
             live=LiveState.OFFLINE.value if channel is None else channel.state.value,
             live_since_ms=None if channel is None else channel.since_ms,
+            heard_ms=self._background.heard_ms,
             subject=state.subject,
             others=self.applier.others() if state.others else {},
         )

@@ -1,16 +1,20 @@
 """The channel of hints, from the device's side: a stream where that works, a poll that waits where
 it does not, and nothing at all where neither does; then the interval of the engine is what is left.
 
-``Policy`` decides what to do next and knows neither network nor threads; ``Channel`` does it, on a
-thread of its own. A hint says that there is something to pull and never what: everything that is
-lost here is found by the next cycle.
+    Policy ──▶ ChannelCourse ── step ────────────▶ Channel: a thread and a NewsSource
+                             ◀─ outcome or error ─
+
+``Policy`` decides what to do next; ``ChannelCourse`` makes of what comes what is told, and asks for
+the next step. Neither knows a network or a thread, so that the simulator runs the same two. A hint
+says that there is something to pull and never what: everything that is lost here is found by the
+next cycle.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
@@ -106,9 +110,10 @@ class OpenStream:
 
 @dataclass(frozen=True)
 class Ask:
-    """Send a request that waits."""
+    """Send a request that waits for what is beyond commit ``known`` (None: for nothing)."""
 
     refresh: bool
+    known: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,109 @@ class Policy:
         self._not_before = now + at_least_s + longest * self._draw()
 
 
+# ---------------------------------------------------------------- what is made of what comes
+
+
+@dataclass(frozen=True)
+class Next:
+    """Wait for the next event of the stream that is open."""
+
+
+Course = Generator[OpenStream | Next | Ask | Wait, Event | int | None, None]
+
+
+class ChannelCourse:
+    """What a channel does, step by step. ``now`` is a monotonic clock; ``news`` and ``changed`` are
+    those of ``Channel``, called between two steps.
+
+    The outcome of ``Next`` is an event, or None for a sign of life; that of ``Ask`` the newest
+    commit; the others have none. What goes wrong in a step is thrown in. A step that is no ``Next``
+    ends the stream that was open before it.
+    """
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        draw: Callable[[], float],
+        *,
+        news: Callable[[int, bool], None],
+        changed: Callable[[LiveState], None],
+    ) -> None:
+        self._now = now
+        self._policy = Policy(draw)
+        self._news = news
+        self._changed = changed
+        #: The newest commit that was named since nothing was heard.
+        self._known = 0
+        self.state = LiveState.OFFLINE
+
+    def run(self) -> Course:
+        """It has no end of its own; closing it leaves the state ``OFFLINE``."""
+        try:
+            while True:
+                step = self._policy.next(self._now())
+                try:
+                    if isinstance(step, Wait):
+                        yield step
+                    elif isinstance(step, OpenStream):
+                        yield from self._listen(step)
+                    else:
+                        yield from self._ask(step)
+                except SyncCancelledError as error:
+                    # The transport was stopped, and not this.
+                    self._policy.failed(self._now(), error)
+                self._tell()
+        finally:
+            self._policy.state = LiveState.OFFLINE
+            self._tell()
+
+    def _listen(self, step: OpenStream) -> Course:
+        began = self._now()
+        first = True
+        try:
+            yield step
+            while True:
+                event = yield Next()
+                if not isinstance(event, Event):
+                    continue
+                if event.name == "bye":
+                    self._policy.said_goodbye(self._now(), event, self._now() - began)
+                    return
+                if event.name == "head" and event.data.isdigit():
+                    self._policy.opened()
+                    self._tell()
+                    self._news(int(event.data), first)
+                    first = False
+        except HeldUpError:
+            self._policy.held_up(self._now())
+            _log.info("something on the way to the server gathers answers; asking now and then")
+        except (SyncError, EOFError) as error:
+            self._policy.failed(self._now(), error, self._now() - began)
+            _log.debug("the stream of news ended: %s", error)
+
+    def _ask(self, step: Ask) -> Course:
+        silent = self._policy.state is not LiveState.POLLING
+        asked = Ask(step.refresh, None if silent else self._known)
+        try:
+            head = yield asked
+        except SyncError as error:
+            self._policy.failed(self._now(), error)
+            _log.debug("asking for news failed: %s", error)
+            return
+        assert isinstance(head, int), "the outcome of a question is a commit"
+        self._policy.answered(self._now())
+        # A database that ends earlier than before is another one: nothing was heard of that.
+        first, self._known = silent or head < self._known, head
+        self._tell()
+        self._news(head, first)
+
+    def _tell(self) -> None:
+        state = self._policy.state
+        if state is not self.state:
+            self.state = state
+            self._changed(state)
+
+
 # ---------------------------------------------------------------- doing it
 
 
@@ -213,13 +321,11 @@ class Channel:
     ) -> None:
         self._source = source
         self._clock = clock
-        self._policy = Policy(draw)
-        self._news = news
         self._changed = changed
+        self._course = ChannelCourse(clock.monotonic, draw, news=news, changed=self._is_now)
+        self._events: Events | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        #: The newest commit that was named since nothing was heard.
-        self._known = 0
         self.state = LiveState.OFFLINE
         #: Since when it is so, in milliseconds since 1970.
         self.since_ms = clock.now_ms()
@@ -242,71 +348,46 @@ class Channel:
             thread.join(_JOIN_S)
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            step = self._policy.next(self._clock.monotonic())
-            try:
-                if isinstance(step, Wait):
-                    self._clock.wait(self._stopping, step.seconds)
-                elif isinstance(step, OpenStream):
-                    self._listen(step)
-                else:
-                    self._ask(step)
-            except SyncCancelledError as error:
-                # The transport was stopped, and not this.
-                self._policy.failed(self._clock.monotonic(), error)
-            self._tell()
-        self._policy.state = LiveState.OFFLINE
-        self._tell()
-
-    def _listen(self, step: OpenStream) -> None:
-        now = self._clock.monotonic
-        began = now()
-        events: Events | None = None
-        first = True
+        course = self._course.run()
+        outcome: Event | int | None = None
+        failed: BaseException | None = None
         try:
-            events = self._source.open(
+            while True:
+                step = course.send(outcome) if failed is None else course.throw(failed)
+                if self._stopping.is_set():
+                    return
+                outcome = failed = None
+                try:
+                    outcome = self._do(step)
+                except (SyncError, EOFError, HeldUpError) as error:
+                    failed = error
+        finally:
+            self._close_events()
+            course.close()
+
+    def _do(self, step: OpenStream | Next | Ask | Wait) -> Event | int | None:
+        if isinstance(step, Next):
+            assert self._events is not None
+            return self._events.next()
+        self._close_events()
+        if isinstance(step, Wait):
+            self._clock.wait(self._stopping, step.seconds)
+        elif isinstance(step, Ask):
+            return self._source.poll(step.known, refresh=step.refresh)
+        else:
+            self._events = self._source.open(
                 first_event_s=FIRST_EVENT_S, silence_s=SILENCE_S, refresh=step.refresh
             )
-            while True:
-                event = events.next()
-                if event is None:
-                    continue
-                if event.name == "bye":
-                    self._policy.said_goodbye(now(), event, now() - began)
-                    return
-                if event.name == "head" and event.data.isdigit():
-                    self._policy.opened()
-                    self._tell()
-                    self._news(int(event.data), first)
-                    first = False
-        except HeldUpError:
-            self._policy.held_up(now())
-            _log.info("something on the way to the server gathers answers; asking now and then")
-        except (SyncError, EOFError) as error:
-            self._policy.failed(now(), error, now() - began)
-            _log.debug("the stream of news ended: %s", error)
-        finally:
-            if events is not None:
-                events.close()
+        return None
 
-    def _ask(self, step: Ask) -> None:
-        first = self._policy.state is not LiveState.POLLING
-        try:
-            head = self._source.poll(None if first else self._known, refresh=step.refresh)
-        except SyncError as error:
-            self._policy.failed(self._clock.monotonic(), error)
-            _log.debug("asking for news failed: %s", error)
-            return
-        self._policy.answered(self._clock.monotonic())
-        self._known = head
-        self._tell()
-        self._news(head, first)
+    def _close_events(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            events.close()
 
-    def _tell(self) -> None:
-        state = self._policy.state
-        if state is not self.state:
-            self.state, self.since_ms = state, self._clock.now_ms()
-            self._changed(state)
+    def _is_now(self, state: LiveState) -> None:
+        self.state, self.since_ms = state, self._clock.now_ms()
+        self._changed(state)
 
 
-__all__ = ["Channel", "Event", "Events", "LiveState", "NewsSource", "Policy"]
+__all__ = ["Channel", "ChannelCourse", "Event", "Events", "LiveState", "NewsSource", "Policy"]

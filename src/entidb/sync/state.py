@@ -154,7 +154,8 @@ class SyncStatus(Struct, frozen=True):
     values that a policy decided against (R4). ``*_ms`` are wall-clock milliseconds since 1970;
     ``next_retry_s`` is how long until the next attempt, None where none is planned. ``live`` says
     how a background run learns what others write: ``live`` (at once), ``polling`` (nearly so), or
-    ``offline`` (with the next cycle); since when, where there is such a run. ``subject`` is who
+    ``offline`` (with the next cycle); since when, where there is such a run, and ``heard_ms`` when
+    it last heard of a commit, None if never. ``subject`` is who
     the server last said that this device syncs as, None if nobody; ``others`` counts, of
     ``pending`` and ``held``, what waits for other subjects to sync here (R36)."""
 
@@ -173,5 +174,6 @@ class SyncStatus(Struct, frozen=True):
     overruled: int = 0
     live: str = "offline"
     live_since_ms: int | None = None
+    heard_ms: int | None = None
     subject: str | None = None
     others: dict[str, int] = {}
