@@ -161,6 +161,16 @@ def test_another_history_is_news() -> None:
         assert cbor.decode(response.read()) == {"head": head}
 
 
+def test_one_who_has_seen_more_than_there_is_is_answered_at_once() -> None:
+    """The database was replaced by an older one: whoever waits for more would wait for long."""
+    with running() as (server, url), Client(url) as client:
+        head = add(server)
+        path = f"/v1/live?db_id=shop&cursor={head + 5}"
+        client.connection.request("GET", path, headers={"accept": "application/cbor"})
+        response = client.connection.getresponse()
+        assert cbor.decode(response.read()) == {"head": head}
+
+
 @pytest.mark.parametrize(
     ("method", "query", "code"),
     [

@@ -66,6 +66,7 @@ class LiveAnswers:
         self._use = use
         self._ask = ask
         self._decided = server.front.control.decided
+        self._streams = 0
 
     async def answer(
         self, live: LiveChannels, request: LiveRequest, grants: Grants
@@ -83,7 +84,8 @@ class LiveAnswers:
                 return await poll.answer(await self._newest(request.db_id))
             finally:
                 live.remove(poll)
-        stream = Stream(request, grants, self._server.clock)
+        self._streams += 1
+        stream = Stream(request, grants, self._server.clock, self._streams)
         live.add(stream)
         try:
             newest = await self._newest(request.db_id)

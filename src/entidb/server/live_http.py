@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ TOKEN_MARGIN_S: Final = 10.0
 #: Milliseconds after which a client may come again when the server stops: up to so many.
 _RESTART_MS: Final = 10_000
 _GOLDEN: Final = 0.6180339887
-_streams = itertools.count(1)
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
@@ -90,7 +88,8 @@ class Newest:
     head: int
 
     def is_news(self, request: LiveRequest) -> bool:
-        return self.head > request.cursor or request.history not in (None, self.history)
+        """Also where the asker has seen more than there is: this is another database by now."""
+        return self.head != request.cursor or request.history not in (None, self.history)
 
 
 # ---------------------------------------------------------------- a poll
@@ -123,13 +122,14 @@ class Poll:
 
     async def answer(self, newest: Newest) -> ServerResponse:
         """``newest`` is where the database ends, read after this became a waiter."""
+        head = newest.head
         if not newest.is_news(self._request):
             with contextlib.suppress(TimeoutError):  # nothing new is an answer too
                 async with asyncio.timeout(POLL_S):
                     await self._news
-        self.head = max(self.head, newest.head)
+            head = max(head, self.head)
         headers = {"content-type": CONTENT_TYPE, "cache-control": "no-store"}
-        return ServerResponse(200, headers, cbor.encode({"head": self.head}))
+        return ServerResponse(200, headers, cbor.encode({"head": head}))
 
 
 # ---------------------------------------------------------------- a stream
@@ -156,13 +156,14 @@ class Stream:
         "subject",
     )
 
-    def __init__(self, request: LiveRequest, grants: Grants, clock: Clock) -> None:
+    def __init__(self, request: LiveRequest, grants: Grants, clock: Clock, number: int) -> None:
+        """``number`` is another one for each stream of a server, and spreads when they end."""
         self.db_id = request.db_id
         self.device_id = request.device_id
         self.grants = grants
         self.subject = grants.subject
         self.head = 0
-        self._number = next(_streams)
+        self._number = number
         self._life_s = STREAM_S * (1 - _SPREAD + 2 * _SPREAD * (self._number * _GOLDEN % 1))
         self._reason = "time"
         if grants.until_s is not None:
