@@ -6,14 +6,16 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from entidb.cli.exits import Exit
 from entidb.db import Database
-from entidb.server import ServerConfig, serving
+from entidb.server import ServerConfig, SyncServer, serving
 from tests.cli.support import TIMEOUT_S, command, done, environment, put
 
 pty = pytest.importorskip("pty")
@@ -142,3 +144,71 @@ def test_wide_terminals_and_pipes_get_whole_ids(shop: Path):
     whole = re.compile(r"^[0-9a-f-]{36}  ", re.MULTILINE)
     assert len(whole.findall(on_a_terminal("list", shop, "notes", width=120)[1])) == 2
     assert len(whole.findall(done("list", shop, "notes"))) == 2
+
+
+def watched(path: Path, url: str, *options: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A watch on a terminal, and the near end of that."""
+    import struct
+    import termios
+
+    near, far = pty.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    words = command("sync", path, url, "--db", "shop", "--watch", "--interval", "600", *options)
+    env = environment(TERM="xterm")
+    running = subprocess.Popen(words, stdin=far, stdout=far, stderr=far, env=env)
+    os.close(far)
+    return running, near
+
+
+def read_until(near: int, found: str, said: str = "") -> str:
+    """All that was written, until ``found`` is on the last line."""
+    while re.search(found, said.rpartition("\x1b[2K")[2]) is None:
+        said += os.read(near, 65536).decode()
+    return said
+
+
+def test_the_last_line_of_a_watch_says_how_things_are(tmp_path: Path):
+    done("init", tmp_path / "a")
+    with SyncServer.in_memory() as server, serving(server) as url:
+        shop = server.database("shop")
+        running, near = watched(tmp_path / "a", url)
+        try:
+            said = read_until(near, r"^live since [0-9:]{8}, .*0 pending, 0 conflicts$")
+            shop.collection("notes").add({"text": "by itself"})
+            said = read_until(near, r"^live since .*last change [0-9:]{8}, 0 pending", said)
+            assert "1 change (" in said
+            # Another command has the database meanwhile, and what it commits is pushed.
+            done("put", tmp_path / "a", "notes", "key:mine", '"mine"')
+            said = ""
+            while "pushed  1 transaction" not in said:
+                said += os.read(near, 65536).decode()
+        finally:
+            running.send_signal(signal.SIGINT)
+            parts = [b""]
+            with contextlib.suppress(OSError):
+                while part := os.read(near, 65536):
+                    parts.append(part)
+            os.close(near)
+        assert running.wait(TIMEOUT_S) == Exit.INTERRUPTED
+        # What it says at its end is on a line of its own.
+        assert re.search(rb"\x1b\[2K(\x1b\[2m)?[0-9]+ cycles: 1 change pulled", b"".join(parts))
+
+
+def test_the_lines_of_a_watch_for_programs_are_nothing_but_json(tmp_path: Path):
+    done("init", tmp_path / "a")
+    with SyncServer.in_memory() as server, serving(server) as url:
+        server.database("shop")
+        running, near = watched(tmp_path / "a", url, "--json")
+        said = ""
+        while "}" not in said:
+            said += os.read(near, 65536).decode()
+        running.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):
+            while os.read(near, 65536):
+                continue
+        os.close(near)
+        running.wait(TIMEOUT_S)
+    first = next(line for line in said.splitlines() if line.startswith("{"))
+    row = json.loads(first)
+    assert (row["live"], row["live_since_ms"], row["heard_ms"]) == ("offline", None, None)
+    assert "\x1b[2K" not in said

@@ -225,8 +225,11 @@ def test_a_watch_goes_on_over_what_passes_and_ends_at_what_cannot_pass_by_itself
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A turn with the server, two while somebody else has the database, two with the server again,
-    and then the token is not valid any more."""
+    and then the token is not valid any more; where a database is open in one process at a time."""
+    from entidb.cli import watching
     from entidb.types import SystemClock
+
+    monkeypatch.setattr(watching, "stays_open", lambda database: False)
 
     done("init", tmp_path / "a")
     valid = {"good"}
@@ -279,7 +282,7 @@ def test_a_watch_goes_on_over_what_passes_and_ends_at_what_cannot_pass_by_itself
 def test_a_watch_goes_on_over_every_error_that_passes(
     passing: EntiDBError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from entidb.cli import syncing
+    from entidb.cli import syncing, watching
 
     done("init", tmp_path / "a")
     errors: list[EntiDBError] = [passing, passing, CorruptionError("damaged")]
@@ -287,7 +290,8 @@ def test_a_watch_goes_on_over_every_error_that_passes(
     def run(job: object, database: Database) -> Any:
         raise errors.pop(0)
 
-    monkeypatch.setattr(syncing._Sync, "run", run)
+    monkeypatch.setattr(syncing.Sync, "run", run)
+    monkeypatch.setattr(watching, "stays_open", lambda database: False)
     result = entidb("sync", tmp_path / "a", "http://localhost", "--db", "shop", "--watch",
                     "--interval", "0")  # fmt: skip
     assert result.exit_code == Exit.STORAGE
@@ -296,7 +300,7 @@ def test_a_watch_goes_on_over_every_error_that_passes(
 
 
 def test_a_watch_whose_log_has_no_room_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from entidb.cli import syncing
+    from entidb.cli import syncing, watching
 
     done("init", tmp_path / "a")
     turns: list[int] = []
@@ -308,8 +312,9 @@ def test_a_watch_whose_log_has_no_room_goes_on(tmp_path: Path, monkeypatch: pyte
     def note(text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(syncing._Sync, "run", run)
-    monkeypatch.setattr(syncing, "note", note)
+    monkeypatch.setattr(syncing.Sync, "run", run)
+    monkeypatch.setattr(watching, "stays_open", lambda database: False)
+    monkeypatch.setattr(watching, "note", note)
     result = entidb("sync", tmp_path / "a", "http://localhost", "--db", "shop", "--watch",
                     "--interval", "0")  # fmt: skip
     assert len(turns) == 3

@@ -1,31 +1,24 @@
 """``sync``: one cycle, or with ``--watch`` one after the other.
 
 The cycle runs on a thread of its own, so that Ctrl-C works at once, also while a request is under
-way: it closes the engine, which cuts the request off (a cycle may stop at any point, R9). Between
-the cycles of a watch the database is closed, so that other commands can use it.
+way: it closes the engine, which cuts the request off (a cycle may stop at any point, R9). What
+``--watch`` does is in ``watching``.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Final, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import click
 
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import (
     Bar,
-    code_text,
-    note,
-    one_line,
-    plural,
     progress,
     say,
-    time_text,
     warn_of_exposure,
 )
 from entidb.cli.summary import document, lines
@@ -35,13 +28,7 @@ from entidb.cli.words import words as positional
 from entidb.credentials import read_token
 from entidb.db import Database
 from entidb.errors import (
-    CommitUnknownError,
     ConfigError,
-    DatabaseLockedError,
-    EntiDBError,
-    StorageError,
-    StorageFullError,
-    TlsError,
 )
 from entidb.sync import (
     DatabaseApplier,
@@ -54,7 +41,6 @@ from entidb.sync import (
     SyncState,
     SyncStatus,
 )
-from entidb.types import SystemClock
 from entidb.version import VERSION
 
 T = TypeVar("T")
@@ -114,11 +100,14 @@ def sync_command(
         "allow_insecure_token": insecure_token,
         **policies_of(policies),
     }
-    job = _Sync(path, url, db_id, token_of(token, token_file), collections, settings)
+    job = Sync(path, url, db_id, token_of(token, token_file), collections, settings)
     job.token_file = token_file if token is None else None
     report = _report_json if as_json else _report_lines
     if watch:
-        return _watch(job, interval, report)
+        from entidb.cli.watching import watch as watch_on
+
+        shown = report_watched if as_json else report
+        return watch_on(job, interval, shown, line=not as_json)
     with opened(path) as database:
         result, status = job.run(database)
     report(result, status, url)
@@ -184,7 +173,7 @@ def _read_token(file: str) -> str:
 # ---------------------------------------------------------------- cycles
 
 
-class _Sync:
+class Sync:
     """The settings of a sync, and one cycle at a time with them."""
 
     def __init__(
@@ -214,6 +203,15 @@ class _Sync:
 
     def run(self, database: Database) -> tuple[SyncCycleResult, SyncStatus]:
         """One cycle. Raises what ``SyncEngine.sync`` raises, and ``KeyboardInterrupt``."""
+        with self.engine(database) as engine:
+            with progress("connecting", None, unit="rows") as bar:
+                engine.on_state(lambda _, new: _show_waiting(bar, new))
+                engine.on_progress(lambda step: _show(bar, step))
+                result = on_a_thread(engine, engine.sync)
+            return result, engine.status()
+
+    def engine(self, database: Database) -> SyncEngine:
+        """One for ``database``; close it. Raises what making it raises."""
         if database.role.value == "server":
             raise ConfigError(
                 f"{self.path} is a server's database: devices sync with it through `entidb serve`"
@@ -221,12 +219,7 @@ class _Sync:
         if self._collections == "all":
             database.set_scope(None)
         config = self._config(self._name_on_server(database), self._scope())
-        with SyncEngine(config, self.url, database, token=self._token) as engine:
-            with progress("connecting", None, unit="rows") as bar:
-                engine.on_state(lambda _, new: _show_waiting(bar, new))
-                engine.on_progress(lambda step: _show(bar, step))
-                result = on_a_thread(engine, engine.sync)
-            return result, engine.status()
+        return SyncEngine(config, self.url, database, token=self._token)
 
     def _config(self, db_id: str, collections: tuple[str, ...] | None) -> SyncConfig:
         return SyncConfig(db_id=db_id, collections=collections, **self._settings)
@@ -295,6 +288,12 @@ def _report_json(result: SyncCycleResult, status: SyncStatus, url: str) -> None:
     print_json({"url": url, **document(result, status)})
 
 
+def report_watched(result: SyncCycleResult, status: SyncStatus, url: str) -> None:
+    """A line of ``--watch --json``."""
+    live = {"live": status.live, "live_since_ms": status.live_since_ms}
+    print_json({"url": url, **document(result, status), **live, "heard_ms": status.heard_ms})
+
+
 def _report_lines(result: SyncCycleResult, status: SyncStatus, url: str) -> None:
     for line in lines(result, status, url):
         say(line)
@@ -303,96 +302,3 @@ def _report_lines(result: SyncCycleResult, status: SyncStatus, url: str) -> None
 def _exit_of(result: SyncCycleResult, status: SyncStatus) -> Exit:
     unfinished = result.incomplete or result.kept_back or status.conflicts or status.held
     return Exit.UNRESOLVED if unfinished else Exit.OK
-
-
-# ---------------------------------------------------------------- watching
-
-
-def _watch(job: _Sync, interval: float, report: Report) -> int:
-    """Cycles until Ctrl-C or SIGTERM. SIGTERM is how a service manager ends it, and no failure."""
-    totals = _Totals()
-    try:
-        _watch_on(job, interval, report, totals)
-    except SystemExit as ended:
-        if ended.code != Exit.TERMINATED:
-            raise
-        return Exit.OK
-    finally:
-        with _no_room_to_say():
-            note(
-                f"{plural(totals.cycles, 'cycle')}: {plural(totals.pulled, 'change')} pulled, "
-                f"{plural(totals.pushed, 'transaction')} pushed"
-            )
-
-
-def _watch_on(job: _Sync, interval: float, report: Report, totals: _Totals) -> NoReturn:
-    """Report a trouble that may pass and try again at the next turn; an error that cannot pass by
-    itself ends a watch as it would end a single sync."""
-    clock = SystemClock()
-    never = threading.Event()
-    said = ""
-    while True:
-        try:
-            with opened(job.path) as database:
-                result, status = job.run(database)
-        except EntiDBError as error:
-            if not _passes(error):
-                raise
-            said = _say_once(said, error)
-        else:
-            said = ""
-            totals.add(result)
-            if totals.cycles == 1 or result.changed:
-                with _no_room_to_say():
-                    note(time_text(clock.now_ms()))
-                    report(result, status, job.url)
-                if totals.cycles == 1:
-                    job.warn()
-        clock.wait(never, interval)
-
-
-def _passes(error: EntiDBError) -> bool:
-    """Whether the next turn of a watch can go well with the same settings. The login page of a
-    network shows a certificate of its own, and so does a clock that starts in 1970 make every
-    certificate "not yet valid"; disks get room again."""
-    if isinstance(error, _PASSING):
-        return True
-    # A disk that fails for once; its subclasses say what is wrong for good.
-    return error.retryable or type(error) is StorageError or error.code in _PASSING_CODES
-
-
-_PASSING: Final = (DatabaseLockedError, TlsError, StorageFullError, CommitUnknownError)
-#: The login page of a network redirects, with a status that means "for good"; a database is busy
-#: while another thread writes; an administrator has frozen the server's database.
-_PASSING_CODES: Final = ("redirected", "busy", "frozen")
-
-
-def _say_once(said: str, error: EntiDBError) -> str:
-    """A server that is away for the night is worth one line."""
-    line = f"waiting [{code_text(error.code)}]: {one_line(str(error))}"
-    if line != said:
-        with _no_room_to_say():
-            note(line)
-    return line
-
-
-@contextmanager
-def _no_room_to_say() -> Iterator[None]:
-    """Output into a file on a full disk is lost; the watch goes on."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-
-
-class _Totals:
-    def __init__(self) -> None:
-        self.cycles = self.pulled = self.pushed = 0
-
-    def add(self, result: SyncCycleResult) -> None:
-        self.cycles += 1
-        self.pulled += result.pulled
-        self.pushed += result.pushed

@@ -1,0 +1,257 @@
+"""``sync --watch``: an engine that runs in the background, and what it does as lines, and on a
+terminal as a last line that changes.
+
+Where several processes may have a database open, this one keeps it open: what other commands commit
+is pushed at once, and what others write arrives as the server tells of it. Elsewhere it opens the
+database for each cycle, so that other commands can use it in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, NoReturn
+
+import click
+
+from entidb.cli.exits import Exit
+from entidb.cli.output import code_text, fit, is_terminal, note, one_line, plural, safe, time_text
+from entidb.cli.syncing import Report, Sync
+from entidb.cli.words import opened
+from entidb.db import Database
+from entidb.errors import (
+    CommitUnknownError,
+    DatabaseLockedError,
+    EntiDBError,
+    StorageError,
+    StorageFullError,
+    TlsError,
+)
+from entidb.sync import SyncCycleResult, SyncEngine, SyncProgress, SyncState, SyncStatus
+from entidb.types import SystemClock
+
+#: Seconds between two looks at what the terminal shows.
+_LOOK_S: Final = 0.5
+_PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
+
+
+def watch(job: Sync, interval: float, report: Report, *, line: bool) -> int:
+    """Sync until Ctrl-C or SIGTERM. SIGTERM is how a service manager ends it, and no failure.
+    ``line``: a person reads along, so a terminal has a last line that changes."""
+    watching = Watching(job, interval, report, LiveLine(_on_the_terminal() if line else None))
+    try:
+        watching.run()
+    except SystemExit as ended:
+        if ended.code != Exit.TERMINATED:
+            raise
+        return Exit.OK
+    finally:
+        with watching.beside_the_line():
+            note(
+                f"{plural(watching.cycles, 'cycle')}: {plural(watching.pulled, 'change')} pulled, "
+                f"{plural(watching.pushed, 'transaction')} pushed"
+            )
+
+
+class Watching:
+    """One watch, and what it has said. ``cycles``, ``pulled`` and ``pushed`` count."""
+
+    def __init__(self, job: Sync, interval: float, report: Report, line: LiveLine) -> None:
+        self.cycles = self.pulled = self.pushed = 0
+        self._job = job
+        self._interval = interval
+        self._report = report
+        self._clock = SystemClock()
+        self._line = line
+        self._said = ""
+
+    def run(self) -> NoReturn:
+        """Report a trouble that may pass and go on; an error that cannot pass by itself ends a
+        watch as it would end a single sync."""
+        never = threading.Event()
+        while True:
+            try:
+                with opened(self._job.path) as database:
+                    if stays_open(database):
+                        self._stay(database)
+                    else:
+                        self._worked(*self._job.run(database))
+            except EntiDBError as error:
+                self._failed(error)
+            self._clock.wait(never, self._interval)
+
+    def _stay(self, database: Database) -> NoReturn:
+        """Run an engine in the background. Raises what needs the database to be opened again, and
+        what ends the watch."""
+        events: queue.SimpleQueue[tuple[SyncCycleResult, SyncStatus] | EntiDBError] = (
+            queue.SimpleQueue()
+        )
+        with self._job.engine(database) as engine:
+
+            def enters(old: SyncState, new: SyncState) -> None:
+                error = engine.last_error
+                if new is SyncState.ERROR and error is not None:
+                    events.put(error)
+
+            engine.on_state(enters)
+            engine.on_result(lambda result: events.put((result, engine.status())))
+            engine.on_progress(self._line.reach)
+            engine.start()
+            while True:
+                try:
+                    event = events.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    self._line.show(engine, self._clock.now_ms())
+                    continue
+                if isinstance(event, StorageError):
+                    raise event
+                if isinstance(event, EntiDBError):
+                    self._failed(event)
+                else:
+                    self._worked(*event)
+                self._line.show(engine, self._clock.now_ms())
+
+    def _worked(self, result: SyncCycleResult, status: SyncStatus) -> None:
+        self._said = ""
+        self.cycles += 1
+        self.pulled += result.pulled
+        self.pushed += result.pushed
+        if self.cycles > 1 and not result.changed:
+            return
+        now = self._clock.now_ms()
+        if result.changed:
+            self._line.changed_ms = now
+        with self.beside_the_line():
+            note(time_text(now))
+            self._report(result, status, self._job.url)
+        if self.cycles == 1:
+            self._job.warn()
+
+    def _failed(self, error: EntiDBError) -> None:
+        """A server that is away for the night is worth one line. Raises what does not pass."""
+        if not _passes(error):
+            raise error
+        line = f"waiting [{code_text(error.code)}]: {one_line(str(error))}"
+        if line != self._said:
+            with self.beside_the_line():
+                note(line)
+        self._said = line
+
+    @contextmanager
+    def beside_the_line(self) -> Iterator[None]:
+        """For what is said above the line that changes. Output into a file on a full disk is lost;
+        the watch goes on."""
+        try:
+            self._line.clear()
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
+
+
+def stays_open(database: Database) -> bool:
+    """Whether other processes can use ``database`` meanwhile."""
+    return database.storage.shared
+
+
+def _passes(error: EntiDBError) -> bool:
+    """Whether the next turn of a watch can go well with the same settings. The login page of a
+    network shows a certificate of its own, and so does a clock that starts in 1970 make every
+    certificate "not yet valid"; disks get room again."""
+    if isinstance(error, _PASSING):
+        return True
+    # A disk that fails for once; its subclasses say what is wrong for good.
+    return error.retryable or type(error) is StorageError or error.code in _PASSING_CODES
+
+
+_PASSING: Final = (DatabaseLockedError, TlsError, StorageFullError, CommitUnknownError)
+#: The login page of a network redirects, with a status that means "for good"; a database is busy
+#: while another thread writes; an administrator has frozen the server's database.
+_PASSING_CODES: Final = ("redirected", "busy", "frozen")
+
+
+# ---------------------------------------------------------------- the line that changes
+
+
+class LiveLine:
+    """The last line of a terminal: how news get here, when there were some, and what is open.
+    ``write`` None: there is none."""
+
+    def __init__(self, write: Callable[[str], None] | None) -> None:
+        #: When something changed last.
+        self.changed_ms: int | None = None
+        self._write = write
+        self._shown = ""
+        self._step: SyncProgress | None = None
+
+    def reach(self, step: SyncProgress) -> None:
+        """How far a cycle is. From any thread."""
+        self._step = step
+
+    def show(self, engine: SyncEngine, now_ms: int) -> None:
+        if self._write is None:
+            return
+        status = engine.status()
+        text = fit(safe(describe(status, self._step, self.changed_ms, engine.config.interval_s)))
+        if text != self._shown:
+            self._write(f"\r\x1b[2K{text}")
+            self._shown = text
+
+    def clear(self) -> None:
+        if self._write is not None and self._shown:
+            self._write("\r\x1b[2K")
+        self._shown = ""
+
+
+def _on_the_terminal() -> Callable[[str], None] | None:
+    if not is_terminal(sys.stdout) or os.environ.get("TERM") == "dumb":
+        return None
+    return lambda text: click.echo(text, nl=False)
+
+
+def describe(
+    status: SyncStatus, step: SyncProgress | None, changed_ms: int | None, interval_s: float
+) -> str:
+    """What the line says."""
+    parts = [_way(status, interval_s)]
+    if step is not None and status.state in _PHASES and step.state is status.state:
+        total = "" if step.operations_total is None else f" of {step.operations_total:,}"
+        parts.append(f"{_PHASES[status.state]} {step.operations:,}{total}")
+    if status.heard_ms is not None:
+        parts.append(f"last hint {_hour(status.heard_ms)}")
+    if changed_ms is not None:
+        parts.append(f"last change {_hour(changed_ms)}")
+    parts.append(f"{status.pending:,} pending")
+    parts.append(plural(status.conflicts, "conflict"))
+    return ", ".join(parts)
+
+
+def _way(status: SyncStatus, interval_s: float) -> str:
+    if status.state is SyncState.STANDBY:
+        return "another process syncs"
+    if status.next_retry_s is not None:
+        return f"no answer, next try in {status.next_retry_s:.0f} s"
+    if status.last_error_code is not None and status.live == "offline":
+        return f"waiting [{code_text(status.last_error_code)}]"
+    if status.last_success_ms is None:
+        return "connecting"
+    if status.live == "offline":
+        return f"no news from the server, a cycle every {interval_s:.0f} s"
+    since = "" if status.live_since_ms is None else f" since {_hour(status.live_since_ms)}"
+    return f"{status.live}{since}"
+
+
+def _hour(milliseconds: int) -> str:
+    """The time of day."""
+    _, t, rest = time_text(milliseconds).partition("T")
+    return rest[:8] if t else rest
+
+
+__all__ = ["LiveLine", "Watching", "describe", "watch"]
