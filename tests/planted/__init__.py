@@ -21,6 +21,7 @@ invariant noticed and after how many seeds. By subject:
     comparing   digests of devices and servers, and repairs
     fetching    first syncs and resets by segments
     people      a device that changes hands
+    listening   news that are not told, not heard, or taken for more than they are
     ages        programs of different ages, and a server that stores newer shapes
 """
 
@@ -48,6 +49,7 @@ for _room in (
     "keeping",
     "comparing",
     "people",
+    "listening",
     "nodes",
 ):
     import_module(f"{__name__}.{_room}")

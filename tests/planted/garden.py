@@ -72,6 +72,7 @@ CALM: Final[dict[str, int]] = {
     "lmdb": 0,
     "stale_rows": 0,
     "nodes": 0,
+    "live": 0,
 }
 WILD: Final = CALM | {"lost": 100, "repeated": 100}
 

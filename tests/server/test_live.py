@@ -22,9 +22,11 @@ from entidb.server import Grants, Rights, ServerConfig, SyncServer, live_http, s
 from entidb.server import live as live_room
 from entidb.server.control import Revoked
 from entidb.server.live import LiveChannels
+from entidb.server.live_http import LiveRequest, Stream
 from entidb.server.stores import Store
 from tests.server.support import Client, handshake, pull, push
 from tests.server.test_app import eventually
+from tests.support import FakeClock
 
 pytestmark = pytest.mark.process
 
@@ -228,6 +230,17 @@ def test_a_stream_ends_before_its_token_does_and_says_so(monkeypatch: pytest.Mon
         assert events.next() is not None
         assert events.next() == {"retry": "0", "event": "bye", "data": "token"}
         assert events.next() is None
+
+
+@pytest.mark.parametrize(
+    ("left_s", "lives_s"), [(60.0, 50.0), (10.5, 1.0), (1.0, 1.0), (0.3, 0.3), (-5.0, -5.0)]
+)
+def test_no_stream_lives_longer_than_its_token(left_s: float, lives_s: float) -> None:
+    clock = FakeClock()
+    until_s = clock.now_ms() / 1000 + left_s
+    grants = Grants("a", {"shop": Rights(read=True, write=False)}, {}, until_s)
+    stream = Stream(LiveRequest(b"db_id=shop", {}), grants, clock, 1)
+    assert stream._life_s == pytest.approx(lives_s, abs=0.001)
 
 
 def test_a_stream_ends_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

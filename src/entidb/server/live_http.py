@@ -167,7 +167,10 @@ class Stream:
         self._life_s = STREAM_S * (1 - _SPREAD + 2 * _SPREAD * (self._number * _GOLDEN % 1))
         self._reason = "time"
         if grants.until_s is not None:
-            left = max(1.0, grants.until_s - TOKEN_MARGIN_S - clock.now_ms() / 1000)
+            ends_s = grants.until_s - clock.now_ms() / 1000
+            # At least a second, so that one whose tokens are short hears something; but no longer
+            # than the token.
+            left = max(min(1.0, ends_s), ends_s - TOKEN_MARGIN_S)
             if left < self._life_s:
                 self._life_s, self._reason = left, "token"
         self._sent = -1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from entidb.db import Database
@@ -48,6 +49,7 @@ from entidb.testing.gateway import Gateway
 from entidb.testing.hands import Hands
 from entidb.testing.indexes import IndexLife
 from entidb.testing.invariants import GROUP_COLLECTION
+from entidb.testing.listener import INTERVALS_S, Listener
 from entidb.testing.losers import KeepLimits
 from entidb.testing.scoped import Scoped
 from entidb.testing.shelf import damage_files
@@ -120,6 +122,13 @@ class Device(Scoped):
         self.gateway = Gateway(world.stream(f"way of {name}"), knobs, world.fired)
         self.watch.refused = tenant.refused
         self.renew_token()
+        #: Where it runs in the background.
+        self.listener: Listener | None = None
+        self._news = world.stream(f"news at {name}")
+        self.listens = self._news.randrange(1000) < knobs.live
+        if self.listens:
+            self.config = replace(self.config, interval_s=self._news.choice(INTERVALS_S))
+        self.stepping = False
         self.drive: Drive | None = None
         #: What a sync that works has to settle, and whether it was cancelled.
         self.due: frozenset[bytes] = frozenset()
@@ -196,6 +205,20 @@ class Device(Scoped):
             random_source=self.chance,
         )
         self.drive = None
+        self.end_listening()
+        if self.listens and not self.world.quiet:
+            self.listener = Listener(self, self.server.channels, self.tenant.db_id, self._news)
+            self.listener.start(self.world.knobs.pause_ms)
+
+    def end_listening(self) -> None:
+        """From now on it syncs when it is told to."""
+        listener, self.listener = self.listener, None
+        if listener is not None:
+            listener.stop()
+
+    @property
+    def in_cycle(self) -> bool:
+        return self.drive is not None
 
     def _update(self, config: SyncConfig) -> None:
         """The program becomes one of this configuration."""
@@ -334,7 +357,11 @@ class Device(Scoped):
             self.hands.named = outcome.subject
         self.watch.forget_questions()
         try:
-            result = drive.go_on(outcome)
+            self.stepping = True
+            try:
+                result = drive.go_on(outcome)
+            finally:
+                self.stepping = False
         except (Crash, CommitUnknownError):
             self.world.tell(f"{self.name} crashes in a cycle")
             self.restart()
@@ -366,6 +393,8 @@ class Device(Scoped):
             # it a wider one.
             self.granted = None
             self.renew_token()
+        if self.listener is not None:
+            self.listener.ended(result, error)
 
     def _between_steps(self) -> None:
         """The cycle is between two steps: people may cancel it, and others go on writing."""
@@ -386,6 +415,7 @@ class Device(Scoped):
         if world.quiet or not (knobs.local_in_cycle or knobs.scope_in_cycle):
             return
         chance = self.rng.random() * 1000
+        stepping, self.stepping = self.stepping, False
         try:
             if chance < knobs.local_in_cycle:
                 world.fired("local_in_cycle")
@@ -399,6 +429,8 @@ class Device(Scoped):
             raise Crash from None
         except (ScopeError, StorageError) as error:
             world.trace("refused locally", self.name, error.code)
+        finally:
+            self.stepping = stepping
 
     def _on_policy(self, conflict: Any, answer: ConflictResolution | None) -> None:
         if answer is None:

@@ -43,6 +43,7 @@ from entidb.server.segments.cutting import Sizes
 from entidb.server.segments.keeping import ImageKeeper
 from entidb.server.stores import Stores
 from entidb.testing.ages import ServerAge, refuse_as_before
+from entidb.testing.channels import SimulatedChannels
 from entidb.testing.hands import PEOPLE, Authors
 from entidb.testing.keeper import Keeper
 from entidb.testing.nodes import Named, Reply, SimulatedNode, SimulatedNodes
@@ -54,6 +55,7 @@ from entidb.testing.world import World
 
 SECRET = b"a secret of the simulator, long enough for HS256"
 AUDIENCE = "simulator"
+LIVE = "live"
 TOKEN_S = 30.0
 #: A database that was not used for so long is closed at the next look.
 IDLE_S = 2.0
@@ -92,6 +94,7 @@ class Host:
         self._life_ms = world.stream("life of images").choice(SERVER_LIVES_MS)
         #: Of the process that each node is now.
         self._images: dict[str, ImageKeeper] = {}
+        self.channels = SimulatedChannels(world, lambda: self.nodes, self.keeper.locked_ms)
         self.nodes = SimulatedNodes(world, self._begin)
         self.tenants = [Tenant(self, index) for index in range(knobs.tenants)]
         self.start()
@@ -126,7 +129,8 @@ class Host:
         images.life_ms = self._life_ms
         features = list(FEATURES) if knobs.rounds else []
         features += ["segments"] if knobs.images else []
-        return Front(
+        features += [LIVE] if knobs.live else []
+        front = Front(
             config,
             authenticator=self._authenticator,
             stores=stores,
@@ -134,6 +138,19 @@ class Host:
             control=self.keeper.control,
             images=images,
         )
+        if knobs.live:
+            live = self.channels.begin(node, front).live
+
+            def told(db_id: str, head: int) -> None:
+                node.heard[db_id] = head
+                live.told(db_id, head)
+
+            def opened(db_id: str, head: int) -> None:
+                node.heard[db_id] = head
+                live.opened(db_id, head)
+
+            stores.on_commit, stores.on_open = told, opened
+        return front
 
     def _configured(self) -> ServerConfig:
         schema = self.age.schema()
@@ -165,6 +182,8 @@ class Host:
         late, due = self.world.faults["news_late"], tenant.watch.history.head
         with node.front.stores.looking(tenant.db_id) as store:
             if store is None:
+                if self.world.knobs.live:
+                    self.channels.look(node, tenant.db_id, tenant.openings.present.records)
                 return
             mark = node.marks.get(tenant.db_id, -1)
             try:

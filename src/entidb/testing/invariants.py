@@ -25,6 +25,8 @@ INVARIANTS: Final[dict[str, str]] = {
     "ORDER": "cursors do not go back, pages are exactly what is next, versions are used once",
     "FRESH": "no node answers from an older state than there was when it was asked",
     "HEARD": "a node that listens hears of every commit of the others",
+    "LIVE": "a device that is told of news is not behind for long, and a hint starts one sync and "
+    "changes nothing",
     "READ-YOUR-WRITES": "the view holds the device's own pending writes",
     "SURFACED-ONCE": "conflicts, refusals and withdrawals are reported once and listed",
     "RESET-KEEPS-OUTBOX": "a reset loses no pending transaction",

@@ -23,6 +23,7 @@ class Keeper:
         self._rng = rng
         self.control = Control(None, world.server_clock)
         self._locked: dict[bytes, str | None] = {}
+        self._locked_at: dict[bytes, int] = {}
         self._frozen: set[str] = set()
 
     def turn_key(self, device_id: bytes, db_id: str) -> None:
@@ -34,6 +35,7 @@ class Keeper:
             return
         place = db_id if self._rng.random() < 0.5 else None
         self._locked[device_id] = place
+        self._locked_at[device_id] = self._world.now
         self.control.revoke(
             Revoked("device", name, self._world.server_clock.now_ms(), "keeper", place)
         )
@@ -64,6 +66,12 @@ class Keeper:
     def is_locked_out(self, request: SyncRequest) -> bool:
         """Whether this asker gets no answer."""
         return self._locked.get(request.device_id, "nowhere") in (None, request.db_id)
+
+    def locked_ms(self, device_id: bytes, db_id: str) -> int:
+        """For how long a device has been locked out of a database; 0: it is not."""
+        if self._locked.get(device_id, "nowhere") not in (None, db_id):
+            return 0
+        return self._world.now - self._locked_at[device_id]
 
     def permitted(self, request: SyncRequest) -> None:
         """LOCKED: the front lets ``request`` pass."""

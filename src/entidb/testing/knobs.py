@@ -118,6 +118,15 @@ class Knobs:
     standby_away: int = 0  # commits that find no standby
     news_late: int = 0  # looks of a node that do not find what others have committed
 
+    # -- devices that run in the background
+    live: int = 0  # devices that sync for news, commits and their interval, of a thousand
+    hint_lost: int = 0  # of hints
+    hint_late: int = 0
+    hint_doubled: int = 0
+    hint_foreign: int = 0  # hints with a number of another history beside them
+    stream_cut: int = 0  # hints whose stream is cut
+    stream_held: int = 0  # streams that something on the way gathers
+
     # -- pushes that are refused as a whole (R5)
     body_limit: int = 0  # looks at which a proxy's limit for bodies changes
     firewall: int = 0  # transactions that a firewall, which comes and goes, stops
@@ -179,6 +188,13 @@ FAULTS: Final = (
     "store_restart",
     "failover",
     "news_late",
+    "live",
+    "hint_lost",
+    "hint_late",
+    "hint_doubled",
+    "hint_foreign",
+    "stream_cut",
+    "stream_held",
     "restore_server",
     "restore_twice",
     "put_back",
@@ -271,6 +287,15 @@ NODE_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "standby_away": (50, 200),
     "news_late": (100, 500),
 }
+#: As ``LATER_LEVELS``, for runs with devices that run in the background.
+LIVE_LEVELS: Final[dict[str, tuple[int, ...]]] = {
+    "hint_lost": (20, 200),
+    "hint_late": (20, 200),
+    "hint_doubled": (50, 300),
+    "hint_foreign": (20, 200),
+    "stream_cut": (20, 100),
+    "stream_held": (50, 500),
+}
 #: How many runs in a hundred have one of those.
 LATER_PERCENT: Final = 15
 
@@ -329,6 +354,11 @@ def draw(seed: int) -> Knobs:
         chosen["nodes"] = own.choice((2, 2, 3))
         for name, levels in NODE_LEVELS.items():
             chosen[name] = own.choice((0, *levels))
+    own = stream(seed, "devices in the background")
+    if own.randrange(100) < LATER_PERCENT:
+        chosen["live"] = own.choice((500, 1000))
+        for name, levels in LIVE_LEVELS.items():
+            chosen[name] = own.choice((0, 0, *levels))
     own = stream(seed, "overruled values")
     chosen["overruled_max"] = own.choice((0, 2, 10, 10_000, 10_000, 10_000))
     chosen["overruled_s"] = own.choice((5, 1_000_000, 1_000_000))

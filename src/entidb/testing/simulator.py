@@ -22,6 +22,7 @@ from entidb.testing.digests import check_digests
 from entidb.testing.host import Host
 from entidb.testing.invariants import Violation
 from entidb.testing.knobs import Knobs
+from entidb.testing.live_watch import LOOK_MS, LiveWatch
 from entidb.testing.tenant import Tenant
 from entidb.testing.world import Options, World
 
@@ -115,6 +116,7 @@ class Simulation:
         for index in range(self.knobs.devices):
             tenant = self.host.tenants[index % len(self.host.tenants)]
             self.devices.append(Device(world, f"d{index}", self.host, tenant, None))
+        self.live = LiveWatch(world, self.host, self.devices)
 
     # ------------------------------------------------------------ the two phases
 
@@ -125,6 +127,9 @@ class Simulation:
         while left and self.world.step():
             left -= 1
         self._heal()
+        if self.knobs.live:
+            self.live.check_quiet()
+        self._drain()
         self._come_to_rest()
         self._check_rest()
 
@@ -143,13 +148,16 @@ class Simulation:
         if self.world.nodes > 1:
             self._often(HEARING_MS, self.host.hear)
             self._often(LIFE_MS, self.host.nodes.life)
+        if knobs.live:
+            self._often(LOOK_MS, self.live.look)
         if any(getattr(knobs, name) for name in _WORLD_FAULTS):
             self._often(200, self._world_life)
 
     def _schedule_device(self, device: Device) -> None:
         knobs = self.knobs
         self._often(knobs.think_ms, device.transact)
-        self._often(knobs.pause_ms, device.begin_cycle)
+        if not device.listens:
+            self._often(knobs.pause_ms, device.begin_cycle)
         if knobs.person:
             self._often(10 * knobs.think_ms, device.person)
         if knobs.reader:
@@ -298,7 +306,6 @@ class Simulation:
             # A cycle that is under way forgets with that what it has kept back.
             device.due = frozenset()
             device.renew_token()
-        self._drain()
 
     def _drain(self) -> None:
         for _ in range(QUIET_EVENTS_MAX):

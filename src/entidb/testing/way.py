@@ -25,6 +25,7 @@ from entidb.errors import (
 from entidb.protocol import ErrorResponse, PushRequest, SyncRequest, SyncResponse, push_in
 from entidb.sync.drive import Pause
 from entidb.sync.segment_files import Fetch
+from entidb.testing.channels import SimulatedChannels
 from entidb.testing.gateway import Gateway
 from entidb.testing.hands import Hands
 from entidb.testing.world import World
@@ -69,6 +70,8 @@ class Traveller(Protocol):
 
 class Server(Protocol):
     """Where the way leads to."""
+
+    channels: SimulatedChannels
 
     def receive(
         self, path: str, token: str, body: bytes, reply: Callable[[bool, bytes], None]

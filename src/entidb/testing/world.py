@@ -49,6 +49,14 @@ _TOLD: Final = frozenset(
         "failover",
     )
 )
+#: Faults that hold nobody up.
+_HARMLESS: Final = frozenset(
+    (
+        *("ahead", "bulk", "clock_jump", "clock_offset_ms", "group", "indexes", "live"),
+        *("local_in_cycle", "person", "policy_raises", "reader", "refuse", "refuse_raises"),
+        *("round", "round_behind", "server_writes", "unique", "upcast"),
+    )
+)
 _MAP_BYTES: Final = 1 << 16
 EPOCH_MS = 1_750_000_000_000
 STORY_LINES_MAX = 400
@@ -99,6 +107,8 @@ class World:
         self.events = 0
         self.digest = hashlib.sha256(f"{seed} {self.knobs}".encode())
         self.faults: Counter[str] = Counter()
+        #: When something last went wrong that may hold somebody up.
+        self.disturbed_at = 0
         self.checks = Checks()
         self.story: list[str] = []
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
@@ -121,6 +131,12 @@ class World:
     def after(self, delay_ms: int, action: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (self.now + delay_ms, next(self._order), action))
 
+    def run_until(self, end: int) -> None:
+        """Every event that is due by then; those at the very end too."""
+        while self._heap and self._heap[0][0] <= end:
+            self.step()
+        self.now = max(self.now, end)
+
     def step(self) -> bool:
         """The next event; False if there is none."""
         if not self._heap:
@@ -139,6 +155,8 @@ class World:
 
     def fired(self, fault: str) -> None:
         self.faults[fault] += 1
+        if fault not in _HARMLESS:
+            self.disturbed_at = self.now
         self.trace("fault", fault)
         if fault in _TOLD:
             self.tell(fault.replace("_", " "))

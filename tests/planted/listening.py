@@ -1,0 +1,212 @@
+"""Planted bugs: news that are not told, not heard, or taken for more than they are."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from msgspec.structs import replace
+
+from entidb.server.live import LiveChannels
+from entidb.server.live_answers import LiveAnswers
+from entidb.server.live_http import Stream
+from entidb.sync.live import Policy
+from entidb.sync.occasions import Occasions
+from entidb.testing.listener import Listener
+from tests.planted.garden import CALM, Garden, bug
+
+#: Devices write seldom, so that seldom anything but news has them sync.
+LIVE = CALM | {"live": 1000, "server_writes": 200, "think_ms": 4_000}
+#: Everybody polls, as behind what gathers answers.
+POLLS = LIVE | {"stream_held": 1000}
+
+
+@bug("the-newest-hint-is-left-out", "LIVE", knobs=LIVE)
+def _newest_left_out(garden: Garden) -> None:
+    """What is committed while the hint before it is on its way is not told."""
+
+    def make(original: Any) -> Any:
+        def told(self: LiveChannels, db_id: str, head: int) -> None:
+            channel = self._channels.get(db_id)
+            if channel is not None and channel.timer is None:
+                original(self, db_id, head)
+
+        return told
+
+    garden.replace(LiveChannels, "_told", make)
+
+
+@bug("looked-before-it-waits", "LIVE", knobs=POLLS)
+def _looked_first(garden: Garden) -> None:
+    """A server looks where the database ends, and only then counts the asker as one who waits."""
+
+    def make(original: Any) -> Any:
+        async def answer(self: LiveAnswers, live: LiveChannels, request: Any, grants: Any) -> Any:
+            newest = await self._newest(request.db_id)
+            with mock.patch.object(self, "_newest", mock.AsyncMock(return_value=newest)):
+                return await original(self, live, request, grants)
+
+        return answer
+
+    garden.replace(LiveAnswers, "answer", make)
+
+
+@bug("a-new-stream-is-not-the-first-word", "LIVE", knobs=LIVE | {"restore_server": 50})
+def _not_the_first_word(garden: Garden) -> None:
+    """After a silence a device pulls only if the number it hears is beyond its own."""
+
+    def make(original: Any) -> Any:
+        def hear(self: Occasions, head: int, first: bool) -> None:
+            original(self, head, False)
+
+        return hear
+
+    garden.replace(Occasions, "hear", make)
+
+
+@bug("news-are-forgotten-after-the-pull", "LIVE", knobs=LIVE | {"latency_ms": 200})
+def _forgotten_after(garden: Garden) -> None:
+    """What is said while a device syncs is taken for what that sync has brought."""
+
+    def make(original: Any) -> Any:
+        def worked(self: Occasions, *, more: bool) -> None:
+            self._unheard, self._named = False, 0
+            original(self, more=more)
+
+        return worked
+
+    garden.replace(Occasions, "worked", make)
+
+
+@bug("news-are-never-forgotten", "LIVE", knobs=LIVE | {"hint_foreign": 200})
+def _never_forgotten(garden: Garden) -> None:
+    """A device goes on pulling until it is where a hint says the server is."""
+
+    def make(original: Any) -> Any:
+        def begin(self: Occasions) -> None:
+            named = self._named
+            original(self)
+            self._named = named
+
+        return begin
+
+    garden.replace(Occasions, "begin", make)
+
+
+@bug("a-hint-is-believed", "LIVE", knobs=LIVE)
+def _believed(garden: Garden) -> None:
+    """A device takes the number it hears for where it is itself."""
+
+    def make(original: Any) -> Any:
+        def hear(self: Occasions, head: int, first: bool) -> None:
+            self.__dict__["_believed"] = max(head, self.__dict__.get("_believed", 0))
+            original(self, head, first)
+
+        return hear
+
+    def left(original: Any) -> Any:
+        def left_s(self: Occasions, now: float, reached: Any) -> Any:
+            return original(self, now, lambda: max(reached(), self.__dict__.get("_believed", 0)))
+
+        return left_s
+
+    garden.replace(Occasions, "hear", make)
+    garden.replace(Occasions, "left_s", left)
+
+
+@bug(
+    "an-older-hint-takes-back-a-newer",
+    "LIVE",
+    knobs=LIVE | {"hint_foreign": 500, "latency_ms": 200},
+)
+def _taken_back(garden: Garden) -> None:
+    """The last number that a device has heard counts, and not the highest."""
+
+    def make(original: Any) -> Any:
+        def hear(self: Occasions, head: int, first: bool) -> None:
+            self._named = 0
+            original(self, head, first)
+
+        return hear
+
+    garden.replace(Occasions, "hear", make)
+
+
+@bug("a-hint-moves-the-cursor", "LIVE", knobs=LIVE)
+def _moves_the_cursor(garden: Garden) -> None:
+    """A device notes on its disk what it is told."""
+
+    def make(original: Any) -> Any:
+        def news(self: Listener, head: int, first: bool) -> None:
+            with self._device.database.write("local") as writer:
+                writer.set_sync_state(writer.sync_state)
+            original(self, head, first)
+
+        return news
+
+    garden.replace(Listener, "_news", make)
+
+
+@bug(
+    "a-failed-pull-is-forgotten",
+    "LIVE",
+    knobs=LIVE | {"lost": 60, "server_writes": 10, "attempts": 1},
+)
+def _failed_pull(garden: Garden) -> None:
+    """A sync that was begun for news, and failed, is not tried again."""
+
+    def make(original: Any) -> Any:
+        def failed(self: Occasions, now: float, *, passes: bool) -> None:
+            self._begun_for = (False, False, 0)
+            original(self, now, passes=passes)
+
+        return failed
+
+    garden.replace(Occasions, "failed", make)
+
+
+@bug("a-stream-outlives-its-token", "LIVE", knobs=LIVE | {"expired_token": 100})
+def _outlives(garden: Garden) -> None:
+    """A stream does not end with the token that it was opened with."""
+
+    def make(original: Any) -> Any:
+        def init(self: Stream, request: Any, grants: Any, *rest: Any) -> None:
+            original(self, request, replace(grants, until_s=None), *rest)
+
+        return init
+
+    garden.replace(Stream, "__init__", make)
+
+
+@bug("a-stream-outlives-a-lock", "LOCKED", knobs=LIVE | {"revoke": 400})
+def _outlives_lock(garden: Garden) -> None:
+    """Who is locked out keeps the stream that is open."""
+    garden.replace(LiveAnswers, "_look", lambda original: lambda self, live: None)
+
+
+@bug("who-waits-keeps-it-open", "LIVE", "LIVENESS", knobs=LIVE | {"server_commit_unknown": 60})
+def _keeps_open(garden: Garden) -> None:
+    """One who waits for news counts as a user of the database (R17)."""
+
+    def make(original: Any) -> Any:
+        async def newest(self: LiveAnswers, db_id: str) -> Any:
+            with mock.patch.object(self._server.stores, "release"):
+                return await original(self, db_id)
+
+        return newest
+
+    garden.replace(LiveAnswers, "_newest", make)
+
+
+@bug("an-end-is-no-end", "LIVE", knobs=LIVE | {"stream_cut": 100})
+def _no_end(garden: Garden) -> None:
+    """A stream that was cut is not opened again."""
+
+    def make(original: Any) -> Any:
+        def failed(self: Policy, now: float, *rest: Any) -> None:
+            original(self, now, *rest)
+            self._not_before = now + 86_400
+
+        return failed
+
+    garden.replace(Policy, "failed", make)
