@@ -23,6 +23,7 @@ from entidb.cli.output import (
 )
 from entidb.cli.summary import document, lines
 from entidb.cli.values import print_json
+from entidb.cli.watching import watch as watch_until_ended
 from entidb.cli.words import a_directory, bind, json_option, opened
 from entidb.cli.words import words as positional
 from entidb.credentials import read_token
@@ -104,10 +105,8 @@ def sync_command(
     job.token_file = token_file if token is None else None
     report = _report_json if as_json else _report_lines
     if watch:
-        from entidb.cli.watching import watch as watch_on
-
         shown = report_watched if as_json else report
-        return watch_on(job, interval, shown, line=not as_json)
+        return watch_until_ended(job, interval, shown, line=not as_json)
     with opened(path) as database:
         result, status = job.run(database)
     report(result, status, url)
@@ -280,8 +279,6 @@ def on_a_thread(engine: SyncEngine, call: Callable[[], T]) -> T:
 
 
 # ---------------------------------------------------------------- reports
-
-Report = Callable[[SyncCycleResult, SyncStatus, str], None]
 
 
 def _report_json(result: SyncCycleResult, status: SyncStatus, url: str) -> None:

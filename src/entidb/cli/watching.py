@@ -15,13 +15,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 import click
 
 from entidb.cli.exits import Exit
 from entidb.cli.output import code_text, fit, is_terminal, note, one_line, plural, safe, time_text
-from entidb.cli.syncing import Report, Sync
 from entidb.cli.words import opened
 from entidb.db import Database
 from entidb.errors import (
@@ -40,7 +39,29 @@ _LOOK_S: Final = 0.5
 _PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
 
 
-def watch(job: Sync, interval: float, report: Report, *, line: bool) -> int:
+Report = Callable[[SyncCycleResult, SyncStatus, str], None]
+
+
+class Job(Protocol):
+    """What is synchronised: the database in the directory ``path``, with the server at ``url``."""
+
+    path: str
+    url: str
+
+    def run(self, database: Database) -> tuple[SyncCycleResult, SyncStatus]:
+        """One cycle. Raises what ``SyncEngine.sync`` raises, and ``KeyboardInterrupt``."""
+        ...
+
+    def engine(self, database: Database) -> SyncEngine:
+        """One for ``database``; close it. Raises what making it raises."""
+        ...
+
+    def warn(self) -> None:
+        """Print the warnings, after the first report."""
+        ...
+
+
+def watch(job: Job, interval: float, report: Report, *, line: bool) -> int:
     """Sync until Ctrl-C or SIGTERM. SIGTERM is how a service manager ends it, and no failure.
     ``line``: a person reads along, so a terminal has a last line that changes."""
     watching = Watching(job, interval, report, LiveLine(_on_the_terminal() if line else None))
@@ -61,7 +82,7 @@ def watch(job: Sync, interval: float, report: Report, *, line: bool) -> int:
 class Watching:
     """One watch, and what it has said. ``cycles``, ``pulled`` and ``pushed`` count."""
 
-    def __init__(self, job: Sync, interval: float, report: Report, line: LiveLine) -> None:
+    def __init__(self, job: Job, interval: float, report: Report, line: LiveLine) -> None:
         self.cycles = self.pulled = self.pushed = 0
         self._job = job
         self._interval = interval
@@ -94,7 +115,7 @@ class Watching:
         with self._job.engine(database) as engine:
 
             def enters(old: SyncState, new: SyncState) -> None:
-                error = engine.last_error
+                error = engine.newest_error
                 if new is SyncState.ERROR and error is not None:
                     events.put(error)
 

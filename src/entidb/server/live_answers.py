@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from entidb.errors import DatabaseClosedError, PermissionDeniedError, StorageError
 from entidb.server.auth import Grants
+from entidb.server.front import Front
 from entidb.server.live import LiveChannels
 from entidb.server.live_http import (
     EVENTS_TYPE,
@@ -23,9 +25,9 @@ from entidb.server.live_http import (
     Send,
     Stream,
 )
-from entidb.server.server import SyncServer
-from entidb.server.stores import Store
+from entidb.server.stores import Store, Stores
 from entidb.server.wire import ServerResponse
+from entidb.types import Clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,26 @@ def _headers() -> dict[str, str]:
     }
 
 
+class LiveServer(Protocol):
+    """What is needed of a server."""
+
+    @property
+    def front(self) -> Front: ...
+
+    @property
+    def stores(self) -> Stores: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+
 class LiveAnswers:
     """Answers ``GET /v1/live``; ``use`` opens a database without waiting on the event loop, and
     ``ask`` calls a function that reads in one."""
 
     def __init__(
         self,
-        server: SyncServer,
+        server: LiveServer,
         use: Callable[[str], Awaitable[Store]],
         ask: Callable[[Callable[[Store], Newest], Store], Awaitable[Newest]],
     ) -> None:

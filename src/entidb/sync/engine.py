@@ -67,17 +67,9 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
 
     plumbing = frozenset(
         (
-            *("applier", "cancel_cycle", "course", "cycle_thread", "last_error", "news_source"),
-            *(
-                "note_bug",
-                "note_error",
-                "pause_s",
-                "reached",
-                "run_cycle",
-                "run_until",
-                "transport",
-            ),
-            *("wait_accepted", "wait_synced"),
+            *("applier", "cancel_cycle", "course", "cycle_thread", "newest_error", "news_source"),
+            *("note_bug", "note_error", "pause_s", "reached", "run_cycle", "run_until"),
+            *("transport", "wait_accepted", "wait_synced"),
         )
     )
 
@@ -288,11 +280,6 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         """Where it is in a cycle; or that it stands by for another process."""
         waits = self._background.standing_by and self._cycle_thread is None
         return SyncState.STANDBY if waits else self._state
-
-    @property
-    def last_error(self) -> EntiDBError | None:
-        """What ``status()`` tells of it; None where the newest sync worked."""
-        return self._attempts.last_error
 
     @property
     def closed(self) -> bool:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from entidb.db.listeners import add_listener, report_bug
+from entidb.errors import EntiDBError
 from entidb.sync.apply.report import Withdrawn
+from entidb.sync.attempts import Attempts
 from entidb.sync.conflict import Conflict
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
 
@@ -68,6 +70,12 @@ class Listening:
     """The part of an engine that reports its cycles to the program."""
 
     _listeners: Listeners
+    _attempts: Attempts
+
+    @property
+    def newest_error(self) -> EntiDBError | None:
+        """What ``status()`` tells of it; None where the newest sync worked."""
+        return self._attempts.last_error
 
     def on_state(self, listener: StateListener) -> Callable[[], None]:
         """Call ``listener(old, new)`` at every state change, in the thread that syncs; returns a

@@ -16,6 +16,7 @@ from entidb.protocol import Manifest, PullRequest, PullResponse, PushResponse
 from entidb.sync import (
     DatabaseApplier,
     RebaseReport,
+    RetryConfig,
     SyncConfig,
     SyncCycleResult,
     SyncEngine,
@@ -25,6 +26,20 @@ from entidb.sync.apply.seam import BatchLimits, Look, OpenSegment, PushBatch, Se
 from entidb.sync.drive import Courier
 from entidb.sync.exchange import Connection
 from entidb.sync.segment_files import SegmentFiles
+from entidb.testing.knobs import Knobs
+
+
+def configured(knobs: Knobs, db_id: str) -> SyncConfig:
+    """What the engine of a device is set to in a run."""
+    return SyncConfig(
+        db_id=db_id,
+        push_operations_max=knobs.push_operations_max,
+        push_bytes_max=knobs.push_bytes_max,
+        pull_operations_max=knobs.pull_operations_max,
+        pull_bytes_max=knobs.pull_bytes_max,
+        rounds_max=knobs.rounds_max,
+        retry=RetryConfig(attempts_max=knobs.attempts, delay_initial_s=0.2, delay_max_s=5.0),
+    )
 
 
 class BetweenApplier(DatabaseApplier):
@@ -139,4 +154,4 @@ class BetweenEngine(SyncEngine):
         self._attempts.tidy_steps = steps
 
 
-__all__ = ["BetweenApplier", "BetweenEngine"]
+__all__ = ["BetweenApplier", "BetweenEngine", "configured"]

@@ -13,19 +13,18 @@ import random
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from entidb import cbor, protocol
 from entidb.db.records import META_HEAD, decode_head
 from entidb.errors import EntiDBError, SyncError, TransportError, error_from_code
 from entidb.protocol import ErrorResponse
-from entidb.server.auth import Grants
 from entidb.server.front import Front
 from entidb.server.live import LiveChannels
-from entidb.server.live_answers import LiveAnswers, Streamed
+from entidb.server.live_answers import LiveAnswers, LiveServer, Streamed
 from entidb.server.live_http import EVENTS_TYPE, LiveRequest
-from entidb.server.server import SyncServer
 from entidb.sync.live import Event
+from entidb.testing.lines import NewsLine
 from entidb.testing.loop import WorldLoop
 from entidb.testing.nodes import SimulatedNode, SimulatedNodes
 from entidb.testing.world import World
@@ -43,51 +42,6 @@ _GONE_MS: Final = 60_000
 _LOCKED_MS: Final = 2_500
 
 
-class Caller(Protocol):
-    """The device that a line leads to."""
-
-    name: str
-    db_id: str
-
-    @property
-    def device_id(self) -> bytes: ...
-
-    def began(self, line: Line) -> None:
-        """The answer begins."""
-        ...
-
-    def came(self, line: Line, event: Event | int | None) -> None:
-        """An event, the answer to a question, or a sign of life (None)."""
-        ...
-
-    def failed(self, line: Line, error: SyncError | EOFError) -> None:
-        """The line has ended."""
-        ...
-
-
-class Line:
-    """One request for news, and what comes of it. ``cursor`` None: everything is new."""
-
-    def __init__(self, caller: Caller, *, stream: bool, cursor: int | None, latency: int) -> None:
-        self.caller = caller
-        self.stream = stream
-        self.cursor = cursor
-        self.latency = latency
-        #: What is said at one end reaches the other.
-        self.whole = True
-        #: Both ends know that it has ended.
-        self.over = False
-        #: Something on the way gathers the answer.
-        self.held = False
-        self.node: SimulatedNode | None = None
-        self.grants: Grants | None = None
-        self.gone: asyncio.Future[None] | None = None
-        #: The newest commit that was to be told, and was not yet.
-        self.owed = 0
-        #: When the newest of what is under way arrives.
-        self.arrives_at = 0
-
-
 class NodeChannels:
     """Of one process of a node."""
 
@@ -95,7 +49,7 @@ class NodeChannels:
         self._nodes, self._node, self._life = nodes, node, node.life
         self.loop = WorldLoop(world, self._later)
         self.live = LiveChannels(self.loop.loop, _MOST, _MOST_EACH)
-        self.lines: dict[Line, None] = {}
+        self.lines: dict[NewsLine, None] = {}
         server = SimpleNamespace(
             front=front,
             clock=world.server_clock,
@@ -103,7 +57,7 @@ class NodeChannels:
             stores=SimpleNamespace(listen=lambda store: None, release=front.stores.release),
         )
         self.answers = LiveAnswers(
-            cast(SyncServer, server),
+            cast(LiveServer, server),
             lambda db_id: self._on_a_thread(lambda: front.stores.use(db_id, create=False)),
             lambda call, store: self._on_a_thread(lambda: call(store)),
         )
@@ -179,7 +133,7 @@ class SimulatedChannels:
 
     # ------------------------------------------------------------ a request
 
-    def call(self, line: Line, token: str) -> None:
+    def call(self, line: NewsLine, token: str) -> None:
         """A device asks; the outcome is told to its end of the line."""
         world, name = self._world, line.caller.name
         if self._is_parted(name, "up"):
@@ -187,21 +141,21 @@ class SimulatedChannels:
             return
         world.after(1 + int(self._rng.random() * line.latency), lambda: self._arrives(line, token))
 
-    def hang_up(self, line: Line) -> None:
+    def hang_up(self, line: NewsLine) -> None:
         """The device's end is closed."""
         known = line.whole or line.over
         line.whole = False
         delay = line.latency if known else _GONE_MS
         self._world.after(1 + delay, lambda: self._is_gone(line))
 
-    def is_whole(self, line: Line) -> bool:
+    def is_whole(self, line: NewsLine) -> bool:
         """Whether the next commit is told on this line."""
         node = line.node
         if node is None or not line.whole or line.held or line.owed or not self._nodes().runs(node):
             return False
         return line in self._of[node.name].lines
 
-    def _arrives(self, line: Line, token: str) -> None:
+    def _arrives(self, line: NewsLine, token: str) -> None:
         nodes = self._nodes()
         node = nodes.pick()
         if node is None:
@@ -212,7 +166,9 @@ class SimulatedChannels:
         channels.lines[line] = None
         nodes.later(node, 0, lambda: self._take(node, channels, line, token))
 
-    def _take(self, node: SimulatedNode, channels: NodeChannels, line: Line, token: str) -> None:
+    def _take(
+        self, node: SimulatedNode, channels: NodeChannels, line: NewsLine, token: str
+    ) -> None:
         if line not in channels.lines:
             return
         caller = line.caller
@@ -232,7 +188,7 @@ class SimulatedChannels:
         channels.loop.create_task(self._serve(channels, node, line, request))
 
     async def _serve(
-        self, channels: NodeChannels, node: SimulatedNode, line: Line, request: LiveRequest
+        self, channels: NodeChannels, node: SimulatedNode, line: NewsLine, request: LiveRequest
     ) -> None:
         assert line.grants is not None
         try:
@@ -261,7 +217,7 @@ class SimulatedChannels:
         self._down(line, lambda: self._end(line, EOFError("the stream ended")))
 
     def _refuse(
-        self, channels: NodeChannels, node: SimulatedNode, line: Line, error: Exception
+        self, channels: NodeChannels, node: SimulatedNode, line: NewsLine, error: Exception
     ) -> None:
         channels.lines.pop(line, None)
         said = protocol.decode(ErrorResponse, protocol.encode(node.front.explain(error, "news")))
@@ -270,13 +226,13 @@ class SimulatedChannels:
         )
         self._down(line, lambda: self._end(line, told))
 
-    def _is_gone(self, line: Line) -> None:
+    def _is_gone(self, line: NewsLine) -> None:
         if line.gone is not None and not line.gone.done():
             line.gone.set_result(None)
 
     # ------------------------------------------------------------ on the way
 
-    def _leaves(self, line: Line, text: str) -> None:
+    def _leaves(self, line: NewsLine, text: str) -> None:
         """Events leave the server."""
         for event in _events(text):
             if event is not None and event.name == "head":
@@ -287,7 +243,7 @@ class SimulatedChannels:
             else:
                 self._tell(line, event, 0)
 
-    def _check(self, line: Line) -> None:
+    def _check(self, line: NewsLine) -> None:
         world, grants, caller = self._world, line.grants, line.caller
         assert grants is not None
         if world.nodes > 1:
@@ -307,7 +263,7 @@ class SimulatedChannels:
 
         world.after(0, check)
 
-    def _befalls(self, line: Line, event: Event) -> list[tuple[Event, int]]:
+    def _befalls(self, line: NewsLine, event: Event) -> list[tuple[Event, int]]:
         """What comes of one hint: events, and milliseconds that each is late."""
         knobs = self._world.knobs
         if self._chance("stream_cut", knobs.stream_cut):
@@ -331,7 +287,9 @@ class SimulatedChannels:
         self._world.fired(fault)
         return True
 
-    def _tell(self, line: Line, event: Event | None, late_ms: int, *, pays: bool = False) -> None:
+    def _tell(
+        self, line: NewsLine, event: Event | None, late_ms: int, *, pays: bool = False
+    ) -> None:
         def told() -> None:
             if pays and event is not None and int(event.data) >= line.owed:
                 line.owed = 0
@@ -343,22 +301,22 @@ class SimulatedChannels:
         else:
             self._down(line, told)
 
-    def _said(self, line: Line, head: int) -> None:
+    def _said(self, line: NewsLine, head: int) -> None:
         if line.whole:
             line.caller.came(line, head)
 
-    def _end(self, line: Line, error: SyncError | EOFError) -> None:
+    def _end(self, line: NewsLine, error: SyncError | EOFError) -> None:
         if line.node is not None:
             self._of[line.node.name].lines.pop(line, None)
         if line.whole:
             line.whole, line.over = False, True
             self._world.after(1, lambda: self._ended(line, error))
 
-    def _ended(self, line: Line, error: SyncError | EOFError) -> None:
+    def _ended(self, line: NewsLine, error: SyncError | EOFError) -> None:
         self._is_gone(line)
         line.caller.failed(line, error)
 
-    def _down(self, line: Line, arrive: Callable[[], None]) -> None:
+    def _down(self, line: NewsLine, arrive: Callable[[], None]) -> None:
         """Bytes on their way to the device, behind those before them."""
         world = self._world
         if self._is_parted(line.caller.name, "down"):
@@ -389,4 +347,4 @@ def _events(text: str) -> list[Event | None]:
     return made
 
 
-__all__ = ["Caller", "Line", "NodeChannels", "SimulatedChannels"]
+__all__ = ["NodeChannels", "SimulatedChannels"]

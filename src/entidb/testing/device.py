@@ -35,14 +35,13 @@ from entidb.protocol import (
 )
 from entidb.sync import (
     ConflictResolution,
-    RetryConfig,
     SyncConfig,
     SyncCycleResult,
 )
 from entidb.sync.drive import Drive
 from entidb.sync.segment_files import SegmentFiles
 from entidb.testing.ages import DeviceAge
-from entidb.testing.between import BetweenApplier, BetweenEngine
+from entidb.testing.between import BetweenApplier, BetweenEngine, configured
 from entidb.testing.ends import check_end
 from entidb.testing.faults import COMMIT_FAULTS, Crash, FaultyStorage
 from entidb.testing.gateway import Gateway
@@ -103,15 +102,13 @@ class Device(Scoped):
         self.saved: Saved | None = None
         self.restarts = 0
         self.reader: tuple[Any, list[tuple[bytes, bytes]]] | None = None
-        self.config = SyncConfig(
-            db_id=tenant.db_id,
-            push_operations_max=knobs.push_operations_max,
-            push_bytes_max=knobs.push_bytes_max,
-            pull_operations_max=knobs.pull_operations_max,
-            pull_bytes_max=knobs.pull_bytes_max,
-            rounds_max=knobs.rounds_max,
-            retry=RetryConfig(attempts_max=knobs.attempts, delay_initial_s=0.2, delay_max_s=5.0),
-        )
+        #: Where it runs in the background.
+        self.listener: Listener | None = None
+        self._news = world.stream(f"news at {name}")
+        self.listens = self._news.randrange(1000) < knobs.live
+        self.config = configured(knobs, tenant.db_id)
+        if self.listens:
+            self.config = replace(self.config, interval_s=self._news.choice(INTERVALS_S))
         self.policies = policies(knobs, self._on_policy, world.options.policy)
         #: The collections its tokens are for; None: all.
         self.granted: tuple[str, ...] | None = None
@@ -122,12 +119,6 @@ class Device(Scoped):
         self.gateway = Gateway(world.stream(f"way of {name}"), knobs, world.fired)
         self.watch.refused = tenant.refused
         self.renew_token()
-        #: Where it runs in the background.
-        self.listener: Listener | None = None
-        self._news = world.stream(f"news at {name}")
-        self.listens = self._news.randrange(1000) < knobs.live
-        if self.listens:
-            self.config = replace(self.config, interval_s=self._news.choice(INTERVALS_S))
         self.stepping = False
         self.drive: Drive | None = None
         #: What a sync that works has to settle, and whether it was cancelled.

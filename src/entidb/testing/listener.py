@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from entidb.db import Database
 from entidb.errors import (
+    LOCKED_OUT,
     EntiDBError,
     SyncCancelledError,
     SyncError,
@@ -40,8 +41,8 @@ from entidb.sync.live import (
 )
 from entidb.sync.occasions import Occasions
 from entidb.testing.between import BetweenEngine
-from entidb.testing.channels import Line, SimulatedChannels
 from entidb.testing.faults import FaultyStorage
+from entidb.testing.lines import NewsLine, NewsWay
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.world import World, WorldClock
 
@@ -94,9 +95,7 @@ class Hearer(Protocol):
 class Listener:
     """Of one process of a device, from ``start`` to ``stop``."""
 
-    def __init__(
-        self, device: Hearer, channels: SimulatedChannels, db_id: str, rng: random.Random
-    ) -> None:
+    def __init__(self, device: Hearer, channels: NewsWay, db_id: str, rng: random.Random) -> None:
         self.name = device.name
         self.db_id = db_id
         self.state = LiveState.OFFLINE
@@ -118,7 +117,7 @@ class Listener:
         self._course: Course | None = None
         self._step = 0
         self._waits_for: OpenStream | Next | Ask | Wait | None = None
-        self._line: Line | None = None
+        self._line: NewsLine | None = None
         self._inbox: deque[Event | None] = deque()
         self._named = False
         self._live_since = self._world.now
@@ -275,7 +274,7 @@ class Listener:
         stream = isinstance(step, OpenStream)
         cursor = step.known if isinstance(step, Ask) else None
         latency = self._world.knobs.latency_ms
-        self._line = line = Line(self, stream=stream, cursor=cursor, latency=latency)
+        self._line = line = NewsLine(self, stream=stream, cursor=cursor, latency=latency)
         knobs = self._world.knobs
         if stream and not self._world.quiet and self._rng.random() * 1000 < knobs.stream_held:
             self._world.fired("stream_held")
@@ -307,11 +306,11 @@ class Listener:
 
     # ------------------------------------------------------------ its end of a line
 
-    def began(self, line: Line) -> None:
+    def began(self, line: NewsLine) -> None:
         if line is self._line and isinstance(self._waits_for, OpenStream) and not line.held:
             self._go_on()
 
-    def came(self, line: Line, event: Event | int | None) -> None:
+    def came(self, line: NewsLine, event: Event | int | None) -> None:
         if line is not self._line or self._stopped:
             return
         if not line.stream:
@@ -324,10 +323,10 @@ class Listener:
         else:
             self._inbox.append(event)
 
-    def failed(self, line: Line, error: SyncError | EOFError) -> None:
+    def failed(self, line: NewsLine, error: SyncError | EOFError) -> None:
         if line is self._line and not self._stopped:
             self._line = None
-            self._locked_out = getattr(error, "code", "") == "revoked"
+            self._locked_out = getattr(error, "code", "") in LOCKED_OUT
             self._go_on(failed=error)
 
     # ------------------------------------------------------------ LIVE

@@ -5,14 +5,15 @@ behind for long.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
+from entidb.errors import EntiDBError
 from entidb.sync.live import LiveState
-from entidb.testing.device import Device
-from entidb.testing.host import Host
-from entidb.testing.listener import BOUND_MS, NODES_BOUND_MS
+from entidb.testing.lines import NewsWay
+from entidb.testing.listener import BOUND_MS, NODES_BOUND_MS, Listener
 from entidb.testing.oracle import History
 from entidb.testing.tenant import Tenant
+from entidb.testing.watch import DeviceWatch
 from entidb.testing.world import World
 
 #: Milliseconds between two looks, on average.
@@ -32,10 +33,37 @@ _BEGINNING_MS: Final = 5_000
 _MEANWHILE_MS: Final = (0, 1, 2, 5, 10, 30)
 
 
+class WatchedDevice(Protocol):
+    """A device of the run."""
+
+    name: str
+    watch: DeviceWatch
+    listener: Listener | None
+    tenant: Tenant
+    needs_choice: bool
+    last_error: EntiDBError | None
+
+    @property
+    def in_cycle(self) -> bool: ...
+
+    def end_listening(self) -> None: ...
+
+
+class WatchedServer(Protocol):
+    """Its server."""
+
+    tenants: list[Tenant]
+
+    @property
+    def channels(self) -> NewsWay: ...
+
+    def hear(self) -> None: ...
+
+
 class LiveWatch:
     """See the module."""
 
-    def __init__(self, world: World, host: Host, devices: Sequence[Device]) -> None:
+    def __init__(self, world: World, host: WatchedServer, devices: Sequence[WatchedDevice]) -> None:
         self._world = world
         self._host = host
         self._devices = devices
@@ -56,7 +84,7 @@ class LiveWatch:
         for device in self._devices:
             self._look_at(device)
 
-    def _look_at(self, device: Device) -> None:
+    def _look_at(self, device: WatchedDevice) -> None:
         world, tenant, listener = self._world, device.tenant, device.listener
         since = None if listener is None else listener.settled_since
         if since is None or tenant.unproven or self._is_parted(device):
@@ -67,7 +95,7 @@ class LiveWatch:
             return
         self._check(device, head)
 
-    def _check(self, device: Device, head: int) -> None:
+    def _check(self, device: WatchedDevice, head: int) -> None:
         watch = device.watch
         self._world.checks.that(
             watch.history is device.tenant.watch.history and watch.covers(head),
@@ -75,7 +103,7 @@ class LiveWatch:
             f"{device.name} listens, and is at {watch.cursor} of {head}, and does nothing",
         )
 
-    def _is_parted(self, device: Device) -> bool:
+    def _is_parted(self, device: WatchedDevice) -> bool:
         blocked = self._world.network.blocked
         ways = (blocked.get((device.name, way), 0) for way in ("up", "down"))
         return max(ways) > self._world.now - self._bound
@@ -115,7 +143,7 @@ class LiveWatch:
             if device.listener is not None and (all_of_them or shown):
                 device.listener.wake()
 
-    def _is_ready(self, device: Device) -> bool:
+    def _is_ready(self, device: WatchedDevice) -> bool:
         listener = device.listener
         if listener is None or not listener.may_hear:
             return True

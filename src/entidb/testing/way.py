@@ -25,9 +25,9 @@ from entidb.errors import (
 from entidb.protocol import ErrorResponse, PushRequest, SyncRequest, SyncResponse, push_in
 from entidb.sync.drive import Pause
 from entidb.sync.segment_files import Fetch
-from entidb.testing.channels import SimulatedChannels
 from entidb.testing.gateway import Gateway
 from entidb.testing.hands import Hands
+from entidb.testing.lines import NewsWay
 from entidb.testing.world import World
 
 TIMEOUT_MS: Final = 1500
@@ -71,7 +71,8 @@ class Traveller(Protocol):
 class Server(Protocol):
     """Where the way leads to."""
 
-    channels: SimulatedChannels
+    @property
+    def channels(self) -> NewsWay: ...
 
     def receive(
         self, path: str, token: str, body: bytes, reply: Callable[[bool, bytes], None]
