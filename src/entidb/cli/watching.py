@@ -42,7 +42,7 @@ _PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
 Report = Callable[[SyncCycleResult, SyncStatus, str], None]
 
 
-class Job(Protocol):
+class WatchedSync(Protocol):
     """What is synchronised: the database in the directory ``path``, with the server at ``url``."""
 
     path: str
@@ -61,7 +61,7 @@ class Job(Protocol):
         ...
 
 
-def watch(job: Job, interval: float, report: Report, *, line: bool) -> int:
+def watch(job: WatchedSync, interval: float, report: Report, *, line: bool) -> int:
     """Sync until Ctrl-C or SIGTERM. SIGTERM is how a service manager ends it, and no failure.
     ``line``: a person reads along, so a terminal has a last line that changes."""
     watching = Watching(job, interval, report, LiveLine(_on_the_terminal() if line else None))
@@ -82,7 +82,7 @@ def watch(job: Job, interval: float, report: Report, *, line: bool) -> int:
 class Watching:
     """One watch, and what it has said. ``cycles``, ``pulled`` and ``pushed`` count."""
 
-    def __init__(self, job: Job, interval: float, report: Report, line: LiveLine) -> None:
+    def __init__(self, job: WatchedSync, interval: float, report: Report, line: LiveLine) -> None:
         self.cycles = self.pulled = self.pushed = 0
         self._job = job
         self._interval = interval
