@@ -174,8 +174,12 @@ def test_the_policy_of_the_program_decides_where_a_snapshot_meets_changes(
     assert _note(kept) == {"number": 5, "mine": True}
     assert "1 conflict held" in done("init", held, "--from", target, "--policy", "notes=manual")
     assert _note(held) == {"number": 5, "mine": True}
-    alone = failed(entidb("init", tmp_path / "new", "--policy", "merge"), Exit.USAGE, "usage")
+    new = tmp_path / "new"
+    alone = failed(entidb("init", new, "--policy", "merge"), Exit.USAGE, "usage")
     assert "--from" in alone
+    none = entidb("init", new, "--from", target, "--policy", "nonsense")
+    assert "'nonsense'" in failed(none, Exit.USAGE, "invalid_config")
+    assert not new.exists()
 
 
 def test_a_damaged_snapshot_leaves_a_database_that_was_there_as_it_was(

@@ -24,15 +24,18 @@ def begin_command(
     snapshot, or a damaged one, leaves the database there as it was, empty where it was made."""
     from entidb.cli.summary import rebased, rebased_document
     from entidb.cli.syncing import policies_of
+    from entidb.sync import SyncConfig
     from entidb.sync.beginning import begin_from
 
+    chosen = policies_of(policies)
+    SyncConfig(db_id="snapshot", **chosen)  # refuses a policy that is none, before anything is made
     with open(source, "rb") as file:
         existed = is_database(path)
         with Database.open(path) as database:
             for name in local:
                 database.declare_local(name)
             try:
-                begun = begin_from(database, file, **policies_of(policies))
+                begun = begin_from(database, file, **chosen)
             except SyncStateError as error:
                 raise UsageError(f"{path}: {error.message}", code="exists") from error
             except ProtocolError as error:
