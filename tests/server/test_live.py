@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from entidb import cbor
-from entidb.errors import ServerBusyError
+from entidb.errors import ProtocolError, ServerBusyError
 from entidb.protocol import HandshakeResponse
 from entidb.server import Grants, Rights, ServerConfig, SyncServer, live_http, serving
 from entidb.server import live as live_room
@@ -487,3 +487,12 @@ def test_those_who_wait_leave_half_of_the_connections_to_those_who_ask() -> None
         kept = [Events(url), Events(url)]
         assert [each.response.status for each in kept] == [200, 200]
         assert Events(url).response.status == 503
+
+
+@pytest.mark.parametrize(
+    "query", [b"db_id=a&db_id=b", b"db_id=a&cursor=1&cursor=1", b"x=1&db_id=a&x=1"]
+)
+def test_a_parameter_that_is_there_twice_is_refused(query: bytes) -> None:
+    with pytest.raises(ProtocolError, match="names a parameter twice"):
+        LiveRequest(query, {})
+    assert LiveRequest(b"db_id=a&cursor=1&x=1", {}).cursor == 1

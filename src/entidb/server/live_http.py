@@ -49,9 +49,13 @@ class LiveRequest:
 
     def __init__(self, query: bytes, headers: Mapping[str, str]) -> None:
         try:
-            given = dict(parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20))
+            fields = parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20)
         except (UnicodeDecodeError, ValueError) as error:
             raise ProtocolError("the query of this address cannot be read") from error
+        given = dict(fields)
+        if len(given) < len(fields):
+            # What is in front of the server may have looked at another one of them.
+            raise ProtocolError("the query of this address names a parameter twice")
         self.db_id = given.get("db_id", "")
         if not self.db_id:
             raise ProtocolError("name the database: ?db_id=…")
