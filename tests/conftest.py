@@ -1,9 +1,12 @@
-"""Settings for the whole suite. Fixtures live beside the tests that use them."""
+"""Settings for the whole suite. Fixtures live beside the tests that use them, but for one."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,6 +29,15 @@ settings.register_profile(
     "entidb", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("entidb")
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """As ``tmp_path``, for what another user looks at: the directories above those are their
+    owner's alone, and another run of pytest closes them again."""
+    with tempfile.TemporaryDirectory(prefix="entidb-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

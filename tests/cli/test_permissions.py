@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -33,23 +32,20 @@ RUN_AS_SOMEBODY = """
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
+def place(open_path: Path) -> Iterator[Path]:
     """A directory with a database in it, ``shut`` that may not be written, and ``hidden`` that
     may not be looked into."""
-    for each in (tmp_path, *tmp_path.parents[:4]):
-        with contextlib.suppress(OSError):
-            each.chmod(each.stat().st_mode | 0o055)
-    done("init", tmp_path / "db")
-    done("put", tmp_path / "db", "notes", "1")
+    done("init", open_path / "db")
+    done("put", open_path / "db", "notes", "1")
     for name, mode in (("shut", 0o555), ("hidden", 0o000)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name).chmod(mode)
+        (open_path / name).mkdir()
+        (open_path / name).chmod(mode)
     if os.geteuid() == 0:
-        for each in (tmp_path / "db", *(tmp_path / "db").iterdir()):
+        for each in (open_path / "db", *(open_path / "db").iterdir()):
             os.chown(each, 4711, 4711)
-    yield tmp_path
+    yield open_path
     for name in ("shut", "hidden"):
-        (tmp_path / name).chmod(0o755)
+        (open_path / name).chmod(0o755)
 
 
 @pytest.mark.parametrize(

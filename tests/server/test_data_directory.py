@@ -190,10 +190,7 @@ def test_a_data_dir_that_cannot_be_written_is_a_config_error(
 @pytest.mark.skipif(
     sys.platform == "win32" or os.geteuid() != 0, reason="only root becomes somebody else"
 )
-def test_serve_says_at_start_that_it_may_not_write(tmp_path: Path) -> None:
-    for path in (tmp_path, *tmp_path.parents[:3]):
-        with contextlib.suppress(OSError):
-            path.chmod(0o755)
+def test_serve_says_at_start_that_it_may_not_write(open_path: Path) -> None:
     code = """
         import os, sys
         from entidb.cli.app import run
@@ -204,12 +201,12 @@ def test_serve_says_at_start_that_it_may_not_write(tmp_path: Path) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-c", "import entidb.server.run, entidb.cli.serving, entidb.storage.lmdb\n"
-         + textwrap.dedent(code), str(tmp_path)],
+         + textwrap.dedent(code), str(open_path)],
         capture_output=True, text=True, env=ENVIRONMENT, timeout=STUCK_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "error[invalid_config]: data_dir cannot be used" in done.stderr
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(open_path) == []
 
 
 # ---------------------------------------------------------------- databases that are replaced
