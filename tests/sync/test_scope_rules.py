@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from entidb.db.adopt import adopt_step
-from entidb.errors import ScopeError, SyncStateError, TransportError
+from entidb.errors import ScopeError, SyncStateError, TransportError, UpgradeRequiredError
 from entidb.protocol import PullRequest, PushRequest, SyncRequest
 from entidb.server.hooks import Grant
 from entidb.sync import BatchLimits
@@ -218,6 +218,44 @@ def test_r31_a_widening_killed_at_every_request_goes_on() -> None:
         assert a.values() == world.values()
         assert_sound(a.db, world.server)
     assert at > 8
+
+
+@pytest.mark.parametrize("page", [1, 5000])
+@pytest.mark.parametrize("wider", [["notes", "tasks"], None])
+def test_r31_what_is_pushed_in_a_widening_that_waits_for_a_newer_program_stays(
+    wider: list[str] | None, page: int
+) -> None:
+    """R33 lets a program push that is too old to pull, also when some of a widening is staged."""
+    for at in range(1, 12):
+        world, a = scoped(pull_operations_max=page)
+        a.sync()
+        world.put(("tasks", 2, "x"), ("notes", 2, "x"))
+        a.put(("tasks", 7, "mine"), ("notes", 7, "mine"))
+        a.restart(collections=None)
+        a.db.set_scope(wider)
+        before = len(a.wire.pulls())
+
+        def refuse(request: SyncRequest, a: Device = a, last: int = before + at) -> None:
+            if isinstance(request, PullRequest) and len(a.wire.pulls()) >= last:
+                raise UpgradeRequiredError("too old")
+
+        a.wire.before = refuse
+        try:
+            a.sync()
+        except UpgradeRequiredError:
+            assert world.values("tasks") == {1: "x", 2: "x", 7: "mine"}
+        else:
+            break
+        a.put(("tasks", 7, "again"), ("tasks", 8, "mine"))
+        with pytest.raises(UpgradeRequiredError):
+            a.sync()
+        a.restart()
+        a.wire.before = lambda request: None
+        a.sync()
+        assert a.values("tasks") == world.values("tasks") == {1: "x", 2: "x", 7: "again", 8: "mine"}
+        assert a.values() == world.values()
+        assert_sound(a.db, world.server)
+    assert at > 1
 
 
 @pytest.mark.parametrize("kind", [PullRequest, PushRequest])

@@ -191,6 +191,11 @@ class Pulling:
                 self._heed_page(came, state)
         if request is None:
             request = self._pull_request(state, cursor)
+            if stage is not None and full:
+                # A program that is too old to pull may have pushed since (R33), also to what is in
+                # the new tables as of before: they have to have it.
+                have = [(first, min(last, stage.full_cursor)) for first, last in request.have]
+                request = replace(request, have=[each for each in have if each[0] <= each[1]])
         done = size = 0
         for _ in range(PAGES_MAX):
             response = expanded(came or (yield from self._ask_page(request, state)))
