@@ -302,8 +302,9 @@ def test_a_node_watches_its_connections_until_the_last_is_closed(
     with contextlib.closing(PostgresStorage.open(own.address, uuid.uuid4().hex)) as store:
         assert store.mark() == 0
         assert beats()
-        monkeypatch.setattr(pool_module, "_IDLE_S", -1.0)
-        until(lambda: not beats())
+        with monkeypatch.context() as patch:
+            patch.setattr(pool_module, "_IDLE_S", -1.0)
+            until(lambda: not beats())
         assert store.mark() == 0
         assert beats()
     until(lambda: not beats())
