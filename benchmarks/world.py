@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.floors import batches
 from benchmarks.payloads import COLLECTION, entities
 from entidb.db import Database, Role
-from entidb.server import copy_server, mint_token
+from entidb.server import mint_token
 from entidb.server.config import directory_name
 from entidb.sync import HttpTransport, SyncConfig, SyncEngine
 from entidb.sync.config import Compression
@@ -116,6 +116,8 @@ class World:
         if self.new_address is not None:
             place = self.new_address()
             if databases:
+                from entidb.server import copy_server  # an older version is measured too
+
                 copy_server(data_dir, place)
         least = "" if segments_min_entities is None else str(segments_min_entities)
         arguments = [
