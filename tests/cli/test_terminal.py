@@ -182,6 +182,8 @@ def test_the_last_line_of_a_watch_says_how_things_are(tmp_path: Path):
             said = ""
             while "pushed  1 transaction" not in said:
                 said += os.read(near, 65536).decode()
+            # The line is there again: only then it has to be wiped.
+            said = read_until(near, r"^live since [0-9:]{8}, .*0 pending, 0 conflicts$", said)
         finally:
             running.send_signal(signal.SIGINT)
             parts = [b""]
