@@ -222,8 +222,9 @@ class LiveLine:
         status = engine.status()
         text = fit(safe(describe(status, self._step, self.changed_ms, engine.config.interval_s)))
         if text != self._shown:
-            self._write(f"\r\x1b[2K{text}")
+            # First of all, because Ctrl-C can come between the two.
             self._shown = text
+            self._write(f"\r\x1b[2K{text}")
 
     def clear(self) -> None:
         if self._write is not None and self._shown:
