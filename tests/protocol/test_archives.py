@@ -86,6 +86,23 @@ def test_what_is_no_snapshot_is_refused(data: bytes):
         Archive(io.BytesIO(data))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE],
+)
+def test_a_tar_of_headers_about_headers_without_end_is_refused(kind: bytes):
+    about = tarfile.TarInfo("a long name")
+    about.type, about.size = kind, 4
+    one = about.tobuf(tarfile.GNU_FORMAT) + b"abc\0".ljust(tarfile.BLOCKSIZE, b"\0")
+    with pytest.raises(SyncCodecError):
+        Archive(io.BytesIO(one * 3000))
+    whole = archive()
+    end = whole.index(b"segments/")
+    begun = Archive(io.BytesIO(whole[:end] + one * 3000))
+    with pytest.raises(SyncCodecError):
+        begun.segment(begun.manifest.segments[0])
+
+
 def test_a_tar_whose_manifest_is_a_link_or_huge_is_refused():
     for change in ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, {"size": 1 << 40}):
         about = tarfile.TarInfo(MANIFEST_NAME)

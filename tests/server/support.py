@@ -39,9 +39,11 @@ class ManualClock:
 
     def __init__(self, now_ms: int = NOW_MS) -> None:
         self.ms = now_ms
+        #: How far what it says of the time of day is from what it is.
+        self.wrong_ms = 0
 
     def now_ms(self) -> int:
-        return self.ms
+        return self.ms + self.wrong_ms
 
     def monotonic(self) -> float:
         return self.ms / 1000

@@ -248,6 +248,58 @@ def test_a_backup_is_made_when_it_is_due(tmp_path: Path, quick: None):
     again.server.close()
 
 
+def test_backups_of_a_clock_that_was_ahead_keep_no_other_from_being_made_and_kept(
+    tmp_path: Path, quick: None
+):
+    place = Place(tmp_path, backup_every_s=3600.0)
+    place.push(1)
+
+    def keep_house() -> None:
+        place.server.housekeep()
+        for task in place.office.tasks.all():
+            assert place.over(task).state == "done"
+
+    place.clock.wrong_ms = 10 * 365 * 24 * 3600 * 1000
+    for _ in range(2):
+        keep_house()
+        place.clock.advance(3601)
+    wrong = place.ids()
+    assert len(wrong) == 2
+    place.clock.wrong_ms = 0
+    keep_house()
+    (first,) = set(place.ids()) - set(wrong)
+    # Known for what it is, also after a restart.
+    place.server.housekeep()
+    assert place.office.oldest_backup_ms == place.clock.now_ms()
+    place.clock.advance(3601)
+    keep_house()
+    assert len(place.ids()) == 2
+    assert first in place.ids()
+    assert not {*place.ids()} & {*wrong}
+    place.server.close()
+
+
+def test_a_backup_is_late_where_the_last_one_is_of_a_clock_that_was_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+):
+    place = Place(tmp_path, backup_every_s=3600.0)
+    place.push(1)
+    place.clock.wrong_ms = 10 * 365 * 24 * 3600 * 1000
+    place.server.housekeep()
+    for task in place.office.tasks.all():
+        assert place.over(task).state == "done"
+    place.clock.wrong_ms = 0
+    monkeypatch.setattr(backups, "check", lambda path, go_on: Found(["damaged"]))
+    for _ in range(3):
+        place.clock.advance(3000)
+        place.server.housekeep()
+        for task in place.office.tasks.all():
+            place.over(task)
+    assert len(place.office.tasks.all()) == 4
+    assert place.office.late_backups == ["shop"]
+    place.server.close()
+
+
 def test_a_scheduled_backup_that_fails_is_not_tried_at_every_housekeeping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -535,6 +535,33 @@ def test_a_pin_of_a_clock_that_was_wrong_is_made_anew(
     assert row.until_ms == clock.now_ms() + PIN_MS
 
 
+def test_a_pin_of_a_clock_that_was_wrong_holds_no_floor(
+    server: SyncServer, shop: Database, clock: ManualClock
+):
+    server.images.make("shop")
+    clock.wrong_ms = 10 * 365 * 24 * 3600 * 1000
+    asked(server)
+    clock.wrong_ms = 0
+    with shop.transaction() as tx:
+        for number in range(5):
+            del tx.collection("notes")[uuid.UUID(int=number)]
+    assert purge_tombstones(shop, shop.read_head().sequence) == 5
+
+
+def test_a_full_disk_keeps_no_device_from_its_first_sync(
+    server: SyncServer, shop: Database, monkeypatch: pytest.MonkeyPatch
+):
+    """There is no room to pin the image; then the device pulls."""
+    server.images.make("shop")
+
+    def full(batch: Any, after: Any = None) -> int:
+        raise StorageFullError("the disk is full")
+
+    monkeypatch.setattr(shop.storage, "commit", full)
+    assert asked(server).segments == []
+    assert len(pulled(server)) == 220
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 

@@ -125,6 +125,28 @@ def test_a_device_is_forgotten_after_the_retention(root: Path, clock: ManualCloc
     assert book.devices("shop") == []
 
 
+def test_a_row_of_a_clock_that_was_ahead_is_overtaken_by_what_comes_later(
+    root: Path, clock: ManualClock
+):
+    book = registry(root, clock)
+    clock.wrong_ms = 10 * 365 * 24 * 3600 * 1000
+    book.heard(pull(HISTORY), ADA, code=None, client="old/1")
+    book.heard(asks(7), ADA, code=None)
+    book.flush()
+    clock.wrong_ms = 0
+    clock.advance(1)
+    book.heard(pull(HISTORY), ADA, code=None, client="new/2")
+    book.pulled(pull(HISTORY), 7)
+    for _ in range(2):
+        row = next(each for each in book.devices("shop") if each.device_id == DEVICE.hex())
+        assert (row.client, row.cursor, row.requests) == ("new/2", 7, 2)
+        assert row.last_ms == clock.now_ms()
+        book.flush()
+    # The other one does not come again, and is forgotten as any is.
+    clock.advance(90 * 24 * 3600 + 1)
+    assert book.devices("shop") == []
+
+
 def test_nothing_is_written_for_a_database_that_is_not_there(tmp_path: Path, clock: ManualClock):
     book = registry(tmp_path, clock)
     for name in ("shop", "../shop", "a/b", ""):

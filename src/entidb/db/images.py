@@ -41,6 +41,8 @@ class ImageRows(Struct, frozen=True):
 
 
 NO_IMAGES: Final = ImageRows()
+#: For how long a device may be on its way with an image, at most.
+PINNED_MS_MAX: Final = 2 * 3_600_000
 
 
 def read_images(view: Writer) -> ImageRows:
@@ -57,8 +59,14 @@ def pinned_to(writer: Writer) -> int:
     raw = writer.get(META_IMAGES)
     if raw is None:
         return SEQUENCE_MAX
-    alive = [row.head for row in read_images(writer).rows if row.until_ms > writer.now_ms]
+    alive = [row.head for row in read_images(writer).rows if is_pinned(row, writer.now_ms)]
     return min(alive, default=SEQUENCE_MAX)
 
 
-__all__ = ["NO_IMAGES", "ImageRow", "ImageRows", "pinned_to", "read_images", "write_images"]
+def is_pinned(row: ImageRow, now_ms: int) -> bool:
+    """Whether a device may be on its way with it. A time that lies further ahead than it can was
+    said by a clock that was wrong: it would hold the floor until then."""
+    return now_ms < row.until_ms <= now_ms + PINNED_MS_MAX
+
+
+__all__ = ["NO_IMAGES", "PINNED_MS_MAX", "ImageRow", "ImageRows", "is_pinned", "pinned_to", "read_images", "write_images"]

@@ -25,6 +25,8 @@ MANIFEST_NAME: Final = "manifest.cbor"
 _FOLDER: Final = "segments/"
 #: Bytes of a segment at most: one entity alone may be as large as a message.
 _SEGMENT_MAX: Final = LIMITS.message_bytes_max + HEADER_BYTES_MAX
+#: What ``tarfile`` raises for files that are none; it reads a header about a header by recursion.
+_NO_TAR: Final = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
 def write_archive(
@@ -52,7 +54,7 @@ class Archive:
         try:
             self._tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
             first = self._tar.next()
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except _NO_TAR as error:
             raise SyncCodecError(f"this is no snapshot: {error}") from error
         if first is None or first.name != MANIFEST_NAME:
             raise SyncCodecError(f"this is no snapshot: {MANIFEST_NAME} is not its first file")
@@ -83,7 +85,7 @@ class Archive:
                 self._at[found.name] = found
                 if found.name == name:
                     return found
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except _NO_TAR as error:
             raise SyncCodecError(f"this snapshot is damaged: {error}") from error
         return None
 
@@ -91,7 +93,7 @@ class Archive:
         try:
             opened = self._tar.extractfile(about) if about.isreg() else None
             data = b"" if opened is None else opened.read()
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except _NO_TAR as error:
             raise SyncCodecError(f"this snapshot is damaged: {error}") from error
         if opened is None or len(data) != about.size:
             raise SyncCodecError(f"this snapshot is cut off in {about.name!r:.100}")

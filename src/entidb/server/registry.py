@@ -186,7 +186,7 @@ class Registry:
 
         def make(content: bytes | None) -> bytes | None:
             page = self._decoded(request.db_id, content)
-            rows = self._kept(_merged(page.devices, self._fresh(request.db_id)))
+            rows = self._kept(self._merged(page.devices, self._fresh(request.db_id)))
             found.update(bytes.fromhex(row.device_id) for row in rows)
             if request.device_id in found:
                 return None
@@ -207,7 +207,7 @@ class Registry:
     def devices(self, db_id: str) -> list[DeviceRecord]:
         """The rows of a database, those seen last first."""
         fresh = self._fresh(db_id)
-        return self._kept(_merged(self._read(db_id).devices, fresh))
+        return self._kept(self._merged(self._read(db_id).devices, fresh))
 
     def _fresh(self, db_id: str) -> list[DeviceRecord]:
         with self._lock:
@@ -247,7 +247,7 @@ class Registry:
 
         def make(content: bytes | None) -> bytes:
             page = self._decoded(db_id, content)
-            rows = self._kept(_merged(page.devices, book.fresh.values()))
+            rows = self._kept(self._merged(page.devices, book.fresh.values()))
             return json.encode(_Page(about=book.about or page.about, devices=rows))
 
         try:
@@ -261,7 +261,7 @@ class Registry:
         with self._lock:
             newer = self._books.get(db_id)
             if newer is not None:
-                both = _merged(book.fresh.values(), newer.fresh.values())
+                both = self._merged(book.fresh.values(), newer.fresh.values())
                 newer.fresh = {bytes.fromhex(row.device_id): row for row in both}
             else:
                 self._books[db_id] = book
@@ -298,9 +298,15 @@ class Registry:
             logger.warning("the devices of database %s are forgotten: %s", db_id, error)
             return _Page()
 
+    def _merged(
+        self, older: Iterable[DeviceRecord], newer: Iterable[DeviceRecord]
+    ) -> list[DeviceRecord]:
+        return _merged(older, newer, self._clock.now_ms())
+
     def _kept(self, rows: Iterable[DeviceRecord]) -> list[DeviceRecord]:
-        since = self._clock.now_ms() - self._retention_ms
-        newest = sorted(rows, key=lambda row: -row.last_ms)[: self._devices_max]
+        now = self._clock.now_ms()
+        since = now - self._retention_ms
+        newest = sorted((_believed(row, now) for row in rows), key=lambda row: -row.last_ms)[: self._devices_max]
         return [row for row in newest if row.last_ms >= since]
 
 
@@ -328,18 +334,33 @@ def _copy(row: DeviceRecord) -> DeviceRecord:
     return DeviceRecord(*(getattr(row, name) for name in DeviceRecord.__struct_fields__))
 
 
-def _merged(older: Iterable[DeviceRecord], newer: Iterable[DeviceRecord]) -> list[DeviceRecord]:
-    """Counters add up; all else is what the last request said."""
+def _believed(row: DeviceRecord, now_ms: int) -> DeviceRecord:
+    """A row of a clock that was ahead would be the newest until then, and nobody would forget
+    it."""
+    if max(row.first_ms, row.last_ms, row.error_ms or 0) <= now_ms:
+        return row
+    row = _copy(row)
+    row.first_ms, row.last_ms = min(row.first_ms, now_ms), min(row.last_ms, now_ms)
+    row.error_ms = None if row.error_ms is None else min(row.error_ms, now_ms)
+    return row
+
+
+def _merged(
+    older: Iterable[DeviceRecord], newer: Iterable[DeviceRecord], now_ms: int
+) -> list[DeviceRecord]:
+    """Counters add up; all else is what the last request said. What is older and says that it is
+    of a time to come was said by a clock that was ahead."""
     rows = {row.device_id: row for row in older}
     for new in newer:
         old = rows.get(new.device_id)
         if old is None:
             rows[new.device_id] = new
             continue
-        last = _copy(new if new.last_ms >= old.last_ms else old)
+        last = _copy(new if new.last_ms >= old.last_ms or old.last_ms > now_ms else old)
         last.first_ms = min(old.first_ms, new.first_ms)
         last.client = last.client or old.client or new.client
-        if (old.error_ms or 0) > (last.error_ms or 0):
+        error_ms = old.error_ms or 0
+        if (error_ms if error_ms <= now_ms else 1) > (last.error_ms or 0):
             last.error, last.error_ms = old.error, old.error_ms
         for name in _COUNTERS:
             setattr(last, name, getattr(old, name) + getattr(new, name))

@@ -39,7 +39,9 @@ _ID: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z(?:-[0-9]{1,3})?")
 _DATA: Final = "data.mdb"
 _PIECE_BYTES: Final = 4 * 2**20
 #: Seconds until a scheduled backup that failed is tried again, at least.
-_AGAIN_MS: Final = 900_000
+_AGAIN_S: Final = 900.0
+#: A backup that was made so much later than now was made by a clock that was ahead.
+_AHEAD_MS: Final = 300_000
 _SCHEDULE: Final = Caller("the schedule", "local")
 #: A backup is late when it is so many times as old as it should become.
 _LATE: Final = 2
@@ -175,11 +177,17 @@ def rows_in(folder: Path, db_id: str) -> list[BackupRow]:
 
 def _prune(office: Office, db_id: str, folder: Path) -> None:
     kept = {True: office.server.config.backup_keep, False: _FAULTY_KEPT}
-    for row in rows_in(folder, db_id):
+    now = office.clock.now_ms()
+    # Those of a clock that was ahead are not the newest, or they would outlive all that follow.
+    for row in sorted(rows_in(folder, db_id), key=lambda each: _is_ahead(each, now)):
         if kept[not row.faults]:
             kept[not row.faults] -= 1
             continue
         remove(folder, row.id)
+
+
+def _is_ahead(row: BackupRow, now_ms: int) -> bool:
+    return row.made_ms > now_ms + _AHEAD_MS
 
 
 def remove(folder: Path, identity: str) -> None:
@@ -190,11 +198,14 @@ def remove(folder: Path, identity: str) -> None:
 
 
 class Schedule:
-    """Makes backups when they are due; a chore."""
+    """Makes backups when they are due; a chore. A clock that was ahead for a while, and has made a
+    backup then, keeps none from being made."""
 
     def __init__(self, office: Office) -> None:
         self._office = office
-        self._tried: dict[str, int] = {}
+        #: By the monotonic clock: since when, and when each was tried last.
+        self._began = office.clock.monotonic()
+        self._tried: dict[str, float] = {}
 
     def __call__(self) -> None:
         config = self._office.server.config
@@ -205,19 +216,24 @@ class Schedule:
             self._office.late_backups, self._office.oldest_backup_ms = [], None
             return
         every_ms, now = config.backup_every_s * 1000, self._office.clock.now_ms()
+        ticks = self._office.clock.monotonic()
+        begun_ms = now - round(1000 * (ticks - self._began))
         late, ages = [], []
         for name in self._office.place.names():
             folder = _folder(self._office, name)
-            good = next((row for row in rows_in(folder, name) if not row.faults), None)
+            good = next(
+                (row for row in rows_in(folder, name) if not (row.faults or _is_ahead(row, now))),
+                None,
+            )
             # A server that has just begun gets the time to make them.
-            made_ms = self._office.opened_ms if good is None else good.made_ms
-            if now - max(made_ms, self._office.opened_ms) > _LATE * every_ms:
+            made_ms = begun_ms if good is None else good.made_ms
+            if now - max(made_ms, begun_ms) > _LATE * every_ms:
                 late.append(name)
             ages.append(made_ms)
             if good is not None and now - good.made_ms < every_ms:
                 continue
             tried = self._tried.get(name)
-            if tried is not None and now - tried < min(every_ms, _AGAIN_MS):
+            if tried is not None and ticks - tried < min(config.backup_every_s, _AGAIN_S):
                 continue
             if self._office.tasks.is_due("backup", name) or not self._office.others.on_duty():
                 continue
@@ -225,7 +241,7 @@ class Schedule:
                 backup(self._office, _SCHEDULE, name)
             except ServerBusyError:
                 continue  # the rest at the next housekeeping
-            self._tried[name] = now
+            self._tried[name] = ticks
         self._office.late_backups = late
         self._office.oldest_backup_ms = min(ages, default=None)
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from entidb.db import Database
 from entidb.db.identity import history_in
-from entidb.db.images import ImageRow, ImageRows, read_images
+from entidb.db.images import PINNED_MS_MAX, ImageRow, ImageRows, is_pinned, read_images
 from entidb.db.maintenance import read_floor
 from entidb.db.records import count_key, unpack_u64
 from entidb.db.writer import Writer, feed_bounds
@@ -30,7 +30,7 @@ CHANGED_PART: Final = 10
 UNUSED_MS: Final = 7 * 24 * 3_600_000
 #: How long the images of another directory count after somebody asked for one, or after they were
 #: made: as long as one that is asked for is pinned.
-ELSEWHERE_MS: Final = 2 * 3_600_000
+ELSEWHERE_MS: Final = PINNED_MS_MAX
 #: Places of the feed that are read at a time.
 _READ_KEYS: Final = 5_000
 #: Seconds of work before a pause as long: half of a processor at most.
@@ -105,7 +105,7 @@ def kept_rows(view: Writer, files: KeptFiles, now_ms: int, here: bytes = b"") ->
     if is_elsewhere(found, here, now_ms):
         return found
     alive = [row for row in found.rows if counts(view, row, files.image(row.id))]
-    kept = [row for row in alive[:-1] if row.until_ms > now_ms]
+    kept = [row for row in alive[:-1] if is_pinned(row, now_ms)]
     if not alive:
         return replace(found, rows=[])
     newest = alive[-1]

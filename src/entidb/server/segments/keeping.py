@@ -16,6 +16,7 @@ directory in common for it; one that has another leaves the images alone (``buil
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -184,13 +185,21 @@ class ImageKeeper:
             wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
             if self.enabled:
                 image = self.newest(view, request)
-        if image is not None and not self.pin(database, image):
+        if image is not None and not self._may_begin(database, image):
             image = None
         self.ask(store, fits=image is not None)
         none = no_manifest(history, head, floor, self._clock.now_ms(), grant)
         if image is None:
             return none
         return manifest_of(image, {info.name for info in wanted.values()}, none, self.life_ms)
+
+    def _may_begin(self, database: Database, image: KeptImage) -> bool:
+        try:
+            return self.pin(database, image)
+        except StorageFullError as error:
+            # Without a pin there is no image, and pages need no room.
+            logger.warning("an image is not pinned, and a device pulls instead: %s", error)
+            return False
 
     def newest(self, view: Writer, request: SnapshotRequest) -> KeptImage | None:
         """The newest image that counts, and that the device can unpack."""
@@ -255,7 +264,8 @@ class ImageKeeper:
             with store.database.view() as view:
                 unused = read_images(view).unused
             if unused:
-                change_images(store.database, lambda _, found: replace(found, unused=False))
+                with contextlib.suppress(StorageFullError):  # then none could be made either
+                    change_images(store.database, lambda _, found: replace(found, unused=False))
             if store.db_id not in self._failed:
                 self._next.pop(store.db_id, None)
         self._look_at(store)
