@@ -69,4 +69,13 @@ def is_pinned(row: ImageRow, now_ms: int) -> bool:
     return now_ms < row.until_ms <= now_ms + PINNED_MS_MAX
 
 
-__all__ = ["NO_IMAGES", "PINNED_MS_MAX", "ImageRow", "ImageRows", "is_pinned", "pinned_to", "read_images", "write_images"]
+__all__ = [
+    "NO_IMAGES",
+    "PINNED_MS_MAX",
+    "ImageRow",
+    "ImageRows",
+    "is_pinned",
+    "pinned_to",
+    "read_images",
+    "write_images",
+]

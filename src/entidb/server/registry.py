@@ -306,8 +306,8 @@ class Registry:
     def _kept(self, rows: Iterable[DeviceRecord]) -> list[DeviceRecord]:
         now = self._clock.now_ms()
         since = now - self._retention_ms
-        newest = sorted((_believed(row, now) for row in rows), key=lambda row: -row.last_ms)[: self._devices_max]
-        return [row for row in newest if row.last_ms >= since]
+        newest = sorted((_believed(row, now) for row in rows), key=lambda row: -row.last_ms)
+        return [row for row in newest[: self._devices_max] if row.last_ms >= since]
 
 
 def _nothing(mark: Mark) -> None:
