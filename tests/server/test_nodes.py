@@ -6,9 +6,11 @@ import builtins
 import contextlib
 import http.client
 import json
+import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,14 +22,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
 from entidb.cli.exits import Exit
 from entidb.db import Database
-from entidb.errors import ConfigError, StorageError
-from entidb.protocol import HandshakeResponse, PullResponse, PushResponse, Verdict
+from entidb.errors import ConfigError, StorageError, StorageUnreachableError
+from entidb.protocol import (
+    CONTENT_TYPE,
+    HandshakeResponse,
+    PullResponse,
+    PushResponse,
+    Verdict,
+    encode,
+)
 from entidb.server import ServerConfig, SyncServer, serving
 from entidb.server.admin import backups, databases
 from entidb.server.admin.callers import Caller
@@ -35,6 +45,8 @@ from entidb.server.admin.office import Office
 from entidb.server.admin.opening import office_of
 from entidb.server.admin.tasks import Task
 from entidb.server.news import News
+from entidb.server.read_answers import ReadAnswers
+from entidb.storage.postgres import PostgresStorage
 from entidb.storage.postgres.news import PostgresNews
 from entidb.storage.postgres.node import Node
 from entidb.sync import SyncConfig, SyncEngine
@@ -565,6 +577,104 @@ def test_no_thread_waits_for_a_connection_to_read_while_it_has_one(
     assert not nested, "".join(nested)
 
 
+# ---------------------------------------------------------------- reading together
+
+
+@pytest.fixture
+def crowd(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Crowd:
+    """20 pulls from one node, of which those that wait for the first ones are read together."""
+    client = nodes.clients[0]
+    history = client.history()
+    for number in range(1, 41):
+        client.send(push(history, number)).message(PushResponse)
+    return Crowd(nodes.urls[0], history, monkeypatch)
+
+
+class Crowd:
+    def __init__(self, url: str, history: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url, self.history = url, history
+        self.answers: dict[int, Any] = {}
+        #: Whatever reads; and how many read then.
+        self.views = 0
+        self._first = threading.Event()
+        self._go_on = threading.Event()
+        page, pages = ReadAnswers._page, ReadAnswers._pages
+
+        def slow(reading: ReadAnswers, *given: Any) -> Any:
+            if not self._go_on.is_set():
+                self._first.set()
+                self._go_on.wait(WAIT_S)
+            return page(reading, *given)
+
+        def counted(reading: ReadAnswers, store: Any, several: list[Any]) -> Any:
+            self.views += 1
+            return pages(reading, store, several)
+
+        monkeypatch.setattr(ReadAnswers, "_page", slow)
+        monkeypatch.setattr(ReadAnswers, "_pages", counted)
+
+    def pull(self, count: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+        def one(number: int) -> None:
+            with Client(self.url) as client:
+                wanted = pull(self.history, cursor=number, limit=3)
+                self.answers[number] = client.send(wanted)
+
+        threads = [threading.Thread(target=one, args=[number]) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        assert self._first.wait(WAIT_S)
+        time.sleep(0.5)  # for the others to come in; with fewer of them less is tried
+        meanwhile()
+        self._go_on.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+
+
+def test_pulls_that_wait_are_read_together_and_each_gets_its_own(crowd: Crowd) -> None:
+    crowd.pull(20)
+    for number in range(20):
+        page = crowd.answers[number].message(PullResponse)
+        assert [each.version for each in page.commits] == [number + 1, number + 2, number + 3]
+    assert 1 <= crowd.views < 10
+
+
+def connected(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    assert parts.hostname is not None and parts.port is not None
+    return socket.create_connection((parts.hostname, parts.port))
+
+
+def test_who_leaves_while_pulls_are_read_together_keeps_no_other_from_its_answer(
+    crowd: Crowd,
+) -> None:
+    gone = [connected(crowd.url) for _ in range(6)]
+    body = encode(pull(crowd.history, cursor=1, limit=3))
+    head = f"POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-type: {CONTENT_TYPE}\r\n"
+    for each in gone:
+        each.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+
+    def leave() -> None:
+        for each in gone:
+            each.close()
+
+    crowd.pull(12, leave)
+    for number in range(12):
+        page = crowd.answers[number].message(PullResponse)
+        assert [each.version for each in page.commits] == [number + 1, number + 2, number + 3]
+
+
+def test_a_store_that_fails_while_pulls_are_read_together_fails_for_each_of_them(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(store: PostgresStorage) -> Any:
+        raise StorageUnreachableError("the server is away")
+
+    crowd.pull(20, lambda: monkeypatch.setattr(PostgresStorage, "snapshot", fails))
+    refused = [each for each in crowd.answers.values() if each.status != 200]
+    assert len(crowd.answers) == 20 and len(refused) >= 16
+    assert {each.code for each in refused} == {"busy"}
+
+
 # ---------------------------------------------------------------- what can happen
 
 
@@ -718,6 +828,17 @@ def test_workers_are_nodes_of_one_address(address: str, tmp_path: Path) -> None:
                 pulls = re.findall(r'requests_total\{path="/v1/pull",status="200"\} (\S+)', metrics)
                 assert list(map(float, pulls)) == [20.0]  # of both workers, whichever is asked
                 assert re.findall(r"\nentidb_databases (\S+)", metrics) == ["1.0"]
+        # What somebody has seen is not gone with a worker that is killed.
+        for _ in range(2):
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+            gone = Path(f"/proc/{children[0]}")
+            until(lambda gone=gone: not gone.exists())  # type: ignore[misc]
+            for _ in range(5):
+                with Client(url) as client:
+                    metrics = client.request("GET", "/metrics").body.decode()
+                found = re.findall(r'requests_total\{path="/v1/pull",status="200"\} (\S+)', metrics)
+                assert list(map(float, found)) == [20.0]
     finally:
         parent.terminate()
         assert parent.wait(WAIT_S) == 0

@@ -11,9 +11,9 @@ import pytest
 
 from entidb.protocol import PullRequest, PullResponse
 from entidb.server import ServerConfig, SyncServer, serving, warmth
-from entidb.server.app import SyncApp
 from entidb.server.cycle import RequestCycle
 from entidb.server.deadlines import Deadline, within
+from entidb.server.read_answers import ReadAnswers
 from entidb.server.threads import PAGES_AHEAD, _Line
 from entidb.server.warmth import SMALL_BYTES, SMALL_OPERATIONS, WARM_PAGES, Warmth, is_small
 from tests.server.support import Client, pull, push
@@ -354,13 +354,13 @@ def pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[An
     import threading
 
     threads: list[str] = []
-    read = SyncApp._page
+    read = ReadAnswers._page
 
-    def noted(self: SyncApp, *given: Any) -> Any:
+    def noted(self: ReadAnswers, *given: Any) -> Any:
         threads.append(threading.current_thread().name.partition("_")[0])
         return read(self, *given)
 
-    monkeypatch.setattr(SyncApp, "_page", noted)
+    monkeypatch.setattr(ReadAnswers, "_page", noted)
     config = ServerConfig(data_dir=tmp_path, insecure_no_auth=True, create_databases=True)
     with SyncServer(config) as server, serving(server) as url, Client(url) as client:
         history = client.history()
@@ -385,7 +385,7 @@ def test_small_pages_are_read_at_once_while_reading_them_waits_for_no_disk(
     # Whether the system has something better to do with its memory is not the subject.
     waited = [0]
     monkeypatch.setattr("entidb.server.warmth.waits", lambda: waited[0])
-    monkeypatch.setattr("entidb.server.app.waits", lambda: waited[0])
+    monkeypatch.setattr("entidb.server.read_answers.waits", lambda: waited[0])
     for cursor in range(WARM_PAGES):
         page(cursor)
     assert set(threads) == {"entidb-reader"}
@@ -394,7 +394,7 @@ def test_small_pages_are_read_at_once_while_reading_them_waits_for_no_disk(
     page(3, limit=SMALL_OPERATIONS + 1)
     assert threads[0] == "entidb-server" and threads[1] == "entidb-reader"
     threads.clear()
-    monkeypatch.setattr("entidb.server.app.waits", lambda: waited[0] - 1)
+    monkeypatch.setattr("entidb.server.read_answers.waits", lambda: waited[0] - 1)
     page(5)
     page(6)
     assert threads == ["entidb-server", "entidb-reader"]

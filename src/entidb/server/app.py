@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from functools import partial
@@ -32,13 +32,9 @@ from entidb.errors import (
     SyncTimeoutError,
 )
 from entidb.protocol import (
-    DigestRequest,
-    HandshakeRequest,
-    PullRequest,
     PushRequest,
     PushResponse,
     RoundRequest,
-    SnapshotRequest,
     SyncRequest,
     encode,
     encode_round,
@@ -52,23 +48,22 @@ from entidb.server.config import ServerConfig
 from entidb.server.deadlines import within
 from entidb.server.exchange import GoneError, HttpExchange, Receive, Scope, Send
 from entidb.server.fresh import Freshness
-from entidb.server.front import Reading
 from entidb.server.hooks import Grant
 from entidb.server.live_answers import LiveAnswers, Streamed
 from entidb.server.live_http import LIVE_PATH, LiveRequest
 from entidb.server.measured import metrics_of, pulse_of
 from entidb.server.origins import check_single
-from entidb.server.pages import PAGE_BYTES_MAX, known_up_to, unseen
+from entidb.server.pages import unseen
 from entidb.server.plain import ADDRESSES, Plain
+from entidb.server.read_answers import ReadAnswers
 from entidb.server.room import RETRY_S, Budget, Held
 from entidb.server.segments.answers import SegmentAnswers
 from entidb.server.segments.serving import SEGMENTS_PATH
 from entidb.server.sending import raw_headers, send_answer
 from entidb.server.server import SyncServer
 from entidb.server.service import BehindError
-from entidb.server.stores import Holding, Store
+from entidb.server.stores import Store
 from entidb.server.threads import AppThreads
-from entidb.server.warmth import is_small, waits
 from entidb.server.wire import ServerResponse
 from entidb.server.workers.team import Team, company_of
 
@@ -79,8 +74,6 @@ _INLINE_UNPACK_BYTES: Final = 64 * 1024
 _INLINE_DECODE_BYTES: Final = 128 * 1024
 #: What an operation of a decoded push takes in memory beside its payload (measured: 500 to 600).
 _OPERATION_MEMORY_BYTES: Final = 512
-#: What a page takes beside its entity values, generously, when room for it is set aside.
-_PAGE_FRAMING_BYTES: Final = 256 * 1024
 #: Codes of who is refused for his token.
 _KNOCKS: Final = ("unauthorized", "revoked", "too_many_devices")
 
@@ -115,6 +108,7 @@ class SyncApp:
             server, self._use_existing, lambda *given: self._start().ask(*given)
         )
         self._segments = SegmentAnswers(server, self._use_existing)
+        self._reading = ReadAnswers(server, self._start, self._use)
         self._office = office_of(server)
         self._fresh = Freshness(server.front.control)
         self._admin = AdminHttp(self._office, self._fresh.wait)
@@ -289,7 +283,7 @@ class SyncApp:
             return await self._push(exchange, store, request, grant)
         if isinstance(request, RoundRequest):
             return await self._round(exchange, request, grant, held)
-        return await self._read(exchange, request, grant, held)
+        return await self._reading.answer(exchange, request, grant, held)
 
     async def _use(self, request: SyncRequest, grant: Grant) -> Store:
         """``Front.use``, without waiting on the event loop."""
@@ -352,79 +346,8 @@ class SyncApp:
         held.take(len(unpacked))
         return unpacked
 
-    # ------------------------------------------------------------ handshake and pull
-
-    async def _read(
-        self,
-        exchange: HttpExchange,
-        request: Reading,
-        grant: Grant,
-        held: Held,
-        wrapped: Callable[[bytes], bytes] = bytes,
-    ) -> ServerResponse:
-        """The answer; of a page, what ``wrapped`` makes of it."""
-        running, front = self._start(), self.server.front
-        using = partial(Holding, self.server.stores)
-        if isinstance(request, DigestRequest | SnapshotRequest):
-            held.charge(("database", request.db_id))
-            async with running.line(request.db_id):
-                await held.reserve(min(PAGE_BYTES_MAX, self._room_max()))
-                with using(await self._use(request, grant)) as store:
-                    body = await self._run(running.reader, front.read, store, request, grant)
-            return wire.message_response(
-                body, self.server.response_encoding(exchange.headers, len(body))
-            )
-        with using(front.try_use(request) or await self._use(request, grant)) as store:
-            if isinstance(request, HandshakeRequest):
-                where = running.asker or running.reader
-                answer = await self._run(where, front.read, store, request, grant)
-                return wire.message_response(answer)
-            idle = await running.ask(front.idle, store, request, grant)
-            if idle is not None:
-                self.server.registry.pulled(request, known_up_to(request))
-                return wire.message_response(wrapped(idle))
-            request = front.bounded(request)
-            room = min(request.bytes_max + _PAGE_FRAMING_BYTES, self._room_max())
-            held.charge(("database", request.db_id))
-            response: ServerResponse
-            if running.is_near(store, request) and held.try_reserve(room):
-                # As what one device has just pushed, for all others: at once, and without waiting
-                # in front of the reader, behind another device's first sync.
-                response = self._page(store, request, grant, exchange.headers, wrapped)
-                held.resize(len(response.body))
-                return response
-        # Who waits is no user of the database: it could not be opened again after an error.
-        while True:
-            async with running.line(request.db_id, small=is_small(request)) as has_turn:
-                await held.reserve(room)
-                with using(await self._use(request, grant)) as store:
-                    page = partial(self._page, store, request, grant, exchange.headers, wrapped)
-                    if running.is_near(store, request):
-                        running.hurry(request.db_id)
-                        response = page()
-                    elif has_turn:
-                        response = await self._run(running.reader, page)
-                    else:
-                        continue
-                    held.resize(len(response.body))
-                    return response
-
-    def _page(
-        self,
-        store: Store,
-        request: PullRequest,
-        grant: Grant,
-        headers: Mapping[str, str],
-        wrapped: Callable[[bytes], bytes],
-    ) -> ServerResponse:
-        waited = waits() if is_small(request) else None
-        body = wrapped(self.server.front.page(store, request, grant))
-        if waited is not None:
-            store.warmth.read(waited, len(body))
-        return wire.message_response(body, self.server.response_encoding(headers, len(body)))
-
     def _room_max(self) -> int:
-        # The largest page or push must fit beside what else is going on, or it never would.
+        # The largest push must fit beside what else is going on, or it never would.
         return self._config.in_flight_bytes_max // 4
 
     async def _run(self, where: Executor, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -444,7 +367,7 @@ class SyncApp:
             with contextlib.suppress(BehindError):
                 answer = await self._decided(exchange, store, request, grant)
         pull = unseen(request, answer)
-        return await self._read(
+        return await self._reading.answer(
             exchange, pull, grant, held, lambda page: encode_round(page, answer)
         )
 

@@ -49,7 +49,7 @@ from entidb.server.digesting import digested
 from entidb.server.group_commit import Done
 from entidb.server.hooks import Grant
 from entidb.server.newcomers import Newcomers
-from entidb.server.pages import unseen
+from entidb.server.pages import View, unseen
 from entidb.server.quotas import Quotas
 from entidb.server.service import BehindError
 from entidb.server.stores import Holding, Store, Stores
@@ -253,10 +253,13 @@ class Front:
         answer = store.service.idle_pull(request, grant)
         return None if answer is None else encode(answer)
 
-    def page(self, store: Store, request: PullRequest, grant: Grant) -> bytes:
+    def page(
+        self, store: Store, request: PullRequest, grant: Grant, view: View | None = None
+    ) -> bytes:
+        """An encoded page, of the state that ``view`` shows, or of the newest one."""
         # It may have waited for its turn since it was permitted.
         self.control.admit(grant, request)
-        return store.service.pull_bytes(self.bounded(request), grant)
+        return store.service.pull_bytes(self.bounded(request), grant, view)
 
     def bounded(self, request: PullRequest) -> PullRequest:
         """The request, asking for no more bytes than this server sends in one page."""

@@ -46,6 +46,8 @@ PAGE_NAMES_MAX = 1024
 #: What a pulled operation takes on the wire beside its payload, roughly.
 OPERATION_OVERHEAD_BYTES = 32
 
+#: A state of a database, to be read by one thread.
+View = Writer
 #: The place of an entity in the feed: commit, number of its collection, id.
 Place = tuple[int, int, bytes]
 #: Of each entity its version, device and time, one after another.

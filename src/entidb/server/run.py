@@ -126,8 +126,12 @@ def _serve_together(
         )
     if not can_share():
         raise cannot_share()
-    server = SyncServer(config, family=Family.of(os.getpid()))
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = ""
+        if settings.address is not None and settings.metrics:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="entidb-workers-"))
+        server = SyncServer(config, family=Family.of(os.getpid(), folder))
+        stack.callback(server.close)
         runner = _prepare(server, listen, _nothing, worker=True)
         with runner.bound:
             parent = Parent(
@@ -137,8 +141,6 @@ def _serve_together(
                 grace_s=settings.shutdown_timeout_s,
             )
             parent.run()
-    finally:
-        server.close()
 
 
 def _work(runner: _Runner, backlog: int, ready: Callable[[], None]) -> None:

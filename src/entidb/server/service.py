@@ -49,6 +49,7 @@ from entidb.server.pages import (
     SCAN_ROWS_MAX,
     ColumnPage,
     Page,
+    View,
     known_up_to,
     seen_by,
     wanted_collections,
@@ -144,6 +145,11 @@ class DatabaseService:
 
     # ------------------------------------------------------------ pull
 
+    def may_be_idle(self, request: PullRequest) -> bool:
+        """Whether ``idle_pull`` may have an answer, as far as anybody knows without asking."""
+        known = self._known
+        return known is not None and not request.full and known_up_to(request) == known[1]
+
     def idle_pull(self, request: PullRequest, grant: Grant) -> PullResponse | None:
         """The answer to a pull with nothing new, without touching the store; None if it has to be
         looked up. What was read counts until the next try to commit (R17)."""
@@ -151,7 +157,8 @@ class DatabaseService:
         if known is None or request.full:
             return None
         moment, head, floor, history = known
-        if not moment.is_current() or known_up_to(request) != head:
+        # First what costs nothing: the moment may be a question over a network.
+        if known_up_to(request) != head or not moment.is_current():
             return None
         seen = seen_by(request)
         if seen > head:
@@ -179,42 +186,45 @@ class DatabaseService:
         ``ResetRequiredError``, ``PermissionDeniedError``."""
         return protocol.decode(PullResponse, self.pull_bytes(request, grant))
 
-    def pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
-        """As ``pull``, encoded: the values go from the store into the message as they are."""
+    def pull_bytes(self, request: PullRequest, grant: Grant, view: View | None = None) -> bytes:
+        """As ``pull``, encoded: the values go from the store into the message as they are. Of the
+        state that ``view`` shows, if it is given."""
         try:
-            return self._pull_bytes(request, grant)
+            if view is not None:
+                return self._pull_bytes(request, grant, view)
+            with paused(), self.database.view() as newest:
+                return self._pull_bytes(request, grant, newest)
         except HistoryChangedError as error:
             head = error.details.get("head")
             if head is None:
                 raise
         raise self._put_back(grant, seen_by(request), head)
 
-    def _pull_bytes(self, request: PullRequest, grant: Grant) -> bytes:
-        with paused(), self.database.view() as view:
-            head = view.head.sequence
-            floor = read_floor(view)
-            history = self.database.history_at(view.snapshot)
-            self.check_pull(request, grant, seen_by(request), head, floor, history)
-            kind = ColumnPage if request.columns else Page
-            wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
-            page = kind(view, request, wanted)
-            cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
-            self._known = (view.moment, head, floor, history)
-            self._head = head
-            if self.on_page is not None:
-                self.on_page(request, cursor)
-            return page.encode(
-                PullResponse(
-                    collections=page.names,
-                    commits=[],
-                    cursor=cursor,
-                    has_more=more,
-                    head=head,
-                    floor=floor,
-                    time=self.database.clock.now_ms(),
-                    granted=grant.named,
-                )
+    def _pull_bytes(self, request: PullRequest, grant: Grant, view: View) -> bytes:
+        head = view.head.sequence
+        floor = read_floor(view)
+        history = self.database.history_at(view.snapshot)
+        self.check_pull(request, grant, seen_by(request), head, floor, history)
+        kind = ColumnPage if request.columns else Page
+        wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
+        page = kind(view, request, wanted)
+        cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
+        self._known = (view.moment, head, floor, history)
+        self._head = head
+        if self.on_page is not None:
+            self.on_page(request, cursor)
+        return page.encode(
+            PullResponse(
+                collections=page.names,
+                commits=[],
+                cursor=cursor,
+                has_more=more,
+                head=head,
+                floor=floor,
+                time=self.database.clock.now_ms(),
+                granted=grant.named,
             )
+        )
 
     def check_pull(
         self,

@@ -108,16 +108,19 @@ class AppThreads:
         return self.asker is None and store.has_in_memory(request)
 
     @asynccontextmanager
-    async def line(self, db_id: str, *, small: bool = False) -> AsyncIterator[bool]:
+    async def line(
+        self, db_id: str, *, small: bool = False, brought: object = None
+    ) -> AsyncIterator[bool]:
         """A turn among those who read pages of ``db_id``; False for who wants a ``small`` page and
-        need not wait for one any more, as ``hurry`` says. Raises ``ServerBusyError``."""
+        need not wait for one any more, as ``hurry`` says, or was taken along: ``brought`` is what
+        ``take_along`` gives to who does. Raises ``ServerBusyError``."""
         line = self._lines.get(db_id)
         if line is None:
             line = self._lines[db_id] = _Line()
         line.members += 1
         try:
             try:
-                has_turn = line.take() or await within(LINE_WAIT_S, line.wait(small))
+                has_turn = line.take() or await within(LINE_WAIT_S, line.wait(small, brought))
             except TimeoutError as error:
                 # Those in front may be clients that have stopped reading: a pull that waits behind
                 # them gets an answer, instead of finding out by a timeout of its own.
@@ -131,6 +134,13 @@ class AppThreads:
             line.members -= 1
             if not line.members:
                 del self._lines[db_id]
+
+    def take_along(
+        self, db_id: str, most: int, suits: Callable[[object], bool]
+    ) -> list[tuple[asyncio.Future[bool], Any]]:
+        """For who has a turn: up to ``most`` of those that wait for one, in their order, whose
+        ``brought`` suits; each waits for the future that comes with it."""
+        return self._lines[db_id].take_along(most, suits)
 
     def hurry(self, db_id: str) -> None:
         """Small pages of ``db_id`` are read at once from now on: those who wait for one must not
@@ -182,7 +192,7 @@ class _Line:
     def __init__(self) -> None:
         self.members = 0
         self._free = PAGES_AHEAD
-        self._waiting: deque[tuple[asyncio.Future[bool], bool]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[bool], bool, object]] = deque()
 
     def take(self) -> bool:
         """A turn, if one is free."""
@@ -191,10 +201,10 @@ class _Line:
         self._free -= 1
         return True
 
-    async def wait(self, small: bool) -> bool:
+    async def wait(self, small: bool, brought: object = None) -> bool:
         """Until it is a turn's time (True), or none is needed (False)."""
         turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append((turn, small))
+        self._waiting.append((turn, small, brought))
         try:
             return await turn
         except BaseException:
@@ -206,18 +216,35 @@ class _Line:
     def give(self) -> None:
         """Give a turn back: it is that of the next who waits."""
         while self._waiting:
-            turn, _ = self._waiting.popleft()
+            turn, _, _ = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(True)
                 return
         self._free += 1
 
+    def take_along(
+        self, most: int, suits: Callable[[object], bool]
+    ) -> list[tuple[asyncio.Future[bool], Any]]:
+        taken: list[tuple[asyncio.Future[bool], Any]] = []
+        left: deque[tuple[asyncio.Future[bool], bool, object]] = deque()
+        while self._waiting and len(taken) < most:
+            turn, small, brought = self._waiting.popleft()
+            if turn.done():
+                continue
+            if brought is not None and suits(brought):
+                taken.append((turn, brought))
+            else:
+                left.append((turn, small, brought))
+        left.extend(self._waiting)
+        self._waiting = left
+        return taken
+
     def hurry(self) -> None:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, deque()
-        for turn, small in waiting:
+        for turn, small, brought in waiting:
             if not small:
-                self._waiting.append((turn, small))
+                self._waiting.append((turn, small, brought))
             elif not turn.done():
                 turn.set_result(False)

@@ -24,14 +24,16 @@ _GUNICORN: Final = "gunicorn.workers"
 @dataclass(frozen=True)
 class Family:
     """``parent`` is the number of the process whose end is the end of the server; ``name`` tells it
-    from an earlier process of that number."""
+    from an earlier process of that number. Where there is no data directory, ``folder`` is where
+    the processes leave things for each other, if there is such a place."""
 
     parent: int
     name: str
+    folder: str = ""
 
     @classmethod
-    def of(cls, parent: int) -> Family:
-        return cls(parent, name_of(parent))
+    def of(cls, parent: int, folder: str = "") -> Family:
+        return cls(parent, name_of(parent), folder)
 
 
 def family_of(config: ServerConfig) -> Family | None:

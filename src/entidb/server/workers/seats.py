@@ -42,13 +42,13 @@ def clear_seats(root: str) -> None:
 class Seats:
     """The folder of one server, as one of its processes sees it."""
 
-    def __init__(self, root: str) -> None:
-        """Takes a seat. Raises ``OSError``."""
+    def __init__(self, root: str, name: str = "") -> None:
+        """Takes a seat, by ``name`` if there is one. Raises ``OSError``."""
         self.folder: Final = os.path.join(root, FOLDER)
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.folder, 0o700)
         self._like = os.stat(self.folder)
-        self.name: Final = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.name: Final = name or f"{os.getpid()}-{secrets.token_hex(4)}"
         self._seat = self._take(self.path(self.name, SEAT))
         self._chair: FileLock | None = None
 

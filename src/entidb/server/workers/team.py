@@ -32,6 +32,7 @@ from entidb.server.live import LiveChannels
 from entidb.server.server import SyncServer
 from entidb.server.watched import Mark, mark_of
 from entidb.server.workers.company import NOT_THERE, Company, FolderCompany
+from entidb.server.workers.seats import Seats
 from entidb.server.workers.talk import Answers, Leases, Passed
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ _TICK_S: Final = 0.25
 _SLOW_TICK_S: Final = 1.0
 #: Seconds that another process gets for an answer that it has at hand.
 _ASK_S: Final = 2.0
+#: Seconds that another process gets to say what it has counted.
+_COUNTS_S: Final = 1.0
 #: For one that administration takes, and to find the process in the chair.
 _ADMIN_S: Final = 150.0
 _FIND_S: Final = 5.0
@@ -65,6 +68,7 @@ class Team:
     ) -> None:
         self._server, self._office, self._live = server, office, live
         self._company: Final = company
+        self._is_folder = isinstance(company, FolderCompany)
         self._readiness = Readiness(office)
         self._door: LocalDoor | None = None
         self._on_duty = False
@@ -73,7 +77,7 @@ class Team:
         self._files: dict[str, Mark] = {}
         self._stop = threading.Event()
         self._slow_at = 0.0
-        self._counted = _counted(company, metrics)
+        self._counted = None if metrics is None else self._count(metrics)
         answers: Answers = {
             "ready": lambda given: list(self._readiness.reasons()),
             "opened": lambda given: self._opened_here(),
@@ -81,7 +85,7 @@ class Team:
             "decided": lambda given: self._look_again(),
             "reload": lambda given: server.reload(),
             "admin": self._administer,
-            "counts": lambda given: [] if metrics is None else metrics.series(),
+            "counts": lambda given: [] if metrics is None else metrics.told(),
         }
         leases: Leases = {"close": lambda given: server.stores.closed_here(*given)}
         company.listen(answers, leases, self._office.control.look_again)
@@ -91,8 +95,6 @@ class Team:
         server.stores.may_purge = company.is_first
         office.control.on_change = self._tell_decided
         office.others = self
-        if metrics is not None:
-            metrics.others = self._counts if self._counted is None else self._counted.others
         self._thread = threading.Thread(target=self._run, name="entidb-team", daemon=True)
         self._thread.start()
 
@@ -103,7 +105,7 @@ class Team:
         self._company.deafen()
         self._leave_chair()
         if self._counted is not None:
-            self._counted.leave()
+            self._counted.close()
         self._company.leave()
 
     # ------------------------------------------------------------ now and then
@@ -139,8 +141,9 @@ class Team:
                 self._look_at_files()
             if self._counted is not None:
                 self._counted.leave()
-            if self._on_duty:
-                self._clear_up()
+                self._counted.add_up()
+            if self._on_duty and (self._counted is None or not self._is_folder):
+                self._company.clear_up()
 
     def _look_at_chair(self) -> None:
         """A node loses it with its connection."""
@@ -150,12 +153,6 @@ class Team:
         elif self._on_duty and not mine:
             self._close_door()
         self._on_duty = mine
-
-    def _clear_up(self) -> None:
-        if self._counted is not None:
-            self._counted.add_up()
-        else:
-            self._company.clear_up()
 
     def _close_door(self) -> None:
         door, self._door = self._door, None
@@ -272,6 +269,27 @@ class Team:
         answers = self._ask("ready", self._neighbours())
         return {reason for reasons in answers for reason in reasons}
 
+    def _count(self, metrics: Metrics) -> Counted | None:
+        """What it counts stays when a process ends, for those that share its address."""
+        company, family = self._company, self._server.family
+        if isinstance(company, FolderCompany):
+            seats = company.seats
+        elif family is not None and family.folder:
+            seats = Seats(family.folder, company.name)
+        else:
+            metrics.others = self._counts  # those that live
+            return None
+        from entidb.server.metrics import Series  # only loaded where they are used
+        from entidb.server.workers.counted import Counted
+
+        def ask(name: str) -> list[Series]:
+            answer: list[Series] = company.ask(name, "counts", None, _COUNTS_S, list[Series])
+            return answer
+
+        counted = Counted(seats, metrics, ask)
+        metrics.others, metrics.told = counted.others, counted.leave
+        return counted
+
     def _counts(self) -> list[list[Series]]:
         """What nodes have counted that share the address of this one, as far as they answer."""
         from entidb.server.metrics import Series
@@ -342,15 +360,6 @@ def company_of(server: SyncServer) -> Company | None:
         family = "" if server.family is None else server.family.name
         return NodeCompany(config.address, server.address, family)
     return None if server.family is None else FolderCompany(str(server.place.root))
-
-
-def _counted(company: Company, metrics: Metrics | None) -> Counted | None:
-    """Counts that stay when a process ends: nodes have no directory for them."""
-    if metrics is None or not isinstance(company, FolderCompany):
-        return None
-    from entidb.server.workers.counted import Counted  # as ``metrics``: only where it is used
-
-    return Counted(company.seats, metrics)
 
 
 __all__ = ["Team", "company_of"]

@@ -35,6 +35,7 @@ from entidb.storage.postgres.line import Line, Question
 from entidb.storage.postgres.pool import Pool
 from entidb.storage.postgres.pulse import Heartbeat
 from entidb.storage.postgres.reaching import Hosts, Lines, Place, ask, place_of
+from entidb.storage.postgres.remembered import Memory
 from entidb.storage.postgres.schema import check_server, make_tables
 
 #: Connections of one node, unless it is told otherwise; a third of them is for turns.
@@ -128,6 +129,7 @@ class Node:
         self.forgotten: deque[Line] = deque()
         self.rights = NodeRights(self)
         self.marks = Marks(self)
+        self.memory = Memory()
         self._pulse = Heartbeat(self._beside, self._is_watched, self._lost)
 
     def _connect(self) -> Line:
@@ -211,6 +213,12 @@ class Node:
         """Whatever state it is in: one that is broken is replaced."""
         if os.getpid() == self._process:
             pool.putconn(connection)
+
+    @property
+    def losses(self) -> int:
+        """How often connections were lost, or given up: what was read before may be of a server
+        that is another one now."""
+        return self.reading.losses + self.committing.losses
 
     def reclaim(self) -> None:
         while self.forgotten:

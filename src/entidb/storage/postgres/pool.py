@@ -55,6 +55,8 @@ class Pool:
         self._idle: list[_Kept] = []
         self._places: weakref.WeakSet[_Kept] = weakref.WeakSet()
         self._generation = 0
+        #: How often connections were lost, or all of them given up.
+        self.losses = 0
         self._closed = False
 
     def getconn(self) -> Line:
@@ -67,6 +69,7 @@ class Pool:
             if line is None:
                 line = self._connect_for(kept)
             elif not _is_alive(line):
+                self.losses += 1
                 self._free(kept)
                 line.close()
                 continue
@@ -113,6 +116,7 @@ class Pool:
         gone: list[_Kept] = []
         with self._changed:
             if line.closed:
+                self.losses += 1
                 self._generation += 1
                 gone, self._idle = self._idle, []
             if not self._closed and kept.generation == self._generation and line.is_free():
@@ -137,6 +141,7 @@ class Pool:
     def drain(self) -> None:
         """None that is here now is lent again."""
         with self._changed:
+            self.losses += 1
             self._generation += 1
             gone, self._idle = self._idle, []
         _close(gone)

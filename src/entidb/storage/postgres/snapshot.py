@@ -1,6 +1,7 @@
 """Reading: one transaction, repeatable read, on a connection that is the snapshot's until it ends.
 
-Each value is proved by its checksum before it is returned.
+Each value is proved by its checksum before it is returned. What was read or written lately, and is
+of the very state that this shows, is not asked for (``remembered``).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from entidb.storage.postgres.opened import Opened
 
 #: Keys that one statement looks for.
 _KEYS_AT_ONCE: Final = 5000
+#: Records of one read that are remembered: a first sync reads everything once.
+_REMEMBERED_MAX: Final = 128
 
 _BEGIN: Final[Question] = (
     Statement(b"begin", b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"),
@@ -78,9 +81,11 @@ class PostgresSnapshot:
     def __init__(self, store: Opened) -> None:
         self._store = store
         self._connection: Line | None = None
-        often = store.often.keys
+        self._remembered = store.remembered
+        often, losses = store.often.keys, store.node.losses
         self._connection, answer = _begin(store, often)
         self.mark = number_in(answer) or 0
+        self._remembered.begin(self.mark, losses)
         #: As they are stored, what came with the mark; and which of it was asked for.
         self._came = dict(zip(often, items_in(answer.get_value(0, 1)), strict=True))
         self._used: set[bytes] = set()
@@ -91,23 +96,31 @@ class PostgresSnapshot:
             self._open()
             self._used.add(key)
             stored = self._came[key]
-        else:
+            return None if stored is None else proved(key, stored)
+        self._open()
+        value = self._remembered.values(self.mark, (key,))[0]
+        if value is None:
             answer = self._ask(_GET, key)
             stored = answer.get_value(0, 0) if answer.ntuples else None
-            self._store.often.asked(key, len(stored or b""))
-        return None if stored is None else proved(key, stored)
+            value = None if stored is None else proved(key, stored)
+            self._remembered.read(self.mark, ((key, value),))
+        self._store.often.asked(key, len(value or b""))
+        return value
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         if len(keys) == 1:
             return [self.get(keys[0])]
-        found: list[bytes | None] = []
-        for first in range(0, len(keys), _KEYS_AT_ONCE):
-            part = keys[first : first + _KEYS_AT_ONCE]
+        self._open()
+        found = self._remembered.values(self.mark, keys)
+        missing = [place for place, value in enumerate(found) if value is None]
+        for first in range(0, len(missing), _KEYS_AT_ONCE):
+            places = missing[first : first + _KEYS_AT_ONCE]
+            part = [keys[place] for place in places]
             values = column_in(self._ask(_GET_MANY, byteas(part)))
-            found += [
-                None if stored is None else proved(key, stored)
-                for key, stored in zip(part, values, strict=True)
-            ]
+            for place, key, stored in zip(places, part, values, strict=True):
+                found[place] = None if stored is None else proved(key, stored)
+        if 0 < len(missing) <= _REMEMBERED_MAX:
+            self._remembered.read(self.mark, [(keys[place], found[place]) for place in missing])
         return found
 
     def scan(
@@ -131,9 +144,19 @@ class PostgresSnapshot:
         reverse: bool = False,
         proved: bool = False,
     ) -> list[bytes]:
-        if proved:
+        if not proved:
+            return column_in(self._ask(_SCAN_KEYS[reverse], start, stop, _limit(limit)))
+        if limit is None or limit <= 0 or reverse:
             return [key for key, _ in self.scan(start, stop, limit=limit, reverse=reverse)]
-        return column_in(self._ask(_SCAN_KEYS[reverse], start, stop, _limit(limit)))
+        self._open()
+        known = self._remembered.keys(self.mark, start, stop, limit)
+        if known is not None:
+            return known
+        keys = [key for key, _ in self.scan(start, stop, limit=limit)]
+        if len(keys) <= _REMEMBERED_MAX:
+            end = stop if len(keys) < limit else keys[-1] + b"\0"
+            self._remembered.read_keys(self.mark, start, end, keys)
+        return keys
 
     def size(self) -> tuple[int, int]:
         """Records, and bytes of all of them."""

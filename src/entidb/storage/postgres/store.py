@@ -3,7 +3,8 @@
 A commit is one transaction of PostgreSQL on the connection that has the turn: it moves the mark of
 the store, compares it with the one that the commit was decided on, writes the records, and ends.
 Where all that fits into one statement, the statement is the transaction, and takes one round trip.
-What is read in a snapshot is read with its mark, in one transaction. Nothing is kept in memory.
+What is read in a snapshot is read with its mark, in one transaction; what is kept in memory is good
+for that mark alone (``remembered``).
 
 A commit is never given up: PostgreSQL answers one that was cancelled while it waited for its
 synchronous standby with *success* and a warning. That warning, and a connection that ends before
@@ -207,14 +208,19 @@ class PostgresStorage:
     def commit(self, batch: Batch, after: int | None = None) -> int:
         self.opened.check_open()
         puts, deletes = stage(batch)
-        if self.turn.mine:
-            return self._commit(puts, deletes, after)
+        remembered, losses = self.opened.remembered, self.opened.node.losses
+        had = self.turn.mine
         try:
-            if not self.turn.take():
+            if not had and not self.turn.take():
                 raise StorageError(f"it is not the turn of this opener of {self.path}")
-            return self._commit(puts, deletes, after)
+            with remembered.commit():
+                mark = self._commit(puts, deletes, after)
+                if batch:
+                    remembered.committed(mark, losses, batch)
+            return mark
         finally:
-            self.turn.give_back()
+            if not had:
+                self.turn.give_back()
 
     def _commit(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
         line = self.turn.connection
@@ -364,6 +370,7 @@ class PostgresStorage:
 
     def close(self) -> None:
         self.opened.closed = True
+        self.opened.remembered.end()
         self.opened.lease.close()
 
 
