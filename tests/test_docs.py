@@ -443,11 +443,15 @@ def run_block(code: str, directory: Path) -> str:
 
 
 @pytest.mark.process
-def test_the_quickstart_of_the_readme_does_what_its_comments_say(tmp_path: Path):
-    (code,) = blocks(ROOT / "README.md", "python")
-    promised = re.search(r"print\(.*\)  # (.*)", code)
-    assert promised is not None
-    assert ast.literal_eval(run_block(code, tmp_path)) == ast.literal_eval(promised[1])
+def test_the_code_of_the_readme_does_what_its_comments_say(tmp_path: Path):
+    pieces = blocks(ROOT / "README.md", "python")
+    assert len(pieces) == 2
+    for number, code in enumerate(pieces):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        promised = re.search(r"print\(.*\)  # (.*)", code)
+        assert promised is not None
+        assert ast.literal_eval(run_block(code, directory)) == ast.literal_eval(promised[1])
 
 
 @pytest.mark.process
@@ -460,6 +464,28 @@ def test_getting_started_runs_from_top_to_bottom(tmp_path: Path):
     assert "call Grandma" in outputs[0]
     assert outputs[1].startswith("http://127.0.0.1:")
     assert outputs[2] == "pushed 2, pulled 0\n"
+
+
+@pytest.mark.process
+def test_the_code_of_the_page_on_the_engine_runs(tmp_path: Path):
+    made = (
+        "from types import SimpleNamespace\n"
+        "from entidb.server import ServerConfig, serving\n"
+        "session = SimpleNamespace(token='first')\n"
+        "sign_in_again = lambda: 'second'\n"
+        "running = serving(ServerConfig(data_dir=None, insecure_no_auth=True))\n"
+        "url = running.__enter__()\n"
+    )
+    # The listeners print from a thread of their own: what is said is looked at, not the lines.
+    ended = (
+        "running.__exit__(None, None, None)\n"
+        "assert (result.pulled, fate.state, fate.version) == (0, 'accepted', 1)\n"
+        "assert not standing.sequences, standing\n"
+    )
+    code = "\n".join(blocks(DOCS / "engine.md", "python"))
+    patient = code.replace("timeout_s=5", "timeout_s=None")  # however slow this machine is
+    said = run_block(made + patient + ended, tmp_path)
+    assert "is as the server had it in commit 1." in said
 
 
 @pytest.mark.process
