@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,6 +21,7 @@ from entidb.errors import (
 )
 from entidb.server import Grants, Rights, SyncServer, serving
 from entidb.sync import HttpTransport, live
+from entidb.sync.http.news import HttpEvents
 from entidb.sync.live import (
     POLL_INSTEAD_S,
     Ask,
@@ -141,6 +142,40 @@ def test_a_poll_that_names_less_than_before_is_a_first_word() -> None:
     assert heard.heads == [(10, True), (12, False), (5, True), (5, False)]
     course.close()
     assert heard.states == [LiveState.POLLING, LiveState.OFFLINE]
+
+
+@pytest.mark.parametrize("data", ["\u00b2", "\u0663", "9" * 5000, "", "-1", "1.5", str(2**64)])
+def test_a_commit_that_is_none_is_no_news_and_ends_nothing(data: str) -> None:
+    heads: list[int] = []
+    course = ChannelCourse(
+        lambda: 0.0,
+        lambda: 0.0,
+        news=lambda head, first: heads.append(head),
+        changed=lambda state: None,
+    ).run()
+    assert isinstance(next(course), OpenStream)
+    course.send(None)
+    course.send(Event("head", data))
+    course.send(Event("head", "7"))
+    assert heads == [7]
+
+
+class Piece:
+    """One answer that comes as it is, and has an end."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._text.encode()
+
+    def arrived(self) -> None: ...
+
+
+@pytest.mark.parametrize(("retry", "known"), [("\u00b2", None), ("12", 12), ("9" * 20, None)])
+def test_a_time_to_come_again_that_is_none_is_passed_over(retry: str, known: int | None) -> None:
+    events = HttpEvents(cast("Any", Piece(f"retry: {retry}\nevent: bye\ndata: time\n\n")))
+    assert events.next() == Event("bye", "time", known)
 
 
 # ---------------------------------------------------------------- over a network

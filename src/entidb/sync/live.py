@@ -13,6 +13,7 @@ next cycle.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from entidb.errors import LOCKED_OUT, SyncCancelledError, SyncError
-from entidb.types import Clock
+from entidb.types import SEQUENCE_MAX, Clock
 
 _log = logging.getLogger("entidb.sync")
 
@@ -42,6 +43,8 @@ _REVOKED_S: Final = 3600.0
 _BETWEEN_POLLS_S: Final = 0.05
 #: A stream that lived for so long has worked.
 _WORKED_S: Final = 10.0
+#: ``str.isdigit`` is true of more than what ``int`` takes.
+_NUMBER: Final = re.compile("[0-9]{1,20}")
 #: Seconds that ``stop`` waits for the thread; where it looks up a name, it is left to itself.
 _JOIN_S: Final = 0.1
 
@@ -264,10 +267,11 @@ class ChannelCourse:
                 if event.name == "bye":
                     self._policy.said_goodbye(self._now(), event, self._now() - began)
                     return
-                if event.name == "head" and event.data.isdigit():
+                head = _commit_in(event.data) if event.name == "head" else None
+                if head is not None:
                     self._policy.opened()
                     self._tell()
-                    self._news(int(event.data), first)
+                    self._news(head, first)
                     first = False
         except HeldUpError:
             self._policy.held_up(self._now())
@@ -297,6 +301,12 @@ class ChannelCourse:
         if state is not self.state:
             self.state = state
             self._changed(state)
+
+
+def _commit_in(text: str) -> int | None:
+    """The number of a commit; None for what is none."""
+    head = int(text) if _NUMBER.fullmatch(text) else -1
+    return head if 0 <= head <= SEQUENCE_MAX else None
 
 
 # ---------------------------------------------------------------- doing it

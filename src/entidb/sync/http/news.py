@@ -7,6 +7,7 @@ Both go over a client of their own, so that what ends one of them touches no req
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Final
 from urllib.parse import urlencode
@@ -18,7 +19,7 @@ from entidb.sync.http.answers import is_cbor, spoken_error, status_error
 from entidb.sync.http.streaming import NotBegunError, Streaming, StreamingClient
 from entidb.sync.live import Event, HeldUpError
 from entidb.sync.transport import HttpResponse
-from entidb.types import Clock
+from entidb.types import SEQUENCE_MAX, Clock
 
 LIVE_PATH: Final = "/v1/live"
 _EVENTS_TYPE: Final = "text/event-stream"
@@ -26,7 +27,7 @@ _EVENTS_TYPE: Final = "text/event-stream"
 _POLL_TIMEOUT_S: Final = 40.0
 #: Bytes of one line of a stream, and of an answer that reports an error.
 _LINE_BYTES_MAX: Final = 64 * 1024
-_SEQUENCE_MAX: Final = 2**63 - 1
+_RETRY: Final = re.compile("[0-9]{1,9}")
 
 
 class HttpNews:
@@ -85,7 +86,7 @@ class HttpNews:
         except CborDecodeError as error:
             raise SyncCodecError(f"{url}: the answer is not CBOR: {error}") from error
         head = answer.get("head") if isinstance(answer, dict) else None
-        if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head <= _SEQUENCE_MAX:
+        if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head <= SEQUENCE_MAX:
             raise ProtocolError(f"{url}: the answer names no commit")
         return head
 
@@ -149,7 +150,7 @@ class HttpEvents:
                     name = value
                 elif field == "data":
                     data.append(value)
-                elif field == "retry" and value.isdigit() and len(value) < 10:
+                elif field == "retry" and _RETRY.fullmatch(value):
                     retry_ms = int(value)
         except NotBegunError as error:
             raise HeldUpError from error
