@@ -7,6 +7,7 @@ background, one line for many, so that no client fills a disk by knocking.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -169,8 +170,12 @@ class FileJournal:
             descriptor = self._open()
             try:
                 size = os.fstat(descriptor).st_size
+                if size and not _ends_with_line(self._path):
+                    data = b"\n" + data
                 # One write: lines of several processes do not mix.
-                os.write(descriptor, data)
+                if os.write(descriptor, data) < len(data):
+                    # What is there of it is cut short, and the next line begins behind it.
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(descriptor)
             except OSError as error:
                 raise self._unwritable(error) from error
@@ -207,6 +212,12 @@ class FileJournal:
                 os.replace(self._path, self._aside(1))
         except (OSError, DatabaseLockedError) as error:
             logger.warning("the audit log is not put aside: %s", error)
+
+
+def _ends_with_line(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def _backwards(path: str) -> Iterator[bytes]:
