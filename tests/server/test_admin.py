@@ -297,6 +297,24 @@ def test_a_database_that_cannot_be_moved_with_what_is_decided_is_not_moved(
     assert place.history() == history
 
 
+def test_a_rename_that_fails_leaves_the_devices_where_they_are(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    history = place.history()
+    place.office.registry.heard(handshake(), Grants("ada", {}), code=None)
+
+    def fails(db_id: str, to: str) -> None:
+        raise OSError("the disk does not answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(place.office.place, "rename", fails)
+        with pytest.raises(OSError, match="does not answer"):
+            databases.rename(place.office, ROOT, "shop", "store")
+    assert [each.subject for each in place.office.registry.devices("shop")] == ["ada"]
+    assert place.history() == history
+    assert databases.rename(place.office, ROOT, "shop", "store").devices == 1
+
+
 @pytest.mark.parametrize("identity", ["", "..", "../shop.entidb", "shop.entidb.1", "shop.entidb"])
 def test_only_what_was_deleted_is_taken_back(place: Place, identity: str):
     place.history()
@@ -472,6 +490,22 @@ def test_a_line_that_is_cut_short_hides_no_other(tmp_path: Path, caplog: pytest.
     log.write("ada", "here", "create")
     with (tmp_path / AUDIT_FILE).open("ab") as file:
         file.write(b'{"time_ms": 7\n')
+    log.write("ada", "here", "delete")
+    assert [each.action for each in log.newest(10)] == ["delete", "create"]
+    assert "not of an audit log" in caplog.text
+
+
+def test_a_line_for_which_there_is_no_room_is_not_written_down_and_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A disk that becomes full takes a part of what is written, and says so by a number."""
+    log = log_of(tmp_path)
+    log.write("ada", "here", "create")
+    write = os.write
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))
+        with pytest.raises(StorageError, match="audit log"):
+            log.write("ada", "here", "freeze")
     log.write("ada", "here", "delete")
     assert [each.action for each in log.newest(10)] == ["delete", "create"]
     assert "not of an audit log" in caplog.text

@@ -29,6 +29,7 @@ from entidb.server.admin.office import Office
 from entidb.server.admin.opening import office_of
 from entidb.server.admin.readiness import Readiness
 from entidb.server.admin.tasks import Task
+from entidb.storage.partial import Partial
 from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from tests.server.support import ManualClock, handshake, push
 
@@ -337,6 +338,30 @@ def test_a_restored_database_has_the_state_of_its_backup_and_another_history(
     # What was there can be taken back under another name.
     databases.rename(place.office, ROOT, "shop", "restored")
     assert databases.take_back(place.office, ROOT, task.result["aside"]).entities == 3
+
+
+def test_a_restore_that_fails_at_its_last_step_leaves_the_database_as_it_was(
+    place: Place, quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    place.push(1)
+    identity = place.backup()
+    place.push(2)
+    history = place.history()
+
+    def fails(self: Partial) -> None:
+        if self.path.endswith("shop.entidb"):
+            raise OSError("the disk does not answer")
+        finish(self)
+
+    finish = Partial.finish
+    with monkeypatch.context() as broken:
+        broken.setattr(Partial, "finish", fails)
+        assert place.restore(identity).state == "failed"
+    assert place.history() == history
+    assert databases.all_aside(place.office, ROOT) == []
+    with place.server.stores.using("shop", create=False) as store:
+        assert store.database.read_head().sequence == 2
+    assert place.restore(identity).state == "done"
 
 
 def test_a_database_that_is_gone_is_restored(place: Place, quick: None):

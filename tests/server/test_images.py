@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from entidb.db import Database, Role, purge_tombstones
 from entidb.db.images import read_images
 from entidb.db.maintenance import read_floor
-from entidb.errors import AuthenticationError, StorageFullError
+from entidb.errors import AuthenticationError, ServerBusyError, StorageFullError
 from entidb.packing import ENCODINGS
 from entidb.protocol import (
     ErrorResponse,
@@ -620,6 +620,41 @@ def test_what_is_dropped_while_an_image_is_made_does_not_come_back(
 def _dropped(database: Database) -> int:
     with database.view() as view:
         return read_images(view).dropped
+
+
+def test_a_bug_in_one_image_keeps_no_other_from_being_made(
+    server: SyncServer, shop: Database, monkeypatch: pytest.MonkeyPatch
+):
+    fill(server.database("store"), range(200))
+    server.images.background = True
+    original = server.images.make
+
+    def fails(db_id: str, pause: Callable[[], None]) -> bool:
+        if db_id == "shop":
+            raise RuntimeError("a bug")
+        return original(db_id, pause)
+
+    monkeypatch.setattr(server.images, "make", fails)
+    server.housekeep()
+    wait_until(lambda: bool(asked(server, "store", db_id="store").segments))
+
+
+def test_what_cannot_be_dropped_in_time_is_said(
+    server: SyncServer, shop: Database, monkeypatch: pytest.MonkeyPatch
+):
+    """Another process makes an image, and was stopped: its files would stay."""
+    server.images.make("shop")
+
+    class Elsewhere:
+        def take(self, timeout_s: float) -> bool:
+            return False
+
+        def give_back(self) -> None: ...
+
+    monkeypatch.setattr(shop, "right", lambda name: Elsewhere())
+    with pytest.raises(ServerBusyError, match="image"):
+        server.images.drop("shop")
+    assert asked(server).segments == []
 
 
 def test_an_image_that_the_database_does_not_know_does_not_count(

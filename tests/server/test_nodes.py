@@ -18,7 +18,7 @@ import time
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -466,6 +466,38 @@ class Waiting:
 
     def opened(self, db_id: str, head: int) -> None:
         self.heard.put(("opened", db_id, head))
+
+
+class Odd:
+    """A source of news that fails once in a way that nobody knows."""
+
+    def __init__(self) -> None:
+        self.failures = 1
+
+    def wake(self) -> None: ...
+
+    def wait(self, timeout_s: float) -> set[str]:
+        if self.failures:
+            self.failures -= 1
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        time.sleep(0.01)
+        return set()
+
+    def tell(self, names: Collection[str]) -> None: ...
+
+    def marks(self, names: Collection[str]) -> dict[str, tuple[int, int]]:
+        return dict.fromkeys(names, (1, 1))
+
+    def value(self, number: int, key: bytes) -> bytes | None:
+        return None
+
+    def close(self) -> None: ...
+
+
+def test_what_nobody_knows_of_ends_no_news() -> None:
+    waiting = Waiting("shop")
+    with contextlib.closing(News(Odd(), waiting)):
+        assert waiting.heard.get(timeout=WAIT_S) == ("told", "shop", 0)
 
 
 def test_marks_are_looked_at_also_where_every_notification_is_lost(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import socket
 import time
 import uuid
@@ -97,6 +98,30 @@ def test_what_is_missing_after_a_cut_is_asked_for_alone(client: Client, segment:
         f"bytes {len(half)}-{segment.bytes - 1}/{segment.bytes}"
     )
     assert hashlib.sha256(half + rest.body).digest() == segment.sha256
+
+
+def test_a_file_that_the_disk_does_not_give_ends_its_answer_and_stands_in_the_log(
+    served: tuple[SyncServer, str],
+    client: Client,
+    segment: SegmentInfo,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    original = files.DiskFile.read
+
+    def fails(self: Any, at: int, count: int) -> bytes:
+        if at:
+            raise OSError(5, "Input/output error")
+        return original(self, at, count)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files.DiskFile, "read", fails)
+        with pytest.raises((OSError, http.client.HTTPException)):
+            client.request("GET", path_of(segment))
+    assert "Input/output error" in caplog.text
+    assert "Exception in ASGI application" not in caplog.text
+    with Client(served[1]) as again:
+        assert again.request("GET", path_of(segment)).status == 200
 
 
 def test_other_answers_than_a_file_end_and_leave_the_connection(

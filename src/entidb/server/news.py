@@ -106,6 +106,11 @@ class News:
                 said = str(error)
                 self._look_at = 0.0
                 self._stop.wait(LOOK_S)
+            except Exception:
+                # The next step may work, and without this thread nobody would hear of anything.
+                logger.exception("looking for news of other nodes failed")
+                self._look_at = 0.0
+                self._stop.wait(LOOK_S)
             self._stop.wait(_PAUSE_S)
 
     def _step(self) -> None:

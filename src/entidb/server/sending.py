@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Final
 
 from entidb.server.deadlines import within
 from entidb.server.exchange import GoneError, HttpExchange, Message, Send
 from entidb.server.segments.serving import SegmentAnswer
 from entidb.server.wire import ServerResponse
+
+logger = logging.getLogger("entidb.server")
 
 #: Of a file, read and sent at a time: a page of the disk's cache costs less than a step of ours.
 PIECE_BYTES: Final = 256 * 1024
@@ -58,7 +61,11 @@ async def _send_file(
             piece = b""
             if at < end:
                 count = min(PIECE_BYTES, end - at)
-                piece = await asyncio.to_thread(file.read, at, count)
+                try:
+                    piece = await asyncio.to_thread(file.read, at, count)
+                except OSError as error:
+                    logger.error("request %s: a segment cannot be read: %s", exchange.id, error)
+                    raise GoneError("was sent a file that cannot be read") from error
                 if len(piece) != count:
                     raise GoneError("was sent a file that has become shorter")
             at += len(piece)

@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,13 @@ from typing import Any, Final
 
 from msgspec import Struct, ValidationError, json
 
-from entidb.errors import ConfigError, CorruptionError, PermissionDeniedError, ServerBusyError
+from entidb.errors import (
+    ConfigError,
+    CorruptionError,
+    EntiDBError,
+    PermissionDeniedError,
+    ServerBusyError,
+)
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.checking import check
 from entidb.server.admin.databases import WAIT_S, check_confirmed
@@ -288,10 +295,11 @@ def _put_back(office: Office, db_id: str, source: Path, progress: Progress) -> d
         if found.faults:
             raise CorruptionError(f"{source} was damaged since it was made: {found.faults[0]}")
         progress.at("taking the place")
-        aside = None
-        with office.changing, office.stores.closed(db_id, WAIT_S):
-            if os.path.lexists(place):
-                aside = office.place.put_aside(db_id, office.clock.now_ms()).id
+        with (
+            office.changing,
+            office.stores.closed(db_id, WAIT_S),
+            _out_of_the_way(office, db_id, os.path.lexists(place)) as aside,
+        ):
             partial.finish()
     return {"aside": aside, "head": found.head, "entities": found.entities}
 
@@ -306,12 +314,31 @@ def _put_back_there(
         raise CorruptionError(f"{source} was damaged since it was made: {found.faults[0]}")
     copy = place.take_in(db_id, source, partial(progress.at, "copying"))
     progress.at("taking the place")
-    aside = None
-    with office.changing, office.stores.closed(db_id, WAIT_S):
-        if place.holds(db_id):
-            aside = place.put_aside(db_id, office.clock.now_ms()).id
+    with (
+        office.changing,
+        office.stores.closed(db_id, WAIT_S),
+        _out_of_the_way(office, db_id, place.holds(db_id)) as aside,
+    ):
         place.rename(copy, db_id)
     return {"aside": aside, "head": found.head, "entities": found.entities}
+
+
+@contextmanager
+def _out_of_the_way(office: Office, db_id: str, is_there: bool) -> Iterator[str | None]:
+    """The database is put aside, under the id that is given, and comes back if what is to take its
+    place does not: else a device would have an empty one made."""
+    if not is_there:
+        yield None
+        return
+    aside = office.place.put_aside(db_id, office.clock.now_ms())
+    try:
+        yield aside.id
+    except BaseException:
+        try:
+            office.place.take_back(aside)
+        except (EntiDBError, OSError) as error:
+            logger.error("database %s stays put aside as %s: %s", db_id, aside.id, error)
+        raise
 
 
 def copy_backup(source: Path, target: str, at: Callable[[str, int, int | None], None]) -> None:

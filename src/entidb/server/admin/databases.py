@@ -173,7 +173,11 @@ def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
             # First, or a server that ends here has nobody locked out of the new name.
             office.control.carry(db_id, to)
             office.registry.rename(db_id, to)
-            office.place.rename(db_id, to)
+            try:
+                office.place.rename(db_id, to)
+            except BaseException:
+                office.registry.rename(to, db_id)
+                raise
             _forget(office, db_id)
     return _row(office, to, office.opened())
 

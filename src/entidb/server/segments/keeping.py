@@ -41,6 +41,7 @@ from entidb.errors import (
     DatabaseClosedError,
     EntiDBError,
     ProtocolError,
+    ServerBusyError,
     StorageError,
     StorageFullError,
 )
@@ -320,6 +321,11 @@ class ImageKeeper:
             pause_s = _AGAIN_S
             self._failed.add(db_id)
             logger.warning("database %s: no image was made: %s", db_id, error)
+        except Exception:
+            # Without this thread no database would have images any more.
+            pause_s = _AGAIN_S
+            self._failed.add(db_id)
+            logger.exception("database %s: making an image failed", db_id)
         self._next[db_id] = self._clock.monotonic() + pause_s
 
     def make(self, db_id: str, pause: Callable[[], None] = _go_on) -> bool:
@@ -421,15 +427,21 @@ class ImageKeeper:
 
     def drop(self, db_id: str) -> None:
         """No image counts any more, also none that is being made, and their files go: what was
-        erased from the database must not stay in them. Raises as ``Stores.use``."""
+        erased from the database must not stay in them. Raises as ``Stores.use``, and
+        ``ServerBusyError`` where another process is at them for long: they count no more then, and
+        are still there."""
         with self._stores.using(db_id, create=False) as store:
             drop_images(store.database)
             # What is being made ends before its next segment.
             with self._lock_of(db_id):
                 right = store.database.right(_RIGHT)
+                if not right.take(_DROP_WAIT_S):
+                    raise ServerBusyError(
+                        f"another process of this server is making an image of {db_id!r} and does "
+                        "not end: the files of images are still there; do this again"
+                    )
                 try:
-                    if right.take(_DROP_WAIT_S):
-                        self.files(db_id).sweep([])
+                    self.files(db_id).sweep([])
                 finally:
                     right.give_back()
 
