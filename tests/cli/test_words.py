@@ -299,6 +299,34 @@ def test_a_watch_goes_on_over_every_error_that_passes(
     assert result.stderr.count(f"waiting [{passing.code}]") == 1
 
 
+def test_the_line_of_a_watch_says_that_it_hears_nothing_where_one_process_may_have_a_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from entidb.cli import syncing, watching
+
+    done("init", tmp_path / "a")
+    written: list[str] = []
+    real = syncing.Sync.run
+
+    def run(job: syncing.Sync, database: Database) -> Any:
+        if written:
+            assert written[-1] == "\r\x1b[2K"  # nothing is in the way of what a cycle shows
+            raise CorruptionError("the end")
+        return real(job, database)
+
+    monkeypatch.setattr(syncing.Sync, "run", run)
+    monkeypatch.setattr(watching, "stays_open", lambda database: False)
+    monkeypatch.setattr(watching, "_on_the_terminal", lambda: written.append)
+    monkeypatch.setattr(watching, "fit", lambda text: text)
+    config = ServerConfig(data_dir=None, insecure_no_auth=True, access_log=False)
+    with serving(config) as url:
+        entidb("sync", tmp_path / "a", url, "--db", "shop", "--watch", "--interval", "0.5")
+    assert written[0] == (
+        "\r\x1b[2Kno news while the database is closed (one process at a time may have it here), "
+        "a cycle every 0.5 s, 0 pending, 0 conflicts"
+    )
+
+
 def test_a_watch_whose_log_has_no_room_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from entidb.cli import syncing, watching
 

@@ -318,6 +318,44 @@ def test_a_device_that_cannot_unpack_it_gets_no_image(server: SyncServer, shop: 
     assert asked(server, packings=[]).segments == []
 
 
+def test_a_device_that_unpacks_only_gzip_has_an_image_made_beside_that_of_the_others(
+    server: SyncServer, shop: Database, clock: ManualClock
+):
+    best = ENCODINGS[0]
+    if best == "gzip":
+        pytest.skip("this server packs with nothing better")
+    images = server.images
+    images.make("shop")
+    assert asked(server, packings=["gzip"]).segments == []
+    assert images.make("shop")
+    plain = asked(server, packings=["gzip"])
+    assert {each.packing for each in plain.segments} == {"gzip"}
+    assert downloaded(server, plain) == downloaded(server, asked(server))
+    assert {each.packing for each in asked(server).segments} == {best}
+    assert not images.make("shop")
+    # Each is made anew when it is due, for those who ask for it.
+    fill(shop, range(60), text="new")
+    assert images.make("shop")
+    newer = asked(server, packings=["gzip"])
+    assert newer.head == asked(server).head > plain.head
+    assert downloaded(server, plain)
+    # And the one that nobody asks for goes alone.
+    for _ in range(8):
+        clock.advance(24 * 3_600)
+        asked(server)
+        images.make("shop")
+    assert asked(server, packings=["gzip"]).segments == []
+    assert asked(server).segments
+
+
+def test_a_request_that_finds_no_image_it_can_unpack_has_one_made(
+    server: SyncServer, shop: Database
+):
+    server.images.make("shop")
+    server.images.background = True
+    wait_until(lambda: bool(asked(server, packings=["gzip"]).segments))
+
+
 # ---------------------------------------------------------------- who may have it
 
 

@@ -391,6 +391,22 @@ def test_it_counts_the_bytes_of_values_and_tells_how_far_it_is() -> None:
     assert device.exchange.result.bytes_pulled == sum(sizes)
 
 
+def test_rows_of_a_collection_that_is_local_here_are_not_counted() -> None:
+    world = World()
+    for number in range(5):
+        world.put(("notes", number, "x" * (number + 1)))
+        world.put(("own", number, "y" * 100))
+    image = image_of(world.server)
+    device = Device(image)
+    device.database.declare_local("own")
+    assert device.run() is True
+    last = device.seen[-1]
+    assert (last.operations, last.operations_total) == (5, 5)
+    assert last.bytes == sum(2 + number for number in range(5))
+    assert device.exchange.result.bytes_pulled == last.bytes
+    assert device.stage is not None and device.stage.operations == 5
+
+
 def test_a_cycle_counts_what_came_in_it() -> None:
     device = Device(an_image())
     half_way(device)

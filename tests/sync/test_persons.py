@@ -688,3 +688,32 @@ def test_messages_without_a_subject_are_those_of_before() -> None:
     assert decode(HandshakeResponse, encode(answer)) == answer
     till.engine.close()
     till.server.close()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_waiting_for_what_waits_for_another_person_ends_and_names_them(
+    till: Till, background: bool
+) -> None:
+    till.engine.sync()
+    hers = till.put(1, "alice's")
+    sequence = till.db.sequence
+    till.come("bob")
+    till.restart()
+    if background:
+        till.engine.start()
+    else:
+        till.engine.sync()
+    fate = till.engine.accepted(sequence)
+    assert (fate.state, fate.waits_for) == ("pending", "alice")
+    till.put(1, "bob's, on top of hers")
+    built = till.engine.accepted(till.db.sequence)
+    assert (built.state, built.waits_for) == ("pending", "alice")
+    his = till.put(2, "bob's")
+    assert till.engine.accepted(till.db.sequence).waits_for is None
+    till.engine.stop()
+    assert till.accepted == {his: "bob"}
+    till.come("alice")
+    till.restart()
+    assert till.engine.fate(sequence).waits_for is None or till.engine.status().subject == "bob"
+    till.engine.sync()
+    assert hers in till.accepted

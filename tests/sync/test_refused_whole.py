@@ -226,6 +226,25 @@ def test_r5_a_transaction_that_is_too_large_for_the_way_is_kept_back_with_what_i
     assert large.hex in (status.last_error or "")
 
 
+def test_r5_waiting_for_what_is_kept_back_ends_and_says_why() -> None:
+    a = with_work(World(), 3)
+    a.put(("notes", 2, "x" * 20_000))
+    large = a.db.sequence
+    a.put(("notes", 2, "on top of it"))
+    a.put(("notes", 4, "small"))
+    gate(a, body_limit(8_000))
+    a.engine.start()
+    try:
+        for sequence in (large, large + 1):
+            fate = a.engine.accepted(sequence)
+            assert (fate.state, fate.code) == ("pending", "too_large")
+            assert fate.message == "a proxy answered too_large"
+        assert a.engine.accepted(large + 2).accepted
+        assert a.engine.synced() is False
+    finally:
+        a.engine.stop()
+
+
 def test_r5_what_is_kept_back_stops_nothing_and_costs_one_attempt_a_connection() -> None:
     world = World()
     a = with_work(world, count=0)

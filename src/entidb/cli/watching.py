@@ -37,6 +37,8 @@ from entidb.types import SystemClock
 #: Seconds between two looks at what the terminal shows.
 _LOOK_S: Final = 0.5
 _PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
+#: Why nothing is heard where the database is open for each cycle only.
+_ALONE: Final = "while the database is closed (one process at a time may have it here)"
 
 
 Report = Callable[[SyncCycleResult, SyncStatus, str], None]
@@ -96,12 +98,15 @@ class Watching:
         watch as it would end a single sync."""
         never = threading.Event()
         while True:
+            self._line.clear()
             try:
                 with opened(self._job.path) as database:
                     if stays_open(database):
                         self._stay(database)
                     else:
-                        self._worked(*self._job.run(database))
+                        result, status = self._job.run(database)
+                        self._worked(result, status)
+                        self._line.show(status, self._interval, _ALONE)
             except EntiDBError as error:
                 self._failed(error)
             self._clock.wait(never, self._interval)
@@ -127,7 +132,7 @@ class Watching:
                 try:
                     event = events.get(timeout=_LOOK_S)
                 except queue.Empty:
-                    self._line.show(engine, self._clock.now_ms())
+                    self._line.show(engine.status(), engine.config.interval_s)
                     continue
                 if isinstance(event, StorageError):
                     raise event
@@ -135,7 +140,7 @@ class Watching:
                     self._failed(event)
                 else:
                     self._worked(*event)
-                self._line.show(engine, self._clock.now_ms())
+                self._line.show(engine.status(), engine.config.interval_s)
 
     def _worked(self, result: SyncCycleResult, status: SyncStatus) -> None:
         self._said = ""
@@ -216,11 +221,11 @@ class LiveLine:
         """How far a cycle is. From any thread."""
         self._step = step
 
-    def show(self, engine: SyncEngine, now_ms: int) -> None:
+    def show(self, status: SyncStatus, interval_s: float, why: str = "") -> None:
+        """``why`` says why there are no news, where it is known."""
         if self._write is None:
             return
-        status = engine.status()
-        text = fit(safe(describe(status, self._step, self.changed_ms, engine.config.interval_s)))
+        text = fit(safe(describe(status, self._step, self.changed_ms, interval_s, why)))
         if text != self._shown:
             # First of all, because Ctrl-C can come between the two.
             self._shown = text
@@ -239,10 +244,14 @@ def _on_the_terminal() -> Callable[[str], None] | None:
 
 
 def describe(
-    status: SyncStatus, step: SyncProgress | None, changed_ms: int | None, interval_s: float
+    status: SyncStatus,
+    step: SyncProgress | None,
+    changed_ms: int | None,
+    interval_s: float,
+    why: str = "",
 ) -> str:
     """What the line says."""
-    parts = [_way(status, interval_s)]
+    parts = [_way(status, interval_s, why)]
     if step is not None and status.state in _PHASES and step.state is status.state:
         total = "" if step.operations_total is None else f" of {step.operations_total:,}"
         parts.append(f"{_PHASES[status.state]} {step.operations:,}{total}")
@@ -255,7 +264,7 @@ def describe(
     return ", ".join(parts)
 
 
-def _way(status: SyncStatus, interval_s: float) -> str:
+def _way(status: SyncStatus, interval_s: float, why: str) -> str:
     if status.state is SyncState.STANDBY:
         return "another process syncs"
     if status.next_retry_s is not None:
@@ -265,7 +274,7 @@ def _way(status: SyncStatus, interval_s: float) -> str:
     if status.last_success_ms is None:
         return "connecting"
     if status.live == "offline":
-        return f"no news from the server, a cycle every {interval_s:.0f} s"
+        return f"no news {why or 'from the server'}, a cycle every {interval_s:g} s"
     since = "" if status.live_since_ms is None else f" since {_hour(status.live_since_ms)}"
     return f"{status.live}{since}"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from entidb.db.outbox import scan_ready_rows
 from entidb.db.pending import decode_pending
@@ -90,6 +90,29 @@ class Behind:
         return is_others(self._state, previous) and self._view.pending(previous) is not None
 
 
+def roots_of(view: Writer, sequence: int) -> Iterator[int]:
+    """A pending transaction, then those that are pending and that it was built on."""
+    seen, left = {sequence}, [sequence]
+    while left:
+        at = left.pop()
+        transaction = view.pending(at)
+        if transaction is None:
+            continue
+        yield at
+        before = {op.previous for op in transaction.operations if op.previous} - seen
+        seen |= before
+        left += before
+
+
+def awaited_subject(view: Writer, state: ReplicaState, sequence: int) -> str | None:
+    """For whom the pending transaction ``sequence`` waits: another subject committed it, or one
+    that it was built on. None: for nobody but the server."""
+    if not state.others:
+        return None
+    found = (each for each in roots_of(view, sequence) if is_others(state, each))
+    return next((subject_of(state, each) for each in found), None)
+
+
 def sendable(view: Writer, state: ReplicaState, last: int = SEQUENCE_MAX) -> bool:
     """Whether something that was committed up to ``last`` may go out under the present subject."""
     waiting = Behind(view, state.others)
@@ -102,10 +125,12 @@ def sendable(view: Writer, state: ReplicaState, last: int = SEQUENCE_MAX) -> boo
 
 __all__ = [
     "Behind",
+    "awaited_subject",
     "count_others",
     "has_pending",
     "is_others",
     "own_gaps",
+    "roots_of",
     "sendable",
     "subject_of",
 ]

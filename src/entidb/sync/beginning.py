@@ -61,12 +61,14 @@ def begin_from(
     try:
         if manifest.segments:
             stage = applier.begin_image(manifest, None, _scope(applier))
+            image = stage.image
+            assert image is not None, "it has segments"
             segments = iter(manifest.segments)
             while stage.image is not None:
                 opened = applier.open_segment(stage.image, archive.segment(next(segments)))
                 while not opened.used_up:
                     stage = applier.stage_segment(opened)
-                    progress(stage.operations, manifest.entities)
+                    progress(stage.operations, image.entities)
             _complete(database)
             report = applier.publish()
     except BaseException:

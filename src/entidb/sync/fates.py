@@ -16,14 +16,16 @@ from typing import Final
 from msgspec import Struct
 
 from entidb.db import Database, Transaction
-from entidb.db.outbox import read_discarded
+from entidb.db.outbox import read_discarded, scan_ready
 from entidb.db.records import READY, sequence_key
-from entidb.db.subjects import sendable
+from entidb.db.subjects import awaited_subject, is_others, roots_of, sendable
+from entidb.db.writer import Writer
 from entidb.errors import ConfigError, SyncStateError
 from entidb.protocol import PushResult, Verdict
 from entidb.sync.attempts import Attempts
 from entidb.sync.background import Background
 from entidb.sync.interrupt import acting_thread
+from entidb.sync.refusal import KeptBack
 from entidb.sync.state import SyncCycleResult
 from entidb.types import Clock, kind_name
 
@@ -52,13 +54,18 @@ class FateState(StrEnum):
 
 
 class Fate(Struct, frozen=True):
-    """What became of the transaction of local commit ``sequence``."""
+    """What became of the transaction of local commit ``sequence``.
+
+    While it is ``PENDING``, ``waits_for`` names the person who committed it, or what it was built
+    on, if that is not who syncs now: it goes out when they sign in again (R36). And ``code`` and
+    ``message`` say why it is kept back, if it does not get through to the server (R5)."""
 
     sequence: int
     state: FateState
     version: int | None = None
     code: str | None = None
     message: str | None = None
+    waits_for: str | None = None
 
     @property
     def decided(self) -> bool:
@@ -103,8 +110,12 @@ class Waiting:
         with self.database.view() as view:
             pending = view.pending(sequence)
             if pending is not None:
-                state = FateState.CONFLICT if pending.held else FateState.PENDING
-                return Fate(sequence, state)
+                if pending.held:
+                    return Fate(sequence, FateState.CONFLICT)
+                kept = self._kept_back(view, sequence)
+                code, message = (None, None) if kept is None else (kept.code, kept.message)
+                awaited = awaited_subject(view, view.sync_state, sequence)
+                return Fate(sequence, FateState.PENDING, None, code, message, awaited)
             discarded = read_discarded(view.snapshot) if view.head.discarded else []
         for entry in discarded:
             if entry.sequence == sequence:
@@ -131,7 +142,8 @@ class Waiting:
 
     def synced(self, timeout_s: float | None = None) -> bool:
         """Wait until everything that is committed now is decided, at most ``timeout_s`` seconds:
-        accepted, withdrawn, or left to a person. Whether it is. As ``accepted`` in all else."""
+        accepted, withdrawn, or left to a person. Whether it is; not if what is left is kept back,
+        and no time is waited for that. As ``accepted`` in all else."""
         return self.wait_synced(Patience(), timeout_s)
 
     def wait_accepted(
@@ -139,13 +151,28 @@ class Waiting:
     ) -> Fate:
         """As ``accepted``, until ``patience`` gives up."""
         sequence = self._sequence_of(transaction)
-        self._wait_until(lambda: self.fate(sequence).decided, patience, timeout_s)
+
+        def holds() -> bool:
+            fate = self.fate(sequence)
+            if fate.waits_for is None:
+                return fate.decided or fate.code is not None
+            # Who is there now, after somebody left or the program was started again, the server
+            # says.
+            with self.database.view() as view:
+                return self._attempts.connection.knows(view.sync_state.subject)
+
+        self._wait_until(holds, patience, timeout_s)
         return self.fate(sequence)
 
     def wait_synced(self, patience: Patience, timeout_s: float | None) -> bool:
         """As ``synced``, until ``patience`` gives up."""
         sequence = self.database.sequence
-        return self._wait_until(lambda: self._all_decided(sequence), patience, timeout_s)
+        self._wait_until(
+            lambda: self._all_decided(sequence) or self._all_kept_back(sequence),
+            patience,
+            timeout_s,
+        )
+        return self._all_decided(sequence)
 
     def _all_decided(self, sequence: int) -> bool:
         first, after = sequence_key(READY, 0), sequence_key(READY, sequence + 1)
@@ -160,6 +187,27 @@ class Waiting:
                 and self._attempts.connection.knows(state.subject)
                 and not sendable(view, state, sequence)
             )
+
+    def _kept_back(self, view: Writer, sequence: int) -> KeptBack | None:
+        """What of a pending transaction, or of those it was built on, does not get through."""
+        kept = self._attempts.connection.path.kept
+        found = (kept.get(each) for each in roots_of(view, sequence)) if kept else iter(())
+        return next((each for each in found if each is not None), None)
+
+    def _all_kept_back(self, sequence: int) -> bool:
+        """Whether all that could be sent of what was committed up to ``sequence`` is kept back."""
+        if not self._attempts.connection.path.kept:
+            return False
+        stuck = set(self._attempts.connection.path.kept)
+        with self.database.view() as view:
+            state = view.sync_state
+            for each in scan_ready(view.snapshot, 0, sequence):
+                behind = any(op.previous in stuck for op in each.operations)
+                if not behind and each.sequence not in stuck:
+                    if not is_others(state, each.sequence):
+                        return False
+                stuck.add(each.sequence)
+        return True
 
     def _wait_until(
         self, holds: Callable[[], bool], patience: Patience, timeout_s: float | None

@@ -41,7 +41,6 @@ AHEAD: Final = 6
 FAILURES_MAX: Final = 3
 #: What is about who asks or about the way, and would meet a pull just as well.
 _PASSING: Final = (
-    TransportError,
     SyncCancelledError,
     AuthenticationError,
     HistoryChangedError,

@@ -22,7 +22,7 @@ from entidb.server.segments.cutting import SIZES, Sizes, cut
 from entidb.server.segments.files import KeptFiles, KeptImage
 from entidb.server.segments.rows import change_images
 
-#: Kept at once: devices may be on their way with the one before.
+#: Kept at once, of each packing: devices may be on their way with the one before.
 IMAGES_MAX: Final = 2
 #: A new one is due when more than one part in so many has changed.
 CHANGED_PART: Final = 10
@@ -74,13 +74,25 @@ def is_elsewhere(images: ImageRows, here: bytes, now_ms: int) -> bool:
     return any(now_ms < last <= now_ms + 2 * ELSEWHERE_MS for last in lasts)
 
 
-def is_due(view: Writer, files: KeptFiles, least: int, pause: Callable[[], None]) -> bool:
-    """Whether a new image is to be made. ``pause`` is called now and then."""
+def alive_images(view: Writer, files: KeptFiles) -> dict[str, list[ImageRow]]:
+    """Those that count, oldest first, by what they are packed with."""
+    alive: dict[str, list[ImageRow]] = {}
+    for row in read_images(view).rows:
+        image = files.image(row.id)
+        if image is not None and counts(view, row, image):
+            alive.setdefault(image.packing, []).append(row)
+    return alive
+
+
+def is_due(
+    view: Writer, files: KeptFiles, least: int, packing: str, pause: Callable[[], None]
+) -> bool:
+    """Whether a new image of this packing is to be made, if there is to be one at all. ``pause`` is
+    called now and then."""
     count = entities_in(view)
-    images = read_images(view)
-    if count < max(1, least) or images.unused:
+    if count < max(1, least) or read_images(view).unused:
         return False
-    alive = [row for row in images.rows if counts(view, row, files.image(row.id))]
+    alive = alive_images(view, files).get(packing, [])
     if not alive:
         return True
     newest = alive[-1]
@@ -99,19 +111,22 @@ def is_due(view: Writer, files: KeptFiles, least: int, pause: Callable[[], None]
 
 
 def kept_rows(view: Writer, files: KeptFiles, now_ms: int, here: bytes = b"") -> ImageRows:
-    """The images that are to be kept: the newest that counts, if somebody has asked for one within
-    a week; and those that devices may be on their way with. ``here`` is the directory."""
+    """The images that are to be kept, of each packing: the newest that counts, if somebody has
+    asked for one within a week; and those that devices may be on their way with. ``here`` is the
+    directory."""
     found = read_images(view)
     if is_elsewhere(found, here, now_ms):
         return found
-    alive = [row for row in found.rows if counts(view, row, files.image(row.id))]
-    kept = [row for row in alive[:-1] if is_pinned(row, now_ms)]
-    if not alive:
-        return replace(found, rows=[])
-    newest = alive[-1]
-    if now_ms - max(newest.made_ms, newest.until_ms) > UNUSED_MS:
-        return replace(found, rows=kept, unused=True)
-    return replace(found, rows=[*kept, newest], unused=False)
+    kept: set[bytes] = set()
+    used, alive = False, alive_images(view, files)
+    for rows in alive.values():
+        newest = rows[-1]
+        kept |= {row.id for row in rows[:-1] if is_pinned(row, now_ms)}
+        if now_ms - max(newest.made_ms, newest.until_ms) <= UNUSED_MS:
+            kept.add(newest.id)
+            used = True
+    rest = [row for row in found.rows if row.id in kept]
+    return replace(found, rows=rest, unused=not used if alive else found.unused)
 
 
 def take(
@@ -202,6 +217,7 @@ __all__ = [
     "UNUSED_MS",
     "Pauses",
     "StoppedError",
+    "alive_images",
     "build",
     "counts",
     "entities_in",

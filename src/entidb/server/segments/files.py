@@ -51,6 +51,11 @@ class KeptImage(Struct, frozen=True, kw_only=True):
     def entities(self) -> int:
         return sum([segment.rows for segment in self.segments])
 
+    @property
+    def packing(self) -> str:
+        """What its segments are packed with."""
+        return self.segments[0].packing if self.segments else ""
+
     def segment(self, sha256: bytes) -> SegmentInfo | None:
         return next((each for each in self.segments if each.sha256 == sha256), None)
 

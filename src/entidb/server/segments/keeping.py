@@ -9,9 +9,11 @@
 An image counts while the record in its database names it. It is made when the database is large
 enough, and anew when a tenth of it has changed and somebody has asked for the last one. Two are
 kept at most, so that one that devices are on their way with stays while the next is made; one that
-nobody asks for goes after a week. Several processes may do all this for one database: one of them
-makes images, and each serves those of all. So do the nodes of a server on PostgreSQL, which need a
-directory in common for it; one that has another leaves the images alone (``building``).
+nobody asks for goes after a week. A device that cannot unpack what this server packs best has one
+made that it can unpack, which is kept beside the other by the same rules. Several processes may do
+all this for one database: one of them makes images, and each serves those of all. So do the nodes
+of a server on PostgreSQL, which need a directory in common for it; one that has another leaves the
+images alone (``building``).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +54,7 @@ from entidb.server.pages import wanted_collections
 from entidb.server.segments.building import (
     Pauses,
     StoppedError,
+    alive_images,
     build,
     counts,
     entities_in,
@@ -126,6 +129,8 @@ class ImageKeeper:
         self._files: dict[str, KeptFiles] = {}
         #: Databases that are to be looked at by the thread, in order.
         self._due: dict[str, None] = {}
+        #: What somebody has asked for that there was none of, for each database.
+        self._wanted: dict[str, set[str]] = {}
         #: When to look again, and where it did not work the last time.
         self._next: dict[str, float] = {}
         self._failed: set[str] = set()
@@ -188,7 +193,7 @@ class ImageKeeper:
                 image = self.newest(view, request)
         if image is not None and not self._may_begin(database, image):
             image = None
-        self.ask(store, fits=image is not None)
+        self.ask(store, request.packings, fits=image is not None)
         none = no_manifest(history, head, floor, self._clock.now_ms(), grant)
         if image is None:
             return none
@@ -203,13 +208,12 @@ class ImageKeeper:
             return False
 
     def newest(self, view: Writer, request: SnapshotRequest) -> KeptImage | None:
-        """The newest image that counts, and that the device can unpack."""
+        """The newest image that counts, of the best packing that the device can unpack."""
         files = self.files(request.db_id)
-        for row in reversed(read_images(view).rows):
-            image = files.image(row.id)
-            if image is not None and counts(view, row, image):
-                if {each.packing for each in image.segments} <= {*request.packings}:
-                    return image
+        alive = alive_images(view, files)
+        for packed_with in sorted(alive, key=_rank):
+            if packed_with in request.packings:
+                return files.image(alive[packed_with][-1].id)
         return None
 
     def pin(self, database: Database, image: KeptImage) -> bool:
@@ -256,12 +260,15 @@ class ImageKeeper:
 
     # ------------------------------------------------------------ now and then
 
-    def ask(self, store: Store, *, fits: bool) -> None:
-        """Somebody has asked for an image, and ``fits`` says whether there is one for him. One is
-        made if it is due, also where the last went because nobody had asked."""
-        if not self.enabled or self._stop.is_set():
+    def ask(self, store: Store, packings: Sequence[str], *, fits: bool) -> None:
+        """Somebody has asked for an image who can unpack ``packings``, and ``fits`` says whether
+        there is one for him. One is made if it is due, also where the last went because nobody had
+        asked."""
+        able = [each for each in packing.ENCODINGS if each in packings]
+        if not self.enabled or self._stop.is_set() or not able:
             return
         if not fits:
+            self._wanted.setdefault(store.db_id, set()).add(able[0])
             with store.database.view() as view:
                 unused = read_images(view).unused
             if unused:
@@ -353,8 +360,27 @@ class ImageKeeper:
             here = self._directory()
             if is_elsewhere(read_images(view), here, self._clock.now_ms()):
                 return False
-            if not is_due(view, files, self._least, pause):
-                return False
+            wanted = {
+                packing.ENCODINGS[0],
+                *self._wanted.get(db_id, ()),
+                *alive_images(view, files),
+            }
+            due = [
+                each
+                for each in packing.ENCODINGS
+                if each in wanted and is_due(view, files, self._least, each, pause)
+            ]
+        for packed_with in due:
+            self._make_one(store, packed_with, here, pause)
+        if db_id in self._wanted:
+            self._wanted[db_id] -= wanted
+        return bool(due)
+
+    def _make_one(
+        self, store: Store, packed_with: str, here: bytes, pause: Callable[[], None]
+    ) -> None:
+        db_id, database, files = store.db_id, store.database, self.files(store.db_id)
+        with database.view() as view:
             head = view.head.sequence
         if not self._has_room(database, files):
             raise StorageFullError(
@@ -371,7 +397,7 @@ class ImageKeeper:
                 database,
                 files,
                 self._entropy(16),
-                packing.ENCODINGS[0],
+                packed_with,
                 check,
                 pause,
                 self.sizes,
@@ -387,7 +413,6 @@ class ImageKeeper:
             image.entities,
             image.head,
         )
-        return True
 
     def _has_room(self, database: Database, files: KeptFiles) -> bool:
         free = files.free_bytes()
@@ -455,6 +480,12 @@ def _root_of(config: ServerConfig) -> Path | None:
     if config.segments_dir is not None:
         return Path(config.segments_dir)
     return None if config.directory is None else Path(config.directory) / FOLDER
+
+
+def _rank(packed_with: str) -> int:
+    """How good a packing is; 0 is the best."""
+    known = packing.ENCODINGS
+    return known.index(packed_with) if packed_with in known else len(known)
 
 
 def _row_of(images: ImageRows, image: KeptImage) -> ImageRow | None:

@@ -70,6 +70,10 @@ class StagesImages:
             _check_may_stage(writer)
             if not is_missing_of(writer, state, names):
                 raise scope_changed()
+            # Of a collection that is local here nothing is taken in, and nothing is counted.
+            known = writer.catalogue.by_name
+            local = {name for name in manifest.collections if name in known and known[name].local}
+            entities = sum(each.rows for each in segments if each.collection not in local)
             stage = Stage(
                 history=b"",
                 cursor=state.cursor,
@@ -78,7 +82,7 @@ class StagesImages:
                 full=full,
                 delta_cursor=state.cursor,
                 time_ms=manifest.time,
-                image=StagedImage(manifest.history, manifest.head, manifest.entities, segments),
+                image=StagedImage(manifest.history, manifest.head, entities, segments),
                 image_head=manifest.head,
             )
             writer.set_stage(machine.KEEP(None, stage))
@@ -126,21 +130,17 @@ class StagesImages:
             rows = opened.rows
             end = min(image.done + self._chunk_rows, len(rows.ids))
             part = _part(rows, image.done, end)
-            size = before.size + sum(map(len, filter(None, part.payloads)))
-            size += ROW_BYTES * len(part.ids)
-            check_room(self.database.storage, size, self._staged_bytes_max)
             hear_stamp(writer, max(part.timestamps), before.time_ms)
             stage = _stage_part(writer, before, opened.segment.collection, part)
+            check_room(self.database.storage, stage.size, self._staged_bytes_max)
             used_up = end == len(rows.ids)
             left = image.left[1:] if used_up else image.left
             rest = replace(image, left=left, done=0 if used_up else end, failures=0)
             if rest.left:
-                stage = replace(stage, size=size, image=rest)
+                stage = replace(stage, image=rest)
             else:
                 # A pull like any other from here on, which has reached the image's commit.
-                stage = replace(
-                    stage, size=size, image=None, history=image.history, full_cursor=image.head
-                )
+                stage = replace(stage, image=None, history=image.history, full_cursor=image.head)
             writer.set_stage(machine.KEEP(before, stage))
         opened.used_up = used_up
         return stage
@@ -188,7 +188,8 @@ def _stage_part(writer: Writer, stage: Stage, collection: str, rows: ColumnRows)
     assert once, "the ids of a segment ascend"
     counts[number] = counts.get(number, 0) + len(rows.ids)
     operations = stage.operations + len(rows.ids)
-    return replace(stage, tables=tables, counts=counts, operations=operations)
+    size = stage.size + sum(map(len, filter(None, rows.payloads))) + ROW_BYTES * len(rows.ids)
+    return replace(stage, tables=tables, counts=counts, operations=operations, size=size)
 
 
 def _check_may_stage(writer: Writer) -> None:
