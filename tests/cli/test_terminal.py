@@ -154,7 +154,7 @@ def watched(path: Path, url: str, *options: str) -> tuple[subprocess.Popen[bytes
     near, far = pty.openpty()
     fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     words = command("sync", path, url, "--db", "shop", "--watch", "--interval", "600", *options)
-    env = environment(TERM="xterm")
+    env = environment(TERM="xterm", COLUMNS="120")
     running = subprocess.Popen(words, stdin=far, stdout=far, stderr=far, env=env)
     os.close(far)
     return running, near
