@@ -87,12 +87,15 @@ class DeviceAge:
         self._world = world
         knobs = world.knobs
         self._schema = rng.choice((OLD, OLD, NEW)) if knobs.old_program or knobs.upcast else 0
-        self._ready = 0
+        self._ready = False
+        #: The newest commit there was when the cycle began.
+        self._until = 0
         self.pushed = False
 
     def config(self, config: SyncConfig, database: Database) -> SyncConfig:
         """That of the cycle that begins."""
-        self._ready, self.pushed = _can_push(database), False
+        self._until = database.sequence
+        self._ready, self.pushed = _can_push(database, self._until), False
         if self._schema and (self._world.quiet or self._rng.random() < 0.02):
             self._schema = NEW
         return config if config.schema == self._schema else replace(config, schema=self._schema)
@@ -106,7 +109,7 @@ class DeviceAge:
             return
         may = not (path.kept or watch.foreign or watch.foreign_names)
         ready = database.read_head().ready
-        if self._ready and may and _can_push(database):
+        if self._ready and may and _can_push(database, self._until):
             checks = watch.checks
             checks.that(
                 self.pushed,
@@ -115,11 +118,11 @@ class DeviceAge:
             )
 
 
-def _can_push(database: Database) -> bool:
-    """Whether something is ready that waits for nobody who is away (R36)."""
+def _can_push(database: Database, until: int) -> bool:
+    """Whether something is ready that was committed by then, and waits for nobody who is away
+    (R36)."""
     with database.view() as view:
-        state = view.sync_state
-        return sendable(view, state) if state.others else view.head.ready > 0
+        return sendable(view, view.sync_state, until)
 
 
 # ---------------------------------------------------------------- an older server
