@@ -101,9 +101,20 @@ def prose(text: str) -> Iterator[str]:
     for paragraph in text.split("\n\n"):
         if paragraph.startswith("    "):
             yield f"```text\n{textwrap.dedent(paragraph)}\n```"
+        elif paragraph.startswith("* "):
+            yield "\n".join(filled(f"- {point}", "  ") for point in paragraph[2:].split("\n* "))
         else:
-            words = " ".join(paragraph.split())
-            yield textwrap.fill(words, COLUMNS, break_long_words=False, break_on_hyphens=False)
+            yield filled(paragraph)
+
+
+def filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        " ".join(text.split()),
+        COLUMNS,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def page() -> str:

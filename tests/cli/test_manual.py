@@ -12,7 +12,7 @@ import pytest
 
 from entidb import errors
 from entidb.cli import exits
-from entidb.cli.app import COMMANDS, SUMMARIES, cli
+from entidb.cli.app import COMMANDS, HEADINGS, SUMMARIES, cli
 from entidb.cli.exits import Exit, exit_of
 from entidb.db import Database, Role
 from tests.cli.support import ROOT, TIMEOUT_S, document, done, environment, put
@@ -39,6 +39,22 @@ def flags(name: str) -> set[str]:
 
 def test_every_command_is_in_the_manual_and_the_manual_names_no_other():
     assert list(SECTIONS) == list(COMMANDS)
+
+
+def test_help_has_the_headings_of_the_manual_with_the_same_commands_below():
+    of_manual: dict[str, str] = {}
+    heading = ""
+    for found in re.finditer(r"^## (.*)|^### `entidb (\w+)", MANUAL, re.MULTILINE):
+        heading = found[1] or heading
+        if found[2]:
+            of_manual[found[2]] = heading
+    assert {name: of_manual[name] for name in HEADINGS} == HEADINGS
+    of_help: dict[str, str] = {}
+    for found in re.finditer(r"^(\w.*):$|^  ([a-z]\w*)  +\w", done("--help"), re.MULTILINE):
+        heading = found[1] or heading
+        if found[2]:
+            of_help[found[2]] = heading
+    assert of_help == of_manual
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -298,7 +298,7 @@ def outcome(kind: Any, value: Any) -> str:
 def _shown(stored: Any) -> str:
     stored = stored["x"] if isinstance(stored, dict) and list(stored) == ["x"] else stored
     if isinstance(stored, bytes):
-        return repr(stored).replace("\\", "\\\\")
+        return repr(stored)
     return json.dumps(stored, ensure_ascii=False).replace("|", "\\|")
 
 

@@ -93,6 +93,17 @@ SUMMARIES: Final[dict[str, str]] = {
 }
 
 
+#: Headings of ``--help``, each with the first command below it; those of docs/cli.md.
+HEADINGS: Final[dict[str, str]] = {
+    "init": "Entities",
+    "import": "Files",
+    "sync": "Synchronising",
+    "serve": "The server",
+    "verify": "Care",
+    "demo": "EntiDB itself",
+}
+
+
 class _Entidb(click.Group):
     """The group ``entidb``; ``main`` ends the process with an exit code of the table."""
 
@@ -100,8 +111,15 @@ class _Entidb(click.Group):
         return list(COMMANDS)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
+        # As wide as the longest name, so that the columns of all groups are one.
+        width = max(map(len, SUMMARIES))
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name, summary in SUMMARIES.items():
+            rows = groups.setdefault(HEADINGS.get(name, next(reversed(groups), "")), [])
+            rows.append((name.ljust(width), summary))
+        for heading, rows in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         place = COMMANDS.get(cmd_name)
@@ -154,7 +172,8 @@ def _unavailable(name: str, error: ImportError) -> click.Command:
     cls=_Entidb,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="DIR is a database directory; with ENTIDB_DIR set, or --dir given, it is left out. "
-    "Ids may be shortened while they stay unambiguous. Exit codes: docs/cli.md.",
+    "Ids may be shortened while they stay unambiguous. `entidb COMMAND --help` has more of each; "
+    "exit codes: docs/cli.md.",
 )
 @click.version_option(VERSION, message="entidb %(version)s")
 def cli() -> None:

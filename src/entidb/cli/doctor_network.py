@@ -399,9 +399,9 @@ def _stream(way: NetworkPath, visit: Visit, headers: Mapping[str, str]) -> Itera
             if heard.first_s is None
             else f"the first event only after {heard.first_s:.1f} s"
         )
-        yield problem("stream", f"news are gathered on the way: {when} came", _STREAM)
+        yield problem("stream", f"news is gathered on the way: {when} came", _STREAM)
     else:
-        yield ok("stream", f"news come at once ({heard.first_s * 1000:.0f} ms)")
+        yield ok("stream", f"news comes at once ({heard.first_s * 1000:.0f} ms)")
     if heard.cut_s is not None and not heard.goodbye:
         says = f"a stream that says nothing is cut after {heard.cut_s:.0f} s"
         if heard.cut_s < _BEAT_S:

@@ -168,7 +168,7 @@ def delete_command(words: tuple[str, ...], directory: str | None, as_json: bool)
 @click.command("list")
 @words("[COLLECTION]")
 @click.option(
-    "--limit", default=LIST_LIMIT, show_default=True, help="At most so many; 0 for all of them."
+    "--limit", default=LIST_LIMIT, show_default=True, help="At most this many; 0 for all of them."
 )
 @click.option("--start", metavar="ID", help="Begin at this id (it need not exist).")
 @click.option("--reverse", is_flag=True, help="Highest ids first, which are the newest.")

@@ -271,7 +271,7 @@ def token_command(
     if admin or admin_of:
         given["admin"] = True if admin else list(admin_of)
     if not granted and "admin" not in given:
-        raise UsageError("for what? give --database NAME, or --admin for who looks after a server")
+        raise UsageError("for what? give --database NAME, or --admin for an administrator")
     seconds = _seconds(expires)
     from entidb.server import mint_token
 

@@ -84,7 +84,7 @@ delimiter_option = click.option(
 @click.option("--encoding", default="utf-8", show_default=True, help="How the file is written: "
               "utf-16, cp1252, latin-1 …")  # fmt: skip
 @click.option("--batch", default=BATCH_ROWS, show_default=True, help="Rows in a transaction.")
-@click.option("--skip", default=0, help="Leave out so many rows at the beginning.")
+@click.option("--skip", default=0, help="Leave out this many rows at the beginning.")
 @click.option("--skip-bad", is_flag=True, help="Leave out rows that cannot be stored, and count "
               "them.")  # fmt: skip
 @delimiter_option

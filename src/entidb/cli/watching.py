@@ -207,7 +207,7 @@ _PASSING_CODES: Final = ("redirected", "busy", "frozen")
 
 
 class LiveLine:
-    """The last line of a terminal: how news get here, when there were some, and what is open.
+    """The last line of a terminal: how news gets here, when there was some, and what is open.
     ``write`` None: there is none."""
 
     def __init__(self, write: Callable[[str], None] | None) -> None:

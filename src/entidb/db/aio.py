@@ -466,11 +466,11 @@ class AsyncCollection(ReadCollection[V], Generic[V]):
 
     @property
     def where(self) -> AsyncWhere[V]:
-        """As ``ReadCollection.where``; ``delete`` of what it finds is awaited."""
+        """As ``Collection.where``; ``delete`` of what it finds is awaited."""
         return AsyncWhere(self._query())
 
     def order_by(self, *fields: str | Field) -> AsyncQuery[V]:
-        """As ``ReadCollection.order_by``."""
+        """As ``Collection.order_by``."""
         return self._query().order_by(*fields)
 
     def _query(self) -> AsyncQuery[V]:

@@ -66,10 +66,17 @@ class Database(Indexed):
         (
             *("attach_engine", "begin_history", "clock", "commit_mark"),
             *("commit_one", "commit_writes", "created_ms", "detach_engine", "entropy", "history"),
-            *("hear_others", "in_transaction", "moment", "moment_of"),
+            *(
+                "build_indexes",
+                "hear_others",
+                "history_at",
+                "in_transaction",
+                "moment",
+                "moment_of",
+            ),
             *("failures", "index_functions", "index_lock", "index_run", "on_commit", "read_only"),
             *("read_catalogue", "read_head", "storage", "tells_observers", "view", "where"),
-            *("transaction_bytes_max", "write"),
+            *("right", "start_hearing", "transaction_bytes_max", "write"),
         )
     )
     _engine: object | None = None

@@ -53,7 +53,7 @@ class ServerConfig:
     #: None keeps everything in memory, for tests.
     data_dir: str | os.PathLike[str] | None
     #: Processes that serve it together, each of which opens any database; on Linux only.
-    #: ``serve`` starts so many. For an app that another program runs in several processes, any
+    #: ``serve`` starts that many. For an app that another program runs in several processes, any
     #: number above 1 says that those of one parent are one server.
     workers: int = 1
     #: Make a database when a token that grants writing to it first asks for it. False: only
@@ -209,7 +209,7 @@ class ServerConfig:
     access_log: bool = True
     #: Serve ``GET /metrics`` for Prometheus. It needs no token: keep it from the public.
     metrics: bool = False
-    #: Serve the console, a page for who administers the server, at ``/console``. The page says
+    #: Serve the console, a page for administrators of the server, at ``/console``. The page says
     #: nothing by itself: it asks for a token with the claim ``admin``.
     console: bool = False
 

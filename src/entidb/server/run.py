@@ -79,7 +79,7 @@ def serve(
     SIGHUP has keys and certificate read again, and says so in a line on standard error.
 
     Prints the address once it is bound, as one line on standard error, and writes it to
-    ``ready_file``. With ``workers`` it serves in so many processes, forked from this one, and
+    ``ready_file``. With ``workers`` it serves in that many processes, forked from this one, and
     replaces those that end; call it before the program starts threads. Other keywords are those of
     ``Listen``. Logs go to standard error unless the program has set up logging. Warns there of a
     secret or a key that every user of this machine can read. Raises ``ConfigError`` for an address

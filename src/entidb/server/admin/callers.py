@@ -23,7 +23,7 @@ class Caller(Struct, frozen=True):
     def check_all(self) -> None:
         """Raises ``PermissionDeniedError`` unless he administers the whole server."""
         if self.databases is not None:
-            raise PermissionDeniedError("this is for who administers the whole server")
+            raise PermissionDeniedError("only an administrator of the whole server may do this")
 
     def check(self, db_id: str) -> None:
         """Raises ``PermissionDeniedError``, with the same words whether or not there is such a

@@ -1,4 +1,4 @@
-"""The console: a page for who administers a server, made of files in this package.
+"""The console: a page for administrators of a server, made of files in this package.
 
     serving   answers with the files, and says what the page may do
     static    the page: HTML, one style sheet, and JavaScript modules as the browser runs them
