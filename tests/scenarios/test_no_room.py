@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +14,10 @@ import pytest
 
 from entidb.db import Database, dump
 from entidb.errors import ServerError, StorageFullError
+from entidb.protocol import PushRequest, PushResponse
 from entidb.server import ServerConfig, serving
 from entidb.sync import RetryConfig, SyncConfig, SyncEngine, SyncState
+from tests.server.support import Client, pull, push
 from tests.storage.lmdb.test_lmdb_traps import small_disk
 from tests.support import assert_sound, uid
 
@@ -130,11 +135,67 @@ def test_a_server_without_room_says_so_and_takes_the_same_push_when_there_is(
                 other.sync()
                 assert len(reader.collection("notes")) == taken
             make_room()
-            engine.sync()
+            until(lambda: synced(engine))
             assert db.read_head().ready == 0
         with Database.in_memory() as reader, SyncEngine(CONFIG, url, reader) as other:
             other.sync()
             assert list(dump(reader)) == list(dump(db))
+
+
+def synced(engine: SyncEngine) -> bool:
+    with contextlib.suppress(ServerError):  # storage_full: the server tries again in a moment
+        engine.sync()
+    return engine.state is SyncState.SYNCED
+
+
+@pytest.mark.process
+def test_pulls_go_on_while_many_push_to_a_server_without_room(place: Place) -> None:
+    path, make_room = place
+    config = ServerConfig(
+        data_dir=path / "server", insecure_no_auth=True, access_log=False, create_databases=True
+    )
+    answers: Counter[tuple[str, int, bool]] = Counter()
+    with serving(config) as url:
+        with Client(url) as client:
+            history, number = client.history(), 0
+            client.send(push(history, 1)).message(PushResponse)
+
+            def large(number: int) -> PushRequest:
+                return push(history, number, value=os.urandom(100_000))
+
+            number = 2
+            while client.send(large(number)).status == 200:
+                number += 1
+        end = time.monotonic() + 2
+
+        def pushes(first: int) -> None:
+            with Client(url) as client:
+                while time.monotonic() < end:
+                    answer = client.send(large(first))
+                    answers["push", answer.status, "retry-after" in answer.headers] += 1
+
+        def pulls() -> None:
+            with Client(url) as client:
+                while time.monotonic() < end:
+                    answers["pull", client.send(pull(history, limit=1)).status, False] += 1
+
+        threads = [threading.Thread(target=pushes, args=[1000 + n]) for n in range(4)]
+        threads += [threading.Thread(target=pulls) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(answers) == {("push", 507, True), ("pull", 200, False)}, answers
+        make_room()
+        with Client(url) as client:
+            until(lambda: client.send(large(2000)).status == 200)
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def push_until_full(db: Database, engine: SyncEngine) -> int:

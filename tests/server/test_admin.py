@@ -26,7 +26,7 @@ from entidb.errors import (
 )
 from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import Grants, ServerConfig, SyncServer, mint_token, serving
-from entidb.server.admin import access, audit, databases
+from entidb.server.admin import access, audit, databases, fleet
 from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.audit import AUDIT_FILE, AuditLog
 from entidb.server.admin.callers import Caller, caller_of
@@ -35,6 +35,7 @@ from entidb.server.admin.office import Office
 from entidb.server.admin.openapi import document
 from entidb.server.admin.opening import office_of
 from entidb.server.admin.routes import ROUTES, answer
+from entidb.server.auth import everything
 from entidb.server.directory import ASIDE
 from entidb.server.records import FileRecords
 from tests.server.support import DEVICE, NOW_MS, SECRET, Client, ManualClock, handshake, pull, push
@@ -277,6 +278,33 @@ def test_what_is_decided_about_a_database_is_taken_back_with_it(place: Place):
     place.clock.advance(DAY_S)
     place.server.housekeep()
     assert frozen_and_revoked(place) == (set(), [])
+
+
+def test_the_devices_of_a_deleted_database_are_taken_back_with_it(place: Place):
+    history = place.history()
+    for number in (1, 2):
+        answer = place.push(history, number)
+        place.server.registry.heard(
+            push(history, number), everything(None), code=None, answer=answer
+        )
+        if number == 1:  # the second one is noted when it is deleted
+            place.server.registry.flush()
+    before = access.devices(place.office, ROOT, "shop", 10)
+    assert before[0].device.accepted == 2
+    aside = databases.delete(place.office, ROOT, "shop", "shop")
+    assert fleet.devices(place.office, ROOT).total == 0
+    # One of the same name meets devices of its own.
+    place.history()
+    other = databases.delete(place.office, ROOT, "shop", "shop")
+    databases.take_back(place.office, ROOT, aside.id)
+    assert access.devices(place.office, ROOT, "shop", 10) == before
+    aside = databases.delete(place.office, ROOT, "shop", "shop")
+    assert aside.id != other.id
+    kept = set(place.root.glob("*.devices"))
+    assert kept
+    place.clock.advance(DAY_S)
+    place.server.housekeep()
+    assert not set(place.root.glob("*.devices")), "they go for good with it"
 
 
 def test_a_database_that_cannot_be_moved_with_what_is_decided_is_not_moved(

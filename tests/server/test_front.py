@@ -11,6 +11,8 @@ from entidb.errors import (
     HistoryChangedError,
     PermissionDeniedError,
     ServerBusyError,
+    ServerError,
+    StorageError,
     StorageFullError,
 )
 from entidb.protocol import (
@@ -40,7 +42,7 @@ class Place:
 
     def __init__(self, **settings: Any) -> None:
         self.config = ServerConfig(data_dir=None, insecure_no_auth=True, **settings)
-        clock = ManualClock()
+        self.clock = clock = ManualClock()
         self.works: list[Callable[[], None]] = []
         self.stores = Stores(
             self.config,
@@ -142,7 +144,13 @@ def test_pushes_that_are_scheduled_are_decided_together_and_give_the_database_ba
     assert len(answers) == 3
 
 
-def test_a_scheduled_push_that_cannot_be_stored_says_so_and_the_database_is_opened_again():
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(StorageFullError("no room"), "storage_full"), (StorageError("broken"), "storage_error")],
+)
+def test_a_scheduled_push_that_cannot_be_stored_says_so_and_a_database_with_room_is_opened_again(
+    error: StorageError, code: str
+):
     place = Place()
     history = place.history()
     answers: list[Any] = []
@@ -150,13 +158,42 @@ def test_a_scheduled_push_that_cannot_be_stored_says_so_and_the_database_is_open
     storage: Any = store.database.storage
 
     def full(batch: object, after: int | None = None) -> None:
-        raise StorageFullError("no room")
+        raise error
 
     storage.commit = full
     place.front.push(store, push(history, 1), GRANT, answers.append)
     place.works.pop()()
-    assert [getattr(answer, "code", None) for answer in answers] == ["storage_full"]
-    assert store.broken and store.users == 0
+    assert [getattr(answer, "code", None) for answer in answers] == [code]
+    # Without room nothing was changed, and reading goes on in what is open.
+    assert store.broken == (code != "storage_full") and store.users == 0
+    place.stores.close()
+
+
+def test_for_a_moment_after_a_push_found_no_room_none_is_tried():
+    place = Place()
+    history = place.history()
+    answers: list[Any] = []
+    storage: Any = place.use().database.storage
+    tried, commit = [0], storage.commit
+
+    def full(batch: object, after: int | None = None) -> None:
+        tried[0] += 1
+        raise StorageFullError("no room")
+
+    storage.commit = full
+    place.front.push(place.use(), push(history, 1), GRANT, answers.append)
+    place.works.pop()()
+    for _ in range(5):
+        with pytest.raises(ServerError) as refused:
+            place.front.push(place.use(), push(history, 1), GRANT, answers.append)
+        assert refused.value.code == "storage_full"
+        assert (refused.value.retry_after or 0) >= 10
+    assert tried == [1] and not place.works
+    place.clock.advance(1.0)
+    storage.commit = commit
+    place.front.push(place.use(), push(history, 1), GRANT, answers.append)
+    place.works.pop()()
+    assert answers[-1].results[0].verdict == Verdict.ACCEPTED
     place.stores.close()
 
 

@@ -19,7 +19,7 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,6 +49,7 @@ from entidb.server.read_answers import ReadAnswers
 from entidb.storage.postgres import PostgresStorage
 from entidb.storage.postgres.news import PostgresNews
 from entidb.storage.postgres.node import Node
+from entidb.storage.postgres.schema import _TABLES
 from entidb.sync import SyncConfig, SyncEngine
 from tests.cli.support import command, document, done, entidb, environment, failed
 from tests.server.support import Client, handshake, pull, push
@@ -364,6 +365,66 @@ def test_commands_that_only_read_read_one_database_in_postgresql(
     assert document(done("verify", str(tmp_path / "copy"), "--json"))["ok"]
     failed(entidb("verify", f"{address}#nosuch"), Exit.NOT_FOUND, "no_database")
     assert nodes.clients[1].send(pull(history, cursor=1)).message(PullResponse).head == 1
+
+
+#: Commands on one database, and on all of them; whoever writes to what is not there makes no tables
+#: either.
+LOOKING: tuple[tuple[str, ...], ...] = (
+    ("list", "ADDRESS#shop"),
+    ("list", "ADDRESS#shop", "notes"),
+    ("get", "ADDRESS#shop", "notes", str(uuid.UUID(int=1))),
+    ("export", "ADDRESS#shop", "notes"),
+    ("inspect", "ADDRESS#shop"),
+    ("verify", "ADDRESS#shop"),
+    ("index", "ADDRESS#shop"),
+    ("snapshot", "ADDRESS#shop", "file"),
+    ("backup", "ADDRESS#shop", "copy"),
+    ("copy", "ADDRESS", "copy"),
+    ("copy", "ADDRESS#shop", "copy"),
+    ("renew", "ADDRESS"),
+    ("admin", "--dir", "ADDRESS", "databases"),
+    ("doctor", "ADDRESS"),
+)
+
+
+def tables(address: str) -> list[str]:
+    with psycopg.connect(address) as connection:
+        found = connection.execute(
+            "SELECT relname FROM pg_class WHERE relname LIKE 'entidb%' ORDER BY relname"
+        ).fetchall()
+    return [name for (name,) in found]
+
+
+@pytest.mark.parametrize("words", LOOKING, ids=" ".join)
+def test_a_command_that_looks_at_an_address_without_tables_makes_none(
+    words: tuple[str, ...], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = entidb(*(word.replace("ADDRESS", address) for word in words))
+    if words[0] != "doctor":  # which looks at more than that
+        assert answer.exit_code != 0
+        assert "no tables of EntiDB" in answer.stderr and "entidb init" in answer.stderr
+    assert tables(address) == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [each for each in LOOKING if each[0] != "renew"], ids=" ".join)
+def test_a_command_that_looks_leaves_tables_of_an_older_format_as_they_are(
+    words: tuple[str, ...], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute(_TABLES.encode())
+    before = tables(address)
+    answer = entidb(*(word.replace("ADDRESS", address) for word in words))
+    assert words[0] == "doctor" or answer.exit_code != 0  # no database is there, nobody serves
+    assert tables(address) == before and list(tmp_path.iterdir()) == []
+    # Who may do more makes the newest format, also where this process only looks otherwise.
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute("INSERT INTO entidb_store (name) VALUES ('shop')")
+    with closing(PostgresStorage.open(address, "shop", read_only=True)):
+        assert tables(address) == before
+        PostgresStorage.open(address, "shop", create=False).close()
+        assert len(tables(address)) > len(before)
 
 
 def checks(*words: str, code: Exit = Exit.OK) -> dict[str, dict[str, Any]]:

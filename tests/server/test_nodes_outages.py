@@ -178,6 +178,6 @@ def test_a_disk_that_is_full() -> None:
 
             try:
                 with Nodes(own.address, 2) as nodes:
-                    suffer(nodes, fill, filler.unlink, (507, "storage_full", False))
+                    suffer(nodes, fill, filler.unlink, (507, "storage_full", True))
             finally:
                 own.stop()

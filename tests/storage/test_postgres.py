@@ -140,7 +140,7 @@ def test_tables_that_another_node_makes_meanwhile_are_not_made_twice() -> None:
         def opens() -> None:
             try:
                 with psycopg.connect(own.address, autocommit=True) as second:
-                    schema.make_tables(second, "here")
+                    schema.see_to_tables(second, "here", schema.Tables.MAKE)
             except BaseException as error:
                 raised.append(error)
 

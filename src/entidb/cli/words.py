@@ -202,11 +202,13 @@ def opened(path: str, *, read_only: bool = False) -> Iterator[Database]:
 @contextmanager
 def _opened_store(place: str, *, read_only: bool) -> Iterator[Database]:
     try:
-        store = open_named(place)
+        store = open_named(place, read_only=read_only)
     except StorageError as error:
         if error.code != "no_store":
             raise
-        raise NotFoundError(f"there is no database {shown(place)}", code="no_database") from error
+        raise NotFoundError(
+            f"there is no database {shown(place)}: {error}", code="no_database"
+        ) from error
     with contextlib.closing(store):
         if store.mark() == 0:
             raise NotFoundError(f"there is no database {shown(place)}", code="no_database")

@@ -99,7 +99,7 @@ def _checked(place: str | os.PathLike[str]) -> str:
 def open_source(place: str) -> Storage:
     """The store at ``place``, to read in it."""
     if is_address(place):
-        return open_named(place)
+        return open_named(place, read_only=True)
     return open_storage(place, create=False, read_only=True)
 
 

@@ -15,6 +15,8 @@ from entidb.errors import DatabaseMovedError, ServerBusyError, StorageUnreachabl
 #: Seconds after which devices come again: at least, and spread over so many more.
 _RETRY_S: Final = 1.0
 _SPREAD_S: Final = 2.0
+#: So many times as long where a disk is full.
+_FULL_RETRY_S: Final = 10.0
 #: Multiples of it, without their whole part, are spread evenly, however many there are.
 _GOLDEN: Final = 0.6180339887
 _told = count(1)
@@ -34,6 +36,11 @@ def retry_after_s() -> float:
     return _RETRY_S + _SPREAD_S * (next(_told) * _GOLDEN % 1)
 
 
+def full_retry_after_s() -> float:
+    """As ``retry_after_s``, where a disk is full: somebody has to make room."""
+    return _FULL_RETRY_S * retry_after_s()
+
+
 def come_again() -> ServerBusyError:
     return ServerBusyError(
         "the database cannot be reached at the moment; nothing was changed that a new try would "
@@ -42,4 +49,4 @@ def come_again() -> ServerBusyError:
     )
 
 
-__all__ = ["come_again", "is_away", "retry_after_s"]
+__all__ = ["come_again", "full_retry_after_s", "is_away", "retry_after_s"]

@@ -89,7 +89,7 @@ def _place_of(server: str, name: str) -> str:
 def _served(place: str) -> Iterator[list[str]]:
     """The databases at ``place``, which no server serves meanwhile if it is a directory."""
     if is_address(place):
-        with closing(open_shelf(whole(place))) as shelf:
+        with closing(open_shelf(whole(place), read_only=True)) as shelf:
             yield _some([name for name in shelf.names() if is_db_id(name)], place)
         return
     names = _some(list_databases(place), place)
@@ -116,7 +116,7 @@ def _read_notes(place: str, names: list[str]) -> Notes:
     if is_address(place):
         from entidb.storage.postgres.sharing import SharedTables
 
-        with closing(SharedTables(place)) as sharing:
+        with closing(SharedTables(place, read_only=True)) as sharing:
             found = {name: sharing.read(name) for name in wanted}
     else:
         records = FileRecords(place)

@@ -19,11 +19,12 @@ from entidb.errors import (
     EntiDBError,
     ServerBusyError,
     ServerError,
+    StorageFullError,
     SyncError,
     TransactionError,
 )
 from entidb.protocol import PushRequest, PushResponse, RoundRequest
-from entidb.server.away import come_again, is_away
+from entidb.server.away import come_again, full_retry_after_s, is_away
 from entidb.server.hooks import Grant
 
 Done = Callable[[PushResponse | SyncError], None]
@@ -33,6 +34,8 @@ Schedule = Callable[[Callable[[], None]], None]
 
 #: Transactions decided in one commit at most: bounds how long the first member waits.
 GROUP_TRANSACTIONS_MAX = 10_000
+#: Seconds without a try after one that found no room.
+_FULL_S = 1.0
 
 
 class Decider(Protocol):
@@ -72,6 +75,7 @@ class GroupCommitter:
         on_group: Callable[[], None] = lambda: None,
         schedule: Schedule | None = None,
         meter: Meter | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._service = service
         self._queue_max = queue_max
@@ -80,17 +84,25 @@ class GroupCommitter:
         self._on_group = on_group
         self._schedule = schedule
         self._meter = meter or Meter()
+        self._monotonic = monotonic
         #: The schedule was asked, and has not called back yet.
         self._scheduled = False
         self._queue: deque[Member] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        #: Until when no push is tried, because there was no room for one.
+        self._full_until: float | None = None
 
     def submit(self, request: PushRequest | RoundRequest, grant: Grant, done: Done) -> None:
         """Queue a push. Raises ``ServerBusyError`` (``busy`` when the queue is full,
-        ``shutting_down`` when stopping); ``done`` is not called then."""
+        ``shutting_down`` when stopping), and ``ServerError`` (``storage_full``) for a moment after
+        one that found no room; ``done`` is not called then."""
         with self._changed:
+            if self._full_until is not None:
+                if self._monotonic() < self._full_until:
+                    raise _no_room()
+                self._full_until = None
             if self._stopping:
                 raise ServerBusyError(
                     "the server is shutting down", code="shutting_down", retry_after=1.0
@@ -162,6 +174,9 @@ class GroupCommitter:
         try:
             answers = self._service.push_many([(request, grant) for request, grant, _ in group])
         except EntiDBError as error:
+            if isinstance(error, StorageFullError):
+                # Each try writes until the disk is full, and those who read wait meanwhile.
+                self._full_until = self._monotonic() + _FULL_S
             self._on_failure(error)
             answers = [_not_stored(error) for _ in group]
         except Exception as error:
@@ -180,7 +195,18 @@ def _not_stored(error: EntiDBError) -> ServerError:
     passing = DatabaseClosedError | DatabaseLockedError | TransactionError
     if is_away(error) or isinstance(error, passing):
         return come_again()
+    if isinstance(error, StorageFullError):
+        return _no_room()
     return ServerError(
         "the server could not store this push; nothing of it was accepted, try again",
-        code="storage_full" if error.code == "storage_full" else "storage_error",
+        code="storage_error",
+    )
+
+
+def _no_room() -> ServerError:
+    return ServerError(
+        "the server's disk is full, and nothing of this push was accepted; it is taken when there "
+        "is room",
+        code="storage_full",
+        retry_after=full_retry_after_s(),
     )

@@ -53,7 +53,7 @@ def _databases(place: str) -> Iterator[list[str]]:
         if split_name(place)[1] is not None:
             yield [place]
             return
-        with closing(open_shelf(place)) as shelf:
+        with closing(open_shelf(place, read_only=True)) as shelf:
             names = [name for name in shelf.names() if is_db_id(name)]
         yield _some([f"{place}#{name}" for name in names], place)
     elif holds_store(place):

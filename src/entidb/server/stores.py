@@ -26,6 +26,7 @@ from entidb.errors import (
     EntiDBError,
     ServerBusyError,
     StorageError,
+    StorageFullError,
     TransactionError,
 )
 from entidb.protocol import PullRequest
@@ -75,8 +76,10 @@ class Store:
 
     def report(self, error: Exception) -> None:
         """Note an error that came out of this database: what it knows may be wrong now."""
-        # A lock that a thread held too long says nothing about what is on the disk.
-        if isinstance(error, EntiDBError) and not isinstance(error, TransactionError):
+        # A lock that a thread held too long says nothing about what is on the disk. And a commit
+        # that found no room has changed nothing: reading goes on (R17).
+        harmless = isinstance(error, TransactionError | StorageFullError)
+        if isinstance(error, EntiDBError) and not harmless:
             self.broken = True
 
     def close(self) -> None:
@@ -350,6 +353,7 @@ class Stores:
             on_group=lambda: self.on_group(),
             schedule=self._schedule,
             meter=self.meter,
+            monotonic=self._clock.monotonic,
         )
 
     def _drop_broken(self, db_id: str) -> None:

@@ -25,7 +25,7 @@ from entidb.errors import (
     TransactionError,
 )
 from entidb.protocol import CONTENT_TYPE, PATHS, ErrorResponse, encode
-from entidb.server.away import is_away, retry_after_s
+from entidb.server.away import full_retry_after_s, is_away, retry_after_s
 
 JSON_TYPE: Final = "application/json"
 _SERVER_ERROR: Final = "server_error"
@@ -164,7 +164,7 @@ def _said(error: BaseException) -> tuple[str, str, float | None]:
     if is_away(error):
         return "busy", "the database cannot be reached at the moment", retry_after_s()
     if isinstance(error, StorageFullError):
-        return "storage_full", "the server's disk is full", None
+        return "storage_full", "the server's disk is full", full_retry_after_s()
     if isinstance(error, StorageError):
         return "storage_error", "the server's storage failed", None
     # Between closing after an error and opening again, or held by a program on the server.

@@ -7,7 +7,7 @@ Not here: stores on disk (``opening``), and what an address is (``addresses``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING
 
 from entidb.storage.addresses import split_name
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from entidb.storage.postgres.arriving import Arriving
 
 
-def open_named(place: str) -> Storage:
-    """The store at ``postgresql://…#NAME``, which is not made. Errors are those of
-    ``PostgresStorage.open``."""
+def open_named(place: str, *, read_only: bool = False) -> Storage:
+    """The store at ``postgresql://…#NAME``, which is not made, and neither are the tables. Errors
+    are those of ``PostgresStorage.open``."""
     address, name = split_name(place)
-    open_shelf(address).close()  # says what is missing where the extra is
-    from entidb.storage.postgres import PostgresStorage
+    # Says what is missing where the extra is.
+    with closing(open_shelf(address, read_only=True)):
+        from entidb.storage.postgres import PostgresStorage
 
-    return PostgresStorage.open(address, name or "", create=False)
+        return PostgresStorage.open(address, name or "", create=False, read_only=read_only)
 
 
 def arriving(address: str, names: Sequence[str]) -> AbstractContextManager[Arriving]:

@@ -34,15 +34,15 @@ def open_storage(path: str | os.PathLike[str], **options: Any) -> Storage:
     return LmdbStorage.open(path, **options)
 
 
-def open_shelf(address: str) -> Shelf:
+def open_shelf(address: str, *, read_only: bool = False) -> Shelf:
     """The stores in the PostgreSQL database at ``address``, whose tables are made if they are not
-    there. Errors are those of ``PostgresStorage.open``; and ``ConfigError`` where the extra
-    ``postgres`` is not installed."""
+    there, but for one who only reads. Errors are those of ``PostgresStorage.open``; and
+    ``ConfigError`` where the extra ``postgres`` is not installed."""
     try:
         from entidb.storage.postgres.shelf import Shelf
     except ImportError as error:
         raise _missing(error) from error
-    return Shelf(whole(address))
+    return Shelf(whole(address), read_only=read_only)
 
 
 def examine_server(address: str) -> ServerFacts:

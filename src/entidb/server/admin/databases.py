@@ -190,8 +190,11 @@ def delete(office: Office, caller: Caller, db_id: str, confirm: str) -> Aside:
         check_confirmed(db_id, confirm)
         office.require(db_id)
         with office.stores.closed(db_id, WAIT_S):
+            # Nobody has it open any more: what is noted of its devices now is all there is.
+            office.registry.flush()
+            office.others.gather()
             aside = office.place.put_aside(db_id, office.clock.now_ms())
-            office.registry.rename(db_id, None)
+            office.registry.rename(db_id, aside.id)
             try:
                 office.control.rename(db_id, aside.id)
             except (EntiDBError, OSError) as error:
@@ -244,6 +247,7 @@ def take_back(office: Office, caller: Caller, identity: str) -> DatabaseRow:
                 code="exists",
             )
         office.control.carry(each.id, each.name)
+        office.registry.rename(each.id, each.name)
         office.place.take_back(each)
         _forget(office, each.id)
     return row(office, Caller(caller.who, caller.where), each.name)
@@ -257,4 +261,5 @@ def clear_aside(office: Office) -> None:
     for each in office.place.aside():
         if now >= each.until_ms:
             office.place.remove(each)
+            office.registry.rename(each.id, None)
             _forget(office, each.id)

@@ -33,7 +33,10 @@ def ask_nodes(address: str, request: LocalRequest, timeout_s: float) -> LocalAns
     from entidb.storage.postgres.company import Nodes
     from entidb.storage.postgres.sharing import SharedTables
 
-    with contextlib.closing(SharedTables(whole(address), _CONNECTIONS)) as sharing:
+    shared = SharedTables(whole(address), _CONNECTIONS, read_only=True)
+    with contextlib.closing(shared) as sharing:
+        if not sharing.has_records:
+            raise _nobody(sharing.where)
         nodes = Nodes(sharing)
         number = _on_duty(nodes, sharing.where)
         who = f"{sharing.user()} by PostgreSQL"
@@ -59,10 +62,12 @@ def _on_duty(nodes: Nodes, where: str) -> int:
             if each.on_duty:
                 return each.number
         if not members or time.monotonic() >= end:
-            raise TransportError(
-                f"no server serves {where}: start one with `entidb serve`, or give --url"
-            )
+            raise _nobody(where)
         time.sleep(_LOOK_S)
+
+
+def _nobody(where: str) -> TransportError:
+    return TransportError(f"no server serves {where}: start one with `entidb serve`, or give --url")
 
 
 __all__ = ["ask_nodes"]

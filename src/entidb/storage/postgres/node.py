@@ -36,7 +36,7 @@ from entidb.storage.postgres.pool import Pool
 from entidb.storage.postgres.pulse import Heartbeat
 from entidb.storage.postgres.reaching import Hosts, Lines, Place, ask, place_of
 from entidb.storage.postgres.remembered import Memory
-from entidb.storage.postgres.schema import check_server, make_tables
+from entidb.storage.postgres.schema import FORMAT, Tables, check_server, see_to_tables
 
 #: Connections of one node, unless it is told otherwise; a third of them is for turns.
 CONNECTIONS_MAX: Final = 16
@@ -103,9 +103,11 @@ def parts_of(address: str) -> dict[str, Any]:
 class Node:
     """See the module. Thread-safe. ``where`` is the address without its password."""
 
-    def __init__(self, address: str, connections_max: int = CONNECTIONS_MAX) -> None:
-        """Connects, and makes the tables. Raises ``ConfigError``, ``StorageError``,
-        ``FormatError``."""
+    def __init__(
+        self, address: str, connections_max: int = CONNECTIONS_MAX, use: Tables = Tables.MAKE
+    ) -> None:
+        """Connects, and sees to the tables as ``use`` says. Raises ``ConfigError``,
+        ``StorageError``, also where there are none to be used, and ``FormatError``."""
         if connections_max < 4:
             raise ConfigError(f"connections_max is at least 4, not {connections_max}")
         self.where = without_secret(address)
@@ -120,8 +122,8 @@ class Node:
         turns = max(2, connections_max // 3)
         with as_ours(f"opening {self.where}"), self._connect() as first:
             check_server(first, self.where)
-            #: Whether this node has made the tables.
-            self.made = make_tables(first, self.where)
+            #: Whether this node has made the tables, and their format.
+            self.made, self.format = see_to_tables(first, self.where, use)
         self.reading = Pool(self._connect, connections_max - turns - 1, WAIT_S)
         self.committing = Pool(self._connect, turns, WAIT_S)
         #: Connections of snapshots that the collector has found: given back by whoever comes next,
@@ -161,6 +163,12 @@ class Node:
     def _beside(self) -> psycopg.Connection[Any]:
         """To the server that takes writes now, as libpq finds it; nothing is read there."""
         return psycopg.connect(self._hosts.address(), autocommit=True)
+
+    def see_to(self, use: Tables) -> None:
+        """As at the beginning, for one who may do more with the tables. Raises as that."""
+        if self.format < FORMAT and use is not Tables.LOOK:
+            with as_ours(f"opening {self.where}"), self.connect() as line:
+                _, self.format = see_to_tables(line, self.where, use)
 
     def bar(self, connection: Line) -> None:
         """See the module. Of a database that has no tables yet there is nothing to read."""
@@ -451,11 +459,12 @@ _NODES: dict[tuple[str, int, int], tuple[Node, int]] = {}
 _NODES_LOCK = threading.RLock()
 
 
-def lease(address: str, connections_max: int) -> Lease:
+def lease(address: str, connections_max: int, use: Tables = Tables.MAKE) -> Lease:
     """Of the node of this process at ``address``. Raises as ``Node``."""
     key = (address, connections_max, os.getpid())
     with _NODES_LOCK:
-        node, count = _NODES.get(key) or (Node(address, connections_max), 0)
+        node, count = _NODES.get(key) or (Node(address, connections_max, use), 0)
+        node.see_to(use)
         _NODES[key] = node, count + 1
         return Lease(node, key)
 

@@ -15,6 +15,7 @@ The tables have a format, and each newer one is made from the one before it, in 
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, Final
 
 import psycopg
@@ -124,12 +125,28 @@ def check_server(connection: Connection, where: str) -> None:
             )
 
 
-def make_tables(connection: Connection, where: str) -> bool:
+class Tables(Enum):
+    """What may be done about the tables: whatever is missing; to make the newest format of those
+    that are there; nothing."""
+
+    MAKE = "make"
+    CONVERT = "convert"
+    LOOK = "look"
+
+
+def see_to_tables(connection: Connection, where: str, use: Tables) -> tuple[bool, int]:
     """Make the tables if they are not there, and the newest format of older ones, whole or not at
-    all; whether anything was made. The caller closes ``connection`` if that fails. Raises
-    ``FormatError`` for those of a newer program."""
+    all, as far as ``use`` lets it; whether anything was made, and their format. The caller closes
+    ``connection`` if that fails. Raises ``StorageError`` (no_store) where there are none and none
+    may be made, ``FormatError`` for those of a newer program."""
     made, found = False, format_of(connection)
-    if found is None or found < FORMAT:
+    if found is None and use is not Tables.MAKE:
+        raise StorageError(
+            f"{where} has no tables of EntiDB, and none were made: look whether the address is "
+            "right; `entidb init ADDRESS` makes them",
+            code="no_store",
+        )
+    if (found is None or found < FORMAT) and use is not Tables.LOOK:
         # Before the transaction: one that begins after the wait knows which tables there are.
         connection.execute("SELECT pg_advisory_lock(%s, %s)", _MAKING)
         with connection.transaction():
@@ -143,13 +160,14 @@ def make_tables(connection: Connection, where: str) -> bool:
                 made = True
             found = max(found, FORMAT)
         connection.execute("SELECT pg_advisory_unlock(%s, %s)", _MAKING)
+    assert found is not None
     if found > FORMAT:
         raise FormatError(
             f"{where} has tables of format {found}, made by a newer EntiDB; this one knows up to "
             f"{FORMAT}: upgrade it",
             code="newer_format",
         )
-    return made
+    return made, found
 
 
 def format_of(connection: Connection) -> int | None:
@@ -167,7 +185,8 @@ __all__ = [
     "HELD",
     "SEAT",
     "Connection",
+    "Tables",
     "check_server",
     "format_of",
-    "make_tables",
+    "see_to_tables",
 ]

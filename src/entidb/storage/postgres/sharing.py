@@ -19,7 +19,7 @@ import psycopg
 from entidb.errors import CommitUnknownError, DatabaseLockedError, StorageError
 from entidb.storage.postgres.failures import as_ours
 from entidb.storage.postgres.node import CONNECTIONS_MAX, WAIT_S, Node, lease
-from entidb.storage.postgres.schema import Connection
+from entidb.storage.postgres.schema import Connection, Tables
 
 #: What PostgreSQL says with a commit that it was made to stop waiting for.
 _CANCELLED: Final = "01000"
@@ -100,12 +100,20 @@ class OneConnection:
 class SharedTables:
     """See the module. ``where`` is the address without its password."""
 
-    def __init__(self, address: str, connections_max: int = CONNECTIONS_MAX) -> None:
-        """Raises ``ConfigError``, ``StorageError``, ``FormatError``."""
-        self._lease = lease(address, connections_max)
+    def __init__(
+        self, address: str, connections_max: int = CONNECTIONS_MAX, *, read_only: bool = False
+    ) -> None:
+        """With ``read_only`` no tables are made, and there are no records in those of an older
+        format. Raises ``ConfigError``, ``StorageError``, ``FormatError``."""
+        self._lease = lease(address, connections_max, Tables.LOOK if read_only else Tables.MAKE)
         self.node: Final = self._lease.node
         self.where: Final = self.node.where
         self.line: Final = OneConnection(self.node)
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the tables are of a format that has anything but stores."""
+        return self.node.format >= 2
 
     def close(self) -> None:
         """Idempotent."""
@@ -135,6 +143,8 @@ class SharedTables:
         return self._read(name)[1]
 
     def _read(self, name: str) -> tuple[int, bytes | None]:
+        if not self.has_records:
+            return 0, None
         rows = self.line.run(
             f"reading {name} in {self.where}",
             "SELECT revision, content FROM entidb_page WHERE name = %s",

@@ -20,6 +20,7 @@ from entidb.errors import StorageError
 from entidb.storage.postgres.failures import as_ours
 from entidb.storage.postgres.line import Line
 from entidb.storage.postgres.node import CONNECTIONS_MAX, lease
+from entidb.storage.postgres.schema import Tables
 
 #: All stores together are measured up to this size, and estimated from the statistics of
 #: PostgreSQL above it.
@@ -29,9 +30,16 @@ _MEASURED_BYTES: Final = 32 << 20
 class Shelf:
     """Keeps the connections of this process to ``address`` until ``close``. Thread-safe."""
 
-    def __init__(self, address: str, connections_max: int = CONNECTIONS_MAX) -> None:
-        """Raises as ``PostgresStorage.open``."""
-        self._lease = lease(address, connections_max)
+    def __init__(
+        self,
+        address: str,
+        connections_max: int = CONNECTIONS_MAX,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """With ``read_only`` no tables are made. Raises as ``PostgresStorage.open``."""
+        use = Tables.LOOK if read_only else Tables.MAKE
+        self._lease = lease(address, connections_max, use)
         self.node: Final = self._lease.node
         self.where: Final = self.node.where
 

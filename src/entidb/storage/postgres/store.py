@@ -53,6 +53,7 @@ from entidb.storage.postgres.line import (
 from entidb.storage.postgres.node import BARRIER_S, CONNECTIONS_MAX, Lease, lease
 from entidb.storage.postgres.opened import Opened
 from entidb.storage.postgres.reaching import ask
+from entidb.storage.postgres.schema import Tables
 from entidb.storage.postgres.snapshot import ABOVE_ALL, PostgresSnapshot
 from entidb.storage.postgres.turn import PostgresRight, PostgresTurn
 
@@ -146,17 +147,22 @@ class PostgresStorage:
         name: str,
         *,
         create: bool = True,
+        read_only: bool = False,
         connections_max: int = CONNECTIONS_MAX,
     ) -> PostgresStorage:
         """Open the store ``name`` in the PostgreSQL database at ``address``, a URL or what libpq
-        calls a connection string; it is made if it is not there and ``create``.
+        calls a connection string; it is made if it is not there and ``create``, and so are the
+        tables. With ``read_only`` nothing is made, and tables of an older format stay as they are;
+        whoever opens it does not write.
 
         Raises ``ConfigError`` for an address or a name that cannot be, ``StorageError`` if the
         server cannot be reached or may lose commits, or there is no such store, ``FormatError``
         for tables of a newer program."""
         if not name or "\0" in name:
             raise ConfigError("a store has a name, without the character NUL")
-        leased = lease(address, connections_max)
+        create = create and not read_only
+        use = Tables.MAKE if create else Tables.LOOK if read_only else Tables.CONVERT
+        leased = lease(address, connections_max, use)
         where = leased.node.where
         try:
             number = _number(leased.node.connect, name, create)
