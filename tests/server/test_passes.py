@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
-from entidb.server.passes import AT_ONCE, Passes
+import pytest
+
+from entidb.server.passes import AT_ONCE, CROWD, PATIENCE_S, YOUNG_S, Passes, UnderWay
 
 
 def test_a_few_go_on_at_once() -> None:
@@ -82,3 +86,131 @@ def test_who_gives_up_waiting_keeps_nobody() -> None:
         assert waiting.cancelled()
 
     asyncio.run(story())
+
+
+class Loop:
+    """What a ``Passes`` needs of an event loop, with a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self._soon: list[Callable[[], object]] = []
+        self._later: list[tuple[float, Callable[[], object]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        self._soon.append(call)
+
+    def call_later(self, seconds: float, call: Callable[[], object]) -> None:
+        self._later.append((self.now + seconds, call))
+
+    def create_future(self) -> asyncio.Future[None]:
+        return asyncio.Future(loop=cast("asyncio.AbstractEventLoop", self))
+
+    def get_debug(self) -> bool:
+        return False
+
+    def rest(self) -> None:
+        """Until nothing is left to do at this moment."""
+        while self._soon:
+            soon, self._soon = self._soon, []
+            for call in soon:
+                call()
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        due = [call for at, call in self._later if at <= self.now]
+        self._later = [(at, call) for at, call in self._later if at > self.now]
+        self._soon += due
+        self.rest()
+
+
+class Scene:
+    """Requests that ask, and what has gone on."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.passes = Passes(cast("asyncio.AbstractEventLoop", self.loop))
+        self.done: list[str] = []
+
+    def ask(self, name: str) -> UnderWay:
+        """A request that has its turn at once."""
+        try:
+            self.passes.turn(name).send(None)
+        except StopIteration as end:
+            there: UnderWay = end.value
+            return there
+        raise AssertionError(f"{name} had to wait")
+
+    def answers(self, name: str, count: int) -> None:
+        for _ in range(count):
+            self.passes.put(name, partial(self.done.append, name))
+
+
+def test_a_crowd_waits_while_somebody_else_is_under_way() -> None:
+    scene = Scene()
+    quiet = scene.ask("quiet")
+    scene.answers("flooded", 5 * AT_ONCE)
+    scene.loop.rest()
+    # What was no crowd yet went on, and a crowd waits.
+    begun = len(scene.done)
+    assert begun <= 2 * AT_ONCE
+    scene.loop.wait(PATIENCE_S / 2)
+    assert len(scene.done) == begun
+    with quiet:
+        pass
+    scene.loop.rest()
+    assert len(scene.done) == 5 * AT_ONCE
+
+
+def test_a_crowd_waits_for_so_long_and_no_longer() -> None:
+    scene = Scene()
+    waits_for_long = scene.ask("quiet")
+    scene.answers("flooded", 6 * AT_ONCE)
+    scene.loop.rest()
+    before = len(scene.done)
+    scene.loop.wait(PATIENCE_S * 1.5)
+    some = len(scene.done) - before
+    assert 0 < some <= AT_ONCE
+    # Whoever is under way for longer waits for something else, and nobody waits for him.
+    scene.loop.wait(YOUNG_S)
+    assert len(scene.done) == 6 * AT_ONCE
+    with waits_for_long:
+        pass
+
+
+def test_crowds_do_not_wait_for_each_other() -> None:
+    scene = Scene()
+    for name in ("a", "b"):
+        for _ in range(AT_ONCE):
+            scene.ask(name)
+            scene.loop.rest()
+        scene.ask(name)
+        scene.loop.rest()
+    scene.answers("a", 4 * AT_ONCE)
+    scene.answers("b", 4 * AT_ONCE)
+    scene.loop.rest()
+    assert len(scene.done) == 8 * AT_ONCE
+
+
+def test_many_databases_with_few_requests_each_wait_for_nobody() -> None:
+    scene = Scene()
+    names = [f"db-{number}" for number in range(50)]
+    under_way = [scene.ask(name) for name in names]
+    for name in names:
+        scene.answers(name, CROWD // 2)
+    scene.loop.rest()
+    assert len(scene.done) == 50 * (CROWD // 2)
+    for each in under_way:
+        with each:
+            pass
+
+
+def test_who_was_under_way_and_failed_holds_nobody() -> None:
+    scene = Scene()
+    with pytest.raises(RuntimeError, match="refused"), scene.ask("quiet"):
+        raise RuntimeError("refused")
+    scene.answers("flooded", 5 * AT_ONCE)
+    scene.loop.rest()
+    assert len(scene.done) == 5 * AT_ONCE

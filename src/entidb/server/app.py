@@ -275,15 +275,15 @@ class SyncApp:
         request = await self._read_request(exchange, held)
         exchange.db_id = request.db_id
         exchange.request, exchange.grants = request, grants
-        await self._start().passes.turn(request.db_id)
-        await self._fresh.wait()  # the body may have taken its time
-        grant = front.permit(request, grants)
-        if isinstance(request, PushRequest):
-            store = front.try_use(request) or await self._use(request, grant)
-            return await self._push(exchange, store, request, grant)
-        if isinstance(request, RoundRequest):
-            return await self._round(exchange, request, grant, held)
-        return await self._reading.answer(exchange, request, grant, held)
+        with await self._start().passes.turn(request.db_id):
+            await self._fresh.wait()  # the body may have taken its time
+            grant = front.permit(request, grants)
+            if isinstance(request, PushRequest):
+                store = front.try_use(request) or await self._use(request, grant)
+                return await self._push(exchange, store, request, grant)
+            if isinstance(request, RoundRequest):
+                return await self._round(exchange, request, grant, held)
+            return await self._reading.answer(exchange, request, grant, held)
 
     async def _use(self, request: SyncRequest, grant: Grant) -> Store:
         """``Front.use``, without waiting on the event loop."""

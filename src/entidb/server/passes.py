@@ -3,8 +3,12 @@
 A group commit has answers for everybody who waited, and each of them asks again at once: one pass
 of the loop would be as long as all of that takes, and who asks another database meanwhile would
 wait for it. So in one pass few requests go on, in turns between the databases that they are for;
-those of a flooded database wait for each other, and for nobody else. Clients that wait for their
-answers are slowed down by that, and the loop is not.
+those of a flooded database wait for each other. Clients that wait for their answers are slowed down
+by that, and the loop is not.
+
+That is not enough for who asks another database: a push is decided on a thread, and whenever that
+one needs the interpreter, or a core, it would wait until the loop rests. So a crowd also waits
+while somebody who is none is under way, for a few milliseconds at most; the loop rests meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +22,33 @@ from typing import Any, Final
 #: Requests that go on in one pass, and each of them is a tenth of a millisecond or two; but one of
 #: each database in any case. Fewer make the groups of pushes small.
 AT_ONCE: Final = 8
+#: More requests for one database at once are a crowd.
+CROWD: Final = AT_ONCE
+#: Seconds after which some of a crowd go on in any case.
+PATIENCE_S: Final = 0.004
+#: Who is under way for longer waits for something else than the loop and its threads.
+YOUNG_S: Final = 0.01
+
+
+class UnderWay:
+    """The requests for one database that have had their turn, and are not answered; a context
+    manager that one of them leaves at its end."""
+
+    __slots__ = ("_passes", "began", "count", "db_id")
+
+    def __init__(self, passes: Passes, db_id: str) -> None:
+        self._passes = passes
+        self.db_id = db_id
+        self.count = 0
+        #: When the newest had its turn.
+        self.began = 0.0
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        self.count -= 1
+        self._passes.left(self)
 
 
 class Passes:
@@ -30,13 +61,35 @@ class Passes:
         self._served: set[str] = set()
         #: What waits, by database; whose turn it is next is first.
         self._waiting: dict[str, deque[Callable[[], object]]] = {}
+        #: By database.
+        self._under_way: dict[str, UnderWay] = {}
+        #: Whether a pass is about to begin, and whether one will because a crowd waits.
+        self._due = False
+        self._holds = False
+        #: Whether crowds wait in this pass, None until there is one; and when one went on last.
+        self._crowds_wait: bool | None = None
+        self._crowd_at = 0.0
 
-    async def turn(self, db_id: str) -> None:
-        """Wait until a request for ``db_id`` may go on: mostly not at all."""
+    async def turn(self, db_id: str) -> UnderWay:
+        """Wait until a request for ``db_id`` may go on: mostly not at all. What this returns is to
+        be left when it is answered."""
         if not self._goes_on(db_id):
             turn: asyncio.Future[None] = self._loop.create_future()
             self._wait(db_id, partial(settle, turn, None))
             await turn
+        there = self._under_way.get(db_id)
+        if there is None:
+            there = self._under_way[db_id] = UnderWay(self, db_id)
+        there.count += 1
+        there.began = self._loop.time()
+        return there
+
+    def left(self, there: UnderWay) -> None:
+        """One of these has its answer."""
+        if not there.count:
+            del self._under_way[there.db_id]
+        if self._holds:
+            self._begin_soon()
 
     def put(self, db_id: str, call: Callable[[], object]) -> None:
         """Call ``call`` when it is its turn: in this pass, or in a later one."""
@@ -48,30 +101,76 @@ class Passes:
     def _goes_on(self, db_id: str) -> bool:
         if db_id in self._waiting or (self._count >= AT_ONCE and db_id in self._served):
             return False
+        if self._is_held(db_id, 1):
+            self._hold()
+            return False
         self._note(db_id)
         return True
 
+    def _is_held(self, db_id: str, waiting: int) -> bool:
+        """Whether requests for ``db_id``, so many of which wait, are a crowd that lets others
+        pass."""
+        there = self._under_way.get(db_id)
+        if waiting <= CROWD and (there is None or there.count <= CROWD):
+            return False
+        if self._crowds_wait is None:
+            self._crowds_wait = self._somebody_comes_first()
+        return self._crowds_wait
+
+    def _somebody_comes_first(self) -> bool:
+        """Whether somebody who is no crowd is under way, and came lately."""
+        now = self._loop.time()
+        if now - self._crowd_at < PATIENCE_S:
+            for there in self._under_way.values():
+                if there.count <= CROWD and now - there.began < YOUNG_S:
+                    return True
+        self._crowd_at = now
+        return False
+
+    def _hold(self) -> None:
+        if not self._holds:
+            self._holds = True
+            self._loop.call_later(PATIENCE_S, self._let_go)
+
     def _note(self, db_id: str) -> None:
-        if not self._count:
-            self._loop.call_soon(self._next)
+        self._begin_soon()
         self._count += 1
         self._served.add(db_id)
+
+    def _begin_soon(self) -> None:
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._next)
 
     def _wait(self, db_id: str, call: Callable[[], object]) -> None:
         self._waiting.setdefault(db_id, deque()).append(call)
 
     def _next(self) -> None:
         """Another pass begins."""
+        self._due = False
         self._count = 0
         self._served.clear()
-        while self._waiting and self._count < AT_ONCE:
-            db_id = next(iter(self._waiting))
-            calls = self._waiting.pop(db_id)
+        self._crowds_wait = None
+        free = len(self._waiting)
+        while free and self._waiting and self._count < AT_ONCE:
+            db_id, calls = next(iter(self._waiting.items()))
+            del self._waiting[db_id]
+            if self._is_held(db_id, len(calls)):
+                self._waiting[db_id] = calls
+                self._hold()
+                free -= 1
+                continue
             call = calls.popleft()
             if calls:
                 self._waiting[db_id] = calls  # behind the others
+            else:
+                free -= 1
             self._note(db_id)
             call()
+
+    def _let_go(self) -> None:
+        self._holds = False
+        self._begin_soon()
 
 
 def settle(future: asyncio.Future[Any], result: object) -> None:
@@ -80,4 +179,4 @@ def settle(future: asyncio.Future[Any], result: object) -> None:
         future.set_result(result)
 
 
-__all__ = ["AT_ONCE", "Passes", "settle"]
+__all__ = ["AT_ONCE", "CROWD", "PATIENCE_S", "YOUNG_S", "Passes", "UnderWay", "settle"]
