@@ -33,6 +33,15 @@ from tests.server.support import Client, pull, push
 pytestmark = pytest.mark.process
 
 WAIT_S = 30.0
+#: As soon as it serves, what the collector leaves alone is counted, and the server is stopped.
+WATCHING = """
+def watch():
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.01)
+    print(gc.get_freeze_count(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+"""
 PROGRAM = """
 import sys
 from entidb.server import ServerConfig, serve
@@ -118,6 +127,19 @@ def stored(data_dir: Path, history: bytes) -> set[int]:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
+def test_the_collector_of_a_server_leaves_alone_what_was_there_before_it_served(tmp_path: Path):
+    said = tmp_path / "said"
+    program = PROGRAM.replace("import sys\n", "import gc, sys, threading, time, os, signal\n", 1)
+    program = program.replace("serve(ServerConfig", WATCHING + "serve(ServerConfig", 1)
+    program += "print(gc.get_freeze_count(), flush=True)\n"
+    with said.open("wb") as output:
+        arguments = [sys.executable, "-c", program, str(tmp_path / "data"), str(tmp_path / "ready")]
+        subprocess.run(arguments, stdout=output, check=True, timeout=WAIT_S)
+    while_serving, _, after = said.read_text().split()
+    assert int(while_serving) > 10_000
+    assert int(after) == 0
+
+
 def test_a_hangup_ends_nothing_and_says_what_it_did(tmp_path: Path):
     with process(tmp_path) as (server, url):
         with Client(url) as client:
