@@ -55,11 +55,12 @@ class Committer:
         with self._changed:
             if self._closed:
                 raise DatabaseClosedError(f"{self._core.where} is closed; open it again to use it")
-            self._jobs.append(job)
             if self._thread is None:
                 name = "entidb-committer"
-                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                thread.start()  # if there is none, nothing was begun
+                self._thread = thread
+            self._jobs.append(job)
             self._changed.notify_all()
 
     def withdraw(self, job: Job[Any]) -> bool:

@@ -42,7 +42,11 @@ class Hearing:
                 self._thread = thread = threading.Thread(
                     target=_run, args=[self], name="entidb-hearing", daemon=True
                 )
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._thread = None  # the next one tries again
+                    raise
 
     def is_me(self) -> bool:
         """Whether this is that thread."""

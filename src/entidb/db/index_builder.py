@@ -31,10 +31,14 @@ class IndexBuilder:
         with self._lock:
             if self._ended.is_set() or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = threading.Thread(
-                target=self._run, name="entidb-index-builder", daemon=True
-            )
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="entidb-index-builder", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # The next declaration, or whoever waits for it, goes on.
+                _log.warning("there is no thread to build an index: %s", error)
+                return
+            self._thread = thread
 
     def end(self) -> None:
         """No commit begins any more; waits for one that is under way. A build goes on when the

@@ -1,6 +1,6 @@
 """Commits of several threads at once become one storage commit, and wait for the disk together.
 
-A thread that has no company commits by itself. OtherWork hand over what they have decided, in the
+A thread that has no company commits by itself. Others hand over what they have decided, in the
 order of their turns, to a thread that stores all there is at once, each transaction with a sequence
 and an error of its own; whoever comes next reads what is on its way as if it were stored. That
 thread is no program's, so no Ctrl-C ends it in the middle.

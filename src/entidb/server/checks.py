@@ -43,7 +43,8 @@ class FileChecks:
         self._over: set[str] = set()
 
     def require(self, path: str | os.PathLike[str]) -> None:
-        """Return if the database at ``path`` can be opened at once. Raises ``CheckingError``."""
+        """Return if the database at ``path`` can be opened at once. Raises ``CheckingError``, and
+        ``ServerBusyError`` where it cannot be checked at the moment."""
         where = os.fspath(path)
         with self._lock:
             if where in self._over:
@@ -62,9 +63,18 @@ class FileChecks:
                 return self._running[where]
             done = self._running[where] = threading.Event()
         # The end of the process does not wait for this: nothing is changed.
-        threading.Thread(
+        thread = threading.Thread(
             target=self._check, args=(where, done), name="entidb-checker", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            with self._lock:
+                self._running.pop(where, None)
+            done.set()  # who waits already asks again
+            raise ServerBusyError(
+                "the server has no thread to check a database at the moment", retry_after=_RETRY_S
+            ) from error
         return done
 
     def _check(self, where: str, done: threading.Event) -> None:

@@ -95,9 +95,9 @@ class GroupCommitter:
         self._full_until: float | None = None
 
     def submit(self, request: PushRequest | RoundRequest, grant: Grant, done: Done) -> None:
-        """Queue a push. Raises ``ServerBusyError`` (``busy`` when the queue is full,
-        ``shutting_down`` when stopping), and ``ServerError`` (``storage_full``) for a moment after
-        one that found no room; ``done`` is not called then."""
+        """Queue a push. Raises ``ServerBusyError`` (``busy`` when the queue is full, or there is no
+        thread, ``shutting_down`` when stopping), and ``ServerError`` (``storage_full``) for a
+        moment after one that found no room; ``done`` is not called then."""
         with self._changed:
             if self._full_until is not None:
                 if self._monotonic() < self._full_until:
@@ -111,20 +111,26 @@ class GroupCommitter:
                 raise ServerBusyError(
                     "too many pushes are waiting for this database", retry_after=1.0
                 )
-            self._queue.append((request, grant, done))
             if self._schedule is None:
-                self._wake_thread()
+                self._begin()
+            self._queue.append((request, grant, done))
+            self._changed.notify()
             asks, self._scheduled = not self._scheduled, True
         if self._schedule is not None and asks:
             self._schedule(self._commit_queued)
 
-    def _wake_thread(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name=f"entidb-writer-{self._service.db_id}", daemon=True
-            )
-            self._thread.start()
-        self._changed.notify()
+    def _begin(self) -> None:
+        if self._thread is not None:
+            return
+        name = f"entidb-writer-{self._service.db_id}"
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives none; the next push tries again
+            raise ServerBusyError(
+                "the server has no thread for this at the moment", retry_after=1.0
+            ) from error
+        self._thread = thread
 
     def stop(self) -> None:
         """Finish what is queued, then end; idempotent."""

@@ -78,7 +78,11 @@ class RemoteKeys:
             if self._fetching:
                 return
             self._fetching, self._tried_at = True, self._clock.monotonic()
-        threading.Thread(target=self._run, name="entidb-jwks", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="entidb-jwks", daemon=True).start()
+        except RuntimeError as error:  # the next token tries again
+            self._fetching, self._tried_at = False, None
+            logger.warning("there is no thread to fetch keys: %s", error)
 
     def _run(self) -> None:
         try:

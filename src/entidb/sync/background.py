@@ -8,6 +8,7 @@ error that trying again does not help, not at all: then the interval does, or ``
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from entidb.sync.live import Channel, NewsSource
 from entidb.sync.occasions import Occasions
 from entidb.sync.state import SyncCycleResult
 from entidb.types import Clock
+
+_log = logging.getLogger("entidb.sync")
 
 #: Seconds that a burst of commits may pause and still be one.
 BURST_S: Final = 0.005
@@ -153,8 +156,15 @@ class Background:
         if self.channel is None:
             source = self._engine.news_source()
             if source is not None:
-                self.channel = Channel(source, self._clock, self._draw, news=self.heard)
-                self.channel.start()
+                channel = Channel(source, self._clock, self._draw, news=self.heard)
+                try:
+                    channel.start()
+                except RuntimeError as error:
+                    # The interval does until the next turn, which tries again.
+                    _log.warning("there is no thread to listen for news: %s", error)
+                    channel.stop()
+                    return
+                self.channel = channel
 
     def _sync(self, stopped: threading.Event) -> None:
         engine = self._engine

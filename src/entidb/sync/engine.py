@@ -359,9 +359,16 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
             raise SyncStateError("this engine runs in the background already")
         self._stop = threading.Event()
         until = (self._stop, self._ending)
-        self._thread = threading.Thread(None, self._run, "entidb-sync", until, daemon=True)
-        self._background.starting = True
-        self._thread.start()
+        thread = threading.Thread(None, self._run, "entidb-sync", until, daemon=True)
+        # Before it begins: a listener of its first cycle may stop it.
+        self._thread, self._background.starting = thread, True
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._thread, self._background.starting = None, False
+            raise SyncStateError(
+                f"no thread could be started to sync in the background: {error}"
+            ) from error
 
     def wake(self) -> None:
         """Let the background thread sync now instead of at its next turn, or try again now where

@@ -341,12 +341,13 @@ class Channel:
         self.since_ms = clock.now_ms()
 
     def start(self) -> None:
-        """Idempotent while it runs."""
+        """Idempotent while it runs. Raises ``RuntimeError`` where there is no thread."""
         if self._thread is not None and self._thread.is_alive():
             return
         self._stopping.clear()
-        self._thread = threading.Thread(target=self._run, name="entidb-live", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="entidb-live", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def stop(self) -> None:
         """End what is under way; idempotent. Returns within 100 ms or so, from anywhere."""

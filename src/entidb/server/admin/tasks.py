@@ -85,13 +85,23 @@ class Tasks:
         with self._changed:
             if self._closed or len(self._queue) >= WAITING_MAX:
                 raise ServerBusyError("no more tasks are taken at the moment", retry_after=10.0)
+            self._begin()
             task = Task(next(self._ids), kind, by, self._clock.now_ms(), database)
             self._queue.append((task, Progress(task), body))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="entidb-tasks", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
             return replace(task)
+
+    def _begin(self) -> None:
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=self._run, name="entidb-tasks", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives none; the next task tries again
+            raise ServerBusyError(
+                "the server has no thread for tasks at the moment", retry_after=10.0
+            ) from error
+        self._thread = thread
 
     def all(self) -> list[Task]:
         """Copies, newest first."""

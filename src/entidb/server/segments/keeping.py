@@ -300,10 +300,13 @@ class ImageKeeper:
         with self._news:
             self._due[db_id] = None
             if self._thread is None and not self._stop.is_set():
-                self._thread = threading.Thread(
-                    target=self._run, name="entidb-segments", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="entidb-segments", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the next look tries again
+                    logger.warning("there is no thread to make images: %s", error)
+                    return
+                self._thread = thread
             self._news.notify()
 
     def _run(self) -> None:

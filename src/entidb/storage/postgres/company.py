@@ -247,7 +247,8 @@ class PostgresCompany(Nodes):
                 each_look()
                 self._hear_all(hear, heard)
                 said = ""
-            except (psycopg.Error, EntiDBError, OSError) as error:
+            except (psycopg.Error, EntiDBError, OSError, RuntimeError) as error:
+                # The last where the system gives no thread to answer on.
                 if str(error) != said:
                     said = str(error)
                     logger.warning("this node hears nothing of the others: %s", error)
@@ -266,13 +267,13 @@ class PostgresCompany(Nodes):
         ).fetchall()
         for letter, question in rows:
             if letter not in heard:
-                heard.add(letter)
                 threading.Thread(
                     target=self._hear,
                     args=(hear, letter, bytes(question)),
                     name="entidb-asked",
                     daemon=True,
                 ).start()
+                heard.add(letter)
         heard.intersection_update(letter for letter, _ in rows)
         for each in connection.notifies(timeout=LOOK_S):
             if each.payload == str(self.number):

@@ -84,16 +84,20 @@ class Carrier:
             if busy:
                 self._queue.append(ahead)
                 return
-            self._queue.append(ahead)
-            self._started = len(self._queue)
-            self._thread_age = self._age
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._run,
                 args=(ahead, self._age, acting_thread()),
                 name="entidb-send-ahead",
                 daemon=True,
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                return  # it is sent when it is asked for
+            self._queue.append(ahead)
+            self._started = len(self._queue)
+            self._thread_age = self._age
+            self._thread = thread
         if self._tells_when_sent:
             # Two threads that both have work to do hand the interpreter over every few
             # milliseconds, and sending takes several turns: the server would wait for them.

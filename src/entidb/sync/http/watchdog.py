@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from entidb.errors import TransportError
 from entidb.types import Clock
 
 _JOIN_S: Final = 5.0
@@ -39,16 +40,24 @@ class Watchdog:
         self._looks_at = 0.0
 
     def watch(self, timeout_s: float) -> int:
+        """A ticket for ``done``. Raises ``TransportError`` where nobody could look at it."""
         deadline = self._clock.monotonic() + timeout_s
         with self._lock:
             ticket = next(self._tickets)
             self._deadlines[ticket] = deadline
             if self._thread is None and not self._closed:
                 self._looks_at = deadline
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="entidb-http-watchdog", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    del self._deadlines[ticket]
+                    raise TransportError(
+                        f"no thread could be started for the network: {error}"
+                    ) from error
+                self._thread = thread
             elif deadline < self._looks_at:
                 self._wake.set()
         return ticket
