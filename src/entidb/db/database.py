@@ -469,8 +469,8 @@ class Database(Indexed):
             self._closed = True
 
     def destroy(self, *, discard_pending: bool = False) -> None:
-        """Close the database and remove its files, as when a user signs out. The disk may keep
-        their bytes until it needs the room; the server's copy is untouched.
+        """Close the database and remove its files, as when a person signs out for good. The disk
+        may keep their bytes until it needs the room; the server's copy is untouched.
 
         Raises ``ScopeError`` (``scope_pending``) while transactions wait that the server has not
         decided, unless ``discard_pending``; ``TransactionError`` if a sync engine still has it.

@@ -22,7 +22,7 @@ class Index:
     order of the next one. ``Index("tags", each=True)`` has each member of a list, for
     ``F.tags.contains("new")``. ``Index("name", key=str.casefold)`` goes by what a function makes
     of the field, for ``F.name.by(str.casefold) == "ada"``: a pure function with a name, which is
-    part of the definition. It answers what an entity can hold, with ``each``
+    part of the definition. The function returns what an entity can hold, with ``each``
     a list; where it raises, the entity is not in the index. A field inside a field is
     ``"address.city"``.
 

@@ -24,7 +24,8 @@ _MESSAGE_CHARS_MAX: Final = 1000
 
 
 class Grant(Struct, frozen=True):
-    """What a token allows on one database. ``collections`` None means all."""
+    """What the token of a request allows on its database, and for whom. ``collections`` None means
+    all; ``claims`` go to the validate hook."""
 
     subject: str
     read: bool

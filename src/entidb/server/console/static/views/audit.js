@@ -23,7 +23,7 @@ export const audit = {
       el('div', { class: 'tools' }, searchField({ label: 'Search the newest 1,000 entries', value: query.search ?? '', change: (search) => refine({ search }) })),
       el('p', { class: 'note' }, found.length > SHOWN ? `The newest ${SHOWN} of ${plural(found.length, 'entry', 'entries')}` : plural(found.length, 'entry', 'entries')),
       table({
-        label: 'Audit log', rows: found.slice(0, SHOWN), empty: words.length ? 'No entry is like that.' : 'Nothing was changed yet.',
+        label: 'Audit log', rows: found.slice(0, SHOWN), empty: words.length ? 'No entry matches.' : 'Nothing was changed yet.',
         columns: [
           { name: 'When', show: (row) => when(row.time_ms) },
           { name: 'Who', show: (row) => row.who || 'nobody' },

@@ -26,7 +26,7 @@ export const devices = {
       table({
         label: 'Devices', rows, key: (each) => `${each.database}/${each.row.device.device_id}`, sorted,
         sortLink: (sort) => link(['devices'], { ...query, sort, offset: '' }),
-        empty: query.search || query.database ? 'No device is like that.' : 'No device has come yet.',
+        empty: query.search || query.database ? 'No device matches.' : 'No device has come yet.',
         columns: [
           { name: 'Device', sort: 'name', up: true, show: ({ database, row }) => deviceLink(database, row.device) },
           { name: 'Database', show: ({ database }) => databaseLink(database) },

@@ -95,7 +95,7 @@ function result({ database, collection, page }, query) {
     el('p', { class: 'note' }, `${plural(page.entities, 'entity', 'entities')} in ${collection}`),
     table({
       label: `Entities of ${collection}`, rows: page.rows, key: (row) => row.id,
-      empty: query.field ? 'No entity is like that.' : 'Nothing here.', columns: columns(database, collection, page.rows),
+      empty: query.field ? 'No entity matches.' : 'Nothing here.', columns: columns(database, collection, page.rows),
     }),
     page.after || query.after ? el('nav', { class: 'tools', 'aria-label': 'Pages' },
       query.after ? el('a', { class: 'button', href: link(['entities'], { ...query, ...FIRST }) }, '⇤ First page') : null,
