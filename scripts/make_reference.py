@@ -47,6 +47,10 @@ CLASSES: Final[tuple[type[Any], ...]] = (
     db.DiscardedTransaction,
     db.OverruledValue,
 )
+#: Those that programs make by calling the class.
+CALLED: Final[frozenset[type[Any]]] = frozenset(
+    (entidb.SyncEngine, entidb.AsyncSyncEngine, db.Index)
+)
 #: Of the mapping that a collection is, what Python says of it.
 OF_MAPPINGS: Final = {
     "get": "As `dict.get`.",
@@ -91,8 +95,11 @@ def signature_of(kind: type[Any], name: str, found: Any) -> str:
     parameters = list(inspect.signature(function).parameters.values())
     if not isinstance(found, staticmethod):
         parameters = parameters[1:]
-    given = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
-    return f"{word}{f'{kind.__name__}.' if own else ''}{name}{given}"
+    return f"{word}{f'{kind.__name__}.' if own else ''}{name}{shown(parameters)}"
+
+
+def shown(parameters: list[inspect.Parameter]) -> str:
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
 
 
 def prose(text: str) -> Iterator[str]:
@@ -121,6 +128,9 @@ def page() -> str:
     parts = [HEAD.rstrip()]
     for kind in CLASSES:
         parts.append(f"## {kind.__name__}")
+        if kind in CALLED:
+            parameters = list(inspect.signature(kind).parameters.values())
+            parts.append(f"```text\n{kind.__name__}{shown(parameters)}\n```")
         parts += prose(inspect.getdoc(kind) or "")
         for name, found in members(kind):
             said = said_of(kind, name, found)

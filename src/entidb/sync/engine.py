@@ -57,7 +57,8 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.
     ``transport`` is a ``SyncTransport``, or a URL to have an ``HttpTransport`` made, with
-    ``token`` being the token or what provides one. The engine owns the transport.
+    ``token`` being the token or what provides one. The engine owns the transport. ``clock`` and
+    ``random_source`` are for tests.
 
     ``sync()`` runs one cycle and returns what it did; ``start()`` keeps doing that in the
     background. All methods may be called from any thread; one cycle runs at a time.
