@@ -257,9 +257,13 @@ class HttpxClient:
         elif verify is True:
             check_authorities()
         try:
-            return httpx2.HTTPTransport(verify=verify, proxy=proxy)
+            transport = httpx2.HTTPTransport(verify=verify, proxy=proxy)
         except OSError as error:  # ssl.SSLError too
             raise authorities_error(error) from error
+        from entidb.sync.http.joined import join_writes  # loads what a first connection needs
+
+        join_writes(transport)
+        return transport
 
     # -- ending what is under way -------------------------------------------------------------
 
