@@ -18,13 +18,18 @@ FETCHED: Final = ".entidb-segments"
 
 def is_at(path: str, descriptor: int) -> bool:
     """Whether ``path`` names the file that ``descriptor`` has open."""
+    return sys.platform == "win32" or is_still_at(path, os.fstat(descriptor))
+
+
+def is_still_at(path: str, file: os.stat_result) -> bool:
+    """Whether ``path`` names ``file``, which is open."""
     if sys.platform == "win32":
         return True
     try:
         there = os.stat(path)
     except FileNotFoundError:
         return False
-    return os.path.samestat(there, os.fstat(descriptor))
+    return os.path.samestat(there, file)
 
 
 def give_owner(descriptor: int, like: os.stat_result) -> None:

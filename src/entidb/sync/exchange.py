@@ -20,6 +20,7 @@ from entidb.protocol import (
     HandshakeResponse,
     Limits,
     Manifest,
+    PullRequest,
     PullResponse,
     PushResponse,
     PushResult,
@@ -69,6 +70,9 @@ class Connection:
     image_failures: int = 0
     #: Who the handshake said the token is for (R36).
     subject: str | None = None
+    #: The newest request for what changed, with what it was made from: while a device stays as it
+    #: is, it asks for the same.
+    asked: tuple[ReplicaState, int, list[str] | None, PullRequest] | None = None
 
     @property
     def made(self) -> bool:
@@ -80,7 +84,7 @@ class Connection:
         return self.history != b"" and self.subject in (None, subject)
 
     def forget(self) -> None:
-        self.limits = None
+        self.limits = self.asked = None
         self.path.try_again()
 
 

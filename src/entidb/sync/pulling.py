@@ -226,6 +226,15 @@ class Pulling:
         return self._pull_request(look.state, look.state.cursor)
 
     def _pull_request(self, state: ReplicaState, cursor: int) -> PullRequest:
+        connection, scope = self._exchange.connection, self._scope
+        asked = connection.asked
+        if asked is not None and asked[0] is state and asked[1] == cursor and asked[2] is scope:
+            return asked[3]
+        request = self._made_request(state, cursor)
+        connection.asked = (state, cursor, scope, request)
+        return request
+
+    def _made_request(self, state: ReplicaState, cursor: int) -> PullRequest:
         config, server = self._exchange.config, self._exchange.connection.limits
         assert server is not None
         return PullRequest(

@@ -34,6 +34,9 @@ class SyncState(Enum):
     #: Another process's engine runs in the background; this one takes over when that one ends.
     STANDBY = "standby"
 
+    #: As its members are equal: by identity. An enum's own asks for the name, at every move.
+    __hash__ = object.__hash__
+
 
 _S = SyncState
 

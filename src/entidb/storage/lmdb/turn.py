@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from entidb.storage.directories import NO_FOLLOW, give_as, is_at
+from entidb.storage.directories import NO_FOLLOW, give_as, is_still_at
 from entidb.storage.locks import system_holders
 
 TURN: Final = "entidb.turn"
@@ -81,7 +81,7 @@ else:
 class FileClaim:
     """A right that one process has at a time: the lock of a file of its own."""
 
-    __slots__ = ("__weakref__", "_descriptor", "_like", "_lock", "_path", "mine")
+    __slots__ = ("__weakref__", "_descriptor", "_file", "_like", "_lock", "_path", "mine")
 
     def __init__(self, path: str, like: os.stat_result) -> None:
         self.mine = False
@@ -91,6 +91,8 @@ class FileClaim:
         self._path = path
         self._like = like
         self._descriptor = -1
+        #: Which file that is.
+        self._file = like
 
     def take(self, timeout_s: float | None = None) -> bool:
         """Raises ``OSError`` where no file can be made."""
@@ -99,10 +101,11 @@ class FileClaim:
             with self._lock:
                 if self.mine:
                     return True
-                if self._descriptor >= 0 and not is_at(self._path, self._descriptor):
+                if self._descriptor >= 0 and not is_still_at(self._path, self._file):
                     self.forget()  # deleted: who takes it now takes another file
                 if self._descriptor < 0:
                     self._descriptor = _open(self._path, self._like)
+                    self._file = os.fstat(self._descriptor)
                 try:
                     _flock(self._descriptor, _TAKE)
                     self.mine = True

@@ -418,7 +418,10 @@ class DatabaseApplier(StagesImages, Review):
         return self.look().adopting and adopt_step(self.database, keeps=self._keeps)
 
     def tidy(self) -> bool:
-        look = self.look()
+        look = self._look
+        if look is None or look.garbage or look.overruled.count:
+            look = self.look()
+        # Else there was nothing at the newest look of this cycle; what came since waits.
         if look.garbage and sweep_garbage(self.database):
             return True
         return bool(look.overruled.count) and self._prune_overruled(look.overruled)

@@ -27,6 +27,7 @@ from entidb.protocol import (
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
+    PullRequest,
     SyncRequest,
     SyncResponse,
     decode,
@@ -100,6 +101,8 @@ class HttpTransport(BaseTransport):
         #: Encodings this side can undo, best first, and the one it packs requests with.
         self._encodings = _encodings(self._config.compression, is_loopback(host))
         self._request_encoding: str | None = None
+        #: The newest pull that was asked for, and how it is encoded.
+        self._asked: tuple[SyncRequest, bytes] | None = None
         #: False once a packed request was refused for being packed.
         self._packs = True
         self._headers = {
@@ -142,7 +145,7 @@ class HttpTransport(BaseTransport):
         if ahead is not None:
             response = ahead.result(self._interrupts)
         else:
-            response = self._carry(request, *self._packed(encode(request)))
+            response = self._carry(request, *self._packed(self._encoded(request)))
         if response.status == _UNSUPPORTED_MEDIA_TYPE and self._request_encoding is not None:
             # The server takes packed bodies, but something on the way to it does not.
             self._packs, self._request_encoding = False, None
@@ -151,6 +154,16 @@ class HttpTransport(BaseTransport):
         if isinstance(answer, HandshakeResponse) and self._packs:
             self._request_encoding = _first_of(self._encodings, answer.features)
         return answer
+
+    def _encoded(self, request: SyncRequest) -> bytes:
+        """A device that stays as it is asks for the same again and again."""
+        asked = self._asked
+        if asked is not None and asked[0] is request:
+            return asked[1]
+        body = encode(request)
+        if isinstance(request, PullRequest):
+            self._asked = (request, body)
+        return body
 
     def _carry(
         self,
