@@ -109,8 +109,6 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         #: Of the cycle in progress. Together with ``_cycle_thread`` under ``_running_lock``, which
         #: is re-entrant for signal handlers.
         self._cancel = threading.Event()
-        #: Of the cycles that ``sync`` runs.
-        self._own_cancel = threading.Event()
         self._cycle_thread: int | None = None
         self._running_lock = threading.RLock()
         self._background = Background(self, self._clock)
@@ -157,7 +155,7 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         """
         result: SyncCycleResult | None = None
         try:
-            result = Drive(self.course(self._own_cancel), self._courier).go_on()
+            result = Drive(self.course(threading.Event()), self._courier).go_on()
         finally:
             if self._ended:
                 self._tell_ended()
@@ -189,9 +187,7 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         result: SyncCycleResult | None = None
         try:
             with self._running_lock:
-                if cancelled is self._own_cancel:
-                    cancelled.clear()
-                elif stopped is not None and stopped.is_set():
+                if stopped is not None and stopped.is_set():
                     cancelled.set()
                 self._cancel = cancelled
                 self._cycle_thread = threading.get_ident()

@@ -37,6 +37,11 @@ from entidb.sync.state import SyncProgress, SyncState
 FEATURE: Final = "segments"
 #: Segments that are known ahead to what fetches them, the one that is waited for included.
 AHEAD: Final = 6
+#: A request asks for one part in so many of an image, of which three may be on their way at once: a
+#: process that is killed loses what its system had received for it, a tenth of the bytes at most.
+PARTS: Final = 32
+#: But not for less: a request costs about as much as carrying these.
+PART_BYTES_MIN: Final = 64 * 1024
 #: After so many failures in a row, with nothing that came, the device pulls instead.
 FAILURES_MAX: Final = 3
 #: What is about who asks or about the way, and would meet a pull just as well.
@@ -137,10 +142,10 @@ class Fetching:
         exchange, applier = self._exchange, self._exchange.applier
         image = stage.image
         assert image is not None
-        entities = image.entities
+        entities, bytes_max = image.entities, _part_bytes(image)
         files.keep_only(image.left)
         while image is not None:
-            opened = yield from self._opened(image, files)
+            opened = yield from self._opened(image, files, bytes_max)
             before = stage
             while not opened.used_up:
                 exchange.check()
@@ -154,13 +159,13 @@ class Fetching:
         files.keep_only([])
 
     def _opened(
-        self, image: StagedImage, files: SegmentFiles
+        self, image: StagedImage, files: SegmentFiles, bytes_max: int
     ) -> Generator[Step, SyncResponse | None, OpenSegment]:
         """The first segment that is left, proved. One that is not what it should be is fetched once
         more: it may have been damaged on this disk, or on its way."""
         exchange, first = self._exchange, image.left[0]
         for again in (False, True):
-            yield from self._fetch(image.left, files)
+            yield from self._fetch(image.left, files, bytes_max)
             exchange.check()
             if len(image.left) == 1 and not again:
                 # All is here, and the line would have nothing to carry while it is staged.
@@ -172,13 +177,13 @@ class Fetching:
         raise _DoesNotFitError
 
     def _fetch(
-        self, left: list[ImageSegment], files: SegmentFiles
+        self, left: list[ImageSegment], files: SegmentFiles, bytes_max: int
     ) -> Generator[Step, SyncResponse | None, None]:
         exchange = self._exchange
         exchange.check()
         before = files.received
         try:
-            yield Fetch(exchange.config.db_id, left[:AHEAD], files)
+            yield Fetch(exchange.config.db_id, left[:AHEAD], files, bytes_max)
         except SyncCancelledError:
             raise
         except SyncError as error:
@@ -188,6 +193,13 @@ class Fetching:
             if files.received == before and exchange.applier.note_failure() >= FAILURES_MAX:
                 raise _DoesNotFitError from error
             raise
+
+
+def _part_bytes(image: StagedImage) -> int:
+    """Bytes of one request. What is staged is known by its entities alone."""
+    left = sum(segment.size for segment in image.left)
+    rows = sum(segment.rows for segment in image.left)
+    return max(PART_BYTES_MIN, left * image.entities // max(1, rows) // PARTS)
 
 
 class _DoesNotFitError(Exception):

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from entidb.db.replica import ImageSegment
 from entidb.storage.directories import FETCHED
+from entidb.types import SEQUENCE_MAX
 
 
 class SegmentFiles:
@@ -93,12 +94,14 @@ class SegmentFiles:
 
 class Fetch(Struct, frozen=True):
     """Have the first of ``segments`` in ``files``, whole; the others come next, and may be begun,
-    also where the first is there already.
+    also where the first is there already. No request asks for more than ``bytes_max``: what is on
+    its way when this process is killed comes again.
     Answered with None when it is there."""
 
     db_id: str
     segments: list[ImageSegment]
     files: SegmentFiles
+    bytes_max: int = SEQUENCE_MAX
 
 
 def _unlink(path: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,10 +22,14 @@ from entidb.sync.interrupt import Interrupts, act_for, acting_thread
 from entidb.sync.segment_files import Fetch, SegmentFiles
 from entidb.sync.transport import SINKS, HttpResponse, Sink
 
-#: Bytes of one request: what a line that is cut costs at most, for each segment on its way; and
-#: where nothing is lost, because they are kept as they come.
+#: Bytes of one request at most: what a line that is cut costs, for each segment on its way; and
+#: where less is lost, because they are kept as they come.
 PIECE_BYTES: Final = 256 * 1024
 STREAM_BYTES: Final = 4 * 1024 * 1024
+#: What comes more slowly does not pile up before it is read, so larger parts may be asked for: each
+#: time twice as much, up to ``STREAM_BYTES``.
+SLOW_BYTES_PER_S: Final = 2e6
+_WIDER_MAX: Final = 6
 #: Segments that come at once: a client has to take two requests at a time.
 AT_ONCE: Final = 2
 #: One that has so few bytes to come counts no more among those, if the client is ours: what is
@@ -48,6 +53,7 @@ class _Download:
     db_id: str
     segment: ImageSegment
     files: SegmentFiles
+    bytes_max: int
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
     #: Whether it ends so soon that the next one may begin.
@@ -68,6 +74,8 @@ class Downloads:
         self._interrupts = interrupts
         self._lock = threading.Lock()
         self._under_way: dict[bytes, _Download] = {}
+        #: How often the parts that are asked for were doubled.
+        self._wider = 0
         #: Whether anything was ever fetched.
         self.begun = False
         self._threads: set[threading.Thread] = set()
@@ -80,7 +88,7 @@ class Downloads:
         first, files = fetch.segments[0], fetch.files
         self._newest = fetch
         if files.size(first) != first.size:
-            self._begin(_Download(fetch.db_id, first, files))
+            self._begin(_Download(fetch.db_id, first, files, fetch.bytes_max))
         self._begin_following()
         with self._lock:
             wanted = self._under_way.get(first.sha256)
@@ -175,7 +183,7 @@ class Downloads:
                 if self._streams and far and segment is fetch.segments[-1]:
                     # Two that end together would have to be staged when nothing comes any more.
                     return None
-                return _Download(fetch.db_id, segment, fetch.files)
+                return _Download(fetch.db_id, segment, fetch.files, fetch.bytes_max)
         return None
 
     def _is_wanted(self, download: _Download) -> bool:
@@ -191,7 +199,9 @@ class Downloads:
             at = 0
         if at == segment.size:
             return False
-        count = STREAM_BYTES if self._streams else PIECE_BYTES
+        began, count = time.monotonic(), min(PIECE_BYTES, download.bytes_max)
+        if self._streams:
+            count = min(STREAM_BYTES, download.bytes_max << self._wider)
         last = min(at + count, segment.size) - 1
         path = f"/v1/segments/{segment.sha256.hex()}?db_id={quote(download.db_id, safe='')}"
         taking = _Taking(self, download, path, at, last)
@@ -203,6 +213,8 @@ class Downloads:
             taking(answer, answer.body)
         if taking.came == 0:
             raise ProtocolError(f"{path} has fewer bytes than its manifest says")
+        slow = taking.came < SLOW_BYTES_PER_S * (time.monotonic() - began)
+        self._wider = min(self._wider + 1, _WIDER_MAX) if slow else 0
         return at + taking.came < segment.size
 
     def keep(self, download: _Download, at: int, data: bytes) -> None:
