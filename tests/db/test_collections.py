@@ -17,7 +17,13 @@ import pytest
 
 from entidb import cbor
 from entidb.db import Database
-from entidb.errors import CborEncodeError, EntiDBError, InvalidNameError, ValueTypeError
+from entidb.errors import (
+    CborDecodeError,
+    CborEncodeError,
+    EntiDBError,
+    InvalidNameError,
+    ValueTypeError,
+)
 from tests.support import FakeClock, uid
 
 
@@ -328,3 +334,35 @@ def test_stored_bytes_are_canonical(db: Database) -> None:
     [(raw_id, payload)] = notes.payloads()
     assert raw_id == uid(1).bytes
     assert cbor.check(payload) == {"a": 2, "c": {"y": -1, "z": 1.0}, "bb": 1}
+
+
+def test_iterating_goes_on_behind_a_payload_that_cannot_be_decoded(db: Database) -> None:
+    notes = db.collection("notes")
+    with db.transaction() as tx:
+        # Of three pages, of which the first is the smallest.
+        tx[notes].put_many({uid(n): n for n in range(800)})
+        tx._stage("notes", uid(40).bytes, b"\xff")
+    items, values, ids = iter(notes.items()), iter(notes.values()), [uid(n) for n in range(800)]
+    assert [next(items) for _ in range(40)] == [(uid(n), n) for n in range(40)]
+    assert [next(values) for _ in range(40)] == list(range(40))
+    for broken in (items, values):
+        with pytest.raises(CborDecodeError):
+            next(broken)
+    assert list(items) == [(uid(n), n) for n in range(41, 800)]
+    assert list(values) == list(range(41, 800))
+    assert list(notes) == ids and [one for one, _ in notes.range(limit=40)] == ids[:40]
+    with pytest.raises(CborDecodeError, match="not canonical"):
+        notes.get_many(ids)
+
+
+def test_a_transaction_iterates_over_its_own_writes_among_many(db: Database) -> None:
+    notes = db.collection("notes")
+    notes.put_many({uid(n): n for n in range(800)})
+    with db.transaction() as tx:
+        inside = tx[notes]
+        inside[uid(900)] = 900
+        del inside[uid(33)]
+        expected = {uid(n): n for n in (*range(33), *range(34, 800), 900)}
+        assert dict(inside.items()) == expected and list(inside) == list(expected)
+        assert dict(inside.range(reverse=True)) == expected
+        assert inside.get_many([uid(33), uid(34), uid(900)]) == {uid(34): 34, uid(900): 900}

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import Protocol, Self, runtime_checkable
 
-from entidb.cbor.decoding import all_pass, check, decode, decode_trusted
+from entidb.cbor.decoding import all_pass, check, decode, decode_all_trusted, decode_trusted
 from entidb.cbor.encoding import encode, encode_message
 from entidb.cbor.heads import array_head, bytes_head, map_head, text, uint
 from entidb.cbor.weight import (
@@ -71,6 +71,7 @@ __all__ = [
     "containers_over",
     "containers_together",
     "decode",
+    "decode_all_trusted",
     "decode_trusted",
     "encode",
     "encode_message",

@@ -113,6 +113,14 @@ def decode_trusted(data: bytes) -> Any:
         raise CborDecodeError(f"not canonical CBOR: {_why(error)}") from error
 
 
+def decode_all_trusted(items: Sequence[bytes]) -> list[Any]:
+    """As ``decode_trusted`` of each, without a step in Python between two."""
+    try:
+        return list(map(_decode, items))
+    except (ValueError, TypeError, RecursionError):
+        return list(map(decode_trusted, items))  # says what is wrong, with the first that is
+
+
 #: What a part of libipld's message means, in our words; the first match counts.
 _REASONS: Final = (
     ("UnicodeDecodeError", "text that is not UTF-8"),

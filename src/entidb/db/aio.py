@@ -17,10 +17,11 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from entidb.db.awaited_feed import AsyncChanges, call_on
 from entidb.db.codec import codec_for
-from entidb.db.collection import ReadCollection, TransactionCollection, id_bytes, kept
+from entidb.db.collection import ReadCollection, TransactionCollection, kept
 from entidb.db.committer import Committer, Job, Staging
 from entidb.db.conditions import Condition, Field
 from entidb.db.draft import Draft, ReadSet, SeeingRows
+from entidb.db.entity_info import id_bytes
 from entidb.db.index_definition import Index
 from entidb.db.indexed import Indexed
 from entidb.db.live import Found, LiveQuery

@@ -8,38 +8,28 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
-from itertools import islice, starmap
+from itertools import chain, islice, starmap
 from operator import itemgetter
 from typing import Any, Generic, TypeVar, overload
 
 from entidb import cbor
 from entidb.db.codec import located
 from entidb.db.conditions import Field
-from entidb.db.entity_info import EntityInfo, natural_id
+from entidb.db.entity_info import EntityInfo, id_bytes, ids_bytes, natural_id
 from entidb.db.live import Observe
 from entidb.db.notebook import Explored, line
 from entidb.db.plain import Keep, PlainCodec, ValueCodec
 from entidb.db.query import Query, Where
-from entidb.db.reading import read_many
+from entidb.db.reading import plain_pair, plain_pairs, plain_values, read_many
 from entidb.db.rows import Pair, Rows
 from entidb.db.views import PairsView, ValuesView
 from entidb.errors import CorruptionError, ValueTypeError
-from entidb.types import datetime_of, uuid_from_bytes
+from entidb.types import datetime_of, uuid_from_bytes, uuids_from_bytes
 
 V = TypeVar("V")
 D = TypeVar("D")
 #: Opens a view to read from; closing it ends the snapshot under it.
 OpenRows = Callable[[], AbstractContextManager[Rows]]
-
-
-def id_bytes(entity_id: object) -> bytes:
-    """The 16 bytes of an id. Raises ``ValueTypeError`` for anything that is not a ``UUID``."""
-    if isinstance(entity_id, uuid.UUID):
-        return entity_id.bytes
-    raise ValueTypeError(
-        f"an entity id is a uuid.UUID, got {type(entity_id).__name__}: use uuid.UUID(text), or "
-        "`collection.add(value)` to have one made"
-    )
 
 
 class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
@@ -62,7 +52,10 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
             payload = rows.get(self.name, raw)
         if payload is None:
             raise KeyError(entity_id)
-        return self._decode(raw, payload)
+        try:  # as ``_decode``, without the call
+            return self._codec.decode(payload)
+        except ValueTypeError as error:
+            return self._instead(located(error, self.name, raw), payload)
 
     def _decode(self, raw: bytes, payload: bytes) -> V:
         try:
@@ -97,6 +90,9 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
         self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
     ) -> Iterator[tuple[uuid.UUID, V]]:
         """What ``find`` finds, with the values of this collection."""
+        if type(self._codec) is PlainCodec:
+            # Every entity fits, so nobody has to be told which one did not.
+            return starmap(plain_pair, find(limit))
         skipping = None if self._codec.instead is None else self._pair_or_none
         return read_many(find, limit, self._pair, skipping)
 
@@ -104,7 +100,6 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
         self, find: Callable[[int | None], Iterator[Pair]], limit: int | None = None
     ) -> Iterator[V]:
         if type(self._codec) is PlainCodec:
-            # Every entity fits, so nobody has to be told which one did not.
             return map(self._codec.decode, map(itemgetter(1), find(limit)))
         if self._codec.instead is None:
             return starmap(self._decode, find(limit))
@@ -125,10 +120,12 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
     def get_many(self, ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, V]:
         """The entities among ``ids`` that exist, from one snapshot; others are left out."""
         wanted = list(ids)
+        raws = ids_bytes(wanted)
         with self._open() as rows:
-            payloads = rows.get_many(self.name, [id_bytes(entity_id) for entity_id in wanted])
-        pairs = zip((one.bytes for one in wanted), payloads, strict=True)
-        there = ((raw, payload) for raw, payload in pairs if payload is not None)
+            payloads = rows.get_many(self.name, raws)
+        if type(self._codec) is PlainCodec:
+            return plain_values(wanted, payloads)
+        there = ((raw, one) for raw, one in zip(raws, payloads, strict=True) if one is not None)
         return dict(self._read(lambda _: there))
 
     def __contains__(self, entity_id: object) -> bool:
@@ -141,8 +138,8 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
             return rows.count(self.name)
 
     def __iter__(self) -> Iterator[uuid.UUID]:
-        for raw, _ in self._pairs(None, None, False):
-            yield uuid_from_bytes(raw)
+        for page in self._pages(None, None, False):
+            yield from uuids_from_bytes([raw for raw, _ in page])
 
     def range(
         self,
@@ -159,7 +156,10 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
         goes on behind it (see ``on_invalid``)."""
         if limit is not None and limit <= 0:
             return iter(())
-        pairs = self._pairs(start, stop, reverse)
+        pages = self._pages(start, stop, reverse)
+        if limit is None and type(self._codec) is PlainCodec:
+            return chain.from_iterable(map(plain_pairs, pages))
+        pairs = chain.from_iterable(pages)
         return self._read(lambda most: islice(pairs, most), limit)
 
     def id_for(self, *key: str | int | bytes | uuid.UUID) -> uuid.UUID:
@@ -216,15 +216,15 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
 
     def payloads(self) -> Iterator[tuple[bytes, bytes]]:
         """(16 bytes of id, canonical CBOR) in id order, for exports that need no values."""
-        return self._pairs(None, None, False)
+        return chain.from_iterable(self._pages(None, None, False))
 
-    def _pairs(
+    def _pages(
         self, start: uuid.UUID | None, stop: uuid.UUID | None, reverse: bool
-    ) -> Iterator[tuple[bytes, bytes]]:
+    ) -> Iterator[list[Pair]]:
         low = b"" if start is None else id_bytes(start)
         high = None if stop is None else id_bytes(stop)
         with self._open() as rows:
-            yield from rows.pairs(self.name, low, high, reverse)
+            yield from rows.pages(self.name, low, high, reverse)
 
     def __eq__(self, other: object) -> bool:
         return self is other

@@ -7,7 +7,6 @@ Nothing is committed here: who has a draft commits it (``committer``), and finds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 from entidb.db.catalogue import IndexInfo
@@ -20,7 +19,7 @@ from entidb.db.notebook import Explored
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
 from entidb.db.records import EntityRow
-from entidb.db.rows import OverlayRows, Pair, Rows, SnapshotRows, Stops
+from entidb.db.rows import LentRows, OverlayRows, Pair, Rows, SnapshotRows, Stops
 from entidb.errors import TransactionConflictError, TransactionError
 from entidb.types import check_name, uuid_from_bytes
 
@@ -97,10 +96,9 @@ class Draft(Explored):
         self._check_open()
         return self._rows.get(name, entity_id)
 
-    @contextmanager
-    def _open_rows(self) -> Iterator[Rows]:
+    def _open_rows(self) -> LentRows[Rows]:
         self._check_open()
-        yield self._rows
+        return LentRows(self._rows)
 
     def _check_open(self) -> None:
         if self._over is not None:
@@ -133,22 +131,9 @@ class ReadSet:
                 raise _conflict(f"collection {name!r}")
         if self._collections:
             chosen = frozenset(self._collections)
-            feed = ChangeFeed(lambda: _Lent(committed), self._sequence, chosen)
+            feed = ChangeFeed(lambda: LentRows(committed), self._sequence, chosen)
             for event in feed:
                 raise _conflict(f"collection {event.collection!r}")
-
-
-class _Lent:
-    """Rows that the caller has opened and closes."""
-
-    def __init__(self, rows: SnapshotRows) -> None:
-        self._rows = rows
-
-    def __enter__(self) -> SnapshotRows:
-        return self._rows
-
-    def __exit__(self, *exc: object) -> None:
-        return None
 
 
 def _conflict(what: str) -> TransactionConflictError:
@@ -184,6 +169,12 @@ class SeeingRows:
     def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
         self._seen.whole(name)
         return self._below.pairs(name, start, stop, reverse)
+
+    def pages(
+        self, name: str, start: bytes, stop: bytes | None, reverse: bool
+    ) -> Iterator[list[Pair]]:
+        self._seen.whole(name)
+        return self._below.pages(name, start, stop, reverse)
 
     def holding(self, name: str, start: bytes, sieve: Stops) -> Iterator[Pair]:
         self._seen.whole(name)

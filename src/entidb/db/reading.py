@@ -6,7 +6,8 @@ same. Both belong to one opening of a collection and change nothing that is stor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import starmap
 from typing import Any, Final, Generic, Literal
 
@@ -14,6 +15,7 @@ from entidb import cbor
 from entidb.db.listeners import check_arguments
 from entidb.db.plain import Keep, PlainCodec, V, ValueCodec
 from entidb.errors import CborEncodeError, ConfigError, ValueTypeError
+from entidb.types import uuid_from_bytes, uuids_from_bytes
 
 #: From a stored value of any age to one of the newest shape.
 Upgrade = Callable[[Any], Any]
@@ -118,6 +120,28 @@ def _nothing(error: ValueTypeError, value: Any) -> None:
 # ---------------------------------------------------------------- many at once
 
 Pair = tuple[bytes, bytes]
+
+
+def plain_values(
+    ids: Sequence[uuid.UUID], payloads: Sequence[bytes | None]
+) -> dict[uuid.UUID, Any]:
+    """The plain values of the entities that have a payload, by their ids."""
+    there: Sequence[bytes] = [payload for payload in payloads if payload is not None]
+    if len(there) < len(payloads):
+        ids = [one for one, payload in zip(ids, payloads, strict=True) if payload is not None]
+    return dict(zip(ids, cbor.decode_all_trusted(there), strict=True))
+
+
+def plain_pair(raw: bytes, payload: bytes) -> tuple[uuid.UUID, Any]:
+    """The id and the plain value of one entity."""
+    return uuid_from_bytes(raw), cbor.decode_trusted(payload)
+
+
+def plain_pairs(page: Sequence[Pair]) -> Iterator[tuple[uuid.UUID, Any]]:
+    """As ``plain_pair`` of each; a value is decoded when it is asked for, because it may be large,
+    and one that cannot be decoded does not end the iterator."""
+    ids = uuids_from_bytes([raw for raw, _ in page])
+    return zip(ids, map(cbor.decode_trusted, [payload for _, payload in page]), strict=False)
 
 
 class First(Generic[V]):

@@ -7,13 +7,18 @@ Speaks of collections by name and of entities by their 16 bytes; values are stil
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from itertools import chain, islice
+from typing import Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
 from entidb.db.catalogue import Catalogue, IndexInfo
 from entidb.db.index_keys import Span, index_count_key, index_prefix
 from entidb.db.records import (
+    DIRTY,
+    ENTITY_HEAD,
+    PENDING_HEAD,
+    TOMBSTONE,
     EntityRow,
     count_key,
     decode_entity,
@@ -30,6 +35,8 @@ _COUNT_MAX = 2**48
 
 #: Entities read at a time while iterating: large enough to be fast, small enough to stay bounded.
 PAGE_ROWS = 512
+#: At first fewer: many want no more than the first few.
+_PAGE_ROWS_FIRST = 32
 
 #: And places of an index.
 _PLACES_MAX = 2048
@@ -40,6 +47,22 @@ Pair = tuple[bytes, bytes]
 def ids_of(keys: Iterable[bytes]) -> list[bytes]:
     """Of keys of entities, their ids."""
     return [key[-ID_BYTES:] for key in keys]
+
+
+def entities_of(page: Sequence[Pair]) -> list[Pair]:
+    """(id, payload) of rows of entities with their keys; tombstones are left out."""
+    try:
+        # As ``payload_of``, which would cost as much again for calling it.
+        return [
+            (key[5:], raw[PENDING_HEAD if raw[0] & DIRTY else ENTITY_HEAD :])
+            for key, raw in page
+            if not raw[0] & TOMBSTONE
+        ]
+    except IndexError as error:
+        raise unreadable("an entity", b"") from error
+
+
+R_co = TypeVar("R_co", bound="Rows", covariant=True)
 
 
 class Stops(Protocol):
@@ -63,6 +86,12 @@ class Rows(Protocol):
 
     def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
         """(id, payload) with start <= id < stop (None: to the end), in id order."""
+        ...
+
+    def pages(
+        self, name: str, start: bytes, stop: bytes | None, reverse: bool
+    ) -> Iterator[list[Pair]]:
+        """As ``pairs``, some at a time, as they are read: at first few."""
         ...
 
     def holding(self, name: str, start: bytes, sieve: Stops) -> Iterator[Pair]:
@@ -120,26 +149,39 @@ class SnapshotRows(Struct, eq=False):
             return [None] * len(ids)
         prefix = info.prefix
         found = self.snapshot.get_many([prefix + entity_id for entity_id in ids])
-        return [None if raw is None else payload_of(raw) for raw in found]
+        try:
+            # As in ``entities_of``.
+            return [
+                None
+                if raw is None or raw[0] & TOMBSTONE
+                else raw[PENDING_HEAD if raw[0] & DIRTY else ENTITY_HEAD :]
+                for raw in found
+            ]
+        except IndexError as error:
+            raise unreadable("an entity", b"") from error
 
     def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
+        return chain.from_iterable(self.pages(name, start, stop, reverse))
+
+    def pages(
+        self, name: str, start: bytes, stop: bytes | None, reverse: bool
+    ) -> Iterator[list[Pair]]:
         info = self.catalogue.by_name.get(name)
         if info is None:
             return
         low = info.prefix + start
         high = end_of(info.prefix) if stop is None else info.prefix + stop
+        rows = _PAGE_ROWS_FIRST
         while True:
-            page = self.snapshot.scan(low, high, limit=PAGE_ROWS, reverse=reverse)
-            for key, raw in page:
-                payload = payload_of(raw)
-                if payload is not None:
-                    yield key[5:], payload
-            if len(page) < PAGE_ROWS:
+            page = self.snapshot.scan(low, high, limit=rows, reverse=reverse)
+            yield entities_of(page)
+            if len(page) < rows:
                 return
             if reverse:
                 high = page[-1][0]
             else:
                 low = page[-1][0] + b"\0"
+            rows = min(4 * rows, PAGE_ROWS)
 
     def holding(self, name: str, start: bytes, sieve: Stops) -> Iterator[Pair]:
         info = self.catalogue.by_name.get(name)
@@ -205,6 +247,22 @@ class SnapshotRows(Struct, eq=False):
         return {}
 
 
+class LentRows(Generic[R_co]):
+    """Rows that somebody else has opened and closes; a class because one is made for every ``get``
+    inside a transaction."""
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, rows: R_co) -> None:
+        self._rows = rows
+
+    def __enter__(self) -> R_co:
+        return self._rows
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
 class OverlayRows:
     """A view with a transaction's own uncommitted writes on top; ``writes`` maps collection name
     and id to the payload or None for deleted."""
@@ -237,6 +295,13 @@ class OverlayRows:
     def pairs(self, name: str, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Pair]:
         below = self.below.pairs(name, start, stop, reverse)
         return self._with_own(below, name, start, stop, reverse)
+
+    def pages(
+        self, name: str, start: bytes, stop: bytes | None, reverse: bool
+    ) -> Iterator[list[Pair]]:
+        if not self.writes.get(name):
+            return self.below.pages(name, start, stop, reverse)
+        return _cut(self.pairs(name, start, stop, reverse))
 
     def _with_own(
         self, below: Iterator[Pair], name: str, start: bytes, stop: bytes | None, reverse: bool
@@ -302,3 +367,10 @@ def _merge(
     for own_id, own in mine[at:]:
         if own is not None:
             yield own_id, own
+
+
+def _cut(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
+    rows = _PAGE_ROWS_FIRST
+    while page := list(islice(pairs, rows)):
+        yield page
+        rows = min(4 * rows, PAGE_ROWS)

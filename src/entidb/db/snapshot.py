@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 from entidb.db.codec import codec_for
@@ -14,7 +12,7 @@ from entidb.db.records import (
     META_HEAD,
     decode_head,
 )
-from entidb.db.rows import Rows, SnapshotRows
+from entidb.db.rows import LentRows, Rows, SnapshotRows
 from entidb.types import (
     check_name,
 )
@@ -87,6 +85,5 @@ class Snapshot(Explored):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @contextmanager
-    def _open(self) -> Iterator[Rows]:
-        yield self._rows
+    def _open(self) -> LentRows[Rows]:
+        return LentRows(self._rows)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
@@ -18,7 +17,7 @@ from entidb.db.local import Writes
 from entidb.db.notebook import Explored
 from entidb.db.plain import ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade
-from entidb.db.rows import OverlayRows, Rows
+from entidb.db.rows import LentRows, OverlayRows, Rows
 from entidb.errors import TransactionError
 from entidb.storage.turns import EndOfBlock, Turn, enter_block
 from entidb.types import check_name
@@ -183,10 +182,10 @@ class Transaction(Explored):
             self._check_open()
         return self._rows.get(name, entity_id)
 
-    @contextmanager
-    def _open_rows(self) -> Iterator[Rows]:
-        self._check_open()
-        yield self._rows
+    def _open_rows(self) -> LentRows[Rows]:
+        if self._state is not _OPEN:
+            self._check_open()
+        return LentRows(self._rows)
 
     def _check_open(self) -> None:
         if self._state is not _State.OPEN:

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from entidb.db.collection import id_bytes
+from entidb.db.entity_info import id_bytes
 from entidb.db.outbox import read_pending
 from entidb.db.rows import SnapshotRows
 from entidb.db.subjects import is_others, subject_of
