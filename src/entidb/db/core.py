@@ -55,8 +55,7 @@ from entidb.errors import (
     TransactionError,
 )
 from entidb.storage import Snapshot as StorageSnapshot
-from entidb.storage import Storage
-from entidb.storage.base import StoreTurn
+from entidb.storage.base import Storage, StoreTurn
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
     TRANSACTION_BYTES_MAX,
@@ -297,6 +296,8 @@ class Core(Explored):
             )
         if not self._turns.take(turn, self._busy_timeout_s):
             raise self._busy("another thread's transaction")
+        if turn.served:
+            return
         if self._sharing.jobs and not self._sharing.enter(shares, self._busy_timeout_s):
             raise self._busy("another thread's commit")
         if not self._store_turn.take(self._busy_timeout_s):
@@ -397,8 +398,7 @@ class Core(Explored):
 
     def hear_others(self) -> int:
         """Call observers with what other processes have committed since they were last called; the
-        mark of the store up to which that is. A thread calls this while there are observers, where
-        others may commit."""
+        mark of the store up to which that is. A thread calls this while there are observers."""
         if self._observers.listeners:
             mark = self._observers.tell_others(self._open_rows())
             self._observers.deliver()

@@ -21,16 +21,20 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final, Protocol, cast
+from functools import partial
+from typing import Final, Protocol, cast
 
+from entidb.db.catalogue import Catalogue
 from entidb.db.feed import load_events
-from entidb.db.jobs import GROUP_MAX, Job
+from entidb.db.handed import Shared, do_errands
+from entidb.db.jobs import GROUP_MAX
 from entidb.db.local import Role, Writes, check_size, commit_local
 from entidb.db.observers import CommitEvent, Observers
 from entidb.db.records import feed_key
 from entidb.db.rows import OverlayRows, Rows, SnapshotRows
+from entidb.db.uniqueness import refuse_taken
 from entidb.db.writer import Writer
-from entidb.errors import StorageFullError
+from entidb.errors import EntiDBError, StorageFullError, TransactionError
 from entidb.storage import Snapshot, Storage
 from entidb.storage.turns import Turn, Turns
 from entidb.types import IdSource
@@ -61,6 +65,8 @@ class SharingHost(Protocol):
     transaction_bytes_max: int
     _ids: IdSource
     _observers: Observers
+    _turns: Turns
+    _catalogue_cache: tuple[bytes, Catalogue]
 
     def _take(self, turn: Turn, shares: bool = False) -> None: ...
 
@@ -73,18 +79,6 @@ class SharingHost(Protocol):
     def _tick(self, writer: Writer) -> int: ...
 
     def _store(self, writer: Writer, origin: str, calls: Sequence[CommitEvent] = ()) -> None: ...
-
-
-class Shared(Job[None]):
-    """A transaction that is decided and waits to be stored. ``failures``: how many there had been
-    when it read what was on its way; None if it has read nothing of that."""
-
-    def __init__(self, writes: Writes, transaction_id: bytes, failures: int | None) -> None:
-        self.bell = threading.Lock()
-        self.bell.acquire()
-        super().__init__(_nothing, self.bell.release, transaction_id)
-        self.writes = writes
-        self.failures = failures
 
 
 class AheadRows(OverlayRows):
@@ -195,6 +189,15 @@ class Sharing:
         """As ``Database.commit_one``, together with what others commit; an empty id, and nothing
         was done, for what has to be committed by itself."""
         host, turn = self._host, Turn()
+        writes: Writes
+        if keep is None or entity_id is None:
+            known = host._catalogue_cache[1].by_name.get(name)
+            if known is None or not any(index.unique for index in known.indexes):
+                made = host._ids.new_bytes() if entity_id is None else entity_id
+                writes = {name: {made: payload}}
+                check_size(writes, host.transaction_bytes_max)
+                self.commit_handed(writes, host._ids.new_bytes())
+                return made
         try:
             host._take(turn, True)
             ahead = self.ahead() if keep is not None else ({}, 0)
@@ -211,7 +214,7 @@ class Sharing:
             if keep is not None and stored is not None:
                 payload = keep(made, payload, stored)
             failures = ahead[1] if ahead[0] else None
-            writes: Writes = {name: {made: payload}}
+            writes = {name: {made: payload}}
             check_size(writes, host.transaction_bytes_max)
             self.commit(turn, writes, transaction_id, failures)
         except BaseException:
@@ -219,12 +222,42 @@ class Sharing:
             raise
         return made
 
+    def commit_handed(self, writes: Writes, transaction_id: bytes) -> int:
+        """As ``commit``, of what has read nothing: it may be stored before this thread has had a
+        turn."""
+        host, job = self._host, Shared(writes, transaction_id, None)
+        job.handed = True
+        turn = Turn(bell=job.bell, errand=partial(self._hand_over, job))
+        try:
+            host._take(turn, True)
+            if not turn.served:
+                host.storage.mark()  # as in ``commit``
+                self._submit(job)
+                host._give_back(turn)
+            self._wait_for(job)
+        except BaseException as error:
+            withdrawn = job.withdraw()
+            host._give_back(turn)
+            if not withdrawn:
+                self._wait_for(job)
+            host._observers.deliver()
+            if withdrawn or not isinstance(error, TransactionError):
+                raise
+        host._observers.deliver()
+        job.result()
+        return job.sequence or 0
+
     def _submit(self, job: Shared) -> None:
+        self._hand_over(job)
+        self._wake()
+
+    def _hand_over(self, job: Shared) -> None:
+        """Only who has the turn does this; it may be repeated."""
         self.warm = True
         if not self.jobs:
             self._since = time.monotonic()
-        self.jobs.append(job)
-        self._wake()
+        if job not in self.jobs and not job.over:
+            self.jobs.append(job)
 
     def _wait_for(self, job: Shared) -> None:
         """Until it is over; not at all for one that was never handed over."""
@@ -258,7 +291,10 @@ class Sharing:
 
     def leave(self) -> bool:
         """Leave the turn of the store to the thread that stores; False if it has nothing to do
-        any more."""
+        any more. Those who come next and need no turn of their own come along, unless others have
+        waited for long."""
+        if time.monotonic() - self._since < HOLD_S and do_errands(self._host._turns.line):
+            self._wake()
         with self._handing.hold():
             self._has_turn = bool(self.jobs)
             return self._has_turn
@@ -313,6 +349,8 @@ class Sharing:
         self._company = len(group)
         self._commit(group)
         try:
+            for job in group:
+                job.over = True
             self._take_off(len(group))
         finally:
             self.warm = len(group) > 1 or bool(self.jobs)
@@ -383,7 +421,16 @@ class Sharing:
                     assert self._failure is not None, "one has failed"
                     self._fail([job], self._failure)
                     continue
+                if not job.is_stored():
+                    self._fail([job], TransactionError("it was given up in line", code="busy"))
+                    continue
                 assert job.transaction_id is not None, "given when it was made"
+                if job.handed and writer.watcher is not None:
+                    try:
+                        refuse_taken(writer, job.writes, decides=host.role is Role.SERVER)
+                    except EntiDBError as error:
+                        self._fail([job], error)
+                        continue
                 stamp = host._tick(writer)
                 sequence = commit_local(writer, host.role, job.writes, job.transaction_id, stamp)
                 staged.append((job, sequence))
@@ -437,10 +484,6 @@ def _own(error: BaseException) -> BaseException:
 
 def _bytes_of(writes: Writes) -> int:
     return sum(len(p) for ids in writes.values() for p in ids.values() if p is not None)
-
-
-def _nothing(staging: Any) -> None:
-    return
 
 
 def snapshot_rows(rows: Rows) -> SnapshotRows:

@@ -36,6 +36,10 @@ class Turn(Struct, eq=False):
     #: Set when what it was taken for happens, in the thread that has it.
     committing: bool = False
     bell: threading.Lock | None = None
+    #: Done by whoever ends the turn before, if that is possible: then this one is ``served``, and
+    #: out of the line. It is rung at the latest when what it stood in line for is over.
+    errand: Callable[[], None] | None = None
+    served: bool = False
 
     @property
     def void(self) -> bool:
@@ -54,7 +58,7 @@ class Turns:
 
     def take(self, turn: Turn, timeout_s: float | None = None) -> bool:
         """Wait in line until it is ``turn``'s turn, without a bound when ``timeout_s`` is None;
-        whether it is. Call ``give_back`` whatever this raises.
+        whether it is, or was ``served``. Call ``give_back`` whatever this raises.
 
         Raises ``StorageError`` when this thread itself is the one that would have to go on first:
         a signal handler that comes in the middle of a commit."""
@@ -71,7 +75,8 @@ class Turns:
         except ValueError:
             return
         for first in self.line[:1]:
-            _ring(first)
+            if first.bell is not None:
+                ring(first.bell)
 
     def mine(self) -> Turn | None:
         """The turn that this thread has or waits for; a void one is ended first."""
@@ -104,10 +109,14 @@ class Turns:
         return all(turn.void for turn in self.line[:1])
 
     def _wait(self, turn: Turn, timeout_s: float | None) -> bool:
-        turn.bell = bell = threading.Lock()
-        bell.acquire()
+        if (bell := turn.bell) is None:
+            turn.bell = bell = threading.Lock()
+            bell.acquire()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while (first := self.line[0]) is not turn:
+        while not turn.served:
+            first = self.line[0]
+            if first is turn:
+                return True
             if first.void:
                 self.give_back(first)
                 continue
@@ -124,12 +133,12 @@ class Turns:
         return True
 
 
-def _ring(turn: Turn) -> None:
-    if turn.bell is not None:
-        try:
-            turn.bell.release()
-        except RuntimeError:
-            return  # It rings already.
+def ring(bell: threading.Lock) -> None:
+    """Wake the thread that waits for ``bell``, or the next one that will."""
+    try:
+        bell.release()
+    except RuntimeError:
+        return  # It rings already.
 
 
 class EndOfBlock:
