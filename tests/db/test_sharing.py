@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 
 from entidb import Index
 from entidb.db import CommitEvent, Database, sharing
+from entidb.db.catalogue import empty_catalogue
+from entidb.db.handed import Shared, do_errands
 from entidb.db.local import commit_local as commit_local_as_it_is
 from entidb.db.sharing import Sharing
 from entidb.errors import (
@@ -26,10 +29,12 @@ from entidb.errors import (
     ScopeError,
     StorageError,
     StorageFullError,
+    TransactionError,
     TransactionTooLargeError,
 )
 from entidb.storage import LmdbStorage, MemoryStorage
 from entidb.storage.base import Batch
+from entidb.storage.turns import Turn
 from tests.support import uid
 
 #: Far beyond what a busy machine takes; only what would hang for good comes to it.
@@ -384,6 +389,109 @@ def test_what_is_unique_is_refused_to_one_and_nobody_builds_on_it(db: Database, 
     assert [worker.end() for worker in (*workers, behind)] == [None] * 3
     assert dict(db["n"]) == {uid(1): 1, uid(2): 3, uid(9): 1}
     assert len(db["users"]) == 1
+
+
+# ---------------------------------------------------------------- handed over by others
+
+
+def test_who_ends_a_turn_hands_over_what_those_behind_have_decided(
+    db: Database, gate: Gate
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with db.transaction() as tx:
+            tx["n"][uid(1)] = tx["n"][uid(1)] + 1
+            began.set()
+            assert go_on.wait(WAIT_S)
+
+    workers = [Worker(first)]
+    assert began.wait(WAIT_S)
+    for value in ("second", "third"):
+        workers.append(Worker(put(db, 1, value)))
+        until(lambda: len(db._turns.line) == len(workers))
+    turns = db._turns.line[1:]
+    gate.close()
+    go_on.set()
+    until(partial(waiting, db, 3))
+    until(lambda: not db._turns.line)
+    assert [turn.served for turn in turns] == [True, True]
+    assert all(worker.is_alive() for worker in workers), "none of it is stored yet"
+    before = db.sequence
+    gate.open.set()
+    assert [worker.end() for worker in workers] == [None] * 3
+    assert (db["n"][uid(1)], db.sequence) == ("third", before + 3)
+    assert gate.commits <= 2
+
+
+def test_a_thread_that_waits_too_long_in_line_is_never_stored(db: Database) -> None:
+    db._busy_timeout_s = 0.01
+    with db.transaction() as tx:
+        late = Worker(put(db, 2, "late"))
+        error = late.end()
+        assert isinstance(error, TransactionError) and error.code == "busy"
+        assert len(db._turns.line) == 1
+        tx["n"][uid(3)] = 3
+    assert dict(db["n"]) == {uid(1): 0, uid(3): 3}
+
+
+def test_a_thread_gives_up_or_is_stored_whichever_comes_first(db: Database, gate: Gate) -> None:
+    workers = held_back(db, gate, put(db, 1, 1), put(db, 2, 2), one_more(db, 2), put(db, 3, 3))
+    stored, given_up = db._sharing.jobs[:2]
+    assert not stored.withdraw()
+    assert given_up.withdraw()
+    gate.open.set()
+    errors = [worker.end() for worker in workers]
+    assert [type(error) for error in errors] == [
+        NoneType,
+        TransactionError,
+        TransactionError,
+        NoneType,
+    ]
+    assert dict(db["n"]) == {uid(1): 1, uid(3): 3}, "who read what was given up fails with it"
+    assert db.verify() == []
+
+
+def test_what_became_unique_meanwhile_is_looked_at_when_it_is_stored(
+    db: Database, gate: Gate
+) -> None:
+    db.collection("users", indexes=[Index("email", unique=True)])
+    db["users"][uid(1)] = {"email": "a"}
+    db.wait_for_indexes()
+
+    def unaware() -> None:
+        # As where another process has declared the index since.
+        db._catalogue_cache = (b"", empty_catalogue())
+        db["users"].add({"email": "a"})
+
+    workers = held_back(db, gate, put(db, 2, 2), unaware)
+    gate.open.set()
+    assert [type(worker.end()) for worker in workers] == [NoneType, NotUniqueError]
+    assert len(db["users"]) == 1
+    assert db.verify() == []
+
+
+def test_an_errand_that_was_interrupted_is_done_once(db: Database, gate: Gate) -> None:
+    held_back(db, gate, put(db, 1, 1))
+    job = Shared({"n": {uid(2).bytes: b"\x02"}}, b"t" * 16, None)
+    interrupts = [KeyboardInterrupt]
+
+    def errand() -> None:
+        db._sharing._hand_over(job)
+        if interrupts:
+            raise interrupts.pop()
+
+    line = [Turn(), Turn(errand=errand), Turn(), Turn(errand=errand)]
+    with pytest.raises(KeyboardInterrupt):
+        do_errands(line)
+    assert len(line) == 4 and not line[1].served
+    assert do_errands(line)
+    assert [turn.errand for turn in line] == [None, None, errand], "up to one without an errand"
+    assert db._sharing.jobs[1:] == [job]
+    gate.open.set()
+    until(lambda: job.over and not db._sharing.jobs)
+    db._sharing._hand_over(job)
+    assert db._sharing.jobs == [] and db["n"][uid(2)] == 2
 
 
 # ---------------------------------------------------------------- observers

@@ -14,8 +14,10 @@ Not here: storing (``sharing``).
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 from entidb.db.jobs import GROUP_MAX, Job
@@ -40,6 +42,8 @@ class Shared(Job[None]):
         self.handed = False
         #: Set before it is taken off the line.
         self.over = False
+        #: The one to wake next: one at a time, because they all need the interpreter.
+        self.next: Shared | None = None
         #: What becomes of it; the first entry counts.
         self._fate: dict[int, str] = {}
 
@@ -50,6 +54,21 @@ class Shared(Job[None]):
     def withdraw(self) -> bool:
         """Whether it never will be stored."""
         return self._fate.setdefault(0, _WITHDRAWN) is _WITHDRAWN
+
+    def tell_next(self) -> None:
+        """Its thread does this when it is awake. May be repeated."""
+        if self.next is not None:
+            self.next.told()
+
+
+def tell(group: Sequence[Shared]) -> None:
+    """Wake the threads of those that are over: here the first, and each the one behind it. Who has
+    given up wakes nobody."""
+    waiting = [job for job in group if job.is_stored()]
+    for one, after in pairwise(waiting):
+        one.next = after
+    for one in waiting[:1]:
+        one.told()
 
 
 def do_errands(line: list[Turn]) -> bool:
@@ -70,4 +89,4 @@ def _nothing(staging: Any) -> None:
     return
 
 
-__all__ = ["Shared", "do_errands"]
+__all__ = ["Shared", "do_errands", "tell"]

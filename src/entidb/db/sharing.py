@@ -26,7 +26,7 @@ from typing import Final, Protocol, cast
 
 from entidb.db.catalogue import Catalogue
 from entidb.db.feed import load_events
-from entidb.db.handed import Shared, do_errands
+from entidb.db.handed import Shared, do_errands, tell
 from entidb.db.jobs import GROUP_MAX
 from entidb.db.local import Role, Writes, check_size, commit_local
 from entidb.db.observers import CommitEvent, Observers
@@ -261,9 +261,12 @@ class Sharing:
 
     def _wait_for(self, job: Shared) -> None:
         """Until it is over; not at all for one that was never handed over."""
-        while job in self.jobs:
-            if not job.bell.acquire(timeout=_LOOK_S):
-                self._wake()
+        try:
+            while job in self.jobs:
+                if not job.bell.acquire(timeout=_LOOK_S):
+                    self._wake()
+        finally:
+            job.tell_next()
 
     def enter(self, shares: bool, timeout_s: float) -> bool:
         """Of the turn of the store, which this process has as long as there are ``jobs``: go on
@@ -354,8 +357,7 @@ class Sharing:
             self._take_off(len(group))
         finally:
             self.warm = len(group) > 1 or bool(self.jobs)
-            for job in group:
-                job.told()
+            tell(group)
 
     def _take_off(self, count: int) -> None:
         with self._handing.hold():
