@@ -634,6 +634,29 @@ def test_certificates_and_keys_that_are_none_are_named_in_our_words(tmp_path: Pa
     assert f"cannot read {tmp_path / 'gone'}" in failed(wrong, 2, "invalid_config")
 
 
+def test_a_variable_that_is_called_nearly_as_one_of_ours_is_warned_of(tmp_path: Path):
+    answer = entidb("version", ENTIDB_TOKENFILE="x", ENTIDB_COLOURS="y", ENTIDB_TOKEN_FILE="z")
+    assert answer.exit_code == 0
+    assert answer.stderr == "warning: nothing reads ENTIDB_TOKENFILE: is ENTIDB_TOKEN_FILE meant?\n"
+
+
+def test_a_setting_of_the_server_that_is_misspelt_in_the_environment_is_warned_of(tmp_path: Path):
+    answer = entidb(
+        "serve",
+        tmp_path / "data",
+        ENTIDB_SERVE_JWT_SECRETFILE="x",
+        ENTIDB_SERVE_KEY="y",
+        ENTIDB_SERVE_JWT_SECRET_ENV="ENTIDB_SERVE_KEY",
+        ENTIDB_SERVE_PORT="70000",
+    )
+    assert answer.exit_code == 2
+    warned = [line for line in answer.stderr.splitlines() if line.startswith("warning: ")]
+    assert warned == [
+        "warning: no option is called ENTIDB_SERVE_JWT_SECRETFILE: is "
+        "ENTIDB_SERVE_JWT_SECRET_FILE meant?"
+    ]
+
+
 def test_a_file_without_a_private_key_is_not_taken_for_a_secret(tmp_path: Path):
     file = tmp_path / "key"
     done("secret", "--out", file)

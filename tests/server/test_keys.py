@@ -23,6 +23,7 @@ from entidb.server import JwtAuthenticator, ServerConfig, SyncServer, mint_token
 from entidb.server import jwks as jwks_module
 from entidb.server.auth import authenticator_for
 from entidb.server.certificates import Certificate
+from entidb.server.keys import key_of_jwk
 from entidb.server.signals import read_again
 from entidb.types import SystemClock
 from tests.server.support import NOW_MS, SECRET, Client, ManualClock
@@ -402,6 +403,28 @@ def test_an_unknown_kid_has_them_fetched_again_but_not_at_everybodys_will(
         with pytest.raises(AuthenticationError):
             check(token(pem_pair(fresh)[0], clock, f"made up {number}"))
     assert provider.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("odl.ends", "old.ends"), ("old.pem.ends", "old.ends"), ("x.ends", None)]
+)
+def test_a_file_that_ends_no_key_is_warned_of_by_its_name(
+    keys: Path, clock: ManualClock, name: str, meant: str | None, caplog: pytest.LogCaptureFixture
+):
+    (keys / name).write_text("2026-05-29")
+    over(keys, clock)
+    (said,) = [each.getMessage() for each in caplog.records]
+    assert f"has {name}, which ends no key" in said
+    assert meant is None or f"for example {meant}" in said
+
+
+@pytest.mark.parametrize(("member", "meant"), [("expp", "exp"), ("expires", "exp"), ("nbF", "nbf")])
+def test_a_member_of_a_key_that_nothing_reads_is_warned_of(
+    member: str, meant: str, caplog: pytest.LogCaptureFixture
+):
+    key_of_jwk({**PUBLIC, member: 1_800_000_000, "x-label": "tills"}, "the file x")
+    (said,) = [each.getMessage() for each in caplog.records]
+    assert f"the file x has a member {member!r}" in said and f"is {meant!r} meant" in said
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import http.client
 import os
 import signal
 import socket
@@ -14,9 +15,11 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography import x509
@@ -249,6 +252,29 @@ def test_it_serves_https(open_config: ServerConfig, certificate: tuple[str, str]
         named = url.replace("127.0.0.1", "localhost")
         with urllib.request.urlopen(named + "/healthz", context=trust, timeout=WAIT_S) as answer:
             assert answer.status == 200
+
+
+def test_a_handshake_that_does_not_go_on_ends_and_holds_nobody(
+    open_config: ServerConfig, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("entidb.server.run._HANDSHAKE_S", 0.5)
+    cert, key = certificate
+    with serving(open_config, tls_cert=cert, tls_key=key) as url, ExitStack() as stack:
+        parts = urlsplit(url)
+        place = parts.hostname, parts.port
+        silent = [stack.enter_context(socket.create_connection(place)) for _ in range(300)]
+        for each in silent[:100]:
+            each.sendall(b"\x16\x03\x01\x02\x00")  # the beginning of a hello
+        context = ssl.create_default_context(cafile=cert)
+        for _ in range(3):
+            client = http.client.HTTPSConnection("localhost", parts.port, context=context)
+            client.request("GET", "/healthz")
+            assert client.getresponse().status == 200
+            client.close()
+        for each in silent:
+            each.settimeout(20)
+            with contextlib.suppress(ConnectionResetError):
+                assert each.recv(1) == b""
 
 
 @pytest.mark.parametrize(

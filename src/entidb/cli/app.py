@@ -56,6 +56,19 @@ COMMANDS: Final[dict[str, str]] = {
     "demo": "demo:demo_command",
     "version": "care:version_command",
 }
+#: What commands read from the environment, beside the options of ``serve``.
+VARIABLES: Final = (
+    "ENTIDB_DIR",
+    "ENTIDB_URL",
+    "ENTIDB_DB",
+    "ENTIDB_TOKEN",
+    "ENTIDB_TOKEN_FILE",
+    "ENTIDB_ADMIN_URL",
+    "ENTIDB_ADMIN_TOKEN",
+    "ENTIDB_DEBUG",
+)
+#: How much alike two names are, of which one is the other misspelt.
+_NEAR: Final = 0.85
 #: What ``--help`` says of each without loading it: the first sentence of its own help.
 SUMMARIES: Final[dict[str, str]] = {
     "init": "Make a new, empty database in the directory DIR.",
@@ -143,11 +156,26 @@ class _Entidb(click.Group):
         if "_ENTIDB_COMPLETE" in os.environ:  # a shell asks how a line could go on
             return super().main(prog_name="entidb")
         given = sys.argv[1:] if args is None else list(args)
+        _warn_of_misspelt()
         try:
             with self.make_context("entidb", given) as context:
                 return self.invoke(context)
         except click.exceptions.Exit as ended:  # --help and --version
             return ended.exit_code
+
+
+def _warn_of_misspelt() -> None:
+    """A variable that is called nearly as one of ours does nothing, and nobody would notice."""
+    for name in os.environ:
+        # Those of `entidb serve` are looked at by that.
+        ours = name.startswith("ENTIDB_") and not name.startswith("ENTIDB_SERVE_")
+        if ours and name not in VARIABLES:
+            from difflib import get_close_matches  # which most commands have no use for
+
+            near = get_close_matches(name, VARIABLES, 1, _NEAR)
+            if near:
+                said = f"warning: nothing reads {name}: is {near[0]} meant?"
+                click.echo(one_line(said), err=True)
 
 
 def _unavailable(name: str, error: ImportError) -> click.Command:

@@ -12,12 +12,13 @@ import re
 import secrets
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any, Final, TypeVar
 
 import click
 
 from entidb.cli.exits import UsageError
-from entidb.cli.output import say, time_text, warn_of_exposure
+from entidb.cli.output import note, one_line, say, time_text, warn_of_exposure
 from entidb.cli.values import parse, print_json
 from entidb.cli.words import json_option
 from entidb.credentials import read_credential, write_credential
@@ -112,6 +113,8 @@ _DEFAULTS: Final = {
     for each in dataclasses.fields(ServerConfig)
     if each.default is not dataclasses.MISSING
 }
+#: How options are called in the environment.
+_PREFIX: Final = "ENTIDB_SERVE_"
 #: Lists by collection: an option for each member.
 _BY_COLLECTION: Final = ("unique", "indexes")
 _DEFAULTS.update(dict.fromkeys(_BY_COLLECTION, ()))
@@ -163,6 +166,7 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
         raise UsageError(
             "which directory? give DIR, where the server keeps its databases, or postgresql://…"
         )
+    _warn_of_unread(given["jwt_secret_env"])
     listen = {name: given.pop(name) for name in LISTEN}
     if not any(given[name] for name in WAYS_IN):
         raise UsageError(
@@ -174,6 +178,17 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
     from entidb.server import serve
 
     serve(config, **listen)
+
+
+def _warn_of_unread(secret_env: str | None) -> None:
+    """A setting in the environment that is misspelt does nothing, and nobody would notice."""
+    names = ("data_dir", *SETTINGS, *LISTEN)
+    read = [f"{_PREFIX}{name.upper()}" for name in names]
+    for name in sorted(os.environ):
+        if name.startswith(_PREFIX) and name not in read and name != secret_env:
+            near = get_close_matches(name, read, 1)
+            meant = f": is {near[0]} meant?" if near else ""
+            note(one_line(f"warning: no option is called {name}{meant}"))
 
 
 def config_of(**given: Any) -> ServerConfig:

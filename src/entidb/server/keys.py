@@ -9,10 +9,12 @@ is in a file is read again when it changes. Not here: what a token says (``auth`
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -30,6 +32,8 @@ from entidb.server.config import ServerConfig
 from entidb.server.watched import Watched, mark_of
 from entidb.types import Clock
 
+logger = logging.getLogger("entidb.server")
+
 #: RFC 7518, section 3.2: a key at least as long as the hash.
 SECRET_BYTES_MIN: Final = 32
 RSA_BITS_MIN: Final = 2048
@@ -38,6 +42,26 @@ KEYS_MAX: Final = 32
 KID_CHARS_MAX: Final = 200
 #: Ending of the file that says when the key beside it ends.
 ENDS_SUFFIX: Final = ".ends"
+#: Members of a key that are read here, or say something else (RFC 7517, RFC 7518).
+_MEMBERS: Final = frozenset(
+    (
+        *("kty", "use", "key_ops", "alg", "kid", "x5u", "x5c", "x5t", "x5t#S256"),
+        *("crv", "x", "y", "n", "e", "k", "nbf", "exp", "iat"),
+    )
+)
+#: What somebody may write who means one of those that limit a key, and what is read.
+_LIMITING: Final = {
+    "exp": "exp",
+    "expires": "exp",
+    "expires_at": "exp",
+    "ends": "exp",
+    "nbf": "nbf",
+    "not_before": "nbf",
+    "begins": "nbf",
+    "alg": "alg",
+    "algorithm": "alg",
+    "kid": "kid",
+}
 
 _CURVES: Final = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 _OF_RSA: Final = frozenset(("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"))
@@ -200,9 +224,31 @@ def _read_directory(directory: Path) -> KeySet:
                 f"nothing: `chmod 700 {directory}`, and look at what is in it"
             )
         paths = key_files(directory)
+        names = sorted(path.name for path in directory.iterdir())
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
+    _warn_of_ends(where, names, [path.stem for path in paths])
     return KeySet(_read_key(path) for path in paths)
+
+
+def _warn_of_ends(where: str, names: Iterable[str], kids: list[str]) -> None:
+    """Of a file that would end a key, and belongs to none: the key that is meant is good for ever.
+    It is not refused, or removing a key and not its end would leave the last keys in force."""
+    for name in names:
+        stem, dot, _ = name.lower().rpartition(ENDS_SUFFIX)
+        if name.startswith(".") or name.endswith("~") or not dot:
+            continue
+        if not name.endswith(ENDS_SUFFIX) or name.removesuffix(ENDS_SUFFIX) not in kids:
+            near = get_close_matches(stem, kids, 1) or kids[:1]
+            meant = f", for example {near[0]}{ENDS_SUFFIX}" if near else ""
+            logger.warning(
+                "%s has %s, which ends no key: it has to be called as its key is, with %s%s. Mend "
+                "its name, or remove it",
+                where,
+                name,
+                ENDS_SUFFIX,
+                meant,
+            )
 
 
 def _read_key(path: Path) -> Key:
@@ -270,6 +316,15 @@ def keys_of_set(content: bytes, where: str, *, strangers: bool = False) -> Itera
         yield key
 
 
+def _warn_of_members(jwk: Mapping[str, object], where: str) -> None:
+    """A key may have members that nobody here knows; one like those that limit it is no such."""
+    for name in jwk:
+        near = name not in _MEMBERS and get_close_matches(name.lower(), _LIMITING, 1, 0.6)
+        if near:
+            logger.warning("%s has a member %r, which nothing reads: is %r meant?",
+                           where, name, _LIMITING[near[0]])  # fmt: skip
+
+
 def key_of_jwk(jwk: object, where: str) -> Key:
     """Raises ``ConfigError``, which never repeats the key."""
     if not isinstance(jwk, dict):
@@ -293,6 +348,7 @@ def key_of_jwk(jwk: object, where: str) -> Key:
     if not fits:
         raise ConfigError(f"{where} is for an algorithm that is not taken here")
     kid = None if jwk.get("kid") is None else check_kid(jwk["kid"])
+    _warn_of_members(jwk, where)
     return Key(kid, key, algorithm, _moment(jwk, "nbf", where), _moment(jwk, "exp", where))
 
 

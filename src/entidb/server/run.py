@@ -6,6 +6,7 @@ One server per data directory. What is served is ``app``'s.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import ipaddress
@@ -49,6 +50,8 @@ logger = logging.getLogger("entidb.server")
 DEFAULT_PORT: Final = 4984
 _KEEP_ALIVE_S: Final = 75
 #: Seconds for which a thread that decides or packs keeps the interpreter from others. Python's own
+#: Seconds that a TLS handshake gets: some round trips of the slowest network.
+_HANDSHAKE_S: Final = 10.0
 #: five milliseconds are more than most requests take, and one waits for several threads.
 _SWITCH_S: Final = 0.001
 
@@ -406,6 +409,21 @@ _LOGS: Final = {
 # ---------------------------------------------------------------- uvicorn
 
 
+@contextlib.contextmanager
+def _quick_handshakes(*, encrypted: bool) -> Iterator[None]:
+    """Servers that the running event loop makes in the block give a TLS handshake less time than
+    the minute of the loop, for which uvicorn has no setting: who connects and says nothing has a
+    file, and is no connection yet that could be closed for another one."""
+    loop: Any = asyncio.get_running_loop()
+    if encrypted:
+        loop.create_server = partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE_S)
+    try:
+        yield
+    finally:
+        if encrypted:
+            del loop.create_server  # the loop's own again
+
+
 class _Server(uvicorn.Server):
     """Says where it listens as soon as it does, and sends those away who wait for news before it
     waits for its connections to end."""
@@ -425,7 +443,8 @@ class _Server(uvicorn.Server):
         self.gentle = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        with _quick_handshakes(encrypted=self.config.ssl is not None):
+            await super().startup(sockets)
         if self.started:
             self.announce(self.url)
 
