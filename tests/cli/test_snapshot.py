@@ -235,5 +235,15 @@ def test_a_file_that_is_no_snapshot_leaves_an_empty_database(server: Path, tmp_p
 
 def test_a_snapshot_that_is_not_there_is_said(tmp_path: Path):
     result = entidb("init", tmp_path / "device", "--from", tmp_path / "missing")
-    assert "missing" in failed(result, Exit.STORAGE, "os_error")
+    assert "missing" in failed(result, Exit.NOT_FOUND, "no_file")
     assert not (tmp_path / "device").exists()
+    result = entidb("init", tmp_path / "device", "--from", tmp_path)
+    assert "is a directory" in failed(result, Exit.USAGE, "usage")
+    assert not (tmp_path / "device").exists()
+
+
+@pytest.mark.parametrize("words", [("copy", "{tmp}/none", "{tmp}/new"), ("renew", "{tmp}/none")])
+def test_a_database_that_is_not_there_is_not_found(words: tuple[str, ...], tmp_path: Path):
+    result = entidb(*(word.format(tmp=tmp_path) for word in words))
+    assert f"{tmp_path}/none" in failed(result, Exit.NOT_FOUND, "no_database")
+    assert list(tmp_path.iterdir()) == []

@@ -133,6 +133,12 @@ def test_a_list_that_cannot_be_is_a_usage_error(shop: Path, options: tuple[str, 
     failed(entidb("list", shop, "notes", *options), Exit.USAGE, code)
 
 
+@pytest.mark.parametrize("option", ["--dir", "--url"])
+def test_an_option_that_belongs_before_the_command_is_told_its_place(option: str):
+    said = failed(entidb("admin", "databases", option, "x"), Exit.USAGE, "usage")
+    assert f"{option} comes before databases: `entidb admin {option} … databases`" in said
+
+
 # ---------------------------------------------------------------- tokens and servers
 
 

@@ -148,7 +148,10 @@ def _desk(data_dir: str | None, url: str | None, token_file: str | None) -> Desk
         token = read_token(token_file)
     if url is None:
         if not data_dir:
-            raise UsageError("which server? give --dir DIR, its data directory, or --url URL")
+            raise UsageError(
+                "which server? name its data directory, or its address, before the command: "
+                "`entidb admin --dir DIR databases`, or --url URL in the place of --dir DIR"
+            )
         return Desk(data_dir, None, None)
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -273,7 +273,23 @@ def _fail_usage(error: click.ClickException) -> int:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(message)
         return Exit.USAGE
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        earlier = _group_with(error.ctx, error.option_name)
+        if earlier is not None:
+            rest = path.removeprefix(earlier).strip()
+            message = f"{error.option_name} comes before {rest}: `{earlier} {error.option_name} …"
+            return fail("usage", f"{message} {rest}`", Exit.USAGE)
     return fail("usage", f"{message.rstrip('.')}; see `{path} --help`", Exit.USAGE)
+
+
+def _group_with(context: click.Context, option: str) -> str | None:
+    """The command, among those that ``context`` is below, that has ``option``."""
+    above = context.parent
+    while above is not None:
+        if any(option in param.opts for param in above.command.params):
+            return above.command_path
+        above = above.parent
+    return None
 
 
 def _print_details() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import IO
 
-from entidb.cli.exits import UsageError
+from entidb.cli.exits import NotFoundError, UsageError
 from entidb.cli.output import plural, say
 from entidb.cli.values import print_json
 from entidb.cli.words import is_database
@@ -29,7 +31,7 @@ def begin_command(
 
     chosen = policies_of(policies)
     SyncConfig(db_id="snapshot", **chosen)  # refuses a policy that is none, before anything is made
-    with open(source, "rb") as file:
+    with _opened(source) as file:
         existed = is_database(path)
         with Database.open(path) as database:
             for name in local:
@@ -65,6 +67,19 @@ def begin_command(
         say(f"{path} begins with {count} as of commit {manifest.head:,}; sync it for the rest")
         for line in rebased(report):
             say(line)
+
+
+def _opened(source: str) -> IO[bytes]:
+    try:
+        return open(source, "rb")
+    except IsADirectoryError:
+        raise UsageError(
+            f"{source} is a directory, and --from wants a file that `entidb snapshot` wrote"
+        ) from None
+    except OSError as error:
+        raise NotFoundError(
+            f"cannot read {source}: {os.strerror(error.errno or 0)}", code="no_file"
+        ) from error
 
 
 __all__ = ["begin_command"]

@@ -102,7 +102,10 @@ def _served(place: str) -> Iterator[list[str]]:
 
 def _some(names: list[str], place: str) -> list[str]:
     if not names:
-        raise ConfigError(f"there is no database in {shown(place)}, so there is nothing to copy")
+        raise ConfigError(
+            f"there is no database in {shown(place)}, so there is nothing to copy: check the path",
+            code="no_database",
+        )
     return names
 
 

@@ -69,7 +69,9 @@ def _databases(place: str) -> Iterator[list[str]]:
 
 def _some(places: list[str], place: str) -> list[str]:
     if not places:
-        raise ConfigError(f"there is no database in {shown(place)}")
+        raise ConfigError(
+            f"there is no database in {shown(place)}: check the path", code="no_database"
+        )
     return places
 
 

@@ -536,6 +536,26 @@ def test_a_file_size_limit_changes_nothing_and_the_store_goes_on(tmp_path: Path)
     assert keys == "[b'a', b'b']"
 
 
+def test_a_file_size_limit_that_lets_nothing_be_made_is_named(tmp_path: Path) -> None:
+    code = """
+        import resource, sys
+        from entidb.errors import StorageFullError
+        from entidb.storage import LmdbStorage
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            LmdbStorage.open(sys.argv[1])
+        except StorageFullError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        LmdbStorage.open(sys.argv[1]).close()
+        print("made")
+    """
+    said, made = run_python(code, str(tmp_path / "db")).splitlines()
+    assert "1024 bytes (ulimit -f, RLIMIT_FSIZE)" in said and "disk is full" not in said
+    assert made == "made"
+
+
 class FailingCommit:
     """An environment whose next commit fails: after the fact, or instead of it."""
 

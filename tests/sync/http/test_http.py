@@ -511,6 +511,11 @@ def test_a_proxys_page_means_what_its_status_says(
     assert ("nginx" in error.message) == bool(body)
 
 
+def test_a_proxy_that_wants_credentials_says_where_they_go():
+    error = error_of(reply(b"", "407 Proxy Authentication Required"))
+    assert "wants a name and a password" in error.message and "HTTP_PROXY" in error.message
+
+
 @pytest.mark.parametrize(
     "status", [400, 402, 403, 404, 405, 406, 410, 411, 413, 414, 415, 416, 417, 418, 422, 431, 451]
 )

@@ -170,6 +170,23 @@ def test_a_proxy_that_refuses_a_tunnel_is_a_transport_error(
     assert status[:3] in plain(caught.value)
 
 
+@pytest.mark.parametrize("place", ["127.0.0.1:{port}", "proxy.invalid:1"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_cannot_be_reached_is_not_taken_for_the_server(
+    scheme: str, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.socket() as taken:  # bound and not listening: nobody else gets the port
+        taken.bind(("127.0.0.1", 0))
+        proxy = place.format(port=taken.getsockname()[1])
+        monkeypatch.setenv(f"{scheme}_proxy", f"http://me:hunter2@{proxy}")
+        transport = HttpTransport(f"{scheme}://entidb.invalid")
+        with transport, pytest.raises(TransportError, match="the proxy of the environ") as caught:
+            transport.pull(PULL)
+    said = plain(caught.value)
+    assert f"http://{proxy}," in said and "NO_PROXY" in said
+    assert "hunter2" not in said and "whether the server runs" not in said
+
+
 @pytest.mark.parametrize("content", [None, "", "no certificate", "a directory"])
 def test_a_file_of_authorities_that_cannot_be_read_is_named(
     content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

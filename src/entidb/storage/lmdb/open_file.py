@@ -445,6 +445,10 @@ def create_file(place: Place) -> None:
         place.swap()
         sync_names(place.path)
     except lmdb.Error as error:
-        raise storage_error(error, f"creating {place.path}") from error
+        doing = f"creating {place.path}"
+        if code_of(error) == errno.ENOSPC:
+            # LMDB says so whatever has stopped it.
+            raise short_write_error(place.path, 0, doing) from error
+        raise storage_error(error, doing) from error
     finally:
         place.folder.remove_temporary()

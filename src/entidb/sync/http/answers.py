@@ -47,6 +47,7 @@ _PASSING: Final = frozenset((401, 407, 408, 409, 421, 423, 425, 429, 499))
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: A login page redirects for the moment; these two say that the URL is wrong for good.
 _MOVED_FOR_GOOD: Final = (301, 308)
+_PROXY_LOGIN_REQUIRED: Final = 407
 _NETWORK_LOGIN_REQUIRED: Final = 511  # RFC 6585, section 6
 
 
@@ -95,6 +96,8 @@ def status_error(url: str, response: HttpResponse, body: bytes, clock: Clock) ->
     kind = ERROR_TABLE[code].error
     if url.startswith("http:") and _WANTS_TLS.search(body[: 2 * SNIPPET_MAX]):
         said += "; the server there expects TLS: write https://"
+    elif status == _PROXY_LOGIN_REQUIRED:
+        said += "; a proxy on the way wants a name and a password: write them into HTTP_PROXY"
     elif code == "not_found":
         said += "; check the path of the URL"
     error = kind(said, code=code, retry_after=_retry_after(response, clock))

@@ -29,7 +29,12 @@ from entidb.sync.http.failures import (
     translated,
 )
 from entidb.sync.http.steps import NewConnectionError, Steps
-from entidb.sync.http.surroundings import authorities_error, check_authorities, proxy_to
+from entidb.sync.http.surroundings import (
+    authorities_error,
+    check_authorities,
+    proxy_before,
+    proxy_to,
+)
 from entidb.sync.http.watchdog import Watchdog
 from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.transport import SINKS, HttpResponse, Sink
@@ -157,7 +162,7 @@ class HttpxClient:
                 error, httpx2.NetworkError | httpx2.RemoteProtocolError
             ):
                 raise cut_short(url) from error
-            raise translated(error, url) from error
+            raise translated(error, url, proxy_before(url)) from error
         finally:
             steps.end()
             late = self._watchdog.done(ticket)

@@ -55,8 +55,9 @@ _TLS_RECORDS: Final = (r"\x15\x03", "illegal request line")
 SNIPPET_MAX: Final = 200
 
 
-def translated(error: Exception, url: str) -> SyncError:
-    """One of our errors for one of the client library's or the system's."""
+def translated(error: Exception, url: str, proxy: str = "") -> SyncError:
+    """One of our errors for one of the client library's or the system's; ``proxy`` is what the
+    request went through."""
     failure = _in_chain(error, ssl.SSLCertVerificationError)
     if failure is not None:
         return TlsError(
@@ -64,6 +65,12 @@ def translated(error: Exception, url: str) -> SyncError:
             "URL, this device's clock, and its certificate authorities"
         )
     kind = next(ours for foreign, ours in _EXCEPTIONS if isinstance(error, foreign))
+    if proxy and any(_in_chain(error, each) for each in (socket.gaierror, ConnectionRefusedError)):
+        # The name and the port were those of the proxy, and nobody has asked for the server's.
+        return kind(
+            f"{url}: the proxy of the environment, {proxy}, cannot be reached: check the network, "
+            "correct HTTP_PROXY or HTTPS_PROXY, or name the host of the server in NO_PROXY"
+        )
     return kind(f"{url}: {_cause(error, url)}")
 
 

@@ -10,6 +10,7 @@ from entidb.errors import SyncError, SyncTimeoutError
 from entidb.sync.http.client import HttpxClient
 from entidb.sync.http.failures import FOREIGN, client_closed, too_large, translated
 from entidb.sync.http.steps import Steps
+from entidb.sync.http.surroundings import proxy_before
 from entidb.sync.interrupt import Watch
 from entidb.sync.transport import HttpResponse
 
@@ -117,7 +118,7 @@ class Streaming:
     def _failed(self, error: Exception) -> SyncError:
         self._watch.check()
         self._check_in_time(error)
-        failure = translated(error, self._url)
+        failure = translated(error, self._url, proxy_before(self._url))
         waiting = self._ticket is not None and isinstance(failure, SyncTimeoutError)
         return NotBegunError(failure.message) if waiting else failure
 

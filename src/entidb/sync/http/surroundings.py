@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from entidb.errors import ConfigError
-from entidb.sync.http.address import BAD_URL
+from entidb.sync.http.address import BAD_URL, is_loopback
 from entidb.sync.transport import printable
 
 #: Variables that name other certificate authorities, in the order in which they count.
@@ -47,6 +47,20 @@ def proxy_to(scheme: str, host: str) -> str | None:
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise ConfigError(f"{where} speaks SOCKS, which needs a package: pip install socksio")
     return proxy
+
+
+def proxy_before(url: str) -> str:
+    """The proxy that requests to ``url`` go through, as it may be shown; empty: none does."""
+    target = httpx2.URL(url)
+    try:
+        proxy = None if is_loopback(target.host) else proxy_to(target.scheme, target.host)
+    except ConfigError:
+        return ""
+    if proxy is None:
+        return ""
+    # Without a user and a password.
+    parts = urlsplit(proxy)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def check_authorities() -> None:
