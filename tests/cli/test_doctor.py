@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import http.client
 import os
 import shutil
 import threading
@@ -12,9 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from entidb.cli.doctor_findings import State
+from entidb.cli.doctor_network import Visit, examine
 from entidb.db import Database
 from entidb.server import ServerConfig, SyncServer, mint_token, serving
 from tests.cli.support import documents, done, entidb, failed
@@ -243,7 +247,11 @@ def test_a_proxy_that_drops_headers_is_found(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def answering(headers: dict[str, str], version: str = "HTTP/1.1") -> Iterator[str]:
+def answering(
+    headers: dict[str, str],
+    version: str = "HTTP/1.1",
+    document: bytes = b'{"name": "entidb", "limits": {"message_bytes_max": 1}}',
+) -> Iterator[str]:
     """Something that says of itself that it is a server, and has strange ways."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -254,14 +262,13 @@ def answering(headers: dict[str, str], version: str = "HTTP/1.1") -> Iterator[st
 
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            body = b'{"name": "entidb", "limits": {"message_bytes_max": 1}}'
             self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(document)))
             for name, value in headers.items():
                 if name != "Date":
                     self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(document)
 
         do_GET = do_POST = answer
 
@@ -283,6 +290,81 @@ def test_a_clock_that_differs_packing_nobody_asked_for_and_an_old_http_are_probl
     with answering(strange, "HTTP/1.0") as url:
         found = asked(url, code=9)
     assert {found[each]["state"] for each in ("clock", "compression", "http")} == {"problem"}
+
+
+@pytest.mark.parametrize("way", ["cut", "garbage"])
+@pytest.mark.parametrize("path", ["/readyz", "/metrics", "/v1/push/doctor", "/v1/live", "/v1/pull"])
+def test_what_answers_some_addresses_and_not_others_is_a_problem(path: str, way: str) -> None:
+    """A proxy that keeps some of them from the server, in whatever way."""
+    with served() as (_, url), between(url, path, way) as proxy:
+        found = {each.check: each for each in examine(Visit(proxy, db_id="shop", wait_s=0.5))}
+    assert found["server"].state is State.OK
+    bad = {each.check for each in found.values() if each.state is State.PROBLEM}
+    assert bool(bad) is (path != "/metrics"), found
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'{"name": "entidb", "limits": 7}',
+        b'{"name": "entidb", "limits": {"message_bytes_max": "much"}}',
+        b'{"name": "entidb", "limits": {"message_bytes_max": 1e400}}',
+        b'{"name": "entidb", "limits": {"message_bytes_max": -5}}',
+        b'{"name": "entidb", "limits": {"message_bytes_max": 99999999999999}}',
+    ],
+)
+def test_limits_that_no_server_has_are_not_believed(document: bytes) -> None:
+    with answering({}, document=document) as url:
+        found = examine(Visit(url))
+    assert "body" in {each.check for each in found}
+
+
+@contextlib.contextmanager
+def between(url: str, path: str, way: str) -> Iterator[str]:
+    """Passes requests on, but for those to ``path``."""
+    target = urlsplit(url)
+    ending = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.close_connection = True
+            if self.path.startswith(path):
+                if way == "garbage":
+                    self.wfile.write(b"what?\r\n\r\n")
+                return
+            upstream = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
+            with contextlib.closing(upstream):
+                upstream.request(self.command, self.path, body or None, dict(self.headers))
+                answer = upstream.getresponse()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() != "date":
+                        self.send_header(name, value)
+                self.end_headers()
+                if answer.chunked:
+                    part = answer.read1(65536)
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                    ending.wait(60)
+                else:
+                    self.wfile.write(answer.read())
+
+        do_GET = do_POST = answer
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Nobody reads it."""
+
+    Handler.protocol_version = "HTTP/1.1"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            ending.set()
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.process

@@ -38,6 +38,8 @@ _PIECE: Final = 16 * 1024
 #: Bytes of a body limit below which small batches make syncing slow.
 _LIMIT_SLOW: Final = 256 * 1024
 _BODY_DEFAULT: Final = 20 * 1024 * 1024
+#: More than any server takes: what says so is not believed.
+_BODY_MOST: Final = 1100 * 1024 * 1024
 _ANSWER_MAX: Final = 1024 * 1024
 #: Seconds by which clocks may differ.
 _CLOCK_S: Final = 10.0
@@ -147,6 +149,11 @@ class NetworkPath:
 _FAILURES: Final = (OSError, http.client.HTTPException)
 
 
+def _said(error: Exception) -> str:
+    """What went wrong, also where the error itself says nothing."""
+    return str(error) or type(error).__name__
+
+
 def examine(visit: Visit) -> list[Finding]:
     """Everything that can be tried, in the order in which a person would mend it. Raises
     ``ConfigError`` for a URL that is none."""
@@ -249,7 +256,12 @@ def _unasked(info: Answer) -> Finding:
 
 
 def _ready(way: NetworkPath) -> Iterator[Finding]:
-    answer = way.ask("/readyz")
+    try:
+        answer = way.ask("/readyz")
+    except _FAILURES as error:
+        change = "let it through, or have the proxy answer it by itself"
+        yield problem("ready", f"/readyz is not answered: {_said(error)}", change)
+        return
     reasons = answer.document().get("reasons")
     if answer.status == 200:
         yield ok("ready", "the server says that it is")
@@ -261,7 +273,10 @@ def _ready(way: NetworkPath) -> Iterator[Finding]:
 
 
 def _public_metrics(way: NetworkPath) -> Iterator[Finding]:
-    answer = way.ask("/metrics")
+    try:
+        answer = way.ask("/metrics")
+    except _FAILURES:
+        return  # nobody can read it from here
     if answer.status == 200 and b"entidb_" in answer.body and not is_loopback(way.host):
         change = "nginx: location = /metrics { deny all; }; haproxy: http-request deny"
         yield warning("metrics", "everyone can read /metrics", change)
@@ -271,8 +286,10 @@ def _public_metrics(way: NetworkPath) -> Iterator[Finding]:
 
 
 def _body_limit(way: NetworkPath, info: Answer) -> Iterator[Finding]:
-    limits = info.document().get("limits", {})
-    wanted = limits.get("message_bytes_max", _BODY_DEFAULT)
+    limits = info.document().get("limits")
+    wanted = limits.get("message_bytes_max") if isinstance(limits, dict) else None
+    if type(wanted) is not int or not 0 < wanted <= _BODY_MOST:
+        wanted = _BODY_DEFAULT
     refused = _refused(way, wanted)
     if refused is None:
         yield ok("body", f"bodies of {size_text(wanted)} arrive")
@@ -334,7 +351,11 @@ def _live_path(visit: Visit, **more: str) -> str:
 
 
 def _token_refused(way: NetworkPath, visit: Visit, headers: Mapping[str, str]) -> Finding | None:
-    answer = way.ask(_live_path(visit), headers={**headers, "Accept": CONTENT_TYPE})
+    try:
+        answer = way.ask(_live_path(visit), headers={**headers, "Accept": CONTENT_TYPE})
+    except _FAILURES as error:
+        says = f"/v1/live is not answered: {_said(error)}"
+        return problem("token", says, "let everything below /v1/ through the proxy")
     if answer.status == 200:
         return None
     code = answer.code()
