@@ -4,7 +4,7 @@
     python examples/live_page.py 8000       serve on that port until Ctrl-C, then open it
 
 The page reads the stream of ``/sync/v1/live`` with a token for its database, as a device does. News
-carry no data: on each the page asks the application for what it shows.
+carries no data: each time the page asks the application for what it shows.
 """
 
 from __future__ import annotations
