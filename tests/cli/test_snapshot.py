@@ -116,7 +116,7 @@ def test_a_device_begins_with_a_snapshot_and_syncs_the_rest(server: Path, tmp_pa
         assert (result.pulled, result.reset) == (1, False)
         assert device.collection("notes")[uuid.UUID(int=9)] == {"number": "later"}
     again = failed(entidb("init", begun, "--from", target), Exit.USAGE, "exists")
-    assert "begins no more" in again
+    assert "cannot begin with a snapshot" in again
 
 
 _OPEN = ServerConfig(data_dir=None, insecure_no_auth=True)

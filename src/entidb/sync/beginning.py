@@ -23,8 +23,8 @@ from entidb.sync.conflict import ConflictPolicy
 from entidb.sync.room import PROVE_SAMPLE
 
 _BEGUN: Final = (
-    "this device has a copy of a database already, and begins no more: sync it, or begin in "
-    "another directory"
+    "this device has synchronised already, so it cannot begin with a snapshot: sync it, or begin "
+    "in another directory"
 )
 
 
@@ -87,7 +87,7 @@ def _scope(applier: DatabaseApplier) -> list[str] | None:
 def _bind(database: Database, manifest: Manifest) -> None:
     """The device is one of that history, and lacks all of it."""
     if database.role is Role.SERVER:
-        raise SyncStateError("this is a server's database: a snapshot is for a device to begin")
+        raise SyncStateError("this is a server's database: only a device begins with a snapshot")
     with database.write() as writer:
         state = writer.sync_state
         if state.cursor or state.db_id is not None or not state.full or state.foreign:

@@ -101,7 +101,9 @@ def check_logout(pending: str, file: str | os.PathLike[str] | None, subject: str
         return
     check_subject(subject)
     if pending != "keep":
-        raise ConfigError("a subject is for keep: who the next token of this person is for")
+        raise ConfigError(
+            "a subject goes with keep: it says whom the next token of this person is for"
+        )
 
 
 def check_subject(subject: object) -> None:
