@@ -484,10 +484,10 @@ def test_who_waits_too_long_behind_other_pages_is_told_to_come_again(
     reading, go_on = threading.Event(), threading.Event()
     real = DatabaseService.pull_bytes
 
-    def slow(self: DatabaseService, request: PullRequest, grant: Grant) -> bytes:
+    def slow(self: DatabaseService, request: PullRequest, grant: Grant, view: Any = None) -> bytes:
         reading.set()
         assert go_on.wait(WAIT_S)
-        return real(self, request, grant)
+        return real(self, request, grant, view)
 
     with running() as (_, url), Client(url) as one, Client(url) as other:
         history = one.history()

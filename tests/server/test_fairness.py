@@ -133,10 +133,10 @@ def slow_pages(monkeypatch: pytest.MonkeyPatch, db_id: str) -> Iterator[threadin
     go_on = threading.Semaphore(0)
     real = DatabaseService.pull_bytes
 
-    def slow(self: DatabaseService, request: PullRequest, grant: Grant) -> bytes:
+    def slow(self: DatabaseService, request: PullRequest, grant: Grant, view: Any) -> bytes:
         if self.db_id == db_id:
             assert go_on.acquire(timeout=WAIT_S)
-        return real(self, request, grant)
+        return real(self, request, grant, view)
 
     with monkeypatch.context() as patch:
         patch.setattr(DatabaseService, "pull_bytes", slow)
@@ -190,12 +190,12 @@ def test_a_broken_database_is_opened_again_while_others_wait_in_its_line(
         real = DatabaseService.pull_bytes
         entered, fail = threading.Event(), threading.Event()
 
-        def read(self: DatabaseService, request: PullRequest, grant: Grant) -> bytes:
+        def read(self: DatabaseService, request: PullRequest, grant: Grant, view: Any) -> bytes:
             if self is broken.service:
                 entered.set()
                 assert fail.wait(WAIT_S)
                 raise CorruptionError("a page is damaged")
-            return real(self, request, grant)
+            return real(self, request, grant, view)
 
         monkeypatch.setattr(DatabaseService, "pull_bytes", read)
 
