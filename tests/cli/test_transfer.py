@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from entidb.cli import transfer
+from entidb.cli.exits import Exit
 from entidb.cli.rows import Row, infer_cell
 from entidb.cli.words import key_id
 from entidb.db import Database
@@ -87,6 +90,28 @@ def test_export_goes_through_a_pipe_into_import(shop: Path, tmp_path: Path):
     rows = process("export", shop, "notes").stdout
     assert process("import", tmp_path / "copy", "notes", "-", stdin=rows).returncode == 0
     assert dumped(tmp_path / "copy", "notes") == dumped(shop, "notes")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_a_pipe_with_a_name_is_read_like_a_file(shop: Path, tmp_path: Path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writing = threading.Thread(target=pipe.write_text, args=("k,v\n1,2\n",), daemon=True)
+    writing.start()
+    assert "1 new" in done("import", shop, "piped", pipe, "--format", "csv")
+    writing.join()
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("NaN", "NaN is not JSON, and no entity can hold it; "),
+        ("9" * 5000, "is a number with more digits than an entity can hold: write it as text; "),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_in_plain_words(shop: Path, value: str, says: str):
+    said = failed(entidb("put", shop, "notes", value), Exit.VALUE, "invalid_json")
+    assert says in said and "is NaN is" not in said and "limit" not in said
 
 
 def test_plain_rows_get_new_ids(shop: Path):

@@ -195,7 +195,8 @@ def _source(file: str) -> Iterator[tuple[IO[bytes], int | None]]:
     except OSError as error:
         raise NotFoundError(f"cannot read {file}: {error.strerror}", code="no_file") from error
     with raw:
-        yield raw, os.fstat(raw.fileno()).st_size
+        # A pipe with a name, such as that of a shell's <(…), has neither a size nor a place.
+        yield raw, os.fstat(raw.fileno()).st_size if raw.seekable() else None
 
 
 def _rows_of(raw: IO[bytes], kind: str, form: CsvFormat, bad: Bad) -> Generator[Row, None, None]:

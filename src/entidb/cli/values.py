@@ -40,8 +40,13 @@ def parse(text: str) -> Any:
         raise InputError(f"not JSON: {error}", code="invalid_json") from error
     except RecursionError as error:
         raise InputError("nested too deep for an entity", code="invalid_json") from error
-    except ValueError as error:  # ours from the hooks, and integers of thousands of digits
-        raise InputError(str(error), code="invalid_json") from error
+    except InputError:
+        raise
+    except ValueError as error:  # of integers with thousands of digits
+        raise InputError(
+            "a number with more digits than an entity can hold: write it as text",
+            code="invalid_json",
+        ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
@@ -92,7 +97,10 @@ def read_value(given: str) -> Any:
         if given[:1] in ('"', "{", "["):
             raise
         hint = f"a text needs its own quotes, as in '{json.dumps(given, ensure_ascii=False)}'"
-        raise InputError(f"{given[:60]!r} is {error}; {hint}", code=error.code) from error
+        said = str(error)
+        if not said.startswith(given[:60]):  # else it names the value itself
+            said = f"{given[:60]!r} is {said}"
+        raise InputError(f"{said}; {hint}", code=error.code) from error
 
 
 def _text(raw: bytes, where: str) -> str:
