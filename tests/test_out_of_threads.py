@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from entidb.db import Database, Index
@@ -22,6 +23,7 @@ from entidb.server.checks import FileChecks
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.hooks import Grant
 from entidb.storage import opening
+from entidb.storage.postgres.pulse import Heartbeat
 from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from entidb.sync.background import Background
 from entidb.sync.http.watchdog import Watchdog
@@ -176,6 +178,22 @@ def test_a_deadline_that_nobody_would_look_at_is_none(out: Out) -> None:
     ticket = watchdog.watch(0.05)
     until(lambda: watchdog.struck(ticket))
     watchdog.close()
+
+
+def test_a_server_is_asked_whether_it_answers_by_the_next_who_has_a_connection(out: Out) -> None:
+    asked_for: list[int] = []
+
+    def connect() -> Any:
+        asked_for.append(1)
+        raise psycopg.OperationalError("nobody there")
+
+    heartbeat = Heartbeat(connect, lambda: True, lambda place: None)
+    out("entidb-pulse")
+    heartbeat.begin()
+    out("")
+    heartbeat.begin()
+    until(lambda: asked_for)
+    heartbeat.close()
 
 
 def engine_of(server: SyncServer, database: Database, **settings: Any) -> SyncEngine:

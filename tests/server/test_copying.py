@@ -29,7 +29,7 @@ from entidb.server import ServerConfig, SyncServer, copy_server, renew, serving
 from entidb.server.records import CONTROL, FileRecords
 from entidb.storage import LmdbStorage, PostgresStorage
 from entidb.storage.base import Storage
-from entidb.storage.postgres.arriving import arriving
+from entidb.storage.postgres.arriving import Arriving, arriving
 from entidb.storage.postgres.sharing import SharedTables
 from entidb.storage.postgres.shelf import Shelf
 from entidb.sync import SyncConfig, SyncEngine
@@ -402,6 +402,28 @@ def test_what_an_administrator_decided_there_is_not_written_over(
         copy_server(tmp_path / "data", address)
     with closing(Shelf(address)) as shelf:
         assert shelf.names() == ["two"]
+
+
+def test_a_copy_that_fails_at_its_last_step_leaves_no_notes_of_an_administrator(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what the source decides later could not be copied there any more."""
+    place = str(tmp_path / "data")
+    with SyncServer(config(place)) as server:
+        server.database("one").collection("notes").add(1)
+    decide(place, b'{"before": []}')
+
+    def fails(self: Arriving) -> None:
+        raise StorageError("somebody else was quicker", code="exists")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Arriving, "finish", fails)
+        with pytest.raises(StorageError, match="quicker"):
+            copy_server(place, address)
+    assert decided(address) is None
+    decide(place, b'{"after": []}')
+    assert len(copy_server(place, address)) == 1
+    assert decided(address) == b'{"after": []}'
 
 
 # ---------------------------------------------------------------- a new history

@@ -135,8 +135,8 @@ def _target(
         made = stack.enter_context(arriving(whole(place), names))
 
         def finish(notes: Notes) -> None:
-            _share(place, notes)
-            made.finish()
+            with _shared(place, notes):
+                made.finish()
 
         return lambda name, closes: made.store(name), finish
     partial = stack.enter_context(new_directory(place))
@@ -156,9 +156,11 @@ def _target(
     return make, finish_files
 
 
-def _share(address: str, notes: Notes) -> None:
-    """Before the databases appear: nobody is let in who was locked out. What another server there
-    has decided is not written over."""
+@contextmanager
+def _shared(address: str, notes: Notes) -> Iterator[None]:
+    """Before the databases appear in the block: nobody is let in who was locked out. What another
+    server there has decided is not written over; what was not there is gone again if the block
+    fails, or it would stand in the way of the next copy."""
     from entidb.storage.postgres.sharing import SharedTables
 
     with closing(SharedTables(address)) as sharing:
@@ -169,8 +171,15 @@ def _share(address: str, notes: Notes) -> None:
                 "own",
                 code="exists",
             )
-        for name, content in notes.items():
-            sharing.change(name, lambda _, content=content: content, lambda _: None)  # type: ignore[misc]
+        new = [name for name in notes if sharing.read(name) is None]
+        try:
+            for name, content in notes.items():
+                sharing.change(name, lambda _, content=content: content, lambda _: None)  # type: ignore[misc]
+            yield
+        except BaseException:
+            for name in new:
+                sharing.rename(name, None)
+            raise
 
 
 __all__ = ["ServerProgress", "copy_server"]

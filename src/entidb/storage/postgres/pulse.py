@@ -10,6 +10,7 @@ when it goes on reaches nobody.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -17,6 +18,8 @@ from typing import Any, Final
 import psycopg
 
 from entidb.storage.postgres.reaching import Place, ask, place_of
+
+logger = logging.getLogger("entidb.storage")
 
 #: Seconds between two questions, and until an answer is not waited for any more.
 _EVERY_S: Final = 1.5
@@ -49,10 +52,13 @@ class Heartbeat:
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=self._beat, name="entidb-pulse", daemon=True
-                    )
-                    self._thread.start()
+                    thread = threading.Thread(target=self._beat, name="entidb-pulse", daemon=True)
+                    try:
+                        thread.start()
+                    except RuntimeError as error:  # the next who has a connection tries again
+                        logger.warning("there is no thread to ask PostgreSQL: %s", error)
+                        return
+                    self._thread = thread
 
     def close(self) -> None:
         self._stop.set()
