@@ -511,4 +511,4 @@ def test_the_command_copies_a_server_and_renews_it(tmp_path: Path) -> None:
     assert "has a new history" in done("renew", tmp_path / "new")
     assert content(str(tmp_path / "new" / "shop.entidb"))["history"] != before
     assert document(done("renew", tmp_path / "new", "--json"))["databases"]
-    failed(entidb("copy", tmp_path / "nothing", tmp_path / "x"), 2, "invalid_config")
+    failed(entidb("copy", tmp_path / "nothing", tmp_path / "x"), 3, "no_database")
