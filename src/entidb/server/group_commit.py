@@ -1,8 +1,9 @@
 """Group commit: pushes of many devices in one storage commit (R16).
 
 One thread per database takes everything that has queued up while the last commit was syncing, has
-it decided and committed at once, and answers every member. ``service`` decides. Where threads are
-not wanted, the caller says when that is done (``Schedule``).
+it decided and committed at once, and answers every member. ``service`` decides. Threads of several
+databases go one by one (``gate``). Where threads are not wanted, the caller says when that is done
+(``Schedule``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from entidb.errors import (
 )
 from entidb.protocol import PushRequest, PushResponse, RoundRequest
 from entidb.server.away import come_again, full_retry_after_s, is_away
+from entidb.server.gate import Gate
 from entidb.server.hooks import Grant
 
 Done = Callable[[PushResponse | SyncError], None]
@@ -58,7 +60,8 @@ class Meter:
 
 class GroupCommitter:
     """The writer thread of one database, started with the first push; with ``schedule`` there is
-    none, and what has queued up is committed when that calls back.
+    none, and what has queued up is committed when that calls back. ``gate`` is what its thread
+    shares with those of other databases.
 
     ``done`` is called on that thread, once per submitted push, after the commit that covers it is
     durable; it must be quick and must not raise. ``on_failure`` is called with storage errors,
@@ -76,6 +79,7 @@ class GroupCommitter:
         schedule: Schedule | None = None,
         meter: Meter | None = None,
         monotonic: Callable[[], float] = time.monotonic,
+        gate: Gate | None = None,
     ) -> None:
         self._service = service
         self._queue_max = queue_max
@@ -84,6 +88,7 @@ class GroupCommitter:
         self._on_group = on_group
         self._schedule = schedule
         self._meter = meter or Meter()
+        self._gate = gate
         self._monotonic = monotonic
         #: The schedule was asked, and has not called back yet.
         self._scheduled = False
@@ -150,8 +155,15 @@ class GroupCommitter:
                     self._changed.wait()
                 if not self._queue:
                     return
-                group = self._take()
-            self._commit(group)
+            # What comes while it waits for its turn is in the group, too.
+            turn = None if self._gate is None else self._gate.enter()
+            try:
+                with self._changed:
+                    group = self._take()
+                self._commit(group)
+            finally:
+                if self._gate is not None and turn is not None:
+                    self._gate.leave(turn)
 
     def _commit_queued(self) -> None:
         """All of it; nothing if there is nothing."""
