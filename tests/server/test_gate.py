@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from entidb.errors import SyncError
 from entidb.protocol import PushRequest, PushResponse, PushTransaction, RoundRequest
-from entidb.server.gate import Gate
+from entidb.server.gate import WriterGate
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.hooks import Grant
 
@@ -20,7 +20,7 @@ GRANT = Grant(subject="somebody", read=True, write=True)
 class Visitor:
     """A thread that goes through a gate and stays inside until it is told to leave."""
 
-    def __init__(self, gate: Gate, came: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, gate: WriterGate, came: Callable[[], None] = lambda: None) -> None:
         self._gate = gate
         self._came = came
         self.inside = threading.Event()
@@ -40,7 +40,7 @@ class Visitor:
         self._thread.join(WAIT_S)
 
 
-def stand_in_line(gate: Gate, count: int) -> None:
+def stand_in_line(gate: WriterGate, count: int) -> None:
     """Until so many do."""
     pause = threading.Event()
     for _ in range(int(WAIT_S / 0.005)):
@@ -51,7 +51,7 @@ def stand_in_line(gate: Gate, count: int) -> None:
 
 
 def test_one_goes_in_after_the_other_in_the_order_in_which_they_came() -> None:
-    gate, order = Gate(PATIENT_S), list[int]()
+    gate, order = WriterGate(PATIENT_S), list[int]()
     first = Visitor(gate)
     assert first.inside.wait(WAIT_S)
     others = []
@@ -67,7 +67,7 @@ def test_one_goes_in_after_the_other_in_the_order_in_which_they_came() -> None:
 
 
 def test_who_stays_inside_for_long_keeps_nobody_out() -> None:
-    gate = Gate(0.001)
+    gate = WriterGate(0.001)
     stuck = Visitor(gate)
     assert stuck.inside.wait(WAIT_S)
     others = [Visitor(gate) for _ in range(5)]
@@ -78,7 +78,7 @@ def test_who_stays_inside_for_long_keeps_nobody_out() -> None:
 
 
 def test_it_is_the_newest_inside_whose_end_lets_the_next_one_in() -> None:
-    gate = Gate(0.0)
+    gate = WriterGate(0.0)
     old = Visitor(gate)
     assert old.inside.wait(WAIT_S)
     newer = Visitor(gate)
@@ -123,7 +123,7 @@ def a_push(db_id: str) -> PushRequest:
 
 
 def test_what_comes_while_another_database_commits_is_one_group() -> None:
-    gate = Gate(PATIENT_S)
+    gate = WriterGate(PATIENT_S)
     first, second = Slow("a"), Slow("b")
     second.goes_on.set()
     committers = [GroupCommitter(each, gate=gate) for each in (first, second)]
@@ -143,7 +143,7 @@ def test_what_comes_while_another_database_commits_is_one_group() -> None:
 
 
 def test_a_database_that_is_stuck_keeps_no_other_from_committing() -> None:
-    gate = Gate(0.001)
+    gate = WriterGate(0.001)
     stuck, other = Slow("a"), Slow("b")
     other.goes_on.set()
     committers = [GroupCommitter(each, gate=gate) for each in (stuck, other)]

@@ -18,7 +18,7 @@ from typing import Final
 PATIENCE_S: Final = 0.002
 
 
-class Gate:
+class WriterGate:
     """Of all writers' threads of a process; they go in in the order in which they came."""
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
@@ -72,4 +72,4 @@ class GateTurn:
         self._lock.release()
 
 
-__all__ = ["PATIENCE_S", "Gate", "GateTurn"]
+__all__ = ["PATIENCE_S", "WriterGate", "GateTurn"]

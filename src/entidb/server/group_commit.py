@@ -26,7 +26,7 @@ from entidb.errors import (
 )
 from entidb.protocol import PushRequest, PushResponse, RoundRequest
 from entidb.server.away import come_again, full_retry_after_s, is_away
-from entidb.server.gate import Gate
+from entidb.server.gate import WriterGate
 from entidb.server.hooks import Grant
 
 Done = Callable[[PushResponse | SyncError], None]
@@ -79,7 +79,7 @@ class GroupCommitter:
         schedule: Schedule | None = None,
         meter: Meter | None = None,
         monotonic: Callable[[], float] = time.monotonic,
-        gate: Gate | None = None,
+        gate: WriterGate | None = None,
     ) -> None:
         self._service = service
         self._queue_max = queue_max

@@ -34,7 +34,7 @@ from entidb.server.checks import CheckingError
 from entidb.server.config import ServerConfig
 from entidb.server.directory import OpenDatabase, open_with_room
 from entidb.server.fullness import fullness_of
-from entidb.server.gate import Gate
+from entidb.server.gate import WriterGate
 from entidb.server.group_commit import GroupCommitter, Meter, Schedule
 from entidb.server.hooks import Schema, ValidateHook
 from entidb.server.place import check_asked
@@ -135,7 +135,7 @@ class Stores:
         #: Called on a writer's thread after the members of a group have their answers.
         self.on_group: Callable[[], None] = _nothing
         self.meter: Final = Meter()
-        self._gate = Gate() if config.address is None else None  # no network keeps others out
+        self._gate = WriterGate() if config.address is None else None  # no network keeps others out
         #: Called with a database and its newest commit, after every one (R17: it is durable); from
         #: any thread.
         self.on_commit: Callable[[str, int], None] = _ignore
