@@ -124,8 +124,8 @@ def _pages_shared(garden: Garden) -> None:
     pages: dict[tuple[int, bool, str], tuple[str, bytes]] = {}
 
     def make(original: Any) -> Any:
-        def pull_bytes(self: DatabaseService, request: Any, grant: Grant) -> Any:
-            raw = original(self, request, grant)
+        def pull_bytes(self: DatabaseService, request: Any, grant: Grant, *rest: Any) -> Any:
+            raw = original(self, request, grant, *rest)
             page = decode(PullResponse, raw)
             key = (request.cursor, request.columns, str(request.collections))
             if operations_count(page):
