@@ -1,6 +1,7 @@
 """``queries``: entities found by their fields, beside ``sqlite3`` with the same entities as JSON
 text; and what an index costs: to keep, to build, and those who write meanwhile.
 
+TinyDB, which has no indexes, is beside scans and finds where it is installed.
 ``sqlite3`` has an index of an expression, ``json_extract(body, '$.title')``, and gives ids as UUIDs
 and values as Python's own ``json`` makes them.
 """
@@ -26,6 +27,8 @@ from typing import Any
 from benchmarks.figures import Figure, Target, figure, percentile, timed
 from benchmarks.payloads import COLLECTION, entities, value
 from benchmarks.threads import SLOW_S, SlowDisk
+from benchmarks.tiny import NAME as TINY
+from benchmarks.tiny import TinyTable, tiny_table
 from benchmarks.world import World, load
 from entidb import F, Index, cbor
 from entidb.db import Database, Query
@@ -98,10 +101,11 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
         with Database.open(where / "entidb") as database:
             load(database, pairs)
             table = JsonTable(where / "sqlite.db", pairs)
-            yield from _scans(database, table, count, rounds)
+            tiny = tiny_table(where / "tiny.json", pairs)
+            yield from _scans(database, table, tiny, count, rounds)
             yield from _build(database, count, rounds)
             table.index()
-            yield from _by_index(database, table, count, rounds)
+            yield from _by_index(database, table, tiny, count, rounds)
             yield from _live(database, count, rounds)
             table.close()
         yield from _keeping(where, pairs, rounds)
@@ -125,7 +129,9 @@ def _beside(
     return figure("queries", name, count, "us", times[0], floors=times[1], **given)
 
 
-def _scans(database: Database, table: JsonTable, count: int, rounds: int) -> Iterator[Figure]:
+def _scans(
+    database: Database, table: JsonTable, tiny: TinyTable | None, count: int, rounds: int
+) -> Iterator[Figure]:
     notes = database.collection(COLLECTION)
     title, low, high = value(count // 2)["title"], count // 2, count // 2 + count // 100
     equal, between = notes.where(title=title), notes.where(F.n.between(low, high))
@@ -146,9 +152,20 @@ def _scans(database: Database, table: JsonTable, count: int, rounds: int) -> Ite
         assert len(list(query)) == len(other())  # type: ignore[arg-type]
         steps = partial(list, query), other
         yield _beside(name, count, rounds, 1, steps, floor_is=SQLITE_SCAN, target=target)
+    if tiny is not None:
+        others: dict[str, tuple[Query[Any], Step]] = {
+            "scan for equality": (equal, lambda: tiny.equal("title", title)),
+            "scan for a range": (between, lambda: tiny.between("n", low, high)),
+        }
+        for name, (query, other) in others.items():
+            assert len(list(query)) == len(other())  # type: ignore[arg-type]
+            name = f"{name}, {TINY}"
+            yield _beside(name, count, rounds, 1, (partial(list, query), other), floor_is=TINY)
 
 
-def _by_index(database: Database, table: JsonTable, count: int, rounds: int) -> Iterator[Figure]:
+def _by_index(
+    database: Database, table: JsonTable, tiny: TinyTable | None, count: int, rounds: int
+) -> Iterator[Figure]:
     notes, typed = database.collection(COLLECTION), database.collection(COLLECTION, Note)
     pick = random.Random(1)
     titles = [value(pick.randrange(count))["title"] for _ in range(min(FINDS, count))]
@@ -164,6 +181,9 @@ def _by_index(database: Database, table: JsonTable, count: int, rounds: int) -> 
         ("find one, typed beside plain", (objects, plain), "plain values", TWICE),
     ):
         yield _beside(name, count, rounds, per, steps, floor_is=floor_is, target=target)
+    if tiny is not None:
+        steps = partial(notes.where(title=titles[0]).one), partial(tiny.equal, "title", titles[0])
+        yield _beside(f"find one, {TINY}", count, rounds, 1, steps, floor_is=TINY)
     pages: list[Step] = []
     for name, behind in (("the first", None), ("in the middle", count // 2)):
         last = None if behind is None else notes.where(n=behind).one()
