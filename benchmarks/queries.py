@@ -108,6 +108,8 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
             yield from _by_index(database, table, tiny, count, rounds)
             yield from _live(database, count, rounds)
             table.close()
+            if tiny is not None:
+                tiny.close()
         yield from _keeping(where, pairs, rounds)
         shutil.rmtree(where)
     yield from _tasks(world, COMMITS if max(sizes) > COMMITS else max(sizes), rounds)

@@ -461,7 +461,7 @@ def test_what_became_unique_meanwhile_is_looked_at_when_it_is_stored(
 
     def unaware() -> None:
         # As where another process has declared the index since.
-        db._catalogue_cache = (b"", empty_catalogue())
+        db._catalogue_cache = (b"", empty_catalogue(), -1)
         db["users"].add({"email": "a"})
 
     workers = held_back(db, gate, put(db, 2, 2), unaware)

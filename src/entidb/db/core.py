@@ -74,13 +74,11 @@ CLOCK_BACK_MS = 60_000
 _FAILURE = 1 << 64
 
 
-class _OpenRows:
+class _OpenRows(Struct, eq=False):
     """Context manager of one short read; a class because it is entered for every ``get``."""
 
-    __slots__ = ("_database", "_snapshot")
-
-    def __init__(self, database: Core) -> None:
-        self._database = database
+    _database: Core
+    _snapshot: Any = None
 
     def __enter__(self) -> SnapshotRows:
         self._snapshot = snapshot = self._database.storage.snapshot()
@@ -188,7 +186,7 @@ class Core(Explored):
         self._turns = Turns()
         self._store_turn = storage.turn
         self._rights: dict[str, StoreTurn] = {}
-        self._catalogue_cache: tuple[bytes, Catalogue] = (b"", empty_catalogue())
+        self._catalogue_cache: tuple[bytes, Catalogue, int] = (b"", empty_catalogue(), -1)
         #: What the last commit of this object left: its mark, head and catalogue. Good for the
         #: thread that has the turn and finds the store at that mark.
         self._left: tuple[int, bytes, Catalogue] | None = None
@@ -250,13 +248,14 @@ class Core(Explored):
         return _OpenRows(self)
 
     def read_catalogue(self, snapshot: Any) -> Catalogue:
-        """The catalogue of ``snapshot``; decoding is skipped while it has not changed."""
-        raw = snapshot.get(META_CATALOGUE)
-        cached = self._catalogue_cache
-        if raw == cached[0]:
-            return cached[1]
-        catalogue = empty_catalogue() if raw is None else decode_catalogue(raw)
-        self._catalogue_cache = (raw or b"", catalogue)
+        """The catalogue of ``snapshot``; read only of a state that is not the last one that was
+        asked for, and decoded only when it has changed."""
+        before, catalogue, mark = self._catalogue_cache
+        if snapshot.mark != mark:
+            raw = snapshot.get(META_CATALOGUE)
+            if raw != before:
+                catalogue = empty_catalogue() if raw is None else decode_catalogue(raw)
+            self._catalogue_cache = (raw or b"", catalogue, snapshot.mark)
         return catalogue
 
     # ---- writing
@@ -386,7 +385,7 @@ class Core(Explored):
             raw = changes.get(META_CATALOGUE)
             if raw is not None:
                 # Readers need not decode what was in hand a moment ago.
-                self._catalogue_cache = raw, writer.catalogue
+                self._catalogue_cache = raw, writer.catalogue, mark
             if self.on_commit is not None:
                 self.on_commit(writer.head.sequence)
             if observers.listeners and (rows := writer.feed_rows()):

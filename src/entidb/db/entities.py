@@ -259,9 +259,17 @@ class Entities(Overlay):
         places = map(pack_feed_key, repeat(FEED), versions, numbers, ids)
         self.changes.update(zip(places, repeat(b"")))
         if self.watcher is not None:
+            told: dict[
+                int, tuple[CollectionInfo, list[bytes], list[bytes | None], list[bytes]]
+            ] = {}
             for info, entity_id, old, payload in zip(infos, ids, olds, payloads, strict=True):
-                was = None if old is None else payload_of(old)
-                self.watcher.changed(info, [entity_id], [was], [payload])
+                if info.indexes:
+                    _, here, was, now = told.setdefault(info.number, (info, [], [], []))
+                    here.append(entity_id)
+                    was.append(None if old is None else payload_of(old))
+                    now.append(payload)
+            for info, here, was, now in told.values():
+                self.watcher.changed(info, here, was, now)
 
     # ------------------------------------------------------------ what was pending is the server's
 

@@ -149,6 +149,15 @@ class Indexing:
         """What ``changed`` does about entities that are new, as most are where many change."""
         prefix, places, counted, unique = kept
         changes, count = self._entities.changes, 0
+        if counted is None and not unique:
+            # As below, for most.
+            made = map(places, values)
+            found_by = [(found, one) for found, one in zip(made, ids, strict=True) if found]
+            changes.update(
+                dict.fromkeys([prefix + f + one for found, one in found_by for f in found], b"")
+            )
+            self._counts[prefix] = self._counts.get(prefix, 0) + len(found_by)
+            return
         for entity_id, value in zip(ids, values, strict=True):
             found = places(value)
             for fields in found:

@@ -66,7 +66,7 @@ class SharingHost(Protocol):
     _ids: IdSource
     _observers: Observers
     _turns: Turns
-    _catalogue_cache: tuple[bytes, Catalogue]
+    _catalogue_cache: tuple[bytes, Catalogue, int]
 
     def _take(self, turn: Turn, shares: bool = False) -> None: ...
 
