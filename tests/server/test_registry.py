@@ -68,6 +68,21 @@ def test_a_row_says_who_came_when_and_what_became_of_it(clock: ManualClock):
     assert (row.requests, row.bytes_in, row.bytes_out) == (3, 11, 22)
 
 
+def test_a_device_is_not_behind_what_it_wrote_itself_but_behind_what_others_wrote(
+    clock: ManualClock,
+):
+    book = registry(None, clock)
+    book.pulled(pull(HISTORY), 7)
+    for versions, cursor in (((8, 0, 9), 9), ((10, 12, 13), 10), ((14,), 10)):
+        results = [PushResult(Verdict.ACCEPTED if v else Verdict.CONFLICT, v) for v in versions]
+        said = PushResponse(results=results, collections=[], head=versions[-1], time=NOW_MS)
+        book.heard(push(HISTORY, 1), ADA, code=None, answer=said)
+        (row,) = book.devices("shop")
+        assert row.cursor == cursor
+    book.pulled(pull(HISTORY), 3)  # it was put back
+    assert book.devices("shop")[0].cursor == 3
+
+
 def test_rows_of_another_database_are_others(clock: ManualClock):
     book = registry(None, clock)
     book.heard(handshake("shop"), ADA, code=None)
@@ -239,7 +254,7 @@ def test_a_running_server_knows_its_devices_and_remembers_them(
             history = client.send(handshake(), **agent).message(HandshakeResponse).history
             client.send(push(history, 1, 2), **agent)
             (row,) = server.registry.devices("shop")
-            assert row.cursor == 0
+            assert row.cursor == 2  # nobody else has written
             client.send(pull(history), **agent)
             client.send(pull(history, cursor=2), **agent)
             client.send(pull(b"x" * 16), **agent)

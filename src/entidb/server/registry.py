@@ -36,8 +36,9 @@ _VERDICT_OF: Final = attrgetter("verdict")
 
 class DeviceRecord(Struct, omit_defaults=True):
     """A device in one database. Times are milliseconds since 1970; ``cursor`` is the newest commit
-    that it was given; ``error`` the code of the last answer that refused it; bytes are of bodies
-    as they crossed the network, ``bytes_in`` those that it sent."""
+    that it was given, or made itself right after that one; ``error`` the code of the last answer
+    that refused it; bytes are of bodies as they crossed the network, ``bytes_in`` those that it
+    sent."""
 
     device_id: str
     subject: str = ""
@@ -160,6 +161,7 @@ class Registry:
                 row.error, row.error_ms = code, now
             if answer is not None:
                 _count(row, answer)
+                _move(row, answer)
 
     def _row(self, request: SyncRequest) -> DeviceRecord:
         book = self._books.get(request.db_id)
@@ -343,6 +345,14 @@ def _believed(row: DeviceRecord, now_ms: int) -> DeviceRecord:
     row.first_ms, row.last_ms = min(row.first_ms, now_ms), min(row.last_ms, now_ms)
     row.error_ms = None if row.error_ms is None else min(row.error_ms, now_ms)
     return row
+
+
+def _move(row: DeviceRecord, answer: PushResponse) -> None:
+    """A device that was given everything before its own commits lacks nothing up to the last of
+    them."""
+    for result in answer.results:
+        if result.verdict == Verdict.ACCEPTED and result.version == row.cursor + 1:
+            row.cursor += 1
 
 
 def _merged(
