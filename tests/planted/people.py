@@ -97,6 +97,12 @@ def _logout_that_stays_in(garden: Garden) -> None:
     garden.replace(review, "sign_out", make)
 
 
+@bug("withdrawn-and-of-the-next-person", "ATTRIBUTED", knobs=_PEOPLE)
+def _withdrawn_and_of_the_next_person(garden: Garden) -> None:
+    """Who comes next has written what was withdrawn of the person before."""
+    garden.replace(signing, "has_discarded", lambda good: lambda snapshot, first, last: False)
+
+
 @bug("server-ignores-who-committed", "ATTRIBUTED", knobs=_PEOPLE)
 def _server_ignores_who_committed(garden: Garden) -> None:
     """A push of one person is taken with the token of another."""

@@ -717,3 +717,83 @@ def test_waiting_for_what_waits_for_another_person_ends_and_names_them(
     assert till.engine.fate(sequence).waits_for is None or till.engine.status().subject == "bob"
     till.engine.sync()
     assert hers in till.accepted
+
+
+# ---------------------------------------------------------------- whose it is that was withdrawn
+
+
+def withdrawn(till: Till, *numbers: int) -> None:
+    """Whoever is there changes each entity after another device did, and the server's side wins."""
+    for number in numbers:
+        till.server.database(DB_ID).collection("notes")[uid(number)] = "the server's"
+        till.put(number, f"{till.who}'s")
+    till.engine.sync()
+
+
+def listed(till: Till) -> list[tuple[str | None, str]]:
+    return [(each.subject, each.values()[0][2]) for each in till.engine.discarded()]
+
+
+def next_one(till: Till, who: str) -> None:
+    till.come(who)
+    till.restart()
+    till.engine.sync()
+
+
+def test_what_was_withdrawn_stays_theirs_who_wrote_it(till: Till) -> None:
+    till.engine.sync()
+    withdrawn(till, 1, 2)
+    assert listed(till) == [("alice", "alice's")] * 2
+    next_one(till, "bob")
+    withdrawn(till, 3)
+    assert listed(till) == [("alice", "alice's")] * 2 + [("bob", "bob's")]
+    assert (till.others, till.engine.synced()) == ({}, True)
+    next_one(till, "carol")
+    next_one(till, "alice")
+    withdrawn(till, 4)
+    whose = [("alice", "alice's")] * 2 + [("bob", "bob's"), ("alice", "alice's")]
+    assert listed(till) == whose
+    till.engine.logout("keep")
+    assert listed(till) == whose
+    next_one(till, "dave")
+    assert listed(till) == whose
+
+
+def test_what_is_forgotten_leaves_no_trace_of_its_person(till: Till) -> None:
+    till.engine.sync()
+    withdrawn(till, 1)
+    next_one(till, "bob")
+    assert [each.subject for each in till.engine.applier.state().others] == ["alice"]
+    till.engine.prune(till.engine.discarded()[0])
+    next_one(till, "carol")
+    assert till.engine.applier.state().others == []
+
+
+@pytest.mark.parametrize("how", ["discard", "take_over"])
+def test_who_leaves_or_is_followed_has_still_written_what_was_withdrawn(
+    till: Till, how: str
+) -> None:
+    till.engine.sync()
+    withdrawn(till, 1)
+    till.put(7, "alice's, and pending")
+    if how == "discard":
+        assert till.engine.logout("discard") == 1
+        assert listed(till) == [("alice", "alice's")]
+        next_one(till, "bob")
+    else:
+        next_one(till, "bob")
+        assert till.engine.take_over("alice") == 1
+        till.engine.sync()
+        assert till.on_server()[7] == "alice's, and pending"
+    withdrawn(till, 2)
+    assert listed(till) == [("alice", "alice's"), ("bob", "bob's")]
+    assert till.others == {}
+
+
+def test_where_nobody_is_named_what_was_withdrawn_is_nobodys() -> None:
+    till = Till(names=False)
+    till.engine.sync()
+    withdrawn(till, 1)
+    assert listed(till) == [(None, "alice's")]
+    till.engine.close()
+    till.server.close()

@@ -421,7 +421,8 @@ def _overruled_document(each: OverruledValue) -> dict[str, Any]:
 
 def _discarded_lines(each: DiscardedTransaction) -> Iterator[str]:
     when = time_text(each.at_ms)
-    yield f"{id_text(each.id)}  withdrawn {when} [{code_text(each.code)}]"
+    whose = "" if each.subject is None else f" of {one_line(each.subject)}"
+    yield f"{id_text(each.id)}{whose}  withdrawn {when} [{code_text(each.code)}]"
     yield f"  why: {one_line(each.message)}"
     values = each.values()
     for name, entity_id, value in values[:_OPERATIONS_SHOWN]:
@@ -442,6 +443,7 @@ def _discarded_document(each: DiscardedTransaction) -> dict[str, Any]:
     return {
         "transaction": str(each.id),
         "sequence": each.sequence,
+        "subject": each.subject,
         "time_ms": ms_from_timestamp(each.timestamp),
         "withdrawn_ms": each.at_ms,
         "code": each.code,

@@ -63,7 +63,9 @@ class DiscardedTransaction(Struct, frozen=True):
 
     ``operations`` are (collection, id bytes, payload or None); ``lost_to`` are (collection, id
     bytes, version, device id, timestamp, payload or None) of the server states that won.
-    ``code`` is ``conflict``, ``depends``, or the server's refusal.
+    ``code`` is ``conflict``, ``depends``, or the server's refusal. ``subject`` is who committed it,
+    or has taken it over: the person or account of the token (R36); None where no server has named
+    anybody.
     """
 
     sequence: int
@@ -74,6 +76,7 @@ class DiscardedTransaction(Struct, frozen=True):
     operations: list[list[Any]]
     lost_to: list[list[Any]]
     at_ms: int
+    subject: str | None = None  # not of the record: what the device knows of ranges of commits
 
     @property
     def id(self) -> uuid.UUID:

@@ -1,9 +1,10 @@
 """Whose work waits on a device: which pending transactions were committed under which subject, the
-person or account that a token is for (R36).
+person or account that a token is for, and whose what was withdrawn is (R36).
 
 What is pushed goes under the subject that committed it. A device that changes hands keeps what is
 pending for the one before, and pushes it when they are back. Nothing is stored with a transaction:
-ranges of local commits belong to others, and the rest to who syncs now. Here is what they are, and
+ranges of local commits belong to others, for as long as something of them is pending or listed as
+discarded, and the rest to who syncs now. Here is what they are, and
 what is built on them; what changes them is ``sync``'s (``sync.apply.signing``).
 """
 
@@ -13,10 +14,12 @@ import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from entidb.db.outbox import scan_ready_rows
+from msgspec.structs import replace
+
+from entidb.db.outbox import DiscardedTransaction, read_discarded, scan_ready_rows
 from entidb.db.pending import decode_pending
-from entidb.db.records import HELD, READY, sequence_key
-from entidb.db.replica import OtherWork, ReplicaState
+from entidb.db.records import DISCARDED, HELD, READY, sequence_key, sequence_of
+from entidb.db.replica import OtherWork, ReplicaState, ranges_of
 from entidb.db.writer import Writer
 from entidb.storage import Snapshot
 from entidb.types import SEQUENCE_MAX
@@ -49,10 +52,30 @@ def own_gaps(others: Sequence[OtherWork], last: int) -> list[tuple[int, int]]:
 
 def has_pending(snapshot: Snapshot, first: int, last: int) -> bool:
     """Whether a transaction of these commits is in the outbox, ready or held."""
-    return any(
-        snapshot.scan_keys(sequence_key(kind, first), sequence_key(kind, last) + b"\0", limit=1)
-        for kind in (READY, HELD)
-    )
+    return any(_keys(snapshot, kind, first, last, 1) for kind in (READY, HELD))
+
+
+def has_discarded(snapshot: Snapshot, first: int, last: int) -> bool:
+    """Whether a transaction of these commits was withdrawn and is listed (R4)."""
+    return bool(_keys(snapshot, DISCARDED, first, last, 1))
+
+
+def only_discarded(snapshot: Snapshot, work: OtherWork) -> list[OtherWork]:
+    """The parts of ``work`` of which something is listed as discarded."""
+    found = [sequence_of(key) for key in _keys(snapshot, DISCARDED, work.first, work.last, None)]
+    return [OtherWork(first, last, work.subject) for first, last in ranges_of(found)]
+
+
+def _keys(snapshot: Snapshot, kind: bytes, first: int, last: int, limit: int | None) -> list[bytes]:
+    start, stop = sequence_key(kind, first), sequence_key(kind, last) + b"\0"
+    return snapshot.scan_keys(start, stop, limit=limit)
+
+
+def discarded_of(view: Writer) -> list[DiscardedTransaction]:
+    """Withdrawn transactions, oldest first, each with whose it is."""
+    state = view.sync_state
+    found = read_discarded(view.snapshot)
+    return [replace(each, subject=subject_of(state, each.sequence)) for each in found]
 
 
 def count_others(snapshot: Snapshot, state: ReplicaState) -> dict[str, int]:
@@ -127,8 +150,11 @@ __all__ = [
     "Behind",
     "awaited_subject",
     "count_others",
+    "discarded_of",
+    "has_discarded",
     "has_pending",
     "is_others",
+    "only_discarded",
     "own_gaps",
     "roots_of",
     "sendable",

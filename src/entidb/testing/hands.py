@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from entidb.db.outbox import DiscardedTransaction
 from entidb.db.pending import decode_pending
 from entidb.db.records import HELD, META_SYNC, READY
 from entidb.protocol import PushRequest, PushResponse, Verdict
@@ -44,6 +45,16 @@ class Authors:
                     f"accepted from {subject!r}",
                 )
 
+    def check_listed(self, entry: DiscardedTransaction, name: str) -> None:
+        """ATTRIBUTED: what is listed as withdrawn names who committed it."""
+        known = self._by.get(entry.transaction_id)
+        if entry.subject is not None and known is not None:
+            self._checks.that(
+                entry.subject in known,
+                "ATTRIBUTED",
+                f"{name} lists {entry.id.hex[:8]} of {sorted(known)} as {entry.subject!r}'s",
+            )
+
 
 class Hands:
     """Of one device, over all of its processes."""
@@ -72,6 +83,10 @@ class Hands:
             if key[0] in _OUTBOX and value is not None:
                 pending = decode_pending(key, value)
                 self._ledger.note(pending.transaction_id, self.signed or self.who)
+
+    def listed(self, entry: DiscardedTransaction) -> None:
+        """The device lists what was withdrawn."""
+        self._ledger.check_listed(entry, self._name)
 
     def found(self, records: Mapping[bytes, bytes]) -> None:
         """This is what the device has now."""

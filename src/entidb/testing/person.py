@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from entidb.db import OverruledValue
-from entidb.db.subjects import sendable
+from entidb.db.subjects import count_others, sendable
 from entidb.errors import ConflictError
 from entidb.sync import Conflict, ConflictResolution
 from entidb.sync.drive import Drive
@@ -76,7 +76,7 @@ class Person:
     def let_in_who_waits(self) -> None:
         """Somebody whose work waits comes and syncs, when whoever is there has nothing to push."""
         with self.engine.database.view() as view:
-            waiting = {each.subject for each in view.sync_state.others}
+            waiting = set(count_others(view.snapshot, view.sync_state))
             busy = sendable(view, view.sync_state)
         if waiting and not busy and self.drive is None:
             self.sign_out(self.hands.one_of(waiting))
@@ -114,6 +114,8 @@ class Person:
             "SURFACED-ONCE",
             f"{self.name} lists other conflicts or discarded transactions than it has",
         )
+        for entry in discarded:
+            self.hands.listed(entry)
         if conflicts and (not discarded or self.rng.random() < 0.7):
             conflict = self.rng.choice(conflicts)
             if self._decide_late():

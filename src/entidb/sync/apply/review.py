@@ -14,11 +14,11 @@ from msgspec.structs import replace
 from entidb.db import Database, machine, overruled
 from entidb.db.fields import with_field
 from entidb.db.local import Writes
-from entidb.db.outbox import DiscardedTransaction, discard_key, read_discarded, read_pending
+from entidb.db.outbox import DiscardedTransaction, discard_key, read_pending
 from entidb.db.overruled import OverruledValue, read_overruled
 from entidb.db.pending import PendingTransaction
 from entidb.db.records import CONFLICT, conflict_key, end_of, split_numbered_key
-from entidb.db.subjects import count_others
+from entidb.db.subjects import count_others, discarded_of
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, ConflictError
 from entidb.sync.apply.conflict_rows import decode_conflict
@@ -110,9 +110,9 @@ class Review:
     # ------------------------------------------------------------ discarded and overruled (R4)
 
     def discarded(self) -> list[DiscardedTransaction]:
-        """Withdrawn transactions, oldest first."""
+        """Withdrawn transactions, oldest first, each with whose it is."""
         with self.database.view() as view:
-            return read_discarded(view.snapshot)
+            return discarded_of(view)
 
     def overruled(self) -> list[OverruledValue]:
         """Values that a policy or a person decided against, from either side, oldest first."""

@@ -13,7 +13,13 @@ from entidb.db.outbox import read_pending
 from entidb.db.pending import PendingTransaction
 from entidb.db.records import DISCARDED, sequence_key
 from entidb.db.replica import OtherWork, ReplicaState
-from entidb.db.subjects import has_pending, is_others, own_gaps
+from entidb.db.subjects import (
+    has_discarded,
+    has_pending,
+    is_others,
+    only_discarded,
+    own_gaps,
+)
 from entidb.db.writer import Writer
 from entidb.errors import SyncStateError
 from entidb.sync.apply.position import remember_doubt
@@ -81,14 +87,17 @@ def withdraw_own(writer: Writer, rebase: Rebase, export: Export | None) -> int:
         # The person has said that nothing of it is to stay here.
         writer.delete(sequence_key(DISCARDED, transaction.sequence))
     writer.head.discarded -= len(roots)
-    _set(writer, replace(writer.sync_state, subject=None))
+    _set(writer, replace(writer.sync_state, subject=None, others=_with_listed(writer)))
     return len(roots)
 
 
 def hand_over(writer: Writer, subject: str) -> None:
-    """What was committed under ``subject`` is the present subject's from now on."""
+    """What waits for ``subject`` is the present subject's from now on. What was withdrawn before
+    stays theirs who wrote it."""
     state = writer.sync_state
-    left = [each for each in state.others if each.subject != subject]
+    left: list[OtherWork] = []
+    for each in state.others:
+        left += only_discarded(writer.snapshot, each) if each.subject == subject else [each]
     _set(writer, replace(state, others=left))
 
 
@@ -103,12 +112,31 @@ def _has_own(writer: Writer, state: ReplicaState) -> bool:
 
 
 def _with_own(writer: Writer, state: ReplicaState, subject: str) -> list[OtherWork]:
-    """The ranges of others, with those of ``subject``, who had all the rest until now. A range in
-    which nothing waits is left out."""
-    gaps = own_gaps(state.others, writer.head.sequence)
-    own = [OtherWork(first, last, subject) for first, last in gaps]
+    """The ranges of others, with those of ``subject``, who had all the rest until now. A range of
+    which nothing waits, and nothing is listed as discarded, is left out."""
+    own = _own_work(writer, state, subject)
     each = sorted([*state.others, *own], key=lambda one: one.first)
-    return [one for one in each if has_pending(writer.snapshot, one.first, one.last)]
+    return [
+        one
+        for one in each
+        if has_pending(writer.snapshot, one.first, one.last)
+        or has_discarded(writer.snapshot, one.first, one.last)
+    ]
+
+
+def _with_listed(writer: Writer) -> list[OtherWork]:
+    """The ranges of others, with what was withdrawn of the present subject before this commit."""
+    state = writer.sync_state
+    others = list(state.others)
+    if state.subject is not None:
+        for each in _own_work(writer, state, state.subject):
+            others += only_discarded(writer.snapshot, each)
+    return sorted(others, key=lambda one: one.first)
+
+
+def _own_work(writer: Writer, state: ReplicaState, subject: str) -> list[OtherWork]:
+    gaps = own_gaps(state.others, writer.head.sequence)
+    return [OtherWork(first, last, subject) for first, last in gaps]
 
 
 def _set(writer: Writer, state: ReplicaState) -> None:
