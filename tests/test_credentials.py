@@ -104,7 +104,7 @@ def test_a_credential_is_written_for_its_owner_alone(tmp_path: Path) -> None:
     assert read_token(path) == TOKEN
     if os.name == "posix":
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with pytest.raises(ConfigError, match="there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         write_credential(path, "other", replace=False)
     assert read_token(path) == TOKEN
     write_credential(path, "other", replace=True)

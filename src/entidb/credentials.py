@@ -87,7 +87,9 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
     target = Path(path)
     try:
         if not replace and os.path.lexists(target):
-            raise ConfigError(f"{target} is there already, and is not overwritten: remove it first")
+            raise ConfigError(
+                f"{target} exists already, and is not overwritten: remove it first", code="exists"
+            )
         # mkstemp makes files that only their owner can read.
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:

@@ -396,3 +396,21 @@ def test_certificates_that_end_have_another_name_or_are_nobodys_are_found(tmp_pa
 def test_authorities_that_cannot_be_read_are_said(tmp_path: Path) -> None:
     line = failed(entidb("doctor", "https://localhost", "--ca-file", tmp_path), 2, "invalid_config")
     assert "--ca-file" in line
+
+
+def test_a_directory_for_backups_that_is_not_there_yet_is_something_to_check(tmp_path: Path):
+    place = tmp_path / "data"
+    place.mkdir()
+    secret = tmp_path / "secret"
+    done("secret", "--out", secret)
+    given = ("--", "--secret-file", secret)
+    none = asked(place, *given)["backups"]
+    assert (none["state"], "here" in none["change"]) == ("warning", True)
+    new = tmp_path / "new" / "backups"
+    found = asked(place, *given, "--backup-dir", new)["backups"]
+    assert (found["state"], f"{new} is not there" in found["says"]) == ("warning", True)
+    assert not new.parent.exists()
+    (tmp_path / "file").write_text("mine")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "backups"):
+        found = asked(place, *given, "--backup-dir", wrong, code=9)["backups"]
+        assert found["state"] == "problem", wrong

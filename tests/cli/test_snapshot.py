@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from entidb import packing
 from entidb.cli.exits import Exit
 from entidb.db import Database, Role
 from entidb.db.maintenance import verify
@@ -231,6 +232,20 @@ def test_a_file_that_is_no_snapshot_leaves_an_empty_database(server: Path, tmp_p
             assert device.read_head().sequence == 0
     target.write_bytes(data)
     done("init", tmp_path / "device3", "--from", target)
+
+
+@pytest.mark.skipif("zstd" not in packing.ENCODINGS, reason="needs the extra zstd")
+def test_a_snapshot_that_this_program_cannot_unpack_says_what_is_missing(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "shop.snapshot"
+    done("snapshot", server, target)
+    monkeypatch.setattr(packing, "ENCODINGS", ("gzip",))
+    said = failed(entidb("init", tmp_path / "device", "--from", target), Exit.USAGE, "usage")
+    assert 'pip install "entidb[zstd]"' in said and "is empty" in said
+    assert "anew" not in said  # there is nothing wrong with the file
+    monkeypatch.undo()
+    done("init", tmp_path / "device", "--from", target)
 
 
 def test_a_snapshot_that_is_not_there_is_said(tmp_path: Path):

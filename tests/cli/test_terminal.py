@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from entidb.cli.exits import Exit
+from entidb.cli.output import one_line
 from entidb.db import Database
 from entidb.server import ServerConfig, SyncServer, serving
 from tests.cli.support import TIMEOUT_S, command, done, environment, put
@@ -214,3 +215,13 @@ def test_the_lines_of_a_watch_for_programs_are_nothing_but_json(tmp_path: Path):
     row = json.loads(first)
     assert (row["live"], row["live_since_ms"], row["heard_ms"]) == ("offline", None, None)
     assert "\x1b[2K" not in said
+
+
+def test_a_long_name_in_a_message_leaves_room_for_what_is_said_of_it():
+    said = one_line(f"{'x' * 5000!r} is no collection, and {'y z ' * 900!r} neither: look again")
+    assert len(said) < 400
+    assert said.startswith("'xxx") and said.endswith(" neither: look again")
+    assert "xxx' is no collection, and 'y z" in said
+    path = "/" + "deep/" * 60
+    assert one_line(f"cannot read {path}") == f"cannot read {path}"
+    assert len(one_line("a b " * 50_000)) == 1000

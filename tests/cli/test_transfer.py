@@ -634,3 +634,19 @@ def test_a_cell_that_is_never_closed_is_said_to_take_the_rest_of_the_file(shop: 
     result = csv_import(shop, rows, "--skip-bad")
     assert result.exit_code == 0 and "rest of the file" in result.stderr
     assert "written twice" in failed(csv_import(shop, 'a\n"x"y\n'), 11, "invalid_input")
+
+
+def test_a_misspelt_column_of_an_export_is_seen(tmp_path: Path):
+    shop = tmp_path / "shop"
+    done("put", shop, "stock", '{"name": "cup", "price": 3}')
+    result = entidb("export", shop, "stock", "--format", "csv", "--fields", "$id,nmae,price,name")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == "$id,nmae,price,name"
+    assert "'nmae'" in result.stderr and "'name'" in result.stderr and "price" not in result.stderr
+    far = entidb("export", shop, "stock", "--format", "csv", "--fields", "weight")
+    assert "'weight'" in far.stderr and "name, price" in far.stderr
+    right = entidb("export", shop, "stock", "--format", "csv", "--fields", "name")
+    assert (right.exit_code, right.stderr) == (0, "")
+    said = failed(entidb("export", shop, "stock", "--fields", "name"), 2, "usage")
+    assert "--format csv" in said
+    failed(entidb("export", shop, "stock", "--format", "csv", "--fields", "name,"), 2, "usage")

@@ -19,7 +19,7 @@ import pytest
 from entidb.cli.exits import Exit
 from entidb.cli.summary import document as summary_document
 from entidb.cli.summary import lines
-from entidb.db import Database
+from entidb.db import Database, Role
 from entidb.errors import (
     CommitUnknownError,
     CorruptionError,
@@ -34,6 +34,7 @@ from entidb.errors import (
 )
 from entidb.protocol import PushRequest
 from entidb.server import Refusal, ServerConfig, mint_token, serving
+from entidb.server.config import directory_name
 from entidb.storage import LmdbStorage
 from entidb.sync import SyncCycleResult, SyncStatus
 from tests.cli.support import document, documents, done, entidb, failed, put
@@ -51,8 +52,8 @@ def shop(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- values and rows
 
 
-def test_a_value_file_that_cannot_be_read_is_a_usage_error(shop: Path, tmp_path: Path):
-    said = failed(entidb("put", shop, "notes", f"@{tmp_path / 'none'}"), Exit.USAGE, "usage")
+def test_a_value_file_that_is_not_there_is_as_one_of_rows(shop: Path, tmp_path: Path):
+    said = failed(entidb("put", shop, "notes", f"@{tmp_path / 'none'}"), Exit.NOT_FOUND, "no_file")
     assert "cannot read" in said
     assert done("list", shop, "notes").count("\n") == 1
 
@@ -205,8 +206,8 @@ def test_a_secret_and_a_token_are_made_for_their_owner_alone(tmp_path: Path):
     for path in (secret, token):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
     assert len(secret.read_text().strip()) == 64
-    said = failed(entidb("secret", "-o", secret), Exit.USAGE, "invalid_config")
-    assert "there already" in said
+    said = failed(entidb("secret", "-o", secret), Exit.USAGE, "exists")
+    assert "exists already" in said
     assert done("secret") != done("secret")
 
 
@@ -685,3 +686,43 @@ def test_a_value_from_an_empty_input_is_said_to_be_missing(tmp_path: Path):
 def test_a_limit_larger_than_any_list_is_no_limit(tmp_path: Path):
     done("put", tmp_path / "s", "c", "1")
     assert len(done("list", tmp_path / "s", "c", "--limit", 10**30).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "dangling"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("backup", "DEVICE", "TARGET"),
+        ("backup", "SERVER", "TARGET"),
+        ("copy", "DEVICE", "TARGET"),
+        ("copy", "SERVERS", "TARGET"),
+        ("snapshot", "SERVER", "TARGET"),
+        ("logout", "DEVICE", "--pending", "export", "--file", "TARGET"),
+        ("secret", "--out", "TARGET"),
+    ],
+    ids=lambda command: "-".join(command[:2]).lower(),
+)
+def test_nothing_is_written_over_and_one_code_says_so(
+    tmp_path: Path, command: tuple[str, ...], kind: str
+):
+    done("put", tmp_path / "device", "stock", "1")
+    server = tmp_path / "servers" / directory_name("shop")
+    with Database.open(server, role=Role.SERVER) as database:
+        database.collection("stock").add(1)
+    target = tmp_path / "target"
+    if kind == "file":
+        target.write_text("mine")
+    elif kind == "directory":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    places = {
+        "DEVICE": tmp_path / "device",
+        "SERVER": server,
+        "SERVERS": tmp_path / "servers",
+        "TARGET": target,
+    }
+    said = failed(entidb(*(places.get(each, each) for each in command)), Exit.USAGE, "exists")
+    assert "target exists already" in said
+    assert target.is_symlink() or target.is_dir() or target.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from entidb.errors import DatabaseClosedError, StorageError, StorageUnreachableError
+from entidb.errors import ConfigError, DatabaseClosedError, StorageError, StorageUnreachableError
 from entidb.storage.postgres import PostgresStorage, node, pulse
 from entidb.storage.postgres import pool as pool_module
 from entidb.storage.postgres.failures import storage_error
@@ -85,6 +85,23 @@ def test_what_a_server_says_that_refuses_a_connection_is_said_in_words(
     ours = storage_error(error, "opening it")
     assert re.search(words, str(ours))
     assert isinstance(ours, StorageUnreachableError)  # it may pass: devices are told to come again
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("127.0.0.1:99999/x", 'invalid port number: "99999"'),
+        ("127.0.0.1:1,127.0.0.1:0/x", 'invalid port number: "0"'),
+        ("127.0.0.1:1/x?sslmode=nope", 'invalid sslmode value: "nope"'),
+        ("127.0.0.1:1/x?connect_timeout=soon", "bad value for connect_timeout"),
+        ("127.0.0.1:1/x?ssl_min_protocol_version=a", 'ssl_min_protocol_version" value'),
+    ],
+)
+def test_an_address_that_cannot_be_is_not_a_server_that_cannot_be_reached(
+    place: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"the address is wrong.*{words}"):
+        PostgresStorage.open(f"postgresql://{place}", "shop")
 
 
 def test_what_is_wrong_with_an_address_is_named(own: Cluster) -> None:

@@ -12,6 +12,7 @@ from entidb.cli.values import print_json
 from entidb.cli.words import is_database
 from entidb.db import Database
 from entidb.errors import ProtocolError, SyncStateError
+from entidb.protocol.segments import UnknownPackingError
 
 
 def begin_command(
@@ -40,11 +41,15 @@ def begin_command(
                 begun = begin_from(database, file, **chosen)
             except SyncStateError as error:
                 raise UsageError(f"{path}: {error.message}", code="exists") from error
+            except UnknownPackingError as error:
+                raise UsageError(
+                    f"{source}: {error.message}. The database in {path} {_left(existed)}"
+                ) from error
             except ProtocolError as error:
-                left = "is as it was" if existed else "is empty"
                 raise UsageError(
                     f"{source} cannot be used: {error.message}; copy it again, or make it anew "
-                    f"with `entidb snapshot`. The database in {path} {left}"
+                    f"with `entidb snapshot`. The database in {path} "
+                    f"{_left(existed)}"
                 ) from error
             device_id = database.device_id.hex()
     manifest, report = begun.manifest, begun.report
@@ -67,6 +72,10 @@ def begin_command(
         say(f"{path} begins with {count} as of commit {manifest.head:,}; sync it for the rest")
         for line in rebased(report):
             say(line)
+
+
+def _left(existed: bool) -> str:
+    return "is as it was" if existed else "is empty"
 
 
 def _opened(source: str) -> IO[bytes]:

@@ -172,8 +172,6 @@ def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool)
             "TARGET is a directory; `entidb copy` copies a database to PostgreSQL, with its history"
         )
     with opened(bound.path, read_only=True) as database:
-        if Path(target).exists():
-            raise UsageError(f"{target} exists already: name a new directory", code="exists")
         database.backup(target)
     size = sum(each.stat().st_size for each in Path(target).iterdir())
     if as_json:

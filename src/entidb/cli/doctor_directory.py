@@ -195,9 +195,16 @@ def _open_files(config: ServerConfig) -> Iterator[Finding]:
 
 def _backups(directory: Path, config: ServerConfig) -> Iterator[Finding]:
     if config.backup_dir is None:
-        yield warning("backups", "there are none", "set --backup-dir and --backup-every-s")
+        says = "with these settings there are none"
+        change = "set --backup-dir and --backup-every-s, or give them here as the server has them"
+        yield warning("backups", says, change)
         return
     place = Path(config.backup_dir)
+    if not os.path.lexists(place) and _can_be_made(place):
+        # That of a server that has made no backup yet looks the same as a misspelt one.
+        says = f"{place} is not there; the server makes it with its first backup"
+        yield warning("backups", says, "check that this is the directory that is meant")
+        return
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         says = f"{place} is not a directory that this user can write"
         yield problem("backups", says, "make it, and chown it to the user of the server")
@@ -216,6 +223,12 @@ def _backups(directory: Path, config: ServerConfig) -> Iterator[Finding]:
         yield problem("backups", says, "`entidb admin tasks` and the server's log say why")
     else:
         yield ok("backups", "those of every database are young enough")
+
+
+def _can_be_made(place: Path) -> bool:
+    """Whether this user may make it, and what is missing above it."""
+    there = next((each for each in place.absolute().parents if os.path.lexists(each)), None)
+    return there is not None and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _late(directory: Path, place: Path, every_s: float) -> list[str]:

@@ -113,6 +113,7 @@ _BY_CODE: Final[dict[str, Exit]] = {
     "cannot_bind": Exit.NETWORK,
     "conflict_gone": Exit.NOT_FOUND,
     "discarded_gone": Exit.NOT_FOUND,
+    "exists": Exit.USAGE,
     "no_database": Exit.NOT_FOUND,
     "reset_required": Exit.UNRESOLVED,
 }

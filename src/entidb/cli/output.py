@@ -29,6 +29,14 @@ _UNSAFE: Final = re.compile(
 )
 #: Characters of an error's message and of its code that reach a terminal.
 MESSAGE_MAX: Final = 1000
+#: And of a name or another word in one that is longer than that; more than most paths have.
+_WORD_MAX: Final = 120
+#: Characters that are looked at; what says more is cut.
+_READ_MAX: Final = 64 * 1024
+#: What a message quotes, and what has no space in it.
+_LONG: Final = re.compile(
+    rf"(?<!\w)'[^']{{{_WORD_MAX},}}'|\"[^\"]{{{_WORD_MAX},}}\"|\S{{{_WORD_MAX},}}"
+)
 CODE_MAX: Final = 64
 #: Columns below which ids are shortened.
 NARROW: Final = 80
@@ -45,11 +53,19 @@ def safe(text: str) -> str:
 
 def one_line(text: str, characters_max: int = MESSAGE_MAX) -> str:
     """``text``, as a server or a file may have written it, as one line that is safe to show: no
-    longer than ``characters_max``."""
+    longer than ``characters_max``. In a longer one what is quoted is shortened first, so that what
+    is said of it is still there."""
     # Cut first: what is thrown away need not be split and escaped.
-    line = safe(" ".join(text[: 2 * characters_max].split()))
-    cut = len(line) > characters_max or len(text) > 2 * characters_max
+    line = safe(" ".join(text[:_READ_MAX].split()))
+    if len(line) > characters_max:
+        line = _LONG.sub(lambda found: _shortened(found[0]), line)
+    cut = len(line) > characters_max or len(text) > _READ_MAX
     return line[: characters_max - 1] + "…" if cut else line
+
+
+def _shortened(word: str) -> str:
+    """Its beginning and its end."""
+    return f"{word[: _WORD_MAX - 40]}…{word[-39:]}"
 
 
 def code_text(code: str) -> str:

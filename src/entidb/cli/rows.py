@@ -459,11 +459,15 @@ class CsvWriter:
         self._buffer = io.StringIO()
         self._add = csv.writer(self._buffer, delimiter=delimiter, lineterminator="\n").writerow
         self._columns = columns
+        #: Columns that no row has had.
+        self.empty = set(columns[1:])
         self._add(columns)
 
     def add(self, entity_id: str, row: dict[str, Any]) -> None:
         """A record: the id, and the fields of ``row`` that have a column."""
         get = row.get
+        if self.empty:
+            self.empty.difference_update(row)
         self._add([entity_id, *[cell_text(get(name)) for name in self._columns[1:]]])
         if self._buffer.tell() > _BUFFER_CHARACTERS:
             self.flush()

@@ -26,8 +26,6 @@ def snapshot_command(words: tuple[str, ...], directory: str | None, as_json: boo
 
     bound = bind(words, directory, "FILE", or_store=True)
     target = not_empty("FILE", bound["FILE"])
-    if Path(target).exists():
-        raise UsageError(f"{target} exists already: name a new file", code="exists")
     with opened(bound.path, read_only=True) as database:
         if database.role is not Role.SERVER:
             raise UsageError(

@@ -19,7 +19,7 @@ import click
 from entidb import cbor
 from entidb.cli.exits import InputError, NotFoundError, UsageError
 from entidb.cli.loading import Import, by_field, by_key
-from entidb.cli.output import Bar, note, plural, progress, say
+from entidb.cli.output import Bar, note, one_line, plural, progress, say
 from entidb.cli.rows import (
     ID_FIELD,
     Bad,
@@ -241,21 +241,26 @@ def export_command(
     if output == "":
         raise UsageError("--output is empty: name a file, or leave it out for standard output")
     chosen = _format_of(kind, output)
+    if chosen != "csv" and (fields is not None or delimiter is not None):
+        raise UsageError("--fields and --delimiter are for CSV: add --format csv")
     if as_json and output in (None, "-"):
         raise UsageError("--json is about the summary; give --output for the rows")
     with opened(bound.path, read_only=True) as database:
         collection = existing_collection(database, bound["COLLECTION"])
         with database.snapshot() as snapshot:
             source = snapshot.collection(collection.name)
+            empty: list[str] = []
             with _target(output) as raw, progress("exporting", len(source)) as bar:
                 if chosen == "csv":
-                    columns = None if fields is None else fields.split(",")
+                    columns = None if fields is None else _chosen_fields(fields, id_field)
                     if columns is None:
                         columns = _all_fields(source, id_field, database)
                     between = _delimiter(delimiter, output)
-                    count = _export_csv(source, raw, id_field, columns, between, bar)
+                    count, empty = _export_csv(source, raw, id_field, columns, between, bar)
                 else:
                     count = _export_ndjson(source, raw, id_field, bar)
+            if empty and count:
+                _warn_of_empty(empty, list(_fields_of(source)))
     if as_json:
         print_json({"collection": collection.name, "rows": count, "output": output})
     elif output not in (None, "-"):
@@ -329,7 +334,8 @@ def _export_csv(
     columns: list[str],
     delimiter: str,
     bar: Bar,
-) -> int:
+) -> tuple[int, list[str]]:
+    """How many rows, and which columns no entity has a field for."""
     writer = CsvWriter(raw, [id_field, *columns], delimiter)
     count = 0
     for raw_id, payload in source.payloads():
@@ -339,23 +345,46 @@ def _export_csv(
         if count % _SHOW_EVERY == 0:
             bar.reach(count)
     writer.flush()
-    return count
+    return count, [name for name in columns if name in writer.empty]
+
+
+def _chosen_fields(fields: str, id_field: str) -> list[str]:
+    """The columns beside the id, which is the first one whether it is named or not."""
+    names = fields.split(",")
+    if "" in names:
+        raise UsageError("--fields is names with a comma between them; one of them is empty")
+    return [name for name in dict.fromkeys(names) if name != id_field]
+
+
+def _warn_of_empty(empty: list[str], fields: list[str]) -> None:
+    """Of what may be a misspelt name, and of what no entity has yet."""
+    from difflib import get_close_matches  # which most commands have no use for
+
+    for name in empty:
+        near = get_close_matches(name, fields, 1)
+        meant = f"is {near[0]!r} meant?" if near else f"there are {', '.join(fields[:20])}"
+        note(one_line(f"warning: no entity has a field {name!r}, so its column is empty: {meant}"))
 
 
 def _all_fields(source: ReadCollection[Any], id_field: str, database: Database) -> list[str]:
     """A first walk over all entities, because the header comes before the last row is known. The
     fields are in the order of the file from which they were imported, where that is known."""
-    found: dict[str, None] = {}
-    for raw_id, payload in source.payloads():
-        value = cbor.decode_trusted(payload)
-        if type(value) is not dict or not value.keys() <= found.keys():
-            found.update(dict.fromkeys(_map_of(_id_text(raw_id), value)))
+    found = _fields_of(source)
     if id_field in found:
         raise UsageError(
             f"entities have a field {id_field!r} themselves: choose another --id-field"
         )
     known = [name for name in column_order(database, source.name) if name in found]
     return list(dict.fromkeys([*known, *found]))
+
+
+def _fields_of(source: ReadCollection[Any]) -> dict[str, None]:
+    found: dict[str, None] = {}
+    for raw_id, payload in source.payloads():
+        value = cbor.decode_trusted(payload)
+        if type(value) is not dict or not value.keys() <= found.keys():
+            found.update(dict.fromkeys(_map_of(_id_text(raw_id), value)))
+    return found
 
 
 def _map_of(entity_id: str, value: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import click
 
-from entidb.cli.exits import InputError
+from entidb.cli.exits import InputError, NotFoundError
 from entidb.cli.output import say
 from entidb.db.json_values import BYTES, ESCAPED, dump
 
@@ -90,7 +90,7 @@ def read_value(given: str) -> Any:
         try:
             return parse(_text(path.read_bytes(), str(path)))
         except OSError as error:
-            raise click.UsageError(f"cannot read {path}: {error.strerror}") from error
+            raise NotFoundError(f"cannot read {path}: {error.strerror}", code="no_file") from error
     try:
         return parse(given)
     except InputError as error:

@@ -119,6 +119,10 @@ def decode_header(data: bytes) -> tuple[SegmentHeader, int]:
     return header, begin
 
 
+class UnknownPackingError(SyncCodecError):
+    """A segment that may be as good as any, and that this program has no package to unpack."""
+
+
 def _check_header(header: SegmentHeader) -> None:
     least = ROW_BYTES * header.rows
     most = SEGMENT_BYTES_MAX if header.rows > 1 else LIMITS.message_bytes_max
@@ -127,7 +131,8 @@ def _check_header(header: SegmentHeader) -> None:
     if header.first > header.last or (header.rows == 1) != (header.first == header.last):
         raise SyncCodecError(f"a segment of {header.rows} rows does not have these ids at its ends")
     if header.packing not in (PLAIN, *packing.ENCODINGS):
-        raise SyncCodecError(f"this program cannot unpack {header.packing!r:.40}")
+        with_extra = ': pip install "entidb[zstd]"' if header.packing == "zstd" else ""
+        raise UnknownPackingError(f"this program cannot unpack {header.packing!r:.40}{with_extra}")
 
 
 def decode_segment(data: bytes) -> tuple[SegmentHeader, SegmentColumns]:
@@ -203,6 +208,7 @@ __all__ = [
     "VERSION",
     "SegmentColumns",
     "SegmentHeader",
+    "UnknownPackingError",
     "decode_header",
     "decode_segment",
     "encode_segment",

@@ -8,6 +8,7 @@ from pathlib import Path
 from entidb import packing
 from entidb.db import Database
 from entidb.db.maintenance import read_floor
+from entidb.errors import StorageError
 from entidb.protocol import Manifest, SegmentInfo
 from entidb.protocol.archives import write_archive
 from entidb.server.hooks import Grant
@@ -22,10 +23,11 @@ _ALL = Grant("snapshot", read=True, write=False)
 
 def write_snapshot(database: Database, target: str | os.PathLike[str]) -> Manifest:
     """Write ``target``, whole or not at all, from one snapshot of a server's database; until it is
-    there it needs twice its room. What it holds is in the manifest. A file there is replaced.
-    Raises ``DatabaseLockedError`` where another snapshot to that place is under way, and
-    ``StorageError``."""
+    there it needs twice its room. What it holds is in the manifest. Raises ``DatabaseLockedError``
+    where another snapshot to that place is under way, and ``StorageError``, code ``exists`` where
+    there is something."""
     where = os.path.abspath(target)
+    _check_new(where)
     try:
         remove_dead(os.path.dirname(where))  # which is as much as the database
         return _write(database, where)
@@ -54,8 +56,15 @@ def _write(database: Database, where: str) -> Manifest:
             write_archive(file, manifest, read)
             file.flush()
             os.fsync(file.fileno())
+        # Meanwhile another snapshot to the same place may have come to its end.
+        _check_new(where)
         partial.finish()
     return manifest
+
+
+def _check_new(where: str) -> None:
+    if os.path.lexists(where):
+        raise StorageError(f"{where} exists already; name a new file", code="exists")
 
 
 def _nothing() -> None:

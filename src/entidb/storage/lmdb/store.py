@@ -483,4 +483,4 @@ class LmdbStorage:
 
 
 def _exists(where: str) -> StorageError:
-    return StorageError(f"{where} exists; a backup needs a new directory")
+    return StorageError(f"{where} exists already; name a new directory", code="exists")

@@ -13,7 +13,7 @@ from typing import Final
 import psycopg
 from psycopg import errors
 
-from entidb.errors import StorageError, StorageFullError, StorageUnreachableError
+from entidb.errors import ConfigError, StorageError, StorageFullError, StorageUnreachableError
 from entidb.storage.postgres.reaching import NoAnswerError
 
 #: By SQLSTATE or its class, the first match counts.
@@ -46,12 +46,19 @@ _REFUSALS: Final = (
     (re.compile(r"session is read-only|server is in hot standby mode"), "25006"),
 )  # fmt: skip
 
+#: What libpq, or psycopg, says of an address before anybody is asked: its words name the setting.
+_WRONG_ADDRESS: Final = re.compile(
+    r"(?:invalid (?:port number|(?:\S+ )?value|integer value)|bad value for \w+|"
+    r"could not parse network address)[^\n]*"
+)
+
 #: Those that pass by themselves, or when somebody looks after the server: it is worth asking again.
 _PASSING: Final = ("53300", "25006", "57P", "08")
 
 
 def storage_error(error: Exception, doing: str) -> StorageError:
-    """Ours for what psycopg raised. Nothing was changed by what failed."""
+    """Ours for what psycopg raised. Nothing was changed by what failed. Raises ``ConfigError``
+    where no server was asked, because the address names something that cannot be."""
     if isinstance(error, StorageError):
         return error
     if isinstance(error, NoAnswerError):
@@ -63,6 +70,9 @@ def storage_error(error: Exception, doing: str) -> StorageError:
     kind = StorageFullError if isinstance(error, errors.DiskFull) else StorageError
     if not state:
         # No connection came about. Whatever was asked can be asked again, when it does.
+        wrong = None if "FATAL:" in str(error) else _WRONG_ADDRESS.search(str(error))
+        if wrong is not None:
+            raise ConfigError(f"{doing}: the address is wrong: {wrong[0]}; mend it") from error
         kind, state = StorageUnreachableError, _refusal(str(error))
     elif state.startswith(_PASSING):
         kind = StorageUnreachableError

@@ -349,12 +349,14 @@ class PostgresStorage:
         are the better ones of a whole server."""
         where = os.path.abspath(os.fspath(path))
         if os.path.lexists(where):
-            raise StorageError(f"{where} exists already; name a new directory")
+            raise _exists(where)
         try:
             with Partial(where, "backup") as partial:
                 self._copy_to(partial.path, changes)
                 if os.path.lexists(where):
-                    raise StorageError(f"{where} exists already; name a new directory")
+                    raise StorageError(
+                        f"{where} exists already; name a new directory", code="exists"
+                    )
                 partial.finish()
         except OSError as error:
             raise StorageError(f"writing the backup {where}: {error.strerror}") from error
@@ -411,6 +413,10 @@ def _in_parts(puts: Puts) -> Iterator[Puts]:
 def _columns(puts: Puts) -> tuple[bytes, bytes]:
     """Keys and values, as arrays."""
     return byteas([key for key, _ in puts]), byteas([value for _, value in puts])
+
+
+def _exists(where: str) -> StorageError:
+    return StorageError(f"{where} exists already; name a new directory", code="exists")
 
 
 __all__ = ["ROWS_AT_ONCE", "PostgresStorage"]

@@ -34,7 +34,7 @@ def to_file(
 
 def _write(where: str, lines: Iterable[str]) -> None:
     if os.path.lexists(where):
-        raise StorageError(f"{where} exists already; name a new file. Nothing was changed")
+        raise _exists(where)
     remove_dead(os.path.dirname(where))  # with what somebody wrote in it
     with Partial(where, "export") as partial:
         descriptor = os.open(partial.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -44,8 +44,14 @@ def _write(where: str, lines: Iterable[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         if os.path.lexists(where):
-            raise StorageError(f"{where} exists already; name a new file. Nothing was changed")
+            raise _exists(where)
         partial.finish()
+
+
+def _exists(where: str) -> StorageError:
+    return StorageError(
+        f"{where} exists already; name a new file. Nothing was changed", code="exists"
+    )
 
 
 def _line(pending: PendingTransaction, names: dict[int, str], who: str | None) -> dict[str, Any]:
