@@ -16,6 +16,7 @@ invariant noticed and after how many seeds. By subject:
     keeping     who is locked out, what is frozen, and what devices make of it
     indexing    indexes that fall out of step, and what they answer
     unique      what is unique on a server, and is not
+    quotas      how full a database of a server gets, and how many devices it has
     histories   histories, floors, tenants and backups of the server
     nodes       several nodes on one store, each with a memory of its own
     comparing   digests of devices and servers, and repairs
@@ -43,6 +44,7 @@ for _room in (
     "running",
     "indexing",
     "unique",
+    "quotas",
     "histories",
     "fetching",
     "ages",

@@ -41,9 +41,11 @@ from entidb.protocol import (
 )
 from entidb.server.service import ROUND_ROWS_MAX
 from entidb.storage.base import Batch
+from entidb.testing.faults import FaultyStorage
 from entidb.testing.invariants import GROUP_COLLECTION, POISON, Checks, group_is_whole
 from entidb.testing.oracle import History, Mark, Ref, has_version
 from entidb.testing.pages import Seen, check_fresh, check_page
+from entidb.testing.quota import OVER_QUOTA, QuotaWatch
 from entidb.testing.unique import NOT_UNIQUE, UniqueWatch
 from entidb.types import Clock, timestamp_from_ms
 
@@ -67,6 +69,8 @@ class ServerWatch:
         self.any_refusal = False
         #: Where something is unique.
         self.unique: UniqueWatch | None = None
+        #: Where there is a quota of what it holds.
+        self.quota: QuotaWatch | None = None
         #: What is to be stored of what a program of this schema has pushed (R33).
         self.newest: Callable[[int, bytes | None], bytes | None] = lambda schema, payload: payload
         self._catalogue: tuple[bytes | None, Catalogue] = (None, empty_catalogue())
@@ -78,6 +82,16 @@ class ServerWatch:
         """Something is decided, on what is there now."""
         self.head_before, self.decided_in = self.history.head, self.history
         self.decided_ms = self._clock.now_ms()
+        if self.quota is not None:
+            self.quota.begins()
+
+    def opened(self, storage: FaultyStorage) -> None:
+        """A process begins to decide on this store."""
+        quota = self.quota
+        if quota is not None:
+            quota.opened()
+            # Others look as well; while something is decided it is the quota that asks.
+            storage.measured = lambda info: quota.measured(info) if self.members else None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -197,6 +211,8 @@ class ServerWatch:
             self.checks.fail(*blamed)
         mark, writes = next(filter(partial(_is_marked, rows, version), possible), possible[0])
         self.history.append(transaction_id, digest, writes, mark)
+        if self.quota is not None:
+            self.quota.accepted(self.history)
         self.checks.passed("NO-LOST-UPDATE", len(writes))
         return writes
 
@@ -330,6 +346,11 @@ class ServerWatch:
                 self._false_conflict(request, transaction, refs, refused)
             elif result.code == NOT_UNIQUE and self.unique is not None:
                 self.unique.refused(names, transaction, self.history, self.head_before)
+            elif result.code == OVER_QUOTA and self.quota is not None:
+                pushed = (op.payload for op in transaction.operations)
+                payloads = [self.newest(request.schema, payload) for payload in pushed]
+                writes = list(zip(refs, payloads, strict=True))
+                self.quota.refused(writes, known_by, self.head_before, result.message)
             else:
                 self.checks.that(
                     self.any_refusal

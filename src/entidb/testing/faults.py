@@ -57,6 +57,8 @@ class FaultyStorage:
         #: These go straight to the store: they are the hot path and never fail.
         self.snapshot: Callable[[], Snapshot] = inner.snapshot
         self.mark: Callable[[], int] = inner.mark
+        #: Called with every ``info``.
+        self.measured: Callable[[StorageInfo], None] = lambda info: None
 
     @property
     def records(self) -> Mapping[bytes, bytes]:
@@ -116,7 +118,9 @@ class FaultyStorage:
         self.inner.backup(path, changes)
 
     def info(self) -> StorageInfo:
-        return self.inner.info()
+        info = self.inner.info()
+        self.measured(info)
+        return info
 
     def spacers(self, regions: Sequence[bytes]) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
         return spacers_of(self.inner, regions)

@@ -37,16 +37,20 @@ from entidb.server.auth import JwtAuthenticator
 from entidb.server.config import ServerConfig
 from entidb.server.front import FEATURES, Front
 from entidb.server.group_commit import Done
-from entidb.server.hooks import NO_SCHEMA, Refusal, ValidateContext, ValidateTransaction
+from entidb.server.hooks import NO_SCHEMA, Grant, Refusal, ValidateContext, ValidateTransaction
 from entidb.server.minting import mint_token
+from entidb.server.newcomers import newcomers_of
+from entidb.server.registry import Registry
 from entidb.server.segments.cutting import Sizes
 from entidb.server.segments.keeping import ImageKeeper
-from entidb.server.stores import Stores
-from entidb.testing.ages import ServerAge, refuse_as_before
+from entidb.server.stores import Holding, Store, Stores
+from entidb.testing.ages import ServerAge, note_forbidden, refuse_as_before
 from entidb.testing.channels import SimulatedChannels
 from entidb.testing.hands import PEOPLE, Authors
 from entidb.testing.keeper import Keeper
 from entidb.testing.nodes import Named, Reply, SimulatedNode, SimulatedNodes
+from entidb.testing.quota import ANY_NUMBER, DevicesWatch, RecordsInMemory
+from entidb.testing.quota import settings as quota_settings
 from entidb.testing.shelf import SERVER_LIVES_MS
 from entidb.testing.tenant import Tenant
 from entidb.testing.unique import settings as unique_settings
@@ -80,6 +84,8 @@ class Host:
         )
         self.keeper = Keeper(world, world.stream("keeper"))
         self.ledger = Authors(world.checks)
+        self.let_in = DevicesWatch(world, self.keeper)
+        self._records = RecordsInMemory()
         self.age = ServerAge(world, "the server")
         self._config = ServerConfig(
             data_dir=None,
@@ -87,6 +93,7 @@ class Host:
             validate=hook,
             idle_close_s=IDLE_S,
             unique=unique_settings(knobs),
+            **quota_settings(knobs),
             segments_min_entities=_IMAGE_LEAST if knobs.images else 0,
         )
         self._image_names = world.stream("names of images").randbytes
@@ -107,7 +114,7 @@ class Host:
 
     def _begin(self, node: SimulatedNode) -> Front:
         """What a process begins with."""
-        config = self._configured()
+        config, clock = self._configured(), self.world.server_clock
         stores = Stores(
             config,
             clock=self.world.server_clock,
@@ -136,6 +143,7 @@ class Host:
             stores=stores,
             features=() if knobs.older_server else features,
             control=self.keeper.control,
+            newcomers=newcomers_of(config, self._registry(), self.keeper.control, clock),
             images=images,
         )
         if knobs.live:
@@ -151,6 +159,18 @@ class Host:
 
             stores.on_commit, stores.on_open = told, opened
         return front
+
+    def _registry(self) -> Registry:
+        retention = self._config.tombstone_retention_days
+        clock = self.world.server_clock
+        return Registry(self._records, clock, retention_days=retention)
+
+    def let_everybody_in(self) -> None:
+        """The operator allows any number of devices."""
+        if self.world.knobs.quota_devices:
+            self._config = replace(self._config, database_devices_max=ANY_NUMBER)
+            self.let_in.everybody()
+            self.start()
 
     def _configured(self) -> ServerConfig:
         schema = self.age.schema()
@@ -314,7 +334,7 @@ class Host:
                 assert pushed is not None
                 refuse_as_before(self.world, tenant.refused, pushed, grant)
             node.pushed_to = tenant.db_id
-            store = front.use(request, grant)
+            store = self._use(front, request, grant)
 
             def submit(done: Done) -> None:
                 front.push(store, request, grant, self.keeper.judging(request, done))
@@ -322,12 +342,21 @@ class Host:
             tenant.push(node, submit, request, grant, reply)
             return
         # Reading stores nothing, but for a history that begins (R29).
-        with front.using(request, grant) as store:
+        with Holding(front.stores, self._use(front, request, grant)) as store:
             data = tenant.read(node, partial(front.read, store, request, grant), request, grant)
             if isinstance(request, SnapshotRequest):
                 told = protocol.decode(Manifest, data)
                 data = tenant.shelf.answer(tenant.watch.history, store, request, grant, told)
         self.answer(tenant, reply, data)
+
+    def _use(self, front: Front, request: SyncRequest, grant: Grant) -> Store:
+        try:
+            store = front.use(request, grant)
+        except SyncError as error:
+            self.let_in.kept_out(request, error)
+            raise
+        self.let_in.let_in(request)
+        return store
 
     def receive_fetch(
         self, sha: bytes, begin: int, end: int, device_id: bytes, token: str, reply: Reply
@@ -364,7 +393,7 @@ class Host:
         for tenant in self.tenants:
             pushed = push_in(request)
             if pushed is not None and tenant.db_id == request.db_id:
-                tenant.forbid(pushed)
+                note_forbidden(tenant.refused, pushed)
 
     def answer(self, tenant: Named, reply: Reply, data: bytes) -> None:
         self.check_canaries(tenant, data)

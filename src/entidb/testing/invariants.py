@@ -37,6 +37,8 @@ INVARIANTS: Final[dict[str, str]] = {
     "repair loses nothing",
     "INDEXED": "each index is in step with its entities, and gives what a loop would",
     "UNIQUE": "no two entities of a server share what is unique; refusals for it have a reason",
+    "QUOTA": "no push makes a database larger than it may be, refusals for it have a reason, and "
+    "who was let in is never one too many",
     "LIVENESS": "without faults everything drains in a bounded number of requests",
     "SETTLE-FIRST": "what is sent is in flight on the device's disk before its first byte leaves",
     "PINNED": "the floor does not pass an image that a device may be on its way with",

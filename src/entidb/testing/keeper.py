@@ -65,11 +65,15 @@ class Keeper:
 
     def is_locked_out(self, request: SyncRequest) -> bool:
         """Whether this asker gets no answer."""
-        return self._locked.get(request.device_id, "nowhere") in (None, request.db_id)
+        return self.locks(request.device_id, request.db_id)
+
+    def locks(self, device_id: bytes, db_id: str) -> bool:
+        """Whether a device is locked out of a database."""
+        return self._locked.get(device_id, "nowhere") in (None, db_id)
 
     def locked_ms(self, device_id: bytes, db_id: str) -> int:
         """For how long a device has been locked out of a database; 0: it is not."""
-        if self._locked.get(device_id, "nowhere") not in (None, db_id):
+        if not self.locks(device_id, db_id):
             return 0
         return self._world.now - self._locked_at[device_id]
 

@@ -110,6 +110,9 @@ class Knobs:
     refuse: int = 0  # transactions that the validate hook refuses
     refuse_raises: int = 0  # transactions the validate hook raises at
     unique: int = 0  # how many values a field has of which the server takes each once
+    quota_entities: int = 0  # entities that a database may hold; 0: any number
+    quota_bytes: int = 0  # bytes that its store may take (where there is one node)
+    quota_devices: int = 0  # devices that it lets in, until the faults stop
 
     # -- several nodes (where ``lmdb`` is zero)
     nodes: int = 0  # processes that serve the same databases; 0 and 1: one
@@ -211,6 +214,9 @@ FAULTS: Final = (
     "refuse",
     "refuse_raises",
     "unique",
+    "quota_entities",
+    "quota_bytes",
+    "quota_devices",
     "policy_raises",
     "group",
     "server_writes",
@@ -279,6 +285,9 @@ LATER_LEVELS: Final[dict[str, tuple[int, ...]]] = {
     "unique": (3, 12),
     "images": (1, 2, 5),
     "people": (20, 80, 300),
+    "quota_entities": (4, 15, 60),
+    "quota_bytes": (1_500, 6_000, 20_000),
+    "quota_devices": (1, 2, 3),
 }
 #: As ``LATER_LEVELS``, for runs with several nodes.
 NODE_LEVELS: Final[dict[str, tuple[int, ...]]] = {

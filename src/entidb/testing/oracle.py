@@ -33,6 +33,8 @@ class History:
         self.marks: list[Mark] = [(b"", 0)]
         #: By id: version and digest. One whose id was forgotten can be accepted again (R14).
         self.accepted: dict[bytes, tuple[int, bytes]] = {}
+        #: After each commit: how many entities there are, and the bytes of their payloads.
+        self.sizes: list[tuple[int, int]] = [(0, 0)]
         self.floor = 0
         self._versions: dict[Ref, list[int]] = {}
         self._payloads: dict[Ref, list[bytes | None]] = {}
@@ -55,7 +57,11 @@ class History:
         self.marks.append(mark)
         if transaction_id is not None:
             self.accepted[transaction_id] = (version, digest)
+        count, size = self.sizes[-1]
         for ref, payload in writes:
+            was = self.latest(ref)[1]
+            count += (payload is not None) - (was is not None)
+            size += len(payload or b"") - len(was or b"")
             versions = self._versions.get(ref)
             if versions is None:
                 self._versions[ref] = [version]
@@ -63,6 +69,7 @@ class History:
             else:
                 versions.append(version)
                 self._payloads[ref].append(payload)
+        self.sizes.append((count, size))
         return version
 
     def fork(self, identity: bytes, head: int, floor: int) -> History:

@@ -290,6 +290,7 @@ class Simulation:
         self.world.tell("the faults stop")
         self.world.quiet = True
         self.world.network.armed = False
+        self.host.let_everybody_in()
         self.host.nodes.heal()
         for tenant in self.host.tenants:
             tenant.openings.heal()

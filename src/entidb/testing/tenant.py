@@ -39,7 +39,6 @@ from entidb.server.pages import unseen
 from entidb.server.service import HISTORIES_MAX, BehindError
 from entidb.server.unique import waits_for
 from entidb.storage import MemoryStorage
-from entidb.testing.ages import note_forbidden
 from entidb.testing.checkers import ServerWatch
 from entidb.testing.faults import COMMIT_FAULTS, FaultyStorage, Observe, read_records
 from entidb.testing.indexes import IndexLife
@@ -47,6 +46,7 @@ from entidb.testing.node_store import NodeStorage
 from entidb.testing.nodes import Member, Reply, SimulatedNode, SimulatedServer, asked, pushed
 from entidb.testing.openings import Openings
 from entidb.testing.oracle import Histories, History
+from entidb.testing.quota import QuotaWatch, has_quota
 from entidb.testing.shelf import SimulatedShelf
 from entidb.testing.unique import UniqueWatch
 from entidb.testing.unique import settings as unique_settings
@@ -93,6 +93,7 @@ class Tenant:
         self.unique = UniqueWatch(world, self.db_id)
         self.shelf = SimulatedShelf(world, self.db_id)
         self.watch.unique = self.unique if world.knobs.unique else None
+        self.watch.quota = QuotaWatch(world, self.db_id) if has_quota(world.knobs) else None
         self.watch.any_refusal = world.options.validate is not None
         self.watch.newest = host.age.newest
         self.storage: FaultyStorage
@@ -104,6 +105,7 @@ class Tenant:
         storage.armed = False
         self.indexes.opened()
         self.unique.opened()
+        self.watch.opened(storage)
         database = Database(
             storage,
             role=Role.SERVER,
@@ -439,6 +441,8 @@ class Tenant:
                 return
         if isinstance(answer, SyncError):
             self._refused += 1
+            if answer.code == "storage_full" and self.watch.quota is not None:
+                self.watch.quota.failed(pushed(request))
             if answer.code not in ("storage_error", "storage_full"):
                 self.proved(grant)
                 self.watch.on_refusal(asked(request, answer), answer)
@@ -484,9 +488,6 @@ class Tenant:
                 self.host.refuse(node, reply, error)
             else:
                 self.host.answer(self, reply, protocol.encode_round(page, answer))
-
-    def forbid(self, request: PushRequest) -> None:
-        note_forbidden(self.refused, request)
 
     def unchanged(self, node: SimulatedNode, before: tuple[int, int]) -> None:
         """``node`` has stored nothing since."""

@@ -1,0 +1,213 @@
+"""QUOTA: no push makes a database of the server fuller than its operator lets it be; what takes no
+more room is never refused for it, and a device that was let in never again.
+
+The oracle counts entities and bytes, commit by commit, and this writes down who was let in. Of the
+server it sees durable commits, verdicts, and when it measures its store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from entidb.errors import SyncError
+from entidb.protocol import PushRequest, SyncRequest
+from entidb.server.fullness import CODE, MEASURED_S
+from entidb.server.newcomers import REASON
+from entidb.server.records import Make, Wrote
+from entidb.server.watched import Mark
+from entidb.storage.base import StorageInfo
+from entidb.testing.keeper import Keeper
+from entidb.testing.knobs import Knobs
+from entidb.testing.oracle import History, Ref
+from entidb.testing.world import World
+
+OVER_QUOTA: Final = CODE
+#: As many devices as are remembered: room for all of them.
+ANY_NUMBER: Final = 10_000
+
+
+def settings(knobs: Knobs) -> dict[str, Any]:
+    """Fields of ``ServerConfig`` of a run."""
+    return {
+        "database_entities_max": knobs.quota_entities,
+        # A node does not see for a minute how much others add.
+        "database_bytes_max": knobs.quota_bytes if knobs.nodes < 2 else 0,
+        "database_devices_max": knobs.quota_devices,
+    }
+
+
+def has_quota(knobs: Knobs) -> bool:
+    """Whether there is one of what a database holds."""
+    return bool(knobs.quota_entities or knobs.quota_bytes)
+
+
+class QuotaWatch:
+    """What one database of the server holds, against what it may."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self._world = world
+        self._name = name
+        may = settings(world.knobs)
+        self._entities_max: int = may["database_entities_max"]
+        self._bytes_max: int = may["database_bytes_max"]
+        #: Bytes that are left since the store was measured, by what is durable; None: it was not
+        #: since it was opened. The least of it while the group of now is decided; and what commits
+        #: that failed may have taken.
+        self._left: int | None = None
+        self._least = 0
+        self._failed = 0
+        self._measured_at = 0.0
+
+    def opened(self) -> None:
+        """Another process, or the same one again."""
+        self._left, self._failed = None, 0
+
+    def begins(self) -> None:
+        """A group is decided."""
+        self._least = self._left or 0
+
+    def measured(self, info: StorageInfo) -> None:
+        """The server has looked how large its store is."""
+        self._left = self._least = self._bytes_max - info.used_bytes
+        self._failed = 0
+        self._measured_at = self._world.server_clock.monotonic()
+
+    def failed(self, request: PushRequest) -> None:
+        """The commit of a push found no room on the disk."""
+        payloads = (op.payload or b"" for t in request.transactions for op in t.operations)
+        self._failed += sum(map(len, payloads))
+
+    def accepted(self, history: History) -> None:
+        """The newest commit of ``history`` is of a push, and durable."""
+        (before, size_before), (after, size_after) = history.sizes[-2:]
+        checks, grown = self._world.checks, size_after - size_before
+        if self._entities_max:
+            checks.that(
+                after <= max(before, self._entities_max),
+                "QUOTA",
+                f"a push left {after} entities in {self._name}, where {before} were and "
+                f"{self._entities_max} may be",
+            )
+        if not self._bytes_max:
+            return
+        since = self._world.server_clock.monotonic() - self._measured_at
+        checks.that(
+            self._left is not None and since < MEASURED_S,
+            "QUOTA",
+            f"{self._name} took a push, and had not measured its store for {since} s",
+        )
+        assert self._left is not None
+        checks.that(
+            grown <= max(0, self._left),
+            "QUOTA",
+            f"a push made {self._name} grow by {grown} bytes, where {self._left} were left",
+        )
+        self._left -= grown
+        self._least = min(self._least, self._left)
+
+    def refused(
+        self,
+        writes: Sequence[tuple[Ref, bytes | None]],
+        history: History,
+        head_before: int,
+        message: str,
+    ) -> None:
+        """A transaction was ``over_quota``: on what was there before its group, or with some of
+        its group, it would have taken more room, and more than there was."""
+        entities = "database_entities_max" in message
+        self._world.fired("quota_entities" if entities else "quota_bytes")
+        true = False
+        for version in range(head_before, history.head + 1):
+            added = grown = 0
+            for ref, payload in writes:
+                was = history.state_at(ref, version)[1]
+                added += (payload is not None) - (was is not None)
+                grown += len(payload or b"") - len(was or b"")
+            if entities:
+                true |= added > 0 and history.sizes[version][0] + added > self._entities_max > 0
+            else:
+                true |= 0 < grown > self._least - self._failed and self._bytes_max > 0
+        self._world.checks.that(
+            true, "QUOTA", f"{self._name} had room for what was refused ({message})"
+        )
+
+
+class DevicesWatch:
+    """Which devices each database has met, and who is one too many."""
+
+    def __init__(self, world: World, keeper: Keeper) -> None:
+        self._world = world
+        self._keeper = keeper
+        self._most = world.knobs.quota_devices
+        self._met: dict[str, set[bytes]] = {}
+
+    def everybody(self) -> None:
+        """The operator allows any number from now on."""
+        self._most = ANY_NUMBER
+
+    def let_in(self, request: SyncRequest) -> None:
+        if not self._most:
+            return
+        met = self._met.setdefault(request.db_id, set())
+        self._world.checks.that(
+            request.device_id in met or self._count(request.db_id) < self._most,
+            "QUOTA",
+            f"{request.db_id} has {len(met)} devices, and let {request.device_id.hex()} in too",
+        )
+        met.add(request.device_id)
+
+    def kept_out(self, request: SyncRequest, error: SyncError) -> None:
+        """The server has no use for a request; where it is for the number of devices, that is
+        so."""
+        if error.details.get("reason") != REASON:
+            return
+        self._world.fired("quota_devices")
+        known = request.device_id in self._met.get(request.db_id, ())
+        self._world.checks.that(
+            not known and self._count(request.db_id) >= self._most > 0,
+            "QUOTA",
+            f"{request.device_id.hex()} is one too many in {request.db_id}, which has met it: "
+            f"{known}; it has {self._count(request.db_id)} of {self._most}",
+        )
+
+    def _count(self, db_id: str) -> int:
+        met = self._met.get(db_id, ())
+        return sum(not self._keeper.locks(device_id, db_id) for device_id in met)
+
+
+class RecordsInMemory:
+    """What the processes of a simulated server keep beside its databases: durable at once."""
+
+    far: Final = False
+
+    def __init__(self) -> None:
+        self._content: dict[str, bytes] = {}
+        self._changes = 0
+
+    def where(self, name: str) -> str:
+        return name
+
+    def read(self, name: str) -> bytes | None:
+        return self._content.get(name)
+
+    def mark(self, name: str) -> Mark:
+        return (self._changes,)
+
+    def change(self, name: str, make: Make, wrote: Wrote) -> None:
+        content = make(self.read(name))
+        if content is not None:
+            self._content[name] = content
+            self._changes += 1
+            wrote(self.mark(name))
+
+    def rename(self, name: str, to: str | None) -> None:
+        content = self._content.pop(name, None)
+        if to is not None and content is not None:
+            self._content[to] = content
+
+    def has_database(self, db_id: str) -> bool:
+        return True
+
+
+__all__ = ["OVER_QUOTA", "DevicesWatch", "QuotaWatch", "RecordsInMemory", "has_quota", "settings"]
