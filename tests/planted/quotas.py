@@ -74,7 +74,7 @@ def _measured_once(garden: Garden) -> None:
     garden.replace(fullness, "MEASURED_S", lambda seconds: seconds * 10**6)
 
 
-@bug("bytes-of-a-push-not-counted", "QUOTA", knobs=_BYTES)
+@bug("bytes-of-a-push-not-counted", "QUOTA", knobs=_BYTES | {"quota_bytes": 1_500})
 def _not_counted(garden: Garden) -> None:
     """What was added since the store was measured takes no room."""
     garden.replace(Fullness, "_size", _forgetful)
@@ -91,6 +91,25 @@ def _forgetful(original: Any) -> Any:
         return found[self]
 
     return size
+
+
+@bug(
+    "failed-deletions-make-room",
+    "QUOTA",
+    knobs=_BYTES | {"quota_bytes": 3_000, "deletes": 600, "operations": 8, "server_disk_full": 400},
+)
+def _failed_deletions(garden: Garden) -> None:
+    """What a commit would have freed that found the disk full counts as free."""
+
+    def make(original: Any) -> Any:
+        def room(self: Any, writer: Any) -> Any:
+            if writer is not self._writer():
+                self.stored()
+            return original(self, writer)
+
+        return room
+
+    garden.replace(Fullness, "room", make)
 
 
 @bug("known-device-counted-as-new", "QUOTA", knobs=_DEVICES | {"server_crash_after": 60})

@@ -124,10 +124,13 @@ def test_bytes_are_measured_now_and_then_and_counted_in_between(make: Make) -> N
             del tx.collection("notes")[uid(number)]
     engine.sync()
     assert on_server(server) == set()
+    put(engine, 99, size=4000)
+    engine.sync()
+    assert on_server(server) == {99}  # what was freed is room at once
     clock.ms += int(MEASURED_S * 1000)
     put(engine, 100, size=4000)
     engine.sync()
-    assert on_server(server) == {100}
+    assert on_server(server) == {99, 100}
 
 
 def test_what_a_quota_counts_is_what_a_loop_counts(make: Make) -> None:
@@ -240,6 +243,28 @@ def test_all_pushes_of_one_commit_share_its_room() -> None:
     assert fullness.fault("database_entities_max")[1].endswith(
         "it may hold 2 entities (database_entities_max)"
     )
+
+
+def test_a_deletion_that_was_not_stored_makes_no_room() -> None:
+    """A commit may find the disk full, again and again; what it took may be there all the same."""
+    fullness, database, _ = fullness_and_used(ManualClock(), database_bytes_max=100)
+    stored = EntityRow(0, 1, 1, bytes(16), 1, 0, b"x" * 60).encode()
+    found: list[int | None] = []
+    for works, write in (
+        (False, (None, stored)),
+        (False, (None, stored)),
+        (True, (None, stored)),
+        (True, (b"x" * 90, None)),
+        (False, (b"x" * 30, None)),
+        (True, (None, None)),
+    ):
+        with database.write() as writer:
+            room = fullness.room(writer)
+            found.append(room.size)
+            assert room.take([write]) is None
+        if works:
+            fullness.stored()
+    assert found == [100, 100, 100, 160, 70, 40]
 
 
 def test_what_is_local_on_the_server_and_what_is_empty_does_not_count() -> None:

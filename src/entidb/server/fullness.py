@@ -62,16 +62,26 @@ class Fullness:
         #: Whose commit the room is for; it goes with its commit.
         self._writer: Callable[[], Writer | None] = _nobody
         self._room = Room(None, None)
+        #: What there was for that commit, until it is known to be durable.
+        self._began: int | None = None
         self._measured_at = 0.0
 
     def room(self, writer: Writer) -> Room:
         """What is left for the commit of ``writer``, all of its pushes together."""
         if writer is not self._writer():
-            # What a commit before this one has taken counts, also where it failed.
+            # What a commit before this one has taken counts, also where it failed. What it freed
+            # counts where it worked.
             left = self._room.size
+            if left is not None and self._began is not None:
+                left = min(left, self._began)
             self._writer = weakref.ref(writer)
-            self._room = Room(self._entities(writer), self._size(left))
+            self._began = self._size(left)
+            self._room = Room(self._entities(writer), self._began)
         return self._room
+
+    def stored(self) -> None:
+        """The commit that the room was for is durable."""
+        self._began = None
 
     def fault(self, quota: str) -> Fault:
         most = self._entities_max if quota == "database_entities_max" else self._bytes_max

@@ -324,6 +324,8 @@ class DatabaseService:
         # True after the commit that has just worked, and until the next.
         self._known = (writer.moment, head, floor, history)
         self._head = head
+        if self._rules.fullness is not None:
+            self._rules.fullness.stored()
         return [
             replace(answer, head=head) if isinstance(answer, PushResponse) else answer
             for answer in answers

@@ -347,10 +347,8 @@ class ServerWatch:
             elif result.code == NOT_UNIQUE and self.unique is not None:
                 self.unique.refused(names, transaction, self.history, self.head_before)
             elif result.code == OVER_QUOTA and self.quota is not None:
-                pushed = (op.payload for op in transaction.operations)
-                payloads = [self.newest(request.schema, payload) for payload in pushed]
-                writes = list(zip(refs, payloads, strict=True))
-                self.quota.refused(writes, known_by, self.head_before, result.message)
+                before, said = self.head_before, result.message
+                self.quota.refused(request, transaction, known_by, before, said)
             else:
                 self.checks.that(
                     self.any_refusal

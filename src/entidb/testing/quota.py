@@ -7,11 +7,11 @@ server it sees durable commits, verdicts, and when it measures its store.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 from entidb.errors import SyncError
-from entidb.protocol import PushRequest, SyncRequest
+from entidb.protocol import PushRequest, PushTransaction, SyncRequest
 from entidb.server.fullness import CODE, MEASURED_S
 from entidb.server.newcomers import REASON
 from entidb.server.records import Make, Wrote
@@ -19,7 +19,7 @@ from entidb.server.watched import Mark
 from entidb.storage.base import StorageInfo
 from entidb.testing.keeper import Keeper
 from entidb.testing.knobs import Knobs
-from entidb.testing.oracle import History, Ref
+from entidb.testing.oracle import History
 from entidb.testing.world import World
 
 OVER_QUOTA: Final = CODE
@@ -45,9 +45,13 @@ def has_quota(knobs: Knobs) -> bool:
 class QuotaWatch:
     """What one database of the server holds, against what it may."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(
+        self, world: World, name: str, newest: Callable[[int, bytes | None], bytes | None]
+    ) -> None:
+        """``newest`` says what is stored of what a program of a schema has pushed (R33)."""
         self._world = world
         self._name = name
+        self._newest = newest
         may = settings(world.knobs)
         self._entities_max: int = may["database_entities_max"]
         self._bytes_max: int = may["database_bytes_max"]
@@ -75,8 +79,8 @@ class QuotaWatch:
 
     def failed(self, request: PushRequest) -> None:
         """The commit of a push found no room on the disk."""
-        payloads = (op.payload or b"" for t in request.transactions for op in t.operations)
-        self._failed += sum(map(len, payloads))
+        for op in (op for transaction in request.transactions for op in transaction.operations):
+            self._failed += len(self._newest(request.schema, op.payload) or b"")
 
     def accepted(self, history: History) -> None:
         """The newest commit of ``history`` is of a push, and durable."""
@@ -108,13 +112,19 @@ class QuotaWatch:
 
     def refused(
         self,
-        writes: Sequence[tuple[Ref, bytes | None]],
+        request: PushRequest,
+        transaction: PushTransaction,
         history: History,
         head_before: int,
         message: str,
     ) -> None:
         """A transaction was ``over_quota``: on what was there before its group, or with some of
         its group, it would have taken more room, and more than there was."""
+        names = request.collections
+        writes = [
+            ((names[op.collection], op.entity_id), self._newest(request.schema, op.payload))
+            for op in transaction.operations
+        ]
         entities = "database_entities_max" in message
         self._world.fired("quota_entities" if entities else "quota_bytes")
         true = False

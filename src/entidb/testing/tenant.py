@@ -93,7 +93,8 @@ class Tenant:
         self.unique = UniqueWatch(world, self.db_id)
         self.shelf = SimulatedShelf(world, self.db_id)
         self.watch.unique = self.unique if world.knobs.unique else None
-        self.watch.quota = QuotaWatch(world, self.db_id) if has_quota(world.knobs) else None
+        if has_quota(world.knobs):
+            self.watch.quota = QuotaWatch(world, self.db_id, host.age.newest)
         self.watch.any_refusal = world.options.validate is not None
         self.watch.newest = host.age.newest
         self.storage: FaultyStorage
