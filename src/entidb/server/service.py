@@ -322,8 +322,7 @@ class DatabaseService:
             self._put_back(*proof)
             return self._push_many(members)
         # True after the commit that has just worked, and until the next.
-        self._known = (writer.moment, head, floor, history)
-        self._head = head
+        self._known, self._head = (writer.moment, head, floor, history), head
         if self._rules.fullness is not None:
             self._rules.fullness.stored()
         return [

@@ -347,17 +347,12 @@ class ServerWatch:
             elif result.code == NOT_UNIQUE and self.unique is not None:
                 self.unique.refused(names, transaction, self.history, self.head_before)
             elif result.code == OVER_QUOTA and self.quota is not None:
-                before, said = self.head_before, result.message
-                self.quota.refused(request, transaction, known_by, before, said)
+                self.quota.refused(request, transaction, result, known_by, self.head_before)
             else:
+                outside = granted is not None and any(ref[0] not in granted for ref in refs)
                 self.checks.that(
                     self.any_refusal
-                    or (
-                        granted is not None
-                        and result.code == "forbidden"
-                        and any(ref[0] not in granted for ref in refs)
-                    )
-                    or (result.code == "forbidden" and not may_write)
+                    or (result.code == "forbidden" and (outside or not may_write))
                     or any(op.payload and POISON in op.payload for op in transaction.operations),
                     "NO-POISON",
                     f"{name} was refused ({result.code}: {result.message}) without a reason",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from entidb.errors import SyncError
-from entidb.protocol import PushRequest, PushTransaction, SyncRequest
+from entidb.protocol import PushRequest, PushResult, PushTransaction, SyncRequest
 from entidb.server.fullness import CODE, MEASURED_S
 from entidb.server.newcomers import REASON
 from entidb.server.records import Make, Wrote
@@ -114,9 +114,9 @@ class QuotaWatch:
         self,
         request: PushRequest,
         transaction: PushTransaction,
+        result: PushResult,
         history: History,
         head_before: int,
-        message: str,
     ) -> None:
         """A transaction was ``over_quota``: on what was there before its group, or with some of
         its group, it would have taken more room, and more than there was."""
@@ -125,7 +125,7 @@ class QuotaWatch:
             ((names[op.collection], op.entity_id), self._newest(request.schema, op.payload))
             for op in transaction.operations
         ]
-        entities = "database_entities_max" in message
+        entities = "database_entities_max" in result.message
         self._world.fired("quota_entities" if entities else "quota_bytes")
         true = False
         for version in range(head_before, history.head + 1):
@@ -139,7 +139,7 @@ class QuotaWatch:
             else:
                 true |= 0 < grown > self._least - self._failed and self._bytes_max > 0
         self._world.checks.that(
-            true, "QUOTA", f"{self._name} had room for what was refused ({message})"
+            true, "QUOTA", f"{self._name} had room for what was refused ({result.message})"
         )
 
 
