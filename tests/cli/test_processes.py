@@ -12,8 +12,19 @@ from pathlib import Path
 import pytest
 
 from entidb.cli.exits import Exit
-from entidb.db import Database
-from tests.cli.support import ROOT, TIMEOUT_S, command, environment, process, put
+from entidb.db import Database, Role
+from entidb.sync import others
+from tests.cli.support import (
+    ROOT,
+    TIMEOUT_S,
+    command,
+    done,
+    entidb,
+    environment,
+    failed,
+    process,
+    put,
+)
 
 pytestmark = pytest.mark.process
 
@@ -286,3 +297,48 @@ def test_verify_names_a_damaged_page_before_anything_maps_it(tmp_path: Path) -> 
     found = process("verify", tmp_path / "shop", "--json")
     assert found.returncode == Exit.FAULTS
     assert "page" in json.loads(found.stdout)["faults"][0]
+
+
+_IN_A_CYCLE = """
+import sys
+from entidb.db import Database
+with Database.open(sys.argv[1]) as database:
+    assert database.right("engine").take(0)
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("reset", "{device}", "--keep", "server"),
+        ("logout", "{device}", "--pending", "keep", "--subject", "ann"),
+        ("init", "{device}", "--from", "{snapshot}"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_changes_whose_a_device_is_waits_for_the_cycle_of_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    device, snapshot = tmp_path / "device", tmp_path / "shop.snapshot"
+    with Database.open(tmp_path / "server", role=Role.SERVER) as server:
+        server.collection("notes").add("there")
+    done("snapshot", tmp_path / "server", snapshot)
+    done("init", device)
+    given = [word.format(device=device, snapshot=snapshot) for word in words]
+    other = subprocess.Popen(
+        [sys.executable, "-c", _IN_A_CYCLE, device],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(),
+    )
+    with other:
+        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout.readline() == b"there\n"
+        monkeypatch.setattr(others, "OTHERS_S", 0.0)
+        said = failed(entidb(*given), Exit.LOCKED, "database_locked")
+        assert "sync cycle" in said
+        other.stdin.close()
+        assert other.wait(TIMEOUT_S) == 0
+    done(*given)

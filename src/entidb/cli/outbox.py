@@ -484,7 +484,9 @@ def reset_command(words: tuple[str, ...], directory: str | None, keep: str, as_j
     transactions stay pending either way.
     """
     path = bind(words, directory).path
-    with opened(path) as database:
+    from entidb.sync.others import Others
+
+    with opened(path) as database, Others(database, database.clock).kept_out():
         _applier(database).reset(keep)
         pending = database.read_head().ready
     if as_json:

@@ -12,6 +12,7 @@ from entidb.cli.words import bind, json_option, opened, words
 from entidb.db import Role
 from entidb.errors import ConfigError
 from entidb.sync import DatabaseApplier
+from entidb.sync.others import Others
 from entidb.sync.turnover import check_logout, sign_off
 
 _SAID = {
@@ -50,7 +51,8 @@ def logout_command(
             raise ConfigError(f"{path} is a server's database: nobody signs in there")
         applier = DatabaseApplier(database)
         who = applier.state().subject or subject
-        count = sign_off(applier, pending, file, subject)
+        with Others(database, database.clock).kept_out():
+            count = sign_off(applier, pending, file, subject)
     if as_json:
         print_json({"pending": pending, "subject": who, "transactions": count, "file": file})
         return

@@ -20,6 +20,7 @@ from entidb.protocol.archives import Archive
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.conflict import ConflictPolicy
+from entidb.sync.others import Others
 from entidb.sync.room import PROVE_SAMPLE
 
 _BEGUN: Final = (
@@ -51,12 +52,24 @@ def begin_from(
 
     Raises ``SyncStateError`` for a device that has synchronised, or is a server's database;
     ``SyncCodecError`` and ``ProtocolError`` for a file that is none or is damaged: nothing of it
-    counts then. A process that is killed meanwhile leaves a device that pulls from nothing."""
+    counts then; and ``DatabaseLockedError`` where another process syncs it, or begins with one, and
+    does not end. A process that is killed meanwhile leaves a device that pulls from nothing."""
     manifest = (archive := Archive(file)).manifest
     applier = DatabaseApplier(
         database, default_policy=default_policy, policies=policies, prove=prove
     )
-    report = RebaseReport()
+    # Two that begin at once would each take away what the other has staged.
+    with Others(database, database.clock).kept_out():
+        return Begun(manifest, _begin(database, applier, archive, progress))
+
+
+def _begin(
+    database: Database,
+    applier: DatabaseApplier,
+    archive: Archive,
+    progress: Callable[[int, int], None],
+) -> RebaseReport:
+    manifest, report = archive.manifest, RebaseReport()
     _bind(database, manifest)
     try:
         if manifest.segments:
@@ -75,7 +88,7 @@ def begin_from(
         applier.restart_stage(full=False)
         _unbind(database)
         raise
-    return Begun(manifest, report)
+    return report
 
 
 def _scope(applier: DatabaseApplier) -> list[str] | None:
