@@ -55,6 +55,7 @@ from tests.cli.support import command, document, done, entidb, environment, fail
 from tests.server.support import Client, handshake, pull, push
 from tests.server.test_live import Events
 from tests.storage.postgres_cluster import MISSING, Cluster, cluster
+from tests.tools import package
 
 ADMIN = Caller("ada", "here")
 WAIT_S = 60.0
@@ -936,6 +937,69 @@ def test_workers_are_nodes_of_one_address(address: str, tmp_path: Path) -> None:
         parent.terminate()
         assert parent.wait(WAIT_S) == 0
     assert asked_for(address) == 0
+
+
+APP = """
+import os
+
+from entidb.server import ServerConfig, create_app
+
+app = create_app(
+    ServerConfig(data_dir=os.environ["DATA"], insecure_no_auth=True, metrics=True)
+)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+@pytest.mark.parametrize("manager", ["uvicorn", "gunicorn", "gunicorn --preload"])
+def test_nodes_that_one_parent_has_started_count_together(
+    address: str, tmp_path: Path, manager: str
+) -> None:
+    (tmp_path / "shop_app.py").write_text(APP)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    starts = [sys.executable, "-m", *manager.split(), "shop_app:app", "--workers", "2"]
+    if manager == "uvicorn":
+        starts += ["--port", str(port)]
+    else:
+        package("gunicorn")
+        worker = "uvicorn.workers.UvicornWorker"
+        starts += ["--bind", f"127.0.0.1:{port}", "--worker-class", worker]
+    url, parent = (
+        f"http://127.0.0.1:{port}",
+        subprocess.Popen(
+            starts,
+            cwd=tmp_path,
+            env=environment(DATA=address, PYTHONWARNINGS="default"),
+            stderr=subprocess.DEVNULL,
+        ),
+    )
+
+    def both() -> bool:
+        assert parent.poll() is None
+        with contextlib.suppress(OSError), Client(url) as client:
+            health = client.request("GET", "/healthz")
+            return bool(json.loads(health.body).get("workers") == 2)
+        return False
+
+    try:
+        until(both)
+        with Client(url) as client:
+            history = client.history()
+        for _ in range(20):
+            with Client(url) as client:  # each connection is for whichever of them is quicker
+                assert client.send(pull(history)).status == 200
+        with Nodes(address, 1) as other:  # at an address of its own
+            other.clients[0].send(pull(history))
+            for _ in range(10):
+                with Client(url) as client:
+                    metrics = client.request("GET", "/metrics").body.decode()
+                pulls = re.findall(r'requests_total\{path="/v1/pull",status="200"\} (\S+)', metrics)
+                assert list(map(float, pulls)) == [20.0]
+    finally:
+        parent.terminate()
+        assert parent.wait(WAIT_S) in (0, -signal.SIGTERM)
 
 
 def asked_for(address: str) -> int:

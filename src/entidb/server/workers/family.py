@@ -39,11 +39,13 @@ class Family:
 def family_of(config: ServerConfig) -> Family | None:
     """The family that this process serves with; None: it is a server by itself. Raises
     ``ConfigError`` where ``workers`` asks for what this system does not have."""
-    manager = None if config.directory is None else _manager()
+    kept = config.directory is not None or config.address is not None
+    manager = _manager() if kept else None
     if config.workers == 1 and manager is None:
         return None
     if config.address is not None:
-        return Family.of(os.getppid())  # each process is a node, and ends with its parent
+        # Each process is a node, and ends with its parent.
+        return Family.of(os.getppid() if manager is None else manager)
     if not can_share():
         if manager is not None and config.workers == 1:
             return None  # the first process serves, and the others are refused
