@@ -23,6 +23,7 @@ NAMES = (
     "incremental",
     "idle",
     "latency",
+    "live",
     "many",
     "workers",
     "noisy",

@@ -13,7 +13,7 @@ from benchmarks.world import BareExchange, World, load
 
 SIZES = (1000,)
 REPEATS = 300
-TARGET = Target("ratio", most=2.5)
+TARGET = Target("ratio", most=1.6)
 
 
 def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterator[Figure]:

@@ -1,26 +1,19 @@
-"""The real server as a process. Arguments: data directory, file of the secret, number of workers,
-entities from which on a database has an image (empty: as it comes), ready file.
+"""The real server as a process. Arguments: data directory, file of the secret, settings of
+``ServerConfig`` as JSON, port (0: a free one), ready file.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Any
 
 from entidb.server import ServerConfig, serve
 
 
-def main(
-    data_dir: str, secret_file: str, workers: str, segments_min_entities: str, ready_file: str
-) -> None:
+def main(data_dir: str, secret_file: str, settings: str, port: str, ready_file: str) -> None:
     # The access log would measure the terminal; everything else is as it comes.
-    settings: dict[str, Any] = {"jwt_secret_file": secret_file, "access_log": False}
-    if workers != "1":  # older versions, which are compared with this one, do not know of it
-        settings["workers"] = int(workers)
-    if segments_min_entities:
-        settings["segments_min_entities"] = int(segments_min_entities)
-    config = ServerConfig(data_dir=data_dir, **settings)
-    serve(config, port=0, ready_file=ready_file)
+    given = {"jwt_secret_file": secret_file, "access_log": False} | json.loads(settings)
+    serve(ServerConfig(data_dir=data_dir, **given), port=int(port), ready_file=ready_file)
 
 
 if __name__ == "__main__":

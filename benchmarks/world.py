@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import secrets
 import shutil
@@ -100,18 +101,11 @@ class World:
 
     @contextlib.contextmanager
     def server(
-        self,
-        databases: Mapping[str, Path] | None = None,
-        *,
-        workers: int = 1,
-        segments_min_entities: int | None = None,
+        self, databases: Mapping[str, Path] | None = None, **settings: Any
     ) -> Iterator[Server]:
         """A real server in a process of its own, or in several. ``databases`` are moved into its
-        directory."""
-        data_dir = self.path("server")
-        data_dir.mkdir(mode=0o700)
-        for db_id, path in (databases or {}).items():
-            path.rename(data_dir / directory_name(db_id))
+        directory; ``settings`` are those of ``ServerConfig``."""
+        data_dir = self.new_data_dir(databases)
         place = str(data_dir)
         if self.new_address is not None:
             place = self.new_address()
@@ -119,17 +113,32 @@ class World:
                 from entidb.server import copy_server  # an older version is measured too
 
                 copy_server(data_dir, place)
-        least = "" if segments_min_entities is None else str(segments_min_entities)
+        with self.serving(data_dir, place, **settings) as server:
+            yield server
+        shutil.rmtree(data_dir)
+
+    def new_data_dir(self, databases: Mapping[str, Path] | None = None) -> Path:
+        """A directory for a server, into which ``databases`` are moved."""
+        data_dir = self.path("server")
+        data_dir.mkdir(mode=0o700)
+        for db_id, path in (databases or {}).items():
+            path.rename(data_dir / directory_name(db_id))
+        return data_dir
+
+    @contextlib.contextmanager
+    def serving(
+        self, data_dir: Path, place: str = "", *, port: int = 0, **settings: Any
+    ) -> Iterator[Server]:
+        """One run of a server on ``data_dir``, or on what ``place`` names; it may be killed."""
         arguments = [
             "benchmarks.serving",
-            place,
+            place or str(data_dir),
             str(self.secret_file),
-            str(workers),
-            least,
+            json.dumps(settings),
+            str(port),
         ]
         with self._process(arguments) as (pid, url):
             yield Server(url=url, pid=pid, data_dir=data_dir, token=self.token())
-        shutil.rmtree(data_dir)
 
     @contextlib.contextmanager
     def bare_server(self) -> Iterator[str]:
