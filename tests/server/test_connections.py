@@ -178,6 +178,22 @@ class _Line:
         self.is_closed = True
 
 
+def test_requests_that_do_not_wait_for_the_answer_before_them_are_answered_in_their_order() -> None:
+    asked = [b"/healthz", b"/nowhere-1", b"/nowhere-2", b"/healthz", b"/nowhere-3"]
+    with running() as url, silent(url) as connection:
+        host = urlsplit(url).netloc.encode()
+        connection.sendall(
+            b"".join(b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (path, host) for path in asked)
+        )
+        said = b""
+        while said.count(b"HTTP/1.1 ") < len(asked):
+            piece = connection.recv(65536)
+            assert piece, said
+            said += piece
+    statuses = [part[:3] for part in said.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"200", b"404", b"404", b"200", b"404"]
+
+
 def test_one_that_is_closing_makes_room_once_and_counts_no_more() -> None:
     connections: Any = Connections(2, lambda: 0.0)
     lines = [_Line() for _ in range(5)]

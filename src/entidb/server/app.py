@@ -218,6 +218,8 @@ class SyncApp:
         self, exchange: HttpExchange, response: Streamed, receive: Receive, send: Send
     ) -> None:
         headers = raw_headers(exchange, response)
+        # A stream lives for minutes, and nobody asks for its head again.
+        exchange.headers = {}
         try:
             await response.run(self._start().live, send, receive, headers)
         except OSError as error:

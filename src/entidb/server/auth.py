@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -190,6 +191,8 @@ class JwtAuthenticator:
             # Which check failed is for the maker of the token, and not for a stranger who tries
             # one.
             raise _invalid() from error
+        # They are kept, and every token has the same names.
+        claims = {sys.intern(name): claim for name, claim in claims.items()}
         begin, end = _time(claims.get("nbf", 0)), _time(claims["exp"])
         if not claims["sub"]:
             raise _invalid()

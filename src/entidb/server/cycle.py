@@ -3,16 +3,17 @@
 uvicorn copies what a client sends twice, looks for forbidden characters in each header by itself,
 and writes the head of an answer before it knows the body. Here a body that came in one piece is
 passed on as it is, and an answer that is all there is written at once. Any other answer goes
-uvicorn's way.
+uvicorn's way. And uvicorn has queues for what next to no connection ever has to wait for.
 
 Not here: how many connections there may be, and when they end (``connections``).
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+import asyncio
+from typing import Any, Final, Literal
 
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 _START: Final = "http.response.start"
@@ -22,6 +23,48 @@ _LENGTH: Final = b"content-length"
 _SPECIAL: Final = frozenset((b"connection", b"transfer-encoding"))
 #: A larger body is not worth a copy that saves a second write.
 _JOINED_BYTES_MAX: Final = 64 * 1024
+
+
+class Flag:
+    """What ``asyncio.Event`` is, without a queue before somebody waits: a thousand connections with
+    two of them each would hold more than a megabyte of empty queues."""
+
+    __slots__ = ("_is_up", "_those")
+
+    def __init__(self, *, up: bool = False) -> None:
+        self._is_up = up
+        self._those: tuple[asyncio.Future[None], ...] = ()
+
+    def is_set(self) -> bool:
+        return self._is_up
+
+    def set(self) -> None:
+        self._is_up = True
+        for each in self._those:
+            if not each.done():
+                each.set_result(None)
+
+    def clear(self) -> None:
+        self._is_up = False
+
+    async def wait(self) -> Literal[True]:
+        if not self._is_up:
+            waiting = asyncio.get_running_loop().create_future()
+            self._those = (*self._those, waiting)
+            try:
+                await waiting
+            finally:
+                self._those = tuple(each for each in self._those if each is not waiting)
+        return True
+
+
+class ConnectionFlow(FlowControl):
+    """uvicorn's, with a ``Flag``."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = self.write_paused = False
+        self._is_writable_event = Flag(up=True)  # type: ignore[assignment]
 
 
 class RequestCycle(RequestResponseCycle):

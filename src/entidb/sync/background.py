@@ -1,9 +1,10 @@
 """When a background engine syncs: at once, after every local commit, when the server has something
 new, when it is woken, and every ``interval_s`` as a safety net.
 
-One loop for both engines; it runs on a thread of its own. A burst of commits is one push. While the
-server cannot be reached, commits do not start a cycle sooner than a backoff allows, and after an
-error that trying again does not help, not at all: then the interval does, or ``wake``.
+One loop for both engines; it runs on a thread of its own. A burst of commits is two pushes, of the
+first and of the others. While the server cannot be reached, commits do not start a cycle sooner
+than a backoff allows, and after an error that trying again does not help, not at all: then the
+interval does, or ``wake``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from entidb.types import Clock
 
 _log = logging.getLogger("entidb.sync")
 
-#: Seconds that a burst of commits may pause and still be one.
+#: Seconds that a burst of commits may pause and still be one. An engine that has rested for so long
+#: lets the next commit leave at once: whoever writes one thing waits for nothing, and the others of
+#: a burst are gathered while the first is on its way.
 BURST_S: Final = 0.005
 #: Between two looks at whether the engine of another process has ended.
 STANDBY_S: Final = 0.25
@@ -198,13 +201,14 @@ class Background:
     def _wait(self, stopped: threading.Event) -> None:
         """Until the next turn."""
         occasions, engine = self._occasions, self._engine
-        occasions.wait(self._clock.monotonic(), engine.pause_s())
+        began = self._clock.monotonic()
+        occasions.wait(began, engine.pause_s())
         while True:
             self._event.clear()
             left, burst = occasions.left_s(self._clock.monotonic(), lambda: engine.reached)
             if left <= 0 or not self._clock.wait(self._event, left):
                 break
-        if burst:
+        if burst and self._clock.monotonic() - began < BURST_S:
             self._wait_for_burst(stopped)
 
     def _wait_for_burst(self, stopped: threading.Event) -> None:

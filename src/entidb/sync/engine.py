@@ -346,9 +346,9 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
     # ------------------------------------------------------------ background
 
     def start(self) -> None:
-        """Sync in a background thread until ``stop()``: now, a few milliseconds after every local
-        commit (a burst of them is one push), when the server says that it has something new, when
-        woken, and every ``interval_s`` seconds.
+        """Sync in a background thread until ``stop()``: now, at every local commit (of a burst of
+        them, those that follow the first go together), when the server says that it has something
+        new, when woken, and every ``interval_s`` seconds.
 
         Errors do not end it: they show in ``status()`` and are tried again at the next turn, which
         comes an hour later where this device was revoked (R32); until then commits start a cycle

@@ -197,7 +197,7 @@ class Listener:
         self._timer += 1
         timer = self._timer
         delay_ms = math.ceil(round(left * 1000, 3)) if left > 0 else 0
-        if burst:
+        if burst and self._world.now + delay_ms - self._idle_since < BURST_S * 1000:
             delay_ms += int(BURST_S * 1000)
 
         def due() -> None:
