@@ -260,7 +260,12 @@ def returning(world: World, count: int, rounds: int) -> Iterator[Figure]:
             for each in outcomes
         ]
         yield figure(
-            "live", f"{what}: other answers than 200, 503", count, "", others, target=OTHERS_TARGET
+            "live",
+            f"{what}: other answers than 200, 503",
+            count,
+            "answers",
+            others,
+            target=OTHERS_TARGET,
         )
 
 
