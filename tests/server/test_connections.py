@@ -139,6 +139,38 @@ def test_what_is_neither_head_nor_body_has_an_end(begun: bytes) -> None:
             assert client.send(handshake()).status == 200
 
 
+def test_requests_that_wait_for_an_answer_have_an_end(caplog: pytest.LogCaptureFixture) -> None:
+    stream = (
+        b"GET /v1/live?db_id=shop HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
+    )
+    asked = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running() as url, silent(url) as line:
+        with Client(url) as client:
+            client.history()
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            line.sendall(stream + asked * 1000)
+            while line.recv(65536):
+                pass  # the stream has no end of its own
+        with Client(url) as client:
+            assert client.send(handshake()).status == 200
+    # The stream has learned that its connection is gone, and says no goodbye to it.
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
+
+
+def test_a_few_requests_that_wait_are_answered_in_order() -> None:
+    body = encode(handshake())
+    asked = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 50
+    last = CHUNKED.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    asked[-1] = last + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    with running() as url, silent(url) as line:
+        line.sendall(b"".join(asked)[:-1])
+        line.sendall(b"\n")
+        with line.makefile("rb") as file:
+            said = file.read()
+    assert said.count(b"HTTP/1.1 200") == 50
+    assert b"application/cbor" in said.rpartition(b"HTTP/1.1 200")[2].lower()
+
+
 def test_small_pieces_of_a_body_are_no_trailer() -> None:
     body = encode(handshake())
     pieces = b"".join(b"1;x=%s\r\n%c\r\n" % (b"y" * 1000, byte) for byte in body)

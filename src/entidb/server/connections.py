@@ -32,6 +32,9 @@ logger = logging.getLogger("entidb.server")
 #: Bytes of a request's line and headers, and of anything else that is no body. A token is at most
 #: 8 KiB.
 _HEAD_BYTES_MAX: Final = 64 * 1024
+#: Requests that wait for the answer to one before them. No client of ours sends two at once, and
+#: each takes a hundred times the room of the words that ask for it.
+_WAITING_MAX: Final = 64
 #: Seconds that a connection gets before its first request comes, even when all are taken.
 _FIRST_WORD_S: Final = 1.0
 #: Connections beyond the limit that get an answer; more are closed without one.
@@ -140,6 +143,8 @@ class LimitedConnection(HttpToolsProtocol):
         self._idle_limit = Deadline(loop, self.timeout_keep_alive, self.timeout_keep_alive_handler)
         #: Bytes that came in since the last of a body, or since a request was expected.
         self._head_bytes = 0
+        #: The request that is being answered; ``cycle`` is the newest one, which may wait for it.
+        self._answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -152,6 +157,11 @@ class LimitedConnection(HttpToolsProtocol):
         for limit in (self._head_limit, self._write_limit, self._idle_limit):
             limit.end()
         self.connections_of_all.closed(self)
+        self.pipeline.clear()
+        answered = self._answered
+        if answered is not None and not answered.response_complete:
+            answered.disconnected = True
+            answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -172,6 +182,11 @@ class LimitedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_limit.stop()
         self._head_bytes = 0
+        if len(self.pipeline) >= _WAITING_MAX:
+            # The parser reads to the end of what has come, which may be thousands of requests.
+            self.transport.abort()
+        if self.transport.is_closing():
+            return
         # What the parser still calls a header comes behind the body, where nobody who looked at the
         # head has seen it.
         self.headers = []
@@ -182,6 +197,7 @@ class LimitedConnection(HttpToolsProtocol):
         before: RequestResponseCycle | None = self.cycle
         cycle = self.cycle = self._begun()
         if before is None or before.response_complete:
+            self._answered = cycle
             self._start_asgi_task(cycle, app)
         else:
             # Requests that do not wait for the answer before them do.
@@ -225,9 +241,13 @@ class LimitedConnection(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+        waiting = self.pipeline.pop() if self.pipeline else None
+        if not self.pipeline:
+            # Not before: more is not read than is answered.
+            self.flow.resume_reading()
+        if waiting is not None:
+            self._answered = waiting[0]
+            self._start_asgi_task(*waiting)
             return
         self._idle_limit.start()
         if self._is_idle():
