@@ -73,6 +73,9 @@ CALM: Final[dict[str, int]] = {
     "stale_rows": 0,
     "nodes": 0,
     "live": 0,
+    "quota_entities": 0,
+    "quota_bytes": 0,
+    "quota_devices": 0,
 }
 WILD: Final = CALM | {"lost": 100, "repeated": 100}
 
