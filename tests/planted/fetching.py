@@ -22,7 +22,16 @@ FETCHING = CALM | {"images": 2, "lost": 100, "purge": 80, "upcast": 0, "old_prog
 LYING = FETCHING | {"image_faults": 300}
 
 
-@bug("image-at-wrong-head", "PREFIX", "ORDER", "NO-RESURRECTION", "LIVENESS", knobs=FETCHING)
+@bug(
+    "image-at-wrong-head",
+    "PREFIX",
+    "ORDER",
+    "NO-RESURRECTION",
+    "LIVENESS",
+    # The server takes the cursor that it never gave for a proof that its files were put back.
+    "NO-EFFECT",
+    knobs=FETCHING,
+)
 def _wrong_head(garden: Garden) -> None:
     """A device believes that its image reaches one commit farther than it does."""
 

@@ -38,7 +38,7 @@ from entidb.server import ServerConfig, SyncServer, create_app, mint_token, serv
 from entidb.server.app import SyncApp
 from entidb.server.exchange import path_in_app
 from entidb.server.hooks import Grant
-from entidb.server.room import Budget
+from entidb.server.room import SMALL_BYTES, Budget
 from entidb.server.service import DatabaseService
 from entidb.sync import HttpTransport, SyncConfig, SyncEngine
 from tests.server.support import DEVICE, SECRET, Client, handshake, pull, push
@@ -456,7 +456,7 @@ def test_a_page_that_turns_out_larger_is_counted_as_it_is():
             held.resize(150)
             assert budget.used == 150
             with budget.hold() as other, pytest.raises(ServerBusyError):
-                other.take(1)
+                other.take(SMALL_BYTES + 1)
         assert budget.used == 0
 
     asyncio.run(story())
@@ -468,11 +468,12 @@ def test_a_server_that_is_full_says_busy_and_when_to_come_again():
         with _served(app) as url, Client(url) as client:
             history = client.history()
             app._budget.used = app._budget.limit
-            answer = client.send(push(history, 1))
+            large = push(history, 1, value="x" * SMALL_BYTES)
+            answer = client.send(large)
             assert (answer.status, answer.code) == (503, "busy")
             assert answer.headers["retry-after"] == "1"
             app._budget.used = 0
-            assert client.send(push(history, 1)).status == 200
+            assert client.send(large).status == 200
             assert app.in_flight_bytes == 0
 
 

@@ -18,7 +18,7 @@ from entidb.server import ServerConfig, SyncServer, create_app, serving
 from entidb.server.app import SyncApp
 from entidb.server.front import Front
 from entidb.server.hooks import Grant
-from entidb.server.room import Budget
+from entidb.server.room import SMALL_BYTES, Budget
 from entidb.server.service import DatabaseService
 from tests.server.support import Client, pull, push
 from tests.server.test_app import _served, eventually, head, raw, running
@@ -86,19 +86,46 @@ def test_who_gives_up_waiting_lets_those_behind_it_pass(monkeypatch: pytest.Monk
 
 
 def test_what_a_request_holds_moves_with_whom_it_is_charged_to() -> None:
-    budget = Budget(100)
+    budget = Budget(100 << 10)
     with budget.hold() as held:
-        held.take(10)
+        held.take(10 << 10)
         held.charge(("subject", "ann"))
-        held.take(20)
+        held.take(20 << 10)
         held.charge(("database", "shop"))
-        assert budget.used == 30
-        held.resize(50)
-        assert budget._used_by == {("database", "shop"): 50}
+        assert budget.used == 30 << 10
+        held.resize(50 << 10)
+        assert budget._used_by == {("database", "shop"): 50 << 10}
         with budget.hold() as other, pytest.raises(ServerBusyError):
-            other.take(60)
+            other.take(60 << 10)
     assert budget.used == 0
     assert not budget._used_by
+
+
+def test_who_asks_for_little_waits_where_there_is_no_room_and_is_not_refused() -> None:
+    """Many devices of one subject ask a server that has just been started for a page: each is
+    given room for a large one, until it is known how large they are."""
+
+    async def story() -> None:
+        budget = Budget(100 << 10)
+        ann = ("subject", "ann")
+        with budget.hold() as first, budget.hold() as second:
+            first.charge(ann)
+            await first.reserve(100 << 10)
+            second.charge(ann)
+            second.take(SMALL_BYTES // 2)
+            second.take(SMALL_BYTES // 2)
+            with pytest.raises(ServerBusyError):
+                second.take(1)
+            waiting = asyncio.create_task(second.reserve(50 << 10))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            first.resize(1 << 10)
+            await waiting
+            assert budget.used == 51 << 10
+        assert budget.used == 0
+        assert not budget._used_by
+
+    asyncio.run(story())
 
 
 def test_readers_that_do_not_read_do_not_make_another_database_wait() -> None:

@@ -14,6 +14,10 @@ RETRY_S: Final = 1.0
 #: How many times what is free one subject or one database may hold: three quarters of everything
 #: if it is alone, and the more of them hold much, the less each, so that some is always free.
 _SHARE: Final = 3
+#: What a request may always hold, as most of them do: there are no more of these than connections,
+#: and the system keeps more than that for each. Who waits for a page has not been refused, so
+#: nobody who would wait for one is.
+SMALL_BYTES: Final = 4096
 # ---------------------------------------------------------------- memory
 
 #: To whom bytes are charged: a subject or a database, by name.
@@ -122,7 +126,9 @@ class Held:
 
     def take(self, size: int) -> None:
         """Raises ``ServerBusyError``: who is sending would not be read while it waits."""
-        if not self._budget.take(size, self._account):
+        if self._size + size <= SMALL_BYTES:
+            self._budget.charge(size, self._account)
+        elif not self._budget.take(size, self._account):
             raise no_room()
         self._size += size
 

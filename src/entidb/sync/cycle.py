@@ -157,6 +157,7 @@ class Cycle:
         self.exchange.applier.bind(self.exchange.config.db_id, response.history, response.subject)
         self.exchange.connection.history = response.history
         self.exchange.connection.limits = response.limits
+        self.exchange.connection.asked = None  # with the limits of before
         self.exchange.connection.features = response.features
         looks = "schema" in response.features
         self.exchange.connection.schema = self.exchange.config.schema if looks else 0
