@@ -26,7 +26,7 @@ from entidb.server.admin.plain_values import as_json, cut
 from entidb.server.admin.routes import answer
 from entidb.server.console.serving import POLICY, Console, read_files
 from entidb.server.pulse import BEAT_MS, Gauges, Pulse
-from tests.server.support import DEVICE, NOW_MS, Client, ManualClock, handshake, push
+from tests.server.support import DEVICE, NOW_MS, Client, ManualClock, handshake, pull, push
 
 ROOT = Caller("root", "test")
 SHOPKEEPER = Caller("ada", "test", frozenset(["shop"]))
@@ -303,6 +303,7 @@ def test_a_device_falls_behind_and_is_found_by_what_one_knows_of_it(place: Place
     for number in range(1, 4):
         place.push(push(history, number))
     place.server.registry.heard(handshake(), Grants("ada", {}), code=None, client="till/2.1")
+    place.server.registry.pulled(pull(history), 0)  # it was put back
     (row,) = place.get("devices", search="ADA till")["rows"]
     assert (row["database"], row["row"]["behind"]) == ("shop", 3)
     assert place.get("devices", search="eve") == {"total": 0, "rows": []}

@@ -263,11 +263,10 @@ class Entities(Overlay):
                 int, tuple[CollectionInfo, list[bytes], list[bytes | None], list[bytes]]
             ] = {}
             for info, entity_id, old, payload in zip(infos, ids, olds, payloads, strict=True):
-                if info.indexes:
-                    _, here, was, now = told.setdefault(info.number, (info, [], [], []))
-                    here.append(entity_id)
-                    was.append(None if old is None else payload_of(old))
-                    now.append(payload)
+                _, here, was, now = told.setdefault(info.number, (info, [], [], []))
+                here.append(entity_id)
+                was.append(None if old is None else payload_of(old))
+                now.append(payload)
             for info, here, was, now in told.values():
                 self.watcher.changed(info, here, was, now)
 

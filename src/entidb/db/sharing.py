@@ -238,10 +238,11 @@ class Sharing:
         except BaseException as error:
             withdrawn = job.withdraw()
             host._give_back(turn)
-            if not withdrawn:
-                self._wait_for(job)
-            host._observers.deliver()
-            if withdrawn or not isinstance(error, TransactionError):
+            if withdrawn:
+                raise  # and nobody is told: it may have met this thread's own transaction
+            self._wait_for(job)
+            if not isinstance(error, TransactionError):
+                host._observers.deliver()
                 raise
         host._observers.deliver()
         job.result()

@@ -7,6 +7,9 @@ hear of: it comes again, and finds the database opened anew.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import count
 from typing import Final
 
@@ -19,7 +22,8 @@ _SPREAD_S: Final = 2.0
 _FULL_RETRY_S: Final = 10.0
 #: Multiples of it, without their whole part, are spread evenly, however many there are.
 _GOLDEN: Final = 0.6180339887
-_told = count(1)
+_ALL: Final = count(1)
+_told: Final[ContextVar[Iterator[int]]] = ContextVar("entidb_told")
 
 
 def is_away(error: BaseException) -> bool:
@@ -33,12 +37,23 @@ def is_away(error: BaseException) -> bool:
 
 def retry_after_s() -> float:
     """Not the same for all who are told in one moment: they should not come back together."""
-    return _RETRY_S + _SPREAD_S * (next(_told) * _GOLDEN % 1)
+    return _RETRY_S + _SPREAD_S * (next(_told.get(_ALL)) * _GOLDEN % 1)
 
 
 def full_retry_after_s() -> float:
     """As ``retry_after_s``, where a disk is full: somebody has to make room."""
     return _FULL_RETRY_S * retry_after_s()
+
+
+@contextmanager
+def counted_alone() -> Iterator[None]:
+    """What is told in this block depends on nothing that was told before it: for simulations, in
+    which one seed gives one trace."""
+    token = _told.set(count(1))
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 def come_again() -> ServerBusyError:
@@ -49,4 +64,4 @@ def come_again() -> ServerBusyError:
     )
 
 
-__all__ = ["come_again", "full_retry_after_s", "is_away", "retry_after_s"]
+__all__ = ["come_again", "counted_alone", "full_retry_after_s", "is_away", "retry_after_s"]

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Final
 
 from entidb.db.maintenance import dump, verify
+from entidb.server.away import counted_alone
 from entidb.testing.device import Device
 from entidb.testing.digests import check_digests
 from entidb.testing.host import Host
@@ -81,7 +82,8 @@ def simulate(seed: int, options: Options | None = None) -> Run:
     log = logging.getLogger("entidb.server")
     disabled, log.disabled = log.disabled, True
     try:
-        simulation.run()
+        with counted_alone():
+            simulation.run()
     except Violation as violation:
         invariant, message = violation.invariant, violation.message
     except Exception:
