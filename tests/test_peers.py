@@ -47,10 +47,7 @@ def test_without_node_one_line_says_so_and_entidb_is_measured_alone(
     told = "peers: node is not installed, so there are no figures of RxDB and PouchDB\n"
     assert errors == told
     figures = [json.loads(line) for line in output.splitlines()]
-    assert [each["figure"] for each in figures] == [
-        *("EntiDB, p50", "EntiDB at once, p50"),
-        *("EntiDB, p99", "EntiDB at once, p99"),
-    ]
+    assert [each["figure"] for each in figures] == ["EntiDB, p50", "EntiDB, p99"]
     assert all(each["value"] > 0 and each["target"] is None for each in figures)
     assert list(place.iterdir()) == []
 
@@ -69,13 +66,11 @@ def test_a_package_that_is_not_installed_is_named_with_what_installs_it(path: Pa
 
 
 def test_entidb_is_compared_with_each_peer_round_by_round(monkeypatch: pytest.MonkeyPatch):
-    took = {peers.ENTIDB: 4.0, peers.AT_ONCE: 3.0, "RxDB": 1.0, "PouchDB": 10.0}
+    took = {peers.ENTIDB: 4.0, "RxDB": 1.0, "PouchDB": 10.0}
     order: list[str] = []
 
     @contextlib.contextmanager
-    def pair(world: World, name: str) -> Iterator[Any]:
-        name = {"burst": peers.ENTIDB, "at_once": peers.AT_ONCE}.get(name, name)
-
+    def pair(world: World, name: str = peers.ENTIDB) -> Iterator[Any]:
         def milliseconds(count: int) -> list[float]:
             order.append(name)
             return [took[name]] * count
@@ -93,8 +88,6 @@ def test_entidb_is_compared_with_each_peer_round_by_round(monkeypatch: pytest.Mo
     assert (beside.ratio, beside.target, beside.met) == (4.0, "<= 4 x floor", True)
     beside = found["EntiDB beside PouchDB, p50"]
     assert (beside.ratio, beside.target, beside.met) == (0.4, "<= 0.3 x floor", False)
-    beside = found["EntiDB at once beside RxDB, p50"]
-    assert (beside.ratio, beside.target, beside.met) == (3.0, None, None)
     assert found["PouchDB, p99"].values == [10.0, 10.0]
 
 

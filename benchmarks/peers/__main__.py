@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import queue
 import shutil
@@ -37,14 +36,11 @@ _PAUSE_S = 0.06
 _WAIT_S = 30.0
 
 ENTIDB = "EntiDB"
-#: The same without its wait for more commits before it pushes: what that wait takes. No promise.
-AT_ONCE = "EntiDB at once"
 #: The package that each peer is, and what EntiDB's p50 may be of theirs.
 PACKAGES = {"RxDB": "rxdb", "PouchDB": "pouchdb"}
 TARGETS = {"RxDB": Target("ratio", most=4.0), "PouchDB": Target("ratio", most=0.3)}
 KEEPS = {
     ENTIDB: "every commit on all three disks",
-    AT_ONCE: "every commit on all three disks",
     "RxDB": "in memory",
     "PouchDB": "LevelDB, no flush",
 }
@@ -83,10 +79,7 @@ def run(world: World, count: int, rounds: int, peers: Sequence[str]) -> Iterator
     halves: dict[str, list[float]] = {}
     tails: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
-        pairs = {
-            ENTIDB: stack.enter_context(_entidb(world, "burst")),
-            AT_ONCE: stack.enter_context(_entidb(world, "at_once")),
-        }
+        pairs = {ENTIDB: stack.enter_context(_entidb(world))}
         for name in peers:
             pairs[name] = stack.enter_context(_peer(world, name))
         for pair in pairs.values():
@@ -99,21 +92,21 @@ def run(world: World, count: int, rounds: int, peers: Sequence[str]) -> Iterator
     for share, found in (("p50", halves), ("p99", tails)):
         for name, values in found.items():
             yield figure("peers", f"{name}, {share}", count, "ms", values, note=KEEPS[name])
-        for name, ours in itertools.product(peers, (ENTIDB, AT_ONCE)):
+        for name in peers:
             yield figure(
                 "peers",
-                f"{ours} beside {name}, {share}",
+                f"{ENTIDB} beside {name}, {share}",
                 count,
                 "ms",
-                found[ours],
+                found[ENTIDB],
                 floors=found[name],
                 floor_is=f"{name}, {KEEPS[name]}",
-                target=TARGETS[name] if (ours, share) == (ENTIDB, "p50") else None,
+                target=TARGETS[name] if share == "p50" else None,
             )
 
 
 @contextlib.contextmanager
-def _entidb(world: World, how: str) -> Iterator[Pair]:
+def _entidb(world: World) -> Iterator[Pair]:
     token_file = world.path("token")
     token_file.write_text(world.token())
     command = [sys.executable, "-m", "benchmarks.peers.device"]
@@ -121,7 +114,7 @@ def _entidb(world: World, how: str) -> Iterator[Pair]:
 
         def device(role: str) -> Process:
             place = str(world.path(role))
-            arguments = [*command, role, place, server.url, str(token_file), how]
+            arguments = [*command, role, place, server.url, str(token_file)]
             return stack.enter_context(Process(arguments, world.path("log"), environment()))
 
         yield Pair(device)

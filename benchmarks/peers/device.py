@@ -1,8 +1,7 @@
 """An EntiDB device in a process of its own, with its engine in the background.
 
-Arguments: ``one`` (commits) or ``other`` (observes), directory, URL, file with the token, and
-``burst`` or ``at_once``: whether the engine waits for more commits before it pushes, as it does, or
-does not, to see what that wait takes. It speaks as ``lines.mjs`` does.
+Arguments: ``one`` (commits) or ``other`` (observes), directory, URL, file with the token. It speaks
+as ``lines.mjs`` does.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ from typing import Any
 
 from benchmarks.payloads import COLLECTION
 from entidb.db import CommitEvent, Database
-from entidb.sync import SyncConfig, SyncEngine, background
+from entidb.sync import SyncConfig, SyncEngine
 
 _START_S = 30.0
 
 
-def main(role: str, directory: str, url: str, token_file: str, how: str) -> None:
-    if how == "at_once":
-        vars(background)["BURST_S"] = 0.0  # no setting: for this measurement alone
+def main(role: str, directory: str, url: str, token_file: str) -> None:
     token = Path(token_file).read_text()
     with (
         Database.open(directory) as database,
@@ -62,4 +59,4 @@ def _say(message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:6])
+    main(*sys.argv[1:5])
