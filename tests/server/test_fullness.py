@@ -178,6 +178,18 @@ def test_without_a_quota_nothing_is_counted() -> None:
     assert fullness_of(config, Database.in_memory(), ManualClock()) is None
 
 
+def test_a_push_of_which_one_frees_room_gives_none_to_those_before_it() -> None:
+    """As one by one: of a batch that is decided in columns each transaction has to fit."""
+    was = EntityRow(0, 1, 1, bytes(16), 1, 0, b"x" * 20).encode()
+    larger, smaller = (b"x" * 24, was), (b"x" * 10, was)
+    room = Room(5, 3)
+    assert not room.take_each([larger, smaller])
+    assert (room.entities, room.size) == (5, 3)
+    assert room.take_each([smaller, larger])
+    assert (room.entities, room.size) == (5, 9)  # 3 + 10 - 4
+    assert not Room(1, 100).take_each([(b"x", None), (b"y", None)])
+
+
 def test_a_room_that_is_over_takes_what_makes_it_smaller() -> None:
     assert Room(-3, None).take([(None, None)]) is None
     assert Room(-3, -3).take([(b"x", None)]) == "database_entities_max"

@@ -230,7 +230,7 @@ class Deciding:
             bases = [operation.base_version for operation, _ in replaced]
             if any(map(lt, bases, versions_of([row for _, row in replaced]))):
                 return None
-        if self._room is not None and self._room.take(zip(payloads, rows, strict=True)):
+        if self._room is not None and not self._room.take_each(zip(payloads, rows, strict=True)):
             return None
         if self._planned is not None:
             self._make_collections(self._planned)

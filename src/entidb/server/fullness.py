@@ -50,6 +50,15 @@ class Room:
             self.size -= grown
         return None
 
+    def take_each(self, writes: Iterable[Write]) -> bool:
+        """Whether there is room for each of these transactions of one write, one after the other;
+        then they count, else none does. What a later one frees makes no room for an earlier one."""
+        after = Room(self.entities, self.size)
+        if any(after.take([write]) is not None for write in writes):
+            return False
+        self.entities, self.size = after.entities, after.size
+        return True
+
 
 class Fullness:
     """Of one database. Called by its one writer only."""
