@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
-from benchmarks.figures import ROUNDS_DEFAULT, Figure
+from benchmarks.figures import ROUNDS_DEFAULT
+from benchmarks.single import run
 from benchmarks.world import World
 
 #: In the order in which they run.
@@ -54,12 +53,6 @@ def main(arguments: list[str] | None = None) -> None:
                     print(figure, file=sys.stderr, flush=True)
     finally:
         world.close()
-
-
-def run(name: str, world: World, n: list[int] | None, rounds: int) -> Iterator[Figure]:
-    """The figures of one benchmark, of its usual sizes unless ``n`` names others."""
-    module = import_module(f"benchmarks.{name}")
-    yield from module.run(world, tuple(n) if n else module.SIZES, rounds)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

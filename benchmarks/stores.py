@@ -15,7 +15,7 @@ from functools import partial
 
 import psycopg
 
-from benchmarks import __main__ as program
+from benchmarks import single
 from benchmarks.figures import Figure, Target, figure, timed
 from benchmarks.floors import RawPostgres
 from benchmarks.payloads import entities
@@ -70,11 +70,11 @@ def run(name: str, world: World, n: list[int] | None, rounds: int) -> Iterator[F
     ours: dict[tuple[str, int], list[Figure]] = {}
     raws: list[float] = []
     for _ in range(rounds):
-        for each in program.run(name, world, n, 1):
+        for each in single.run(name, world, n, 1):
             files.setdefault((each.figure, each.n), []).append(each)
         world.new_address = lambda: _new_address(world)
         try:
-            for each in program.run(name, world, n, 1):
+            for each in single.run(name, world, n, 1):
                 ours.setdefault((each.figure, each.n), []).append(each)
         finally:
             world.new_address = None

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import stores
+from benchmarks import single, stores
 from benchmarks.compare import Pair, main, measured, table
 from benchmarks.figures import Figure, Target, figure, percentile
 from benchmarks.world import World
@@ -76,7 +76,7 @@ def test_every_benchmark_is_in_the_table_of_figures():
 
 @pytest.mark.parametrize("name", program.NAMES)
 def test_a_benchmark_prints_one_json_line_for_each_figure(name: str, world: World):
-    lines = [item.to_json() for item in program.run(name, world, [N], 1)]
+    lines = [item.to_json() for item in single.run(name, world, [N], 1)]
     figures = [json.loads(line) for line in lines]
     assert not any("\n" in line for line in lines)
     assert {item["figure"] for item in figures} >= FIGURES[name]
@@ -128,7 +128,7 @@ def test_what_is_compared_with_no_server_at_all_is_a_rate_where_stores_are_compa
         names = ["push: requests", "push: against bare", "pull: against bare"]
         return [figure(name, each, N, "requests/s", [2.0]) for each in names]
 
-    monkeypatch.setattr(program, "run", measured)
+    monkeypatch.setattr(single, "run", measured)
     monkeypatch.setattr(stores, "_raw_ms", lambda world, size: 1.0)
     found = [each.figure for each in stores.run("many", cast(World, SimpleNamespace()), [N], 1)]
     assert found[:-1] == ["push: requests, in PostgreSQL", "pull: requests, in PostgreSQL"]
