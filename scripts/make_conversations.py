@@ -1106,7 +1106,7 @@ def an_image_and_a_restart() -> list[Json]:
         holds([]),
         RESTART,
         sync(
-            offering(handshake(4)),
+            offering(handshake(4, known={"one of": [None, HISTORY]})),
             IMAGE.segments(),
             pull(2, changed(4, (E3, C)), head=4, full=True),
         ),
@@ -1382,6 +1382,280 @@ def written_since_and_not_compared() -> list[Json]:
         holds([(E1, A), (E2, B)]),
         sync(pull(1, changed(2, (E2, C)), head=2)),
         holds([(E1, A), (E2, C)]),
+    ]
+
+
+@_conversation(6, "R24: what ends alike is done only where nothing else was written on the way")
+def the_same_at_the_end_of_two() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B), (E2, B)),
+        commit((E1, None), (E3, C)),
+        sync(pull(1, changed(2, (E1, None)), head=2)),
+        holds(
+            [],
+            discarded=[
+                ("conflict", [(E1, B), (E2, B)]),
+                ("conflict", [(E1, None), (E3, C)]),
+            ],
+        ),
+    ]
+
+
+@_conversation(6, "R24: of one entity alone, what ends alike is done")
+def the_same_at_the_end_of_two_that_wrote_nothing_else() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        commit((E1, D)),
+        sync(pull(1, changed(2, (E1, D)), head=2)),
+        holds([(E1, D)]),
+    ]
+
+
+@_conversation(6, "R24: where the first is done, the others are built on it, without a conflict")
+def the_first_of_two_is_done() -> list[Json]:
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        commit((E1, C)),
+        sync(
+            pull(1, changed(2, (E1, B)), head=2),
+            push(2, [sent("t2", (E1, 2, C))], accepted(3)),
+        ),
+        holds([(E1, C)]),
+    ]
+
+
+@_conversation(6, "R20: an entity on two pages counts as it is on the later one")
+def one_entity_on_two_pages() -> list[Json]:
+    return [
+        sync(
+            meeting(3),
+            pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=4, reaches=2, full=True),
+            pull(2, changed(3, (E2, None)), changed(4, (E1, D)), head=4, full=True),
+        ),
+        holds([(E1, D)]),
+        commit((E2, C)),
+        sync(
+            pull(4, head=4), push(4, [sent("t1", (E2, {"one of": [3, 4]}, C))], accepted(5))
+        ),
+        holds([(E1, D), (E2, C)]),
+    ]
+
+
+@_conversation(2, "of an answer with a payload that is not canonical nothing is applied")
+def a_payload_that_is_not_canonical() -> list[Json]:
+    longer = {"hex": "1801"}
+    return [
+        sync(*ONE),
+        sync(
+            pull(1, changed(2, (E2, B)), changed(3, (E3, longer)), head=3),
+            ends="codec_error",
+        ),
+        holds([(E1, A)]),
+        sync(optional(handshake(3)), pull(1, changed(2, (E2, B)), head=3)),
+        holds([(E1, A), (E2, B)]),
+    ]
+
+
+@_conversation(7, "an answer that cannot be true settles nothing: the batch is sent again")
+def an_answer_that_cannot_be_true() -> list[Json]:
+    batch = [sent("t1", (E2, absent(1), B)), sent("t2", (E3, absent(1), C))]
+    return [
+        sync(*ONE),
+        commit((E2, B)),
+        commit((E3, C)),
+        sync(
+            pull(1, head=1),
+            push(1, batch, accepted(2), accepted(2), head=2),
+            ends="invalid_message",
+        ),
+        holds([(E1, A), (E2, B), (E3, C)], pending=[[(E2, B)], [(E3, C)]]),
+        sync(
+            optional(handshake(3)),
+            push(1, batch, accepted(2), accepted(3)),
+            pull(1, head=3),
+        ),
+        holds([(E1, A), (E2, B), (E3, C)]),
+    ]
+
+
+@_conversation(7, "R18: what depends on a rejected transaction by another one is withdrawn too")
+def a_rejected_transaction_and_a_chain() -> list[Json]:
+    return [
+        sync(*EMPTY),
+        commit((E1, A)),
+        commit((E1, B), (E2, B)),
+        commit((E2, C), (E3, C)),
+        commit((E3, D)),
+        sync(
+            pull(0, head=0),
+            push(
+                0,
+                [
+                    sent("t1", (E1, 0, A)),
+                    sent("t2", (E1, 0, B), (E2, 0, B)),
+                    sent("t3", (E2, 0, C), (E3, 0, C)),
+                    sent("t4", (E3, 0, D)),
+                ],
+                rejected("too_sweet"),
+                conflict(),
+                conflict(),
+                conflict(),
+            ),
+            optional(pull(0, head=0)),
+        ),
+        holds(
+            [],
+            discarded=[
+                ("too_sweet", [(E1, A)]),
+                ("depends", [(E1, B), (E2, B)]),
+                ("depends", [(E2, C), (E3, C)]),
+                ("depends", [(E3, D)]),
+            ],
+        ),
+    ]
+
+
+@_conversation(
+    7, "R18: what is superseded waits for an older one on its entity", policy="client_wins"
+)
+def superseded_behind_an_older_one() -> list[Json]:
+    second = sent("t2", (E1, 1, C))
+    return [
+        sync(*ONE),
+        commit((E1, B)),
+        commit((E1, C)),
+        sync(
+            pull(1, head=1),
+            push(1, [sent("t1", (E1, 1, B)), second], conflict((E1, 2, D)), superseded(2)),
+            pull(1, changed(2, (E1, D)), head=2),
+            push(
+                2,
+                [again(sent("t1", (E1, 2, B))), again(sent("t2", (E1, 2, C)))],
+                accepted(3),
+                superseded(2),
+                head=3,
+            ),
+            pull(2, head=3),
+        ),
+        holds([(E1, B)]),
+    ]
+
+
+def _in_doubt(batch: list[list[Any]]) -> list[Json]:
+    """A device whose new entity was sent, and whose answer never came."""
+    return [
+        sync(*ONE),
+        commit((E2, B)),
+        sync(pull(1, head=1), lost(push(1, batch, accepted(2))), ends="no_answer"),
+        commit((E3, C)),
+    ]
+
+
+@_conversation(8, "R28: what was sent, deleted and forgotten since is not brought back")
+def in_doubt_behind_the_floor() -> list[Json]:
+    batch = [sent("t1", (E2, absent(1), B))]
+    reset = refused(pull(1, head=9), 409, "reset_required", details={"floor": 5})
+    return [
+        *_in_doubt(batch),
+        sync(
+            handshake(9, floor=5),
+            push(1, batch, conflict(), head=9),
+            reset,
+            pull(0, changed(1, (E1, A)), head=9, floor=5, full=True),
+            push(9, [sent("t2", (E3, absent(9), C))], accepted(10)),
+        ),
+        holds([(E1, A), (E3, C)], discarded=[("conflict", [(E2, B)])]),
+    ]
+
+
+@_conversation(8, "R28: what was sent and is still remembered is accepted as it was")
+def known_behind_the_floor() -> list[Json]:
+    batch = [sent("t1", (E2, absent(1), B))]
+    reset = refused(pull(1, head=9), 409, "reset_required", details={"floor": 5})
+    return [
+        *_in_doubt(batch),
+        sync(
+            handshake(9, floor=5),
+            push(1, batch, accepted(2), head=9),
+            reset,
+            pull(0, changed(1, (E1, A)), head=9, floor=5, full=True),
+            push(9, [sent("t2", (E3, absent(9), C))], accepted(10)),
+        ),
+        holds([(E1, A), (E3, C)]),
+    ]
+
+
+def _bases(*entities: Json) -> list[list[Any]]:
+    return [[0, entity, absent(2), B] for entity in entities]
+
+
+@_conversation(8, "R29: with its own side kept, a device commits again what is lost there")
+def another_history_keep_device() -> list[Json]:
+    """E1 is the same on both sides, E2 is gone there with what was committed with it, E3 is
+    older there."""
+    other = {"hex": E1["hex"][:-1] + "4"}
+    new = {"history": NEW_HISTORY}
+    return [
+        sync(
+            meeting(4),
+            pull(
+                0,
+                changed(1, (E1, A)),
+                changed(3, (E2, B), (other, B)),
+                changed(4, (E3, C)),
+                head=4,
+                full=True,
+            ),
+        ),
+        commit((E1, D)),
+        sync(
+            refused(pull(4, head=2), 409, "history_changed", details=new),
+            ends="history_changed",
+        ),
+        choose("device"),
+        sync(
+            handshake(2, known=None, now=NEW_HISTORY),
+            pull(
+                0,
+                changed(1, (E1, A)),
+                changed(2, (E3, A)),
+                head=2,
+                full=True,
+                history=NEW_HISTORY,
+            ),
+            _push(
+                2,
+                [
+                    sent("t1", (E1, 1, D)),
+                    [{"is": "t2"}, {"is": "time of t2"}, {"set": [*_bases(E2, other)]}],
+                    sent("t3", (E3, 2, C)),
+                ],
+                NEW_HISTORY,
+            )
+            | {"answer": push(2, [], accepted(3), accepted(4), accepted(5))["answer"]},
+        ),
+        holds([(E1, D), (E2, B), (E3, C), (other, B)]),
+    ]
+
+
+@_conversation(8, "R31: what is in flight is settled before a narrower grant withdraws anything")
+def a_narrower_grant_after_a_lost_answer() -> list[Json]:
+    batch = [sent("t1", (E1, 0, A))]
+    return [
+        sync(*EMPTY),
+        commit((E1, A)),
+        sync(pull(0, head=0), lost(push(0, batch, accepted(1))), ends="no_answer"),
+        commit((E1, B)),
+        sync(
+            granted(handshake(1), ["lists"]),
+            push(0, batch, accepted(1)),
+            granted(pull(0, head=1), ["lists"]),
+            optional(granted(pull(0, head=1), ["lists"])),
+        ),
+        holds([], discarded=[("forbidden", [(E1, B)])]),
     ]
 
 

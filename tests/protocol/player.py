@@ -60,8 +60,14 @@ class Names:
             if not all(_inside(one, must["at most"]) for one in got):
                 raise Mismatch(f"{where} names {got}, and may name {must['at most']} at most")
         elif isinstance(must, Mapping) and set(must) == {"set"}:
-            if sorted(got) != sorted(must["set"]):
-                raise Mismatch(f"{where} is {got}, not {must['set']} in any order")
+            left = list(got)
+            for item in must["set"]:
+                found = next((one for one in left if self._fits(item, one)), None)
+                if found is None:
+                    raise Mismatch(f"{where} is {got}, not {must['set']} in any order")
+                left.remove(found)
+            if left:
+                raise Mismatch(f"{where} has {left} beside {must['set']}")
         elif isinstance(must, Mapping) and set(must) != {"hex"}:
             for key, item in must.items():
                 if key not in got:
@@ -74,6 +80,13 @@ class Names:
                 self.check(item, got[index], f"{where}[{index}]")
         elif got != must or type(got) is not type(must):
             raise Mismatch(f"{where} is {got}, not {must}")
+
+    def _fits(self, must: Any, got: Any) -> bool:
+        try:
+            Names(dict(self.known)).check(must, got, "")
+        except Mismatch:
+            return False
+        return True
 
     def filled(self, item: Any) -> Any:
         """``item`` with the names replaced by what they stand for, and its bytes as bytes."""
