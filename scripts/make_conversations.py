@@ -1437,9 +1437,7 @@ def one_entity_on_two_pages() -> list[Json]:
         ),
         holds([(E1, D)]),
         commit((E2, C)),
-        sync(
-            pull(4, head=4), push(4, [sent("t1", (E2, {"one of": [3, 4]}, C))], accepted(5))
-        ),
+        sync(pull(4, head=4), push(4, [sent("t1", (E2, {"one of": [3, 4]}, C))], accepted(5))),
         holds([(E1, D), (E2, C)]),
     ]
 
