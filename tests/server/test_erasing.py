@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from entidb.db import Database, Index, Role
 from entidb.errors import ConfigError, PermissionDeniedError, ProtocolError
-from entidb.packing import ENCODINGS
+from entidb.packing import ENCODINGS, decompress
 from entidb.protocol import Manifest, SnapshotRequest
-from entidb.server import ServerConfig, SyncServer
+from entidb.server import ServerConfig, SyncServer, serving, wire
 from entidb.server.admin import backups, erase
 from entidb.server.admin import checking as checking_room
 from entidb.server.admin.callers import Caller
@@ -20,10 +24,13 @@ from entidb.server.admin.opening import office_of
 from entidb.server.admin.tasks import Task
 from entidb.server.auth import Grants
 from entidb.server.config import directory_name
-from entidb.server.segments.keeping import FOLDER
-from tests.server.support import pull
+from entidb.server.segments.building import ELSEWHERE_MS
+from entidb.server.segments.places import FOLDER
+from tests.server.support import ManualClock, pull
 from tests.server.test_backups import ROOT, Device, Place
+from tests.storage.postgres_cluster import Cluster
 from tests.storage.sqlite_store import SqliteStorage
+from tests.storage.test_postgres_sharing import own_database
 
 SECRET = "ada-lovelace-of-marylebone"
 WANTED = {"people": {"name": SECRET}}
@@ -48,6 +55,18 @@ def holding(root: Path, words: str) -> list[str]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and words.encode() in path.read_bytes()
     ]
+
+
+def in_images(root: Path, words: str) -> list[str]:
+    """Segments below ``root`` that have the words, packed as they are."""
+    found = []
+    for path in sorted(root.rglob("*.segment")):
+        content = path.read_bytes()
+        begins = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}[ENCODINGS[0]]
+        packed = content[content.index(begins) :]
+        data = decompress(ENCODINGS[0], packed, 2**26, path.name, wire.too_large)
+        found += [path.name] if words.encode() in data else []
+    return found
 
 
 def erased(place: Place, **given: bool) -> Task:
@@ -191,3 +210,105 @@ def test_an_image_that_has_it_goes_and_holds_no_deletion_back(tmp_path: Path):
         assert (newer.entities, newer.history) == (100, history)
     finally:
         place.server.close()
+
+
+def fill(server: SyncServer, count: int = 200) -> None:
+    with server.database("shop").transaction() as tx:
+        for number in range(count):
+            name = SECRET if number < 100 else f"other-{number}"
+            tx.collection("people")[uuid.UUID(int=number + 1)] = {"name": name}
+
+
+def image_of(server: SyncServer) -> SyncServer:
+    server.images.background = False
+    with server.stores.using("shop", create=False):
+        assert server.images.make("shop")
+    return server
+
+
+def erase_on(server: SyncServer) -> Any:
+    office = office_of(server)
+    seen = erase.preview(office, ROOT, "shop", WANTED)
+    task = erase.erase(office, ROOT, "shop", WANTED, seen.confirm)
+    found = office.tasks.wait(task.id, 60)
+    assert found is not None and found.state == "done", found
+    return found.result
+
+
+def test_images_in_a_directory_that_the_server_had_before_go_too(tmp_path: Path):
+    places = [None, tmp_path / "one", tmp_path / "two"]
+    for place in places:
+        config = ServerConfig(
+            data_dir=tmp_path / "data",
+            insecure_no_auth=True,
+            segments_min_entities=50,
+            segments_dir=place,
+        )
+        with SyncServer(config) as server:
+            if place is None:
+                fill(server)
+            image_of(server)
+    assert len(in_images(tmp_path, SECRET)) == 3
+    os.rename(tmp_path / "one", tmp_path / "unmounted")
+    with SyncServer(config) as server:
+        result = erase_on(server)
+    assert result["images_may_hold_it"] == [f"{socket.gethostname()}:{tmp_path / 'one'}"]
+    assert len(in_images(tmp_path, SECRET)) == len(in_images(tmp_path / "unmounted", SECRET)) == 1
+    os.rename(tmp_path / "unmounted", tmp_path / "one")
+    with SyncServer(config) as server:
+        assert erase_on(server)["images_may_hold_it"] == []
+    assert in_images(tmp_path, SECRET) == []
+
+
+def test_images_in_directories_of_other_nodes_go_when_these_can(tmp_path: Path, postgres: Cluster):
+    def node(address: str, place: str) -> SyncServer:
+        config = ServerConfig(
+            data_dir=address,
+            insecure_no_auth=True,
+            segments_min_entities=50,
+            segments_dir=tmp_path / place,
+        )
+        return SyncServer(config, clock=clock)
+
+    clock = ManualClock()
+    with own_database(postgres) as address, ExitStack() as stack:
+        with node(address, "away") as away:
+            fill(away)
+            image_of(away)
+        # The images of that directory count until nobody asks for them any more.
+        clock.advance(2 * ELSEWHERE_MS / 1000)
+        serving_one = stack.enter_context(node(address, "serving"))
+        image_of(serving_one)
+        other = stack.enter_context(node(address, "other"))
+        clock.advance(2 * ELSEWHERE_MS / 1000)
+        image_of(other)
+        assert len(in_images(tmp_path, SECRET)) == 3
+        for server in (serving_one, other):
+            stack.enter_context(serving(server))
+        result = erase_on(serving_one)
+        host = socket.gethostname()
+        assert result["images_may_hold_it"] == [f"{host}:{tmp_path / 'away'}"]
+        assert len(in_images(tmp_path, SECRET)) == len(in_images(tmp_path / "away", SECRET)) == 1
+        # It comes back, without making images any more, and with its first housekeeping they go.
+        with node(address, "away") as back:
+            back.housekeep()
+            assert in_images(tmp_path, SECRET) == []
+            assert back.images.left("shop") == []
+        assert erase_on(serving_one)["images_may_hold_it"] == []
+
+
+def test_a_record_of_directories_that_cannot_be_read_is_named(tmp_path: Path):
+    config = ServerConfig(data_dir=tmp_path, insecure_no_auth=True, segments_min_entities=50)
+    with SyncServer(config) as server:
+        fill(server)
+        image_of(server)
+        (tmp_path / "entidb-images.json").write_text("{")
+        office = office_of(server)
+        seen = erase.preview(office, ROOT, "shop", WANTED)
+        task = erase.erase(office, ROOT, "shop", WANTED, seen.confirm)
+        found = office.tasks.wait(task.id, 60)
+        assert found is not None and found.state == "failed"
+        assert "entidb-images.json does not say in which directories" in str(found.error)
+        (tmp_path / "entidb-images.json").unlink()
+        assert erase_on(server)["images_may_hold_it"] == []
+    assert in_images(tmp_path, SECRET) == []

@@ -34,7 +34,8 @@ from entidb.server import Grants, Rights, ServerConfig, SyncServer
 from entidb.server.segments import files as segment_files
 from entidb.server.segments.building import UNUSED_MS, StoppedError
 from entidb.server.segments.cutting import Sizes
-from entidb.server.segments.keeping import FOLDER, LIFE_MS
+from entidb.server.segments.keeping import LIFE_MS
+from entidb.server.segments.places import FOLDER
 from entidb.server.segments.rows import change_images
 from entidb.server.wire import ServerResponse
 from tests.server.support import DEVICE, ManualClock, handshake, number_id, pull
@@ -837,7 +838,7 @@ def test_an_image_made_by_one_process_is_served_by_another(clock: ManualClock, t
             segments_min_entities=LEAST,
             open_database=lambda db_id, create: maker.database(db_id),
         ) as other:
-            other.images._root = maker.images._root
+            other.images.places.root = maker.images.places.root
             assert asked(other).segments == manifest.segments
             assert downloaded(other, manifest)
             assert storage is other.database("shop").storage

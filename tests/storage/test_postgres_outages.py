@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
+import socket
 import sys
 import threading
 import time
@@ -197,6 +198,50 @@ def test_opening_does_not_wait_for_ever_for_a_standby_that_is_not_there(
     asked(own.address, "SELECT pg_reload_conf()")
     until(lambda: works(store.mark))
     assert store.commit({b"a": b"2"}) == 2
+
+
+@contextlib.contextmanager
+def mute() -> Iterator[tuple[str, socket.socket]]:
+    """The address of a server that takes connections and says nothing, and its socket."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(WAIT_S)
+        port = listening.getsockname()[1]
+        yield f"postgresql://nobody@127.0.0.1:{port}/none?connect_timeout=60", listening
+
+
+@needs_postgres
+def test_a_server_that_connects_slowly_keeps_no_store_at_another_address_waiting(
+    postgres: Cluster,
+) -> None:
+    failed: list[BaseException] = []
+
+    def slow(address: str) -> None:
+        try:
+            PostgresStorage.open(address, "a")
+        except StorageError as error:
+            failed.append(error)
+
+    def waits(thread: threading.Thread) -> bool:
+        frame = sys._current_frames().get(thread.ident or 0)
+        return frame is not None and frame.f_code.co_name == "lease"
+
+    with mute() as (address, listening):
+        threads = [threading.Thread(target=slow, args=[address], daemon=True) for _ in range(3)]
+        threads[0].start()
+        line, _ = listening.accept()
+        for each in threads[1:]:
+            each.start()
+        until(lambda: all(map(waits, threads[1:])))
+        with contextlib.closing(PostgresStorage.open(postgres.address, uuid.uuid4().hex)) as other:
+            assert other.mark() == 0
+        assert threads[0].is_alive(), "it is still connecting"
+        line.close()
+        for each in threads:
+            each.join(WAIT_S)
+        assert [type(each) for each in failed] == [StorageUnreachableError] * 3
+        listening.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listening.accept()  # who waited has not tried it once more
 
 
 # ---------------------------------------------------------------- which host is asked

@@ -2,7 +2,8 @@
 is read and written whole. In files of the data directory; or where the databases are, for nodes
 that have no directory in common (``nodes``).
 
-Not here: what is in a record (``control``, ``registry``), and the audit log (``admin.audit``).
+Not here: what is in a record (``control``, ``registry``, ``segments.places``), and the audit log
+(``admin.audit``).
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from entidb.storage.partial import Partial
 #: The record of what an administrator has decided, and its file; no database is called so.
 CONTROL: Final = "control"
 CONTROL_FILE: Final = "entidb-control.json"
+#: The record of the directories in which images stand, and its file; no database is called so.
+IMAGES: Final = "images"
+IMAGES_FILE: Final = "entidb-images.json"
 #: Bytes of a record.
 BYTES_MAX: Final = 64 * 2**20
+_FILES: Final = {CONTROL: CONTROL_FILE, IMAGES: IMAGES_FILE}
 _DEVICES: Final = "devices/"
 _SUFFIX: Final = ".devices"
 
@@ -83,8 +88,8 @@ class FileRecords:
         return str(self._path(name))
 
     def _path(self, name: str) -> Path:
-        if name == CONTROL:
-            return self.root / CONTROL_FILE
+        if name in _FILES:
+            return self.root / _FILES[name]
         return self.root / (directory_name(name.removeprefix(_DEVICES)) + _SUFFIX)
 
     def read(self, name: str) -> bytes | None:
@@ -107,7 +112,7 @@ class FileRecords:
             descriptor = os.open(partial.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "wb") as file:
                 file.write(content)
-            if name == CONTROL:
+            if name in _FILES:
                 sync_path(partial.path)
             partial.finish()
             wrote(mark_of(path))
@@ -132,6 +137,8 @@ __all__ = [
     "BYTES_MAX",
     "CONTROL",
     "CONTROL_FILE",
+    "IMAGES",
+    "IMAGES_FILE",
     "FileRecords",
     "Make",
     "Records",

@@ -111,7 +111,12 @@ class SyncServer:
             )
             #: Files for the first sync of devices (R35).
             self.images: Final = ImageKeeper(
-                config, self.stores, self.clock, entropy, holds=self.place.holds
+                config,
+                self.stores,
+                self.clock,
+                entropy,
+                holds=self.place.holds,
+                records=self.records,
             )
             #: Devices that came over a network; the code that serves it notes them.
             self.registry: Final = Registry(

@@ -138,6 +138,7 @@ def _erase(
         head = store.database.read_head().sequence
         left = getattr(store.database.storage, "left_by_compact", ())
     office.server.images.drop(db_id)
+    office.others.drop_images()
     office.others.gather()
     behind = [each for each in office.registry.devices(db_id) if each.cursor < head]
     purged = care.purge_now(office, db_id, 0.0, progress)
@@ -154,6 +155,7 @@ def _erase(
         "floor": purged["floor"],
         **sizes,
         "storage_may_keep_it": list(left),
+        "images_may_hold_it": office.server.images.left(db_id),
         "devices_that_pull_anew": len(behind),
         "devices_that_may_hold_it": [each.device_id for each in behind[:_NAMED_MAX]],
         "backups_removed": named if with_backups else [],

@@ -67,6 +67,7 @@ class DroppedImages(Protocol):
     """Copies of what is in a database, for the first sync of devices."""
 
     def drop(self, db_id: str) -> None: ...
+    def left(self, db_id: str) -> list[str]: ...
 
 
 class Served(Protocol):
@@ -137,6 +138,10 @@ class OtherWorkers(Protocol):
         """Have them write down what they have noted of devices and refused logins."""
         ...
 
+    def drop_images(self) -> None:
+        """Have them remove what was dropped of images (``DroppedImages``) from their disks."""
+        ...
+
     def opened(self) -> dict[str, float]:
         """The databases that they have open, with the monotonic time of the last use."""
         ...
@@ -172,6 +177,9 @@ class NoOthers:
         return None
 
     def gather(self) -> None:
+        return None
+
+    def drop_images(self) -> None:
         return None
 
     def opened(self) -> dict[str, float]:

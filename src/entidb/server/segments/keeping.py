@@ -4,7 +4,7 @@
     make      one image from one snapshot, beside the work of others (``building``)
     manifest  the newest image that fits, pinned: the floor does not pass it (``db.images``)
     open      a segment of an image that counts
-    drop      none counts any more, and the files go
+    drop      none counts any more, and the files go (``removing``)
 
 An image counts while the record in its database names it. It is made when the database is large
 enough, and anew when a tenth of it has changed and somebody has asked for the last one. Two are
@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
@@ -43,14 +41,14 @@ from entidb.errors import (
     DatabaseClosedError,
     EntiDBError,
     ProtocolError,
-    ServerBusyError,
     StorageError,
     StorageFullError,
 )
 from entidb.protocol import Manifest, SegmentInfo, SnapshotRequest
-from entidb.server.config import ServerConfig, db_id_of, directory_name
+from entidb.server.config import ServerConfig
 from entidb.server.hooks import Grant
 from entidb.server.pages import wanted_collections
+from entidb.server.records import Records
 from entidb.server.segments.building import (
     Pauses,
     StoppedError,
@@ -69,26 +67,21 @@ from entidb.server.segments.files import (
     KeptImage,
     MemoryFiles,
     SegmentFile,
-    directory_id,
 )
 from entidb.server.segments.manifests import manifest_of, no_manifest, pull_of
-from entidb.server.segments.rows import change_images, drop_images
+from entidb.server.segments.places import ImagePlaces
+from entidb.server.segments.removing import RIGHT, ImageRemoval
+from entidb.server.segments.rows import change_images
 from entidb.server.stores import Store, Stores
 from entidb.types import Clock, Entropy
 
 logger = logging.getLogger("entidb.server")
 
-#: Below the data directory; no database is called so.
-FOLDER: Final = "entidb-segments"
 #: How long a manifest holds. The floor stays for twice as long, so that one commit an hour says so.
 LIFE_MS: Final = 3_600_000
-#: The right to make images and to clear up, among the processes of a server.
-_RIGHT: Final = "segments"
 #: Seconds between two looks at a database, and until it is tried again where it did not work.
 _LOOK_S: Final = 60.0
 _AGAIN_S: Final = 600.0
-#: Seconds to wait for another process that makes an image to end.
-_DROP_WAIT_S: Final = 30.0
 
 
 def _go_on() -> None:
@@ -106,18 +99,16 @@ class ImageKeeper:
         entropy: Entropy,
         files_of: Callable[[str], KeptFiles] | None = None,
         holds: Callable[[str], bool] | None = None,
+        records: Records | None = None,
     ) -> None:
         """``files_of`` says where the files of a database are, if not where ``config`` has it;
-        ``holds``, whether there is a database of that name."""
-        self._root = _root_of(config)
-        nowhere = config.address is not None and self._root is None
+        ``holds``, whether there is a database of that name; ``records`` are the server's."""
+        #: The directory of the files, and the others that the server has or had.
+        self.places: Final = ImagePlaces(config, records, clock, entropy)
+        nowhere = config.address is not None and self.places.root is None
         self._least: Final = 0 if nowhere else config.segments_min_entities
-        #: Whether there may be nodes with another directory, and which this one is then.
-        self._may_be_elsewhere = config.address is not None
-        self._here: bytes | None = None
         self._told: set[str] = set()
         self._spare = config.ready_disk_bytes_min
-        self._holds = holds
         self._stores, self._clock, self._entropy = stores, clock, entropy
         #: Whether a thread makes what is due; else somebody calls ``make``.
         self.background = True
@@ -138,6 +129,7 @@ class ImageKeeper:
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._locks: dict[str, threading.Lock] = {}
+        self.removal: Final = ImageRemoval(stores, self.places, self.files, self._lock_of, holds)
 
     @property
     def enabled(self) -> bool:
@@ -162,21 +154,10 @@ class ImageKeeper:
             return self._files_of(db_id)
         made = self._files.get(db_id)
         if made is None:
-            folder = self._folder(db_id)
+            folder = self.places.folder(db_id)
             new = MemoryFiles() if folder is None else FolderFiles(folder)
             made = self._files.setdefault(db_id, new)
         return made
-
-    def _directory(self) -> bytes:
-        """What ``ImageRows.place`` says of images that are made here. Raises ``OSError``."""
-        if not self._may_be_elsewhere or self._root is None:
-            return b""
-        if self._here is None:
-            self._here = directory_id(self._root, self._entropy(16))
-        return self._here
-
-    def _folder(self, db_id: str) -> Path | None:
-        return None if self._root is None else self._root / directory_name(db_id)
 
     # ------------------------------------------------------------ asked for
 
@@ -281,13 +262,16 @@ class ImageKeeper:
     def look(self) -> None:
         """Have done what is due for the databases that are open, and clear up after those that
         are gone. Called with each housekeeping."""
-        if not self.enabled or self._stop.is_set():
+        if self._stop.is_set():
+            return
+        self.removal.look()
+        if not self.enabled:
             return
         for db_id in self._stores.opened():
             with self._stores.looking(db_id) as store:
                 if store is not None:
                     self._look_at(store)
-        self._remove_strays()
+        self.removal.remove_strays()
 
     def _look_at(self, store: Store) -> None:
         """Hand the database to the thread, if there may be something to do."""
@@ -345,7 +329,7 @@ class ImageKeeper:
         with self._stores.looking(db_id) as store, self._lock_of(db_id):
             if store is None or not self.enabled:
                 return False
-            right = store.database.right(_RIGHT)
+            right = store.database.right(RIGHT)
             if not right.take(0):
                 return False  # Another process is at it.
             try:
@@ -360,7 +344,7 @@ class ImageKeeper:
     def _make(self, store: Store, pause: Callable[[], None]) -> bool:
         db_id, database, files = store.db_id, store.database, self.files(store.db_id)
         with database.view() as view:
-            here = self._directory()
+            here = self.places.identity()
             if is_elsewhere(read_images(view), here, self._clock.now_ms()):
                 return False
             wanted = {
@@ -395,6 +379,7 @@ class ImageKeeper:
                 if still is not store or read_images(view).dropped > head or self._stop.is_set():
                     raise StoppedError
 
+        self.places.note()
         try:
             image = build(
                 database,
@@ -422,7 +407,7 @@ class ImageKeeper:
         return free is None or free >= database.storage.info().used_bytes + self._spare
 
     def _clear_up(self, store: Store) -> None:
-        files, here = self.files(store.db_id), self._directory()
+        files, here = self.files(store.db_id), self.places.identity()
         now = self._clock.now_ms()
         with store.database.view() as view:
             kept = kept_rows(view, files, now, here)
@@ -441,48 +426,17 @@ class ImageKeeper:
             )
         files.sweep([row.id for row in kept.rows])
 
-    def _remove_strays(self) -> None:
-        """Folders of databases that are not there any more."""
-        root, holds = self._root, self._holds
-        if root is None or holds is None or not root.is_dir():
-            return
-        for entry in list(os.scandir(root)):
-            db_id = db_id_of(entry.name)
-            if db_id is not None and not holds(db_id):
-                with self._lock_of(db_id):
-                    # What else is in there is not ours, and stays.
-                    self.files(db_id).sweep([])
-
     def drop(self, db_id: str) -> None:
-        """No image counts any more, also none that is being made, and their files go: what was
-        erased from the database must not stay in them. Raises as ``Stores.use``, and
-        ``ServerBusyError`` where another process is at them for long: they count no more then, and
-        are still there."""
-        with self._stores.using(db_id, create=False) as store:
-            drop_images(store.database)
-            # What is being made ends before its next segment.
-            with self._lock_of(db_id):
-                right = store.database.right(_RIGHT)
-                if not right.take(_DROP_WAIT_S):
-                    raise ServerBusyError(
-                        f"another process of this server is making an image of {db_id!r} and does "
-                        "not end: the files of images are still there; do this again"
-                    )
-                try:
-                    self.files(db_id).sweep([])
-                finally:
-                    right.give_back()
+        """See ``removing``."""
+        self.removal.drop(db_id)
+
+    def left(self, db_id: str) -> list[str]:
+        """The directories, as ``HOST:PATH``, in which what ``drop`` drops may still be."""
+        return self.places.left(db_id)
 
     def _lock_of(self, db_id: str) -> threading.Lock:
         """Held in this process where an image is made or files are removed."""
         return self._locks.setdefault(db_id, threading.Lock())
-
-
-def _root_of(config: ServerConfig) -> Path | None:
-    """Where the folders of all databases are; None: nowhere on a disk."""
-    if config.segments_dir is not None:
-        return Path(config.segments_dir)
-    return None if config.directory is None else Path(config.directory) / FOLDER
 
 
 def _rank(packed_with: str) -> int:
@@ -495,4 +449,4 @@ def _row_of(images: ImageRows, image: KeptImage) -> ImageRow | None:
     return next((row for row in images.rows if row.id == image.id), None)
 
 
-__all__ = ["FOLDER", "LIFE_MS", "ImageKeeper"]
+__all__ = ["LIFE_MS", "ImageKeeper"]

@@ -46,6 +46,8 @@ _TICK_S: Final = 0.25
 _SLOW_TICK_S: Final = 1.0
 #: Seconds that another process gets for an answer that it has at hand.
 _ASK_S: Final = 2.0
+#: For one that removes files of images, and may have to end making one first.
+_IMAGES_S: Final = 40.0
 #: Seconds that another process gets to say what it has counted.
 _COUNTS_S: Final = 1.0
 #: For one that administration takes, and to find the process in the chair.
@@ -82,6 +84,7 @@ class Team:
             "ready": lambda given: list(self._readiness.reasons()),
             "opened": lambda given: self._opened_here(),
             "flush": lambda given: self._flush(),
+            "images": lambda given: server.images.removal.pay(),
             "decided": lambda given: self._look_again(),
             "reload": lambda given: server.reload(),
             "admin": self._administer,
@@ -256,6 +259,9 @@ class Team:
     def gather(self) -> None:
         self._ask_all("flush")
 
+    def drop_images(self) -> None:
+        self._ask("images", self._company.others(), _IMAGES_S)
+
     def opened(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for opened in self._ask_all("opened"):
@@ -314,12 +320,12 @@ class Team:
     def _ask_all(self, what: str) -> list[Any]:
         return self._ask(what, self._company.others())
 
-    def _ask(self, what: str, names: Iterable[str]) -> list[Any]:
+    def _ask(self, what: str, names: Iterable[str], timeout_s: float = _ASK_S) -> list[Any]:
         """The answers of those that answer."""
         found = []
         for name in names:
             try:
-                found.append(self._company.ask(name, what, None, _ASK_S))
+                found.append(self._company.ask(name, what, None, timeout_s))
             except NOT_THERE:
                 logger.debug("process %s has not begun yet, or has ended", name)
             except (OSError, ServerBusyError) as error:

@@ -412,40 +412,6 @@ class Marks:
             node.take_back(node.reading, connection)
 
 
-class Lease:
-    """The use of a node by one store, and what that has of it: the connection of its turn, and its
-    rights. ``close`` gives everything back; idempotent."""
-
-    def __init__(self, node: Node, key: tuple[str, int, int]) -> None:
-        self.node = node
-        self.turn: Line | None = None
-        self.rights: dict[tuple[int, int], object] = {}
-        self._key = key
-        self._closed = False
-
-    def close(self) -> None:
-        with _NODES_LOCK:
-            if self._closed or os.getpid() != self._key[2]:
-                return
-            self._closed = True
-            node, count = _NODES.pop(self._key)
-            if count > 1:
-                _NODES[self._key] = node, count - 1
-        connection, self.turn = self.turn, None
-        if connection is not None:
-            connection.close()  # and with it the turn
-            node.take_back(node.committing, connection)
-        for key, owner in list(self.rights.items()):
-            node.rights.give_back(key, owner)
-        if count == 1:
-            node.close()
-
-    def close_later(self) -> None:
-        """For the collector, which may run anywhere, also inside the pool."""
-        if not self._closed:
-            threading.Thread(target=self.close, name="entidb-close").start()
-
-
 #: What is known of the hosts of an address outlives the node, which an outage may close.
 _HOSTS: dict[str, Hosts] = {}
 
@@ -454,19 +420,4 @@ def _hosts_of(address: str) -> Hosts:
     return _HOSTS.setdefault(address, Hosts(dict(conninfo_to_dict(address))))
 
 
-#: Nodes of this process, and how many stores use each. Held again by the collector.
-_NODES: dict[tuple[str, int, int], tuple[Node, int]] = {}
-_NODES_LOCK = threading.RLock()
-
-
-def lease(address: str, connections_max: int, use: Tables = Tables.MAKE) -> Lease:
-    """Of the node of this process at ``address``. Raises as ``Node``."""
-    key = (address, connections_max, os.getpid())
-    with _NODES_LOCK:
-        node, count = _NODES.get(key) or (Node(address, connections_max, use), 0)
-        node.see_to(use)
-        _NODES[key] = node, count + 1
-        return Lease(node, key)
-
-
-__all__ = ["CONNECTIONS_MAX", "Lease", "Node", "NodeRights", "lease", "parts_of", "without_secret"]
+__all__ = ["CONNECTIONS_MAX", "Node", "NodeRights", "parts_of", "without_secret"]
