@@ -17,7 +17,7 @@ from entidb.errors import ConfigError, PermissionDeniedError, ProtocolError
 from entidb.packing import ENCODINGS, decompress
 from entidb.protocol import Manifest, SnapshotRequest
 from entidb.server import ServerConfig, SyncServer, serving, wire
-from entidb.server.admin import backups, erase
+from entidb.server.admin import backups, databases, erase
 from entidb.server.admin import checking as checking_room
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.opening import office_of
@@ -285,12 +285,16 @@ def test_images_in_directories_of_other_nodes_go_when_these_can(tmp_path: Path, 
         assert len(in_images(tmp_path, SECRET)) == 3
         for server in (serving_one, other):
             stack.enter_context(serving(server))
+        # What has another name now is still in files of its old one there.
+        databases.rename(office_of(serving_one), ROOT, "shop", "store")
+        databases.rename(office_of(serving_one), ROOT, "store", "shop")
         result = erase_on(serving_one)
         host = socket.gethostname()
         assert result["images_may_hold_it"] == [f"{host}:{tmp_path / 'away'}"]
         assert len(in_images(tmp_path, SECRET)) == len(in_images(tmp_path / "away", SECRET)) == 1
         # It comes back, without making images any more, and with its first housekeeping they go.
         with node(address, "away") as back:
+            back.images.background = False
             back.housekeep()
             assert in_images(tmp_path, SECRET) == []
             assert back.images.left("shop") == []

@@ -378,7 +378,7 @@ def test_what_was_erased_is_in_no_table_after_the_vacuum_that_the_report_names(
 ) -> None:
     first, _ = nodes.clients
     items = nodes.servers[0].database("shop").collection("items")
-    erased, kept = "ada-lovelace-of-marylebone", "grace-hopper-of-arlington"
+    erased, kept = "ada-king-of-ockham", "grace-hopper-of-arlington"
     with nodes.servers[0].database("shop").transaction() as tx:
         for number in range(50):
             tx.collection("items").add({"who": erased, "number": number})

@@ -14,7 +14,7 @@ import entidb.storage.memory
 from entidb.errors import StorageError
 from entidb.storage.base import StorageInfo
 from entidb.storage.postgres import PostgresStorage
-from entidb.storage.postgres.leasing import lease
+from entidb.storage.postgres.node import lease
 from entidb.storage.postgres.snapshot import ABOVE_ALL
 from tests.storage.postgres_cluster import cluster
 

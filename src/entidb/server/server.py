@@ -110,18 +110,11 @@ class SyncServer:
                 config, clock=self.clock, open_database=open_database or self.place.open
             )
             #: Files for the first sync of devices (R35).
-            self.images: Final = ImageKeeper(
-                config,
-                self.stores,
-                self.clock,
-                entropy,
-                holds=self.place.holds,
-                records=self.records,
-            )
+            beside: dict[str, Any] = {"holds": self.place.holds, "records": self.records}
+            self.images: Final = ImageKeeper(config, self.stores, self.clock, entropy, **beside)
             #: Devices that came over a network; the code that serves it notes them.
-            self.registry: Final = Registry(
-                self.records, self.clock, retention_days=config.tombstone_retention_days
-            )
+            kept_days = config.tombstone_retention_days
+            self.registry: Final = Registry(self.records, self.clock, retention_days=kept_days)
             control = Control(self.records, self.clock)
             newcomers = newcomers_of(config, self.registry, control, self.clock)
             self.front: Final = Front(

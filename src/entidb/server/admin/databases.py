@@ -172,6 +172,7 @@ def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
                 raise exists(to)
             # First, or a server that ends here has nobody locked out of the new name.
             office.control.carry(db_id, to)
+            office.server.images.renamed(db_id, to)
             office.registry.rename(db_id, to)
             try:
                 office.place.rename(db_id, to)

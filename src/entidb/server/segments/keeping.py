@@ -379,7 +379,7 @@ class ImageKeeper:
                 if still is not store or read_images(view).dropped > head or self._stop.is_set():
                     raise StoppedError
 
-        self.places.note()
+        self.places.note(db_id)
         try:
             image = build(
                 database,
@@ -429,6 +429,10 @@ class ImageKeeper:
     def drop(self, db_id: str) -> None:
         """See ``removing``."""
         self.removal.drop(db_id)
+
+    def renamed(self, db_id: str, to: str) -> None:
+        """Files of the database are found under its old name."""
+        self.places.renamed(db_id, to)
 
     def left(self, db_id: str) -> list[str]:
         """The directories, as ``HOST:PATH``, in which what ``drop`` drops may still be."""

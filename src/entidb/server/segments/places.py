@@ -5,8 +5,8 @@ A server has several where its nodes are given different ones, or where the sett
 of them are in one record of the server, so that an erasure can say where bytes may still be, and a
 node that was away removes them when it is back:
 
-    note   this process puts files into its directory from now on
-    owe    the files of a database go, from all directories
+    note   files of a database come into the directory of this process
+    owe    they go, from all directories that have them
     pay    those that are owed here are gone
     left   the directories that still owe
 """
@@ -16,14 +16,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
 from msgspec import Struct, ValidationError, json
 
 from entidb.errors import StorageError
-from entidb.server.config import ServerConfig, directory_name
+from entidb.server.config import ServerConfig, db_id_of, directory_name
 from entidb.server.records import IMAGES, Records
 from entidb.server.segments.files import FolderFiles, directory_id
 from entidb.types import Clock, Entropy
@@ -48,9 +48,11 @@ class KnownPlace(Struct):
 
 
 class Page(Struct):
-    """The record. Directories by their ids; those that owe, by the names of databases."""
+    """The record. Directories by their ids; which of them have files of a database, and which
+    are to remove them, by its name."""
 
     places: dict[str, KnownPlace] = {}
+    holds: dict[str, list[str]] = {}
     owed: dict[str, list[str]] = {}
 
 
@@ -69,6 +71,7 @@ class ImagePlaces:
         self._records = records if self.root is not None or self._may_differ else None
         self._clock, self._entropy = clock, entropy
         self._here: bytes | None = None
+        #: When this process said last that it uses the directory.
         self._noted_ms: int | None = None
 
     def folder(self, db_id: str) -> Path | None:
@@ -93,28 +96,38 @@ class ImagePlaces:
 
     # ------------------------------------------------------------ the record
 
-    def note(self) -> None:
-        """Before files are put here. Raises ``OSError``, ``StorageError``."""
+    def note(self, db_id: str | None = None) -> None:
+        """Before files of ``db_id`` are put here; without a name, what is here already. Raises
+        ``OSError``, ``StorageError``."""
         now, key = self._clock.now_ms(), self._key()
-        if self._records is None or key is None:
+        if self._records is None or key is None or self.root is None:
             return
-        if self._noted_ms is not None and 0 <= now - self._noted_ms < _SAID_MS:
+        names = [] if db_id is None else [db_id]
+        if self._noted_ms is None or not 0 <= now - self._noted_ms < _SAID_MS:
+            names += [name for each in _entries(self.root) if (name := db_id_of(each)) is not None]
+            self._noted_ms = now
+        if not names:
             return
-        mine = KnownPlace(socket.gethostname(), os.path.abspath(str(self.root)), now)
+        mine = KnownPlace(socket.gethostname(), os.path.abspath(self.root), now)
 
         def add(page: Page) -> None:
             known = page.places.get(key)
             if known is None or now - known.used_ms >= _SAID_MS:
                 page.places[key] = mine
                 _forget(page, now)
+            for name in names:
+                _add(page.holds, name, [key])
 
         self._change(add)
-        self._noted_ms = now
 
     def owe(self, db_id: str) -> None:
         """Every directory owes the files of ``db_id`` from now on. Raises as ``note``, and so do
         those that follow."""
-        self._change(lambda page: _owe(page, db_id))
+        self._change(lambda page: _add(page.owed, db_id, page.holds.get(db_id, [])))
+
+    def renamed(self, db_id: str, to: str) -> None:
+        """The database has another name, and its files have not."""
+        self._change(lambda page: _add(page.holds, to, page.holds.get(db_id, [])))
 
     def owed_here(self) -> list[str]:
         """Databases whose files are to go from this directory."""
@@ -123,9 +136,9 @@ class ImagePlaces:
         page, key = self._read(self._records.read(IMAGES)), self._key()
         return [db_id for db_id, places in page.owed.items() if key in places]
 
-    def pay(self, db_id: str) -> None:
-        """This directory does not have them any more; and where the others are directories of
-        the same machine, neither do they."""
+    def pay(self, db_id: str, *, emptied: bool) -> None:
+        """This directory does not have what it owed any more; and where the others are directories
+        of the same machine, neither do they. ``emptied``: nor anything else of ``db_id``."""
         gone = [key for key in [self._key()] if key is not None]
         if not self._may_differ and self._records is not None:
             for key in self._read(self._records.read(IMAGES)).owed.get(db_id, ()):
@@ -133,7 +146,13 @@ class ImagePlaces:
                 if key not in gone and place is not None and place.is_dir():
                     FolderFiles(place / directory_name(db_id)).sweep([])
                     gone.append(key)
-        self._change(lambda page: _paid(page, db_id, gone))
+
+        def pay(page: Page) -> None:
+            _take(page.owed, db_id, gone)
+            if emptied:
+                _take(page.holds, db_id, gone)
+
+        self._change(pay)
 
     def left(self, db_id: str) -> list[str]:
         """The directories that owe, as ``HOST:PATH``."""
@@ -170,17 +189,23 @@ class ImagePlaces:
             ) from error
 
 
-def _owe(page: Page, db_id: str) -> None:
-    if page.places:
-        page.owed[db_id] = list(page.places)
+def _entries(root: Path) -> list[str]:
+    return os.listdir(root) if root.is_dir() else []
 
 
-def _paid(page: Page, db_id: str, gone: list[str]) -> None:
-    rest = [key for key in page.owed.get(db_id, ()) if key not in gone]
+def _add(of: dict[str, list[str]], db_id: str, keys: list[str]) -> None:
+    known = of.get(db_id, [])
+    new = [key for key in keys if key not in known]
+    if new:
+        of[db_id] = known + new
+
+
+def _take(of: dict[str, list[str]], db_id: str, gone: Collection[str]) -> None:
+    rest = [key for key in of.get(db_id, ()) if key not in gone]
     if rest:
-        page.owed[db_id] = rest
+        of[db_id] = rest
     else:
-        page.owed.pop(db_id, None)
+        of.pop(db_id, None)
 
 
 def _forget(page: Page, now: int) -> None:
@@ -189,8 +214,9 @@ def _forget(page: Page, now: int) -> None:
     for key in newest:
         if now - page.places[key].used_ms > _KEPT_MS or key in newest[_PLACES_MAX:]:
             del page.places[key]
-    for db_id in list(page.owed):
-        _paid(page, db_id, [key for key in page.owed[db_id] if key not in page.places])
+    for of in (page.holds, page.owed):
+        for db_id in list(of):
+            _take(of, db_id, set(of[db_id]) - page.places.keys())
 
 
 def _root_of(config: ServerConfig) -> Path | None:

@@ -8,15 +8,16 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Final
+from contextlib import AbstractContextManager
+from typing import Final, Protocol, TypeVar
 
+from entidb.db import Database
 from entidb.db.images import read_images
 from entidb.errors import EntiDBError, ServerBusyError
 from entidb.server.config import db_id_of
 from entidb.server.segments.files import KeptFiles
 from entidb.server.segments.places import ImagePlaces
 from entidb.server.segments.rows import drop_images
-from entidb.server.stores import Store, Stores
 
 logger = logging.getLogger("entidb.server")
 
@@ -26,13 +27,31 @@ RIGHT: Final = "segments"
 _DROP_WAIT_S: Final = 30.0
 
 
+class OpenImages(Protocol):
+    """A database that is open, by its name."""
+
+    @property
+    def db_id(self) -> str: ...
+    @property
+    def database(self) -> Database: ...
+
+
+S_co = TypeVar("S_co", bound=OpenImages, covariant=True)
+
+
+class WithImages(Protocol[S_co]):
+    """What is needed of ``stores``."""
+
+    def using(self, db_id: str, *, create: bool) -> AbstractContextManager[S_co]: ...
+
+
 class ImageRemoval:
     """Thread-safe. ``files`` gives the files of a database, ``lock_of`` the lock that this process
     has where it makes an image or removes files, ``holds`` says whether there is a database."""
 
     def __init__(
         self,
-        stores: Stores,
+        stores: WithImages[OpenImages],
         places: ImagePlaces,
         files: Callable[[str], KeptFiles],
         lock_of: Callable[[str], threading.Lock],
@@ -71,8 +90,8 @@ class ImageRemoval:
         with self._stores.using(db_id, create=False) as store:
             drop_images(store.database)
             self._places.owe(db_id)
-            self._sweep(store)
-        self._places.pay(db_id)
+            kept = self._sweep(store)
+        self._places.pay(db_id, emptied=not kept)
 
     def pay(self) -> None:
         """Remove what other nodes have asked this directory to be rid of (``places``). Raises as
@@ -81,13 +100,14 @@ class ImageRemoval:
         if owed:
             self.remove_strays()
         for db_id in owed:
+            kept = False
             if self._holds is None or self._holds(db_id):
                 with self._stores.using(db_id, create=False) as store:
-                    self._sweep(store)
-            self._places.pay(db_id)
+                    kept = self._sweep(store)
+            self._places.pay(db_id, emptied=not kept)
 
-    def _sweep(self, store: Store) -> None:
-        """Remove all files but those of images that the database names."""
+    def _sweep(self, store: OpenImages) -> bool:
+        """Remove all files but those of images that the database names; whether it names any."""
         # What is being made ends before its next segment.
         with self._lock_of(store.db_id):
             right = store.database.right(RIGHT)
@@ -100,6 +120,7 @@ class ImageRemoval:
                 with store.database.view() as view:
                     kept = [row.id for row in read_images(view).rows]
                 self._files(store.db_id).sweep(kept)
+                return bool(kept)
             finally:
                 right.give_back()
 

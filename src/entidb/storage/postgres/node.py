@@ -27,11 +27,11 @@ from psycopg.pq.abc import PGresult
 from entidb.errors import (
     ConfigError,
     DatabaseForkedError,
-    StorageError,
     StorageUnreachableError,
 )
 from entidb.storage.postgres.failures import as_ours, is_demoted, storage_error
 from entidb.storage.postgres.line import Line, Question
+from entidb.storage.postgres.marks import Marks
 from entidb.storage.postgres.pool import Pool
 from entidb.storage.postgres.pulse import Heartbeat
 from entidb.storage.postgres.reaching import Hosts, Lines, Place, ask, place_of
@@ -50,10 +50,6 @@ _TRIES: Final = 20
 #: away: nothing else can be acknowledged either.
 BARRIER_S: Final = 10.0
 _BARRIER: Final = b"UPDATE entidb_barrier SET passed = passed + 1"
-#: Seconds between two looks at the marks that somebody waits for.
-LOOK_S: Final = 0.02
-#: Seconds until the next one after they could not be read.
-_AWAY_S: Final = 0.5
 #: A dead network ends a connection after some ten seconds, on both ends. No statement is ever given
 #: up by a time limit: PostgreSQL reports a commit that was cancelled as one that succeeded.
 _SETTINGS: Final[dict[str, Any]] = {
@@ -130,7 +126,7 @@ class Node:
         #: because the collector may run inside the pool.
         self.forgotten: deque[Line] = deque()
         self.rights = NodeRights(self)
-        self.marks = Marks(self)
+        self.marks = Marks(self._read_marks)
         self.memory = Memory()
         self._pulse = Heartbeat(self._beside, self._is_watched, self._lost)
 
@@ -236,6 +232,16 @@ class Node:
                 return
             self.take_back(self.reading, connection)
 
+    def _read_marks(self, stores: list[int]) -> dict[int, int]:
+        connection = self.lend(self.reading)
+        try:
+            rows = connection.execute(
+                "SELECT id, mark FROM entidb_store WHERE id = ANY(%s)", (stores,)
+            )
+            return dict(rows.fetchall())
+        finally:
+            self.take_back(self.reading, connection)
+
     def note(self, error: BaseException) -> None:
         """What became of a statement: a primary that was demoted is not asked again."""
         if is_demoted(error):
@@ -330,88 +336,6 @@ class NodeRights:
             connection.close()
 
 
-class Marks:
-    """Waits for the marks of stores: one statement for all of a node, while anybody waits."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._changed = threading.Condition()
-        #: What is waited for, how often, and the newest that was seen of it.
-        self._waiting: dict[int, int] = {}
-        self._seen: dict[int, int] = {}
-        self._failed = False
-        self._closed = False
-        self._thread: threading.Thread | None = None
-
-    def wait(self, store: int, mark: int, timeout_s: float) -> bool:
-        """Whether it is another one before the time is over; also ends, with False, when the marks
-        cannot be read: the caller asks itself then."""
-        until = time.monotonic() + timeout_s
-        with self._changed:
-            self._waiting[store] = self._waiting.get(store, 0) + 1
-            self._failed = False
-            self._begin()
-            try:
-                while self._seen.get(store, mark) == mark:
-                    left = until - time.monotonic()
-                    if left <= 0 or self._failed or self._closed:
-                        return False
-                    self._changed.wait(left)
-                return True
-            finally:
-                self._waiting[store] -= 1
-                if not self._waiting[store]:
-                    del self._waiting[store]
-                    self._seen.pop(store, None)
-
-    def tell(self, store: int, mark: int) -> None:
-        """What this process has committed itself."""
-        with self._changed:
-            if store in self._waiting:
-                self._seen[store] = mark
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def _begin(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._look, name="entidb-marks", daemon=True)
-            self._thread.start()
-
-    def _look(self) -> None:
-        while True:
-            with self._changed:
-                if self._closed or not self._waiting:
-                    self._thread = None
-                    return
-                wanted = list(self._waiting)
-            try:
-                found = self._read(wanted)
-            except (psycopg.Error, StorageError):
-                found = None
-            with self._changed:
-                self._failed = found is None
-                for store, mark in (found or {}).items():
-                    if store in self._waiting:
-                        self._seen[store] = max(mark, self._seen.get(store, 0))
-                self._changed.notify_all()
-            time.sleep(_AWAY_S if found is None else LOOK_S)
-
-    def _read(self, stores: list[int]) -> dict[int, int]:
-        node = self._node
-        connection = node.lend(node.reading)
-        try:
-            rows = connection.execute(
-                "SELECT id, mark FROM entidb_store WHERE id = ANY(%s)", (stores,)
-            )
-            return dict(rows.fetchall())
-        finally:
-            node.take_back(node.reading, connection)
-
-
 #: What is known of the hosts of an address outlives the node, which an outage may close.
 _HOSTS: dict[str, Hosts] = {}
 
@@ -420,4 +344,91 @@ def _hosts_of(address: str) -> Hosts:
     return _HOSTS.setdefault(address, Hosts(dict(conninfo_to_dict(address))))
 
 
-__all__ = ["CONNECTIONS_MAX", "Node", "NodeRights", "parts_of", "without_secret"]
+#: Which node: the address, its connections, the process.
+_Key = tuple[str, int, int]
+
+
+class Lease:
+    """The use of a node by one store, and what that has of it: the connection of its turn, and its
+    rights. ``close`` gives everything back; idempotent."""
+
+    def __init__(self, node: Node, key: _Key) -> None:
+        self.node = node
+        self.turn: Line | None = None
+        self.rights: dict[tuple[int, int], object] = {}
+        self._key = key
+        self._closed = False
+
+    def close(self) -> None:
+        with _NODES_LOCK:
+            if self._closed or os.getpid() != self._key[2]:
+                return
+            self._closed = True
+            node, count = _NODES.pop(self._key)
+            if count > 1:
+                _NODES[self._key] = node, count - 1
+        connection, self.turn = self.turn, None
+        if connection is not None:
+            connection.close()  # and with it the turn
+            node.take_back(node.committing, connection)
+        for key, owner in list(self.rights.items()):
+            node.rights.give_back(key, owner)
+        if count == 1:
+            node.close()
+
+    def close_later(self) -> None:
+        """For the collector, which may run anywhere, also inside the pool."""
+        if not self._closed:
+            threading.Thread(target=self.close, name="entidb-close").start()
+
+
+#: Nodes of this process, and how many stores use each. Held again by the collector.
+_NODES: dict[_Key, tuple[Node, int]] = {}
+_NODES_LOCK = threading.RLock()
+
+
+class _Opening:
+    """Who wants the same node waits for the one that connects, and nobody else does."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        #: When it could not be reached the last time, and what that said.
+        self.failed: tuple[float, str] | None = None
+
+
+_OPENING: dict[_Key, _Opening] = {}
+
+
+def lease(address: str, connections_max: int, use: Tables = Tables.MAKE) -> Lease:
+    """Of the node of this process at ``address``. Raises as ``Node``."""
+    key = (address, connections_max, os.getpid())
+    began = time.monotonic()
+    with _NODES_LOCK:
+        opening = _OPENING.setdefault(key, _Opening())
+    with opening.lock:
+        with _NODES_LOCK:
+            node, count = _NODES.get(key, (None, 0))
+            if node is not None:
+                _NODES[key] = node, count + 1
+        if node is None:
+            failed = opening.failed
+            if failed is not None and failed[0] > began:
+                # It was tried while this thread waited, for as long as that takes.
+                raise StorageUnreachableError(failed[1])
+            try:
+                node = Node(address, connections_max, use)
+            except StorageUnreachableError as error:
+                opening.failed = time.monotonic(), str(error)
+                raise
+            with _NODES_LOCK:
+                _NODES[key] = node, 1
+        made = Lease(node, key)
+        try:
+            node.see_to(use)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+
+__all__ = ["CONNECTIONS_MAX", "Lease", "Node", "NodeRights", "lease", "parts_of", "without_secret"]

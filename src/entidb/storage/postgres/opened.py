@@ -8,7 +8,7 @@ from typing import Final
 
 from entidb.errors import DatabaseClosedError, DatabaseMovedError, StorageError
 from entidb.storage.postgres.failures import storage_error
-from entidb.storage.postgres.leasing import Lease
+from entidb.storage.postgres.node import Lease
 from entidb.storage.postgres.remembered import Remembered
 
 #: Keys that come with the mark, and bytes of a value that does.

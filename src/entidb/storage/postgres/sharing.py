@@ -18,8 +18,7 @@ import psycopg
 
 from entidb.errors import CommitUnknownError, DatabaseLockedError, StorageError
 from entidb.storage.postgres.failures import as_ours
-from entidb.storage.postgres.leasing import lease
-from entidb.storage.postgres.node import CONNECTIONS_MAX, WAIT_S, Node
+from entidb.storage.postgres.node import CONNECTIONS_MAX, WAIT_S, Node, lease
 from entidb.storage.postgres.schema import Connection, Tables
 
 #: What PostgreSQL says with a commit that it was made to stop waiting for.

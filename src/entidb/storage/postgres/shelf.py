@@ -18,9 +18,8 @@ from psycopg import errors
 
 from entidb.errors import StorageError
 from entidb.storage.postgres.failures import as_ours
-from entidb.storage.postgres.leasing import lease
 from entidb.storage.postgres.line import Line
-from entidb.storage.postgres.node import CONNECTIONS_MAX
+from entidb.storage.postgres.node import CONNECTIONS_MAX, lease
 from entidb.storage.postgres.schema import Tables
 
 #: All stores together are measured up to this size, and estimated from the statistics of

@@ -40,7 +40,6 @@ from entidb.storage.checksums import RESIDUE, stage
 from entidb.storage.opening import open_storage
 from entidb.storage.partial import Partial
 from entidb.storage.postgres.failures import storage_error
-from entidb.storage.postgres.leasing import Lease, lease
 from entidb.storage.postgres.line import (
     Line,
     Question,
@@ -51,7 +50,7 @@ from entidb.storage.postgres.line import (
     int8,
     number_in,
 )
-from entidb.storage.postgres.node import BARRIER_S, CONNECTIONS_MAX
+from entidb.storage.postgres.node import BARRIER_S, CONNECTIONS_MAX, Lease, lease
 from entidb.storage.postgres.opened import Opened
 from entidb.storage.postgres.reaching import ask
 from entidb.storage.postgres.schema import Tables
