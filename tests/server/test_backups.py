@@ -515,7 +515,7 @@ def test_a_database_is_verified_while_it_is_served(place: Place, quick: None):
     place.push(1, 2)
     task = place.over(care.verify(place.office, ROOT, "shop"))
     assert (task.state, task.result) == ("done", {"head": 2, "entities": 2})
-    assert not (place.root / care.CHECKED).exists()
+    assert not list(place.root.glob("entidb-checked*"))
 
 
 def test_faults_fail_the_task_that_verifies(place: Place, monkeypatch: pytest.MonkeyPatch):

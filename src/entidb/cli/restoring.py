@@ -37,7 +37,7 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
     """
     from entidb.server.admin.checking import check
     from entidb.server.config import ServerConfig, check_db_id, directory_name
-    from entidb.server.directory import DataDirectory, put_aside
+    from entidb.server.directory import DataDirectory, clear_left, put_aside
     from entidb.storage.partial import Partial
 
     source, root = not_empty("BACKUP", backup), Path(a_directory(data_dir, _INSTEAD)).absolute()
@@ -53,6 +53,7 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
     except DatabaseLockedError as error:
         raise DatabaseLockedError(f"{error}; `entidb admin restore` does it meanwhile") from error
     try:
+        clear_left(root)
         with Partial(str(place), "restore") as partial:
             with opened(source, read_only=True) as database:
                 # And not its files: the copy is known for one, and begins a history (R29).
@@ -64,7 +65,9 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
                 raise UsageError(f"{source} is the database of a device, and no server's")
             aside = None
             if os.path.lexists(place):
-                aside = put_aside(root, name, SystemClock().now_ms()).id
+                now = SystemClock().now_ms()
+                partial.note(str(now))
+                aside = put_aside(root, name, now).id
             partial.finish()
     finally:
         directory.release()

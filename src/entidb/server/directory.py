@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import re
 import shutil
@@ -29,7 +30,12 @@ from entidb.server.workers.seats import clear_seats
 from entidb.storage.directories import is_at, make_directory, sync_path
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store, wants_room
+from entidb.storage.partial import remove_dead
 
+logger = logging.getLogger("entidb.server")
+
+#: Where copies are that are being verified, in the data directory; no database is called so.
+CHECKED: Final = "entidb-checked"
 #: Locked by the server of a data directory; no database is called so.
 SERVER_LOCK: Final = "entidb-server.lock"
 #: Where databases wait that were deleted, in the data directory; no database is called so.
@@ -276,6 +282,8 @@ class DirectoryPlace:
         self._config, self._family, self._process = config, family, os.getpid()
         self._locked = DataDirectory.take(config, family) if locked else None
         try:
+            if self._locked is not None:
+                self.clear_left()
             self._open = on_disk(config, **options)
         except BaseException:
             self.close()
@@ -322,9 +330,8 @@ class DirectoryPlace:
         return put_aside(self.root, db_id, now)
 
     def aside(self) -> list[Aside]:
-        folder = self.root / ASIDE
         found = []
-        for path in folder.iterdir() if folder.is_dir() else ():
+        for path in _each_aside(self.root):
             parts = _ASIDE_NAME.fullmatch(path.name)
             name = None if parts is None else db_id_of(parts[1])
             if parts is not None and name is not None:
@@ -352,6 +359,9 @@ class DirectoryPlace:
         else:
             shutil.rmtree(path, ignore_errors=True)
 
+    def clear_left(self) -> None:
+        clear_left(self.root)
+
     def news(self) -> None:
         return None
 
@@ -368,6 +378,35 @@ class DirectoryPlace:
     def close(self) -> None:
         if self._locked is not None:
             self._locked.release()
+
+
+def clear_left(root: Path) -> None:
+    """``ServerPlace.clear_left`` of a data directory."""
+    shutil.rmtree(root / CHECKED, ignore_errors=True)  # what 0.6 has left
+    for where in remove_dead(str(root), _take_back_for):
+        logger.warning("what a process that was killed had begun to make for %s is gone", where)
+
+
+def _take_back_for(where: str, note: str) -> None:
+    """A restore was killed after the database was put aside, and before the copy took its place:
+    what was aside is the database again. ``note`` is from when on that was done."""
+    place = Path(where)
+    if os.path.lexists(place) or not note.isdecimal():
+        return
+    aside = []
+    for path in _each_aside(place.parent):
+        parts = _ASIDE_NAME.fullmatch(path.name)
+        if parts is not None and parts[1] == place.name and int(parts[2]) >= int(note):
+            aside.append((int(parts[2]), path))
+    if aside:
+        os.rename(min(aside)[1], place)
+        sync_path(str(place.parent))
+        logger.warning("a restore of %s was killed, which is again what it was before", where)
+
+
+def _each_aside(root: Path) -> list[Path]:
+    folder = root / ASIDE
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def put_aside(root: Path, db_id: str, now: int) -> Aside:

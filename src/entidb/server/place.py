@@ -9,8 +9,10 @@ Not here: which databases are open (``stores``), and who may change them (``admi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -107,6 +109,12 @@ class ServerPlace(Protocol):
         """Remove it for good."""
         ...
 
+    def clear_left(self) -> None:
+        """Remove what operations have left whose process was killed, unless another process is
+        at it; a database that one of them had put aside, for what was to take its place, is taken
+        back. Called at the start, and now and then."""
+        ...
+
     def news(self) -> MarkSource | None:
         """What tells of commits of other nodes, for one thread; None where there are none, or
         where the processes hear of them by another way (``workers``)."""
@@ -118,6 +126,21 @@ class ServerPlace(Protocol):
 
     def close(self) -> None:
         """Idempotent; after the databases."""
+        ...
+
+
+@runtime_checkable
+class TakesIn(Protocol):
+    """A place into which a backup comes record by record."""
+
+    def taken_in(
+        self, db_id: str, backup: Path, at: Callable[[int, int], None]
+    ) -> AbstractContextManager[Callable[[int], Aside | None]]:
+        """Copy the backup of a database in files here, under a name that no database has, and
+        compare. What is given takes the place of the database ``db_id``, which is put aside in the
+        same commit: it is called with the time in milliseconds, on a closed database. ``at`` is
+        called with the records that are copied, and how many there are. Raises as
+        ``copy_database``."""
         ...
 
 
@@ -166,6 +189,9 @@ class MemoryPlace:
 
     def remove(self, aside: Aside) -> None:
         raise _in_memory()
+
+    def clear_left(self) -> None:
+        return None
 
     def news(self) -> MarkSource | None:
         return None

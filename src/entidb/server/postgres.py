@@ -9,14 +9,16 @@ Needs the extra ``postgres``, which is imported when a server is made for such a
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from entidb.db import Database, Role, copy_database
-from entidb.errors import ConfigError, LocalError, StorageError
+from entidb.errors import LocalError, StorageError
 from entidb.server.config import ServerConfig, is_db_id
 from entidb.server.news import MarkSource
 from entidb.server.place import ASIDE_MS, Aside, exists, unknown_database
@@ -25,10 +27,12 @@ from entidb.storage.opening import open_shelf
 if TYPE_CHECKING:
     from entidb.storage.postgres.shelf import Shelf
 
-#: Between the name of a database that is put aside and the time: no database is called so.
-_ASIDE: Final = "@"
+logger = logging.getLogger("entidb.server")
+
 #: Ends the name of a copy that takes the place of a database in a moment.
 _RESTORED: Final = "!restored"
+#: Between the name of a database that is put aside and the time: no database is called so.
+_ASIDE: Final = "@"
 
 
 class PostgresPlace:
@@ -45,6 +49,8 @@ class PostgresPlace:
         self._address: Final = config.address
         self._options = options
         self._lock = threading.Lock()
+        #: Had where a copy is made here, or what others have left is looked at.
+        self._taking = threading.Lock()
         self._shelf: Shelf | None = None
         self._process = os.getpid()
         shelf = open_shelf(self._address)
@@ -99,13 +105,14 @@ class PostgresPlace:
         self._rename(db_id, to)
 
     def put_aside(self, db_id: str, now: int) -> Aside:
-        while True:
-            name = f"{db_id}{_ASIDE}{now}"
-            try:
-                self._rename(db_id, name)
-                return Aside(name, db_id, now, now + ASIDE_MS)
-            except ConfigError:
-                now += 1
+        aside = self._free_aside(db_id, now)
+        self._rename(db_id, aside.id)
+        return aside
+
+    def _free_aside(self, db_id: str, now: int) -> Aside:
+        while self.holds(f"{db_id}{_ASIDE}{now}"):
+            now += 1
+        return Aside(f"{db_id}{_ASIDE}{now}", db_id, now, now + ASIDE_MS)
 
     def aside(self) -> list[Aside]:
         found = []
@@ -130,14 +137,43 @@ class PostgresPlace:
                 raise exists(to) from error
             raise
 
-    def take_in(self, db_id: str, backup: Path, at: Callable[[int, int], None]) -> str:
-        """Copy the backup of a database in files here, under a name that no database has, and
-        compare; the name, from which ``rename`` makes that of the database. ``at`` is called with
-        the records that are copied, and how many there are. Raises as ``copy_database``."""
+    @contextmanager
+    def taken_in(
+        self, db_id: str, backup: Path, at: Callable[[int, int], None]
+    ) -> Iterator[Callable[[int], Aside | None]]:
+        """See ``TakesIn``."""
+        from entidb.storage.postgres import PostgresStorage
+        from entidb.storage.postgres.arriving import ARRIVING
+
         name = f"{db_id}{_RESTORED}"
-        self.shelf().remove(name)  # what a node has left that was killed
-        copy_database(backup, f"{self._address}#{name}", on_progress=at)
-        return name
+
+        def take_the_place(now: int) -> Aside | None:
+            aside = self._free_aside(db_id, now) if self.holds(db_id) else None
+            self.shelf().replace(db_id, name, None if aside is None else aside.id)
+            return aside
+
+        with self._taking:
+            try:
+                self.shelf().remove(name)  # what a node has left that was killed
+                copy_database(backup, f"{self._address}#{name}", on_progress=at)
+                # Whoever clears up after dead processes sees that this one lives.
+                with closing(PostgresStorage.open(self._address, name, create=False)) as store:
+                    store.claim(ARRIVING).take()
+                    yield take_the_place
+            finally:
+                with suppress(StorageError):  # it goes with what is cleared up
+                    self.shelf().remove(name)
+
+    def clear_left(self) -> None:
+        from entidb.storage.postgres.arriving import remove_dead
+
+        if not self._taking.acquire(blocking=False):
+            return
+        try:
+            for name in remove_dead(self._address, self.shelf(), _made_for):
+                logger.warning("what a node that was killed had begun to copy to %s is gone", name)
+        finally:
+            self._taking.release()
 
     def remove(self, aside: Aside) -> None:
         self.shelf().remove(aside.id)
@@ -159,6 +195,11 @@ class PostgresPlace:
             shelf, self._shelf = self._shelf, None
         if shelf is not None and self._process == os.getpid():
             shelf.close()
+
+
+def _made_for(made: str) -> str | None:
+    name = made.removesuffix(_RESTORED)
+    return name if is_db_id(name) else None
 
 
 __all__ = ["PostgresPlace"]

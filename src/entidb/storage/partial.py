@@ -2,7 +2,8 @@
 
 They are made beside their place, in a directory whose name says what it is, under a lock that goes
 with the process. So two who make the same thing at once do not spoil it for each other, and what a
-dead process left behind is known for what it is and removed by the next who makes something there.
+dead process left behind is known for what it is: ``remove_dead`` removes it, which is called by the
+next who makes something there, and by a server for its own directories.
 
 Not here: what is made.
 """
@@ -13,8 +14,10 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import sys
 import time
+from collections.abc import Callable
 from typing import Final
 
 from entidb.errors import DatabaseLockedError
@@ -23,6 +26,7 @@ from entidb.storage.locks import FileLock, HeldError
 
 _SUFFIX: Final = ".entidb-partial"
 _LOCK: Final = "lock"
+_NOTE: Final = "note"
 #: What EntiDB 0.3 called them: with the number of the process.
 _OLD: Final = re.compile(r".+\.partial-([0-9]{1,9})")
 _OLD_CONTENT: Final = frozenset(("data.mdb", "lock.mdb", "entidb.lock"))
@@ -54,6 +58,15 @@ class Partial:
         except BaseException:
             self._end()
             raise
+
+    def note(self, text: str) -> None:
+        """Leave a few words, durably, for who finds this after the process was killed."""
+        path = os.path.join(self._folder, _NOTE)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_path(self._folder)
 
     def finish(self) -> None:
         """Move it to its place, durably. A file there is replaced, and its owner and permissions
@@ -117,27 +130,54 @@ def _clear(folder: str) -> None:
             os.unlink(entry.path)
 
 
-def remove_dead(folder: str) -> None:
-    """Remove what dead processes left unfinished in ``folder``, as far as this one may."""
+def is_being_made(where: str) -> bool:
+    """Whether somebody is at it, or was killed there and nobody has removed it yet."""
+    return os.path.lexists(f"{where}{_SUFFIX}")
+
+
+#: Called with the place of what is removed, and the note that was left with it.
+Removes = Callable[[str, str], None]
+
+
+def remove_dead(folder: str, before: Removes | None = None) -> list[str]:
+    """Remove what dead processes left unfinished in ``folder``, as far as this one may; for which
+    places that was. Where everybody may write, others' things are left alone."""
+    removed: list[str] = []
     with contextlib.suppress(OSError):
+        shared = bool(os.stat(folder).st_mode & stat.S_ISVTX)
         for entry in list(os.scandir(folder)):
             with contextlib.suppress(OSError, HeldError):
                 if not entry.is_dir(follow_symlinks=False):
                     continue
+                if shared and entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+                    continue
                 if entry.name.endswith(_SUFFIX):
-                    _remove(entry.path)
+                    _remove(entry.path, before)
+                    removed.append(entry.path.removesuffix(_SUFFIX))
                 elif (old := _OLD.fullmatch(entry.name)) and _is_old_and_dead(entry.path, old[1]):
                     shutil.rmtree(entry.path)
+                    removed.append(entry.path)
+    return removed
 
 
-def _remove(folder: str) -> None:
+def _remove(folder: str, before: Removes | None) -> None:
     lock = FileLock.take(os.path.join(folder, _LOCK), os.stat(folder))
     try:
+        if before is not None:
+            before(folder.removesuffix(_SUFFIX), _note_in(folder))
         if sys.platform == "win32":
             lock.release()
         shutil.rmtree(folder)
     finally:
         lock.release()
+
+
+def _note_in(folder: str) -> str:
+    try:
+        with open(os.path.join(folder, _NOTE), encoding="utf-8", errors="replace") as file:
+            return file.read(1000)
+    except FileNotFoundError:
+        return ""
 
 
 def _is_old_and_dead(path: str, process: str) -> bool:

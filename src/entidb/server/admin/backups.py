@@ -3,8 +3,9 @@
     BACKUP_DIR/shop.entidb/20261128T191500Z           a backup, as `entidb backup` makes it
     BACKUP_DIR/shop.entidb/20261128T191500Z.json      what was found when it was verified
 
-A backup counts from the moment its second file is there. Only what has such a name is ever
-removed. When it is due is decided with the housekeeping; making one is a task.
+It gets its name when it has been verified. A backup counts from the moment its second file is
+there. Only what has such a name is ever removed. When it is due is decided with the housekeeping;
+making one is a task.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -35,9 +36,9 @@ from entidb.server.admin.databases import WAIT_S, check_confirmed
 from entidb.server.admin.office import Office
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id, db_id_of, directory_name
-from entidb.server.postgres import PostgresPlace
+from entidb.server.place import TakesIn
 from entidb.storage.directories import make_directory, sync_path
-from entidb.storage.partial import Partial
+from entidb.storage.partial import Partial, is_being_made, remove_dead
 
 logger = logging.getLogger("entidb.server")
 
@@ -45,6 +46,10 @@ _ID: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z(?:-[0-9]{1,3})?")
 #: The one file of a backup that says something.
 _DATA: Final = "data.mdb"
 _PIECE_BYTES: Final = 4 * 2**20
+#: Ends the name of what is said of a backup, until that has its own name.
+_NEW: Final = ".new"
+#: Left with a backup that is being removed.
+_REMOVAL: Final = "removal"
 #: Seconds until a scheduled backup that failed is tried again, at least.
 _AGAIN_S: Final = 900.0
 #: A backup that was made so much later than now was made by a clock that was ahead.
@@ -94,18 +99,18 @@ def _make(office: Office, db_id: str, folder: Path, progress: Progress) -> dict[
     make_directory(str(folder))
     identity = _new_id(office, folder)
     target = folder / identity
-    try:
+    clear_folder(folder)
+    with Partial(str(target), "backup") as partial:
         with office.stores.using(db_id, create=False) as store:
             made_ms = office.clock.now_ms()
-            store.database.backup(target)
+            store.database.backup(partial.path)
         progress.at("checking")
-        found = check(str(target), lambda: progress.at("checking"))
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-    size = sum(each.stat().st_size for each in os.scandir(target))
-    row = BackupRow(identity, db_id, made_ms, size, found.head, found.entities, found.faults)
-    _write(_about(target), json.format(json.encode(row), indent=1))
+        found = check(partial.path, lambda: progress.at("checking"))
+        size = sum(each.stat().st_size for each in os.scandir(partial.path))
+        row = BackupRow(identity, db_id, made_ms, size, found.head, found.entities, found.faults)
+        _prepare(_about(target), json.format(json.encode(row), indent=1))
+        partial.finish()
+        _publish(_about(target))
     _prune(office, db_id, folder)
     if found.faults:
         raise CorruptionError(
@@ -139,14 +144,42 @@ def _about(target: Path) -> Path:
     return target.with_name(target.name + ".json")
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + _NEW)
+
+
+def _prepare(path: Path, content: bytes) -> None:
+    with open(os.open(_new(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def _publish(path: Path) -> None:
+    os.replace(_new(path), path)
     sync_path(str(path.parent))
+
+
+def clear_folder(folder: Path) -> None:
+    """What a process that was killed has left in the folder of a database: half a backup goes, and
+    one that it was removing; one that had been verified counts."""
+    remove_dead(str(folder), _end_removal)
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        about = path.with_name(path.name.removesuffix(_NEW))
+        identity = about.name.removesuffix(".json")
+        if path == about or about.suffix != ".json" or not _ID.fullmatch(identity):
+            continue
+        if is_being_made(str(folder / identity)):
+            continue
+        if (folder / identity).is_dir():
+            _publish(about)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _end_removal(where: str, note: str) -> None:
+    if note == _REMOVAL and not os.path.lexists(where):
+        _about(Path(where)).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- listed and pruned
@@ -199,9 +232,11 @@ def _is_ahead(row: BackupRow, now_ms: int) -> bool:
 
 def remove(folder: Path, identity: str) -> None:
     """Take a backup away for good."""
-    # Without its second file it counts no more, whatever happens to the first.
-    _about(folder / identity).unlink()
-    shutil.rmtree(folder / identity)
+    with Partial(str(folder / identity), "removal") as partial:
+        partial.note(_REMOVAL)
+        # From here on it counts no more, and goes with what is unfinished if this is killed.
+        os.rename(folder / identity, partial.path)
+        _about(folder / identity).unlink()
 
 
 class Schedule:
@@ -253,6 +288,39 @@ class Schedule:
         self._office.oldest_backup_ms = min(ages, default=None)
 
 
+# ---------------------------------------------------------------- left by killed processes
+
+
+def clear_left(office: Office, done: set[str]) -> None:
+    """A chore of the process on duty: copies that are not complete go, and backups that were not
+    verified. The folders of backups are looked at once; ``done`` remembers it."""
+    if not office.others.on_duty():
+        return
+    try:
+        office.place.clear_left()
+        if not done:
+            _clear_copies(office)
+            done.add("copies")
+    except (EntiDBError, OSError) as error:
+        logger.warning("what killed processes have left may still be there: %s", error)
+
+
+def clear_all(office: Office) -> None:
+    """Raises ``EntiDBError``, ``OSError``."""
+    office.place.clear_left()
+    _clear_copies(office)
+
+
+def _clear_copies(office: Office) -> None:
+    if office.place.root is None:
+        remove_dead(tempfile.gettempdir())
+    where = office.server.config.backup_dir
+    if where is not None and Path(where).is_dir():
+        for folder in Path(where).iterdir():
+            if db_id_of(folder.name) is not None and folder.is_dir():
+                clear_folder(folder)
+
+
 # ---------------------------------------------------------------- put back
 
 
@@ -286,7 +354,7 @@ def restore(office: Office, caller: Caller, db_id: str, identity: str, confirm: 
 
 
 def _put_back(office: Office, db_id: str, source: Path, progress: Progress) -> dict[str, Any]:
-    if isinstance(office.place, PostgresPlace):
+    if isinstance(office.place, TakesIn):
         return _put_back_there(office, office.place, db_id, source, progress)
     place = office.root / directory_name(db_id)
     with Partial(str(place), "restore") as partial:
@@ -295,32 +363,30 @@ def _put_back(office: Office, db_id: str, source: Path, progress: Progress) -> d
         if found.faults:
             raise CorruptionError(f"{source} was damaged since it was made: {found.faults[0]}")
         progress.at("taking the place")
-        with (
-            office.changing,
-            office.stores.closed(db_id, WAIT_S),
-            _out_of_the_way(office, db_id, os.path.lexists(place)) as aside,
-        ):
-            partial.finish()
+        with office.changing, office.stores.closed(db_id, WAIT_S):
+            partial.note(str(office.clock.now_ms()))
+            with _out_of_the_way(office, db_id, os.path.lexists(place)) as aside:
+                partial.finish()
     return {"aside": aside, "head": found.head, "entities": found.entities}
 
 
 def _put_back_there(
-    office: Office, place: PostgresPlace, db_id: str, source: Path, progress: Progress
+    office: Office, place: TakesIn, db_id: str, source: Path, progress: Progress
 ) -> dict[str, Any]:
     """Record by record. Nobody opens the copy before it has its name, and then it begins its
     history."""
     found = check(str(source), lambda: progress.at("checking"))
     if found.faults:
         raise CorruptionError(f"{source} was damaged since it was made: {found.faults[0]}")
-    copy = place.take_in(db_id, source, partial(progress.at, "copying"))
-    progress.at("taking the place")
-    with (
-        office.changing,
-        office.stores.closed(db_id, WAIT_S),
-        _out_of_the_way(office, db_id, place.holds(db_id)) as aside,
-    ):
-        place.rename(copy, db_id)
-    return {"aside": aside, "head": found.head, "entities": found.entities}
+    with place.taken_in(db_id, source, partial(progress.at, "copying")) as take_the_place:
+        progress.at("taking the place")
+        with office.changing, office.stores.closed(db_id, WAIT_S):
+            aside = take_the_place(office.clock.now_ms())
+    return {
+        "aside": None if aside is None else aside.id,
+        "head": found.head,
+        "entities": found.entities,
+    }
 
 
 @contextmanager

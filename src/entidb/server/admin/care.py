@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import secrets
 import tempfile
-from pathlib import Path
 from typing import Any, Final
 
 from entidb.db import purge_tombstones
@@ -16,11 +16,9 @@ from entidb.server.admin.databases import WAIT_S
 from entidb.server.admin.office import Office
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id
-from entidb.storage.directories import make_directory
+from entidb.server.directory import CHECKED
+from entidb.storage.partial import Partial, remove_dead
 
-#: Where copies are that are being verified, in the data directory, where no database is called so,
-#: or among the temporary files of the system.
-CHECKED: Final = "entidb-checked"
 _DAY_MS: Final = 24 * 3600 * 1000
 #: Parts of a purge, after each of which it can be cancelled.
 _PARTS: Final = 20
@@ -39,14 +37,11 @@ def verify(office: Office, caller: Caller, db_id: str) -> Task:
 
 
 def _verify(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
-    folder = _room_for_copy(office)
-    try:
+    with _room_for_copy(office) as copy:
         progress.at("copying")
         with office.stores.using(db_id, create=False) as store:
-            store.database.backup(folder / "copy")
-        found = check(str(folder / "copy"), lambda: progress.at("checking"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            store.database.backup(copy.path)
+        found = check(copy.path, lambda: progress.at("checking"))
     if found.faults:
         raise CorruptionError(
             f"{db_id} has {len(found.faults)} faults: {found.faults[0]}; restore a backup"
@@ -54,15 +49,14 @@ def _verify(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
     return {"head": found.head, "entities": found.entities}
 
 
-def _room_for_copy(office: Office) -> Path:
-    """An empty folder, beside the databases if those are in files."""
+def _room_for_copy(office: Office) -> Partial:
+    """Room for a copy, beside the databases if those are in files; else among the temporary files
+    of the system, under a name that nobody knows before."""
     if office.place.root is None:
-        return Path(tempfile.mkdtemp(prefix=f"{CHECKED}-"))
-    folder = office.place.root / CHECKED
-    # What a killed server has left there belongs to no task.
-    shutil.rmtree(folder, ignore_errors=True)
-    make_directory(str(folder))
-    return folder
+        folder = tempfile.gettempdir()
+        remove_dead(folder)
+        return Partial(os.path.join(folder, f"{CHECKED}-{secrets.token_hex(8)}"), "verification")
+    return Partial(str(office.place.root / CHECKED), "verification")
 
 
 def compact(office: Office, caller: Caller, db_id: str) -> Task:

@@ -144,6 +144,7 @@ def _erase(
     purged = care.purge_now(office, db_id, 0.0, progress)
     sizes = care.compact_now(office, db_id, progress)
     progress.at("looking through backups")
+    backups.clear_all(office)
     kept = _backups_with(office, db_id, found)
     if with_backups:
         for path in kept:

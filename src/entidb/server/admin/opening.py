@@ -9,7 +9,7 @@ from functools import partial
 from typing import Final
 
 from entidb.server.admin import databases
-from entidb.server.admin.backups import Schedule
+from entidb.server.admin.backups import Schedule, clear_left
 from entidb.server.admin.office import Office, Served
 
 _LOCK: Final = threading.Lock()
@@ -20,6 +20,7 @@ def office_of(server: Served) -> Office:
     with _LOCK:
         if not isinstance(server.office, Office):
             server.office = office = Office(server)
+            office.chores.append(partial(clear_left, office, set()))
             office.chores.append(partial(databases.clear_aside, office))
             office.chores.append(partial(databases.remember, office, {}))
             office.chores.append(Schedule(office))

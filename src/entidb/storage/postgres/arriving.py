@@ -2,25 +2,30 @@
 are complete: until then nobody opens them.
 
 Each is made under a name that is known for what it is, under a right that goes with the process.
-What a dead process left behind is removed by the next who makes the same store.
+What a dead process left behind is removed by the next who makes the same store, and by
+``remove_dead``.
 
 Not here: what is put into them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Final
 
 from psycopg import errors
 
-from entidb.errors import DatabaseLockedError, StorageError
+from entidb.errors import DatabaseLockedError, DatabaseMovedError, StorageError
 from entidb.storage.postgres.shelf import Shelf
 from entidb.storage.postgres.store import PostgresStorage
 
 #: Ends the name of one that is being made; no database of a server is called so.
 _MARK: Final = "@copy"
+#: Had by who makes a store; and for how many seconds who only clears up may have it.
+ARRIVING: Final = "arriving"
+_CLEARED_S: Final = 1.0
+_TRIES: Final = 3
 
 
 class Arriving:
@@ -34,18 +39,19 @@ class Arriving:
     def _begin(self, address: str, name: str, stack: ExitStack) -> PostgresStorage:
         if self._shelf.holds(name):
             raise self._exists()
-        for _ in range(2):
+        for _ in range(_TRIES):
             store = stack.enter_context(closing(PostgresStorage.open(address, name + _MARK)))
-            right = store.claim("arriving")
+            right = store.claim(ARRIVING)
             stack.callback(right.give_back)
-            if not right.take(0):
+            if not right.take(_CLEARED_S):
                 raise DatabaseLockedError(
                     f"another copy to {self._shelf.where}#{name} is under way; wait for it, or "
                     "name another place"
                 )
-            if store.mark() == 0:
-                stack.callback(self._shelf.remove, name + _MARK)
-                return store
+            with suppress(DatabaseMovedError):  # somebody has just cleared it away
+                if store.mark() == 0:
+                    stack.callback(self._shelf.remove, name + _MARK)
+                    return store
             self._shelf.remove(name + _MARK)
         raise StorageError(f"{store.path} cannot be made anew")
 
@@ -87,4 +93,23 @@ def arriving(address: str, names: Sequence[str]) -> Iterator[Arriving]:
         yield Arriving(address, shelf, names, stack)
 
 
-__all__ = ["Arriving", "arriving"]
+def remove_dead(address: str, shelf: Shelf, is_made_for: Callable[[str], str | None]) -> list[str]:
+    """Remove the stores of dead processes; the names that these were to get. ``is_made_for`` says
+    which name another one was to get, whose maker has the right ``ARRIVING``; None: it is no such
+    store."""
+    removed = []
+    for made in shelf.names():
+        name = is_made_for(made.removesuffix(_MARK))
+        if name is None or made == name:
+            continue
+        with suppress(StorageError):  # it has just got its name, or is gone
+            store = PostgresStorage.open(address, made, create=False)
+            with closing(store):
+                right = store.claim(ARRIVING)
+                if right.take(0):
+                    shelf.remove(made)
+                    removed.append(name)
+    return removed
+
+
+__all__ = ["ARRIVING", "Arriving", "arriving", "remove_dead"]

@@ -66,17 +66,23 @@ class Shelf:
         Whoever has it open finds it gone."""
         with self.connection(f"renaming a store at {self.where}") as connection:
             try:
-                # The mark moves, for those who wait for another one.
-                done = connection.execute(
-                    "UPDATE entidb_store SET name = %s, epoch = epoch + 1, mark = mark + 1 "
-                    "WHERE name = %s",
-                    (to, name),
-                )
+                done = connection.execute(_RENAME, (to, name))
             except errors.UniqueViolation as error:
                 raise StorageError(
                     f"there is a store {to!r} at {self.where} already", code="exists"
                 ) from error
             return done.rowcount > 0
+
+    def replace(self, name: str, made: str, aside: str | None) -> None:
+        """The store ``made`` gets the name ``name``, and the one that had it the name ``aside``, in
+        one commit; None: there is none. Raises ``StorageError`` if ``made`` is not there, and then
+        changes nothing."""
+        doing = f"renaming a store at {self.where}"
+        with self.connection(doing) as connection, connection.transaction():
+            if aside is not None:
+                connection.execute(_RENAME, (aside, name))
+            if not connection.execute(_RENAME, (name, made)).rowcount:
+                raise StorageError(f"there is no store {made!r} at {self.where}", code="no_store")
 
     def remove(self, name: str) -> bool:
         """Remove a store for good; whether there was one."""
@@ -113,6 +119,10 @@ class Shelf:
                 node.take_back(node.reading, connection)
 
 
+#: The mark moves, for those who wait for another one.
+_RENAME: Final = (
+    "UPDATE entidb_store SET name = %s, epoch = epoch + 1, mark = mark + 1 WHERE name = %s"
+)
 _ALL_BYTES: Final = (
     "SELECT coalesce(sum(pg_table_size(inhrelid)), 0) FROM pg_inherits "
     "WHERE inhparent = 'entidb_kv'::regclass"
