@@ -47,7 +47,7 @@ class KnownPlace(Struct):
     used_ms: int
 
 
-class Page(Struct):
+class PlacesRecord(Struct):
     """The record. Directories by their ids; which of them have files of a database, and which
     are to remove them, by its name."""
 
@@ -110,7 +110,7 @@ class ImagePlaces:
             return
         mine = KnownPlace(socket.gethostname(), os.path.abspath(self.root), now)
 
-        def add(page: Page) -> None:
+        def add(page: PlacesRecord) -> None:
             known = page.places.get(key)
             if known is None or now - known.used_ms >= _SAID_MS:
                 page.places[key] = mine
@@ -147,7 +147,7 @@ class ImagePlaces:
                     FolderFiles(place / directory_name(db_id)).sweep([])
                     gone.append(key)
 
-        def pay(page: Page) -> None:
+        def pay(page: PlacesRecord) -> None:
             _take(page.owed, db_id, gone)
             if emptied:
                 _take(page.holds, db_id, gone)
@@ -162,7 +162,7 @@ class ImagePlaces:
         known = [page.places.get(key) for key in page.owed.get(db_id, ())]
         return sorted(f"{each.host}:{each.path}" for each in known if each is not None)
 
-    def _change(self, change: Callable[[Page], None]) -> None:
+    def _change(self, change: Callable[[PlacesRecord], None]) -> None:
         records = self._records
         if records is None:
             return
@@ -176,11 +176,11 @@ class ImagePlaces:
 
         records.change(IMAGES, make, lambda mark: None)
 
-    def _read(self, content: bytes | None) -> Page:
+    def _read(self, content: bytes | None) -> PlacesRecord:
         if content is None:
-            return Page()
+            return PlacesRecord()
         try:
-            return json.decode(content, type=Page)
+            return json.decode(content, type=PlacesRecord)
         except (ValidationError, ValueError) as error:
             assert self._records is not None
             raise StorageError(
@@ -208,7 +208,7 @@ def _take(of: dict[str, list[str]], db_id: str, gone: Collection[str]) -> None:
         of.pop(db_id, None)
 
 
-def _forget(page: Page, now: int) -> None:
+def _forget(page: PlacesRecord, now: int) -> None:
     """Directories that nobody uses any more."""
     newest = sorted(page.places, key=lambda key: -page.places[key].used_ms)
     for key in newest:
