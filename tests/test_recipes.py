@@ -1,4 +1,5 @@
-"""The recipes of docs/processes.md, each run as it stands there, in processes of its own."""
+"""The recipes of docs/processes.md, and the pages of docs/finding.md, each run as it stands there,
+in processes of its own."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ pytestmark = [
 STAND_IN = """
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 
@@ -63,9 +65,9 @@ class FastAPI(Starlette):
 """
 
 
-def recipe(first: str) -> str:
+def recipe(first: str, page: Path = PAGE) -> str:
     """The code that begins with the comment ``first``."""
-    found = re.search(rf"```python\n(# {re.escape(first)}.*?)```", PAGE.read_text(), re.DOTALL)
+    found = re.search(rf"```python\n(# {re.escape(first)}.*?)```", page.read_text(), re.DOTALL)
     assert found is not None, first
     return found[1]
 
@@ -138,6 +140,33 @@ def test_four_workers_of_an_asgi_app_take_orders(tmp_path: Path) -> None:
     with Database.open(tmp_path / "shop.db") as db:
         assert len(db["orders"]) == 40
         assert db.verify() == []
+
+
+TURNED = """
+import pages
+
+pages.stock.put_many({pages.db.new_id(): {"price": number % 7} for number in range(50)})
+seen, following = [], None
+while True:
+    page = pages.page(following)
+    seen += page["rows"]
+    following = page["next"]
+    if following is None:
+        break
+assert len({row["id"] for row in seen}) == 50
+assert [row["price"] for row in seen] == sorted((row["price"] for row in seen), reverse=True)
+try:
+    pages.page("nonsense")
+except pages.HTTPException as refused:
+    print(refused.status_code, refused.detail[:25])
+"""
+
+
+def test_pages_are_turned_from_one_request_to_the_next(tmp_path: Path) -> None:
+    (tmp_path / "pages.py").write_text(recipe("pages.py", ROOT / "docs" / "finding.md"))
+    if importlib.util.find_spec("fastapi") is None:
+        (tmp_path / "fastapi.py").write_text(STAND_IN)
+    assert run(tmp_path, sys.executable, "-c", TURNED) == "400 'nonsense' is no bookmark\n"
 
 
 FORKING = """

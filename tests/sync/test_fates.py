@@ -96,9 +96,26 @@ def test_what_was_never_committed_has_no_fate():
     a = World().device()
     with a.db.transaction() as nothing:
         pass
-    for given in (nothing, 0, -1, a.db.sequence + 1, True, "1"):
+    for given in (nothing, 0, -1, a.db.sequence + 1, True, "1", a.db):
         with pytest.raises(ConfigError):
             a.engine.fate(given)  # type: ignore[arg-type]
+
+
+def test_a_transaction_of_an_asyncio_program_is_one_too():
+    server, db = SyncServer.in_memory(), Database.in_memory()
+
+    async def main() -> tuple[Fate, Fate, Fate]:
+        async with db.aio as aio, AsyncSyncEngine(CONFIG, loopback(server), db) as engine:
+            async with aio.transaction() as tx:
+                tx["notes"].add("x")
+            before = await engine.fate(tx)
+            after = await engine.accepted(tx, WAIT_S)
+            return before, after, engine.engine.fate(tx)
+
+    with server, db:
+        before, after, same = asyncio.run(main())
+    assert before == Fate(1, FateState.PENDING)
+    assert after == same == Fate(1, FateState.ACCEPTED, 1)
 
 
 def test_only_the_newest_verdicts_are_remembered():

@@ -34,9 +34,10 @@ from entidb.db.looking import Path, field_of, order_key
 from entidb.db.lookup import entities_at, place_of
 from entidb.db.matching import Plan, Tally, matching, shape_of
 from entidb.db.notebook import ROWS_MAX, Explored, entities_table
+from entidb.db.paging import End, Sorted, bookmark_of, end_of_bookmark, end_of_page, is_after, sort
 from entidb.db.plain import ValueCodec
 from entidb.db.plans import Chosen, Order, choose
-from entidb.db.query_checks import check_fields, order_of, place_behind
+from entidb.db.query_checks import check_fields, order_of
 from entidb.db.rows import Pair, Rows
 from entidb.db.scans import helping_index, warn_of_scan, why_unindexed
 from entidb.db.sieve import Sieve
@@ -115,7 +116,7 @@ class Query(Explored, Generic[V]):
         *,
         order: tuple[Order, ...] = (),
         limit: int | None = None,
-        after: tuple[tuple[Any, ...], bytes, tuple[Any, ...]] | None = None,
+        after: End | None = None,
         delete: Callable[[Query[V]], int] | None = None,
         scan: bool = True,
     ) -> None:
@@ -157,17 +158,26 @@ class Query(Explored, Generic[V]):
             raise QueryError(f"limit takes a number from 0, not {given!r}")
         return self._with(limit=min(count, sys.maxsize))
 
-    def after(self, last: tuple[uuid.UUID, V] | None) -> Self:
-        """Only those behind ``last``, an ``(id, value)`` that an earlier page ended with: the way
-        to turn pages, which stays right while others write. None begins at the beginning.
+    def after(self, last: tuple[uuid.UUID, V] | str | None) -> Self:
+        """Only those behind ``last``, an ``(id, value)`` that an earlier page ended with, or the
+        ``bookmark`` of it: the way to turn pages, which stays right while others write. None begins
+        at the beginning.
 
         Raises ``QueryError``.
         """
         if last is None:
             return self._with(after=None)
-        entity_id, stored = place_behind(last, self._source._codec if self._order else None)
-        values = tuple(field_of(stored, one.path) for one in self._order)
-        return self._with(after=(tuple(map(order_key, values)), entity_id.bytes, values))
+        if isinstance(last, str):
+            return self._with(after=end_of_bookmark(last, self._order))
+        return self._with(after=end_of_page("after", last, self._order, self._source._codec))
+
+    def bookmark(self, last: tuple[uuid.UUID, V]) -> str:
+        """``last``, the ``(id, value)`` that a page ended with, as text for ``after`` of the same
+        query in another request or process. It holds the id and the fields that are sorted by, for
+        everybody to read, and is fit for an address. Raises ``QueryError``.
+        """
+        end = end_of_page("bookmark", last, self._order, self._source._codec)
+        return bookmark_of(end, self._order)
 
     def scan(self, allowed: bool) -> Query[V]:
         """With False only an index may answer it: asking raises ``QueryError`` (``no_index``) where
@@ -457,7 +467,7 @@ class Query(Explored, Generic[V]):
         kept."""
         wanted = self._limit
         most = None if wanted is None else max(_KEPT_MIN, _KEPT_FACTOR * wanted)
-        kept: list[tuple[tuple[Any, ...], bytes, bytes]] = []
+        kept: list[Sorted] = []
         for raw, payload, value in matching(
             pairs,
             self._condition,
@@ -467,30 +477,16 @@ class Query(Explored, Generic[V]):
             sieve=sieve,
         ):
             keys = self._keys(value)
-            if self._after is None or self._is_after(keys, raw):
+            if self._after is None or is_after(keys, raw, self._after, self._order):
                 kept.append((keys, raw, payload))
                 if most is not None and len(kept) > most:
-                    self._sort(kept)
+                    sort(kept, self._order)
                     del kept[wanted:]
-        self._sort(kept)
+        sort(kept, self._order)
         return ((raw, payload) for _, raw, payload in kept)
 
     def _keys(self, value: Any) -> tuple[Any, ...]:
         return tuple(order_key(field_of(value, one.path)) for one in self._order)
-
-    def _sort(self, rows: list[tuple[tuple[Any, ...], bytes, bytes]]) -> None:
-        # Sorting is stable, so the last criterion goes first.
-        rows.sort(key=lambda row: row[1], reverse=self._order[-1].descending)
-        for at in reversed(range(len(self._order))):
-            rows.sort(key=lambda row, at=at: row[0][at], reverse=self._order[at].descending)  # type: ignore[misc]
-
-    def _is_after(self, keys: tuple[Any, ...], raw: bytes) -> bool:
-        assert self._after is not None
-        for key, last, order in zip(keys, self._after[0], self._order, strict=True):
-            if key != last:
-                return bool(key < last) if order.descending else bool(key > last)
-        last_id = self._after[1]
-        return raw < last_id if self._order[-1].descending else raw > last_id
 
 
 def _least(limit: int | None, most: int) -> int:

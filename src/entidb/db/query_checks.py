@@ -1,17 +1,13 @@
-"""What a query is given: fields, and the end of a page. Each mistake is said when it is made."""
+"""What a query is given: fields and orders. Each mistake is said when it is made."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from entidb import cbor
 from entidb.db.conditions import Field
 from entidb.db.looking import Path
-from entidb.db.plain import ValueCodec
 from entidb.db.plans import Order
-from entidb.errors import CborEncodeError, QueryError, ValueTypeError
+from entidb.errors import QueryError
 
 
 def order_of(given: object) -> Order:
@@ -44,23 +40,4 @@ def _check_text(name: str) -> None:
         ) from error
 
 
-def place_behind(last: object, codec: ValueCodec[Any] | None) -> tuple[uuid.UUID, Any]:
-    """The id that a page ended with, and its value as it is stored, for an order of fields: None
-    without a ``codec``. Raises ``QueryError``."""
-    given = last if isinstance(last, tuple) and len(last) == 2 else (None, None)
-    entity_id, value = given
-    if type(entity_id) is not uuid.UUID:
-        raise QueryError(
-            f"after() takes the last (id, value) of the page before, or None, not {last!r:.200}"
-        )
-    if codec is None:
-        return entity_id, None
-    try:
-        return entity_id, cbor.decode_trusted(codec.encode(value))
-    except (CborEncodeError, ValueTypeError) as error:
-        raise QueryError(
-            f"after() takes the last (id, value) of the page before, as it was read: {error}"
-        ) from error
-
-
-__all__ = ["check_fields", "order_of", "place_behind"]
+__all__ = ["check_fields", "order_of"]

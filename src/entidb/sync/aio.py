@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from entidb.db import Database, DiscardedTransaction, OverruledValue, Transaction
+from entidb.db import Database, DiscardedTransaction, OverruledValue
 from entidb.errors import SyncStateError
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
@@ -23,7 +23,7 @@ from entidb.sync.config import SyncConfig
 from entidb.sync.conflict import Conflict, ConflictResolution
 from entidb.sync.engine import SyncEngine
 from entidb.sync.exchange import Then
-from entidb.sync.fates import Fate, Patience
+from entidb.sync.fates import Committed, Fate, Patience
 from entidb.sync.interrupt import InterruptibleJob
 from entidb.sync.listening import (
     ConflictListener,
@@ -184,12 +184,10 @@ class AsyncSyncEngine:
 
     # ------------------------------------------------------------ waiting
 
-    async def fate(self, transaction: Transaction | int) -> Fate:
+    async def fate(self, transaction: Committed | int) -> Fate:
         return await asyncio.to_thread(self.engine.fate, transaction)
 
-    async def accepted(
-        self, transaction: Transaction | int, timeout_s: float | None = None
-    ) -> Fate:
+    async def accepted(self, transaction: Committed | int, timeout_s: float | None = None) -> Fate:
         """As ``SyncEngine.accepted``; cancelling the task ends the wait."""
         return await self._patient(
             lambda patience: self.engine.wait_accepted(patience, transaction, timeout_s)

@@ -11,11 +11,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec import Struct
 
-from entidb.db import Database, Transaction
+from entidb.db import Database
 from entidb.db.outbox import read_discarded, scan_ready
 from entidb.db.records import READY, sequence_key
 from entidb.db.subjects import awaited_subject, is_others, roots_of, sendable
@@ -33,6 +33,20 @@ from entidb.types import Clock, kind_name
 Answers = deque[tuple[list[int], list[PushResult]]]
 #: Verdicts that are kept from one sync to the next.
 TRANSACTIONS_MAX: Final = 10_000
+
+
+class Committed(Protocol):
+    """A transaction, of the database or of ``db.aio``: what has the sequence of its commit."""
+
+    @property
+    def transaction_id(self) -> bytes:
+        """What names it on its whole way (R3)."""
+        ...
+
+    @property
+    def sequence(self) -> int:
+        """Of its commit; 0 before, and where there was nothing to write."""
+        ...
 
 
 class FateState(StrEnum):
@@ -103,9 +117,10 @@ class Waiting:
     #: Set at the end of each sync, and of a background run.
     _waiting: list[threading.Event]
 
-    def fate(self, transaction: Transaction | int) -> Fate:
-        """What has become of a committed transaction until now; ``transaction`` is the object, or
-        the sequence of its commit. Raises ``ConfigError`` for one that was never committed."""
+    def fate(self, transaction: Committed | int) -> Fate:
+        """What has become of a committed transaction until now; ``transaction`` is the object, also
+        one of ``db.aio``, or the sequence of its commit. Raises ``ConfigError`` for one that was
+        never committed."""
         sequence = self._sequence_of(transaction)
         with self.database.view() as view:
             pending = view.pending(sequence)
@@ -132,7 +147,7 @@ class Waiting:
                     return Fate(sequence, FateState.SUPERSEDED, result.version)
         return Fate(sequence, FateState.SETTLED)
 
-    def accepted(self, transaction: Transaction | int, timeout_s: float | None = None) -> Fate:
+    def accepted(self, transaction: Committed | int, timeout_s: float | None = None) -> Fate:
         """Wait until there is an answer to a transaction, at most ``timeout_s`` seconds, and return
         its ``Fate``, which is still ``PENDING`` if that was too short.
 
@@ -147,7 +162,7 @@ class Waiting:
         return self.wait_synced(Patience(), timeout_s)
 
     def wait_accepted(
-        self, patience: Patience, transaction: Transaction | int, timeout_s: float | None
+        self, patience: Patience, transaction: Committed | int, timeout_s: float | None
     ) -> Fate:
         """As ``accepted``, until ``patience`` gives up."""
         sequence = self._sequence_of(transaction)
@@ -238,8 +253,10 @@ class Waiting:
             self._waiting.remove(patience.event)
         return holds()
 
-    def _sequence_of(self, transaction: Transaction | int) -> int:
-        given = transaction.sequence if isinstance(transaction, Transaction) else transaction
+    def _sequence_of(self, transaction: Committed | int) -> int:
+        given: object = transaction
+        if hasattr(transaction, "transaction_id"):
+            given = getattr(transaction, "sequence", None)
         if isinstance(given, bool) or not isinstance(given, int):
             raise ConfigError(f"give a transaction or its sequence, not {kind_name(transaction)}")
         if not 0 < given <= self.database.sequence:
