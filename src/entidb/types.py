@@ -62,8 +62,9 @@ VALUE_ITEMS_MAX: Final = 1024 * 1024
 TRANSACTION_CONTAINERS_MAX: Final = 2 * 1024 * 1024
 _HLC_COUNTER_BITS: Final = 16
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-# C0, DEL and C1: they would forge lines in logs and terminals. Surrogates have no UTF-8 at all.
-_NAME_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# C0, DEL and C1: they would forge lines in logs and terminals.
+_NAME_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
 
 def check_name(name: str) -> str:
@@ -74,6 +75,8 @@ def check_name(name: str) -> str:
         raise InvalidNameError(f"a name is text, not {type(name).__name__}")
     if _NAME_FORBIDDEN.search(name) is not None:
         raise InvalidNameError(f"the name {name!r} contains a control character: remove it")
+    if _SURROGATES.search(name) is not None:
+        raise InvalidNameError(f"the name {name!r} is not UTF-8: give one that is")
     if not 0 < len(name.encode()) <= COLLECTION_NAME_BYTES_MAX:
         raise InvalidNameError(
             f"a name has 1 to {COLLECTION_NAME_BYTES_MAX} bytes of UTF-8, "

@@ -244,7 +244,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def fail(code: str, message: str, exit_code: Exit) -> int:
     """Print the one line of an error; returns the exit code."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # Where nobody can be told, the exit code still says it.
         click.echo(f"error[{code_text(code)}]: {one_line(message)}", err=True)
     return exit_code
 
@@ -253,8 +253,18 @@ def _os_words(error: OSError) -> str:
     what = error.strerror or str(error)
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {what}"
+    if isinstance(error, FileNotFoundError) and not _has_directory():
+        return "the directory in which this command runs is gone; change to one that is there"
     # What has a name is named where it is opened.
     return f"standard output or a file that was open: {what}; what was committed stays"
+
+
+def _has_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _with_hint(error: EntiDBError) -> str:

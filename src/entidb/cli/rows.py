@@ -24,7 +24,7 @@ from typing import IO, Any, Final, NoReturn
 from entidb import cbor
 from entidb.cli.exits import InputError, UsageError
 from entidb.cli.output import plural
-from entidb.cli.values import parse
+from entidb.cli.values import LINE_BYTES_MAX, parse, twice_in
 from entidb.db.json_values import dump
 from entidb.errors import CborEncodeError
 
@@ -34,9 +34,6 @@ Row = tuple[int, Any, list[str] | None]
 #: Called with what is wrong with a row, which is then left out; it may raise it.
 Bad = Callable[[InputError], None]
 
-#: Bytes of a line, characters of a cell: above what one transaction can hold, so a larger one is
-#: refused while it is read and not after it has filled the memory.
-LINE_BYTES_MAX: Final = 64 << 20
 #: A byte order mark, where the name of the encoding does not take it away.
 _MARK: Final = "\ufeff"
 ID_FIELD: Final = "$id"
@@ -308,9 +305,8 @@ def _check_text(cells: list[str], utf8: bool) -> None:
 
 
 def _check_header(header: list[str], form: CsvFormat) -> None:
-    for name in header:
-        if header.count(name) > 1:
-            raise InputError(f"the header names the column {name!r} twice")
+    if (twice := twice_in(header)) is not None:
+        raise InputError(f"the header names the column {twice!r} twice")
     wanted = {**dict.fromkeys(form.types.named, "--types"), **form.columns}
     for name, option in wanted.items():
         if name not in header:
@@ -447,7 +443,8 @@ def parse_types(given: str | None) -> dict[str, str]:
             raise UsageError(
                 f"--types wants COLUMN=TYPE,… with a type of {', '.join(TYPES)}, not {part!r}"
             )
-        found[name] = kind
+        if found.setdefault(name, kind) != kind:
+            raise UsageError(f"--types names {name!r} twice: once {found[name]}, once {kind}")
     return found
 
 

@@ -37,6 +37,7 @@ from entidb.cli.values import print_json
 from entidb.cli.words import (
     bind,
     existing_collection,
+    is_database,
     json_option,
     not_empty,
     opened,
@@ -279,6 +280,10 @@ def _target(output: str | None) -> Iterator[IO[bytes]]:
             yield raw
         return
     where = os.path.abspath(output)
+    if is_database(os.path.dirname(where)):
+        raise UsageError(
+            f"{output} would be inside the database {os.path.dirname(where)}: name a file elsewhere"
+        )
     remove_dead(os.path.dirname(where))
     with _begin_file(where) as partial:
         with open(partial.path, "wb") as raw:

@@ -16,8 +16,9 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import click
 
@@ -25,6 +26,9 @@ from entidb.cli.exits import InputError, NotFoundError
 from entidb.cli.output import say
 from entidb.db.json_values import BYTES, ESCAPED, dump
 
+#: Bytes of a line, characters of a cell: above what one transaction can hold, so a larger one is
+#: refused while it is read and not after it has filled the memory.
+LINE_BYTES_MAX: Final = 64 << 20
 #: JSON escapes C0 itself; these could still steer a terminal, or turn its text around.
 _UNSAFE: Final = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -52,8 +56,7 @@ def parse(text: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> Any:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = twice_in(name for name, _ in pairs)
         raise InputError(f"one object has the key {twice!r} twice", code="invalid_json")
     if len(made) == 1:
         name, value = pairs[0]
@@ -62,6 +65,16 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
         if ESCAPED.fullmatch(name):
             return {name.removeprefix("$") if name != BYTES else name: value}
     return made
+
+
+def twice_in(names: Iterable[str]) -> str | None:
+    """The first of ``names`` that has been there before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _from_base64(text: str) -> bytes:
@@ -81,14 +94,15 @@ _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_re
 def read_value(given: str) -> Any:
     """The value of a VALUE argument: JSON, ``-`` for standard input, ``@FILE`` for a file."""
     if given == "-":
-        text = _text(sys.stdin.buffer.read(), "standard input")
+        text = _text(_read(sys.stdin.buffer, "standard input"), "standard input")
         if not text.strip():
             raise InputError("standard input is empty; - reads the value from it")
         return parse(text)
     if given.startswith("@"):
         path = Path(given[1:])
         try:
-            return parse(_text(path.read_bytes(), str(path)))
+            with open(path, "rb") as file:
+                return parse(_text(_read(file, str(path)), str(path)))
         except OSError as error:
             raise NotFoundError(f"cannot read {path}: {error.strerror}", code="no_file") from error
     try:
@@ -101,6 +115,14 @@ def read_value(given: str) -> Any:
         if not said.startswith(given[:60]):  # else it names the value itself
             said = f"{given[:60]!r} is {said}"
         raise InputError(f"{said}; {hint}", code=error.code) from error
+
+
+def _read(file: IO[bytes], where: str) -> bytes:
+    """All of ``file``, which may be a device without an end."""
+    raw = file.read(LINE_BYTES_MAX + 1)
+    if len(raw) > LINE_BYTES_MAX:
+        raise InputError(f"{where} is longer than {LINE_BYTES_MAX} bytes, and no entity is")
+    return raw
 
 
 def _text(raw: bytes, where: str) -> str:
