@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from entidb.cli import values
 from entidb.cli.exits import Exit, InputError
+from entidb.storage.partial import Partial
 from tests.cli.support import command, done, dumped, entidb, environment, failed, put
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -21,7 +23,9 @@ def test_a_value_without_an_end_is_refused_and_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(values, "LINE_BYTES_MAX", 1 << 20)
-    said = failed(entidb("put", tmp_path / "db", "notes", "@/dev/zero"), Exit.VALUE, "invalid_input")
+    said = failed(
+        entidb("put", tmp_path / "db", "notes", "@/dev/zero"), Exit.VALUE, "invalid_input"
+    )
     assert "/dev/zero is longer than 1048576 bytes" in said
     big = b'"' + b"x" * (1 << 20) + b'"'
     said = failed(
@@ -107,3 +111,23 @@ def test_a_name_that_comes_twice_is_found_without_comparing_each_with_each() -> 
     assert values.twice_in([*names, _Counted("column 1999")]) == "column 1999"
     with pytest.raises(InputError, match="the key 'a' twice"):
         values.parse('{"b": 1, "a": 2, "a": 3}')
+
+
+def test_an_export_that_finds_no_room_says_so_and_not_that_something_is_not_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "db", "notes", 1, {"a": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = tmp_path / "rows.ndjson"
+    words = ("export", tmp_path / "db", "notes", "-o", target)
+    monkeypatch.setattr("entidb.storage.locks._write_start", full)
+    said = failed(entidb(*words), Exit.STORAGE, "storage_full")
+    assert f"writing {target}: the disk is full" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(Partial, "finish", full)
+    said = failed(entidb(*words), Exit.STORAGE, "storage_full")
+    assert f"writing {target}: the disk is full" in said
+    assert sorted(os.listdir(tmp_path)) == ["db"]

@@ -255,7 +255,12 @@ def test_json_stays_json_where_standard_output_is_ascii(tmp_path: Path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, Exit.INTERRUPTED), (signal.SIGTERM, Exit.TERMINATED)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, Exit.INTERRUPTED),
+        (signal.SIGTERM, Exit.TERMINATED),
+        (signal.SIGHUP, Exit.HUNG_UP),
+    ],
 )
 def test_a_signal_ends_an_import_with_what_was_committed(
     tmp_path: Path, number: signal.Signals, code: Exit

@@ -239,3 +239,14 @@ def test_a_database_that_is_replaced_under_a_server_is_not_written_and_then_serv
             stored = list(database.collection("notes").values())
             assert [each["n"] for each in stored if isinstance(each, dict)] == numbers
             assert database.verify() == []
+
+
+def test_a_data_directory_on_a_full_disk_is_not_said_to_be_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("entidb.server.directory.make_directory", full)
+    with pytest.raises(ConfigError, match="No space left on device; free space"):
+        SyncServer(config(tmp_path / "srv"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -164,3 +165,31 @@ def test_what_is_given_up_leaves_nothing_and_changes_nothing(tmp_path: Path) -> 
 
 def test_cleaning_up_a_place_that_is_missing_does_nothing(tmp_path: Path) -> None:
     remove_dead(str(tmp_path / "missing"))
+
+
+def _without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("entidb.storage.locks._write_start", full)
+
+
+def test_what_finds_no_room_to_begin_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_room(monkeypatch)
+    with pytest.raises(OSError, match="No space"):
+        Partial(str(tmp_path / "file"), "export")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_dead_processes_left_is_removed_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with somebody_making(tmp_path / "dead"):
+        pass  # It is killed.
+    with somebody_making(tmp_path / "alive"):
+        _without_room(monkeypatch)
+        remove_dead(str(tmp_path))
+        assert os.listdir(tmp_path) == ["alive.entidb-partial"]
+        assert (tmp_path / "alive.entidb-partial" / "alive").read_bytes() == b"half"

@@ -213,7 +213,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     _open_missing_streams()
     _make_streams_safe()
     try:
-        with _sigterm_as_exit():
+        with _signals_as_exits():
             result = cli.run_click(arguments)
             sys.stdout.flush()
             return result if isinstance(result, int) else Exit.OK
@@ -310,21 +310,27 @@ def _print_details() -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_as_exit() -> Any:
-    """SIGTERM ends a command as an exception does, so that everything is closed in order."""
+def _signals_as_exits() -> Any:
+    """SIGTERM ends a command as an exception does, so that everything is closed in order; so does
+    SIGHUP, the end of a terminal, unless somebody wants it otherwise (``nohup``)."""
 
     def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(Exit.TERMINATED)
+        raise SystemExit(Exit.TERMINATED if number == signal.SIGTERM else Exit.HUNG_UP)
 
+    numbers = [signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        numbers.append(hangup)
     try:
-        before = signal.signal(signal.SIGTERM, leave)
+        before = {number: signal.signal(number, leave) for number in numbers}
     except ValueError:  # not the main thread: the main thread handles signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open_missing_streams() -> None:

@@ -59,6 +59,8 @@ class Exit(IntEnum):
     VALUE = 11
     #: Client and server do not understand each other.
     PROTOCOL = 12
+    #: SIGHUP: the terminal is gone. What was committed stays.
+    HUNG_UP = 129
     #: Ctrl-C. What was committed stays.
     INTERRUPTED = 130
     #: The program that reads the output stopped reading, as `head` does.

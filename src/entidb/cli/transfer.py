@@ -48,6 +48,7 @@ from entidb.db import Database
 from entidb.db.collection import ReadCollection
 from entidb.db.columns import column_order
 from entidb.errors import StorageError
+from entidb.storage.disk_errors import disk_error, is_full
 from entidb.storage.partial import Partial, remove_dead
 from entidb.types import check_name
 
@@ -276,8 +277,13 @@ def _target(output: str | None) -> Iterator[IO[bytes]]:
         return
     assert output is not None
     if os.path.exists(output) and not os.path.isfile(output):
-        with _open_special(output) as raw:
-            yield raw
+        try:
+            with open(output, "wb") as raw:  # a pipe or a device
+                yield raw
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _not_writable(output, error) from error
         return
     where = os.path.abspath(output)
     if is_database(os.path.dirname(where)):
@@ -286,16 +292,12 @@ def _target(output: str | None) -> Iterator[IO[bytes]]:
         )
     remove_dead(os.path.dirname(where))
     with _begin_file(where) as partial:
-        with open(partial.path, "wb") as raw:
-            yield raw
-        partial.finish()
-
-
-def _open_special(path: str) -> IO[bytes]:
-    try:
-        return open(path, "wb")  # a pipe or a device
-    except OSError as error:
-        raise _not_writable(path, error) from error
+        try:
+            with open(partial.path, "wb") as raw:
+                yield raw
+            partial.finish()
+        except OSError as error:
+            raise _not_writable(output, error) from error
 
 
 def _begin_file(where: str) -> Partial:
@@ -306,6 +308,8 @@ def _begin_file(where: str) -> Partial:
 
 
 def _not_writable(path: str, error: OSError) -> StorageError:
+    if is_full(error.errno or 0):
+        return disk_error(error.errno or 0, f"writing {path}")
     return StorageError(
         f"cannot write {path}: {error.strerror}; name a file in a directory that is there and that "
         "you may write to"

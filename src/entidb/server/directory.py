@@ -28,6 +28,7 @@ from entidb.server.place import ASIDE_MS, Aside, exists, unknown_database
 from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
 from entidb.storage.directories import is_at, make_directory, sync_path
+from entidb.storage.disk_errors import is_full
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store, wants_room
 from entidb.storage.partial import remove_dead
@@ -235,6 +236,10 @@ def _served(root: str, holder: str) -> DatabaseLockedError:
 
 def _unusable(root: str, error: OSError) -> ConfigError:
     what = "cannot be used" if os.path.isdir(root) else "cannot be made"
+    if is_full(error.errno or 0):
+        return ConfigError(
+            f"data_dir {what}: {root}: {error.strerror}; free space, and start again"
+        )
     return ConfigError(
         f"data_dir {what}: {root}: {error.strerror}; give a directory that the user of the server "
         "may write to"

@@ -43,6 +43,11 @@ _NEAR_BYTES: Final = 2**18
 _PROBE_BYTES: Final = 2**16
 
 
+def is_full(code: int) -> bool:
+    """Whether the system's error ``code`` says that something has no room left."""
+    return code in _FULL
+
+
 def disk_error(code: int, doing: str) -> StorageError:
     """The error for what the system calls ``code``, met while ``doing`` something."""
     if code in _FULL:

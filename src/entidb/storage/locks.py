@@ -108,7 +108,11 @@ class FileLock:
             if is_at(path, lock.descriptor):
                 lock.found = _read_start(lock.descriptor)
                 if not shared:
-                    lock.write(b"")
+                    try:
+                        lock.write(b"")
+                    except OSError:
+                        lock.release()
+                        raise
                 return lock
             lock.release()
         raise OSError(errno.EAGAIN, "the file is replaced again and again", path)
@@ -124,6 +128,16 @@ class FileLock:
         lock = cls(descriptor, shared=True)
         lock.found = _read_start(descriptor)
         return lock
+
+    @classmethod
+    def silently(cls, path: str) -> FileLock:
+        """The lock of the file at ``path``, which is there; nothing is written into it, so that
+        it can be had where there is no room. Raises as the constructor."""
+        lock = cls(os.open(path, os.O_RDWR | NO_FOLLOW | BINARY))
+        if is_at(path, lock.descriptor):
+            return lock
+        lock.release()
+        raise HeldError("")
 
     def write(self, note: bytes) -> None:
         """Write the process number, and ``note`` behind it for the process that takes the lock

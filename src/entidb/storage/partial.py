@@ -116,6 +116,12 @@ def _take(folder: str) -> FileLock:
             if look == _LOOKS - 1:
                 raise
             time.sleep(_LOOK_SECONDS)
+        except OSError:  # There is no room for it: then nothing of it stays.
+            with contextlib.suppress(OSError, HeldError):
+                _remove(folder, None)
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+            raise
     raise HeldError("")
 
 
@@ -161,7 +167,11 @@ def remove_dead(folder: str, before: Removes | None = None) -> list[str]:
 
 
 def _remove(folder: str, before: Removes | None) -> None:
-    lock = FileLock.take(os.path.join(folder, _LOCK), os.stat(folder))
+    held = os.path.join(folder, _LOCK)
+    try:
+        lock = FileLock.silently(held)  # Also on a disk that is full, which is when it matters.
+    except FileNotFoundError:
+        lock = FileLock.take(held, os.stat(folder))
     try:
         if before is not None:
             before(folder.removesuffix(_SUFFIX), _note_in(folder))
