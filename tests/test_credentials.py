@@ -94,6 +94,28 @@ def test_nothing_is_warned_of_where_there_is_no_file(tmp_path: Path) -> None:
     assert exposure(tmp_path / "none", "token file") is None
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_credential_never_takes_the_place_of_a_pipe_or_a_device(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for place in (pipe, link, tmp_path):
+        with pytest.raises(ConfigError, match="is no file and stays as it is"):
+            write_credential(place, TOKEN, replace=True)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_a_credential_never_takes_the_place_of_a_database(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").write_bytes(b"entities")
+    for name in ("data.mdb", "token"):
+        with pytest.raises(ConfigError, match="would be inside the database"):
+            write_credential(tmp_path / name, TOKEN, replace=True)
+    assert (tmp_path / "data.mdb").read_bytes() == b"entities"
+    assert os.listdir(tmp_path) == ["data.mdb"]
+
+
 def test_a_credential_is_written_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "token"
     before = os.umask(0)

@@ -80,16 +80,30 @@ def exposure(path: str | os.PathLike[str], what: str) -> str | None:
     return f"every user of this machine can read the {what} {name}: `chmod 600 {name}`"
 
 
+def check_place(path: str | os.PathLike[str], what: str) -> None:
+    """Raises ``ConfigError`` where a new file must not be put in the place of what stands at
+    ``path``: a device, a pipe, a directory, or a file of a database."""
+    place = Path(path)
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(place.stat().st_mode):
+            raise ConfigError(f"{what} {place} is no file and stays as it is: name a file")
+    if (place.parent / "data.mdb").is_file():
+        raise ConfigError(
+            f"{what} {place} would be inside the database {place.parent}: name a file elsewhere"
+        )
+
+
 def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) -> None:
     """Write ``text`` and a newline into a file that only its owner can read, from the first byte
-    on. It appears when it is complete. Raises ``ConfigError`` if it cannot be written, or if it is
-    there and ``replace`` is false."""
+    on. It appears when it is complete. Raises ``ConfigError`` if it cannot be written, if something
+    else than a file is there, or if it is there and ``replace`` is false."""
     target = Path(path)
     try:
         if not replace and os.path.lexists(target):
             raise ConfigError(
                 f"{target} exists already, and is not overwritten: remove it first", code="exists"
             )
+        check_place(target, "the output")
         # mkstemp makes files that only their owner can read.
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import time
@@ -290,3 +291,16 @@ def test_a_certificate_that_cannot_be_used_is_a_config_error(
 ):
     with pytest.raises(ConfigError, match="cert"):
         serve(open_config, port=0, **listen)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_ready_file_takes_no_place_of_a_pipe_or_of_a_database(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "data.mdb").write_bytes(b"entities")
+    settings = ServerConfig(data_dir=tmp_path / "srv", insecure_no_auth=True)
+    for place in (tmp_path / "pipe", tmp_path / "shop" / "data.mdb"):
+        with pytest.raises(ConfigError, match=f"ready_file {place}"):
+            serve(settings, port=0, ready_file=place)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "shop" / "data.mdb").read_bytes() == b"entities"

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from entidb.credentials import exposure
+from entidb.credentials import check_place, exposure
 from entidb.errors import ConfigError
 from entidb.server.app import SyncApp, create_app
 from entidb.server.certificates import Certificate
@@ -348,6 +348,7 @@ def _bind(listen: Listen, settings: ServerConfig) -> socket.socket:
 
 
 def _check_ready(path: Path) -> None:
+    check_place(path, "ready_file")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             return
