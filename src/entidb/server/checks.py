@@ -14,6 +14,7 @@ import threading
 from typing import Final
 
 from entidb.errors import ServerBusyError
+from entidb.server.cores import run_anywhere
 from entidb.storage import opening
 
 #: Files up to here are read while they are opened, in less than a tenth of a second.
@@ -78,6 +79,7 @@ class FileChecks:
         return done
 
     def _check(self, where: str, done: threading.Event) -> None:
+        run_anywhere()
         try:
             with self._one_at_a_time:
                 opening.look(where)

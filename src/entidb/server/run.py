@@ -38,6 +38,7 @@ from entidb.server.connections import (
     fit_databases,
     raise_file_limit,
 )
+from entidb.server.cores import stay_on_core
 from entidb.server.keys import key_files
 from entidb.server.server import SyncServer
 from entidb.server.signals import read_again, signals
@@ -140,14 +141,23 @@ def _serve_together(
         with runner.bound:
             parent = Parent(
                 settings.workers,
-                partial(_work, runner, listen.backlog),
+                partial(_work, runner, listen.backlog, settings),
                 announce=lambda: announce(runner.server.url),
                 grace_s=settings.shutdown_timeout_s,
             )
             parent.run()
 
 
-def _work(runner: _Runner, backlog: int, ready: Callable[[], None]) -> None:
+def _work(
+    runner: _Runner,
+    backlog: int,
+    settings: ServerConfig,
+    number: int,
+    ready: Callable[[], None],
+) -> None:
+    if settings.address is None:  # beside a server of databases, that one wants cores too
+        stay_on_core(number, settings.workers)
+
     def listens(url: str) -> None:
         # It was told to accept one connection at a time, for others to get their share.
         runner.bound.listen(backlog)

@@ -17,6 +17,7 @@ from entidb.protocol import PullRequest, PushResponse
 from entidb.server.admin.local import open_door
 from entidb.server.admin.opening import office_of
 from entidb.server.away import come_again
+from entidb.server.cores import run_anywhere
 from entidb.server.deadlines import within
 from entidb.server.live import LiveChannels
 from entidb.server.news import News
@@ -52,12 +53,14 @@ class AppThreads:
         self.loop = loop
         # Readers of files must not pile up; those of a network wait, and others read meanwhile.
         waits = server.place.waits
-        self.reader = ThreadPoolExecutor(_READERS if waits else 1, "entidb-reader")
+        self.reader = ThreadPoolExecutor(
+            _READERS if waits else 1, "entidb-reader", initializer=run_anywhere
+        )
         #: For questions that are answered in a moment, where even those wait for a network; else
         #: they are asked on the event loop.
         self.asker = ThreadPoolExecutor(_ASKERS, "entidb-asker") if waits else None
         self.opener = ThreadPoolExecutor(1, "entidb-opener")
-        self.unpackers = ThreadPoolExecutor(_UNPACKERS, "entidb-unpacker")
+        self.unpackers = ThreadPoolExecutor(_UNPACKERS, "entidb-unpacker", initializer=run_anywhere)
         #: Who reads and who waits to read, by database; there as long as somebody does.
         self._lines: dict[str, _Line] = {}
         #: Answers of the writers' threads on their way to the loop, with their databases.

@@ -17,6 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from entidb.errors import EntiDBError, ServerBusyError
+from entidb.server.cores import run_anywhere
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -159,6 +160,7 @@ class Tasks:
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        run_anywhere()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)

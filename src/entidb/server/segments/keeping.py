@@ -46,6 +46,7 @@ from entidb.errors import (
 )
 from entidb.protocol import Manifest, SegmentInfo, SnapshotRequest
 from entidb.server.config import ServerConfig
+from entidb.server.cores import run_anywhere
 from entidb.server.hooks import Grant
 from entidb.server.pages import wanted_collections
 from entidb.server.records import Records
@@ -294,6 +295,7 @@ class ImageKeeper:
             self._news.notify()
 
     def _run(self) -> None:
+        run_anywhere()
         while True:
             with self._news:
                 while not self._due and not self._stop.is_set():

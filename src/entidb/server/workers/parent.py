@@ -25,8 +25,9 @@ from entidb.errors import ConfigError
 
 logger = logging.getLogger("entidb.server")
 
-#: Serves in a process of its own until it is told to stop; calls its argument once it listens.
-Work = Callable[[Callable[[], None]], None]
+#: Serves in a process of its own, with a number that no other one has at the time, until it is told
+#: to stop; calls its second argument once it listens.
+Work = Callable[[int, Callable[[], None]], None]
 
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _HANGUP: Final = getattr(signal, "SIGHUP", None)
@@ -49,6 +50,8 @@ class _Child:
     pid: int
     #: Says one byte when it listens, and ends with it.
     life: int
+    #: From 0 up, below their count.
+    number: int
     ready: bool = False
 
 
@@ -123,6 +126,8 @@ class Parent:
             self._start()
 
     def _start(self) -> None:
+        taken = {child.number for child in self._children.values()}
+        number = next(each for each in range(self._count) if each not in taken)
         life, mine = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -132,13 +137,13 @@ class Parent:
         try:
             pid = os.fork()
             if pid == 0:
-                self._be_child(mine, before)
+                self._be_child(number, mine, before)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(mine)
-        self._children[life] = _Child(pid, life)
+        self._children[life] = _Child(pid, life, number)
 
-    def _be_child(self, mine: int, mask: set[signal.Signals | int]) -> None:
+    def _be_child(self, number: int, mine: int, mask: set[signal.Signals | int]) -> None:
         """Never returns."""
         code = 1
         try:
@@ -150,7 +155,7 @@ class Parent:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for life in self._children:
                 os.close(life)
-            self._work(partial(_say_ready, mine))
+            self._work(number, partial(_say_ready, mine))
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
