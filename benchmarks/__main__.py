@@ -25,6 +25,7 @@ NAMES = (
     "live",
     "many",
     "workers",
+    "beside",
     "noisy",
     "conflicts",
     "size",

@@ -47,6 +47,12 @@ FIGURES = {
     },
     "many": {"push, 1 database: requests", "pull, 50 databases: p99", "mixed, 1 database: p50"},
     "workers": {"pull, 50 databases: requests", "push, 1 database: load generator"},
+    "beside": {
+        "from a commit to another's observer: p99",
+        "from a commit to another's observer, after a rest: p50",
+        "an idle observer",
+        "takeover of a killed program's engine",
+    },
     "noisy": {"quiet databases beside a flooded one: p99"},
     "conflicts": {"pull and rebase", "whole cycle, with the push"},
     "size": {"server after load", "push on the wire, zstd"},
