@@ -1,5 +1,4 @@
-"""Each worker stays on one core where there are as many of them as cores; what reads much does not.
-"""
+"""Workers stay on cores of their own where there are as many; what reads much runs anywhere."""
 
 from __future__ import annotations
 
