@@ -219,4 +219,10 @@ class Background:
                 return
 
 
-__all__ = ["BURST_S", "Background"]
+def joined(thread: threading.Thread, seconds: float) -> bool:
+    """Whether ``thread`` has ended, or ends within ``seconds``."""
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+__all__ = ["BURST_S", "Background", "joined"]

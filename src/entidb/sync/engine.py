@@ -23,7 +23,7 @@ from entidb.errors import (
 )
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.attempts import Attempts
-from entidb.sync.background import Background
+from entidb.sync.background import Background, joined
 from entidb.sync.comparing import Verifying
 from entidb.sync.config import SyncConfig
 from entidb.sync.decisions import Decisions
@@ -153,14 +153,7 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         ``SyncStateError`` if a cycle is running in another thread. Whatever it raises, nothing
         pending is lost and the next call goes on from there (R9).
         """
-        result: SyncCycleResult | None = None
-        try:
-            result = Drive(self.course(threading.Event()), self._courier).go_on()
-        finally:
-            if self._ended:
-                self._tell_ended()
-        assert result is not None, "what waits for a transport has the answer when it returns"
-        return result
+        return self.run_cycle(threading.Event())
 
     def run_cycle(
         self, cancelled: Event, stopped: Event | None = None, then: Then | None = None
@@ -168,9 +161,12 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         """As ``sync``, with the event that ``cancel_cycle`` takes: one that is set already, or
         ``stopped``, ends the cycle before it begins; ``then`` is done at its end."""
         result: SyncCycleResult | None = None
+        course = self.course(cancelled, stopped, then)
         try:
-            result = Drive(self.course(cancelled, stopped, then), self._courier).go_on()
+            result = Drive(course, self._courier).go_on()
         finally:
+            # Ctrl-C between two steps leaves it half-way, and a traceback would keep it so.
+            course.close()
             if self._ended:
                 self._tell_ended()
         assert result is not None, "what waits for a transport has the answer when it returns"
@@ -182,39 +178,47 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         """What ``run_cycle`` drives, for a driver that is no transport. No other begins before
         its end, or before it is closed."""
         self._check_not_closed()
-        if not self._cycle_lock.acquire(blocking=False):
+        if self._cycle_lock.locked():
             raise SyncStateError("a sync cycle is running already; wait for it or cancel() it")
         result: SyncCycleResult | None = None
         try:
-            with self._running_lock:
-                if stopped is not None and stopped.is_set():
-                    cancelled.set()
-                self._cancel = cancelled
-                self._cycle_thread = threading.get_ident()
-            yield from self._others.enter(self._check_cancelled, self._nudge)
-            result = yield from self._attempts.run(then)
-            return result
-        except EntiDBError:
-            raise  # the state says what became of it
-        except BaseException:
-            # Not ours, such as a listener's own bug; the listeners are not asked about it.
-            self._state = SyncState.ERROR
-            raise
+            with self._cycle_lock:  # acquire() and release() leave gaps for Ctrl-C
+                try:
+                    with self._running_lock:
+                        if stopped is not None and stopped.is_set():
+                            cancelled.set()
+                        self._cancel = cancelled
+                        self._cycle_thread = threading.get_ident()
+                    yield from self._others.enter(self._check_cancelled, self._nudge)
+                    result = yield from self._attempts.run(then)
+                    return result
+                except EntiDBError:
+                    raise  # the state says what became of it
+                except BaseException:
+                    # Not ours, such as a listener's own bug; the listeners are not asked about it.
+                    self._state = SyncState.ERROR
+                    raise
+                finally:
+                    try:
+                        self._put_away(result)
+                    except BaseException:
+                        self._put_away(None)  # Ctrl-C; what is given back twice does no harm
+                        raise
         finally:
-            self._next_try_at = None
-            listeners = self._listeners
-            if listeners.result or listeners.conflict or listeners.rejected:
-                self._ended.append((result, self._attempts.results))
-            with self._running_lock:
-                self._cycle_thread = None
-            self._others.leave()
-            self._cycle_lock.release()
             if result is not None and result.pushed:
                 trim(self._answers)
-            if self._waiting:
-                self._tell_waiting()
+            self._tell_waiting()
             if self._closed:  # from a listener or an observer of this cycle
                 self._detach()
+
+    def _put_away(self, result: SyncCycleResult | None) -> None:
+        self._next_try_at = None
+        with self._running_lock:
+            self._cycle_thread = None
+        self._others.leave()
+        listeners = self._listeners
+        if listeners.result or listeners.conflict or listeners.rejected:
+            self._ended.append((result, self._attempts.results))
 
     def _tell_waiting(self) -> None:
         for event in list(self._waiting):
@@ -391,7 +395,7 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         self._end_run()
         self._ending = thread
         if thread is not threading.current_thread():
-            self._wait_for(lambda seconds: _joined(thread, seconds), thread.ident)
+            self._wait_for(lambda seconds: joined(thread, seconds), thread.ident)
 
     def _end_run(self) -> None:
         self._stop.set()
@@ -489,11 +493,6 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _joined(thread: threading.Thread, seconds: float) -> bool:
-    thread.join(seconds)
-    return not thread.is_alive()
 
 
 __all__ = ["SyncEngine"]

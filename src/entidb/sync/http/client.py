@@ -126,8 +126,25 @@ class HttpxClient:
                 return self._attempt(exchange, steps)
             except NewConnectionError:
                 return self._connect_apart(exchange)
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C
+            self._begin_anew()
+            raise
         finally:
             self._interrupts.end(watch)
+
+    def _begin_anew(self) -> None:
+        """Let go of all connections: what ended in the middle of the library may have left a lock
+        of its pool behind, for which every later request would wait for ever."""
+        with self._lock:
+            self._routes.clear()
+            self._transports.clear()
+            sockets = list(self._sockets)
+        self._cut_all()
+        for each in sockets:  # nobody else closes them
+            with contextlib.suppress(OSError):
+                each.close()
 
     def twin(self, kind: type[Client]) -> Client:
         """A client of that kind with the same settings, and connections of its own."""
