@@ -19,7 +19,7 @@ from entidb.sync import RetryConfig, SyncConfig, SyncEngine
 from tests.support import World, assert_in_step, uid
 
 #: Where the locks and flags of a cycle are taken and given back.
-WATCHED = ("/entidb/sync/engine.py", "/entidb/sync/drive.py", "/entidb/sync/others.py")
+WATCHED = tuple(f"/entidb/sync/{name}.py" for name in ("engine", "drive", "others", "interrupt"))
 
 
 @functools.cache

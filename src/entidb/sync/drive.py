@@ -163,10 +163,13 @@ class Driver:
     def send(self, request: SyncRequest) -> SyncResponse:
         if self._interrupt_transport is not None:
             return self._transport.send(request)
-        self._left_alone = over = threading.Event()
+        over = threading.Event()
 
         def work(watch: Watch) -> SyncResponse:
+            # Not before this thread runs: Ctrl-C may come before it does, or before it sends.
+            self._left_alone = over
             try:
+                watch.check()
                 return self._transport.send(request)
             finally:
                 over.set()
