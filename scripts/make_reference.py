@@ -10,19 +10,22 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import entidb
-from entidb import db, sync
+from entidb import db, server, sync
 
 TARGET: Final = Path(__file__).parent.parent / "docs" / "reference.md"
 COLUMNS: Final = 118
 HEAD: Final = """# Methods
 
-What the objects of a program can do, from their docstrings: `help(entidb.Database)` shows the
-same. [Public names](api.md) says which names there are, and [Errors](errors.md) what they raise.
+What the objects of a program can do, and what the answers hold that it gets, from their docstrings:
+`help(entidb.Database)` shows the same. Those that `entidb` does not have are in `entidb.db`,
+`entidb.sync` and `entidb.server`. [Public names](api.md) says which names there are, and
+[Errors](errors.md) what they raise.
 """
 #: In the order of the page.
 CLASSES: Final[tuple[type[Any], ...]] = (
@@ -46,11 +49,29 @@ CLASSES: Final[tuple[type[Any], ...]] = (
     entidb.ConflictResolution,
     db.DiscardedTransaction,
     db.OverruledValue,
+    entidb.CommitEvent,
+    sync.Fate,
+    sync.FateState,
+    sync.EntityStatus,
+    sync.EntityState,
+    sync.SyncProgress,
+    sync.Withdrawn,
+    sync.KeptBack,
+    sync.Verification,
+    sync.Difference,
+    server.ValidateContext,
+    server.ValidateTransaction,
+    server.ValidateOperation,
+    server.Refusal,
+    server.Grants,
+    server.Rights,
 )
 #: Those that programs make by calling the class.
 CALLED: Final[frozenset[type[Any]]] = frozenset(
     (entidb.SyncEngine, entidb.AsyncSyncEngine, db.Index)
 )
+#: A member of an enum in its source, and what is said of it.
+_STATE: Final = re.compile(r'((?: +#: .*\n)+) +([A-Z_]+) = (".*")')
 #: Of the mapping that a collection is, what Python says of it.
 OF_MAPPINGS: Final = {
     "get": "As `dict.get`.",
@@ -62,6 +83,8 @@ OF_MAPPINGS: Final = {
 
 def members(kind: type[Any]) -> Iterator[tuple[str, Any]]:
     """The public methods and properties of ``kind``, without plumbing."""
+    if issubclass(kind, Enum):
+        return
     hidden = getattr(kind, "plumbing", frozenset()) | {"plumbing"}
     for name in sorted(dir(kind)):
         found = inspect.getattr_static(kind, name)
@@ -69,6 +92,22 @@ def members(kind: type[Any]) -> Iterator[tuple[str, Any]]:
             continue
         if callable(getattr(kind, name, None)) or is_property(found):
             yield name, found
+
+
+def fields_of(kind: type[Any]) -> Iterator[str]:
+    """What a value of ``kind`` holds, as one would annotate it."""
+    annotations: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        annotations |= inspect.get_annotations(base)
+    for name in getattr(kind, "__struct_fields__", ()):
+        yield f"{name}: {annotations[name]}"
+
+
+def states_of(kind: type[Enum]) -> Iterator[str]:
+    """The members of an enum, each with the comment above it."""
+    for comment, name, value in _STATE.findall(inspect.getsource(kind)):
+        yield f"```text\n{name} = {value}\n```"
+        yield from prose(re.sub(r"\s*#: ", " ", comment).strip())
 
 
 def is_property(found: Any) -> bool:
@@ -132,6 +171,11 @@ def page() -> str:
             parameters = list(inspect.signature(kind).parameters.values())
             parts.append(f"```text\n{kind.__name__}{shown(parameters)}\n```")
         parts += prose(inspect.getdoc(kind) or "")
+        if held := list(fields_of(kind)):
+            parts.append("```text\n" + "\n".join(held) + "\n```")
+        if issubclass(kind, Enum):
+            parts += states_of(kind)
+            continue
         for name, found in members(kind):
             said = said_of(kind, name, found)
             assert said, f"{kind.__name__}.{name} has no docstring"

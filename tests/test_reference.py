@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
+import collections.abc
 import importlib.util
 import inspect
+import re
+import typing
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import entidb
+from entidb import db, server, sync
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,3 +44,23 @@ def test_every_method_that_a_program_may_call_is_described(maker: ModuleType) ->
     ]
     assert missing == []
     assert all(inspect.getdoc(kind) for kind in maker.CLASSES)
+
+
+def test_what_a_method_gives_back_can_be_named_by_a_program(maker: ModuleType) -> None:
+    """So that a variable or a function of its own can be annotated with it."""
+    public = {name for module in (entidb, db, sync, server) for name in module.__all__}
+    known = public | set(dir(builtins)) | set(dir(typing)) | set(dir(collections.abc))
+    known |= {"UUID", "datetime", "uuid", "PairsView", "ValuesView"}
+    unknown = set()
+    for kind in maker.CLASSES:
+        for name, found in maker.members(kind):
+            function = getattr(found, "func", None) or getattr(found, "fget", None) or found
+            signature = inspect.signature(getattr(function, "__func__", function))
+            if signature.return_annotation is signature.empty:
+                continue
+            unknown |= {
+                f"{kind.__name__}.{name} gives {word}"
+                for word in re.findall(r"[A-Za-z_]{2,}", str(signature.return_annotation))
+                if word not in known
+            }
+    assert not unknown

@@ -56,7 +56,8 @@ class Refusal(Struct, frozen=True):
 
 
 class ValidateOperation(Struct, frozen=True):
-    """One write of a transaction. ``value`` None deletes."""
+    """One write of a transaction: the whole entity as it is to be, and not only what has changed.
+    ``value`` is a fresh copy in plain values, None where the entity is deleted."""
 
     collection: str
     entity_id: uuid.UUID
@@ -64,7 +65,8 @@ class ValidateOperation(Struct, frozen=True):
 
 
 class ValidateTransaction(Struct, frozen=True):
-    """A transaction before it is accepted."""
+    """A transaction before it is accepted: all that it writes, each entity once. ``device_id`` is
+    16 bytes, ``timestamp`` the hybrid logical clock of the commit on the device."""
 
     transaction_id: uuid.UUID
     device_id: bytes
@@ -73,8 +75,8 @@ class ValidateTransaction(Struct, frozen=True):
 
 
 class ValidateContext:
-    """What a hook may know: who sends (``subject``, ``claims``), which database, and, through
-    ``get``, the state the transaction would be accepted on."""
+    """What a hook may know: who sends (``subject``, and ``claims`` of the token), which database
+    (``db_id``), and, through ``get``, the state the transaction would be accepted on."""
 
     def __init__(
         self, db_id: str, grant: Grant, read: Callable[[str, bytes], bytes | None]

@@ -18,6 +18,7 @@ from entidb.sync.http import HttpTransport, HttpxClient
 from entidb.sync.merging import Merge, merge
 from entidb.sync.policies import resolve_policy
 from entidb.sync.refusal import KeptBack
+from entidb.sync.standing import EntityState, EntityStatus
 from entidb.sync.state import (
     TRANSITIONS,
     SyncCycleResult,
@@ -59,6 +60,8 @@ __all__ = [
     "Cycle",
     "DatabaseApplier",
     "Difference",
+    "EntityState",
+    "EntityStatus",
     "Fate",
     "FateState",
     "HttpClient",

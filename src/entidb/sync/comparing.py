@@ -58,6 +58,7 @@ class Difference(Struct, frozen=True):
 
     @property
     def id(self) -> uuid.UUID:
+        """The entity."""
         return uuid.UUID(bytes=self.id_bytes)
 
     def __str__(self) -> str:

@@ -88,6 +88,7 @@ class Fate(Struct, frozen=True):
 
     @property
     def accepted(self) -> bool:
+        """Whether the server has it, as it was committed here."""
         return self.state is FateState.ACCEPTED
 
 
