@@ -1,5 +1,5 @@
-"""The recipes of docs/processes.md, and the pages of docs/finding.md, each run as it stands there,
-in processes of its own."""
+"""The recipes of docs/processes.md, the pages of docs/finding.md and the tests of
+docs/testing.md: each run as it stands there, in processes of its own."""
 
 from __future__ import annotations
 
@@ -167,6 +167,12 @@ def test_pages_are_turned_from_one_request_to_the_next(tmp_path: Path) -> None:
     if importlib.util.find_spec("fastapi") is None:
         (tmp_path / "fastapi.py").write_text(STAND_IN)
     assert run(tmp_path, sys.executable, "-c", TURNED) == "400 'nonsense' is no bookmark\n"
+
+
+def test_the_tests_of_an_application_pass(tmp_path: Path) -> None:
+    (tmp_path / "test_till.py").write_text(recipe("test_till.py", ROOT / "docs" / "testing.md"))
+    said = run(tmp_path, sys.executable, "-m", "pytest", "-q", "-W", "error", "test_till.py")
+    assert "3 passed" in said
 
 
 FORKING = """

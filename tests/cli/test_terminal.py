@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from entidb import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from entidb.cli.exits import Exit
 from entidb.cli.output import one_line
 from entidb.db import Database
@@ -139,6 +140,45 @@ def test_narrow_terminals_get_short_ids_and_no_line_that_is_too_wide(tmp_path: P
     assert code == 0 and "世界" in said
     code, said = on_a_terminal("status", path, width=width, NO_COLOR="1")
     assert "".join(str(path).split()) in "".join(said.split())
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_conflicts_and_what_was_overruled_are_told_in_lines_that_fit(tmp_path: Path, width: int):
+    config = SyncConfig(db_id="shop", policies={"stock": "manual", "notes": "client_wins"})
+    with SyncServer.in_memory() as server, Database.in_memory() as other:
+        here = Database.open(tmp_path / "shop")
+
+        def engine(db: Database) -> SyncEngine:
+            transport = HttpTransport("http://localhost", client=LoopbackClient(server))
+            return SyncEngine(config, transport, db)
+
+        with here, engine(here) as mine, engine(other) as theirs:
+            ids = {name: here[name].add({"text": "before"}) for name in ("stock", "notes")}
+            mine.sync(), theirs.sync()
+            for db, word in ((here, "mine "), (other, "theirs ")):
+                for name, id in ids.items():
+                    db[name].patch(id, text=word * 15)
+            theirs.sync(), mine.sync()
+    for what, entity, whole in (
+        ("conflicts", "stock", ("mine " * 15, "theirs " * 15)),
+        ("discarded", "notes", ("the server's value was overruled by the policy.",)),
+    ):
+        code, said = on_a_terminal(what, tmp_path / "shop", width=width)
+        assert code == 0
+        flat = "".join(said.split())
+        assert all("".join(part.split()) in flat for part in (str(ids[entity]), *whole))
+        told = said.split("--recommit")[0].split("  entidb resolve")[0].splitlines()
+        assert [line for line in told if len(line) > width] == []
+    piped = done("conflicts", tmp_path / "shop")
+    assert "mine " * 15 in piped and "theirs " * 15 in piped
+
+
+@pytest.mark.parametrize("words", [(), ("admin",), ("list",)])
+def test_help_fits_a_narrow_terminal_and_says_all(words: tuple[str, ...]):
+    code, said = on_a_terminal(*words, "--help", width=40)
+    assert code == 0
+    assert [line for line in said.splitlines() if len(line) > 40] == []
+    assert "..." not in said.replace("[ARGS]...", "")
 
 
 def test_wide_terminals_and_pipes_get_whole_ids(shop: Path):

@@ -24,7 +24,7 @@ from msgspec import Raw, json
 
 from entidb.cli import admin_views as views
 from entidb.cli.exits import NotFoundError, UsageError
-from entidb.cli.output import say
+from entidb.cli.output import WholeGroup, say
 from entidb.cli.values import Bounded, print_json
 from entidb.credentials import read_token
 from entidb.errors import (
@@ -164,7 +164,7 @@ def _desk(data_dir: str | None, url: str | None, token_file: str | None) -> Desk
     return Desk(None, url, token)
 
 
-@click.group("admin")
+@click.group("admin", cls=WholeGroup)
 @click.option("--dir", "data_dir", metavar="DIR", envvar="ENTIDB_SERVE_DATA_DIR", show_envvar=True,
               help="The data directory of a server here, or a postgresql:// address.")  # fmt: skip
 @click.option("--url", metavar="URL", envvar="ENTIDB_ADMIN_URL", show_envvar=True,

@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from entidb.cli.exits import CALLS, HINTS, Exit, exit_of
-from entidb.cli.output import code_text, one_line
+from entidb.cli.output import code_text, columns, one_line
 from entidb.errors import EntiDBError
 from entidb.version import VERSION
 
@@ -158,7 +158,9 @@ class _Entidb(click.Group):
         given = sys.argv[1:] if args is None else list(args)
         _warn_of_misspelt()
         try:
-            with self.make_context("entidb", given) as context:
+            # By itself click takes no terminal to be narrower than 50 columns.
+            narrow = {"terminal_width": columns() - 2} if columns() < 52 else {}
+            with self.make_context("entidb", given, **narrow) as context:
                 return self.invoke(context)
         except click.exceptions.Exit as ended:  # --help and --version
             return ended.exit_code

@@ -27,6 +27,7 @@ from entidb.cli.output import (
     size_text,
     time_text,
     timestamp_text,
+    told,
 )
 from entidb.cli.summary import place, waiting
 from entidb.cli.values import print_json, read_value, shown
@@ -196,7 +197,8 @@ def conflicts_command(words: tuple[str, ...], directory: str | None, as_json: bo
         if as_json:
             print_json(_conflict_document(conflict))
         else:
-            say("\n".join(map(safe, conflict.explain().splitlines())))
+            for line in told(conflict.explain()):
+                say(line)
             say(f"  entidb resolve {conflict.collection} {conflict.entity_id} mine|theirs|VALUE")
             say()
     if not found:
@@ -393,8 +395,8 @@ def _list_discarded(found: list[DiscardedTransaction | OverruledValue], as_json:
 
 def _overruled_lines(each: OverruledValue) -> Iterator[str]:
     first, *rest = each.explain().splitlines()
-    yield f"{_handle(each)}  overruled {time_text(each.at_ms)} by a {each.decided_by}"
-    yield f"  {safe(first)}"
+    yield from told(f"{_handle(each)}  overruled {time_text(each.at_ms)} by a {each.decided_by}")
+    yield from told(f"  {first}")
     for line in rest:
         yield fit(safe(line))
 
@@ -422,8 +424,8 @@ def _overruled_document(each: OverruledValue) -> dict[str, Any]:
 def _discarded_lines(each: DiscardedTransaction) -> Iterator[str]:
     when = time_text(each.at_ms)
     whose = "" if each.subject is None else f" of {one_line(each.subject)}"
-    yield f"{id_text(each.id)}{whose}  withdrawn {when} [{code_text(each.code)}]"
-    yield f"  why: {one_line(each.message)}"
+    yield from told(f"{id_text(each.id)}{whose}  withdrawn {when} [{code_text(each.code)}]")
+    yield from told(f"  why: {one_line(each.message)}")
     values = each.values()
     for name, entity_id, value in values[:_OPERATIONS_SHOWN]:
         yield fit(f"  wrote {safe(name)} {id_text(entity_id)}  {_shown_or(value, 'deleted')}")

@@ -231,10 +231,36 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Iterator[str]:
         yield from (f"    {part}" for part in _wrapped(value, columns() - 4))
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def told(text: str) -> Iterator[str]:
+    """Lines of ``text`` that nothing may be cut off of: what is too wide for the terminal goes on
+    below, further in. In a pipe they stay as they are."""
+    from rich.cells import cell_len
+
+    for line in map(safe, text.splitlines()):
+        if cell_len(line) <= columns():
+            yield line
+            continue
+        inside = " " * (len(line) - len(line.lstrip()) + 4)
+        yield from _wrapped(line, columns(), inside)
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
     import textwrap
 
-    return textwrap.wrap(text, max(width, 10), break_on_hyphens=False)
+    return textwrap.wrap(
+        text, max(width, len(indent) + 10), break_on_hyphens=False, subsequent_indent=indent
+    )
+
+
+class WholeGroup(click.Group):
+    """A group whose help says all of what each command does."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        found = ((name, self.get_command(ctx, name)) for name in names)
+        rows = [(name, each.get_short_help_str(_NO_END)) for name, each in found if each]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 @contextmanager

@@ -394,4 +394,12 @@ def _settle_oldest(writer: Writer) -> None:
     _put_head(writer, head)
 
 
-__all__ = ["OverruledKeeper", "OverruledValue", "forget", "prune", "read_head", "read_overruled"]
+__all__ = [
+    "LostField",
+    "OverruledKeeper",
+    "OverruledValue",
+    "forget",
+    "prune",
+    "read_head",
+    "read_overruled",
+]

@@ -41,8 +41,9 @@ class Decisions(Explored):
         return self.applier.overruled()
 
     def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:
-        """Commit a discarded transaction again on the present state, or write an overruled value
-        back to its field; returns the commit's sequence. Raises ``ConflictError``."""
+        """Commit a discarded transaction again, or write an overruled value back to its field;
+        returns the commit's sequence. A transaction writes each entity whole, as it had it, over
+        what is there now, and no policy is asked. Raises ``ConflictError``."""
         return self.applier.recommit(discarded)
 
     def prune(self, discarded: DiscardedTransaction | OverruledValue) -> bool:
