@@ -159,7 +159,7 @@ class _Entidb(click.Group):
         _warn_of_misspelt()
         try:
             # By itself click takes no terminal to be narrower than 50 columns.
-            narrow = {"terminal_width": columns() - 2} if columns() < 52 else {}
+            narrow: dict[str, Any] = {"terminal_width": columns() - 2} if columns() < 52 else {}
             with self.make_context("entidb", given, **narrow) as context:
                 return self.invoke(context)
         except click.exceptions.Exit as ended:  # --help and --version
