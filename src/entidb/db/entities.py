@@ -259,16 +259,9 @@ class Entities(Overlay):
         places = map(pack_feed_key, repeat(FEED), versions, numbers, ids)
         self.changes.update(zip(places, repeat(b"")))
         if self.watcher is not None:
-            told: dict[
-                int, tuple[CollectionInfo, list[bytes], list[bytes | None], list[bytes]]
-            ] = {}
-            for info, entity_id, old, payload in zip(infos, ids, olds, payloads, strict=True):
-                _, here, was, now = told.setdefault(info.number, (info, [], [], []))
-                here.append(entity_id)
-                was.append(None if old is None else payload_of(old))
-                now.append(payload)
-            for info, here, was, now in told.values():
-                self.watcher.changed(info, here, was, now)
+            before = [None if old is None else payload_of(old) for old in olds]
+            for info, columns in _by_info(infos, ids, before, payloads):
+                self.watcher.changed(info, *columns)
 
     # ------------------------------------------------------------ what was pending is the server's
 
@@ -383,15 +376,10 @@ class Entities(Overlay):
         self.changes.update(zip(keys, made, strict=True))
         once = len(self.changes) == before + len(made)
         if self.watcher is not None:
-            told: dict[int, tuple[list[bytes], list[bytes]]] = {}
-            for index, entity_id, payload in zip(indexes, ids, payloads, strict=True):
-                if payload is not None:
-                    here, values = told.setdefault(index, ([], []))
-                    here.append(entity_id)
-                    values.append(payload)
-            for index, (here, values) in told.items():
-                if (info := infos[index]) is not None:
-                    self.watcher.changed(info, here, [None] * len(here), values)
+            theirs = [infos[index] for index in columns[0]]
+            nothing = [None] * len(theirs)
+            for info, told in _by_info(theirs, columns[1], nothing, columns[5]):
+                self.watcher.changed(info, *told)
         return once
 
     def stage_change(
@@ -479,6 +467,21 @@ class Entities(Overlay):
             row.flags &= ~HAS_BASE
         row.version = base.version
         self.put_entity(ref, row, row)
+
+
+def _by_info(
+    infos: Sequence[Any], *columns: Sequence[Any]
+) -> Iterable[tuple[CollectionInfo, Sequence[Sequence[Any]]]]:
+    """The rows of ``columns`` that are of each of ``infos``; mostly all are of one."""
+    if infos and infos.count(infos[0]) == len(infos):
+        return [(infos[0], columns)]
+    places: dict[int, tuple[CollectionInfo, list[int]]] = {}
+    for at, info in enumerate(infos):
+        places.setdefault(info.number, (info, []))[1].append(at)
+    return [
+        (info, [[column[at] for at in chosen] for column in columns])
+        for info, chosen in places.values()
+    ]
 
 
 def remote_rows(page: Iterable[tuple[bytes, EntityRow]]) -> list[tuple[bytes, BaseRow]]:

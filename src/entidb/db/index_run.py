@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from entidb import cbor
 from entidb.db.catalogue import CollectionInfo, IndexInfo
+from entidb.db.index_columns import names_of
 from entidb.db.index_keys import index_prefix
-from entidb.db.indexing import MakePlaces
+from entidb.db.indexing import MakePlaces, places_of_rows
 from entidb.db.moment import Moment
-from entidb.db.records import end_of, payload_of
+from entidb.db.records import end_of
 from entidb.db.writer import Writer
 from entidb.types import ID_BYTES
 
@@ -27,7 +27,7 @@ ROWS_MIN: Final = 1_000
 ROWS_MAX: Final = 160_000
 #: Places of one commit, which others wait for.
 PLACES: Final = 5_000
-_PAGE_ROWS: Final = 1_000
+_PAGE_ROWS: Final = 512
 
 
 class IndexRun:
@@ -55,15 +55,12 @@ class IndexRun:
         self.is_void = False
         self._places: list[bytes] = []
         self._at = 0
-        prefix, places = index_prefix(index.number, info.table), self._places
-        decode, read = cbor.decode_trusted, 0
+        prefix, places, read = index_prefix(index.number, info.table), self._places, 0
+        names = names_of(index)
         for page in _pages(view, info, self.after):
-            for key, raw in page:
-                payload = payload_of(raw)
-                found = () if payload is None else make(decode(payload))
-                for fields in found:
-                    places.append(prefix + fields + key[-ID_BYTES:])
-                self.counted += bool(found)
+            made, counted = places_of_rows(prefix, page, names, make)
+            places += made
+            self.counted += counted
             read += len(page)
             if len(page) == _PAGE_ROWS and (read >= rows or is_ended()):
                 self.last = page[-1][0][-ID_BYTES:]

@@ -8,25 +8,44 @@ its indexes when readers see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from itertools import repeat
+from typing import Any, Final, NamedTuple, cast
 
 from entidb import cbor
+from entidb.collector import paused
 from entidb.db.catalogue import CollectionInfo, IndexInfo, IndexSet
 from entidb.db.entities import Entities, Payloads
+from entidb.db.index_columns import AT_ONCE, fields_of, having, names_of
 from entidb.db.index_definition import FIELDS_MAX, Index, Meaning, checked, meaning_of, paths_of
 from entidb.db.index_keys import INDEXED_BYTES_MAX, WHOLE_TEXT, index_prefix
 from entidb.db.looking import MISSING, Function, applied, field_of
-from entidb.db.records import INDEX_COUNT, pack_u64, unpack_u64
+from entidb.db.records import INDEX_COUNT, pack_u64, payload_of, unpack_u64
 from entidb.db.sort_keys import sort_key
+from entidb.types import ID_BYTES
 
 Functions = dict[str, Function]
 #: The fields of an entity's places in an index.
 Places = tuple[bytes, ...]
 MakePlaces = Callable[[Any], Places]
-#: Of an index that is kept in step: see ``Indexing._wanted``.
-_Kept = tuple[bytes, MakePlaces, bytes | None, bool]
+#: Ids, what they were, what they are.
+_Columns = tuple[Sequence[bytes], Payloads, Payloads]
+
+
+class _Kept(NamedTuple):
+    """An index that is kept in step."""
+
+    #: What its places begin with.
+    prefix: bytes
+    #: What makes them.
+    places: MakePlaces
+    #: Its fields, if its places are made of many entities at once (``index_columns``).
+    names: tuple[str, ...] | None
+    #: Up to which id its entities are counted; None: all.
+    counted: bytes | None
+    unique: bool
+
 
 #: Functions that every program has.
 WELL_KNOWN: Final[Mapping[str, Function]] = {
@@ -97,11 +116,81 @@ def maker_of(index: IndexInfo, functions: Mapping[str, Function]) -> MakePlaces 
     return None if function is None else places_in(index.fields, index.each, function)
 
 
+def places_of_rows(
+    prefix: bytes,
+    rows: Sequence[tuple[bytes, bytes]],
+    names: Sequence[str] | None,
+    make: MakePlaces,
+) -> tuple[list[bytes], int]:
+    """The places, with the index before them, of entities' keys and rows as they are stored, and
+    how many of the entities have one."""
+    ids, payloads = [], []
+    for key, raw in rows:
+        payload = payload_of(raw)
+        if payload is not None:
+            ids.append(key[-ID_BYTES:])
+            payloads.append(payload)
+    values = cbor.decode_all_trusted(payloads)
+    fields = None if names is None else fields_of(values, names)
+    if fields is not None:
+        return _joined(prefix, fields, ids), len(ids)
+    found = [
+        (one, places) for one, value in zip(ids, values, strict=True) if (places := make(value))
+    ]
+    return [prefix + fields + one for one, places in found for fields in places], len(found)
+
+
+def _joined(prefix: bytes, fields: Sequence[bytes], ids: Sequence[bytes]) -> list[bytes]:
+    return list(map(b"".join, zip(repeat(prefix, len(ids)), fields, ids, strict=True)))
+
+
 # ---------------------------------------------------------------- in step
 
 
+class _Waiting:
+    """Of one table the entities that a commit has changed: what they were before it, and what they
+    are by now."""
+
+    __slots__ = ("_first", "_news", "_olds", "info")
+
+    def __init__(self, info: CollectionInfo) -> None:
+        self.info = info
+        #: What was told first, as long as it is all.
+        self._first: _Columns | None = None
+        self._olds: dict[bytes, bytes | None] = {}
+        self._news: dict[bytes, bytes | None] = {}
+
+    def take(self, ids: Sequence[bytes], olds: Payloads, news: Payloads) -> None:
+        first = self._first
+        if first is None and not self._news:
+            self._first = ids, olds, news
+            return
+        if first is not None:
+            self._first = None
+            self._merge(*first)
+        self._merge(ids, olds, news)
+
+    def _merge(self, ids: Sequence[bytes], olds: Payloads, news: Payloads) -> None:
+        was = self._olds
+        if len(ids) == 1:
+            was.setdefault(ids[0], olds[0])
+            self._news[ids[0]] = news[0]
+            return
+        for entity_id, old in zip(ids, olds, strict=True):
+            was.setdefault(entity_id, old)
+        self._news.update(zip(ids, news, strict=True))
+
+    def columns(self) -> _Columns:
+        if self._first is not None:
+            return self._first
+        # Both dictionaries have the order in which entities were named first.
+        return list(self._news), list(self._olds.values()), list(self._news.values())
+
+
 class Indexing:
-    """Keeps the places of entities in step within one commit."""
+    """Keeps the places of entities in step within one commit: of all that it has changed at once,
+    at its end. Where something is unique, what is asked next has to see what was done before, so
+    there it is done with each change."""
 
     def __init__(self, entities: Entities, functions: Mapping[str, Function]) -> None:
         self._entities = entities
@@ -110,63 +199,119 @@ class Indexing:
         #: index before it, the ids that are there by now (True) or not any more.
         self.moved: dict[bytes, dict[bytes, bool]] = {}
         self._counts: dict[bytes, int] = {}
+        #: By table.
+        self._waiting: dict[int, _Waiting] = {}
+        #: That of the collection that was named last.
+        self._current: tuple[CollectionInfo | None, _Waiting | None] = None, None
         #: The collection that was asked about last, and what was found.
         self._known: tuple[CollectionInfo | None, list[_Kept]] = None, []
 
     def changed(
         self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
     ) -> None:
-        if not info.indexes:
-            return
+        if info is not self._current[0]:
+            self._current = info, self._waiting_for(info)
+        waiting = self._current[1]
+        if waiting is not None:
+            waiting.take(ids, olds, news)
+        elif info.indexes:
+            self._take(info, ids, olds, news)
+
+    def _waiting_for(self, info: CollectionInfo) -> _Waiting | None:
+        """None: it has no indexes, or one of them does not wait."""
+        if not info.indexes or any(index.unique for index in info.indexes):
+            return None
+        return self._waiting.setdefault(info.table, _Waiting(info))
+
+    def _take(
+        self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
+    ) -> None:
         wanted = self._wanted(info)
-        decode, changes = cbor.decode_trusted, self._entities.changes
-        if not any(olds) and None not in news:
-            values = [decode(new) for new in news if new is not None]
+        if not wanted:
+            return
+        for at in range(0, len(ids), AT_ONCE):
+            end = at + AT_ONCE
+            self._take_some(wanted, ids[at:end], olds[at:end], news[at:end])
+
+    def _take_some(
+        self, wanted: list[_Kept], ids: Sequence[bytes], olds: Payloads, news: Payloads
+    ) -> None:
+        were = len(olds) - olds.count(None)
+        if None in news or 0 < were < len(olds):
+            self._take_each(wanted, zip(ids, olds, news, strict=True))
+            return
+        decode = cbor.decode_all_trusted
+        values = decode(cast("Sequence[bytes]", news))
+        if not were:
             for kept in wanted:
                 self._add(kept, ids, values)
             return
-        for entity_id, old, new in zip(ids, olds, news, strict=True):
+        before = decode(cast("Sequence[bytes]", olds))
+        for kept in wanted:
+            self._replace(kept, ids, before, values)
+
+    def _take_each(
+        self,
+        wanted: list[_Kept],
+        rows: Iterable[tuple[bytes, bytes | None, bytes | None]],
+    ) -> None:
+        """The law of ``_add`` and ``_replace``."""
+        decode = cbor.decode_trusted
+        for entity_id, old, new in rows:
             was = None if old is None else decode(old)
             now = None if new is None else decode(new)
-            for prefix, places, counted, unique in wanted:
-                before = NOWHERE if old is None else places(was)
-                after = NOWHERE if new is None else places(now)
-                if before == after:
-                    continue
-                if unique:
-                    self._move(prefix, entity_id, before, after)
-                for fields in before:
-                    if fields not in after:
-                        changes[prefix + fields + entity_id] = None
-                for fields in after:
-                    if fields not in before:
-                        changes[prefix + fields + entity_id] = b""
-                by = bool(after) - bool(before)
-                if by and (counted is None or entity_id <= counted):
-                    self._counts[prefix] = self._counts.get(prefix, 0) + by
+            for kept in wanted:
+                before = NOWHERE if old is None else kept.places(was)
+                after = NOWHERE if new is None else kept.places(now)
+                self._change(kept, entity_id, before, after)
+
+    def _change(self, kept: _Kept, entity_id: bytes, before: Places, after: Places) -> None:
+        if before == after:
+            return
+        prefix, changes = kept.prefix, self._entities.changes
+        if kept.unique:
+            self._move(prefix, entity_id, before, after)
+        for fields in before:
+            if fields not in after:
+                changes[prefix + fields + entity_id] = None
+        for fields in after:
+            if fields not in before:
+                changes[prefix + fields + entity_id] = b""
+        by = bool(after) - bool(before)
+        if by and (kept.counted is None or entity_id <= kept.counted):
+            self._counts[prefix] = self._counts.get(prefix, 0) + by
 
     def _add(self, kept: _Kept, ids: Sequence[bytes], values: Sequence[Any]) -> None:
-        """What ``changed`` does about entities that are new, as most are where many change."""
-        prefix, places, counted, unique = kept
-        changes, count = self._entities.changes, 0
-        if counted is None and not unique:
-            # As below, for most.
-            made = map(places, values)
-            found_by = [(found, one) for found, one in zip(made, ids, strict=True) if found]
-            changes.update(
-                dict.fromkeys([prefix + f + one for found, one in found_by for f in found], b"")
-            )
-            self._counts[prefix] = self._counts.get(prefix, 0) + len(found_by)
+        """Of entities that are new, as most are where many change."""
+        if kept.names is None or kept.unique:
+            for entity_id, value in zip(ids, values, strict=True):
+                self._change(kept, entity_id, NOWHERE, kept.places(value))
             return
-        for entity_id, value in zip(ids, values, strict=True):
-            found = places(value)
-            for fields in found:
-                changes[prefix + fields + entity_id] = b""
-            if unique:
-                self._move(prefix, entity_id, NOWHERE, found)
-            if found and (counted is None or entity_id <= counted):
-                count += 1
+        fields = fields_of(values, kept.names)
+        if fields is None:
+            those = having(values, kept.names)
+            ids, values = [ids[at] for at in those], [values[at] for at in those]
+            fields = fields_of(values, kept.names) or []
+        prefix, counted = kept.prefix, kept.counted
+        places = _joined(prefix, fields, ids)
+        self._entities.changes.update(dict.fromkeys(places, b""))
+        count = len(ids) if counted is None else sum([one <= counted for one in ids])
         self._counts[prefix] = self._counts.get(prefix, 0) + count
+
+    def _replace(
+        self, kept: _Kept, ids: Sequence[bytes], olds: Sequence[Any], news: Sequence[Any]
+    ) -> None:
+        """Of entities that have another value, as a rule with the same in most of its fields."""
+        names = kept.names
+        before = None if names is None else fields_of(olds, names)
+        after = None if names is None else fields_of(news, names)
+        if before is None or after is None:
+            for entity_id, old, new in zip(ids, olds, news, strict=True):
+                self._change(kept, entity_id, kept.places(old), kept.places(new))
+        elif before != after:
+            for entity_id, was, now in zip(ids, before, after, strict=True):
+                if was != now:
+                    self._change(kept, entity_id, (was,), (now,))
 
     def _move(self, prefix: bytes, entity_id: bytes, before: Places, after: Places) -> None:
         for fields in before:
@@ -175,9 +320,8 @@ class Indexing:
             self.moved.setdefault(prefix + fields, {})[entity_id] = True
 
     def _wanted(self, info: CollectionInfo) -> list[_Kept]:
-        """Of each index that is kept: what its places begin with, what makes them, up to which
-        id its entities are counted (None: all), and whether it is unique. One that is being built
-        has places beyond too."""
+        """Each index that is kept. One that is being built has places beyond what is counted
+        too."""
         if self._known[0] is info:
             return self._known[1]
         wanted = []
@@ -192,7 +336,8 @@ class Indexing:
             if not index.has(info.table):
                 counted = index.after if index.table == info.table else b""
             prefix = index_prefix(index.number, info.table)
-            wanted.append((prefix, places, counted, index.unique))
+            names = names_of(index)
+            wanted.append(_Kept(prefix, places, names, counted, index.unique))
         self._known = info, wanted
         return wanted
 
@@ -204,7 +349,15 @@ class Indexing:
             self._entities.set_catalogue(catalogue.with_indexes(indexes))
 
     def finish(self) -> None:
-        entities = self._entities
+        entities, waiting = self._entities, self._waiting
+        self._waiting, self._current = {}, (None, None)
+        for each in waiting.values():
+            ids, olds, news = each.columns()
+            if len(ids) < AT_ONCE:
+                self._take(each.info, ids, olds, news)
+                continue
+            with paused():
+                self._take(each.info, ids, olds, news)
         for prefix, by in self._counts.items():
             if by:
                 key = INDEX_COUNT + prefix[1:]

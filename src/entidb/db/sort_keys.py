@@ -10,7 +10,9 @@ follow each other. The order is that of ``conditions.order_key``, which is the l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import neg
 from struct import Struct as Packer
 from typing import Any, Final
 
@@ -38,11 +40,28 @@ _ALL: Final = (1 << 64) - 1
 #: Every integer up to here is a float.
 _EXACT: Final = 1 << 53
 _REST: Final = Packer(">H").pack
+_WHOLE: Final = Packer(">cdH").pack
 
 
 def sort_key(value: Any) -> bytes:
     """The bytes that ``value`` sorts by: a plain value, or ``MISSING``."""
     return _KEYS[type(value)](value)
+
+
+def sort_keys(values: Sequence[Any]) -> list[bytes]:
+    """As ``sort_key`` of each; where all are text, or integers that are small and not negative,
+    without a step of Python for each."""
+    if len(values) < _MANY:
+        return list(map(sort_key, values))
+    kinds = set(map(type, values))
+    if kinds == _TEXTS:
+        if "\x00" not in "".join(values):
+            return [TEXT + raw + _TEXT_END for raw in map(str.encode, values)]
+    elif kinds == _INTEGERS and min(values) >= 0 and max(values) <= _EXACT:
+        # Of a float that is not negative, zero included, the opposite has the bits that sort.
+        opposites = map(neg, map(float, values))
+        return list(map(_WHOLE, repeat(_NUMBER), opposites, repeat(0)))
+    return list(map(sort_key, values))
 
 
 def text_start(text: str) -> bytes:
@@ -106,4 +125,9 @@ _KEYS: Final[dict[type, Callable[[Any], bytes]]] = {
     dict: _map,
 }
 
-__all__ = ["ABSENT", "TEXT", "sort_key", "text_start"]
+#: Values that are worth a look at what all of them are.
+_MANY: Final = 4
+_TEXTS: Final = {str}
+_INTEGERS: Final = {int}
+
+__all__ = ["ABSENT", "TEXT", "sort_key", "sort_keys", "text_start"]

@@ -5,7 +5,8 @@ neither LMDB nor a PostgreSQL without page checksums notices a flipped bit.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from operator import add
+from typing import Final, cast
 from zlib import crc32
 
 from entidb.errors import StorageError
@@ -40,14 +41,19 @@ def stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
             else:
                 few.append((key, value + pack(crc32(value, crc32(key)))))
         return few, deletes
-    puts = [
-        (key, value + pack(crc32(value, crc32(key))))
-        for key in keys
-        if (value := batch[key]) is not None
-    ]
-    if len(puts) == len(keys):
-        return puts, []
-    return puts, [key for key in keys if batch[key] is None]
+    try:
+        return _with_checksums(keys, batch), []
+    except TypeError:
+        # Where some are to be deleted, which is not worth a look at each where none is.
+        deletes = [key for key in keys if batch[key] is None]
+        return _with_checksums([key for key in keys if batch[key] is not None], batch), deletes
+
+
+def _with_checksums(keys: list[bytes], batch: Batch) -> list[tuple[bytes, bytes]]:
+    """Raises ``TypeError`` if one of ``keys`` has no value."""
+    values = cast("list[bytes]", list(map(batch.__getitem__, keys)))
+    sums = map(U32.pack, map(crc32, values, map(crc32, keys)))
+    return list(zip(keys, map(add, values, sums), strict=True))
 
 
 def _check(keys: list[bytes], batch: Batch) -> None:
