@@ -16,6 +16,7 @@ NAMES = (
     "local",
     "threads",
     "queries",
+    "indexes",
     "push",
     "pull",
     "first",

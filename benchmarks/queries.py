@@ -1,5 +1,5 @@
 """``queries``: entities found by their fields, beside ``sqlite3`` with the same entities as JSON
-text; and what an index costs: to keep, to build, and those who write meanwhile.
+text; and what it costs to build an index, and those who write meanwhile. (``indexes``: to keep it.)
 
 TinyDB, which has no indexes, is beside scans and finds where it is installed.
 ``sqlite3`` has an index of an expression, ``json_extract(body, '$.title')``, and gives ids as UUIDs
@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -44,11 +44,15 @@ SQLITE_SCAN = "sqlite3, JSON text without an index"
 THREE = Target("ratio", most=3.0)
 TWICE = Target("ratio", most=2.0)
 NOT_SLOWER = Target("ratio", most=1.0)
-COST = Target("value", most=1.5)
 #: For a million.
 BUILD = Target("value", most=10.0)
 WAIT = Target("value", most=50.0)
 LIVE = Target("value", most=10.0)
+STOP = Target("value", most=5.0)
+#: Seconds between two looks at whether the event loop goes on.
+BEAT_S = 0.001
+#: Seconds for which a thread holds its transaction open.
+HELD_S = 0.05
 _US, _MS = 1e6, 1e3
 
 
@@ -110,7 +114,6 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
             table.close()
             if tiny is not None:
                 tiny.close()
-        yield from _keeping(where, pairs, rounds)
         shutil.rmtree(where)
     yield from _tasks(world, COMMITS if max(sizes) > COMMITS else max(sizes), rounds)
 
@@ -226,7 +229,7 @@ def _often(step: Step) -> None:
 
 def _build(database: Database, count: int, rounds: int) -> Iterator[Figure]:
     """An index of a field in no order, built; alone, and beside a thread that writes."""
-    alone, beside, waits = [], [], []
+    alone, beside, waits, tails = [], [], [], []
     database.collection(COLLECTION, indexes=[Index("title"), Index("n")])
     database.wait_for_indexes()
     others = database.collection("others")
@@ -255,33 +258,14 @@ def _build(database: Database, count: int, rounds: int) -> Iterator[Figure]:
         over.set()
         writer.join()
         waits.append(max(took) * _MS)
+        tails.append(percentile(took, 0.99) * _MS)
     million = count == 1_000_000
     yield figure(
         "queries", "build of an index", count, "s", alone, target=BUILD if million else None
     )
     yield figure("queries", "build of an index, beside a writer", count, "s", beside)
+    yield figure("queries", "commits meanwhile: p99", count, "ms", tails, target=WAIT)
     yield figure("queries", "longest commit meanwhile", count, "ms", waits, target=WAIT)
-
-
-def _keeping(where: Path, pairs: Pairs, rounds: int) -> Iterator[Figure]:
-    """Commits of thousands of new entities, without and with an index: processor time that it
-    costs an entity."""
-    count, plain, dearer = len(pairs), [], []
-    for number in range(rounds):
-        took = []
-        for name, indexes in (("none", []), ("one", [Index("title")])):
-            path = where / f"{name}-{number}"
-            with Database.open(path) as database:
-                database.collection(COLLECTION, indexes=indexes)
-                database.wait_for_indexes()
-                gc.collect()
-                took.append(_processor_s(partial(load, database, pairs)))
-            shutil.rmtree(path)
-        plain.append(took[0] / count * _US)
-        # A machine that has something else to do makes a difference of two times less than nothing.
-        dearer.append(max((took[1] - took[0]) / count * _US, 1e-3))
-    yield figure("queries", "write an entity, no index", count, "us/entity", plain)
-    yield figure("queries", "cost of an index", count, "us/entity", dearer, target=COST)
 
 
 # ---------------------------------------------------------------- live queries, and tasks
@@ -340,7 +324,56 @@ def _tasks(world: World, each: int, rounds: int) -> Iterator[Figure]:
                 floor_is="one task",
                 target=Target("ratio", least=least),
             )
+        beats, nothing = [], []
+        for _ in range(rounds):
+            nothing.append(asyncio.run(_longest_stop(_rest())) * _MS)
+            beats.append(asyncio.run(_longest_stop(_beside_a_thread(fast, each))) * _MS)
+        yield figure(
+            "queries",
+            "longest stop of an event loop",
+            each,
+            "ms",
+            beats,
+            floors=nothing,
+            floor_is="a loop with nothing to do",
+            target=STOP,
+        )
     shutil.rmtree(where)
+
+
+async def _rest() -> None:
+    await asyncio.sleep(0.25)
+
+
+async def _beside_a_thread(database: Database, each: int) -> None:
+    """Commits of tasks while a thread holds one transaction after the other open."""
+    over = threading.Event()
+
+    def hold() -> None:
+        while not over.is_set():
+            with database.transaction() as tx:
+                tx.collection(COLLECTION).add(value(0))
+                over.wait(HELD_S)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        await _commits(database, 4, max(1, each // 20))
+    finally:
+        over.set()
+        await asyncio.to_thread(thread.join)
+
+
+async def _longest_stop(work: Coroutine[Any, Any, None]) -> float:
+    """Seconds for which the loop ran nothing else, at most, while it did ``work``."""
+    task = asyncio.ensure_future(work)
+    longest, last = 0.0, time.perf_counter()
+    while not task.done():
+        await asyncio.sleep(BEAT_S)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last - BEAT_S), now
+    await task
+    return longest
 
 
 async def _commits(database: Database, tasks: int, each: int) -> None:

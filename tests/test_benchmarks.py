@@ -30,7 +30,13 @@ ROOT = Path(__file__).parent.parent
 FIGURES = {
     "local": {"get", "get, sqlite3", "iterate", "change feed", "single commits", "open"},
     "threads": {"32 threads, the disk as it is", "32 threads, sqlite3"},
-    "queries": {"scan for a range", "find one, typed", "build of an index", "cost of an index"},
+    "queries": {
+        "scan for a range",
+        "find one, typed",
+        "build of an index",
+        "longest stop of an event loop",
+    },
+    "indexes": {"push, server: an index of title", "first sync, rows of an image: no index"},
     "push": {"v7 ids", "random ids"},
     "pull": {"first sync", "device memory, own", "server memory, own"},
     "first": {"first sync", "first sync by pages", "bytes when killed at half"},

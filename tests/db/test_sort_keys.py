@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entidb.db.looking import order_key
-from entidb.db.sort_keys import sort_key, text_start
+from entidb.db.sort_keys import sort_key, sort_keys, text_start
 
 NUMBERS = st.one_of(
     st.integers(-(2**64), 2**64 - 1),
@@ -64,3 +64,19 @@ def test_text_that_begins_with_another_is_found_by_its_first_bytes(text: str, st
 def test_a_zero_in_text_sorts_where_it_belongs(pair: tuple[str, str]) -> None:
     """Also where an id follows that begins with the highest byte."""
     assert sort_key(pair[0]) + b"\xff" * 16 < sort_key(pair[1]) + b"\x00" * 16
+
+
+ALIKE = st.sampled_from(
+    [st.text(), st.text(st.characters(max_codepoint=2)), st.integers(0, 2**53), NUMBERS, SCALARS]
+)
+
+
+@given(values=ALIKE.flatmap(lambda kind: st.lists(kind, max_size=12)))
+def test_many_values_have_the_keys_that_each_of_them_has(values: list[Any]) -> None:
+    assert sort_keys(values) == list(map(sort_key, values))
+
+
+def test_zero_is_the_least_of_integers_that_are_made_at_once() -> None:
+    values = [2**53, 0, 1, 255, 2**32]
+    assert sort_keys(values) == list(map(sort_key, values))
+    assert sort_keys([True, False, True, True]) == list(map(sort_key, [True, False, True, True]))
