@@ -259,7 +259,9 @@ class Entities(Overlay):
         places = map(pack_feed_key, repeat(FEED), versions, numbers, ids)
         self.changes.update(zip(places, repeat(b"")))
         if self.watcher is not None:
-            before = [None if old is None else payload_of(old) for old in olds]
+            before: Payloads = olds
+            if any(olds):
+                before = [None if old is None else payload_of(old) for old in olds]
             for info, columns in _by_info(infos, ids, before, payloads):
                 self.watcher.changed(info, *columns)
 
