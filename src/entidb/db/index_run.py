@@ -9,6 +9,7 @@ then what it has written stays, and the rest is done entity by entity, in the tu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Final
 
 from entidb.db.catalogue import CollectionInfo, IndexInfo
@@ -28,6 +29,8 @@ ROWS_MAX: Final = 160_000
 #: Places of one commit, which others wait for.
 PLACES: Final = 5_000
 _PAGE_ROWS: Final = 512
+#: Places that are sorted at once.
+_SORTED: Final = 10_000
 
 
 class IndexRun:
@@ -53,19 +56,24 @@ class IndexRun:
         self.counted = 0
         #: Whether it did not come to its end, because somebody committed.
         self.is_void = False
-        self._places: list[bytes] = []
         self._at = 0
-        prefix, places, read = index_prefix(index.number, info.table), self._places, 0
-        names = names_of(index)
+        prefix, names, read = index_prefix(index.number, info.table), names_of(index), 0
+        sorted_parts: list[list[bytes]] = []
+        places: list[bytes] = []
         for page in _pages(view, info, self.after):
             made, counted = places_of_rows(prefix, page, names, make)
             places += made
+            if len(places) >= _SORTED:
+                places.sort()
+                sorted_parts.append(places)
+                places = []
             self.counted += counted
             read += len(page)
             if len(page) == _PAGE_ROWS and (read >= rows or is_ended()):
                 self.last = page[-1][0][-ID_BYTES:]
                 break
         places.sort()
+        self._places = _merged([*sorted_parts, places])
 
     def goes_on(self, info: CollectionInfo, index: IndexInfo) -> bool:
         """Whether its next part is what the index lacks, and nobody has committed meanwhile."""
@@ -92,6 +100,14 @@ class IndexRun:
         self.moment = moment
         if self._at >= len(self._places):
             self._places = []
+
+
+def _merged(parts: list[list[bytes]]) -> list[bytes]:
+    """All of them in order, where each is. Sorting all at once would hold the interpreter, for
+    which other threads wait, four times as long."""
+    while len(parts) > 1:
+        parts = [sorted(chain.from_iterable(parts[at : at + 2])) for at in range(0, len(parts), 2)]
+    return parts[0]
 
 
 def _pages(view: Writer, info: CollectionInfo, after: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
