@@ -372,7 +372,7 @@ class Refusing:
         self.error = error
         self.count = 0
 
-    def open(self, *, first_event_s: float, silence_s: float, refresh: bool) -> live.Events:
+    def open(self, **options: Any) -> live.Events:
         self.count += 1
         raise self.error
 

@@ -32,6 +32,7 @@ from entidb.errors import (
     SyncTimeoutError,
 )
 from entidb.protocol import (
+    PullRequest,
     PushRequest,
     PushResponse,
     RoundRequest,
@@ -44,6 +45,8 @@ from entidb.server import wire
 from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
+from entidb.server.carrying import CARRIED_BYTES_MAX, Carrier
+from entidb.server.carrying import FEATURE as PAGES
 from entidb.server.config import ServerConfig
 from entidb.server.deadlines import within
 from entidb.server.exchange import GoneError, HttpExchange, Receive, Scope, Send
@@ -104,8 +107,12 @@ class SyncApp:
         self._stopping = False
         if self._config.live_max:
             server.front.announce("live")
+            server.front.announce(PAGES)
         self._live = LiveAnswers(
-            server, self._use_existing, lambda *given: self._start().ask(*given)
+            server,
+            self._use_existing,
+            lambda *given: self._start().ask(*given),
+            Carrier(server.front, server.clock, self._carried, server.registry.pulled),
         )
         self._segments = SegmentAnswers(server, self._use_existing)
         self._reading = ReadAnswers(server, self._start, self._use)
@@ -220,10 +227,27 @@ class SyncApp:
         headers = raw_headers(exchange, response)
         # A stream lives for minutes, and nobody asks for its head again.
         exchange.headers = {}
+        exchange.query = b""
         try:
             await response.run(self._start().live, send, receive, headers)
         except OSError as error:
             raise GoneError("closed the connection") from error
+        finally:
+            exchange.bytes_out = response.stream.bytes_out
+
+    async def _carried(
+        self, store: Store, request: PullRequest, read: Callable[[], bytes]
+    ) -> bytes:
+        """A page that nobody has asked for yet, which waits for nothing on the event loop."""
+        running = self._start()
+        with self._budget.hold() as held:
+            if not held.try_reserve(CARRIED_BYTES_MAX):
+                raise ServerBusyError("the server has no room for this page now")
+            if running.is_near(store, request):
+                return read()
+            async with running.line(request.db_id):
+                page: bytes = await self._run(running.reader, read)
+                return page
 
     async def _respond_or_explain(self, exchange: HttpExchange, held: Held) -> ServerResponse:
         try:

@@ -21,6 +21,9 @@ _BODY: Final = "http.response.body"
 _LENGTH: Final = b"content-length"
 #: Headers that say how an answer is cut into pieces, or what becomes of the connection.
 _SPECIAL: Final = frozenset((b"connection", b"transfer-encoding"))
+#: In the message that begins an answer: what the system does not take at once is waited for, so
+#: that no more than one piece of it lies in this process.
+UNBUFFERED: Final = "entidb.unbuffered"
 #: A larger body is not worth a copy that saves a second write.
 _JOINED_BYTES_MAX: Final = 64 * 1024
 
@@ -109,6 +112,8 @@ class RequestCycle(RequestResponseCycle):
         if start is None:
             if message["type"] == _START and not self.response_started:
                 self._start = message
+                if UNBUFFERED in message:
+                    self.transport.set_write_buffer_limits(high=0)
                 return
         else:
             self._start = None

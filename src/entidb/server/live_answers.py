@@ -13,6 +13,7 @@ from typing import Protocol
 
 from entidb.errors import DatabaseClosedError, PermissionDeniedError, StorageError
 from entidb.server.auth import Grants
+from entidb.server.carrying import Carrier
 from entidb.server.front import Front
 from entidb.server.live import LiveChannels
 from entidb.server.live_http import (
@@ -69,17 +70,19 @@ class LiveServer(Protocol):
 
 class LiveAnswers:
     """Answers ``GET /v1/live``; ``use`` opens a database without waiting on the event loop, and
-    ``ask`` calls a function that reads in one."""
+    ``ask`` calls a function that reads in one; ``carrier`` has pages in the place of hints."""
 
     def __init__(
         self,
         server: LiveServer,
         use: Callable[[str], Awaitable[Store]],
         ask: Callable[[Callable[[Store], Newest], Store], Awaitable[Newest]],
+        carrier: Carrier | None = None,
     ) -> None:
         self._server = server
         self._use = use
         self._ask = ask
+        self._carrier = carrier
         self._decided = server.front.control.decided
         self._streams = 0
 
@@ -100,7 +103,8 @@ class LiveAnswers:
             finally:
                 live.remove(poll)
         self._streams += 1
-        stream = Stream(request, grants, self._server.clock, self._streams)
+        clock = self._server.clock
+        stream = Stream(request, grants, clock, self._streams, self._carrier)
         live.add(stream)
         try:
             newest = await self._newest(request.db_id)

@@ -1,7 +1,8 @@
 """``GET /v1/live``: the channel of hints as a stream of events, or as a poll that waits.
 
 A stream (``text/event-stream``) says the newest commit at once, every newer one, and every
-``BEAT_S`` that it is alive. It ends by itself after some minutes, before its token does, and when
+``BEAT_S`` that it is alive; where that was asked for, what is newer comes with the page that a pull
+would bring (``carrying``). It ends by itself after some minutes, before its token does, and when
 the server stops; the last event says why. The same address asked for as ``application/cbor``
 answers once: at once if there is more than the asker has seen, else with the first news, or after
 ``POLL_S``. ``live`` decides which waiter gets news, and when.
@@ -21,6 +22,8 @@ from entidb import cbor
 from entidb.errors import ProtocolError
 from entidb.protocol import CONTENT_TYPE
 from entidb.server.auth import Grants
+from entidb.server.carrying import Carrier, PageEvent, Wanted
+from entidb.server.cycle import UNBUFFERED
 from entidb.server.live import LiveChannels
 from entidb.server.wire import ServerResponse
 from entidb.types import Clock
@@ -63,6 +66,8 @@ class LiveRequest:
         self.cursor = _number(given["cursor"]) if "cursor" in given else -1
         self.history = _bytes(given.get("history"), "history")
         self.device_id = _bytes(given.get("device_id"), "device_id")
+        #: The pull that pages in the place of hints are to answer, still encoded.
+        self.pages = given.get("pages")
         accepted = headers.get("accept", "")
         self.stream = EVENTS_TYPE in accepted or CONTENT_TYPE not in accepted
         last = headers.get("last-event-id")
@@ -143,6 +148,7 @@ class Stream:
     """One stream of events, and a waiter already; ``run`` is the rest of its life."""
 
     __slots__ = (
+        "_carrier",
         "_cut",
         "_ending",
         "_life_s",
@@ -153,20 +159,35 @@ class Stream:
         "_send",
         "_sending",
         "_sent",
+        "bytes_out",
         "db_id",
         "device_id",
         "grants",
         "head",
         "subject",
+        "wanted",
     )
 
-    def __init__(self, request: LiveRequest, grants: Grants, clock: Clock, number: int) -> None:
-        """``number`` is another one for each stream of a server, and spreads when they end."""
+    def __init__(
+        self,
+        request: LiveRequest,
+        grants: Grants,
+        clock: Clock,
+        number: int,
+        carrier: Carrier | None = None,
+    ) -> None:
+        """``number`` is another one for each stream of a server, and spreads when they end;
+        ``carrier`` has pages for those who ask for them. Raises ``ProtocolError``."""
         self.db_id = request.db_id
         self.device_id = request.device_id
         self.grants = grants
         self.subject = grants.subject
         self.head = 0
+        self.bytes_out = 0
+        self.wanted: Wanted | None = None
+        self._carrier = carrier
+        if carrier is not None:
+            self.wanted = carrier.wanted(request.pages, self.db_id, self.device_id, grants)
         self._number = number
         self._life_s = STREAM_S * (1 - _SPREAD + 2 * _SPREAD * (self._number * _GOLDEN % 1))
         self._reason = "time"
@@ -193,7 +214,9 @@ class Stream:
         self._send = send
         timer = loop.call_later(self._life_s, self._time_is_up, live)
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            begins = {"type": "http.response.start", "status": 200, "headers": headers}
+            # A page that a client does not read must not lie here beside others.
+            await send({**begins, UNBUFFERED: True})
             self._sending = False
             await self.hint(newest.head)
             while (await receive())["type"] != "http.disconnect":
@@ -212,20 +235,34 @@ class Stream:
             return  # the one who sends sees that there is more
         self._sending = True
         try:
+            page = await self._page()
             while self._sent < self.head and not self._over:
+                if page is not None:
+                    self._sent = page.head
+                    self.head = max(self.head, page.head)
+                    await self._write(page.text)
+                    # Who was slow to read that one is told the rest in a word.
+                    page = None
+                    continue
                 now = self._sent = self.head
-                await self._write(f"id: {now}\nevent: head\ndata: {now}\n\n")
+                await self._write(b"id: %d\nevent: head\ndata: %d\n\n" % (now, now))
         finally:
             self._sending = False
 
+    async def _page(self) -> PageEvent | None:
+        """The page that leads from what this stream was told of to what it is to be told of."""
+        if self.wanted is None or self._carrier is None or not 0 <= self._sent < self.head:
+            return None
+        return await self._carrier.page(self, self._sent, self.head)
+
     async def beat(self) -> None:
         if not self._sending and not self._over:
-            await self._write(":\n\n")
+            await self._write(b":\n\n")
 
-    async def _write(self, text: str, *, more: bool = True) -> None:
+    async def _write(self, text: bytes, *, more: bool = True) -> None:
+        self.bytes_out += len(text)
         try:
-            message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            await self._send(message)
+            await self._send({"type": "http.response.body", "body": text, "more_body": more})
         except OSError:
             self._give_up()
 
@@ -244,7 +281,8 @@ class Stream:
     async def _say_goodbye(self, reason: str, wait_ms: int) -> None:
         if not self._sending:
             # The server does not wait to take leave of a client that does not read.
-            await self._write(f"retry: {wait_ms}\nevent: bye\ndata: {reason}\n\n", more=False)
+            said = f"retry: {wait_ms}\nevent: bye\ndata: {reason}\n\n"
+            await self._write(said.encode(), more=False)
         self._give_up()
 
     def _give_up(self) -> None:

@@ -17,7 +17,9 @@ from typing import Final, Protocol
 
 from entidb.db import Database
 from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
+from entidb.protocol import PullRequest
 from entidb.storage.base import StoreTurn
+from entidb.sync.carried import CarriedPage
 from entidb.sync.config import SyncConfig
 from entidb.sync.live import Channel, NewsSource
 from entidb.sync.occasions import Occasions
@@ -59,6 +61,10 @@ class BackgroundEngine(Protocol):
     def note_bug(self, error: BaseException) -> None: ...
 
     def news_source(self) -> NewsSource | None: ...
+
+    def asks_pages(self) -> PullRequest | None: ...
+
+    def page_came(self, page: CarriedPage | None) -> None: ...
 
     @property
     def reached(self) -> int: ...
@@ -159,7 +165,15 @@ class Background:
         if self.channel is None:
             source = self._engine.news_source()
             if source is not None:
-                channel = Channel(source, self._clock, self._draw, news=self.heard)
+                engine = self._engine
+                channel = Channel(
+                    source,
+                    self._clock,
+                    self._draw,
+                    news=self.heard,
+                    asks=engine.asks_pages,
+                    page=engine.page_came,
+                )
                 try:
                     channel.start()
                 except RuntimeError as error:

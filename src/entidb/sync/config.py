@@ -193,6 +193,9 @@ class SyncConfig(HttpConfig):
     #: Let the server say when it has something new, while a background run goes on: one connection
     #: more. False: what others write comes with the next cycle.
     live: bool = True
+    #: Take small changes together with the news of them, without asking for them. False: news name
+    #: a commit, and bytes come only where this device has asked for them.
+    live_pages: bool = True
     #: Policy of collections that ``policies`` does not name; see ``entidb.sync.policies``.
     default_policy: str | ConflictPolicy = "server_wins"
     #: Policy per collection: a name, a ``ConflictPolicy``, or a function of the conflict.
@@ -212,6 +215,7 @@ class SyncConfig(HttpConfig):
         self._check_collections()
         self._check_sizes()
         check_bool("live", self.live)
+        check_bool("live_pages", self.live_pages)
         check_bool("segments", self.segments)
         _check_choice("prove", self.prove, PROVES)
         check_number("interval_s", self.interval_s, 0.0, _SECONDS_MAX)

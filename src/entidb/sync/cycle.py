@@ -66,6 +66,8 @@ class Cycle:
         self.exchange.connection.path.begin_cycle()
         fresh = not self.exchange.connection.made
         if fresh:
+            # It may have come from another server, or to somebody else.
+            self.exchange.connection.carried.put(None)
             yield from self._connect()
         applier = self.exchange.applier
         look, subject = applier.look(), self.exchange.connection.subject
@@ -92,12 +94,18 @@ class Cycle:
                 # Not before what is in flight was settled: nothing else may touch that (R5).
                 self._pulling.heed_grant(self.exchange.connection.granted)
                 look, fresh = applier.look(), False
-            first = None
+            first, pulled = None, False
             try:
-                if look.ready and self.result.rounds == 1:
-                    first = yield from self._rounds.ask(look)
-                    look = applier.look()
-                yield from self._pulling.pull(look, first)
+                if self.result.rounds == 1:
+                    came = self._pulling.carried(look)
+                    if came is not None:
+                        yield from self._pulling.pull(look, came)
+                        look, pulled = applier.look(), True
+                    if look.ready:
+                        first = yield from self._rounds.ask(look)
+                        look, pulled = applier.look(), False
+                if not pulled:
+                    yield from self._pulling.pull(look, first)
             except UpgradeRequiredError as error:
                 too_old = error
                 self._check_may_push(error)

@@ -30,9 +30,10 @@ from entidb.sync.decisions import Decisions
 from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
 from entidb.sync.exchange import Then
 from entidb.sync.fates import Waiting, trim
+from entidb.sync.hearing import Hearing
 from entidb.sync.http import HttpTransport
 from entidb.sync.listening import Listeners, Listening
-from entidb.sync.live import LiveState, NewsSource
+from entidb.sync.live import LiveState
 from entidb.sync.others import Others
 from entidb.sync.parts import applier_of, check_parts
 from entidb.sync.standing import EntityStatus, entity_status
@@ -52,7 +53,7 @@ _END_TURNS_MAX = 1500
 _INSIDE_TURNS = 3
 
 
-class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
+class SyncEngine(Decisions, Verifying, Listening, Hearing, Turnover, Waiting):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.
@@ -68,9 +69,9 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
 
     plumbing = frozenset(
         (
-            *("applier", "cancel_cycle", "course", "cycle_thread", "newest_error", "news_source"),
-            *("note_bug", "note_error", "pause_s", "reached", "run_cycle", "run_until"),
-            *("transport", "wait_accepted", "wait_synced"),
+            *("applier", "asks_pages", "cancel_cycle", "course", "cycle_thread", "newest_error"),
+            *("news_source", "note_bug", "note_error", "page_came", "pause_s", "reached"),
+            *("run_cycle", "run_until", "transport", "wait_accepted", "wait_synced"),
         )
     )
 
@@ -437,21 +438,6 @@ class SyncEngine(Decisions, Verifying, Listening, Turnover, Waiting):
         error = self._attempts.last_error
         locked_out = error is not None and error.code in LOCKED_OUT
         return max(self.config.interval_s, REVOKED_PAUSE_S if locked_out else 0.0)
-
-    @property
-    def reached(self) -> int:
-        """Up to which server commit this device has everything."""
-        return self.applier.state().reached
-
-    def news_source(self) -> NewsSource | None:
-        """Where this device learns of news, if the server that it is connected to offers them."""
-        if not self.config.live or "live" not in self._attempts.connection.features:
-            return None
-        make = getattr(self.transport, "news", None)
-        source: NewsSource | None = (
-            None if make is None else make(self.config.db_id, self.database.device_id)
-        )
-        return source
 
     def note_bug(self, error: BaseException) -> None:
         """Show what is not an error of ours in ``status()``, and pass it to

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
+from entidb.db import machine
 from entidb.db.replica import ReplicaState
 from entidb.errors import HistoryChangedError, ProtocolError
 from entidb.protocol import (
@@ -29,8 +30,10 @@ from entidb.protocol import (
     SyncResponse,
 )
 from entidb.sync.apply.report import RebaseReport
-from entidb.sync.apply.seam import SyncApplier
+from entidb.sync.apply.seam import Look, SyncApplier
+from entidb.sync.carried import Carried
 from entidb.sync.config import SyncConfig
+from entidb.sync.grants import needs_grant
 from entidb.sync.refusal import Path
 from entidb.sync.segment_files import Fetch
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
@@ -73,6 +76,8 @@ class Connection:
     #: The newest request for what changed, with what it was made from: while a device stays as it
     #: is, it asks for the same.
     asked: tuple[ReplicaState, int, list[str] | None, PullRequest] | None = None
+    #: What came with a hint since the newest cycle began.
+    carried: Carried = field(default_factory=Carried)
 
     @property
     def made(self) -> bool:
@@ -131,6 +136,40 @@ class Then(Protocol):
     """What is done at the end of a cycle that worked, before another one may begin."""
 
     def run(self, exchange: Exchange) -> Generator[Step, SyncResponse | None, None]: ...
+
+
+def is_plain(look: Look) -> bool:
+    """Whether the pull of this cycle asks for what changed and nothing else."""
+    state = look.state
+    level = machine.lacks(state) is machine.Lacks.NOTHING
+    waits = state.foreign_names or state.unsettled
+    return (
+        level and not waits and look.stage is None and not look.adopting and not needs_grant(state)
+    )
+
+
+def pull_request(
+    config: SyncConfig,
+    connection: Connection,
+    device_id: bytes,
+    state: ReplicaState,
+    scope: list[str] | None,
+    cursor: int,
+) -> PullRequest:
+    """The request for what changed after ``cursor``. The handshake was made."""
+    server = connection.limits
+    assert server is not None
+    return PullRequest(
+        db_id=config.db_id,
+        device_id=device_id,
+        history=history_of(state),
+        cursor=cursor,
+        have=[(first, last) for first, last in state.have if last > cursor],
+        limit=max(1, min(config.pull_operations_max, server.pull_operations_max)),
+        bytes_max=config.pull_bytes_max,
+        collections=scope,
+        schema=connection.schema,
+    )
 
 
 def history_of(state: ReplicaState) -> bytes:

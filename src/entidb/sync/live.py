@@ -6,8 +6,8 @@ it does not, and nothing at all where neither does; then the interval of the eng
 
 ``Policy`` decides what to do next; ``ChannelCourse`` makes of what comes what is told, and asks for
 the next step. Neither knows a network or a thread, so that the simulator runs the same two. A hint
-says that there is something to pull and never what: everything that is lost here is found by the
-next cycle.
+says that there is something to pull; a page that comes with it is taken by the next cycle, or not
+at all (``carried``). Everything that is lost here is found by the next cycle.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Protocol
 
 from entidb.errors import LOCKED_OUT, SyncCancelledError, SyncError
+from entidb.protocol import PullRequest
+from entidb.sync.carried import CarriedPage, page_in
 from entidb.types import SEQUENCE_MAX, Clock
 
 _log = logging.getLogger("entidb.sync")
@@ -62,7 +64,8 @@ class LiveState(StrEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a stream: ``name`` is ``head`` or ``bye``, or one of a newer server."""
+    """One event of a stream: ``name`` is ``head``, ``page`` or ``bye``, or one of a newer
+    server."""
 
     name: str
     data: str
@@ -87,9 +90,16 @@ class Events(Protocol):
 class NewsSource(Protocol):
     """What a transport has that can wait for news."""
 
-    def open(self, *, first_event_s: float, silence_s: float, refresh: bool) -> Events:
-        """A stream. ``refresh`` asks for a fresh token. Raises ``SyncError`` and
-        ``HeldUpError``."""
+    def open(
+        self,
+        *,
+        first_event_s: float,
+        silence_s: float,
+        refresh: bool,
+        asks: PullRequest | None = None,
+    ) -> Events:
+        """A stream. ``refresh`` asks for a fresh token; ``asks`` for pages, and is given only
+        where there is something to ask for. Raises ``SyncError`` and ``HeldUpError``."""
 
     def poll(self, known: int | None, *, refresh: bool) -> int:
         """The newest commit, as soon as it is beyond ``known`` (None: at once), or after a while.
@@ -106,9 +116,10 @@ class NewsSource(Protocol):
 
 @dataclass(frozen=True)
 class OpenStream:
-    """Open a stream."""
+    """Open a stream; ``asks`` is what its pages are to answer, if it is to bring any."""
 
     refresh: bool
+    asks: PullRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -226,8 +237,14 @@ class ChannelCourse:
         *,
         news: Callable[[int, bool], None],
         changed: Callable[[LiveState], None],
+        asks: Callable[[], PullRequest | None] = lambda: None,
+        page: Callable[[CarriedPage | None], None] = lambda page: None,
     ) -> None:
+        """``asks`` says what a stream that is opened now is to bring pages of; each hint is told to
+        ``page`` first: with its page, or None where it has none that can count."""
         self._now = now
+        self._asks = asks
+        self._page = page
         self._policy = Policy(draw)
         self._news = news
         self._changed = changed
@@ -258,8 +275,9 @@ class ChannelCourse:
     def _listen(self, step: OpenStream) -> Course:
         began = self._now()
         first = True
+        asked = self._asks()
         try:
-            yield step
+            yield step if asked is None else replace(step, asks=asked)
             while True:
                 event = yield Next()
                 if not isinstance(event, Event):
@@ -267,10 +285,12 @@ class ChannelCourse:
                 if event.name == "bye":
                     self._policy.said_goodbye(self._now(), event, self._now() - began)
                     return
-                head = _commit_in(event.data) if event.name == "head" else None
+                head, page = _said_in(event, asked)
                 if head is not None:
                     self._policy.opened()
                     self._tell()
+                    # What the first word leads to is a pull, whatever it brings.
+                    self._page(None if first else page)
                     self._news(head, first)
                     first = False
         except HeldUpError:
@@ -303,6 +323,13 @@ class ChannelCourse:
             self._changed(state)
 
 
+def _said_in(event: Event, asked: PullRequest | None) -> tuple[int | None, CarriedPage | None]:
+    """The commit that an event names, if it names one, and the page that it brings."""
+    if event.name == "page":
+        return page_in(asked, event.data) or (None, None)
+    return (_commit_in(event.data) if event.name == "head" else None), None
+
+
 def _commit_in(text: str) -> int | None:
     """The number of a commit; None for what is none."""
     head = int(text) if _NUMBER.fullmatch(text) else -1
@@ -317,7 +344,8 @@ class Channel:
 
     ``news`` is called with the newest commit that was named, and whether this is the first word
     since nothing was heard: a pull is due then, whatever the number. ``changed`` is called when
-    the state is another one. Both from the thread; they must be quick and not raise.
+    the state is another one; ``asks`` and ``page`` are as a ``ChannelCourse``'s. All from the
+    thread; they must be quick and not raise.
     """
 
     def __init__(
@@ -328,11 +356,15 @@ class Channel:
         *,
         news: Callable[[int, bool], None],
         changed: Callable[[LiveState], None] = lambda state: None,
+        asks: Callable[[], PullRequest | None] = lambda: None,
+        page: Callable[[CarriedPage | None], None] = lambda page: None,
     ) -> None:
         self._source = source
         self._clock = clock
         self._changed = changed
-        self._course = ChannelCourse(clock.monotonic, draw, news=news, changed=self._is_now)
+        self._course = ChannelCourse(
+            clock.monotonic, draw, news=news, changed=self._is_now, asks=asks, page=page
+        )
         self._events: Events | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -386,8 +418,9 @@ class Channel:
         elif isinstance(step, Ask):
             return self._source.poll(step.known, refresh=step.refresh)
         else:
+            more = {} if step.asks is None else {"asks": step.asks}
             self._events = self._source.open(
-                first_event_s=FIRST_EVENT_S, silence_s=SILENCE_S, refresh=step.refresh
+                first_event_s=FIRST_EVENT_S, silence_s=SILENCE_S, refresh=step.refresh, **more
             )
         return None
 

@@ -24,7 +24,14 @@ from entidb.protocol import (
     payload_bytes,
 )
 from entidb.sync.apply.seam import Look
-from entidb.sync.exchange import Exchange, SendAhead, Step, check_not_back, history_of
+from entidb.sync.exchange import (
+    Exchange,
+    SendAhead,
+    Step,
+    check_not_back,
+    is_plain,
+    pull_request,
+)
 from entidb.sync.fetching import Fetching
 from entidb.sync.grants import GrantChangedError, check_granted, needs_grant
 from entidb.sync.room import ROW_BYTES
@@ -220,6 +227,21 @@ class Pulling:
             request = following
         raise _endless()
 
+    def carried(self, look: Look) -> tuple[PullRequest, PullResponse] | None:
+        """The page that came with a hint, with the request that it answers, if it is what a pull
+        would bring that begins now (R6): the device stands where the page begins, in that history,
+        asks for nothing but what changed, and was granted then what it is granted now."""
+        came = self._exchange.connection.carried.take()
+        if came is None or not is_plain(look):
+            return None
+        request = self.request(look)
+        if not came.answers(request):
+            return None
+        page = came.opened()
+        if page is None or page.granted != look.state.granted:
+            return None
+        return request, page
+
     def request(self, look: Look) -> PullRequest:
         """The request for what changed since a device was as in ``look``."""
         self._scope = look.scope
@@ -230,24 +252,12 @@ class Pulling:
         asked = connection.asked
         if asked is not None and asked[0] is state and asked[1] == cursor and asked[2] is scope:
             return asked[3]
-        request = self._made_request(state, cursor)
+        exchange = self._exchange
+        request = pull_request(
+            exchange.config, connection, exchange.applier.device_id, state, scope, cursor
+        )
         connection.asked = (state, cursor, scope, request)
         return request
-
-    def _made_request(self, state: ReplicaState, cursor: int) -> PullRequest:
-        config, server = self._exchange.config, self._exchange.connection.limits
-        assert server is not None
-        return PullRequest(
-            db_id=config.db_id,
-            device_id=self._exchange.applier.device_id,
-            history=history_of(state),
-            cursor=cursor,
-            have=[(first, last) for first, last in state.have if last > cursor],
-            limit=max(1, min(config.pull_operations_max, server.pull_operations_max)),
-            bytes_max=config.pull_bytes_max,
-            collections=self._scope,
-            schema=self._exchange.connection.schema,
-        )
 
     def _pull_everything(
         self, state: ReplicaState, cursor: int, full: list[str] | None

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from entidb.db import machine
 from entidb.errors import ResetRequiredError, SyncError, UpgradeRequiredError
 from entidb.protocol import PullRequest, PullResponse, RoundRequest, RoundResponse, SyncResponse
 from entidb.sync.apply.seam import Look, PushBatch
-from entidb.sync.exchange import Exchange, Step
-from entidb.sync.grants import needs_grant
+from entidb.sync.exchange import Exchange, Step, is_plain
 from entidb.sync.pulling import Pulling
 from entidb.sync.pushing import Pushing
 from entidb.sync.state import SyncState
@@ -43,7 +41,7 @@ class Rounds:
         exchange = self._exchange
         if FEATURE not in exchange.connection.features:
             return None
-        if not look.ready or not _is_plain(look):
+        if not look.ready or not is_plain(look):
             return None
         batch = exchange.applier.prepare(
             self._pushing.limits(look.sequence, ROUND_OPERATIONS_MAX, ROUND_BYTES_MAX)
@@ -84,16 +82,6 @@ class Rounds:
             return None
         path.passed(batch.bytes)
         return response
-
-
-def _is_plain(look: Look) -> bool:
-    """Whether the pull of this cycle asks for what changed and nothing else."""
-    state = look.state
-    level = machine.lacks(state) is machine.Lacks.NOTHING
-    waits = state.foreign_names or state.unsettled
-    return (
-        level and not waits and look.stage is None and not look.adopting and not needs_grant(state)
-    )
 
 
 __all__ = ["Rounds"]

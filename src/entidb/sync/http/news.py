@@ -14,7 +14,8 @@ from urllib.parse import urlencode
 
 from entidb import cbor
 from entidb.errors import CborDecodeError, ProtocolError, SyncCodecError
-from entidb.protocol import CONTENT_TYPE, ErrorResponse, decode
+from entidb.protocol import CONTENT_TYPE, ErrorResponse, PullRequest, decode
+from entidb.sync.carried import question
 from entidb.sync.http.answers import is_cbor, spoken_error, status_error
 from entidb.sync.http.streaming import NotBegunError, Streaming, StreamingClient
 from entidb.sync.live import Event, HeldUpError
@@ -55,9 +56,17 @@ class HttpNews:
         self._token = token
         self._clock = clock
 
-    def open(self, *, first_event_s: float, silence_s: float, refresh: bool) -> HttpEvents:
+    def open(
+        self,
+        *,
+        first_event_s: float,
+        silence_s: float,
+        refresh: bool,
+        asks: PullRequest | None = None,
+    ) -> HttpEvents:
         """See ``NewsSource``."""
-        url = self._address()
+        pages = None if asks is None else question(asks)
+        url = self._address() if pages is None else self._address(pages=pages)
         headers = self._headers(_EVENTS_TYPE, refresh=refresh)
         try:
             streaming = self._client.stream(
