@@ -76,12 +76,23 @@ class Carrier:
     where."""
 
     def __init__(
-        self, front: Front, clock: Clock, read: Read, note: Callable[[PullRequest, int], None]
+        self,
+        front: Front,
+        clock: Clock,
+        read: Read,
+        note: Callable[[PullRequest, int], None],
+        *,
+        operations_max: int = CARRIED_OPERATIONS_MAX,
+        whole: bool = True,
     ) -> None:
+        """Pages of ``operations_max`` operations at most; ``whole``: none that is the first of
+        several, which would spare nobody a request."""
         self._front = front
         self._clock = clock
         self._read = read
         self._note = note
+        self._operations_max = operations_max
+        self._whole = whole
         self._wanted: WeakValueDictionary[object, Wanted] = WeakValueDictionary()
         self._kept: dict[tuple[Wanted, int], PageEvent] = {}
         self._making: dict[tuple[Wanted, int], asyncio.Future[None]] = {}
@@ -109,7 +120,7 @@ class Carrier:
                 device_id=bytes(16),
                 cursor=0,
                 have=[],
-                limit=CARRIED_OPERATIONS_MAX,
+                limit=self._operations_max,
                 bytes_max=CARRIED_BYTES_MAX,
             )
             found = self._wanted[key] = Wanted(shared, allowed)
@@ -190,20 +201,17 @@ class Carrier:
         if not body or len(body) > CARRIED_BYTES_MAX:
             return none
         page = protocol.decode(PullResponse, body)
-        if page.has_more:
+        if page.has_more and self._whole:
             return none
         writers = frozenset(commit.device_id for commit in page.commits)
-        return PageEvent(event_text(begins, page.head, body), page.head, writers)
+        text = event_text(request.history, begins, page.head, body)
+        return PageEvent(text, page.head, writers)
 
 
-def event_text(begins: int, head: int, body: bytes) -> bytes:
+def event_text(history: bytes, begins: int, head: int, body: bytes) -> bytes:
     """The event with an encoded page, which is the answer to a pull from ``begins``."""
-    return b"id: %d\nevent: page\ndata: %d %d %s\n\n" % (
-        head,
-        begins,
-        head,
-        base64.b64encode(body),
-    )
+    page, of = base64.b64encode(body), history.hex().encode()
+    return b"id: %d\nevent: page\ndata: %b %d %d %b\n\n" % (head, of, begins, head, page)
 
 
 def _read_in(store: Store, request: PullRequest, grant: Grant, head: int) -> bytes:

@@ -30,14 +30,15 @@ FEATURE: Final = "pages"
 ASKED_MAX: Final = 4_000
 #: Characters of an event. Servers carry pages of 16 KiB.
 _EVENT_MAX: Final = 60_000
-_EVENT: Final = re.compile("([0-9]{1,20}) ([0-9]{1,20}) ([A-Za-z0-9+/]+={0,2})")
+_EVENT: Final = re.compile("([0-9a-f]{32}) ([0-9]{1,20}) ([0-9]{1,20}) ([A-Za-z0-9+/]+={0,2})")
 
 
 class CarriedPage(Struct, frozen=True):
-    """A page that leads from ``begins`` to ``head``, still encoded; ``asked`` is what was said when
-    its stream was opened."""
+    """A page of ``history`` that leads from ``begins`` to ``head``, still encoded, or is the first
+    of several that do; ``asked`` is what was said when its stream was opened."""
 
     asked: PullRequest
+    history: bytes
     begins: int
     head: int
     body: bytes
@@ -53,7 +54,7 @@ class CarriedPage(Struct, frozen=True):
                 reached = request.have[0][1]
         return (
             reached == newest == self.begins
-            and request.history == asked.history
+            and request.history == self.history
             and request.collections == asked.collections
             and request.schema == asked.schema
             and not request.full
@@ -104,15 +105,16 @@ def page_in(asked: PullRequest | None, text: str) -> tuple[int, CarriedPage | No
     found = _EVENT.fullmatch(text) if len(text) <= _EVENT_MAX else None
     if found is None:
         return None
-    begins, head = int(found[1]), int(found[2])
+    history, begins, head = bytes.fromhex(found[1]), int(found[2]), int(found[3])
     if not begins < head <= SEQUENCE_MAX:
         return None
     if asked is None:
         return head, None
     try:
-        return head, CarriedPage(asked, begins, head, base64.b64decode(found[3], validate=True))
+        body = base64.b64decode(found[4], validate=True)
     except binascii.Error:
         return head, None
+    return head, CarriedPage(asked, history, begins, head, body)
 
 
 __all__ = ["FEATURE", "Carried", "CarriedPage", "page_in", "question"]

@@ -18,12 +18,16 @@ from typing import Any, Final, TypeVar, cast
 from entidb import cbor, protocol
 from entidb.db.records import META_HEAD, decode_head
 from entidb.errors import EntiDBError, SyncError, TransportError, error_from_code
-from entidb.protocol import ErrorResponse
+from entidb.protocol import ErrorResponse, PullRequest
+from entidb.server.carrying import CARRIED_OPERATIONS_MAX, Carrier
 from entidb.server.front import Front
 from entidb.server.live import LiveChannels
 from entidb.server.live_answers import LiveAnswers, LiveServer, Streamed
 from entidb.server.live_http import EVENTS_TYPE, LiveRequest
+from entidb.server.stores import Store
+from entidb.sync.carried import question
 from entidb.sync.live import Event
+from entidb.testing.carrying import CarriedWatch
 from entidb.testing.lines import NewsLine
 from entidb.testing.loop import WorldLoop
 from entidb.testing.nodes import SimulatedNode, SimulatedNodes
@@ -34,6 +38,8 @@ T = TypeVar("T")
 #: in some runs.
 _MOST: Final = 100
 _MOST_EACH: Final = 50
+#: How many pages are read without a thread.
+_NEAR: Final = 0.5
 #: Milliseconds that a thread of the server may take to look at a database.
 _LOOK_MS: Final = (0, 1, 5, 20)
 #: Milliseconds after which a server notices that nobody is at the other end.
@@ -60,8 +66,28 @@ class NodeChannels:
             cast(LiveServer, server),
             lambda db_id: self._on_a_thread(lambda: front.stores.use(db_id, create=False)),
             lambda call, store: self._on_a_thread(lambda: call(store)),
+            self._carrier(world, front) if world.knobs.pages else None,
         )
         self._rng = world.stream(f"threads of {node.name} {node.life}")
+
+    def _carrier(self, world: World, front: Front) -> Carrier:
+        pages = world.knobs.pages
+        some = CARRIED_OPERATIONS_MAX if pages == 1 else pages - 1
+        return Carrier(
+            front,
+            world.server_clock,
+            self._read,
+            lambda request, cursor: None,
+            operations_max=some,
+            whole=pages == 1,
+        )
+
+    async def _read(self, store: Store, request: PullRequest, read: Callable[[], bytes]) -> bytes:
+        """As on the event loop, or as on a thread."""
+        if self._rng.random() < _NEAR:
+            with self._nodes.on(self._node):
+                return read()
+        return await self._on_a_thread(read)
 
     def _later(self, delay_ms: int, work: Callable[[], None]) -> None:
         if self._node.life == self._life:
@@ -93,9 +119,14 @@ class SimulatedChannels:
     """Of all nodes of a server, one process after the other."""
 
     def __init__(
-        self, world: World, nodes: Callable[[], SimulatedNodes], locked: Callable[[bytes, str], int]
+        self,
+        world: World,
+        nodes: Callable[[], SimulatedNodes],
+        locked: Callable[[bytes, str], int],
+        pages: CarriedWatch,
     ) -> None:
         """``locked`` says for how many milliseconds a device has been locked out of a database."""
+        self._pages = pages
         self._world = world
         self._nodes = nodes
         self._locked = locked
@@ -175,6 +206,8 @@ class SimulatedChannels:
         query = f"db_id={caller.db_id}&device_id={caller.device_id.hex()}"
         if line.cursor is not None:
             query += f"&cursor={line.cursor}"
+        if line.asks is not None:
+            query += f"&pages={question(line.asks)}"
         accept = EVENTS_TYPE if line.stream else protocol.CONTENT_TYPE
         try:
             line.grants = node.front.authenticate(token)
@@ -235,9 +268,11 @@ class SimulatedChannels:
     def _leaves(self, line: NewsLine, text: str) -> None:
         """Events leave the server."""
         for event in _events(text):
-            if event is not None and event.name == "head":
+            if event is not None and event.name in ("head", "page"):
                 self._check(line)
-                line.owed = int(event.data)
+                if event.name == "page":
+                    self._pages.leaves(line, event, line.grants)
+                line.owed = _head_of(event)
                 for said, late_ms in self._befalls(line, event):
                     self._tell(line, said, late_ms, pays=said is event)
             else:
@@ -277,8 +312,11 @@ class SimulatedChannels:
         if self._chance("hint_doubled", knobs.hint_doubled):
             made.append((event, self._rng.randrange(3_000)))
         if self._chance("hint_foreign", knobs.hint_foreign):
-            other = self._rng.choice((0, 1, int(event.data) // 2, 10**9))
+            other = self._rng.choice((0, 1, _head_of(event) // 2, 10**9))
             made.insert(self._rng.choice((0, 1)), (Event("head", str(other)), 0))
+            older = self._pages.older(line)
+            if older:
+                made.insert(self._rng.choice((0, 1)), (self._rng.choice(older), 0))
         return made
 
     def _chance(self, fault: str, rate: int) -> bool:
@@ -291,7 +329,7 @@ class SimulatedChannels:
         self, line: NewsLine, event: Event | None, late_ms: int, *, pays: bool = False
     ) -> None:
         def told() -> None:
-            if pays and event is not None and int(event.data) >= line.owed:
+            if pays and event is not None and _head_of(event) >= line.owed:
                 line.owed = 0
             if line.whole and not line.held:
                 line.caller.came(line, event)
@@ -331,6 +369,11 @@ class SimulatedChannels:
         network = self._world.network
         until = network.blocked.get((name, direction), 0)
         return network.armed and until > self._world.now
+
+
+def _head_of(event: Event) -> int:
+    """The commit that a hint names, with a page or without."""
+    return int(event.data if event.name == "head" else event.data.split(" ")[2])
 
 
 def _events(text: str) -> list[Event | None]:

@@ -45,6 +45,7 @@ from entidb.server.segments.cutting import Sizes
 from entidb.server.segments.keeping import ImageKeeper
 from entidb.server.stores import Holding, Store, Stores
 from entidb.testing.ages import ServerAge, note_forbidden, refuse_as_before
+from entidb.testing.carrying import CarriedWatch
 from entidb.testing.channels import SimulatedChannels
 from entidb.testing.hands import PEOPLE, Authors
 from entidb.testing.keeper import Keeper
@@ -60,6 +61,7 @@ from entidb.testing.world import World
 SECRET = b"a secret of the simulator, long enough for HS256"
 AUDIENCE = "simulator"
 LIVE = "live"
+PAGES = "pages"
 TOKEN_S = 30.0
 #: A database that was not used for so long is closed at the next look.
 IDLE_S = 2.0
@@ -101,7 +103,13 @@ class Host:
         self._life_ms = world.stream("life of images").choice(SERVER_LIVES_MS)
         #: Of the process that each node is now.
         self._images: dict[str, ImageKeeper] = {}
-        self.channels = SimulatedChannels(world, lambda: self.nodes, self.keeper.locked_ms)
+        pages = CarriedWatch(
+            world,
+            self._tenant,
+            lambda db_id, data: self.check_canaries(self._tenant(db_id), data),
+            self.keeper.locks,
+        )
+        self.channels = SimulatedChannels(world, lambda: self.nodes, self.keeper.locked_ms, pages)
         self.nodes = SimulatedNodes(world, self._begin)
         self.tenants = [Tenant(self, index) for index in range(knobs.tenants)]
         self.start()
@@ -137,6 +145,7 @@ class Host:
         features = list(FEATURES) if knobs.rounds else []
         features += ["segments"] if knobs.images else []
         features += [LIVE] if knobs.live else []
+        features += [PAGES] if knobs.live and knobs.pages else []
         front = Front(
             config,
             authenticator=self._authenticator,

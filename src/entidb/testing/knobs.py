@@ -129,6 +129,7 @@ class Knobs:
     hint_foreign: int = 0  # hints with a number of another history beside them
     stream_cut: int = 0  # hints whose stream is cut
     stream_held: int = 0  # streams that something on the way gathers
+    pages: int = 0  # 1: hints carry pages; more: so many operations less one, the first of several
 
     # -- pushes that are refused as a whole (R5)
     body_limit: int = 0  # looks at which a proxy's limit for bodies changes
@@ -198,6 +199,7 @@ FAULTS: Final = (
     "hint_foreign",
     "stream_cut",
     "stream_held",
+    "pages",
     "restore_server",
     "restore_twice",
     "put_back",
@@ -368,6 +370,7 @@ def draw(seed: int) -> Knobs:
         chosen["live"] = own.choice((500, 1000))
         for name, levels in LIVE_LEVELS.items():
             chosen[name] = own.choice((0, 0, *levels))
+        chosen["pages"] = stream(seed, "pages").choice((0, 1, 1, 2, 4))
     own = stream(seed, "overruled values")
     chosen["overruled_max"] = own.choice((0, 2, 10, 10_000, 10_000, 10_000))
     chosen["overruled_s"] = own.choice((5, 1_000_000, 1_000_000))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from entidb.errors import SyncError
+from entidb.protocol import PullRequest
 from entidb.sync.live import Event
 
 
@@ -36,11 +37,21 @@ class LineEnd(Protocol):
 class NewsLine:
     """One request for news, and what comes of it. ``cursor`` None: everything is new."""
 
-    def __init__(self, caller: LineEnd, *, stream: bool, cursor: int | None, latency: int) -> None:
+    def __init__(
+        self,
+        caller: LineEnd,
+        *,
+        stream: bool,
+        cursor: int | None,
+        latency: int,
+        asks: PullRequest | None = None,
+    ) -> None:
         self.caller = caller
         self.stream = stream
         self.cursor = cursor
         self.latency = latency
+        #: What its pages answer, if it is to bring some.
+        self.asks = asks
         #: What is said at one end reaches the other.
         self.whole = True
         #: Both ends know that it has ended.

@@ -224,6 +224,8 @@ class Listener:
                 self._rng.random,
                 news=self._news,
                 changed=self._changed,
+                asks=self._device.engine.asks_pages,
+                page=self._device.engine.page_came,
             )
             self._course = course.run()
             self._world.fired("live")
@@ -274,7 +276,8 @@ class Listener:
         stream = isinstance(step, OpenStream)
         cursor = step.known if isinstance(step, Ask) else None
         latency = self._world.knobs.latency_ms
-        self._line = line = NewsLine(self, stream=stream, cursor=cursor, latency=latency)
+        asks = step.asks if isinstance(step, OpenStream) else None
+        self._line = line = NewsLine(self, stream=stream, cursor=cursor, latency=latency, asks=asks)
         knobs = self._world.knobs
         if stream and not self._world.quiet and self._rng.random() * 1000 < knobs.stream_held:
             self._world.fired("stream_held")

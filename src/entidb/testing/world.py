@@ -55,7 +55,7 @@ _HARMLESS: Final = frozenset(
         *("ahead", "bulk", "clock_jump", "clock_offset_ms", "group", "indexes", "live"),
         *("local_in_cycle", "person", "policy_raises", "reader", "refuse", "refuse_raises"),
         *("round", "round_behind", "server_writes", "unique", "upcast"),
-        *("quota_entities", "quota_bytes"),
+        *("quota_entities", "quota_bytes", "pages"),
     )
 )
 _MAP_BYTES: Final = 1 << 16
