@@ -49,6 +49,7 @@ from entidb.protocol import (
     decode,
 )
 from entidb.server import mint_token
+from entidb.sync.carried import CarriedPage, question
 from entidb.sync.config import HttpConfig, RetryConfig, SyncConfig
 from entidb.sync.http.answers import is_cbor, spoken_error, status_error
 from entidb.sync.live import (
@@ -97,13 +98,15 @@ class Plan(Struct):
 
 class Arrivals(Struct):
     """``times``: seconds from sending a push until a page with it was with another device, of each
-    change and device. ``pulls``: how many pages that took. ``cpu``: of this process, in seconds."""
+    change and device. ``pulls``: how many requests that took, and ``carried`` how many pages came
+    by themselves. ``cpu``: of this process, in seconds."""
 
     times: list[float]
     changes: int
     pulls: int
     seconds: float
     cpu: float
+    carried: int = 0
 
 
 class Return(Struct):
@@ -126,7 +129,7 @@ class Fleet:
         #: When the push of an entity was sent.
         self.sent: dict[bytes, float] = {}
         self.times: list[float] = []
-        self.pulls = 0
+        self.pulls = self.carried = 0
         self.statuses: Counter[int] = Counter()
         self.unreached = 0
         self.moved = asyncio.Event()
@@ -163,7 +166,7 @@ class Fleet:
         plan = self.plan
         writers = [device for device in self.devices if device.writes]
         heard = Counter(device.db_id for device in self.devices if not device.writes)
-        self.times, self.pulls = [], 0
+        self.times, self.pulls, self.carried = [], 0, 0
         began, cpu = time.perf_counter(), time.process_time()
         pause_s = len(writers) / plan.changes_per_s
         pushed = await asyncio.gather(
@@ -173,7 +176,7 @@ class Fleet:
         wanted = sum(heard[device.db_id] * count for device, count in pairs)
         await self.until(lambda: len(self.times) >= wanted)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        return Arrivals(self.times, sum(pushed), self.pulls, seconds, cpu)
+        return Arrivals(self.times, sum(pushed), self.pulls, seconds, cpu, self.carried)
 
     def watch(self) -> None:
         """From now on devices are to lose the server and to come back."""
@@ -200,7 +203,12 @@ class Device:
         self.back_at = 0.0
         loop = asyncio.get_running_loop()
         self.course = ChannelCourse(
-            loop.time, random.random, news=self._heard, changed=self._changed
+            loop.time,
+            random.random,
+            news=self._heard,
+            changed=self._changed,
+            asks=lambda: self._request() if fleet.plan.pulls and not self.writes else None,
+            page=self._page_came,
         )
         self._now = loop.time
         self._fleet = fleet
@@ -272,19 +280,33 @@ class Device:
     async def _pull(self) -> None:
         more = True
         while more:
-            request = PullRequest(
-                db_id=self.db_id,
-                device_id=self._id,
-                history=self._history,
-                cursor=self._cursor,
-                limit=_DEVICE.pull_operations_max,
-                bytes_max=_DEVICE.pull_bytes_max,
-            )
+            request = self._request()
             body = await self._exchange(request, protocol.encode(request))
             here = time.perf_counter()
             page = decode(PullResponse, body)
             self._cursor, more = page.cursor, page.has_more
             self._fleet.pulls += 1
+            self._note(page, here)
+
+    def _request(self) -> PullRequest:
+        return PullRequest(
+            db_id=self.db_id,
+            device_id=self._id,
+            history=self._history,
+            cursor=self._cursor,
+            limit=_DEVICE.pull_operations_max,
+            bytes_max=_DEVICE.pull_bytes_max,
+        )
+
+    def _page_came(self, came: CarriedPage | None) -> None:
+        """As a cycle does; the hint that follows starts none where the page has led there."""
+        if came is None or not came.answers(self._request()):
+            return
+        here = time.perf_counter()
+        page = came.opened()
+        if page is not None and not page.has_more:
+            self._cursor = page.cursor
+            self._fleet.carried += 1
             self._note(page, here)
 
     def _note(self, page: PullResponse, here: float) -> None:
@@ -381,11 +403,12 @@ class Device:
         elif isinstance(step, Ask):
             return await self._poll(step.known)
         else:
-            await self._open()
+            await self._open(step.asks)
         return None
 
-    async def _open(self) -> None:
-        wire = self._stream = await self._ask("text/event-stream")
+    async def _open(self, asks: PullRequest | None) -> None:
+        more = "" if asks is None else f"&pages={question(asks)}"
+        wire = self._stream = await self._ask("text/event-stream", more)
         self._due = self._now() + FIRST_EVENT_S
         try:
             async with asyncio.timeout_at(self._due):

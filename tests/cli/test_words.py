@@ -726,3 +726,43 @@ def test_nothing_is_written_over_and_one_code_says_so(
     assert "target exists already" in said
     assert target.is_symlink() or target.is_dir() or target.read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "dangling"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("backup", "DEVICE", "TARGET"),
+        ("backup", "SERVER", "TARGET"),
+        ("copy", "DEVICE", "TARGET"),
+        ("copy", "SERVERS", "TARGET"),
+        ("snapshot", "SERVER", "TARGET"),
+        ("logout", "DEVICE", "--pending", "export", "--file", "TARGET"),
+        ("secret", "TARGET"),
+    ],
+    ids=lambda command: "-".join(command[:2]).lower(),
+)
+def test_nothing_is_written_over_and_one_code_says_so(
+    tmp_path: Path, command: tuple[str, ...], kind: str
+):
+    done(entidb("put", tmp_path / "device", "stock", "1"))
+    server = tmp_path / "servers" / directory_name("shop")
+    with Database.open(server, role=Role.SERVER) as database:
+        database.collection("stock").add(1)
+    target = tmp_path / "target"
+    if kind == "file":
+        target.write_text("mine")
+    elif kind == "directory":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    places = {
+        "DEVICE": tmp_path / "device",
+        "SERVER": server,
+        "SERVERS": tmp_path / "servers",
+        "TARGET": target,
+    }
+    said = failed(entidb(*(places.get(each, each) for each in command)), Exit.USAGE, "exists")
+    assert "target exists already" in said
+    assert target.is_symlink() or target.is_dir() or target.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()

@@ -1,4 +1,5 @@
-"""Planted bugs: news that are not told, not heard, or taken for more than they are."""
+"""Planted bugs: news that are not told, not heard, or taken for more than they are, and pages that
+come with them."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ from unittest import mock
 
 from msgspec.structs import replace
 
+from entidb.server import carrying
+from entidb.server.carrying import Carrier
 from entidb.server.live import LiveChannels
 from entidb.server.live_answers import LiveAnswers
 from entidb.server.live_http import Stream
+from entidb.sync.carried import CarriedPage
 from entidb.sync.live import Policy
 from entidb.sync.occasions import Occasions
+from entidb.sync.pulling import Pulling
 from entidb.testing.listener import Listener
 from tests.planted.garden import CALM, Garden, bug
 
@@ -210,3 +215,115 @@ def _no_end(garden: Garden) -> None:
         return failed
 
     garden.replace(Policy, "failed", make)
+
+
+#: Most hints bring a page.
+PAGES = LIVE | {"pages": 1, "server_writes": 300}
+
+
+@bug("a-page-applied-from-elsewhere", "PREFIX", "ORDER", knobs=PAGES | {"hint_lost": 200})
+def _from_elsewhere(garden: Garden) -> None:
+    """A device takes a page wherever it stands itself."""
+
+    def make(original: Any) -> Any:
+        def answers(self: CarriedPage, request: Any) -> bool:
+            there = {"cursor": self.begins, "have": []}
+            return bool(original(self, replace(request, **there))) and self.head > request.cursor
+
+        return answers
+
+    garden.replace(CarriedPage, "answers", make)
+
+
+@bug(
+    "a-page-of-another-history",
+    "PREFIX",
+    "ORDER",
+    knobs=PAGES | {"restore_server": 60, "hint_foreign": 500, "events": 1500},
+)
+def _another_history(garden: Garden) -> None:
+    """A device does not look at the history that a page is of."""
+
+    def make(original: Any) -> Any:
+        def answers(self: CarriedPage, request: Any) -> bool:
+            return bool(original(replace(self, history=request.history), request))
+
+        return answers
+
+    garden.replace(CarriedPage, "answers", make)
+
+
+@bug("the-first-page-taken-for-all", "PREFIX", "CONVERGE", knobs=PAGES | {"pages": 2})
+def _first_for_all(garden: Garden) -> None:
+    """A page that is the first of several is taken for all of them."""
+
+    def make(original: Any) -> Any:
+        def opened(self: CarriedPage) -> Any:
+            page = original(self)
+            return page and replace(page, has_more=False, cursor=page.head)
+
+        return opened
+
+    garden.replace(CarriedPage, "opened", make)
+
+
+@bug("a-page-of-a-wider-grant", "ORDER", knobs=PAGES | {"grants": 300})
+def _wider_grant(garden: Garden) -> None:
+    """A server has one page for everybody who asks for the same, whatever they may see."""
+
+    def make(original: Any) -> Any:
+        def wanted(self: Carrier, text: Any, db_id: str, device_id: Any, grants: Any) -> Any:
+            found = original(self, text, db_id, device_id, grants)
+            if found is not None:
+                for other in list(self._wanted.values()):
+                    if other.pull == found.pull:
+                        return other
+            return found
+
+        return wanted
+
+    garden.replace(Carrier, "wanted", make)
+
+
+@bug("a-page-for-who-is-locked-out", "LOCKED", knobs=PAGES | {"revoke": 400})
+def _for_locked_out(garden: Garden) -> None:
+    """Who is locked out is told pages until the stream ends."""
+    garden.replace(Carrier, "_may", lambda original: lambda self, to, counted=False: True)
+
+
+@bug("a-page-begins-too-late", "ORDER", knobs=PAGES)
+def _too_late(garden: Garden) -> None:
+    """A page leaves out the first commit after the hint before it."""
+
+    def make(original: Any) -> Any:
+        async def made(self: Carrier, key: Any, *rest: Any) -> Any:
+            wanted, begins = key
+            return await original(self, (wanted, begins + 1), *rest)
+
+        return made
+
+    def said(original: Any) -> Any:
+        def text(history: bytes, begins: int, head: int, body: bytes) -> bytes:
+            return bytes(original(history, begins - 1, head, body))
+
+        return text
+
+    garden.replace(Carrier, "_made", make)
+    garden.replace(carrying, "event_text", said)
+
+
+@bug("a-page-is-only-counted", "PREFIX", "ORDER", knobs=PAGES)
+def _unread(garden: Garden) -> None:
+    """A page moves the cursor of a device, and what it holds is left out."""
+
+    def make(original: Any) -> Any:
+        def carried(self: Pulling, look: Any) -> Any:
+            came = original(self, look)
+            if came is None:
+                return None
+            request, page = came
+            return request, replace(page, commits=[])
+
+        return carried
+
+    garden.replace(Pulling, "carried", make)

@@ -80,14 +80,16 @@ class CarriedWatch:
         old = self._old.setdefault(caller.device_id, deque(maxlen=_OLD_MAX))
         old.append((asks.collections, event))
 
-    def older(self, line: NewsLine) -> list[Event]:
+    def older(self, line: NewsLine, head: int) -> list[Event]:
         """Pages that were told to this device before, also of a history that has ended, by streams
-        that asked for the same collections."""
+        that asked for the same collections: those that begin at ``head``, or any where none
+        does."""
         asks = line.asks
         if asks is None:
             return []
         old = self._old.get(line.caller.device_id, ())
-        return [event for names, event in old if names == asks.collections]
+        there = [event for names, event in old if names == asks.collections]
+        return [event for event in there if int(event.data.split(" ")[1]) == head] or there
 
 
 __all__ = ["CarriedWatch"]

@@ -314,9 +314,9 @@ class SimulatedChannels:
         if self._chance("hint_foreign", knobs.hint_foreign):
             other = self._rng.choice((0, 1, _head_of(event) // 2, 10**9))
             made.insert(self._rng.choice((0, 1)), (Event("head", str(other)), 0))
-            older = self._pages.older(line)
+            older = self._pages.older(line, _head_of(event))
             if older:
-                made.insert(self._rng.choice((0, 1)), (self._rng.choice(older), 0))
+                made.insert(self._rng.choice((0, 1, 1)), (self._rng.choice(older), 0))
         return made
 
     def _chance(self, fault: str, rate: int) -> bool:
