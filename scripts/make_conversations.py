@@ -1657,6 +1657,90 @@ def a_narrower_grant_after_a_lost_answer() -> list[Json]:
     ]
 
 
+def paged(begins: int, answered: Json, *, history: Json = HISTORY, **must: Any) -> Json:
+    """A page comes with the news of it, on a stream that was opened just before; ``answered`` is
+    a pull with the answer that the page is."""
+    return {
+        "do": "page",
+        "must": {"db_id": DB, "device_id": DEVICE, "history": HISTORY, **must},
+        "history": history,
+        "begins": begins,
+        "head": answered["answer"]["head"],
+        "page": answered["answer"],
+    }
+
+
+def with_pages(row: Json) -> Json:
+    return row | {"answer": row["answer"] | {"features": ["live", "pages", "sync"]}}
+
+
+@_conversation(5, "Pages with news: a page from where the device stands is the pull")
+def a_page_with_news() -> list[Json]:
+    return [
+        sync(with_pages(meeting(1)), pull(0, changed(1, (E1, A)), head=1)),
+        paged(1, pull(1, changed(2, (E1, B)), head=2)),
+        sync(),
+        holds([(E1, B)]),
+        sync(pull(2, head=2)),
+    ]
+
+
+@_conversation(5, "Pages with news: what waits is pushed after the page, which was the pull")
+def a_push_after_a_page() -> list[Json]:
+    return [
+        sync(with_pages(meeting(1)), pull(0, changed(1, (E1, A)), head=1)),
+        commit((E2, C)),
+        paged(1, pull(1, changed(2, (E1, B)), head=2)),
+        sync(beside(pull(2, head=3), push(2, [sent("t1", (E2, 1, C))], accepted(3)))),
+        holds([(E1, B), (E2, C)]),
+    ]
+
+
+@_conversation(5, "Pages with news: a page from elsewhere is a hint, and a pull follows")
+def a_page_from_elsewhere() -> list[Json]:
+    return [
+        sync(with_pages(meeting(1)), pull(0, changed(1, (E1, A)), head=1)),
+        paged(2, pull(2, changed(3, (E1, C)), head=3)),
+        sync(pull(1, changed(2, (E2, B)), changed(3, (E1, C)), head=3)),
+        holds([(E1, C), (E2, B)]),
+    ]
+
+
+@_conversation(5, "Pages with news: a page of another history is a hint")
+def a_page_of_another_history() -> list[Json]:
+    return [
+        sync(with_pages(meeting(1)), pull(0, changed(1, (E1, A)), head=1)),
+        paged(1, pull(1, changed(2, (E1, C)), head=2), history=NEW_HISTORY),
+        sync(pull(1, changed(2, (E1, B)), head=2)),
+        holds([(E1, B)]),
+    ]
+
+
+@_conversation(5, "Pages with news: the first page of several is followed by a pull of the others")
+def the_first_page_of_several() -> list[Json]:
+    return [
+        sync(with_pages(meeting(1)), pull(0, changed(1, (E1, A)), head=1)),
+        paged(1, pull(1, changed(2, (E1, B)), head=3, reaches=2)),
+        sync(pull(2, changed(3, (E2, C)), head=3)),
+        holds([(E1, B), (E2, C)]),
+    ]
+
+
+@_conversation(5, "Pages with news: a page under another grant than the known one is a hint")
+def a_page_under_another_grant() -> list[Json]:
+    names = ["lists", "notes"]
+    wider = granted(pull(1, changed(2, (E1, C)), head=2), [*names, "more"])
+    return [
+        sync(
+            granted(with_pages(meeting(1)), names),
+            granted(pull(0, changed(1, (E1, A)), head=1), names),
+        ),
+        paged(1, wider),
+        sync(granted(pull(1, changed(2, (E1, B)), head=2), names)),
+        holds([(E1, B)]),
+    ]
+
+
 def build() -> str:
     body = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in _MADE)
     return f'{{\n  "format": 1,\n  "conversations": [\n{body}\n  ]\n}}\n'

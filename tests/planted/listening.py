@@ -239,7 +239,8 @@ def _from_elsewhere(garden: Garden) -> None:
     "a-page-of-another-history",
     "PREFIX",
     "ORDER",
-    knobs=PAGES | {"restore_server": 60, "hint_foreign": 500, "events": 1500},
+    knobs=PAGES
+    | {"restore_server": 8, "hint_foreign": 900, "scope": 0, "scope_in_cycle": 0, "events": 1000},
 )
 def _another_history(garden: Garden) -> None:
     """A device does not look at the history that a page is of."""

@@ -19,8 +19,11 @@ from entidb import cbor
 from entidb.db import Database
 from entidb.db.outbox import read_discarded, read_pending
 from entidb.errors import SyncError, TransportError
+from entidb.protocol import encode
+from entidb.server.carrying import event_text
 from entidb.storage import MemoryStorage
 from entidb.sync import RetryConfig, SyncConfig, SyncEngine
+from entidb.sync.carried import page_in, question
 from entidb.sync.http import HttpTransport
 from entidb.sync.transport import HttpResponse, LoopbackClient
 from entidb.types import Clock
@@ -267,6 +270,19 @@ class Player:
                 f"{len(self._server.script)} exchanges were left, first a "
                 f"{self._server.script[0]['request']}"
             )
+
+    def _do_page(self, step: Json) -> None:
+        """A stream is opened here as far as the device is now, and brings this page."""
+        asked = self._engine.asks_pages()
+        if asked is None or question(asked) is None:
+            raise Mismatch("the device opens no stream with pages")
+        self._names.check(step["must"], as_json(cbor.decode(encode(asked))), "pages")
+        history, body = self._names.filled(step["history"]), self._names.filled(step["page"])
+        text = event_text(history, step["begins"], step["head"], cbor.encode(body))
+        said = page_in(asked, text.split(b"data: ")[1].decode().strip())
+        if said is None or said[0] != step["head"]:
+            raise Mismatch(f"the event was read as {said}")
+        self._engine.page_came(said[1])
 
     def _do_choose(self, step: Json) -> None:
         self._engine.reset(step["keep"])

@@ -112,7 +112,7 @@ class SyncApp:
             server,
             self._use_existing,
             lambda *given: self._start().ask(*given),
-            Carrier(server.front, server.clock, self._carried, server.registry.pulled),
+            Carrier(server.front, server.clock, self._carried, self._note_carried),
         )
         self._segments = SegmentAnswers(server, self._use_existing)
         self._reading = ReadAnswers(server, self._start, self._use)
@@ -234,6 +234,11 @@ class SyncApp:
             raise GoneError("closed the connection") from error
         finally:
             exchange.bytes_out = response.stream.bytes_out
+
+    def _note_carried(self, request: PullRequest, cursor: int) -> None:
+        self.server.registry.pulled(request, cursor)
+        if self._metrics is not None:
+            self._metrics.carried()
 
     async def _carried(
         self, store: Store, request: PullRequest, read: Callable[[], bytes]

@@ -118,6 +118,9 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=registry,
         )
+        self._carried = Counter(
+            "entidb_carried_pages", "Pages sent with the news of them", registry=registry
+        )
         _count_store(office, registry)
         Gauge(
             "entidb_in_flight_bytes", "Bodies and answers in memory", registry=registry
@@ -139,6 +142,10 @@ class Metrics:
     def pushed(self, answer: PushResponse) -> None:
         for result in answer.results:
             self._transactions.labels(_VERDICTS[result.verdict]).inc()
+
+    def carried(self) -> None:
+        """A page went with its news."""
+        self._carried.inc()
 
     def grouped(self, pushes: int, seconds: float) -> None:
         """A group of pushes was decided, and is on the disk."""

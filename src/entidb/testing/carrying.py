@@ -19,8 +19,8 @@ from entidb.testing.lines import NewsLine
 from entidb.testing.pages import check_page
 from entidb.testing.world import World
 
-#: Pages of one device that are remembered, to be told again.
-_OLD_MAX: Final = 12
+#: Pages of one device and one history that are remembered, to be told again.
+_OLD_MAX: Final = 60
 
 
 class PagedTenant(Protocol):
@@ -44,7 +44,7 @@ class CarriedWatch:
         self._tenant = tenant
         self._canaries = canaries
         self._locked = locked
-        self._old: dict[bytes, deque[tuple[list[str] | None, Event]]] = {}
+        self._old: dict[tuple[bytes, bytes], deque[tuple[list[str] | None, Event]]] = {}
 
     def leaves(self, line: NewsLine, event: Event, grants: Grants) -> None:
         """A page leaves the server: it is what a pull of this device would bring from there, and
@@ -77,7 +77,8 @@ class CarriedWatch:
                 )
 
         world.after(0, check)
-        old = self._old.setdefault(caller.device_id, deque(maxlen=_OLD_MAX))
+        place = caller.device_id, page.history
+        old = self._old.setdefault(place, deque(maxlen=_OLD_MAX))
         old.append((asks.collections, event))
 
     def older(self, line: NewsLine, head: int) -> list[Event]:
@@ -87,8 +88,8 @@ class CarriedWatch:
         asks = line.asks
         if asks is None:
             return []
-        old = self._old.get(line.caller.device_id, ())
-        there = [event for names, event in old if names == asks.collections]
+        told = [old for (device, _), old in self._old.items() if device == line.caller.device_id]
+        there = [event for old in told for names, event in old if names == asks.collections]
         return [event for event in there if int(event.data.split(" ")[1]) == head] or there
 
 
