@@ -9,7 +9,7 @@ from unittest import mock
 from msgspec.structs import replace
 
 from entidb.server import carrying
-from entidb.server.carrying import Carrier
+from entidb.server.carrying import PageCarrier
 from entidb.server.live import LiveChannels
 from entidb.server.live_answers import LiveAnswers
 from entidb.server.live_http import Stream
@@ -273,7 +273,7 @@ def _wider_grant(garden: Garden) -> None:
     """A server has one page for everybody who asks for the same, whatever they may see."""
 
     def make(original: Any) -> Any:
-        def wanted(self: Carrier, text: Any, db_id: str, device_id: Any, grants: Any) -> Any:
+        def wanted(self: PageCarrier, text: Any, db_id: str, device_id: Any, grants: Any) -> Any:
             found = original(self, text, db_id, device_id, grants)
             if found is not None:
                 for other in list(self._wanted.values()):
@@ -283,13 +283,13 @@ def _wider_grant(garden: Garden) -> None:
 
         return wanted
 
-    garden.replace(Carrier, "wanted", make)
+    garden.replace(PageCarrier, "wanted", make)
 
 
 @bug("a-page-for-who-is-locked-out", "LOCKED", knobs=PAGES | {"revoke": 400})
 def _for_locked_out(garden: Garden) -> None:
     """Who is locked out is told pages until the stream ends."""
-    garden.replace(Carrier, "_may", lambda original: lambda self, to, counted=False: True)
+    garden.replace(PageCarrier, "_may", lambda original: lambda self, to, counted=False: True)
 
 
 @bug("a-page-begins-too-late", "ORDER", knobs=PAGES)
@@ -297,7 +297,7 @@ def _too_late(garden: Garden) -> None:
     """A page leaves out the first commit after the hint before it."""
 
     def make(original: Any) -> Any:
-        async def made(self: Carrier, key: Any, *rest: Any) -> Any:
+        async def made(self: PageCarrier, key: Any, *rest: Any) -> Any:
             wanted, begins = key
             return await original(self, (wanted, begins + 1), *rest)
 
@@ -309,7 +309,7 @@ def _too_late(garden: Garden) -> None:
 
         return text
 
-    garden.replace(Carrier, "_made", make)
+    garden.replace(PageCarrier, "_made", make)
     garden.replace(carrying, "event_text", said)
 
 

@@ -45,7 +45,7 @@ from entidb.server import wire
 from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
-from entidb.server.carrying import CARRIED_BYTES_MAX, Carrier
+from entidb.server.carrying import CARRIED_BYTES_MAX, PageCarrier
 from entidb.server.carrying import FEATURE as PAGES
 from entidb.server.config import ServerConfig
 from entidb.server.deadlines import within
@@ -112,7 +112,7 @@ class SyncApp:
             server,
             self._use_existing,
             lambda *given: self._start().ask(*given),
-            Carrier(server.front, server.clock, self._carried, self._note_carried),
+            PageCarrier(server.front, server.clock, self._carried, self._note_carried),
         )
         self._segments = SegmentAnswers(server, self._use_existing)
         self._reading = ReadAnswers(server, self._start, self._use)

@@ -70,7 +70,7 @@ class CarriedTo(Protocol):
     wanted: Wanted | None
 
 
-class Carrier:
+class PageCarrier:
     """Makes the pages of one app; used from its event loop. ``read`` calls what reads in a store,
     at once where that waits for nothing, else on a thread; ``note`` is told what leads a device
     where."""
@@ -230,4 +230,4 @@ def _pull_in(text: str) -> PullRequest:
         raise ProtocolError(f"pages holds no pull that can be read: {error}") from error
 
 
-__all__ = ["CARRIED_BYTES_MAX", "FEATURE", "CarriedTo", "Carrier", "PageEvent", "Wanted"]
+__all__ = ["CARRIED_BYTES_MAX", "FEATURE", "CarriedTo", "PageCarrier", "PageEvent", "Wanted"]

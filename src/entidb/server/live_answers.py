@@ -13,7 +13,7 @@ from typing import Protocol
 
 from entidb.errors import DatabaseClosedError, PermissionDeniedError, StorageError
 from entidb.server.auth import Grants
-from entidb.server.carrying import Carrier
+from entidb.server.carrying import PageCarrier
 from entidb.server.front import Front
 from entidb.server.live import LiveChannels
 from entidb.server.live_http import (
@@ -77,7 +77,7 @@ class LiveAnswers:
         server: LiveServer,
         use: Callable[[str], Awaitable[Store]],
         ask: Callable[[Callable[[Store], Newest], Store], Awaitable[Newest]],
-        carrier: Carrier | None = None,
+        carrier: PageCarrier | None = None,
     ) -> None:
         self._server = server
         self._use = use

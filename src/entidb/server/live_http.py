@@ -22,7 +22,7 @@ from entidb import cbor
 from entidb.errors import ProtocolError
 from entidb.protocol import CONTENT_TYPE
 from entidb.server.auth import Grants
-from entidb.server.carrying import Carrier, PageEvent, Wanted
+from entidb.server.carrying import PageCarrier, PageEvent, Wanted
 from entidb.server.cycle import UNBUFFERED
 from entidb.server.live import LiveChannels
 from entidb.server.wire import ServerResponse
@@ -174,7 +174,7 @@ class Stream:
         grants: Grants,
         clock: Clock,
         number: int,
-        carrier: Carrier | None = None,
+        carrier: PageCarrier | None = None,
     ) -> None:
         """``number`` is another one for each stream of a server, and spreads when they end;
         ``carrier`` has pages for those who ask for them. Raises ``ProtocolError``."""

@@ -30,7 +30,7 @@ from entidb.sync.decisions import Decisions
 from entidb.sync.drive import Courier, Course, Drive, Driver, Pause
 from entidb.sync.exchange import Then
 from entidb.sync.fates import Waiting, trim
-from entidb.sync.hearing import Hearing
+from entidb.sync.hearing import HearsNews
 from entidb.sync.http import HttpTransport
 from entidb.sync.listening import Listeners, Listening
 from entidb.sync.live import LiveState
@@ -53,7 +53,7 @@ _END_TURNS_MAX = 1500
 _INSIDE_TURNS = 3
 
 
-class SyncEngine(Decisions, Verifying, Listening, Hearing, Turnover, Waiting):
+class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.

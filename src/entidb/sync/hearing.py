@@ -16,7 +16,7 @@ from entidb.sync.live import NewsSource
 from entidb.sync.transport import SyncTransport
 
 
-class Hearing:
+class HearsNews:
     """See the module."""
 
     config: SyncConfig
@@ -58,4 +58,4 @@ class Hearing:
         self._attempts.connection.carried.put(page)
 
 
-__all__ = ["Hearing"]
+__all__ = ["HearsNews"]

@@ -19,7 +19,7 @@ from entidb import cbor, protocol
 from entidb.db.records import META_HEAD, decode_head
 from entidb.errors import EntiDBError, SyncError, TransportError, error_from_code
 from entidb.protocol import ErrorResponse, PullRequest
-from entidb.server.carrying import CARRIED_OPERATIONS_MAX, Carrier
+from entidb.server.carrying import CARRIED_OPERATIONS_MAX, PageCarrier
 from entidb.server.front import Front
 from entidb.server.live import LiveChannels
 from entidb.server.live_answers import LiveAnswers, LiveServer, Streamed
@@ -70,10 +70,10 @@ class NodeChannels:
         )
         self._rng = world.stream(f"threads of {node.name} {node.life}")
 
-    def _carrier(self, world: World, front: Front) -> Carrier:
+    def _carrier(self, world: World, front: Front) -> PageCarrier:
         pages = world.knobs.pages
         some = CARRIED_OPERATIONS_MAX if pages == 1 else pages - 1
-        return Carrier(
+        return PageCarrier(
             front,
             world.server_clock,
             self._read,
@@ -316,7 +316,9 @@ class SimulatedChannels:
             made.insert(self._rng.choice((0, 1)), (Event("head", str(other)), 0))
             older = self._pages.older(line, _head_of(event))
             if older:
-                made.insert(self._rng.choice((0, 1, 1)), (self._rng.choice(older), 0))
+                # Mostly at another time than what it stood beside.
+                late_ms = self._rng.choice((0, 10, 100))
+                made.append((self._rng.choice(older), late_ms))
         return made
 
     def _chance(self, fault: str, rate: int) -> bool:
