@@ -650,21 +650,3 @@ def test_a_misspelt_column_of_an_export_is_seen(tmp_path: Path):
     said = failed(entidb("export", shop, "stock", "--fields", "name"), 2, "usage")
     assert "--format csv" in said
     failed(entidb("export", shop, "stock", "--format", "csv", "--fields", "name,"), 2, "usage")
-
-
-def test_a_misspelt_column_of_an_export_is_seen(tmp_path: Path):
-    shop = tmp_path / "shop"
-    done(entidb("put", shop, "stock", '{"name": "cup", "price": 3}'))
-    result = entidb("export", shop, "stock", "--format", "csv", "--fields", "$id,nmae,price,name")
-    assert done(result).out.splitlines()[0] == "$id,nmae,price,name"
-    assert "'nmae'" in result.err and "'name'" in result.err and "price" not in result.err
-    far = entidb("export", shop, "stock", "--format", "csv", "--fields", "weight")
-    assert "'weight'" in far.err and "name, price" in far.err
-    assert done(entidb("export", shop, "stock", "--format", "csv", "--fields", "name")).err == ""
-    said = failed(entidb("export", shop, "stock", "--fields", "name"), 2, "usage")
-    assert "--format csv" in said
-    failed(entidb("export", shop, "stock", "--format", "csv", "--fields", "name,"), 2, "usage")
-
-
-def test_a_file_of_a_value_that_is_not_there_is_as_one_of_rows(tmp_path: Path):
-    failed(entidb("put", tmp_path / "shop", "stock", f"@{tmp_path / 'none'}"), 3, "no_file")
