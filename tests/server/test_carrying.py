@@ -214,6 +214,16 @@ def test_a_question_that_cannot_be_meant_is_refused(text: str) -> None:
         connection.close()
 
 
+def test_pages_are_counted() -> None:
+    with running(metrics=True) as (server, url), Client(url) as client:
+        request = asks(server)
+        events = opened(url, request)
+        add(server)
+        page_of(events.next(), request)
+        told = client.request("GET", "/metrics").body.decode()
+        assert "entidb_carried_pages_total 1.0" in told
+
+
 def test_the_registry_notes_where_a_page_leads() -> None:
     with running() as (server, url), Client(url) as client:
         request = asks(server)

@@ -16,10 +16,9 @@ import base64
 import binascii
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final
 from weakref import WeakValueDictionary
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from entidb import protocol
@@ -29,6 +28,7 @@ from entidb.protocol import PullRequest, PullResponse
 from entidb.server.auth import Grants
 from entidb.server.front import Front
 from entidb.server.hooks import Grant
+from entidb.server.live_http import CarriedTo, PageEvent, Wanted
 from entidb.server.stores import Holding, Store
 from entidb.types import Clock
 
@@ -42,32 +42,6 @@ CARRIED_OPERATIONS_MAX: Final = 200
 _KEPT_MAX: Final = 16
 
 Read = Callable[[Store, PullRequest, Callable[[], bytes]], Awaitable[bytes]]
-
-
-class Wanted(Struct, frozen=True, eq=False, weakref=True):
-    """What the pulls of a stream's device ask for, and what its token grants: one object for all
-    streams of which both are the same."""
-
-    pull: PullRequest
-    collections: frozenset[str] | None
-
-
-class PageEvent(Struct, frozen=True):
-    """A page that leads from where it was made to ``head``, as an event; ``text`` is empty where
-    there is none. ``writers`` are the devices whose changes it brings."""
-
-    text: bytes
-    head: int
-    writers: frozenset[bytes] = frozenset()
-
-
-class CarriedTo(Protocol):
-    """Who gets a page."""
-
-    db_id: str
-    device_id: bytes | None
-    grants: Grants
-    wanted: Wanted | None
 
 
 class PageCarrier:
@@ -230,4 +204,4 @@ def _pull_in(text: str) -> PullRequest:
         raise ProtocolError(f"pages holds no pull that can be read: {error}") from error
 
 
-__all__ = ["CARRIED_BYTES_MAX", "FEATURE", "CarriedTo", "PageCarrier", "PageEvent", "Wanted"]
+__all__ = ["CARRIED_BYTES_MAX", "FEATURE", "CarriedTo", "PageCarrier"]

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from entidb.errors import DatabaseClosedError, PermissionDeniedError, StorageError
 from entidb.server.auth import Grants
-from entidb.server.carrying import PageCarrier
 from entidb.server.front import Front
 from entidb.server.live import LiveChannels
 from entidb.server.live_http import (
@@ -21,6 +20,7 @@ from entidb.server.live_http import (
     Headers,
     LiveRequest,
     Newest,
+    PageSource,
     Poll,
     Receive,
     Send,
@@ -77,7 +77,7 @@ class LiveAnswers:
         server: LiveServer,
         use: Callable[[str], Awaitable[Store]],
         ask: Callable[[Callable[[Store], Newest], Store], Awaitable[Newest]],
-        carrier: PageCarrier | None = None,
+        carrier: PageSource | None = None,
     ) -> None:
         self._server = server
         self._use = use

@@ -15,14 +15,15 @@ import contextlib
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl
+
+from msgspec import Struct
 
 from entidb import cbor
 from entidb.errors import ProtocolError
-from entidb.protocol import CONTENT_TYPE
+from entidb.protocol import CONTENT_TYPE, PullRequest
 from entidb.server.auth import Grants
-from entidb.server.carrying import PageCarrier, PageEvent, Wanted
 from entidb.server.cycle import UNBUFFERED
 from entidb.server.live import LiveChannels
 from entidb.server.wire import ServerResponse
@@ -144,6 +145,45 @@ class Poll:
 # ---------------------------------------------------------------- a stream
 
 
+class Wanted(Struct, frozen=True, eq=False, weakref=True):
+    """What the pulls of a stream's device ask for, and what its token grants: one object for all
+    streams of which both are the same."""
+
+    pull: PullRequest
+    collections: frozenset[str] | None
+
+
+class PageEvent(Struct, frozen=True):
+    """A page that leads from where it was made to ``head``, as an event; ``text`` is empty where
+    there is none. ``writers`` are the devices whose changes it brings."""
+
+    text: bytes
+    head: int
+    writers: frozenset[bytes] = frozenset()
+
+
+class CarriedTo(Protocol):
+    """Who gets a page."""
+
+    db_id: str
+    device_id: bytes | None
+    grants: Grants
+    wanted: Wanted | None
+
+
+class PageSource(Protocol):
+    """Has pages that go with news: a ``PageCarrier``."""
+
+    def wanted(
+        self, text: str | None, db_id: str, device_id: bytes | None, grants: Grants
+    ) -> Wanted | None:
+        """What ``text`` asks for. Raises ``ProtocolError``."""
+
+    async def page(self, to: CarriedTo, begins: int, head: int) -> PageEvent | None:
+        """The page that leads ``to`` from ``begins`` to ``head`` or beyond; None where it gets
+        none."""
+
+
 class Stream:
     """One stream of events, and a waiter already; ``run`` is the rest of its life."""
 
@@ -174,7 +214,7 @@ class Stream:
         grants: Grants,
         clock: Clock,
         number: int,
-        carrier: PageCarrier | None = None,
+        carrier: PageSource | None = None,
     ) -> None:
         """``number`` is another one for each stream of a server, and spreads when they end;
         ``carrier`` has pages for those who ask for them. Raises ``ProtocolError``."""

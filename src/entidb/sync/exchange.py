@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
-from entidb.db import machine
 from entidb.db.replica import ReplicaState
 from entidb.errors import HistoryChangedError, ProtocolError
 from entidb.protocol import (
@@ -30,10 +29,9 @@ from entidb.protocol import (
     SyncResponse,
 )
 from entidb.sync.apply.report import RebaseReport
-from entidb.sync.apply.seam import Look, SyncApplier
+from entidb.sync.apply.seam import SyncApplier
 from entidb.sync.carried import Carried
 from entidb.sync.config import SyncConfig
-from entidb.sync.grants import needs_grant
 from entidb.sync.refusal import Path
 from entidb.sync.segment_files import Fetch
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState
@@ -136,16 +134,6 @@ class Then(Protocol):
     """What is done at the end of a cycle that worked, before another one may begin."""
 
     def run(self, exchange: Exchange) -> Generator[Step, SyncResponse | None, None]: ...
-
-
-def is_plain(look: Look) -> bool:
-    """Whether the pull of this cycle asks for what changed and nothing else."""
-    state = look.state
-    level = machine.lacks(state) is machine.Lacks.NOTHING
-    waits = state.foreign_names or state.unsettled
-    return (
-        level and not waits and look.stage is None and not look.adopting and not needs_grant(state)
-    )
 
 
 def pull_request(

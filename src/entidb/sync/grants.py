@@ -16,6 +16,7 @@ from entidb.db.replica import ReplicaState
 from entidb.db.writer import Writer
 from entidb.errors import PermissionDeniedError
 from entidb.sync.apply.rebase import Rebase
+from entidb.sync.apply.seam import Look
 
 _PAGE_ROWS = 1000
 
@@ -66,6 +67,16 @@ def check_granted(granted: list[str] | None, state: ReplicaState) -> None:
 def needs_grant(state: ReplicaState) -> bool:
     """Whether a wider scope took in collections that are not granted: they will not come."""
     return state.granted is not None and not all(map(state.grants, state.uncovered))
+
+
+def is_plain(look: Look) -> bool:
+    """Whether the pull of this cycle asks for what changed and nothing else."""
+    state = look.state
+    level = machine.lacks(state) is machine.Lacks.NOTHING
+    waits = state.foreign_names or state.unsettled
+    return (
+        level and not waits and look.stage is None and not look.adopting and not needs_grant(state)
+    )
 
 
 def _gained(

@@ -29,11 +29,10 @@ from entidb.sync.exchange import (
     SendAhead,
     Step,
     check_not_back,
-    is_plain,
     pull_request,
 )
 from entidb.sync.fetching import Fetching
-from entidb.sync.grants import GrantChangedError, check_granted, needs_grant
+from entidb.sync.grants import GrantChangedError, check_granted, is_plain, needs_grant
 from entidb.sync.room import ROW_BYTES
 from entidb.sync.state import SyncProgress, SyncState
 

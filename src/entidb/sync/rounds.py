@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from entidb.errors import ResetRequiredError, SyncError, UpgradeRequiredError
 from entidb.protocol import PullRequest, PullResponse, RoundRequest, RoundResponse, SyncResponse
 from entidb.sync.apply.seam import Look, PushBatch
-from entidb.sync.exchange import Exchange, Step, is_plain
+from entidb.sync.exchange import Exchange, Step
+from entidb.sync.grants import is_plain
 from entidb.sync.pulling import Pulling
 from entidb.sync.pushing import Pushing
 from entidb.sync.state import SyncState
