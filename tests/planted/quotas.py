@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from entidb.server import fullness
 from entidb.server.fullness import Fullness, Room
 from entidb.server.newcomers import Newcomers
@@ -148,3 +150,37 @@ def _refused_counts_as_met(garden: Garden) -> None:
 def _locked_out_takes_room(garden: Garden) -> None:
     """A device that is revoked counts like any other."""
     garden.replace(Newcomers, "_is_revoked", lambda original: lambda self, row, db_id: False)
+
+
+_PEOPLE: Final = _DEVICES | {"people": 300, "quota_devices": 3, "devices": 5}
+
+
+@bug("devices-of-one-person-not-counted", "QUOTA", knobs=_PEOPLE)
+def _own_not_counted(garden: Garden) -> None:
+    """Whoever asks has no device yet, as far as the limit for one person goes."""
+    garden.replace(Newcomers, "_check", _as_somebody_else)
+
+
+def _as_somebody_else(original: Any) -> Any:
+    def check(self: Any, request: Any, asking: Any, rows: Any) -> None:
+        most, self._subject_max = self._subject_max, 0
+        try:
+            original(self, request, asking, rows)
+        finally:
+            self._subject_max = most
+
+    return check
+
+
+@bug("devices-of-others-counted-as-ones-own", "QUOTA", knobs=_PEOPLE)
+def _others_counted(garden: Garden) -> None:
+    """The limit for one person counts the devices of all."""
+
+    def make(original: Any) -> Any:
+        def check(self: Any, request: Any, asking: Any, rows: Any) -> None:
+            own = [replace(row, subject=asking.subject) for row in rows]
+            original(self, request, asking, own)
+
+        return check
+
+    garden.replace(Newcomers, "_check", make)

@@ -144,7 +144,13 @@ class SimulatedChannels:
         if before is not None:
             for line in list(before.lines):
                 self._end(line, TransportError("the connection was reset"))
+            before.loop.end()
         return made
+
+    def end(self) -> None:
+        """The run is over."""
+        for channels in self._of.values():
+            channels.loop.end()
 
     def cut_all(self) -> None:
         for channels in self._of.values():

@@ -177,7 +177,9 @@ class Host:
     def let_everybody_in(self) -> None:
         """The operator allows any number of devices."""
         if self.world.knobs.quota_devices:
-            self._config = replace(self._config, database_devices_max=ANY_NUMBER)
+            self._config = replace(
+                self._config, database_devices_max=ANY_NUMBER, subject_devices_max=ANY_NUMBER
+            )
             self.let_in.everybody()
             self.start()
 
@@ -362,9 +364,9 @@ class Host:
         try:
             store = front.use(request, grant)
         except SyncError as error:
-            self.let_in.kept_out(request, error)
+            self.let_in.kept_out(request, grant.subject, error)
             raise
-        self.let_in.let_in(request)
+        self.let_in.let_in(request, grant.subject)
         return store
 
     def receive_fetch(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import math
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, TypeVarTuple, cast
 
 from entidb.testing.world import World
 
+_NOT_BEGUN = inspect.CORO_CREATED
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 #: Do something so many milliseconds from now.
@@ -98,6 +100,14 @@ class WorldLoop:
         task: asyncio.Task[T] = asyncio.Task(cast(Coroutine[Any, Any, T], coro), loop=self.loop)
         self._tasks[task] = None
         return task
+
+    def end(self) -> None:
+        """Its process has ended. What had not begun will not begin; what had is left as it is, as a
+        killed process leaves it."""
+        for task in self._tasks:
+            work = task.get_coro()
+            if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == _NOT_BEGUN:
+                work.close()
 
     def get_debug(self) -> bool:
         return False

@@ -23,6 +23,8 @@ from entidb.testing.oracle import History
 from entidb.testing.world import World
 
 OVER_QUOTA: Final = CODE
+#: Of devices: of all together, and of one person.
+_LIMITS: Final = ("database_devices_max", "subject_devices_max")
 #: As many devices as are remembered: room for all of them.
 ANY_NUMBER: Final = 10_000
 
@@ -34,7 +36,14 @@ def settings(knobs: Knobs) -> dict[str, Any]:
         # A node does not see for a minute how much others add.
         "database_bytes_max": knobs.quota_bytes if knobs.nodes < 2 else 0,
         "database_devices_max": knobs.quota_devices,
+        "subject_devices_max": own_devices(knobs),
     }
+
+
+def own_devices(knobs: Knobs) -> int:
+    """How many devices one person may have in a database, where several use them: fewer than it
+    may have in all, so that both limits are met. 0: any number."""
+    return max(1, knobs.quota_devices - 1) if knobs.people and knobs.quota_devices else 0
 
 
 def has_quota(knobs: Knobs) -> bool:
@@ -150,40 +159,52 @@ class DevicesWatch:
         self._world = world
         self._keeper = keeper
         self._most = world.knobs.quota_devices
-        self._met: dict[str, set[bytes]] = {}
+        self._own = own_devices(world.knobs)
+        #: With the person who had each when it came first.
+        self._met: dict[str, dict[bytes, str]] = {}
 
     def everybody(self) -> None:
         """The operator allows any number from now on."""
-        self._most = ANY_NUMBER
+        self._most = self._own = ANY_NUMBER
 
-    def let_in(self, request: SyncRequest) -> None:
+    def let_in(self, request: SyncRequest, who: str) -> None:
         if not self._most:
             return
-        met = self._met.setdefault(request.db_id, set())
+        met = self._met.setdefault(request.db_id, {})
+        full = self._full(request.db_id, who)
         self._world.checks.that(
-            request.device_id in met or self._count(request.db_id) < self._most,
+            request.device_id in met or not full,
             "QUOTA",
-            f"{request.db_id} has {len(met)} devices, and let {request.device_id.hex()} in too",
+            f"{request.db_id} has {len(met)} devices, and let {request.device_id.hex()} of {who} "
+            f"in too, which is beyond {full}",
         )
-        met.add(request.device_id)
+        met.setdefault(request.device_id, who)
 
-    def kept_out(self, request: SyncRequest, error: SyncError) -> None:
+    def kept_out(self, request: SyncRequest, who: str, error: SyncError) -> None:
         """The server has no use for a request; where it is for the number of devices, that is
         so."""
         if error.details.get("reason") != REASON:
             return
         self._world.fired("quota_devices")
         known = request.device_id in self._met.get(request.db_id, ())
+        said = next(name for name in _LIMITS if name in error.message)
+        full = self._full(request.db_id, who)
         self._world.checks.that(
-            not known and self._count(request.db_id) >= self._most > 0,
+            not known and said in full,
             "QUOTA",
-            f"{request.device_id.hex()} is one too many in {request.db_id}, which has met it: "
-            f"{known}; it has {self._count(request.db_id)} of {self._most}",
+            f"{request.device_id.hex()} of {who} is one too many in {request.db_id} for {said}; it "
+            f"was met: {known}, and these are full: {full}",
         )
 
-    def _count(self, db_id: str) -> int:
-        met = self._met.get(db_id, ())
-        return sum(not self._keeper.locks(device_id, db_id) for device_id in met)
+    def _full(self, db_id: str, who: str) -> list[str]:
+        """The limits of a database that one more device of ``who`` would pass."""
+        counted = [
+            owner
+            for device_id, owner in self._met.get(db_id, {}).items()
+            if not self._keeper.locks(device_id, db_id)
+        ]
+        numbers = (len(counted), self._most), (counted.count(who), self._own)
+        return [name for name, (has, most) in zip(_LIMITS, numbers, strict=True) if 0 < most <= has]
 
 
 class RecordsInMemory:
@@ -220,4 +241,12 @@ class RecordsInMemory:
         return True
 
 
-__all__ = ["OVER_QUOTA", "DevicesWatch", "QuotaWatch", "RecordsInMemory", "has_quota", "settings"]
+__all__ = [
+    "_LIMITS",
+    "OVER_QUOTA",
+    "DevicesWatch",
+    "QuotaWatch",
+    "RecordsInMemory",
+    "has_quota",
+    "settings",
+]

@@ -91,6 +91,7 @@ def simulate(seed: int, options: Options | None = None) -> Run:
         invariant, message = "UNEXPECTED", traceback.format_exc()
     finally:
         log.disabled = disabled
+        simulation.host.channels.end()
         world.close()
     return Run(
         seed,
