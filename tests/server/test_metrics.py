@@ -30,8 +30,13 @@ def exported(text: str) -> set[str]:
     return {name + part for name, kind in families for part in parts.get(kind, ("",))}
 
 
-def test_dashboard_and_alerts_name_metrics_that_are_exported_and_the_dashboard_shows_all() -> None:
+def test_dashboard_and_alerts_name_metrics_that_are_exported_and_the_dashboard_shows_all(
+    tmp_path: Path,
+) -> None:
     with running(metrics=True) as (_, url):
+        assert "entidb_disk_free_bytes" not in told(url), "it knows of no disk"
+    config = ServerConfig(data_dir=tmp_path / "data", insecure_no_auth=True, metrics=True)
+    with SyncServer(config) as server, serving(server) as url:
         there = exported(told(url))
     dashboard = json.loads((FILES / "dashboard.json").read_text(encoding="utf-8"))
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

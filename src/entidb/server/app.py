@@ -436,6 +436,11 @@ class SyncApp:
 
     # ------------------------------------------------------------ records
 
+    def note_refused(self, code: str) -> None:
+        """Of what never became a request of the app: who serves it says so."""
+        if self._metrics is not None:
+            self._metrics.refused(code)
+
     def _note(self, exchange: HttpExchange) -> None:
         seconds = exchange.seconds()
         exchange.tell(self.server.registry)

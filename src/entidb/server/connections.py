@@ -26,6 +26,8 @@ from entidb.server import wire
 from entidb.server.config import ServerConfig
 from entidb.server.cycle import ConnectionFlow, Flag, RequestCycle
 from entidb.server.deadlines import Deadline
+from entidb.server.live_http import LIVE_PATH
+from entidb.server.refusing import NO_ADDRESS, RefusedError, answer_of, refusal_of, too_long
 
 logger = logging.getLogger("entidb.server")
 
@@ -35,6 +37,10 @@ _HEAD_BYTES_MAX: Final = 64 * 1024
 #: Requests that wait for the answer to one before them. No client of ours sends two at once, and
 #: each takes a hundred times the room of the words that ask for it.
 _WAITING_MAX: Final = 64
+#: Seconds that a client gets to hear the last answer on its connection, and bytes that it may go on
+#: sending meanwhile.
+_PARTING_S: Final = 2.0
+_DROPPED_BYTES_MAX: Final = 4 * 2**20
 #: Seconds that a connection gets before its first request comes, even when all are taken.
 _FIRST_WORD_S: Final = 1.0
 #: Connections beyond the limit that get an answer; more are closed without one.
@@ -54,8 +60,13 @@ _turned_away = itertools.count()
 #: Of all connections on which no request waits for the one before it; never changed.
 _NOTHING_WAITS: Final[deque[Any]] = deque()
 
+Told = Callable[[str], None]
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def _nothing(code: str) -> None:
+    return None
 
 
 class Connections:
@@ -129,20 +140,41 @@ class LimitedConnection(HttpToolsProtocol):
     #: Set by ``connection_class``.
     settings: ServerConfig
     connections_of_all: Connections
+    #: Hears the code of each refusal that the app does not know of.
+    told: Told
     # With these in the dictionary of uvicorn's attributes, it is one that shares no names with
     # those of other connections any more, and five times as large.
-    __slots__ = ("_head_bytes", "_head_limit", "_idle_limit", "_write_limit", "making_room")
+    __slots__ = (
+        "_came_bytes",
+        "_dropped_bytes",
+        "_head_bytes",
+        "_head_limit",
+        "_idle_limit",
+        "_in_pieces",
+        "_last_words",
+        "_parting",
+        "_write_limit",
+        "making_room",
+    )
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.pipeline = _NOTHING_WAITS
         self.making_room = False
         loop, settings = self.loop, self.settings
-        self._head_limit = Deadline(loop, settings.head_timeout_s, self._cut)
+        self._head_limit = Deadline(loop, settings.head_timeout_s, self._end_of_head)
         self._write_limit = Deadline(loop, settings.write_timeout_s, self._cut)
         self._idle_limit = Deadline(loop, self.timeout_keep_alive, self.timeout_keep_alive_handler)
         #: Bytes that came in since the last of a body, or since a request was expected.
         self._head_bytes = 0
+        #: Whether a head has begun that did not come in at once; and how much came in at last.
+        self._in_pieces, self._came_bytes = False, 0
+        self.url, self.headers = b"", []
+        #: What is answered last; and until when it is waited for a client to take that. What comes
+        #: in counts no more then.
+        self._last_words: bytes | None = None
+        self._parting: asyncio.TimerHandle | None = None
+        self._dropped_bytes = 0
         #: The request that is being answered; ``cycle`` is the newest one, which may wait for it.
         self._answered: RequestResponseCycle | None = None
 
@@ -156,6 +188,8 @@ class LimitedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         for limit in (self._head_limit, self._write_limit, self._idle_limit):
             limit.end()
+        if self._parting is not None:
+            self._parting.cancel()
         self.connections_of_all.closed(self)
         self.pipeline.clear()
         answered = self._answered
@@ -165,15 +199,79 @@ class LimitedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._parting is not None:
+            self._dropped_bytes += len(data)
+            if self._dropped_bytes > _DROPPED_BYTES_MAX:
+                self.transport.abort()
+            return
         self._idle_limit.stop()
         if not self._head_limit.running and self._is_idle():
             self._expect_head()
-        self._head_bytes += len(data)
-        super().data_received(data)
+        self._came_bytes = len(data)
+        self._head_bytes += self._came_bytes
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+        except httptools.HttpParserError as error:
+            self._refuse(refusal_of(error))
+        self._in_pieces = bool(self.url or self.headers)
         if self._head_bytes > _HEAD_BYTES_MAX:
             # A head, or a trailer, or the next head while an answer is under way: the parser keeps
             # all of it until it ends.
-            self.transport.abort()
+            self._refuse(too_long(_HEAD_BYTES_MAX))
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that says nothing more may still wait for its answer. With TLS both directions
+        end together; and who waits for news and hangs up waits no more."""
+        transport, cycle = self.transport, self.cycle
+        if self._parting is not None or not transport.can_write_eof():
+            return False
+        if self._is_idle():
+            if not self._head_limit.running or not self._head_bytes:
+                return False
+            self._refuse(RefusedError(400, "the request ended before its head did"))
+            return True
+        if cycle.more_body:
+            self._refuse(RefusedError(400, "the request ended before its body did"))
+            return True
+        if cycle.response_started or cycle.scope["path"].endswith(LIVE_PATH):
+            return False
+        cycle.keep_alive = False
+        return True
+
+    def _refuse(self, refused: RefusedError) -> None:
+        """Answer so, after what was asked before, and then nothing any more."""
+        if self._parting is not None or self.transport.is_closing():
+            return
+        self._last_words = answer_of(refused)
+        self.told(refused.code)
+        self._head_limit.stop()
+        self._idle_limit.stop()
+        self._parting = self.loop.call_later(_PARTING_S, self._cut)
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._part()
+        elif cycle.more_body and cycle is self._answered:
+            # What is refused is the rest of this one.
+            if cycle.response_started:
+                self._cut()
+            else:
+                cycle.disconnected = True
+                cycle.message_event.set()
+                self._part()
+        elif cycle.more_body:
+            self.pipeline.popleft()
+
+    def _part(self) -> None:
+        """Say the last words, and read on until the client has heard them: of a connection that is
+        closed with something unread in it the answer is lost."""
+        words, self._last_words = self._last_words, None
+        if words is not None:
+            self.transport.write(words)
+            self.flow.resume_reading()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
 
     def _unsupported_upgrade_warning(self) -> None:
         """The request is answered as if it had not asked for another protocol (RFC 9110, section
@@ -181,11 +279,18 @@ class LimitedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_limit.stop()
+        may_be_long = self._in_pieces or self._came_bytes > _HEAD_BYTES_MAX
+        if may_be_long and self._bytes_of_head() > _HEAD_BYTES_MAX:
+            self._refuse(too_long(_HEAD_BYTES_MAX))
         self._head_bytes = 0
         if len(self.pipeline) >= _WAITING_MAX:
             # The parser reads to the end of what has come, which may be thousands of requests.
-            self.transport.abort()
-        if self.transport.is_closing():
+            self._refuse(
+                RefusedError(
+                    400, f"{_WAITING_MAX} requests wait on this connection: read their answers"
+                )
+            )
+        if self._parting is not None or self.transport.is_closing():
             return
         # What the parser still calls a header comes behind the body, where nobody who looked at the
         # head has seen it.
@@ -194,8 +299,10 @@ class LimitedConnection(HttpToolsProtocol):
         if not self.connections_of_all.asks(self) and not self.url.startswith(b"/healthz"):
             # What looks after the server has to be answered most of all when there is too much.
             app = _turn_away
+            self.told("busy")
         before: RequestResponseCycle | None = self.cycle
         cycle = self.cycle = self._begun()
+        self.url = b""
         if before is None or before.response_complete:
             self._answered = cycle
             self._start_asgi_task(cycle, app)
@@ -204,6 +311,10 @@ class LimitedConnection(HttpToolsProtocol):
             self.flow.pause_reading()
             self.pipeline = deque([(cycle, app), *self.pipeline])
 
+    def _bytes_of_head(self) -> int:
+        """What came in may be more than the head."""
+        return len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers])
+
     def _begun(self) -> RequestCycle:
         """The request whose head has come in."""
         parser, scope = self.parser, self.scope
@@ -211,10 +322,14 @@ class LimitedConnection(HttpToolsProtocol):
         scope["method"] = parser.get_method().decode("ascii")
         if version != "1.1":
             scope["http_version"] = version
-        url = httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
+        try:
+            url = httptools.parse_url(self.url)
+            raw_path = url.path or b"/"
+            path = raw_path.decode("ascii")
+        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError) as error:
+            raise RefusedError(400, NO_ADDRESS) from error
         scope["path"] = self.root_path + (unquote(path) if "%" in path else path)
-        scope["raw_path"] = self.root_path.encode("ascii") + url.path
+        scope["raw_path"] = self.root_path.encode("ascii") + raw_path
         scope["query_string"] = url.query or b""
         return RequestCycle(
             scope=scope,
@@ -232,10 +347,16 @@ class LimitedConnection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
+        if self._parting is not None:
+            return
         assert isinstance(cycle, RequestCycle), "every request begins with its head"
         if not cycle.response_complete:
             self._head_bytes = 0
             cycle.came(body)
+
+    def on_message_complete(self) -> None:
+        if self._parting is None:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
@@ -248,6 +369,9 @@ class LimitedConnection(HttpToolsProtocol):
         if waiting is not None:
             self._answered = waiting[0]
             self._start_asgi_task(*waiting)
+            return
+        if self._parting is not None:
+            self._part()
             return
         self._idle_limit.start()
         if self._is_idle():
@@ -275,17 +399,33 @@ class LimitedConnection(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_limit.start()
 
+    def _end_of_head(self) -> None:
+        if self._head_bytes:
+            words = f"the head of the request did not come in {self.settings.head_timeout_s:g} s"
+            self._refuse(RefusedError(408, words))
+        else:
+            self._cut()
+
     def _cut(self) -> None:
         self.transport.abort()
 
 
-def connection_class(settings: ServerConfig, most: int) -> type[LimitedConnection]:
-    """The class of a server's connections, of which there are ``most`` at once."""
+def connection_class(
+    settings: ServerConfig,
+    most: int,
+    told: Told = _nothing,
+) -> type[LimitedConnection]:
+    """The class of a server's connections, of which there are ``most`` at once. ``told`` hears the
+    code of each refusal that the app does not know of."""
 
     def now() -> float:
         return asyncio.get_running_loop().time()
 
-    named = {"settings": settings, "connections_of_all": Connections(most, now)}
+    named = {
+        "settings": settings,
+        "connections_of_all": Connections(most, now),
+        "told": staticmethod(told),
+    }
     return type("LimitedConnection", (LimitedConnection,), named)
 
 

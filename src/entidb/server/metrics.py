@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 from msgspec import Struct
 from prometheus_client import (
@@ -130,9 +131,13 @@ class Metrics:
         )
         Gauge("entidb_live", "Devices that wait for news now", registry=registry).set_function(live)
 
+    def refused(self, code: str) -> None:
+        """Something was refused, maybe before it was a request."""
+        self._refused.labels(code if code in _CODES else "other").inc()
+
     def answered(self, path: str, status: int, seconds: float, code: str | None) -> None:
         if code is not None:
-            self._refused.labels(code if code in _CODES else "other").inc()
+            self.refused(code)
         label = path if path in _PATHS else "other"
         if path.startswith(SEGMENTS_PATH):
             label = SEGMENTS_PATH
@@ -240,20 +245,20 @@ def _count_store(office: Office, registry: CollectorRegistry) -> None:
     Gauge(
         "entidb_store_bytes", "Bytes of all databases on the disk", registry=registry
     ).set_function(lambda: sum(row.bytes for row in database_rows(office, _EVERYBODY)))
-    Gauge("entidb_disk_free_bytes", "Bytes free for the databases", registry=registry).set_function(
-        lambda: _free_bytes(office)
-    )
+    root = office.place.root
+    if root is not None:
+        # Where nobody knows how much is free, nobody is told that it is nothing.
+        Gauge(
+            "entidb_disk_free_bytes", "Bytes free for the databases", registry=registry
+        ).set_function(partial(_free_bytes, root))
 
 
 def _devices(office: Office, number: int) -> float:
     return summary(office, _EVERYBODY).lag[number]
 
 
-def _free_bytes(office: Office) -> float:
-    place = office.place.root
-    if place is None:
-        return 0.0
+def _free_bytes(root: Path) -> float:
     try:
-        return shutil.disk_usage(place).free
+        return shutil.disk_usage(root).free
     except OSError:
         return 0.0  # /readyz says that the disk does not answer

@@ -32,6 +32,7 @@ from entidb.server.app import SyncApp, create_app
 from entidb.server.certificates import Certificate
 from entidb.server.config import ServerConfig
 from entidb.server.connections import (
+    LimitedConnection,
     connection_class,
     files_needed,
     fit_connections,
@@ -39,6 +40,7 @@ from entidb.server.connections import (
     raise_file_limit,
 )
 from entidb.server.cores import stay_on_core
+from entidb.server.handshakes import Arriving, Handshakes, ProtocolFactory
 from entidb.server.keys import key_files
 from entidb.server.server import SyncServer
 from entidb.server.signals import read_again, signals
@@ -50,9 +52,9 @@ logger = logging.getLogger("entidb.server")
 
 DEFAULT_PORT: Final = 4984
 _KEEP_ALIVE_S: Final = 75
-#: Seconds for which a thread that decides or packs keeps the interpreter from others. Python's own
 #: Seconds that a TLS handshake gets: some round trips of the slowest network.
 _HANDSHAKE_S: Final = 10.0
+#: Seconds for which a thread that decides or packs keeps the interpreter from others. Python's own
 #: five milliseconds are more than most requests take, and one waits for several threads.
 _SWITCH_S: Final = 0.001
 
@@ -246,14 +248,17 @@ def _prepare(
     try:
         bound = _bind(listen, settings)
         certificate = _certificate(listen, app.server.clock)
-        uvicorn_config = _uvicorn_config(app, settings, listen, certificate)
+        most = _connections_max(app, settings)
+        kind = connection_class(settings, most, app.note_refused)
+        uvicorn_config = _uvicorn_config(app, kind, settings, listen, certificate)
         if worker:
             uvicorn_config.backlog = 1
         name = bound.getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         scheme = "https" if listen.tls_cert else "http"
         url = app.server.address = f"{scheme}://{host}:{name[1]}"
-        server = _Server(uvicorn_config, announce, url, app.send_away)
+        handshakes = Handshakes(most, told=app.note_refused)
+        server = _Server(uvicorn_config, announce, url, app.send_away, handshakes)
         server.gentle = worker
         return _Runner(server, bound, partial(read_again, app.server, certificate))
     except BaseException:
@@ -276,7 +281,11 @@ def _certificate(listen: Listen, clock: Clock) -> Certificate | None:
 
 
 def _uvicorn_config(
-    app: SyncApp, settings: ServerConfig, listen: Listen, certificate: Certificate | None
+    app: SyncApp,
+    kind: type[LimitedConnection],
+    settings: ServerConfig,
+    listen: Listen,
+    certificate: Certificate | None,
 ) -> uvicorn.Config:
     def with_newest(config: uvicorn.Config, make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
         assert certificate is not None, "asked for TLS only"
@@ -284,7 +293,7 @@ def _uvicorn_config(
 
     return uvicorn.Config(
         app,
-        http=connection_class(settings, _connections_max(app, settings)),
+        http=kind,
         ws="none",
         lifespan="on",
         interface="asgi3",
@@ -421,18 +430,23 @@ _LOGS: Final = {
 
 
 @contextlib.contextmanager
-def _quick_handshakes(*, encrypted: bool) -> Iterator[None]:
-    """Servers that the running event loop makes in the block give a TLS handshake less time than
-    the minute of the loop, for which uvicorn has no setting: who connects and says nothing has a
-    file, and is no connection yet that could be closed for another one."""
+def _bounded_handshakes(handshakes: Handshakes) -> Iterator[None]:
+    """Servers that the running event loop makes in the block have their TLS handshakes among
+    ``handshakes``, and give each less time than the minute of the loop: uvicorn has no settings for
+    either."""
     loop: Any = asyncio.get_running_loop()
-    if encrypted:
-        loop.create_server = partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE_S)
+    create_server = loop.create_server
+
+    def create(make: ProtocolFactory, *, ssl: ssl.SSLContext | None = None, **named: Any) -> Any:
+        if ssl is not None:
+            make = partial(Arriving, make, ssl, _HANDSHAKE_S, handshakes)
+        return create_server(make, **named)
+
+    loop.create_server = create
     try:
         yield
     finally:
-        if encrypted:
-            del loop.create_server  # the loop's own again
+        del loop.create_server  # the loop's own again
 
 
 class _Server(uvicorn.Server):
@@ -445,8 +459,10 @@ class _Server(uvicorn.Server):
         announce: Callable[[str], None],
         url: str,
         send_away: Callable[[], None],
+        handshakes: Handshakes,
     ) -> None:
         super().__init__(config)
+        self._handshakes = handshakes
         self._send_away = send_away
         self.announce = announce
         self.url = url
@@ -454,7 +470,7 @@ class _Server(uvicorn.Server):
         self.gentle = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        with _quick_handshakes(encrypted=self.config.ssl is not None):
+        with _bounded_handshakes(self._handshakes):
             await super().startup(sockets)
         if self.started:
             self.announce(self.url)

@@ -6,15 +6,25 @@ nothing of EntiDB. Anybody else who serves the same directory is another server,
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import multiprocessing
 import os
+import shutil
+import stat
 import sys
+import tempfile
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 from entidb.errors import ConfigError
 from entidb.server.config import ServerConfig
 
+logger = logging.getLogger("entidb.server")
+
+#: Begins the names of folders for processes whose parent knows nothing of them.
+_FOLDER: Final = "entidb-workers-"
 #: Programs that start several processes of one app, each of them by ``multiprocessing``.
 _MANAGERS: Final = ("uvicorn", "hypercorn")
 _ARBITER: Final = "gunicorn.arbiter"
@@ -45,12 +55,38 @@ def family_of(config: ServerConfig) -> Family | None:
         return None
     if config.address is not None:
         # Each process is a node, and ends with its parent.
-        return Family.of(os.getppid() if manager is None else manager)
+        parent = os.getppid() if manager is None else manager
+        return Family.of(parent, _folder_of(parent, config.address) if config.metrics else "")
     if not can_share():
         if manager is not None and config.workers == 1:
             return None  # the first process serves, and the others are refused
         raise cannot_share()
     return Family.of(os.getppid() if manager is None else manager)
+
+
+def _folder_of(parent: int, address: str) -> str:
+    """A folder among the temporary files of the system for the processes that serve ``address``
+    and were started by ``parent``, which knows nothing of it: the first of them makes it, and
+    removes those of parents that are dead. Empty where there can be none."""
+    if os.name != "posix":
+        return ""
+    root, ours = tempfile.gettempdir(), f"{_FOLDER}{os.geteuid()}-"
+    name = name_of(parent)
+    which = sha256(address.encode()).hexdigest()[:16]
+    path = os.path.join(root, f"{ours}{name}-{which}")
+    try:
+        for each in os.listdir(root):
+            if each.startswith(ours) and not is_alive(each.removeprefix(ours).partition("-")[0]):
+                shutil.rmtree(os.path.join(root, each), ignore_errors=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+            return path
+        logger.warning("%s is somebody else's: counters go with each process", path)
+    except OSError as error:
+        logger.warning("counters go with each process: %s", error)
+    return ""
 
 
 def can_share() -> bool:
