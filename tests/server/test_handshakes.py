@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 
 from entidb.server import ServerConfig, serving
-from entidb.server.handshakes import Arriving, Handshakes
+from entidb.server.handshakes import Handshakes, ShakingHands
 from tests.server.test_app import eventually
 from tests.server.test_run import make_certificate
 
@@ -31,7 +31,7 @@ class Clocked:
         return self.now
 
 
-class Silent(Arriving):
+class Silent(ShakingHands):
     """One that begins no handshake."""
 
     def __init__(self, host: str) -> None:

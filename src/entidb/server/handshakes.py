@@ -46,13 +46,13 @@ class Handshakes:
         self.most_of_address: Final = max(_LEAST, self.most // ADDRESS_PART)
         self._clock, self._told = clock, told
         #: In the order in which they began, with the time.
-        self._under_way: dict[Arriving, float] = {}
-        self._of_address: dict[str, dict[Arriving, None]] = {}
+        self._under_way: dict[ShakingHands, float] = {}
+        self._of_address: dict[str, dict[ShakingHands, None]] = {}
 
     def __len__(self) -> int:
         return len(self._under_way)
 
-    def begin(self, arriving: Arriving) -> bool:
+    def begin(self, arriving: ShakingHands) -> bool:
         """Count it; False where there is no room for it."""
         of_address = self._of_address.get(arriving.host, {})
         if len(of_address) >= self.most_of_address:
@@ -66,7 +66,7 @@ class Handshakes:
         self._of_address.setdefault(arriving.host, {})[arriving] = None
         return True
 
-    def _end_first(self, several: dict[Arriving, Any]) -> bool:
+    def _end_first(self, several: dict[ShakingHands, Any]) -> bool:
         first = next(iter(several))
         if self._clock() - self._under_way[first] < _FIRST_S:
             return False
@@ -75,7 +75,7 @@ class Handshakes:
         self._told("busy")
         return True
 
-    def end(self, arriving: Arriving) -> None:
+    def end(self, arriving: ShakingHands) -> None:
         """It is over, in whatever way. Idempotent."""
         if self._under_way.pop(arriving, None) is None:
             return
@@ -85,7 +85,7 @@ class Handshakes:
             del self._of_address[arriving.host]
 
 
-class Arriving(asyncio.Protocol):
+class ShakingHands(asyncio.Protocol):
     """A connection from when it is accepted until its handshake is over. Then it is that of the
     protocol that ``make`` makes, with whatever came in before that was there."""
 
@@ -172,4 +172,4 @@ def _feed(taker: asyncio.BufferedProtocol, data: bytes) -> None:
         data = data[taken:]
 
 
-__all__ = ["Arriving", "Handshakes", "ProtocolFactory"]
+__all__ = ["ShakingHands", "Handshakes", "ProtocolFactory"]

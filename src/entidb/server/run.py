@@ -40,7 +40,7 @@ from entidb.server.connections import (
     raise_file_limit,
 )
 from entidb.server.cores import stay_on_core
-from entidb.server.handshakes import Arriving, Handshakes, ProtocolFactory
+from entidb.server.handshakes import Handshakes, ProtocolFactory, ShakingHands
 from entidb.server.keys import key_files
 from entidb.server.server import SyncServer
 from entidb.server.signals import read_again, signals
@@ -439,7 +439,7 @@ def _bounded_handshakes(handshakes: Handshakes) -> Iterator[None]:
 
     def create(make: ProtocolFactory, *, ssl: ssl.SSLContext | None = None, **named: Any) -> Any:
         if ssl is not None:
-            make = partial(Arriving, make, ssl, _HANDSHAKE_S, handshakes)
+            make = partial(ShakingHands, make, ssl, _HANDSHAKE_S, handshakes)
         return create_server(make, **named)
 
     loop.create_server = create
