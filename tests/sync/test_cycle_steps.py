@@ -168,6 +168,7 @@ def test_r20_the_first_page_of_everything_is_small_and_each_is_hinted_at(
     steps, heard = watched(monkeypatch, a), told(a)
     a.sync()
     assert pulls(steps) == [
+        ("ahead", 0, 3),
         ("ask", 0, 3),
         ("ahead", 3, 5),
         ("ask", 3, 5),

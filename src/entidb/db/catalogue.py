@@ -7,7 +7,7 @@ one of their own snapshot, because a publication (R20) moves collections to othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any, Final
 
 import msgspec
@@ -216,10 +216,12 @@ class Catalogue:
         """A fresh table number."""
         return self.next_table, self._beside(self.next_table + 1, self.garbage)
 
-    def moving(self, tables: dict[int, int]) -> Catalogue:
-        """With collections (by number) standing in new tables; the old ones become garbage."""
+    def moving(self, tables: dict[int, int], empty: Set[int]) -> Catalogue:
+        """With collections (by number) standing in new tables; the old ones become garbage, but
+        for those that are ``empty``."""
         moved = [(n, x, tables.get(n, t), local) for n, x, t, local in self._rows()]
-        old = tuple((self.by_number[n].table, n) for n in tables)
+        left = ((self.by_number[number].table, number) for number in tables)
+        old = tuple(pair for pair in left if pair[0] not in empty)
         return self._with(moved, garbage=self.garbage + old)
 
     def discarding(self, table: int, number: int) -> Catalogue:

@@ -414,14 +414,18 @@ class Entities(Overlay):
         self, tables: Mapping[int, int | None], counts: Mapping[int, int], sequence: int
     ) -> None:
         """Collections (by number) have other tables from ``sequence`` on (None: in empty ones),
-        where they have ``counts`` entities. What was there is garbage, to be swept."""
-        catalogue, moves = self.catalogue, {}
+        where they have ``counts`` entities. What was there is garbage, to be swept; where nothing
+        was, there is nothing to sweep."""
+        catalogue, moves, empty = self.catalogue, {}, set[int]()
         for number, table in tables.items():
             if table is None:
                 table, catalogue = catalogue.allocating()
             moves[number] = table
+            info = catalogue.by_number[number]
+            if not info.indexes and not self.table_rows(info.table, 1):
+                empty.add(info.table)
         names = sorted(catalogue.by_number[number].name for number in moves)
-        self.set_catalogue(catalogue.moving(moves))
+        self.set_catalogue(catalogue.moving(moves, empty))
         for number in moves:
             self.set_count(number, counts.get(number, 0))
         # The feed says that whole collections were replaced (R20).

@@ -62,6 +62,8 @@ _READING: Final = (PullRequest, RoundRequest, DigestRequest, SnapshotRequest)
 Reading = HandshakeRequest | PullRequest | DigestRequest | SnapshotRequest
 #: What the front can do beside what each database can.
 FEATURES: Final = ("sync",)
+#: Offered with databases that there may be images of (R35).
+_IMAGES: Final = "segments"
 
 
 #: Characters of a subject that stay in front of the digest that stands for it.
@@ -82,6 +84,8 @@ class Imaging(Protocol):
     """Whatever has images of databases (R35)."""
 
     def manifest(self, store: Store, request: SnapshotRequest, grant: Grant) -> Manifest: ...
+
+    def offers(self, store: Store) -> bool: ...
 
 
 class Front:
@@ -242,9 +246,12 @@ class Front:
 
     def handshake(self, store: Store, request: HandshakeRequest, grant: Grant) -> HandshakeResponse:
         answer = store.service.handshake(request, grant)
+        features = [*answer.features, *self._features]
+        if _IMAGES in features and (self._images is None or not self._images.offers(store)):
+            features.remove(_IMAGES)
         return replace(
             answer,
-            features=[*answer.features, *self._features],
+            features=features,
             subject=self.subject(grant),
         )
 

@@ -125,7 +125,7 @@ class SyncServer:
                 quotas=quotas_of(config, self.clock),
                 newcomers=newcomers,
                 images=self.images,
-                features=(*FEATURES, *self.encodings, *self.images.features),
+                features=(*FEATURES, *self.encodings, "segments"),
             )
         except BaseException:
             self._leave()

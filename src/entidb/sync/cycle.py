@@ -28,7 +28,7 @@ from entidb.sync.apply.position import check_replica_of
 from entidb.sync.apply.seam import Look, SyncApplier
 from entidb.sync.apply.signing import sent_by_others
 from entidb.sync.config import SyncConfig
-from entidb.sync.exchange import Connection, Exchange, Flow, Step, check_not_back
+from entidb.sync.exchange import Connection, Exchange, Flow, SendAhead, Step, check_not_back
 from entidb.sync.pulling import Pulling
 from entidb.sync.pushing import Pushing
 from entidb.sync.refusal import closed
@@ -162,13 +162,18 @@ class Cycle:
                 'state, or reset(keep="device") to commit again what it no longer has'
             )
         check_not_back(state, response)
-        self.exchange.applier.bind(self.exchange.config.db_id, response.history, response.subject)
         self.exchange.connection.history = response.history
-        self.exchange.connection.limits = response.limits
-        self.exchange.connection.asked = None  # with the limits of before
         self.exchange.connection.features = response.features
         looks = "schema" in response.features
         self.exchange.connection.schema = self.exchange.config.schema if looks else 0
+        if state.history is None:
+            # The server has time for a page while this device stores whose replica it is.
+            beginning = self._pulling.beginning(response)
+            if beginning is not None:
+                yield SendAhead(beginning)
+        self.exchange.applier.bind(self.exchange.config.db_id, response.history, response.subject)
+        self.exchange.connection.limits = response.limits
+        self.exchange.connection.asked = None  # with the limits of before
         self.exchange.connection.granted = response.granted
         self.exchange.connection.subject = response.subject
 

@@ -54,6 +54,12 @@ _PASSING: Final = (
 )
 
 
+def may_have_image(exchange: Exchange) -> bool:
+    """Whether the server is asked for an image at all."""
+    connection = exchange.connection
+    return exchange.config.segments and connection.fetches and FEATURE in connection.features
+
+
 @dataclass
 class Fetching:
     """``run`` is what a pull from nothing calls first; ``pull_from`` makes the request that comes
@@ -72,9 +78,7 @@ class Fetching:
         """Stage an image of the collections ``names`` (None: all), whole; ``full`` is as a stage
         has it. False if there is none, or it does not fit: then nothing is staged."""
         exchange = self._exchange
-        connection = exchange.connection
-        able = exchange.config.segments and connection.fetches and FEATURE in connection.features
-        if not able or (stage is None and exchange.image_asked):
+        if not may_have_image(exchange) or (stage is None and exchange.image_asked):
             return self._give_up(stage)
         exchange.image_asked = True
         if stage is None:
@@ -206,4 +210,4 @@ class _DoesNotFitError(Exception):
     """This image cannot be had, or not so; the pull of pages can."""
 
 
-__all__ = ["AHEAD", "FAILURES_MAX", "FEATURE", "Fetching"]
+__all__ = ["AHEAD", "FAILURES_MAX", "FEATURE", "Fetching", "may_have_image"]

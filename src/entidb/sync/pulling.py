@@ -6,6 +6,7 @@ One page that reaches the head is applied at once; several are staged, and publi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,7 @@ from entidb.db import machine
 from entidb.db.replica import ReplicaState, Stage
 from entidb.errors import ResetRequiredError, ServerError
 from entidb.protocol import (
+    HandshakeResponse,
     PullRequest,
     PullResponse,
     SyncResponse,
@@ -31,7 +33,7 @@ from entidb.sync.exchange import (
     check_not_back,
     pull_request,
 )
-from entidb.sync.fetching import Fetching
+from entidb.sync.fetching import Fetching, may_have_image
 from entidb.sync.grants import GrantChangedError, check_granted, is_plain, needs_grant
 from entidb.sync.room import ROW_BYTES
 from entidb.sync.state import SyncProgress, SyncState
@@ -145,15 +147,14 @@ class Pulling:
         self, state: ReplicaState, stage: Stage | None, full: list[str] | None, first_sync: bool
     ) -> Generator[Step, SyncResponse | None, FullPull]:
         request = self._pull_everything(state, 0 if stage is None else stage.full_cursor, full)
+        usual = request.limit
+        if stage is None:
+            request = _first_page(request)
         floor = None if stage is None else stage.floor
         image_head = 0 if stage is None else stage.image_head
         done = size = 0
         if stage is not None and image_head:
             done, size = stage.operations, stage.size - ROW_BYTES * stage.operations
-        usual = request.limit
-        if stage is None:
-            # Nothing can be done here before the first page is in, and it comes sooner.
-            request = replace(request, limit=min(usual, FIRST_PAGE_OPERATIONS))
         for _ in range(PAGES_MAX):
             response = yield from self._ask_page(request, state)
             if floor is not None and _moved(floor, response.floor, image_head):
@@ -258,11 +259,27 @@ class Pulling:
         connection.asked = (state, cursor, scope, request)
         return request
 
+    def beginning(self, shaken: HandshakeResponse) -> PullRequest | None:
+        """What a device that was never synchronised asks for first, when it has the answer to its
+        handshake; None where that is not a page."""
+        exchange = self._exchange
+        look = exchange.applier.look()
+        if look.stage is not None or look.inflight is not None or may_have_image(exchange):
+            return None
+        state = replace(look.state, history=shaken.history)
+        connection = dataclasses.replace(exchange.connection, limits=shaken.limits)
+        request = pull_request(
+            exchange.config, connection, exchange.applier.device_id, state, look.scope, 0
+        )
+        return _first_page(self._of_everything(request, None))
+
     def _pull_everything(
         self, state: ReplicaState, cursor: int, full: list[str] | None
     ) -> PullRequest:
+        return self._of_everything(self._pull_request(state, cursor), full)
+
+    def _of_everything(self, request: PullRequest, full: list[str] | None) -> PullRequest:
         columns = "columns" in self._exchange.connection.features
-        request = self._pull_request(state, cursor)
         collections = request.collections if full is None else full
         return replace(request, have=[], full=True, columns=columns, collections=collections)
 
@@ -274,6 +291,11 @@ class Pulling:
             progress = SyncProgress(SyncState.PULLING, done + operations, size + weight, total)
             self._exchange.progress(progress)
         return done + operations, size + weight
+
+
+def _first_page(request: PullRequest) -> PullRequest:
+    """Nothing can be done here before the first page is in, and a small one comes sooner."""
+    return replace(request, limit=min(request.limit, FIRST_PAGE_OPERATIONS))
 
 
 def _moved(before: int, floor: int, image_head: int) -> bool:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from entidb.db import Database
 from entidb.db.identity import history_in
-from entidb.db.images import PINNED_MS_MAX, ImageRow, ImageRows, is_pinned, read_images
+from entidb.db.images import NO_IMAGES, PINNED_MS_MAX, ImageRow, ImageRows, is_pinned, read_images
 from entidb.db.maintenance import read_floor
 from entidb.db.records import count_key, unpack_u64
 from entidb.db.writer import Writer, feed_bounds
@@ -61,6 +61,11 @@ def entities_in(view: Writer) -> int:
         raw = view.get(count_key(info.number)) if info.synced else None
         count += 0 if raw is None else unpack_u64(raw)
     return count
+
+
+def may_have_one(view: Writer, least: int) -> bool:
+    """Whether there may be images of the database, or something to do about those of before."""
+    return entities_in(view) >= least or read_images(view) != NO_IMAGES
 
 
 def is_elsewhere(images: ImageRows, here: bytes, now_ms: int) -> bool:

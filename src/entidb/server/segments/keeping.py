@@ -30,7 +30,6 @@ from entidb import packing
 from entidb.db import Database
 from entidb.db.identity import history_in
 from entidb.db.images import (
-    NO_IMAGES,
     ImageRow,
     ImageRows,
     read_images,
@@ -56,10 +55,10 @@ from entidb.server.segments.building import (
     alive_images,
     build,
     counts,
-    entities_in,
     is_due,
     is_elsewhere,
     kept_rows,
+    may_have_one,
 )
 from entidb.server.segments.cutting import SIZES
 from entidb.server.segments.files import (
@@ -136,10 +135,10 @@ class ImageKeeper:
     def enabled(self) -> bool:
         return self._least > 0
 
-    @property
-    def features(self) -> list[str]:
-        """What a handshake says of it."""
-        return ["segments"] if self.enabled else []
+    def offers(self, store: Store) -> bool:
+        """Whether a handshake names images: where there can be none, nobody need ask."""
+        with store.database.view() as view:
+            return self.enabled and may_have_one(view, self._least)
 
     def close(self) -> None:
         """What is being made is given up. Idempotent."""
@@ -280,7 +279,7 @@ class ImageKeeper:
         if not self.background or self._clock.monotonic() < self._next.get(db_id, 0.0):
             return
         with store.database.view() as view:
-            if entities_in(view) < self._least and read_images(view) == NO_IMAGES:
+            if not may_have_one(view, self._least):
                 return
         with self._news:
             self._due[db_id] = None
