@@ -60,7 +60,7 @@ from entidb.server.work import too_much
 
 _log = logging.getLogger("entidb.server")
 #: Commits that are the newest few.
-RECENT_COMMITS = 64
+RECENT_COMMITS = 128
 #: Histories that devices' proofs may begin (R29), in so long a time. What is proved by files that
 #: were put back is proved once for each time; more is a client that makes it up.
 HISTORIES_MAX = 4
