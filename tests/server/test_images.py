@@ -212,6 +212,24 @@ def test_with_0_no_images_are_made_and_the_feature_is_not_announced(clock: Manua
             assert bool(asked(server).segments) is announced
 
 
+def test_images_are_named_to_devices_of_a_database_that_may_have_one(server: SyncServer):
+    def named(db_id: str) -> bool:
+        answer = server.handle("/v1/handshake", db_id, handshake())
+        assert isinstance(answer, HandshakeResponse)
+        return "segments" in answer.features
+
+    shop = server.database("shop")
+    fill(shop, range(LEAST - 1))
+    assert not named("shop"), "it would be asked for, and there would be none"
+    fill(shop, range(LEAST))
+    assert named("shop")
+    assert server.images.make("shop")
+    with shop.transaction() as tx:
+        for number in range(LEAST):
+            del tx.collection("notes")[uuid.UUID(int=number)]
+    assert named("shop"), "there is one of before"
+
+
 def test_a_request_makes_no_database(server: SyncServer):
     answer = asked_or_error(server, "other", db_id="other")
     assert isinstance(answer, ErrorResponse)

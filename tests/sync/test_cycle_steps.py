@@ -184,6 +184,78 @@ def test_r20_the_first_page_of_everything_is_small_and_each_is_hinted_at(
     assert_in_step(world, a)
 
 
+def test_r20_pages_of_everything_grow_no_faster_than_the_server_makes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pulling, "FIRST_PAGE_OPERATIONS", 4)
+    world = World()
+    for n in range(60):
+        world.put(("notes", n, "old"))
+    a = world.device(pull_operations_max=20)
+    steps = watched(monkeypatch, a)
+    a.sync()
+    limits = [limit for how, _, limit in pulls(steps) if how == "ask"]
+    assert limits == [4, 8, 15, 20, 20]
+    assert_in_step(world, a)
+
+
+def test_r20_the_first_page_is_hinted_at_before_a_new_device_stores_whose_replica_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    world.put(("notes", 1, "theirs"))
+    a = world.device()
+    a.put(("notes", 2, "mine"))
+    steps, bound = watched(monkeypatch, a), list[bool]()
+    hint = a.wire.send_ahead
+
+    def hinting(request: SyncRequest) -> None:
+        bound.append(a.engine.applier.state().history is not None)
+        hint(request)
+
+    monkeypatch.setattr(a.wire, "send_ahead", hinting)
+    a.sync()
+    (hinted,) = [request for how, request in steps if how == "ahead"]
+    assert bound == [False]
+    assert hinted == next(request for _, request in steps[2:] if isinstance(request, PullRequest))
+    assert_in_step(world, a)
+
+
+def test_r20_nothing_is_hinted_at_by_a_device_that_knows_its_server_or_may_get_an_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    world.put(("notes", 1, "theirs"))
+    a = world.device()
+    a.sync()
+    a.restart()
+    steps = watched(monkeypatch, a)
+    a.sync()
+    monkeypatch.setattr(pulling, "may_have_image", lambda exchange: True)
+    b = world.device()
+    steps += watched(monkeypatch, b)
+    b.sync()
+    assert steps and all(how == "ask" for how, _ in steps)
+
+
+def test_r20_what_a_first_sync_replaces_was_empty_and_is_not_swept() -> None:
+    world = World()
+    world.put(("notes", 1, "theirs"))
+    a = world.device()
+    a.engine._attempts.tidy_steps = 0
+    a.put(("lists", 2, "mine"))
+    a.sync()
+    with a.db.view() as view:
+        names = {view.catalogue.by_number[number].name for _, number in view.catalogue.garbage}
+    assert names <= {"lists"}, "notes had no table with anything in it"
+    a.engine.reset("server")
+    a.sync()
+    with a.db.view() as view:
+        left = [number for _, number in view.catalogue.garbage]
+        assert view.catalogue.by_name["notes"].number in left, "here there was something"
+    assert_in_step(world, a)
+
+
 def test_r20_a_first_sync_that_goes_on_asks_for_whole_pages_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

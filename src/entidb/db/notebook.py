@@ -5,7 +5,6 @@ notebook, and by the names that the tab key offers. Made for reading; programs u
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any, ClassVar, Final
 
 from entidb import cbor
@@ -53,6 +52,8 @@ def counted(**counts: Any) -> str:
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], more: str = "") -> str:
     """An HTML table; everything in it is escaped here."""
+    from html import escape  # with all names of characters: only a notebook needs them
+
     cells = "".join(f"<th>{escape(head)}</th>" for head in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from entidb.errors import (
     ProtocolError,
@@ -43,7 +43,6 @@ from entidb.protocol import (
 )
 from entidb.server import wire
 from entidb.server.admin.asking import PREFIX
-from entidb.server.admin.http import AdminHttp
 from entidb.server.admin.opening import office_of
 from entidb.server.carrying import CARRIED_BYTES_MAX, PageCarrier
 from entidb.server.carrying import FEATURE as PAGES
@@ -69,6 +68,9 @@ from entidb.server.stores import Store
 from entidb.server.threads import AppThreads
 from entidb.server.wire import ServerResponse
 from entidb.server.workers.team import Team, company_of
+
+if TYPE_CHECKING:
+    from entidb.server.admin.http import AdminHttp
 
 access_logger = logging.getLogger("entidb.access")
 #: Larger bodies are unpacked off the event loop.
@@ -118,7 +120,7 @@ class SyncApp:
         self._reading = ReadAnswers(server, self._start, self._use)
         self._office = office_of(server)
         self._fresh = Freshness(server.front.control)
-        self._admin = AdminHttp(self._office, self._fresh.wait)
+        self._admin: AdminHttp | None = None
         self._metrics = metrics_of(self, self._office) if server.config.metrics else None
         self._pulse = self._office.pulse = pulse_of(self) if server.config.console else None
         self._plain = Plain(server, self._office, self._metrics)
@@ -291,7 +293,7 @@ class SyncApp:
                 "the server is shutting down", code="shutting_down", retry_after=RETRY_S
             )
         if administers:
-            return await self._admin.answer(exchange, held)
+            return await self._administration().answer(exchange, held)
         front = self.server.front
         await self._fresh.wait()
         grants = front.authenticate(wire.bearer_token(exchange.headers))
@@ -315,6 +317,14 @@ class SyncApp:
             if isinstance(request, RoundRequest):
                 return await self._round(exchange, request, grant, held)
             return await self._reading.answer(exchange, request, grant, held)
+
+    def _administration(self) -> AdminHttp:
+        if self._admin is None:
+            # Most servers are never asked this way, and its rooms take a megabyte.
+            from entidb.server.admin.http import AdminHttp
+
+            self._admin = AdminHttp(self._office, self._fresh.wait)
+        return self._admin
 
     async def _use(self, request: SyncRequest, grant: Grant) -> Store:
         """``Front.use``, without waiting on the event loop."""

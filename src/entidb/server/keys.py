@@ -14,7 +14,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -239,7 +238,7 @@ def _warn_of_ends(where: str, names: Iterable[str], kids: list[str]) -> None:
         if name.startswith(".") or name.endswith("~") or not dot:
             continue
         if not name.endswith(ENDS_SUFFIX) or name.removesuffix(ENDS_SUFFIX) not in kids:
-            near = get_close_matches(stem, kids, 1) or kids[:1]
+            near = _near(stem, kids) or kids[:1]
             meant = f", for example {near[0]}{ENDS_SUFFIX}" if near else ""
             logger.warning(
                 "%s has %s, which ends no key: it has to be called as its key is, with %s%s. Mend "
@@ -316,10 +315,17 @@ def keys_of_set(content: bytes, where: str, *, strangers: bool = False) -> Itera
         yield key
 
 
+def _near(name: str, names: Iterable[str]) -> list[str]:
+    """The one of ``names`` that looks most like ``name``, if one does."""
+    from difflib import get_close_matches  # what only a mistake needs
+
+    return get_close_matches(name, list(names), 1)
+
+
 def _warn_of_members(jwk: Mapping[str, object], where: str) -> None:
     """A key may have members that nobody here knows; one like those that limit it is no such."""
     for name in jwk:
-        near = name not in _MEMBERS and get_close_matches(name.lower(), _LIMITING, 1, 0.6)
+        near = name not in _MEMBERS and _near(name.lower(), _LIMITING)
         if near:
             logger.warning("%s has a member %r, which nothing reads: is %r meant?",
                            where, name, _LIMITING[near[0]])  # fmt: skip

@@ -42,6 +42,9 @@ from entidb.sync.state import SyncProgress, SyncState
 RESETS_MAX = 3
 #: The first page of a full pull at most.
 FIRST_PAGE_OPERATIONS = 2000
+#: Of two numbers, how much larger the next one may be: while a page is staged the server makes the
+#: one after it, at about this many times the speed, and a larger one would be waited for.
+GROWTH = (7, 4)
 #: Pages of one pull. What came until then is staged, and the next cycle goes on from there.
 PAGES_MAX = 10_000
 
@@ -165,7 +168,8 @@ class Pulling:
                 self._count(response, 0, 0)
                 return FullPull.APPLIED
             floor = response.floor
-            following = replace(request, cursor=response.cursor, limit=usual)
+            grown = min(usual, request.limit * GROWTH[0] // GROWTH[1] + 1)
+            following = replace(request, cursor=response.cursor, limit=grown)
             if response.has_more:
                 yield SendAhead(following)
             self._exchange.check()

@@ -24,7 +24,6 @@ from entidb.errors import PermissionDeniedError, ProtocolError
 from entidb.server.admin.asking import BODY_BYTES_MAX, refusal
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
-from entidb.server.admin.routes import answer
 
 logger = logging.getLogger("entidb.server")
 
@@ -96,6 +95,8 @@ class LocalDoor:
             os.unlink(self._path)
 
     def _answer(self, line: bytes, connection: socket.socket) -> bytes:
+        from entidb.server.admin.routes import answer  # most servers are never asked this way
+
         try:
             caller = Caller(_user(connection), "local")
             request = json.decode(line, type=LocalRequest)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import shutil
 import stat
@@ -125,7 +124,8 @@ def _manager() -> int | None:
     if _ARBITER in sys.modules:
         # Loaded before the fork, the app belongs to the process that is going to fork.
         return os.getppid() if _is_called_by(_GUNICORN) else os.getpid()
-    target = getattr(multiprocessing.current_process(), "_target", None)
+    starter = sys.modules.get("multiprocessing.process")  # who is started by it, has it
+    target = None if starter is None else getattr(starter.current_process(), "_target", None)
     module = getattr(target, "__module__", "") or ""
     return os.getppid() if module.partition(".")[0] in _MANAGERS else None
 

@@ -26,7 +26,6 @@ from entidb.server.admin.callers import Caller
 from entidb.server.admin.local import LocalDoor, open_door
 from entidb.server.admin.office import NodeRow, Office
 from entidb.server.admin.readiness import Readiness
-from entidb.server.admin.routes import answer
 from entidb.server.config import directory_name
 from entidb.server.live import LiveChannels
 from entidb.server.server import SyncServer
@@ -204,6 +203,8 @@ class Team:
         self._live.look()
 
     def _administer(self, given: Any) -> list[Any]:
+        from entidb.server.admin.routes import answer  # most servers are never asked this way
+
         passed = convert(given, Passed)
         databases = None if passed.databases is None else frozenset(passed.databases)
         status, body = answer(
