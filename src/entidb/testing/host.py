@@ -140,6 +140,7 @@ class Host:
             lambda db_id: self._tenant(db_id).shelf.files,
         )
         images.background = False
+        images.offers_all = True  # who asks for one that there cannot be is met too
         images.sizes = Sizes(1, _ROW_BYTES * knobs.images)
         images.life_ms = self._life_ms
         features = list(FEATURES) if knobs.rounds else []

@@ -112,6 +112,8 @@ class ImageKeeper:
         self._stores, self._clock, self._entropy = stores, clock, entropy
         #: Whether a thread makes what is due; else somebody calls ``make``.
         self.background = True
+        #: Whether handshakes name images of any database, as those of 0.6 do.
+        self.offers_all = False
         #: How long a manifest holds.
         self.life_ms = LIFE_MS
         self._files_of = files_of
@@ -138,7 +140,7 @@ class ImageKeeper:
     def offers(self, store: Store) -> bool:
         """Whether a handshake names images: where there can be none, nobody need ask."""
         with store.database.view() as view:
-            return self.enabled and may_have_one(view, self._least)
+            return self.enabled and (self.offers_all or may_have_one(view, self._least))
 
     def close(self) -> None:
         """What is being made is given up. Idempotent."""
