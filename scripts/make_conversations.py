@@ -284,6 +284,16 @@ def offering(row: Json, feature: str = "segments") -> Json:
     return row | {"answer": row["answer"] | {"features": [feature]}}
 
 
+def of_term(row: Json, first: int, name: Json) -> Json:
+    """An answer of a server whose newest commit is of this term."""
+    return row | {"answer": row["answer"] | {"term": [first, name]}}
+
+
+def saying(row: Json, version: int, term: Json) -> Json:
+    """A request that says what the device has seen."""
+    return row | {"must": row["must"] | {"seen": [version, term]}}
+
+
 class Image:
     """The entities of a server as of ``head``, each alone in a segment of one of ``names``: (index,
     entity, version, payload)."""
@@ -1636,6 +1646,61 @@ def another_history_keep_device() -> list[Json]:
             | {"answer": push(2, [], accepted(3), accepted(4), accepted(5))["answer"]},
         ),
         holds([(E1, D), (E2, B), (E3, C), (other, B)]),
+    ]
+
+
+TERM: Final[Json] = {"hex": "7e00000000000001"}
+LATER_TERM: Final[Json] = {"hex": "7e00000000000002"}
+
+
+@_conversation(
+    8, "R29: the newest head that was named with a term is sent along, and may be disproved"
+)
+def seen_in_another_past() -> list[Json]:
+    new = {"history": NEW_HISTORY}
+    return [
+        sync(
+            meeting(2),
+            of_term(pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True), 1, TERM),
+        ),
+        commit((E3, C)),
+        sync(
+            of_term(pull(2, head=2, seen=[2, TERM]), 1, TERM),
+            saying(
+                of_term(push(2, [sent("t1", (E3, absent(2), C))], accepted(3)), 1, TERM), 2, TERM
+            ),
+        ),
+        # Others have gone on from older files: the head is beyond what was seen.
+        sync(
+            refused(pull(2, head=9, seen=[3, TERM]), 409, "history_changed", details=new),
+            ends="history_changed",
+        ),
+        holds([(E1, A), (E2, B), (E3, C)]),
+        choose("server"),
+        sync(
+            handshake(9, known=None, now=NEW_HISTORY),
+            of_term(
+                pull(0, changed(9, (E1, D)), head=9, full=True, history=NEW_HISTORY), 3, LATER_TERM
+            ),
+        ),
+        holds([(E1, D)]),
+    ]
+
+
+@_conversation(8, "R29: an answer of a server that does not have what was seen is not taken")
+def an_answer_of_another_past() -> list[Json]:
+    return [
+        sync(
+            meeting(2),
+            of_term(pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True), 1, TERM),
+        ),
+        # The server was opened again, and has gone on from what was seen.
+        sync(of_term(pull(2, changed(3, (E1, B)), head=3, seen=[2, TERM]), 3, LATER_TERM)),
+        sync(
+            of_term(pull(3, changed(4, (E2, D)), head=4, seen=[3, LATER_TERM]), 2, TERM),
+            ends="history_changed",
+        ),
+        holds([(E1, B), (E2, B)]),
     ]
 
 

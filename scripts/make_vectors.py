@@ -23,6 +23,7 @@ Message = dict[str, Any]
 ID_LIKE_A_LINK: Final = bytes.fromhex("0171120c") + bytes(range(12))
 DEVICE: Final = bytes.fromhex("018f2f3e4a5b7c6d8e9fa0b1c2d3e4f5")
 HISTORY: Final = bytes(range(0xA0, 0xB0))
+TERM: Final = bytes.fromhex("005fb1c2d3e4f5ff")
 ENTITY: Final = bytes.fromhex("019300000000700080000000000000aa")
 OTHER: Final = bytes.fromhex("019300000000700080000000000000bb")
 PAYLOAD: Final = bytes.fromhex("a1657469746c6566436f66666565")  # {"title": "Coffee"}
@@ -72,6 +73,7 @@ PULL_REQUEST: Final[Message] = {
     "full": False,
     "columns": False,
     "schema": 24,
+    "seen": [70, TERM],
 }
 PULL_RESPONSE: Final[Message] = {
     "collections": ["notes", "lists"],
@@ -87,6 +89,7 @@ PULL_RESPONSE: Final[Message] = {
     "floor": 0,
     "time": 1764000000123,
     "granted": ["lists", "notes"],
+    "term": [65536, TERM],
 }
 #: The first two commits of ``PULL_RESPONSE``, three operations, a tombstone among them.
 PULL_COLUMNS: Final[Message] = {
@@ -118,6 +121,7 @@ PUSH_REQUEST: Final[Message] = {
     ],
     "schema": 256,
     "subject": "東京",
+    "seen": [65540, TERM],
 }
 PUSH_RESPONSE: Final[Message] = {
     "results": [
@@ -130,10 +134,12 @@ PUSH_RESPONSE: Final[Message] = {
     "collections": ["notes"],
     "head": 70002,
     "time": 1764000000123,
+    "term": [70001, bytes(reversed(TERM))],
 }
 ROUND_REQUEST: Final[Message] = {
-    "pull": PULL_REQUEST | {"cursor": 65536, "have": [[65538, 65540]], "schema": 256},
-    "push": PUSH_REQUEST,
+    "pull": PULL_REQUEST
+    | {"cursor": 65536, "have": [[65538, 65540]], "schema": 256, "seen": [65540, TERM]},
+    "push": {key: item for key, item in PUSH_REQUEST.items() if key != "seen"},
 }
 ROUND_RESPONSE: Final[Message] = {"pull": PULL_RESPONSE, "push": PUSH_RESPONSE}
 DIGEST_REQUEST: Final[Message] = {
@@ -206,10 +212,18 @@ COMPLETE: Final[dict[str, Message]] = {
 #: Keys a message may lack, with what their absence means.
 DEFAULTS: Final[dict[str, Message]] = {
     "HandshakeRequest": {"client": "", "schema": 0},
-    "PullRequest": {"have": [], "collections": None, "full": False, "columns": False, "schema": 0},
-    "PushRequest": {"schema": 0, "subject": None},
+    "PullRequest": {
+        "have": [],
+        "collections": None,
+        "full": False,
+        "columns": False,
+        "schema": 0,
+        "seen": None,
+    },
+    "PushRequest": {"schema": 0, "subject": None, "seen": None},
+    "PushResponse": {"term": None},
     "HandshakeResponse": {"granted": None, "subject": None},
-    "PullResponse": {"columns": None, "granted": None},
+    "PullResponse": {"columns": None, "granted": None, "term": None},
     "DigestRequest": {
         "collections": None,
         "collection": None,
@@ -234,7 +248,7 @@ DEFAULTS: Final[dict[str, Message]] = {
 
 
 #: What says nothing is the same as what is not there, and is not written.
-NOT_WRITTEN: Final[Message] = {"schema": 0, "subject": None}
+NOT_WRITTEN: Final[Message] = {"schema": 0, "subject": None, "seen": None, "term": None}
 
 
 def canonical(value: Any) -> bytes:
@@ -314,6 +328,12 @@ def _valid_edges() -> Iterator[dict[str, Any]]:
     for number in (0, 23, 24, 255, 256, 1023, 1024, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1):
         one = [[OTHER, number, [[0, ENTITY, number, None]]]]
         yield _valid("PushRequest", f"the number {number}", PUSH_REQUEST | {"transactions": one})
+    yield _valid(
+        "PullRequest",
+        "unknown elements of what was seen are ignored",
+        PULL_REQUEST,
+        canonical(PULL_REQUEST | {"seen": [70, TERM, "newer"]}),
+    )
     more = [[OTHER, STAMP, [[0, ENTITY, 1, None, "newer"]], "newer", {"a": 1}]]
     fewer = [[OTHER, STAMP, [[0, ENTITY, 1, None]]]]
     yield _valid(
@@ -417,6 +437,11 @@ def _refused_values() -> Iterator[dict[str, Any]]:
         yield _refused("HandshakeRequest", name, HANDSHAKE_REQUEST | change)
     for name, change in _each(
         {
+            "a commit that was seen without its term": {"seen": [70]},
+            "a term of 7 bytes": {"seen": [70, TERM[:7]]},
+            "a term of 9 bytes": {"seen": [70, TERM + b"x"]},
+            "a term as text": {"seen": [70, TERM.hex()]},
+            "a negative version was seen": {"seen": [-1, TERM]},
             "no operations asked for": {"limit": 0},
             "no bytes asked for": {"bytes_max": 0},
             "a range that ends before it begins": {"have": [[5, 4]]},

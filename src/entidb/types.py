@@ -19,7 +19,9 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import repeat
-from typing import Final, NewType, Protocol
+from typing import Annotated, Final, NewType, Protocol
+
+from msgspec import Meta, Struct
 
 from entidb.errors import ConfigError, InvalidNameError
 
@@ -31,6 +33,7 @@ Timestamp = NewType("Timestamp", int)
 Entropy = Callable[[int], bytes]
 
 ID_BYTES: Final = 16
+TERM_BYTES: Final = 8
 SEQUENCE_MAX: Final = 2**63 - 1
 #: Default and lower bound every server must accept (rules, "Limits").
 TRANSACTION_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -65,6 +68,21 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # C0, DEL and C1: they would forge lines in logs and terminals.
 _NAME_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
+
+
+class Term(Struct, frozen=True, array_like=True, gc=False):
+    """The commits between one opening of a server's files and the next, of which ``first`` is the
+    first, under a random ``name`` (R29)."""
+
+    first: Annotated[int, Meta(ge=0, le=SEQUENCE_MAX)]
+    name: Annotated[bytes, Meta(min_length=TERM_BYTES, max_length=TERM_BYTES)]
+
+
+class SeenCommit(Struct, frozen=True, array_like=True, gc=False):
+    """A server's commit that a device has seen, and the name of its term (R29)."""
+
+    version: Annotated[int, Meta(ge=0, le=SEQUENCE_MAX)]
+    term: Annotated[bytes, Meta(min_length=TERM_BYTES, max_length=TERM_BYTES)]
 
 
 def check_name(name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from entidb import packing
 from entidb.cli.exits import Exit
 from entidb.db import Database, Role
-from entidb.db.maintenance import verify
+from entidb.db.verifying import verify
 from entidb.protocol import decode_segment, segment_rows
 from entidb.protocol.archives import Archive
 from entidb.server import ServerConfig, SyncServer, serving

@@ -14,7 +14,7 @@ from entidb import ConfigError, Database, Index, NotUniqueError
 from entidb.db import Role
 from entidb.db.index_care import build_step, declare
 from entidb.db.index_keys import INDEXED_BYTES_MAX
-from entidb.db.maintenance import verify
+from entidb.db.verifying import verify
 from entidb.errors import TransactionError
 from entidb.storage import MemoryStorage
 from tests.support import uid

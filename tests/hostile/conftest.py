@@ -9,4 +9,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def nobody_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("entidb.server.service.HISTORIES_MAX", 0)
+    monkeypatch.setattr("entidb.server.proofs.HISTORIES_MAX", 0)

@@ -6,9 +6,13 @@ import contextlib
 from typing import Any
 from unittest import mock
 
+from msgspec.structs import replace
+
 from entidb import cbor
-from entidb.db import Database, maintenance
+from entidb.db import Database, maintenance, terms
 from entidb.db.records import META_IDENTITY
+from entidb.db.replica import ReplicaState
+from entidb.db.terms import Terms
 from entidb.db.writer import Writer
 from entidb.errors import (
     ResetRequiredError,
@@ -18,8 +22,11 @@ from entidb.protocol import PullResponse, decode, operations_count
 from entidb.server import decide, pages, service
 from entidb.server.auth import Grants
 from entidb.server.hooks import Grant
+from entidb.server.proofs import Proofs
 from entidb.server.service import DatabaseService
-from entidb.sync.apply import applier, position
+from entidb.sync import pulling
+from entidb.sync.apply import applier, position, settle
+from entidb.types import SeenCommit
 from tests.planted.garden import CALM, WILD, Garden, bug
 
 
@@ -235,3 +242,54 @@ def _group_shares_failure(garden: Garden) -> None:
         return push_many
 
     garden.replace(DatabaseService, "push_many", make)
+
+
+_OLDER = CALM | {"put_back": 150, "events": 700}
+
+
+@bug("one-term-for-all-openings", "ORDER", "PREFIX", knobs=_OLDER)
+def _one_term(garden: Garden) -> None:
+    """Once a term has begun, none does when the files are opened again."""
+
+    def make(original: Any) -> Any:
+        def begin(self: Terms, writer: Writer) -> None:
+            if terms.newest_term(writer.snapshot) is None:
+                original(self, writer)
+
+        return begin
+
+    garden.replace(Terms, "begin", make)
+
+
+@bug("a-seen-commit-is-believed", "ORDER", "LIVENESS", knobs=_OLDER)
+def _seen_is_believed(garden: Garden) -> None:
+    """A server does not look whether a commit that was seen is its own; the device does."""
+    garden.replace(Proofs, "has_parted", lambda original: lambda self, request, view: False)
+
+
+@bug("pages-of-several-pasts", "PREFIX", "ORDER", knobs=_OLDER | {"pull_operations_max": 1})
+def _pages_of_pasts(garden: Garden) -> None:
+    """Of a pull in pages a device remembers what it has seen when all of them are there."""
+    garden.replace(applier, "see_page", lambda original: lambda *rest: None)
+    garden.replace(pulling, "seen_in", lambda original: lambda state, answer: state.seen)
+
+
+@bug(
+    "sent-ahead-into-another-past",
+    "NO-SILENT-LOSS",
+    "ORDER",
+    "PREFIX",
+    knobs=_OLDER | {"push_operations_max": 1},
+)
+def _sent_ahead(garden: Garden) -> None:
+    """A device takes every answer for one of the past that it has seen."""
+
+    def make(original: Any) -> Any:
+        def seen_in(state: ReplicaState, answer: Any) -> SeenCommit | None:
+            seen: SeenCommit | None = original(replace(state, seen=None, cursor=0), answer)
+            return seen
+
+        return seen_in
+
+    for place in (position, pulling, applier, settle):
+        garden.replace(place, "seen_in", make)

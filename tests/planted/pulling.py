@@ -22,7 +22,7 @@ def _cursor_before_data(garden: Garden) -> None:
         def apply(self: DatabaseApplier, request: Any, response: Any) -> Any:
             with self.database.write() as writer:
                 state = writer.sync_state
-                position.move_cursor(writer, state, response.cursor)
+                position.move_cursor(writer, state, response.cursor, state.seen)
             with self.database.write() as writer:
                 foreign = position.foreign_collections(writer, state)
                 rebase = Rebase(writer, self.policy_for, response.time, foreign=foreign)

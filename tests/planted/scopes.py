@@ -34,7 +34,7 @@ def _widening_cleared(garden: Garden) -> None:
         def take_confirmed(self: DatabaseApplier, writer: Writer, **more: Any) -> Any:
             state = writer.sync_state
             if state.cursor < self._confirmed <= state.reached:
-                position.move_cursor(writer, state, self._confirmed)
+                position.move_cursor(writer, state, self._confirmed, state.seen)
             return original(self, writer, **more)
 
         return take_confirmed

@@ -109,10 +109,18 @@ def as_lists(message: Any) -> Any:
 
 
 def envelope_of(message: Any) -> dict[str, Any]:
-    """``message`` as it is written: a schema of 0 is none, and so is a subject that is null."""
+    """``message`` as it is written: a schema of 0 is none, and so is what is null of these."""
     envelope: dict[str, Any] = to_builtins(message, builtin_types=(bytes,))
-    nothing = (("schema", 0), ("subject", None))
-    return {name: item for name, item in envelope.items() if (name, item) not in nothing}
+    return without_nothing(envelope)
+
+
+def without_nothing(envelope: dict[str, Any]) -> dict[str, Any]:
+    nothing = (("schema", 0), ("subject", None), ("seen", None), ("term", None))
+    return {
+        name: without_nothing(item) if name in ("pull", "push") and item else item
+        for name, item in envelope.items()
+        if (name, item) not in nothing
+    }
 
 
 def named(row: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from entidb.db import Database
-from entidb.db.maintenance import dump, verify
+from entidb.db.maintenance import dump
+from entidb.db.verifying import verify
 from entidb.errors import AuthenticationError
 from entidb.packing import ENCODINGS
 from entidb.protocol import Manifest, SnapshotRequest

@@ -12,7 +12,8 @@ import pytest
 
 from entidb.db import Database
 from entidb.db.images import read_images
-from entidb.db.maintenance import dump, verify
+from entidb.db.maintenance import dump
+from entidb.db.verifying import verify
 from entidb.errors import ConfigError
 from entidb.server import ServerConfig, SyncServer, serving
 from entidb.server.segments.building import ELSEWHERE_MS

@@ -13,11 +13,12 @@ from entidb import Database, SyncConfig, SyncEngine
 from entidb.db import Role
 from entidb.db.records import META_IDENTITY
 from entidb.errors import HistoryChangedError, PermissionDeniedError
-from entidb.protocol import HandshakeRequest, PullRequest
+from entidb.protocol import HandshakeRequest, PullRequest, PushRequest
 from entidb.server import ServerConfig, SyncServer
 from entidb.server.hooks import Grant
-from entidb.server.service import HISTORIES_MAX, HISTORIES_WITHIN_MS
+from entidb.server.proofs import HISTORIES_MAX, HISTORIES_WITHIN_MS
 from entidb.sync import HttpTransport, LoopbackClient
+from entidb.types import SeenCommit
 from tests.server.test_service import DEVICE, op, request, tx
 from tests.support import GRANT, Device, World, assert_in_step, uid
 
@@ -300,3 +301,126 @@ def test_r29_the_identity_keeps_the_rest() -> None:
     with world.server.storage.snapshot() as snapshot:
         assert snapshot.get(META_IDENTITY) is not None
     assert world.server.verify() == []
+
+
+def head_of(world: World) -> int:
+    return world.server.read_head().sequence
+
+
+def gone_on_world() -> tuple[World, Device, Device, Device]:
+    """``a`` has seen commits that are gone; ``b`` goes on from the older files until the server is
+    beyond everything that ``a`` has seen; ``c`` has seen no more than the copy."""
+    world, a, b = put_back_world()
+    c = world.device()
+    for n in range(10, 20):
+        b.put(("notes", n, "written on the older files"))
+        b.sync()
+    assert head_of(world) > a.state.cursor
+    return world, a, b, c
+
+
+def test_r29_files_that_others_went_on_from_are_proved_all_the_same() -> None:
+    world, a, b, c = gone_on_world()
+    history = world.server.history
+    a.put(("notes", 5, "a goes on"))
+    with pytest.raises(HistoryChangedError, match="others have gone on from there"):
+        a.sync()
+    assert world.server.history != history
+    for device in (b, c):
+        if device.state.history is not None:
+            with pytest.raises(HistoryChangedError):
+                device.sync()
+            device.engine.reset("device")
+    a.engine.reset("device")
+    for device in (a, b, c, a, b, c):
+        device.sync()
+    assert_in_step(world, a, b, c)
+    values = world.values()
+    assert values[19] == "written on the older files" and values[5] == "a goes on"
+    assert values[4] == "written after the copy"
+
+
+def test_r29_with_nothing_to_say_it_is_proved_by_a_pull_that_would_bring_nothing() -> None:
+    world, a, _, _ = gone_on_world()
+    history = world.server.history
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+    assert world.server.history != history
+
+
+def swap_before(world: World, device: Device, kind: type, number: int, files: Any) -> None:
+    """The files are put back, and another device goes on from them, just before ``device`` sends
+    its request ``number`` of this kind."""
+    sent = 0
+
+    def before(message: object) -> None:
+        nonlocal sent
+        sent += isinstance(message, kind)
+        if sent == number:
+            sent = 10**6
+            world.open_server(files)
+            other = world.device()
+            for n in range(30, 36):
+                other.put(("notes", n, "another's"))
+                other.sync()
+
+    device.wire.before = before
+
+
+def test_r29_pages_of_one_pull_are_of_one_past() -> None:
+    """What a later commit has changed again is missing in the page before it."""
+    world = World()
+    a, b = world.device(), world.device(pull_operations_max=1)
+    b.put(("notes", 20, "b's"))
+    b.sync()
+    for n in range(1, 4):
+        a.put(("notes", n, "old"))
+        a.sync()
+    files = world.copy_files()
+    a.put(("notes", 1, "new"))
+    a.sync()
+    swap_before(world, b, PullRequest, 2, files)
+    with pytest.raises(HistoryChangedError):
+        b.sync()
+    assert b.values() == {20: "b's"}
+    b.engine.reset("server")
+    b.sync()
+    assert b.values()[1] == "old"
+
+
+def test_r29_what_was_sent_ahead_is_answered_by_the_same_past_or_not_taken() -> None:
+    world = World()
+    a = world.device(push_operations_max=2)
+    a.sync()
+    files = world.copy_files()
+    for n in range(6):
+        a.put(("notes", n, "a's"))
+    swap_before(world, a, PushRequest, 2, files)
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+    assert [request.seen for request in a.wire.pushes()[:2]] == [None, None]
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+    a.engine.reset("device")
+    a.settle()
+    assert_in_step(world, a)
+    assert [world.values()[n] for n in range(6)] == ["a's"] * 6
+
+
+def test_r29_an_older_server_or_device_proves_as_before() -> None:
+    """Neither says terms: nothing is proved by them, and nothing is refused."""
+    world, a, _, _ = gone_on_world()
+    state = a.state
+    pull = PullRequest(
+        db_id="shop",
+        device_id=DEVICE,
+        history=state.history or b"",
+        cursor=state.cursor,
+        limit=10,
+        bytes_max=1000,
+    )
+    assert world.service.pull(pull, GRANT).head == head_of(world)
+    unknown = replace(pull, seen=SeenCommit(0, bytes(8)))
+    assert world.service.pull(unknown, GRANT).head == head_of(world)
+    with pytest.raises(HistoryChangedError):
+        world.service.pull(replace(pull, seen=SeenCommit(state.cursor, bytes(8))), GRANT)

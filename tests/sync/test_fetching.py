@@ -11,8 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from entidb.db import Database
-from entidb.db.maintenance import verify
 from entidb.db.replica import ImageSegment, Stage
+from entidb.db.verifying import verify
 from entidb.errors import (
     AuthenticationError,
     HistoryChangedError,

@@ -17,8 +17,9 @@ from msgspec.structs import replace as altered
 
 from entidb import cbor
 from entidb.db import Database
-from entidb.db.maintenance import purge_tombstones, verify
+from entidb.db.maintenance import purge_tombstones
 from entidb.db.records import META_STAGE
+from entidb.db.verifying import verify
 from entidb.errors import SyncCancelledError, SyncError, SyncTimeoutError, TransportError
 from entidb.protocol import SegmentColumns, decode_segment, encode_segment
 from entidb.server import SyncServer

@@ -46,6 +46,7 @@ from entidb.db.replica import Inflight
 from entidb.db.rows import SnapshotRows
 from entidb.db.settings import check_settings
 from entidb.db.sharing import Sharing
+from entidb.db.terms import terms_of
 from entidb.db.writer import STALE_ROWS_MAX, Writer
 from entidb.errors import (
     ConfigError,
@@ -213,6 +214,7 @@ class Core(Explored):
         #: The mark at which the identity was read; of no state at first.
         self._identity_mark = -1
         self._load(role, create)
+        self._terms = terms_of(storage, role, read_only, entropy)
 
     # ---- reading
 
@@ -368,6 +370,8 @@ class Core(Explored):
             )
 
     def _store(self, writer: Writer, origin: str, calls: Sequence[CommitEvent] = ()) -> None:
+        if self._terms is not None:
+            self._terms.begin(writer)
         changes = writer.finish()
         if not changes:
             return
@@ -429,7 +433,8 @@ class Core(Explored):
                 # Another process may have made it while this one waited.
                 raw_format, raw_identity, empty = read_identity(self.storage)
                 if empty:
-                    self._initialise(role)
+                    made = make_identity(self.storage, role, self.entropy, self.clock.now_ms())
+                    self._take_identity(made)
                     return
         backup = decode_format(raw_format, self.where)
         if raw_identity is None:
@@ -454,10 +459,6 @@ class Core(Explored):
             yield
         finally:
             turn.give_back()
-
-    def _initialise(self, role: Role) -> None:
-        # A crash within leaves a store that ``_load`` treats as empty.
-        self._take_identity(make_identity(self.storage, role, self.entropy, self.clock.now_ms()))
 
     def _leave_backup(self) -> None:
         self._take_identity(end_backup(self.storage, self.role, self.entropy, self.where))

@@ -23,7 +23,7 @@ from entidb.db.indexed import Indexed
 from entidb.db.indexing import Index
 from entidb.db.leaving import check_may_go
 from entidb.db.local import Role, Writes, check_size, commit_local
-from entidb.db.maintenance import sweep_garbage, verify
+from entidb.db.maintenance import sweep_garbage
 from entidb.db.observers import Observer
 from entidb.db.observing import add_observer
 from entidb.db.plain import Keep
@@ -36,6 +36,7 @@ from entidb.db.sharing import AheadRows, snapshot_rows
 from entidb.db.snapshot import Snapshot
 from entidb.db.transaction import Transaction
 from entidb.db.uniqueness import refuse_taken
+from entidb.db.verifying import verify
 from entidb.errors import DatabaseLockedError, ScopeError, TransactionError
 from entidb.storage import MemoryStorage, open_storage
 from entidb.storage.base import StoreTurn

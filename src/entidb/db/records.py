@@ -30,6 +30,7 @@ the same table, a test compares). What is packed into them is here too, an Outbo
     t transaction:16                     accepted transaction: version, digest      (AcceptedRow)
     a group:u64 collection:u32 id:16     index of entities to be made pending       (empty)
     k time:u64                           server's clock at a commit sequence        (u64)
+    r sequence:u64                       the term that begins with this commit (R29) (8 bytes)
     i index:u32 table:u32 fields id:16   an entity's place in an index               (empty)
     j index:u32 table:u32                how many entities of a table are in it      (u64)
     0 0:u64 0:u32 n:16                   spacer before everything                   (empty)
@@ -87,6 +88,7 @@ ACCEPTED: Final = b"t"
 COUNT: Final = b"n"
 ADOPT: Final = b"a"
 CLOCK_MARK: Final = b"k"
+TERM: Final = b"r"
 INDEX: Final = b"i"
 INDEX_COUNT: Final = b"j"
 

@@ -14,6 +14,7 @@ from msgspec import Struct, ValidationError, convert, field, to_builtins
 from entidb import cbor
 from entidb.db.records import unreadable
 from entidb.errors import CborDecodeError
+from entidb.types import SeenCommit
 
 T = TypeVar("T", bound=Struct)
 
@@ -64,7 +65,8 @@ class ReplicaState(Struct, frozen=True):
     flight when the device was at ``cursor``, got no answer, and may have been accepted (R28).
     ``subject`` is who the server has last said that this device syncs as; None: it has not, or they
     have signed out. ``others`` are the commits of other subjects, ascending, without a
-    commit in two of them; all others are of ``subject`` (R36).
+    commit in two of them; all others are of ``subject`` (R36). ``seen`` is the newest of the heads
+    that the server has named with a term, and that term (R29).
     """
 
     db_id: str | None = None
@@ -80,6 +82,7 @@ class ReplicaState(Struct, frozen=True):
     unsettled: list[list[int]] = []
     subject: str | None = None
     others: list[OtherWork] = []
+    seen: SeenCommit | None = None
 
     def grants(self, collection: str) -> bool:
         return self.granted is None or collection in self.granted

@@ -39,6 +39,7 @@ from entidb.db.replica import (
     encode_record,
 )
 from entidb.storage import Snapshot
+from entidb.types import Term
 
 
 class Writer(Entities):
@@ -66,6 +67,8 @@ class Writer(Entities):
         #: Whether a local transaction that finds nothing else to push is marked as in flight by its
         #: own commit (R5).
         self.marks = False
+        #: The term that begins with this commit, once it does (``terms``).
+        self.term: Term | None = None
         #: Such a mark, while it is known that nothing of it was sent.
         self.unsent: Inflight | None = None
         #: Two of the records of sync as this commit leaves them, so far: where they are known.

@@ -28,11 +28,11 @@ from entidb.protocol.digests import (
     operations_digest,
 )
 from entidb.protocol.encoding import PullPage, encode, encode_columns, encode_round
+from entidb.protocol.limits import LIMITS, Limits
 from entidb.protocol.messages import (
     CONTENT_TYPE,
     DIGEST_IDS_MAX,
     HAVE_RANGES_MAX,
-    LIMITS,
     PATHS,
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
@@ -45,7 +45,6 @@ from entidb.protocol.messages import (
     ErrorResponse,
     HandshakeRequest,
     HandshakeResponse,
-    Limits,
     Manifest,
     PullColumns,
     PullCommit,

@@ -18,7 +18,8 @@ from typing import IO, Final
 from entidb.errors import SyncCodecError
 from entidb.protocol.decoding import decode
 from entidb.protocol.encoding import encode
-from entidb.protocol.messages import LIMITS, Manifest, SegmentInfo
+from entidb.protocol.limits import LIMITS
+from entidb.protocol.messages import Manifest, SegmentInfo
 from entidb.protocol.segments import HEADER_BYTES_MAX
 
 MANIFEST_NAME: Final = "manifest.cbor"

@@ -18,10 +18,10 @@ from entidb import cbor
 from entidb.collector import paused
 from entidb.errors import CborDecodeError, InvalidNameError, ProtocolError, SyncCodecError
 from entidb.protocol.columns import COLUMN_HEAD_BYTES, TOMBSTONE_SIZE, column_versions
+from entidb.protocol.limits import LIMITS, Limits
 from entidb.protocol.messages import (
     DIGEST_IDS_MAX,
     HAVE_RANGES_MAX,
-    LIMITS,
     PACKINGS_MAX,
     PATHS,
     SEGMENTS_MAX,
@@ -30,7 +30,6 @@ from entidb.protocol.messages import (
     DigestResponse,
     HandshakeRequest,
     HandshakeResponse,
-    Limits,
     Manifest,
     PullColumns,
     PullOperation,

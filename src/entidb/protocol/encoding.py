@@ -26,7 +26,7 @@ from entidb.protocol.messages import (
 )
 
 #: The heads of small maps, by how many pairs they have.
-_MAPS: Final = tuple(cbor.map_head(pairs) for pairs in range(10))
+_MAPS: Final = tuple(cbor.map_head(pairs) for pairs in range(11))
 #: What a round has before its pull, and before its push.
 _PULL: Final = cbor.map_head(2) + cbor.text("pull")
 _PUSH: Final = cbor.text("push")
@@ -61,6 +61,9 @@ _KEYS: Final = {
         "transactions",
     )
 }
+#: What stands before a term, and before a commit that was seen.
+_TERM: Final = cbor.text("term") + b"\x82"
+_SEEN: Final = cbor.text("seen") + b"\x82"
 
 
 def encode(message: SyncRequest | SyncResponse) -> bytes:
@@ -73,8 +76,8 @@ def _encode_small(message: SyncRequest | SyncResponse) -> bytes:
     return cbor.encode_message(to_builtins(message, builtin_types=(bytes,)))
 
 
-# A program that gives no number of its schema says nothing, and so does a server that knows nobody:
-# these messages are those of before.
+# A program that gives no number of its schema says nothing, and so does a server that knows nobody,
+# and whoever knows no term: these messages are those of before.
 
 
 def _encode_asking(message: HandshakeRequest | DigestRequest | SnapshotRequest) -> bytes:
@@ -95,12 +98,18 @@ def _encode_pull_request(message: PullRequest) -> bytes:
     envelope = to_builtins(message, builtin_types=(bytes,))
     if not message.schema:
         del envelope["schema"]
+    if message.seen is None:
+        del envelope["seen"]
     return cbor.encode_message(envelope | {"have": list(map(list, message.have))})
 
 
 def _encode_push_request(message: PushRequest) -> bytes:
+    seen = message.seen
     parts = [
-        _MAPS[6 + bool(message.schema) + (message.subject is not None)],
+        _MAPS[6 + bool(message.schema) + (message.subject is not None) + (seen is not None)],
+        b""
+        if message.seen is None
+        else _SEEN + uint(message.seen.version) + b"\x48" + message.seen.term,
         _KEYS["db_id"] + cbor.text(message.db_id),
         _KEYS["cursor"] + uint(message.cursor),
         _KEYS["schema"] + uint(message.schema) if message.schema else b"",
@@ -133,9 +142,11 @@ def _encode_push_request(message: PushRequest) -> bytes:
 
 
 def _encode_push_response(message: PushResponse) -> bytes:
+    term = message.term
     parts = [
-        _MAPS[4],
+        _MAPS[4 + (term is not None)],
         _KEYS["head"] + uint(message.head),
+        b"" if term is None else _TERM + uint(term.first) + b"\x48" + term.name,
         _KEYS["time"] + uint(message.time),
         _KEYS["results"] + array_head(len(message.results)),
     ]
@@ -190,10 +201,12 @@ def encode_columns(
 
 def _joined(message: PullResponse, columns: Sequence[bytes], commits: Sequence[bytes]) -> bytes:
     """``message`` with these parts as its columns and commits."""
+    term = message.term
     return b"".join(
         (
-            _MAPS[9],
+            _MAPS[9 + (term is not None)],
             _KEYS["head"] + uint(message.head),
+            b"" if term is None else _TERM + uint(term.first) + b"\x48" + term.name,
             _KEYS["time"] + uint(message.time),
             _KEYS["floor"] + uint(message.floor),
             _KEYS["cursor"] + uint(message.cursor),

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Final, TypeVar
 
 from msgspec import Meta, Struct
 
-from entidb.types import COLLECTIONS_MAX, ID_BYTES, OPERATION_OVERHEAD_BYTES, TRANSACTION_BYTES_MAX
+from entidb.protocol.limits import Limits, Uint
+from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES, SeenCommit, Term
 
 PROTOCOL_MAJOR: Final = 1
 PROTOCOL_MINOR: Final = 0
@@ -33,38 +34,12 @@ DIGEST_IDS_MAX: Final = 512
 SUBJECT_CHARS_MAX: Final = 255
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 #: No upper bound is named (msgspec knows none above an int64): CBOR itself ends at 2**64 - 1.
 Stamp = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 #: ``entidb.types.check_name`` sees to the rest: bytes, not characters, and no control characters.
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
 Subject = Annotated[str, Meta(min_length=1, max_length=SUBJECT_CHARS_MAX)]
-
-
-class Limits(Struct, frozen=True, kw_only=True):
-    """What the server accepts at most; in the handshake. All byte counts are uncompressed."""
-
-    transaction_bytes_max: Uint
-    message_bytes_max: Uint
-    push_operations_max: Uint
-    pull_operations_max: Uint
-    collections_max: Uint
-    #: Collections that the database holds; what goes beyond is rejected, transaction by
-    #: transaction. Servers before 0.4 do not say, and hold so many.
-    database_collections_max: Uint = 1024
-
-
-#: What a device accepts from any server, and what a server starts from. One transaction of the
-#: largest size every server must accept fits into a message, whatever the names and the framing.
-LIMITS: Final = Limits(
-    transaction_bytes_max=TRANSACTION_BYTES_MAX,
-    message_bytes_max=4 * TRANSACTION_BYTES_MAX,
-    push_operations_max=100_000,
-    pull_operations_max=100_000,
-    collections_max=4096,
-    database_collections_max=COLLECTIONS_MAX,
-)
 
 
 class PushOperation(Struct, frozen=True, array_like=True, gc=False):
@@ -194,7 +169,8 @@ class PullRequest(Struct, frozen=True, kw_only=True):
     """``cursor`` is inclusive: send what is after it. ``have`` holds inclusive ranges
     ``[first, last]`` of versions above the cursor the device already has (R21).
     ``full`` starts from nothing: the floor does not matter (R28). ``columns`` takes the page as
-    ``PullColumns``; only for a server with that feature."""
+    ``PullColumns``; only for a server with that feature. ``seen`` is the newest head
+    that an answer has named with its term, and that term (R29)."""
 
     db_id: Name
     device_id: Id
@@ -207,13 +183,15 @@ class PullRequest(Struct, frozen=True, kw_only=True):
     full: bool = False
     columns: bool = False
     schema: Uint = 0
+    seen: SeenCommit | None = None
 
 
 class PullResponse(Struct, frozen=True, kw_only=True):
     """``cursor`` is what the device has after applying this page; the last page
     (``has_more`` false) says the head it has reached (R19). ``time`` is the server's clock in
     ms since 1970. With ``columns`` there are no ``commits``; ``expanded`` makes some of them.
-    ``granted`` is what the page was made under, as in the handshake."""
+    ``granted`` is what the page was made under, as in the handshake. ``term`` is that of the
+    commit ``head``; None: the server does not know it."""
 
     collections: list[Name]
     commits: list[PullCommit]
@@ -224,12 +202,14 @@ class PullResponse(Struct, frozen=True, kw_only=True):
     floor: Uint
     time: Uint
     granted: list[Name] | None = None
+    term: Term | None = None
 
 
 class PushRequest(Struct, frozen=True, kw_only=True):
     """``collections`` may hold texts that are no names: that is the fault of the transactions that
     write there, and not of the others (R15). ``subject`` is who has committed all of this, as the
-    handshake has named them; with the token of another the server decides nothing (R36)."""
+    handshake has named them; with the token of another the server decides nothing (R36). ``seen``
+    as in the pull; a round has it there alone."""
 
     db_id: Name
     device_id: Id
@@ -239,15 +219,18 @@ class PushRequest(Struct, frozen=True, kw_only=True):
     transactions: list[PushTransaction]
     schema: Uint = 0
     subject: Subject | None = None
+    seen: SeenCommit | None = None
 
 
 class PushResponse(Struct, frozen=True, kw_only=True):
-    """``collections`` names what the indexes in ``states`` mean; ``time`` as in the pull."""
+    """``collections`` names what the indexes in ``states`` mean; ``time`` as in the pull. ``term``
+    is as there."""
 
     results: list[PushResult]
     collections: list[Name]
     head: Uint
     time: Uint
+    term: Term | None = None
 
 
 class RoundRequest(Struct, frozen=True, kw_only=True):

@@ -35,7 +35,8 @@ from entidb.protocol.columns import (
     column_rows,
     column_versions,
 )
-from entidb.protocol.messages import LIMITS, SEGMENT_ROWS_MAX, Id, Name, PullColumns, Uint
+from entidb.protocol.limits import LIMITS, Uint
+from entidb.protocol.messages import SEGMENT_ROWS_MAX, Id, Name, PullColumns
 from entidb.types import ID_BYTES, check_name
 
 MAGIC: Final = b"EntiDB-segment"

@@ -254,10 +254,11 @@ def seen_by(request: PullRequest | PushRequest | RoundRequest) -> int:
     (R21), and what it built on."""
     if isinstance(request, RoundRequest):
         return max(seen_by(request.pull), seen_by(request.push))
+    seen = 0 if request.seen is None else request.seen.version
     if isinstance(request, PullRequest):
-        return max(request.cursor, request.have[-1][1] if request.have else 0)
+        return max(request.cursor, seen, request.have[-1][1] if request.have else 0)
     bases = [op.base_version for t in request.transactions for op in t.operations]
-    return max(request.cursor, max(bases, default=0))
+    return max(request.cursor, seen, max(bases, default=0))
 
 
 def unseen(request: RoundRequest, answer: PushResponse | None) -> PullRequest:

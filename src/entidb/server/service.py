@@ -7,7 +7,6 @@ its commit sequence.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -54,17 +53,14 @@ from entidb.server.pages import (
     seen_by,
     wanted_collections,
 )
+from entidb.server.proofs import Proofs, is_of
 from entidb.server.unique import waits_for
 from entidb.server.upcasting import upcast_all
 from entidb.server.work import too_much
+from entidb.types import Term
 
-_log = logging.getLogger("entidb.server")
 #: Commits that are the newest few.
 RECENT_COMMITS = 128
-#: Histories that devices' proofs may begin (R29), in so long a time. What is proved by files that
-#: were put back is proved once for each time; more is a client that makes it up.
-HISTORIES_MAX = 4
-HISTORIES_WITHIN_MS = 3_600_000
 #: What a device may use only where it is announced.
 FEATURES: Final = ("columns", "digest")
 
@@ -102,8 +98,9 @@ class DatabaseService:
         self._validate = validate
         self._schema = schema
         self._rules = Rules(db_id, limits.transaction_bytes_max, validate, fullness)
-        #: (when, head, floor, history) of the newest read; None when unknown.
-        self._known: tuple[Moment, int, int, bytes | None] | None = None
+        #: (when, head, floor, history, newest term) of the newest read; None
+        #: when unknown.
+        self._known: tuple[Moment, int, int, bytes | None, Term | None] | None = None
         #: Called with a pull and the cursor that its page leads to, on the thread that read it.
         self.on_page: Callable[[PullRequest, int], None] | None = None
         #: Asked before each group: whether nothing is to be pushed at the moment (R32).
@@ -113,9 +110,7 @@ class DatabaseService:
         #: The newest head that this service has seen; a hint.
         self._head = 0
         self._limit_max = min(limits.pull_operations_max, SCAN_ROWS_MAX)
-        #: A proof was believed since the database was opened (R29). Its files were replaced before
-        #: that, so a device that shows another proof has made it up.
-        self._heard_proof = False
+        self._proofs = Proofs(database, db_id)
 
     # ------------------------------------------------------------ handshake
 
@@ -130,7 +125,7 @@ class DatabaseService:
         head, floor = self._read_head_and_floor()
         if grant is not None and request.history == self._history and request.cursor > head:
             # The device learns it from this very answer, which names the history that began.
-            self._put_back(grant, request.cursor, head)
+            self._proofs.put_back(grant, request.cursor, head)
         return HandshakeResponse(
             major=PROTOCOL_MAJOR,
             minor=PROTOCOL_MINOR,
@@ -156,13 +151,15 @@ class DatabaseService:
         known = self._known
         if known is None or request.full:
             return None
-        moment, head, floor, history = known
+        moment, head, floor, history, term = known
         # First what costs nothing: the moment may be a question over a network.
         if known_up_to(request) != head or not moment.is_current():
             return None
         seen = seen_by(request)
         if seen > head:
             return None  # what follows takes a commit
+        if request.seen is not None and not is_of(request.seen, term):
+            return None  # older terms have to be looked up
         self.check_pull(request, grant, seen, head, floor, history)
         return PullResponse(
             collections=[],
@@ -173,6 +170,7 @@ class DatabaseService:
             floor=floor,
             time=self.database.clock.now_ms(),
             granted=grant.named,
+            term=term,
         )
 
     def is_recent(self, request: PullRequest) -> bool:
@@ -198,18 +196,19 @@ class DatabaseService:
             head = error.details.get("head")
             if head is None:
                 raise
-        raise self._put_back(grant, seen_by(request), head)
+        raise self._proofs.put_back(grant, seen_by(request), head)
 
     def _pull_bytes(self, request: PullRequest, grant: Grant, view: View) -> bytes:
         head = view.head.sequence
         floor = read_floor(view)
         history = self.database.history_at(view.snapshot)
-        self.check_pull(request, grant, seen_by(request), head, floor, history)
+        parted = None if request.seen is None else view
+        self.check_pull(request, grant, seen_by(request), head, floor, history, parted)
         kind = ColumnPage if request.columns else Page
         wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
         page = kind(view, request, wanted)
         cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
-        self._known = (view.moment, head, floor, history)
+        self._known = (view.moment, head, floor, history, self._proofs.newest(view))
         self._head = head
         if self.on_page is not None:
             self.on_page(request, cursor)
@@ -223,6 +222,7 @@ class DatabaseService:
                 floor=floor,
                 time=self.database.clock.now_ms(),
                 granted=grant.named,
+                term=self._proofs.newest(view),
             )
         )
 
@@ -234,10 +234,14 @@ class DatabaseService:
         head: int,
         floor: int,
         history: bytes | None,
+        view: View | None = None,
     ) -> None:
+        """``view`` where what the device has seen may be of another past (R29)."""
         if not grant.read:
             raise PermissionDeniedError(f"this token may not read database {self.db_id!r}")
         self._check_history(request.history, seen, head, history)
+        if view is not None:
+            self._proofs.check(request, view, head)
         if 0 < request.schema < self._schema.least:
             raise UpgradeRequiredError(
                 f"this program works with schema {request.schema} of database {self.db_id!r}, and "
@@ -282,11 +286,11 @@ class DatabaseService:
         with self.database.write() as writer:
             frozen = self.is_frozen()
             floor, known_head = read_floor(writer), writer.head.sequence
-            indexed, proof = writer.catalogue.indexes.each, None
+            indexed = writer.catalogue.indexes.each
             # Nobody else begins another while this one has the turn.
             history = self.database.history_at(writer.snapshot)
-            if max(seen, default=0) > known_head:
-                proof = self._proof(members, seen, known_head)
+            suspects = self._proofs.suspects(members, seen, writer, history)
+            proof = self._proofs.first(suspects) if suspects else None
             each = zip(members, pushed, checked, seen, strict=True)
             for (request, grant), push, found, newest in each:
                 if proof is not None:
@@ -300,12 +304,15 @@ class DatabaseService:
                     busy = waits_for(writer, push) if indexed else None
                     if isinstance(request, RoundRequest):
                         pull = request.pull
-                        self.check_pull(pull, grant, newest, known_head, floor, history)
+                        parted = writer if suspects else None
+                        self.check_pull(pull, grant, newest, known_head, floor, history, parted)
                         waits = frozen or busy is not None
                         if waits or self._is_behind(writer, pull, grant, known_head):
                             raise BehindError("the device has not seen everything")
                     else:
                         self._check_history(push.history, newest, known_head, history)
+                        if suspects:
+                            self._proofs.check(push, writer, known_head)
                         if frozen:
                             raise frozen_error(self.db_id)
                         if busy is not None:
@@ -319,14 +326,15 @@ class DatabaseService:
                     self._marked_ms = mark_clock(writer, self._clock_mark_ms)
             head = writer.head.sequence
         if proof is not None:
-            self._put_back(*proof)
+            self._proofs.put_back(*proof)
             return self._push_many(members)
         # True after the commit that has just worked, and until the next.
-        self._known, self._head = (writer.moment, head, floor, history), head
+        term = self._proofs.committed(writer)
+        self._known, self._head = (writer.moment, head, floor, history, term), head
         if self._rules.fullness is not None:
             self._rules.fullness.stored()
         return [
-            replace(answer, head=head) if isinstance(answer, PushResponse) else answer
+            replace(answer, head=head, term=term) if isinstance(answer, PushResponse) else answer
             for answer in answers
         ]
 
@@ -419,72 +427,7 @@ class DatabaseService:
                 details={"history": history},
             )
         if cursor > head:
-            raise self._seen_more(cursor, head)
-
-    def _seen_more(self, seen: int, head: int) -> HistoryChangedError:
-        return HistoryChangedError(
-            f"this device has seen commit {seen}, but database {self.db_id!r} ends at {head}: the "
-            "server's files were replaced by older ones. Choose "
-            'reset(keep="server") or reset(keep="device")',
-            details={"history": self._history, "head": head},
-        )
-
-    # ------------------------------------------------------------ files put back by hand (R29)
-
-    def _proof(
-        self,
-        members: Sequence[tuple[PushRequest | RoundRequest, Grant]],
-        seen: Sequence[int],
-        head: int,
-    ) -> tuple[Grant, int, int] | None:
-        """The first of ``members`` that is to be believed; what ``_put_back`` is called with."""
-        for (request, grant), newest in zip(members, seen, strict=True):
-            if newest > head and request.history == self._history and self._believes(grant):
-                return grant, newest, head
-        return None
-
-    def _believes(self, grant: Grant) -> bool:
-        """Who may say of a database that its files are older than what it has answered: all devices
-        have to choose a side after that. So only those who could overwrite everything in it anyway;
-        they also know its history, which a device that never synchronised does not have. And once
-        for each opening of the files, because the files change only between two."""
-        whole = grant.read and grant.write and grant.collections is None
-        return whole and not self._heard_proof
-
-    def _put_back(self, grant: Grant, seen: int, head: int) -> HistoryChangedError:
-        """A device has seen commit ``seen`` of this history, and its files end at ``head``: they
-        were put back without `entidb backup`. The database begins a new history, durable before
-        anybody hears of it, so that those who cannot prove it learn of it as well. Returns what
-        this device is told."""
-        error = self._seen_more(seen, head)
-        if not self._believes(grant):
-            _log.error(
-                "database %s: %r has seen commit %d, and it ends at %d. Either its files were put "
-                "back by hand, or that client makes it up. The history was kept: %s",
-                self.db_id,
-                grant.subject,
-                seen,
-                head,
-                "one proof was heard since the database was opened"
-                if self._heard_proof
-                else "only a token that may read and write all of it is believed",
-            )
-            return error
-        begun = self.database.begin_history(HISTORIES_MAX, HISTORIES_WITHIN_MS)
-        self._heard_proof = True
-        self._known = None
-        _log.error(
-            "database %s: %r has seen commit %d, and it ends at %d: its files were put back by "
-            "hand, without `entidb backup`. %s",
-            self.db_id,
-            grant.subject,
-            seen,
-            head,
-            "A new history begins, and every device will have its application choose a side"
-            if begun
-            else f"The history was kept: {HISTORIES_MAX} have begun like this within an hour",
-        )
-        return self._seen_more(seen, head)
+            raise self._proofs.seen_more(cursor, head)
 
     def _read_head_and_floor(self) -> tuple[int, int]:
         with self.database.storage.snapshot() as snapshot:

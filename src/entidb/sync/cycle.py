@@ -24,11 +24,11 @@ from entidb.protocol import (
     PushResult,
     SyncResponse,
 )
-from entidb.sync.apply.position import check_replica_of
+from entidb.sync.apply.position import check_replica_of, gone_back
 from entidb.sync.apply.seam import Look, SyncApplier
 from entidb.sync.apply.signing import sent_by_others
 from entidb.sync.config import SyncConfig
-from entidb.sync.exchange import Connection, Exchange, Flow, SendAhead, Step, check_not_back
+from entidb.sync.exchange import Connection, Exchange, Flow, SendAhead, Step
 from entidb.sync.pulling import Pulling
 from entidb.sync.pushing import Pushing
 from entidb.sync.refusal import closed
@@ -161,7 +161,8 @@ class Cycle:
                 'restored from a backup or made anew. Choose reset(keep="server") to take its '
                 'state, or reset(keep="device") to commit again what it no longer has'
             )
-        check_not_back(state, response)
+        if response.head < state.cursor:
+            raise gone_back(state.cursor, response.head)  # R29
         self.exchange.connection.history = response.history
         self.exchange.connection.features = response.features
         looks = "schema" in response.features

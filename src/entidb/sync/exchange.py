@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from msgspec import Struct
 
 from entidb.db.replica import ReplicaState
-from entidb.errors import HistoryChangedError, ProtocolError
+from entidb.errors import ProtocolError
 from entidb.protocol import (
     DigestResponse,
     HandshakeResponse,
@@ -157,21 +157,10 @@ def pull_request(
         bytes_max=config.pull_bytes_max,
         collections=scope,
         schema=connection.schema,
+        seen=state.seen,
     )
 
 
 def history_of(state: ReplicaState) -> bytes:
     assert state.history is not None, "the handshake bound the history"
     return state.history
-
-
-def check_not_back(state: ReplicaState, response: HandshakeResponse | PullResponse) -> None:
-    """A full pull says nothing of the cursor, so it is the device that has to notice there that the
-    server has gone back (R29)."""
-    if response.head < state.cursor:
-        raise HistoryChangedError(
-            f"this device has seen commit {state.cursor}, and the server's database ends at "
-            f"{response.head}: its files were replaced by older ones. Choose "
-            'reset(keep="server") to take its state, or reset(keep="device") to commit again what '
-            "it no longer has"
-        )

@@ -25,12 +25,12 @@ from entidb.protocol import (
     operations_count,
     payload_bytes,
 )
+from entidb.sync.apply.position import seen_in
 from entidb.sync.apply.seam import Look
 from entidb.sync.exchange import (
     Exchange,
     SendAhead,
     Step,
-    check_not_back,
     pull_request,
 )
 from entidb.sync.fetching import Fetching, may_have_image
@@ -100,7 +100,6 @@ class Pulling:
         return response
 
     def _heed_page(self, response: PullResponse, state: ReplicaState) -> None:
-        check_not_back(state, response)
         self._exchange.server_ms = response.time
         granted = response.granted
         if granted != state.granted:
@@ -169,7 +168,8 @@ class Pulling:
                 return FullPull.APPLIED
             floor = response.floor
             grown = min(usual, request.limit * GROWTH[0] // GROWTH[1] + 1)
-            following = replace(request, cursor=response.cursor, limit=grown)
+            seen = seen_in(state, response)
+            following = replace(request, cursor=response.cursor, limit=grown, seen=seen)
             if response.has_more:
                 yield SendAhead(following)
             self._exchange.check()
@@ -215,12 +215,20 @@ class Pulling:
                 if not response.commits and state.cursor < response.cursor <= state.reached:
                     # R10: only own commits are new, so nothing needs to be stored now.
                     self._exchange.applier.confirm(response.cursor)
-                elif response.commits or response.cursor != state.cursor:
+                elif (
+                    response.commits
+                    or response.cursor != state.cursor
+                    or (state.seen is None and response.term is not None)
+                ):
                     self._exchange.check()
                     self._exchange.report(self._exchange.applier.apply(request, response))
                     self._count(response, done, size)
                 return True
-            following = replace(request, cursor=response.cursor)
+            following = replace(
+                request,
+                cursor=response.cursor,
+                seen=seen_in(state, response),
+            )
             if response.has_more:
                 yield SendAhead(following)
             self._exchange.check()

@@ -16,7 +16,7 @@ from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.exchange import Exchange, SendAhead, Step, history_of
 from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
 from entidb.sync.state import SyncProgress, SyncState
-from entidb.types import SEQUENCE_MAX
+from entidb.types import SEQUENCE_MAX, SeenCommit
 
 
 @dataclass
@@ -112,14 +112,14 @@ class Pushing:
         and the server still gets everything in the order in which it was committed."""
         self._pushed = self._pushed_bytes = 0
         state, total = look.state, look.ready
-        request = self.request(batch, state)
+        request = self.request(batch, state, state.seen)
         following: PushBatch | None = None
         pull = False
         while True:
             if following is None and not pull and total > self._pushed + len(batch.keys):
                 yield SendAhead(request)
                 following = self._exchange.applier.prepare_after(batch, limits)
-            after = None if following is None else self.request(following, state)
+            after = None if following is None else self.request(following, state, state.seen)
             if after is not None:
                 yield SendAhead(after)
             response = yield from self._ask_push(batch, state, request)
@@ -129,7 +129,7 @@ class Pushing:
                 batch, request, following = following, after, settled.next_batch
             elif settled.next_batch is not None:
                 batch = settled.next_batch
-                request = self.request(batch, state)
+                request = self.request(batch, state, state.seen)
             else:
                 return pull
 
@@ -167,7 +167,7 @@ class Pushing:
         """The verdicts on ``batch``. Raises ``_RefusedError`` where an answer proves that there
         are none; any other error leaves it open, and the batch in flight (R5)."""
         try:
-            asked = self.request(batch, state) if request is None else request
+            asked = self.request(batch, state, state.seen) if request is None else request
             response = yield from self._exchange.ask(asked, PushResponse)
         except SyncError as error:
             path = self._exchange.connection.path
@@ -177,7 +177,10 @@ class Pushing:
         self._exchange.connection.path.passed(batch.bytes)
         return response
 
-    def request(self, batch: PushBatch, state: ReplicaState) -> PushRequest:
+    def request(
+        self, batch: PushBatch, state: ReplicaState, seen: SeenCommit | None = None
+    ) -> PushRequest:
+        """``seen`` of a push that goes without a pull (R29)."""
         return PushRequest(
             db_id=self._exchange.config.db_id,
             device_id=self._exchange.applier.device_id,
@@ -187,6 +190,7 @@ class Pushing:
             transactions=batch.transactions,
             schema=self._exchange.connection.schema,
             subject=self._exchange.connection.subject,
+            seen=seen,
         )
 
     # ------------------------------------------------------------ refused as a whole

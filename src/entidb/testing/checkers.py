@@ -19,10 +19,12 @@ from entidb.db.records import (
     META_CATALOGUE,
     META_FLOOR,
     META_HEAD,
+    TERM,
     accepted_key,
     decode_accepted,
     decode_head,
     payload_of,
+    sequence_of,
     unpack_entity,
     unpack_u64,
 )
@@ -39,6 +41,7 @@ from entidb.protocol import (
     digest_stored_newer,
     operations_digest,
 )
+from entidb.server.pages import seen_by
 from entidb.server.service import ROUND_ROWS_MAX
 from entidb.storage.base import Batch
 from entidb.testing.faults import FaultyStorage
@@ -119,6 +122,11 @@ class ServerWatch:
         first = self.history.head + 1
         if head < first:
             return
+        self.history.terms += [
+            (sequence_of(key), raw)
+            for key, raw in sorted(batch.items())
+            if key[:1] == TERM and raw is not None
+        ]
         rows = self._rows(batch, records)
         touched: dict[Ref, None] = {}
         accepted = {
@@ -391,15 +399,11 @@ class ServerWatch:
     def on_refusal(self, request: PullRequest | PushRequest, error: SyncError) -> None:
         """An error that makes a device start over needs its reason (R28, R29)."""
         if isinstance(error, HistoryChangedError):
-            head, seen = self.history.head, request.cursor
-            if isinstance(request, PullRequest):
-                seen = max([seen, *(last for _, last in request.have)])
-            else:
-                head = self.head_before
-                bases = (op.base_version for t in request.transactions for op in t.operations)
-                seen = max([seen, *bases])
+            pulls = isinstance(request, PullRequest)
+            head, seen = self.history.head if pulls else self.head_before, seen_by(request)
+            has = request.seen is None or self.history.has(request.seen)
             self.checks.that(
-                request.history != self.history.identity or seen > head,
+                request.history != self.history.identity or seen > head or not has,
                 "ORDER",
                 "a request that named this history got the answer that it has changed",
             )

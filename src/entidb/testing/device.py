@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from entidb.db import Database
-from entidb.db.maintenance import verify
+from entidb.db.verifying import verify
 from entidb.errors import (
     CommitUnknownError,
     CorruptionError,
@@ -453,12 +453,13 @@ class Device(Scoped):
     def takes(self, request: SyncRequest, outcome: SyncResponse | SyncError) -> None:
         if isinstance(outcome, RoundResponse):
             self.world.fired("round_behind" if outcome.push is None else "round")
+        self.watch.follow(request, outcome)
         verdicts = outcome.push if isinstance(outcome, RoundResponse) else outcome
         pushed = push_in(request)
         if isinstance(verdicts, PushResponse) and pushed is not None:
             ids = [transaction.transaction_id for transaction in pushed.transactions]
             self.watch.answers = dict(zip(ids, verdicts.results, strict=True))
-            self.watch.answered_by = self.tenant.histories.get(pushed.history)
+            self.watch.answered_by = self.watch.history
         if isinstance(outcome, ResetRequiredError):
             self._check_reset_ends()
 

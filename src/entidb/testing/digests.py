@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from entidb import cbor
 from entidb.db import Database
 from entidb.db.catalogue import CollectionInfo
-from entidb.db.maintenance import verify
 from entidb.db.records import BaseRow, EntityRow, decode_entity, end_of
+from entidb.db.verifying import verify
 from entidb.db.writer import Writer
 from entidb.protocol import (
     LIMITS,

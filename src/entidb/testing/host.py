@@ -338,8 +338,6 @@ class Host:
             f"a token for another database opened {tenant.db_id}",
         )
         self.world.trace("server", type(request).__name__, request.device_id[:2].hex())
-        if not tenant.hears(request):
-            return
         if isinstance(request, PushRequest | RoundRequest):
             if self.world.knobs.older_server or self.world.knobs.invalid:
                 pushed = push_in(request)

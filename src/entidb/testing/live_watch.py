@@ -87,7 +87,7 @@ class LiveWatch:
     def _look_at(self, device: WatchedDevice) -> None:
         world, tenant, listener = self._world, device.tenant, device.listener
         since = None if listener is None else listener.settled_since
-        if since is None or tenant.unproven or self._is_parted(device):
+        if since is None or tenant.older.unproven or self._is_parted(device):
             return
         past = world.now - self._bound
         seen, history, head = self._heads[tenant.db_id][0]
@@ -129,7 +129,7 @@ class LiveWatch:
                     f"{device.name} has no channel after {_SETTLED_MS} ms in which all was well",
                 )
         for tenant in self._host.tenants:
-            if not tenant.unproven:
+            if not tenant.older.unproven:
                 self._tell_of_bursts(tenant)
                 self._tell_who_begins(tenant)
         for device in self._devices:

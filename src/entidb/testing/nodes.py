@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final, Protocol
 
+from msgspec.structs import replace
+
 from entidb.db import Database
 from entidb.errors import ResetRequiredError, SyncError, UpgradeRequiredError
 from entidb.protocol import PullRequest, PushRequest, RoundRequest
@@ -289,7 +291,7 @@ def asked(request: PushRequest | RoundRequest, error: SyncError) -> PullRequest 
     if not isinstance(request, RoundRequest):
         return request
     pulls = isinstance(error, ResetRequiredError | UpgradeRequiredError)
-    return request.pull if pulls else request.push
+    return request.pull if pulls else replace(request.push, seen=request.pull.seen)
 
 
 __all__ = [

@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from entidb.types import SeenCommit
+
 Ref = tuple[str, bytes]
 #: (version, payload): what an entity is at some cursor; version 0 is "never there".
 State = tuple[int, bytes | None]
@@ -35,6 +37,8 @@ class History:
         self.accepted: dict[bytes, tuple[int, bytes]] = {}
         #: After each commit: how many entities there are, and the bytes of their payloads.
         self.sizes: list[tuple[int, int]] = [(0, 0)]
+        #: Of the terms that began in it: the first commit, and the name (R29).
+        self.terms: list[tuple[int, bytes]] = []
         self.floor = 0
         self._versions: dict[Ref, list[int]] = {}
         self._payloads: dict[Ref, list[bytes | None]] = {}
@@ -79,8 +83,25 @@ class History:
             transaction_id, digest = self.writers[version] or (None, b"")
             writes = [(ref, self.state_at(ref, version)[1]) for ref in self.commits[version]]
             made.append(transaction_id, digest, writes, self.marks[version])
+        made.terms = [each for each in self.terms if each[0] <= head]
         made.floor = floor
         return made
+
+    def has(self, seen: SeenCommit) -> bool:
+        """Whether the commit is one of these."""
+        begun = [name for first, name in self.terms if first <= seen.version]
+        return seen.version <= self.head and bool(begun) and begun[-1] == seen.term
+
+    def common_with(self, other: History) -> int:
+        """Up to which commit the two are the same."""
+        for version in range(1, min(self.head, other.head) + 1):
+            if self._commit(version) != other._commit(version):
+                return version - 1
+        return min(self.head, other.head)
+
+    def _commit(self, version: int) -> tuple[object, ...]:
+        writes = [(ref, self.state_at(ref, version)[1]) for ref in self.commits[version]]
+        return self.writers[version], self.marks[version], writes
 
     def latest(self, ref: Ref) -> State:
         versions = self._versions.get(ref)
@@ -142,19 +163,30 @@ class History:
 
 
 class Histories:
-    """Every history of one database, by its 16 bytes."""
+    """Every history of one database, by its 16 bytes. Where files were put back by hand, one has
+    several pasts."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, History] = {}
+        self._known: dict[bytes, list[History]] = {}
 
     def begin(self, identity: bytes) -> History:
-        return self._known.setdefault(identity, History(identity))
+        return self._known.setdefault(identity, [History(identity)])[-1]
 
     def add(self, history: History) -> None:
-        self._known[history.identity] = history
+        """A new one, or what one of before goes on as."""
+        self._known.setdefault(history.identity, []).append(history)
 
     def get(self, identity: bytes | None) -> History | None:
-        return None if identity is None else self._known.get(identity)
+        """As it goes on now."""
+        return None if identity is None else self._known.get(identity, [None])[-1]
+
+    def past(self, identity: bytes, seen: SeenCommit | None) -> History | None:
+        """The one of which the commit is that was ``seen``; as it goes on now, if that is not
+        known."""
+        for history in reversed(self._known.get(identity, ())):
+            if seen is not None and history.has(seen):
+                return history
+        return self.get(identity)
 
 
 def has_version(have: Sequence[Sequence[int]], version: int) -> bool:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from entidb.db.maintenance import dump, verify
+from entidb.db.maintenance import dump
+from entidb.db.verifying import verify
 from entidb.server.away import counted_alone
 from entidb.testing.device import Device
 from entidb.testing.digests import check_digests
@@ -181,9 +182,11 @@ class Simulation:
 
     def _server_life(self, tenant: Tenant) -> None:
         knobs, rng = self.knobs, self.rng
-        if tenant.unproven:
-            return
-        if knobs.put_back and rng.random() * 100 < max(10, 2 * knobs.put_back):
+        if (
+            knobs.put_back
+            and not tenant.older.unproven
+            and rng.random() * 100 < max(10, 2 * knobs.put_back)
+        ):
             self._put_files_back(tenant)
         if self.host.age.look(knobs):
             self.host.start()
@@ -198,7 +201,7 @@ class Simulation:
             tenant.keep_indexes()
         if knobs.images:
             self.host.make_image(tenant)
-        if knobs.restore_server:
+        if knobs.restore_server and not tenant.older.unproven:
             if tenant.backup is None and rng.random() * 100 < max(10, 2 * knobs.restore_server):
                 tenant.make_backup()
             elif tenant.backup is not None and rng.random() * 100 < knobs.restore_server:
@@ -212,9 +215,9 @@ class Simulation:
 
     def _put_files_back(self, tenant: Tenant) -> None:
         """A person copies the server's files, and some time later puts them back."""
-        if tenant.files is None:
+        if not tenant.older.copied:
             tenant.copy_files()
-        elif tenant.may_be_put_back() and self.rng.random() * 100 < self.knobs.put_back:
+        elif tenant.older.may_be_put_back() and self.rng.random() * 100 < self.knobs.put_back:
             self.world.fired("put_back")
             tenant.put_back()
 

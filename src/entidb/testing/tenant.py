@@ -30,13 +30,12 @@ from entidb.protocol import (
     PushRequest,
     PushResponse,
     RoundRequest,
-    SyncRequest,
 )
 from entidb.server.declared import declared
 from entidb.server.front import Reading
 from entidb.server.hooks import Grant
 from entidb.server.pages import unseen
-from entidb.server.service import HISTORIES_MAX, BehindError
+from entidb.server.service import BehindError
 from entidb.server.unique import waits_for
 from entidb.storage import MemoryStorage
 from entidb.testing.checkers import ServerWatch
@@ -44,6 +43,7 @@ from entidb.testing.faults import COMMIT_FAULTS, FaultyStorage, Observe, read_re
 from entidb.testing.indexes import IndexLife
 from entidb.testing.node_store import NodeStorage
 from entidb.testing.nodes import Member, Reply, SimulatedNode, SimulatedServer, asked, pushed
+from entidb.testing.older_files import OlderFiles
 from entidb.testing.openings import Openings
 from entidb.testing.oracle import Histories, History
 from entidb.testing.quota import QuotaWatch, has_quota
@@ -52,9 +52,6 @@ from entidb.testing.unique import UniqueWatch
 from entidb.testing.unique import settings as unique_settings
 from entidb.testing.watch import DeviceWatch
 from entidb.testing.workload import INDEXED, NUMBERS, Workload
-
-#: As many as a server believes in an hour, and one less.
-PUT_BACKS_MAX = HISTORIES_MAX - 1
 
 
 class Tenant:
@@ -81,11 +78,6 @@ class Tenant:
         #: As ``files``, made with ``entidb backup``.
         self.backup: tuple[MemoryStorage, History, int, int] | None = None
         self.restores = 0
-        #: Files that an operator has copied, with what they are a copy of: history, head, floor.
-        self.files: tuple[MemoryStorage, History, int, int] | None = None
-        self.put_backs = 0
-        #: The files were put back, and no device has proved that yet (R29).
-        self.unproven = False
         #: Of the devices that synchronise with it.
         self.device_watches: list[DeviceWatch] = []
         self.watch = ServerWatch(world.checks, History(b""), world.server_clock)
@@ -99,6 +91,7 @@ class Tenant:
         self.watch.newest = host.age.newest
         self.storage: FaultyStorage
         self.openings = Openings(world, self)
+        self.older = OlderFiles(self)
 
     def open(self, node: SimulatedNode) -> Database:
         """What a process finds that opens this database: only what is durable is left."""
@@ -171,7 +164,7 @@ class Tenant:
         node = self.host.nodes.running
         if node is not None:
             node.commits[self.db_id] += 1
-        if self.unproven and META_IDENTITY in batch:
+        if self.older.unproven and META_IDENTITY in batch:
             identity = cbor.decode_trusted(records[META_IDENTITY])["history"]
             self._begin(identity)
         self.watch.on_commit(batch, old, records)
@@ -189,7 +182,7 @@ class Tenant:
         self.world.trace("history begins", self.db_id, old.head)
         self.watch.history = old.fork(identity, old.head, old.floor)
         self.histories.add(self.watch.history)
-        self.unproven = False
+        self.older.unproven = False
         node = self.host.nodes.running
         if node is not None:
             node.begun[self.db_id] += 1
@@ -213,7 +206,7 @@ class Tenant:
         assert self.backup is not None
         copy, old, head, floor = self.backup
         seen = self.watch.history.head
-        self.unproven = False
+        self.older.unproven = False
         self._place(read_records(copy))
         identity = self.database.history
         assert identity is not None
@@ -230,67 +223,14 @@ class Tenant:
         self.watch.history = old.fork(identity, head, floor)
         self.histories.add(self.watch.history)
 
-    # ------------------------------------------------------------ files put back by hand (R29)
+    # ------------------------------------------------------------ care
 
     def copy_files(self) -> None:
-        """An operator copies the files, instead of using ``entidb backup``."""
-        if not self.openings.in_step:
-            return
-        self.world.trace("copied", self.db_id)
-        history = self.watch.history
-        self.files = self.openings.present.copy(), history, history.head, history.floor
-
-    def may_be_put_back(self) -> bool:
-        """Whether some device would notice. Where none has seen more than the files hold, they are
-        the present state, as far as any device knows."""
-        if self.files is None or self.put_backs >= PUT_BACKS_MAX:
-            return False
-        _, history, head, _ = self.files
-        return self._provers(history.identity, head)
-
-    def _provers(self, identity: bytes, head: int) -> bool:
-        return any(
-            watch.history is not None
-            and watch.history.identity == identity
-            and watch.cursor > head
-            and not watch.resetting
-            for watch in self.device_watches
-        )
+        if self.openings.in_step:
+            self.older.copy(self.openings.present.copy())
 
     def put_back(self) -> None:
-        """The copy is back, under the history it had. Devices that have seen more keep to the
-        oracle of that history as it was; the server goes on from another, which ends earlier."""
-        assert self.files is not None
-        copy, history, head, floor = self.files
-        self.files = None
-        self.put_backs += 1
-        self.watch.history = history.fork(history.identity, head, floor)
-        self._place(read_records(copy))
-        self.world.trace("put back", self.db_id, head)
-        self.world.tell(f"the files of {self.db_id} are put back to {head}")
-        self.unproven = True
-
-    def hears(self, request: SyncRequest) -> bool:
-        """After the files were put back, the first that gets through is one that proves it. (If
-        another did, nothing could show that it and those with the other past have parted.)"""
-        if not self.unproven:
-            return True
-        identity, head = self.watch.history.identity, self.watch.history.head
-        if request.history == identity and request.cursor > head:
-            return True
-        if not self._provers(identity, head):
-            # Those that could have were reset or restored meanwhile: the operator sees to it.
-            self._guarded(lambda database: database.begin_history(10**6, 1))
-        return False
-
-    def proved(self, grant: Grant) -> None:
-        """A request that proves it was answered."""
-        believed = grant.read and grant.write and grant.collections is None
-        self.world.checks.that(
-            not (self.unproven and believed),
-            "ORDER",
-            f"{self.db_id} was shown a commit above its head, and kept its history",
-        )
+        self.older.put_back(lambda copy: self._place(read_records(copy)))
 
     def purge(self, up_to: int) -> None:
         up_to = self.shelf.purge_limit(up_to)
@@ -369,9 +309,10 @@ class Tenant:
             if isinstance(request, PullRequest):
                 self.watch.on_refusal(request, error)
             self.host.age.check_refusal(self.world.checks, request, error)
-            self.proved(grant)
+            if error.code != "busy":
+                self.older.answered(request, grant)
             raise
-        self.proved(grant)
+        self.older.answered(request, grant)
         self.host.check_canaries(self, data)
         if isinstance(request, PullRequest):
             response = protocol.decode(PullResponse, data)
@@ -444,13 +385,13 @@ class Tenant:
             self._refused += 1
             if answer.code == "storage_full" and self.watch.quota is not None:
                 self.watch.quota.failed(pushed(request))
-            if answer.code not in ("storage_error", "storage_full"):
-                self.proved(grant)
+            if answer.code not in ("storage_error", "storage_full", "busy"):
+                self.older.answered(request, grant)
                 self.watch.on_refusal(asked(request, answer), answer)
                 self.host.age.check_refusal(self.world.checks, asked(request, answer), answer)
             self.host.refuse(node, reply, answer)
             return
-        self.proved(grant)
+        self.older.answered(request, grant)
         self.host.ledger.check(pushed(request), answer, grant.subject)
         self.watch.on_push(
             pushed(request), answer, self.storage.records, grant.collections, may_write=grant.write

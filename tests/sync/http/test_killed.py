@@ -13,8 +13,9 @@ import pytest
 
 from benchmarks.pacing import Line
 from entidb.db import Database
-from entidb.db.maintenance import dump, verify
+from entidb.db.maintenance import dump
 from entidb.db.replica import ImageSegment
+from entidb.db.verifying import verify
 from entidb.server import ServerConfig, SyncServer, serving
 from entidb.sync.http.segments import STREAM_BYTES, Downloads
 from entidb.sync.interrupt import Interrupts

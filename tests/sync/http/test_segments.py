@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from entidb.db import Database
-from entidb.db.maintenance import dump, verify
+from entidb.db.maintenance import dump
 from entidb.db.replica import ImageSegment
+from entidb.db.verifying import verify
 from entidb.errors import TransportError
 from entidb.server import ServerConfig, SyncServer, serving
 from entidb.sync import (

@@ -17,7 +17,8 @@ from entidb.db.records import count_key, unpack_u64
 from entidb.db.writer import Writer, feed_bounds
 from entidb.errors import ProtocolError
 from entidb.protocol import SegmentInfo
-from entidb.protocol.messages import LIMITS, SEGMENTS_MAX
+from entidb.protocol.limits import LIMITS
+from entidb.protocol.messages import SEGMENTS_MAX
 from entidb.server.segments.cutting import SIZES, Sizes, cut
 from entidb.server.segments.files import KeptFiles, KeptImage
 from entidb.server.segments.rows import change_images

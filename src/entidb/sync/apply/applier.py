@@ -50,6 +50,8 @@ from entidb.sync.apply.position import (
     move_cursor,
     remember_doubt,
     scope_changed,
+    see_page,
+    seen_in,
 )
 from entidb.sync.apply.publish import publish_stage
 from entidb.sync.apply.repair import check_states, repair
@@ -318,12 +320,13 @@ class DatabaseApplier(StagesImages, Review):
         with paused(), self.database.write() as writer:
             seen = self._seen(writer)
             state = check_belongs(writer, request)
+            newest = seen_in(state, response)
             foreign = foreign_collections(writer, state)
             rebase = self._rebase(writer, response.time, foreign)
             hear_clock(writer, response)
             take_page(writer, rebase, response)
             rebase.release()
-            move_cursor(writer, state, response.cursor)
+            move_cursor(writer, state, response.cursor, newest)
             lower_idle_clock(writer, latest_timestamp(response.time))
         if seen is not None:
             self._look = look_after(seen, writer)
@@ -372,6 +375,7 @@ class DatabaseApplier(StagesImages, Review):
             else:
                 stage = stage_rows(writer, stage, response, rows)
             writer.set_stage(machine.KEEP(before, stage))
+            see_page(writer, state, response)
             return stage
 
     def publish(self) -> RebaseReport:

@@ -12,8 +12,9 @@ from entidb.db import machine
 from entidb.db.records import META_ADOPT
 from entidb.db.replica import ReplicaState, ranges_above
 from entidb.db.writer import Writer
-from entidb.errors import ConfigError, SyncStateError
-from entidb.protocol import PullRequest
+from entidb.errors import ConfigError, HistoryChangedError, SyncStateError
+from entidb.protocol import PullRequest, PullResponse, PushResponse
+from entidb.types import SeenCommit
 
 
 def check_replica_of(state: ReplicaState, db_id: str) -> None:
@@ -87,12 +88,14 @@ def foreign_in_scope(writer: Writer, state: ReplicaState) -> bool:
     return bool(state.foreign_names) and any(info is not None and info.synced for info in found)
 
 
-def move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
-    """Only a pull moves the cursor (R22)."""
+def move_cursor(writer: Writer, state: ReplicaState, cursor: int, seen: SeenCommit | None) -> None:
+    """Only a pull moves the cursor (R22). ``seen`` is what the server has said of its newest commit
+    (R29)."""
     foreign = foreign_collections(writer, state)
     now = replace(
         state,
         cursor=cursor,
+        seen=seen,
         have=ranges_above(state.have, cursor),
         full=False,
         uncovered=[],
@@ -107,6 +110,41 @@ def move_cursor(writer: Writer, state: ReplicaState, cursor: int) -> None:
     )
     if now != state:
         writer.set_sync_state(machine.REACH(state, now))
+
+
+def see_page(writer: Writer, state: ReplicaState, response: PullResponse) -> None:
+    """Remember the server's newest commit, of which the pages that follow have to be, too (R29)."""
+    now = replace(state, seen=seen_in(state, response))
+    if now != state:
+        writer.set_sync_state(machine.STAND(state, now))
+
+
+def seen_in(state: ReplicaState, answer: PullResponse | PushResponse) -> SeenCommit | None:
+    """What the device has seen of the server once it takes in ``answer``. A full pull says nothing
+    of the cursor, and what was sent ahead nothing of the answer before it, so the device notices as
+    well that the server has gone back: raises ``HistoryChangedError`` (R29)."""
+    seen, term, head = state.seen, answer.term, answer.head
+    if seen is None:
+        if head < state.cursor:
+            raise gone_back(state.cursor, head)
+    else:
+        version = seen.version
+        if head < version or (term and term.name != seen.term and term.first <= version):
+            raise gone_back(version, head)
+    # Where the server says no term, what is known stays as true as it was.
+    return seen if term is None else SeenCommit(head, term.name)
+
+
+def gone_back(seen: int, head: int) -> HistoryChangedError:
+    if head < seen:
+        text = f"has seen commit {seen}, and the server's database ends at {head}: its"
+    else:
+        text = f"has seen another commit {seen} than the server's database has: its"
+    return HistoryChangedError(
+        f"this device {text} files were replaced by older ones. Choose "
+        'reset(keep="server") to take its state, or reset(keep="device") to commit again what it '
+        "no longer has"
+    )
 
 
 def remember_doubt(writer: Writer) -> None:

@@ -36,7 +36,8 @@ def publish_stage(writer: Writer, rebase: Rebase, stage: Stage, state: ReplicaSt
     if state.keep_device:
         schedule_adoption(writer, [[n, old_tables[n]] for n in sorted(full)], compare=True)
     writer.set_stage(machine.PUBLISH(stage, None))
-    move_cursor(writer, writer.sync_state, cursor)
+    state = writer.sync_state
+    move_cursor(writer, state, cursor, state.seen)
 
 
 def _full_collections(writer: Writer, stage: Stage) -> list[int]:

@@ -250,6 +250,7 @@ class Review:
                 full=True,
                 foreign=True,
                 keep_device=keep == "device",
+                seen=None,
             )
             move = machine.RESET_DEVICE if keep == "device" else machine.RESET_SERVER
             writer.set_sync_state(move(state, now))

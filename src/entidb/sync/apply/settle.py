@@ -24,6 +24,7 @@ from entidb.db.writer import Ref, Writer
 from entidb.errors import ProtocolError, SyncCodecError
 from entidb.protocol import PushResponse, PushResult, ServerState, Verdict
 from entidb.sync.apply.conflict_rows import lost_to_holder
+from entidb.sync.apply.position import seen_in
 from entidb.sync.apply.rebase import Rebase
 from entidb.sync.apply.seam import PushBatch, Settled
 
@@ -89,6 +90,7 @@ class Settling:
         self._rebase_in = rebase_in
         self._state = writer.sync_state
         self._have = list(map(list, self._state.have))
+        self._seen = seen_in(self._state, response)
         self._settled = Settled()
 
     def run(self, batch: PushBatch, fresh: bool) -> Settled:
@@ -232,7 +234,7 @@ class Settling:
         state, move = self._state, machine.STAND
         if self._have != state.have:
             # Too many ranges only mean that some own changes come back and are skipped (R21).
-            state = replace(state, have=self._have[-HAVE_RANGES_MAX:])
+            state = replace(state, have=self._have[-HAVE_RANGES_MAX:], seen=self._seen)
         if state.granted is not None and self._settled.accepted:
             # Accepted under a token that was wider for a moment: nothing else will come of these,
             # so what is there goes with the next look at the grant (R31).

@@ -102,6 +102,13 @@ def take_state(watch: DeviceModel, state: ReplicaState) -> Iterable[Ref]:
         return ()
     history, cursor, have = watch.history, watch.cursor, watch.have
     watch.move(state)
+    if (watch.cursor, watch.have) != (cursor, have) and not watch.foreign:
+        watch.checks.that(
+            not watch.strange,
+            "ORDER",
+            f"{watch.name} has seen commit {watch.newest}, and takes an answer of files that were "
+            "put back to before it",
+        )
     watch.keep_device = False
     if watch.foreign or history is not watch.history:
         watch.foreign = False

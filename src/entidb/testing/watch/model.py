@@ -21,13 +21,21 @@ from entidb.db.records import (
     payload_of,
 )
 from entidb.db.replica import ReplicaState, decode_record
-from entidb.protocol import PushResult
+from entidb.errors import SyncError
+from entidb.protocol import (
+    PullResponse,
+    PushResponse,
+    PushResult,
+    RoundResponse,
+    SyncRequest,
+    SyncResponse,
+)
 from entidb.sync import Conflict, ConflictResolution
 from entidb.testing.invariants import Checks
 from entidb.testing.losers import Losers
 from entidb.testing.oracle import NEVER, Histories, History, Ref, State
 from entidb.testing.watch.commits import Records
-from entidb.types import Clock
+from entidb.types import Clock, SeenCommit
 
 #: What a policy was asked, and what it answered.
 Question = tuple[Conflict, ConflictResolution]
@@ -61,6 +69,10 @@ class DeviceModel:
         self.history: History | None = None
         self.cursor = 0
         self.have: list[list[int]] = []
+        #: The newest head that it has heard of, and remembers.
+        self.seen = 0
+        #: Whether the newest answer is of a past that is not its own.
+        self.strange = False
         #: Collections in scope that the cursor does not cover yet (R31).
         self.excluded: dict[str, None] = {}
         #: What is to be made pending before the adoption ends: payload, and the version it has
@@ -123,8 +135,33 @@ class DeviceModel:
         return self.granted is None or name in self.granted
 
     def move(self, state: ReplicaState) -> None:
-        self.history = self.histories.get(state.history)
+        if state.history is None:
+            self.history = None
+        elif self.history is None or self.history.identity != state.history or self.foreign:
+            self.history = self.histories.past(state.history, state.seen)
+        self.seen = 0 if state.seen is None else state.seen.version
         self.cursor, self.have, self.full = state.cursor, state.have, state.full
+
+    @property
+    def newest(self) -> int:
+        """The newest commit of its history that it knows of."""
+        return max(self.cursor, self.seen, self.have[-1][1] if self.have else 0)
+
+    def follow(self, request: SyncRequest, outcome: SyncResponse | SyncError) -> None:
+        """It is given an answer: of which past, where files were put back under the history that it
+        knows (R29)."""
+        answer = outcome.pull if isinstance(outcome, RoundResponse) else outcome
+        known = self.history
+        if known is None or self.foreign or not isinstance(answer, PullResponse | PushResponse):
+            return
+        seen = None if answer.term is None else SeenCommit(answer.head, answer.term.name)
+        past = self.histories.past(known.identity, seen)
+        self.strange = False
+        if past is known or past is None or request_history(request) != known.identity:
+            return
+        self.strange = self.newest > known.common_with(past)
+        if not self.strange:
+            self.history = past
 
     def covers(self, head: int) -> bool:
         """Whether everything up to ``head`` is here: below the cursor, or the device's own."""
@@ -142,6 +179,10 @@ class DeviceModel:
     def truth(self, ref: Ref, version: int) -> bytes | None:
         assert self.history is not None
         return self.history.state_at(ref, version)[1]
+
+
+def request_history(request: SyncRequest) -> bytes | None:
+    return getattr(request, "history", None)
 
 
 def sync_state(records: Records) -> ReplicaState:

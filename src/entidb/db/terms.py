@@ -1,0 +1,86 @@
+"""Terms: in which opening of its files a server's database made a commit (R29).
+
+Files are put back only while no process has them open. So the first commit after an opening begins
+a *term*, with a random name, and every commit belongs to the term that began last before it. A
+device remembers the newest commit that it has seen, and its term. Where files were put back and
+others have gone on from there, that number belongs to another term here: this is how the device
+proves it, although the server's head is beyond what it has seen. A number and its term name a
+commit and all before it.
+
+Processes that have the files open at the same time need one term together. One that finds another
+term than when it opened them knows that somebody else has begun it since, and begins none.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from entidb.db.local import Role
+from entidb.db.records import TERM, end_of, sequence_key, sequence_of
+from entidb.db.writer import Writer
+from entidb.storage import Snapshot, Storage
+from entidb.types import TERM_BYTES, Entropy, Term
+
+
+def newest_term(snapshot: Snapshot) -> Term | None:
+    """None where none has begun: in a database of a program before 0.7, or a new one."""
+    return _before(snapshot, end_of(TERM))
+
+
+def term_at(snapshot: Snapshot, sequence: int) -> Term | None:
+    """The term of commit ``sequence``; None if it is older than the first that is known."""
+    return _before(snapshot, sequence_key(TERM, sequence) + b"\0")
+
+
+def _before(snapshot: Snapshot, stop: bytes) -> Term | None:
+    found = snapshot.scan(TERM, stop, limit=1, reverse=True)
+    return Term(sequence_of(found[0][0]), found[0][1]) if found else None
+
+
+#: So many openings may lie between the commit that a device has seen last and the present.
+TERMS_KEPT: Final = 10_000
+
+
+class Terms:
+    """Of one server's database that is open here."""
+
+    def __init__(self, storage: Storage, entropy: Entropy) -> None:
+        self._entropy = entropy
+        #: Whether it may still be for this process to begin the term of this opening.
+        self._may_begin = True
+        with storage.snapshot() as snapshot:
+            self._found = newest_term(snapshot)
+
+    def begin(self, writer: Writer) -> None:
+        """Within the first commit that takes a sequence: begin a term, unless another process has
+        since the files were opened. Until a later commit finds it there it is not taken for
+        begun, whatever became of this one."""
+        if not self._may_begin or writer.head.sequence < writer.first_sequence:
+            return
+        if newest_term(writer.snapshot) != self._found:
+            self._may_begin = False
+            return
+        writer.term = term = Term(writer.first_sequence, self._entropy(TERM_BYTES))
+        writer.changes[sequence_key(TERM, term.first)] = term.name
+
+
+def terms_of(storage: Storage, role: Role, read_only: bool, entropy: Entropy) -> Terms | None:
+    """None where no terms begin: a device gives no versions, and a reader commits nothing."""
+    return None if role is not Role.SERVER or read_only else Terms(storage, entropy)
+
+
+def forget_terms(writer: Writer, limit: int) -> None:
+    """Delete all but the newest ``TERMS_KEPT``, at most ``limit`` at once."""
+    end = end_of(TERM)
+    kept = writer.snapshot.scan_keys(TERM, end, limit=TERMS_KEPT, reverse=True)
+    if len(kept) == TERMS_KEPT:
+        writer.delete_many(writer.snapshot.scan_keys(TERM, kept[-1], limit=limit))
+
+
+__all__ = [
+    "Terms",
+    "forget_terms",
+    "newest_term",
+    "term_at",
+    "terms_of",
+]
