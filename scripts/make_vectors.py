@@ -186,6 +186,7 @@ MANIFEST: Final[Message] = {
     "ends": 1764003600123,
     "time": 1764000000123,
     "granted": ["lists", "notes"],
+    "term": [65500, TERM],
 }
 ERROR_RESPONSE: Final[Message] = {
     "code": "rate_limited",
@@ -242,7 +243,7 @@ DEFAULTS: Final[dict[str, Message]] = {
         "granted": None,
     },
     "SnapshotRequest": {"history": None, "collections": None, "schema": 0},
-    "Manifest": {"granted": None},
+    "Manifest": {"granted": None, "term": None},
     "ErrorResponse": {"retry_after": None, "details": {}},
 }
 
@@ -308,7 +309,8 @@ def _valid_edges() -> Iterator[dict[str, Any]]:
     yield _valid("PullResponse", "empty columns", PULL_RESPONSE | IN_COLUMNS | {"columns": none})
     yield _valid("RoundResponse", "nothing was decided", ROUND_RESPONSE | {"push": None})
     image: Message = {"collections": [], "segments": [], "entities": 0, "ends": 0}
-    yield _valid("Manifest", "no image", MANIFEST | image)
+    none = {key: item for key, item in (MANIFEST | image).items() if key != "term"}
+    yield _valid("Manifest", "no image", none)
     newer = [[*segment, "newer"] for segment in MANIFEST["segments"]]
     yield _valid(
         "Manifest",

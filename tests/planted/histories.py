@@ -25,7 +25,7 @@ from entidb.server.hooks import Grant
 from entidb.server.proofs import Proofs
 from entidb.server.service import DatabaseService
 from entidb.sync import pulling
-from entidb.sync.apply import applier, position, settle
+from entidb.sync.apply import applier, image, position, settle
 from entidb.types import SeenCommit
 from tests.planted.garden import CALM, WILD, Garden, bug
 
@@ -293,3 +293,11 @@ def _sent_ahead(garden: Garden) -> None:
 
     for place in (position, pulling, applier, settle):
         garden.replace(place, "seen_in", make)
+
+
+@bug(
+    "an-image-counts-as-nothing-seen", "PREFIX", "CLOCK", knobs=_OLDER | {"images": 300, "nodes": 2}
+)
+def _image_not_seen(garden: Garden) -> None:
+    """A device that begins with an image remembers nothing of the state that it is of."""
+    garden.replace(image, "see_image", lambda original: lambda *rest: None)

@@ -370,8 +370,8 @@ class Core(Explored):
             )
 
     def _store(self, writer: Writer, origin: str, calls: Sequence[CommitEvent] = ()) -> None:
-        if self._terms is not None:
-            self._terms.begin(writer)
+        if (terms := self._terms) is not None and terms.may_begin:
+            terms.begin(writer)
         changes = writer.finish()
         if not changes:
             return

@@ -47,7 +47,7 @@ class Terms:
     def __init__(self, storage: Storage, entropy: Entropy) -> None:
         self._entropy = entropy
         #: Whether it may still be for this process to begin the term of this opening.
-        self._may_begin = True
+        self.may_begin = True
         with storage.snapshot() as snapshot:
             self._found = newest_term(snapshot)
 
@@ -55,10 +55,10 @@ class Terms:
         """Within the first commit that takes a sequence: begin a term, unless another process has
         since the files were opened. Until a later commit finds it there it is not taken for
         begun, whatever became of this one."""
-        if not self._may_begin or writer.head.sequence < writer.first_sequence:
+        if writer.head.sequence < writer.first_sequence:
             return
         if newest_term(writer.snapshot) != self._found:
-            self._may_begin = False
+            self.may_begin = False
             return
         writer.term = term = Term(writer.first_sequence, self._entropy(TERM_BYTES))
         writer.changes[sequence_key(TERM, term.first)] = term.name

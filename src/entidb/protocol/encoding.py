@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from entidb.protocol.messages import (
     DigestRequest,
     HandshakeRequest,
     HandshakeResponse,
+    Manifest,
     PullRequest,
     PullResponse,
     PushRequest,
@@ -24,6 +26,7 @@ from entidb.protocol.messages import (
     SyncRequest,
     SyncResponse,
 )
+from entidb.types import Term
 
 #: The heads of small maps, by how many pairs they have.
 _MAPS: Final = tuple(cbor.map_head(pairs) for pairs in range(11))
@@ -94,6 +97,13 @@ def _encode_handshake_response(message: HandshakeResponse) -> bytes:
     return cbor.encode_message(envelope)
 
 
+def _encode_manifest(message: Manifest) -> bytes:
+    envelope = to_builtins(message, builtin_types=(bytes,))
+    if message.term is None:
+        del envelope["term"]
+    return cbor.encode_message(envelope)
+
+
 def _encode_pull_request(message: PullRequest) -> bytes:
     envelope = to_builtins(message, builtin_types=(bytes,))
     if not message.schema:
@@ -146,7 +156,7 @@ def _encode_push_response(message: PushResponse) -> bytes:
     parts = [
         _MAPS[4 + (term is not None)],
         _KEYS["head"] + uint(message.head),
-        b"" if term is None else _TERM + uint(term.first) + b"\x48" + term.name,
+        b"" if term is None else _term(term),
         _KEYS["time"] + uint(message.time),
         _KEYS["results"] + array_head(len(message.results)),
     ]
@@ -206,7 +216,7 @@ def _joined(message: PullResponse, columns: Sequence[bytes], commits: Sequence[b
         (
             _MAPS[9 + (term is not None)],
             _KEYS["head"] + uint(message.head),
-            b"" if term is None else _TERM + uint(term.first) + b"\x48" + term.name,
+            b"" if term is None else _term(term),
             _KEYS["time"] + uint(message.time),
             _KEYS["floor"] + uint(message.floor),
             _KEYS["cursor"] + uint(message.cursor),
@@ -279,6 +289,11 @@ def encode_round(pull: bytes, push: PushResponse | None) -> bytes:
     return b"".join((_PULL, pull, _PUSH, NULL if push is None else _encode_push_response(push)))
 
 
+@functools.lru_cache(maxsize=256)
+def _term(term: Term) -> bytes:
+    return _TERM + uint(term.first) + b"\x48" + term.name
+
+
 def _names(names: Sequence[str]) -> bytes:
     return array_head(len(names)) + b"".join(map(cbor.text, names))
 
@@ -288,6 +303,7 @@ _ENCODERS: Final[dict[type, Callable[[Any], bytes]]] = {
     HandshakeResponse: _encode_handshake_response,
     DigestRequest: _encode_asking,
     SnapshotRequest: _encode_asking,
+    Manifest: _encode_manifest,
     PullRequest: _encode_pull_request,
     PushRequest: _encode_push_request,
     PushResponse: _encode_push_response,

@@ -362,7 +362,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     segments are there, and the floor does not pass ``head``.
 
     Without ``segments`` there is no image for this device, which pulls instead; ``head`` is then
-    that of the database. ``time`` and ``granted`` as in the pull."""
+    that of the database. ``time`` and ``granted`` as in the pull, ``term`` too of an image."""
 
     history: Id
     head: Uint
@@ -373,6 +373,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     ends: Uint
     time: Uint
     granted: list[Name] | None = None
+    term: Term | None = None
 
 
 class ErrorResponse(Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from entidb import protocol
 from entidb.db import Database
 from entidb.db.maintenance import read_floor
 from entidb.db.records import EntityRow
+from entidb.db.terms import newest_term
 from entidb.protocol import (
     CONTENT_TYPE,
     HandshakeResponse,
@@ -90,6 +91,7 @@ def image_of(
             ends=time_ms + LIFE_MS,
             time=time_ms,
             granted=granted,
+            term=newest_term(view.snapshot),
         )
     return ImageFiles(manifest, files, names)
 

@@ -35,6 +35,7 @@ from entidb.db.images import (
     read_images,
 )
 from entidb.db.maintenance import read_floor
+from entidb.db.terms import term_at
 from entidb.db.writer import Writer
 from entidb.errors import (
     DatabaseClosedError,
@@ -174,13 +175,14 @@ class ImageKeeper:
             wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
             if self.enabled:
                 image = self.newest(view, request)
+            term = None if image is None else term_at(view.snapshot, image.head)
         if image is not None and not self._may_begin(database, image):
             image = None
         self.ask(store, request.packings, fits=image is not None)
         none = no_manifest(history, head, floor, self._clock.now_ms(), grant)
         if image is None:
             return none
-        return manifest_of(image, {info.name for info in wanted.values()}, none, self.life_ms)
+        return manifest_of(image, {info.name for info in wanted.values()}, none, self.life_ms, term)
 
     def _may_begin(self, database: Database, image: KeptImage) -> bool:
         try:

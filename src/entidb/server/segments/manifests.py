@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from entidb.protocol import Manifest, PullRequest, SnapshotRequest
 from entidb.server.hooks import Grant
 from entidb.server.segments.files import KeptImage
+from entidb.types import Term
 
 
 def no_manifest(history: bytes, head: int, floor: int, now_ms: int, grant: Grant) -> Manifest:
@@ -27,9 +28,10 @@ def no_manifest(history: bytes, head: int, floor: int, now_ms: int, grant: Grant
 
 
 def manifest_of(
-    image: KeptImage, wanted: Collection[str], none: Manifest, life_ms: int
+    image: KeptImage, wanted: Collection[str], none: Manifest, life_ms: int, term: Term | None
 ) -> Manifest:
-    """What ``image`` has of the collections that are wanted; ``none`` if that is nothing."""
+    """What ``image``, whose head is of ``term``, has of the collections that are wanted; ``none``
+    if that is nothing."""
     names = [name for name in image.collections if name in wanted]
     place = {image.collections.index(name): at for at, name in enumerate(names)}
     segments = [
@@ -46,6 +48,7 @@ def manifest_of(
         segments=segments,
         entities=sum([each.rows for each in segments]),
         ends=none.time + life_ms,
+        term=term,
     )
 
 

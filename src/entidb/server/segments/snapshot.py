@@ -8,6 +8,7 @@ from pathlib import Path
 from entidb import packing
 from entidb.db import Database
 from entidb.db.maintenance import read_floor
+from entidb.db.terms import newest_term
 from entidb.errors import StorageError
 from entidb.protocol import Manifest, SegmentInfo
 from entidb.protocol.archives import write_archive
@@ -39,10 +40,10 @@ def _write(database: Database, where: str) -> Manifest:
     with Partial(where, "snapshot") as partial:
         files = FolderFiles(Path(partial.path).parent / "segments")
         with database.view() as view:
-            floor = read_floor(view)
+            floor, term = read_floor(view), newest_term(view.snapshot)
             image = take(view, files, bytes(16), packing.ENCODINGS[0], _nothing, _nothing)
         none = no_manifest(image.history, image.head, floor, database.clock.now_ms(), _ALL)
-        manifest = manifest_of(image, image.collections, none, 0)
+        manifest = manifest_of(image, image.collections, none, 0, term)
 
         def read(segment: SegmentInfo) -> bytes:
             file = files.open(segment.sha256)

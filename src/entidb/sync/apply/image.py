@@ -22,7 +22,7 @@ from entidb.errors import ProtocolError, SyncCodecError, SyncStateError
 from entidb.protocol import ColumnRows, Manifest, decode_segment, segment_rows
 from entidb.sync.apply.clock import hear_stamp
 from entidb.sync.apply.page import check_payload, table_for, targets_for
-from entidb.sync.apply.position import check_adopted, is_missing_of, scope_changed
+from entidb.sync.apply.position import check_adopted, is_missing_of, scope_changed, see_image
 from entidb.sync.apply.seam import OpenSegment
 from entidb.sync.room import PROVE_ALL, ROW_BYTES, check_room
 from entidb.sync.segment_files import SegmentFiles
@@ -86,6 +86,7 @@ class StagesImages:
                 image_head=manifest.head,
             )
             writer.set_stage(machine.KEEP(None, stage))
+            see_image(writer, state, manifest)
             return stage
 
     def open_segment(self, image: StagedImage, data: bytes) -> OpenSegment:

@@ -13,7 +13,7 @@ from entidb.db.records import META_ADOPT
 from entidb.db.replica import ReplicaState, ranges_above
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, HistoryChangedError, SyncStateError
-from entidb.protocol import PullRequest, PullResponse, PushResponse
+from entidb.protocol import Manifest, PullRequest, PullResponse, PushResponse
 from entidb.types import SeenCommit
 
 
@@ -116,6 +116,14 @@ def see_page(writer: Writer, state: ReplicaState, response: PullResponse) -> Non
     """Remember the server's newest commit, of which the pages that follow have to be, too (R29)."""
     now = replace(state, seen=seen_in(state, response))
     if now != state:
+        writer.set_sync_state(machine.STAND(state, now))
+
+
+def see_image(writer: Writer, state: ReplicaState, manifest: Manifest) -> None:
+    """As ``see_page``, of an image, which may be older than what the device has seen."""
+    term, seen = manifest.term, state.seen
+    if term is not None and (seen is None or seen.version < manifest.head):
+        now = replace(state, seen=SeenCommit(manifest.head, term.name))
         writer.set_sync_state(machine.STAND(state, now))
 
 
