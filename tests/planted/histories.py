@@ -296,7 +296,7 @@ def _sent_ahead(garden: Garden) -> None:
 
 
 @bug(
-    "an-image-counts-as-nothing-seen", "PREFIX", "CLOCK", knobs=_OLDER | {"images": 300, "nodes": 2}
+    "an-image-counts-as-nothing-seen", "PREFIX", "CLOCK", knobs=_OLDER | {"images": 2, "nodes": 2}
 )
 def _image_not_seen(garden: Garden) -> None:
     """A device that begins with an image remembers nothing of the state that it is of."""
