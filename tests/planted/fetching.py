@@ -180,8 +180,8 @@ def _older_commit(garden: Garden) -> None:
     """A server says that its image reaches as far as the database does now."""
 
     def make(original: Any) -> Any:
-        def manifest_of(image: Any, wanted: Any, none: Any, life_ms: int) -> Any:
-            found = original(image, wanted, none, life_ms)
+        def manifest_of(image: Any, wanted: Any, none: Any, *rest: Any) -> Any:
+            found = original(image, wanted, none, *rest)
             return replace(found, head=none.head)
 
         return manifest_of

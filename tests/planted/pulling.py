@@ -43,7 +43,9 @@ def _cursor_one_short(garden: Garden) -> None:
             module,
             "move_cursor",
             lambda original: (
-                lambda writer, state, cursor: original(writer, state, max(0, cursor - 1))
+                lambda writer, state, cursor, seen: original(
+                    writer, state, max(0, cursor - 1), seen
+                )
             ),
         )
 
