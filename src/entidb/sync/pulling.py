@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from entidb.db import machine
 from entidb.db.replica import ReplicaState, Stage
-from entidb.errors import ResetRequiredError, ServerError
+from entidb.errors import HistoryChangedError, ResetRequiredError, ServerError
 from entidb.protocol import (
     HandshakeResponse,
     PullRequest,
@@ -252,6 +252,10 @@ class Pulling:
         page = came.opened()
         if page is None or page.granted != look.state.granted:
             return None
+        try:
+            seen_in(look.state, page)
+        except HistoryChangedError:
+            return None  # the pull that follows proves it to the server (R29)
         return request, page
 
     def request(self, look: Look) -> PullRequest:

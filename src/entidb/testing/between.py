@@ -44,12 +44,13 @@ def configured(knobs: Knobs, db_id: str) -> SyncConfig:
 
 class BetweenApplier(DatabaseApplier):
     """The real applier; ``between`` is called before each of its steps in a cycle and may do what
-    another thread could."""
+    another thread could, ``takes`` with each page that it takes in, and what it answers."""
 
     def __init__(
         self,
         *rest: Any,
         between: Callable[[], None],
+        takes: Callable[[PullRequest, PullResponse], None],
         adopt_rows: int,
         files: SegmentFiles,
         chunk_rows: int,
@@ -57,6 +58,7 @@ class BetweenApplier(DatabaseApplier):
     ) -> None:
         super().__init__(*rest, **options)
         self._between = between
+        self._takes = takes
         self._adopt_rows = adopt_rows
         self._files = files
         self._chunk_rows = chunk_rows
@@ -89,12 +91,14 @@ class BetweenApplier(DatabaseApplier):
 
     def apply(self, request: PullRequest, response: PullResponse) -> RebaseReport:
         self._between()
+        self._takes(request, response)
         return super().apply(request, response)
 
     def stage_page(
         self, request: PullRequest, response: PullResponse, full: list[str] | None
     ) -> Stage:
         self._between()
+        self._takes(request, response)
         return super().stage_page(request, response, full)
 
     def begin_image(

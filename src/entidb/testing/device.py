@@ -177,6 +177,7 @@ class Device(Scoped):
             overruled_max=self.watch.losers.limits.count_max,
             overruled_days=self.watch.losers.limits.days,
             between=self._others_act,
+            takes=self.watch.follow,
             adopt_rows=self.world.knobs.adopt_rows,
             files=self.files,
             chunk_rows=max(1, self.world.knobs.images // 2),
