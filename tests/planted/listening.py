@@ -13,6 +13,8 @@ from entidb.server.carrying import PageCarrier
 from entidb.server.live import LiveChannels
 from entidb.server.live_answers import LiveAnswers
 from entidb.server.live_http import Stream
+from entidb.sync import pulling
+from entidb.sync.apply import applier
 from entidb.sync.carried import CarriedPage
 from entidb.sync.live import Policy
 from entidb.sync.occasions import Occasions
@@ -243,7 +245,9 @@ def _from_elsewhere(garden: Garden) -> None:
     | {"restore_server": 8, "hint_foreign": 900, "scope": 0, "scope_in_cycle": 0, "events": 1000},
 )
 def _another_history(garden: Garden) -> None:
-    """A device does not look at the history that a page is of."""
+    """A device does not look at the history that a page is of, nor at its term."""
+    garden.replace(pulling, "seen_in", lambda original: lambda state, answer: state.seen)
+    garden.replace(applier, "seen_in", lambda original: lambda state, answer: state.seen)
 
     def make(original: Any) -> Any:
         def answers(self: CarriedPage, request: Any) -> bool:

@@ -53,7 +53,7 @@ from entidb.server.pages import (
     seen_by,
     wanted_collections,
 )
-from entidb.server.proofs import Proofs, is_of
+from entidb.server.proofs import Proofs
 from entidb.server.unique import waits_for
 from entidb.server.upcasting import upcast_all
 from entidb.server.work import too_much
@@ -158,7 +158,10 @@ class DatabaseService:
         seen = seen_by(request)
         if seen > head:
             return None  # what follows takes a commit
-        if request.seen is not None and not is_of(request.seen, term):
+        known_seen = request.seen
+        if known_seen is not None and (
+            term is None or known_seen.term != term.name or known_seen.version < term.first
+        ):
             return None  # older terms have to be looked up
         self.check_pull(request, grant, seen, head, floor, history)
         return PullResponse(
@@ -202,13 +205,17 @@ class DatabaseService:
         head = view.head.sequence
         floor = read_floor(view)
         history = self.database.history_at(view.snapshot)
-        parted = None if request.seen is None else view
+        term, seen, parted = self._proofs.newest(view), request.seen, None
+        if seen is not None and (
+            term is None or seen.term != term.name or seen.version < term.first
+        ):
+            parted = view  # not of the newest term, as next to all
         self.check_pull(request, grant, seen_by(request), head, floor, history, parted)
         kind = ColumnPage if request.columns else Page
         wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
         page = kind(view, request, wanted)
         cursor, more = page.fill(max(1, min(request.limit, self._limit_max)), head)
-        self._known = (view.moment, head, floor, history, self._proofs.newest(view))
+        self._known = (view.moment, head, floor, history, term)
         self._head = head
         if self.on_page is not None:
             self.on_page(request, cursor)
@@ -222,7 +229,7 @@ class DatabaseService:
                 floor=floor,
                 time=self.database.clock.now_ms(),
                 granted=grant.named,
-                term=self._proofs.newest(view),
+                term=term,
             )
         )
 

@@ -76,19 +76,19 @@ class Carried:
     can be the next. ``put`` and ``forget`` may be called from any thread."""
 
     def __init__(self) -> None:
-        self._newest: deque[CarriedPage] = deque(maxlen=1)
+        self.waiting: deque[CarriedPage] = deque(maxlen=1)
 
     def put(self, page: CarriedPage | None) -> None:
         """``page`` has come; None: there is something newer than what has come until now, and no
         page of it."""
         if page is None:
-            self._newest.clear()
+            self.waiting.clear()
         else:
-            self._newest.append(page)
+            self.waiting.append(page)
 
     def take(self) -> CarriedPage | None:
         try:
-            return self._newest.pop()
+            return self.waiting.pop()
         except IndexError:
             return None
 

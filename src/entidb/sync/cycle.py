@@ -97,7 +97,8 @@ class Cycle:
             first, pulled = None, False
             try:
                 if self.result.rounds == 1:
-                    came = self._pulling.carried(look)
+                    waiting = self.exchange.connection.carried.waiting
+                    came = self._pulling.carried(look) if waiting else None
                     if came is not None:
                         yield from self._pulling.pull(look, came)
                         look, pulled = applier.look(), True
