@@ -236,3 +236,13 @@ def _recommit_loses(garden: Garden) -> None:
         return recommit
 
     garden.replace(Review, "recommit", make)
+
+
+@bug(
+    "committed-again-over-others",
+    "NO-SILENT-LOSS",
+    knobs=CALM | {"person": 300, "invalid": 200},
+)
+def _committed_again(garden: Garden) -> None:
+    """What a transaction that is committed again takes the place of is not kept."""
+    garden.replace(review, "_keep_replaced", lambda original: lambda *rest: None)

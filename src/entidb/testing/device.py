@@ -170,6 +170,7 @@ class Device(Scoped):
             entropy=self.entropy,
             stale_rows_max=self.world.knobs.stale_rows,
         )
+        self.watch.device_id = self.database.device_id
         self.database.marks_commits = bool(self.world.knobs.marks)
         self.applier = BetweenApplier(
             self.database,

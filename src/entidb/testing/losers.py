@@ -152,6 +152,23 @@ class Losers:
                     f"{conflict.collection}/{conflict.id_bytes.hex()}, and keeps nothing of it",
                 )
 
+    def check_replaced(
+        self,
+        ref: Ref,
+        was: bytes | None,
+        view: bytes | None,
+        added: Iterable[OverruledValue],
+    ) -> None:
+        """A person committed a transaction again over what another device wrote."""
+        places = [(value.path, value.payload) for value in added if value.side == "remote"]
+        for path, leaf in lost_leaves(None, was, view) if self.limits.count_max else ():
+            self.checks.that(
+                any(_covers(place, held, path, leaf) for place, held in places),
+                "NO-SILENT-LOSS",
+                f"{self.name} commits again over {leaf!r} at {'.'.join(path)!r} of {ref[0]}/"
+                f"{ref[1].hex()}, which another device wrote, and keeps nothing of it",
+            )
+
     def check_undecided(self, refs: Iterable[Ref], added: Mapping[Ref, Any]) -> None:
         """No value is overruled without a decision."""
         for ref in added.keys() - set(refs):

@@ -137,7 +137,13 @@ class Person:
             again = self.rng.random() < 0.3
             self.world.trace("recommit" if again else "prune", self.name)
             if again:
-                self.engine.recommit(entry)
+                aside = self.watch.losers.set_aside()  # what this keeps is in no cycle's report
+                self.watch.recommits = {(name, raw): None for name, raw, _ in entry.operations}
+                try:
+                    self.engine.recommit(entry)
+                finally:
+                    self.watch.recommits = {}
+                    self.watch.losers.take_back(aside)
                 self.watch.on_recommitted(self.storage.records, entry)
             else:
                 self.engine.prune(entry)

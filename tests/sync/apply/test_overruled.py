@@ -371,6 +371,55 @@ def test_a_field_of_an_entity_that_is_gone_has_no_place_and_stays_in_the_list():
     assert (len(a.engine.overruled()), a.storage.commits) == (1, before)
 
 
+def test_what_a_withdrawn_transaction_takes_the_place_of_when_committed_again_is_kept():
+    world, a = met("server_wins", with_text("mine"), with_text("theirs", prio=7))
+    (entry,) = a.engine.discarded()
+    world.put(("notes", 1, with_text("newer", prio=8)))
+    a.sync()
+    sequence = a.engine.recommit(entry)
+    assert a.values()[1] == with_text("mine")
+    assert sorted(kept(a)) == [
+        ("remote", ("prio",), 8, 1),
+        ("remote", ("text",), "newer", "mine"),
+    ]
+    value = a.engine.overruled()[0]
+    assert (value.decided_by, value.transaction_id) == ("person", entry.transaction_id)
+    assert (value.device_id, value.lost_to_device) == (world.server.device_id, a.db.device_id)
+    assert sequence == a.db.sequence
+    a.settle()
+    assert world.values()[1] == with_text("mine")
+    for value in a.engine.overruled():
+        a.engine.recommit(value)
+    a.settle()
+    assert world.values()[1] == with_text("newer", prio=8)
+    assert_in_step(world, a)
+
+
+def test_what_this_device_wrote_itself_is_no_loss_when_it_commits_again():
+    world, a = met("server_wins", with_text("mine"), with_text("theirs"))
+    a.put(("notes", 1, with_text("again mine")))
+    a.settle()
+    a.engine.recommit(a.engine.discarded()[0])
+    assert kept(a) == []
+    a.settle()
+    assert_in_step(world, a)
+
+
+def test_a_deletion_that_is_committed_again_keeps_the_entity_that_another_device_wrote():
+    _, a = met("server_wins", None, with_text("theirs"))
+    a.engine.recommit(a.engine.discarded()[0])
+    assert a.values() == {}
+    assert kept(a) == [("remote", (), with_text("theirs"), None)]
+    a.engine.recommit(a.engine.overruled()[0])
+    assert a.values()[1] == with_text("theirs")
+
+
+def test_where_nothing_is_to_be_kept_nothing_is_when_a_transaction_is_committed_again():
+    _, a = met("server_wins", with_text("mine"), with_text("theirs"), overruled_max=0)
+    a.engine.recommit(a.engine.discarded()[0])
+    assert kept(a) == []
+
+
 def test_what_is_not_kept_any_more_can_be_neither_written_back_nor_forgotten():
     _, a = met("merge", with_text("mine"), with_text("theirs"))
     (value,) = a.engine.overruled()

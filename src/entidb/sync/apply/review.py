@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Set
 from msgspec.structs import replace
 
 from entidb.db import Database, machine, overruled
-from entidb.db.fields import with_field
+from entidb.db.fields import Side, lost_fields, with_field
 from entidb.db.local import Writes
 from entidb.db.outbox import DiscardedTransaction, discard_key, read_pending
-from entidb.db.overruled import OverruledValue, read_overruled
+from entidb.db.overruled import OverruledKeeper, OverruledValue, read_overruled
 from entidb.db.pending import PendingTransaction
 from entidb.db.records import CONFLICT, conflict_key, end_of, split_numbered_key
 from entidb.db.subjects import count_others, discarded_of
@@ -126,7 +126,8 @@ class Review:
 
     def recommit(self, discarded: DiscardedTransaction | OverruledValue) -> int:
         """Commit a discarded transaction again, as a new one on the present state, and take it
-        off the list; returns the commit sequence.
+        off the list; returns the commit sequence. What it takes the place of, where that came from
+        another device, is kept as overruled by a person, in the same commit (R4).
 
         Of an overruled value its field is written back, of an overruled entity the fields that
         were changed, and nothing else of what is there now; 0 is returned if that changes
@@ -147,8 +148,12 @@ class Review:
             writer.delete(key)
             writer.head.discarded -= 1
             writes: dict[str, dict[bytes, bytes | None]] = {}
+            keeper = OverruledKeeper(writer, writer.now_ms)
             for name, entity_id, payload in discarded.operations:
                 writes.setdefault(name, {})[entity_id] = payload
+                if self._keeps:
+                    _keep_replaced(writer, keeper, discarded, (name, entity_id, payload))
+            keeper.store()
             return self.database.commit_writes(writer, writes)
 
     def _put_back(self, value: OverruledValue) -> int:
@@ -254,6 +259,29 @@ class Review:
             )
             move = machine.RESET_DEVICE if keep == "device" else machine.RESET_SERVER
             writer.set_sync_state(move(state, now))
+
+
+def _keep_replaced(
+    writer: Writer,
+    keeper: OverruledKeeper,
+    discarded: DiscardedTransaction,
+    write: tuple[str, bytes, bytes | None],
+) -> None:
+    """Keep what the server has for an entity from another device, where ``write`` has something
+    else: whether it was there already when the transaction was made is not known any more."""
+    name, entity_id, payload = write
+    info = writer.catalogue.by_name.get(name)
+    row = None if info is None else writer.entity((info.number, entity_id))
+    if info is None or row is None or row.pending or row.device_id == writer.device_id:
+        return
+    lost = [
+        (Side.REMOTE, path, was, now, None)
+        for path, was, now in lost_fields(None, row.payload, payload)
+    ]
+    theirs = row.device_id, row.timestamp, row.version
+    mine = writer.device_id, discarded.timestamp, 0
+    ref = info.number, entity_id
+    keeper.add(ref, mine, theirs, discarded.transaction_id, lost, overruled.BY_PERSON)
 
 
 def _check_entry(method: str, given: object) -> None:

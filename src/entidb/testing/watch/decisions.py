@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from entidb import cbor
+from entidb.db.overruled import OverruledValue
 from entidb.db.records import (
     conflict_key,
+    decode_entity,
     payload_of,
 )
 from entidb.protocol import Verdict
@@ -30,7 +32,8 @@ def check_losers(
     """R4: what was decided against in this commit is kept in it."""
     added = watch.losers.on_commit(batch, old)
     by_person = _decided_by_person(watch, commit, old)
-    watch.losers.check_undecided([*watch.questions, *by_person], added)
+    watch.losers.check_undecided([*watch.questions, *by_person, *watch.recommits], added)
+    _check_replaced(watch, commit, old, added)
     for ref, asked in {**watch.questions, **by_person}.items():
         if ref in watch.open_conflicts:
             continue
@@ -57,6 +60,23 @@ def check_losers(
                 combines=ref not in by_person,
                 accepted=_accepted_in(watch, commit, (info.number, ref[1])),
             )
+
+
+def _check_replaced(
+    watch: DeviceModel,
+    commit: DeviceCommit,
+    old: Mapping[bytes, bytes | None],
+    added: Mapping[Ref, Sequence[OverruledValue]],
+) -> None:
+    """What a transaction that is committed again takes the place of, if another device wrote it."""
+    for ref in watch.recommits:
+        key = watch.catalogue.by_name[ref[0]].prefix + ref[1]
+        raw = old.get(key)
+        was = None if raw is None else decode_entity(raw)
+        if was is None or was.pending or was.device_id == watch.device_id:
+            continue
+        view = payload_of(commit.records[key])
+        watch.losers.check_replaced(ref, was.payload, view, added.get(ref, ()))
 
 
 def _decided_by_person(

@@ -86,7 +86,11 @@ class DeviceModel:
         self.calls: dict[Ref, ConflictResolution] = {}
         #: Transactions that were sent and got no answer.
         self.unanswered: dict[bytes, None] = {}
+        #: Of the database that is open (R30).
+        self.device_id = b""
         self.by_person: dict[Ref, None] = {}
+        #: What a person commits again right now.
+        self.recommits: dict[Ref, None] = {}
         #: What was asked about an entity since the last commit, and answered.
         self.questions: dict[Ref, list[Question]] = {}
         self.losers = Losers(checks, name, server_clock)
