@@ -47,14 +47,18 @@ def test_an_export_into_a_database_directory_is_refused_and_touches_nothing(
     assert len(dumped(shop, "notes")) == 1
 
 
-def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(
+    tmp_path: Path, buffered: bool
+) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full")
+    around = {**environment(), "PYTHONUNBUFFERED": "" if buffered else "1"}
     with open("/dev/full", "wb") as full:
-        ended = subprocess.run(
-            command("list", tmp_path / "none", "notes"), stderr=full, env=environment(), timeout=60
-        )
-    assert ended.returncode == Exit.NOT_FOUND
+        missing = command("list", tmp_path / "none", "notes")
+        ended = subprocess.run(missing, stderr=full, env=around, timeout=60)
+        lost = subprocess.run(command("--help"), stdout=full, stderr=full, env=around, timeout=60)
+    assert (ended.returncode, lost.returncode) == (Exit.NOT_FOUND, Exit.STORAGE)
 
 
 @linux

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 import click
 
@@ -215,6 +215,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     _open_missing_streams()
     _make_streams_safe()
     try:
+        return _run(arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _empty(stream)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
         with _signals_as_exits():
             result = cli.run_click(arguments)
             sys.stdout.flush()
@@ -222,7 +230,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:  # SIGTERM, or a command's own way to say it
         return ended.code if isinstance(ended.code, int) else Exit.FAILURE
     except BrokenPipeError:
-        _forget_stdout()
         return Exit.BROKEN_PIPE
     except (KeyboardInterrupt, click.Abort) as stopped:
         said = str(stopped) or "stopped by Ctrl-C; what was committed stays"
@@ -359,10 +366,14 @@ def _make_streams_safe() -> None:
             reconfigure(errors="backslashreplace")
 
 
-def _forget_stdout() -> None:
-    """The interpreter flushes standard output once more at its end, and would complain."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _empty(stream: TextIO) -> None:
+    """What cannot be written any more is dropped: the interpreter would try once more at its end,
+    complain, and end with an exit code of its own."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 __all__ = ["COMMANDS", "cli", "fail", "run"]
