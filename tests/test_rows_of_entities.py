@@ -36,6 +36,7 @@ READERS = {
     "db/maintenance.py",
     "db/rows.py",
     "db/sharing.py",
+    "db/verifying.py",
     "server/fullness.py",
     "server/segments/building.py",
 }

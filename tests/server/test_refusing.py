@@ -109,10 +109,10 @@ def test_a_client_that_says_nothing_more_gets_its_answers() -> None:
             (whole[:-10], b"before its body"),
         ]:
             codes, answer = said(url, cut, half_close=True)
-            assert codes == [400] and words in answer
+            assert codes == [408] and words in answer
         assert said(url, b"", half_close=True) == ([], b"")
         codes, _ = said(url, asked + asked[:-3], half_close=True)
-        assert codes == [200, 400]
+        assert codes == [200, 408]
 
 
 def test_who_waits_for_news_and_hangs_up_waits_no_more() -> None:

@@ -61,7 +61,7 @@ class Terms:
             self.may_begin = False
             return
         writer.term = term = Term(writer.first_sequence, self._entropy(TERM_BYTES))
-        writer.changes[sequence_key(TERM, term.first)] = term.name
+        writer.put(sequence_key(TERM, term.first), term.name)
 
 
 def terms_of(storage: Storage, role: Role, read_only: bool, entropy: Entropy) -> Terms | None:

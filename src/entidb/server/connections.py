@@ -230,10 +230,10 @@ class LimitedConnection(HttpToolsProtocol):
         if self._is_idle():
             if not self._head_limit.running or not self._head_bytes:
                 return False
-            self._refuse(RefusedError(400, "the request ended before its head did"))
+            self._refuse(RefusedError(408, "the request ended before its head did"))
             return True
         if cycle.more_body:
-            self._refuse(RefusedError(400, "the request ended before its body did"))
+            self._refuse(RefusedError(408, "the request ended before its body did"))
             return True
         if cycle.response_started or cycle.scope["path"].endswith(LIVE_PATH):
             return False

@@ -14,7 +14,7 @@ from entidb.db.replica import ReplicaState, ranges_above
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, HistoryChangedError, SyncStateError
 from entidb.protocol import Manifest, PullRequest, PullResponse, PushResponse
-from entidb.types import SeenCommit
+from entidb.types import SEQUENCE_MAX, SeenCommit
 
 
 def check_replica_of(state: ReplicaState, db_id: str) -> None:
@@ -122,7 +122,8 @@ def see_page(writer: Writer, state: ReplicaState, response: PullResponse) -> Non
 def see_image(writer: Writer, state: ReplicaState, manifest: Manifest) -> None:
     """As ``see_page``, of an image, which may be older than what the device has seen."""
     term, seen = manifest.term, state.seen
-    if term is not None and (seen is None or seen.version < manifest.head):
+    known = 0 if seen is None else seen.version
+    if term is not None and known < manifest.head <= SEQUENCE_MAX:
         now = replace(state, seen=SeenCommit(manifest.head, term.name))
         writer.set_sync_state(machine.STAND(state, now))
 
@@ -139,8 +140,9 @@ def seen_in(state: ReplicaState, answer: PullResponse | PushResponse) -> SeenCom
         version = seen.version
         if head < version or (term and term.name != seen.term and term.first <= version):
             raise gone_back(version, head)
-    # Where the server says no term, what is known stays as true as it was.
-    return seen if term is None else SeenCommit(head, term.name)
+    # Where the server says no term, what is known stays as true as it was; and a number that no
+    # decoder lets through is none.
+    return seen if term is None or head > SEQUENCE_MAX else SeenCommit(head, term.name)
 
 
 def gone_back(seen: int, head: int) -> HistoryChangedError:
