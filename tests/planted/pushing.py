@@ -137,10 +137,13 @@ def _look_of_yesterday(garden: Garden) -> None:
 _SMALL_BATCHES: Final = CALM | {"push_operations_max": 1, "pause_ms": 3000, "ahead": 500}
 
 
+# Where the first is rejected, what is built on it is withdrawn with it, and is sent all the same:
+# that is SETTLE-FIRST.
 @bug(
     "following-builds-on-the-first",
     "NO-FALSE-CONFLICT",
     "NO-LOST-UPDATE",
+    "SETTLE-FIRST",
     "LIVENESS",
     "CONVERGE",
     knobs=_SMALL_BATCHES,
@@ -149,7 +152,12 @@ def _following_not_apart(garden: Garden) -> None:
     """The batch after the one in flight may touch what that one touches."""
 
     def make(original: Any) -> Any:
-        return lambda writer, limits, inflight, *rest, **more: original(writer, limits, inflight)
+        def choose(
+            writer: Any, limits: Any, inflight: Any, apart: Any = None, state: Any = None
+        ) -> Any:
+            return original(writer, limits, inflight, state=state)
+
+        return choose
 
     garden.replace(applier, "choose", make)
 

@@ -24,23 +24,36 @@ def _group_is_blind(garden: Garden) -> None:
     garden.replace(uniqueness, "_holders", make)
 
 
-@bug("a-deletion-frees-nothing", "UNIQUE", knobs=_UNIQUE | {"deletes": 400})
+# Where nobody asks for a value again before the run ends, only the index shows that it is kept.
+@bug(
+    "a-deletion-frees-nothing",
+    "UNIQUE",
+    "CONVERGE",
+    knobs=_UNIQUE | {"unique": 4, "deletes": 400, "indexes": 0},
+)
 def _deletion_frees_nothing(garden: Garden) -> None:
     """An entity that is deleted has its value for good."""
+    deleting: list[bool] = []
 
-    def make(original: Any) -> Any:
+    def make_accept(original: Any) -> Any:
         def accept(self: Any, info: Any, entity_id: Any, old: Any, payload: Any, *rest: Any) -> Any:
-            watcher = self.watcher
-            if payload is None:
-                self.watcher = None
+            deleting[:] = [True] if payload is None else []
             try:
                 return original(self, info, entity_id, old, payload, *rest)
             finally:
-                self.watcher = watcher
+                deleting.clear()
 
         return accept
 
-    garden.replace(Entities, "accept", make)
+    def make_change(original: Any) -> Any:
+        def change(self: Indexing, kept: Any, *rest: Any) -> None:
+            if not (deleting and kept.unique):
+                original(self, kept, *rest)
+
+        return change
+
+    garden.replace(Entities, "accept", make_accept)
+    garden.replace(Indexing, "_change", make_change)
 
 
 @bug("unique-before-the-turn", "UNIQUE", knobs=_UNIQUE | {"group_ms": 30})
