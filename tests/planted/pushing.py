@@ -218,7 +218,7 @@ def _more_than_marked(garden: Garden) -> None:
     "NO-FALSE-CONFLICT",
     "UNEXPECTED",
     "CLOCK",
-    knobs=_MARKED,
+    knobs=_MARKED | {"devices": 5, "think_ms": 400},
 )
 def _marked_beside(garden: Garden) -> None:
     """A commit marks its transaction as in flight in the place of the batch that was sent."""
