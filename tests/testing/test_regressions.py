@@ -242,6 +242,9 @@ FOUND = {
             "lmdb": 0,
         },
     ),
+    # A server whose files were put back offered an image to a device that had seen more, and that
+    # was then what it had seen: nothing proved any more that the two had parted.
+    "an image of another past is nothing seen": (8311, {"stale_rows": 2000}),
 }
 
 

@@ -123,7 +123,10 @@ def see_image(writer: Writer, state: ReplicaState, manifest: Manifest) -> None:
     """As ``see_page``, of an image, which may be older than what the device has seen."""
     term, seen = manifest.term, state.seen
     known = 0 if seen is None else seen.version
-    if term is not None and known < manifest.head <= SEQUENCE_MAX:
+    if term is None or not known < manifest.head <= SEQUENCE_MAX:
+        return
+    # Of another past it is not remembered, so that the pull that follows proves that one is gone.
+    if seen is None or term.name == seen.term or term.first > seen.version:
         now = replace(state, seen=SeenCommit(manifest.head, term.name))
         writer.set_sync_state(machine.STAND(state, now))
 
