@@ -12,13 +12,15 @@ from msgspec.structs import replace
 from entidb import Database, SyncConfig, SyncEngine
 from entidb.db import Role
 from entidb.db.records import META_IDENTITY
+from entidb.db.replica import ReplicaState
 from entidb.errors import HistoryChangedError, PermissionDeniedError
-from entidb.protocol import HandshakeRequest, PullRequest, PushRequest
+from entidb.protocol import HandshakeRequest, PullRequest, PullResponse, PushRequest
 from entidb.server import ServerConfig, SyncServer
 from entidb.server.hooks import Grant
 from entidb.server.proofs import HISTORIES_MAX, HISTORIES_WITHIN_MS
 from entidb.sync import HttpTransport, LoopbackClient
-from entidb.types import SeenCommit
+from entidb.sync.apply.position import seen_in
+from entidb.types import SeenCommit, Term
 from tests.server.test_service import DEVICE, op, request, tx
 from tests.support import GRANT, Device, World, assert_in_step, uid
 
@@ -424,3 +426,18 @@ def test_r29_an_older_server_or_device_proves_as_before() -> None:
     assert world.service.pull(unknown, GRANT).head == head_of(world)
     with pytest.raises(HistoryChangedError):
         world.service.pull(replace(pull, seen=SeenCommit(state.cursor, bytes(8))), GRANT)
+
+
+@pytest.mark.parametrize("term", [None, Term(1, b"the term")])
+@pytest.mark.parametrize("head", [100, 149, 199])
+def test_r29_an_older_server_may_have_moved_the_cursor_beyond_what_has_a_term(
+    head: int, term: Term | None
+) -> None:
+    """A full pull does not say where the device is, so it is the device that looks."""
+    state = ReplicaState(history=b"h" * 16, cursor=200, seen=SeenCommit(100, b"the term"))
+    page = PullResponse(
+        collections=[], commits=[], cursor=head, has_more=False, head=head, floor=0, time=0
+    )
+    with pytest.raises(HistoryChangedError, match="has seen commit 200"):
+        seen_in(state, replace(page, term=term))
+    assert seen_in(state, replace(page, head=200, cursor=200)) == state.seen

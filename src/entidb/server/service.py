@@ -98,8 +98,7 @@ class DatabaseService:
         self._validate = validate
         self._schema = schema
         self._rules = Rules(db_id, limits.transaction_bytes_max, validate, fullness)
-        #: (when, head, floor, history, newest term) of the newest read; None
-        #: when unknown.
+        #: (when, head, floor, history, newest term) of the newest read; None when unknown.
         self._known: tuple[Moment, int, int, bytes | None, Term | None] | None = None
         #: Called with a pull and the cursor that its page leads to, on the thread that read it.
         self.on_page: Callable[[PullRequest, int], None] | None = None

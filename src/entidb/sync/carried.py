@@ -73,7 +73,7 @@ class CarriedPage(Struct, frozen=True):
 
 class Carried:
     """The newest page that came and was not looked at: of those of several hints only the newest
-    can be the next. ``put`` and ``forget`` may be called from any thread."""
+    can be the next. ``put`` and ``take`` may be called from any thread."""
 
     def __init__(self) -> None:
         self.waiting: deque[CarriedPage] = deque(maxlen=1)

@@ -135,14 +135,15 @@ def seen_in(state: ReplicaState, answer: PullResponse | PushResponse) -> SeenCom
     """What the device has seen of the server once it takes in ``answer``. A full pull says nothing
     of the cursor, and what was sent ahead nothing of the answer before it, so the device notices as
     well that the server has gone back: raises ``HistoryChangedError`` (R29)."""
-    seen, term, head = state.seen, answer.term, answer.head
-    if seen is None:
-        if head < state.cursor:
-            raise gone_back(state.cursor, head)
-    else:
+    seen, term, head, reached = state.seen, answer.term, answer.head, state.cursor
+    if seen is not None:
         version = seen.version
-        if head < version or (term and term.name != seen.term and term.first <= version):
+        if head >= version and term and term.name != seen.term and term.first <= version:
             raise gone_back(version, head)
+        if version > reached:
+            reached = version  # it may be less: a server before 0.7 says no term
+    if head < reached:
+        raise gone_back(reached, head)
     # Where the server says no term, what is known stays as true as it was; and a number that no
     # decoder lets through is none.
     return seen if term is None or head > SEQUENCE_MAX else SeenCommit(head, term.name)
