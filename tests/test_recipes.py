@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from entidb import Database
+from entidb import Database, DatabaseApplier
 from tests.tools import NOT_RUN, package
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +142,35 @@ def test_four_workers_of_an_asgi_app_take_orders(tmp_path: Path) -> None:
         assert db.verify() == []
 
 
+def test_a_page_hears_of_what_any_worker_commits(tmp_path: Path) -> None:
+    if importlib.util.find_spec("fastapi") is None:
+        pytest.skip(f"{NOT_RUN}fastapi is not installed")
+    (tmp_path / "app.py").write_text(recipe("app.py"))
+    (tmp_path / "live.py").write_text(recipe("live.py"))
+    said = re.search(r"# live\.py: uvicorn (.*)", recipe("live.py"))
+    assert said is not None
+    command = ["uvicorn", *said[1].split(), "--log-level", "warning", "--port"]
+    with served(tmp_path, command, "{}") as url:
+        assert ask(url, "GET") == b'{"orders":0}'
+        with urllib.request.urlopen(f"{url}/live", timeout=WAIT_S) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            seen = [stream.readline(), stream.readline()]
+            for number in range(8):  # of four workers, several
+                ask(f"{url}?what=tea{number}", "POST")
+            while (line := stream.readline()).count(b"tea") < 8:
+                seen.append(line)
+            # The server is stopped while this answer is open, and ends it.
+    assert seen[:2] == [b"data: []\n", b"\n"]
+
+
+def test_programs_without_a_server_keep_nothing_for_one(tmp_path: Path) -> None:
+    (tmp_path / "shop_db.py").write_text(recipe("shop_db.py"))
+    run(tmp_path, sys.executable, "-c", "import shop_db; shop_db.database()['orders'].add({})")
+    with Database.open(tmp_path / "shop.db") as db:
+        assert len(db["orders"]) == 1
+        assert not list(DatabaseApplier(db).pending())
+
+
 TURNED = """
 import pages
 
@@ -173,6 +202,15 @@ def test_the_tests_of_an_application_pass(tmp_path: Path) -> None:
     (tmp_path / "test_till.py").write_text(recipe("test_till.py", ROOT / "docs" / "testing.md"))
     said = run(tmp_path, sys.executable, "-m", "pytest", "-q", "-W", "error", "test_till.py")
     assert "3 passed" in said
+
+
+def test_the_policy_of_the_page_on_testing_is_proved(tmp_path: Path) -> None:
+    code = recipe("test_policy.py", ROOT / "docs" / "testing.md")
+    few = code.replace("values=values)", "values=values, seeds=range(3))")
+    assert few != code
+    (tmp_path / "test_policy.py").write_text(few)
+    said = run(tmp_path, sys.executable, "-m", "pytest", "-q", "-W", "error", "test_policy.py")
+    assert "1 passed" in said
 
 
 FORKING = """

@@ -7,6 +7,8 @@ import enum
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
+from ipaddress import IPv4Address
 from typing import Any
 
 import numpy
@@ -399,6 +401,39 @@ def test_a_field_that_the_class_does_not_have_is_an_error_at_once(exact: bool) -
         for ask in asks:
             with pytest.raises(QueryError, match=r"'teas' has no field 'prize'; .* name, price"):
                 ask()
+
+
+def cents(text: str) -> int:
+    return round(Decimal(text) * 100)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: F.price < Decimal(5),
+        lambda: F.price.between(Decimal(1), Decimal(5)),
+        lambda: F.took >= datetime.timedelta(seconds=30),
+        lambda: F.host > IPv4Address("10.0.0.9"),
+    ],
+)
+def test_no_range_of_what_is_stored_as_text_in_another_order(make: Callable[[], Condition]) -> None:
+    with pytest.raises(QueryError, match=r"is stored as text, .* F\.field\.by\(function\)"):
+        make()
+
+
+def test_decimals_are_found_by_equality_and_by_what_a_function_makes_of_them() -> None:
+    @dataclass
+    class Priced:
+        name: str
+        price: Decimal
+
+    stock = Database.in_memory().collection("stock", Priced)
+    tea, cup = Priced("tea", Decimal("3.50")), Priced("cup", Decimal("12.00"))
+    stock.add(tea)
+    stock.add(cup)
+    assert list(stock.where(F.price == Decimal("12.00")).values()) == [cup]
+    assert list(stock.where(F.price.by(cents) < 500).values()) == [tea]
+    assert list(stock.where().order_by(F.price.by(cents)).values()) == [tea, cup]
 
 
 def test_an_entity_that_does_not_fit_is_named_and_can_be_passed_over() -> None:

@@ -81,7 +81,7 @@ def test_several_fields_are_unique_together() -> None:
     users.add({"team": 2, "name": "ada"})
     users.add({"team": 1})
     users.add({"team": 1})
-    with pytest.raises(NotUniqueError, match="'team' and 'name'"):
+    with pytest.raises(NotUniqueError, match="'team' and 'name' together have to be unique"):
         users.add({"team": 1.0, "name": "ada"})
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from entidb.errors import ConfigError
+from entidb.errors import CborEncodeError, ConfigError
 from entidb.server import Refusal
 from entidb.sync import Conflict, ConflictResolution, Merge
 from entidb.testing import assert_converges
@@ -94,3 +94,69 @@ def test_a_hook_that_raises_is_found():
 def test_nothing_to_prove_is_an_error():
     with pytest.raises(ConfigError):
         assert_converges(seeds=SEEDS)
+
+
+def dearer(conflict: Conflict) -> ConflictResolution:
+    """Of an application's own entities, in all kinds of conflicts."""
+    if conflict.local is None or conflict.remote is None:
+        return ConflictResolution.accept_remote()
+    if conflict.local["price"] > conflict.remote["price"]:
+        return ConflictResolution.keep_local()
+    return ConflictResolution.accept_remote()
+
+
+def dearer_for_changes(conflict: Conflict) -> ConflictResolution:
+    """It has forgotten deletions."""
+    assert conflict.local is not None and conflict.remote is not None, "forgotten"
+    return dearer(conflict)
+
+
+VALUES = [{"name": "tea", "price": 3}, {"name": "cup", "price": 12, "tags": ["new"]}]
+
+
+def test_a_policy_of_own_fields_is_asked_about_values_of_the_application():
+    seen = []
+
+    def policy(conflict):
+        if conflict.local is not None:
+            seen.append(conflict.local["price"])
+        return dearer(conflict)
+
+    assert_converges(policy, seeds=SEEDS, values=VALUES)
+    assert {3, 12} == set(seen)
+
+
+def test_a_policy_that_always_raises_is_not_proved():
+    told = r"(?s)raised in each of \d+ conflicts.*'price'.*values="
+    with pytest.raises(AssertionError, match=told):
+        assert_converges(lambda conflict: conflict.local["price"] and None, seeds=SEEDS)
+
+
+def test_a_policy_that_raises_sometimes_is_told_of():
+    told = r"raised in \d+ of \d+ conflicts.*AssertionError: forgotten"
+    with pytest.warns(UserWarning, match=told):
+        assert_converges(dearer_for_changes, seeds=SEEDS, values=VALUES)
+
+
+@pytest.mark.parametrize("answer", ["mine", None, True])
+def test_an_answer_that_is_no_resolution_is_found(answer):
+    with pytest.raises(AssertionError, match=rf"answered {answer!r}, which is no ConflictRes"):
+        assert_converges(lambda conflict: answer, seeds=SEEDS)
+
+
+def test_a_policy_that_is_never_asked_is_not_proved():
+    with pytest.raises(AssertionError, match="never asked: give more seeds"):
+        assert_converges("merge", seeds=())
+
+
+def test_what_a_policy_answered_is_told_in_words():
+    with pytest.raises(AssertionError) as caught:
+        assert_converges(by_turns, seeds=range(20))
+    assert "it answered accept_remote, and answered keep_local when clocks" in str(caught.value)
+    assert "call assert_converges with seeds=[0]" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, "tea", {"n": 1}, {"price": {1, 2}}])
+def test_values_that_cannot_be_are_refused(value):
+    with pytest.raises((ConfigError, CborEncodeError)):
+        assert_converges("merge", seeds=SEEDS, values=[value])

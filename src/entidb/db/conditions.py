@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from decimal import Decimal
+from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Final
 
 from entidb import cbor
@@ -198,6 +201,14 @@ class Compared(Condition):
                 "another field or a condition"
             )
         self.other = plain(other)
+        if sign in _ORDERED and isinstance(other, _OTHERWISE_AS_TEXT):
+            kind = type(other).__name__
+            raise QueryError(
+                f"{written(path)} {sign} {other!r}: a {kind} is stored as text, and text has "
+                f"another order than {kind} has ('12' comes before '5'). Store a number, such as "
+                f"cents, or compare what a function makes of the text: F.field.by(function) {sign} "
+                "a number"
+            )
         if sign in _ORDERED and RANKS[type(self.other)] < 3:
             raise QueryError(
                 f"{written(path)} {sign} {other!r}: there is no order among {other!r} and others; "
@@ -235,6 +246,8 @@ class Compared(Condition):
 
 
 _ORDERED: Final = ("<", "<=", ">", ">=")
+#: What is stored as text that is in another order.
+_OTHERWISE_AS_TEXT: Final = (Decimal, timedelta, IPv4Address, IPv6Address)
 
 
 def _number_in(path: Path, low: Any, high: Any) -> bytes | None:

@@ -49,6 +49,11 @@ class Taken(Struct, frozen=True):
         """Which fields, in words."""
         return " and ".join(repr(".".join(path)) for path in self.index.fields)
 
+    @property
+    def has(self) -> str:
+        """The verb behind ``fields``."""
+        return "has" if len(self.index.fields) == 1 else "together have"
+
 
 def unready(writer: Writer) -> dict[str, IndexInfo]:
     """Collections with an index that is unique and cannot be asked yet, because it is being
@@ -193,8 +198,8 @@ def refuse_taken(
         name = found.collection.name
         raise NotUniqueError(
             f"entity {uuid_from_bytes(found.entity_id)} of {name!r} cannot be written: "
-            f"{found.fields} has to be unique, and entity {uuid_from_bytes(found.holder)} has the "
-            "same. Nothing was written",
+            f"{found.fields} {found.has} to be unique, and entity "
+            f"{uuid_from_bytes(found.holder)} has the same. Nothing was written",
             collection=name,
             entity_id=uuid_from_bytes(found.entity_id),
             fields=tuple(".".join(path) for path in found.index.fields),

@@ -44,7 +44,7 @@ def refused(
     if taken is None:
         return None
     name, entity_id = taken.collection.name, uuid_from_bytes(taken.entity_id)
-    said = f"{taken.fields} of entity {entity_id} has to be unique in {name!r}"
+    said = f"{taken.fields} of entity {entity_id} {taken.has} to be unique in {name!r}"
     if not may_read:
         return PushResult(Verdict.REJECTED, code=CODE, message=f"{said}, and is taken")
     message = f"{said}, and entity {uuid_from_bytes(taken.holder)} has the same"

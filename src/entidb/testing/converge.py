@@ -13,15 +13,19 @@ import datetime as datetime_module
 import random
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 from unittest import mock
 
+from entidb import cbor
+from entidb.db.notebook import payload_text
 from entidb.errors import ConfigError
 from entidb.server.hooks import Refusal, ValidateContext, ValidateHook, ValidateTransaction
-from entidb.sync import Conflict, ConflictPolicy, ConflictResolution, resolve_policy
+from entidb.sync import Action, Conflict, ConflictPolicy, ConflictResolution, resolve_policy
 from entidb.testing.invariants import Violation
 from entidb.testing.simulator import Options, simulate
+from entidb.testing.workload import FIELDS
 
 #: How far clocks are moved for the second question, in seconds: a blink, a day, ten years back.
 SHIFTS_S: Final = (0.037, 86_400.0 + 1, -315_576_000.0)
@@ -33,57 +37,125 @@ def assert_converges(
     *,
     validate: ValidateHook | None = None,
     seeds: Iterable[int] = SEEDS,
+    values: Iterable[Mapping[str, Any]] = (),
 ) -> None:
     """Run ``seeds`` with ``policy`` deciding all conflicts, or with ``validate`` as the server's
-    hook, or both.
+    hook, or both. ``values`` are entities as your application writes them: what the simulated
+    devices write has the fields of one of these, and some of its own.
 
     Raises ``AssertionError`` with the seed and the reason if the policy or the hook answers the
-    same question differently when clocks or randomness have moved, or if any invariant fails:
-    devices that end up with different data, lost transactions, conflicts that never come to rest. A
-    policy may raise (that holds the transaction); a hook may not. Raises ``ConfigError`` without
-    either.
+    same question differently when clocks or randomness have moved, if the policy answers what is no
+    ``ConflictResolution``, has decided nothing because it raised each time or was never asked, or
+    if any invariant fails: devices that end up with different data, lost transactions, conflicts
+    that never come to rest. A policy that raises sometimes, which holds the transaction, makes a
+    ``UserWarning``; a hook may not raise. Raises ``ConfigError`` without a policy and a hook, and
+    for ``values`` that cannot be.
     """
     if policy is None and validate is None:
         raise ConfigError("assert_converges needs a policy or a validate hook to prove")
+    asked = None if policy is None else _Asked(resolve_policy(policy))
     options = Options(
-        policy=None if policy is None else _twice(resolve_policy(policy)),
+        policy=asked,
         validate=None if validate is None else _hook_twice(validate),
+        values=_checked(values),
     )
     for seed in seeds:
         run = simulate(seed, options)
         if run.invariant is not None:
-            raise AssertionError(f"seed {seed}: {run.invariant}: {run.message}")
+            raise AssertionError(
+                f"seed {seed}: {run.invariant}: {run.message}\nTo see this again, call "
+                f"assert_converges with seeds=[{seed}]"
+            )
+    if asked is not None:
+        asked.judge()
 
 
-def _twice(policy: ConflictPolicy) -> ConflictPolicy:
-    def ask(conflict: Conflict, /) -> ConflictResolution:
-        first = _outcome(lambda: policy(conflict))
+def _checked(values: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    given = list(values)
+    for value in given:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"values are maps of fields, not {value!r:.80}")
+        cbor.encode(dict(value))
+        if taken := sorted(FIELDS & value.keys()):
+            raise ConfigError(
+                f"the simulator has a field {taken[0]!r} of its own: give that of your values "
+                "another name, here and in a copy of the policy"
+            )
+    return given
+
+
+class _Asked:
+    """A policy, each of whose answers is looked at."""
+
+    def __init__(self, policy: ConflictPolicy) -> None:
+        self._policy = policy
+        self._count = 0
+        self._raised = 0
+        #: What it raised first, and to what question.
+        self._first = ""
+        fallback = getattr(policy, "fallback", None)
+        if fallback is not None:
+            # What decides whole is asked where nothing can be merged (R28).
+            self.fallback = _Asked(fallback)
+
+    def __call__(self, conflict: Conflict, /) -> ConflictResolution:
+        policy = self._policy
+        self._count += 1
+        first = _Outcome(lambda: policy(conflict))
         for shift in SHIFTS_S:
             with moved(shift, policy):
-                again = _outcome(lambda: policy(conflict))
-            if again != first:
+                again = _Outcome(lambda: policy(conflict))
+            if not again.same_as(first):
                 raise Violation(
                     "CONVERGE",
-                    f"the policy is not a pure function of the conflict: it answered {first}, and "
-                    f"{again} when clocks and randomness had moved, to\n{conflict.explain()}",
+                    f"the policy is not a pure function of the conflict: it {first}, and {again} "
+                    f"when clocks and randomness had moved, to\n{conflict.explain()}",
                 )
-        return policy(conflict)
+        try:
+            answer: object = policy(conflict)
+        except Exception:
+            self._raised += 1
+            self._first = self._first or f"it {first}, to\n{conflict.explain()}"
+            raise
+        if not isinstance(answer, ConflictResolution):
+            raise Violation(
+                "CONVERGE",
+                f"the policy {first}, which is no ConflictResolution: return one, such as "
+                f"ConflictResolution.keep_local(), to\n{conflict.explain()}",
+            )
+        return answer
 
-    return ask
+    def judge(self) -> None:
+        """Whether it has decided something."""
+        if not self._count:
+            raise AssertionError("the policy was never asked: give more seeds")
+        if self._raised == self._count:
+            raise AssertionError(
+                f"the policy raised in each of {self._count} conflicts, so nothing is proved: "
+                f"{self._first}\nIf it needs fields that your application has, give values= like "
+                "those that it writes"
+            )
+        if self._raised:
+            warnings.warn(
+                f"the policy raised in {self._raised} of {self._count} conflicts, which holds "
+                f"their transactions until a person decides: {self._first}",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _hook_twice(hook: ValidateHook) -> ValidateHook:
     def ask(context: ValidateContext, transaction: ValidateTransaction) -> Refusal | None:
-        first = _outcome(lambda: hook(context, transaction))
-        if first[0] == "raised":
-            raise Violation("NO-POISON", f"the validate hook raised {first[1]}")
+        first = _Outcome(lambda: hook(context, transaction))
+        if first.raised:
+            raise Violation("NO-POISON", f"the validate hook {first}")
         for shift in SHIFTS_S:
             with moved(shift, hook):
-                again = _outcome(lambda: hook(context, transaction))
-            if again != first:
+                again = _Outcome(lambda: hook(context, transaction))
+            if not again.same_as(first):
                 raise Violation(
                     "CONVERGE",
-                    f"the validate hook answered {first}, and {again} when clocks and randomness "
+                    f"the validate hook {first}, and {again} when clocks and randomness "
                     f"had moved, to transaction {transaction.transaction_id}",
                 )
         return hook(context, transaction)
@@ -91,11 +163,29 @@ def _hook_twice(hook: ValidateHook) -> ValidateHook:
     return ask
 
 
-def _outcome(ask: Callable[[], object]) -> tuple[str, str]:
-    try:
-        return "answered", repr(ask())
-    except Exception as error:
-        return "raised", f"{type(error).__name__}: {error}"
+class _Outcome:
+    """What came of a question."""
+
+    def __init__(self, ask: Callable[[], object]) -> None:
+        self.raised = False
+        try:
+            answer = ask()
+        except Exception as error:
+            self.raised = True
+            self._whole = self._said = f"raised {type(error).__name__}: {error}"
+            return
+        self._whole, self._said = repr(answer), f"answered {answer!r:.200}"
+        if isinstance(answer, ConflictResolution):
+            merged = answer.action is Action.MERGE
+            value = f"({payload_text(answer.payload, 'None')})" if merged else ""
+            self._said = f"answered {answer.action.value}{value}"
+
+    def same_as(self, other: _Outcome) -> bool:
+        return self._whole == other._whole
+
+    def __str__(self) -> str:
+        """The end of a sentence."""
+        return self._said
 
 
 @contextlib.contextmanager

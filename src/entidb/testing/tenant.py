@@ -69,7 +69,9 @@ class Tenant:
         self.canary = f"<{'alpha' if index == 0 else 'omega'}>"
         self.histories = Histories()
         self.entropy = world.stream(f"entropy of {self.db_id}").randbytes
-        self.workload = Workload(world.stream(f"work on {self.db_id}"), world.knobs, self.canary)
+        self.workload = Workload(
+            world.stream(f"work on {self.db_id}"), world.knobs, self.canary, world.options.values
+        )
         #: Pushes of the group that is being decided which have been refused.
         self._refused = 0
         #: Codes for which transactions were truly refused, each with a push of which nothing was

@@ -8,10 +8,11 @@ transaction has. A transaction on a *group* writes all members of the group with
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -34,6 +35,9 @@ INDEXED: Final = (NOTES, NOTES, CARTS)
 #: What an index has to keep in order: integers and floats, also where a float leaves some out.
 NUMBERS: Final = (1, 1.5, 2, 2**53, 2**53 + 1, float(2**53 + 2))
 
+#: The fields of ``Workload``'s own.
+FIELDS: Final = frozenset(("c", "f", "i", "n", "only", "p", "s", "t"))
+
 #: (collection, id, value or None for delete)
 Write = tuple[str, uuid.UUID, Any]
 
@@ -50,12 +54,20 @@ def entity_id(collection: str, key: int, member: int = 0) -> uuid.UUID:
 
 
 class Workload:
-    """Draws transactions. ``canary`` names the database they are for."""
+    """Draws transactions. ``canary`` names the database they are for. Each map that it writes has
+    the fields of one of ``values`` too."""
 
-    def __init__(self, rng: random.Random, knobs: Knobs, canary: str) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        knobs: Knobs,
+        canary: str,
+        values: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         self._rng = rng
         self._knobs = knobs
         self._canary = canary
+        self._values = values
         self._made = 0
 
     def transaction(self) -> list[Write]:
@@ -92,12 +104,16 @@ class Workload:
             return None
         if rng.random() < 0.05:
             # Two devices that write the same bytes: no conflict, but a settled one (R24).
-            return {"c": self._canary, "t": "same"}
+            given = self._values[0] if self._values else {}
+            return {**copy.deepcopy(given), "c": self._canary, "t": "same"}
         return self._map(token, poison)
 
     def _map(self, token: str, poison: str) -> dict[str, Any]:
         rng = self._rng
         value: dict[str, Any] = {"c": self._canary, "n": rng.randrange(5), "f": {}}
+        if self._values:
+            # Its own fields last: the checkers read them.
+            value = {**copy.deepcopy(rng.choice(self._values)), **value}
         value["f"][rng.choice("abc")] = token
         if rng.random() < 0.5:
             value["t"] = token

@@ -13,10 +13,10 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from entidb.server.hooks import ValidateHook
 from entidb.storage import MemoryStorage, Storage, open_storage
@@ -66,11 +66,13 @@ STORY_LINES_MAX = 400
 @dataclass(frozen=True)
 class Options:
     """What a run gets beside its seed. ``policy`` replaces every collection's, ``validate`` the
-    server's hook; ``trace`` is called with every event."""
+    server's hook; what is written has the fields of one of ``values`` beside its own; ``trace`` is
+    called with every event."""
 
     settings: Mapping[str, int] = field(default_factory=dict)
     policy: ConflictPolicy | None = None
     validate: ValidateHook | None = None
+    values: Sequence[Mapping[str, Any]] = ()
     trace: Callable[[str], None] | None = None
 
 
