@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -434,6 +435,20 @@ def test_decimals_are_found_by_equality_and_by_what_a_function_makes_of_them() -
     assert list(stock.where(F.price == Decimal("12.00")).values()) == [cup]
     assert list(stock.where(F.price.by(cents) < 500).values()) == [tea]
     assert list(stock.where().order_by(F.price.by(cents)).values()) == [tea, cup]
+
+
+def test_paths_and_addresses_are_found_as_a_typed_collection_stores_them() -> None:
+    @dataclass
+    class Host:
+        at: IPv4Address
+        log: Path
+
+    hosts = Database.in_memory().collection("hosts", Host)
+    one = Host(IPv4Address("10.0.0.1"), Path("/var/log/one"))
+    hosts.add(one)
+    hosts.add(Host(IPv4Address("10.0.0.2"), Path("/var/log/two")))
+    assert list(hosts.where(F.at == IPv4Address("10.0.0.1")).values()) == [one]
+    assert list(hosts.where(log=Path("/var/log/one")).values()) == [one]
 
 
 def test_an_entity_that_does_not_fit_is_named_and_can_be_passed_over() -> None:

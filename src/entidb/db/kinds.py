@@ -9,8 +9,6 @@ A class is refused here with the field named. What a class does not tell (a conv
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
-import pathlib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,18 +28,8 @@ from entidb.db.forms import (
     union,
 )
 from entidb.db.models import examine_model
+from entidb.db.settling import AS_TEXT
 from entidb.db.shapes import Fields, Items, Places, Shape, Values
-
-#: Classes that are stored as their text, beyond what msgspec knows.
-AS_TEXT: Final[tuple[type, ...]] = (
-    pathlib.PurePath,
-    ipaddress.IPv4Address,
-    ipaddress.IPv6Address,
-    ipaddress.IPv4Network,
-    ipaddress.IPv6Network,
-    ipaddress.IPv4Interface,
-    ipaddress.IPv6Interface,
-)
 
 
 def _is_type(kind: Any) -> bool:
@@ -324,4 +312,4 @@ def _places(below: Sequence[SeenForm], label: str) -> SeenForm:
     return seen("list", shape=shape, label=label)
 
 
-__all__ = ["AS_TEXT", "Examined", "examine"]
+__all__ = ["Examined", "examine"]

@@ -3,6 +3,8 @@ numpy is Python's, and a date in a condition is the text that an entity holds.""
 
 from __future__ import annotations
 
+import ipaddress
+import pathlib
 from typing import Any, Final, cast
 
 import msgspec
@@ -10,6 +12,16 @@ import msgspec
 from entidb import cbor
 from entidb.errors import CborEncodeError, QueryError
 
+#: Classes that are stored as their text, beyond what msgspec knows.
+AS_TEXT: Final[tuple[type, ...]] = (
+    pathlib.PurePath,
+    ipaddress.IPv4Address,
+    ipaddress.IPv6Address,
+    ipaddress.IPv4Network,
+    ipaddress.IPv6Network,
+    ipaddress.IPv4Interface,
+    ipaddress.IPv6Interface,
+)
 #: Integers up to here are what they are, in every encoding.
 _PLAIN_MAX: Final = 1 << 53
 
@@ -41,15 +53,15 @@ def numpy_item(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as an entity stores it: dates, UUIDs, enums and decimals become what msgspec
-    makes of them. Raises ``QueryError`` for what no entity can hold."""
+    """``value`` as an entity stores it: dates, UUIDs, enums, decimals, paths and addresses become
+    text or what else msgspec makes of them. Raises ``QueryError`` for what no entity can hold."""
     kind = type(value)
     if kind is bool or value is None or (kind is str and value.isascii()):
         return value
     if kind is int and -_PLAIN_MAX <= value <= _PLAIN_MAX:
         return value
     try:
-        made = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True, enc_hook=_number)
+        made = msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True, enc_hook=_other)
         # The same way for all values: what comes back is what an entity would hold.
         return cbor.decode_trusted(cbor.encode(settled(made, (list, tuple))))
     except RecursionError as error:
@@ -62,12 +74,14 @@ def plain(value: Any) -> Any:
         ) from error
 
 
-def _number(value: Any) -> Any:
-    """What msgspec asks for a value that it does not know: numpy's scalars have one of Python."""
+def _other(value: Any) -> Any:
+    """What msgspec asks for a value that it does not know."""
+    if isinstance(value, AS_TEXT):
+        return str(value)
     item = numpy_item(value)
     if item is value:
         raise TypeError(f"a value of class {type(value).__name__} cannot be stored")
     return item
 
 
-__all__ = ["numpy_item", "plain", "settled", "settled_or"]
+__all__ = ["AS_TEXT", "numpy_item", "plain", "settled", "settled_or"]

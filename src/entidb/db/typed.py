@@ -23,10 +23,10 @@ from entidb import cbor
 from entidb.db.certain import Certain, certain
 from entidb.db.difference import difference, part_of, same
 from entidb.db.forms import is_model, is_typed_dict, label_of
-from entidb.db.kinds import AS_TEXT, examine
+from entidb.db.kinds import examine
 from entidb.db.models import Model, examine_model
 from entidb.db.plain import Keep, V
-from entidb.db.settling import numpy_item, settled, settled_or
+from entidb.db.settling import AS_TEXT, numpy_item, settled, settled_or
 from entidb.db.shapes import Fields, Shape, keep_unknown
 from entidb.errors import CborEncodeError, EntiDBError, ValueTypeError
 from entidb.types import reason_of_msgspec
