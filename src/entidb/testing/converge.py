@@ -92,7 +92,7 @@ class _Asked:
         self._count = 0
         self._raised = 0
         #: What it raised first, and to what question.
-        self._first = ""
+        self._first: tuple[str, str] | None = None
         fallback = getattr(policy, "fallback", None)
         if fallback is not None:
             # What decides whole is asked where nothing can be merged (R28).
@@ -109,19 +109,19 @@ class _Asked:
                 raise Violation(
                     "CONVERGE",
                     f"the policy is not a pure function of the conflict: it {first}, and {again} "
-                    f"when clocks and randomness had moved, to\n{conflict.explain()}",
+                    f"when clocks and randomness had moved.\n{_about(conflict)}",
                 )
         try:
             answer: object = policy(conflict)
         except Exception:
             self._raised += 1
-            self._first = self._first or f"it {first}, to\n{conflict.explain()}"
+            self._first = self._first or (str(first), _about(conflict))
             raise
         if not isinstance(answer, ConflictResolution):
             raise Violation(
                 "CONVERGE",
                 f"the policy {first}, which is no ConflictResolution: return one, such as "
-                f"ConflictResolution.keep_local(), to\n{conflict.explain()}",
+                f"ConflictResolution.keep_local().\n{_about(conflict)}",
             )
         return answer
 
@@ -129,19 +129,26 @@ class _Asked:
         """Whether it has decided something."""
         if not self._count:
             raise AssertionError("the policy was never asked: give more seeds")
+        if self._first is None:
+            return
+        said, question = self._first
         if self._raised == self._count:
             raise AssertionError(
-                f"the policy raised in each of {self._count} conflicts, so nothing is proved: "
-                f"{self._first}\nIf it needs fields that your application has, give values= like "
-                "those that it writes"
+                f"the policy raised in each of {self._count} conflicts, so nothing is proved; "
+                f"first it {said}. If it needs fields that your application has, give values= "
+                f"like those that it writes.\n{question}"
             )
-        if self._raised:
-            warnings.warn(
-                f"the policy raised in {self._raised} of {self._count} conflicts, which holds "
-                f"their transactions until a person decides: {self._first}",
-                UserWarning,
-                stacklevel=3,
-            )
+        warnings.warn(
+            f"the policy raised in {self._raised} of {self._count} conflicts, which holds their "
+            f"transactions until a person decides; first it {said}.\n{question}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _about(conflict: Conflict) -> str:
+    """The conflict, without what a person may choose."""
+    return conflict.explain().partition("\nChoices:")[0]
 
 
 def _hook_twice(hook: ValidateHook) -> ValidateHook:
