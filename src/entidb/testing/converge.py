@@ -78,8 +78,8 @@ def _checked(values: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         cbor.encode(dict(value))
         if taken := sorted(FIELDS & value.keys()):
             raise ConfigError(
-                f"the simulator has a field {taken[0]!r} of its own: give that of your values "
-                "another name, here and in a copy of the policy"
+                f"the simulator writes a field {taken[0]!r} of its own into each entity: give "
+                "that of your values another name"
             )
     return given
 
