@@ -437,6 +437,21 @@ def test_decimals_are_found_by_equality_and_by_what_a_function_makes_of_them() -
     assert list(stock.where().order_by(F.price.by(cents)).values()) == [tea, cup]
 
 
+def test_a_number_in_a_field_for_a_decimal_is_stored_and_found_as_a_decimal() -> None:
+    @dataclass
+    class Sum:
+        total: Decimal
+        parts: list[Decimal]
+
+    sums = Database.in_memory().collection("sums", Sum)
+    made = sums.add(Sum(0, [1, Decimal("2.50")]))  # type: ignore[arg-type, list-item]
+    assert sums.raw[made] == {"total": "0", "parts": ["1", "2.50"]}
+    assert sums[made] == Sum(Decimal(0), [Decimal(1), Decimal("2.50")])
+    assert sums.where(total=Decimal(0)).count() == 1
+    with pytest.raises(ValueTypeError, match="total is float and comes back as Decimal"):
+        sums.add(Sum(0.1, []))  # type: ignore[arg-type]
+
+
 def test_paths_and_addresses_are_found_as_a_typed_collection_stores_them() -> None:
     @dataclass
     class Host:

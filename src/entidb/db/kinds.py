@@ -45,12 +45,14 @@ def _is_type(kind: Any) -> bool:
 @dataclass
 class Examined:
     """What is known of a class that msgspec converts. ``bare`` says that some field does not
-    take part in comparisons, so that two equal values may differ."""
+    take part in comparisons, so that two equal values may differ; ``decimals`` that there are such,
+    which numbers are equal to."""
 
     shape: Shape | None
     bare: bool
     tuples: bool
     sets: bool
+    decimals: bool
     models: tuple[type, ...]
 
 
@@ -60,7 +62,9 @@ def examine(kind: Any) -> Examined:
     found = walk.place(_described(kind, label_of(kind)), label_of(kind))
     if found.forms == {"null"}:
         raise refused(label_of(kind), "nothing but None", "an entity cannot be None")
-    return Examined(found.shape, walk.bare, walk.tuples, walk.sets, tuple(walk.models))
+    return Examined(
+        found.shape, walk.bare, walk.tuples, walk.sets, walk.decimals, tuple(walk.models)
+    )
 
 
 # ---------------------------------------------------------------- describing
@@ -171,7 +175,7 @@ _CLASSES: Final = (described.DataclassType, described.TypedDictType, described.S
 
 class _Walk:
     def __init__(self) -> None:
-        self.bare = self.tuples = self.sets = False
+        self.bare = self.tuples = self.sets = self.decimals = False
         self.models: list[type] = []
         self._made: dict[int, SeenForm] = {}
         #: Keeps what ``_made`` names by its address alive.
@@ -180,6 +184,7 @@ class _Walk:
     def place(self, info: Any, path: str) -> SeenForm:
         known = _FORMS.get(type(info))
         if known is not None:
+            self.decimals |= isinstance(info, described.DecimalType)
             return known
         if isinstance(info, described.Metadata):
             return self.place(info.type, path)

@@ -37,6 +37,15 @@ from entidb.types import reason_of_msgspec
 _NOTHING: Final = cbor.encode({})
 
 
+def _encoded(plain: Any) -> tuple[Any, bytes]:
+    """What is stored of ``plain``, and its payload."""
+    try:
+        return plain, cbor.encode(plain)
+    except CborEncodeError as error:
+        plain = settled_or(error, plain, (list, tuple))
+        return plain, cbor.encode(plain)
+
+
 class TypedCodec(ABC, Generic[V]):
     """What all typed codecs share. ``encode`` raises ``ValueTypeError`` for a value of another
     class and for one that would not come back as it is; ``decode`` for an entity that does not
@@ -55,6 +64,8 @@ class TypedCodec(ABC, Generic[V]):
             and not is_typed_dict(self._origin)
         )
         self._bare = bare
+        #: Whether a number may stand where a Decimal belongs.
+        self._decimals = False
         #: Answers for a value whether reading it back would prove nothing; None: for no value.
         self._certain: Certain | None = None
         self.keep: Keep | None = None if shape is None else partial(keep_unknown, shape)
@@ -72,11 +83,7 @@ class TypedCodec(ABC, Generic[V]):
         plain = self._plain(value)
         if plain is None:
             raise ValueTypeError("an entity cannot be None; use `del collection[id]`")
-        try:
-            payload = cbor.encode(plain)
-        except CborEncodeError as error:
-            plain = settled_or(error, plain, (list, tuple))
-            payload = cbor.encode(plain)
+        plain, payload = _encoded(plain)
         if self._certain is not None and self._certain(value):
             return payload
         try:
@@ -91,6 +98,9 @@ class TypedCodec(ABC, Generic[V]):
             where = difference(value, back)
             if where is not None:
                 raise self._not_the_same(where)
+        if self._decimals:
+            # A number where a Decimal belongs would be found as a number alone.
+            payload = _encoded(self._plain(back))[1]
         return payload
 
     def decode(self, payload: bytes) -> V:
@@ -202,6 +212,7 @@ class MsgspecCodec(TypedCodec[V]):
         found = examine(kind)
         super().__init__(kind, found.shape, bare=found.bare)
         self._certain = certain(kind)
+        self._decimals = found.decimals
         self._convert = partial(
             msgspec.convert,
             type=kind,
