@@ -98,9 +98,9 @@ class TypedCodec(ABC, Generic[V]):
             where = difference(value, back)
             if where is not None:
                 raise self._not_the_same(where)
-        if self._decimals:
+        if self._decimals and (read := self._plain(back)) != plain:
             # A number where a Decimal belongs would be found as a number alone.
-            payload = _encoded(self._plain(back))[1]
+            payload = _encoded(read)[1]
         return payload
 
     def decode(self, payload: bytes) -> V:
