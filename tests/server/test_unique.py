@@ -293,6 +293,12 @@ def shout(name: str) -> str:
     return name.upper()
 
 
+def test_what_is_unique_is_said_of_collections_and_not_of_databases() -> None:
+    wrong: Any = {"shop": {"receipts": [("till", "number")]}}
+    with pytest.raises(ConfigError, match="in collection 'shop', of each database, is a list like"):
+        ServerConfig(data_dir=None, insecure_no_auth=True, unique=wrong)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -43,8 +43,8 @@ def _indexes(name: str, given: object) -> list[Index]:
 def _unique(name: str, given: object) -> list[Index]:
     if not isinstance(given, list | tuple):
         raise ConfigError(
-            f'unique: of collection {name!r} it is a list of fields, like ["email"] or '
-            f'[("till", "number")], not {given!r:.80}'
+            f"unique: what is unique in collection {name!r}, of each database, is a list like "
+            f'["email"] or [("till", "number")], not {given!r:.80}'
         )
     made = [_index(each) for each in given]
     for one in made:
