@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
+from entidb.db import overruled
 from entidb.db.subjects import Behind
 from entidb.server.front import Front
 from entidb.sync import cycle
@@ -101,6 +102,12 @@ def _logout_that_stays_in(garden: Garden) -> None:
 def _withdrawn_and_of_the_next_person(garden: Garden) -> None:
     """Who comes next has written what was withdrawn of the person before."""
     garden.replace(signing, "has_discarded", lambda good: lambda snapshot, first, last: False)
+
+
+@bug("overruled-of-who-is-there", "ATTRIBUTED", knobs=_PEOPLE | {"person": 200})
+def _overruled_of_who_is_there(garden: Garden) -> None:
+    """Whoever is there when a policy decides has written what it decides against."""
+    garden.replace(overruled, "subject_of", lambda good: lambda state, sequence: state.subject)
 
 
 @bug("server-ignores-who-committed", "ATTRIBUTED", knobs=_PEOPLE)

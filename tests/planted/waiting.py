@@ -246,3 +246,41 @@ def _recommit_loses(garden: Garden) -> None:
 def _committed_again(garden: Garden) -> None:
     """What a transaction that is committed again takes the place of is not kept."""
     garden.replace(review, "_keep_replaced", lambda original: lambda *rest: None)
+
+
+@bug(
+    "committed-again-over-a-deletion",
+    "NO-SILENT-LOSS",
+    knobs=CALM | {"person": 300, "invalid": 200},
+)
+def _committed_over_a_deletion(garden: Garden) -> None:
+    """That another device deleted what is committed again is not kept."""
+
+    def make(original: Any) -> Any:
+        def replaced(theirs: bytes | None, *rest: Any) -> Any:
+            return [] if theirs is None else original(theirs, *rest)
+
+        return replaced
+
+    garden.replace(review, "_replaced", make)
+
+
+@bug(
+    "committed-again-over-what-is-below",
+    "NO-SILENT-LOSS",
+    knobs=CALM | {"person": 300, "invalid": 200},
+)
+def _committed_over_what_is_below(garden: Garden) -> None:
+    """Where this device has changed an entity since, what is committed again replaces the fields of
+    others without a trace."""
+
+    def make(original: Any) -> Any:
+        def keep(writer: Writer, keeper: Any, discarded: Any, write: Any) -> None:
+            info = writer.catalogue.by_name.get(write[0])
+            row = None if info is None else writer.entity((info.number, write[1]))
+            if row is None or not row.pending:
+                original(writer, keeper, discarded, write)
+
+        return keep
+
+    garden.replace(review, "_keep_replaced", make)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from entidb.db import Database
+from entidb.db.overruled import read_whose
+from entidb.db.records import META_WHOSE
 from entidb.errors import (
     CommitUnknownError,
     ConfigError,
@@ -84,10 +86,11 @@ ODD = {
 class Till:
     """One device, at which somebody works: ``who`` is what its token says."""
 
-    def __init__(self, *, names: bool = True) -> None:
+    def __init__(self, *, names: bool = True, policy: str = "server_wins") -> None:
         #: Of each accepted transaction who the server was told it is from.
         self.accepted: dict[bytes, str] = {}
         self.names = names
+        self.policy = policy
         self.who = "alice"
         self.server = self._server()
         self.storage = WatchedStorage(MemoryStorage())
@@ -110,7 +113,7 @@ class Till:
         self.storage = WatchedStorage(self.storage.inner)
         self.db = Database(self.storage)
         self.line = Line(self.server)
-        config = SyncConfig(db_id=DB_ID, retry=RetryConfig.none())
+        config = SyncConfig(db_id=DB_ID, retry=RetryConfig.none(), default_policy=self.policy)
         transport = self.transport()
         self.engine = SyncEngine(config, transport, self.db)
 
@@ -795,5 +798,92 @@ def test_where_nobody_is_named_what_was_withdrawn_is_nobodys() -> None:
     till.engine.sync()
     withdrawn(till, 1)
     assert listed(till) == [(None, "alice's")]
+    till.engine.close()
+    till.server.close()
+
+
+# ---------------------------------------------------------------- whose it is that was overruled
+
+
+def lost(till: Till) -> list[tuple[str | None, str, Any]]:
+    return [(each.subject, each.side, each.value) for each in till.engine.overruled()]
+
+
+def overrule(till: Till, number: int, value: str) -> None:
+    """Another device writes what this one has pending, and the next cycle decides."""
+    till.server.database(DB_ID).collection("notes")[uid(number)] = {"text": value}
+    till.engine.sync()
+
+
+@pytest.fixture
+def merging() -> Iterator[Till]:
+    made = Till(policy="merge")
+    made.engine.sync()
+    yield made
+    made.engine.close()
+    made.server.close()
+
+
+def test_what_was_overruled_says_whose_it_was_whoever_is_there_when_it_is_decided(
+    merging: Till,
+) -> None:
+    till = merging
+    till.put(1, {"text": "alice's"})
+    till.come("bob")
+    till.restart()
+    till.engine.sync()
+    till.put(2, {"text": "bob's"})
+    till.server.database(DB_ID).collection("notes")[uid(1)] = {"text": "theirs"}
+    overrule(till, 2, "theirs")
+    assert sorted(lost(till), key=str) == [
+        ("alice", "local", "alice's"),
+        ("bob", "local", "bob's"),
+    ]
+    texts = [each.explain() for each in till.engine.overruled()]
+    assert sum("of 'alice')" in text for text in texts) == 1
+    next_one(till, "carol")
+    assert {each for each, _, _ in lost(till)} == {"alice", "bob"}
+
+
+def test_whose_it_was_is_forgotten_with_the_value_and_with_no_other(merging: Till) -> None:
+    till = merging
+    for number in range(3):
+        till.put(number, {"text": f"{till.who}'s"})
+        overrule(till, number, "theirs")
+        next_one(till, f"person-{number}")
+    whose = [each for each, _, _ in lost(till)]
+    assert whose == ["alice", "person-0", "person-1"]
+    middle = till.engine.overruled()[1]
+    till.engine.prune(middle)
+    assert [each for each, _, _ in lost(till)] == ["alice", "person-1"]
+    for value in till.engine.overruled():
+        till.engine.prune(value)
+    till.put(7, {"text": "again"})
+    overrule(till, 7, "theirs")
+    assert lost(till) == [("person-2", "local", "again")]
+    with till.db.view() as view:
+        assert [each.subject for each in read_whose(view)] == ["person-2"]
+
+
+def test_of_what_an_older_program_kept_nobody_knows_whose_it_was(merging: Till) -> None:
+    till = merging
+    till.put(1, {"text": "alice's"})
+    overrule(till, 1, "theirs")
+    with till.db.write() as writer:
+        writer.delete(META_WHOSE)
+    till.put(2, {"text": "alice's"})
+    overrule(till, 2, "theirs")
+    assert [each for each, _, _ in lost(till)] == [None, "alice"]
+
+
+def test_where_nobody_is_named_what_was_overruled_is_nobodys() -> None:
+    till = Till(names=False, policy="merge")
+    till.engine.sync()
+    till.put(1, {"text": "mine"})
+    overrule(till, 1, "theirs")
+    assert lost(till) == [(None, "local", "mine")]
+    assert "of '" not in till.engine.overruled()[0].explain()
+    with till.db.view() as view:
+        assert view.get(META_WHOSE) is None
     till.engine.close()
     till.server.close()

@@ -395,7 +395,11 @@ def _list_discarded(found: list[DiscardedTransaction | OverruledValue], as_json:
 
 def _overruled_lines(each: OverruledValue) -> Iterator[str]:
     first, *rest = each.explain().splitlines()
-    yield from told(f"{_handle(each)}  overruled {time_text(each.at_ms)} by a {each.decided_by}")
+    # Of a value of the server's only the device is known; its writer is in the lines below.
+    own = each.subject if each.side == "local" else None
+    whose = "" if own is None else f" of {one_line(own)}"
+    when = time_text(each.at_ms)
+    yield from told(f"{_handle(each)}{whose}  overruled {when} by a {each.decided_by}")
     yield from told(f"  {first}")
     for line in rest:
         yield fit(safe(line))
@@ -412,6 +416,7 @@ def _overruled_document(each: OverruledValue) -> dict[str, Any]:
         "decided_by": each.decided_by,
         "overruled_ms": each.at_ms,
         "transaction": str(uuid_from_bytes(each.transaction_id)),
+        "subject": each.subject,
         "device_id": each.device_id.hex(),
         "lost": _side(each.payload, each.version or None, each.timestamp),
         "lost_to": {

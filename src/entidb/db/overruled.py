@@ -10,13 +10,15 @@ import uuid
 from collections.abc import Iterator, Sequence, Set
 from typing import Any, Final
 
-from msgspec import Struct
+from msgspec import Struct, ValidationError, convert
+from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.db.fields import LostField, Overruled, Path, Side, lost_fields, shown, when_by
 from entidb.db.notebook import payload_text, table
 from entidb.db.records import (
     META_OVERRULED,
+    META_WHOSE,
     OVERRULED,
     OVERRULED_FIXED,
     OverruledHead,
@@ -27,9 +29,12 @@ from entidb.db.records import (
     sequence_key,
     unpack_overruled,
     unpack_u64,
+    unreadable,
 )
+from entidb.db.replica import OtherWork
+from entidb.db.subjects import subject_of
 from entidb.db.writer import Ref, Writer
-from entidb.storage import Snapshot
+from entidb.errors import CborDecodeError
 from entidb.types import uuid_from_bytes
 
 #: How many values are kept, and for how long, unless set.
@@ -62,7 +67,10 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
     ``timestamp`` (a hybrid logical clock) name its writer, ``lost_to_device``,
     ``lost_to_timestamp`` and ``lost_to_version`` (0: not on the server then) the other side.
     ``decided_by`` is ``policy``, ``person`` (``resolve``) or ``reset``; ``at_ms`` when, in
-    milliseconds since 1970. ``number`` names the entry for as long as it is kept.
+    milliseconds since 1970. ``number`` names the entry for as long as it is kept. ``subject`` is
+    the person or account that wrote this device's side (R36): the value itself where ``side`` is
+    ``local``, what it lost to where that is ``remote``. It is None where no server had named
+    anybody. Of the server's side only the device is known.
     """
 
     number: int
@@ -82,6 +90,7 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
     decided_by: str
     at_ms: int
     base_payload: bytes | None = None
+    subject: str | None = None  # not of its row: see ``Whose``
 
     @property
     def code(self) -> str:
@@ -108,6 +117,8 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
         what won. Of values that are not both maps it is the path, value and winner there is."""
         if self.path:
             return [(self.path, self.payload, self.won_payload)]
+        if self.payload is None and self.won_payload is not None:
+            return [((), None, self.won_payload)]  # whatever it deleted
         return lost_fields(self.base_payload, self.payload, self.won_payload)
 
     def __repr__(self) -> str:
@@ -127,6 +138,10 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
         whose = "this device's" if self.side == "local" else "the server's"
         lost = when_by(self.timestamp, self.device_id)
         other = when_by(self.lost_to_timestamp, self.lost_to_device)
+        if self.subject is not None:
+            # repr escapes control characters: a name must not be able to steer a terminal.
+            of = f", of {self.subject!r}"
+            lost, other = (lost + of, other) if self.side == "local" else (lost, other + of)
         absent = "removed" if self.path else "deleted"
         return "\n".join(
             (
@@ -154,7 +169,7 @@ _DECIDED: Final = {
 
 
 #: As ``OverruledKeeper.add`` takes it.
-_Decided = tuple[Ref, Origin, Origin, bytes, Sequence[Overruled], int]
+_Decided = tuple[Ref, Origin, Origin, bytes, Sequence[Overruled], int, int]
 
 
 class OverruledKeeper:
@@ -174,23 +189,27 @@ class OverruledKeeper:
         transaction_id: bytes,
         lost: Sequence[Overruled],
         decided_by: int = BY_POLICY,
+        sequence: int = 0,
     ) -> None:
-        """Keep what this device (``mine``) or the server (``theirs``) lost about one entity."""
-        self._values.append((ref, mine, theirs, transaction_id, lost, decided_by))
+        """Keep what this device (``mine``) or the server (``theirs``) lost about one entity.
+        ``sequence`` is the local commit of this device's side; 0: it is not known any more."""
+        self._values.append((ref, mine, theirs, transaction_id, lost, decided_by, sequence))
 
     def drop_remote(self, refs: Set[Ref]) -> None:
         """The server's side of these entities has not lost after all."""
-        for at, (ref, mine, theirs, transaction_id, lost, decided_by) in enumerate(self._values):
+        for at, (ref, mine, theirs, transaction_id, lost, *rest) in enumerate(self._values):
             if ref in refs:
                 own = [each for each in lost if each[0] is not _REMOTE]
-                self._values[at] = (ref, mine, theirs, transaction_id, own, decided_by)
+                decided_by, sequence = rest
+                self._values[at] = (ref, mine, theirs, transaction_id, own, decided_by, sequence)
 
     def store(self) -> int:
         """Put everything into the commit; returns how many values."""
         decided, self._values = self._values, []
-        if not any(lost for *_, lost, _ in decided):
+        if not any(lost for *_, lost, _, _ in decided):
             return 0
         head = read_head(self._writer)
+        self._store_whose(decided, head.next)
         if not head.count:
             head.oldest_ms = self._at_ms
         count_before = head.count
@@ -208,12 +227,32 @@ class OverruledKeeper:
         _put_head(self._writer, head)
         return made
 
+    def _store_whose(self, decided: list[_Decided], number: int) -> None:
+        """Remember who wrote this device's sides; the first value gets ``number``."""
+        state = self._writer.sync_state
+        if state.subject is None and not state.others:
+            return
+        whose = read_whose(self._writer)
+        for *_, lost, _, sequence in decided:
+            if not lost:
+                continue
+            last = number + len(lost) - 1
+            subject = state.subject if sequence else None
+            if sequence and state.others:
+                subject = subject_of(state, sequence)
+            if whose and (whose[-1].last, whose[-1].subject) == (number - 1, subject):
+                whose[-1] = OtherWork(whose[-1].first, last, whose[-1].subject)
+            elif subject is not None:
+                whose.append(OtherWork(number, last, subject))
+            number = last + 1
+        _put_whose(self._writer, whose)
+
     def _encoded(self, decided: list[_Decided], number: int) -> Iterator[bytes]:
         """Each value as a row holds it; the first gets ``number``."""
         by_number = self._writer.catalogue.by_number
         names: dict[int, bytes] = {}
         places: dict[Path, bytes] = {}
-        for (collection, entity_id), mine, theirs, transaction_id, lost, decided_by in decided:
+        for (collection, entity_id), mine, theirs, transaction_id, lost, decided_by, _ in decided:
             name = names.get(collection)
             if name is None:
                 name = names[collection] = by_number[collection].name.encode()
@@ -260,17 +299,49 @@ def _put_head(writer: Writer, head: OverruledHead) -> None:
     writer.put(META_OVERRULED, head.encode())
 
 
+# ---------------------------------------------------------------- whose they are
+
+# Under which subject this device's sides were written, as ranges of the values' numbers. Beside the
+# rows and not in them, because an EntiDB before 0.8 reads the rows, and goes on counting.
+
+
+def read_whose(view: Writer) -> list[OtherWork]:
+    raw = view.get(META_WHOSE)
+    if raw is None:
+        return []
+    try:
+        return convert(cbor.decode_trusted(raw), list[OtherWork])
+    except (CborDecodeError, ValidationError) as error:
+        raise unreadable("whose the overruled values are", raw) from error
+
+
+def _put_whose(writer: Writer, whose: list[OtherWork]) -> None:
+    if whose:
+        writer.put(
+            META_WHOSE, cbor.encode([[each.first, each.last, each.subject] for each in whose])
+        )
+    elif writer.get(META_WHOSE) is not None:
+        writer.delete(META_WHOSE)
+
+
 # ---------------------------------------------------------------- listing
 
 
-def read_overruled(snapshot: Snapshot) -> list[OverruledValue]:
-    """Every value that is kept, oldest first."""
+def read_overruled(view: Writer) -> list[OverruledValue]:
+    """Every value that is kept, oldest first, each with whose it is."""
     found = []
     start = OVERRULED
-    while page := snapshot.scan(start, end_of(OVERRULED), limit=_PAGE_ROWS):
+    while page := view.snapshot.scan(start, end_of(OVERRULED), limit=_PAGE_ROWS):
         for _, raw in page:
             found += values_of(raw)
         start = page[-1][0] + b"\0"
+    whose = iter(read_whose(view))
+    work = next(whose, None)
+    for at, value in enumerate(found):
+        while work is not None and work.last < value.number:
+            work = next(whose, None)
+        if work is not None and work.first <= value.number:
+            found[at] = replace(value, subject=work.subject)
     return found
 
 
@@ -379,19 +450,25 @@ def _cut_row(writer: Writer, key: bytes, raw: bytes, gone: set[int]) -> int:
 
 
 def _settle_oldest(writer: Writer) -> None:
-    """Store when the first value that is left was decided about."""
+    """Store when the first value that is left was decided about, and forget whose those before it
+    were."""
+    raw = _oldest_row(writer)
     head = read_head(writer)
+    head.oldest_ms = 0 if raw is None else unpack_u64(raw[:8])
+    _put_head(writer, head)
+    first = head.next if raw is None else unpack_u64(raw[8:16])
+    _put_whose(writer, [each for each in read_whose(writer) if each.last >= first])
+
+
+def _oldest_row(writer: Writer) -> bytes | None:
     start = OVERRULED
     while page := writer.snapshot.scan(start, end_of(OVERRULED), limit=_PAGE_ROWS):
         for key, _ in page:
             raw = writer.get(key)
             if raw is not None:
-                head.oldest_ms = unpack_u64(raw[:8])
-                _put_head(writer, head)
-                return
+                return raw
         start = page[-1][0] + b"\0"
-    head.oldest_ms = 0
-    _put_head(writer, head)
+    return None
 
 
 __all__ = [

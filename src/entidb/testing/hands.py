@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from entidb.db.outbox import DiscardedTransaction
+from entidb.db.overruled import OverruledValue
 from entidb.db.pending import decode_pending
 from entidb.db.records import HELD, META_SYNC, READY
 from entidb.protocol import PushRequest, PushResponse, Verdict
@@ -45,14 +46,15 @@ class Authors:
                     f"accepted from {subject!r}",
                 )
 
-    def check_listed(self, entry: DiscardedTransaction, name: str) -> None:
-        """ATTRIBUTED: what is listed as withdrawn names who committed it."""
+    def check_listed(self, entry: DiscardedTransaction | OverruledValue, name: str) -> None:
+        """ATTRIBUTED: what is listed as withdrawn or overruled names who committed it."""
         known = self._by.get(entry.transaction_id)
         if entry.subject is not None and known is not None:
             self._checks.that(
                 entry.subject in known,
                 "ATTRIBUTED",
-                f"{name} lists {entry.id.hex[:8]} of {sorted(known)} as {entry.subject!r}'s",
+                f"{name} lists {entry.transaction_id.hex()[:8]} of {sorted(known)} as "
+                f"{entry.subject!r}'s",
             )
 
 
@@ -84,8 +86,8 @@ class Hands:
                 pending = decode_pending(key, value)
                 self._ledger.note(pending.transaction_id, self.signed or self.who)
 
-    def listed(self, entry: DiscardedTransaction) -> None:
-        """The device lists what was withdrawn."""
+    def listed(self, entry: DiscardedTransaction | OverruledValue) -> None:
+        """The device lists what was withdrawn or overruled."""
         self._ledger.check_listed(entry, self._name)
 
     def found(self, records: Mapping[bytes, bytes]) -> None:

@@ -156,14 +156,27 @@ class Losers:
         self,
         ref: Ref,
         was: bytes | None,
+        shown: bytes | None,
         view: bytes | None,
         added: Iterable[OverruledValue],
     ) -> None:
-        """A person committed a transaction again over what another device wrote."""
+        """A person committed a transaction again over what another device wrote or deleted: ``was``
+        on the server, of which the view still ``shown``."""
+        if not self.limits.count_max:
+            return
         places = [(value.path, value.payload) for value in added if value.side == "remote"]
-        for path, leaf in lost_leaves(None, was, view) if self.limits.count_max else ():
+        if was is None and shown is None and view is not None:
             self.checks.that(
-                any(_covers(place, held, path, leaf) for place, held in places),
+                ((), None) in places,
+                "NO-SILENT-LOSS",
+                f"{self.name} commits again over a deletion of {ref[0]}/{ref[1].hex()}, which "
+                "another device made, and keeps nothing of it",
+            )
+        there = leaves(shown)
+        for path, leaf in lost_leaves(None, was, view):
+            self.checks.that(
+                there.get(path) != leaf
+                or any(_covers(place, held, path, leaf) for place, held in places),
                 "NO-SILENT-LOSS",
                 f"{self.name} commits again over {leaf!r} at {'.'.join(path)!r} of {ref[0]}/"
                 f"{ref[1].hex()}, which another device wrote, and keeps nothing of it",

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from functools import partial
 
+from msgspec.structs import replace
+
 from entidb.db import OverruledValue
 from entidb.db.subjects import count_others, sendable
 from entidb.errors import ConflictError
@@ -102,7 +104,8 @@ class Person:
         conflicts, discarded = self.engine.conflicts(), self.engine.discarded()
         overruled = self.engine.overruled()
         self.world.checks.that(
-            overruled == [kept for _, kept in sorted(self.watch.losers.kept.items())],
+            [replace(each, subject=None) for each in overruled]
+            == [kept for _, kept in sorted(self.watch.losers.kept.items())],
             "SURFACED-ONCE",
             f"{self.name} lists other overruled values than it keeps",
         )
@@ -116,6 +119,8 @@ class Person:
         )
         for entry in discarded:
             self.hands.listed(entry)
+        for value in overruled:
+            self.hands.listed(value)
         if conflicts and (not discarded or self.rng.random() < 0.7):
             conflict = self.rng.choice(conflicts)
             if self._decide_late():

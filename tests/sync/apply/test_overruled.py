@@ -414,6 +414,63 @@ def test_a_deletion_that_is_committed_again_keeps_the_entity_that_another_device
     assert a.values()[1] == with_text("theirs")
 
 
+def test_a_deletion_by_another_device_that_is_committed_over_is_kept_and_can_be_repeated():
+    world, a = met("server_wins", with_text("mine"), None)
+    a.engine.recommit(a.engine.discarded()[0])
+    assert a.values()[1] == with_text("mine")
+    (value,) = a.engine.overruled()
+    assert (value.side, value.path, value.value, value.won) == (
+        "remote",
+        (),
+        None,
+        with_text("mine"),
+    )
+    assert (value.device_id, value.version) == (world.server.device_id, 2)
+    assert "deleted" in value.explain()
+    a.settle()
+    a.engine.recommit(value)
+    assert a.values() == {}
+    a.settle()
+    assert_in_step(world, a)
+
+
+def test_a_deletion_that_came_after_the_transaction_was_withdrawn_is_kept_too():
+    world, a = met("server_wins", with_text("mine"), with_text("theirs"))
+    world.put(("notes", 1, None))
+    a.sync()
+    a.engine.recommit(a.engine.discarded()[0])
+    (value,) = a.engine.overruled()
+    assert (value.value, value.won, value.version) == (None, with_text("mine"), 3)
+
+
+def test_a_deletion_of_which_a_full_pull_has_brought_nothing_is_kept_too():
+    _, a = met("server_wins", with_text("mine"), None)
+    a.engine.reset("server")
+    a.settle()
+    a.engine.recommit(a.engine.discarded()[0])
+    (value,) = a.engine.overruled()
+    assert (value.value, value.won, value.version) == (None, with_text("mine"), 2)
+
+
+def test_a_deletion_that_this_device_made_itself_is_no_loss_when_it_commits_again():
+    world, a = met("server_wins", with_text("mine"), with_text("theirs"))
+    a.put(("notes", 1, None))
+    a.settle()
+    a.engine.recommit(a.engine.discarded()[0])
+    assert kept(a) == []
+    a.settle()
+    assert_in_step(world, a)
+
+
+def test_what_another_device_wrote_under_a_pending_edit_is_kept_when_a_transaction_is_committed():
+    world, a = met("server_wins", with_text("mine"), with_text("theirs", prio=7))
+    a.put(("notes", 1, with_text("theirs", prio=8)))
+    a.engine.recommit(a.engine.discarded()[0])
+    assert kept(a) == [("remote", ("text",), "theirs", "mine")]
+    a.settle()
+    assert_in_step(world, a)
+
+
 def test_where_nothing_is_to_be_kept_nothing_is_when_a_transaction_is_committed_again():
     _, a = met("server_wins", with_text("mine"), with_text("theirs"), overruled_max=0)
     a.engine.recommit(a.engine.discarded()[0])

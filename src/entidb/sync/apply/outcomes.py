@@ -162,7 +162,8 @@ class Outcomes(Chains):
             timestamp = self._clamp(timestamp)
         mine = self._writer.device_id, timestamp, 0
         theirs = remote.device_id, remote.timestamp, remote.version
-        self._keeper.add(ref, mine, theirs, transaction.transaction_id, lost, decided_by)
+        identity, sequence = transaction.transaction_id, transaction.sequence
+        self._keeper.add(ref, mine, theirs, identity, lost, decided_by, sequence)
 
     def _keep_overruled(self) -> None:
         """Store what was decided against, in the commit that decides."""

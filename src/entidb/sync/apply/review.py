@@ -12,12 +12,20 @@ from collections.abc import Iterator, Mapping, Set
 from msgspec.structs import replace
 
 from entidb.db import Database, machine, overruled
-from entidb.db.fields import Side, lost_fields, with_field
+from entidb.db.fields import LostField, Side, lost_fields, with_field
 from entidb.db.local import Writes
 from entidb.db.outbox import DiscardedTransaction, discard_key, read_pending
 from entidb.db.overruled import OverruledKeeper, OverruledValue, read_overruled
 from entidb.db.pending import PendingTransaction
-from entidb.db.records import CONFLICT, conflict_key, end_of, split_numbered_key
+from entidb.db.records import (
+    CONFLICT,
+    NO_DEVICE,
+    BaseRow,
+    absent_base,
+    conflict_key,
+    end_of,
+    split_numbered_key,
+)
 from entidb.db.subjects import count_others, discarded_of
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, ConflictError
@@ -117,7 +125,7 @@ class Review:
     def overruled(self) -> list[OverruledValue]:
         """Values that a policy or a person decided against, from either side, oldest first."""
         with self.database.view() as view:
-            return read_overruled(view.snapshot)
+            return read_overruled(view)
 
     def overruled_count(self) -> int:
         """How many of them there are."""
@@ -267,21 +275,56 @@ def _keep_replaced(
     discarded: DiscardedTransaction,
     write: tuple[str, bytes, bytes | None],
 ) -> None:
-    """Keep what the server has for an entity from another device, where ``write`` has something
-    else: whether it was there already when the transaction was made is not known any more."""
+    """Keep what the server has for an entity from another device, a deletion too, where ``write``
+    has something else: whether it was there already when the transaction was made is not known any
+    more."""
     name, entity_id, payload = write
     info = writer.catalogue.by_name.get(name)
-    row = None if info is None else writer.entity((info.number, entity_id))
-    if info is None or row is None or row.pending or row.device_id == writer.device_id:
+    if info is None:
         return
-    lost = [
-        (Side.REMOTE, path, was, now, None)
-        for path, was, now in lost_fields(None, row.payload, payload)
-    ]
-    theirs = row.device_id, row.timestamp, row.version
-    mine = writer.device_id, discarded.timestamp, 0
     ref = info.number, entity_id
-    keeper.add(ref, mine, theirs, discarded.transaction_id, lost, overruled.BY_PERSON)
+    row = writer.entity(ref)
+    if row is None:
+        theirs = _lost_to(discarded, name, entity_id)
+        if theirs is not None and theirs.payload is not None:
+            theirs = absent_base(0)  # deleted since, nobody knows by whom
+    elif row.pending:
+        theirs = None if row.payload is None else writer.base(ref, row)
+    else:
+        theirs = BaseRow(row.version, row.device_id, row.timestamp, row.payload)
+        if row.device_id == NO_DEVICE:  # a base that is absent does not say whose deletion it was
+            known = _lost_to(discarded, name, entity_id)
+            theirs = known if known is not None and known.version == row.version else theirs
+    if theirs is None or theirs.device_id == writer.device_id:
+        return
+    there = None if row is None else row.payload
+    lost = [(Side.REMOTE, *each, None) for each in _replaced(theirs.payload, there, payload)]
+    origin = theirs.device_id, theirs.timestamp, theirs.version
+    mine = writer.device_id, discarded.timestamp, 0
+    identity, sequence = discarded.transaction_id, discarded.sequence
+    keeper.add(ref, mine, origin, identity, lost, overruled.BY_PERSON, sequence)
+
+
+def _lost_to(discarded: DiscardedTransaction, name: str, entity_id: bytes) -> BaseRow | None:
+    """The server's state of an entity that ``discarded`` lost to. It is known after a full pull
+    too, which brings no tombstones."""
+    for collection, lost_id, version, device, timestamp, payload in discarded.lost_to:
+        if (collection, lost_id) == (name, entity_id):
+            return BaseRow(version, device, timestamp, payload)
+    return None
+
+
+def _replaced(theirs: bytes | None, there: bytes | None, now: bytes | None) -> list[LostField]:
+    """What of ``theirs`` goes when ``now`` takes the place of what is ``there``. What is not there
+    any more was replaced by this device before, knowingly."""
+    if theirs is None:
+        return [((), None, now)] if there is None and now is not None else []
+    known = [path for path, *_ in lost_fields(None, theirs, there)]
+    return [
+        each
+        for each in lost_fields(None, theirs, now)
+        if not any(each[0][: len(path)] == path for path in known)
+    ]
 
 
 def _check_entry(method: str, given: object) -> None:

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from entidb import cbor
 from entidb.db.overruled import OverruledValue
 from entidb.db.records import (
+    HAS_BASE,
+    base_key,
     conflict_key,
+    decode_base,
     decode_entity,
     payload_of,
 )
@@ -68,15 +71,20 @@ def _check_replaced(
     old: Mapping[bytes, bytes | None],
     added: Mapping[Ref, Sequence[OverruledValue]],
 ) -> None:
-    """What a transaction that is committed again takes the place of, if another device wrote it."""
+    """What a transaction that is committed again takes the place of, if another device wrote it:
+    also below what this device has pending there."""
     for ref in watch.recommits:
         key = watch.catalogue.by_name[ref[0]].prefix + ref[1]
         raw = old.get(key)
         was = None if raw is None else decode_entity(raw)
-        if was is None or was.pending or was.device_id == watch.device_id:
+        if was is None or (was.pending and not was.flags & HAS_BASE):
+            continue
+        number = watch.catalogue.by_name[ref[0]].number
+        base = decode_base(commit.records[base_key(number, ref[1])]) if was.pending else was
+        if base.device_id == watch.device_id:
             continue
         view = payload_of(commit.records[key])
-        watch.losers.check_replaced(ref, was.payload, view, added.get(ref, ()))
+        watch.losers.check_replaced(ref, base.payload, was.payload, view, added.get(ref, ()))
 
 
 def _decided_by_person(
