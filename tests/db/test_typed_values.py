@@ -271,6 +271,48 @@ def test_whatever_a_field_of_its_type_holds_comes_back(library: str, data: st.Da
         assert holders[holders.add(holder(value=value))].value == value
 
 
+_BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
+#: In the hour that comes twice when summer ends.
+_TWICE = datetime(2026, 10, 25, 2, 30)
+_PLACES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "itself": (datetime, lambda value: value),
+    "optional": (datetime | None, lambda value: value),
+    "in a list": (list[datetime], lambda value: [value]),
+    "in a map": (dict[str, datetime], lambda value: {"at": value}),
+}
+
+
+@pytest.mark.parametrize("place", _PLACES)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_second_of_two_equal_hours_is_refused_without_a_zone_and_kept_with_one(
+    db: Database, library: str, place: str
+) -> None:
+    kind, put = _PLACES[place]
+    cls = class_with(library, kind)
+    collection = db.collection("c", cls)
+    with pytest.raises(ValueTypeError, match="has fold=1, which is not stored; a time zone"):
+        collection[uid(1)] = cls(value=put(_TWICE.replace(fold=1)))
+    for fold, hours in ((0, 2), (1, 1)):
+        collection[uid(1)] = cls(value=put(_TWICE.replace(tzinfo=_BERLIN, fold=fold)))
+        zone = timezone(timedelta(hours=hours))
+        assert collection[uid(1)].value == put(_TWICE.replace(tzinfo=zone))
+    if place == "itself":
+        with pytest.raises(ValueTypeError, match="fold=1"):
+            collection.patch(uid(1), value=_TWICE.replace(fold=1))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_time_of_day_loses_neither_fold_nor_zone(db: Database, library: str) -> None:
+    cls = class_with(library, time)
+    collection = db.collection("c", cls)
+    for value in (time(2, 30, fold=1), time(2, 30, tzinfo=_BERLIN)):
+        with pytest.raises(ValueTypeError, match="value"):
+            collection[uid(1)] = cls(value=value)
+    for value in (time(2, 30), time(2, 30, tzinfo=UTC)):
+        collection[uid(1)] = cls(value=value)
+        assert collection[uid(1)].value.tzinfo == value.tzinfo
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_equal_sets_are_equal_bytes(db: Database, library: str) -> None:
     holder = class_with(library, set[str])

@@ -28,6 +28,7 @@ from entidb.db.models import Model, examine_model
 from entidb.db.plain import Keep, V
 from entidb.db.settling import AS_TEXT, numpy_item, settled, settled_or
 from entidb.db.shapes import Fields, Shape, keep_unknown
+from entidb.db.times import odd_times
 from entidb.errors import CborEncodeError, EntiDBError, ValueTypeError
 from entidb.types import reason_of_msgspec
 
@@ -66,6 +67,7 @@ class TypedCodec(ABC, Generic[V]):
         self._bare = bare
         #: Whether a number may stand where a Decimal belongs.
         self._decimals = False
+        self._odd_times = odd_times(kind)
         #: Answers for a value whether reading it back would prove nothing; None: for no value.
         self._certain: Certain | None = None
         self.keep: Keep | None = None if shape is None else partial(keep_unknown, shape)
@@ -94,7 +96,8 @@ class TypedCodec(ABC, Generic[V]):
                 field=error.field,
                 reason=error.reason,
             ) from error
-        if self._bare or not same(value, back):
+        odd = self._odd_times
+        if self._bare or not same(value, back) or (odd is not None and odd(value)):
             where = difference(value, back)
             if where is not None:
                 raise self._not_the_same(where)

@@ -143,7 +143,10 @@ class Person:
             self.world.trace("recommit" if again else "prune", self.name)
             if again:
                 aside = self.watch.losers.set_aside()  # what this keeps is in no cycle's report
-                self.watch.recommits = {(name, raw): None for name, raw, _ in entry.operations}
+                self.watch.recommits = {(name, raw): (0, b"") for name, raw, _ in entry.operations}
+                for name, raw, version, writer, _, _ in entry.lost_to:
+                    if (name, raw) in self.watch.recommits:
+                        self.watch.recommits[name, raw] = version, writer
                 try:
                     self.engine.recommit(entry)
                 finally:

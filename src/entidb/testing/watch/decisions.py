@@ -73,7 +73,7 @@ def _check_replaced(
 ) -> None:
     """What a transaction that is committed again takes the place of, if another device wrote it:
     also below what this device has pending there."""
-    for ref in watch.recommits:
+    for ref, lost_to in watch.recommits.items():
         key = watch.catalogue.by_name[ref[0]].prefix + ref[1]
         raw = old.get(key)
         was = None if raw is None else decode_entity(raw)
@@ -81,7 +81,8 @@ def _check_replaced(
             continue
         number = watch.catalogue.by_name[ref[0]].number
         base = decode_base(commit.records[base_key(number, ref[1])]) if was.pending else was
-        if base.device_id == watch.device_id:
+        # A base that is absent does not say whose deletion it was.
+        if watch.device_id in (base.device_id, lost_to[1] if lost_to[0] == base.version else b""):
             continue
         view = payload_of(commit.records[key])
         watch.losers.check_replaced(ref, base.payload, was.payload, view, added.get(ref, ()))

@@ -90,7 +90,7 @@ class DeviceModel:
         self.device_id = b""
         self.by_person: dict[Ref, None] = {}
         #: What a person commits again right now.
-        self.recommits: dict[Ref, None] = {}
+        self.recommits: dict[Ref, tuple[int, bytes]] = {}
         #: What was asked about an entity since the last commit, and answered.
         self.questions: dict[Ref, list[Question]] = {}
         self.losers = Losers(checks, name, server_clock)
