@@ -284,3 +284,13 @@ def _committed_over_what_is_below(garden: Garden) -> None:
         return keep
 
     garden.replace(review, "_keep_replaced", make)
+
+
+@bug(
+    "put-back-over-what-came-since",
+    "NO-SILENT-LOSS",
+    knobs=CALM | {"person": 300, "policy_notes": 1},
+)
+def _put_back_over_what_came_since(garden: Garden) -> None:
+    """What another device has written since where an overruled value is put back is not kept."""
+    garden.replace(review, "_keep_unseen", lambda original: lambda *rest: None)

@@ -100,6 +100,18 @@ def _compare(
             found.append(((*path, key), None, cbor.encode(won[key])))
 
 
+def field_at(payload: bytes | None, path: Path) -> bytes | None:
+    """The field at ``path``; None if it, or something on the way to it, is not there."""
+    if not path or payload is None:
+        return payload
+    at = cbor.decode_trusted(payload)
+    for key in path:
+        if type(at) is not dict or key not in at:
+            return None
+        at = at[key]
+    return cbor.encode(at)
+
+
 def with_field(payload: bytes | None, path: Path, field: bytes | None) -> bytes | None:
     """``payload`` with ``field`` at ``path``; None removes it. Maps on the way that are missing
     are made. Raises ``LookupError`` where something on the way is no map."""
@@ -155,6 +167,7 @@ __all__ = [
     "Overruled",
     "Path",
     "Side",
+    "field_at",
     "lost_fields",
     "same",
     "shown",

@@ -182,6 +182,25 @@ class Losers:
                 f"{ref[1].hex()}, which another device wrote, and keeps nothing of it",
             )
 
+    def check_put_back(
+        self,
+        ref: Ref,
+        was: bytes | None,
+        won: Mapping[Path, bytes],
+        view: bytes | None,
+        added: Iterable[OverruledValue],
+    ) -> None:
+        """A person put an overruled value back, over ``was``; the list showed what had ``won``."""
+        places = [(value.path, value.payload) for value in added if value.side == "remote"]
+        for path, leaf in lost_leaves(None, was, view) if self.limits.count_max else ():
+            self.checks.that(
+                won.get(path) == leaf
+                or any(_covers(place, held, path, leaf) for place, held in places),
+                "NO-SILENT-LOSS",
+                f"{self.name} puts a value back over {leaf!r} at {'.'.join(path)!r} of {ref[0]}/"
+                f"{ref[1].hex()}, which another device wrote since, and keeps nothing of it",
+            )
+
     def check_undecided(self, refs: Iterable[Ref], added: Mapping[Ref, Any]) -> None:
         """No value is overruled without a decision."""
         for ref in added.keys() - set(refs):
@@ -249,4 +268,4 @@ def _covers(place: Path, held: bytes | None, path: Path, leaf: bytes | None) -> 
     return path[: len(place)] == place and leaves(held).get(path[len(place) :]) == leaf
 
 
-__all__ = ["KeepLimits", "Losers", "lost_leaves"]
+__all__ = ["KeepLimits", "Losers", "leaves", "lost_leaves"]

@@ -165,11 +165,16 @@ class Person:
         if not again:
             self.engine.prune(value)
             return
+        self.watch.put_back = value
+        aside = self.watch.losers.set_aside()
         try:
             self.engine.recommit(value)
         except ConflictError as error:
             self.world.trace("refused", error.code)
             return
+        finally:
+            self.watch.put_back = None
+            self.watch.losers.take_back(aside)
         self.watch.on_written_back(self.storage.records, value)
 
     def _decide_late(self) -> bool:

@@ -471,6 +471,44 @@ def test_what_another_device_wrote_under_a_pending_edit_is_kept_when_a_transacti
     assert_in_step(world, a)
 
 
+def test_what_another_device_has_written_since_is_kept_when_a_value_is_put_back():
+    world, a = met("merge", with_text("mine"), with_text("theirs"))
+    world.put(("notes", 1, with_text("newer", prio=5)))
+    a.sync()
+    a.engine.recommit(a.engine.overruled()[0])
+    assert a.values()[1] == with_text("mine", prio=5)
+    (value,) = a.engine.overruled()
+    assert (value.side, value.path, value.value, value.won) == (
+        "remote",
+        ("text",),
+        "newer",
+        "mine",
+    )
+    assert (value.decided_by, value.device_id) == ("person", world.server.device_id)
+    a.settle()
+    a.engine.recommit(value)
+    a.settle()
+    assert (world.values()[1], kept(a)) == (with_text("newer", prio=5), [])
+
+
+def test_a_deletion_that_came_since_is_kept_when_an_entity_is_put_back():
+    world, a = met("client_wins", with_text("mine"), with_text("theirs"))
+    world.put(("notes", 1, None))
+    a.sync()
+    a.engine.recommit(a.engine.overruled()[0])
+    assert (a.values()[1], kept(a)) == (
+        with_text("theirs"),
+        [("remote", (), None, with_text("theirs"))],
+    )
+
+
+def test_what_this_device_wrote_itself_since_is_no_loss_when_a_value_is_put_back():
+    _, a = met("merge", with_text("mine"), with_text("theirs"))
+    a.put(("notes", 1, with_text("again mine")))
+    a.engine.recommit(a.engine.overruled()[0])
+    assert kept(a) == []
+
+
 def test_where_nothing_is_to_be_kept_nothing_is_when_a_transaction_is_committed_again():
     _, a = met("server_wins", with_text("mine"), with_text("theirs"), overruled_max=0)
     a.engine.recommit(a.engine.discarded()[0])

@@ -7,12 +7,12 @@ change is one storage commit, and the next cycle pushes what comes of it. The st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from msgspec.structs import replace
 
 from entidb.db import Database, machine, overruled
-from entidb.db.fields import LostField, Side, lost_fields, with_field
+from entidb.db.fields import LostField, Overruled, Side, field_at, lost_fields, with_field
 from entidb.db.local import Writes
 from entidb.db.outbox import DiscardedTransaction, discard_key, read_pending
 from entidb.db.overruled import OverruledKeeper, OverruledValue, read_overruled
@@ -21,13 +21,14 @@ from entidb.db.records import (
     CONFLICT,
     NO_DEVICE,
     BaseRow,
+    EntityRow,
     absent_base,
     conflict_key,
     end_of,
     split_numbered_key,
 )
 from entidb.db.subjects import count_others, discarded_of
-from entidb.db.writer import Writer
+from entidb.db.writer import Ref, Writer
 from entidb.errors import ConfigError, ConflictError
 from entidb.sync.apply.conflict_rows import decode_conflict
 from entidb.sync.apply.position import remember_doubt
@@ -139,8 +140,8 @@ class Review:
 
         Of an overruled value its field is written back, of an overruled entity the fields that
         were changed, and nothing else of what is there now; 0 is returned if that changes
-        nothing. Raises ``ConflictError``
-        (``discarded_gone``) if it is not in its list any more, and (``overruled_place_gone``) if
+        nothing. What another device has written there since is kept as well. Raises
+        ``ConflictError`` (``discarded_gone``) if it is not in its list any more, and (``overruled_place_gone``) if
         the entity is deleted, or holds no map where the field was; then nothing has changed."""
         if isinstance(discarded, OverruledValue):
             return self._put_back(discarded)
@@ -178,7 +179,7 @@ class Review:
             fields = value.fields()
             if there is None and value.payload is not None and not value.path:
                 # The entity is not there, so it comes back whole.
-                fields = [((), value.payload, None)]
+                fields = [((), value.payload, value.won_payload)]
             for path, lost, _ in fields:
                 try:
                     payload = with_field(payload, path, lost)
@@ -190,6 +191,8 @@ class Review:
                     ) from None
             if payload == there:
                 return 0
+            if self._keeps and info is not None:
+                _keep_unseen(writer, (info.number, value.id_bytes), value, fields)
             writes: Writes = {value.collection: {value.id_bytes: payload}}
             return self.database.commit_writes(writer, writes)
 
@@ -284,17 +287,13 @@ def _keep_replaced(
         return
     ref = info.number, entity_id
     row = writer.entity(ref)
-    if row is None:
-        theirs = _lost_to(discarded, name, entity_id)
-        if theirs is not None and theirs.payload is not None:
-            theirs = absent_base(0)  # deleted since, nobody knows by whom
-    elif row.pending:
-        theirs = None if row.payload is None else writer.base(ref, row)
-    else:
-        theirs = BaseRow(row.version, row.device_id, row.timestamp, row.payload)
-        if row.device_id == NO_DEVICE:  # a base that is absent does not say whose deletion it was
-            known = _lost_to(discarded, name, entity_id)
-            theirs = known if known is not None and known.version == row.version else theirs
+    theirs, known = _from_server(writer, ref, row), _lost_to(discarded, name, entity_id)
+    if row is None and known is not None:
+        # Deleted since, nobody knows by whom.
+        theirs = known if known.payload is None else absent_base(0)
+    elif theirs is not None and theirs.device_id == NO_DEVICE and known is not None:
+        # A base that is absent does not say whose deletion it was.
+        theirs = known if known.version == theirs.version else theirs
     if theirs is None or theirs.device_id == writer.device_id:
         return
     there = None if row is None else row.payload
@@ -303,6 +302,37 @@ def _keep_replaced(
     mine = writer.device_id, discarded.timestamp, 0
     identity, sequence = discarded.transaction_id, discarded.sequence
     keeper.add(ref, mine, origin, identity, lost, overruled.BY_PERSON, sequence)
+
+
+def _from_server(writer: Writer, ref: Ref, row: EntityRow | None) -> BaseRow | None:
+    """What the server has of an entity; None if this device knows nothing of it, or has deleted
+    the entity on top of that."""
+    if row is None or (row.pending and row.payload is None):
+        return None
+    if row.pending:
+        return writer.base(ref, row)
+    return BaseRow(row.version, row.device_id, row.timestamp, row.payload)
+
+
+def _keep_unseen(
+    writer: Writer, ref: Ref, value: OverruledValue, fields: Sequence[LostField]
+) -> None:
+    """Keep what another device has written where ``value`` is put back: something else than what
+    won, which is all that the list shows of it."""
+    row = writer.entity(ref)
+    theirs = _from_server(writer, ref, row)
+    if row is None or theirs is None or theirs.device_id == writer.device_id:
+        return
+    lost: list[Overruled] = []
+    for path, back, won in fields:
+        there = field_at(row.payload, path)
+        if there not in (back, won) and there == field_at(theirs.payload, path):
+            lost.append((Side.REMOTE, path, there, back, None))
+    keeper = OverruledKeeper(writer, writer.now_ms)
+    mine = writer.device_id, value.timestamp, 0
+    origin = theirs.device_id, theirs.timestamp, theirs.version
+    keeper.add(ref, mine, origin, value.transaction_id, lost, overruled.BY_PERSON)
+    keeper.store()
 
 
 def _lost_to(discarded: DiscardedTransaction, name: str, entity_id: bytes) -> BaseRow | None:

@@ -18,6 +18,7 @@ from entidb.protocol import Verdict
 from entidb.storage.base import Batch
 from entidb.sync import Action, Conflict, ConflictResolution
 from entidb.sync.apply.conflict_rows import decode_conflict
+from entidb.testing.losers import leaves
 from entidb.testing.oracle import Ref
 from entidb.testing.watch.commits import DeviceCommit
 from entidb.testing.watch.model import (
@@ -35,8 +36,13 @@ def check_losers(
     """R4: what was decided against in this commit is kept in it."""
     added = watch.losers.on_commit(batch, old)
     by_person = _decided_by_person(watch, commit, old)
-    watch.losers.check_undecided([*watch.questions, *by_person, *watch.recommits], added)
+    back = watch.put_back
+    put_back = [] if back is None else [(back.collection, back.id_bytes)]
+    decided = [*watch.questions, *by_person, *watch.recommits, *put_back]
+    watch.losers.check_undecided(decided, added)
     _check_replaced(watch, commit, old, added)
+    if back is not None:
+        _check_put_back(watch, commit, old, back, added)
     for ref, asked in {**watch.questions, **by_person}.items():
         if ref in watch.open_conflicts:
             continue
@@ -86,6 +92,25 @@ def _check_replaced(
             continue
         view = payload_of(commit.records[key])
         watch.losers.check_replaced(ref, base.payload, was.payload, view, added.get(ref, ()))
+
+
+def _check_put_back(
+    watch: DeviceModel,
+    commit: DeviceCommit,
+    old: Mapping[bytes, bytes | None],
+    back: OverruledValue,
+    added: Mapping[Ref, Sequence[OverruledValue]],
+) -> None:
+    """What another device wrote where an overruled value is put back, if it is not what won."""
+    key = watch.catalogue.by_name[back.collection].prefix + back.id_bytes
+    raw = old.get(key)
+    was = None if raw is None else decode_entity(raw)
+    if was is None or was.pending or was.device_id == watch.device_id:
+        return
+    won = {(*back.path, *inner): leaf for inner, leaf in leaves(back.won_payload).items()}
+    ref = back.collection, back.id_bytes
+    view = payload_of(commit.records[key])
+    watch.losers.check_put_back(ref, was.payload, won, view, added.get(ref, ()))
 
 
 def _decided_by_person(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, CollectionInfo, decode_catalogue, empty_catalogue
 from entidb.db.outbox import DiscardedTransaction
+from entidb.db.overruled import OverruledValue
 from entidb.db.records import (
     DIRTY,
     HAS_BASE,
@@ -91,6 +92,8 @@ class DeviceModel:
         self.by_person: dict[Ref, None] = {}
         #: What a person commits again right now.
         self.recommits: dict[Ref, tuple[int, bytes]] = {}
+        #: What a person puts back right now.
+        self.put_back: OverruledValue | None = None
         #: What was asked about an entity since the last commit, and answered.
         self.questions: dict[Ref, list[Question]] = {}
         self.losers = Losers(checks, name, server_clock)
