@@ -15,7 +15,7 @@ the same table, a test compares). What is packed into them is here too, an Outbo
     m columns                            order of the columns of imported files     (CBOR map)
     m begun                              when histories began by a proof (R29)    (CBOR list)
     m overruled                          values decided against: next, count, oldest (Overruled)
-    m whose                              under which subject they were written       (CBOR list)
+    m whose                              whose overruled values are (R36)           (CBOR list)
     m images                             images of a server's database (R35)      (CBOR map)
     n collection:u32                     live entities of a collection              (u64)
     e table:u32 id:16                    an entity as readers see it                (EntityRow)

@@ -141,8 +141,9 @@ class Review:
         Of an overruled value its field is written back, of an overruled entity the fields that
         were changed, and nothing else of what is there now; 0 is returned if that changes
         nothing. What another device has written there since is kept as well. Raises
-        ``ConflictError`` (``discarded_gone``) if it is not in its list any more, and (``overruled_place_gone``) if
-        the entity is deleted, or holds no map where the field was; then nothing has changed."""
+        ``ConflictError`` (``discarded_gone``) if it is not in its list any more, and
+        (``overruled_place_gone``) if the entity is deleted, or holds no map where the field was;
+        then nothing has changed."""
         if isinstance(discarded, OverruledValue):
             return self._put_back(discarded)
         _check_entry("recommit", discarded)
