@@ -7,7 +7,7 @@ from unittest import mock
 
 from msgspec.structs import replace
 
-from entidb.db import overruled
+from entidb.db import adopt, overruled
 from entidb.db.fields import Side
 from entidb.db.outbox import DiscardedTransaction
 from entidb.db.overruled import OverruledKeeper
@@ -294,3 +294,14 @@ def _committed_over_what_is_below(garden: Garden) -> None:
 def _put_back_over_what_came_since(garden: Garden) -> None:
     """What another device has written since where an overruled value is put back is not kept."""
     garden.replace(review, "_keep_unseen", lambda original: lambda *rest: None)
+
+
+@bug(
+    "reset-passes-over-what-was-written",
+    "NO-SILENT-LOSS",
+    knobs=CALM | {"restore_server": 50, "events": 2000, "pause_ms": 100},
+)
+def _reset_passes_over(garden: Garden) -> None:
+    """A reset that keeps the device's side keeps nothing of what this device wrote where the
+    server has a larger version."""
+    garden.replace(adopt, "_keep_own", lambda original: lambda *rest: None)

@@ -109,9 +109,12 @@ def _commit_groups(database: Core, writer: Writer, adopt: Adopt, keeps: bool, ro
             _wanted(writer, table, number, entity_id, compare) for table, compare in sources[number]
         )
         row = next((row for row in found if row is not None), None)
-        if row is None:
-            continue
         now = writer.entity((number, entity_id))
+        if row is None:
+            if keeps and now is not None:
+                compared = [table for table, compare in sources[number] if compare]
+                _keep_own(writer, keeper, (number, entity_id), now, compared)
+            continue
         if keeps and now is not None and now.payload != row.payload:
             _overrule(keeper, (number, entity_id), now, row)
         if at != group or not room.add(row.payload):
@@ -130,6 +133,25 @@ def _overrule(keeper: overruled.OverruledKeeper, ref: Ref, now: EntityRow, row: 
     mine = row.device_id, row.timestamp, 0
     lost = (Side.REMOTE, (), now.payload, row.payload, None)
     keeper.add(ref, mine, theirs, NO_ID, [lost], overruled.BY_RESET)
+
+
+def _keep_own(
+    writer: Writer, keeper: overruled.OverruledKeeper, ref: Ref, now: EntityRow, tables: list[int]
+) -> None:
+    """What this device wrote in the history before, and the server does not have, although what it
+    has counts as newer: versions of two histories say which is larger, and not that one of them was
+    built on the other. Of other devices' writes, theirs keep what is lost."""
+    if now.pending:
+        return
+    for table in tables:
+        row = writer.entity_in(table, ref[1])
+        if row is None or row.pending or row.device_id != writer.device_id:
+            continue
+        if row.payload != now.payload:
+            theirs = now.device_id, now.timestamp, now.version
+            mine = row.device_id, row.timestamp, 0
+            lost = (Side.LOCAL, (), row.payload, now.payload, None)
+            keeper.add(ref, mine, theirs, NO_ID, [lost], overruled.BY_RESET)
 
 
 def _whole_groups(writer: Writer, keys: list[bytes]) -> list[bytes]:

@@ -146,7 +146,7 @@ class OverruledValue(Struct, frozen=True, kw_only=True):
         return "\n".join(
             (
                 f"Entity {self.entity_id} in {self.collection!r}{field}: {whose} value was "
-                f"overruled by {_DECIDED[self.decided_by]}.",
+                f"overruled by {_DECIDED[self.decided_by, self.side]}.",
                 f"  lost    {shown(self.payload, absent)}   ({lost})",
                 f"  won     {shown(self.won_payload, absent)}   (against {other})",
             )
@@ -159,9 +159,12 @@ _REMOTE: Final = Side.REMOTE
 DECIDED_BY: Final = ("policy", "person", "reset")
 BY_POLICY, BY_PERSON, BY_RESET = range(len(DECIDED_BY))
 _DECIDED: Final = {
-    "policy": "the policy",
-    "person": "a person's decision",
-    "reset": "a reset that kept this device's side",
+    ("policy", "local"): "the policy",
+    ("policy", "remote"): "the policy",
+    ("person", "local"): "a person's decision",
+    ("person", "remote"): "a person's decision",
+    ("reset", "local"): "a reset: the server had a newer one",
+    ("reset", "remote"): "a reset that kept this device's side",
 }
 
 

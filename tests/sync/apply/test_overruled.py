@@ -11,6 +11,7 @@ from entidb.cbor import encode
 from entidb.db import OverruledValue
 from entidb.db.fields import Side, lost_fields, with_field
 from entidb.errors import ConflictError, StorageFullError
+from entidb.server import Refusal
 from entidb.sync import Conflict, ConflictResolution, Merge
 from entidb.sync.conflict import overruled_by
 from entidb.sync.merging import merge
@@ -277,6 +278,34 @@ def test_a_person_who_takes_what_the_view_has_by_then_overrules_only_the_server(
     assert kept(a) == [("remote", ("text",), "theirs", "later")]
 
 
+@pytest.mark.parametrize("mine", [with_text("lost"), None])
+def test_a_reset_keeps_what_this_device_wrote_where_the_server_went_on_further(mine: Any):
+    world = World()
+    a = world.device()
+    world.put(*[("notes", n, BASE) for n in range(1, 4)])
+    a.sync()
+    backup = world.backup_server()
+    a.put(("notes", 1, mine))
+    a.settle()
+    world.put(("notes", 2, with_text("of another device")))
+    a.sync()
+    world.open_server(backup)
+    for count in range(5):  # so that its versions are beyond those that were lost
+        world.put(("notes", 1, with_text("new")), ("notes", 3, with_text(f"new {count}")))
+    world.put(("notes", 2, with_text("new")))
+    a.engine.reset("device")
+    a.settle()
+    assert world.values()[1] == with_text("new")
+    (value,) = a.engine.overruled()
+    assert (value.entity_id, value.side, value.value) == (uid(1), "local", mine)
+    assert (value.won, value.decided_by) == (with_text("new"), "reset")
+    assert "a reset: the server had a newer one" in value.explain()
+    a.engine.recommit(value)
+    a.settle()
+    assert world.values().get(1) == mine
+    assert_in_step(world, a)
+
+
 def test_a_reset_that_keeps_the_device_keeps_what_the_server_has_instead():
     world = World()
     a = world.device()
@@ -460,6 +489,18 @@ def test_a_deletion_that_this_device_made_itself_is_no_loss_when_it_commits_agai
     assert kept(a) == []
     a.settle()
     assert_in_step(world, a)
+
+
+def test_an_entity_that_never_was_on_the_server_was_deleted_by_nobody():
+    def refuse(context: Any, transaction: Any) -> Refusal:
+        return Refusal("no", "not today")
+
+    world = World(validate=refuse)
+    a = world.device()
+    a.put(("notes", 1, BASE))
+    a.settle()
+    a.engine.recommit(a.engine.discarded()[0])
+    assert kept(a) == []
 
 
 def test_what_another_device_wrote_under_a_pending_edit_is_kept_when_a_transaction_is_committed():

@@ -292,9 +292,9 @@ def _keep_replaced(
     if row is None and known is not None:
         # Deleted since, nobody knows by whom.
         theirs = known if known.payload is None else absent_base(0)
-    elif theirs is not None and theirs.device_id == NO_DEVICE and known is not None:
-        # A base that is absent does not say whose deletion it was.
-        theirs = known if known.version == theirs.version else theirs
+    elif theirs is not None and theirs.device_id == NO_DEVICE:
+        # A base that is absent does not say whose deletion it was, nor that it was one.
+        theirs = known and (known if known.version == theirs.version else theirs)
     if theirs is None or theirs.device_id == writer.device_id:
         return
     there = None if row is None else row.payload

@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 from entidb import cbor
 from entidb.db.overruled import OverruledValue
 from entidb.db.records import (
+    ADOPT,
     HAS_BASE,
+    META_ADOPT,
+    NO_DEVICE,
     base_key,
     conflict_key,
     decode_base,
     decode_entity,
     payload_of,
+    split_feed_key,
+    table_prefix,
 )
+from entidb.db.replica import Adopt, decode_record
 from entidb.protocol import Verdict
 from entidb.storage.base import Batch
 from entidb.sync import Action, Conflict, ConflictResolution
@@ -43,6 +49,7 @@ def check_losers(
     _check_replaced(watch, commit, old, added)
     if back is not None:
         _check_put_back(watch, commit, old, back, added)
+    _check_passed_over(watch, commit, batch, old, added)
     for ref, asked in {**watch.questions, **by_person}.items():
         if ref in watch.open_conflicts:
             continue
@@ -79,7 +86,7 @@ def _check_replaced(
 ) -> None:
     """What a transaction that is committed again takes the place of, if another device wrote it:
     also below what this device has pending there."""
-    for ref, lost_to in watch.recommits.items():
+    for ref, (version, lost_to) in watch.recommits.items():
         key = watch.catalogue.by_name[ref[0]].prefix + ref[1]
         raw = old.get(key)
         was = None if raw is None else decode_entity(raw)
@@ -87,8 +94,10 @@ def _check_replaced(
             continue
         number = watch.catalogue.by_name[ref[0]].number
         base = decode_base(commit.records[base_key(number, ref[1])]) if was.pending else was
-        # A base that is absent does not say whose deletion it was.
-        if watch.device_id in (base.device_id, lost_to[1] if lost_to[0] == base.version else b""):
+        # A base that is absent does not say whose deletion it was, nor that it was one.
+        unknown = base.device_id == NO_DEVICE and not lost_to
+        own = watch.device_id in (base.device_id, lost_to if version == base.version else b"")
+        if unknown or own:
             continue
         view = payload_of(commit.records[key])
         watch.losers.check_replaced(ref, base.payload, was.payload, view, added.get(ref, ()))
@@ -111,6 +120,47 @@ def _check_put_back(
     ref = back.collection, back.id_bytes
     view = payload_of(commit.records[key])
     watch.losers.check_put_back(ref, was.payload, won, view, added.get(ref, ()))
+
+
+def _check_passed_over(
+    watch: DeviceModel,
+    commit: DeviceCommit,
+    batch: Batch,
+    old: Mapping[bytes, bytes | None],
+    added: Mapping[Ref, Sequence[OverruledValue]],
+) -> None:
+    """What a reset that keeps the device's side has looked at in this commit (R29): what this
+    device wrote before is pending again, on the server, or kept."""
+    gone = [key for key, new in batch.items() if key[:1] == ADOPT and new is None]
+    if not gone or not watch.losers.limits.count_max:
+        return
+    raw = old.get(META_ADOPT) or commit.records[META_ADOPT]
+    adopt = decode_record(Adopt, raw)
+    compared = [
+        (number, table)
+        for number, table, compare in ([*each, adopt.compare][:3] for each in adopt.sources)
+        if compare
+    ]
+    for key in gone:
+        _, number, entity_id = split_feed_key(key)
+        name = watch.catalogue.by_number[number].name
+        place = watch.catalogue.by_number[number].prefix + entity_id
+        before = old[place] if place in old else commit.records.get(place)
+        now = commit.records.get(place)
+        for table in [table for each, table in compared if each == number]:
+            stored = commit.records.get(table_prefix(table) + entity_id)
+            row = None if stored is None else decode_entity(stored)
+            if row is None or row.pending or row.device_id != watch.device_id or before is None:
+                continue
+            there = decode_entity(before)
+            view = None if now is None else payload_of(now)
+            kept = [each.payload for each in added.get((name, entity_id), ())]
+            watch.checks.that(
+                there.pending > 0 or row.payload in (there.payload, view, *kept),
+                "NO-SILENT-LOSS",
+                f"{watch.name} passes over what it wrote to {name}/{entity_id.hex()} before a "
+                "reset that keeps its side, and keeps nothing of it",
+            )
 
 
 def _decided_by_person(
