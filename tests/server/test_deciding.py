@@ -211,11 +211,12 @@ def test_r31_a_collection_that_is_local_on_the_server_is_refused() -> None:
     assert world.values("other") == {}
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, GeneratorExit])
 def test_r15_a_hook_that_raises_is_logged_for_the_operator(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, kind: type[BaseException]
 ) -> None:
     def validate(context: Any, transaction: Any) -> Any:
-        raise RuntimeError("the hook's own trouble")
+        raise kind("the hook's own trouble")
 
     world = World(validate=validate)
     [result] = push(world, tx(1, op(1, "a")))

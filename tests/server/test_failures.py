@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from entidb.db import Database, Role
 from entidb.errors import ConfigError, StorageError, StorageFullError
 from entidb.protocol import PullResponse, PushResponse, Verdict
-from entidb.server import ServerConfig, SyncServer, create_app, serving
+from entidb.server import Grants, Rights, ServerConfig, SyncServer, create_app, serving
 from tests.server.support import Client, ManualClock, handshake, pull, push
 from tests.storage.lmdb.test_doubtful_files import misdirect
 
@@ -75,6 +76,39 @@ def test_a_push_that_cannot_be_stored_is_told_so_and_the_next_one_is_taken(
         # that nothing was changed.
         if full or isinstance(error, StorageError):
             assert (server.database("shop") is before) == full
+
+
+@pytest.mark.parametrize("setting", ["authenticator", "validate", "upcast"])
+def test_a_function_of_the_program_that_ends_the_process_ends_nothing_here(
+    tmp_path: Path, setting: str, caplog: pytest.LogCaptureFixture
+):
+    left = [SystemExit(2)]  # as argparse and sys.exit() do
+
+    def function(*arguments: Any) -> Any:
+        if left:
+            raise left.pop()
+        if setting == "authenticator":
+            return Grants("ada", {"*": Rights(read=True, write=True)})
+        return arguments[1] if setting == "upcast" else None
+
+    named: dict[str, Any] = {setting: function}
+    if setting != "authenticator":
+        named["insecure_no_auth"] = True
+    if setting == "upcast":
+        named["schema"] = 2
+    config = ServerConfig(data_dir=tmp_path, access_log=False, **named)
+    with SyncServer(config) as server, serving(server) as url, Client(url) as client:
+        if setting == "authenticator":
+            answer = client.send(handshake())
+            assert (answer.status, answer.code) == (500, "server_error")
+        history = client.history()
+        request = replace(push(history, 1), schema=1)
+        [first] = client.send(request).message(PushResponse).results
+        assert (first.verdict == Verdict.REJECTED) == (setting == "validate")
+        [second] = client.send(replace(push(history, 2), schema=1)).message(PushResponse).results
+        assert second.verdict == Verdict.ACCEPTED
+    assert not left
+    assert "SystemExit" in caplog.text
 
 
 def test_a_page_that_cannot_be_read_is_told_so_and_the_next_one_is_sent(tmp_path: Path):

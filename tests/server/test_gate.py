@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from entidb.errors import SyncError
+from entidb.errors import ServerError, SyncError
 from entidb.protocol import PushRequest, PushResponse, PushTransaction, RoundRequest
 from entidb.server.gate import WriterGate
 from entidb.server.group_commit import GroupCommitter
@@ -140,6 +141,31 @@ def test_what_comes_while_another_database_commits_is_one_group() -> None:
         committer.stop()
     assert (first.groups, second.groups) == ([1], [5])
     assert len(answered) == 6
+
+
+class Ending(Slow):
+    """Asks once for the end of its thread."""
+
+    def push_many(
+        self, members: Sequence[tuple[PushRequest | RoundRequest, Grant]]
+    ) -> list[PushResponse | SyncError]:
+        if not self.groups:
+            self.groups.append(len(members))
+            raise SystemExit(3)
+        return super().push_many(members)
+
+
+def test_what_asks_for_the_end_of_the_thread_gets_an_answer_and_the_next_push_too() -> None:
+    ending = Ending("a")
+    ending.goes_on.set()
+    failures: list[object] = []
+    committer = GroupCommitter(ending, on_failure=failures.append)
+    for expected in (ServerError, PushResponse):
+        answered: queue.Queue[object] = queue.Queue()
+        committer.submit(a_push("a"), GRANT, answered.put)
+        assert isinstance(answered.get(timeout=WAIT_S), expected)
+    assert len(failures) == 1
+    committer.stop()
 
 
 def test_a_database_that_is_stuck_keeps_no_other_from_committing() -> None:

@@ -129,7 +129,12 @@ class Front:
 
     def authenticate(self, token: str | None) -> Grants:
         """Raises ``AuthenticationError``."""
-        grants: object = self._authenticator(token)
+        try:
+            grants: object = self._authenticator(token)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # SystemExit would end the server
+            raise RuntimeError(f"the authenticator raised {error!r:.100}") from error
         if not isinstance(grants, Grants):
             # A program's own authenticator; its operator has to learn of this.
             raise TypeError(f"the authenticator answered {grants!r:.100} and not Grants")

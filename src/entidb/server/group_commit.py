@@ -197,7 +197,9 @@ class GroupCommitter:
                 self._full_until = self._monotonic() + _FULL_S
             self._on_failure(error)
             answers = [_not_stored(error) for _ in group]
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
+                raise
             # Our own mistake must not end the writer thread: every later push would hang.
             self._on_failure(ServerError(f"push failed: {error!r}"))
             answers = [ServerError("the server failed to decide this push")] * len(group)

@@ -46,7 +46,9 @@ def _upcast(
             "upcast of an entity of %r is no value: %s; stored as it came", collection, error
         )
         return value, payload
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # also SystemExit, which would end the thread that commits
         _log.exception("upcast raised at an entity of %r; stored as it came", collection)
         return value, payload
     if made is None or len(encoded) > len(payload) + _GROWTH_BYTES_MAX:
