@@ -246,7 +246,7 @@ SCALARS = st.one_of(
     st.binary(),
     st.datetimes(timezones=st.none() | st.sampled_from([UTC, HALF_HOUR])),
     st.dates(),
-    st.times(),
+    st.times().map(lambda value: value.replace(fold=0)),
     st.timedeltas(),
     st.uuids(),
     st.decimals(allow_nan=False, allow_infinity=False),
