@@ -395,9 +395,7 @@ def _list_discarded(found: list[DiscardedTransaction | OverruledValue], as_json:
 
 def _overruled_lines(each: OverruledValue) -> Iterator[str]:
     first, *rest = each.explain().splitlines()
-    # Of a value of the server's only the device is known; its writer is in the lines below.
-    own = each.subject if each.side == "local" else None
-    whose = "" if own is None else f" of {one_line(own)}"
+    whose = f" of {one_line(each.subject)}" if each.subject and each.side == "local" else ""
     when = time_text(each.at_ms)
     yield from told(f"{_handle(each)}{whose}  overruled {when} by a {each.decided_by}")
     yield from told(f"  {first}")
