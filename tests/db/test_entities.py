@@ -22,6 +22,7 @@ from entidb.db.records import (
     COUNT,
     ENTITY,
     FEED,
+    BaseRow,
     EntityRow,
     decode_entity,
     end_of,
@@ -37,6 +38,7 @@ from tests.support import FakeClock, World, assert_sound, uid
 VERBS = (
     "put_entity",
     "show",
+    "show_all",
     "remove_entity",
     "add_entity",
     "add_entities",
@@ -287,7 +289,7 @@ PATHS: dict[Callable[[World], None], set[str]] = {
     accept_one: {"accept", "clean_all", "put_base"},
     accept_many: {"accept_all", "clean_all", "put_base"},
     settle_several_writes: {"clean", "put_base"},
-    pull_a_page: {"show"},
+    pull_a_page: {"show", "show_all"},
     stage_and_publish: {"stage_entities", "stage_change", "carry_over", "replace_tables"},
     meet_a_conflict: {"set_base", "drop_base", "show"},
     reset: {"carry_over", "replace_tables"},
@@ -326,7 +328,16 @@ def test_the_room_hears_of_every_change_in_a_simulated_life(hook: Hook) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["put_entity", "remove_entity", "add_entity", "accept", "accept_all", "stage_entities"]
+    "verb",
+    [
+        "put_entity",
+        "show_all",
+        "remove_entity",
+        "add_entity",
+        "accept",
+        "accept_all",
+        "stage_entities",
+    ],
 )
 def test_a_verb_that_tells_nothing_is_noticed(
     verb: str, hook: Hook, monkeypatch: pytest.MonkeyPatch
@@ -428,6 +439,40 @@ def test_accepting_in_columns_is_accepting_one_by_one(numbers: list[int], stale:
         ):
             row = writer.accept(info, entity_id, old, payload, version, device, stamp)
             assert row == writer.get(info.prefix + entity_id)
+
+    assert done(database, columns) == done(database, each)
+
+
+@given(
+    numbers=st.lists(st.integers(0, 8), min_size=1, max_size=8, unique=True),
+    stale=st.integers(0, 5),
+    twice=st.booleans(),
+)
+def test_showing_in_columns_is_showing_one_by_one(
+    numbers: list[int], stale: int, twice: bool
+) -> None:
+    database = filled(Role.SERVER)  # where nothing is pending
+    remotes = [BaseRow(100 + n, bytes(15) + bytes([n]), 1000 + n, bytes([n])) for n in numbers]
+
+    def changes(
+        writer: Writer, info: CollectionInfo
+    ) -> list[tuple[tuple[int, bytes], BaseRow, EntityRow | None]]:
+        writer._stale_rows_max = stale
+        if twice:  # its place in the feed is of this very commit
+            row = EntityRow(8, 0, 3, bytes(16), 5, 0, b"\x18\x63")
+            first = (info.number, uid(numbers[0]).bytes)
+            writer.show(first, row, writer.entity(first), 6)
+        keys = [info.prefix + uid(n).bytes for n in numbers]
+        refs = [(info.number, uid(n).bytes) for n in numbers]
+        return list(zip(refs, remotes, writer.entities(keys), strict=True))
+
+    def columns(writer: Writer, info: CollectionInfo) -> None:
+        writer.show_all(changes(writer, info), 7)
+
+    def each(writer: Writer, info: CollectionInfo) -> None:
+        for ref, new, old in changes(writer, info):
+            row = EntityRow(8, 0, new.version, new.device_id, new.timestamp, 0, new.payload)
+            writer.show(ref, row, old, 7)
 
     assert done(database, columns) == done(database, each)
 

@@ -9,7 +9,8 @@ Where thousands change at once there is a form of the verb in columns, without a
 The plain form is the law: what the other leaves behind is the same, byte for byte.
 
     the law           in columns        what becomes of an entity
-    show, put_entity                    its row is replaced; readers see it change, or do not
+    show              show_all          its row is replaced, and readers see it change
+    put_entity                          its row is replaced; readers see nothing of that
     add_entity        add_entities      it comes to be, here
     accept            accept_all        the server takes a write to it (R11)
     clean             clean_all         what was pending is the server's now, with the same value
@@ -25,10 +26,10 @@ none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from operator import add, ge
-from typing import Any, Protocol
+from typing import Any
 
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
@@ -58,24 +59,9 @@ from entidb.db.records import (
     unpack_sequence,
     version_of,
 )
+from entidb.db.watcher import Payloads, Watcher, by_info
 from entidb.errors import CorruptionError
 from entidb.types import ID_BYTES
-
-Payloads = Sequence[bytes | None]
-
-
-class Watcher(Protocol):
-    """Called with every change of a value: in the table that ``info`` names, which may be one that
-    no reader sees yet, the values of ``ids`` were ``olds`` and are ``news`` (None: there is none).
-    Called before or after the rows are written, within the same commit."""
-
-    def changed(
-        self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
-    ) -> None: ...
-
-    def finish(self) -> None:
-        """The commit is about to be stored."""
-        ...
 
 
 class Entities(Overlay):
@@ -145,6 +131,36 @@ class Entities(Overlay):
         self.move_feed(ref, 0 if old is None else old.sequence, sequence)
         row.sequence = sequence
         self.put_entity(ref, row, old)
+
+    def show_all(
+        self, changes: Sequence[tuple[Ref, BaseRow, EntityRow | None]], sequence: int
+    ) -> None:
+        """As ``show`` of what the server has now, over rows without pending changes, in columns: no
+        entity twice, and no deletion."""
+        infos = self.catalogue.by_number
+        rows: dict[bytes, bytes] = {}
+        stale: list[bytes] = []
+        born: list[int] = []
+        for (number, entity_id), new, old in changes:
+            if old is not None and old.sequence:
+                stale.append(pack_feed_key(FEED, old.sequence, number, entity_id))
+            if old is None or old.payload is None:
+                born.append(number)
+            head = pack_entity(REMOTE, sequence, new.version, new.device_id, new.timestamp)
+            assert new.payload is not None, "a deletion is shown by `show`"
+            rows[infos[number].prefix + entity_id] = head + new.payload
+            rows[pack_feed_key(FEED, sequence, number, entity_id)] = b""
+        for key in stale:
+            self.leave_feed(key)
+        self.changes.update(rows)
+        for number, count in Counter(born).items():
+            self.count(number, count)
+        if self.watcher is not None:
+            theirs = [infos[number] for (number, _), _, _ in changes]
+            ids = [entity_id for (_, entity_id), _, _ in changes]
+            before = [None if old is None else old.payload for _, _, old in changes]
+            for info, told in by_info(theirs, ids, before, [new.payload for _, new, _ in changes]):
+                self.watcher.changed(info, *told)
 
     def remove_entity(self, ref: Ref, old: EntityRow) -> None:
         """Forget the row altogether, tombstone and feed row included."""
@@ -262,7 +278,7 @@ class Entities(Overlay):
             before: Payloads = olds
             if any(olds):
                 before = [None if old is None else payload_of(old) for old in olds]
-            for info, columns in _by_info(infos, ids, before, payloads):
+            for info, columns in by_info(infos, ids, before, payloads):
                 self.watcher.changed(info, *columns)
 
     # ------------------------------------------------------------ what was pending is the server's
@@ -305,6 +321,8 @@ class Entities(Overlay):
     ) -> bool:
         """As ``clean`` for each of many transactions of one write each, in columns; False, and
         nothing has changed, if that is false of one."""
+        if len(keys) == 1:
+            return self.clean(numbers, keys, rows, sequences[0], versions[0], timestamps[0])
         heads = zip(*map(unpack_pending, rows), strict=True)
         flags, shown, before, devices, stamps, pending = heads
         # Not so where one has several operations, or an entity several transactions.
@@ -380,7 +398,7 @@ class Entities(Overlay):
         if self.watcher is not None:
             theirs = [infos[index] for index in columns[0]]
             nothing = [None] * len(theirs)
-            for info, told in _by_info(theirs, columns[1], nothing, columns[5]):
+            for info, told in by_info(theirs, columns[1], nothing, columns[5]):
                 self.watcher.changed(info, *told)
         return once
 
@@ -475,24 +493,4 @@ class Entities(Overlay):
         self.put_entity(ref, row, row)
 
 
-def _by_info(
-    infos: Sequence[Any], *columns: Sequence[Any]
-) -> Iterable[tuple[CollectionInfo, Sequence[Sequence[Any]]]]:
-    """The rows of ``columns`` that are of each of ``infos``; mostly all are of one."""
-    if infos and infos.count(infos[0]) == len(infos):
-        return [(infos[0], columns)]
-    places: dict[int, tuple[CollectionInfo, list[int]]] = {}
-    for at, info in enumerate(infos):
-        places.setdefault(info.number, (info, []))[1].append(at)
-    return [
-        (info, [[column[at] for at in chosen] for column in columns])
-        for info, chosen in places.values()
-    ]
-
-
-def remote_rows(page: Iterable[tuple[bytes, EntityRow]]) -> list[tuple[bytes, BaseRow]]:
-    """(id, state) of what a page of a table says the server has."""
-    return [(i, BaseRow(r.version, r.device_id, r.timestamp, r.payload)) for i, r in page]
-
-
-__all__ = ["Entities", "Payloads", "Ref", "Watcher", "remote_rows"]
+__all__ = ["Entities", "Payloads", "Ref", "Watcher"]

@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import chain
 from struct import Struct as Packer
 from struct import error as UnpackError
 from typing import Any, Final
@@ -380,7 +381,7 @@ def version_of(raw: bytes) -> int:
 def versions_of(rows: Sequence[bytes]) -> list[int]:
     """As ``version_of``, for many."""
     try:
-        return [version for (version,) in map(_unpack_version, rows)]
+        return list(chain.from_iterable(map(_unpack_version, rows)))
     except NOT_ONE as error:
         raise unreadable("an entity", min(rows, key=len)) from error
 

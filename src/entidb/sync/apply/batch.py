@@ -65,7 +65,7 @@ def choose(
     that touches an entity in ``apart``. ``state`` is what ``writer`` has, if that was read. What
     others have committed, and what was built on that, is for their own batches (R36)."""
     state = state or writer.sync_state
-    if foreign_in_scope(writer, state):
+    if state.foreign_names and foreign_in_scope(writer, state):
         # What is built on another history has to meet this one first (R29).
         return None
     waiting = None

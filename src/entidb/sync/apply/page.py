@@ -5,6 +5,8 @@ Pages of a pull of several are ``stage``'s. ``position`` moves the device's posi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.records import BaseRow
@@ -36,30 +38,24 @@ def check_page(
             if rows.versions[0] <= last:
                 raise _version_back(rows.versions[0], last)
             last = rows.versions[-1]
-        places = zip(rows.versions, rows.ids, rows.payloads, strict=True)
         payloads = rows.payloads
     else:
+        names = len(response.collections)
+        payloads = []
         for commit in response.commits:
             if commit.version <= last:
                 raise _version_back(commit.version, last)
             last = commit.version
             for op in commit.operations:
-                if op.collection >= len(response.collections):
+                if op.collection >= names:
                     raise ProtocolError(
-                        f"version {commit.version} names a collection that its page does not; "
+                        f"version {last} names a collection that its page does not; "
                         "nothing was applied"
                     )
-        operations = [(c.version, op) for c in response.commits for op in c.operations]
-        payloads = [op.payload for _, op in operations]
-        places = zip(
-            [version for version, _ in operations],
-            [op.entity_id for _, op in operations],
-            payloads,
-            strict=True,
-        )
+                payloads.append(op.payload)
     if not cbor.all_pass([payload for payload in payloads if payload is not None]):
-        for version, entity_id, payload in places:
-            check_payload(version, entity_id, payload)
+        for place in _places(response, rows):
+            check_payload(*place)
     if response.cursor < last or response.head < response.cursor:
         raise ProtocolError(
             f"the server's page ends at cursor {response.cursor} with head {response.head}, but "
@@ -70,6 +66,15 @@ def check_page(
             f"the server says there is more after cursor {request.cursor}, but its page does not "
             "move on; nothing was applied"
         )
+
+
+def _places(
+    response: PullResponse, rows: ColumnRows | None
+) -> Iterable[tuple[int, bytes, bytes | None]]:
+    """Version, id and payload of everything on a page."""
+    if rows is not None:
+        return zip(rows.versions, rows.ids, rows.payloads, strict=True)
+    return [(c.version, op.entity_id, op.payload) for c in response.commits for op in c.operations]
 
 
 def _version_back(version: int, last: int) -> ProtocolError:
@@ -130,28 +135,14 @@ def take_page(writer: Writer, rebase: Rebase, response: PullResponse) -> None:
     targets = targets_of(writer, response)
     places: list[tuple[Ref, BaseRow]] = []
     keys = []
-    for version, device, timestamp, operations in (
-        (c.version, c.device_id, c.timestamp, c.operations) for c in response.commits
-    ):
-        for op in operations:
+    for commit in response.commits:
+        version, device, timestamp = commit.version, commit.device_id, commit.timestamp
+        for op in commit.operations:
             info = targets[op.collection]
             if info is not None:
                 keys.append(info.prefix + op.entity_id)
-                places.append(
-                    (
-                        (info.number, op.entity_id),
-                        BaseRow(version, device, timestamp, op.payload),
-                    )
-                )
+                remote = BaseRow(version, device, timestamp, op.payload)
+                places.append(((info.number, op.entity_id), remote))
     if len(set(keys)) != len(keys):
         raise ProtocolError("the server sent an entity twice in one page; nothing was applied")
-    dirty = []
-    for (ref, remote), old in zip(places, writer.entities(keys), strict=True):
-        if old is not None and old.pending:
-            dirty.append((old.pending, ref, remote))
-        else:
-            rebase.take_clean(ref, remote, old)
-    # Oldest pending work first, so that what depends on it is decided after it.
-    dirty.sort(key=lambda item: item[:2])
-    for _, ref, remote in dirty:
-        rebase.take_dirty(ref, remote)
+    rebase.take_all_dirty(rebase.take_all(places, writer.entities(keys)))

@@ -85,7 +85,7 @@ def foreign_collections(writer: Writer, state: ReplicaState) -> frozenset[int]:
 
 def foreign_in_scope(writer: Writer, state: ReplicaState) -> bool:
     found = map(writer.catalogue.by_name.get, state.foreign_names)
-    return bool(state.foreign_names) and any(info is not None and info.synced for info in found)
+    return any(info is not None and info.synced for info in found)
 
 
 def move_cursor(writer: Writer, state: ReplicaState, cursor: int, seen: SeenCommit | None) -> None:

@@ -10,13 +10,12 @@ from collections.abc import Set
 
 from entidb.db import machine
 from entidb.db.adopt import schedule_adoption
-from entidb.db.entities import remote_rows
 from entidb.db.outbox import read_pending
 from entidb.db.records import HAS_BASE, BaseRow, EntityRow
 from entidb.db.replica import ReplicaState, Stage
 from entidb.db.writer import Ref, Writer
 from entidb.sync.apply.position import move_cursor
-from entidb.sync.apply.rebase import Rebase
+from entidb.sync.apply.rebase import Dirty, Rebase
 
 #: Rows moved or scanned at a time while publishing: bounds memory, not correctness.
 _PAGE_ROWS = 2000
@@ -126,20 +125,19 @@ def _unsettled(writer: Writer, stage: Stage, state: ReplicaState) -> set[Ref]:
 
 
 def _apply_deltas(writer: Writer, rebase: Rebase, stage: Stage) -> None:
-    dirty = []
+    dirty: list[Dirty] = []
     for number, table in sorted(stage.deltas.items()):
         collection = int(number)
         prefix = writer.catalogue.by_number[collection].prefix
         for page in writer.table_pages(table, _PAGE_ROWS):
-            changes = remote_rows(page)
-            olds = writer.entities([prefix + entity_id for entity_id, _ in changes])
-            for (entity_id, remote), old in zip(changes, olds, strict=True):
-                ref = (collection, entity_id)
-                if old is not None and old.pending:
-                    dirty.append((old.pending, ref, remote))
-                else:
-                    rebase.take_clean(ref, remote, old)
+            olds = writer.entities([prefix + entity_id for entity_id, _ in page])
+            changes = [
+                (
+                    (collection, entity_id),
+                    BaseRow(row.version, row.device_id, row.timestamp, row.payload),
+                )
+                for entity_id, row in page
+            ]
+            dirty += rebase.take_all(changes, olds)
         writer.set_catalogue(writer.catalogue.discarding(table, collection))
-    dirty.sort(key=lambda item: item[:2])
-    for _, ref, remote in dirty:
-        rebase.take_dirty(ref, remote)
+    rebase.take_all_dirty(dirty)

@@ -31,6 +31,9 @@ from entidb.sync.apply.report import Resolved
 from entidb.sync.conflict import Action, Conflict, ConflictPolicy, ConflictResolution
 
 PolicyFor = Callable[[str], ConflictPolicy]
+#: A pulled change to an entity with pending changes: the newest of those transactions, the entity,
+#: and what the server has.
+Dirty = tuple[int, Ref, BaseRow]
 
 
 class Rebase(Outcomes):
@@ -70,6 +73,34 @@ class Rebase(Outcomes):
             self._writer.put_entity(ref, row, old)
             return
         self._writer.show(ref, row, old, self.sequence())
+
+    def take_all(
+        self, changes: Sequence[tuple[Ref, BaseRow]], olds: Sequence[EntityRow | None]
+    ) -> list[Dirty]:
+        """As ``take_clean`` for each change to an entity without pending changes, in columns: no
+        entity twice. The others are left, for ``take_all_dirty`` when all that is clean is taken.
+        """
+        plain: list[tuple[Ref, BaseRow, EntityRow | None]] = []
+        dirty: list[Dirty] = []
+        for (ref, remote), old in zip(changes, olds, strict=True):
+            if old is not None and old.pending:
+                dirty.append((old.pending, ref, remote))
+            elif remote.payload is not None and (
+                old is None or (old.version < remote.version and old.payload != remote.payload)
+            ):
+                plain.append((ref, remote, old))
+            else:
+                self.take_clean(ref, remote, old)
+        if plain:
+            self.report.pulled += len(plain)
+            self._writer.show_all(plain, self.sequence())
+        return dirty
+
+    def take_all_dirty(self, dirty: list[Dirty]) -> None:
+        """As ``take_dirty`` for each, oldest pending work first, so that what depends on it is
+        decided after it."""
+        for _, ref, remote in sorted(dirty, key=lambda item: item[:2]):
+            self.take_dirty(ref, remote)
 
     def take_dirty(self, ref: Ref, remote: BaseRow) -> None:
         """A pulled change to an entity with pending changes: new base, then rebase."""
