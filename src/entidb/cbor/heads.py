@@ -27,7 +27,8 @@ def head(major: int, argument: int) -> bytes:
     return _HEAD_8(major | 27, argument)
 
 
-_CACHED: Final = 1024
+#: What nearly all are below, so many of each kind.
+_CACHED: Final = 256
 _UINTS: Final = tuple(head(0x00, n) for n in range(_CACHED))
 _BYTES_HEADS: Final = tuple(head(0x40, n) for n in range(_CACHED))
 _TEXT_HEADS: Final = tuple(head(0x60, n) for n in range(_CACHED))

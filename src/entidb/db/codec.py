@@ -10,13 +10,14 @@ from __future__ import annotations
 import typing
 import uuid
 from functools import lru_cache
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from entidb.db.forms import is_model
 from entidb.db.plain import PlainCodec, V, ValueCodec
 from entidb.db.reading import OnInvalid, Upgrade, codec_reading
-from entidb.db.typed import MsgspecCodec, PydanticCodec, TypedCodec
 from entidb.errors import EntiDBError, ValueTypeError
+
+if TYPE_CHECKING:
+    from entidb.db.typed import TypedCodec
 
 
 def codec_for(
@@ -46,6 +47,10 @@ def _codec_of(kind: type[V] | None, exact: bool) -> ValueCodec[V]:
 
 @lru_cache(maxsize=256)
 def _typed(kind: Any, exact: bool) -> ValueCodec[Any]:
+    # A server has no typed collections, nor have many programs.
+    from entidb.db.forms import is_model
+    from entidb.db.typed import MsgspecCodec, PydanticCodec
+
     made: TypedCodec[Any]
     origin = typing.get_origin(kind) or kind
     pydantic = isinstance(origin, type) and hasattr(origin, "__is_pydantic_dataclass__")

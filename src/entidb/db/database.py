@@ -38,7 +38,7 @@ from entidb.db.transaction import Transaction
 from entidb.db.uniqueness import refuse_taken
 from entidb.db.verifying import verify
 from entidb.errors import DatabaseLockedError, ScopeError, TransactionError
-from entidb.storage import MemoryStorage, open_storage
+from entidb.storage import open_storage
 from entidb.storage.base import StoreTurn
 from entidb.storage.opening import remove_store
 from entidb.storage.turns import Turn
@@ -131,6 +131,8 @@ class Database(Indexed):
     @classmethod
     def in_memory(cls, **options: Any) -> Database:
         """A database without files, for tests and caches; it can sync like any other."""
+        from entidb.storage import MemoryStorage  # for tests, mostly
+
         return cls(MemoryStorage(), where="memory", **options)
 
     # ------------------------------------------------------------ reading

@@ -22,7 +22,6 @@ from msgspec import Struct, ValidationError, convert
 from entidb.errors import AuthenticationError, PermissionDeniedError
 from entidb.server.config import ServerConfig
 from entidb.server.hooks import Grant
-from entidb.server.jwks import RemoteKeys
 from entidb.server.keys import FileKeys, FixedKeys, Key, KeySet, KeySource, secret_of_environment
 from entidb.types import Clock, SystemClock
 
@@ -107,6 +106,8 @@ def authenticator_for(config: ServerConfig, clock: Clock) -> Authenticator:
 
 def _source(config: ServerConfig, clock: Clock) -> KeySource:
     if config.jwt_jwks_url is not None:
+        from entidb.server.jwks import RemoteKeys  # most servers have their keys in a file
+
         return RemoteKeys(config.jwt_jwks_url, refresh_s=config.jwks_refresh_s, clock=clock)
     if config.jwt_secret_env is not None:
         return secret_of_environment(config.jwt_secret_env)

@@ -45,7 +45,6 @@ from entidb.server.keys import key_files
 from entidb.server.server import SyncServer
 from entidb.server.signals import read_again, signals
 from entidb.server.workers.family import Family, can_share, cannot_share
-from entidb.server.workers.parent import Parent
 from entidb.types import Clock, kind_name
 
 logger = logging.getLogger("entidb.server")
@@ -141,6 +140,8 @@ def _serve_together(
         stack.callback(server.close)
         runner = _prepare(server, listen, _nothing, worker=True)
         with runner.bound:
+            from entidb.server.workers.parent import Parent  # most servers are one process
+
             parent = Parent(
                 settings.workers,
                 partial(_work, runner, listen.backlog, settings),

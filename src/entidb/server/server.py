@@ -41,7 +41,6 @@ from entidb.server.newcomers import newcomers_of
 from entidb.server.nodes.records import NodeRecords
 from entidb.server.origins import Origins
 from entidb.server.place import MemoryPlace, ServerPlace
-from entidb.server.postgres import PostgresPlace
 from entidb.server.quotas import quotas_of
 from entidb.server.records import Records, as_records
 from entidb.server.registry import Registry
@@ -322,6 +321,8 @@ def _place_of(
 ) -> ServerPlace:
     """``opens``: databases are opened there, and not where the program says."""
     if config.address is not None:
+        from entidb.server.postgres import PostgresPlace  # most servers have a disk
+
         return PostgresPlace(config, **options)
     if config.data_dir is not None:
         return DirectoryPlace(config, family, locked=opens, **options)

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Final
 
 from entidb.lazy import lazy_names
 from entidb.storage.base import Batch, Snapshot, Storage, StorageInfo
-from entidb.storage.memory import MemoryStorage
 from entidb.storage.opening import open_storage
 
 if TYPE_CHECKING:
     from entidb.storage.lmdb import LmdbStorage
+    from entidb.storage.memory import MemoryStorage
     from entidb.storage.postgres import PostgresStorage
 
 #: Loaded when they are used: a program needs one of them, or none.
 _HOMES: Final = {
     "entidb.storage.lmdb": ("LmdbStorage",),
+    "entidb.storage.memory": ("MemoryStorage",),
     "entidb.storage.postgres": ("PostgresStorage",),
 }
 _HOME_OF, __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
