@@ -39,7 +39,7 @@ DEPTH_MAX: Final = 20
 #: stand, so that no feature adds to them unseen. The store is the one on disk, device and server
 #: are in one thread.
 #: Some more than there are on a quiet machine: looks that a clock makes due come on top by chance.
-CALLS_MAX: Final[Mapping[str, int]] = {"get": 18, "set": 67, "idle": 140, "push": 505, "pull": 340}
+CALLS_MAX: Final[Mapping[str, int]] = {"get": 18, "set": 67, "idle": 140, "push": 500, "pull": 337}
 #: Rounds in which they are counted.
 _ROUNDS: Final = 4
 
