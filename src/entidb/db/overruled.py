@@ -236,13 +236,17 @@ class OverruledKeeper:
         if state.subject is None and not state.others:
             return
         whose = read_whose(self._writer)
-        for *_, lost, _, sequence in decided:
-            if not lost:
-                continue
-            last = number + len(lost) - 1
-            subject = state.subject if sequence else None
-            if sequence and state.others:
-                subject = subject_of(state, sequence)
+        if not state.others and all(each[-1] for each in decided):
+            # One person's, as mostly: a rebase may decide thousands.
+            runs = [(sum([len(each[4]) for each in decided]), state.subject)]
+        else:
+            runs = [
+                (len(lost), subject_of(state, sequence) if sequence else None)
+                for *_, lost, _, sequence in decided
+                if lost
+            ]
+        for count, subject in runs:
+            last = number + count - 1
             if whose and (whose[-1].last, whose[-1].subject) == (number - 1, subject):
                 whose[-1] = OtherWork(whose[-1].first, last, whose[-1].subject)
             elif subject is not None:
