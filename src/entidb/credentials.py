@@ -26,6 +26,8 @@ def read_credential(path: str | os.PathLike[str], what: str) -> bytes:
     ``what`` names it in messages: ``token file``. Raises ``ConfigError`` if it cannot be read, is
     empty, is UTF-16 text, is larger than ``CREDENTIAL_BYTES_MAX``, or if every user of this machine
     can write to it: then it keeps nothing secret."""
+    if not os.fspath(path):
+        raise ConfigError(f"the name of the {what} is empty")
     where = f"the {what} {os.fspath(path)}"
     try:
         with open(path, "rb") as file:
@@ -41,6 +43,8 @@ def read_credential(path: str | os.PathLike[str], what: str) -> bytes:
         )
     if len(data) > CREDENTIAL_BYTES_MAX:
         raise ConfigError(f"{where} is larger than {CREDENTIAL_BYTES_MAX} bytes: another file?")
+    if b"\0" in data and not data.startswith(_UTF16_MARKS) and 0 in data[::2] and 0 in data[1::2]:
+        raise ConfigError(f"{where} holds bytes that no text has: another file?")
     if data.startswith(_UTF16_MARKS) or b"\0" in data:
         raise ConfigError(
             f"{where} is UTF-16 text, as `>` of Windows PowerShell writes it: save it as UTF-8 or "
@@ -97,11 +101,13 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
     """Write ``text`` and a newline into a file that only its owner can read, from the first byte
     on. It appears when it is complete. Raises ``ConfigError`` if it cannot be written, if something
     else than a file is there, or if it is there and ``replace`` is false."""
+    if not os.fspath(path):
+        raise ConfigError("the output is empty: name a file")
     target = Path(path)
     try:
         if not replace and os.path.lexists(target):
             raise ConfigError(
-                f"{target} exists already, and is not overwritten: remove it first", code="exists"
+                f"{target} exists already, and is not overwritten: name a new file", code="exists"
             )
         check_place(target, "the output")
         # mkstemp makes files that only their owner can read.
@@ -123,7 +129,8 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot write {target}: {reason}") from error
+        todo = "name a file in a directory that is there and that you may write to"
+        raise ConfigError(f"cannot write {target}: {reason}; {todo}") from error
 
 
 def _appear(name: str, target: Path) -> None:

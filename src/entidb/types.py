@@ -23,7 +23,7 @@ from typing import Annotated, Final, NewType, Protocol
 
 from msgspec import Meta, Struct
 
-from entidb.errors import ConfigError, InvalidNameError
+from entidb.errors import ConfigError, InvalidNameError, ValueTypeError
 
 #: Commit sequence of a database: 1 is the first commit, 0 means "never".
 Sequence = NewType("Sequence", int)
@@ -160,8 +160,11 @@ def kind_name(value: object) -> str:
 
 def path_text(path: str | os.PathLike[str]) -> str:
     """``path`` as text. Raises ``ConfigError`` for a name that no file of this system can have, and
-    ``TypeError`` as ``open`` does for an object that is no path."""
-    text = os.fsdecode(os.fspath(path))
+    ``ValueTypeError`` (a ``TypeError``, as from ``open``) for an object that is no path."""
+    try:
+        text = os.fsdecode(os.fspath(path))
+    except TypeError as error:
+        raise ValueTypeError(f"a path is text or a Path, not {kind_name(path)}") from error
     if not text:
         raise ConfigError("the path is empty: name a directory")  # and not the current one
     try:

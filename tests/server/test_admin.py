@@ -871,3 +871,32 @@ def test_a_server_that_ends_ends_its_tasks(tmp_path: Path):
     made.server.close()
     with pytest.raises(EntiDBError):
         made.office.tasks.add("x", "ada", None, body)
+
+
+def test_a_name_in_an_address_is_decoded_once(tmp_path: Path):
+    """What decodes twice gives an address a meaning that a proxy in front of it has not seen."""
+    config = ServerConfig(data_dir=tmp_path / "data", insecure_no_auth=True)
+    with SyncServer(config) as server, serving(server) as url, Client(url) as client:
+        client.send(handshake())
+        assert client.request("GET", "/v1/admin/databases/shop").status == 200
+        twice = client.request("GET", "/v1/admin/databases/%2573hop")
+        assert (twice.status, json.loads(twice.body)["code"]) == (400, "invalid_name")
+        assert client.request("GET", "/v1/admin/%256fverview").status == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("limit=5&limit=6", "names a parameter twice"),
+        ("limt=5", "takes no parameter 'limt'"),
+        ("since=5", "takes no parameter 'since'"),
+    ],
+)
+def test_a_parameter_that_would_be_passed_over_is_refused(tmp_path: Path, query: str, said: str):
+    config = ServerConfig(data_dir=tmp_path / "data", insecure_no_auth=True)
+    with SyncServer(config) as server, serving(server) as url, Client(url) as client:
+        client.send(handshake())
+        devices = "/v1/admin/databases/shop/devices"
+        assert client.request("GET", f"{devices}?limit=5").status == 200
+        refused = client.request("GET", f"{devices}?{query}")
+        assert refused.status == 400 and said in json.loads(refused.body)["message"]

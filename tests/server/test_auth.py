@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from entidb.errors import AuthenticationError, ConfigError, PermissionDeniedError
 from entidb.server import Grants, JwtAuthenticator, Rights, ServerConfig, mint_token
-from entidb.server.auth import authenticator_for
+from entidb.server.auth import authenticator_for, databases_of
 from entidb.server.keys import check_secret
 from tests.server.support import NOW_MS, SECRET, ManualClock
 
@@ -374,3 +374,9 @@ def test_a_program_can_bring_its_own_authenticator(clock: ManualClock):
 
     config = ServerConfig(data_dir=None, authenticator=mine)
     assert authenticator_for(config, clock)("ada").on("shop").subject == "ada"
+
+
+def test_a_grant_with_half_a_surrogate_pair_is_no_token() -> None:
+    for claim in ({"shop": "\udcff"}, {"\udcff": "x"}, ["\udcff", 5]):
+        with pytest.raises(AuthenticationError, match="databases"):
+            databases_of(claim)

@@ -257,3 +257,64 @@ def test_whatever_a_subject_is_called_its_request_has_one_line_in_the_log(
     logged = json.loads(line)
     assert logged["status"] == 200
     assert logged["subject"] == subject[:500].encode("utf-8", "backslashreplace").decode()
+
+
+# ---------------------------------------------------------------- addresses in two ways
+
+
+def said(url: str, lines: str) -> tuple[int, bytes]:
+    """Status and body of the answer to a request as it is written here."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+        connection.sendall(lines.replace("\n", "\r\n").encode("latin-1"))
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+@pytest.mark.parametrize(
+    "origin", ["x://HOST", "://HOST", "moz-extension://HOST", "ws://HOST", "http://HOST/", "HOST"]
+)
+def test_only_a_page_over_http_is_a_page_of_this_server(url: str, origin: str) -> None:
+    given = origin.replace("HOST", urlsplit(url).netloc)
+    assert ask(url, origin=given).code == "forbidden"
+
+
+@pytest.mark.parametrize("host", ["", "   "])
+def test_an_empty_host_is_no_name_of_this_machine(url: str, host: str) -> None:
+    status, body = said(url, f"GET /healthz HTTP/1.1\nHost:{host}\n\n")
+    assert status == 403 and b"forbidden" in body
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["http://evil.example/healthz", "http://evil@HOST/healthz", "http://HOST.evil/healthz",
+     "http://localhost/healthz", "x://evil.example/healthz"],
+)  # fmt: skip
+def test_an_address_that_names_another_host_than_host_is_refused(url: str, target: str) -> None:
+    here = urlsplit(url).netloc
+    status, body = said(
+        url, f"GET {target.replace('HOST', here)} HTTP/1.1\nHost: {here}\nConnection: close\n\n"
+    )
+    assert status == 400 and b"invalid_message" in body
+
+
+def test_an_address_that_names_the_same_host_is_answered(url: str) -> None:
+    here = urlsplit(url).netloc
+    for target in (f"http://{here}/healthz", f"HTTP://{here.upper()}/healthz?a=http://x"):
+        status, _ = said(url, f"GET {target} HTTP/1.1\nHost: {here}\nConnection: close\n\n")
+        assert status == 200
+    # What looks like one further behind is none.
+    assert (
+        said(url, f"GET /healthz?a=http://x HTTP/1.1\nHost: {here}\nConnection: close\n\n")[0]
+        == 200
+    )
+
+
+@pytest.mark.parametrize("line", ["GET /healthz", "GET /healthz HTTP/2.0", "GET /healthz HTTP/0.9"])
+def test_a_version_that_is_not_spoken_is_not_answered_as_if_it_were(url: str, line: str) -> None:
+    status, body = said(url, f"{line}\nHost: localhost\n\n")
+    assert status == 505 and b"HTTP/1.1" in body

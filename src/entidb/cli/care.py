@@ -14,7 +14,7 @@ import click
 from entidb.cli.exits import Exit, UsageError
 from entidb.cli.output import facts, plural, say, size_text, time_text
 from entidb.cli.values import print_json
-from entidb.cli.words import bind, json_option, not_empty, opened, words
+from entidb.cli.words import bind, elsewhere, json_option, opened, words
 from entidb.db import inspect
 from entidb.db.records import FORMAT_VERSION
 from entidb.errors import CorruptionError, DatabaseLockedError, FormatError
@@ -166,7 +166,7 @@ def backup_command(words: tuple[str, ...], directory: str | None, as_json: bool)
     A server that is started from it begins a new history, which devices notice.
     """
     bound = bind(words, directory, "TARGET", or_store=True)
-    target = not_empty("TARGET", bound["TARGET"])
+    target = elsewhere("TARGET", bound["TARGET"])
     if is_address(target):
         raise UsageError(
             "TARGET is a directory; `entidb copy` copies a database to PostgreSQL, with its history"

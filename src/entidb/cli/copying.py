@@ -8,9 +8,9 @@ import click
 
 from entidb.cli.output import plural, progress, say
 from entidb.cli.values import print_json
-from entidb.cli.words import json_option, not_empty
+from entidb.cli.words import elsewhere, json_option, not_empty
 from entidb.db.copying import Copied, copy_database, is_database_at
-from entidb.storage.addresses import shown
+from entidb.storage.addresses import is_address, shown
 
 
 @click.command("copy")
@@ -27,7 +27,8 @@ def copy_command(source: str, target: str, online: bool, as_json: bool) -> None:
     or postgresql://HOST/DATABASE. TARGET must not exist, and appears when it is complete and was
     compared. Devices go on with the copy as with the original: serve only one of them.
     """
-    origin, goal = not_empty("SOURCE", source), not_empty("TARGET", target)
+    origin = not_empty("SOURCE", source)
+    goal = target if is_address(target) else elsewhere("TARGET", target)
     with progress("copying", None, unit="rows") as bar:
         if is_database_at(origin):
             copied = [copy_database(origin, goal, online=online, on_progress=bar.reach)]

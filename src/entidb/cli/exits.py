@@ -133,6 +133,8 @@ HINTS: Final[dict[str, str]] = {
 CALLS: Final[dict[str, str]] = {
     'reset(keep="server")': "`entidb reset --keep server`",
     'reset(keep="device")': "`entidb reset --keep device`",
+    "give the credential as token=": "give the credential with --token-file",
+    "give subject=, who": "give --subject NAME, who",
 }
 
 

@@ -319,20 +319,21 @@ def discarded_command(
     either side, have one such as o17. With --recommit or --prune, decide what happens to one.
     """
     path = bind(words, directory).path
-    if sum(map(bool, (recommit, prune, recommit_all, prune_all))) > 1:
+    wanted = (recommit is not None, prune is not None, recommit_all, prune_all)
+    if sum(wanted) > 1:
         raise UsageError("one thing at a time: --recommit, --prune, --recommit-all or --prune-all")
-    changes = bool(recommit or prune or recommit_all or prune_all)
+    changes = any(wanted)
     with opened(path, read_only=not changes) as database:
         applier = _applier(database)
         found: list[DiscardedTransaction | OverruledValue] = [*applier.discarded()]
         withdrawn = len(found)
         found += applier.overruled()
-        if recommit or recommit_all:
+        if recommit is not None or recommit_all:
             chosen = found[:withdrawn] if recommit_all else [_one_discarded(found, str(recommit))]
             for each in chosen:
                 applier.recommit(each)
             _say_done("committed again", chosen, as_json, "recommitted")
-        elif prune or prune_all:
+        elif prune is not None or prune_all:
             chosen = found if prune_all else [_one_discarded(found, str(prune))]
             for each in chosen:
                 applier.prune(each)

@@ -23,6 +23,7 @@ from typing import IO, Any, Final, NoReturn
 
 from entidb import cbor
 from entidb.cli.exits import InputError, UsageError
+from entidb.cli.no_table import check_start
 from entidb.cli.output import plural
 from entidb.cli.values import LINE_BYTES_MAX, parse, twice_in
 from entidb.db.json_values import dump
@@ -65,29 +66,6 @@ def check_encoding(name: str) -> str:
     return "utf-8-sig" if found == "utf-8" else found
 
 
-#: What files begin with that are often taken for tables, and what to do with one.
-_FOREIGN: Final = {
-    b"PK\x03\x04": "a zip archive, as .xlsx and .ods are: save the table as CSV",
-    b"\xd0\xcf\x11\xe0": "a workbook of Excel: save the table as CSV",
-    b"\x1f\x8b": "packed with gzip: unpack it first",
-    b"PAR1": "a Parquet file: write it as CSV or NDJSON",
-    b"SQLite format 3\0": "an SQLite database: write the table as CSV",
-    b"\xff\xfe": "UTF-16: give --encoding utf-16",
-    b"\xfe\xff": "UTF-16: give --encoding utf-16",
-}
-
-
-def _check_start(start: bytes) -> None:
-    """Raises ``InputError`` for files that are no text in UTF-8, though their bytes may be."""
-    for mark, what in _FOREIGN.items():
-        if start.startswith(mark):
-            raise InputError(f"the file is {what}")
-    for first, name in ((1, "utf-16-le"), (0, "utf-16-be")):  # without a mark
-        halves = start[first:64:2]
-        if halves.count(0) * 2 > len(halves) > 1:
-            raise InputError(f"the file looks like UTF-16: give --encoding {name}")
-
-
 # ---------------------------------------------------------------- NDJSON
 
 
@@ -95,12 +73,11 @@ def read_ndjson(
     raw: IO[bytes], *, encoding: str = "utf-8-sig", key: list[str] | None = None, bad: Bad = refuse
 ) -> Generator[Row, None, None]:
     """Every line that is not empty. What is wrong with a line goes to ``bad``, with its number."""
+    if encoding == "utf-8-sig":
+        check_start(raw)
     for number, line in enumerate(_lines(raw, encoding), 1):
-        if number == 1:
-            if isinstance(line, bytes):
-                _check_start(line)
-            else:
-                line = line.removeprefix(_MARK)
+        if number == 1 and isinstance(line, str):
+            line = line.removeprefix(_MARK)
         try:
             if len(line) > LINE_BYTES_MAX:
                 raise _TooLong(f"line {number} is longer than {LINE_BYTES_MAX} bytes")
@@ -214,14 +191,14 @@ def read_csv(raw: IO[bytes], form: CsvFormat, *, bad: Bad = refuse) -> Generator
     # The module's own bound would refuse what this project's export wrote.
     csv.field_size_limit(LINE_BYTES_MAX)
     utf8 = form.encoding == "utf-8-sig"
+    if utf8:
+        check_start(raw)
     # Bytes that are no UTF-8 become lone surrogates, and so the error of their row alone.
     errors = "surrogateescape" if utf8 else "strict"
     text = io.TextIOWrapper(raw, encoding=form.encoding, errors=errors, newline="")
     place, number = "the header", 0
     try:
         first = text.readline(LINE_BYTES_MAX).removeprefix(_MARK)
-        if utf8:
-            _check_start(first[:64].encode(errors="surrogateescape"))
         delimiter = form.delimiter or _delimiter_of(first, form.usual)
         records = csv.reader(
             chain([first] if first else (), text), delimiter=delimiter, strict=True

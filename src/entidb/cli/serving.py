@@ -17,13 +17,13 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from entidb.cli.exits import UsageError
+from entidb.cli.exits import InputError, UsageError
 from entidb.cli.output import note, one_line, say, time_text, warn_of_exposure
 from entidb.cli.values import parse, print_json
-from entidb.cli.words import json_option
+from entidb.cli.words import as_options, json_option, once
 from entidb.credentials import read_credential, write_credential
 from entidb.errors import ConfigError
-from entidb.server.config import ServerConfig
+from entidb.server.config import ServerConfig, check_db_id
 from entidb.types import SystemClock
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -174,10 +174,20 @@ def serve_command(data_dir: str | None, **given: Any) -> None:
             "--public-key-file FILE, --keys DIR, --jwks-url URL, or --insecure-no-auth for a try "
             "on this machine"
         )
-    config = config_of(data_dir=data_dir, **given)
-    from entidb.server import serve
+    ways = [_FLAGS[name] for name in WAYS_IN if given[name]]
+    if len(ways) > 1:
+        raise UsageError(f"{' and '.join(ways)} say who may sync: give one of them")
+    with as_options(_FLAGS):
+        config = config_of(data_dir=data_dir, **given)
+        from entidb.server import serve
 
-    serve(config, **listen)
+        serve(config, **listen)
+
+
+#: How an error of the server names a setting, and how a command line does.
+_FLAGS: Final = {
+    name: f"--{name.replace('_', '-')}" for name in (*SETTINGS, *LISTEN) if "_" in name
+} | {**_ALIASES, "data_dir": "DIR"}
 
 
 def _warn_of_unread(secret_env: str | None) -> None:
@@ -281,8 +291,10 @@ def token_command(
     a file that only you can read.
     """
     key = _key(secret_file, secret_env, private_key_file)
-    granted = dict(_grant(each) for each in databases)
-    given = dict(_claim(each) for each in claims)
+    granted = once("--database", map(_grant, databases))
+    given = once("--claim", map(_claim, claims))
+    for name in admin_of:
+        check_db_id(name)
     if admin or admin_of:
         given["admin"] = True if admin else list(admin_of)
     if not granted and "admin" not in given:
@@ -318,7 +330,7 @@ def token_command(
     if out is None:
         say(token)
     if sys.stdout.isatty():
-        click.echo(f"for {subject}, until {time_text(expires_ms)}", err=True)
+        click.echo(one_line(f"for {subject}, until {time_text(expires_ms)}"), err=True)
 
 
 def _key(secret_file: str | None, secret_env: str | None, private: str | None) -> bytes:
@@ -331,8 +343,8 @@ def _key(secret_file: str | None, secret_env: str | None, private: str | None) -
     if secret_env is not None:
         secret = os.environ.get(secret_env)
         if secret is None:
-            raise ConfigError(f"the environment variable {secret_env} is not set")
-        return secret.encode()
+            raise ConfigError(f"the environment variable {secret_env!r} is not set")
+        return os.fsencode(secret)
     path, what = str(private or secret_file), "secret file" if private is None else "key file"
     try:
         key = read_credential(path, what)
@@ -384,4 +396,8 @@ def _claim(text: str) -> tuple[str, Any]:
         raise UsageError(f"--claim wants NAME=JSON, not {text!r}")
     if name in _OPTION_OF:
         raise UsageError(f"--claim {name}: {_OPTION_OF[name]}")
-    return name, parse(value)
+    try:
+        return name, parse(value)
+    except InputError as error:
+        said = str(error).replace(", and no entity can hold it", "")
+        raise UsageError(f"--claim {name}: the value is JSON: {said}") from error

@@ -8,7 +8,7 @@ import click
 
 from entidb.cli.output import plural, say
 from entidb.cli.values import print_json
-from entidb.cli.words import bind, json_option, opened, words
+from entidb.cli.words import bind, elsewhere, json_option, opened, words
 from entidb.db import Role
 from entidb.errors import ConfigError
 from entidb.sync import DatabaseApplier
@@ -46,6 +46,8 @@ def logout_command(
     """
     path = bind(words, directory).path
     check_logout(pending, file, subject)
+    if file is not None:
+        elsewhere("--file", file)
     with opened(path) as database:
         if database.role is Role.SERVER:
             raise ConfigError(f"{path} is a server's database: nobody signs in there")

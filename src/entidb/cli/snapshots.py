@@ -9,7 +9,7 @@ import click
 from entidb.cli.exits import UsageError
 from entidb.cli.output import plural, say, size_text
 from entidb.cli.values import print_json
-from entidb.cli.words import bind, json_option, not_empty, opened, words
+from entidb.cli.words import bind, elsewhere, json_option, opened, words
 from entidb.db import Role
 
 
@@ -25,7 +25,7 @@ def snapshot_command(words: tuple[str, ...], directory: str | None, as_json: boo
     from entidb.server.segments.snapshot import write_snapshot
 
     bound = bind(words, directory, "FILE", or_store=True)
-    target = not_empty("FILE", bound["FILE"])
+    target = elsewhere("FILE", bound["FILE"])
     with opened(bound.path, read_only=True) as database:
         if database.role is not Role.SERVER:
             raise UsageError(

@@ -24,7 +24,7 @@ from entidb.cli.output import (
 from entidb.cli.summary import document, lines
 from entidb.cli.values import print_json
 from entidb.cli.watching import watch as watch_until_ended
-from entidb.cli.words import a_directory, bind, json_option, opened
+from entidb.cli.words import a_directory, as_options, bind, json_option, once, opened
 from entidb.cli.words import words as positional
 from entidb.credentials import read_token
 from entidb.db import Database
@@ -46,6 +46,16 @@ from entidb.version import VERSION
 
 T = TypeVar("T")
 INTERVAL_S: Final = 30.0
+#: How an error of the engine names a setting, and how this command does.
+_FLAGS: Final = {
+    "attempts_max": "--attempts",
+    "total_timeout_s": "--timeout",
+    "read_timeout_s": "--timeout",
+    "connect_timeout_s": "--timeout",
+    "interval_s": "--interval",
+    "default_policy": "--policy",
+    "db_id": "--db",
+}
 _PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
 
 
@@ -71,6 +81,7 @@ _PHASES: Final = {SyncState.PULLING: "pulling", SyncState.PUSHING: "pushing"}
 @click.option("--insecure-token", is_flag=True, help="Send the token over http:// to another "
               "machine. Only on networks that are encrypted below HTTP.")  # fmt: skip
 @json_option
+@as_options(_FLAGS)
 def sync_command(
     words: tuple[str, ...],
     directory: str | None,
@@ -132,15 +143,12 @@ def _environment(name: str) -> str:
 
 def policies_of(given: tuple[str, ...]) -> dict[str, Any]:
     """``NAME`` is the default, ``COLLECTION=NAME`` for one of them."""
-    default = "server_wins"
-    named: dict[str, str] = {}
-    for each in given:
-        collection, equals, policy = each.rpartition("=")
-        if equals:
-            named[collection] = policy
-        else:
-            default = policy
-    return {"default_policy": default, "policies": named}
+    pairs = [each.rpartition("=") for each in given]
+    named = once("--policy", ((name, policy) for name, equals, policy in pairs if equals))
+    others = {policy for _, equals, policy in pairs if not equals}
+    if len(others) > 1:
+        raise UsageError(f"--policy names {' and '.join(sorted(others))} for everything: give one")
+    return {"default_policy": next(iter(others), "server_wins"), "policies": named}
 
 
 def token_of(token: str | None, file: str | None) -> str | Callable[[bool], str] | None:
@@ -148,9 +156,9 @@ def token_of(token: str | None, file: str | None) -> str | Callable[[bool], str]
     if token is not None and file is not None and not _environment("ENTIDB_TOKEN_FILE"):
         raise UsageError("--token and --token-file are two tokens: give one of them")
     if token is not None:
-        return token.strip()
+        return _visible(token.strip(), "--token")
     if file is None:
-        return _environment("ENTIDB_TOKEN").strip() or None
+        return _visible(_environment("ENTIDB_TOKEN").strip(), "ENTIDB_TOKEN") or None
     known = [_read_token(file)]
 
     def provide(refused: bool) -> str:
@@ -159,6 +167,12 @@ def token_of(token: str | None, file: str | None) -> str | Callable[[bool], str]
         return known[0]
 
     return provide
+
+
+def _visible(token: str, where: str) -> str:
+    if not all("!" <= character <= "~" for character in token) or (not token and where[0] == "-"):
+        raise UsageError(f"{where} is no token: it is one word of visible ASCII characters")
+    return token
 
 
 def _read_token(file: str) -> str:

@@ -33,9 +33,10 @@ from entidb.cli.rows import (
     read_csv,
     read_ndjson,
 )
-from entidb.cli.values import print_json
+from entidb.cli.values import print_json, twice_in
 from entidb.cli.words import (
     bind,
+    check_text,
     existing_collection,
     is_database,
     json_option,
@@ -128,6 +129,8 @@ def import_command(
             "--types, --infer, --na and --delimiter are for CSV; JSON says what type a value has"
         )
     fields = key.split(",") if key else None
+    if fields and (twice := twice_in(fields)) is not None:
+        raise UsageError(f"--key names {twice!r} twice")
     cells = CellTypes(parse_types(types), infer=infer, missing=frozenset(missing))
     form = CsvFormat(
         cells,
@@ -359,7 +362,7 @@ def _export_csv(
 
 def _chosen_fields(fields: str, id_field: str) -> list[str]:
     """The columns beside the id, which is the first one whether it is named or not."""
-    names = fields.split(",")
+    names = check_text("--fields", fields).split(",")
     if "" in names:
         raise UsageError("--fields is names with a comma between them; one of them is empty")
     return [name for name in dict.fromkeys(names) if name != id_field]

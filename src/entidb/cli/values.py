@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 
 import click
 
-from entidb.cli.exits import InputError, NotFoundError
+from entidb.cli.exits import InputError, NotFoundError, UsageError
 from entidb.cli.output import say
 from entidb.db.json_values import BYTES, ESCAPED, dump
 
@@ -41,7 +41,7 @@ def parse(text: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error}", code="invalid_json") from error
+        raise InputError(f"not JSON: {_json_words(error)}", code="invalid_json") from error
     except RecursionError as error:
         raise InputError("nested too deep for an entity", code="invalid_json") from error
     except InputError:
@@ -51,6 +51,20 @@ def parse(text: str) -> Any:
             "a number with more digits than an entity can hold: write it as text",
             code="invalid_json",
         ) from error
+
+
+def _json_words(error: json.JSONDecodeError) -> str:
+    """What is wrong, and where. Lines are counted only where there are several: a line of NDJSON
+    has another number in its file."""
+    text = error.doc.rstrip()
+    at = min(error.pos, len(text))
+    if at == len(text):
+        return "it ends too early" if text else "it is empty"
+    before = text[:at]
+    line, column = before.count("\n"), at - before.rfind("\n")
+    place = f"line {line + 1}, column {column}" if "\n" in text else f"column {column}"
+    what = error.msg.removesuffix(" starting at").lower()
+    return f"{what} at {place}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
@@ -99,6 +113,8 @@ def read_value(given: str) -> Any:
             raise InputError("standard input is empty; - reads the value from it")
         return parse(text)
     if given.startswith("@"):
+        if given == "@":
+            raise UsageError("@ names a file, and no name follows it: write @FILE")
         path = Path(given[1:])
         try:
             with open(path, "rb") as file:

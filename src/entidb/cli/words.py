@@ -10,10 +10,11 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -23,7 +24,7 @@ from entidb.cli.output import note, safe
 from entidb.db import Database
 from entidb.db.collection import ReadCollection
 from entidb.db.identity import stored_role
-from entidb.errors import StorageError
+from entidb.errors import ConfigError, StorageError
 from entidb.storage.addresses import is_address, shown, split_name
 from entidb.storage.named import open_named
 from entidb.storage.opening import holds_store
@@ -148,6 +149,50 @@ def not_empty(name: str, path: str) -> str:
     return path
 
 
+@contextmanager
+def as_options(flags: Mapping[str, str]) -> Iterator[None]:
+    """What is said of a setting is said of the option that sets it, which is what a command line
+    has; ``flags`` has the one for the other."""
+    try:
+        yield
+    except ConfigError as error:
+        error.args = (_SETTING.sub(lambda found: flags.get(found[0], found[0]), str(error)),)
+        raise
+
+
+#: Names with an underscore, and nothing that is quoted.
+_SETTING: Final = re.compile(r"(?<![\w'\"/.-])[a-z]+(?:_[a-z0-9]+)+(?![\w'\"/.-])")
+
+
+def check_text(name: str, text: str) -> str:
+    """``text`` itself. Raises ``UsageError`` where the bytes of the command line were no UTF-8, so
+    that nothing can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} {text!r:.80} is not UTF-8: give one that is") from None
+    return text
+
+
+def elsewhere(name: str, path: str) -> str:
+    """``path`` itself, which is not empty. Raises ``UsageError`` for one inside a database: what a
+    database has in its directory is its own."""
+    for above in Path(os.path.abspath(not_empty(name, path))).parents:
+        if is_database(str(above)):
+            raise UsageError(f"{path} would be inside the database {above}: name another place")
+    return path
+
+
+def once(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """What a repeated ``option`` says of each name. Raises ``UsageError`` where it says two things
+    of one: which of them is meant, nobody can tell."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            raise UsageError(f"{option} says two things of {name!r}: give one of them")
+    return found
+
+
 def _misfit(
     given: tuple[str, ...], least: int, names: tuple[str, ...], default: str | None
 ) -> UsageError:
@@ -258,6 +303,7 @@ def key_id(collection: str, key: str) -> uuid.UUID:
 def full_id(text: str, collection: str) -> uuid.UUID | None:
     """The id that ``text`` spells out, as a UUID or as ``key:…``; None if it is a shorter one."""
     if text.startswith(_KEY):
+        check_text("the key", text)
         return key_id(collection, text.removeprefix(_KEY))
     digits = _digits(text)
     return uuid.UUID(hex=digits) if len(digits) == 32 else None

@@ -16,6 +16,7 @@ from entidb import cbor
 from entidb.db.codec import located
 from entidb.db.conditions import Field
 from entidb.db.entity_info import EntityInfo, id_bytes, ids_bytes, natural_id
+from entidb.db.given import changed, pairs_of, range_of, several
 from entidb.db.live import Observe
 from entidb.db.notebook import Explored, line
 from entidb.db.plain import Keep, PlainCodec, ValueCodec
@@ -119,7 +120,7 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
 
     def get_many(self, ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, V]:
         """The entities among ``ids`` that exist, from one snapshot; others are left out."""
-        wanted = list(ids)
+        wanted = list(several("get_many", ids, "several ids"))
         raws = ids_bytes(wanted)
         with self._open() as rows:
             payloads = rows.get_many(self.name, raws)
@@ -154,7 +155,8 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
         UUIDv7 ids sort by the time they were made, so a range of ids is a range of time. An
         entity that does not fit raises ``ValueTypeError`` and does not end the iterator: ``next``
         goes on behind it (see ``on_invalid``)."""
-        if limit is not None and limit <= 0:
+        reverse, limit = range_of(reverse, limit)
+        if limit == 0:
             return iter(())
         pages = self._pages(start, stop, reverse)
         if limit is None and type(self._codec) is PlainCodec:
@@ -296,7 +298,7 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
         if stored is None:
             raise KeyError(entity_id)
         try:
-            payload = self._codec.patch(stored, {**(changes or {}), **fields})
+            payload = self._codec.patch(stored, changed("patch", changes, fields))
         except ValueTypeError as error:
             raise located(error, self.name, raw) from error
         if payload != stored:
@@ -340,7 +342,7 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
             self.patch(entity_id, changes, **fields)
             return False
         try:
-            payload = self._codec.make({**(changes or {}), **fields})
+            payload = self._codec.make(changed("upsert", changes, fields))
         except ValueTypeError as error:
             raise located(error, self.name, entity_id.bytes) from error
         self._stage(self.name, entity_id.bytes, payload)
@@ -348,14 +350,7 @@ class TransactionCollection(ReadCollection[V], MutableMapping[uuid.UUID, V]):
 
     def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values``: a mapping, or pairs. Raises ``ValueTypeError``."""
-        for pair in values.items() if isinstance(values, Mapping) else values:
-            try:
-                entity_id, value = pair
-            except (TypeError, ValueError):
-                raise ValueTypeError(
-                    f"several values are given as a mapping, or as pairs of id and value, not as "
-                    f"{pair!r:.60}; `add` makes the id of a new value"
-                ) from None
+        for entity_id, value in pairs_of("put_many", values):
             self[entity_id] = value
 
     def update(self, *args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from entidb.db.local import Role
 from entidb.db.reading import Upgrade, check_function, upgraded
 from entidb.db.rows import Pair
 from entidb.errors import ConfigError, ScopeError, ValueTypeError
-from entidb.types import OPERATION_OVERHEAD_BYTES, check_name
+from entidb.types import OPERATION_OVERHEAD_BYTES, check_name, kind_name
 
 #: Entities of one transaction: so many devices pull together, and so long writers wait.
 BATCH: Final = 500
@@ -79,6 +79,9 @@ def migrate(
 
 
 def _check_place(database: Database, name: str) -> None:
+    given: object = database
+    if not isinstance(given, Database):
+        raise ConfigError(f"migrate takes a Database, not {kind_name(given)}")
     if database.role is Role.SERVER:
         return
     with database.view() as view:

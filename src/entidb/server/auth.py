@@ -261,7 +261,8 @@ def databases_of(claim: object) -> dict[str, Rights]:
             return dict.fromkeys(convert(claim, list[str]), _RIGHTS["rw"])
         entries = convert(claim, dict[str, str | _RightsClaim])
         return {name: _rights(entry) for name, entry in entries.items()}
-    except (ValidationError, KeyError) as error:
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        # Also text with half a surrogate pair, which no name has.
         raise AuthenticationError("the token's claim `databases` cannot be read") from error
 
 

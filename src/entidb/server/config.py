@@ -252,6 +252,9 @@ class ServerConfig:
         place = self.data_dir
         if place is None:
             return
+        _check_path("data_dir", place)
+        _check_path("backup_dir", self.backup_dir)
+        _check_path("segments_dir", self.segments_dir)
         if not os.fspath(place):
             raise ConfigError("data_dir is empty: name a directory")
         if self.address is not None:
@@ -411,6 +414,12 @@ _FLOATS: Final = {
     "database_requests_per_s": (0.0, 1e6),
     "backup_every_s": (0.0, 366 * 24 * 3600.0),
 }
+
+
+def _check_path(name: str, path: object) -> None:
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"{name} is a path, as text or as a Path, not {type(path).__name__}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -22,7 +22,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from entidb.protocol import ErrorResponse
-from entidb.server import wire
+from entidb.server import refusing, wire
 from entidb.server.config import ServerConfig
 from entidb.server.cycle import ConnectionFlow, Flag, RequestCycle
 from entidb.server.deadlines import Deadline
@@ -320,8 +320,8 @@ class LimitedConnection(HttpToolsProtocol):
         parser, scope = self.parser, self.scope
         version = parser.get_http_version()
         scope["method"] = parser.get_method().decode("ascii")
-        if version != "1.1":
-            scope["http_version"] = version
+        if version != "1.1" or self.url[:1] != b"/":
+            scope["http_version"] = refusing.check_line(version, self.url, scope["headers"])
         try:
             url = httptools.parse_url(self.url)
             raw_path = url.path or b"/"

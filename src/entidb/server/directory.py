@@ -22,6 +22,7 @@ from typing import Any, Final
 from entidb.db import Database, Role
 from entidb.errors import ConfigError, DatabaseLockedError, StorageError
 from entidb.server.allocator import large_pieces_apart
+from entidb.server.beside import check_folder
 from entidb.server.checks import FileChecks
 from entidb.server.config import ServerConfig, db_id_of, directory_name
 from entidb.server.place import ASIDE_MS, Aside, exists, unknown_database
@@ -83,6 +84,8 @@ class DataDirectory:
         root = _root(config)
         try:
             make_directory(root)
+            check_folder("backup_dir", config.backup_dir)
+            check_folder("segments_dir", config.segments_dir)
             if family is not None:
                 return cls._join(root, family)
             _wait_for_orphans(root)

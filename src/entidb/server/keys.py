@@ -195,7 +195,7 @@ def secret_of_environment(name: str) -> FixedKeys:
     text = os.environ.get(name)
     if text is None:
         raise ConfigError(f"{where} is not set (jwt_secret_env)")
-    return FixedKeys(Key(None, check_secret(text.encode(), where), "HS256"))
+    return FixedKeys(Key(None, check_secret(os.fsencode(text), where), "HS256"))
 
 
 # ---------------------------------------------------------------- a directory

@@ -62,15 +62,15 @@ class Origins:
         that needs no token."""
         if not self._open_to_all:
             return
-        host = headers.get("host", "")
+        host = headers.get("host")
         # No browser leaves Host out, and HTTP/1.0 clients may.
-        if host and not self._is_here(host):
+        if host is not None and not self._is_here(host):
             raise PermissionDeniedError(
                 f"this server needs no token and so answers only on this machine's own names, not "
                 f"on {host[:100]!r}; name it in allowed_hosts if it is meant"
             )
         origin = headers.get("origin")
-        if origin is not None and origin not in self._cors and not _is_same(origin, host):
+        if origin is not None and origin not in self._cors and not _is_same(origin, host or ""):
             raise PermissionDeniedError(
                 f"a page of {origin[:100]!r} may not use this server; name it in cors_origins if "
                 "it may"
@@ -116,7 +116,8 @@ class Origins:
 
 def _is_same(origin: str, host: str) -> bool:
     """A page that this server itself has sent; ``host`` has been checked."""
-    return bool(host) and origin.partition("://")[2].lower() == host.lower()
+    here = host.lower()
+    return bool(host) and origin.lower() in (f"http://{here}", f"https://{here}")
 
 
 def check_names(hosts: object, cors: object) -> None:

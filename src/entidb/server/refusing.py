@@ -7,6 +7,7 @@ Not here: when it is answered (``connections``), and what a request that is one 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import httptools
@@ -47,6 +48,20 @@ def refusal_of(error: httptools.HttpParserError) -> RefusedError:
     return RefusedError(400, f"this is no proper request of HTTP/1.1: {said}")
 
 
+def check_line(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """``version`` itself. Raises ``RefusedError`` for one that the server does not speak, although
+    the parser does; and for an address with a host that is not the one in Host: what is in front of
+    the server could go by the other one (RFC 9112, section 3.2.2)."""
+    if version not in ("1.0", "1.1"):
+        raise RefusedError(505, "this server speaks HTTP/1.1, and HTTP/1.0")
+    scheme, named, rest = url.partition(b"://")
+    if named and b"/" not in scheme:
+        authority = rest.partition(b"/")[0].partition(b"?")[0].lower()
+        if [authority] != [value.lower() for name, value in headers if name.lower() == b"host"]:
+            raise RefusedError(400, "the address in the first line names another host than Host")
+    return version
+
+
 def too_long(most: int) -> RefusedError:
     return RefusedError(
         431, f"the head of a request, or what is behind its body, has {most} bytes at most here"
@@ -68,4 +83,11 @@ def answer_of(refused: RefusedError) -> bytes:
     return head + b"\r\n" + response.body
 
 
-__all__ = ["NO_ADDRESS", "RefusedError", "answer_of", "refusal_of", "too_long"]
+__all__ = [
+    "NO_ADDRESS",
+    "RefusedError",
+    "answer_of",
+    "check_line",
+    "refusal_of",
+    "too_long",
+]

@@ -29,6 +29,7 @@ import uvicorn
 from entidb.credentials import check_place, exposure
 from entidb.errors import ConfigError
 from entidb.server.app import SyncApp, create_app
+from entidb.server.beside import check_proxies, check_root_path
 from entidb.server.certificates import Certificate
 from entidb.server.config import ServerConfig
 from entidb.server.connections import (
@@ -71,6 +72,10 @@ class Listen:
     root_path: str = ""
     #: Addresses whose X-Forwarded-For is believed, separated by commas.
     trusted_proxies: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        check_root_path(self.root_path)
+        check_proxies(self.trusted_proxies)
 
 
 def serve(
@@ -348,7 +353,7 @@ def _bind(listen: Listen, settings: ServerConfig) -> socket.socket:
         )
         family, kind, protocol, _, address = found[0]
     except (OSError, OverflowError, UnicodeError) as error:
-        raise ConfigError(f"cannot listen on {where}: {error}", code="cannot_bind") from error
+        raise _cannot_listen(where, error) from error
     if settings.insecure_no_auth and not ipaddress.ip_address(address[0]).is_loopback:
         raise ConfigError(
             f"insecure_no_auth only works on loopback, and {where} is reachable from elsewhere: "
@@ -362,9 +367,14 @@ def _bind(listen: Listen, settings: ServerConfig) -> socket.socket:
         bound.bind(address)
     except (OSError, OverflowError) as error:
         bound.close()
-        raise ConfigError(f"cannot listen on {where}: {error}", code="cannot_bind") from error
+        raise _cannot_listen(where, error) from error
     bound.set_inheritable(False)
     return bound
+
+
+def _cannot_listen(where: str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or "that is no name of a host"
+    return ConfigError(f"cannot listen on {where}: {reason}", code="cannot_bind")
 
 
 def _check_ready(path: Path) -> None:

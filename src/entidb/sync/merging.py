@@ -29,6 +29,7 @@ from entidb.sync.conflict import (
     decoded,
 )
 from entidb.sync.whole_policies import POLICY_NAMES, WHOLE, no_such_policy
+from entidb.types import kind_name
 
 
 class _Rule(Enum):
@@ -234,6 +235,8 @@ def _resolve_fallback(spec: str | ConflictPolicy) -> ConflictPolicy:
 def _add_rules(rules: dict[str, Any], option: str, paths: FieldPaths, rule: _Rule) -> list[str]:
     if isinstance(paths, str):
         raise ConfigError(f"{option} takes several paths; write {option}=({paths!r},)")
+    if not isinstance(paths, Iterable):
+        raise ConfigError(f"{option} takes several paths, not {kind_name(paths)}")
     shown = []
     for spec in paths:
         path: object = tuple(spec.split(".")) if isinstance(spec, str) else spec

@@ -14,6 +14,7 @@ from entidb.db.subjects import is_others, subject_of
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.conflict import Conflict
 from entidb.sync.state import SyncStatus
+from entidb.types import check_name
 
 
 class EntityState(StrEnum):
@@ -100,6 +101,7 @@ def entity_status(
 ) -> EntityStatus:
     """See ``SyncEngine.entity_status``."""
     raw = id_bytes(entity_id)
+    check_name(collection)
     with applier.database.view() as view:
         row = SnapshotRows(view.snapshot, view.catalogue).row(collection, raw)
         info = view.catalogue.by_name.get(collection)

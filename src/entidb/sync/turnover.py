@@ -113,6 +113,10 @@ def check_subject(subject: object) -> None:
         raise ConfigError(
             f"a subject is text of up to {SUBJECT_CHARS_MAX} characters, not {subject!r:.60}"
         )
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the subject {given!r:.60} is not UTF-8: give one that is") from error
 
 
 def sign_off(

@@ -97,10 +97,14 @@ def answer_from(
     query: Mapping[str, str],
     body: bytes,
 ) -> tuple[int, bytes]:
-    """Status and JSON of the answer to one request; ``path`` is the whole of it. Never raises but
-    for what ends the process."""
+    """Status and JSON of the answer to one request; ``path`` is the whole of it, with names that
+    are percent-encoded. Never raises but for what ends the process."""
     try:
         route, names = _find(routes, method, path)
+        unknown = query.keys() - {*route.query, *route.texts}
+        if unknown:
+            # As a member of the body: it would be a mistake of the client.
+            raise ProtocolError(f"this address takes no parameter {min(unknown)[:100]!r}")
         return 200, json.encode(
             route.do(office, caller, AdminRequest(names, query, _body(route.takes, body)))
         )

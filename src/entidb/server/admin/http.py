@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from msgspec import json
 
@@ -60,7 +60,9 @@ class AdminHttp:
                     office,
                     caller,
                     exchange.method,
-                    exchange.path,
+                    # It is decoded already, and what is decoded twice has another meaning to a
+                    # proxy in front.
+                    quote(exchange.path),
                     _query(exchange.query),
                     body,
                 )
@@ -93,9 +95,14 @@ class AdminHttp:
 
 def _query(query: bytes) -> Mapping[str, str]:
     try:
-        return dict(parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20))
+        fields = parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20)
     except (UnicodeDecodeError, ValueError) as error:
         raise ProtocolError("the query of this address cannot be read") from error
+    given = dict(fields)
+    if len(given) < len(fields):
+        # What is in front of the server may have looked at another one of them.
+        raise ProtocolError("the query of this address names a parameter twice")
+    return given
 
 
 def _response(status: int, data: bytes) -> ServerResponse:
