@@ -61,9 +61,9 @@ def place(open_path: Path) -> Iterator[Path]:
         ("export PLACE/db notes -o PLACE/missing/x.csv", 7, "that you may write to"),
         ("export PLACE/db notes -o PLACE/db", 7, "that you may write to"),
         ("serve PLACE/shut --insecure-no-auth", 2, "DIR cannot be used"),
-        ("serve PLACE/shut/data --insecure-no-auth", 2, "data_dir cannot be made"),
-        ("serve PLACE/hidden/data --insecure-no-auth", 2, "data_dir cannot be made"),
-        ("serve PLACE/db/data.mdb --insecure-no-auth", 2, "data_dir cannot be made"),
+        ("serve PLACE/shut/data --insecure-no-auth", 2, "DIR cannot be made"),
+        ("serve PLACE/hidden/data --insecure-no-auth", 2, "DIR cannot be made"),
+        ("serve PLACE/db/data.mdb --insecure-no-auth", 2, "DIR cannot be made"),
         (
             "serve PLACE/db --insecure-no-auth --ready-file PLACE/shut/ready",
             2,

@@ -205,7 +205,7 @@ def test_serve_says_at_start_that_it_may_not_write(open_path: Path) -> None:
         capture_output=True, text=True, env=ENVIRONMENT, timeout=STUCK_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "error[invalid_config]: data_dir cannot be used" in done.stderr
+    assert "error[invalid_config]: DIR cannot be used" in done.stderr
     assert os.listdir(open_path) == []
 
 
