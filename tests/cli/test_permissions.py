@@ -67,7 +67,7 @@ def place(open_path: Path) -> Iterator[Path]:
         (
             "serve PLACE/db --insecure-no-auth --ready-file PLACE/shut/ready",
             2,
-            "ready_file cannot be written",
+            "--ready-file cannot be written",
         ),
     ],
 )
