@@ -23,6 +23,7 @@ from entidb.server import live as live_room
 from entidb.server.control import Revoked
 from entidb.server.live import LiveChannels
 from entidb.server.live_http import LiveRequest, Stream
+from entidb.server.segments.serving import SEGMENTS_PATH, SegmentRequest
 from entidb.server.stores import Store
 from tests.server.support import Client, handshake, pull, push
 from tests.server.test_app import eventually
@@ -490,9 +491,24 @@ def test_those_who_wait_leave_half_of_the_connections_to_those_who_ask() -> None
 
 
 @pytest.mark.parametrize(
-    "query", [b"db_id=a&db_id=b", b"db_id=a&cursor=1&cursor=1", b"x=1&db_id=a&x=1"]
+    "query",
+    [
+        b"db_id=a&db_id=b",
+        b"db_id=a&cursor=1&cursor=1",
+        b"x=1&db_id=a&x=1",
+        # An empty one is one too.
+        b"db_id=&db_id=b",
+        b"db_id=a&cursor&cursor=1",
+    ],
 )
 def test_a_parameter_that_is_there_twice_is_refused(query: bytes) -> None:
     with pytest.raises(ProtocolError, match="names a parameter twice"):
         LiveRequest(query, {})
-    assert LiveRequest(b"db_id=a&cursor=1&x=1", {}).cursor == 1
+    with pytest.raises(ProtocolError, match="names a parameter twice"):
+        SegmentRequest("GET", f"{SEGMENTS_PATH}{'a' * 64}", query.decode())
+    assert LiveRequest(b"db_id=a&cursor=1&x=1&y=", {}).cursor == 1
+
+
+def test_an_empty_cursor_is_no_commit() -> None:
+    with pytest.raises(ProtocolError, match="cursor is the number of a commit"):
+        LiveRequest(b"db_id=a&cursor=", {})

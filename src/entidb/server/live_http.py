@@ -16,7 +16,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qsl
 
 from msgspec import Struct
 
@@ -26,7 +25,7 @@ from entidb.protocol import CONTENT_TYPE, PullRequest
 from entidb.server.auth import Grants
 from entidb.server.cycle import UNBUFFERED
 from entidb.server.live import LiveChannels
-from entidb.server.wire import ServerResponse
+from entidb.server.wire import ServerResponse, query_of
 from entidb.types import Clock
 
 LIVE_PATH: Final = "/v1/live"
@@ -52,14 +51,7 @@ class LiveRequest:
     """What the address asks for. Raises ``ProtocolError``."""
 
     def __init__(self, query: bytes, headers: Mapping[str, str]) -> None:
-        try:
-            fields = parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20)
-        except (UnicodeDecodeError, ValueError) as error:
-            raise ProtocolError("the query of this address cannot be read") from error
-        given = dict(fields)
-        if len(given) < len(fields):
-            # What is in front of the server may have looked at another one of them.
-            raise ProtocolError("the query of this address names a parameter twice")
+        given = query_of(query)
         self.db_id = given.get("db_id", "")
         if not self.db_id:
             raise ProtocolError("name the database: ?db_id=…")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import parse_qsl
 
 from entidb import packing
 from entidb.errors import (
@@ -101,6 +102,21 @@ def request_id(headers: Mapping[str, str]) -> str | None:
     """The client's own id for the request, if it is fit for a log."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else None
+
+
+def query_of(query: bytes) -> dict[str, str]:
+    """What follows the question mark of an address. Raises ``ProtocolError``."""
+    try:
+        fields = parse_qsl(
+            query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20
+        )
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ProtocolError("the query of this address cannot be read") from error
+    given = dict(fields)
+    if len(given) < len(fields):
+        # What is in front of the server may have looked at another one of them.
+        raise ProtocolError("the query of this address names a parameter twice")
+    return given
 
 
 # ---------------------------------------------------------------- packing

@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote
 
 from entidb.errors import PermissionDeniedError, ProtocolError
 from entidb.server.auth import Grants
 from entidb.server.segments.files import SegmentFile, segment_name
 from entidb.server.segments.keeping import ImageKeeper
 from entidb.server.stores import Store
-from entidb.server.wire import ServerResponse
+from entidb.server.wire import ServerResponse, query_of
 
 SEGMENTS_PATH: Final = "/v1/segments/"
 MEDIA_TYPE: Final = "application/vnd.entidb.segment"
@@ -42,10 +42,7 @@ class SegmentRequest:
         if re.fullmatch("[0-9a-f]{64}", name) is None:
             raise ProtocolError("a segment is named by its SHA-256", code="not_found")
         self.sha256 = bytes.fromhex(name)
-        try:
-            given = dict(parse_qsl(query, errors="strict", max_num_fields=20))
-        except (UnicodeDecodeError, ValueError) as error:
-            raise ProtocolError("the query of this address cannot be read") from error
+        given = query_of(query.encode("utf-8", "surrogatepass"))
         self.db_id = given.get("db_id", "")
         if not self.db_id:
             raise ProtocolError("name the database: ?db_id=…")
