@@ -319,10 +319,9 @@ def discarded_command(
     either side, have one such as o17. With --recommit or --prune, decide what happens to one.
     """
     path = bind(words, directory).path
-    wanted = (recommit is not None, prune is not None, recommit_all, prune_all)
-    if sum(wanted) > 1:
+    changes = sum((recommit is not None, prune is not None, recommit_all, prune_all))
+    if changes > 1:
         raise UsageError("one thing at a time: --recommit, --prune, --recommit-all or --prune-all")
-    changes = any(wanted)
     with opened(path, read_only=not changes) as database:
         applier = _applier(database)
         found: list[DiscardedTransaction | OverruledValue] = [*applier.discarded()]

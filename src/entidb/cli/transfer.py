@@ -129,8 +129,6 @@ def import_command(
             "--types, --infer, --na and --delimiter are for CSV; JSON says what type a value has"
         )
     fields = key.split(",") if key else None
-    if fields and (twice := twice_in(fields)) is not None:
-        raise UsageError(f"--key names {twice!r} twice")
     cells = CellTypes(parse_types(types), infer=infer, missing=frozenset(missing))
     form = CsvFormat(
         cells,
@@ -185,7 +183,9 @@ def _delimiter(given: str | None, file: str | None) -> str:
 
 
 def _columns(key: list[str] | None, id_field: str | None) -> dict[str, str]:
-    """Columns that have to be there, and the option that names them."""
+    """Columns that have to be there, and the option that names them. Raises ``UsageError``."""
+    if (twice := twice_in(key or ())) is not None:
+        raise UsageError(f"--key names {twice!r} twice")
     return {**dict.fromkeys(key or (), "--key"), **({id_field: "--id-field"} if id_field else {})}
 
 

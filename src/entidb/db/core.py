@@ -425,8 +425,6 @@ class Core(Explored):
     # ---- identity
 
     def _load(self, role: Role, create: bool) -> None:
-        if not isinstance(role, Role):
-            raise ConfigError(f"role is Role.DEVICE or Role.SERVER, not {role!r:.60}")
         raw_format, raw_identity, empty = read_identity(self.storage)
         if empty:
             if not create:

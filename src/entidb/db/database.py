@@ -114,7 +114,7 @@ class Database(Indexed):
         where = path_text(path)
         check_bool("salvage", salvage)
         check_bool("read_only", read_only)
-        check_settings(map_bytes=map_bytes, **options)
+        check_settings(role=role, map_bytes=map_bytes, **options)
         create = create and not read_only
         storage = open_storage(
             where, create=create, map_bytes=map_bytes, salvage=salvage, read_only=read_only

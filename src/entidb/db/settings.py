@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from entidb.db.local import Role
 from entidb.db.writer import STALE_ROWS_MAX
 from entidb.errors import (
     ConfigError,
@@ -26,6 +27,7 @@ _STALE_ROWS_LIMIT = 10_000_000
 
 def check_settings(
     *,
+    role: object = None,
     map_bytes: int | None = None,
     transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
     busy_timeout_s: float = 0.0,
@@ -33,6 +35,8 @@ def check_settings(
     **others: Any,
 ) -> None:
     """Raises ``ConfigError``; the constructor checks ``others``."""
+    if role is not None and not isinstance(role, Role):
+        raise ConfigError(f"role is Role.DEVICE or Role.SERVER, not {role!r:.60}")
     if map_bytes is not None:
         check_int("map_bytes", map_bytes, 1, _MAP_BYTES_MAX)
     check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)
