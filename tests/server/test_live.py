@@ -335,26 +335,32 @@ def test_the_handshake_names_the_channel_unless_there_is_none() -> None:
 
 
 class Told:
-    """A waiter that writes down what it is told, and may be slow to read."""
+    """A waiter that writes down what it is told, and may be slow to read, or have written all that
+    there is to be told."""
 
     db_id = "shop"
     subject = "someone"
     grants = Grants("someone", {})
     device_id: bytes | None = None
 
-    def __init__(self, slow_s: float = 0.0) -> None:
+    def __init__(self, slow_s: float = 0.0, *, writes: bool = False) -> None:
         self.head = 0
         self.heads: list[int] = []
         self.ended = ""
         self._slow_s = slow_s
+        self._writes = writes
 
-    async def hint(self, head: int) -> None:
+    async def hint(self, head: int, *, own: bool = False) -> bool:
+        if self._writes and not own:
+            return False
         if self._slow_s:
             await asyncio.sleep(self._slow_s)
         self.heads.append(head)
+        return True
 
-    async def beat(self) -> None:
+    async def beat(self) -> bool:
         self.heads.append(-1)
+        return True
 
     def end(self, reason: str) -> None:
         self.ended = reason
@@ -405,6 +411,22 @@ def test_a_head_that_comes_in_the_middle_of_a_round_reaches_everybody() -> None:
         live._told("shop", 2)
         await asyncio.sleep(0.6)
         assert all(waiter.heads[-1] == 2 for waiter in waiters)
+
+    in_loop(test)
+
+
+def test_who_wrote_it_is_told_when_all_others_were() -> None:
+    async def test(live: LiveChannels) -> None:
+        writer, other, gone = Told(writes=True), Told(), Told(writes=True)
+        for waiter in (writer, other, gone):
+            live.add(waiter)
+        live._told("shop", 1)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (writer.heads, other.heads) == ([], [1])
+        live.remove(gone)
+        await asyncio.sleep(5 * live_room.OWN_S)
+        assert (writer.heads, other.heads, gone.heads) == ([1], [1], [])
 
     in_loop(test)
 

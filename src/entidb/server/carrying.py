@@ -102,7 +102,7 @@ class PageCarrier:
 
     async def page(self, to: CarriedTo, begins: int, head: int) -> PageEvent | None:
         """The page that leads ``to`` from ``begins`` to ``head`` or beyond; None where it gets
-        none."""
+        none, and one without text where all of it is its own."""
         wanted, device_id = to.wanted, to.device_id
         if wanted is None or device_id is None or not self._may(to):
             return None
@@ -118,7 +118,7 @@ class PageCarrier:
         if page is None or page.head < head or not page.text:
             return None
         if page.writers == {device_id}:
-            return None  # it has what it wrote
+            return PageEvent(b"", page.head, page.writers)
         if not self._may(to, counted=True):
             return None
         self._note(replace(wanted.pull, device_id=device_id, cursor=begins), page.head)

@@ -75,6 +75,7 @@ class GroupCommitter:
         queue_max: int = 1000,
         group_transactions_max: int = GROUP_TRANSACTIONS_MAX,
         on_failure: Callable[[EntiDBError], None] = lambda error: None,
+        on_commit: Callable[[int], None] = lambda head: None,
         on_group: Callable[[], None] = lambda: None,
         schedule: Schedule | None = None,
         meter: Meter | None = None,
@@ -85,7 +86,10 @@ class GroupCommitter:
         self._queue_max = queue_max
         self._group_max = group_transactions_max
         self._on_failure = on_failure
+        self._on_commit = on_commit
         self._on_group = on_group
+        #: What the group under way has committed, and nobody was told yet. Of its thread.
+        self._news: int | None = None
         self._schedule = schedule
         self._meter = meter or Meter()
         self._gate = gate
@@ -123,6 +127,15 @@ class GroupCommitter:
             asks, self._scheduled = not self._scheduled, True
         if self._schedule is not None and asks:
             self._schedule(self._commit_queued)
+
+    def committed(self, head: int) -> None:
+        """Commit ``head`` of the database is durable, whoever made it; ``on_commit`` is to be
+        called. For a group that is just before its answers are given out: whoever is told at once
+        would need the interpreter while they are made."""
+        if threading.current_thread() is self._thread:
+            self._news = head
+        else:
+            self._on_commit(head)
 
     def _begin(self) -> None:
         if self._thread is not None:
@@ -203,6 +216,9 @@ class GroupCommitter:
             # Our own mistake must not end the writer thread: every later push would hang.
             self._on_failure(ServerError(f"push failed: {error!r}"))
             answers = [ServerError("the server failed to decide this push")] * len(group)
+        news, self._news = self._news, None
+        if news is not None:
+            self._on_commit(news)
         if note is not None:
             note(len(group), time.perf_counter() - began)
         for (_, _, done), answer in zip(group, answers, strict=True):

@@ -22,7 +22,8 @@ from typing import Final, Protocol
 from entidb.errors import ServerBusyError
 from entidb.server.auth import Grants
 
-Tell = Callable[["Waiter"], Coroutine[object, object, None]]
+#: Whether it was told; if not, its turn comes again.
+Tell = Callable[["Waiter"], Coroutine[object, object, bool]]
 logger = logging.getLogger("entidb.server")
 
 #: Waiters that get news together, and seconds until the next do: 0.2 ms for each of them.
@@ -30,6 +31,9 @@ BATCH: Final = 50
 BATCH_PAUSE_S: Final = 0.01
 #: Seconds between two hints to the same waiter, at least.
 HINT_PAUSE_S: Final = 0.05
+#: Seconds after which a device is told of what it has written itself. It learns that from the
+#: answer to its push; and so that comes first, and the hints of those to whom it is news.
+OWN_S: Final = 0.01
 #: Seconds between two signs of life.
 BEAT_S: Final = 15.0
 #: Seconds that one waiter holds up the others of its batch at most, when it does not read.
@@ -51,11 +55,12 @@ class Waiter(Protocol):
     #: The newest commit that it has news of.
     head: int
 
-    async def hint(self, head: int) -> None:
-        """Commit ``head`` is there."""
+    async def hint(self, head: int, *, own: bool = False) -> bool:
+        """Commit ``head`` is there. False where all that leads there was written by this one, and
+        was not told: this is called again ``OWN_S`` later, with ``own``."""
 
-    async def beat(self) -> None:
-        """Show that the connection is alive."""
+    async def beat(self) -> bool:
+        """Show that the connection is alive; True."""
 
     def end(self, reason: str) -> None:
         """Send it away; it is no waiter any more."""
@@ -270,13 +275,20 @@ class LiveChannels:
         """One after the other, in one task: a task for each would cost more than what it does. If
         one does not read, another task takes the rest over."""
         handle = self._loop.call_later(_STUCK_S, self._take_over, waiters, call)
+        own: deque[Waiter] = deque()
         try:
             while waiters:
                 waiter = waiters.popleft()
-                if waiter in self._slot_of:
-                    await call(waiter)
+                if waiter in self._slot_of and not await call(waiter):
+                    own.append(waiter)
         finally:
             handle.cancel()
+            if own:
+                self._loop.call_later(OWN_S, self._take_over, own, _hint_own)
+
+
+async def _hint_own(waiter: Waiter) -> bool:
+    return await waiter.hint(waiter.head, own=True)
 
 
 def _nothing() -> None:

@@ -109,11 +109,13 @@ class Poll:
         self._request = request
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def hint(self, head: int) -> None:
+    async def hint(self, head: int, *, own: bool = False) -> bool:
         self._done()
+        return True
 
-    async def beat(self) -> None:
+    async def beat(self) -> bool:
         """A poll that shows signs of life would be a stream."""
+        return True
 
     def end(self, reason: str) -> None:
         self._done()
@@ -173,7 +175,7 @@ class PageSource(Protocol):
 
     async def page(self, to: CarriedTo, begins: int, head: int) -> PageEvent | None:
         """The page that leads ``to`` from ``begins`` to ``head`` or beyond; None where it gets
-        none."""
+        none, and one without text where all of it is its own."""
 
 
 class Stream:
@@ -261,13 +263,17 @@ class Stream:
             self._main = None
             timer.cancel()
 
-    async def hint(self, head: int) -> None:
+    async def hint(self, head: int, *, own: bool = False) -> bool:
         self.head = max(self.head, head)
         if self._sending:
-            return  # the one who sends sees that there is more
+            return True  # the one who sends sees that there is more
         self._sending = True
         try:
             page = await self._page()
+            if page is not None and not page.text:
+                if not own:
+                    return False
+                page = None  # it has what it wrote
             while self._sent < self.head and not self._over:
                 if page is not None:
                     self._sent = page.head
@@ -280,6 +286,7 @@ class Stream:
                 await self._write(b"id: %d\nevent: head\ndata: %d\n\n" % (now, now))
         finally:
             self._sending = False
+        return True
 
     async def _page(self) -> PageEvent | None:
         """The page that leads from what this stream was told of to what it is to be told of."""
@@ -287,9 +294,10 @@ class Stream:
             return None
         return await self._carrier.page(self, self._sent, self.head)
 
-    async def beat(self) -> None:
+    async def beat(self) -> bool:
         if not self._sending and not self._over:
             await self._write(b":\n\n")
+        return True
 
     async def _write(self, text: bytes, *, more: bool = True) -> None:
         self.bytes_out += len(text)

@@ -300,7 +300,6 @@ class Stores:
         database = open_with_room(self._open_database, db_id, create, self._close_oldest)
         if self._declared:
             self._declare(database)
-        database.on_commit = lambda head: self.on_commit(db_id, head)
         service = DatabaseService(
             database,
             db_id=db_id,
@@ -313,8 +312,8 @@ class Stores:
         service.is_frozen = partial(self.is_frozen, db_id)
         service.on_page = self._on_page
         store = Store(db_id, database, service, self._committer(service))
-        store.used_at = self._clock.monotonic()
-        store.users = 1
+        database.on_commit = store.committer.committed
+        store.used_at, store.users = self._clock.monotonic(), 1
         with self._lock:
             opened = not self._closed
             if opened:
@@ -352,6 +351,7 @@ class Stores:
             service,
             queue_max=self._config.push_queue_max,
             on_failure=failed,
+            on_commit=lambda head: self.on_commit(service.db_id, head),
             on_group=lambda: self.on_group(),
             schedule=self._schedule,
             meter=self.meter,
