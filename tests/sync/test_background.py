@@ -183,6 +183,7 @@ class Turns:
         )
         self.closed = False
         self.reached = 0
+        self.has_page = False
         self.cycle_thread: int | None = None
         self.began: list[float] = []
         self.now = 0.0
@@ -192,7 +193,9 @@ class Turns:
         self._outcomes = list(outcomes)
         self.background = Background(self, self, lambda: 1.0)  # type: ignore[arg-type]
 
-    def run_cycle(self, cancelled: object, stopped: object = None) -> SyncCycleResult:
+    def run_cycle(
+        self, cancelled: object, stopped: object = None, *, patient: bool = True
+    ) -> SyncCycleResult:
         self.began.append(round(self.now, 3))
         outcome = self._outcomes.pop(0) if self._outcomes else self.stop
         outcome()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 
 from entidb import AsyncSyncEngine, Database, SyncConfig, SyncEngine
+from entidb.errors import SyncStateError, TransportError
 from entidb.server import SyncServer, serving
+from entidb.sync import SyncCycleResult
+from entidb.sync.apply.applier import DatabaseApplier
 from tests.server.test_app import eventually
 
 pytestmark = pytest.mark.process
@@ -118,3 +122,117 @@ def test_an_asyncio_engine_hears_too() -> None:
 
     with served() as (server, url):
         assert asyncio.run(run(server, url)) == 1
+
+
+# ---------------------------------------------------------------- the thread that hears of a page
+
+
+@contextlib.contextmanager
+def hearing() -> Iterator[tuple[SyncServer, SyncEngine]]:
+    """A device that has read the first word of its stream, and rests."""
+    with served() as (server, url), device(url) as one:
+        eventually(lambda: is_live(one))
+        notes = server.database("shop").collection("notes")
+        notes.add({"n": 0})
+        eventually(lambda: len(one.database.collection("notes")) == 1)
+        time.sleep(0.2)
+        yield server, one
+
+
+def test_a_page_is_taken_by_the_thread_that_hears_of_it() -> None:
+    with hearing() as (server, one):
+        threads: list[str] = []
+        one.database.observe(lambda event: threads.append(threading.current_thread().name))
+        results: list[SyncCycleResult] = []
+        one.on_result(results.append)
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: results)
+        assert threads == ["entidb-live"] and results[0].requests == 0
+        one.database.collection("notes").add({"n": 2})
+        eventually(lambda: one.status().pending == 0)
+        server.database("shop").collection("notes").add({"n": 3})
+        eventually(lambda: len(one.database.collection("notes")) == 4)
+        assert threads[-1] == "entidb-live"
+
+
+@pytest.mark.parametrize("how", ["stop", "close"])
+@pytest.mark.parametrize("inside", ["observer", "result"])
+def test_who_is_called_by_the_thread_that_hears_of_a_page_may_end_the_engine(
+    how: str, inside: str
+) -> None:
+    with hearing() as (server, one):
+        took: list[float] = []
+
+        def end(event: object) -> None:
+            began = time.monotonic()
+            getattr(one, how)()
+            took.append(time.monotonic() - began)
+
+        if inside == "observer":
+            one.database.observe(end)
+        else:
+            one.on_result(end)
+        thread = one._thread
+        assert thread is not None
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: took)
+        assert took[0] < 1, "it has waited for itself"
+        thread.join(10)
+        assert not thread.is_alive()
+        eventually(lambda: not any(each.name == "entidb-live" for each in threading.enumerate()))
+
+
+def test_stop_waits_for_a_page_that_is_being_taken() -> None:
+    with hearing() as (server, one):
+        inside = threading.Event()
+        ended: list[str] = []
+
+        def slow(*states: object) -> None:
+            if threading.current_thread().name == "entidb-live" and not inside.is_set():
+                inside.set()
+                time.sleep(0.03)
+                ended.append("cycle")
+
+        one.on_state(slow)
+        server.database("shop").collection("notes").add({"n": 1})
+        assert inside.wait(10)
+        one.stop()
+        ended.append("stop")
+        assert ended == ["cycle", "stop"]
+
+
+def test_waiting_for_a_sync_on_the_thread_that_hears_of_a_page_is_refused() -> None:
+    with hearing() as (server, one):
+        refused: list[BaseException] = []
+
+        def wait(result: SyncCycleResult) -> None:
+            try:
+                one.database.collection("notes").add({"n": 2})
+                one.synced(timeout_s=5)
+            except SyncStateError as error:
+                refused.append(error)
+
+        stop = one.on_result(wait)
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: refused)
+        stop()
+        eventually(lambda: one.status().pending == 0)
+
+
+def test_a_page_that_cannot_be_taken_is_tried_again_by_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with hearing() as (server, one):
+        threads: list[str] = []
+        real = DatabaseApplier.apply
+
+        def apply(self: DatabaseApplier, request: Any, response: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            if len(threads) == 1:
+                raise TransportError("not this time")
+            return real(self, request, response)
+
+        monkeypatch.setattr(DatabaseApplier, "apply", apply)
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: len(one.database.collection("notes")) == 2)
+        assert threads == ["entidb-live", "entidb-sync"]

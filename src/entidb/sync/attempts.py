@@ -76,8 +76,9 @@ class Attempts:
         self._check = check
         self._cancelled = cancelled
 
-    def run(self, then: Then | None = None) -> Course:
-        """One ``sync()``; ``then`` belongs to each cycle that worked. Returns the result of the
+    def run(self, then: Then | None = None, *, patient: bool = True) -> Course:
+        """One ``sync()``; ``then`` belongs to each cycle that worked; not ``patient``: it has one
+        attempt. Returns the result of the
         attempt that worked; raises the error of the last one, or ``SyncCancelledError``."""
         began = self._clock.monotonic()
         attempt = 1
@@ -109,7 +110,8 @@ class Attempts:
                     raise SyncCancelledError("cancelled; sync again to go on from here") from error
                 self.stats.failures += 1
                 self.last_error = error
-                if not error.retryable or attempt >= self._config.retry.attempts_max:
+                most = self._config.retry.attempts_max if patient else 1
+                if not error.retryable or attempt >= most:
                     self._enter(SyncState.ERROR)
                     raise
                 yield self._pause(attempt, error)

@@ -1,10 +1,11 @@
 """When a background engine syncs: at once, after every local commit, when the server has something
 new, when it is woken, and every ``interval_s`` as a safety net.
 
-One loop for both engines; it runs on a thread of its own. A burst of commits is two pushes, of the
-first and of the others. While the server cannot be reached, commits do not start a cycle sooner
-than a backoff allows, and after an error that trying again does not help, not at all: then the
-interval does, or ``wake``.
+One loop for both engines; it runs on a thread of its own. A page that comes with news while the
+loop rests is taken by the thread that hears of it, which saves a hand-over. A burst of commits is
+two pushes, of the first and of the others. While the server cannot be reached, commits do not start
+a cycle sooner than a backoff allows, and after an error that trying again does not help, not at
+all: then the interval does, or ``wake``.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ class BackgroundEngine(Protocol):
     def cycle_thread(self) -> int | None: ...
 
     def run_cycle(
-        self, cancelled: threading.Event, stopped: threading.Event | None = None
+        self,
+        cancelled: threading.Event,
+        stopped: threading.Event | None = None,
+        *,
+        patient: bool = True,
     ) -> SyncCycleResult: ...
 
     def pause_s(self) -> float: ...
@@ -65,6 +70,9 @@ class BackgroundEngine(Protocol):
     def asks_pages(self) -> PullRequest | None: ...
 
     def page_came(self, page: CarriedPage | None) -> None: ...
+
+    @property
+    def has_page(self) -> bool: ...
 
     @property
     def reached(self) -> int: ...
@@ -86,6 +94,9 @@ class Background:
         self.channel: Channel | None = None
         #: When the server last named a commit, in milliseconds since 1970; None: it did not yet.
         self.heard_ms: int | None = None
+        #: Held while one of the threads syncs; and what ends the run, while there is one.
+        self._busy = threading.Lock()
+        self._stopped: threading.Event | None = None
         #: The thread that ``run`` is on; None while it is not. And whether one is about to call it.
         self.thread: int | None = None
         self.starting = False
@@ -97,6 +108,11 @@ class Background:
         """Whether cycles come by themselves: from the start of the thread on, not only from its
         first step."""
         return self.starting or self.thread is not None
+
+    def syncs_on(self, thread: int) -> bool:
+        """Whether cycles come by themselves on ``thread``."""
+        channel = self.channel
+        return thread == self.thread or (channel is not None and channel.thread == thread)
 
     def wake(self) -> None:
         """A cycle is due now."""
@@ -117,7 +133,24 @@ class Background:
         """The server has commit ``head``; see ``Occasions.hear``."""
         self.heard_ms = self._clock.now_ms()
         self._occasions.hear(head, first)
-        self._event.set()
+        if first or not self._engine.has_page or not self._take_page():
+            self._event.set()
+
+    def _take_page(self) -> bool:
+        """Sync on this thread, if the loop rests and nothing but news asks for it; whether that
+        was done, and has left nothing to the loop."""
+        stopped = self._stopped
+        if stopped is None or not self._busy.acquire(blocking=False):
+            return False
+        try:
+            left, commits = self._left_s()
+            if left > 0 or commits or self._occasions.called or stopped.is_set():
+                return False
+            return self._sync(stopped, patient=False) and self._left_s()[0] > 0
+        except EntiDBError:
+            return False  # as of a database that was closed; the loop finds it, too
+        finally:
+            self._busy.release()
 
     def run(self, stopped: threading.Event) -> None:
         """Sync again and again, until ``stopped``, which has to be followed by ``wake``. Raises
@@ -126,19 +159,21 @@ class Background:
         right = database.right("background")
         self.thread = threading.get_ident()
         self.starting = False
+        self._stopped = stopped
         try:
             if not self._stand_by(right, stopped):
                 return
             database.on_commit = self.committed
             database.start_hearing()
             while not stopped.is_set():
-                self._occasions.begin()
-                self._sync(stopped)
+                with self._busy:
+                    self._sync(stopped)
                 if stopped.is_set() or self._engine.closed:
                     return
                 self._listen()
                 self._wait(stopped)
         finally:
+            self._stopped = None
             self.thread = None
             self.standing_by = False
             database.marks_commits = False
@@ -147,6 +182,8 @@ class Background:
             channel, self.channel = self.channel, None
             if channel is not None:
                 channel.stop()
+            with self._busy:
+                pass  # nothing syncs any more
 
     def _stand_by(self, right: StoreTurn, stopped: threading.Event) -> bool:
         """Wait while the engine of another process runs in the background; whether to run now."""
@@ -183,18 +220,21 @@ class Background:
                     return
                 self.channel = channel
 
-    def _sync(self, stopped: threading.Event) -> None:
+    def _sync(self, stopped: threading.Event, *, patient: bool = True) -> bool:
+        """Whether it worked. ``patient``: what fails may be tried again here, after a pause."""
         engine = self._engine
+        self._occasions.begin()
         try:
-            result = engine.run_cycle(threading.Event(), stopped)
+            result = engine.run_cycle(threading.Event(), stopped, patient=patient)
             done = not (result.incomplete or result.kept_back)
             # Of an observer or a listener, which the cycle's own thread has called.
             more = result.changed and done and engine.database.read_head().ready > 0
             self._occasions.worked(more=more)
             # What is committed from here on leaves at once.
             engine.database.marks_commits = True
+            return True
         except SyncCancelledError:
-            return  # asked for; the state shows it
+            pass  # asked for; the state shows it
         except SyncStateError as error:
             # Another thread syncs by hand; what is committed meanwhile waits for no interval.
             engine.note_error(error)
@@ -206,6 +246,7 @@ class Background:
         except BaseException as error:
             engine.note_bug(error)
             self._hold(False)
+        return False
 
     def _hold(self, passes: bool) -> None:
         """After a failure, commits start no cycle for a while."""
@@ -214,16 +255,19 @@ class Background:
 
     def _wait(self, stopped: threading.Event) -> None:
         """Until the next turn."""
-        occasions, engine = self._occasions, self._engine
         began = self._clock.monotonic()
-        occasions.wait(began, engine.pause_s())
+        self._occasions.wait(began, self._engine.pause_s())
         while True:
             self._event.clear()
-            left, burst = occasions.left_s(self._clock.monotonic(), lambda: engine.reached)
+            left, burst = self._left_s()
             if left <= 0 or not self._clock.wait(self._event, left):
                 break
         if burst and self._clock.monotonic() - began < BURST_S:
             self._wait_for_burst(stopped)
+
+    def _left_s(self) -> tuple[float, bool]:
+        """See ``Occasions``."""
+        return self._occasions.left_s(self._clock.monotonic(), lambda: self._engine.reached)
 
     def _wait_for_burst(self, stopped: threading.Event) -> None:
         database = self._engine.database

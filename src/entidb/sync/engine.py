@@ -69,9 +69,9 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
 
     plumbing = frozenset(
         (
-            *("applier", "asks_pages", "cancel_cycle", "course", "cycle_thread", "newest_error"),
-            *("news_source", "note_bug", "note_error", "page_came", "pause_s", "reached"),
-            *("run_cycle", "run_until", "transport", "wait_accepted", "wait_synced"),
+            *("applier", "asks_pages", "cancel_cycle", "course", "cycle_thread", "has_page"),
+            *("newest_error", "news_source", "note_bug", "note_error", "page_came", "pause_s"),
+            *("reached", "run_cycle", "run_until", "transport", "wait_accepted", "wait_synced"),
         )
     )
 
@@ -157,12 +157,18 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         return self.run_cycle(threading.Event())
 
     def run_cycle(
-        self, cancelled: Event, stopped: Event | None = None, then: Then | None = None
+        self,
+        cancelled: Event,
+        stopped: Event | None = None,
+        then: Then | None = None,
+        *,
+        patient: bool = True,
     ) -> SyncCycleResult:
         """As ``sync``, with the event that ``cancel_cycle`` takes: one that is set already, or
-        ``stopped``, ends the cycle before it begins; ``then`` is done at its end."""
+        ``stopped``, ends the cycle before it begins; ``then`` is done at its end; not ``patient``:
+        what fails is not tried again."""
         result: SyncCycleResult | None = None
-        course = self.course(cancelled, stopped, then)
+        course = self.course(cancelled, stopped, then, patient=patient)
         try:
             result = Drive(course, self._courier).go_on()
         finally:
@@ -174,7 +180,12 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         return result
 
     def course(
-        self, cancelled: Event, stopped: Event | None = None, then: Then | None = None
+        self,
+        cancelled: Event,
+        stopped: Event | None = None,
+        then: Then | None = None,
+        *,
+        patient: bool = True,
     ) -> Course:
         """What ``run_cycle`` drives, for a driver that is no transport. No other begins before
         its end, or before it is closed."""
@@ -191,7 +202,7 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
                         self._cancel = cancelled
                         self._cycle_thread = threading.get_ident()
                     yield from self._others.enter(self._check_cancelled, self._nudge)
-                    result = yield from self._attempts.run(then)
+                    result = yield from self._attempts.run(then, patient=patient)
                     return result
                 except EntiDBError:
                     raise  # the state says what became of it
@@ -393,9 +404,11 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         thread, self._thread = self._thread, None
         if thread is None:
             return
+        here = threading.get_ident()
+        inside = here == self._cycle_thread or self._background.syncs_on(here)
         self._end_run()
         self._ending = thread
-        if thread is not threading.current_thread():
+        if not inside:
             self._wait_for(lambda seconds: joined(thread, seconds), thread.ident)
 
     def _end_run(self) -> None:
@@ -411,7 +424,8 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         for _ in range(_END_TURNS_MAX):
             if ended(_END_TURN_S):
                 return True
-            inside = self._listeners.inside or -self.database.tells_observers(cycle_thread)
+            syncs = self._cycle_thread or cycle_thread
+            inside = self._listeners.inside or -self.database.tells_observers(syncs)
             alike = alike + 1 if inside and inside == before else 0
             before = inside
             if alike == _INSIDE_TURNS:

@@ -231,7 +231,8 @@ class Waiting:
         if holds():
             return True
         here = acting_thread()
-        if here in (self._cycle_thread, self._background.thread) or self.database.in_transaction:
+        inside = here == self._cycle_thread or self._background.syncs_on(here)
+        if inside or self.database.in_transaction:
             raise SyncStateError(
                 "waiting for a sync inside one, or inside a transaction, would never end: wait in "
                 "another thread"

@@ -57,5 +57,10 @@ class HearsNews:
         """A page came with a hint, or (None) a hint without one. From any thread."""
         self._attempts.connection.carried.put(page)
 
+    @property
+    def has_page(self) -> bool:
+        """Whether such a page waits to be looked at."""
+        return bool(self._attempts.connection.carried.waiting)
+
 
 __all__ = ["HearsNews"]

@@ -345,7 +345,7 @@ class Channel:
     ``news`` is called with the newest commit that was named, and whether this is the first word
     since nothing was heard: a pull is due then, whatever the number. ``changed`` is called when
     the state is another one; ``asks`` and ``page`` are as a ``ChannelCourse``'s. All from the
-    thread; they must be quick and not raise.
+    thread, and none may raise. What comes while one of them works waits in the connection.
     """
 
     def __init__(
@@ -371,6 +371,11 @@ class Channel:
         self.state = LiveState.OFFLINE
         #: Since when it is so, in milliseconds since 1970.
         self.since_ms = clock.now_ms()
+
+    @property
+    def thread(self) -> int | None:
+        """That it is on; None where there is none."""
+        return None if self._thread is None else self._thread.ident
 
     def start(self) -> None:
         """Idempotent while it runs. Raises ``RuntimeError`` where there is no thread."""
