@@ -8,11 +8,11 @@ from unittest import mock
 
 from msgspec.structs import replace
 
-from entidb.server import carrying
+from entidb.server import carrying, live
 from entidb.server.carrying import PageCarrier
 from entidb.server.live import LiveChannels
 from entidb.server.live_answers import LiveAnswers
-from entidb.server.live_http import Stream
+from entidb.server.live_http import PageEvent, Stream
 from entidb.sync import pulling
 from entidb.sync.apply import applier
 from entidb.sync.carried import CarriedPage
@@ -336,3 +336,21 @@ def _unread(garden: Garden) -> None:
         return carried
 
     garden.replace(Pulling, "carried", make)
+
+
+@bug("told-later-is-told-never", "LIVE", knobs=PAGES)
+def _told_never(garden: Garden) -> None:
+    """A server takes each page for what its reader has written, and does not come back to it."""
+
+    def make(original: Any) -> Any:
+        async def page(self: PageCarrier, to: Any, begins: int, head: int) -> Any:
+            page = await original(self, to, begins, head)
+            return None if page is None else PageEvent(b"", page.head, page.writers)
+
+        return page
+
+    async def told(waiter: Any) -> bool:
+        return True
+
+    garden.replace(PageCarrier, "page", make)
+    garden.replace(live, "_hint_own", lambda original: told)

@@ -17,9 +17,9 @@ def _failed_sync_counts(garden: Garden) -> None:
     """When the last attempt has failed the sync returns as if it had worked."""
 
     def make(original: Any) -> Any:
-        def run(self: Attempts, *rest: Any) -> Any:
+        def run(self: Attempts, *rest: Any, **named: Any) -> Any:
             try:
-                return (yield from original(self, *rest))
+                return (yield from original(self, *rest, **named))
             except EntiDBError:
                 assert self.cycle is not None
                 return self.cycle.result
