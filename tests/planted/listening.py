@@ -297,7 +297,7 @@ def _wider_grant(garden: Garden) -> None:
 @bug("a-page-for-who-is-locked-out", "LOCKED", knobs=PAGES | {"revoke": 400})
 def _for_locked_out(garden: Garden) -> None:
     """Who is locked out is told pages until the stream ends."""
-    garden.replace(PageCarrier, "_may", lambda original: lambda self, to, counted=False: True)
+    garden.replace(PageCarrier, "_may", lambda original: lambda self, to: True)
 
 
 @bug("a-page-begins-too-late", "ORDER", knobs=PAGES)

@@ -104,7 +104,7 @@ class PageCarrier:
         """The page that leads ``to`` from ``begins`` to ``head`` or beyond; None where it gets
         none, and one without text where all of it is its own."""
         wanted, device_id = to.wanted, to.device_id
-        if wanted is None or device_id is None or not self._may(to):
+        if wanted is None or device_id is None:
             return None
         key = wanted, begins
         page = self._kept.get(key)
@@ -119,13 +119,14 @@ class PageCarrier:
             return None
         if page.writers == {device_id}:
             return PageEvent(b"", page.head, page.writers)
-        if not self._may(to, counted=True):
+        if not self._may(to):
             return None
         self._note(replace(wanted.pull, device_id=device_id, cursor=begins), page.head)
         return page
 
-    def _may(self, to: CarriedTo, *, counted: bool = False) -> bool:
-        """Whether ``to`` would get an answer to a pull; ``counted`` as one, where that counts."""
+    def _may(self, to: CarriedTo) -> bool:
+        """Whether ``to`` would get an answer to a pull; asked once, since it counts as one where
+        that counts, and last: nothing may come between it and what is sent."""
         control, grants = self._front.control, to.grants
         if control.far and control.is_stale():
             return False  # a pull waits for the look
@@ -134,10 +135,7 @@ class PageCarrier:
         assert to.wanted is not None and to.device_id is not None
         request = replace(to.wanted.pull, device_id=to.device_id)
         try:
-            if counted:
-                self._front.permit(request, grants)
-            else:
-                control.admit(grants, request)
+            self._front.permit(request, grants)
         except SyncError:
             return False
         return True
