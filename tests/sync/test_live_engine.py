@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
 from collections.abc import Iterator
@@ -236,3 +237,27 @@ def test_a_page_that_cannot_be_taken_is_tried_again_by_the_loop(
         server.database("shop").collection("notes").add({"n": 1})
         eventually(lambda: len(one.database.collection("notes")) == 2)
         assert threads == ["entidb-live", "entidb-sync"]
+
+
+def test_observers_of_a_page_find_the_context_of_the_task_that_runs_the_engine() -> None:
+    who = contextvars.ContextVar("who", default="nobody")
+    found: list[tuple[str, str]] = []
+
+    async def run(server: SyncServer, url: str) -> None:
+        who.set("somebody")
+        engine = AsyncSyncEngine(SyncConfig(db_id="shop"), url, Database.in_memory())
+        async with engine:
+            engine.start()
+            while (await engine.status()).live != "live":
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            engine.database.observe(
+                lambda event: found.append((threading.current_thread().name, who.get()))
+            )
+            server.database("shop").collection("notes").add({"n": 1})
+            while not found:
+                await asyncio.sleep(0.01)
+
+    with served() as (server, url):
+        asyncio.run(asyncio.wait_for(run(server, url), 30))
+    assert found == [("entidb-live", "somebody")]

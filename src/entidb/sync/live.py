@@ -12,6 +12,7 @@ at all (``carried``). Everything that is lost here is found by the next cycle.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import re
 import threading
@@ -382,7 +383,9 @@ class Channel:
         if self._thread is not None and self._thread.is_alive():
             return
         self._stopping.clear()
-        thread = threading.Thread(target=self._run, name="entidb-live", daemon=True)
+        # What is called with news finds the context variables of who began this.
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(self._run,), name="entidb-live", daemon=True)
         thread.start()
         self._thread = thread
 
