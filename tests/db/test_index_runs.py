@@ -10,6 +10,7 @@ import pytest
 from entidb import Index
 from entidb.db import Database, index_care, index_run
 from entidb.db.index_care import build_step, declare
+from entidb.db.index_pace import LEAST, STEP_S, Pace
 from entidb.errors import StorageFullError
 from entidb.storage import MemoryStorage
 from tests.support import FakeClock, uid
@@ -74,7 +75,7 @@ def test_a_run_is_shorter_after_one_that_others_made_void_and_longer_after_one_t
 ) -> None:
     lengths: list[int] = []
     with unbuilt(200, monkeypatch) as db:
-        monkeypatch.setattr(index_care, "BUILD_ROWS", 5)
+        db.index_paces.rows = Pace(5)
         prepare = index_care._prepare
 
         def disturbed(*given: Any) -> None:
@@ -173,3 +174,64 @@ def test_a_run_is_not_counted_for_a_commit_that_failed(monkeypatch: pytest.Monke
 
 def _no_room(batch: Any, after: Any = None) -> int:
     raise StorageFullError("no room")
+
+
+class FineClock(FakeClock):
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+class SlowCommits(MemoryStorage):
+    """Each commit takes a fixed time, and some more for each row."""
+
+    def __init__(self, clock: FineClock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.flush_s = self.row_s = 0.0
+        self.took_s: list[float] = []
+
+    def commit(self, batch: Any, after: Any = None) -> int:
+        seconds = self.flush_s + self.row_s * len(batch)
+        self.took_s.append(seconds)
+        self.clock.seconds += seconds
+        return super().commit(batch, after)
+
+
+@pytest.mark.parametrize("row_s", [0.000002, 0.000012])
+@pytest.mark.parametrize("work", ["from runs", "in the turn", "emptying"])
+def test_a_step_of_a_build_takes_no_longer_than_others_may_wait(
+    row_s: float, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FineClock()
+    storage = SlowCommits(clock)
+    with Database(storage, clock=clock, entropy=random.Random(1).randbytes) as db:
+        with db.transaction() as tx:
+            for n in range(30_000):
+                tx.collection("stock")[uid(n + 1)] = {"kind": n % 10}
+        declare(db, "stock", [Index("kind")])
+        if work == "emptying":
+            db.wait_for_indexes()
+            declare(db, "stock", [])
+        storage.row_s = row_s
+        storage.took_s.clear()
+        if work == "in the turn":
+            monkeypatch.setattr(index_run.IndexRun, "goes_on", lambda *given: False)
+        while build_step(db):
+            pass
+        # And no shorter than that: else there would be more flushes than need be.
+        steps = [seconds for seconds in storage.took_s if seconds > 10 * row_s]
+        assert max(steps) <= 1.3 * STEP_S
+        assert sorted(steps)[len(steps) // 2] >= min(0.6 * STEP_S, 1_900 * row_s)
+
+
+def test_a_slow_flush_does_not_make_steps_smaller_without_end() -> None:
+    pace = Pace(5_000)
+    for _ in range(20):
+        pace.took(pace.count, 0.2)
+    assert pace.count == LEAST
+    pace.took(3, 0.2)  # the last few of something
+    for _ in range(20):
+        pace.took(pace.count, 0.001)
+    assert pace.count == 5_000

@@ -21,6 +21,7 @@ from entidb.db import index_care as care
 from entidb.db.conditions import Field
 from entidb.db.index_care import build_step, declare
 from entidb.db.index_keys import INDEXED_BYTES_MAX, index_prefix
+from entidb.db.index_pace import Pace
 from entidb.db.looking import MISSING, field_of, order_key
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.records import INDEX, INDEX_COUNT, META_CATALOGUE, META_FORMAT, end_of, format_of
@@ -542,13 +543,13 @@ def test_a_build_that_dies_at_any_commit_leaves_a_sound_database(after: bool) ->
 
 
 def test_an_index_that_is_not_declared_any_more_is_emptied_in_bounded_commits(
-    db: Database, monkeypatch: pytest.MonkeyPatch
+    db: Database,
 ) -> None:
     stock = stored(db, Index("price"), Index("kind"))
     db.wait_for_indexes()
     assert db.collection("stock") is not None
     assert len(db.indexes()) == 2, "opening without a word about indexes leaves them"
-    monkeypatch.setattr(care, "DROP_ROWS", 6)
+    db.index_paces.dropped = Pace(6)
     declare(db, "stock", [Index("kind")])
     assert stock.where(F.price < 3).explain().way == "scan"
     left = [len(places(db))]

@@ -28,6 +28,7 @@ from entidb.db.identity import (
     make_identity,
     read_identity,
 )
+from entidb.db.index_pace import Paces
 from entidb.db.index_run import IndexRun
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.local import Role, Writes, commit_local
@@ -191,8 +192,7 @@ class Core(Explored):
         #: What the last commit of this object left: its mark, head and catalogue. Good for the
         #: thread that has the turn and finds the store at that mark.
         self._left: tuple[int, bytes, Catalogue] | None = None
-        #: Moves with every attempt to commit that has failed: nothing is answered from memory
-        #: then, whatever became of it (R17).
+        #: Moves with every attempt to commit that failed: nothing is answered from memory (R17).
         self.failures = 0
         self._observers = Observers()
         self._sharing = Sharing(self)
@@ -200,9 +200,9 @@ class Core(Explored):
         self._format_lock = threading.Lock()
         #: The functions that indexes go by, by name.
         self.index_functions: Functions = dict(WELL_KNOWN)
-        #: What an index is being built from. Two that build beside each other would end it.
+        #: What one is being built from, and how fast. Two that build at once would end it.
         self.index_run: IndexRun | None = None
-        self.index_lock = threading.Lock()
+        self.index_paces, self.index_lock = Paces(), threading.Lock()
         self._hearing = Hearing(storage, self.hear_others, self._is_heard)
         #: Called with the sequence of every commit, after it, by the thread that still has the
         #: turn: quick, and without raising. For what passes the news on.

@@ -16,7 +16,7 @@ from entidb import cbor
 from entidb.db.catalogue import NO_INDEXES, CollectionInfo, IndexInfo, IndexSet
 from entidb.db.core import Core
 from entidb.db.index_keys import index_count_key, index_prefix
-from entidb.db.index_run import FIRST_ROWS, PLACES, ROWS_MAX, ROWS_MIN, IndexRun
+from entidb.db.index_run import FIRST_ROWS, ROWS_MAX, ROWS_MIN, IndexRun
 from entidb.db.indexing import Index, MakePlaces, Meaning, maker_of, meaning_of, renewed
 from entidb.db.local import Role
 from entidb.db.looking import function_name
@@ -35,9 +35,6 @@ from entidb.db.records import (
 from entidb.db.writer import Writer
 from entidb.errors import TransactionError
 
-#: Entities that one commit of a build looks at, and places that one commit empties.
-BUILD_ROWS = 2_000
-DROP_ROWS = 5_000
 #: Seconds between two looks of who waits for another's step whether there is still time.
 _LOOK_S = 0.05
 #: Seconds for which one that is overtaken by another process lets that one build.
@@ -172,14 +169,15 @@ def build_step(
     database: Core,
     rows: int | None = None,
     *,
-    places: int = PLACES,
+    places: int | None = None,
     is_ended: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """One bounded commit of what is to be built, or emptied; whether there may be more. It writes
-    so many ``places`` of a run (``index_run``), or with ``rows`` looks at so many entities within
-    the commit. What it prepares is cut short once it ``is_ended``. Waits for another thread's
-    step, unless it is ended by then; where another process builds the same index, it writes
-    nothing, and waits for a moment: each commit of one would make void what the other prepares."""
+    """One commit of what is to be built, or emptied, which takes a few milliseconds
+    (``index_pace``); whether there may be more. It writes so many ``places`` of a run
+    (``index_run``), or with ``rows`` looks at so many entities within the commit. What it prepares
+    is cut short once it ``is_ended``. Waits for another thread's step, unless it is ended by then;
+    where another process builds the same index, it writes nothing, and waits for a moment: each
+    commit of one would make void what the other prepares."""
     while not database.index_lock.acquire(timeout=_LOOK_S):
         if is_ended():
             return True
@@ -200,8 +198,10 @@ class _OvertakenError(Exception):
 
 
 def _build_step(
-    database: Core, rows: int | None, places: int, is_ended: Callable[[], bool]
+    database: Core, rows: int | None, places: int | None, is_ended: Callable[[], bool]
 ) -> bool:
+    paces = database.index_paces
+    pace, done = paces.dropped, 0
     with database.view() as view:
         due = _buildable(database, view)
         if not due:
@@ -212,23 +212,28 @@ def _build_step(
             _prepare(database, view, *due[0], is_ended)
     run = None
     with database.write("local") as writer:
+        began = database.clock.monotonic()
         chosen = _buildable(database, writer)
         if chosen:
             run = database.index_run if rows is None else None
             if run is not None and run.goes_on(*chosen[0][:2]):
-                if run.write(writer, places):
+                pace = paces.places
+                done, is_last = run.write(writer, places or pace.count)
+                if is_last:
                     _come_to(writer, *chosen[0][:2], run.last, run.counted)
             else:
                 if run is not None and run.is_overtaken(*chosen[0][:2]):
                     raise _OvertakenError
                 if database.index_run is not None:
                     database.index_run.is_void = True
-                run = None
-                _build(writer, *chosen[0], rows or BUILD_ROWS)
+                run, pace = None, paces.rows
+                done = _build(writer, *chosen[0], rows or pace.count)
         elif writer.catalogue.indexes.dropped:
-            _empty(writer, writer.catalogue.indexes)
+            pace = paces.dropped
+            done = _empty(writer, writer.catalogue.indexes, pace.count)
+    pace.took(done, database.clock.monotonic() - began)
     if run is not None:
-        run.wrote(writer.moment, places)
+        run.wrote(writer.moment)
     return True
 
 
@@ -271,7 +276,7 @@ def _buildable(database: Core, view: Writer) -> list[tuple[CollectionInfo, Index
 
 def _build(
     writer: Writer, info: CollectionInfo, index: IndexInfo, places: MakePlaces, rows: int
-) -> None:
+) -> int:
     prefix, table = index_prefix(index.number, info.table), info.table
     after = index.after if index.table == table else b""
     page = writer.table_rows(table, rows, after)
@@ -282,6 +287,7 @@ def _build(
             writer.put(prefix + fields + entity_id, b"")
         counted += bool(found)
     _come_to(writer, info, index, None if len(page) < rows else page[-1][0], counted)
+    return len(page)
 
 
 def _come_to(
@@ -300,20 +306,22 @@ def _come_to(
     writer.set_catalogue(catalogue.with_indexes(catalogue.indexes.replacing(index)))
 
 
-def _empty(writer: Writer, indexes: IndexSet) -> None:
-    number = indexes.dropped[0]
+def _empty(writer: Writer, indexes: IndexSet, count: int) -> int:
+    number, emptied = indexes.dropped[0], 0
     for kind in (INDEX, INDEX_COUNT):
         prefix = index_prefix(number, 0)[1:5]
-        keys = writer.snapshot.scan_keys(kind + prefix, end_of(kind + prefix), limit=DROP_ROWS)
+        keys = writer.snapshot.scan_keys(kind + prefix, end_of(kind + prefix), limit=count)
         writer.delete_many(keys)
-        if len(keys) == DROP_ROWS:
-            return
+        emptied += len(keys)
+        if len(keys) == count:
+            return emptied
     left = replace(indexes, dropped=indexes.dropped[1:])
     if not left.each and not left.dropped:
         # An older EntiDB may have it again.
         left = NO_INDEXES
         writer.put(META_FORMAT, encode_format(FORMAT_PLAIN))
     writer.set_catalogue(writer.catalogue.with_indexes(left))
+    return emptied
 
 
 # ---------------------------------------------------------------- looking
@@ -349,7 +357,6 @@ def statuses(database: Core) -> list[IndexStatus]:
 
 
 __all__ = [
-    "BUILD_ROWS",
     "IndexStatus",
     "build_step",
     "declare",

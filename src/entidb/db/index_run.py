@@ -8,8 +8,8 @@ then what it has written stays, and the rest is done entity by entity, in the tu
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Final
 
 from entidb.db.catalogue import CollectionInfo, IndexInfo
@@ -26,8 +26,6 @@ from entidb.types import ID_BYTES
 FIRST_ROWS: Final = 10_000
 ROWS_MIN: Final = 1_000
 ROWS_MAX: Final = 160_000
-#: Places of one commit, which others wait for.
-PLACES: Final = 5_000
 _PAGE_ROWS: Final = 512
 #: Places that are sorted at once.
 _SORTED: Final = 10_000
@@ -56,16 +54,18 @@ class IndexRun:
         self.counted = 0
         #: Whether it did not come to its end, because somebody committed.
         self.is_void = False
-        self._at = 0
+        #: Sorted places, and how many of each are written; what the commit of now takes.
+        self._parts: list[list[bytes]] = []
+        self._taken: list[int] = []
+        self._taking: list[int] = []
         prefix, names, read = index_prefix(index.number, info.table), names_of(index), 0
-        sorted_parts: list[list[bytes]] = []
         places: list[bytes] = []
         for page in _pages(view, info, self.after):
             made, counted = places_of_rows(prefix, page, names, make)
             places += made
             if len(places) >= _SORTED:
                 places.sort()
-                sorted_parts.append(places)
+                self._parts.append(places)
                 places = []
             self.counted += counted
             read += len(page)
@@ -73,7 +73,8 @@ class IndexRun:
                 self.last = page[-1][0][-ID_BYTES:]
                 break
         places.sort()
-        self._places = _merged([*sorted_parts, places])
+        self._parts.append(places)
+        self._taken = [0] * len(self._parts)
 
     def goes_on(self, info: CollectionInfo, index: IndexInfo) -> bool:
         """Whether its next part is what the index lacks, and nobody has committed meanwhile."""
@@ -88,26 +89,30 @@ class IndexRun:
         mine = (self.number, self.table) == (index.number, info.table)
         return mine and not self.is_void and after not in (self.after, self.last)
 
-    def write(self, writer: Writer, count: int) -> bool:
-        """Put the next ``count`` places into a commit; whether these are the last. ``wrote`` has to
-        be called when the commit is through."""
-        part = self._places[self._at : self._at + count]
-        writer.changes.update(dict.fromkeys(part, b""))
-        return self._at + count >= len(self._places)
+    def write(self, writer: Writer, count: int) -> tuple[int, bool]:
+        """Put the next ``count`` places into a commit, or some more: how many, and whether these
+        are the last. ``wrote`` has to be called when the commit is through."""
+        # The parts are merged as far as they are written. To sort all at once would hold the
+        # interpreter, for which other threads wait, for as long as a commit takes.
+        taking = list(self._taken)
+        due = [at for at, part in enumerate(self._parts) if taking[at] < len(part)]
+        while due and count > 0:
+            share = max(1, count // len(due))
+            ends = [min(taking[at] + share, len(self._parts[at])) for at in due]
+            up_to = min([self._parts[at][end - 1] for at, end in zip(due, ends, strict=True)])
+            for at, end in zip(due, ends, strict=True):
+                part, begin = self._parts[at], taking[at]
+                taking[at] = bisect_right(part, up_to, begin, end)
+                writer.changes.update(dict.fromkeys(part[begin : taking[at]], b""))
+                count -= taking[at] - begin
+            due = [at for at in due if taking[at] < len(self._parts[at])]
+        self._taking = taking
+        return sum(taking) - sum(self._taken), not due
 
-    def wrote(self, moment: Moment, count: int) -> None:
-        self._at += count
-        self.moment = moment
-        if self._at >= len(self._places):
-            self._places = []
-
-
-def _merged(parts: list[list[bytes]]) -> list[bytes]:
-    """All of them in order, where each is. Sorting all at once would hold the interpreter, for
-    which other threads wait, four times as long."""
-    while len(parts) > 1:
-        parts = [sorted(chain.from_iterable(parts[at : at + 2])) for at in range(0, len(parts), 2)]
-    return parts[0]
+    def wrote(self, moment: Moment) -> None:
+        self._taken, self.moment = self._taking, moment
+        if all(at == len(part) for at, part in zip(self._taken, self._parts, strict=True)):
+            self._parts, self._taken = [], []
 
 
 def _pages(view: Writer, info: CollectionInfo, after: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
@@ -118,4 +123,4 @@ def _pages(view: Writer, info: CollectionInfo, after: bytes) -> Iterator[list[tu
         start = page[-1][0] + b"\0"
 
 
-__all__ = ["FIRST_ROWS", "PLACES", "ROWS_MAX", "ROWS_MIN", "IndexRun"]
+__all__ = ["FIRST_ROWS", "ROWS_MAX", "ROWS_MIN", "IndexRun"]
