@@ -85,14 +85,20 @@ def _not_counted(garden: Garden) -> None:
 def _forgetful(original: Any) -> Any:
     found: dict[Any, Any] = {}
 
-    def size(self: Any, left: int | None) -> Any:
+    def size(self: Any, writer: Any) -> Any:
         measured = self._measured_at
-        now = original(self, left)
-        if left is None or self._measured_at != measured:
+        now = original(self, writer)
+        if self not in found or self._measured_at != measured:
             found[self] = now
         return found[self]
 
     return size
+
+
+@bug("bytes-of-other-nodes-not-counted", "QUOTA", knobs=_BYTES | {"nodes": 3})
+def _others_not_counted(garden: Garden) -> None:
+    """A node adds up what it has written itself, and sees the rest when it measures again."""
+    garden.replace(Fullness, "_size", _adding_up)
 
 
 @bug(
@@ -102,16 +108,18 @@ def _forgetful(original: Any) -> Any:
 )
 def _failed_deletions(garden: Garden) -> None:
     """What a commit would have freed that found the disk full counts as free."""
+    garden.replace(Fullness, "_size", _adding_up)
 
-    def make(original: Any) -> Any:
-        def room(self: Any, writer: Any) -> Any:
-            if writer is not self._writer():
-                self.stored()
-            return original(self, writer)
 
-        return room
+def _adding_up(original: Any) -> Any:
+    """What the last commit that was tried here has left, whatever became of it and came since."""
 
-    garden.replace(Fullness, "room", make)
+    def size(self: Any, writer: Any) -> Any:
+        measured, before = self._measured_at, self._room.size
+        now = original(self, writer)
+        return now if before is None or self._measured_at != measured else before
+
+    return size
 
 
 @bug("known-device-counted-as-new", "QUOTA", knobs=_DEVICES | {"server_crash_after": 60})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from entidb.db import Database
 from entidb.db.local import Role
 from entidb.db.records import EntityRow
-from entidb.errors import ConfigError
+from entidb.errors import ConfigError, StorageFullError
 from entidb.server import ServerConfig, SyncServer
 from entidb.server.fullness import MEASURED_S, Fullness, Room, fullness_of
 from entidb.storage import MemoryStorage
@@ -232,10 +233,7 @@ def test_the_size_is_measured_once_a_minute_and_counted_in_between() -> None:
     found: list[int | None] = []
     for at_s, uses in ((0, 100), (59.9, 700), (60, 300), (119.9, 0), (120, 0)):
         clock.ms, used[0] = int(at_s * 1000), uses
-        with database.write() as writer:
-            room = fullness.room(writer)
-            found.append(room.size)
-            assert room.take([(b"x" * 50, None)]) is None
+        found.append(pushed(fullness, database, (b"x" * 50, None)))
     assert found == [900, 850, 700, 650, 1000]
     assert fullness.fault("database_bytes_max") == (
         "over_quota",
@@ -257,9 +255,10 @@ def test_all_pushes_of_one_commit_share_its_room() -> None:
     )
 
 
-def test_a_deletion_that_was_not_stored_makes_no_room() -> None:
-    """A commit may find the disk full, again and again; what it took may be there all the same."""
-    fullness, database, _ = fullness_and_used(ManualClock(), database_bytes_max=100)
+def test_a_deletion_that_was_not_stored_makes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit may find the disk full, again and again: then nothing of it counts."""
+    fullness, database, used = fullness_and_used(ManualClock(), database_bytes_max=160)
+    used[0] = 60
     stored = EntityRow(0, 1, 1, bytes(16), 1, 0, b"x" * 60).encode()
     found: list[int | None] = []
     for works, write in (
@@ -268,15 +267,74 @@ def test_a_deletion_that_was_not_stored_makes_no_room() -> None:
         (True, (None, stored)),
         (True, (b"x" * 90, None)),
         (False, (b"x" * 30, None)),
+        (True, (b"x" * 30, None)),
         (True, (None, None)),
     ):
-        with database.write() as writer:
-            room = fullness.room(writer)
-            found.append(room.size)
-            assert room.take([write]) is None
-        if works:
-            fullness.stored()
-    assert found == [100, 100, 100, 160, 70, 40]
+        with monkeypatch.context() as patch:
+            if not works:
+                patch.setattr(database.storage, "commit", no_room)
+            with contextlib.suppress(StorageFullError):
+                pushed(fullness, database, write, found)
+    assert found == [100, 100, 100, 160, 70, 70, 40]
+
+
+def no_room(batch: Any, after: Any = None) -> int:
+    raise StorageFullError("no room")
+
+
+def pushed(
+    fullness: Fullness,
+    database: Database,
+    write: tuple[bytes | None, Any],
+    found: list[int | None] | None = None,
+) -> int | None:
+    """One commit of a push with this write; the room that it had, which goes to ``found`` too."""
+    with database.write() as writer:
+        room = fullness.room(writer)
+        left = room.size
+        if found is not None:
+            found.append(left)
+        assert room.take([write]) is None
+        writer.next_sequence()
+        writer.put(b"mwritten", b"")
+        fullness.note(writer)
+    return left
+
+
+def test_what_another_node_adds_counts_at_once_and_not_when_this_one_measures_again() -> None:
+    clock = ManualClock()
+    mine, database, used = fullness_and_used(clock, database_bytes_max=1000)
+    config = ServerConfig(data_dir=None, insecure_no_auth=True, database_bytes_max=1000)
+    other = fullness_of(config, database, clock)
+    assert other is not None
+    assert pushed(mine, database, (b"x" * 300, None)) == 1000
+    used[0] = 300
+    assert pushed(other, database, (b"x" * 300, None)) == 700
+    assert pushed(mine, database, (b"x" * 300, None)) == 400
+    assert pushed(other, database, (b"x" * 50, None)) == 100
+    assert pushed(mine, database, (None, None)) == 50
+    # Commits of programs say nothing of it, and it is measured once a minute.
+    clock.ms += 60_000
+    used[0] = 10
+    assert pushed(mine, database, (b"x" * 40, None)) == 990
+    assert pushed(mine, database, (None, None)) == 950
+
+
+def test_what_a_node_measures_is_said_to_others_also_where_it_takes_nothing() -> None:
+    clock = ManualClock()
+    mine, database, used = fullness_and_used(clock, database_bytes_max=1000)
+    config = ServerConfig(data_dir=None, insecure_no_auth=True, database_bytes_max=1000)
+    other = fullness_of(config, database, clock)
+    assert other is not None
+    pushed(mine, database, (b"x" * 100, None))
+    database.collection("notes").add({"n": 1})  # a program counts nothing
+    used[0] = 1200
+    with database.write() as writer:
+        room = other.room(writer)
+        assert room.take([(b"x", None)]) == "database_bytes_max"
+        other.note(writer)
+    with database.write() as writer:
+        assert mine.room(writer).size == -200
 
 
 def test_what_is_local_on_the_server_and_what_is_empty_does_not_count() -> None:

@@ -77,6 +77,7 @@ META_COLUMNS: Final = b"mcolumns"
 META_OVERRULED: Final = b"moverruled"
 META_WHOSE: Final = b"mwhose"
 META_IMAGES: Final = b"mimages"
+META_FULLNESS: Final = b"mfullness"
 
 ENTITY: Final = b"e"
 BASE: Final = b"b"

@@ -143,8 +143,9 @@ class ServerConfig:
     #: Entities that a database may hold. What would be one more is refused, transaction by
     #: transaction, as ``over_quota``, and withdrawn on its device. 0: any number.
     database_entities_max: int = 0
-    #: Bytes that the store of a database may take, measured once a minute; beyond it only what
-    #: makes nothing larger is accepted. 0: any number.
+    #: Bytes that the store of a database may take, measured once a minute, with what pushes to any
+    #: process or node add in between; beyond it only what makes nothing larger is accepted. 0: any
+    #: number.
     database_bytes_max: int = 0
     #: Devices that a database may have, without those that are revoked or were not seen for
     #: ``tombstone_retention_days``. One more is refused, as ``too_many_devices``, until there is

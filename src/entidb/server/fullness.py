@@ -3,6 +3,10 @@
 What would go beyond it is refused, transaction by transaction, with the code ``over_quota``;
 whatever takes no more room than there was before is accepted, so that a full database can be
 emptied. It is asked for every push where it is configured, and costs nothing where it is not.
+
+How large a store is is measured once a minute, because that may mean to read all of it. What pushes
+add in between is counted in the store itself, in the commit that adds it: so it counts whichever
+process or node of the server made that commit.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from entidb.db import Database
-from entidb.db.records import count_key, payload_of, unpack_u64
+from entidb.db.records import META_FULLNESS, count_key, pack_u64, payload_of, unpack_u64
 from entidb.db.writer import Writer
 from entidb.server.config import ServerConfig
 from entidb.server.work import Fault
@@ -71,26 +75,25 @@ class Fullness:
         #: Whose commit the room is for; it goes with its commit.
         self._writer: Callable[[], Writer | None] = _nobody
         self._room = Room(None, None)
-        #: What there was for that commit, until it is known to be durable.
-        self._began: int | None = None
+        #: The newest measure: on which head, what the store said of itself then, and what it was.
+        self._measured: tuple[int, bytes | None, int] | None = None
         self._measured_at = 0.0
+        #: Whether that was for the commit of now.
+        self._is_new = False
 
     def room(self, writer: Writer) -> Room:
         """What is left for the commit of ``writer``, all of its pushes together."""
         if writer is not self._writer():
-            # What a commit before this one has taken counts, also where it failed. What it freed
-            # counts where it worked.
-            left = self._room.size
-            if left is not None and self._began is not None:
-                left = min(left, self._began)
-            self._writer = weakref.ref(writer)
-            self._began = self._size(left)
-            self._room = Room(self._entities(writer), self._began)
+            self._writer, self._is_new = weakref.ref(writer), False
+            self._room = Room(self._entities(writer), self._size(writer))
         return self._room
 
-    def stored(self) -> None:
-        """The commit that the room was for is durable."""
-        self._began = None
+    def note(self, writer: Writer) -> None:
+        """Have the commit of ``writer`` say how full the database is after it. What was measured is
+        said in any case: others must not go by what was known before."""
+        left, mine = self._room.size, writer is self._writer()
+        if left is not None and mine and (self._is_new or not writer.is_empty):
+            writer.put(META_FULLNESS, pack_u64(max(0, self._bytes_max - left)))
 
     def fault(self, quota: str) -> Fault:
         most = self._entities_max if quota == "database_entities_max" else self._bytes_max
@@ -104,14 +107,20 @@ class Fullness:
         rows = writer.get_many([count_key(number) for number in numbers])
         return self._entities_max - sum(unpack_u64(row) for row in rows if row is not None)
 
-    def _size(self, left: int | None) -> int | None:
+    def _size(self, writer: Writer) -> int | None:
         if not self._bytes_max:
             return None
-        now = self._clock.monotonic()
-        if left is None or now - self._measured_at >= MEASURED_S:
-            self._measured_at = now
-            return self._bytes_max - self._database.storage.info().used_bytes
-        return left
+        head, said = writer.first_sequence, writer.get(META_FULLNESS)
+        now, measured = self._clock.monotonic(), self._measured
+        if measured is not None and now - self._measured_at < MEASURED_S:
+            if measured[0] == head:
+                return self._bytes_max - measured[2]  # nobody has committed since
+            if said is not None and said != measured[1]:
+                return self._bytes_max - unpack_u64(said)
+        # Also where something was committed that counts nothing.
+        used = self._database.storage.info().used_bytes
+        self._measured, self._measured_at, self._is_new = (head, said, used), now, True
+        return self._bytes_max - used
 
 
 def _nobody() -> None:

@@ -330,6 +330,8 @@ class DatabaseService:
                 marked = self._marked_ms
                 if marked is None or not 0 <= writer.now_ms - marked < self._clock_mark_ms:
                     self._marked_ms = mark_clock(writer, self._clock_mark_ms)
+            if self._rules.fullness is not None:
+                self._rules.fullness.note(writer)
             head = writer.head.sequence
         if proof is not None:
             self._proofs.put_back(*proof)
@@ -337,8 +339,6 @@ class DatabaseService:
         # True after the commit that has just worked, and until the next.
         term = self._proofs.committed(writer)
         self._known, self._head = (writer.moment, head, floor, history, term), head
-        if self._rules.fullness is not None:
-            self._rules.fullness.stored()
         return [
             replace(answer, head=head, term=term) if isinstance(answer, PushResponse) else answer
             for answer in answers

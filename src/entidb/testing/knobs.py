@@ -111,7 +111,7 @@ class Knobs:
     refuse_raises: int = 0  # transactions the validate hook raises at
     unique: int = 0  # how many values a field has of which the server takes each once
     quota_entities: int = 0  # entities that a database may hold; 0: any number
-    quota_bytes: int = 0  # bytes that its store may take (where there is one node)
+    quota_bytes: int = 0  # bytes that its store may take
     quota_devices: int = 0  # devices that it lets in, until the faults stop
 
     # -- several nodes (where ``lmdb`` is zero)

@@ -81,6 +81,8 @@ class Openings:
 
     def _look_at(self, base: MemoryStorage) -> None:
         self._owner.storage = self._world.store_over(self._owner, base)
+        if self._owner.watch.quota is not None:
+            self._owner.watch.quota.moved()
 
     def _opener(self, shared: SharedStore) -> NodeStorage:
         world, owner = self._world, self._owner
