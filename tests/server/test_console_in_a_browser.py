@@ -26,6 +26,8 @@ VIEWS = {
     "#/devices": "Devices",
     "#/entities": "Entities",
     "#/conflicts": "Conflicts and rejections",
+    "#/quotas": "Quotas",
+    "#/images": "Images",
     "#/backups": "Backups and tasks",
     "#/audit": "Audit log",
     "#/keys": "Keys and access",

@@ -912,7 +912,7 @@ def test_workers_are_nodes_of_one_address(address: str, tmp_path: Path) -> None:
                 assert client.send(pull(history)).message(PullResponse).head == number
         with Client(url) as client:
             health = json.loads(client.request("GET", "/healthz").body)
-        assert health == {"status": "ok", "workers": 2}
+        assert health == {"status": "ok", "nodes": 2}
         # Another node has an address of its own, and is asked there.
         with Nodes(address, 1) as other:
             other.clients[0].send(pull(history))
@@ -981,7 +981,7 @@ def test_nodes_that_one_parent_has_started_count_together(
         assert parent.poll() is None
         with contextlib.suppress(OSError), Client(url) as client:
             health = client.request("GET", "/healthz")
-            return bool(json.loads(health.body).get("workers") == 2)
+            return bool(json.loads(health.body).get("nodes") == 2)
         return False
 
     try:

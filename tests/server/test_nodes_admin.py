@@ -237,7 +237,7 @@ def test_nodes_are_listed_with_the_one_on_duty_until_they_are_gone(nodes: Nodes)
         assert {row["address"] for row in rows} == {*nodes.urls}
         assert admin(client, "GET", "overview")["nodes"][0]["name"] == rows[0]["name"]
         answer = client.request("GET", "/healthz")
-        assert json.loads(answer.body) == {"status": "ok", "workers": 2}
+        assert json.loads(answer.body) == {"status": "ok", "nodes": 2}
     duty = nodes.on_duty()
     assert duty is not None
     nodes.runs[duty].close()

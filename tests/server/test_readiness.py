@@ -86,7 +86,10 @@ def test_it_is_asked_without_a_token_and_says_nothing_of_databases(
         monkeypatch.setattr("entidb.server.admin.readiness.LOOK_S", 0.0)
         found = client.request("GET", "/readyz")
         assert found.status == 503
-        assert json.loads(found.body) == {"status": "not ready", "reasons": ["backups"]}
+        said = json.loads(found.body)
+        assert (said["status"], said["reasons"]) == ("not ready", ["backups"])
+        assert "entidb admin backup --all" in said["to_do"][0]
+        assert "business" not in found.body.decode()
         assert client.request("GET", "/healthz").status == 200
         client.request("POST", "/v1/pull")
         counted = client.request("GET", "/metrics").body.decode()

@@ -293,6 +293,22 @@ def devices_command(desk: Desk, name: str, limit: int) -> Result:
     return desk.ask("GET", _at("databases", name, "devices"), limit=limit), views.devices
 
 
+@_command("quotas", _DATABASE, _LIMIT)
+def quotas_command(desk: Desk, database: str | None, limit: int) -> Result:
+    """List what databases and devices use of what they may, the fullest first."""
+    return desk.ask("GET", "quotas", limit=limit, **_in(database)), views.quotas
+
+
+@_command("images", _DATABASE)
+def images_command(desk: Desk, database: str | None) -> Result:
+    """List the images of databases, with which devices begin: how old, how large."""
+    return desk.ask("GET", "images", **_in(database)), views.images
+
+
+def _in(database: str | None) -> dict[str, Any]:
+    return {} if database is None else {"database": database}
+
+
 @_command("revoke", _KIND, _NAME, _DATABASE, _REASON)
 def revoke_command(desk: Desk, kind: str, name: str, database: str | None, reason: str) -> Result:
     """Lock a device, a subject or a token (by its `jti`) out, at once.

@@ -95,6 +95,55 @@ def _device_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def quotas(answer: Row) -> Iterator[str]:
+    settings = answer["settings"]
+    if not any(settings.values()):
+        yield "this server has no quotas: `entidb serve --help` names them (--database-bytes-max)"
+        return
+    yield from facts((name, _allowed(name, most)) for name, most in settings.items() if most)
+    if answer["rows"]:
+        yield ""
+        yield from table(map(_quota_cells, answer["rows"]), ("database", "quota", "used", "of", ""))
+    left = answer["total"] - len(answer["rows"])
+    if left > 0:
+        yield f"and {left:,} more: --limit shows them"
+
+
+def _quota_cells(row: Row) -> tuple[str, ...]:
+    used, quota = row.get("used"), row["quota"]
+    return (
+        row["database"],
+        f"{quota} of {row['subject']}" if "subject" in row else quota,
+        "-" if used is None else _allowed(quota, used),
+        _allowed(quota, row["allowed"]),
+        "" if used is None else f"{100 * used / row['allowed']:.0f} %",
+    )
+
+
+def _allowed(quota: str, number: float) -> str:
+    return size_text(int(number)) if quota == "database_bytes_max" else f"{number:,.10g}"
+
+
+def images(rows: list[Row]) -> Iterator[str]:
+    heads = ("database", "made", "commit", "behind", "entities", "files", "size", "packing", "")
+    return _or_none(lambda found: table(map(_image_cells, found), heads), rows)
+
+
+def _image_cells(row: Row) -> tuple[str, ...]:
+    states = {True: "offered", False: "not any more", None: "not open"}
+    return (
+        row["database"],
+        _time(row, "made_ms") if row["made_ms"] else "-",
+        f"{row['head']:,}",
+        _count(row, "behind"),
+        f"{row['entities']:,}",
+        f"{row['segments']:,}",
+        size_text(row["bytes"]),
+        row["packing"],
+        states[row.get("counts")],
+    )
+
+
 def revocation(row: Row) -> Iterator[str]:
     place = f"in {row['db_id']}" if row.get("db_id") else "everywhere"
     yield f"{row['kind']} {row['name']} is revoked {place}"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from itertools import zip_longest
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -266,8 +267,11 @@ def _ready(way: NetworkPath) -> Iterator[Finding]:
     if answer.status == 200:
         yield ok("ready", "the server says that it is")
     elif isinstance(reasons, list):
-        says = f"the server is not: {', '.join(map(str, reasons))}"
-        yield problem("ready", says, "docs/server.md, Watching it, says what each means")
+        to_do = answer.document().get("to_do")  # a server before 0.8 does not say it
+        told = to_do if isinstance(to_do, list) else []
+        for reason, what in zip_longest(reasons, told[: len(reasons)]):
+            change = str(what or "docs/server.md, Watching it, says what that means")
+            yield problem("ready", f"the server is not: {reason}", change)
     else:
         yield skipped("ready", "/readyz is not to be seen from here")
 

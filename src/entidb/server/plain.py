@@ -53,8 +53,10 @@ class Plain:
         if exchange.path == "/healthz":
             status = "stopping" if stopping else "ok"
             count = self._office.others.count()
-            workers = {} if count is None else {"workers": count}
-            return _json({"status": status, **workers}, 503 if stopping else 200)
+            # Those of a PostgreSQL database may be on as many machines.
+            what = "workers" if self._server.config.address is None else "nodes"
+            there = {} if count is None else {what: count}
+            return _json({"status": status, **there}, 503 if stopping else 200)
         if exchange.path == "/readyz":
             return await self._ready(stopping)
         return _json(self.info())
@@ -62,7 +64,8 @@ class Plain:
     async def _ready(self, stopping: bool) -> ServerResponse:
         reasons = ["stopping"] if stopping else await asyncio.to_thread(self._reasons)
         if reasons:
-            return _json({"status": "not ready", "reasons": reasons}, 503)
+            to_do = self._readiness.to_do(reasons)
+            return _json({"status": "not ready", "reasons": reasons, "to_do": to_do}, 503)
         return _json({"status": "ready"})
 
     def _reasons(self) -> list[str]:

@@ -68,6 +68,9 @@ class About(Struct, omit_defaults=True):
     head: int = 0
     floor: int = 0
     entities: int = 0
+    #: Of what its quotas count: entities that devices may have, and bytes of its store.
+    synced: int | None = None
+    used_bytes: int | None = None
 
 
 class _Page(Struct, omit_defaults=True):

@@ -71,11 +71,14 @@ def look(office: Office, db_id: str) -> About:
 
 def _note(office: Office, db_id: str, database: Database, used_ms: int) -> About:
     found = inspect(database)
+    collections = found["collections"].values()
     about = About(
         used_ms=used_ms,
         head=found["sequence"],
         floor=found["floor"],
-        entities=sum(each["entities"] for each in found["collections"].values()),
+        entities=sum(each["entities"] for each in collections),
+        synced=sum(each["entities"] for each in collections if each["synced"]),
+        used_bytes=found["storage"]["used_bytes"],
     )
     office.registry.note(db_id, about)
     return about

@@ -16,6 +16,8 @@ from typing import Final, Protocol, TypeVar
 from msgspec import Struct
 
 from entidb.db import Database
+from entidb.db.images import ImageRow
+from entidb.db.writer import Writer
 from entidb.errors import EntiDBError, PermissionDeniedError, ServerError
 from entidb.protocol import ErrorResponse
 from entidb.server.admin.audit import AuditLog, Journal
@@ -28,6 +30,7 @@ from entidb.server.control import Control
 from entidb.server.place import ServerPlace
 from entidb.server.pulse import Pulse
 from entidb.server.registry import Registry
+from entidb.server.segments.files import KeptFiles, KeptImage
 from entidb.types import Clock
 from entidb.version import VERSION
 
@@ -69,6 +72,8 @@ class DroppedImages(Protocol):
     def drop(self, db_id: str) -> None: ...
     def renamed(self, db_id: str, to: str) -> None: ...
     def left(self, db_id: str) -> list[str]: ...
+    def files(self, db_id: str) -> KeptFiles: ...
+    def is_true(self, view: Writer, row: ImageRow, image: KeptImage) -> bool: ...
 
 
 class Served(Protocol):

@@ -8,7 +8,7 @@ import re
 from typing import Final
 
 from entidb.errors import ProtocolError
-from entidb.server.admin import browse, fleet, happened
+from entidb.server.admin import browse, fleet, happened, holding
 from entidb.server.admin.asking import AdminRequest, Route
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
@@ -64,6 +64,20 @@ def _entities(office: Office, caller: Caller, asked: AdminRequest) -> browse.Ent
     )
 
 
+def _quotas(office: Office, caller: Caller, asked: AdminRequest) -> holding.Quotas:
+    return holding.quotas(
+        office,
+        caller,
+        database=asked.query.get("database") or None,
+        offset=_number(asked, "offset"),
+        limit=asked.limit,
+    )
+
+
+def _images(office: Office, caller: Caller, asked: AdminRequest) -> list[holding.ImageShown]:
+    return holding.images(office, caller, database=asked.query.get("database") or None)
+
+
 WATCHING: Final[list[Route]] = [
     Route(
         "GET",
@@ -81,6 +95,23 @@ WATCHING: Final[list[Route]] = [
         fleet.FleetPage,
         query=("offset", "limit"),
         texts=("database", "search", "sort"),
+    ),
+    Route(
+        "GET",
+        "quotas",
+        "Show what databases and devices use of what they may, the fullest first.",
+        _quotas,
+        holding.Quotas,
+        query=("offset", "limit"),
+        texts=("database",),
+    ),
+    Route(
+        "GET",
+        "images",
+        "List the images that are kept of databases, for the first sync of devices.",
+        _images,
+        list[holding.ImageShown],
+        texts=("database",),
     ),
     Route(
         "GET",

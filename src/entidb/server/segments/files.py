@@ -78,6 +78,11 @@ class KeptFiles(Protocol):
         """The image of that id; None if it is not there, or cannot be read."""
         ...
 
+    def listed(self) -> list[tuple[KeptImage, int]]:
+        """All images that are there, and when each was made, in milliseconds since 1970; 0: only
+        its database says."""
+        ...
+
     def has(self, segment: SegmentInfo) -> bool: ...
 
     def open(self, sha256: bytes) -> SegmentFile | None: ...
@@ -122,6 +127,9 @@ class MemoryFiles:
 
     def image(self, identity: bytes) -> KeptImage | None:
         return self._images.get(identity)
+
+    def listed(self) -> list[tuple[KeptImage, int]]:
+        return [(image, 0) for image in list(self._images.values())]
 
     def has(self, segment: SegmentInfo) -> bool:
         return segment.sha256 in self._segments
@@ -184,6 +192,16 @@ class FolderFiles:
         if len(self._known) >= _KNOWN_MAX:
             self._known.clear()
         self._known[identity] = found
+        return found
+
+    def listed(self) -> list[tuple[KeptImage, int]]:
+        found: list[tuple[KeptImage, int]] = []
+        for path in sorted(self._folder.glob(f"*{_IMAGE}")):
+            # One may go while somebody looks.
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                image = self.image(bytes.fromhex(path.stem))
+                if image is not None:
+                    found.append((image, path.stat().st_mtime_ns // 1_000_000))
         return found
 
     def has(self, segment: SegmentInfo) -> bool:

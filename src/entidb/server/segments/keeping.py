@@ -162,6 +162,10 @@ class ImageKeeper:
             made = self._files.setdefault(db_id, new)
         return made
 
+    def is_true(self, view: Writer, row: ImageRow, image: KeptImage) -> bool:
+        """Whether the image that ``row`` names is one of the database as ``view`` shows it."""
+        return counts(view, row, image)
+
     # ------------------------------------------------------------ asked for
 
     def manifest(self, store: Store, request: SnapshotRequest, grant: Grant) -> Manifest:

@@ -7,20 +7,23 @@ import { el } from '../dom.js';
 import { bytes, duration, now, number, plural } from '../format.js';
 import { button, chip, deviceLink, figures, link, section, table, when } from '../parts.js';
 import { state } from './databases.js';
+import { imageSection } from './images.js';
+import { quotaSection } from './quotas.js';
 
 export const database = {
   title: (asked) => asked.parts[0] ?? 'Database',
   every: 4000,
   async load(asked, get) {
     const name = asked.parts[0] ?? '';
-    const [row, collections, devices, backups] = await Promise.all([
+    const [row, collections, devices, backups, quotas, images] = await Promise.all([
       get(['databases', name]), get(['databases', name, 'collections']),
       get(['devices'], { database: name, sort: 'behind', limit: 20 }),
       get(['backups']).catch((error) => (error.status === 400 ? [] : Promise.reject(error))),
+      get(['quotas'], { database: name }), get(['images'], { database: name }),
     ]);
-    return { row, collections, devices, backups: backups.filter((each) => each.database === name) };
+    return { row, collections, devices, quotas, images, backups: backups.filter((each) => each.database === name) };
   },
-  draw({ row, collections, devices, backups }, asked, act) {
+  draw({ row, collections, devices, backups, quotas, images }, asked, act) {
     return [
       el('p', {}, state(row), row.frozen?.reason ? ` ${row.frozen.reason}` : ''),
       actions(row, act),
@@ -38,6 +41,8 @@ export const database = {
         ],
       })),
       growth(row, backups),
+      quotas.rows.length ? quotaSection(quotas) : null,
+      images.length ? imageSection(images) : null,
       section('Devices by lag', lag(row, devices), devices.total > 20
         ? el('p', {}, el('a', { href: link(['devices'], { database: row.name }) }, `All ${plural(devices.total, 'device')}`)) : null),
     ];
