@@ -17,6 +17,7 @@ the same table, a test compares). What is packed into them is here too, an Outbo
     m overruled                          values decided against: next, count, oldest (Overruled)
     m whose                              whose overruled values are (R36)           (CBOR list)
     m images                             images of a server's database (R35)      (CBOR map)
+    m fullness                           bytes under a quota of them, measured and added (u64)
     n collection:u32                     live entities of a collection              (u64)
     e table:u32 id:16                    an entity as readers see it                (EntityRow)
     b collection:u32 id:16               base of an entity with pending changes     (BaseRow)

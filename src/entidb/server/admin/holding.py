@@ -19,7 +19,7 @@ from entidb.server.config import check_db_id
 from entidb.server.registry import DEVICES_MAX
 from entidb.server.segments.files import KeptImage
 
-#: Quotas of what a database holds, and of how often it is asked.
+#: QuotaPage of what a database holds, and of how often it is asked.
 HELD: Final = (
     "database_bytes_max",
     "database_entities_max",
@@ -42,7 +42,7 @@ class QuotaRow(Struct, omit_defaults=True):
     subject: str | None = None
 
 
-class Quotas(Struct):
+class QuotaPage(Struct):
     """The quotas of this server by the names of their settings, 0 where there is none; and of
     ``total`` databases and subjects that have one a part, the fullest first."""
 
@@ -80,7 +80,7 @@ def quotas(
     database: str | None = None,
     offset: int = 0,
     limit: int = 100,
-) -> Quotas:
+) -> QuotaPage:
     """Those of all databases that ``caller`` may see, or of one, which is opened for it."""
     config = office.server.config
     settings = {name: float(getattr(config, name)) for name in (*HELD, *ASKED)}
@@ -90,7 +90,7 @@ def quotas(
         for row in _quotas_of(office, caller, name, settings)
     ]
     found.sort(key=lambda row: -1 if row.used is None else row.used / row.allowed, reverse=True)
-    return Quotas(settings, len(found), found[offset : offset + limit])
+    return QuotaPage(settings, len(found), found[offset : offset + limit])
 
 
 def _names(office: Office, caller: Caller, database: str | None) -> list[str]:
@@ -195,4 +195,4 @@ def _shown(
     )
 
 
-__all__ = ["ImageShown", "QuotaRow", "Quotas", "images", "quotas"]
+__all__ = ["ImageShown", "QuotaRow", "QuotaPage", "images", "quotas"]

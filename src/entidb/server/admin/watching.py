@@ -64,7 +64,7 @@ def _entities(office: Office, caller: Caller, asked: AdminRequest) -> browse.Ent
     )
 
 
-def _quotas(office: Office, caller: Caller, asked: AdminRequest) -> holding.Quotas:
+def _quotas(office: Office, caller: Caller, asked: AdminRequest) -> holding.QuotaPage:
     return holding.quotas(
         office,
         caller,
@@ -101,7 +101,7 @@ WATCHING: Final[list[Route]] = [
         "quotas",
         "Show what databases and devices use of what they may, the fullest first.",
         _quotas,
-        holding.Quotas,
+        holding.QuotaPage,
         query=("offset", "limit"),
         texts=("database",),
     ),
