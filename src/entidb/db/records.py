@@ -1,5 +1,4 @@
-"""Every key and every record on disk: this module is the whole list (docs/storage-format.md shows
-the same table, a test compares). What is packed into them is here too, an OutboxRow in ``pending``.
+"""Every key and record on disk, as in docs/storage-format.md; an OutboxRow is in ``pending``.
 
     key                                  record
     m format                             magic, format version, flags
@@ -39,9 +38,9 @@ the same table, a test compares). What is packed into them is here too, an Outbo
     f 0:u64 0:u32 n:16                   spacer between entities and feed           (empty)
     g 0:u64 0:u32 n:16                   spacer behind the feed                     (empty)
 
-Numbers are big-endian, so that keys sort by them. A collection's *number* is for life; its
-*table* is where its entities stand now, and changes when a first sync or a reset built the new
-state beside the old one (R20). The storage layer puts a checksum over key and value of each.
+Numbers are big-endian, so that keys sort by them. A collection's *number* is for life; its *table*,
+where its entities stand now, changes when a first sync or a reset built the new state beside the
+old one (R20). The storage layer puts a checksum over key and value of each.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ from msgspec import Struct
 from entidb.errors import CorruptionError, FormatError
 
 FORMAT_MAGIC: Final = b"EntiDB\x00\x01"
-#: The newest that is read here. A database gets it with its first index: an older EntiDB would
-#: let that one drift. Without an index it stays at ``FORMAT_PLAIN``.
+#: The newest that is read here. A database gets it with its first index, which an older EntiDB
+#: would let drift; without one it stays at ``FORMAT_PLAIN``.
 FORMAT_VERSION: Final = 3
 FORMAT_PLAIN: Final = 2
 
