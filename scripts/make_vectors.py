@@ -90,6 +90,7 @@ PULL_RESPONSE: Final[Message] = {
     "time": 1764000000123,
     "granted": ["lists", "notes"],
     "term": [65536, TERM],
+    "live": 70003,
 }
 #: The first two commits of ``PULL_RESPONSE``, three operations, a tombstone among them.
 PULL_COLUMNS: Final[Message] = {
@@ -224,7 +225,7 @@ DEFAULTS: Final[dict[str, Message]] = {
     "PushRequest": {"schema": 0, "subject": None, "seen": None},
     "PushResponse": {"term": None},
     "HandshakeResponse": {"granted": None, "subject": None},
-    "PullResponse": {"columns": None, "granted": None, "term": None},
+    "PullResponse": {"columns": None, "granted": None, "term": None, "live": None},
     "DigestRequest": {
         "collections": None,
         "collection": None,
@@ -249,7 +250,13 @@ DEFAULTS: Final[dict[str, Message]] = {
 
 
 #: What says nothing is the same as what is not there, and is not written.
-NOT_WRITTEN: Final[Message] = {"schema": 0, "subject": None, "seen": None, "term": None}
+NOT_WRITTEN: Final[Message] = {
+    "schema": 0,
+    "subject": None,
+    "seen": None,
+    "term": None,
+    "live": None,
+}
 
 
 def canonical(value: Any) -> bytes:

@@ -15,7 +15,9 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "entidb"
 
 #: Row 0 has an order of its own: everything may raise the errors, and the codec needs no clock.
-ROW_0_ORDER = ("version", "collector", "errors", "types", "cbor", "credentials", "packing", "lazy")
+ROW_0_ORDER = (
+    "version", "collector", "events", "errors", "types", "cbor", "credentials", "packing", "lazy",
+)  # fmt: skip
 
 ROWS = {
     **dict.fromkeys(ROW_0_ORDER, 0),

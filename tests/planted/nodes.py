@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 from unittest import mock
 
+from entidb.db import terms
 from entidb.db.core import Core
 from entidb.db.hearing import Hearing
 from entidb.db.moment import Moment
@@ -24,7 +25,22 @@ from tests.planted.garden import CALM, Garden, bug
 NODES = CALM | {"nodes": 3}
 PAUSED = NODES | {"node_pause": 50, "upcast": 0}
 
+#: A standby leads that lacks commits, under nodes that stay.
+PROMOTED = NODES | {"put_back": 200, "events": 1200}
+
 # ---------------------------------------------------------------- above the store
+
+
+@bug("a-promotion-begins-no-term", "ORDER", "PREFIX", "NO-FALSE-CONFLICT", knobs=PROMOTED)
+def _no_term_after_a_promotion(garden: Garden) -> None:
+    """A node begins a term when it has opened a database, and none when another server leads."""
+    garden.replace(terms, "opening_of", lambda original: lambda mark: 0)
+
+
+@bug("the-mark-of-another-past", "ORDER", "FRESH", "PREFIX", knobs=PROMOTED)
+def _mark_of_another_past(garden: Garden) -> None:
+    """What is remembered counts on, where another server has come to the same mark."""
+    garden.replace(node_store, "OPENING", lambda original: 0)
 
 
 @bug("idle-answer-from-memory", "FRESH", knobs=NODES)

@@ -115,7 +115,7 @@ def envelope_of(message: Any) -> dict[str, Any]:
 
 
 def without_nothing(envelope: dict[str, Any]) -> dict[str, Any]:
-    nothing = (("schema", 0), ("subject", None), ("seen", None), ("term", None))
+    nothing = (("schema", 0), ("subject", None), ("seen", None), ("term", None), ("live", None))
     return {
         name: without_nothing(item) if name in ("pull", "push") and item else item
         for name, item in envelope.items()

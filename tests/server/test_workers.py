@@ -30,7 +30,9 @@ from entidb.server.admin.office import NoOthers
 from entidb.server.admin.opening import office_of
 from entidb.server.directory import ASIDE, DataDirectory
 from entidb.server.workers import family as families
+from entidb.server.workers import parent
 from entidb.server.workers.family import Family
+from entidb.server.workers.parent import Parent, _Child
 from entidb.server.workers.seats import Seats
 from entidb.storage.locks import HeldError
 from tests.server.support import SECRET, Client, pull, push
@@ -497,6 +499,30 @@ def test_the_socket_of_administration_is_another_workers_when_its_owner_is_kille
 
         until(answered, "it answers at the socket")
         assert door.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="nothing says who is stopped")
+def test_a_worker_on_duty_that_is_stopped_is_killed_and_another_is_on_duty(tmp_path: Path) -> None:
+    with served(tmp_path) as server:
+        server.clients()[0].history()
+        first = until(server.chairman, "one has the chair")
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: server.chairman() not in (0, first), "another one has it")
+        until(lambda: len(server.workers()) == 2 and first not in server.workers(), "two serve")
+        assert f"worker {first} has been stopped" in server.log()
+
+
+def test_a_worker_that_is_stopped_for_a_moment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, killed = iter([True] * 9 + [False] + [True] * 10), list[tuple[int, int]]()
+    made = Parent(1, lambda number, ready: None, announce=lambda: None, grace_s=0.0)
+    made._children[3] = _Child(4711, 3, 0)
+    monkeypatch.setattr(parent, "_LOOK_S", 0.0)
+    monkeypatch.setattr(parent, "_is_stopped", lambda pid: next(states))
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
+    for look in range(20):
+        assert not killed, look
+        made._look_at_stopped()
+    assert killed == [(4711, signal.SIGKILL)]
 
 
 def test_backups_are_made_by_one_worker_and_by_another_when_that_is_killed(tmp_path: Path) -> None:

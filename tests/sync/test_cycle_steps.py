@@ -18,6 +18,7 @@ from entidb.protocol import (
     PushRequest,
     SyncRequest,
 )
+from entidb.server import service
 from entidb.sync import SyncProgress, SyncState, pulling
 from entidb.types import OPERATION_OVERHEAD_BYTES
 from tests.support import Device, World, assert_in_step, lose, uid
@@ -177,8 +178,8 @@ def test_r20_the_first_page_of_everything_is_small_and_each_is_hinted_at(
     ]
     size = len(cbor.encode("old"))
     assert heard == [
-        SyncProgress(PULLING, 3, 3 * size, None),
-        SyncProgress(PULLING, 8, 8 * size, None),
+        SyncProgress(PULLING, 3, 3 * size, 12),
+        SyncProgress(PULLING, 8, 8 * size, 12),
         SyncProgress(PULLING, 12, 12 * size, 12),
     ]
     assert_in_step(world, a)
@@ -393,3 +394,66 @@ def test_r9_an_answer_that_comes_after_cancelling_is_not_stored(first: bool, pag
     assert commits == [a.storage.commits]
     a.sync()
     assert_in_step(world, a)
+
+
+def test_a_first_sync_in_pages_tells_how_much_there_is_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pulling, "FIRST_PAGE_OPERATIONS", 3)
+    world = World()
+    for number in range(20):
+        world.put(("notes", number, number), ("tags", number, number))
+    world.put(("notes", 0, None))
+    device = world.device()
+    heard = told(device)
+    device.sync()
+    assert len(heard) > 3
+    assert [each.operations for each in heard] == sorted(each.operations for each in heard)
+    assert {each.operations_total for each in heard[:-1]} == {39}
+    assert heard[-1].operations_total == heard[-1].operations >= 39
+    heard.clear()
+    world.put(("notes", 1, 2))
+    device.sync()
+    assert [each.operations_total for each in heard] == [1]
+
+
+def test_a_first_sync_that_goes_on_tells_what_is_left_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pulling, "FIRST_PAGE_OPERATIONS", 3)
+    world = World()
+    for number in range(20):
+        world.put(("notes", number, number))
+    device = world.device()
+    heard = told(device)
+
+    def cut() -> None:
+        raise TransportError("cut")
+
+    device.wire.before = nth(PullRequest, 3, cut)
+    with pytest.raises(TransportError):
+        device.sync()
+    before = heard[-1].operations
+    heard.clear()
+    device.wire.before = lambda request: None
+    device.restart()
+    heard = told(device)
+    device.sync()
+    assert before and heard[0].operations_total == 20 - before
+    assert heard[-1].operations_total == heard[-1].operations == 20 - before
+
+
+def test_a_server_that_does_not_say_how_much_there_is_leaves_it_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those before 0.8."""
+    monkeypatch.setattr(pulling, "FIRST_PAGE_OPERATIONS", 3)
+    monkeypatch.setattr(service, "live_entities", lambda view, wanted: None)
+    world = World()
+    for number in range(9):
+        world.put(("notes", number, number))
+    device = world.device()
+    heard = told(device)
+    device.sync()
+    assert {each.operations_total for each in heard[:-1]} == {None}
+    assert heard[-1].operations_total == 9

@@ -10,6 +10,7 @@ import pytest
 from entidb.db import Database
 from entidb.testing import torture_openers
 from entidb.testing.torture_openers import Report, torture
+from entidb.testing.torture_waits import Struck
 
 pytestmark = [
     pytest.mark.process,
@@ -31,7 +32,7 @@ def test_the_ledger_shows_what_is_lost_torn_or_not_counted(tmp_path: Path) -> No
         database["notes"].add({"mark": "torn", "n": 0})
     (tmp_path / "ledger-1").write_text("lost 0.1\ntorn 0.5\n")
     report = Report()
-    torture_openers._check(tmp_path, report)
+    torture_openers._check(tmp_path, report, Struck())
     assert report.longest_s == 0.5
     assert [fault.split(" ", 1)[1][:12] for fault in report.faults] == [
         "transactions",

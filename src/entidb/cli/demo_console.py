@@ -14,7 +14,6 @@ import itertools
 import secrets
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, Final
 from entidb.cli.demo_device import DB_ID
 from entidb.cli.demo_processes import DeviceProcess, ServerProcess, undisturbed
 from entidb.cli.demo_story import DemoStory
+from entidb.events import SafeEvent
 from entidb.server import mint_token
 from entidb.types import SystemClock
 
@@ -59,7 +59,7 @@ def watch(story: DemoStory, seconds: float) -> None:
         story.line(f"token: {scene.token}")
         story.line("Sign in with the token, and watch them. Ctrl-C ends it.")
         end = clock.monotonic() + seconds if seconds else None
-        never = threading.Event()
+        never = SafeEvent()
         for turn in itertools.count(1):
             _turn(scene, story, turn)
             left = _TURN_S if end is None else min(_TURN_S, end - clock.monotonic())

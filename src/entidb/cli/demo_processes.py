@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import click
 
+from entidb.events import SafeEvent, Thread
 from entidb.types import SystemClock
 
 #: Seconds. Nothing that the demo asks for takes more than one; this only ends the wait for a
@@ -67,7 +68,7 @@ class DeviceProcess:
         # A pipe cannot be read with a timeout, a queue can.
         self._answers = queue.Queue()
         arguments = (_pipe(process.stdout), self._answers)
-        self._reader = threading.Thread(target=_read_lines, args=arguments, daemon=True)
+        self._reader = Thread(target=_read_lines, args=arguments, daemon=True)
         self._reader.start()
         return self._ask(self._settings)
 
@@ -172,7 +173,7 @@ class ServerProcess:
                 raise DemoError(f"the server ended while it started:\n{_tail(self._log)}")
             if self._ready.exists():
                 return self._ready.read_text(encoding="utf-8").strip()
-            clock.wait(threading.Event(), _READY_POLL_S)
+            clock.wait(SafeEvent(), _READY_POLL_S)
         raise DemoError(f"the server is not ready after {ANSWER_TIMEOUT_S} s:\n{_tail(self._log)}")
 
     def stop(self) -> int:

@@ -8,7 +8,6 @@ way: it closes the engine, which cuts the request off (a cycle may stop at any p
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -31,6 +30,7 @@ from entidb.db import Database
 from entidb.errors import (
     ConfigError,
 )
+from entidb.events import SafeEvent, Thread
 from entidb.sync import (
     DatabaseApplier,
     HttpTransport,
@@ -264,7 +264,7 @@ def _show(bar: Bar, step: SyncProgress) -> None:
 
 def on_a_thread(engine: SyncEngine, call: Callable[[], T]) -> T:
     """What ``call`` returns, which syncs with ``engine``; Ctrl-C ends it at once."""
-    done = threading.Event()
+    done = SafeEvent()
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -276,7 +276,7 @@ def on_a_thread(engine: SyncEngine, call: Callable[[], T]) -> T:
         finally:
             done.set()
 
-    thread = threading.Thread(target=work, name="entidb-cli-sync", daemon=True)
+    thread = Thread(target=work, name="entidb-cli-sync", daemon=True)
     thread.start()
     try:
         # With a timeout, because without one Ctrl-C does nothing on Windows.

@@ -12,7 +12,6 @@ import errno
 import os
 import queue
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NoReturn, Protocol
@@ -31,6 +30,7 @@ from entidb.errors import (
     StorageFullError,
     TlsError,
 )
+from entidb.events import SafeEvent
 from entidb.sync import SyncCycleResult, SyncEngine, SyncProgress, SyncState, SyncStatus
 from entidb.types import SystemClock
 
@@ -96,7 +96,7 @@ class Watching:
     def run(self) -> NoReturn:
         """Report a trouble that may pass and go on; an error that cannot pass by itself ends a
         watch as it would end a single sync."""
-        never = threading.Event()
+        never = SafeEvent()
         while True:
             self._line.clear()
             try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -36,6 +35,7 @@ from entidb.db.scope import change_local
 from entidb.db.settings import names_of
 from entidb.db.snapshot import Snapshot
 from entidb.errors import ConfigError, TransactionConflictError
+from entidb.events import Thread
 from entidb.types import check_name, uuid_from_bytes
 
 V = TypeVar("V")
@@ -260,7 +260,7 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
             errors.append(error)
         call_on(loop, over.set)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    Thread(target=run, name=name, daemon=True).start()
     cancelled: asyncio.CancelledError | None = None
     while not over.is_set():
         try:

@@ -23,6 +23,7 @@ from entidb.errors import (
     StorageFullError,
     TransactionTooLargeError,
 )
+from entidb.events import Thread
 
 #: Seconds after which a thread without work ends; the next job begins another.
 _IDLE_S: Final = 5.0
@@ -57,7 +58,7 @@ class Committer:
                 raise DatabaseClosedError(f"{self._core.where} is closed; open it again to use it")
             if self._thread is None:
                 name = "entidb-committer"
-                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                thread = Thread(target=self._run, name=name, daemon=True)
                 thread.start()  # if there is none, nothing was begun
                 self._thread = thread
             self._jobs.append(job)

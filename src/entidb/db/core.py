@@ -57,7 +57,7 @@ from entidb.errors import (
     TransactionError,
 )
 from entidb.storage import Snapshot as StorageSnapshot
-from entidb.storage.base import Storage, StoreTurn
+from entidb.storage.base import OPENING_SHIFT, Storage, StoreTurn
 from entidb.storage.turns import EndOfBlock, Turn, Turns, enter_block
 from entidb.types import (
     TRANSACTION_BYTES_MAX,
@@ -370,10 +370,10 @@ class Core(Explored):
             )
 
     def _store(self, writer: Writer, origin: str, calls: Sequence[CommitEvent] = ()) -> None:
-        if (terms := self._terms) is not None and terms.may_begin:
+        terms = self._terms
+        if terms is not None and terms.opening != writer.snapshot.mark >> OPENING_SHIFT:
             terms.begin(writer)
-        changes = writer.finish()
-        if not changes:
+        if not (changes := writer.finish()):
             return
         # A map that has to grow waits for open snapshots, so this one must not be among them.
         writer.snapshot.close()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from entidb.errors import EntiDBError
+from entidb.events import Thread
 from entidb.storage import Storage
 
 #: Seconds of one wait: a thread whose database is dropped, closed or without listeners ends within
@@ -39,7 +40,7 @@ class Hearing:
         """Have the thread run, if it does not."""
         with self._lock:
             if self._thread is None:
-                self._thread = thread = threading.Thread(
+                self._thread = thread = Thread(
                     target=_run, args=[self], name="entidb-hearing", daemon=True
                 )
                 try:

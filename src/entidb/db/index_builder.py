@@ -9,6 +9,7 @@ import weakref
 from entidb.db.core import Core
 from entidb.db.index_care import build_step
 from entidb.errors import DatabaseClosedError, EntiDBError
+from entidb.events import SafeEvent, Thread
 
 _log = logging.getLogger("entidb.db")
 #: A breath between two commits: who waits for the turn gets it.
@@ -23,7 +24,7 @@ class IndexBuilder:
         # A database without other references is not kept by its builder.
         self._database = weakref.ref(database)
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._ended = SafeEvent()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -31,7 +32,7 @@ class IndexBuilder:
         with self._lock:
             if self._ended.is_set() or (self._thread is not None and self._thread.is_alive()):
                 return
-            thread = threading.Thread(target=self._run, name="entidb-index-builder", daemon=True)
+            thread = Thread(target=self._run, name="entidb-index-builder", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from entidb.db.observers import CommitEvent, Observer
 from entidb.db.rows import Pair
+from entidb.events import SafeEvent
 
 V = TypeVar("V")
 V_co = TypeVar("V_co", covariant=True)
@@ -77,7 +77,7 @@ class Live(Generic[V]):
     and goes on after that; ``DatabaseClosedError`` when the database is closed."""
 
     def __init__(self, query: LiveSource[V], name: str, observe: Observe) -> None:
-        self._news = threading.Event()
+        self._news = SafeEvent()
         self._news.set()
         self._query = query
         self._closed = False

@@ -17,6 +17,7 @@
     m whose                              whose overruled values are (R36)           (CBOR list)
     m images                             images of a server's database (R35)      (CBOR map)
     m fullness                           bytes under a quota of them, measured and added (u64)
+    m opening                            in which opening a term began last (R29) (u64)
     n collection:u32                     live entities of a collection              (u64)
     e table:u32 id:16                    an entity as readers see it                (EntityRow)
     b collection:u32 id:16               base of an entity with pending changes     (BaseRow)
@@ -38,9 +39,8 @@
     f 0:u64 0:u32 n:16                   spacer between entities and feed           (empty)
     g 0:u64 0:u32 n:16                   spacer behind the feed                     (empty)
 
-Numbers are big-endian, so that keys sort by them. A collection's *number* is for life; its *table*,
-where its entities stand now, changes when a first sync or a reset built the new state beside the
-old one (R20). The storage layer puts a checksum over key and value of each.
+Numbers are big-endian: keys sort by them. A collection's *number* is for life; its *table* changes
+when a first sync or a reset built a new one beside it (R20). The storage layer adds checksums.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ from msgspec import Struct
 from entidb.errors import CorruptionError, FormatError
 
 FORMAT_MAGIC: Final = b"EntiDB\x00\x01"
-#: The newest that is read here. A database gets it with its first index, which an older EntiDB
-#: would let drift; without one it stays at ``FORMAT_PLAIN``.
+#: Read here. A database has it from its first index on, which an older EntiDB would let drift.
 FORMAT_VERSION: Final = 3
 FORMAT_PLAIN: Final = 2
 
@@ -78,6 +77,7 @@ META_OVERRULED: Final = b"moverruled"
 META_WHOSE: Final = b"mwhose"
 META_IMAGES: Final = b"mimages"
 META_FULLNESS: Final = b"mfullness"
+META_OPENING: Final = b"mopening"
 
 ENTITY: Final = b"e"
 BASE: Final = b"b"

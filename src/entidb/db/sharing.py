@@ -35,6 +35,7 @@ from entidb.db.rows import OverlayRows, Rows, SnapshotRows
 from entidb.db.uniqueness import refuse_taken
 from entidb.db.writer import Writer
 from entidb.errors import EntiDBError, StorageFullError, TransactionError
+from entidb.events import Thread
 from entidb.storage import Snapshot, Storage
 from entidb.storage.turns import Turn, Turns
 from entidb.types import IdSource
@@ -319,8 +320,7 @@ class Sharing:
         thread = self._thread
         if thread is None or not thread.is_alive():
             # If two threads come here, the second one waits until the first has ended.
-            thread = threading.Thread(target=self._run, name="entidb-sharing", daemon=True)
-            self._thread = thread
+            self._thread = thread = Thread(target=self._run, name="entidb-sharing", daemon=True)
             try:
                 thread.start()
             except RuntimeError:

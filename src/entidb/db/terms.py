@@ -9,6 +9,11 @@ commit and all before it.
 
 Processes that have the files open at the same time need one term together. One that finds another
 term than when it opened them knows that somebody else has begun it since, and begins none.
+
+The files of PostgreSQL are opened by its server, and a database that is open in nodes may find
+itself on an older state: another server leads that lacked the newest commits, or its own was
+started with older files. The store says so by its mark, which goes on in another *opening* then
+(``opening_of``); the record beside the term says in which opening that has begun.
 """
 
 from __future__ import annotations
@@ -16,9 +21,10 @@ from __future__ import annotations
 from typing import Final
 
 from entidb.db.local import Role
-from entidb.db.records import TERM, end_of, sequence_key, sequence_of
+from entidb.db.records import META_OPENING, TERM, end_of, sequence_key, sequence_of
 from entidb.db.writer import Writer
 from entidb.storage import Snapshot, Storage
+from entidb.storage.base import opening_of
 from entidb.types import TERM_BYTES, Entropy, Term
 
 
@@ -39,6 +45,8 @@ def _before(snapshot: Snapshot, stop: bytes) -> Term | None:
 
 #: So many openings may lie between the commit that a device has seen last and the present.
 TERMS_KEPT: Final = 10_000
+#: Of the record that says in which opening the newest term has begun.
+OPENING_BYTES: Final = 8
 
 
 class Terms:
@@ -46,8 +54,9 @@ class Terms:
 
     def __init__(self, storage: Storage, entropy: Entropy) -> None:
         self._entropy = entropy
-        #: Whether it may still be for this process to begin the term of this opening.
-        self.may_begin = True
+        #: The opening of the store in which a term has begun since this process opened it. None:
+        #: it may still be for this process to begin that term.
+        self.opening: int | None = None
         with storage.snapshot() as snapshot:
             self._found = newest_term(snapshot)
 
@@ -57,11 +66,16 @@ class Terms:
         begun, whatever became of this one."""
         if writer.head.sequence < writer.first_sequence:
             return
-        if newest_term(writer.snapshot) != self._found:
-            self.may_begin = False
+        snapshot = writer.snapshot
+        opening, noted = opening_of(snapshot.mark), snapshot.get(META_OPENING)
+        begun_in = 0 if noted is None else int.from_bytes(noted, "big")
+        if begun_in == opening and newest_term(snapshot) != self._found:
+            self.opening = opening
             return
         writer.term = term = Term(writer.first_sequence, self._entropy(TERM_BYTES))
         writer.put(sequence_key(TERM, term.first), term.name)
+        if begun_in != opening:
+            writer.put(META_OPENING, opening.to_bytes(OPENING_BYTES, "big"))
 
 
 def terms_of(storage: Storage, role: Role, read_only: bool, entropy: Entropy) -> Terms | None:

@@ -29,7 +29,7 @@ from entidb.protocol.messages import (
 from entidb.types import Term
 
 #: The heads of small maps, by how many pairs they have.
-_MAPS: Final = tuple(cbor.map_head(pairs) for pairs in range(11))
+_MAPS: Final = tuple(cbor.map_head(pairs) for pairs in range(12))
 #: What a round has before its pull, and before its push.
 _PULL: Final = cbor.map_head(2) + cbor.text("pull")
 _PUSH: Final = cbor.text("push")
@@ -43,6 +43,7 @@ _KEYS: Final = {
     for name in (
         "ids",
         "head",
+        "live",
         "time",
         "db_id",
         "floor",
@@ -211,11 +212,12 @@ def encode_columns(
 
 def _joined(message: PullResponse, columns: Sequence[bytes], commits: Sequence[bytes]) -> bytes:
     """``message`` with these parts as its columns and commits."""
-    term = message.term
+    term, live = message.term, message.live
     return b"".join(
         (
-            _MAPS[9 + (term is not None)],
+            _MAPS[9 + (term is not None) + (live is not None)],
             _KEYS["head"] + uint(message.head),
+            b"" if live is None else _KEYS["live"] + uint(live),
             b"" if term is None else _term(term),
             _KEYS["time"] + uint(message.time),
             _KEYS["floor"] + uint(message.floor),

@@ -191,7 +191,8 @@ class PullResponse(Struct, frozen=True, kw_only=True):
     (``has_more`` false) says the head it has reached (R19). ``time`` is the server's clock in
     ms since 1970. With ``columns`` there are no ``commits``; ``expanded`` makes some of them.
     ``granted`` is what the page was made under, as in the handshake. ``term`` is that of the
-    commit ``head``; None: the server does not know it."""
+    commit ``head``; None: the server does not know it. ``live``: how many entities there are in all
+    that a pull of everything brings, for a person who waits; None where it is not said."""
 
     collections: list[Name]
     commits: list[PullCommit]
@@ -203,6 +204,7 @@ class PullResponse(Struct, frozen=True, kw_only=True):
     time: Uint
     granted: list[Name] | None = None
     term: Term | None = None
+    live: Uint | None = None
 
 
 class PushRequest(Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import threading
 from typing import Final
 
 from entidb.errors import ServerBusyError
+from entidb.events import SafeEvent, Thread
 from entidb.server.cores import run_anywhere
 from entidb.storage import opening
 
@@ -62,11 +63,9 @@ class FileChecks:
         with self._lock:
             if where in self._running:
                 return self._running[where]
-            done = self._running[where] = threading.Event()
+            done = self._running[where] = SafeEvent()
         # The end of the process does not wait for this: nothing is changed.
-        thread = threading.Thread(
-            target=self._check, args=(where, done), name="entidb-checker", daemon=True
-        )
+        thread = Thread(target=self._check, args=(where, done), name="entidb-checker", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:

@@ -28,7 +28,7 @@ from entidb.server.config import ServerConfig, db_id_of, directory_name
 from entidb.server.place import ASIDE_MS, Aside, exists, unknown_database
 from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
-from entidb.storage.directories import is_at, make_directory, sync_path
+from entidb.storage.directories import is_at, make_directory, open_file, sync_path
 from entidb.storage.disk_errors import is_full
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store, wants_room
@@ -213,7 +213,7 @@ def _root(config: ServerConfig) -> str:
 
 def _note_in(root: str) -> list[str]:
     try:
-        with open(os.path.join(root, SERVER_LOCK), "rb") as file:
+        with open(os.path.join(root, SERVER_LOCK), "rb", opener=open_file) as file:
             return _fields(file.read(NOTE_BYTES_MAX))
     except OSError:
         return []

@@ -24,6 +24,7 @@ from entidb.errors import (
     SyncError,
     TransactionError,
 )
+from entidb.events import Thread
 from entidb.protocol import PushRequest, PushResponse, RoundRequest
 from entidb.server.away import come_again, full_retry_after_s, is_away
 from entidb.server.gate import WriterGate
@@ -141,7 +142,7 @@ class GroupCommitter:
         if self._thread is not None:
             return
         name = f"entidb-writer-{self._service.db_id}"
-        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        thread = Thread(target=self._run, name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # the system gives none; the next push tries again

@@ -19,6 +19,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from entidb.errors import ConfigError, ServerBusyError
+from entidb.events import Thread
 from entidb.server.keys import KEYS_MAX, KeySet, keys_of_set
 from entidb.types import Clock
 
@@ -79,7 +80,7 @@ class RemoteKeys:
                 return
             self._fetching, self._tried_at = True, self._clock.monotonic()
         try:
-            threading.Thread(target=self._run, name="entidb-jwks", daemon=True).start()
+            Thread(target=self._run, name="entidb-jwks", daemon=True).start()
         except RuntimeError as error:  # the next token tries again
             self._fetching, self._tried_at = False, None
             logger.warning("there is no thread to fetch keys: %s", error)

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from entidb.db.records import META_HEAD, decode_head
 from entidb.errors import EntiDBError
+from entidb.events import SafeEvent, Thread
 
 logger = logging.getLogger("entidb.server")
 
@@ -72,8 +73,8 @@ class News:
         #: What was seen of databases for which somebody waits.
         self._seen: dict[str, tuple[int, int]] = {}
         self._look_at = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="entidb-news", daemon=True)
+        self._stop = SafeEvent()
+        self._thread = Thread(target=self._run, name="entidb-news", daemon=True)
         self._thread.start()
 
     def committed(self, db_id: str, head: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from msgspec.structs import replace
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from entidb import protocol
 from entidb.db.catalogue import Catalogue, CollectionInfo
 from entidb.db.feed import feed_page, latest_of
-from entidb.db.records import payloads_of, shown_fields, split_feed_keys
+from entidb.db.records import count_key, payloads_of, shown_fields, split_feed_keys, unpack_u64
 from entidb.db.writer import Writer
 from entidb.errors import CorruptionError
 from entidb.protocol import (
@@ -279,6 +279,12 @@ def unseen(request: RoundRequest, answer: PushResponse | None) -> PullRequest:
         else:
             joined.append((first, last))
     return replace(pull, have=joined)
+
+
+def live_entities(view: View, wanted: Iterable[int]) -> int:
+    """How many there are in the collections with these numbers."""
+    counts = view.snapshot.get_many([count_key(number) for number in wanted])
+    return sum(unpack_u64(raw) for raw in counts if raw is not None)
 
 
 def wanted_collections(

@@ -19,6 +19,7 @@ from entidb.errors import HistoryChangedError
 from entidb.protocol import PullRequest, PushRequest, RoundRequest
 from entidb.server.hooks import Grant
 from entidb.server.pages import View
+from entidb.storage.base import opening_of
 from entidb.types import Term
 
 #: Histories that begin by a proof in one database, and in how long at most.
@@ -34,9 +35,9 @@ class Proofs:
     def __init__(self, database: Database, db_id: str) -> None:
         self._database = database
         self._db_id = db_id
-        #: A proof was believed. The files were replaced before they were opened, so a device that
-        #: shows another proof has made it up.
-        self._heard = False
+        #: In which opening of the store a proof was believed. The files were replaced before that
+        #: began, so a device that shows another proof in it has made it up.
+        self._heard: int | None = None
         #: Of one state: its mark, and its newest term.
         self._newest: tuple[int, Term | None] = (-1, None)
 
@@ -110,7 +111,10 @@ class Proofs:
         they also know its history, which a device that never synchronised does not have. And once
         for each opening of the files, because the files change only between two."""
         whole = grant.read and grant.write and grant.collections is None
-        return whole and not self._heard
+        return whole and self._heard != self._opening()
+
+    def _opening(self) -> int:
+        return opening_of(self._database.storage.mark())
 
     def seen_more(self, seen: int, head: int) -> HistoryChangedError:
         """What the device is told."""
@@ -144,12 +148,12 @@ class Proofs:
                 seen,
                 what,
                 "one proof was heard since the database was opened"
-                if self._heard
+                if self._heard is not None
                 else "only a token that may read and write all of it is believed",
             )
             return error
         begun = self._database.begin_history(HISTORIES_MAX, HISTORIES_WITHIN_MS)
-        self._heard = True
+        self._heard = self._opening()
         _log.error(
             "database %s: %r has seen commit %d, %s: its files were put back by hand, without "
             "`entidb backup`. %s",

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from entidb.server.config import directory_name, is_db_id
 from entidb.server.watched import Mark, mark_of
-from entidb.storage.directories import NO_FOLLOW, sync_path
+from entidb.storage.directories import NO_FOLLOW, open_file, sync_path
 from entidb.storage.partial import Partial
 
 #: The record of what an administrator has decided, and its file; no database is called so.
@@ -94,7 +94,7 @@ class FileRecords:
 
     def read(self, name: str) -> bytes | None:
         try:
-            descriptor = os.open(self._path(name), os.O_RDONLY | NO_FOLLOW)
+            descriptor = open_file(self._path(name), os.O_RDONLY | NO_FOLLOW)
         except FileNotFoundError:
             return None
         with open(descriptor, "rb") as file:

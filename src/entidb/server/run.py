@@ -16,7 +16,6 @@ import socket
 import ssl
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ import uvicorn
 
 from entidb.credentials import check_place, exposure
 from entidb.errors import ConfigError
+from entidb.events import SafeEvent, Thread
 from entidb.server.app import SyncApp, create_app
 from entidb.server.beside import check_proxies, check_root_path
 from entidb.server.certificates import Certificate
@@ -195,7 +195,7 @@ def _to_itself() -> Iterator[None]:
 def serving(config: ServerConfig | SyncServer, **listen: Any) -> Iterator[str]:
     """As ``serve``, on a thread, as long as the block runs; yields the URL. The port is a free
     one unless given. For tests, examples and programs that are more than a server."""
-    ready = threading.Event()
+    ready = SafeEvent()
     urls: list[str] = []
 
     def announce(url: str) -> None:
@@ -212,7 +212,7 @@ def serving(config: ServerConfig | SyncServer, **listen: Any) -> Iterator[str]:
         finally:
             ready.set()
 
-    thread = threading.Thread(target=run, name="entidb-server", daemon=True)
+    thread = Thread(target=run, name="entidb-server", daemon=True)
     thread.start()
     ready.wait()
     if not urls:

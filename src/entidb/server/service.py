@@ -50,6 +50,7 @@ from entidb.server.pages import (
     Page,
     View,
     known_up_to,
+    live_entities,
     seen_by,
     wanted_collections,
 )
@@ -229,6 +230,7 @@ class DatabaseService:
                 time=self.database.clock.now_ms(),
                 granted=grant.named,
                 term=term,
+                live=live_entities(view, wanted) if more and request.full else None,
             )
         )
 

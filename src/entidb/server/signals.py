@@ -15,6 +15,7 @@ from typing import Final
 import uvicorn
 
 from entidb.errors import EntiDBError
+from entidb.events import Thread
 from entidb.server.certificates import Certificate
 from entidb.server.server import SyncServer
 
@@ -36,7 +37,7 @@ def signals(server: uvicorn.Server, hang_up: Callable[[], None]) -> Iterator[Non
         server.should_exit = True
 
     def read_again(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=hang_up, name="entidb-sighup", daemon=True).start()
+        Thread(target=hang_up, name="entidb-sighup", daemon=True).start()
 
     before = {each: signal.signal(each, stop) for each in _STOP_SIGNALS}
     if _HANGUP is not None:

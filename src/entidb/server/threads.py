@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from entidb.errors import SyncError
+from entidb.events import SafeEvent, Thread
 from entidb.protocol import PullRequest, PushResponse
 from entidb.server.admin.local import open_door
 from entidb.server.admin.opening import office_of
@@ -72,7 +72,7 @@ class AppThreads:
         most = min(server.config.live_max, server.config.connections_max // 2)
         self.live = LiveChannels(loop, most, server.config.live_subject_max)
         self._server = server
-        self._stop = threading.Event()
+        self._stop = SafeEvent()
         server.stores.on_group = self._wake
         source = server.place.news()
         self._news = None if source is None else News(source, self.live)
@@ -80,9 +80,7 @@ class AppThreads:
         server.stores.on_commit = self.live.told if self._news is None else self._news.committed
         server.stores.on_open = self.live.opened
         server.stores.tell_pages(server.registry.pulled)
-        self._housekeeper = threading.Thread(
-            target=self._housekeep, name="entidb-housekeeper", daemon=True
-        )
+        self._housekeeper = Thread(target=self._housekeep, name="entidb-housekeeper", daemon=True)
         self._housekeeper.start()
         # Of several processes only one has it (``workers.team``).
         self._door = None if server.family is not None else open_door(office_of(server))

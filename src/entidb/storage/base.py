@@ -28,7 +28,8 @@ of them is promised between all openers:
   ends by itself when its owner closes the store or is killed, in whatever way. Inside it the newest
   commit is visible: a snapshot taken in the turn stays the newest state until its owner commits.
 * **mark**: a number of the state. A commit makes it greater by one; it never names two states, and
-  no state has two. What the store does to its own files (``compact``) may make it greater too. A
+  no state has two. What the store does to its own files (``compact``) may make it greater too, and
+  where the newest state may lack what was committed before, the mark is of another ``opening``. A
   snapshot knows the mark of what it shows. ``Storage.mark`` is read in microseconds, is never
   behind a commit that has returned, and may be ahead by one that is under way: then, and when
   that one fails, what was remembered counts as old for a moment and is read again. So what was
@@ -95,6 +96,16 @@ class Snapshot(Protocol):
     def __enter__(self) -> Snapshot: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+#: Where the number of the opening begins in a mark: the bits below count commits.
+OPENING_SHIFT: Final = 32
+
+
+def opening_of(mark: int) -> int:
+    """Which opening of a store ``mark`` is of. It is another one where the newest state may lack
+    what was committed before, although the store stayed open here."""
+    return mark >> OPENING_SHIFT
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,55 @@ Not here: who is using them (``locks``), and files that take several steps to ma
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
 from typing import Final
 
+from entidb.errors import FormatError
+
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 #: Files on their way to the database in this directory, in a directory of their own.
 FETCHED: Final = ".entidb-segments"
+#: Opening a named pipe waits for its other end, and a terminal may become that of the process.
+_AT_ONCE: Final = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+#: What the system says of what cannot be opened like a file.
+_NO_FILE: Final = frozenset((errno.ENXIO, errno.ENODEV, errno.EISDIR))
+_KINDS: Final = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
+    """``os.open`` of a file: never waits for what stands in its place. Raises ``FormatError``
+    where that is none, and ``OSError``."""
+    try:
+        descriptor = os.open(path, flags | _AT_ONCE, mode)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            with contextlib.suppress(OSError):
+                check_file(path, os.stat(path))
+        raise
+    try:
+        check_file(path, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_file(path: str | os.PathLike[str], found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((words for is_kind, words in _KINDS if is_kind(found.st_mode)), "something")
+        raise FormatError(
+            f"{os.fspath(path)} is {kind}, and has to be a file; it was not touched. Check the "
+            "path, or put it away"
+        )
 
 
 def is_at(path: str, descriptor: int) -> bool:

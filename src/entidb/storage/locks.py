@@ -16,7 +16,8 @@ import sys
 import weakref
 from typing import Final
 
-from entidb.storage.directories import NO_FOLLOW, give_as, is_at
+from entidb.errors import FormatError
+from entidb.storage.directories import NO_FOLLOW, give_as, is_at, open_file
 
 #: A lock file that was replaced between opening and locking it is opened again.
 TRIES: Final = 10
@@ -122,7 +123,7 @@ class FileLock:
         """A shared lock of the file at ``path``, which is not changed; None if there is none.
         Raises as the constructor."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
+            descriptor = open_file(path, os.O_RDONLY | NO_FOLLOW)
         except FileNotFoundError:
             return None
         lock = cls(descriptor, shared=True)
@@ -133,7 +134,7 @@ class FileLock:
     def silently(cls, path: str) -> FileLock:
         """The lock of the file at ``path``, which is there; nothing is written into it, so that
         it can be had where there is no room. Raises as the constructor."""
-        lock = cls(os.open(path, os.O_RDWR | NO_FOLLOW | BINARY))
+        lock = cls(open_file(path, os.O_RDWR | NO_FOLLOW | BINARY))
         if is_at(path, lock.descriptor):
             return lock
         lock.release()
@@ -208,12 +209,12 @@ if hasattr(os, "register_at_fork"):
 def _open_or_make(path: str, like: os.stat_result) -> int:
     flags = os.O_RDWR | NO_FOLLOW | BINARY
     try:
-        return os.open(path, flags)
+        return open_file(path, flags)
     except FileNotFoundError:
         try:
             made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            return os.open(path, flags)
+            return open_file(path, flags)
     give_as(made, like)
     return made
 
@@ -248,9 +249,9 @@ def system_holders(path: str) -> list[str]:
 def written_holder(path: str) -> str:
     """The process number in the lock file at ``path``."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_file) as file:
             written = file.read(20).partition(b"\n")[0]
-    except OSError:
+    except (OSError, FormatError):
         return ""
     return written.decode() if written.isdigit() else ""
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from entidb.db import Database, DiscardedTransaction, OverruledValue
 from entidb.errors import SyncStateError
+from entidb.events import SafeEvent
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.report import RebaseReport
 from entidb.sync.comparing import Comparing, Verification
@@ -58,7 +59,7 @@ class AsyncSyncEngine:
         self.engine = SyncEngine(config, transport, applier, token=token, **options)
         #: Whether ``run`` runs, and what ends it.
         self._running = False
-        self._stop = threading.Event()
+        self._stop = SafeEvent()
         self._task: asyncio.Task[None] | None = None
         self.config = self.engine.config
         self.applier = self.engine.applier
@@ -80,7 +81,7 @@ class AsyncSyncEngine:
     async def _cycle(
         self, stopped: threading.Event | None, then: Then | None = None
     ) -> InterruptibleJob[SyncCycleResult]:
-        cancelled = threading.Event()
+        cancelled = SafeEvent()
         job: InterruptibleJob[SyncCycleResult]
         job = InterruptibleJob(
             lambda _: self.engine.run_cycle(cancelled, stopped, then), "entidb-aio-sync"
@@ -114,7 +115,7 @@ class AsyncSyncEngine:
         """
         if self._running:
             raise SyncStateError("this engine runs in the background already")
-        self._running, self._stop = True, threading.Event()
+        self._running, self._stop = True, SafeEvent()
         stopped = self._stop
         job: InterruptibleJob[None] = InterruptibleJob(
             lambda _: self.engine.run_until(stopped), "entidb-aio-run"

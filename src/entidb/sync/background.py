@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from entidb.db import Database
 from entidb.errors import EntiDBError, SyncCancelledError, SyncStateError
+from entidb.events import SafeEvent
 from entidb.protocol import PullRequest
 from entidb.storage.base import StoreTurn
 from entidb.sync.carried import CarriedPage
@@ -88,7 +89,7 @@ class Background:
         self._engine = engine
         self._clock = clock
         self._draw = draw
-        self._event = threading.Event()
+        self._event = SafeEvent()
         self._occasions = Occasions(engine.config.retry, draw)
         #: Learns what the server has, while this runs and the server offers news.
         self.channel: Channel | None = None
@@ -155,6 +156,8 @@ class Background:
     def run(self, stopped: threading.Event) -> None:
         """Sync again and again, until ``stopped``, which has to be followed by ``wake``. Raises
         nothing."""
+        if stopped.is_set():
+            return
         database = self._engine.database
         right = database.right("background")
         self.thread = threading.get_ident()
@@ -225,7 +228,7 @@ class Background:
         engine = self._engine
         self._occasions.begin()
         try:
-            result = engine.run_cycle(threading.Event(), stopped, patient=patient)
+            result = engine.run_cycle(SafeEvent(), stopped, patient=patient)
             done = not (result.incomplete or result.kept_back)
             # Of an observer or a listener, which the cycle's own thread has called.
             more = result.changed and done and engine.database.read_head().ready > 0

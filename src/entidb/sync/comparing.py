@@ -10,7 +10,6 @@ are over what the server has. ``db.digests`` computes them.
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Final
@@ -22,6 +21,7 @@ from entidb.db.digests import Settled, blocks_between, digest_of, settled
 from entidb.db.records import META_ADOPT
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, ServerError, SyncStateError, VersionMismatchError
+from entidb.events import SafeEvent
 from entidb.protocol import (
     DIGEST_IDS_MAX,
     DigestRequest,
@@ -284,7 +284,7 @@ class Verifying:
         repaired until then stays; another call goes on from there.
         """
         comparing = Comparing(self.applier, repair=repair)
-        self.run_cycle(threading.Event(), then=comparing)
+        self.run_cycle(SafeEvent(), then=comparing)
         return comparing.result
 
 

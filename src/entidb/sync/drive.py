@@ -16,6 +16,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from entidb.events import SafeEvent
 from entidb.protocol import SyncRequest, SyncResponse
 from entidb.sync.exchange import SendAhead, Step
 from entidb.sync.interrupt import Interrupts, Watch
@@ -163,7 +164,7 @@ class Driver:
     def send(self, request: SyncRequest) -> SyncResponse:
         if self._interrupt_transport is not None:
             return self._transport.send(request)
-        over = threading.Event()
+        over = SafeEvent()
 
         def work(watch: Watch) -> SyncResponse:
             # Not before this thread runs: Ctrl-C may come before it does, or before it sends.

@@ -10,7 +10,6 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
-from threading import Event
 
 from entidb.db import Database
 from entidb.errors import (
@@ -21,6 +20,7 @@ from entidb.errors import (
     SyncError,
     SyncStateError,
 )
+from entidb.events import SafeEvent, Thread
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.attempts import Attempts
 from entidb.sync.background import Background, joined
@@ -109,7 +109,7 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         self._cycle_lock = threading.Lock()
         #: Of the cycle in progress. Together with ``_cycle_thread`` under ``_running_lock``, which
         #: is re-entrant for signal handlers.
-        self._cancel = threading.Event()
+        self._cancel: threading.Event = SafeEvent()
         self._cycle_thread: int | None = None
         self._running_lock = threading.RLock()
         self._background = Background(self, self._clock)
@@ -118,8 +118,8 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         #: Set at the end of each sync, for those who wait for one.
         self._waiting: list[threading.Event] = []
         #: Ends a wait between two attempts: set by ``cancel`` and ``wake``.
-        self._nudge = threading.Event()
-        self._stop = threading.Event()
+        self._nudge = SafeEvent()
+        self._stop = SafeEvent()
         self._thread: threading.Thread | None = None
         self._ending: threading.Thread | None = None
         self._listeners = Listeners()
@@ -154,12 +154,12 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         ``SyncStateError`` if a cycle is running in another thread. Whatever it raises, nothing
         pending is lost and the next call goes on from there (R9).
         """
-        return self.run_cycle(threading.Event())
+        return self.run_cycle(SafeEvent())
 
     def run_cycle(
         self,
-        cancelled: Event,
-        stopped: Event | None = None,
+        cancelled: threading.Event,
+        stopped: threading.Event | None = None,
         then: Then | None = None,
         *,
         patient: bool = True,
@@ -181,8 +181,8 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
 
     def course(
         self,
-        cancelled: Event,
-        stopped: Event | None = None,
+        cancelled: threading.Event,
+        stopped: threading.Event | None = None,
         then: Then | None = None,
         *,
         patient: bool = True,
@@ -362,9 +362,8 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
     # ------------------------------------------------------------ background
 
     def start(self) -> None:
-        """Sync in a background thread until ``stop()``: now, at every local commit (of a burst of
-        them, those that follow the first go together), when the server says that it has something
-        new, when woken, and every ``interval_s`` seconds.
+        """Sync in a background thread until ``stop()``: now, at every local commit (those of a
+        burst after its first go together), on news, when woken, and every ``interval_s`` seconds.
 
         Errors do not end it: they show in ``status()`` and are tried again at the next turn, which
         comes an hour later where this device was revoked (R32); until then commits start a cycle
@@ -374,22 +373,23 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         self._check_not_closed()
         if self._thread is not None:
             raise SyncStateError("this engine runs in the background already")
-        self._stop = threading.Event()
-        until = (self._stop, self._ending)
-        thread = threading.Thread(None, self._run, "entidb-sync", until, daemon=True)
-        # Before it begins: a listener of its first cycle may stop it.
-        self._thread, self._background.starting = thread, True
+        self._stop = SafeEvent()
+        thread = Thread(None, self._run, "entidb-sync", (self._stop, self._ending), daemon=True)
         try:
+            # Before it begins: a listener of its first cycle may stop it.
+            self._thread, self._background.starting = thread, True
             thread.start()
-        except RuntimeError as error:
+        except BaseException as error:
+            self._stop.set()  # where an interrupt came, it may begin yet
+            self._ending = thread
             self._thread, self._background.starting = None, False
-            raise SyncStateError(
-                f"no thread could be started to sync in the background: {error}"
-            ) from error
+            if not isinstance(error, RuntimeError):
+                raise
+            raise SyncStateError(f"no thread could be started to sync: {error}") from error
 
     def wake(self) -> None:
-        """Let the background thread sync now instead of at its next turn, or try again now where
-        it waits to try again, but never before the time a server asked for (``Retry-After``)."""
+        """Let the background thread sync now, or try again now where it waits to try again, but
+        never before the time a server asked for (``Retry-After``)."""
         self._background.wake()
         self._nudge.set()
 
@@ -399,15 +399,16 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
 
         What would have to wait for itself does not wait: called by the cycle's own thread (a
         listener, an observer) or inside a transaction it returns at once, and where the cycle is
-        inside a listener or an observer, within 100 ms. The cycle then ends by itself at its next
-        step, without another request. From any thread, and from a signal handler."""
-        thread, self._thread = self._thread, None
+        inside a listener or an observer, within 100 ms. The cycle ends at its next step, without
+        another request. From any thread, and from a signal handler."""
+        thread = self._thread
         if thread is None:
             return
         here = threading.get_ident()
         inside = here == self._cycle_thread or self._background.syncs_on(here)
-        self._end_run()
+        self._end_run()  # first: interrupted, it is to be stopped yet
         self._ending = thread
+        self._thread, self._background.starting = None, False
         if not inside:
             self._wait_for(lambda seconds: joined(thread, seconds), thread.ident)
 

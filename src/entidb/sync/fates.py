@@ -21,6 +21,7 @@ from entidb.db.records import READY, sequence_key
 from entidb.db.subjects import awaited_subject, is_others, roots_of, sendable
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, SyncStateError
+from entidb.events import SafeEvent
 from entidb.protocol import PushResult, Verdict
 from entidb.sync.attempts import Attempts
 from entidb.sync.background import Background
@@ -96,7 +97,7 @@ class Patience:
     """One wait that another thread can end."""
 
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self.event = SafeEvent()
         self.gone = False
 
     def give_up(self) -> None:

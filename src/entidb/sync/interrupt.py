@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from entidb.errors import SyncCancelledError, TransportError
+from entidb.events import SafeEvent, Thread
 
 T = TypeVar("T")
 _acting = threading.local()
@@ -119,7 +120,7 @@ class InterruptibleJob(Generic[T]):
     """Work on a thread of its own."""
 
     def __init__(self, work: Callable[[Watch], T], name: str) -> None:
-        self.done = threading.Event()
+        self.done = SafeEvent()
         self.watch = Watch(None)
         self._work = work
         self._name = name
@@ -132,7 +133,7 @@ class InterruptibleJob(Generic[T]):
         """Begin; the thread calls ``tell`` when it is done. Raises ``TransportError``."""
         self._tell = tell
         context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(self._run,), name=self._name)
+        thread = Thread(target=context.run, args=(self._run,), name=self._name)
         thread.daemon = True
         try:
             thread.start()

@@ -22,6 +22,7 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from entidb.errors import LOCKED_OUT, SyncCancelledError, SyncError
+from entidb.events import SafeEvent, Thread
 from entidb.protocol import PullRequest
 from entidb.sync.carried import CarriedPage, page_in
 from entidb.types import SEQUENCE_MAX, Clock
@@ -367,7 +368,7 @@ class Channel:
             clock.monotonic, draw, news=news, changed=self._is_now, asks=asks, page=page
         )
         self._events: Events | None = None
-        self._stopping = threading.Event()
+        self._stopping = SafeEvent()
         self._thread: threading.Thread | None = None
         self.state = LiveState.OFFLINE
         #: Since when it is so, in milliseconds since 1970.
@@ -385,7 +386,7 @@ class Channel:
         self._stopping.clear()
         # What is called with news finds the context variables of who began this.
         run = contextvars.copy_context().run
-        thread = threading.Thread(target=run, args=(self._run,), name="entidb-live", daemon=True)
+        thread = Thread(target=run, args=(self._run,), name="entidb-live", daemon=True)
         thread.start()
         self._thread = thread
 

@@ -154,9 +154,11 @@ class Pulling:
             request = _first_page(request)
         floor = None if stage is None else stage.floor
         image_head = 0 if stage is None else stage.image_head
-        done = size = 0
+        done = size = staged = 0
         if stage is not None and image_head:
             done, size = stage.operations, stage.size - ROW_BYTES * stage.operations
+        elif stage is not None:
+            staged = stage.operations  # in a cycle before this one
         for _ in range(PAGES_MAX):
             response = yield from self._ask_page(request, state)
             if floor is not None and _moved(floor, response.floor, image_head):
@@ -174,7 +176,7 @@ class Pulling:
                 yield SendAhead(following)
             self._exchange.check()
             self._exchange.applier.stage_page(request, response, full)
-            done, size = self._count(response, done, size)
+            done, size = self._count(response, done, size, staged)
             if not response.has_more:
                 return FullPull.STAGED
             request = following
@@ -299,11 +301,17 @@ class Pulling:
         collections = request.collections if full is None else full
         return replace(request, have=[], full=True, columns=columns, collections=collections)
 
-    def _count(self, response: PullResponse, done: int, size: int) -> tuple[int, int]:
+    def _count(
+        self, response: PullResponse, done: int, size: int, staged: int = 0
+    ) -> tuple[int, int]:
         operations, weight = operations_count(response), payload_bytes(response)
         self._exchange.result.bytes_pulled += weight
         if operations:
-            total = done + operations if not response.has_more else None
+            total: int | None = done + operations
+            if response.has_more:
+                # What the server counts, deletions are beside it, and others write meanwhile.
+                live = response.live
+                total = None if live is None else max(live - staged, done + operations)
             progress = SyncProgress(SyncState.PULLING, done + operations, size + weight, total)
             self._exchange.progress(progress)
         return done + operations, size + weight

@@ -5,7 +5,8 @@ A commit is durable when the standby has it. One that the primary has alone *wai
 and nobody else commits. Then the standby answers after all, or the primary is restarted and shows
 it, or the standby takes the primary's place and the commit is gone. A connection that is opened
 commits before it reads, so that it waits for the standby (``bar``): what a restarted primary shows,
-nobody sees before it is as durable as the rest.
+nobody sees before it is as durable as the rest. An operator may also let a standby lead that lacks
+what was acknowledged (``promote``), while the nodes stay.
 
 The mechanisms here are those of ``entidb.storage.postgres``, said again; that module is tested
 against a real server, and not here. What is real here is all that is above the seam.
@@ -21,12 +22,14 @@ from typing import Any, Final, Protocol
 
 from entidb.errors import CommitUnknownError, StorageError
 from entidb.storage import MemoryStorage
-from entidb.storage.base import Batch, Snapshot, StoreTurn
+from entidb.storage.base import OPENING_SHIFT, Batch, Snapshot, StoreTurn
 from entidb.storage.memory import _Shared, _State
 from entidb.testing.faults import FaultyStorage, Observe
 
 #: Milliseconds that a standby does not answer, at most.
 STANDBY_AWAY_MS: Final = 1_500
+#: By how much a mark goes on where another server leads that may lack commits.
+OPENING: Final = 1 << OPENING_SHIFT
 #: What becomes of a commit that the standby has not confirmed.
 ENDS: Final = ("confirmed", "restarted", "restarted and lost", "lost")
 
@@ -130,6 +133,14 @@ class SharedStore:
     def drop(self) -> None:
         """Another store takes its place: nothing becomes of it any more."""
         self.waiting = None
+
+    def promote(self, records: Mapping[bytes, bytes]) -> None:
+        """A standby leads that has only ``records``; but for the opening, it comes to the very mark
+        that the nodes know."""
+        self.drop()
+        values = dict(records)
+        mark = self.base._state.mark + OPENING
+        self._move(MemoryStorage(_Shared(_State(values, sorted(values), mark))))
 
     def settle(self) -> None:
         """The standby answers again."""

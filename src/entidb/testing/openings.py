@@ -61,6 +61,15 @@ class Openings:
         self._shared = SharedStore(self._world, self._rng, records or {}, self._look_at)
         self._look_at(self._shared.base)
 
+    @property
+    def between_nodes(self) -> bool:
+        return self._shared is not None
+
+    def promote(self, records: Mapping[bytes, bytes]) -> None:
+        """Of a store between nodes, which go on: a standby leads that has only ``records``."""
+        assert self._shared is not None
+        self._shared.promote(records)
+
     def open(self, opened: list[NodeStorage]) -> FaultyStorage:
         """What a process finds: only what is durable is left. ``opened`` is what it has open
         between several. Raises ``StorageError``."""

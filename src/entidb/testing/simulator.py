@@ -218,8 +218,9 @@ class Simulation:
         if not tenant.older.copied:
             tenant.copy_files()
         elif tenant.older.may_be_put_back() and self.rng.random() * 100 < self.knobs.put_back:
-            self.world.fired("put_back")
-            tenant.put_back()
+            promoted = tenant.openings.between_nodes and self.rng.random() < 0.5
+            self.world.fired("promoted" if promoted else "put_back")
+            tenant.put_back(promoted)
 
     def _restore_again(self, tenant: Tenant) -> None:
         if not self.world.quiet and tenant.backup is not None:

@@ -231,8 +231,11 @@ class Tenant:
         if self.openings.in_step:
             self.older.copy(self.openings.present.copy())
 
-    def put_back(self) -> None:
-        self.older.put_back(lambda copy: self._place(read_records(copy)))
+    def put_back(self, promoted: bool = False) -> None:
+        """Older files lie there; or, ``promoted``, under nodes that stay, as where a standby leads
+        that had only those."""
+        place = self.openings.promote if promoted else self._place
+        self.older.put_back(lambda copy: place(read_records(copy)))
 
     def purge(self, up_to: int) -> None:
         up_to = self.shelf.purge_limit(up_to)

@@ -3,7 +3,8 @@ ledger of every transaction that was acknowledged.
 
 ``python -m entidb.testing.torture_openers --seconds 3600`` runs for an hour.
 
-Not here: devices and a server under torture (``torture``).
+Not here: devices and a server under torture (``torture``), and what a long wait was made of
+(``torture_waits``).
 """
 
 from __future__ import annotations
@@ -23,12 +24,23 @@ from pathlib import Path
 from typing import Final
 
 from entidb.db import Database
+from entidb.testing.torture_waits import (
+    Commit,
+    Span,
+    Stopwatch,
+    Struck,
+    after_a_death,
+    explain,
+    read_commit,
+)
 
 #: Entities of one transaction: all of them are there, or none.
 ENTITIES: Final = 3
 #: Deaths in a second.
 _KILLS: Final = 2
 _STOP_SECONDS: Final = 0.2
+#: Commits that are taken apart.
+_EXPLAINED: Final = 3
 
 
 @dataclass
@@ -40,13 +52,18 @@ class Report:
     kills: int = 0
     stops: int = 0
     longest_s: float = 0.0
+    #: Until another process had the turn of one that was killed.
+    after_death_s: float = 0.0
+    #: What the longest commits were made of.
+    waits: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
             f"{self.acknowledged} transactions acknowledged, {self.committed} there; "
             f"{self.kills} killed, {self.stops} stopped; the longest commit took "
-            f"{self.longest_s * 1000:.0f} ms; {len(self.faults)} faults"
+            f"{self.longest_s * 1000:.0f} ms; the turn of a dead one was taken within "
+            f"{self.after_death_s * 1000:.0f} ms; {len(self.faults)} faults"
         )
 
 
@@ -54,15 +71,20 @@ def work(path: str, ledger: str, commits: int) -> None:
     """One process: commit, and only then write it into the ledger."""
     out = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with Database.open(path) as database:
+        watch = Stopwatch()
         for _ in range(commits):
-            mark, began = uuid.uuid4().hex, time.monotonic()
+            mark = uuid.uuid4().hex
+            watch.start()
             with database.transaction() as tx:
+                watch.lap()
                 # Reads what others have committed, so that a state that is not the newest shows.
                 row = tx["counter"].get(_COUNTER, 0)
                 tx["counter"][_COUNTER] = row + 1
                 for n in range(ENTITIES):
                     tx["notes"].add({"mark": mark, "n": n})
-            os.write(out, f"{mark} {time.monotonic() - began:.6f}\n".encode())
+                watch.lap()
+            watch.lap()
+            os.write(out, watch.line(mark).encode())
 
 
 _COUNTER: Final = uuid.UUID("0197a000-0000-7000-8000-000000000001")
@@ -74,7 +96,9 @@ def torture(path: Path, *, processes: int, commits: int, seconds: float, seed: i
     rng, report = random.Random(seed), Report()
     Database.open(path / "db").close()
     running: list[subprocess.Popen[bytes]] = []
-    stopped: dict[int, float] = {}
+    numbers: dict[int, int] = {}
+    stopped: dict[int, Span] = {}
+    struck = Struck()
     deadline, next_fault = time.monotonic() + seconds, time.monotonic() + 0.5
     number = 0
     try:
@@ -87,18 +111,21 @@ def torture(path: Path, *, processes: int, commits: int, seconds: float, seed: i
             while now < deadline and len(running) < processes:
                 number += 1
                 running.append(_start(path, number, commits))
-            for pid, until in list(stopped.items()):
-                if now > until:
+                numbers[running[-1].pid] = number
+            for pid, stop in list(stopped.items()):
+                if now > stop.ended:
                     del stopped[pid]
                     _signal(pid, signal.SIGCONT)
+                    struck.stops.append((numbers[pid], Span(stop.began, time.monotonic())))
             if running and now < deadline and now > next_fault:
                 next_fault = now + 1 / (_KILLS + 1)
                 victim = rng.choice(running)
                 if rng.random() < _KILLS / (_KILLS + 1):
+                    struck.kills.append((numbers[victim.pid], time.monotonic()))
                     victim.kill()
                     report.kills += 1
                 elif _signal(victim.pid, signal.SIGSTOP):
-                    stopped[victim.pid] = now + _STOP_SECONDS
+                    stopped[victim.pid] = Span(now, now + _STOP_SECONDS)
                     report.stops += 1
             time.sleep(0.01)
     finally:
@@ -106,7 +133,7 @@ def torture(path: Path, *, processes: int, commits: int, seconds: float, seed: i
             _signal(each.pid, signal.SIGCONT)
             each.kill()
             each.wait()
-    _check(path, report)
+    _check(path, report, struck)
     return report
 
 
@@ -128,13 +155,20 @@ def _signal(pid: int, number: int) -> bool:
     return True
 
 
-def _check(path: Path, report: Report) -> None:
+def _check(path: Path, report: Report, struck: Struck) -> None:
     acknowledged: list[str] = []
+    commits: list[Commit] = []
     for ledger in path.glob("ledger-*"):
         for line in ledger.read_text().splitlines():
-            mark, took = line.split()
+            mark, took = line.split()[:2]
             acknowledged.append(mark)
             report.longest_s = max(report.longest_s, float(took))
+            if commit := read_commit(int(ledger.name.partition("-")[2]), line):
+                commits.append(commit)
+    report.after_death_s = after_a_death(commits, struck)
+    for each in sorted(commits, key=lambda each: -each.took_s)[:_EXPLAINED]:
+        report.waits.append(f"{each.took_s * 1000:.0f} ms:")
+        report.waits += [f"  {line}" for line in explain(each, commits, struck)]
     with Database.open(path / "db") as database:
         found = Counter(value["mark"] for value in database["notes"].values())
         report.faults += database.verify()
@@ -173,8 +207,8 @@ def main() -> int:
             seed=given.seed,
         )
     print(report)
-    for fault in report.faults:
-        print(fault)
+    for line in [*report.waits, *report.faults]:
+        print(line)
     return 1 if report.faults else 0
 
 

@@ -133,5 +133,5 @@ def test_a_small_file_is_copied_without_another_thread(
     def none(*given: object, **named: object) -> None:
         raise AssertionError("a thread was made")
 
-    monkeypatch.setattr("entidb.storage.lmdb.resident.threading.Thread", none)
+    monkeypatch.setattr("entidb.storage.lmdb.resident.Thread", none)
     store.backup(str(tmp_path / "copy"))

@@ -17,8 +17,8 @@ from typing import Final, Protocol
 
 from msgspec import DecodeError, Struct, json
 
-from entidb.errors import DatabaseLockedError, StorageError
-from entidb.storage.directories import NO_FOLLOW
+from entidb.errors import DatabaseLockedError, FormatError, StorageError
+from entidb.storage.directories import NO_FOLLOW, open_file
 from entidb.storage.partial import Partial
 from entidb.types import Clock
 
@@ -191,7 +191,7 @@ class FileJournal:
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW
         try:
-            return os.open(self._path, flags, 0o600)
+            return open_file(self._path, flags)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -223,8 +223,8 @@ def _ends_with_line(path: str) -> bool:
 def _backwards(path: str) -> Iterator[bytes]:
     """The lines of a file from its end on."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
-    except OSError:
+        descriptor = open_file(path, os.O_RDONLY | NO_FOLLOW)
+    except (OSError, FormatError):
         return  # fewer files than are kept
     with open(descriptor, "rb") as file:
         at, rest = os.fstat(descriptor).st_size, b""

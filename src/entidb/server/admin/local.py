@@ -15,12 +15,12 @@ import socketserver
 import stat
 import struct
 import sys
-import threading
 from typing import Any, Final
 
 from msgspec import Raw, Struct, ValidationError, json
 
 from entidb.errors import PermissionDeniedError, ProtocolError
+from entidb.events import Thread
 from entidb.server.admin.asking import BODY_BYTES_MAX, refusal
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
@@ -81,9 +81,7 @@ class LocalDoor:
                 self._server = _Server(path, self._answer)
             finally:
                 os.umask(before)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="entidb-admin", daemon=True
-        )
+        self._thread = Thread(target=self._server.serve_forever, name="entidb-admin", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from entidb.errors import EntiDBError, ServerBusyError
+from entidb.events import SafeEvent, Thread
 from entidb.server.cores import run_anywhere
 from entidb.types import Clock
 
@@ -56,7 +57,7 @@ class Progress:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self.cancelled = threading.Event()
+        self.cancelled = SafeEvent()
 
     def at(self, step: str, done: int = 0, total: int | None = None) -> None:
         """Say how far it is. Ends the task here if it was cancelled."""
@@ -95,7 +96,7 @@ class Tasks:
     def _begin(self) -> None:
         if self._thread is not None:
             return
-        thread = threading.Thread(target=self._run, name="entidb-tasks", daemon=True)
+        thread = Thread(target=self._run, name="entidb-tasks", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # the system gives none; the next task tries again

@@ -44,6 +44,7 @@ from entidb.errors import (
     StorageError,
     StorageFullError,
 )
+from entidb.events import SafeEvent, Thread
 from entidb.protocol import Manifest, SegmentInfo, SnapshotRequest
 from entidb.server.config import ServerConfig
 from entidb.server.cores import run_anywhere
@@ -128,7 +129,7 @@ class ImageKeeper:
         #: When to look again, and where it did not work the last time.
         self._next: dict[str, float] = {}
         self._failed: set[str] = set()
-        self._stop = threading.Event()
+        self._stop = SafeEvent()
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._locks: dict[str, threading.Lock] = {}
@@ -292,7 +293,7 @@ class ImageKeeper:
         with self._news:
             self._due[db_id] = None
             if self._thread is None and not self._stop.is_set():
-                thread = threading.Thread(target=self._run, name="entidb-segments", daemon=True)
+                thread = Thread(target=self._run, name="entidb-segments", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError as error:  # the next look tries again

@@ -43,6 +43,10 @@ _PAUSE_S_MAX: Final = 5.0
 _START_TRIES: Final = 3
 #: Seconds between two looks at processes whose end was not noticed in another way.
 _LOOK_S: Final = 1.0
+#: Looks in a row at a process that is stopped, after which it is killed, and so replaced: it holds
+#: up all who need what it has, its turn or the duty, and no lock can be taken from one that lives.
+#: Looks and not seconds: the parent itself may be stopped, and everything with it.
+STOPPED_LOOKS: Final = 10
 
 
 @dataclass
@@ -53,6 +57,8 @@ class _Child:
     #: From 0 up, below their count.
     number: int
     ready: bool = False
+    #: Looks in a row that have found it stopped.
+    stopped: int = 0
 
 
 class Parent:
@@ -72,6 +78,7 @@ class Parent:
         self._announced = False
         self._stopping = False
         self._hung_up = False
+        self._look_at = 0.0
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT, and until all processes have ended then. Raises ``ConfigError``
@@ -82,6 +89,7 @@ class Parent:
                     self._start_missing()
                     self._wait(bell, self._until_next())
                     self._pass_on_hangup()
+                    self._look_at_stopped()
             finally:
                 self._stop_all(bell)
 
@@ -118,6 +126,22 @@ class Parent:
             self._hung_up = False
             for child in self._children.values():
                 os.kill(child.pid, _HANGUP or signal.SIGTERM)
+
+    def _look_at_stopped(self) -> None:
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_S
+        for child in self._children.values():
+            child.stopped = child.stopped + 1 if _is_stopped(child.pid) else 0
+            if child.stopped == STOPPED_LOOKS:
+                logger.error(
+                    "worker %d has been stopped for about %d s and holds the others up; it is "
+                    "killed",
+                    child.pid,
+                    round(STOPPED_LOOKS * _LOOK_S),
+                )
+                os.kill(child.pid, signal.SIGKILL)
 
     # ------------------------------------------------------------ processes
 
@@ -227,6 +251,15 @@ class Parent:
                     os.kill(child.pid, signal.SIGKILL)
                 end = time.monotonic() + _KILL_AFTER_S
             self._wait(bell, max(0.0, min(_LOOK_S, left)))
+
+
+def _is_stopped(pid: int) -> bool:
+    """By SIGSTOP or its like; where the system tells it. One that a debugger has is not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[:1] == [b"T"]
+    except OSError:
+        return False
 
 
 def _say_ready(life: int) -> None:

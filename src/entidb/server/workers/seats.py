@@ -20,6 +20,7 @@ import shutil
 import time
 from typing import Final
 
+from entidb.storage.directories import open_file
 from entidb.storage.locks import FileLock, HeldError
 
 #: In the data directory; no database is called so.
@@ -115,7 +116,7 @@ class Seats:
         if self._chair is not None:
             return self.name
         try:
-            with open(self.path(_CHAIR, ""), "rb") as file:
+            with open(self.path(_CHAIR, ""), "rb", opener=open_file) as file:
                 name = file.read().partition(b"\n")[2].decode("ascii", "replace")
         except OSError:
             return None

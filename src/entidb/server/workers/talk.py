@@ -12,7 +12,6 @@ import logging
 import socket
 import socketserver
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
@@ -20,6 +19,7 @@ from typing import Any, Final
 from msgspec import Raw, Struct, ValidationError, json
 
 from entidb.errors import EntiDBError, ServerBusyError
+from entidb.events import Thread
 from entidb.server.admin.local import reachable
 
 logger = logging.getLogger("entidb.server")
@@ -65,7 +65,7 @@ class Ear:
         self._answers, self._leases = answers, leases
         with reachable(folder, name) as path:
             self._server = _Server(path, self)
-        self._thread = threading.Thread(
+        self._thread = Thread(
             target=self._server.serve_forever, args=[0.1], name="entidb-ear", daemon=True
         )
         self._thread.start()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import convert
 
 from entidb.errors import EntiDBError, ServerBusyError
+from entidb.events import SafeEvent, Thread
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.local import LocalDoor, open_door
 from entidb.server.admin.office import NodeRow, Office
@@ -76,7 +76,7 @@ class Team:
         self._told_to_stop = False
         #: What the files of databases looked like for which somebody waits.
         self._files: dict[str, Mark] = {}
-        self._stop = threading.Event()
+        self._stop = SafeEvent()
         self._slow_at = 0.0
         self._counted = None if metrics is None else self._count(metrics)
         answers: Answers = {
@@ -97,7 +97,7 @@ class Team:
         server.stores.may_purge = company.is_first
         office.control.on_change = self._tell_decided
         office.others = self
-        self._thread = threading.Thread(target=self._run, name="entidb-team", daemon=True)
+        self._thread = Thread(target=self._run, name="entidb-team", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ import struct
 import sys
 from typing import Final
 
+from entidb.storage.directories import open_file
+
 MAGIC: Final = 0xBEEFC0DE
 VERSION: Final = 1
 PAGE_HEADER: Final = struct.Struct("=QHHHH")
@@ -30,7 +32,7 @@ PAGE_SIZES: Final = frozenset(1 << n for n in range(9, 17))
 if sys.platform == "win32":
 
     def open_to_read(path: str) -> int:
-        return os.open(path, os.O_RDONLY | os.O_BINARY)
+        return open_file(path, os.O_RDONLY | os.O_BINARY)
 
     def read_at(descriptor: int, count: int, offset: int) -> bytes:
         os.lseek(descriptor, offset, os.SEEK_SET)
@@ -43,6 +45,6 @@ if sys.platform == "win32":
 else:
 
     def open_to_read(path: str) -> int:
-        return os.open(path, os.O_RDONLY)
+        return open_file(path, os.O_RDONLY)
 
     read_at, write_at = os.pread, os.pwrite

@@ -12,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Final
 
+from entidb.storage.directories import open_file
 from entidb.storage.locks import NOTE_BYTES_MAX
 
 DATA: Final = "data.mdb"
@@ -30,8 +31,8 @@ class Left:
 def is_closed(path: str, headers: bytes) -> bool:
     """As ``Place.is_as_left``, of the directory at ``path``, without taking it: a hint. Raises
     ``OSError``."""
-    left = None
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(path, LOCK), "rb") as file:
+    left, lock = None, os.path.join(path, LOCK)
+    with contextlib.suppress(FileNotFoundError), open(lock, "rb", opener=open_file) as file:
         left = read_left(file.read(NOTE_BYTES_MAX))
     return left is not None and left.file == signature(os.stat(os.path.join(path, DATA)), headers)
 

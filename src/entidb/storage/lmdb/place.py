@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from entidb.errors import DatabaseLockedError, StorageError
-from entidb.storage.directories import NO_FOLLOW, give_as, give_owner, is_at
+from entidb.storage.directories import NO_FOLLOW, check_file, give_as, give_owner, is_at, open_file
 from entidb.storage.lmdb.closed_file import check_data_file
 from entidb.storage.lmdb.company import (
     SHARING,
@@ -177,7 +177,7 @@ class Place:
         shared = self.read_only and not SHARING
         for look in range(_LOOKS):
             try:
-                held = FileLock(os.open(self.data_path, kind), shared=shared)
+                held = FileLock(open_file(self.data_path, kind), shared=shared)
             except HeldError as error:
                 holder = error.holder
             else:
@@ -188,7 +188,7 @@ class Place:
             # Another who looks has it for a moment.
             if look >= (_LOOKS_OF_LOOKERS if self.read_only else 0) and not self.alone:
                 with contextlib.suppress(HeldError):
-                    held = FileLock(os.open(self.data_path, kind), shared=True)
+                    held = FileLock(open_file(self.data_path, kind), shared=True)
                     self.first = False
                     return held
             if not SHARING:
@@ -286,6 +286,8 @@ class Place:
         path = os.path.join(self.path, LMDB_LOCK)
         # Only a new one is opened: closing it would take LMDB's record locks away.
         with contextlib.suppress(FileExistsError):
+            if os.path.lexists(path):
+                check_file(path, os.stat(path))
             made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
             try:
                 give_as(made, self._like())
@@ -298,7 +300,7 @@ class Place:
         if self._data is not None:
             yield self._data.descriptor
             return
-        descriptor = os.open(self.data_path, os.O_RDWR | BINARY)
+        descriptor = open_file(self.data_path, os.O_RDWR | BINARY)
         try:
             yield descriptor
         finally:

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from entidb.events import SafeEvent, Thread
+
 #: Bytes of mapped files that may be resident before they are given back.
 RESIDENT_BYTES_MAX: Final = 96 * 2**20
 _DONTNEED: Final = 4  # MADV_DONTNEED, on every Linux
@@ -48,8 +50,8 @@ def shedding(path: str, limit: int = RESIDENT_BYTES_MAX) -> Iterator[None]:
     if not sys.platform.startswith("linux") or os.stat(path).st_size <= limit:
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(
+    over = SafeEvent()
+    thread = Thread(
         target=_shed_until, args=(over, path, limit), name="entidb-shedder", daemon=True
     )
     try:

@@ -2,8 +2,9 @@
 
 The turn is the lock of a file of its own: the system gives it back when its owner ends, whatever it
 was doing. What is written in that file is shared memory of all processes: whether one waits, so
-that a process which comes again at once lets it go first; and whether a commit was under way when
-its owner died, so that the next one sees to what it left before he looks at the newest state.
+that a process which comes again at once lets it go first; since when the one waits that has waited
+too long already, so that all others let it go first; and whether a commit was under way when its
+owner died, so that the next one sees to what it left before he looks at the newest state.
 
 Not here: whose turn it is within a process (``entidb.storage.turns``).
 """
@@ -12,25 +13,34 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
-from entidb.storage.directories import NO_FOLLOW, give_as, is_still_at
+from entidb.storage.directories import NO_FOLLOW, give_as, is_still_at, open_file
 from entidb.storage.locks import system_holders
 
 TURN: Final = "entidb.turn"
-#: Bytes of the file: a process waits; a commit is under way.
+#: Bytes of the file: a process waits; a commit is under way; since when one waits, and when it
+#: last said so.
 _WAITED_FOR: Final = 0
 COMMITTING: Final = 8
+_LONGEST: Final = 16
+_LONGEST_NOTE: Final = struct.Struct("=dd")
 _BYTES: Final = 64
 #: Seconds between two tries to get the turn, at first and after a while. A process that waits notes
 #: how long it pauses, in so many steps; one that comes later stays back for longer than that.
 _PAUSE_SECONDS: Final = 0.0002
 _PAUSE_SECONDS_MAX: Final = 0.002
 _STEP_SECONDS: Final = 0.0001
+#: Who comes when the turn is free has it, which is fast, and in no order. So some wait too long:
+#: after so many seconds the others let them go first. One that has died, or was stopped, says no
+#: more that it waits, and counts no longer.
+_LONG_SECONDS: Final = 0.1
+_FRESH_SECONDS: Final = 0.05
 #: Between two tries to get another right.
 _CLAIM_SECONDS: Final = 0.05
 #: What the files of other rights are called, before their names.
@@ -214,13 +224,17 @@ class FileTurn:
         return True
 
     def _wait(self, waited_for: int, timeout_s: float | None) -> bool:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        began = time.monotonic()
+        deadline = None if timeout_s is None else began + timeout_s
         pause, longest = _PAUSE_SECONDS, (waited_for + 1) * _STEP_SECONDS
         while True:
             left = longest if deadline is None else min(longest, deadline - time.monotonic())
             if left > 0:
                 time.sleep(left)
-            if self._try():
+            ahead = self._who_is_ahead(began)
+            if (ahead is None or ahead == began or left <= 0) and self._try():
+                if ahead == began:
+                    _LONGEST_NOTE.pack_into(self.memory, _LONGEST, 0.0, 0.0)
                 # A process that waits still notes it again when its pause is over.
                 self.memory[_WAITED_FOR] = 0
                 return True
@@ -228,6 +242,22 @@ class FileTurn:
             if left <= 0:
                 return False
             pause = longest = min(pause * 1.2, _PAUSE_SECONDS_MAX)
+            if ahead == began:
+                longest = _PAUSE_SECONDS  # the others wait for this one now
+
+    def _who_is_ahead(self, began: float) -> float | None:
+        """Since when the process waits that goes first because it waits so long; the one that
+        waits since ``began`` may become it. None: there is none."""
+        now = time.monotonic()
+        since, said = _LONGEST_NOTE.unpack_from(self.memory, _LONGEST)
+        # Told by another clock, it is no time of this one.
+        there = abs(now - said) < _FRESH_SECONDS and since <= said
+        if there and since < began:
+            return float(since)
+        if now - began < _LONG_SECONDS:
+            return None
+        _LONGEST_NOTE.pack_into(self.memory, _LONGEST, began, now)
+        return began
 
 
 def _nothing() -> None:
@@ -237,7 +267,7 @@ def _nothing() -> None:
 def _open(path: str, like: os.stat_result) -> int:
     flags = os.O_RDWR | NO_FOLLOW
     try:
-        return os.open(path, flags)
+        return open_file(path, flags)
     except FileNotFoundError:
         made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     give_as(made, like)

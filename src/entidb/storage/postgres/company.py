@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple
 import psycopg
 
 from entidb.errors import EntiDBError, StorageError
+from entidb.events import SafeEvent, Thread
 from entidb.storage.postgres.failures import as_ours
 from entidb.storage.postgres.schema import HELD, SEAT, Connection
 from entidb.storage.postgres.sharing import SharedTables
@@ -143,7 +144,7 @@ class PostgresCompany(Nodes):
         )
         self.number: Final = int(rows[0][0])
         self._ear: threading.Thread | None = None
-        self._ending = threading.Event()
+        self._ending = SafeEvent()
         self._listening: Connection | None = None
         self._take(SEAT, self.number)
 
@@ -234,7 +235,7 @@ class PostgresCompany(Nodes):
     def listen(self, hear: Hear, each_look: Callable[[], None]) -> None:
         """Answer what is asked, each on a thread of its own, until ``leave``. ``each_look`` is
         called twice a second, beside that."""
-        self._ear = threading.Thread(
+        self._ear = Thread(
             target=self._listen, args=(hear, each_look), name="entidb-node", daemon=True
         )
         self._ear.start()
@@ -267,7 +268,7 @@ class PostgresCompany(Nodes):
         ).fetchall()
         for letter, question in rows:
             if letter not in heard:
-                threading.Thread(
+                Thread(
                     target=self._hear,
                     args=(hear, letter, bytes(question)),
                     name="entidb-asked",

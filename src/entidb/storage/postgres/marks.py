@@ -10,6 +10,7 @@ from typing import Final
 import psycopg
 
 from entidb.errors import StorageError
+from entidb.events import Thread
 
 #: The newest marks of stores by their numbers. Raises what psycopg raises, and ``StorageError``.
 ReadMarks = Callable[[list[int]], dict[int, int]]
@@ -67,7 +68,7 @@ class Marks:
 
     def _begin(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._look, name="entidb-marks", daemon=True)
+            self._thread = Thread(target=self._look, name="entidb-marks", daemon=True)
             self._thread.start()
 
     def _look(self) -> None:

@@ -8,6 +8,12 @@ Every new connection is *barred*: before anything is read on it, it commits. A c
 synchronous standby, and with it for everything that was visible before; so what a crash-restarted
 primary shows, although nobody acknowledged it, is as durable as the rest before anybody sees it.
 
+A server that was started again, another one that leads now, a copy of the PostgreSQL database: each
+may lack what was committed last. Whoever connects to it first moves the marks of all stores into
+another *opening*. So nothing is good any more that is remembered of a state that may be gone, also
+where as many commits have come since; and a database learns that it may stand on another past
+(R29).
+
 Not here: what is in the tables (``schema``), and what is done on a connection (``store``).
 """
 
@@ -29,6 +35,8 @@ from entidb.errors import (
     DatabaseForkedError,
     StorageUnreachableError,
 )
+from entidb.events import Thread
+from entidb.storage.base import OPENING_SHIFT
 from entidb.storage.postgres.failures import as_ours, is_demoted, storage_error
 from entidb.storage.postgres.line import Line, Question
 from entidb.storage.postgres.marks import Marks
@@ -50,6 +58,29 @@ _TRIES: Final = 20
 #: away: nothing else can be acknowledged either.
 BARRIER_S: Final = 10.0
 _BARRIER: Final = b"UPDATE entidb_barrier SET passed = passed + 1"
+#: Which server it is: how often one was promoted, when this one was started, which database.
+_SERVER: Final = (
+    "convert_to(left(pg_walfile_name(pg_current_wal_lsn()), 8) || ' ' || "
+    "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint || ' ' || "
+    "(SELECT oid FROM pg_database WHERE datname = current_database()), 'UTF8')"
+)
+#: What says whose commits the newest are, among the small records.
+_OPENED_BY: Final = "entidb opening"
+#: One value where it is the server of before.
+_IS_SAME: Final = (
+    f"SELECT 1 FROM entidb_page WHERE name = '{_OPENED_BY}' AND content = {_SERVER}"
+).encode()
+#: Two servers that both go on from one state open it by different numbers, next to always.
+_OPENINGS_MAX: Final = 1024
+_OPEN: Final = (
+    "WITH noted AS (INSERT INTO entidb_page AS page (name, revision, content) "
+    f"VALUES ('{_OPENED_BY}', 1, {_SERVER}) ON CONFLICT (name) DO UPDATE "
+    "SET revision = page.revision + 1, content = excluded.content "
+    "WHERE page.content <> excluded.content RETURNING 1) "
+    "UPDATE entidb_store SET mark = mark + "
+    f"(1 + floor(random() * {_OPENINGS_MAX}))::bigint * {1 << OPENING_SHIFT} "
+    "WHERE EXISTS (SELECT FROM noted)"
+).encode()
 #: A dead network ends a connection after some ten seconds, on both ends. No statement is ever given
 #: up by a time limit: PostgreSQL reports a commit that was cancelled as one that succeeded.
 _SETTINGS: Final[dict[str, Any]] = {
@@ -173,6 +204,8 @@ class Node:
                 connection.execute(f"SET {setting} = 0".encode())
         with contextlib.suppress(psycopg.errors.UndefinedTable):
             ask(connection, _BARRIER, BARRIER_S)
+            if ask(connection, _IS_SAME, BARRIER_S) is None:
+                ask(connection, _OPEN, BARRIER_S)
 
     def connect(self) -> Line:
         """One more connection, of the caller's own."""
@@ -379,7 +412,7 @@ class Lease:
     def close_later(self) -> None:
         """For the collector, which may run anywhere, also inside the pool."""
         if not self._closed:
-            threading.Thread(target=self.close, name="entidb-close").start()
+            Thread(target=self.close, name="entidb-close").start()
 
 
 #: Nodes of this process, and how many stores use each. Held again by the collector.

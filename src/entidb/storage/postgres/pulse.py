@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import psycopg
 
+from entidb.events import SafeEvent, Thread
 from entidb.storage.postgres.reaching import Place, ask, place_of
 
 logger = logging.getLogger("entidb.storage")
@@ -45,14 +46,14 @@ class Heartbeat:
         self._lost = lost
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stop = SafeEvent()
 
     def begin(self) -> None:
         """Somebody has a connection now."""
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    thread = threading.Thread(target=self._beat, name="entidb-pulse", daemon=True)
+                    thread = Thread(target=self._beat, name="entidb-pulse", daemon=True)
                     try:
                         thread.start()
                     except RuntimeError as error:  # the next who has a connection tries again

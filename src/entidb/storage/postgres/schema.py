@@ -2,13 +2,14 @@
 
 ``entidb_store`` has one row for each store: its name, its mark, and how often it was opened.
 ``entidb_kv`` has the records of all of them, byte for byte those of a store on LMDB, checksums
-included. ``store`` leads its key and no statement touches two stores, so that engines which
+included. ``store`` leads its key and no statement touches two stores, but for the one that moves
+all marks when another server leads, so that engines which
 distribute tables can distribute by it.
 
 Beside them is what the nodes of one server share (``sharing``, ``company``): ``entidb_page`` has
-small records by name, ``entidb_line`` the lines of a journal, ``entidb_node`` a row for each node,
-``entidb_letter`` what nodes ask each other, ``entidb_turn`` when what is done now and then was done
-last.
+small records by name, one of which says which server took the newest commits (``node``);
+``entidb_line`` the lines of a journal, ``entidb_node`` a row for each node, ``entidb_letter`` what
+nodes ask each other, ``entidb_turn`` when what is done now and then was done last.
 
 The tables have a format, and each newer one is made from the one before it, in one transaction.
 """

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from entidb.events import SafeEvent, Thread
 from entidb.protocol import SyncRequest
 from entidb.sync.interrupt import Interrupts, act_for, acting_thread
 from entidb.sync.transport import HttpResponse
@@ -28,8 +29,8 @@ class Ahead:
     def __init__(self, request: SyncRequest, send: Callable[..., HttpResponse]) -> None:
         self.request = request
         self.good = False
-        self.sent = threading.Event()
-        self.done = threading.Event()
+        self.sent = SafeEvent()
+        self.done = SafeEvent()
         self._send = send
         self._response: HttpResponse | None = None
         self._error: BaseException | None = None
@@ -84,7 +85,7 @@ class Carrier:
             if busy:
                 self._queue.append(ahead)
                 return
-            thread = threading.Thread(
+            thread = Thread(
                 target=self._run,
                 args=(ahead, self._age, acting_thread()),
                 name="entidb-send-ahead",

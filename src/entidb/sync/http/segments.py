@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from entidb.db.replica import ImageSegment
 from entidb.errors import ProtocolError, SyncCancelledError, TransportError
+from entidb.events import SafeEvent, Thread
 from entidb.sync.interrupt import Interrupts, act_for, acting_thread
 from entidb.sync.segment_files import Fetch, SegmentFiles
 from entidb.sync.transport import SINKS, HttpResponse, Sink
@@ -54,7 +55,7 @@ class _Download:
     segment: ImageSegment
     files: SegmentFiles
     bytes_max: int
-    done: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=SafeEvent)
     error: BaseException | None = None
     #: Whether it ends so soon that the next one may begin.
     near: bool = False
@@ -123,7 +124,7 @@ class Downloads:
                     return  # the threads that there are go on with it
 
     def _start(self, download: _Download) -> None:
-        thread = threading.Thread(
+        thread = Thread(
             target=self._run,
             args=(download, acting_thread()),
             name="entidb-segment",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from entidb.errors import TransportError
+from entidb.events import SafeEvent, Thread
 from entidb.types import Clock
 
 _JOIN_S: Final = 5.0
@@ -31,7 +32,7 @@ class Watchdog:
         self._clock = clock
         self._strike = strike
         self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._wake = SafeEvent()
         self._closed = False
         self._deadlines: dict[int, float] = {}
         self._struck: set[int] = set()
@@ -47,9 +48,7 @@ class Watchdog:
             self._deadlines[ticket] = deadline
             if self._thread is None and not self._closed:
                 self._looks_at = deadline
-                thread = threading.Thread(
-                    target=self._run, name="entidb-http-watchdog", daemon=True
-                )
+                thread = Thread(target=self._run, name="entidb-http-watchdog", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError as error:
