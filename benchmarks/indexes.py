@@ -22,6 +22,7 @@ from benchmarks.world import World, load
 from entidb import Index, cbor, protocol
 from entidb.collector import paused
 from entidb.db import Database, Role
+from entidb.db.staged import rows_of_columns
 from entidb.protocol import HandshakeRequest, PullRequest, PushRequest, SyncRequest, SyncResponse
 from entidb.server import ServerConfig
 from entidb.server.hooks import Grant
@@ -187,10 +188,13 @@ def _image(where: Path, pairs: Sequence[tuple[bytes, bytes]], field: str | None)
                     [writer.catalogue.by_name[COLLECTION].standing_in(table)],
                     [0] * count,
                     keys,
-                    range(start + 1, start + 1 + count),
-                    [_DEVICE] * count,
-                    [1 << 40] * count,
-                    payloads,
+                    rows_of_columns(
+                        range(start + 1, start + 1 + count),
+                        [_DEVICE] * count,
+                        [1 << 40] * count,
+                        payloads,
+                        gone=False,
+                    ),
                 )
         took = time.process_time() - began
     shutil.rmtree(where / "device")

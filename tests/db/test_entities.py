@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from entidb.db.records import (
     end_of,
     payload_of,
 )
+from entidb.db.staged import rows_of_columns, rows_of_segment
 from entidb.db.writer import Writer
 from entidb.storage import MemoryStorage
 from entidb.testing.simulator import Options, simulate
@@ -548,11 +550,11 @@ def test_staging_in_columns_is_staging_one_by_one(
     versions = range(len(page))
     devices, timestamps = [device] * len(page), [70 + n for n in versions]
 
+    rows = rows_of_columns(versions, devices, timestamps, payloads, gone=None in payloads)
+
     def columns(writer: Writer, info: CollectionInfo) -> bool:
         target = info.standing_in(77) if known else None
-        return writer.stage_entities(
-            [target], [0] * len(ids), ids, versions, devices, timestamps, payloads
-        )
+        return writer.stage_entities([target], [0] * len(ids), ids, rows)
 
     def each(writer: Writer, info: CollectionInfo) -> bool:
         target, seen = info.standing_in(77), set[bytes]()
@@ -570,6 +572,15 @@ def test_staging_in_columns_is_staging_one_by_one(
     assert found[0] is expected[0]
     if expected[0]:
         assert found == expected
+
+
+def test_rows_of_a_segment_are_those_of_columns() -> None:
+    versions, times = [1, 2**64 - 1], [2**63, 0]
+    devices, payloads = [uid(1).bytes, uid(2).bytes], [b"\x05", b"\xa0" * 300]
+    written = [struct.pack(">Q16sQ", *row) for row in zip(versions, devices, times, strict=True)]
+    made = rows_of_columns(versions, devices, times, payloads, gone=False)
+    assert rows_of_segment(written, payloads) == made
+    assert rows_of_columns(versions, devices, times, payloads, gone=True) == made
 
 
 def test_a_change_that_is_staged_late_takes_the_place_of_an_older_one() -> None:

@@ -29,6 +29,7 @@ from entidb.protocol import (
     decode_segment,
     encode_segment,
     segment_rows,
+    unpack_segment,
 )
 from entidb.protocol.segments import HEADER_BYTES_MAX, MAGIC, PLAIN, ROW_BYTES
 from entidb.testing.fuzz import garbled
@@ -95,6 +96,20 @@ def test_a_segment_decodes_to_the_rows_that_were_encoded(given_rows: list[Row], 
     assert header.collection == "Läden/東京"
     assert (header.first, header.last) == (given_rows[0][0], given_rows[-1][0])
     assert encode_segment("Läden/東京", columns, how) == data
+
+
+@given(rows, st.sampled_from(PACKINGS), st.integers(0, 5), st.integers(1, 5))
+def test_what_is_cut_out_of_a_segment_is_what_its_rows_are(
+    given_rows: list[Row], how: str, first: int, step: int
+):
+    found = unpack_segment(encode_segment("notes", columns_of(given_rows), how))
+    ids, versions, _, times, payloads = map(list, zip(*given_rows, strict=True))
+    assert (found.ids, list(found.payloads())) == (ids, payloads)
+    assert found.heads() == [column_heads(row[1:4]) for row in given_rows]
+    assert (found.newest_version, found.newest_timestamp) == (max(versions), max(times))
+    assert [found.version(at) for at in range(len(ids))] == versions
+    first %= len(ids)
+    assert found.sample(first, step) == payloads[first::step]
 
 
 @pytest.mark.parametrize("row", VECTORS, ids=lambda row: row["name"])

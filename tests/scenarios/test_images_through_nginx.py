@@ -128,9 +128,9 @@ def test_a_device_begins_with_what_nginx_sends(
     opened: list[bytes] = []
     original = StagesImages.open_segment
 
-    def noting(self: StagesImages, image: Any, data: bytes) -> Any:
-        opened.append(image.left[0].sha256)
-        return original(self, image, data)
+    def noting(self: StagesImages, segment: Any, head: int, data: bytes) -> Any:
+        opened.append(segment.sha256)
+        return original(self, segment, head, data)
 
     monkeypatch.setattr(StagesImages, "open_segment", noting)
     with Database.open(tmp_path / "device") as device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import socket
@@ -13,10 +14,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from entidb.db.images import NO_IMAGES, ImageRows
 from entidb.packing import ENCODINGS
 from entidb.protocol import Manifest, SegmentInfo, SnapshotRequest, decode_segment
 from entidb.server import ServerConfig, SyncServer, serving
 from entidb.server.segments import files
+from entidb.server.segments.keeping import ImageKeeper
+from entidb.server.segments.rows import change_images
 from entidb.server.sending import PIECE_BYTES
 from tests.server.support import DEVICE, Client
 
@@ -79,6 +83,7 @@ def test_a_segment_comes_whole_in_pieces_and_on_one_connection(
         return original(self, at, count)
 
     monkeypatch.setattr(files.DiskFile, "read", noted)
+    monkeypatch.setattr(files, "_READS_NOW", False)
     for _ in range(2):
         answer = client.request("GET", path_of(segment))
         assert answer.status == 200
@@ -87,6 +92,56 @@ def test_a_segment_comes_whole_in_pieces_and_on_one_connection(
         assert hashlib.sha256(answer.body).digest() == segment.sha256
     assert decode_segment(answer.body)[0].rows == segment.rows
     assert max(read) == PIECE_BYTES and sum(read) == 2 * segment.bytes
+
+
+def test_a_part_that_the_system_has_in_memory_is_not_read_on_a_thread(
+    client: Client, segment: SegmentInfo, monkeypatch: pytest.MonkeyPatch
+):
+    """And looked for once, as long as nothing is committed."""
+    if not files._READS_NOW:
+        pytest.skip("this system does not say what it has in memory")
+    whole = client.request("GET", path_of(segment)).body  # it is in memory from here on
+
+    def waits(self: Any, *_: object) -> Any:
+        raise AssertionError("this waits")
+
+    monkeypatch.setattr(files.DiskFile, "read", waits)
+    monkeypatch.setattr(ImageKeeper, "open", waits)
+    for begin, end in ((0, 99), (100, PIECE_BYTES), (PIECE_BYTES + 1, segment.bytes - 1)):
+        part = client.request("GET", path_of(segment), range=f"bytes={begin}-{end}")
+        assert (part.status, part.body) == (206, whole[begin : end + 1])
+
+
+def test_after_a_commit_it_is_looked_for_whether_the_image_still_counts(
+    served: tuple[SyncServer, str], client: Client, segment: SegmentInfo
+):
+    server, _ = served
+    assert client.request("GET", path_of(segment), range="bytes=0-9").status == 206
+    before: list[ImageRows] = []
+
+    def forgotten(_: object, found: ImageRows) -> ImageRows:
+        before.append(found)
+        return NO_IMAGES
+
+    database = server.database("shop")
+    change_images(database, forgotten)
+    gone = client.request("GET", path_of(segment), range="bytes=10-19")
+    change_images(database, lambda *_: before[0])
+    assert gone.status == 404
+    assert client.request("GET", path_of(segment), range="bytes=10-19").status == 206
+
+
+def test_a_file_that_has_become_shorter_is_not_sent_at_once(
+    served: tuple[SyncServer, str], client: Client, segment: SegmentInfo
+):
+    server, _ = served
+    file = server.images.files("shop").open(segment.sha256)
+    assert file is not None
+    with contextlib.closing(file):
+        size = segment.bytes
+        assert file.read_now(size - 10, 20) is None
+        if (there := file.read_now(size - 10, 10)) is not None:
+            assert bytes(there) == file.read(size - 10, 10)
 
 
 def test_what_is_missing_after_a_cut_is_asked_for_alone(client: Client, segment: SegmentInfo):
@@ -115,6 +170,7 @@ def test_a_file_that_the_disk_does_not_give_ends_its_answer_and_stands_in_the_lo
         return original(self, at, count)
 
     with monkeypatch.context() as broken:
+        broken.setattr(files, "_READS_NOW", False)
         broken.setattr(files.DiskFile, "read", fails)
         with pytest.raises((OSError, http.client.HTTPException)):
             client.request("GET", path_of(segment))

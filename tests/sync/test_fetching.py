@@ -3,7 +3,9 @@ what it does with each answer, and what it leaves behind where it gives up."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from entidb.protocol import Manifest, PullRequest, SnapshotRequest
 from entidb.storage.directories import FETCHED
 from entidb.sync import SyncConfig, SyncProgress, SyncState
 from entidb.sync.apply.applier import DatabaseApplier
+from entidb.sync.apply.seam import OpenSegment
 from entidb.sync.exchange import Connection, Exchange, SendAhead, Step
-from entidb.sync.fetching import AHEAD, FAILURES_MAX, FEATURE, Fetching
+from entidb.sync.fetching import AHEAD, FAILURES_MAX, FEATURE, Fetching, Opener
 from entidb.sync.grants import GrantChangedError
 from entidb.sync.segment_files import Fetch
 from entidb.testing.images import ImageFiles, image_of
@@ -685,3 +688,80 @@ def test_no_file_or_directory_is_left_behind(tmp_path: Path) -> None:
         assert device.run(answer) is True
         assert there == [True]
         assert not folder.exists()
+
+
+# ---------------------------------------------------------------- proved by another thread
+
+
+def _segment(number: int, rows: int = 2) -> ImageSegment:
+    return ImageSegment(bytes([number]) * 32, "notes", 10, rows, bytes(16), bytes(16))
+
+
+def _opened(segment: ImageSegment) -> OpenSegment:
+    return OpenSegment(segment, [], [], 0)
+
+
+def test_who_needs_a_segment_that_is_being_proved_waits_for_it() -> None:
+    begun, ends = threading.Event(), threading.Event()
+
+    def slowly(segment: ImageSegment) -> OpenSegment:
+        begun.set()
+        assert ends.wait(30)
+        return _opened(segment)
+
+    ahead = Opener(slowly)
+    with ThreadPoolExecutor(3) as threads:
+        opening = threads.submit(ahead.open, _segment(1))
+        assert begun.wait(30)
+        taking = threads.submit(ahead.take, _segment(1))
+        assert ahead.take(_segment(2)) is None, "nobody has begun with that one"
+        ends.set()
+        taken = taking.result(30)
+        opening.result(30)
+    assert taken is not None and taken.segment == _segment(1)
+
+
+def test_a_segment_is_proved_once_and_not_when_its_turn_has_come() -> None:
+    proved: list[ImageSegment] = []
+
+    def note(segment: ImageSegment) -> OpenSegment:
+        proved.append(segment)
+        return _opened(segment)
+
+    ahead = Opener(note)
+    for number in (1, 1, 2):
+        ahead.open(_segment(number))
+    ahead.open(_segment(3, rows=1))  # which may be too large to be there beside another
+    assert [each.sha256[0] for each in proved] == [1, 2]
+    for number in (1, 2):
+        assert ahead.take(_segment(number)) is not None
+        ahead.open(_segment(number))
+        assert ahead.take(_segment(number)) is None
+    assert ahead.take(_segment(3)) is None
+    assert len(proved) == 2
+
+
+def test_a_segment_of_the_same_name_that_is_to_hold_something_else_is_none() -> None:
+    ahead = Opener(_opened)
+    ahead.open(_segment(1, rows=2))
+    assert ahead.take(_segment(1, rows=3)) is None
+
+
+@pytest.mark.parametrize("error", [ProtocolError("bad"), OSError(5, "disk"), MemoryError()])
+def test_what_is_wrong_with_a_segment_is_left_to_who_needs_it(error: Exception) -> None:
+    def fails(segment: ImageSegment) -> OpenSegment:
+        raise error
+
+    ahead = Opener(fails)
+    ahead.open(_segment(1))
+    assert ahead.take(_segment(1)) is None
+
+
+def test_a_fault_of_ours_is_raised_where_the_segment_is_needed() -> None:
+    def fails(segment: ImageSegment) -> OpenSegment:
+        raise ZeroDivisionError
+
+    ahead = Opener(fails)
+    ahead.open(_segment(1))
+    with pytest.raises(ZeroDivisionError):
+        ahead.take(_segment(1))

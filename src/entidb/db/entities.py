@@ -36,6 +36,7 @@ from entidb.db.catalogue import CollectionInfo
 from entidb.db.overlay import Overlay, Ref
 from entidb.db.records import (
     DIRTY,
+    ENTITY_HEAD,
     FEED,
     HAS_BASE,
     NO_ID,
@@ -375,30 +376,25 @@ class Entities(Overlay):
         infos: Sequence[CollectionInfo | None],
         indexes: Sequence[int],
         ids: Sequence[bytes],
-        versions: Sequence[int],
-        devices: Sequence[bytes],
-        timestamps: Sequence[int],
-        payloads: Payloads,
+        rows: Sequence[bytes | None],
     ) -> bool:
         """As ``stage_entity``, for what no reader has seen, in columns: ``infos[indexes]`` of each
-        its collection (None: it is left out). False if an entity comes twice: then this commit must
-        be dropped."""
-        columns: Sequence[Sequence[Any]] = [indexes, ids, versions, devices, timestamps, payloads]
-        if None in payloads or None in infos:
-            rows = zip(*columns, strict=True)
-            kept = [row for row in rows if row[-1] is not None and infos[row[0]] is not None]
+        its collection (None: it is left out), and its row as ``staged`` makes it (None: it is
+        deleted). False if an entity comes twice: then this commit must be dropped."""
+        columns: Sequence[Any] = [indexes, ids, rows]
+        if not all(rows) or None in infos:
+            each = zip(*columns, strict=True)
+            kept = [row for row in each if row[-1] is not None and infos[row[0]] is not None]
             columns = list(zip(*kept, strict=True)) or [()] * len(columns)
         prefixes = [b"" if info is None else info.prefix for info in infos]
-        keys = [prefixes[index] + entity_id for index, entity_id in zip(*columns[:2], strict=True)]
-        heads = map(pack_entity, repeat(REMOTE), repeat(0), *columns[2:5])
-        made = [head + payload for head, payload in zip(heads, columns[5], strict=True)]
+        keys = map(add, map(prefixes.__getitem__, columns[0]), columns[1])
         before = len(self.changes)
-        self.changes.update(zip(keys, made, strict=True))
-        once = len(self.changes) == before + len(made)
+        self.changes.update(zip(keys, columns[2], strict=True))
+        once = len(self.changes) == before + len(columns[1])
         if self.watcher is not None:
             theirs = [infos[index] for index in columns[0]]
-            nothing = [None] * len(theirs)
-            for info, told in by_info(theirs, columns[1], nothing, columns[5]):
+            payloads = [row[ENTITY_HEAD:] for row in columns[2]]
+            for info, told in by_info(theirs, columns[1], [None] * len(theirs), payloads):
                 self.watcher.changed(info, *told)
         return once
 

@@ -75,10 +75,12 @@ from entidb.protocol.segments import (
     SEGMENT_BYTES_MAX,
     SegmentColumns,
     SegmentHeader,
+    UnpackedSegment,
     decode_header,
     decode_segment,
     encode_segment,
     segment_rows,
+    unpack_segment,
 )
 
 __all__ = [
@@ -123,6 +125,7 @@ __all__ = [
     "SnapshotRequest",
     "SyncRequest",
     "SyncResponse",
+    "UnpackedSegment",
     "Verdict",
     "column_heads",
     "column_rows",
@@ -146,5 +149,6 @@ __all__ = [
     "push_in",
     "response_type",
     "segment_rows",
+    "unpack_segment",
     "transaction_bytes",
 ]

@@ -57,9 +57,9 @@ def column_rows(columns: PullColumns) -> ColumnRows:
     else:
         # One cut after the other, without a step of Python for each.
         payloads = list(map(io.BytesIO(values).read, sizes))
-    heads = _cut(columns.heads, _HEAD, COLUMN_HEAD_BYTES)
+    heads = cut_column(columns.heads, _HEAD, COLUMN_HEAD_BYTES)
     return ColumnRows(
-        _cut(columns.ids, f"{ID_BYTES}s", ID_BYTES),
+        cut_column(columns.ids, f"{ID_BYTES}s", ID_BYTES),
         heads[::_FIELDS],
         heads[1::_FIELDS],
         heads[2::_FIELDS],
@@ -83,7 +83,7 @@ def column_heads(fields: Sequence[Any]) -> bytes:
     return _rows(len(fields) // _FIELDS, _HEAD).pack(*fields)
 
 
-def _cut(column: bytes, row: str, size: int) -> list[Any]:
+def cut_column(column: bytes | memoryview, row: str, size: int) -> list[Any]:
     """The fields of ``column``, whose rows are like ``row`` and take ``size`` bytes."""
     rest = len(column) // size % _AT_ONCE
     whole = len(column) - rest * size

@@ -17,10 +17,12 @@ Pure functions without I/O. Where segments lie, and who may have which, is for t
 from __future__ import annotations
 
 import array
+import io
+import itertools
 import operator
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Annotated, Final
 
 from msgspec import Meta, Struct, ValidationError, convert
@@ -33,7 +35,7 @@ from entidb.protocol.columns import (
     TOMBSTONE_SIZE,
     ColumnRows,
     column_rows,
-    column_versions,
+    cut_column,
 )
 from entidb.protocol.limits import LIMITS, Uint
 from entidb.protocol.messages import SEGMENT_ROWS_MAX, Id, Name, PullColumns
@@ -136,7 +138,52 @@ def _check_header(header: SegmentHeader) -> None:
         raise UnknownPackingError(f"this program cannot unpack {header.packing!r:.40}{with_extra}")
 
 
-def decode_segment(data: bytes) -> tuple[SegmentHeader, SegmentColumns]:
+class UnpackedSegment(Struct, frozen=True):
+    """A segment that holds what the module says of it: its ids, and the rest as it is there."""
+
+    header: SegmentHeader
+    ids: list[bytes]
+    newest_version: int
+    newest_timestamp: int
+    _body: bytes
+    _sizes: array.array[int]
+
+    def heads(self) -> list[bytes]:
+        """Version, device and timestamp of each row, in one piece."""
+        rows, size = len(self.ids), COLUMN_HEAD_BYTES
+        return cut_column(
+            memoryview(self._body)[self._heads_at() :][: size * rows], f"{size}s", size
+        )
+
+    def payloads(self) -> Iterator[bytes]:
+        """One cut after the other, without a step of Python for each, nor all of them at once."""
+        body = io.BytesIO(self._body)
+        body.seek(ROW_BYTES * len(self.ids))
+        return map(body.read, self._sizes)
+
+    def sample(self, first: int, step: int) -> list[bytes]:
+        """Every so many values."""
+        body, rows = self._body, len(self.ids)
+        begins = itertools.accumulate(self._sizes, initial=ROW_BYTES * rows)
+        some = itertools.islice(begins, first, rows, step)
+        sizes = self._sizes[first::step]
+        return [body[begin : begin + size] for begin, size in zip(some, sizes, strict=True)]
+
+    def version(self, at: int) -> int:
+        begin = self._heads_at() + COLUMN_HEAD_BYTES * at
+        return int.from_bytes(self._body[begin : begin + 8])
+
+    def columns(self) -> SegmentColumns:
+        body, rows = self._body, len(self.ids)
+        heads, values = self._heads_at(), ROW_BYTES * rows
+        sizes = heads + COLUMN_HEAD_BYTES * rows
+        return SegmentColumns(body[:heads], body[heads:sizes], body[sizes:values], body[values:])
+
+    def _heads_at(self) -> int:
+        return ID_BYTES * len(self.ids)
+
+
+def unpack_segment(data: bytes) -> UnpackedSegment:
     """A segment, whole; all that the module says of it holds afterwards.
 
     Raises ``SyncCodecError`` for anything else, having taken no more memory than the largest
@@ -149,41 +196,48 @@ def decode_segment(data: bytes) -> tuple[SegmentHeader, SegmentColumns]:
         body = packing.decompress(header.packing, body, header.size, "the segment", _too_large)
     if len(body) != header.size:
         raise SyncCodecError(f"the segment has {len(body)} bytes and says {header.size}")
-    rows = header.rows
-    ends = ID_BYTES * rows, (ID_BYTES + COLUMN_HEAD_BYTES) * rows, ROW_BYTES * rows
-    columns = SegmentColumns(
-        body[: ends[0]], body[ends[0] : ends[1]], body[ends[1] : ends[2]], body[ends[2] :]
-    )
     with paused():
-        _check_columns(header, columns)
-    return header, columns
+        return _checked(header, body)
+
+
+def decode_segment(data: bytes) -> tuple[SegmentHeader, SegmentColumns]:
+    """As ``unpack_segment``: the header, and the columns as they are there."""
+    unpacked = unpack_segment(data)
+    return unpacked.header, unpacked.columns()
 
 
 def _too_large(limit: int) -> SyncCodecError:
     return SyncCodecError(f"the segment has more than the {limit} bytes that it says")
 
 
-def _check_columns(header: SegmentHeader, columns: SegmentColumns) -> None:
-    ids = _ids(columns.ids)
+def _checked(header: SegmentHeader, body: bytes) -> UnpackedSegment:
+    view, rows = memoryview(body), header.rows
+    ends = ID_BYTES * rows, (ID_BYTES + COLUMN_HEAD_BYTES) * rows, ROW_BYTES * rows
+    ids: list[bytes] = cut_column(view[: ends[0]], f"{ID_BYTES}s", ID_BYTES)
     if (ids[0], ids[-1]) != (header.first, header.last):
         raise SyncCodecError("the segment has other ids at its ends than its header says")
-    if not all(map(operator.lt, ids, ids[1:])):
+    if not all(map(operator.lt, ids, itertools.islice(ids, 1, None))):
         raise SyncCodecError("the ids of the segment do not ascend, or one comes twice")
-    sizes = array.array("I", columns.sizes)
+    sizes = _numbers("I", view[ends[1] : ends[2]])
     assert sizes.itemsize == 4, "every platform of CPython has ints of 32 bits"
-    if sys.byteorder == "little":
-        sizes.byteswap()
     least, most = min(sizes), max(sizes)
     if least == 0 or most == TOMBSTONE_SIZE:
         raise SyncCodecError("a segment has no entity without a value")
-    if sum(sizes) != len(columns.values):
+    if sum(sizes) != len(body) - ends[2]:
         raise SyncCodecError("the values of the segment are not as long as their sizes together")
-    if min(column_versions(columns.heads)) < 1:
+    heads = _numbers("Q", view[ends[0] : ends[1]])
+    versions, times = heads[:: COLUMN_HEAD_BYTES // 8], heads[3 :: COLUMN_HEAD_BYTES // 8]
+    if min(versions) < 1:
         raise SyncCodecError("an entity of the segment has version 0")
+    return UnpackedSegment(header, ids, max(versions), max(times), body, sizes)
 
 
-def _ids(column: bytes) -> Sequence[bytes]:
-    return [column[at : at + ID_BYTES] for at in range(0, len(column), ID_BYTES)]
+def _numbers(kind: str, column: memoryview) -> array.array[int]:
+    numbers = array.array(kind)
+    numbers.frombytes(column)
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers
 
 
 def segment_rows(columns: SegmentColumns) -> ColumnRows:
@@ -210,8 +264,10 @@ __all__ = [
     "SegmentColumns",
     "SegmentHeader",
     "UnknownPackingError",
+    "UnpackedSegment",
     "decode_header",
     "decode_segment",
     "encode_segment",
     "segment_rows",
+    "unpack_segment",
 ]

@@ -24,7 +24,7 @@ _SPECIAL: Final = frozenset((b"connection", b"transfer-encoding"))
 #: In the message that begins an answer: what the system does not take at once is waited for, so
 #: that no more than one piece of it lies in this process.
 UNBUFFERED: Final = "entidb.unbuffered"
-#: A larger body is not worth a copy that saves a second write.
+#: A larger body is not worth a copy.
 _JOINED_BYTES_MAX: Final = 64 * 1024
 
 
@@ -138,7 +138,6 @@ class RequestCycle(RequestResponseCycle):
             or not self.keep_alive
             or self.disconnected
             or self.scope["method"] == "HEAD"
-            or len(body) > _JOINED_BYTES_MAX
         ):
             return False
         parts = [STATUS_LINE[start["status"]]]
@@ -154,7 +153,10 @@ class RequestCycle(RequestResponseCycle):
         # A header that has a line's end in it would be more than one.
         if length != b"%d" % len(body) or head.count(b"\n") != len(headers) + 2:
             return False
-        self.transport.write(head + body)
+        if len(body) > _JOINED_BYTES_MAX:
+            self.transport.writelines((head, body))
+        else:
+            self.transport.write(head + body)
         self.response_started = self.response_complete = True
         self.waiting_for_100_continue = False
         self.message_event.set()

@@ -58,11 +58,14 @@ async def _send_file(
             at = end
         exchange.bytes_out = end - at
         while at < end or messages:
-            piece = b""
+            piece: bytes | bytearray = b""
             if at < end:
                 count = min(PIECE_BYTES, end - at)
                 try:
-                    piece = await asyncio.to_thread(file.read, at, count)
+                    there = file.read_now(at, count)
+                    if there is None:
+                        there = await asyncio.to_thread(file.read, at, count)
+                    piece = there
                 except OSError as error:
                     logger.error("request %s: a segment cannot be read: %s", exchange.id, error)
                     raise GoneError("was sent a file that cannot be read") from error

@@ -5,6 +5,7 @@ neither LMDB nor a PostgreSQL without page checksums notices a flipped bit.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from operator import add
 from typing import Final, cast
 from zlib import crc32
@@ -21,50 +22,75 @@ RESIDUE: Final = 0x2144DF1C
 U32: Final = struct.Struct("<I")
 
 
-def stage(batch: Batch) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+class ManyPuts:
+    """Pairs of a key and a value with its checksum, in the order of their keys. They are made as
+    they are asked for, each time anew: all at once would be the whole batch once more in memory."""
+
+    __slots__ = ("_keys", "_values")
+
+    def __init__(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        self._keys, self._values = keys, values
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        sums = map(U32.pack, map(crc32, self._values, map(crc32, self._keys)))
+        return zip(self._keys, map(add, self._values, sums), strict=True)
+
+
+Puts = list[tuple[bytes, bytes]] | ManyPuts
+
+
+def stage(batch: Batch) -> tuple[Puts, list[bytes]]:
     """The batch in key order with its checksums, and the keys to delete. Everything a backend would
     refuse is refused here, where no transaction has to be aborted for it."""
     keys = sorted(batch)
+    if len(keys) > _FEW:
+        return _many(keys, batch)
     # All together are no longer than one may be, in most commits.
-    if len(keys) > _FEW or len(b"".join(keys)) > KEY_BYTES_MAX or not all(keys[:1]):
-        _check(keys, batch)
+    if len(b"".join(keys)) > KEY_BYTES_MAX or not all(keys[:1]):
+        _check_keys(keys)
     pack = U32.pack
-    if len(keys) <= _FEW:
-        few: list[tuple[bytes, bytes]] = []
-        deletes: list[bytes] = []
-        for key in keys:
-            value = batch[key]
-            if value is None:
-                deletes.append(key)
-            elif len(value) > _VALUE_BYTES_MAX:
-                raise _too_long()
-            else:
-                few.append((key, value + pack(crc32(value, crc32(key)))))
-        return few, deletes
+    few: list[tuple[bytes, bytes]] = []
+    deletes: list[bytes] = []
+    for key in keys:
+        value = batch[key]
+        if value is None:
+            deletes.append(key)
+        elif len(value) > _VALUE_BYTES_MAX:
+            raise _too_long()
+        else:
+            few.append((key, value + pack(crc32(value, crc32(key)))))
+    return few, deletes
+
+
+def _many(keys: list[bytes], batch: Batch) -> tuple[Puts, list[bytes]]:
+    """``stage`` without stepping through the records in Python."""
+    _check_keys(keys)
+    deletes: list[bytes] = []
+    there = list(map(batch.__getitem__, keys))
+    values = cast("list[bytes]", there)
     try:
-        return _with_checksums(keys, batch), []
+        longest = max(map(len, values))
     except TypeError:
         # Where some are to be deleted, which is not worth a look at each where none is.
         deletes = [key for key in keys if batch[key] is None]
-        return _with_checksums([key for key in keys if batch[key] is not None], batch), deletes
+        keys = [key for key in keys if batch[key] is not None]
+        values = [value for value in there if value is not None]
+        longest = max(map(len, values), default=0)
+    if longest > _VALUE_BYTES_MAX:
+        raise _too_long()
+    return ManyPuts(keys, values), deletes
 
 
-def _with_checksums(keys: list[bytes], batch: Batch) -> list[tuple[bytes, bytes]]:
-    """Raises ``TypeError`` if one of ``keys`` has no value."""
-    values = cast("list[bytes]", list(map(batch.__getitem__, keys)))
-    sums = map(U32.pack, map(crc32, values, map(crc32, keys)))
-    return list(zip(keys, map(add, values, sums), strict=True))
-
-
-def _check(keys: list[bytes], batch: Batch) -> None:
+def _check_keys(keys: list[bytes]) -> None:
     longest = max(map(len, keys), default=1)
     if longest > KEY_BYTES_MAX or (keys and not keys[0]):
         raise StorageError(
             f"a key of {longest if keys[0] else 0} bytes cannot be stored; keys have 1 to "
             f"{KEY_BYTES_MAX} bytes"
         )
-    if max(map(len, filter(None, batch.values())), default=0) > _VALUE_BYTES_MAX:
-        raise _too_long()
 
 
 def _too_long() -> StorageError:

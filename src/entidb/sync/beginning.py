@@ -78,7 +78,8 @@ def _begin(
             assert image is not None, "it has segments"
             segments = iter(manifest.segments)
             while stage.image is not None:
-                opened = applier.open_segment(stage.image, archive.segment(next(segments)))
+                data = archive.segment(next(segments))
+                opened = applier.open_segment(stage.image.left[0], stage.image.head, data)
                 while not opened.used_up:
                     stage = applier.stage_segment(opened)
                     progress(stage.operations, image.entities)

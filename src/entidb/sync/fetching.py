@@ -9,7 +9,9 @@ with nothing as ever: that is what an answer of False means here, and it never l
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
@@ -148,8 +150,10 @@ class Fetching:
         assert image is not None
         entities, bytes_max = image.entities, _part_bytes(image)
         files.keep_only(image.left)
+        head = image.head
+        ahead = Opener(lambda segment: applier.open_segment(segment, head, files.read(segment)))
         while image is not None:
-            opened = yield from self._opened(image, files, bytes_max)
+            opened = yield from self._opened(image, files, bytes_max, ahead)
             before = stage
             while not opened.used_up:
                 exchange.check()
@@ -163,31 +167,34 @@ class Fetching:
         files.keep_only([])
 
     def _opened(
-        self, image: StagedImage, files: SegmentFiles, bytes_max: int
+        self, image: StagedImage, files: SegmentFiles, bytes_max: int, ahead: Opener
     ) -> Generator[Step, SyncResponse | None, OpenSegment]:
         """The first segment that is left, proved. One that is not what it should be is fetched once
         more: it may have been damaged on this disk, or on its way."""
         exchange, first = self._exchange, image.left[0]
         for again in (False, True):
-            yield from self._fetch(image.left, files, bytes_max)
+            yield from self._fetch(image.left, files, bytes_max, ahead)
             exchange.check()
             if len(image.left) == 1 and not again:
                 # All is here, and the line would have nothing to carry while it is staged.
                 yield SendAhead(self._pull_from(image.head))
             try:
-                return exchange.applier.open_segment(image, files.read(first))
+                opened = ahead.take(first)
+                if opened is None:
+                    opened = exchange.applier.open_segment(first, image.head, files.read(first))
+                return opened
             except ProtocolError:
                 files.drop(first)
         raise _DoesNotFitError
 
     def _fetch(
-        self, left: list[ImageSegment], files: SegmentFiles, bytes_max: int
+        self, left: list[ImageSegment], files: SegmentFiles, bytes_max: int, ahead: Opener
     ) -> Generator[Step, SyncResponse | None, None]:
         exchange = self._exchange
         exchange.check()
         before = files.received
         try:
-            yield Fetch(exchange.config.db_id, left[:AHEAD], files, bytes_max)
+            yield Fetch(exchange.config.db_id, left[:AHEAD], files, bytes_max, ahead.open)
         except SyncCancelledError:
             raise
         except SyncError as error:
@@ -206,8 +213,44 @@ def _part_bytes(image: StagedImage) -> int:
     return max(PART_BYTES_MIN, left * image.entities // max(1, rows) // PARTS)
 
 
+class Opener:
+    """The segment whose turn is next, proved by another thread while the one before it is stored;
+    no more than one, for the memory that it takes."""
+
+    def __init__(self, open_segment: Callable[[ImageSegment], OpenSegment]) -> None:
+        self._open_segment = open_segment
+        self._lock = threading.Lock()
+        self._taken: set[bytes] = set()
+        self._begun: dict[bytes, Future[OpenSegment | None]] = {}
+
+    def open(self, segment: ImageSegment) -> None:
+        """On any thread; ``segment`` is whole."""
+        opening: Future[OpenSegment | None] = Future()
+        with self._lock:
+            # One entity alone may be as large as a message.
+            if segment.sha256 in self._taken or segment.rows == 1:
+                return
+            if self._begun.setdefault(segment.sha256, opening) is not opening:
+                return
+        try:
+            opening.set_result(self._open_segment(segment))
+        except (ProtocolError, OSError, MemoryError):
+            opening.set_result(None)  # who asks for it finds the same once more
+        except BaseException as error:
+            opening.set_exception(error)
+
+    def take(self, segment: ImageSegment) -> OpenSegment | None:
+        """It, if it was begun; None if who asks has to open it, or to find what is wrong."""
+        with self._lock:
+            self._taken.add(segment.sha256)
+            opening = self._begun.pop(segment.sha256, None)
+        opened = None if opening is None else opening.result()
+        # A manifest may name a segment twice, with something else in it.
+        return opened if opened is not None and opened.segment == segment else None
+
+
 class _DoesNotFitError(Exception):
     """This image cannot be had, or not so; the pull of pages can."""
 
 
-__all__ = ["AHEAD", "FAILURES_MAX", "FEATURE", "Fetching", "may_have_image"]
+__all__ = ["AHEAD", "FAILURES_MAX", "FEATURE", "Opener", "Fetching", "may_have_image"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from msgspec import Struct
@@ -96,12 +97,16 @@ class Fetch(Struct, frozen=True):
     """Have the first of ``segments`` in ``files``, whole; the others come next, and may be begun,
     also where the first is there already. No request asks for more than ``bytes_max``: what is on
     its way when this process is killed comes again.
-    Answered with None when it is there."""
+    Answered with None when it is there.
+
+    ``opens``, if there is one, may be called with the second on any thread once that is whole, to
+    prove it while the first is stored; whether or not it is, all goes on the same."""
 
     db_id: str
     segments: list[ImageSegment]
     files: SegmentFiles
     bytes_max: int = SEQUENCE_MAX
+    opens: Callable[[ImageSegment], None] | None = None
 
 
 def _unlink(path: str) -> None:

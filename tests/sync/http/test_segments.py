@@ -27,6 +27,7 @@ from entidb.sync import (
     SyncConfig,
     SyncEngine,
 )
+from entidb.sync.apply.image import StagesImages
 from entidb.sync.http.segments import NEAR_BYTES, Downloads
 from entidb.sync.interrupt import Interrupts
 from entidb.sync.segment_files import Fetch, SegmentFiles
@@ -106,6 +107,35 @@ def test_a_device_on_a_disk_begins_with_segments(
     assert client.asked.count("POST pull") == 1
     assert client.asked.count("GET segments") > 5
     assert sorted(path.name for path in (tmp_path / "db").iterdir() if path.is_dir()) == []
+
+
+def test_segments_are_proved_while_others_are_stored(
+    served: tuple[SyncServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once, and one that is damaged on this disk by then is noticed as ever."""
+    server, url = served
+    opened: dict[bytes, list[str]] = {}
+    original = StagesImages.open_segment
+
+    def noting(self: Any, segment: ImageSegment, head: int, data: bytes) -> Any:
+        names = opened.setdefault(segment.sha256, [])
+        names.append(threading.current_thread().name)
+        if len(opened) == 3 and len(names) == 1:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        return original(self, segment, head, data)
+
+    monkeypatch.setattr(StagesImages, "open_segment", noting)
+    with Database.open(tmp_path / "db") as device:
+        with SyncEngine(SyncConfig(db_id="shop"), url, device) as engine:
+            result = engine.sync()
+        assert _same(server, device)
+    assert result.pulled == COUNT + 2
+    here = threading.current_thread().name
+    ways = list(opened.values())
+    assert len(ways) > 3
+    # The cycle itself takes what nobody has begun with when its turn comes, as the first.
+    assert any(names[0] != here for names in ways)
+    assert sorted(map(len, ways)) == [1] * (len(ways) - 1) + [2], "the damaged one twice"
 
 
 def test_our_client_hands_on_what_comes_as_it_comes(

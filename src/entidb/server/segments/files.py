@@ -33,6 +33,8 @@ _IMAGE: Final = ".image"
 _SEGMENT: Final = ".segment"
 _PART: Final = ".part"
 _ID: Final = "entidb-segments.id"
+#: Whether the system can be asked for what it has in memory.
+_READS_NOW: Final = hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")
 #: Images whose lists are kept in memory, for each database.
 _KNOWN_MAX: Final = 4
 
@@ -67,6 +69,10 @@ class SegmentFile(Protocol):
     def size(self) -> int: ...
 
     def read(self, at: int, count: int) -> bytes: ...
+
+    def read_now(self, at: int, count: int) -> bytes | bytearray | None:
+        """As ``read``, without waiting; None if that cannot be."""
+        ...
 
     def close(self) -> None: ...
 
@@ -115,6 +121,8 @@ class MemoryFile:
 
     def read(self, at: int, count: int) -> bytes:
         return self._data[at : at + count]
+
+    read_now = read
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -168,6 +176,16 @@ class DiskFile:
         with self._lock:
             self._file.seek(at)
             return self._file.read(count) or b""
+
+    def read_now(self, at: int, count: int) -> bytearray | None:
+        if not _READS_NOW:
+            return None
+        data = bytearray(count)
+        try:
+            came = os.preadv(self._file.fileno(), [data], at, os.RWF_NOWAIT)
+        except OSError:  # not in the system's memory, or a file system that cannot say so
+            return None
+        return data if came == count else None
 
     def close(self) -> None:
         self._file.close()

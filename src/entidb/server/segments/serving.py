@@ -9,6 +9,7 @@ from typing import Final
 from urllib.parse import quote
 
 from entidb.errors import PermissionDeniedError, ProtocolError
+from entidb.protocol import SegmentInfo
 from entidb.server.auth import Grants
 from entidb.server.segments.files import SegmentFile, segment_name
 from entidb.server.segments.keeping import ImageKeeper
@@ -29,6 +30,10 @@ class SegmentAnswer(ServerResponse):
     file: SegmentFile
     begin: int
     length: int
+
+
+#: Of which collection it is, what a manifest says of it, and its file, open.
+OpenFile = tuple[str, SegmentInfo, SegmentFile]
 
 
 class SegmentRequest:
@@ -71,10 +76,28 @@ def segment_answer(
     has a proxy send what the request asks for. Raises ``PermissionDeniedError`` for a collection
     that is not granted, and ``ProtocolError`` (not_found) where no image that counts has the
     segment."""
+    found = find_segment(images, store, request)
+    return answer_with(found, store, request, grants, headers, redirect_to)
+
+
+def find_segment(images: ImageKeeper | None, store: Store, request: SegmentRequest) -> OpenFile:
+    """Raises ``ProtocolError`` (not_found)."""
     known = request.history in (None, store.database.history)
     found = images.open(store, request.sha256) if images is not None and known else None
     if found is None:
         raise ProtocolError("no image has this segment, or not any more", code="not_found")
+    return found
+
+
+def answer_with(
+    found: OpenFile,
+    store: Store,
+    request: SegmentRequest,
+    grants: Grants,
+    headers: Mapping[str, str],
+    redirect_to: str = "",
+) -> ServerResponse:
+    """``segment_answer``, with what was found."""
     collection, info, file = found
     grant = grants.on(request.db_id)
     if not grant.read or (grant.collections is not None and collection not in grant.collections):
@@ -130,4 +153,13 @@ def _range(header: str | None, size: int) -> range | None:
     return range(int(first), max(int(first), end))
 
 
-__all__ = ["SEGMENTS_PATH", "SegmentAnswer", "SegmentRequest", "segment_answer", "whole"]
+__all__ = [
+    "SEGMENTS_PATH",
+    "OpenFile",
+    "SegmentAnswer",
+    "SegmentRequest",
+    "answer_with",
+    "find_segment",
+    "segment_answer",
+    "whole",
+]

@@ -22,7 +22,7 @@ import lmdb
 
 from entidb.errors import CommitStaleError, StorageError, StorageFullError
 from entidb.storage.base import Batch, StorageInfo, StoreTurn
-from entidb.storage.checksums import stage
+from entidb.storage.checksums import Puts, stage
 from entidb.storage.directories import restrict, sync_path
 from entidb.storage.lmdb.doubt import (
     check_closed,
@@ -57,7 +57,6 @@ _WAIT_BUSY_SECONDS: Final = 0.01
 _BUSY_SECONDS: Final = 1.0
 _WAIT_IDLE_SECONDS: Final = 0.05
 _IDLE_SECONDS: Final = 10.0
-Puts = list[tuple[bytes, bytes]]
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
 

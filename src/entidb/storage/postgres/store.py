@@ -36,7 +36,7 @@ from entidb.errors import (
     StorageUnreachableError,
 )
 from entidb.storage.base import Batch, StorageInfo
-from entidb.storage.checksums import RESIDUE, stage
+from entidb.storage.checksums import RESIDUE, Puts, stage
 from entidb.storage.opening import open_storage
 from entidb.storage.partial import Partial
 from entidb.storage.postgres.failures import storage_error
@@ -108,7 +108,7 @@ _PUT: Final = Statement(
 )
 _END: Final = Statement(b"end_commit", b"COMMIT")
 
-Puts = list[tuple[bytes, bytes]]
+Pairs = list[tuple[bytes, bytes]]
 
 
 class PostgresStorage:
@@ -246,7 +246,7 @@ class PostgresStorage:
         return mark
 
     def _commit_at_once(
-        self, line: Line, puts: Puts, deletes: list[bytes], after: int | None
+        self, line: Line, puts: Pairs, deletes: list[bytes], after: int | None
     ) -> int:
         given = None if after is None else int8(after)
         values: list[Value] = [int4(self.opened.number), given, self.opened.known_as]
@@ -270,7 +270,9 @@ class PostgresStorage:
         except psycopg.Error as error:
             raise self.opened.failure(error, f"writing to {self.path}") from error
 
-    def _begin(self, line: Line, parts: list[Puts], deletes: list[bytes], after: int | None) -> int:
+    def _begin(
+        self, line: Line, parts: list[Pairs], deletes: list[bytes], after: int | None
+    ) -> int:
         """Everything but the end of a transaction, which holds the row of the store until then; the
         mark that it makes."""
         store = int4(self.opened.number)
@@ -397,8 +399,8 @@ def _number(connect: Any, name: str, create: bool) -> int | None:
     raise StorageError(f"the store {name!r} was removed while it was opened")
 
 
-def _in_parts(puts: Puts) -> Iterator[Puts]:
-    part: Puts = []
+def _in_parts(puts: Puts) -> Iterator[Pairs]:
+    part: Pairs = []
     size = 0
     for pair in puts:
         part.append(pair)
@@ -410,7 +412,7 @@ def _in_parts(puts: Puts) -> Iterator[Puts]:
         yield part
 
 
-def _columns(puts: Puts) -> tuple[bytes, bytes]:
+def _columns(puts: Pairs) -> tuple[bytes, bytes]:
     """Keys and values, as arrays."""
     return byteas([key for key, _ in puts]), byteas([value for _, value in puts])
 

@@ -16,10 +16,12 @@ from msgspec.structs import replace
 from entidb import cbor
 from entidb.collector import paused
 from entidb.db import Database, machine
+from entidb.db.records import ENTITY_HEAD
 from entidb.db.replica import ImageSegment, Stage, StagedImage
+from entidb.db.staged import rows_of_segment
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, SyncCodecError, SyncStateError
-from entidb.protocol import ColumnRows, Manifest, decode_segment, segment_rows
+from entidb.protocol import Manifest, UnpackedSegment, unpack_segment
 from entidb.sync.apply.clock import hear_stamp
 from entidb.sync.apply.page import check_payload, table_for, targets_for
 from entidb.sync.apply.position import check_adopted, is_missing_of, scope_changed, see_image
@@ -89,35 +91,28 @@ class StagesImages:
             see_image(writer, state, manifest)
             return stage
 
-    def open_segment(self, image: StagedImage, data: bytes) -> OpenSegment:
-        segment = image.left[0]
+    def open_segment(self, segment: ImageSegment, head: int, data: bytes) -> OpenSegment:
         if not _is_that(segment, data):
             raise SyncCodecError(
                 f"segment {segment.sha256.hex()} is not the file of that name; it is not used"
             )
-        header, columns = decode_segment(data)
+        unpacked = unpack_segment(data)
+        header = unpacked.header
         says = (header.collection, header.rows, header.first, header.last)
         if says != (segment.collection, segment.rows, segment.first, segment.last):
             raise ProtocolError(
                 f"segment {segment.sha256.hex()} holds something else than its manifest says"
             )
+        if unpacked.newest_version > head:
+            raise ProtocolError(
+                f"segment {segment.sha256.hex()} holds version {unpacked.newest_version}, and the "
+                f"image ends at {head}"
+            )
         with paused():
-            rows = segment_rows(columns)
-            if max(rows.versions) > image.head:
-                raise ProtocolError(
-                    f"segment {segment.sha256.hex()} holds version {max(rows.versions)}, and the "
-                    f"image ends at {image.head}"
-                )
             step = self._prove_step
-            begin = self.database.device_id[-1] % step
-            self._prove(rows, range(begin % len(rows.ids), len(rows.ids), step))
-        return OpenSegment(segment, rows)
-
-    def _prove(self, rows: ColumnRows, places: range) -> None:
-        some = rows.payloads[places.start :: places.step]
-        if not cbor.all_pass([payload for payload in some if payload is not None]):
-            for at in places:
-                check_payload(rows.versions[at], rows.ids[at], rows.payloads[at])
+            _prove(unpacked, self.database.device_id[-1] % step % header.rows, step)
+            rows = rows_of_segment(unpacked.heads(), unpacked.payloads())
+            return OpenSegment(segment, unpacked.ids, rows, unpacked.newest_timestamp)
 
     def stage_segment(self, opened: OpenSegment) -> Stage:
         with paused(), self.database.write() as writer:
@@ -128,13 +123,11 @@ class StagesImages:
             if image.left[0] != opened.segment:
                 raise _moved()
             _check_may_stage(writer)
-            rows = opened.rows
-            end = min(image.done + self._chunk_rows, len(rows.ids))
-            part = _part(rows, image.done, end)
-            hear_stamp(writer, max(part.timestamps), before.time_ms)
-            stage = _stage_part(writer, before, opened.segment.collection, part)
+            begin, end = image.done, min(image.done + self._chunk_rows, len(opened.ids))
+            hear_stamp(writer, opened.newest_timestamp, before.time_ms)
+            stage = _stage_part(writer, before, opened, begin, end)
             check_room(self.database.storage, stage.size, self._staged_bytes_max)
-            used_up = end == len(rows.ids)
+            used_up = end == len(opened.ids)
             left = image.left[1:] if used_up else image.left
             rest = replace(image, left=left, done=0 if used_up else end, failures=0)
             if rest.left:
@@ -160,36 +153,26 @@ def _is_that(segment: ImageSegment, data: bytes) -> bool:
     return len(data) == segment.size and hashlib.sha256(data).digest() == segment.sha256
 
 
-def _part(rows: ColumnRows, begin: int, end: int) -> ColumnRows:
-    return ColumnRows(
-        rows.ids[begin:end],
-        rows.versions[begin:end],
-        rows.devices[begin:end],
-        rows.timestamps[begin:end],
-        rows.payloads[begin:end],
-        rows.indexes[begin:end],
-    )
+def _prove(unpacked: UnpackedSegment, first: int, step: int) -> None:
+    """Prove every so many values."""
+    some = unpacked.sample(first, step)
+    if not cbor.all_pass(some):
+        for at, payload in zip(range(first, unpacked.header.rows, step), some, strict=True):
+            check_payload(unpacked.version(at), unpacked.ids[at], payload)
 
 
-def _stage_part(writer: Writer, stage: Stage, collection: str, rows: ColumnRows) -> Stage:
-    (info,) = targets_for(writer, [collection])
+def _stage_part(writer: Writer, stage: Stage, opened: OpenSegment, begin: int, end: int) -> Stage:
+    (info,) = targets_for(writer, [opened.segment.collection])
     if info is None:
         return stage  # local here: it is left out, as of a page (R31)
     tables, counts, number = dict(stage.tables), dict(stage.counts), str(info.number)
     staged = info.standing_in(table_for(writer, tables, info.number))
-    once = writer.stage_entities(
-        [staged],
-        rows.indexes,
-        rows.ids,
-        rows.versions,
-        rows.devices,
-        rows.timestamps,
-        rows.payloads,
-    )
+    rows, count = opened.rows[begin:end], end - begin
+    once = writer.stage_entities([staged], bytes(count), opened.ids[begin:end], rows)
     assert once, "the ids of a segment ascend"
-    counts[number] = counts.get(number, 0) + len(rows.ids)
-    operations = stage.operations + len(rows.ids)
-    size = stage.size + sum(map(len, filter(None, rows.payloads))) + ROW_BYTES * len(rows.ids)
+    counts[number] = counts.get(number, 0) + count
+    size = stage.size + sum(map(len, rows)) + (ROW_BYTES - ENTITY_HEAD) * count
+    operations = stage.operations + count
     return replace(stage, tables=tables, counts=counts, operations=operations, size=size)
 
 

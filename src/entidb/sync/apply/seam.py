@@ -13,9 +13,8 @@ from msgspec import Struct, field
 from entidb.db.moment import Moment
 from entidb.db.pending import PendingTransaction, decode_pending
 from entidb.db.records import OverruledHead
-from entidb.db.replica import ImageSegment, Inflight, ReplicaState, Stage, StagedImage
+from entidb.db.replica import ImageSegment, Inflight, ReplicaState, Stage
 from entidb.protocol import (
-    ColumnRows,
     DigestRequest,
     DigestResponse,
     Manifest,
@@ -91,10 +90,13 @@ class Settled(Struct):
 
 
 class OpenSegment(Struct):
-    """A segment that was fetched and proved, to be staged; ``used_up`` when all of it is."""
+    """A segment that was fetched and proved, to be staged: the ids of its entities, and their rows
+    as they will be stored; ``used_up`` when all of it is."""
 
     segment: ImageSegment
-    rows: ColumnRows
+    ids: list[bytes]
+    rows: list[bytes]
+    newest_timestamp: int
     used_up: bool = False
 
 
@@ -216,9 +218,9 @@ class SyncApplier(Protocol):
         """Where segments come before they are staged."""
         ...
 
-    def open_segment(self, image: StagedImage, data: bytes) -> OpenSegment:
-        """Prove that ``data`` is the first segment that is left of ``image``, and as much of it as
-        the settings say. Raises ``ProtocolError``; nothing is stored."""
+    def open_segment(self, segment: ImageSegment, head: int, data: bytes) -> OpenSegment:
+        """Prove that ``data`` is that segment, of an image of the commit ``head``, and as much of
+        it as the settings say. Raises ``ProtocolError``; nothing is stored, and any thread may."""
         ...
 
     def stage_segment(self, opened: OpenSegment) -> Stage:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.replica import Stage
+from entidb.db.staged import rows_of_columns
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError
 from entidb.protocol import ColumnRows, PullRequest, PullResponse
@@ -38,17 +39,13 @@ def stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: Colum
         None if info is None else info.standing_in(table_for(writer, tables, info.number))
         for info in targets
     ]
-    once = writer.stage_entities(
-        staged,
-        rows.indexes,
-        rows.ids,
-        rows.versions,
-        rows.devices,
-        rows.timestamps,
-        rows.payloads,
+    some_gone = None in rows.payloads
+    made = rows_of_columns(
+        rows.versions, rows.devices, rows.timestamps, rows.payloads, gone=some_gone
     )
+    once = writer.stage_entities(staged, rows.indexes, rows.ids, made)
     sent, gone, operations = Counter(rows.indexes), Counter[int](), 0
-    if None in rows.payloads:
+    if some_gone:
         pairs = zip(rows.indexes, rows.payloads, strict=True)
         gone.update(index for index, payload in pairs if payload is None)
     if not once or (gone and len(set(zip(rows.indexes, rows.ids, strict=True))) != len(rows.ids)):

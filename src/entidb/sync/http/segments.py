@@ -8,10 +8,12 @@ each segment is in memory. What a file holds in the end is for who asked: its ha
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import quote
@@ -80,6 +82,9 @@ class Downloads:
         #: Whether anything was ever fetched.
         self.begun = False
         self._threads: set[threading.Thread] = set()
+        #: Opens one while the one before it is stored: always the same thread, because the system
+        #: keeps what each has freed of so much memory.
+        self._opener: ThreadPoolExecutor | None = None
         #: What was asked for last: a thread that is through goes on with what comes next there.
         self._newest: Fetch | None = None
 
@@ -93,16 +98,31 @@ class Downloads:
         self._begin_following()
         with self._lock:
             wanted = self._under_way.get(first.sha256)
-        if wanted is None:
-            return  # it is there
-        try:
-            self._interrupts.wait(wanted.done)
-        finally:
-            if wanted.done.is_set():
-                with self._lock:
-                    self._under_way.pop(first.sha256, None)
-        if wanted.error is not None:
-            raise wanted.error
+        if wanted is not None:  # else it is there
+            try:
+                self._interrupts.wait(wanted.done)
+            finally:
+                if wanted.done.is_set():
+                    with self._lock:
+                        self._under_way.pop(first.sha256, None)
+            if wanted.error is not None:
+                raise wanted.error
+        self._open_second(fetch)
+
+    def _open_second(self, fetch: Fetch) -> None:
+        """If it is whole: who brings it does so else."""
+        second = next(iter(fetch.segments[1:]), None)
+        if fetch.opens is None or second is None or fetch.files.size(second) != second.size:
+            return
+        self._open(fetch.opens, second)
+
+    def _open(self, opens: Callable[[ImageSegment], None], segment: ImageSegment) -> None:
+        with self._lock:
+            if self._opener is None:
+                self._opener = ThreadPoolExecutor(1, "entidb-segment-opener")
+            # Out of threads, or closed by now: then it is opened when its turn comes.
+            with contextlib.suppress(RuntimeError):
+                self._opener.submit(opens, segment)
 
     def _begin(self, download: _Download) -> None:
         """Bring what is waited for, whatever else comes."""
@@ -145,7 +165,9 @@ class Downloads:
     def join(self) -> None:
         """Wait, but not for ever, until what was begun has seen that its client is closed."""
         with self._lock:
-            threads = list(self._threads)
+            threads, opener = list(self._threads), self._opener
+        if opener is not None:
+            opener.shutdown()
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(_JOIN_S)
@@ -163,11 +185,21 @@ class Downloads:
                 download.error = error
             with self._lock:
                 download.done.set()
+                opens = self._opens(download)
+            if opens is not None:
+                self._open(opens, download.segment)
+            with self._lock:
                 download = self._following() if download.error is None else None
                 if download is None:
                     self._threads.discard(threading.current_thread())
                 else:
                     self._under_way[download.segment.sha256] = download
+
+    def _opens(self, download: _Download) -> Callable[[ImageSegment], None] | None:
+        """What opens it, if its turn is next. With the lock held."""
+        fetch = self._newest
+        is_next = fetch is not None and fetch.segments[1:2] == [download.segment]
+        return fetch.opens if fetch is not None and is_next and download.error is None else None
 
     def _following(self) -> _Download | None:
         """What is to come next, if it may begin now; nothing after an error, which is told first,
