@@ -36,7 +36,7 @@ from entidb.sync import SyncConfig, SyncProgress, SyncState
 from entidb.sync.apply.applier import DatabaseApplier
 from entidb.sync.apply.seam import OpenSegment
 from entidb.sync.exchange import Connection, Exchange, SendAhead, Step
-from entidb.sync.fetching import AHEAD, FAILURES_MAX, FEATURE, Fetching, Opener
+from entidb.sync.fetching import AHEAD, FAILURES_MAX, FEATURE, Fetching, ProvedAhead
 from entidb.sync.grants import GrantChangedError
 from entidb.sync.segment_files import Fetch
 from entidb.testing.images import ImageFiles, image_of
@@ -709,7 +709,7 @@ def test_who_needs_a_segment_that_is_being_proved_waits_for_it() -> None:
         assert ends.wait(30)
         return _opened(segment)
 
-    ahead = Opener(slowly)
+    ahead = ProvedAhead(slowly)
     with ThreadPoolExecutor(3) as threads:
         opening = threads.submit(ahead.open, _segment(1))
         assert begun.wait(30)
@@ -728,7 +728,7 @@ def test_a_segment_is_proved_once_and_not_when_its_turn_has_come() -> None:
         proved.append(segment)
         return _opened(segment)
 
-    ahead = Opener(note)
+    ahead = ProvedAhead(note)
     for number in (1, 1, 2):
         ahead.open(_segment(number))
     ahead.open(_segment(3, rows=1))  # which may be too large to be there beside another
@@ -742,7 +742,7 @@ def test_a_segment_is_proved_once_and_not_when_its_turn_has_come() -> None:
 
 
 def test_a_segment_of_the_same_name_that_is_to_hold_something_else_is_none() -> None:
-    ahead = Opener(_opened)
+    ahead = ProvedAhead(_opened)
     ahead.open(_segment(1, rows=2))
     assert ahead.take(_segment(1, rows=3)) is None
 
@@ -752,7 +752,7 @@ def test_what_is_wrong_with_a_segment_is_left_to_who_needs_it(error: Exception) 
     def fails(segment: ImageSegment) -> OpenSegment:
         raise error
 
-    ahead = Opener(fails)
+    ahead = ProvedAhead(fails)
     ahead.open(_segment(1))
     assert ahead.take(_segment(1)) is None
 
@@ -761,7 +761,7 @@ def test_a_fault_of_ours_is_raised_where_the_segment_is_needed() -> None:
     def fails(segment: ImageSegment) -> OpenSegment:
         raise ZeroDivisionError
 
-    ahead = Opener(fails)
+    ahead = ProvedAhead(fails)
     ahead.open(_segment(1))
     with pytest.raises(ZeroDivisionError):
         ahead.take(_segment(1))

@@ -151,7 +151,9 @@ class Fetching:
         entities, bytes_max = image.entities, _part_bytes(image)
         files.keep_only(image.left)
         head = image.head
-        ahead = Opener(lambda segment: applier.open_segment(segment, head, files.read(segment)))
+        ahead = ProvedAhead(
+            lambda segment: applier.open_segment(segment, head, files.read(segment))
+        )
         while image is not None:
             opened = yield from self._opened(image, files, bytes_max, ahead)
             before = stage
@@ -167,7 +169,7 @@ class Fetching:
         files.keep_only([])
 
     def _opened(
-        self, image: StagedImage, files: SegmentFiles, bytes_max: int, ahead: Opener
+        self, image: StagedImage, files: SegmentFiles, bytes_max: int, ahead: ProvedAhead
     ) -> Generator[Step, SyncResponse | None, OpenSegment]:
         """The first segment that is left, proved. One that is not what it should be is fetched once
         more: it may have been damaged on this disk, or on its way."""
@@ -188,7 +190,7 @@ class Fetching:
         raise _DoesNotFitError
 
     def _fetch(
-        self, left: list[ImageSegment], files: SegmentFiles, bytes_max: int, ahead: Opener
+        self, left: list[ImageSegment], files: SegmentFiles, bytes_max: int, ahead: ProvedAhead
     ) -> Generator[Step, SyncResponse | None, None]:
         exchange = self._exchange
         exchange.check()
@@ -213,7 +215,7 @@ def _part_bytes(image: StagedImage) -> int:
     return max(PART_BYTES_MIN, left * image.entities // max(1, rows) // PARTS)
 
 
-class Opener:
+class ProvedAhead:
     """The segment whose turn is next, proved by another thread while the one before it is stored;
     no more than one, for the memory that it takes."""
 
@@ -253,4 +255,4 @@ class _DoesNotFitError(Exception):
     """This image cannot be had, or not so; the pull of pages can."""
 
 
-__all__ = ["AHEAD", "FAILURES_MAX", "FEATURE", "Opener", "Fetching", "may_have_image"]
+__all__ = ["AHEAD", "FAILURES_MAX", "FEATURE", "ProvedAhead", "Fetching", "may_have_image"]
