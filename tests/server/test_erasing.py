@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,18 +14,18 @@ from typing import Any
 import pytest
 
 from entidb.db import Database, Index, Role
-from entidb.errors import ConfigError, PermissionDeniedError, ProtocolError
+from entidb.errors import ConfigError, PermissionDeniedError, ProtocolError, StorageFullError
 from entidb.packing import ENCODINGS, decompress
 from entidb.protocol import Manifest, SnapshotRequest
 from entidb.server import ServerConfig, SyncServer, serving, wire
-from entidb.server.admin import backups, databases, erase
+from entidb.server.admin import backups, care, databases, erase
 from entidb.server.admin import checking as checking_room
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.opening import office_of
 from entidb.server.admin.tasks import Task
 from entidb.server.auth import Grants
 from entidb.server.config import directory_name
-from entidb.server.segments.building import ELSEWHERE_MS
+from entidb.server.segments.building import ELSEWHERE_MS, StoppedError
 from entidb.server.segments.places import FOLDER
 from tests.server.support import ManualClock, pull
 from tests.server.test_backups import ROOT, Device, Place
@@ -210,6 +211,60 @@ def test_an_image_that_has_it_goes_and_holds_no_deletion_back(tmp_path: Path):
         assert (newer.entities, newer.history) == (100, history)
     finally:
         place.server.close()
+
+
+def test_an_image_that_is_being_made_gives_way_to_a_compaction(tmp_path: Path):
+    """It has a snapshot open for as long as it takes, and a compaction waits for seconds."""
+    place = Place(tmp_path, segments_min_entities=50)
+    images, began, over = place.server.images, threading.Event(), threading.Event()
+    images.background = False
+    fill(place.server, 20_000)
+
+    def slowly() -> None:
+        began.set()
+        over.wait(0.3)
+
+    ended: list[type[BaseException] | None] = []
+
+    def build() -> None:
+        try:
+            images.make("shop", slowly)
+            ended.append(None)
+        except StoppedError as error:
+            ended.append(type(error))
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    try:
+        assert began.wait(60)
+        task = place.over(care.compact(place.office, ROOT, "shop"))
+        assert task.state == "done", task.error
+        builder.join(60)
+        assert ended == [StoppedError]
+        over.set()
+        assert images.make("shop", slowly)  # when it is over, images are made again
+    finally:
+        over.set()
+        builder.join(60)
+        place.server.close()
+
+
+def test_an_erasure_that_cannot_compact_says_what_is_done_and_what_is_not(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    def full(database: Database) -> None:
+        raise StorageFullError("no space left on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "compact", full)
+        task = erased(place)
+    assert task.state == "failed"
+    assert "are deleted" in str(task.error) and "no space left" in str(task.error)
+    assert "erase once more" in str(task.error)
+    assert holding(place.root, SECRET)
+    again = erased(place)
+    assert again.state == "done", again.error
+    assert not holding(place.root, SECRET)
 
 
 def fill(server: SyncServer, count: int = 200) -> None:

@@ -74,8 +74,8 @@ def compact(office: Office, caller: Caller, db_id: str) -> Task:
 def compact_now(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
     """The body of ``compact``, for tasks that end with it."""
     progress.at("compacting")
-    alone = office.stores.elsewhere(db_id, WAIT_S)
-    with office.stores.using(db_id, create=False) as store, alone:
+    alone, still = office.stores.elsewhere(db_id, WAIT_S), office.server.images.resting(db_id)
+    with office.stores.using(db_id, create=False) as store, alone, still:
         before = store.database.storage.info().file_bytes
         store.database.compact()
         return {"before_bytes": before, "after_bytes": store.database.storage.info().file_bytes}

@@ -17,7 +17,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from entidb.db import Database, inspect
-from entidb.errors import ConfigError, EntiDBError, ProtocolError
+from entidb.errors import ConfigError, EntiDBError, ProtocolError, StorageError
 from entidb.server.admin import backups, care, databases
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
@@ -142,7 +142,15 @@ def _erase(
     office.others.gather()
     behind = [each for each in office.registry.devices(db_id) if each.cursor < head]
     purged = care.purge_now(office, db_id, 0.0, progress)
-    sizes = care.compact_now(office, db_id, progress)
+    try:
+        sizes = care.compact_now(office, db_id, progress)
+    except EntiDBError as error:
+        raise StorageError(
+            f"the entities are deleted, and bytes of them may still be in the files, in images and "
+            f"in backups, because the database was not compacted: {error}; erase once more with "
+            "the same conditions, which goes on from there",
+            code="not_compacted",
+        ) from error
     progress.at("looking through backups")
     backups.clear_all(office)
     kept = _backups_with(office, db_id, found)

@@ -21,7 +21,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from msgspec.structs import replace
@@ -133,6 +136,7 @@ class ImageKeeper:
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._locks: dict[str, threading.Lock] = {}
+        self._resting: Counter[str] = Counter()
         self.removal: Final = ImageRemoval(stores, self.places, self.files, self._lock_of, holds)
 
     @property
@@ -337,19 +341,33 @@ class ImageKeeper:
         whether one was made. Raises ``StoppedError``, ``OSError`` and errors of the storage; then
         there is what there was before."""
         with self._stores.looking(db_id) as store, self._lock_of(db_id):
-            if store is None or not self.enabled:
+            if store is None or not self.enabled or self._resting[db_id]:
                 return False
             right = store.database.right(RIGHT)
             if not right.take(0):
                 return False  # Another process is at it.
             try:
                 self._clear_up(store)
-                return self._make(store, pause)
+                return self._make(store, partial(self._pause, db_id, pause))
             except (StorageError, DatabaseClosedError) as error:
                 store.report(error)
                 raise
             finally:
                 right.give_back()
+
+    @contextmanager
+    def resting(self, db_id: str) -> Iterator[None]:
+        """Inside the block this process makes no image of the database, and gives up the one that
+        it is making: that has a snapshot open for as long as it takes."""
+        with self._news:
+            self._resting[db_id] += 1
+        try:
+            with self._lock_of(db_id):
+                pass  # the one that is being made has ended
+            yield
+        finally:
+            with self._news:
+                self._resting[db_id] -= 1
 
     def _make(self, store: Store, pause: Callable[[], None]) -> bool:
         db_id, database, files = store.db_id, store.database, self.files(store.db_id)
@@ -372,6 +390,11 @@ class ImageKeeper:
         if db_id in self._wanted:
             self._wanted[db_id] -= wanted
         return bool(due)
+
+    def _pause(self, db_id: str, pause: Callable[[], None]) -> None:
+        if self._resting[db_id]:
+            raise StoppedError
+        pause()
 
     def _make_one(
         self, store: Store, packed_with: str, here: bytes, pause: Callable[[], None]
