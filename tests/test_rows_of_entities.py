@@ -16,7 +16,7 @@ from entidb.db import records
 SOURCE = Path(__file__).parent.parent / "src" / "entidb"
 #: The room, and what it is built on: the changes of a commit with their feed and counts, and how a
 #: row is laid out.
-ROOM = {"db/entities.py", "db/overlay.py", "db/records.py"}
+ROOM = {"db/entities.py", "db/overlay.py", "db/records.py", "db/staged.py"}
 #: What makes a row of an entity, its base, its place in the feed or a count.
 PACKERS = {"pack_entity", "pack_pending", "pack_feed_key"}
 #: What makes the key of one, and what takes one apart. Whoever looks into a database needs these.

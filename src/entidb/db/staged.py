@@ -4,12 +4,12 @@ what came from a server, and as they will be stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import add
 from typing import Final
 
-from entidb.db.records import REMOTE, pack_entity
+from entidb.db.records import ENTITY_HEAD, REMOTE, pack_entity
 from entidb.types import ID_BYTES
 
 #: Flags, and the sequence of a row that came with a bulk publication.
@@ -39,4 +39,9 @@ def rows_of_segment(written: Iterable[bytes], payloads: Iterable[bytes]) -> list
     return list(map(add, map(add, repeat(_BEGIN), written), payloads))
 
 
-__all__ = ["rows_of_columns", "rows_of_segment"]
+def bytes_of_values(rows: Sequence[bytes]) -> int:
+    """Of rows that are no tombstones."""
+    return sum(map(len, rows)) - ENTITY_HEAD * len(rows)
+
+
+__all__ = ["bytes_of_values", "rows_of_columns", "rows_of_segment"]

@@ -328,9 +328,7 @@ class Deciding:
         try:
             refusal = hook(ValidateContext(self._rules.db_id, self._grant, read), transaction)
             return None if refusal is None else sendable(refusal)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # also SystemExit, which would end the thread that commits
+        except (Exception, SystemExit, GeneratorExit):  # which would end the thread that commits
             # The operator gets the traceback; what a hook says inside is not for devices.
             _log.exception("validate refused transaction %s by raising", transaction.transaction_id)
             return Refusal(

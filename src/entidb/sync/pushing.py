@@ -10,8 +10,9 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from entidb.db.replica import ReplicaState
-from entidb.errors import LOCKED_OUT, SyncError
+from entidb.errors import LOCKED_OUT, SyncError, TransportError
 from entidb.protocol import PushRequest, PushResponse, SyncResponse
+from entidb.sync.apply.position import is_unasked, seen_after
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.exchange import Exchange, SendAhead, Step, history_of
 from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
@@ -113,6 +114,7 @@ class Pushing:
         self._pushed = self._pushed_bytes = 0
         state, total = look.state, look.ready
         request = self.request(batch, state, state.seen)
+        seen = state.seen
         following: PushBatch | None = None
         pull = False
         while True:
@@ -123,12 +125,16 @@ class Pushing:
             if after is not None:
                 yield SendAhead(after)
             response = yield from self._ask_push(batch, state, request)
+            if seen is not state.seen and is_unasked(seen, response):
+                # As an answer that was lost: the next request says what was seen, and is proved.
+                raise TransportError("the server was opened anew between two pushes; asking again")
             settled = self._settle(batch, response, None if pull else limits, following, total)
             pull = self._pull_due = pull or settled.pull
             if following is not None and after is not None:
                 batch, request, following = following, after, settled.next_batch
+                seen = seen_after(seen, response)
             elif settled.next_batch is not None:
-                batch = settled.next_batch
+                batch, seen = settled.next_batch, seen_after(seen, response)
                 request = self.request(batch, state, state.seen)
             else:
                 return pull

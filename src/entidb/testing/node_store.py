@@ -28,7 +28,7 @@ from entidb.testing.faults import FaultyStorage, Observe
 
 #: Milliseconds that a standby does not answer, at most.
 STANDBY_AWAY_MS: Final = 1_500
-#: By how much a mark goes on where another server leads that may lack commits.
+#: What an opening is in a mark: the next one is where another server leads that may lack commits.
 OPENING: Final = 1 << OPENING_SHIFT
 #: What becomes of a commit that the standby has not confirmed.
 ENDS: Final = ("confirmed", "restarted", "restarted and lost", "lost")
@@ -134,12 +134,12 @@ class SharedStore:
         """Another store takes its place: nothing becomes of it any more."""
         self.waiting = None
 
-    def promote(self, records: Mapping[bytes, bytes]) -> None:
+    def promote(self, records: Mapping[bytes, bytes], opening: int) -> None:
         """A standby leads that has only ``records``; but for the opening, it comes to the very mark
         that the nodes know."""
         self.drop()
         values = dict(records)
-        mark = self.base._state.mark + OPENING
+        mark = self.base._state.mark % OPENING + opening * OPENING
         self._move(MemoryStorage(_Shared(_State(values, sorted(values), mark))))
 
     def settle(self) -> None:

@@ -38,6 +38,8 @@ class Openings:
         #: Files that no process has opened yet.
         self._placed: FaultyStorage | None = None
         self._shared: SharedStore | None = None
+        #: How often another server has led: no two openings have one number.
+        self._promotions = 0
         self.place(None)
         owner.storage = self.present
 
@@ -68,7 +70,8 @@ class Openings:
     def promote(self, records: Mapping[bytes, bytes]) -> None:
         """Of a store between nodes, which go on: a standby leads that has only ``records``."""
         assert self._shared is not None
-        self._shared.promote(records)
+        self._promotions += 1
+        self._shared.promote(records, self._promotions)
 
     def open(self, opened: list[NodeStorage]) -> FaultyStorage:
         """What a process finds: only what is durable is left. ``opened`` is what it has open

@@ -16,9 +16,8 @@ from msgspec.structs import replace
 from entidb import cbor
 from entidb.collector import paused
 from entidb.db import Database, machine
-from entidb.db.records import ENTITY_HEAD
 from entidb.db.replica import ImageSegment, Stage, StagedImage
-from entidb.db.staged import rows_of_segment
+from entidb.db.staged import bytes_of_values, rows_of_segment
 from entidb.db.writer import Writer
 from entidb.errors import ProtocolError, SyncCodecError, SyncStateError
 from entidb.protocol import Manifest, UnpackedSegment, unpack_segment
@@ -171,7 +170,7 @@ def _stage_part(writer: Writer, stage: Stage, opened: OpenSegment, begin: int, e
     once = writer.stage_entities([staged], bytes(count), opened.ids[begin:end], rows)
     assert once, "the ids of a segment ascend"
     counts[number] = counts.get(number, 0) + count
-    size = stage.size + sum(map(len, rows)) + (ROW_BYTES - ENTITY_HEAD) * count
+    size = stage.size + bytes_of_values(rows) + ROW_BYTES * count
     operations = stage.operations + count
     return replace(stage, tables=tables, counts=counts, operations=operations, size=size)
 

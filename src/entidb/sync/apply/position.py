@@ -149,6 +149,19 @@ def seen_in(state: ReplicaState, answer: PullResponse | PushResponse) -> SeenCom
     return seen if term is None or head > SEQUENCE_MAX else SeenCommit(head, term.name)
 
 
+def seen_after(seen: SeenCommit | None, answer: PushResponse) -> SeenCommit | None:
+    """What was seen, once ``answer`` was taken in."""
+    return seen if answer.term is None else SeenCommit(answer.head, answer.term.name)
+
+
+def is_unasked(seen: SeenCommit | None, answer: PushResponse) -> bool:
+    """Whether ``answer`` leaves open if the server has the commit that was seen: the request was
+    made before that was seen, and the server's term began after it (R29)."""
+    if seen is None or answer.term is None:
+        return False
+    return answer.term.name != seen.term and answer.term.first > seen.version
+
+
 def gone_back(seen: int, head: int) -> HistoryChangedError:
     if head < seen:
         text = f"has seen commit {seen}, and the server's database ends at {head}: its"
