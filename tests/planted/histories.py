@@ -295,7 +295,7 @@ def _sent_ahead(garden: Garden) -> None:
         garden.replace(place, "seen_in", make)
 
 
-@bug("an-image-counts-as-nothing-seen", "PREFIX", "CLOCK", knobs=_OLDER | {"images": 2, "nodes": 2})
+@bug("an-image-counts-as-nothing-seen", "PREFIX", "CLOCK", knobs=_OLDER | {"images": 2, "nodes": 1})
 def _image_not_seen(garden: Garden) -> None:
     """A device that begins with an image remembers nothing of the state that it is of."""
     garden.replace(image, "see_image", lambda original: lambda *rest: None)

@@ -236,6 +236,8 @@ class Tenant:
         that had only those."""
         place = self.openings.promote if promoted else self._place
         self.older.put_back(lambda copy: place(read_records(copy)))
+        # A process that opens the files looks anew; those that stay have to be told.
+        self.unique.opened()
 
     def purge(self, up_to: int) -> None:
         up_to = self.shelf.purge_limit(up_to)
