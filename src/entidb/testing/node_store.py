@@ -139,7 +139,7 @@ class SharedStore:
         that the nodes know."""
         self.drop()
         values = dict(records)
-        mark = self.base._state.mark % OPENING + opening * OPENING
+        mark = self.base._state.mark % (1 << OPENING_SHIFT) + opening * OPENING
         self._move(MemoryStorage(_Shared(_State(values, sorted(values), mark))))
 
     def settle(self) -> None:
