@@ -117,7 +117,7 @@ def test_a_primary_that_was_replaced_while_it_was_frozen_is_not_written_to(
         assert not works(lambda: PostgresStorage.open(primary.address, name))
         assert store.commit({b"a": b"4"}) % (1 << OPENING_SHIFT) == 4
         with store.snapshot() as snapshot:
-            assert (snapshot.get(b"a"), snapshot.mark) == (b"4", 4)
+            assert snapshot.get(b"a") == b"4" and snapshot.mark % (1 << OPENING_SHIFT) == 4
     with contextlib.suppress(StorageError):
         alone.close()
 
