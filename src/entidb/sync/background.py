@@ -98,9 +98,10 @@ class Background:
         #: Held while one of the threads syncs; and what ends the run, while there is one.
         self._busy = threading.Lock()
         self._stopped: threading.Event | None = None
-        #: The thread that ``run`` is on; None while it is not. And whether one is about to call it.
+        #: The thread that ``run`` is on; None while it is not. And what ends the run of the thread
+        #: that is about to call it: one that is ending must not take that away.
         self.thread: int | None = None
-        self.starting = False
+        self.starting: threading.Event | None = None
         #: Whether another process does what this is there for.
         self.standing_by = False
 
@@ -108,7 +109,7 @@ class Background:
     def is_running(self) -> bool:
         """Whether cycles come by themselves: from the start of the thread on, not only from its
         first step."""
-        return self.starting or self.thread is not None
+        return self.starting is not None or self.thread is not None
 
     def syncs_on(self, thread: int) -> bool:
         """Whether cycles come by themselves on ``thread``."""
@@ -161,7 +162,8 @@ class Background:
         database = self._engine.database
         right = database.right("background")
         self.thread = threading.get_ident()
-        self.starting = False
+        if self.starting is stopped:
+            self.starting = None
         self._stopped = stopped
         try:
             if not self._stand_by(right, stopped):

@@ -377,12 +377,12 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         thread = Thread(None, self._run, "entidb-sync", (self._stop, self._ending), daemon=True)
         try:
             # Before it begins: a listener of its first cycle may stop it.
-            self._thread, self._background.starting = thread, True
+            self._thread, self._background.starting = thread, self._stop
             thread.start()
         except BaseException as error:
             self._stop.set()  # where an interrupt came, it may begin yet
             self._ending = thread
-            self._thread, self._background.starting = None, False
+            self._thread, self._background.starting = None, None
             if not isinstance(error, RuntimeError):
                 raise
             raise SyncStateError(f"no thread could be started to sync: {error}") from error
@@ -408,7 +408,7 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         inside = here == self._cycle_thread or self._background.syncs_on(here)
         self._end_run()  # first: interrupted, it is to be stopped yet
         self._ending = thread
-        self._thread, self._background.starting = None, False
+        self._thread, self._background.starting = None, None
         if not inside:
             self._wait_for(lambda seconds: joined(thread, seconds), thread.ident)
 
