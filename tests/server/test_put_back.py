@@ -13,7 +13,7 @@ from entidb import Database, SyncConfig, SyncEngine
 from entidb.db import Role
 from entidb.db.records import META_IDENTITY
 from entidb.db.replica import ReplicaState
-from entidb.errors import HistoryChangedError, PermissionDeniedError
+from entidb.errors import HistoryChangedError, PermissionDeniedError, TransportError
 from entidb.protocol import HandshakeRequest, PullRequest, PullResponse, PushRequest
 from entidb.server import ServerConfig, SyncServer
 from entidb.server.hooks import Grant
@@ -407,6 +407,41 @@ def test_r29_what_was_sent_ahead_is_answered_by_the_same_past_or_not_taken() -> 
     a.settle()
     assert_in_step(world, a)
     assert [world.values()[n] for n in range(6)] == ["a's"] * 6
+
+
+def test_r29_what_was_sent_ahead_is_not_taken_where_the_answer_leaves_open_what_was_there() -> None:
+    """The files are opened twice, so that the term of the answer begins after all that was seen."""
+    world = World()
+    a = world.device(push_operations_max=2)
+    a.put(("notes", 9, "a's"))
+    a.settle()
+    files = world.copy_files()
+    for n in range(4):
+        a.put(("notes", n, "a's"))
+    sent = 0
+
+    def before(message: object) -> None:
+        nonlocal sent
+        sent += isinstance(message, PushRequest)
+        if sent == 2:
+            sent = 10**6
+            world.open_server(files)
+            other = world.device()
+            for n in (30, 31):
+                other.put(("notes", n, "another's"))
+            other.sync()
+            world.restart_server()
+
+    a.wire.before = before
+    for _ in range(2):
+        with pytest.raises((TransportError, HistoryChangedError)):
+            a.sync()
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+    a.engine.reset("device")
+    a.settle()
+    assert_in_step(world, a)
+    assert [world.values()[n] for n in range(4)] == ["a's"] * 4
 
 
 def test_r29_an_older_server_or_device_proves_as_before() -> None:
