@@ -1704,6 +1704,25 @@ def an_answer_of_another_past() -> list[Json]:
     ]
 
 
+@_conversation(8, "R29, R35: who asks for an image says what it has seen, which may be disproved")
+def seen_before_an_image() -> list[Json]:
+    new = {"history": NEW_HISTORY}
+    image = Image(8, ["notes"], (0, E2, 7, D))
+    return [
+        sync(
+            offering(meeting(2)),
+            no_image(2),
+            of_term(pull(0, changed(1, (E1, A)), changed(2, (E2, B)), head=2, full=True), 1, TERM),
+        ),
+        sync(
+            refused(pull(2, head=9, seen=[2, TERM]), 409, "reset_required", details={"floor": 5}),
+            refused(saying(image.manifest(floor=5), 2, TERM), 409, "history_changed", details=new),
+            ends="history_changed",
+        ),
+        holds([(E1, A), (E2, B)]),
+    ]
+
+
 @_conversation(8, "R31: what is in flight is settled before a narrower grant withdraws anything")
 def a_narrower_grant_after_a_lost_answer() -> list[Json]:
     batch = [sent("t1", (E1, 0, A))]

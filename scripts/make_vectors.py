@@ -172,6 +172,7 @@ SNAPSHOT_REQUEST: Final[Message] = {
     "collections": ["notes", "Läden/東京"],
     "packings": ["zstd", "gzip"],
     "schema": 24,
+    "seen": [70, TERM],
 }
 MANIFEST: Final[Message] = {
     "history": HISTORY,
@@ -243,7 +244,7 @@ DEFAULTS: Final[dict[str, Message]] = {
         "more": False,
         "granted": None,
     },
-    "SnapshotRequest": {"history": None, "collections": None, "schema": 0},
+    "SnapshotRequest": {"history": None, "collections": None, "schema": 0, "seen": None},
     "Manifest": {"granted": None, "term": None},
     "ErrorResponse": {"retry_after": None, "details": {}},
 }

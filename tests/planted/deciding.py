@@ -21,7 +21,7 @@ from tests.planted.garden import CALM, WILD, Garden, bug
 @bug("history-kept-after-the-proof", "ORDER", "LIVENESS", knobs=CALM | {"put_back": 80})
 def _history_kept(garden: Garden) -> None:
     """A server whose files were put back tells only those who can prove it."""
-    garden.replace(Database, "begin_history", lambda original: lambda self, times, within: False)
+    garden.replace(Database, "begin_history", lambda original: lambda self, *rest: False)
 
 
 @bug("base-version-ignored", "NO-LOST-UPDATE", "NO-RESURRECTION")

@@ -45,6 +45,22 @@ def _wrong_head(garden: Garden) -> None:
 
 
 @bug(
+    "an-image-for-who-has-seen-another-past",
+    "ORDER",
+    "NO-LOST-UPDATE",
+    "PREFIX",
+    knobs=FETCHING | {"put_back": 200, "events": 1200},
+)
+def _image_of_another_past(garden: Garden) -> None:
+    """A server gives an image to a device that has seen what the server does not have."""
+    garden.replace(
+        keeping,
+        "pull_of",
+        lambda original: lambda request, history: replace(original(request, history), seen=None),
+    )
+
+
+@bug(
     "segment-hash-not-checked",
     "PREFIX",
     "WHOLE",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 from unittest import mock
 
-from entidb.db import terms
+from entidb.db import core, terms
 from entidb.db.core import Core
 from entidb.db.hearing import Hearing
 from entidb.db.moment import Moment
@@ -35,6 +35,14 @@ PROMOTED = NODES | {"put_back": 200, "events": 1200}
 def _no_term_after_a_promotion(garden: Garden) -> None:
     """A node begins a term when it has opened a database, and none when another server leads."""
     garden.replace(terms, "opening_of", lambda original: lambda mark: 0)
+
+
+@bug("one-proof-ends-two-histories", "NO-EFFECT", knobs=PROMOTED | {"nodes": 2, "node_pause": 80})
+def _two_histories(garden: Garden) -> None:
+    """A process that has found a proof begins a history, also where another has done so since."""
+    garden.replace(
+        core, "another_history", lambda original: lambda *rest: original(*rest[:4], None)
+    )
 
 
 @bug("the-mark-of-another-past", "ORDER", "FRESH", "PREFIX", knobs=PROMOTED)

@@ -38,6 +38,7 @@ from entidb.server.segments.keeping import LIFE_MS
 from entidb.server.segments.places import FOLDER
 from entidb.server.segments.rows import change_images
 from entidb.server.wire import ServerResponse
+from entidb.types import SeenCommit
 from tests.server.support import DEVICE, ManualClock, handshake, number_id, pull
 
 PIN_MS = 2 * LIFE_MS
@@ -812,6 +813,31 @@ def test_files_put_back_by_hand_know_nothing_of_an_image_of_their_future(
         fill(shop, range(1), text="other")
         assert asked(again).segments == []
         assert code_of(fetch(again, manifest.segments[0].sha256)) == "not_found"
+
+
+def test_r29_who_asks_for_an_image_proves_what_it_has_seen(server: SyncServer, shop: Database):
+    """A device that is to begin anew, in the middle of which the files were put back, has pending
+    edits that were made on what is gone, with numbers that others have used since."""
+    server.images.make("shop")
+    history, head = shop.history, shop.read_head().sequence
+    assert history is not None
+    page = server.handle("/v1/pull", "shop", pull(history, cursor=head))
+    assert isinstance(page, PullResponse) and page.term is not None
+    term = page.term
+    mine = SeenCommit(head, term.name)
+    assert asked(server, history=history, seen=mine).segments
+    assert shop.history == history
+    refused = asked_or_error(server, "shop", history=history, seen=replace(mine, term=b"another."))
+    assert refused.code == "history_changed"
+    assert refused.details["history"] == shop.history != history
+
+
+def test_r29_so_does_who_has_seen_more(server: SyncServer, shop: Database):
+    history, head = shop.history, shop.read_head().sequence
+    more = SeenCommit(head + 1, b"another.")
+    refused = asked_or_error(server, "shop", history=history, seen=more)
+    assert refused.code == "history_changed"
+    assert refused.details["history"] == shop.history != history
 
 
 def test_no_image_is_made_where_there_is_no_room(

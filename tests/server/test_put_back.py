@@ -17,7 +17,7 @@ from entidb.errors import HistoryChangedError, PermissionDeniedError, TransportE
 from entidb.protocol import HandshakeRequest, PullRequest, PullResponse, PushRequest
 from entidb.server import ServerConfig, SyncServer
 from entidb.server.hooks import Grant
-from entidb.server.proofs import HISTORIES_MAX, HISTORIES_WITHIN_MS
+from entidb.server.proofs import HISTORIES_MAX, HISTORIES_WITHIN_MS, Proofs
 from entidb.sync import HttpTransport, LoopbackClient
 from entidb.sync.apply.position import seen_in
 from entidb.types import SeenCommit, Term
@@ -221,6 +221,30 @@ def test_r29_a_history_that_cannot_be_stored_is_told_to_nobody() -> None:
     with pytest.raises(HistoryChangedError):
         a.sync()
     assert world.server.history != before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_r29_two_processes_that_have_a_proof_end_the_history_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the files and the new history another process begins one."""
+    world, _, _ = put_back_world()
+    seen_more, begun = Proofs.seen_more, list[bytes | None]()
+
+    def others_first(self: Proofs, seen: int, head: int) -> HistoryChangedError:
+        if not begun:
+            assert world.server.begin_history(HISTORIES_MAX, HISTORIES_WITHIN_MS)
+            begun.append(world.server.history)
+        return seen_more(self, seen, head)
+
+    monkeypatch.setattr(Proofs, "seen_more", others_first)
+    answer = claim(world, kind)
+    assert [world.server.history] == begun
+    if kind == "handshake":
+        assert answer == begun[0]
+    else:
+        assert isinstance(answer, HistoryChangedError)
+        assert answer.details["history"] == begun[0]
 
 
 def test_r29_nothing_of_a_group_is_decided_in_the_history_that_ends() -> None:

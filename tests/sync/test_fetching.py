@@ -40,6 +40,7 @@ from entidb.sync.fetching import AHEAD, FAILURES_MAX, FEATURE, Fetching, ProvedA
 from entidb.sync.grants import GrantChangedError
 from entidb.sync.segment_files import Fetch
 from entidb.testing.images import ImageFiles, image_of
+from entidb.types import SeenCommit
 from tests.support import DB_ID, World
 
 #: What a test puts in the place of an answer: it may raise, or do the usual thing itself.
@@ -288,6 +289,17 @@ def test_an_image_is_of_what_was_asked_for_or_of_less(names: list[str] | None, u
     request = device.steps[0]
     assert isinstance(request, SnapshotRequest) and request.collections == names
     assert (device.asked(Fetch) > 0) is used
+
+
+@pytest.mark.parametrize("seen", [None, SeenCommit(3, b"thisterm")])
+def test_r29_the_request_says_what_the_device_has_seen(seen: SeenCommit | None) -> None:
+    device = Device(an_image())
+    with device.database.write() as writer:
+        writer.set_sync_state(replace(device.applier.look().state, seen=seen))
+    with pytest.raises(TransportError):
+        device.run(lambda step: _only_the_manifest(device, step))
+    request = device.steps[0]
+    assert isinstance(request, SnapshotRequest) and request.seen == seen
 
 
 def test_a_manifest_of_another_history_is_not_taken() -> None:

@@ -25,6 +25,21 @@ COPIES = {
     "lmdb": 0,
 }
 
+#: A standby leads that lacks commits, under two nodes that make images and stay.
+PROMOTED = {
+    "events": 700,
+    "devices": 3,
+    "keys": 5,
+    "lmdb": 0,
+    "nodes": 2,
+    "live": 0,
+    "quota_entities": 0,
+    "quota_bytes": 0,
+    "quota_devices": 0,
+    "put_back": 150,
+    "images": 2,
+}
+
 #: name -> (seed, knobs)
 FOUND = {
     # Two copies of a device: one pushed a transaction with merged content. When the other was told
@@ -245,6 +260,10 @@ FOUND = {
     # A server whose files were put back offered an image to a device that had seen more, and that
     # was then what it had seen: nothing proved any more that the two had parted.
     "an image of another past is nothing seen": (8311, {"stale_rows": 2000}),
+    # Not in the product: images of the simulated server were those of a state that was lost, and a
+    # device's watch did not follow a manifest into another past.
+    "an image is of the past that it was made in": (128, PROMOTED),
+    "a manifest says of which past it is": (257, PROMOTED),
 }
 
 

@@ -463,12 +463,13 @@ class Core(Explored):
     def _leave_backup(self) -> None:
         self._take_identity(end_backup(self.storage, self.role, self.entropy, self.where))
 
-    def begin_history(self, times_max: int, within_ms: int) -> bool:
-        """Give a server's database a new history (R29), in one commit; whether it was done: more
-        than ``times_max`` times within ``within_ms`` it is not. Entities, versions and ids stay.
-        The times are in the database, so putting its files back puts them back too."""
+    def begin_history(self, times_max: int, within_ms: int, past: bytes | None = None) -> bool:
+        """Give a server's database a new history (R29), in one commit; whether it has one: more
+        than ``times_max`` times within ``within_ms`` it gets none. Where another opener has ended
+        the history ``past`` already, that is enough. Entities, versions and ids stay; the times are
+        in the database, so putting its files back puts them back too."""
         with self.write() as writer:
-            identity = another_history(writer, times_max, within_ms, self.entropy)
+            identity = another_history(writer, times_max, within_ms, self.entropy, past)
             if identity is None:
                 return False
         self._take_identity(identity)

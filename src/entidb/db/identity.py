@@ -5,7 +5,7 @@ Not here: when it is read and written, and who has the turn then (``core``).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from entidb import cbor
 from entidb.db.local import Role
@@ -94,10 +94,16 @@ def end_backup(storage: Storage, role: Role, entropy: Entropy, where: str) -> di
 
 
 def another_history(
-    writer: Writer, times_max: int, within_ms: int, entropy: Entropy
+    writer: Writer, times_max: int, within_ms: int, entropy: Entropy, past: bytes | None
 ) -> dict[str, Any] | None:
     """The identity with a new history, staged in ``writer``; None, and nothing staged, if that was
-    done ``times_max`` times within ``within_ms``."""
+    done ``times_max`` times within ``within_ms``. As it is, where its history is not ``past``: two
+    who have the same proof end one history once."""
+    stored = writer.get(META_IDENTITY)
+    assert stored is not None, "a database that is open has an identity"
+    identity = cbor.decode_trusted(stored)
+    if past is not None and identity["history"] != past:
+        return cast("dict[str, Any]", identity)
     since, now = writer.now_ms - within_ms, writer.now_ms
     raw = writer.get(META_BEGUN)
     times = [] if raw is None else cbor.decode_trusted(raw)
@@ -105,9 +111,7 @@ def another_history(
     times = [time for time in times if since < time <= now]
     if len(times) >= times_max:
         return None
-    stored = writer.get(META_IDENTITY)
-    assert stored is not None, "a database that is open has an identity"
-    identity = {**cbor.decode_trusted(stored), "history": entropy(16)}
+    identity = {**identity, "history": entropy(16)}
     writer.put(META_IDENTITY, cbor.encode(identity))
     writer.put(META_BEGUN, cbor.encode([*times, now]))
     return identity

@@ -88,6 +88,8 @@ def _encode_asking(message: HandshakeRequest | DigestRequest | SnapshotRequest) 
     envelope = to_builtins(message, builtin_types=(bytes,))
     if not message.schema:
         del envelope["schema"]
+    if isinstance(message, SnapshotRequest) and message.seen is None:
+        del envelope["seen"]
     return cbor.encode_message(envelope)
 
 

@@ -330,7 +330,8 @@ class DigestResponse(Struct, frozen=True, kw_only=True):
 class SnapshotRequest(Struct, frozen=True, kw_only=True):
     """What a device asks that would begin with all there is (R35): an image of the database, in
     segments packed with one of ``packings`` (``zstd``, ``gzip``). ``history`` is None, or the one
-    it has met. Only for a server with the feature ``segments``."""
+    it has met, and ``seen`` the newest head that it has heard of, as in a pull. Only for a server
+    with the feature ``segments``."""
 
     db_id: Name
     device_id: Id
@@ -338,6 +339,7 @@ class SnapshotRequest(Struct, frozen=True, kw_only=True):
     collections: list[Name] | None = None
     packings: list[Annotated[str, Meta(min_length=1, max_length=32)]]
     schema: Uint = 0
+    seen: SeenCommit | None = None
 
     @property
     def cursor(self) -> int:

@@ -133,10 +133,13 @@ class Proofs:
             f"{text}. {_CHOOSE}", details={"history": self._database.history, "head": head}
         )
 
-    def put_back(self, grant: Grant, seen: int, head: int) -> HistoryChangedError:
+    def put_back(
+        self, grant: Grant, seen: int, head: int, past: bytes | None
+    ) -> HistoryChangedError:
         """A device has seen commit ``seen`` of this history, and these files, which end at
         ``head``, do not have it: they were put back without `entidb backup`. The database begins a
-        new history, durable before anybody hears of it. Returns what this device is told."""
+        new history in the place of ``past``, durable before anybody hears of it; where another
+        process has done so already, it stays at that. Returns what this device is told."""
         error = self.seen_more(seen, head)
         what = f"and it ends at {head}" if seen > head else "and has another commit of that number"
         if not self.believes(grant):
@@ -152,7 +155,7 @@ class Proofs:
                 else "only a token that may read and write all of it is believed",
             )
             return error
-        begun = self._database.begin_history(HISTORIES_MAX, HISTORIES_WITHIN_MS)
+        begun = self._database.begin_history(HISTORIES_MAX, HISTORIES_WITHIN_MS, past)
         self._heard = self._opening()
         _log.error(
             "database %s: %r has seen commit %d, %s: its files were put back by hand, without "

@@ -125,7 +125,7 @@ class DatabaseService:
         head, floor = self._read_head_and_floor()
         if grant is not None and request.history == self._history and request.cursor > head:
             # The device learns it from this very answer, which names the history that began.
-            self._proofs.put_back(grant, request.cursor, head)
+            self._proofs.put_back(grant, request.cursor, head, request.history)
         return HandshakeResponse(
             major=PROTOCOL_MAJOR,
             minor=PROTOCOL_MINOR,
@@ -196,10 +196,18 @@ class DatabaseService:
             with paused(), self.database.view() as newest:
                 return self._pull_bytes(request, grant, newest)
         except HistoryChangedError as error:
-            head = error.details.get("head")
-            if head is None:
-                raise
-        raise self._proofs.put_back(grant, seen_by(request), head)
+            changed = error
+        raise self.proven(changed, request, grant)
+
+    def proven(
+        self, error: HistoryChangedError, request: PullRequest, grant: Grant
+    ) -> HistoryChangedError:
+        """What a device is told whose ``request`` was refused so. Where it shows that the files are
+        older ones, a history begins (R29), so the caller has no view open any more."""
+        head = error.details.get("head")
+        if head is None:
+            return error
+        return self._proofs.put_back(grant, seen_by(request), head, request.history)
 
     def _pull_bytes(self, request: PullRequest, grant: Grant, view: View) -> bytes:
         head = view.head.sequence
@@ -233,6 +241,13 @@ class DatabaseService:
                 live=live_entities(view, wanted) if more and request.full else None,
             )
         )
+
+    def check_full(self, request: PullRequest, grant: Grant, view: View) -> None:
+        """The conditions of a pull of everything, in the state of ``view``."""
+        history = self.database.history_at(view.snapshot)
+        parted = None if request.seen is None else view
+        head, floor = view.head.sequence, read_floor(view)
+        self.check_pull(request, grant, seen_by(request), head, floor, history, parted)
 
     def check_pull(
         self,
@@ -336,7 +351,7 @@ class DatabaseService:
                 self._rules.fullness.note(writer)
             head = writer.head.sequence
         if proof is not None:
-            self._proofs.put_back(*proof)
+            self._proofs.put_back(*proof, history)
             return self._push_many(members)
         # True after the commit that has just worked, and until the next.
         term = self._proofs.committed(writer)

@@ -126,6 +126,7 @@ class Fetching:
             collections=names,
             packings=list(packing.ENCODINGS),
             schema=connection.schema,
+            seen=state.seen,
         )
         try:
             manifest = yield from exchange.ask(request, Manifest)

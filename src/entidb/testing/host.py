@@ -212,6 +212,7 @@ class Host:
 
     def _hear(self, node: SimulatedNode, tenant: Tenant) -> None:
         late, due = self.world.faults["news_late"], tenant.watch.history.head
+        put_back = tenant.older.times
         with node.front.stores.looking(tenant.db_id) as store:
             if store is None:
                 if self.world.knobs.live:
@@ -225,8 +226,9 @@ class Host:
                 store.report(error)
                 return
         heard = node.heard.get(tenant.db_id, 0)
+        other = self.world.faults["news_late"] > late or tenant.older.times != put_back
         self.world.checks.that(
-            heard >= due or self.world.faults["news_late"] > late,
+            heard >= due or other,
             "HEARD",
             f"{node.name} has heard of commit {heard} of {tenant.db_id} when it is at {due}",
         )

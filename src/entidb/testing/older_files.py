@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from entidb.protocol import (
+    DigestRequest,
     HandshakeRequest,
-    PullRequest,
-    PushRequest,
     RoundRequest,
+    SnapshotRequest,
     SyncRequest,
 )
 from entidb.server.hooks import Grant
@@ -47,7 +47,9 @@ class OlderFiles:
         self._tenant = tenant
         #: Files that were copied, with what they are a copy of: history, head, floor.
         self._copy: tuple[MemoryStorage, History, int, int] | None = None
-        self._times = 0
+        #: How often they were put back. Where a node works meanwhile, what it answers is of
+        #: the state before, as if that had been late on its way.
+        self.times = 0
         #: The files were put back, and no device has proved that yet.
         self.unproven = False
 
@@ -64,7 +66,7 @@ class OlderFiles:
     def may_be_put_back(self) -> bool:
         """Whether some device would notice. Where none has seen more than the files hold, they are
         the present state, as far as any device knows."""
-        if self._copy is None or self._times >= PUT_BACKS_MAX:
+        if self._copy is None or self.times >= PUT_BACKS_MAX:
             return False
         _, history, head, _ = self._copy
         return any(
@@ -79,7 +81,7 @@ class OlderFiles:
         assert self._copy is not None
         copy, history, head, floor = self._copy
         tenant, self._copy = self._tenant, None
-        self._times += 1
+        self.times += 1
         tenant.watch.history = now = history.fork(history.identity, head, floor)
         tenant.histories.add(now)
         for watch in tenant.device_watches:
@@ -105,10 +107,12 @@ class OlderFiles:
         now = self._tenant.watch.history
         if isinstance(request, HandshakeRequest):
             return request.history == now.identity and request.cursor > now.head
-        if not isinstance(request, PullRequest | PushRequest | RoundRequest):
+        if isinstance(request, DigestRequest) or request.history != now.identity:
             return False
         seen = request.pull.seen if isinstance(request, RoundRequest) else request.seen
-        if request.history != now.identity:
-            return False
         past = self._tenant.histories.past(now.identity, seen)
-        return seen_by(request) > now.head or past is not now
+        if isinstance(request, SnapshotRequest):
+            newest = 0 if seen is None else seen.version
+        else:
+            newest = seen_by(request)
+        return newest > now.head or past is not now

@@ -137,6 +137,11 @@ class SimulatedShelf:
             world.fired("image_faults")
         return errs
 
+    def put_back(self, head: int) -> None:
+        """The database ends at ``head`` again. An image counts while a record in its database names
+        it, so one that was made later is none of the state that goes on from there."""
+        self._images = [image for image in self._images if image.manifest.head <= head]
+
     def purge_limit(self, up_to: int) -> int:
         """How far the floor may go, as long as manifests last."""
         now = self._world.now

@@ -74,6 +74,8 @@ class Tenant:
         )
         #: Pushes of the group that is being decided which have been refused.
         self._refused = 0
+        #: How often the files had been put back when that group began.
+        self._put_back = 0
         #: Codes for which transactions were truly refused, each with a push of which nothing was
         #: decided.
         self.refused: dict[bytes, set[str]] = {}
@@ -137,10 +139,10 @@ class Tenant:
 
     def pause(self, storage: NodeStorage) -> None:
         """A node may be paused here: what others do meanwhile is theirs."""
-        refused = self._refused
+        refused, put_back = self._refused, self._put_back
         with self.watch.aside():
             self.host.nodes.pause(storage)
-        self._refused = refused
+        self._refused, self._put_back = refused, put_back
 
     def seen_later(self) -> Observe:
         stored, watch = self.world.observer(self), self.watch
@@ -236,6 +238,7 @@ class Tenant:
         that had only those."""
         place = self.openings.promote if promoted else self._place
         self.older.put_back(lambda copy: place(read_records(copy)))
+        self.shelf.put_back(self.watch.history.head)
         # A process that opens the files looks anew; those that stay have to be told.
         self.unique.opened()
 
@@ -308,19 +311,23 @@ class Tenant:
         grant: Grant,
     ) -> bytes:
         """The answer of the front, which is checked before it leaves."""
-        before = self.watch.now()
+        before, put_back = self.watch.now(), self.older.times
         try:
             with self.host.nodes.on(node, pausable=True):
                 data = answer()
         except SyncError as error:
+            if self.older.times != put_back:
+                raise
             if isinstance(request, PullRequest):
                 self.watch.on_refusal(request, error)
             self.host.age.check_refusal(self.world.checks, request, error)
             if error.code != "busy":
                 self.older.answered(request, grant)
             raise
-        self.older.answered(request, grant)
         self.host.check_canaries(self, data)
+        if self.older.times != put_back:
+            return data
+        self.older.answered(request, grant)
         if isinstance(request, PullRequest):
             response = protocol.decode(PullResponse, data)
             self.watch.on_pull(request, response, grant.collections, before)
@@ -353,7 +360,7 @@ class Tenant:
         if count > 1:
             world.fired("group")
         before, unknown = node.effects(self.db_id), world.faults["server_commit_unknown"]
-        self._refused = 0
+        self._refused, self._put_back = 0, self.older.times
         try:
             with (
                 self.host.nodes.within(node, f"{self.db_id} crashes while deciding {count} pushes"),
@@ -380,9 +387,12 @@ class Tenant:
         queue = node.queues[self.db_id]
         node.queues[self.db_id] = [other for other in queue if other is not member]
         request, grant, reply = member
+        current = self.older.times == self._put_back
         if isinstance(request, RoundRequest):
             decided = isinstance(answer, PushResponse)
-            if decided or (isinstance(answer, BehindError) and not self._waits(node, request)):
+            if not current:
+                pass  # it was decided in a state that is gone
+            elif decided or (isinstance(answer, BehindError) and not self._waits(node, request)):
                 self.watch.on_round(request, grant.collections, decided=decided)
             if isinstance(answer, BehindError):
                 self._refused += 1
@@ -392,17 +402,17 @@ class Tenant:
             self._refused += 1
             if answer.code == "storage_full" and self.watch.quota is not None:
                 self.watch.quota.failed(pushed(request))
-            if answer.code not in ("storage_error", "storage_full", "busy"):
+            if current and answer.code not in ("storage_error", "storage_full", "busy"):
                 self.older.answered(request, grant)
                 self.watch.on_refusal(asked(request, answer), answer)
                 self.host.age.check_refusal(self.world.checks, asked(request, answer), answer)
             self.host.refuse(node, reply, answer)
             return
-        self.older.answered(request, grant)
-        self.host.ledger.check(pushed(request), answer, grant.subject)
-        self.watch.on_push(
-            pushed(request), answer, self.storage.records, grant.collections, may_write=grant.write
-        )
+        push, records = pushed(request), self.storage.records
+        self.host.ledger.check(push, answer, grant.subject)
+        if current:
+            self.older.answered(request, grant)
+            self.watch.on_push(push, answer, records, grant.collections, may_write=grant.write)
         if isinstance(request, RoundRequest):
             self._rest_later(node, request, answer, grant, reply)
         else:

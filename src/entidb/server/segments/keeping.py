@@ -43,6 +43,7 @@ from entidb.db.writer import Writer
 from entidb.errors import (
     DatabaseClosedError,
     EntiDBError,
+    HistoryChangedError,
     ProtocolError,
     StorageError,
     StorageFullError,
@@ -178,13 +179,20 @@ class ImageKeeper:
         a pull of everything does."""
         service, database = store.service, store.database
         image: KeptImage | None = None
+        changed: HistoryChangedError | None = None
         with database.view() as view:
             head, floor, history = view.head.sequence, read_floor(view), history_in(view)
-            service.check_pull(pull_of(request, history), grant, 0, head, floor, history)
+            pull = pull_of(request, history)
+            try:
+                service.check_full(pull, grant, view)
+            except HistoryChangedError as error:
+                changed = error
             wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
-            if self.enabled:
+            if self.enabled and changed is None:
                 image = self.newest(view, request)
             term = None if image is None else term_at(view.snapshot, image.head)
+        if changed is not None:
+            raise service.proven(changed, pull, grant)
         if image is not None and not self._may_begin(database, image):
             image = None
         self.ask(store, request.packings, fits=image is not None)

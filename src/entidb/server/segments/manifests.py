@@ -63,6 +63,7 @@ def pull_of(request: SnapshotRequest, history: bytes) -> PullRequest:
         bytes_max=1,
         full=True,
         schema=request.schema,
+        seen=request.seen,
     )
 
 

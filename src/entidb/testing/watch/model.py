@@ -6,7 +6,7 @@ Nothing is checked here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from entidb import cbor
 from entidb.db.catalogue import Catalogue, CollectionInfo, decode_catalogue, empty_catalogue
@@ -24,6 +24,7 @@ from entidb.db.records import (
 from entidb.db.replica import ReplicaState, decode_record
 from entidb.errors import SyncError
 from entidb.protocol import (
+    Manifest,
     PullResponse,
     PushResponse,
     PushResult,
@@ -51,6 +52,10 @@ class Context(NamedTuple):
     excluded: dict[str, None]
     unheard: bool
     due: dict[Ref, State]
+
+
+#: Answers that say of which term their head is.
+_NAMES_A_TERM: Final = PullResponse | PushResponse | Manifest
 
 
 class DeviceModel:
@@ -159,12 +164,13 @@ class DeviceModel:
         knows (R29)."""
         answer = outcome.pull if isinstance(outcome, RoundResponse) else outcome
         known = self.history
-        if known is None or self.foreign or not isinstance(answer, PullResponse | PushResponse):
+        if known is None or self.foreign or not isinstance(answer, _NAMES_A_TERM):
             return
         seen = None if answer.term is None else SeenCommit(answer.head, answer.term.name)
         past = self.histories.past(known.identity, seen)
         self.strange = False
-        if past is known or past is None or request_history(request) != known.identity:
+        history = answer.history if isinstance(answer, Manifest) else request_history(request)
+        if past is known or past is None or history != known.identity:
             return
         self.strange = self.newest > known.common_with(past)
         if not self.strange:
