@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Final
 from unittest import mock
 
 from msgspec.structs import replace
@@ -295,7 +295,17 @@ def _sent_ahead(garden: Garden) -> None:
         garden.replace(place, "seen_in", make)
 
 
-@bug("an-image-counts-as-nothing-seen", "PREFIX", "CLOCK", knobs=_OLDER | {"images": 2, "nodes": 1})
+#: Devices stop between an image and the pages that follow it.
+_STOPS: Final = {"images": 2, "nodes": 1, "cancel": 200, "crash_after": 100, "think_ms": 1500}
+
+
+@bug(
+    "an-image-counts-as-nothing-seen",
+    "PREFIX",
+    "CLOCK",
+    "NO-FALSE-CONFLICT",
+    knobs=_OLDER | _STOPS | {"expired_token": 0},
+)
 def _image_not_seen(garden: Garden) -> None:
     """A device that begins with an image remembers nothing of the state that it is of."""
     garden.replace(image, "see_image", lambda original: lambda *rest: None)

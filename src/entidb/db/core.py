@@ -465,9 +465,8 @@ class Core(Explored):
 
     def begin_history(self, times_max: int, within_ms: int, past: bytes | None = None) -> bool:
         """Give a server's database a new history (R29), in one commit; whether it has one: more
-        than ``times_max`` times within ``within_ms`` it gets none. Where another opener has ended
-        the history ``past`` already, that is enough. Entities, versions and ids stay; the times are
-        in the database, so putting its files back puts them back too."""
+        than ``times_max`` times within ``within_ms``, as the database knows, it gets none. Where
+        another opener has ended ``past`` already, that is enough. Entities, versions, ids stay."""
         with self.write() as writer:
             identity = another_history(writer, times_max, within_ms, self.entropy, past)
             if identity is None:
