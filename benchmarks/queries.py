@@ -155,7 +155,7 @@ def _scans(
     }
     for name, (query, other, target) in compared.items():
         assert len(list(query)) == len(other())  # type: ignore[arg-type]
-        steps = partial(list, query), other
+        steps = partial(list[Any], query), other
         yield _beside(name, count, rounds, 1, steps, floor_is=SQLITE_SCAN, target=target)
     if tiny is not None:
         others: dict[str, tuple[Query[Any], Step]] = {

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import __main__ as program
 from benchmarks import single, stores
-from benchmarks.compare import Pair, main, measured, table
+from benchmarks.compare import Pair, main, measured, sources_of, table
 from benchmarks.figures import Figure, Target, figure, percentile
 from benchmarks.world import World
 from tests.storage.postgres_cluster import MISSING
@@ -205,6 +205,14 @@ def test_a_benchmark_runs_on_the_sources_that_are_named(
     (source / "entidb" / "__init__.py").write_text("raise SystemExit('these sources')")
     assert measured(source, "idle", N, tmp_path) == {}
     assert capsys.readouterr().err == f"idle failed on {source}: these sources\n"
+
+
+def test_the_sources_of_a_revision_are_unpacked_and_removed(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git history here: there is no revision to unpack")
+    with sources_of("HEAD", tmp_path) as source:
+        assert (source / "entidb" / "version.py").is_file()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_takes_longer_is_above_one_for_rates_and_for_times() -> None:
