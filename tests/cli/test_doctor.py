@@ -65,6 +65,14 @@ def test_a_directory_that_is_well_kept_has_no_problem(place: Path, tmp_path: Pat
     assert "1 database" in found["directory"]["says"]
 
 
+def test_the_database_of_a_device_is_no_data_directory(tmp_path: Path) -> None:
+    Database.open(tmp_path / "dev").close()
+    found = asked(tmp_path / "dev", code=9)
+    assert found["directory"]["state"] == "problem"
+    assert "one database" in found["directory"]["says"]
+    assert "entidb verify" in found["directory"]["change"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 @pytest.mark.parametrize("name", ["secret", "token", "keys/2026-11.secret"])
 def test_a_secret_that_others_can_read_is_found_and_mended(

@@ -252,6 +252,13 @@ def test_a_bad_row_is_named_and_nothing_of_its_batch_is_committed(
     assert documents(done("list", shop, "--json")) == []
 
 
+def test_an_import_that_leaves_out_all_rows_says_so(shop: Path):
+    result = entidb("import", shop, "t", "-", "--skip", 10, stdin='{"n":1}\n{"n":2}\n')
+    assert result.exit_code == 0
+    assert "standard input has 2 rows, and --skip 10 leaves out all of them" in result.stderr
+    assert not entidb("import", shop, "t", "-", "--skip", 1, stdin="{}\n{}\n").stderr
+
+
 def test_an_import_goes_on_after_the_rows_it_has_committed(shop: Path):
     rows = "".join(f'{{"n":{n}}}\n' for n in range(25))
     bad = rows + "oops\n"

@@ -132,3 +132,11 @@ def test_an_absolute_address_and_an_older_version_are_answered(line: str) -> Non
         codes, answer = said(url, asked)
         assert codes == [200] and b"connection: close" in answer.lower()
         assert said(url, request(CLOSE, line="GET http://localhost HTTP/1.1"))[0] == [404]
+
+
+def test_a_request_of_http_1_1_without_host_is_refused() -> None:
+    head = b"%s\r\nConnection: close\r\n\r\n"
+    with running() as url:
+        codes, answer = said(url, head % b"GET /healthz HTTP/1.1")
+        assert codes == [400] and b"needs the header Host" in answer
+        assert said(url, head % b"GET /healthz HTTP/1.0")[0] == [200]

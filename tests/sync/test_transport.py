@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from entidb.errors import (
     ERROR_TABLE,
+    ConfigError,
     HistoryChangedError,
     ProtocolError,
     ServerBusyError,
@@ -68,6 +70,12 @@ def test_a_script_can_raise_and_ask_a_function() -> None:
     with pytest.raises(TransportError, match="cable"):
         mock.pull(PULL)
     assert mock.pull(PULL) == PAGE
+
+
+@pytest.mark.parametrize("script", [None, 7])
+def test_a_mock_of_nothing_is_refused(script: Any) -> None:
+    with pytest.raises(ConfigError, match="a list of steps or a function"):
+        MockTransport(script)
 
 
 def test_steps_left_over_are_a_mistake() -> None:

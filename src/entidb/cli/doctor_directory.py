@@ -18,6 +18,7 @@ from entidb.errors import EntiDBError
 from entidb.server.admin.backups import rows_in
 from entidb.server.auth import authenticator_for
 from entidb.server.config import ServerConfig, db_id_of, directory_name
+from entidb.storage.opening import holds_store
 from entidb.types import SystemClock
 
 #: Names of files that hold a secret or a token, as docs/server.md calls them.
@@ -132,6 +133,11 @@ def _permission(path: Path, *, mend: bool) -> Finding:
 
 
 def _directory(directory: Path) -> Iterator[Finding]:
+    if holds_store(directory):
+        says = f"{directory} is one database, and not the data directory of a server"
+        change = f"name the directory that a server serves, or run `entidb verify {directory}`"
+        yield problem("directory", says, change)
+        return
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         says = f"{directory} cannot be read and written by this user"
         yield problem("directory", says, "chown it to the user of the server, and run this as that")

@@ -223,6 +223,14 @@ class Import:
                 "they have the same id: is the key the right one?"
             )
 
+    def warn_of_too_short(self) -> None:
+        """One line where nothing was left to import behind ``skip``."""
+        if 0 < self.skip >= self._seen:
+            self.warn(
+                f"{self.source} has {plural(self._seen, 'row')}, and --skip {self.skip} leaves out "
+                "all of them"
+            )
+
 
 @dataclass
 class _Counts:

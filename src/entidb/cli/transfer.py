@@ -157,6 +157,7 @@ def import_command(
         with closing(rows):
             job.run(rows)
     job.warn_of_repeated()
+    job.warn_of_too_short()
     if as_json:
         print_json({"collection": name, **job.counts()})
     else:

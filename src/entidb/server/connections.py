@@ -320,7 +320,7 @@ class LimitedConnection(HttpToolsProtocol):
         parser, scope = self.parser, self.scope
         version = parser.get_http_version()
         scope["method"] = parser.get_method().decode("ascii")
-        if version != "1.1" or self.url[:1] != b"/":
+        if version != "1.1" or self.url[:1] != b"/" or b"host" not in dict(scope["headers"]):
             scope["http_version"] = refusing.check_line(version, self.url, scope["headers"])
         try:
             url = httptools.parse_url(self.url)

@@ -50,14 +50,18 @@ def refusal_of(error: httptools.HttpParserError) -> RefusedError:
 
 def check_line(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str:
     """``version`` itself. Raises ``RefusedError`` for one that the server does not speak, although
-    the parser does; and for an address with a host that is not the one in Host: what is in front of
-    the server could go by the other one (RFC 9112, section 3.2.2)."""
+    the parser does; where HTTP/1.1 comes without Host (RFC 9112, section 3.2); and for an address
+    with a host that is not the one in Host: what is in front of the server could go by the other
+    one (RFC 9112, section 3.2.2)."""
     if version not in ("1.0", "1.1"):
         raise RefusedError(505, "this server speaks HTTP/1.1, and HTTP/1.0")
+    hosts = [value.lower() for name, value in headers if name.lower() == b"host"]
+    if version == "1.1" and not hosts:
+        raise RefusedError(400, "a request of HTTP/1.1 needs the header Host")
     scheme, named, rest = url.partition(b"://")
     if named and b"/" not in scheme:
         authority = rest.partition(b"/")[0].partition(b"?")[0].lower()
-        if [authority] != [value.lower() for name, value in headers if name.lower() == b"host"]:
+        if [authority] != hosts:
             raise RefusedError(400, "the address in the first line names another host than Host")
     return version
 

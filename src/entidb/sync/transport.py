@@ -20,6 +20,7 @@ from typing import Final, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 from entidb.errors import (
+    ConfigError,
     ProtocolError,
     SyncCancelledError,
     SyncError,
@@ -219,6 +220,10 @@ class MockTransport(BaseTransport):
     def __init__(self, script: Iterable[MockStep] | Callable[[SyncRequest], SyncResponse]) -> None:
         super().__init__()
         self.requests: list[SyncRequest] = []
+        given: object = script
+        if not callable(given) and not isinstance(given, Iterable):
+            kind = type(given).__name__
+            raise ConfigError(f"script is a list of steps or a function of requests, not {kind}")
         self._function = script if callable(script) else None
         self._steps = [] if callable(script) else list(script)
 
