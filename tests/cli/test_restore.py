@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from entidb.db import Database, Role
 from entidb.server import ServerConfig, SyncServer
+from entidb.server.admin.checking import check
+from entidb.storage import directories
 from tests.cli.support import document, done, entidb, failed
 
 pytestmark = pytest.mark.slow
@@ -87,6 +93,57 @@ def test_what_is_no_good_backup_replaces_nothing(tmp_path: Path, backup: Path):
     assert result.exit_code == 7, result.output
     assert count(tmp_path) == 2
     assert not [path for path in data.iterdir() if "partial" in path.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX")
+@pytest.mark.parametrize("at", range(8))
+def test_a_restore_that_the_disk_stops_leaves_the_database_in_its_place(
+    tmp_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch, at: int
+):
+    """Each rename and each fsync of a directory that comes after the copy is checked."""
+    steps = Steps(at)
+    monkeypatch.setattr(os, "replace", steps.failing(os.replace))
+    monkeypatch.setattr(os, "rename", steps.failing(os.rename))
+    monkeypatch.setattr(directories, "sync_directory", steps.failing(directories.sync_directory))
+    monkeypatch.setattr("entidb.server.admin.checking.check", steps.after(check))
+    result = entidb("restore", backup, tmp_path / "data", "shop")
+    monkeypatch.undo()
+    if steps.count <= at:
+        assert result.exit_code == 0, result.output
+        return
+    assert failed(result, 7, "storage_full").startswith(
+        "error[storage_full]: restoring shop: the disk is full"
+    )
+    assert count(tmp_path) == 2
+    assert not list((tmp_path / "data").glob("entidb-deleted/*"))
+    done("restore", backup, tmp_path / "data", "shop")
+    assert count(tmp_path) == 1
+
+
+class Steps:
+    """The step number ``at`` after the copy was checked finds the disk full, once."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.count = -1
+
+    def after(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            found = function(*args)
+            self.count = 0
+            return found
+
+        return call
+
+    def failing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            if self.count >= 0:
+                self.count += 1
+                if self.count == self.at + 1:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **named)
+
+        return call
 
 
 def test_a_backup_that_is_not_there_is_not_to_be_made(tmp_path: Path, backup: Path):

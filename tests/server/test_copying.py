@@ -3,6 +3,7 @@ what was put back. Without PostgreSQL the copies between directories are tried."
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from entidb.errors import (
     DatabaseLockedError,
     HistoryChangedError,
     StorageError,
+    StorageFullError,
 )
 from entidb.server import ServerConfig, SyncServer, copy_server, renew, serving
 from entidb.server.records import CONTROL, FileRecords
@@ -370,6 +372,22 @@ def test_a_directory_that_is_served_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     copy_server(tmp_path / "data", tmp_path / "new")
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_copy_to_a_full_disk_says_so_with_the_code_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Database.open(tmp_path / "db") as db:
+        db.collection("notes").add({"n": 1})
+
+    def full(path: str, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr("entidb.storage.partial.os.mkdir", full)
+    with pytest.raises(StorageFullError, match="the disk is full") as caught:
+        copy_database(str(tmp_path / "db"), str(tmp_path / "copy"))
+    assert caught.value.code == "storage_full"
+    assert not (tmp_path / "copy").exists()
 
 
 def test_all_databases_appear_together_or_none(source: Makes, target: Makes) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from entidb.errors import DatabaseLockedError, EntiDBError, StorageError
-from entidb.storage import LmdbStorage
+from entidb.storage import LmdbStorage, directories
 from entidb.storage.partial import Partial, remove_dead
 from entidb.testing.contracts import STUCK_SECONDS, read_all
 from tests.storage.lmdb.test_lmdb_traps import ENVIRONMENT, run_python
@@ -53,6 +53,26 @@ def somebody_making(where: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         made.kill()
         made.communicate(timeout=STUCK_SECONDS)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no directory is synced there")
+def test_what_could_not_be_made_durable_is_not_there_and_can_be_made_again(
+    tmp_path: Path, store: LmdbStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, sync = tmp_path / "backup", directories.sync_directory
+
+    def fails(descriptor: int) -> None:
+        if where.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(directories, "sync_directory", fails)
+    with pytest.raises(StorageError, match="input/output error"):
+        store.backup(where)
+    assert os.listdir(tmp_path) == ["db"]
+    monkeypatch.undo()
+    store.backup(where)
+    check_backup(where)
 
 
 def check_backup(path: Path) -> None:

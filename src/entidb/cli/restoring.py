@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Final
@@ -37,7 +38,8 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
     """
     from entidb.server.admin.checking import check
     from entidb.server.config import ServerConfig, check_db_id, directory_name
-    from entidb.server.directory import DataDirectory, clear_left, put_aside
+    from entidb.server.directory import DataDirectory, clear_left, out_of_the_way
+    from entidb.storage.disk_errors import disk_error
     from entidb.storage.partial import Partial
 
     source, root = not_empty("BACKUP", backup), Path(a_directory(data_dir, _INSTEAD)).absolute()
@@ -63,12 +65,13 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
                 raise CorruptionError(f"{source} is damaged: {found.faults[0]}")
             if found.role != "server":
                 raise UsageError(f"{source} is the database of a device, and no server's")
-            aside = None
-            if os.path.lexists(place):
-                now = SystemClock().now_ms()
-                partial.note(str(now))
-                aside = put_aside(root, name, now).id
-            partial.finish()
+            now = SystemClock().now_ms()
+            partial.note(str(now))
+            with out_of_the_way(root, name, now) as old:
+                partial.finish()
+            aside = None if old is None else old.id
+    except OSError as error:
+        raise disk_error(error.errno or errno.EIO, f"restoring {name}") from error
     finally:
         directory.release()
     if as_json:

@@ -11,6 +11,7 @@ history (``Database.backup``, R29).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from entidb.errors import ConfigError, CorruptionError, DatabaseLockedError, Sto
 from entidb.storage import open_storage
 from entidb.storage.addresses import is_address, shown, split_name
 from entidb.storage.base import KEY_BYTES_MAX, Snapshot, Storage
+from entidb.storage.disk_errors import disk_error
 from entidb.storage.named import arriving, open_named
 from entidb.storage.opening import holds_store
 from entidb.storage.partial import Partial
@@ -131,7 +133,7 @@ def new_directory(place: str) -> Iterator[Partial]:
         with Partial(where, "copy") as partial:
             yield partial
     except OSError as error:
-        raise StorageError(f"writing the copy {where}: {error.strerror}") from error
+        raise disk_error(error.errno or errno.EIO, f"writing the copy {where}") from error
 
 
 def finish_directory(partial: Partial, place: str) -> None:

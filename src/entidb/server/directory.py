@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from entidb.server.config import ServerConfig, db_id_of, directory_name
 from entidb.server.place import ASIDE_MS, Aside, exists, unknown_database
 from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
-from entidb.storage.directories import is_at, make_directory, open_file, sync_path
+from entidb.storage.directories import is_at, make_directory, move, open_file
 from entidb.storage.disk_errors import is_full
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store, wants_room
@@ -329,8 +329,7 @@ class DirectoryPlace:
             raise exists(to)
         if not source.is_dir():
             raise unknown_database()
-        os.rename(source, target)
-        sync_path(str(self.root))
+        move(str(source), str(target))
 
     def put_aside(self, db_id: str, now: int) -> Aside:
         if not self.holds(db_id):
@@ -357,8 +356,7 @@ class DirectoryPlace:
         target = self.path_of(aside.name)
         if os.path.lexists(target):
             raise exists(aside.name)
-        os.rename(self._path_of_aside(aside), target)
-        sync_path(str(self.root))
+        move(str(self._path_of_aside(aside)), str(target))
 
     def remove(self, aside: Aside) -> None:
         path = self._path_of_aside(aside)
@@ -407,9 +405,8 @@ def _take_back_for(where: str, note: str) -> None:
         if parts is not None and parts[1] == place.name and int(parts[2]) >= int(note):
             aside.append((int(parts[2]), path))
     if aside:
-        os.rename(min(aside)[1], place)
-        sync_path(str(place.parent))
-        logger.warning("a restore of %s was killed, which is again what it was before", where)
+        move(str(min(aside)[1]), where)
+        logger.warning("a restore of %s came to no end; it is again what it was before", where)
 
 
 def _each_aside(root: Path) -> list[Path]:
@@ -424,10 +421,23 @@ def put_aside(root: Path, db_id: str, now: int) -> Aside:
     while os.path.lexists(folder / f"{directory_name(db_id)}.{now}"):
         now += 1
     target = folder / f"{directory_name(db_id)}.{now}"
-    os.rename(root / directory_name(db_id), target)
-    sync_path(str(folder))
-    sync_path(str(root))
+    move(str(root / directory_name(db_id)), str(target))
     return Aside(target.name, db_id, now, now + ASIDE_MS)
+
+
+@contextlib.contextmanager
+def out_of_the_way(root: Path, db_id: str, now: int) -> Iterator[Aside | None]:
+    """The database is put aside, if there is one, and comes back if what is to take its place does
+    not: else a device would have an empty one made."""
+    place = root / directory_name(db_id)
+    try:
+        yield put_aside(root, db_id, now) if os.path.lexists(place) else None
+    except BaseException:
+        try:
+            _take_back_for(str(place), str(now))
+        except OSError as error:
+            logger.error("database %s stays put aside in %s: %s", db_id, root / ASIDE, error)
+        raise
 
 
 def _bytes_in(path: Path) -> int:

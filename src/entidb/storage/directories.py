@@ -137,6 +137,23 @@ def sync_path(path: str) -> None:
         os.close(descriptor)
 
 
+def move(source: str, target: str, *, forget: bool = True) -> None:
+    """Rename ``source``, durably; ``forget``: also in the directory that it leaves. Where this
+    cannot be made durable the name is taken back, so that who is told of an error may try again;
+    but not where something was at ``target``, which is no more."""
+    replaces = os.path.lexists(target)
+    os.replace(source, target)
+    try:
+        sync_path(os.path.dirname(target))
+        if forget and os.path.dirname(source) != os.path.dirname(target):
+            sync_path(os.path.dirname(source))
+    except OSError:
+        if not replaces:
+            with contextlib.suppress(OSError):
+                os.replace(target, source)
+        raise
+
+
 def make_directory(path: str) -> None:
     """Make the directory ``path`` and what is missing above it, each durable in the one above and
     with that one's owner; only he may use them. One that is there is left as it is."""

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Final
 
 from entidb.errors import DatabaseLockedError
-from entidb.storage.directories import give_as, sync_path
+from entidb.storage.directories import give_as, move, sync_path
 from entidb.storage.locks import FileLock, HeldError
 
 _SUFFIX: Final = ".entidb-partial"
@@ -70,11 +70,11 @@ class Partial:
 
     def finish(self) -> None:
         """Move it to its place, durably. A file there is replaced, and its owner and permissions
-        are kept; a directory is not replaced."""
+        are kept; a directory is not replaced. After an error nothing new is in its place, unless a
+        file was there."""
         with contextlib.suppress(FileNotFoundError):
             _give_as(self.path, os.stat(self._where))
-        os.replace(self.path, self._where)
-        sync_path(os.path.dirname(self._where))
+        move(self.path, self._where, forget=False)
 
     def _end(self) -> None:
         if sys.platform == "win32":  # where nothing is removed that is open

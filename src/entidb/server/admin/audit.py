@@ -19,6 +19,7 @@ from msgspec import DecodeError, Struct, json
 
 from entidb.errors import DatabaseLockedError, FormatError, StorageError
 from entidb.storage.directories import NO_FOLLOW, open_file
+from entidb.storage.disk_errors import disk_error
 from entidb.storage.partial import Partial
 from entidb.types import Clock
 
@@ -196,7 +197,7 @@ class FileJournal:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> StorageError:
-        return StorageError(f"the audit log {self._path} cannot be written: {error.strerror}")
+        return disk_error(error.errno or errno.EIO, f"writing the audit log {self._path}")
 
     def _aside(self, number: int) -> str:
         return f"{self._path}.{number}"

@@ -18,6 +18,7 @@ Not here: connections (``node``), questions on one (``line``), tables (``schema`
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import weakref
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,7 @@ from entidb.errors import (
 )
 from entidb.storage.base import Batch, StorageInfo
 from entidb.storage.checksums import RESIDUE, Puts, stage
+from entidb.storage.disk_errors import disk_error
 from entidb.storage.opening import open_storage
 from entidb.storage.partial import Partial
 from entidb.storage.postgres.failures import storage_error
@@ -361,7 +363,7 @@ class PostgresStorage:
                     )
                 partial.finish()
         except OSError as error:
-            raise StorageError(f"writing the backup {where}: {error.strerror}") from error
+            raise disk_error(error.errno or errno.EIO, f"writing the backup {where}") from error
 
     def _copy_to(self, path: str, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
         with contextlib.closing(open_storage(path)) as copy, self.snapshot() as snapshot:
