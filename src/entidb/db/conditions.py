@@ -29,7 +29,7 @@ from entidb.db.looking import (
     field_of,
     written,
 )
-from entidb.db.settling import plain
+from entidb.db.settling import plain, stored_forms
 from entidb.errors import QueryError
 
 #: Bytes of which a payload must contain one, for its value to meet a condition.
@@ -245,6 +245,15 @@ class Compared(Condition):
         return f"{written(self.path)} {self.sign} {self.other!r}"
 
 
+def equal_to(path: Path, other: Any) -> Condition:
+    """The field is equal to ``other``, in whichever form collections of a class store that."""
+    first = Compared(path, "==", other)
+    if type(other) is type(first.other) and type(other) not in (dict, list):
+        return first
+    forms = stored_forms(other)
+    return first if len(forms) == 1 else Joined(False, [Compared(path, "==", f) for f in forms])
+
+
 _ORDERED: Final = ("<", "<=", ">", ">=")
 #: What is stored as text that is in another order.
 _OTHERWISE_AS_TEXT: Final = (Decimal, timedelta, IPv4Address, IPv6Address)
@@ -342,11 +351,11 @@ class Field(Condition):
     # Comparisons.
 
     def __eq__(self, other: object) -> Condition:  # type: ignore[override]
-        return Compared(self._path, "==", other)
+        return equal_to(self._path, other)
 
     def __ne__(self, other: object) -> Condition:  # type: ignore[override]
         """Also true where the field is missing, as ``value.get(name) != other`` is."""
-        return ~Compared(self._path, "==", other)
+        return ~equal_to(self._path, other)
 
     def __lt__(self, other: Any) -> Condition:
         return Compared(self._path, "<", other)
@@ -388,7 +397,10 @@ class Field(Condition):
         """A list with a member equal to ``part``, or text with ``part`` in it."""
         if isinstance(part, Condition):
             raise QueryError(f"contains takes a value, and not the field {part!r}")
-        member = plain(part)
+        forms = stored_forms(part)
+        if len(forms) > 1:
+            return Joined(False, [self.contains(form) for form in forms])
+        member = forms[0]
         equal = equals(member)
         is_text = type(member) is str
         encoded = (member.encode(),) if is_text else tuple(encodings(member))
@@ -477,7 +489,7 @@ F: Final = _Fields()
 def all_of(conditions: Iterable[object], equal: Mapping[str, Any]) -> Condition:
     """All of ``conditions``, and fields that are ``equal``."""
     parts = [_condition(one) for one in conditions]
-    parts += [Compared((name,), "==", value) for name, value in equal.items()]
+    parts += [equal_to((name,), value) for name, value in equal.items()]
     if not parts:
         return ALL
     return parts[0] if len(parts) == 1 else Joined(True, parts)
