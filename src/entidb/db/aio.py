@@ -381,7 +381,8 @@ class AsyncQuery(Query[V]):
 
     async def alive(self) -> AsyncIterator[Found[V]]:
         """As ``live``, for ``async for rows in query.alive()``: the query is run on a thread of its
-        own, so that a long one does not stop the loop. Ends when the task is cancelled."""
+        own, so that a long one does not stop the loop. Ends when the task is cancelled, and with
+        ``DatabaseClosedError`` when the database is closed."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         observe = self._source._observe
         assert observe is not None, "made by a collection of a database"
@@ -405,7 +406,7 @@ class AsyncCollection(ReadCollection[V], Generic[V]):
     def __init__(self, name: str, codec: ValueCodec[V], database: AsyncDatabase) -> None:
         super().__init__(name, codec, database._core._open_rows)
         self._database = database
-        self._observe = lambda observer: add_observer(database._core, observer, "live")
+        self._observe = partial(add_observer, database._core, "live")
 
     async def add(self, value: V) -> uuid.UUID:
         """Store ``value`` under a new UUIDv7 and return it."""

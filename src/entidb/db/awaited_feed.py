@@ -17,7 +17,8 @@ _EVENTS_AT_ONCE: Final = 200
 
 class AsyncChanges:
     """What changed, and what changes: iterate with ``async for``, which has no end. ``cursor`` is
-    where to go on, as in ``ChangeFeed``."""
+    where to go on, as in ``ChangeFeed``. Raises ``DatabaseClosedError`` when the database is
+    closed."""
 
     def __init__(self, core: Core, after: int, chosen: frozenset[str] | None) -> None:
         self._core = core
@@ -29,7 +30,12 @@ class AsyncChanges:
 
     async def __aiter__(self) -> AsyncIterator[ChangeEvent]:
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        stop = add_observer(self._core, lambda event: call_on(loop, news.set), "changes")
+
+        def wake() -> None:
+            call_on(loop, news.set)
+
+        # When the database is closed the feed looks once more, and raises what that raises.
+        stop = add_observer(self._core, "changes", lambda event: wake(), wake)
         try:
             while True:
                 news.clear()

@@ -203,7 +203,8 @@ class Database(Indexed):
         if indexes is not None:
             self._declare_indexes(name, indexes)
         commit = self.commit_one
-        return Collection(name, codec, self._open_rows, self.transaction, commit, self.observe)
+        observe = partial(add_observer, self, "live")
+        return Collection(name, codec, self._open_rows, self.transaction, commit, observe)
 
     def __getitem__(self, name: str) -> Collection[Any]:
         """``db["notes"]`` is ``db.collection("notes")``."""
@@ -345,7 +346,7 @@ class Database(Indexed):
         the commit returns: it is durable and cannot fail any more. (Ctrl-C and other
         ``BaseException`` reach the caller of the commit, after the other observers.) Raises
         ``ConfigError`` for what cannot be called, and for an ``async def``."""
-        return add_observer(self, observer, "observe")
+        return add_observer(self, "observe", observer)
 
     def tells_observers(self, thread: int | None) -> bool:
         """Whether ``thread`` is calling observers now."""
@@ -471,6 +472,8 @@ class Database(Indexed):
             self._sharing.close()
             self.storage.close()
             self._closed = True
+        for tell in list(self._observers.when_closed):
+            tell()
 
     def destroy(self, *, discard_pending: bool = False) -> None:
         """Close the database and remove its files, as when a person signs out for good. The disk

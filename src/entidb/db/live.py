@@ -15,9 +15,10 @@ V = TypeVar("V")
 V_co = TypeVar("V_co", covariant=True)
 #: What a query finds: (id, value), in its order.
 Found = list[tuple[uuid.UUID, V]]
-#: Has an observer called after every commit; what it returns ends that.
-Observe = Callable[[Observer], Callable[[], None]]
-#: Seconds between two looks whether the database was closed: nobody would tell.
+#: Has an observer called after every commit, and a function when the database is closed; what it
+#: returns ends both.
+Observe = Callable[[Observer, Callable[[], None]], Callable[[], None]]
+#: Seconds between two looks whether the store is open still: a failed commit closes it, too.
 _LOOK_S: Final = 1.0
 
 
@@ -50,12 +51,23 @@ class LiveQuery(Generic[V]):
             if method is not None:
                 method(event)
 
+        ended = weakref.WeakMethod(self._ended)
+
+        def closed() -> None:
+            method = ended()
+            if method is not None:
+                method()
+
         # Nothing that is called after commits keeps this alive, and its end ends that.
-        self._end = weakref.finalize(self, observe(tell))
+        self._end = weakref.finalize(self, observe(tell, closed))
 
     def _heard(self, event: CommitEvent) -> None:
         if any(each.collection == self._name for each in event.events):
             self._news()
+
+    def _ended(self) -> None:
+        # Who looks then is told by what the query raises.
+        self._news()
 
     def look(self) -> Found[V] | None:
         """What the query finds; None if that is what it found when it was looked last."""

@@ -37,6 +37,8 @@ class Observers:
 
     def __init__(self) -> None:
         self.listeners: list[Observer] = []
+        #: Called when the database is closed: whoever waits for commits learns that none comes.
+        self.when_closed: list[Callable[[], None]] = []
         #: The newest commit that was delivered, since there are listeners; -1: there were none yet.
         self.told = -1
         #: The first sequence of this process's own commit while it is under way: it and what
