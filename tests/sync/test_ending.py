@@ -771,3 +771,45 @@ def test_what_cannot_be_called_is_refused_where_it_is_given(where: str, wrong: A
         with pytest.raises(ConfigError, match=where):
             taker(wrong)
         db.collection("notes")[uid(1)] = "stored"
+
+
+@pytest.mark.parametrize("where", ["another thread", "a signal handler"])
+def test_an_engine_is_stopped_between_two_steps_of_its_start(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[threading.Thread] = []
+    raised: list[BaseException] = []
+
+    with SyncServer.in_memory() as server, Database.in_memory() as database:
+        transport = HttpTransport("http://localhost", client=LoopbackClient(server))
+        engine = SyncEngine(SyncConfig(db_id="shop"), transport, database)
+
+        def stop() -> None:
+            try:
+                engine.stop()
+            except BaseException as error:
+                raised.append(error)
+
+        class StoppedFirst(threading.Thread):
+            def start(self) -> None:
+                if not begun:
+                    begun.append(self)
+                    if where == "another thread":
+                        other = threading.Thread(target=stop)
+                        other.start()
+                        other.join()
+                    else:
+                        stop()
+                super().start()
+
+        monkeypatch.setattr("entidb.sync.engine.Thread", StoppedFirst)
+        engine.start()
+        assert raised == []
+        begun[0].join(20)
+        assert not begun[0].is_alive()
+        database["notes"].add({"text": "while nothing runs"})
+        assert server.database("shop")["notes"].where().count() == 0
+
+        engine.start()
+        assert engine.synced(timeout_s=20)
+        engine.close()

@@ -14,6 +14,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Protocol
 
 from entidb.db import Database
@@ -283,8 +284,10 @@ class Background:
 
 
 def joined(thread: threading.Thread, seconds: float) -> bool:
-    """Whether ``thread`` has ended, or ends within ``seconds``."""
-    thread.join(seconds)
+    """Whether ``thread`` has ended, or ends within ``seconds``. One that is about to be started,
+    by another thread or below a signal handler, does nothing when it begins: it was told to end."""
+    with suppress(RuntimeError):  # it has not begun
+        thread.join(seconds)
     return not thread.is_alive()
 
 
