@@ -236,6 +236,17 @@ def test_a_renamed_database_has_its_data_its_devices_and_its_state(place: Place)
         databases.rename(place.office, ROOT, "shop", "Store")
 
 
+def test_a_renamed_database_is_shown_as_it_is_and_not_as_it_was_looked_at_last(place: Place):
+    history = place.history()
+    place.push(history, 1)
+    assert databases.row(place.office, ROOT, "shop").entities == 1
+    place.push(history, 2)
+    place.push(history, 3)
+    row = databases.rename(place.office, ROOT, "shop", "store")
+    assert (row.open, row.entities, row.head) == (False, 3, 3)
+    assert [each.entities for each in databases.rows(place.office, ROOT)] == [3]
+
+
 def test_a_deleted_database_can_be_taken_back_for_a_day(place: Place):
     history = place.history()
     place.push(history, 1)

@@ -7,6 +7,7 @@ is closed, and nothing can open it meanwhile.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Final
 
 from msgspec import Struct
@@ -170,6 +171,9 @@ def rename(office: Office, caller: Caller, db_id: str, to: str) -> DatabaseRow:
     check_db_id(to)
     with office.change(caller, "rename", db_id, to=to), office.changing:
         office.require(db_id)
+        with suppress(EntiDBError):  # a damaged one may have another name, too
+            # Closed under its new name, it is known by these figures until it is used again.
+            look(office, db_id)
         with office.stores.closed(db_id, WAIT_S), office.stores.closed(to, WAIT_S):
             if office.place.holds(to):
                 raise exists(to)
