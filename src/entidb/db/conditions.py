@@ -29,7 +29,8 @@ from entidb.db.looking import (
     field_of,
     written,
 )
-from entidb.db.settling import plain, stored_forms
+from entidb.db.settling import plain
+from entidb.db.stored_forms import stored_forms
 from entidb.errors import QueryError
 
 #: Bytes of which a payload must contain one, for its value to meet a condition.
@@ -247,11 +248,10 @@ class Compared(Condition):
 
 def equal_to(path: Path, other: Any) -> Condition:
     """The field is equal to ``other``, in whichever form collections of a class store that."""
-    first = Compared(path, "==", other)
-    if type(other) is type(first.other) and type(other) not in (dict, list):
-        return first
-    forms = stored_forms(other)
-    return first if len(forms) == 1 else Joined(False, [Compared(path, "==", f) for f in forms])
+    if isinstance(other, Condition):
+        return Compared(path, "==", other)  # which says what is wrong
+    parts = [Compared(path, "==", form) for form in stored_forms(other)]
+    return parts[0] if len(parts) == 1 else Joined(False, parts)
 
 
 _ORDERED: Final = ("<", "<=", ">", ">=")

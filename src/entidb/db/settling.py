@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 import pathlib
-from datetime import timedelta
 from typing import Any, Final, cast
 
 import msgspec
@@ -78,59 +77,14 @@ def plain(value: Any) -> Any:
         ) from error
 
 
-def stored_forms(value: Any) -> tuple[Any, ...]:
-    """``value`` in each form in which a typed collection stores it: pydantic writes a span of time
-    in other words than msgspec, which is what all other classes are stored by."""
-    first = plain(value)
-    if type(value) in _ONE_FORM:
-        return (first,)
-    second = plain(_as_pydantic(value))
-    return (first,) if second == first else (first, second)
-
-
-_ONE_FORM: Final = frozenset({str, int, float, bool, type(None), bytes})
-
-
-def _as_pydantic(value: Any) -> Any:
-    """``value`` with its spans of time as the text that pydantic stores."""
-    if isinstance(value, timedelta):
-        return _span(value)
-    if isinstance(value, dict):
-        return {_as_pydantic(name): _as_pydantic(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_pydantic(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return {_as_pydantic(item) for item in value}
-    return value
-
-
-def _span(value: timedelta) -> str:
-    """``P1Y35DT1H2M3.5S``: a year is 365 days, and what is 0 is left out."""
-    whole = abs(value)
-    years, days = divmod(whole.days, 365)
-    hours, seconds = divmod(whole.seconds, 3600)
-    minutes, seconds = divmod(seconds, 60)
-    fraction = f".{whole.microseconds:06}".rstrip("0").rstrip(".")
-    date = (f"{years}Y" if years else "") + (f"{days}D" if days else "")
-    time = (f"{hours}H" if hours else "") + (f"{minutes}M" if minutes else "")
-    if seconds or fraction or not (date or time):
-        time += f"{seconds}{fraction}S"
-    return ("-" if value < timedelta(0) else "") + "P" + date + ("T" + time if time else "")
-
-
 def _other(value: Any) -> Any:
     """What msgspec asks for a value that it does not know."""
     if isinstance(value, AS_TEXT):
         return str(value)
-    if hasattr(type(value), "model_fields") and hasattr(value, "model_dump"):
-        # A model of pydantic is what a collection of it stores.
-        from entidb.db.codec import codec_for
-
-        return cbor.decode_trusted(codec_for(type(value)).encode(value))
     item = numpy_item(value)
     if item is value:
         raise TypeError(f"a value of class {type(value).__name__} cannot be stored")
     return item
 
 
-__all__ = ["AS_TEXT", "numpy_item", "plain", "settled", "settled_or", "stored_forms"]
+__all__ = ["AS_TEXT", "numpy_item", "plain", "settled", "settled_or"]
