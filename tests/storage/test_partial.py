@@ -68,10 +68,10 @@ def test_what_could_not_be_made_durable_is_not_there_and_can_be_made_again(
 
     monkeypatch.setattr(directories, "sync_directory", fails)
     with pytest.raises(StorageError, match="input/output error"):
-        store.backup(where)
+        store.backup(str(where))
     assert os.listdir(tmp_path) == ["db"]
     monkeypatch.undo()
-    store.backup(where)
+    store.backup(str(where))
     check_backup(where)
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from entidb.errors import (
 )
 from entidb.server import ServerConfig, SyncServer
 from entidb.storage import LmdbStorage, directories
+from entidb.storage.lmdb import place
+from entidb.storage.lmdb.company import SHARING, take_door
 from entidb.testing.contracts import read_all
 from tests.storage.lmdb.test_lmdb_traps import FailingCommit, run_python
 
@@ -56,6 +59,23 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def put_in_place(directory: Path, other: Path) -> None:
     directory.rename(directory.with_name("aside"))
     other.rename(directory)
+
+
+@pytest.mark.skipif(not SHARING, reason="one process has a database here")
+def test_who_is_not_let_in_is_told_that_others_may_only_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LmdbStorage.open(tmp_path / "db").close()
+    folder = os.open(tmp_path / "db", os.O_RDONLY)
+    monkeypatch.setattr(place, "take_door", partial(take_door, timeout_s=0.05))
+    door = take_door(folder)
+    try:
+        with pytest.raises(DatabaseLockedError, match="or try again if it is only being opened"):
+            LmdbStorage.open(tmp_path / "db")
+    finally:
+        door.release()
+        os.close(folder)
+    LmdbStorage.open(tmp_path / "db").close()
 
 
 # ---------------------------------------------------------------- lock files that are deleted

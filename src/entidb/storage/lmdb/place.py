@@ -55,6 +55,10 @@ _LAST_SECONDS: Final = 1.0
 DOUBT: Final = b"doubt .\n"
 
 
+#: What is told whom nobody has let in for as long as one waits.
+_AT_THE_DOOR: Final = ", or try again if it is only being opened, closed or compacted"
+
+
 class Place:
     """A store's directory, in use by this object alone; or, ``read_only``, by several processes
     of which none changes or makes anything."""
@@ -95,8 +99,10 @@ class Place:
             #: looked at by those alone who only read.
             self.shared = not self.alone and not (self.read_only and self.first)
         except HeldError as error:
+            at_the_door = SHARING and self._door is None
             self.release()
-            raise DatabaseLockedError(self._held_by(error.holder)) from error
+            said = self._held_by(error.holder, at_the_door=at_the_door)
+            raise DatabaseLockedError(said) from error
         except BaseException:
             self.release()
             raise
@@ -421,7 +427,7 @@ class Place:
         self.folder.close()
         _PLACES.discard(self)
 
-    def _held_by(self, holder: str, why: str = "") -> str:
+    def _held_by(self, holder: str, why: str = "", *, at_the_door: bool = False) -> str:
         here = find_here(self.path)
         if here is not None:
             return (
@@ -433,9 +439,10 @@ class Place:
         pids = [holder] if holder else holders(self.path)
         pids = pids or [written_holder(os.path.join(self.path, LOCK))]
         process = f"process {pids[0]}" if pids[0] else "another process"
-        return f"{self.path} is open in {process}; close it there" + (
-            f" ({why} open)" if why else ""
-        )
+        if why:
+            return f"{self.path} is open in {process}; close it there ({why} open)"
+        said = f"{self.path} is open in {process}; close it there"
+        return said + (_AT_THE_DOOR if at_the_door else "")
 
 
 _PLACES: weakref.WeakSet[Place] = weakref.WeakSet()
