@@ -34,7 +34,7 @@ from entidb.storage.base import Storage
 from entidb.storage.postgres.arriving import Arriving, arriving
 from entidb.storage.postgres.sharing import SharedTables
 from entidb.storage.postgres.shelf import Shelf
-from entidb.sync import SyncConfig, SyncEngine
+from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from tests.cli.support import TIMEOUT_S, document, done, entidb, environment, failed
 from tests.storage.postgres_cluster import Cluster
 
@@ -519,6 +519,24 @@ def test_the_command_copies_one_database_and_says_what_it_has(tmp_path: Path) ->
     ((one,),) = (found["databases"],)
     assert one["collections"]["notes"]["entities"] == 200
     assert one["target"] == str(tmp_path / "json")
+
+
+def test_what_a_copy_of_a_device_has_counts_what_is_pending(tmp_path: Path) -> None:
+    device = tmp_path / "device"
+    with SyncServer.in_memory() as server, Database.open(device) as database:
+        transport = HttpTransport("http://localhost", client=LoopbackClient(server))
+        with SyncEngine(SyncConfig(db_id="shop"), transport, database) as engine:
+            accepted = database["notes"].add({"n": 1})
+            engine.sync()
+            database["notes"].add({"n": 2})
+            database["notes"].add({"n": 3})
+            database["more"].add({"n": 4})
+            del database["notes"][accepted]
+    copied = copy_database(device, tmp_path / "copy")
+    assert copied.entities == {"more": 1, "notes": 2}
+    with Database.open(tmp_path / "copy") as copy:
+        assert {name: len(copy[name]) for name in copied.entities} == copied.entities
+    assert "(3 entities, " in done("copy", device, tmp_path / "again")
 
 
 def test_the_command_copies_a_server_and_renews_it(tmp_path: Path) -> None:

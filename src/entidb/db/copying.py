@@ -22,7 +22,7 @@ from typing import Final
 from entidb.db.database import Database
 from entidb.db.digests import blocks_between, settled
 from entidb.db.identity import read_identity, stored_role
-from entidb.db.records import SPACED, decode_format, is_spacer
+from entidb.db.records import SPACED, count_key, decode_format, is_spacer, unpack_u64
 from entidb.db.writer import Writer
 from entidb.errors import ConfigError, CorruptionError, DatabaseLockedError, StorageError
 from entidb.storage import open_storage
@@ -48,8 +48,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy has. ``digests`` are those of R34, of what the server has of each collection, and
-    ``sequence`` is the newest commit in it."""
+    """What a copy has. ``entities`` counts those of each collection, with what is pending;
+    ``digests`` are those of R34, of what the server has; ``sequence`` is the newest commit."""
 
     source: str
     target: str
@@ -239,10 +239,11 @@ def _rows(snapshot: Snapshot) -> Iterator[list[tuple[bytes, bytes]]]:
 
 
 def _digests(view: Writer) -> tuple[dict[str, int], dict[str, bytes]]:
-    """Of each collection how many entities the server has, and their digest (R34)."""
+    """Of each collection how many entities it has, and the digest of what the server has (R34)."""
     entities, digests = {}, {}
     for name, info in sorted(view.catalogue.by_name.items()):
-        ((entities[name], digests[name]),) = blocks_between(settled(view, info, None), [_LAST_ID])
+        entities[name] = unpack_u64(view.snapshot.get(count_key(info.number)) or bytes(8))
+        ((_, digests[name]),) = blocks_between(settled(view, info, None), [_LAST_ID])
     return entities, digests
 
 
