@@ -140,7 +140,7 @@ class Catalogue:
         }
         if self.indexes != NO_INDEXES:
             record["indexes"] = _listed(asdict(self.indexes))
-        return cbor.encode(record)
+        return cbor.encode_message(record)
 
     def adding(self, name: str, *, local: bool = False) -> Catalogue:
         """With a new, empty collection. Raises ``ScopeError`` when there are too many."""

@@ -35,7 +35,7 @@ def keep_column_order(database: Core, name: str, columns: Sequence[str]) -> None
     with database.write("local") as writer:
         raw = writer.get(META_COLUMNS)
         orders = {} if raw is None else cbor.decode_trusted(raw)
-        writer.put(META_COLUMNS, cbor.encode({**orders, name: order}))
+        writer.put(META_COLUMNS, cbor.encode_message({**orders, name: order}))
 
 
 __all__ = ["column_order", "keep_column_order"]

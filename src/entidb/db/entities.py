@@ -443,7 +443,7 @@ class Entities(Overlay):
         for number in moves:
             self.set_count(number, counts.get(number, 0))
         # The feed says that whole collections were replaced (R20).
-        self.changes[feed_key(sequence, 0, NO_ID)] = cbor.encode(names)
+        self.changes[feed_key(sequence, 0, NO_ID)] = cbor.encode_message(names)
 
     def sweep_table(self, table: int, number: int, limit: int) -> bool:
         """Remove ``limit`` rows of a table that the collection ``number`` had, with their places

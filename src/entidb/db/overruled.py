@@ -325,7 +325,8 @@ def read_whose(view: Writer) -> list[OtherWork]:
 def _put_whose(writer: Writer, whose: list[OtherWork]) -> None:
     if whose:
         writer.put(
-            META_WHOSE, cbor.encode([[each.first, each.last, each.subject] for each in whose])
+            META_WHOSE,
+            cbor.encode_message([[each.first, each.last, each.subject] for each in whose]),
         )
     elif writer.get(META_WHOSE) is not None:
         writer.delete(META_WHOSE)

@@ -11,7 +11,7 @@ from entidb.sync.conflict import Conflict
 
 
 def encode_conflict(conflict: Conflict) -> bytes:
-    return cbor.encode(
+    return cbor.encode_message(
         {
             "base": _state(
                 conflict.base_version,

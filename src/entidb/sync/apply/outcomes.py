@@ -133,7 +133,7 @@ class Outcomes(Chains):
             "at_ms": self._writer.now_ms,
         }
         key = sequence_key(DISCARDED, transaction.sequence)
-        self._writer.put(key, cbor.encode(record))
+        self._writer.put(key, cbor.encode_message(record))
         self._writer.head.discarded += 1
         self.report.withdrawn.append(
             Withdrawn(transaction.sequence, transaction.transaction_id, code, message)
