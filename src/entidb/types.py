@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import repeat
-from typing import Annotated, Final, NewType, Protocol
+from typing import Annotated, Final, NewType, Protocol, cast
 
 from msgspec import Meta, Struct
 
@@ -125,6 +125,30 @@ class SystemClock:
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
         return event.wait(seconds)
+
+
+#: The last millisecond that a date can name: that of the year 9999.
+_MS_MAX: Final = 253_402_300_799_999
+
+
+def check_clock(given: object) -> Clock:
+    """``given``, or the machine's clock for None. Raises ``ConfigError`` where it is no clock, or
+    counts in another unit: what it says is stored, and stays above all that is written later."""
+    if given is None:
+        return SystemClock()
+    calls = ("now_ms", "monotonic", "wait")
+    if isinstance(given, type) or not all(callable(getattr(given, name, None)) for name in calls):
+        raise ConfigError(
+            f"clock must be an object with now_ms(), monotonic() and wait(), not {given!r:.60}"
+        )
+    clock = cast("Clock", given)
+    now: object = clock.now_ms()
+    if not isinstance(now, int) or isinstance(now, bool) or now > _MS_MAX:
+        raise ConfigError(
+            f"now_ms() of the clock gives {now!r:.60}: it must give whole milliseconds since 1970, "
+            "as time.time_ns() // 1_000_000 does"
+        )
+    return clock
 
 
 # ---------------------------------------------------------------- what a setting may be

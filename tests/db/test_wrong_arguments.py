@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import datetime
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from entidb import ConfigError, Database, F, InvalidNameError, QueryError, ValueTypeError
-from entidb.types import SEQUENCE_MAX
+from entidb.server import SyncServer
+from entidb.sync import HttpTransport
+from entidb.types import SEQUENCE_MAX, SystemClock
 
 
 @pytest.fixture
@@ -147,3 +150,34 @@ def test_a_function_that_cannot_be_called_as_it_will_be_is_refused(db: Database)
         db.collection("notes", dict[str, Any], on_invalid=nothing)
     events: list[Any] = []
     db.observe(events.append)
+
+
+class Wrong(SystemClock):
+    def __init__(self, now: Any) -> None:
+        self.now = now
+
+    def now_ms(self) -> Any:
+        return self.now
+
+
+@pytest.mark.parametrize("now", [1.7e12, 1_700_000_000 * 10**9, "now", None, True])
+def test_a_clock_that_gives_no_milliseconds_is_refused(tmp_path: Path, now: Any) -> None:
+    with pytest.raises(ConfigError, match="whole milliseconds since 1970"):
+        Database.in_memory(clock=Wrong(now))
+    with pytest.raises(ConfigError, match="whole milliseconds since 1970"):
+        Database.open(tmp_path / "new", clock=Wrong(now))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "clock", [time.time, object(), SystemClock, 0], ids=["function", "object", "class", "number"]
+)
+def test_what_is_no_clock_is_refused(clock: Any) -> None:
+    makes: list[Callable[[], object]] = [
+        lambda: Database.in_memory(clock=clock),
+        lambda: SyncServer.in_memory(insecure_no_auth=True, clock=clock),
+        lambda: HttpTransport("http://localhost", clock=clock),
+    ]
+    for make in makes:
+        with pytest.raises(ConfigError, match="clock must be an object with now_ms"):
+            make()

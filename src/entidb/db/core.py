@@ -64,7 +64,7 @@ from entidb.types import (
     Clock,
     Entropy,
     IdSource,
-    SystemClock,
+    check_clock,
     next_timestamp,
     system_entropy,
     timestamp_from_ms,
@@ -177,7 +177,7 @@ class Core(Explored):
             stale_rows_max=stale_rows_max,
         )
         self.storage = storage
-        self.clock: Clock = clock or SystemClock()
+        self.clock: Clock = check_clock(clock)
         self.entropy = entropy
         self.transaction_bytes_max = transaction_bytes_max
         self.where = where

@@ -23,7 +23,7 @@ from entidb.errors import AuthenticationError, PermissionDeniedError
 from entidb.server.config import ServerConfig
 from entidb.server.hooks import Grant
 from entidb.server.keys import FileKeys, FixedKeys, Key, KeySet, KeySource, secret_of_environment
-from entidb.types import Clock, SystemClock
+from entidb.types import Clock, check_clock
 
 TOKEN_BYTES_MAX: Final = 8192
 #: The database name that means all of them, where a token names it on purpose.
@@ -142,7 +142,7 @@ class JwtAuthenticator:
         self._keys: KeySource = FixedKeys(Key(None, key, algorithm))
         self._audience = audience
         self._leeway_s = leeway_s
-        self._clock = clock or SystemClock()
+        self._clock = check_clock(clock)
         self._cache_max = cache_max
         self._cache: OrderedDict[bytes, _Checked] = OrderedDict()
         self._lock = threading.Lock()

@@ -18,7 +18,7 @@ from entidb.errors import AuthenticationError, ConfigError
 from entidb.server.auth import ALL_DATABASES, TOKEN_BYTES_MAX, databases_of
 from entidb.server.config import check_db_id
 from entidb.server.keys import algorithm_of, check_kid, check_secret
-from entidb.types import Clock, SystemClock
+from entidb.types import Clock, check_clock
 
 
 def mint_token(
@@ -47,7 +47,7 @@ def mint_token(
     if not audience:
         raise ConfigError("audience is empty: name the server's, like 'entidb'")
     _check_text("audience", audience)
-    now = int((clock or SystemClock()).now_ms() // 1000)
+    now = int((check_clock(clock)).now_ms() // 1000)
     if not _is_number(expires_s) or not 0 < expires_s < _LAST_S - now:
         raise ConfigError(
             f"expires_s is a number of seconds above 0, up to the year 9999, not {expires_s!r}"

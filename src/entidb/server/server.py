@@ -49,7 +49,7 @@ from entidb.server.segments.serving import SEGMENTS_PATH, SegmentRequest, segmen
 from entidb.server.stores import Stores
 from entidb.server.wire import ServerResponse
 from entidb.server.workers.family import Family, family_of
-from entidb.types import Clock, Entropy, SystemClock, kind_name, system_entropy
+from entidb.types import Clock, Entropy, check_clock, kind_name, system_entropy
 
 logger = logging.getLogger("entidb.server")
 
@@ -81,7 +81,7 @@ class SyncServer:
         if not isinstance(config, ServerConfig):
             raise ConfigError(f"config must be a ServerConfig, not {kind_name(config)}")
         self.config = config
-        self.clock: Clock = clock or SystemClock()
+        self.clock: Clock = check_clock(clock)
         self.limits = config.limits()
         #: Content encodings taken and made; part of the handshake's ``features``.
         self.encodings: Final = packing.ENCODINGS if config.compression else ()

@@ -40,7 +40,7 @@ from entidb.sync.standing import EntityStatus, entity_status
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState, SyncStatus, check_move
 from entidb.sync.transport import SyncTransport
 from entidb.sync.turnover import Turnover
-from entidb.types import Clock, SystemClock
+from entidb.types import Clock, check_clock
 
 #: Seconds until a background engine whose device was revoked asks again by itself (R32).
 REVOKED_PAUSE_S = 3600.0
@@ -103,7 +103,7 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         except BaseException:
             self.database.detach_engine(self)
             raise
-        self._clock: Clock = clock or SystemClock()
+        self._clock: Clock = check_clock(clock)
         self._others = Others(self.database, self._clock)
         self._state = SyncState.IDLE
         self._cycle_lock = threading.Lock()

@@ -38,7 +38,7 @@ from entidb.sync.http.surroundings import (
 from entidb.sync.http.watchdog import Watchdog
 from entidb.sync.interrupt import Interrupts, Watch
 from entidb.sync.transport import SINKS, HttpResponse, Sink
-from entidb.types import Clock, SystemClock
+from entidb.types import Clock, check_clock
 
 Client = TypeVar("Client", bound="HttpxClient")
 _FRAMED: Final = frozenset(("content-length", "transfer-encoding"))
@@ -91,7 +91,7 @@ class HttpxClient:
     ) -> None:
         self._config = config or HttpConfig()
         self._ssl_context = ssl_context
-        self._clock = clock or SystemClock()
+        self._clock = check_clock(clock)
         # Re-entrant for signal handlers that close or interrupt.
         self._lock = threading.RLock()
         self._routes: dict[str, _Route] = {}

@@ -53,7 +53,7 @@ from entidb.sync.transport import (
     Sink,
     printable,
 )
-from entidb.types import Clock, Entropy, SystemClock, system_entropy
+from entidb.types import Clock, Entropy, check_clock, system_entropy
 from entidb.version import VERSION
 
 #: A bearer token, or what gives one: called with False before every request, so it should answer
@@ -87,7 +87,7 @@ class HttpTransport(BaseTransport):
     ) -> None:
         super().__init__()
         self._config = config or HttpConfig()
-        self._clock = clock or SystemClock()
+        self._clock = check_clock(clock)
         base, host = check_url(url)
         check_token(token, base, host, self._config)
         self._token = token
