@@ -46,7 +46,6 @@ from entidb.types import (
     OPERATION_OVERHEAD_BYTES,
     TRANSACTION_CONTAINERS_MAX,
     check_bool,
-    check_clock,
     check_name,
     path_text,
 )
@@ -117,7 +116,6 @@ class Database(Indexed):
         check_bool("salvage", salvage)
         check_bool("read_only", read_only)
         check_settings(role=role, map_bytes=map_bytes, **options)
-        check_clock(options.get("clock"))
         create = create and not read_only
         storage = open_storage(
             where, create=create, map_bytes=map_bytes, salvage=salvage, read_only=read_only

@@ -13,6 +13,8 @@ from entidb.errors import (
 from entidb.types import (
     SEQUENCE_MAX,
     TRANSACTION_BYTES_MAX,
+    Clock,
+    check_clock,
     check_int,
     check_name,
     check_number,
@@ -32,6 +34,7 @@ def check_settings(
     transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
     busy_timeout_s: float = 0.0,
     stale_rows_max: int = STALE_ROWS_MAX,
+    clock: Clock | None = None,
     **others: Any,
 ) -> None:
     """Raises ``ConfigError``; the constructor checks ``others``."""
@@ -42,6 +45,7 @@ def check_settings(
     check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)
     check_number("busy_timeout_s", busy_timeout_s, 0.0, _BUSY_TIMEOUT_MAX_S)
     check_int("stale_rows_max", stale_rows_max, 0, _STALE_ROWS_LIMIT)
+    check_clock(clock)
 
 
 def cursor_of(after: int) -> int:
