@@ -30,6 +30,7 @@ LAYOUT = {"ENTITY_HEAD", "PENDING_HEAD", "TOMBSTONE", "DIRTY"} | {
 READERS = {
     "db/adopt.py",
     "db/catalogue.py",
+    "db/copying.py",
     "db/digests.py",
     "db/feed.py",
     "db/index_care.py",
