@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.tools import NOT_RUN
+from tests.tools import NOT_RUN, SEARCHED
 
 if os.environ.get("ENTIDB_TEST_STORE") == "sqlite":
     # Before any test imports it: every store in memory is one on sqlite3 then.
@@ -40,6 +40,23 @@ def open_path() -> Iterator[Path]:
         yield Path(folder)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("ENTIDB_TEST_STORE"):
+        # Another store takes the place of the one in memory; on LMDB they ran without it already.
+        again = [item for item in items if is_on_lmdb(item)]
+        config.hook.pytest_deselected(items=again)
+        items[:] = [item for item in items if item not in set(again)]
+    if hasattr(config, "workerinput"):
+        # Among several processes the long ones come first: one that began at the end would run on
+        # beside processes that have nothing left to do.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def is_on_lmdb(item: pytest.Item) -> bool:
+    called = getattr(item, "callspec", None)
+    return called is not None and "lmdb" in [str(value) for value in called.params.values()]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line for each thing that was not there, so that nobody takes silence for a pass."""
     missing: Counter[str] = Counter()
@@ -50,3 +67,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             missing[what] += 1
     for what, count in sorted(missing.items()):
         terminalreporter.write_line(f"{NOT_RUN}{count} tests, because {what}", yellow=True)
+    properties = [
+        each
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for each in getattr(report, "user_properties", ())
+    ]
+    if searched := sorted({str(value) for name, value in properties if name == SEARCHED}):
+        terminalreporter.write_line(
+            f"planted bugs that the remembered seed does not show any more, so that they took a"
+            f" search (python -m tests.planted): {', '.join(searched)}",
+            yellow=True,
+        )

@@ -10,6 +10,8 @@ import pytest
 
 #: How the reason of a test begins that was left out because something is not installed.
 NOT_RUN = "not run: "
+#: A property of the tests of planted bugs for which no seed was remembered that shows them.
+SEARCHED = "searched for a seed"
 
 
 def program(name: str) -> Path:

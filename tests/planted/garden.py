@@ -90,13 +90,19 @@ def bug(name: str, *expected: str, knobs: Mapping[str, int] = CALM) -> Callable[
 
 def find(bug: Bug, seeds_max: int = SEEDS_MAX) -> Finding:
     """Plant ``bug`` and run seeds until an invariant notices."""
-    with planted(bug):
-        for seed in range(seeds_max):
-            run = simulate(seed, Options(bug.knobs))
-            noticed = run.invariant or _other_trace(bug, run)
-            if noticed is not None:
-                return Finding(bug.name, noticed, seed + 1, run.message)
+    for seed in range(seeds_max):
+        finding = find_at(bug, seed)
+        if finding.invariant is not None:
+            return finding
     return Finding(bug.name, None, seeds_max, "")
+
+
+def find_at(bug: Bug, seed: int) -> Finding:
+    """Plant ``bug`` and run this seed alone."""
+    with planted(bug):
+        run = simulate(seed, Options(bug.knobs))
+        noticed = run.invariant or _other_trace(bug, run)
+    return Finding(bug.name, noticed, seed + 1, run.message)
 
 
 def _other_trace(bug: Bug, run: Run) -> str | None:

@@ -4,13 +4,75 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from entidb.testing.invariants import INVARIANTS
 from entidb.testing.simulator import Options, simulate
-from tests.planted import BUGS, SEEDS_MAX, find
+from tests.planted import BUGS, SEEDS_MAX, Bug, find
+from tests.planted import __main__ as program
+from tests.planted.garden import Finding
+from tests.planted.remembered import find_again, remember, remembered
+from tests.tools import SEARCHED
+
+
+@pytest.fixture
+def seeds_tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which seeds run; with the bug, an invariant notices seed 3."""
+    seeds: list[int] = []
+
+    def find_at(bug: Bug, seed: int) -> Finding:
+        seeds.append(seed)
+        return Finding(bug.name, bug.expected[0] if seed == 3 else None, seed + 1, "")
+
+    monkeypatch.setattr("tests.planted.garden.find_at", find_at)
+    monkeypatch.setattr("tests.planted.remembered.find_at", find_at)
+    return seeds
+
+
+@pytest.mark.parametrize(
+    ("seed", "tried"),
+    [(3, [3]), (None, [0, 1, 2, 3]), (7, [7, 0, 1, 2, 3]), (SEEDS_MAX, [0, 1, 2, 3])],
+)
+def test_the_seed_that_is_remembered_is_tried_first_and_searched_for_when_it_shows_nothing(
+    seeds_tried: list[int], seed: int | None, tried: list[int]
+):
+    finding, again = find_again(BUGS["cursor-one-short"], seed)
+    assert (finding.seeds, again, seeds_tried) == (4, seed == 3, tried)
+
+
+def test_the_command_writes_the_seeds_that_have_moved_and_with_check_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    one, two = list(BUGS)[:2]
+    monkeypatch.setattr("tests.planted.remembered.FILE", tmp_path / "remembered.json")
+    remember({one: 3, two: 9})
+    found = [
+        (Finding(one, BUGS[one].expected[0], 4, ""), True),
+        (Finding(two, BUGS[two].expected[0], 6, ""), False),
+    ]
+    monkeypatch.setattr(program, "find_all_again", lambda jobs: iter(found))
+    assert program.main(["--check"]) == 1
+    assert remembered() == {one: 3, two: 9}
+    assert program.main([]) == 0
+    assert remembered() == {one: 3, two: 5}
+    assert f"{two}: seed 9 before, 5 now" in capsys.readouterr().out
+    found[1] = Finding(two, None, SEEDS_MAX, ""), False
+    assert program.main([]) == 1
+    assert remembered() == {one: 3}
+
+
+def test_seeds_are_remembered_of_planted_bugs_and_of_no_others():
+    assert list(remembered()) == [name for name in BUGS if name in remembered()]
+    assert len(remembered()) > len(BUGS) * 8 // 10
+
+
+def test_a_bug_is_planted_anew_for_each_seed_so_that_one_alone_gives_the_same():
+    bug = BUGS["deletions-not-applied"]
+    alone, searched = find_again(bug, remembered()[bug.name])[0], find(bug)
+    assert (alone.invariant, alone.message) == (searched.invariant, searched.message)
 
 
 def test_at_least_twenty_five_bugs_are_planted_and_described():
@@ -19,8 +81,12 @@ def test_at_least_twenty_five_bugs_are_planted_and_described():
 
 
 @pytest.mark.parametrize("name", sorted(BUGS))
-def test_a_planted_bug_is_caught_by_an_invariant_that_fits(name: str):
-    finding = find(BUGS[name])
+def test_a_planted_bug_is_caught_by_an_invariant_that_fits(
+    name: str, record_property: Callable[[str, object], None]
+):
+    finding, again = find_again(BUGS[name], remembered().get(name))
+    if not again:
+        record_property(SEARCHED, name)
     assert finding.invariant in BUGS[name].expected, finding
     # A place that is looked for where it is not any more fails as well, and plants nothing.
     assert "does not have the attribute" not in finding.message
