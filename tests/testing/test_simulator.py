@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from entidb.testing.watch.decisions import decisions_of
 from tests.planted import BUGS, planted
 
 SEEDS = int(os.environ.get("ENTIDB_SIMULATOR_SEEDS", "1000"))
-JOBS = min(2, os.cpu_count() or 1)
+#: So many tests share the seeds, so that several processes can be busy with them.
+PARTS = 10
 CALM = {"events": 150, "devices": 2, "keys": 5, "lmdb": 0}
 #: The simulator has no copy of these.
 RUN_BY_SEEDS: dict[type, tuple[str, ...]] = {
@@ -42,13 +44,59 @@ RUN_BY_SEEDS: dict[type, tuple[str, ...]] = {
 
 
 @pytest.mark.slow
-def test_no_invariant_fails_and_every_fault_fires():
-    summary = run_seeds(range(SEEDS), jobs=JOBS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_invariant_fails_and_every_fault_fires(part: int, together: Path):
+    seeds = range(SEEDS)[part::PARTS]
+    summary = run_seeds(seeds)
     failed = [f"seed {run.seed} {run.invariant}: {run.message}" for run in summary.failures]
+    tell(together / f"{part}.json", {"seeds": summary.seeds, "faults": summary.faults})
     assert not failed
-    assert summary.seeds == SEEDS
-    rare = [name for name in knob.FAULTS if summary.faults[name] < 8 * SEEDS // 1000]
-    assert not (rare if SEEDS >= 1000 else [])
+    assert summary.seeds == len(seeds)
+    # Which part is the last one nobody knows before: it looks at all of them.
+    told = [json.loads(file.read_text()) for file in together.glob("*.json")]
+    if len(told) < PARTS:
+        return
+    assert sum(each["seeds"] for each in told) == SEEDS
+    assert not rare_faults([each["faults"] for each in told])
+
+
+def rare_faults(parts: list[dict[str, int]]) -> list[str]:
+    """Faults that fired too seldom in all parts together, if that is seeds enough to tell."""
+    fired = sum(map(Counter, parts), Counter[str]())
+    rare = [name for name in knob.FAULTS if fired[name] < 8 * SEEDS // 1000]
+    return rare if SEEDS >= 1000 else []
+
+
+def test_a_fault_that_fires_too_seldom_in_all_parts_together_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("tests.testing.test_simulator.SEEDS", 1000)
+    parts = [dict.fromkeys(knob.FAULTS, 4), dict.fromkeys(knob.FAULTS, 4)]
+    assert rare_faults(parts) == []
+    parts[0]["lost"] = 3
+    assert rare_faults(parts) == ["lost"]
+
+
+def test_several_processes_give_what_one_gives():
+    one, two = run_seeds(range(21), settings=CALM), run_seeds(range(21), jobs=2, settings=CALM)
+    assert (one.seeds, one.line()) == (21, two.line())
+    assert (one.faults, one.checks) == (two.faults, two.checks)
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for all processes of this run of pytest, and for no other run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "simulator"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def tell(path: Path, what: object) -> None:
+    """Whoever sees the file sees all of it."""
+    being_written = path.with_suffix(".new")
+    being_written.write_text(json.dumps(what))
+    being_written.rename(path)
 
 
 def test_every_invariant_is_checked_by_ordinary_runs():
