@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 #: Nanoseconds that this thread was ready to run and had no core, if the system counts them.
@@ -136,11 +138,14 @@ def after_a_death(commits: Sequence[Commit], struck: Struck) -> float:
     stopped for."""
     longest = 0.0
     began = sorted(commits, key=lambda each: each.had_turn)
+    turns = [each.had_turn for each in began]
+    returned = list(accumulate((each.returned for each in began), max))
     for _, at in struck.kills:
-        if any(each.had_turn <= at < each.returned for each in began):
+        after = bisect_right(turns, at)
+        if after and returned[after - 1] > at:
             continue  # another one had the turn
-        following = next((each for each in began if each.had_turn > at), None)
-        if following is not None:
+        if after < len(began):
+            following = began[after]
             span = Span(max(at, following.asked), following.had_turn)
             stopped = struck.stopped(following.process, span)
             longest = max(longest, span.ended - span.began - stopped)
