@@ -773,6 +773,37 @@ def test_what_cannot_be_called_is_refused_where_it_is_given(where: str, wrong: A
         db.collection("notes")[uid(1)] = "stored"
 
 
+def test_of_two_threads_that_start_an_engine_at_once_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[threading.Thread] = []
+
+    with SyncServer.in_memory() as server, Database.in_memory() as database:
+        transport = HttpTransport("http://localhost", client=LoopbackClient(server))
+        engine = SyncEngine(SyncConfig(db_id="shop"), transport, database)
+
+        class AnotherFirst(threading.Thread):
+            def __init__(self, *args: Any, **settings: Any) -> None:
+                super().__init__(*args, **settings)
+                made.append(self)
+                if len(made) == 1:
+                    other = threading.Thread(target=engine.start)
+                    other.start()
+                    other.join()
+
+        monkeypatch.setattr("entidb.sync.engine.Thread", AnotherFirst)
+        with pytest.raises(SyncStateError, match="already"):
+            engine.start()
+        assert [thread.ident is not None for thread in made] == [False, True]
+        assert engine.synced(timeout_s=20)
+        engine.stop()
+        assert not made[1].is_alive()
+        engine.start()
+        assert engine.synced(timeout_s=20)
+        engine.close()
+        assert not made[2].is_alive()
+
+
 @pytest.mark.parametrize("where", ["another thread", "a signal handler"])
 def test_an_engine_is_stopped_between_two_steps_of_its_start(
     where: str, monkeypatch: pytest.MonkeyPatch

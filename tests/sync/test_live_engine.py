@@ -173,8 +173,7 @@ def test_who_is_called_by_the_thread_that_hears_of_a_page_may_end_the_engine(
             one.database.observe(end)
         else:
             one.on_result(end)
-        thread = one._thread
-        assert thread is not None
+        thread, _ = one._run_of[None]
         server.database("shop").collection("notes").add({"n": 1})
         eventually(lambda: took)
         assert took[0] < 1, "it has waited for itself"

@@ -107,8 +107,7 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         self._others = Others(self.database, self._clock)
         self._state = SyncState.IDLE
         self._cycle_lock = threading.Lock()
-        #: Of the cycle in progress. Together with ``_cycle_thread`` under ``_running_lock``, which
-        #: is re-entrant for signal handlers.
+        #: Of the cycle in progress; both under ``_running_lock``, re-entrant for signal handlers.
         self._cancel: threading.Event = SafeEvent()
         self._cycle_thread: int | None = None
         self._running_lock = threading.RLock()
@@ -119,8 +118,8 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         self._waiting: list[threading.Event] = []
         #: Ends a wait between two attempts: set by ``cancel`` and ``wake``.
         self._nudge = SafeEvent()
-        self._stop = SafeEvent()
-        self._thread: threading.Thread | None = None
+        #: The run in the background, which one thread begins at a time, and what ends it.
+        self._run_of: dict[None, tuple[threading.Thread, threading.Event]] = {}
         self._ending: threading.Thread | None = None
         self._listeners = Listeners()
         self._courier = self._make_courier()
@@ -371,18 +370,16 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         bugs of listeners, observers and policies, which also go to ``threading.excepthook``.
         Raises ``DatabaseClosedError`` on a closed engine."""
         self._check_not_closed()
-        if self._thread is not None:
-            raise SyncStateError("this engine runs in the background already")
-        self._stop = SafeEvent()
-        thread = Thread(None, self._run, "entidb-sync", (self._stop, self._ending), daemon=True)
+        stop = SafeEvent()
+        run = Thread(None, self._run, "entidb-sync", (stop, self._ending), daemon=True), stop
         try:
-            # Before it begins: a listener of its first cycle may stop it.
-            self._thread, self._background.starting = thread, self._stop
-            thread.start()
+            if self._run_of.setdefault(None, run) is not run:
+                raise SyncStateError("this engine runs in the background already")
+            self._background.starting = stop
+            run[0].start()
         except BaseException as error:
-            self._stop.set()  # where an interrupt came, it may begin yet
-            self._ending = thread
-            self._thread, self._background.starting = None, None
+            stop.set()  # where an interrupt came, it may begin yet
+            self._leave(run)
             if not isinstance(error, RuntimeError):
                 raise
             raise SyncStateError(f"no thread could be started to sync: {error}") from error
@@ -401,19 +398,23 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         listener, an observer) or inside a transaction it returns at once, and where the cycle is
         inside a listener or an observer, within 100 ms. The cycle ends at its next step, without
         another request. From any thread, and from a signal handler."""
-        thread = self._thread
-        if thread is None:
+        if (run := self._run_of.get(None)) is None:
             return
         here = threading.get_ident()
         inside = here == self._cycle_thread or self._background.syncs_on(here)
         self._end_run()  # first: interrupted, it is to be stopped yet
-        self._ending = thread
-        self._thread, self._background.starting = None, None
+        self._leave(run)
         if not inside:
-            self._wait_for(lambda seconds: joined(thread, seconds), thread.ident)
+            self._wait_for(lambda seconds: joined(run[0], seconds), run[0].ident)
+
+    def _leave(self, run: tuple[threading.Thread, threading.Event]) -> None:
+        if self._run_of.get(None) is run:
+            self._ending, self._background.starting = run[0], None
+            self._run_of.clear()
 
     def _end_run(self) -> None:
-        self._stop.set()
+        for _, stop in list(self._run_of.values()):
+            stop.set()
         self.cancel()
         self._background.wake()
 
