@@ -138,7 +138,8 @@ def test_a_device_begins_with_what_nginx_sends(
             engine.sync()
         assert list(dump(device)) == list(dump(server.database(DB)))
         assert verify(device) == []
-    assert opened == [each.sha256 for each in manifest_of(server, "all").segments]
+    # Each once; another thread may be at the next before this one is at its own.
+    assert sorted(opened) == sorted(each.sha256 for each in manifest_of(server, "all").segments)
     assert unread == []
     log = (tmp_path / "nginx" / "error.log").read_text()
     assert "[error]" not in log
