@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from typing import Any, Final
 from unittest import mock
 
+from entidb.testing.batch import begin_worker
 from entidb.testing.simulator import Options, Run, simulate
 
 #: A bug must be caught within so many seeds.
@@ -124,7 +125,8 @@ def try_all(
             findings.append(find(BUGS[name]))
             tell(findings[-1])
         return findings
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_worker) as pool:
         for finding in pool.map(_find_named, names):
             findings.append(finding)
             tell(finding)

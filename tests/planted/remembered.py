@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
-from entidb.testing.batch import _begin_worker
+from entidb.testing.batch import begin_worker
 from tests.planted.garden import BUGS, SEEDS_MAX, Bug, Finding, find, find_at
 
 FILE: Final = Path(__file__).with_name("remembered.json")
@@ -44,7 +44,7 @@ def find_again(bug: Bug, seed: int | None) -> tuple[Finding, bool]:
 def find_all_again(jobs: int) -> Iterator[tuple[Finding, bool]]:
     """``find_again`` of every bug, in order, in ``jobs`` processes."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_worker) as pool:
         seeds = remembered()  # the file is written meanwhile
         yield from pool.map(_find_named, BUGS, map(seeds.get, BUGS))
 

@@ -47,7 +47,7 @@ def mint_token(
     if not audience:
         raise ConfigError("audience is empty: name the server's, like 'entidb'")
     _check_text("audience", audience)
-    now = int((check_clock(clock)).now_ms() // 1000)
+    now = int(check_clock(clock).now_ms() // 1000)
     if not _is_number(expires_s) or not 0 < expires_s < _LAST_S - now:
         raise ConfigError(
             f"expires_s is a number of seconds above 0, up to the year 9999, not {expires_s!r}"

@@ -375,7 +375,7 @@ class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
         try:
             if self._run_of.setdefault(None, run) is not run:
                 raise SyncStateError("this engine runs in the background already")
-            self._background.starting = stop
+            self._background.starting = stop  # before it begins: a listener may stop it
             run[0].start()
         except BaseException as error:
             stop.set()  # where an interrupt came, it may begin yet

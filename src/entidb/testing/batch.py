@@ -82,12 +82,12 @@ def _runs(seeds: list[int], jobs: int, settings: dict[str, int]) -> Iterator[Run
     chunks = [seeds[at : at + _CHUNK] for at in range(0, len(seeds), _CHUNK)]
     # Spawned, not forked: an LMDB environment must not cross a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_worker) as pool:
         for runs in pool.map(_chunk, chunks, [settings] * len(chunks)):
             yield from runs
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     """A worker leaves interrupts to its parent, and ends when the parent is gone, whatever ended
     it: otherwise it would wait for work without end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -390,9 +390,10 @@ class Tenant:
         current = self.older.times == self._put_back
         if isinstance(request, RoundRequest):
             decided = isinstance(answer, PushResponse)
-            if not current:
-                pass  # it was decided in a state that is gone
-            elif decided or (isinstance(answer, BehindError) and not self._waits(node, request)):
+            # If not, it was decided in a state that is gone.
+            if current and (
+                decided or (isinstance(answer, BehindError) and not self._waits(node, request))
+            ):
                 self.watch.on_round(request, grant.collections, decided=decided)
             if isinstance(answer, BehindError):
                 self._refused += 1
