@@ -248,16 +248,18 @@ class Background:
         except EntiDBError as error:
             # Kept for status(); a background engine goes on at its next turn (R9).
             engine.note_error(error)
-            self._hold(error.retryable)
+            self._hold(error.retryable, patient, getattr(error, "retry_after", None))
         except BaseException as error:
             engine.note_bug(error)
             self._hold(False)
         return False
 
-    def _hold(self, passes: bool) -> None:
+    def _hold(self, passes: bool, patient: bool = True, retry_after: float | None = None) -> None:
         """After a failure, commits start no cycle for a while."""
         self._engine.database.marks_commits = False
-        self._occasions.failed(self._clock.monotonic(), passes=passes)
+        self._occasions.failed(
+            self._clock.monotonic(), passes=passes, patient=patient, retry_after=retry_after
+        )
 
     def _wait(self, stopped: threading.Event) -> None:
         """Until the next turn."""

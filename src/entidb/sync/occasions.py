@@ -60,11 +60,16 @@ class Occasions:
         self._committed |= more
         self._failures, self._held_until = 0, -math.inf
 
-    def failed(self, now: float, *, passes: bool) -> None:
+    def failed(
+        self, now: float, *, passes: bool, patient: bool = True, retry_after: float | None = None
+    ) -> None:
         """The sync failed. For a while nothing that is committed or named starts another; where the
-        trouble ``passes``, what this one was for is due then."""
-        self._failures += 1
-        delay = self._retry.delay_s(self._retry.attempts_max + self._failures, self._draw())
+        trouble ``passes``, what this one was for is due then, and not before the ``retry_after``
+        seconds for which the server has asked. One that was not ``patient`` has tried once only,
+        and the next one follows like its second attempt."""
+        self._failures += patient
+        tried = self._retry.attempts_max + self._failures if patient else 1
+        delay = self._retry.delay_s(tried, self._draw(), retry_after=retry_after)
         self._held_until = now + delay if passes else math.inf
         if passes:
             committed, unheard, named = self._begun_for

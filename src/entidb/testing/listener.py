@@ -174,7 +174,8 @@ class Listener:
             self._occasions.worked(more=more)
         elif not isinstance(error, SyncCancelledError):
             assert error is not None
-            self._occasions.failed(now, passes=error.retryable)
+            after = getattr(error, "retry_after", None)
+            self._occasions.failed(now, passes=error.retryable, retry_after=after)
             self._repeats = True
         self._listen()
         pause_s = device.engine.pause_s()
