@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from entidb.errors import ServerError, SyncError
 from entidb.protocol import PushRequest, PushResponse, PushTransaction, RoundRequest
-from entidb.server.gate import WriterGate
+from entidb.server.gate import WriterGate, lets_go
 from entidb.server.group_commit import GroupCommitter
 from entidb.server.hooks import Grant
 
@@ -183,3 +183,31 @@ def test_a_database_that_is_stuck_keeps_no_other_from_committing() -> None:
     stuck.goes_on.set()
     for committer in committers:
         committer.stop()
+
+
+class Polite:
+    """Others come first for so many looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def gives_way(self, db_id: str) -> bool:
+        self.looks -= 1
+        return db_id == "flooded" and self.looks >= 0
+
+    def lets_go(self, db_id: str) -> bool:
+        return db_id == "flooded"
+
+
+def test_who_works_for_a_crowd_lets_others_pass_but_not_for_ever() -> None:
+    gate = WriterGate()
+    assert not lets_go(gate, "flooded"), "nobody says who comes first"
+    polite = gate.manners = Polite(3)
+    gate.leave(gate.enter("quiet"))
+    assert polite.looks == 2
+    gate.leave(gate.enter("flooded"))
+    assert polite.looks < 0
+    polite.looks = 10**9
+    gate.leave(gate.enter("flooded"))
+    assert polite.looks > 0, "it went in although others still came first"
+    assert lets_go(gate, "flooded") and not lets_go(gate, "quiet") and not lets_go(None, "flooded")

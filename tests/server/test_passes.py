@@ -9,7 +9,16 @@ from typing import cast
 
 import pytest
 
-from entidb.server.passes import AT_ONCE, CROWD, PATIENCE_S, YOUNG_S, Passes, UnderWay
+from entidb.server.passes import (
+    AT_ONCE,
+    CROWD,
+    FEW,
+    LATELY_S,
+    PATIENCE_S,
+    YOUNG_S,
+    Passes,
+    UnderWay,
+)
 
 
 def test_a_few_go_on_at_once() -> None:
@@ -52,7 +61,8 @@ def test_who_asks_a_quiet_database_does_not_wait_for_those_of_a_flooded_one() ->
         assert done == ["flooded"] * AT_ONCE
         await asyncio.sleep(0)
         assert done[AT_ONCE:].count("quiet") == 2
-        assert len(done) == 2 * AT_ONCE
+        # And of the flooded one fewer than before: others come now.
+        assert done[AT_ONCE:].count("flooded") == FEW
 
     asyncio.run(story())
 
@@ -214,3 +224,58 @@ def test_who_was_under_way_and_failed_holds_nobody() -> None:
     scene.answers("flooded", 5 * AT_ONCE)
     scene.loop.rest()
     assert len(scene.done) == 5 * AT_ONCE
+
+
+def crowded(passes: Passes, db_id: str, count: int = CROWD + 1) -> UnderWay:
+    """So many requests for it are under way."""
+    there = passes._under_way[db_id] = UnderWay(passes, db_id)
+    there.count = count
+    return there
+
+
+def test_of_a_crowd_few_go_on_in_a_pass_as_long_as_others_come_now_and_then() -> None:
+    async def story() -> None:
+        passes = Passes(loop := asyncio.get_running_loop())
+        crowded(passes, "flooded")
+        done: list[object] = []
+
+        def flood() -> None:
+            for _ in range(AT_ONCE):
+                passes.put("flooded", partial(done.append, "flooded"))
+
+        flood()
+        assert len(done) == AT_ONCE, "nobody else is there"
+        await asyncio.sleep(0)
+        with await passes.turn("quiet"):
+            pass
+        done.clear()
+        flood()
+        assert len(done) == FEW
+        for wave in range(2, AT_ONCE // FEW + 1):
+            await asyncio.sleep(0)
+            assert len(done) == wave * FEW
+        passes._calm = [(name, at - LATELY_S) for name, at in passes._calm]
+        await asyncio.sleep(0)
+        done.clear()
+        flood()
+        assert len(done) == AT_ONCE, "nobody came lately"
+        assert loop.time() > 0
+
+    asyncio.run(story())
+
+
+def test_who_decides_for_a_crowd_lets_others_pass_and_go_who_is_no_crowd_does_not() -> None:
+    async def story() -> None:
+        passes = Passes(asyncio.get_running_loop())
+        there = crowded(passes, "flooded")
+        assert not passes.gives_way("flooded") and not passes.lets_go("flooded")
+        with await passes.turn("quiet"):
+            assert passes.gives_way("flooded") and passes.lets_go("flooded")
+            assert not passes.gives_way("quiet") and not passes.lets_go("quiet")
+            there.count = CROWD
+            assert not passes.gives_way("flooded")
+            there.count = CROWD + 1
+        # It is answered: nothing waits for it any more, and the next one may come.
+        assert not passes.gives_way("flooded") and passes.lets_go("flooded")
+
+    asyncio.run(story())

@@ -170,7 +170,7 @@ class GroupCommitter:
                 if not self._queue:
                     return
             # What comes while it waits for its turn is in the group, too.
-            turn = None if self._gate is None else self._gate.enter()
+            turn = None if self._gate is None else self._gate.enter(self._service.db_id)
             try:
                 with self._changed:
                     group = self._take()

@@ -9,6 +9,11 @@ by that, and the loop is not.
 That is not enough for who asks another database: a push is decided on a thread, and whenever that
 one needs the interpreter, or a core, it would wait until the loop rests. So a crowd also waits
 while somebody who is none is under way, for a few milliseconds at most; the loop rests meanwhile.
+So does the thread that decides what a crowd pushes, before its next group.
+
+Who has not been read yet is not known to be under way: it waits for the end of the pass, and for
+the interpreter. So for a moment after somebody who is no crowd, less of a crowd goes on in one
+pass, and the thread that decides its pushes lets the interpreter go between two of them.
 """
 
 from __future__ import annotations
@@ -28,6 +33,9 @@ CROWD: Final = AT_ONCE
 PATIENCE_S: Final = 0.004
 #: Who is under way for longer waits for something else than the loop and its threads.
 YOUNG_S: Final = 0.01
+#: Of a crowd in one pass, while others come now and then; and for how many seconds they do.
+FEW: Final = 2
+LATELY_S: Final = 0.05
 
 
 class UnderWay:
@@ -58,7 +66,7 @@ class Passes:
         self._loop = loop
         #: In this pass: how many went on, and of which databases.
         self._count = 0
-        self._served: set[str] = set()
+        self._served: dict[str, int] = {}
         #: What waits, by database; whose turn it is next is first.
         self._waiting: dict[str, deque[Callable[[], object]]] = {}
         #: By database.
@@ -69,6 +77,8 @@ class Passes:
         #: Whether crowds wait in this pass, None until there is one; and when one went on last.
         self._crowds_wait: bool | None = None
         self._crowd_at = 0.0
+        #: The two databases whose requests were no crowd lately, and when the last of each came.
+        self._calm = [("", -LATELY_S), ("", -LATELY_S)]
 
     async def turn(self, db_id: str) -> UnderWay:
         """Wait until a request for ``db_id`` may go on: mostly not at all. What this returns is to
@@ -81,7 +91,12 @@ class Passes:
         if there is None:
             there = self._under_way[db_id] = UnderWay(self, db_id)
         there.count += 1
-        there.began = self._loop.time()
+        there.began = now = self._loop.time()
+        if there.count <= CROWD:
+            calm = self._calm
+            if calm[0][0] != db_id:
+                calm[1] = calm[0]
+            calm[0] = (db_id, now)
         return there
 
     def left(self, there: UnderWay) -> None:
@@ -99,7 +114,10 @@ class Passes:
             self._wait(db_id, call)
 
     def _goes_on(self, db_id: str) -> bool:
-        if db_id in self._waiting or (self._count >= AT_ONCE and db_id in self._served):
+        served = self._served.get(db_id, 0)
+        if db_id in self._waiting or (self._count >= AT_ONCE and served):
+            return False
+        if served >= FEW and self._is_shy(db_id, 1):
             return False
         if self._is_held(db_id, 1):
             self._hold()
@@ -116,6 +134,29 @@ class Passes:
         if self._crowds_wait is None:
             self._crowds_wait = self._somebody_comes_first()
         return self._crowds_wait
+
+    def _is_shy(self, db_id: str, waiting: int) -> bool:
+        """Whether requests for ``db_id`` are a crowd, and others came lately."""
+        there = self._under_way.get(db_id)
+        if waiting <= CROWD and (there is None or there.count <= CROWD):
+            return False
+        since = self._loop.time() - LATELY_S
+        return any(at > since and name != db_id for name, at in list(self._calm))
+
+    def gives_way(self, db_id: str) -> bool:
+        """Whether what is decided for ``db_id`` can wait a moment: it is for a crowd, and somebody
+        who is none is under way. From any thread."""
+        there = self._under_way.get(db_id)
+        if there is None or there.count <= CROWD:
+            return False
+        since = self._loop.time() - YOUNG_S
+        others = list(self._under_way.values())
+        return any(other.count <= CROWD and other.began > since for other in others)
+
+    def lets_go(self, db_id: str) -> bool:
+        """Whether who works for ``db_id`` lets others have the interpreter now and then. From any
+        thread."""
+        return self._is_shy(db_id, 0)
 
     def _somebody_comes_first(self) -> bool:
         """Whether somebody who is no crowd is under way, and came lately."""
@@ -135,7 +176,7 @@ class Passes:
     def _note(self, db_id: str) -> None:
         self._begin_soon()
         self._count += 1
-        self._served.add(db_id)
+        self._served[db_id] = self._served.get(db_id, 0) + 1
 
     def _begin_soon(self) -> None:
         if not self._due:
@@ -160,6 +201,10 @@ class Passes:
                 self._hold()
                 free -= 1
                 continue
+            if self._served.get(db_id, 0) >= FEW and self._is_shy(db_id, len(calls)):
+                self._waiting[db_id] = calls
+                free -= 1
+                continue
             call = calls.popleft()
             if calls:
                 self._waiting[db_id] = calls  # behind the others
@@ -179,4 +224,7 @@ def settle(future: asyncio.Future[Any], result: object) -> None:
         future.set_result(result)
 
 
-__all__ = ["AT_ONCE", "CROWD", "PATIENCE_S", "YOUNG_S", "Passes", "UnderWay", "settle"]
+__all__ = [
+    *("AT_ONCE", "CROWD", "FEW", "LATELY_S", "PATIENCE_S", "YOUNG_S"),
+    *("Passes", "UnderWay", "settle"),
+]

@@ -7,6 +7,7 @@ its commit sequence.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -66,6 +67,9 @@ RECENT_COMMITS = 128
 FEATURES: Final = ("columns", "digest")
 
 
+#: Seconds that the interpreter is let go for.
+LET_GO_S = 0.00005
+
 #: Commits that a round may lie behind what it would pull, if none of them concerns it.
 ROUND_ROWS_MAX = 64
 
@@ -105,6 +109,8 @@ class DatabaseService:
         self.on_page: Callable[[PullRequest, int], None] | None = None
         #: Asked before each group: whether nothing is to be pushed at the moment (R32).
         self.is_frozen: Callable[[], bool] = _no
+        #: Whether the interpreter is let go between two pushes of a group, for others.
+        self.lets_go: Callable[[], bool] = _no
         #: The newest clock mark that this service has seen in the database.
         self._marked_ms: int | None = None
         #: The newest head that this service has seen; a hint.
@@ -318,6 +324,9 @@ class DatabaseService:
             for (request, grant), push, found, newest in each:
                 if proof is not None:
                     break  # nothing is decided in the history that ends here
+                if answers and self.lets_go():
+                    # To let it go and take it again at once would be quicker than whoever waits.
+                    time.sleep(LET_GO_S)
                 if isinstance(found, SyncError):
                     answers.append(found)
                     continue

@@ -34,7 +34,7 @@ from entidb.server.checks import CheckingError
 from entidb.server.config import ServerConfig
 from entidb.server.directory import OpenDatabase, open_with_room
 from entidb.server.fullness import fullness_of
-from entidb.server.gate import WriterGate
+from entidb.server.gate import WriterGate, lets_go
 from entidb.server.group_commit import GroupCommitter, Meter, Schedule
 from entidb.server.hooks import Schema, ValidateHook
 from entidb.server.place import check_asked
@@ -62,8 +62,7 @@ class Store:
         self.database = database
         self.service = service
         self.committer = committer
-        #: Held for a push that does not go through the committer.
-        self.push_lock = threading.Lock()
+        self.push_lock = threading.Lock()  # for a push that does not go through the committer
         self.broken = False
         self.pinned = False
         self.users = 0
@@ -135,7 +134,7 @@ class Stores:
         #: Called on a writer's thread after the members of a group have their answers.
         self.on_group: Callable[[], None] = _nothing
         self.meter: Final = Meter()
-        self._gate = WriterGate() if config.address is None else None  # no network keeps others out
+        self.gate = WriterGate() if config.address is None else None  # no network keeps others out
         #: Called with a database and its newest commit, after every one (R17: it is durable); from
         #: any thread.
         self.on_commit: Callable[[str, int], None] = _ignore
@@ -161,8 +160,7 @@ class Stores:
         #: has to be read first is read elsewhere (``checks``).
         self._changing = threading.Lock()
         self._closed = False
-        #: Databases that must not be opened at the moment.
-        self._kept_closed: set[str] = set()
+        self._kept_closed: set[str] = set()  # these must not be opened at the moment
 
     # ------------------------------------------------------------ using
 
@@ -310,6 +308,7 @@ class Stores:
             fullness=fullness_of(self._config, database, self._clock),
         )
         service.is_frozen = partial(self.is_frozen, db_id)
+        service.lets_go = partial(lets_go, self.gate, db_id)
         service.on_page = self._on_page
         store = Store(db_id, database, service, self._committer(service))
         database.on_commit = store.committer.committed
@@ -355,7 +354,7 @@ class Stores:
             on_group=lambda: self.on_group(),
             schedule=self._schedule,
             meter=self.meter,
-            gate=self._gate,
+            gate=self.gate,
             monotonic=self._clock.monotonic,
         )
 

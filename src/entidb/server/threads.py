@@ -74,6 +74,8 @@ class AppThreads:
         self._server = server
         self._stop = SafeEvent()
         server.stores.on_group = self._wake
+        if server.stores.gate is not None:
+            server.stores.gate.manners = self.passes
         source = server.place.news()
         self._news = None if source is None else News(source, self.live)
         server.stores.hears = self._news is None
