@@ -320,11 +320,12 @@ class DatabaseService:
             history = self.database.history_at(writer.snapshot)
             suspects = self._proofs.suspects(members, seen, writer, history)
             proof = self._proofs.first(suspects) if suspects else None
+            lets_go = len(members) > 1 and self.lets_go()
             each = zip(members, pushed, checked, seen, strict=True)
             for (request, grant), push, found, newest in each:
                 if proof is not None:
                     break  # nothing is decided in the history that ends here
-                if answers and self.lets_go():
+                if lets_go and answers:
                     # To let it go and take it again at once would be quicker than whoever waits.
                     time.sleep(LET_GO_S)
                 if isinstance(found, SyncError):
