@@ -31,6 +31,7 @@ from entidb.protocol import (
     Verdict,
 )
 from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransaction
+from entidb.server.service import LET_GO_S
 from entidb.types import timestamp_from_ms
 from tests.support import GRANT, START_MS, World, assert_sound, uid
 
@@ -604,3 +605,20 @@ def test_a_push_that_changed_nothing_does_not_answer_for_the_commit_after_it() -
     assert world.service.idle_pull(idle, GRANT) is not None
     world.put(("notes", 2, "by a program"))
     assert world.service.idle_pull(idle, GRANT) is None
+
+
+@pytest.mark.parametrize("lets_go", [False, True])
+def test_the_interpreter_is_let_go_between_the_pushes_of_a_group_where_others_come(
+    lets_go: bool, monkeypatch: pytest.MonkeyPatch
+):
+    world = World()
+    rests: list[float] = []
+    monkeypatch.setattr("entidb.server.service.time.sleep", rests.append)
+    world.service.lets_go = lambda: lets_go
+    members = [(request(world, tx(name, op(name, "x"))), GRANT) for name in range(4)]
+    answers = world.service.push_many(members)
+    assert [answer.results[0].verdict for answer in answers] == [ACCEPTED] * 4  # type: ignore[union-attr]
+    assert rests == ([LET_GO_S] * 3 if lets_go else [])
+    # One alone is not held up.
+    assert push(world, tx(9, op(9, "x")))[0].verdict is ACCEPTED
+    assert len(rests) == (3 if lets_go else 0)
