@@ -620,5 +620,5 @@ def test_the_interpreter_is_let_go_between_the_pushes_of_a_group_where_others_co
     assert [answer.results[0].verdict for answer in answers] == [ACCEPTED] * 4  # type: ignore[union-attr]
     assert rests == ([LET_GO_S] * 3 if lets_go else [])
     # One alone is not held up.
-    assert push(world, tx(9, op(9, "x")))[0].verdict is ACCEPTED
+    assert push(world, tx(9, op(9, "x")))[0].verdict == ACCEPTED
     assert len(rests) == (3 if lets_go else 0)
