@@ -28,6 +28,7 @@ NAMES = (
     "workers",
     "beside",
     "noisy",
+    "operations",
     "conflicts",
     "size",
     "standing",

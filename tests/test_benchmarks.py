@@ -60,6 +60,12 @@ FIGURES = {
         "takeover of a killed program's engine",
     },
     "noisy": {"quiet databases beside a flooded one: p99"},
+    "operations": {
+        "pushes of 50 devices during a backup: p99",
+        "a device is locked out of 2 workers",
+        "one difference among 4: found in",
+        "noting a push's device",
+    },
     "conflicts": {"pull and rebase", "whole cycle, with the push"},
     "size": {"server after load", "push on the wire, zstd"},
     "standing": {"memory of an open database", "disk of a device that is known"},
