@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from entidb import Database, DatabaseApplier
-from tests.tools import NOT_RUN, package
+from tests.tools import NOT_RUN, free_port, package
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "processes.md"
@@ -99,9 +98,7 @@ def orders(directory: Path, count: int) -> None:
 
 @contextlib.contextmanager
 def served(directory: Path, command: list[str], at: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", *command, at.format(port)],
         cwd=directory,

@@ -409,7 +409,7 @@ def test_sigterm_waits_for_no_server_that_is_silent(
         connection, _ = silent.accept()
         assert connection.recv(1)
         running.terminate()
-        running.communicate(timeout=10)
+        running.communicate(timeout=TIMEOUT_S)
         assert running.returncode == code
         while connection.recv(65536):
             pass

@@ -597,9 +597,16 @@ def test_a_timeout_around_a_write_is_a_timeout(plain: Database, storage: Gated) 
     async def program(db: AsyncDatabase) -> None:
         storage.gate.clear()
         storage.reached.clear()
-        threading.Timer(0.2, storage.gate.set).start()
+        limit = asyncio.timeout(0.05)
+
+        def open_gate() -> None:
+            while not limit.expired():
+                time.sleep(0.005)
+            storage.gate.set()
+
+        threading.Thread(target=open_gate, daemon=True).start()
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
+            async with limit:
                 await db["notes"].add(1)
         assert len(db["notes"]) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -166,24 +167,35 @@ def test_pulls_go_on_while_many_push_to_a_server_without_room(place: Place) -> N
             number = 2
             while client.send(large(number)).status == 200:
                 number += 1
-        end = time.monotonic() + 2
+        pushing, pulled = threading.Barrier(6), threading.Event()
 
         def pushes(first: int) -> None:
             with Client(url) as client:
-                while time.monotonic() < end:
+                pushing.wait(60)
+                while not pulled.is_set():
                     answer = client.send(large(first))
                     answers["push", answer.status, "retry-after" in answer.headers] += 1
 
         def pulls() -> None:
             with Client(url) as client:
-                while time.monotonic() < end:
+                pushing.wait(60)
+                end = time.monotonic() + 2
+                for number in itertools.count():
+                    if number >= 100 and time.monotonic() > end:
+                        return
                     answers["pull", client.send(pull(history, limit=1)).status, False] += 1
 
-        threads = [threading.Thread(target=pushes, args=[1000 + n]) for n in range(4)]
-        threads += [threading.Thread(target=pulls) for _ in range(2)]
-        for thread in threads:
+        pushers = [threading.Thread(target=pushes, args=[1000 + n]) for n in range(4)]
+        pullers = [threading.Thread(target=pulls) for _ in range(2)]
+        for thread in (*pushers, *pullers):
             thread.start()
-        for thread in threads:
+        for thread in pullers:
+            thread.join()
+        try:
+            until(lambda: any(what == "push" for what, *_ in list(answers)))
+        finally:
+            pulled.set()
+        for thread in pushers:
             thread.join()
         assert set(answers) == {("push", 507, True), ("pull", 200, False)}, answers
         make_room()
@@ -192,7 +204,7 @@ def test_pulls_go_on_while_many_push_to_a_server_without_room(place: Place) -> N
 
 
 def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)

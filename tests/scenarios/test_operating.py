@@ -28,10 +28,10 @@ import pytest
 
 from entidb.version import VERSION
 from tests.cli.support import documents, entidb, environment
-from tests.scenarios.test_live_through_proxies import free_port, running
+from tests.scenarios.test_live_through_proxies import running
 from tests.server.test_run import make_certificate
 from tests.sync.test_live import served
-from tests.tools import program
+from tests.tools import free_port, program
 
 pytestmark = pytest.mark.process
 

@@ -25,7 +25,7 @@ from tests.server.test_app import _served, eventually, head, raw, running
 
 pytestmark = pytest.mark.process
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 # ---------------------------------------------------------------- room

@@ -8,7 +8,7 @@ import http.client
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -373,49 +373,64 @@ def in_loop(test: Any) -> None:
     asyncio.run(run())
 
 
+async def comes(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not true():
+            await asyncio.sleep(0.001)
+
+
 def test_many_commits_at_once_are_two_hints() -> None:
     async def test(live: LiveChannels) -> None:
         waiter = Told()
         live.add(waiter)
         for head in range(1, 101):
             live._told("shop", head)
-        await asyncio.sleep(0.3)
-        assert waiter.heads[-1] == 100
+        await comes(lambda: waiter.heads[-1:] == [100])
         assert len(waiter.heads) <= 2
 
     in_loop(test)
 
 
-def test_the_first_of_many_are_told_at_once_and_the_rest_spread() -> None:
+def test_the_first_of_many_are_told_at_once_and_the_rest_spread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def test(live: LiveChannels) -> None:
         waiters = [Told() for _ in range(500)]
         for waiter in waiters:
             live.add(waiter)
-        live._told("shop", 1)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert sum(bool(waiter.heads) for waiter in waiters) == live_room.BATCH
-        await asyncio.sleep(0.5)
-        assert all(waiter.heads == [1] for waiter in waiters)
+        with monkeypatch.context() as patch:
+            patch.setattr(live_room, "BATCH_PAUSE_S", 0.2)
+            live._told("shop", 1)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        told = sum(bool(waiter.heads) for waiter in waiters)
+        assert told == live_room.BATCH
+        await comes(lambda: all(waiter.heads == [1] for waiter in waiters))
 
     in_loop(test)
 
 
-def test_a_head_that_comes_in_the_middle_of_a_round_reaches_everybody() -> None:
+def test_a_head_that_comes_in_the_middle_of_a_round_reaches_everybody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(live_room, "BATCH_PAUSE_S", 0.1)
+
     async def test(live: LiveChannels) -> None:
         waiters = [Told() for _ in range(200)]
         for waiter in waiters:
             live.add(waiter)
         live._told("shop", 1)
-        await asyncio.sleep(0.015)
+        await comes(lambda: any(waiter.heads for waiter in waiters))
+        assert not all(waiter.heads for waiter in waiters)
         live._told("shop", 2)
-        await asyncio.sleep(0.6)
-        assert all(waiter.heads[-1] == 2 for waiter in waiters)
+        await comes(lambda: all(waiter.heads[-1:] == [2] for waiter in waiters))
 
     in_loop(test)
 
 
-def test_who_wrote_it_is_told_when_all_others_were() -> None:
+def test_who_wrote_it_is_told_when_all_others_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_room, "OWN_S", 0.3)
+
     async def test(live: LiveChannels) -> None:
         writer, other, gone = Told(writes=True), Told(), Told(writes=True)
         for waiter in (writer, other, gone):
@@ -425,7 +440,7 @@ def test_who_wrote_it_is_told_when_all_others_were() -> None:
         await asyncio.sleep(0)
         assert (writer.heads, other.heads) == ([], [1])
         live.remove(gone)
-        await asyncio.sleep(5 * live_room.OWN_S)
+        await comes(lambda: writer.heads)
         assert (writer.heads, other.heads, gone.heads) == ([1], [1], [])
 
     in_loop(test)
@@ -437,8 +452,8 @@ def test_one_who_does_not_read_holds_up_nobody() -> None:
         for waiter in waiters:
             live.add(waiter)
         live._told("shop", 1)
-        await asyncio.sleep(0.6)
-        assert all(waiter.heads == [1] for waiter in waiters[1:])
+        await comes(lambda: all(waiter.heads == [1] for waiter in waiters[1:]))
+        assert waiters[0].heads == []
 
     in_loop(test)
 
@@ -450,6 +465,7 @@ def test_who_waits_for_another_database_hears_nothing() -> None:
         live.add(waiter)
         live.add(other)
         live._told("shop", 1)
+        await comes(lambda: waiter.heads)
         await asyncio.sleep(0.05)
         assert (waiter.heads, other.heads) == ([1], [])
 
@@ -461,7 +477,7 @@ def test_a_database_that_went_back_sends_its_waiters_away() -> None:
         waiter = Told()
         live.add(waiter)
         live._told("shop", 5)
-        await asyncio.sleep(0.02)
+        await comes(lambda: waiter.heads)
         live._opened("shop", 3)
         assert waiter.ended == "restarted"
         assert live.count == 0

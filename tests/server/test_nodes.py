@@ -47,6 +47,7 @@ from entidb.server.admin.opening import office_of
 from entidb.server.admin.tasks import Task
 from entidb.server.news import News
 from entidb.server.read_answers import ReadAnswers
+from entidb.server.threads import PAGES_AHEAD, _Line
 from entidb.storage.postgres import PostgresStorage
 from entidb.storage.postgres.news import PostgresNews
 from entidb.storage.postgres.node import Node
@@ -56,7 +57,7 @@ from tests.cli.support import command, document, done, entidb, environment, fail
 from tests.server.support import Client, handshake, pull, push
 from tests.server.test_live import Events
 from tests.storage.postgres_cluster import MISSING, Cluster, cluster
-from tests.tools import package
+from tests.tools import free_port, package
 
 ADMIN = Caller("ada", "here")
 WAIT_S = 60.0
@@ -691,9 +692,11 @@ class Crowd:
         self.answers: dict[int, Any] = {}
         #: Whatever reads; and how many read then.
         self.views = 0
+        #: How many had no turn at once.
+        self._waiting = 0
         self._first = threading.Event()
         self._go_on = threading.Event()
-        page, pages = ReadAnswers._page, ReadAnswers._pages
+        page, pages, wait = ReadAnswers._page, ReadAnswers._pages, _Line.wait
 
         def slow(reading: ReadAnswers, *given: Any) -> Any:
             if not self._go_on.is_set():
@@ -705,10 +708,19 @@ class Crowd:
             self.views += 1
             return pages(reading, store, several)
 
+        async def waits(line: _Line, small: bool, brought: object = None) -> bool:
+            self._waiting += 1
+            return await wait(line, small, brought)
+
         monkeypatch.setattr(ReadAnswers, "_page", slow)
         monkeypatch.setattr(ReadAnswers, "_pages", counted)
+        monkeypatch.setattr(_Line, "wait", waits)
 
-    def pull(self, count: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def pull(
+        self, count: int, meanwhile: Callable[[], None] = lambda: None, *, others: int = 0
+    ) -> None:
+        """``others`` have asked already."""
+
         def one(number: int) -> None:
             with Client(self.url) as client:
                 wanted = pull(self.history, cursor=number, limit=3)
@@ -718,7 +730,7 @@ class Crowd:
         for thread in threads:
             thread.start()
         assert self._first.wait(WAIT_S)
-        time.sleep(0.5)  # for the others to come in; with fewer of them less is tried
+        until(lambda: self._waiting >= count + others - PAGES_AHEAD)
         meanwhile()
         self._go_on.set()
         for thread in threads:
@@ -752,7 +764,7 @@ def test_who_leaves_while_pulls_are_read_together_keeps_no_other_from_its_answer
         for each in gone:
             each.close()
 
-    crowd.pull(12, leave)
+    crowd.pull(12, leave, others=len(gone))
     for number in range(12):
         page = crowd.answers[number].message(PullResponse)
         assert [each.version for each in page.commits] == [number + 1, number + 2, number + 3]
@@ -913,6 +925,8 @@ def test_workers_are_nodes_of_one_address(address: str, tmp_path: Path) -> None:
         with Client(url) as client:
             health = json.loads(client.request("GET", "/healthz").body)
         assert health == {"status": "ok", "nodes": 2}
+        # Counted when its answer has left, which the client may have read before that.
+        until(lambda: pulls_counted(url) == {20.0})
         # Another node has an address of its own, and is asked there.
         with Nodes(address, 1) as other:
             other.clients[0].send(pull(history))
@@ -957,9 +971,7 @@ def test_nodes_that_one_parent_has_started_count_together(
     address: str, tmp_path: Path, manager: str
 ) -> None:
     (tmp_path / "shop_app.py").write_text(APP)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     starts = [sys.executable, "-m", *manager.split(), "shop_app:app", "--workers", "2"]
     if manager == "uvicorn":
         starts += ["--port", str(port)]
@@ -993,7 +1005,8 @@ def test_nodes_that_one_parent_has_started_count_together(
                 assert client.send(pull(history)).status == 200
         with Nodes(address, 1) as other:  # at an address of its own
             other.clients[0].send(pull(history))
-            assert pulls_counted(url) == {20.0}
+            # Counted when its answer has left, which the client may have read before that.
+            until(lambda: pulls_counted(url) == {20.0})
             office = office_of(other.servers[0])
 
             def started() -> set[int]:

@@ -12,6 +12,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from tests.server.test_app import eventually
 
 pytestmark = pytest.mark.process
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 #: As soon as it serves, what the collector leaves alone is counted, and the server is stopped.
 WATCHING = """
 def watch():
@@ -89,8 +90,10 @@ def test_what_was_acknowledged_before_sigterm_is_there_afterwards(tmp_path: Path
         with Client(url) as client:
             history = client.history()
 
+        first = threading.Barrier(5)
+
         def device(number: int) -> set[int]:
-            acknowledged = set()
+            acknowledged = set[int]()
             with contextlib.suppress(OSError, HTTPException), Client(url) as own:
                 for n in range(1, 100_000):
                     entity = number * 100_000 + n
@@ -100,11 +103,14 @@ def test_what_was_acknowledged_before_sigterm_is_there_afterwards(tmp_path: Path
                     (result,) = answer.message(PushResponse).results
                     assert result.verdict == Verdict.ACCEPTED
                     acknowledged.add(entity)
+                    if n == 1:
+                        first.wait(WAIT_S)
             return acknowledged
 
         with ThreadPoolExecutor(4) as pool:
             devices = [pool.submit(device, number) for number in range(4)]
-            time.sleep(0.5)
+            first.wait(WAIT_S)  # each has had an answer, and goes on
+            time.sleep(0.3)
             server.send_signal(signal.SIGTERM)
             acknowledged = set().union(*(each.result() for each in devices))
         assert server.wait(WAIT_S) == 0

@@ -37,7 +37,7 @@ from entidb.server.workers.seats import Seats
 from entidb.storage.locks import HeldError
 from tests.server.support import SECRET, Client, pull, push
 from tests.server.test_live import Events
-from tests.tools import package
+from tests.tools import free_port, package
 
 pytestmark = [
     pytest.mark.process,
@@ -466,7 +466,8 @@ def test_metrics_and_health_speak_for_all_workers_also_for_one_that_was_killed(
         for client in clients:
             found = counters(client)
             assert found[accepted] == 10
-            assert found[pushes] == 10
+            # Counted when its answer has left, which the client may have read before that.
+            until(lambda client=client: counters(client)[pushes] == 10, "all requests count")
             assert found["entidb_open_databases"] == 2
             assert json.loads(client.request("GET", "/healthz").body)["workers"] == 2
             assert client.request("GET", "/readyz").status == 200
@@ -682,12 +683,6 @@ def app_served(
             yield server
 
     return run()
-
-
-def free_port() -> int:
-    with contextlib.closing(http.client.socket.socket()) as found:  # type: ignore[attr-defined]
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.mark.parametrize("manager", ["uvicorn", "gunicorn", "gunicorn --preload"])

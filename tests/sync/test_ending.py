@@ -46,8 +46,9 @@ from entidb.sync import (
 )
 from tests.support import FakeClock, World, assert_in_step, uid
 
-#: Far below any timeout of the settings, far above 100 ms on a busy machine.
-PROMPT_S = 5.0
+#: Far below any timeout of the settings and the 30 s after which an end waits no more, far above
+#: 100 ms on a busy machine.
+PROMPT_S = 15.0
 LONG_S = 600.0
 CONFIG = SyncConfig(
     db_id="shop",
@@ -196,6 +197,7 @@ def test_cancelling_a_blocking_cycle_ends_it_and_its_connection(network: Network
 def test_ending_the_background_waits_for_no_network(
     network: Network, end: Callable[[SyncEngine], None]
 ) -> None:
+    before = set(threading.enumerate())
     with written() as db:
         engine = SyncEngine(CONFIG, network.url, db)
         engine.start()
@@ -206,7 +208,8 @@ def test_ending_the_background_waits_for_no_network(
         network.wait_until_closed()
         engine.close()
         SyncEngine(CONFIG, network.url, db).close()
-        assert not [each for each in threading.enumerate() if each.name == "entidb-sync"]
+        begun = set(threading.enumerate()) - before
+        assert not [each for each in begun if each.name == "entidb-sync"]
 
 
 @pytest.mark.parametrize("way", ["sync", "run", "close", "timeout", "stop"])

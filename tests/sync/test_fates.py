@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -170,7 +171,13 @@ def test_a_wait_ends_with_its_time_and_with_the_background_run():
         tx = write(db)
         assert engine.accepted(tx, 0.05).state is FateState.PENDING
         assert not engine.synced(0.0)
-        threading.Timer(0.05, engine.stop).start()
+
+        def stop() -> None:
+            while not engine._waiting:  # where nothing runs in the background it would sync
+                time.sleep(0.001)
+            engine.stop()
+
+        threading.Thread(target=stop, daemon=True).start()
         assert not engine.synced()
 
 

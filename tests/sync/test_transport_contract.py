@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ from entidb.sync import HttpTransport, HttpxClient, LoopbackClient, MockTranspor
 from entidb.sync.transport import HttpClient, HttpResponse
 from entidb.testing.http_client_contract import HttpClientContract, HttpPeer, Received
 from entidb.testing.transport_contract import Peer, SyncTransportContract
+from tests.tools import closed_port
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -130,9 +130,7 @@ class TestClientThatShips(Served, HttpClientContract):
         return HttpxClient(), self.serve(peer)
 
     def nowhere(self) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return f"http://127.0.0.1:{free.getsockname()[1]}"
+        return f"http://127.0.0.1:{self.servers.enter_context(closed_port())}"
 
 
 class TestLoopbackClient(HttpClientContract):

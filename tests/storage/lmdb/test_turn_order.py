@@ -33,6 +33,12 @@ def turns(path: Path, count: int) -> list[FileTurn]:
     return [FileTurn(str(path / turn.TURN), like, first=number == 0) for number in range(count)]
 
 
+def waits_long(there: FileTurn) -> bool:
+    """Whether one has told all others that it waits too long."""
+    since, _ = turn._LONGEST_NOTE.unpack_from(there.memory, turn._LONGEST)
+    return bool(since)
+
+
 def test_who_has_waited_too_long_goes_before_all_who_came_later(tmp_path: Path) -> None:
     owner, first, *later = turns(tmp_path, 6)
     for _ in range(ROUNDS):
@@ -46,7 +52,8 @@ def test_who_has_waited_too_long_goes_before_all_who_came_later(tmp_path: Path) 
         assert owner.take()
         threads = [threading.Thread(target=wait, args=(first,))]
         threads[0].start()
-        time.sleep(2 * LONG_S)
+        while not waits_long(owner):
+            time.sleep(0.001)
         threads += [threading.Thread(target=wait, args=(each,)) for each in later]
         for thread in threads[1:]:
             thread.start()
