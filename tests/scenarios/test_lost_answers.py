@@ -24,6 +24,7 @@ from entidb.sync import (
     SyncState,
 )
 from tests.support import FakeClock, assert_sound, uid
+from tests.tools import free_port
 
 SECRET = b"correct horse battery staple, twice over"
 CONFIG = SyncConfig(db_id="shop", retry=RetryConfig.none(), compression="none")
@@ -249,9 +250,8 @@ def real_server(path: Path) -> Iterator[tuple[Callable[[], None], Callable[[], N
     config = ServerConfig(
         data_dir=path, insecure_no_auth=True, access_log=False, shutdown_timeout_s=1.0
     )
-    running = contextlib.ExitStack()
-    url = running.enter_context(serving(config))
-    port = int(url.rpartition(":")[2])
+    running, port = contextlib.ExitStack(), free_port()
+    url = running.enter_context(serving(config, port=port))
 
     def start() -> None:
         running.enter_context(serving(config, port=port))

@@ -453,6 +453,10 @@ def counters(client: Client) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
+def has_counted(client: Client, name: str, number: float) -> bool:
+    return counters(client)[name] == number
+
+
 def test_metrics_and_health_speak_for_all_workers_also_for_one_that_was_killed(
     tmp_path: Path,
 ) -> None:
@@ -467,7 +471,7 @@ def test_metrics_and_health_speak_for_all_workers_also_for_one_that_was_killed(
             found = counters(client)
             assert found[accepted] == 10
             # Counted when its answer has left, which the client may have read before that.
-            until(lambda client=client: counters(client)[pushes] == 10, "all requests count")
+            until(partial(has_counted, client, pushes, 10), "all requests count")
             assert found["entidb_open_databases"] == 2
             assert json.loads(client.request("GET", "/healthz").body)["workers"] == 2
             assert client.request("GET", "/readyz").status == 200

@@ -327,11 +327,12 @@ def test_a_listeners_bug_does_not_end_the_background_engine() -> None:
     hook, threading.excepthook = threading.excepthook, told.append
     try:
         a.engine.start()
-        assert failed.wait(10)
-        for _ in range(1000):
+        assert failed.wait(60)
+        for _ in range(6000):
             a.engine.wake()
             if again.wait(0.01):
                 break
+        assert again.is_set()
     finally:
         a.engine.stop()
         threading.excepthook = hook
