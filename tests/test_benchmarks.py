@@ -24,6 +24,10 @@ from tests.storage.postgres_cluster import MISSING
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 N = 40
+#: Where what grows with N takes long, and what it shows is there with fewer.
+FEWER = {"beside": 20}
+#: How often things are done of which once is enough here.
+TIMES = {"indexes.FIELDS": ("title",), "local.OPENS": 2, "queries.PAGES": 5}
 ROOT = Path(__file__).parent.parent
 
 #: What each benchmark has to say at least.
@@ -93,17 +97,22 @@ def test_every_benchmark_is_in_the_table_of_figures():
 
 
 @pytest.mark.parametrize("name", program.NAMES)
-def test_a_benchmark_prints_one_json_line_for_each_figure(name: str, world: World):
-    lines = [item.to_json() for item in single.run(name, world, [N], 1)]
+def test_a_benchmark_prints_one_json_line_for_each_figure(
+    name: str, world: World, monkeypatch: pytest.MonkeyPatch
+):
+    for place, times in TIMES.items():
+        monkeypatch.setattr(f"benchmarks.{place}", times)
+    size = FEWER.get(name, N)
+    lines = [item.to_json() for item in single.run(name, world, [size], 1)]
     figures = [json.loads(line) for line in lines]
     assert not any("\n" in line for line in lines)
     assert {item["figure"] for item in figures} >= FIGURES[name]
     for item in figures:
-        check_shape(item, name)
+        check_shape(item, name, size)
 
 
-def check_shape(item: dict[str, object], name: str) -> None:
-    assert item["benchmark"] == name and item["n"] == N and item["unit"]
+def check_shape(item: dict[str, object], name: str, size: int) -> None:
+    assert item["benchmark"] == name and item["n"] == size and item["unit"]
     assert isinstance(item["value"], int | float)
     assert item["value"] > 0 or (item["figure"] in MAY_BE_NOTHING and item["value"] == 0)
     assert isinstance(item["values"], list) and len(item["values"]) == item["rounds"]
