@@ -1,12 +1,12 @@
 """Looks at copies of a database, each with one flipped bit, from processes that may die of it.
 
-    python -m tests.bitrot.probe DIRECTORY WITHOUT BIT BIT …
+    python -m tests.bitrot.probe DIRECTORY WITHOUT LOOKS BIT BIT …
 
 prints one line of JSON per bit: what reading it gave, what ``verify`` found, and what got out to a
-peer. Each of the three happens in a process of its own, so that one that is killed by a signal, or
-never ends, says so and stops nothing. WITHOUT is ``nothing``, or the guard that is taken away to
-show that it is needed, ``checksums`` or ``pages``, or the ``look`` at a file before it is opened,
-as if the bit had flipped afterwards.
+peer, as far as LOOKS names them: ``read,verify,sent``. Each of the three happens in a process of
+its own, so that one that is killed by a signal, or never ends, says so and stops nothing. WITHOUT
+is ``nothing``, or the guard that is taken away to show that it is needed, ``checksums`` or
+``pages``, or the ``look`` at a file before it is opened, as if the bit had flipped afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ from tests.bitrot.flips import flip
 _SECONDS = 60
 _MEMORY_BYTES = 2**31
 _DEVICE = b"\x07" * 16
+#: In this order: what a device sends, it takes out of its outbox.
+LOOKS = ("read", "verify", "sent")
 
 Sent = dict[str, list[Any]]
 Look = Callable[[Database, Sent], Any]
@@ -218,8 +220,8 @@ def verify(database: Database, sent: Sent) -> list[str]:
     return database.verify()[:3]
 
 
-def look_at(pristine: Path, bit: int | None) -> dict[str, Any]:
-    """The three looks at a copy of the database in ``pristine``, with ``bit`` flipped in it."""
+def look_at(pristine: Path, bit: int | None, names: Sequence[str] = LOOKS) -> dict[str, Any]:
+    """Looks at a copy of the database in ``pristine``, with ``bit`` flipped in it."""
     looks = {"read": read_everything, "verify": verify, "sent": sent_by_device}
     if pristine.name == "server":
         looks["sent"] = sent_by_server
@@ -229,8 +231,7 @@ def look_at(pristine: Path, bit: int | None) -> dict[str, Any]:
         if bit is not None:
             flip(path / "data.mdb", bit)
         unopened = closed_file_faults(str(path / "data.mdb"))
-        # In this order: what a device sends, it takes out of its outbox.
-        found: dict[str, Any] = {name: look(path, what) for name, what in looks.items()}
+        found: dict[str, Any] = {name: look(path, looks[name]) for name in LOOKS if name in names}
     return found | {"unopened": unopened}
 
 
@@ -244,11 +245,11 @@ def take_away(guard: str) -> None:
         setattr(doubt, "closed_file_faults", lambda path: [])  # noqa: B010
 
 
-def main(pristine: Path, bits: list[int]) -> None:
+def main(pristine: Path, names: Sequence[str], bits: list[int]) -> None:
     for bit in bits:
-        print(json.dumps({"bit": bit, **look_at(pristine, bit)}), flush=True)
+        print(json.dumps({"bit": bit, **look_at(pristine, bit, names)}), flush=True)
 
 
 if __name__ == "__main__":
     take_away(sys.argv[2])
-    main(Path(sys.argv[1]), [int(bit) for bit in sys.argv[3:]])
+    main(Path(sys.argv[1]), sys.argv[3].split(","), [int(bit) for bit in sys.argv[4:]])
