@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from entidb import Database, DatabaseApplier
-from tests.tools import NOT_RUN, free_port, package
+from tests.tools import NOT_RUN, PATIENT, free_port, package
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "processes.md"
@@ -100,7 +100,7 @@ def orders(directory: Path, count: int) -> None:
 def served(directory: Path, command: list[str], at: str) -> Iterator[str]:
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", *command, at.format(port)],
+        [sys.executable, "-m", command[0], *PATIENT[command[0]], *command[1:], at.format(port)],
         cwd=directory,
         env=environment(directory),
     )

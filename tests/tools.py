@@ -34,6 +34,10 @@ def package(name: str) -> None:
     pytest.importorskip(name, reason=f"{NOT_RUN}{name} is not installed")
 
 
+#: A parent kills a worker that does not answer it for 5 seconds (uvicorn) or 30 (gunicorn), which
+#: on a busy machine may be any of them, and again and again. That of uvicorn may wait so long
+#: before it sees that one was killed.
+PATIENT = {"uvicorn": ["--timeout-worker-healthcheck", "25"], "gunicorn": ["--timeout", "120"]}
 #: Ports below those that a system gives to who asks for any: nobody has one by chance. One that a
 #: process of tests has taken is no other's as long as that process lives.
 _PORTS = range(20_000, 30_000)

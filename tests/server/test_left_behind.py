@@ -29,6 +29,8 @@ from tests.storage.test_postgres_sharing import own_database
 
 pytestmark = pytest.mark.process
 
+#: Far above what a busy machine takes: each of these starts processes of its own.
+WAIT_S = 300.0
 #: Does what is asked in a server, and is killed when it comes to ``at``.
 _KILLED = """
 import importlib, json, os, signal, sys
@@ -57,7 +59,7 @@ task = {
     ),
     "verify": lambda: care.verify(office, root, "shop"),
 }[given["do"]]()
-print(office.tasks.wait(task.id, 60))
+print(office.tasks.wait(task.id, 300))
 """
 
 FILES = [
@@ -96,7 +98,7 @@ class Site:
 
     def done(self, server: SyncServer, ask: Any, *more: str) -> Task:
         office = office_of(server)
-        found = office.tasks.wait(ask(office, ROOT, "shop", *more).id, 60)
+        found = office.tasks.wait(ask(office, ROOT, "shop", *more).id, WAIT_S)
         assert found is not None and found.state == "done", found
         return found
 
@@ -112,7 +114,7 @@ class Site:
             text=True,
             check=False,
             env={**os.environ, "TMPDIR": str(self.temporary)},
-            timeout=120,
+            timeout=WAIT_S,
         )
         assert process.returncode == -signal.SIGKILL, (process.stdout, process.stderr)
 

@@ -57,10 +57,10 @@ from tests.cli.support import command, document, done, entidb, environment, fail
 from tests.server.support import Client, handshake, pull, push
 from tests.server.test_live import Events
 from tests.storage.postgres_cluster import MISSING, Cluster, cluster
-from tests.tools import free_port, package
+from tests.tools import PATIENT, free_port, package
 
 ADMIN = Caller("ada", "here")
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def until(true: Callable[[], object]) -> None:
@@ -756,7 +756,7 @@ def test_who_leaves_while_pulls_are_read_together_keeps_no_other_from_its_answer
 ) -> None:
     gone = [connected(crowd.url) for _ in range(6)]
     body = encode(pull(crowd.history, cursor=1, limit=3))
-    head = f"POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-type: {CONTENT_TYPE}\r\n"
+    head = f"POST /v1/pull HTTP/1.1\r\nhost: localhost\r\ncontent-type: {CONTENT_TYPE}\r\n"
     for each in gone:
         each.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
 
@@ -973,6 +973,7 @@ def test_nodes_that_one_parent_has_started_count_together(
     (tmp_path / "shop_app.py").write_text(APP)
     port = free_port()
     starts = [sys.executable, "-m", *manager.split(), "shop_app:app", "--workers", "2"]
+    starts += PATIENT[manager.split()[0]]
     if manager == "uvicorn":
         starts += ["--port", str(port)]
     else:

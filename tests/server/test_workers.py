@@ -37,14 +37,14 @@ from entidb.server.workers.seats import Seats
 from entidb.storage.locks import HeldError
 from tests.server.support import SECRET, Client, pull, push
 from tests.server.test_live import Events
-from tests.tools import free_port, package
+from tests.tools import PATIENT, free_port, package
 
 pytestmark = [
     pytest.mark.process,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers need Linux"),
 ]
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 SERVE = [sys.executable, "-m", "entidb", "serve", "--port", "0", "--insecure-no-auth"]
 PROGRAM = """
 import json, sys
@@ -702,6 +702,7 @@ def test_the_processes_of_one_parent_are_one_server(tmp_path: Path, manager: str
             "--worker-class",
             "uvicorn.workers.UvicornWorker",
         ]
+    command += PATIENT[manager.split()[0]]
     with app_served(tmp_path, command, port) as server:
         first, second = server.clients()
         history = first.history()
