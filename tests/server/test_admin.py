@@ -829,7 +829,7 @@ def test_tasks_run_one_at_a_time_and_can_be_cancelled(place: Place):
 
     first = tasks.add("count", "ada", "shop", body)
     second = tasks.add("count", "ada", "shop", body)
-    while first.step != "counting":
+    while (now := tasks.find(first.id)) is None or now.step != "counting":
         time.sleep(0.001)
     time.sleep(0.05)
     states = {each.id: each.state for each in tasks.all()}
