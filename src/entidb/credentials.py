@@ -99,8 +99,9 @@ def check_place(path: str | os.PathLike[str], what: str) -> None:
 
 def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) -> None:
     """Write ``text`` and a newline into a file that only its owner can read, from the first byte
-    on. It appears when it is complete. Raises ``ConfigError`` if it cannot be written, if something
-    else than a file is there, or if it is there and ``replace`` is false."""
+    on: the owner of the file that it replaces, or else of the directory, as far as this user may
+    give files away. It appears when it is complete, durably. Raises ``ConfigError`` if it cannot be
+    written, if something else than a file is there, or if it is there and ``replace`` is false."""
     if not os.fspath(path):
         raise ConfigError("the output is empty: name a file")
     target = Path(path)
@@ -114,6 +115,7 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+                _give_owner(file.fileno(), target)
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -125,12 +127,33 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
+        _sync_names(target.parent)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or error
         todo = "name a file in a directory that is there and that you may write to"
         raise ConfigError(f"cannot write {target}: {reason}; {todo}") from error
+
+
+def _give_owner(descriptor: int, target: Path) -> None:
+    """What root makes for a service is of use to it only if the service may read it."""
+    if os.name != "posix":
+        return
+    like = os.stat(target if target.exists() else target.parent)
+    if like.st_uid != os.geteuid():
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, like.st_uid, like.st_gid)
+
+
+def _sync_names(folder: Path) -> None:
+    """Which files are in a directory is durable when that is."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _appear(name: str, target: Path) -> None:

@@ -39,6 +39,7 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
     from entidb.server.admin.checking import check
     from entidb.server.config import ServerConfig, check_db_id, directory_name
     from entidb.server.directory import DataDirectory, clear_left, out_of_the_way
+    from entidb.storage.directories import give_files
     from entidb.storage.disk_errors import disk_error
     from entidb.storage.partial import Partial
 
@@ -60,6 +61,8 @@ def restore_command(backup: str, data_dir: str, name: str, as_json: bool) -> Non
             with opened(source, read_only=True) as database:
                 # And not its files: the copy is known for one, and begins a history (R29).
                 database.backup(partial.path)
+            # The copy is for the server's user, whoever made the backup.
+            give_files(partial.path, os.stat(root))
             found = check(partial.path, lambda: None)
             if found.faults:
                 raise CorruptionError(f"{source} is damaged: {found.faults[0]}")

@@ -30,7 +30,7 @@ from entidb.server.directory import DataDirectory, list_databases
 from entidb.server.records import CONTROL, FileRecords, devices_of
 from entidb.storage import Storage, open_storage
 from entidb.storage.addresses import is_address, shown, whole
-from entidb.storage.directories import sync_path
+from entidb.storage.directories import make_folder, sync_path
 from entidb.storage.named import arriving
 from entidb.storage.opening import open_shelf
 from entidb.types import path_text
@@ -141,7 +141,7 @@ def _target(
         return lambda name, closes: made.store(name), finish
     partial = stack.enter_context(new_directory(place))
     root = Path(partial.path)
-    root.mkdir(0o700)
+    make_folder(str(root), str(root.parent))
 
     def make(name: str, closes: ExitStack) -> Storage:
         return closes.enter_context(closing(open_storage(root / directory_name(name))))

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from entidb.server.config import directory_name, is_db_id
 from entidb.server.watched import Mark, mark_of
-from entidb.storage.directories import NO_FOLLOW, open_file, sync_path
+from entidb.storage.directories import NO_FOLLOW, give_owner, move, open_file, sync_path
 from entidb.storage.partial import Partial
 
 #: The record of what an administrator has decided, and its file; no database is called so.
@@ -111,6 +111,7 @@ class FileRecords:
                 return
             descriptor = os.open(partial.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "wb") as file:
+                give_owner(descriptor, os.stat(self.root))  # root may have started the server once
                 file.write(content)
             if name in _FILES:
                 sync_path(partial.path)
@@ -122,7 +123,7 @@ class FileRecords:
         if to is None:
             path.unlink(missing_ok=True)
         elif path.exists():
-            os.replace(path, self._path(to))
+            move(str(path), str(self._path(to)))
 
     def has_database(self, db_id: str) -> bool:
         return is_db_id(db_id) and (self.root / directory_name(db_id)).is_dir()

@@ -86,6 +86,18 @@ def give_owner(descriptor: int, like: os.stat_result) -> None:
                 break
 
 
+def give_files(folder: str, like: os.stat_result) -> None:
+    """``give_owner`` of a new directory and of the files in it."""
+    if sys.platform == "win32":
+        return
+    for path in (*(entry.path for entry in os.scandir(folder)), folder):
+        made = os.open(path, os.O_RDONLY | NO_FOLLOW)
+        try:
+            give_owner(made, like)
+        finally:
+            os.close(made)
+
+
 def give_as(descriptor: int, like: os.stat_result) -> None:
     """``give_owner``, and the permissions of ``like`` too if that is a file."""
     give_owner(descriptor, like)
@@ -121,6 +133,22 @@ def restrict(path: str) -> None:
     found = os.stat(path)
     if found.st_mode & 0o077 and (sys.platform == "win32" or found.st_uid == os.geteuid()):
         os.chmod(path, 0o600)
+
+
+def make_folder(path: str, above: str | int) -> None:
+    """Make the directory ``path``, for the owner of ``above`` alone, which is a directory too, by
+    its path or its descriptor: what root leaves in a service's directory when it is killed must not
+    stand in the service's way. Raises ``OSError``; ``FileExistsError`` where something is."""
+    at = None if isinstance(above, str) else above
+    os.mkdir(path, 0o700, dir_fd=at)
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(FileNotFoundError):  # Another process may remove what is empty.
+        made = os.open(path, os.O_RDONLY | NO_FOLLOW, dir_fd=at)
+        try:
+            give_owner(made, os.stat(above))
+        finally:
+            os.close(made)
 
 
 def sync_path(path: str) -> None:
@@ -163,13 +191,7 @@ def make_directory(path: str) -> None:
     if not os.path.lexists(above):
         make_directory(above)
     with contextlib.suppress(FileExistsError):  # Another process may make it at the same time.
-        os.mkdir(path, 0o700)
-        if sys.platform != "win32":
-            made = os.open(path, os.O_RDONLY | NO_FOLLOW)
-            try:
-                give_owner(made, os.stat(above))
-            finally:
-                os.close(made)
+        make_folder(path, above)
     sync_path(above)
 
 

@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from entidb.errors import DatabaseLockedError
-from entidb.storage.directories import give_as, move, sync_path
+from entidb.errors import DatabaseLockedError, StorageError
+from entidb.storage.directories import give_as, give_owner, make_folder, move, sync_path
 from entidb.storage.locks import FileLock, HeldError
 
 _SUFFIX: Final = ".entidb-partial"
@@ -41,7 +41,7 @@ class Partial:
 
     def __init__(self, where: str, what: str) -> None:
         """``what`` is the word for messages. Raises ``DatabaseLockedError`` if another process is
-        making it, ``OSError``."""
+        making it, ``StorageError`` if another user's left what cannot be removed, ``OSError``."""
         self._where = where
         self._folder = f"{where}{_SUFFIX}"
         self.path = os.path.join(self._folder, os.path.basename(where))
@@ -63,6 +63,7 @@ class Partial:
         """Leave a few words, durably, for who finds this after the process was killed."""
         path = os.path.join(self._folder, _NOTE)
         with open(path, "w", encoding="utf-8") as file:
+            give_owner(file.fileno(), os.stat(self._folder))
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -107,7 +108,7 @@ def _give_as(path: str, like: os.stat_result) -> None:
 def _take(folder: str) -> FileLock:
     for look in range(_LOOKS):
         with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
+            make_folder(folder, os.path.dirname(folder) or os.curdir)
         try:
             return FileLock.take(os.path.join(folder, _LOCK), os.stat(folder))
         except FileNotFoundError:
@@ -116,11 +117,16 @@ def _take(folder: str) -> FileLock:
             if look == _LOOKS - 1:
                 raise
             time.sleep(_LOOK_SECONDS)
-        except OSError:  # There is no room for it: then nothing of it stays.
+        except OSError as error:  # There is no room for it: then nothing of it stays.
             with contextlib.suppress(OSError, HeldError):
                 _remove(folder, None)
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
+            if isinstance(error, PermissionError) and os.path.isdir(folder):
+                raise StorageError(
+                    f"{folder} is in the way, and cannot be removed: somebody else's process left "
+                    "it. Remove it as that user or as root, and try again; nothing was changed"
+                ) from error
             raise
     raise HeldError("")
 

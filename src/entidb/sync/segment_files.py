@@ -11,12 +11,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from msgspec import Struct
 
 from entidb.db.replica import ImageSegment
-from entidb.storage.directories import FETCHED
+from entidb.storage.directories import FETCHED, give_owner, make_folder
 from entidb.types import SEQUENCE_MAX
 
 
@@ -50,8 +51,12 @@ class SegmentFiles:
             if self._folder is None:
                 self._memory[segment.sha256] = self._memory.get(segment.sha256, b"") + data
                 return
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            above = os.path.dirname(self._folder)
+            with suppress(FileExistsError):
+                make_folder(self._folder, above)
             with open(self._path(segment), "ab") as file:
+                if not offset:  # root may sync a service's database once
+                    give_owner(file.fileno(), os.stat(above))
                 file.write(data)
 
     def read(self, segment: ImageSegment) -> bytes:

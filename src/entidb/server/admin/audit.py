@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from msgspec import DecodeError, Struct, json
 
 from entidb.errors import DatabaseLockedError, FormatError, StorageError
-from entidb.storage.directories import NO_FOLLOW, open_file
+from entidb.storage.directories import NO_FOLLOW, give_owner, move, open_file, sync_path
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.partial import Partial
 from entidb.types import Clock
@@ -178,6 +178,8 @@ class FileJournal:
                     # What is there of it is cut short, and the next line begins behind it.
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(descriptor)
+                if not size:  # The file may be new, and so its name.
+                    sync_path(os.path.dirname(self._path) or os.curdir)
             except OSError as error:
                 raise self._unwritable(error) from error
             finally:
@@ -192,7 +194,15 @@ class FileJournal:
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW
         try:
-            return open_file(self._path, flags)
+            descriptor = open_file(self._path, flags)
+            try:
+                found = os.fstat(descriptor)
+                if not found.st_size:  # root may have started the server once
+                    give_owner(descriptor, os.stat(os.path.dirname(self._path) or os.curdir))
+            except BaseException:
+                os.close(descriptor)
+                raise
+            return descriptor
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -210,8 +220,8 @@ class FileJournal:
                 for number in range(FILES_KEPT, 1, -1):
                     if os.path.lexists(self._aside(number - 1)):
                         os.replace(self._aside(number - 1), self._aside(number))
-                os.replace(self._path, self._aside(1))
-        except (OSError, DatabaseLockedError) as error:
+                move(self._path, self._aside(1))
+        except (OSError, StorageError, DatabaseLockedError) as error:
             logger.warning("the audit log is not put aside: %s", error)
 
 

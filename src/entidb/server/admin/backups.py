@@ -37,7 +37,7 @@ from entidb.server.admin.office import Office
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id, db_id_of, directory_name
 from entidb.server.place import TakesIn
-from entidb.storage.directories import make_directory, sync_path
+from entidb.storage.directories import give_owner, make_directory, make_folder, sync_path
 from entidb.storage.partial import Partial, is_being_made, remove_dead
 
 logger = logging.getLogger("entidb.server")
@@ -150,6 +150,7 @@ def _new(path: Path) -> Path:
 
 def _prepare(path: Path, content: bytes) -> None:
     with open(os.open(_new(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        give_owner(file.fileno(), os.stat(path.parent))
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -413,10 +414,12 @@ def copy_backup(source: Path, target: str, at: Callable[[str, int, int | None], 
     data = source / _DATA
     if data.is_symlink() or not data.is_file():
         raise ConfigError(f"{source} is no backup of a database")
-    os.mkdir(target, 0o700)
+    above = os.path.dirname(target)
+    make_folder(target, above)
     size = data.stat().st_size
     copy = os.open(os.path.join(target, _DATA), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(data, "rb") as reading, open(copy, "wb") as writing:
+        give_owner(copy, os.stat(above))
         while piece := reading.read(_PIECE_BYTES):
             at("copying", writing.tell(), size)
             writing.write(piece)

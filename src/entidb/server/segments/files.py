@@ -297,6 +297,7 @@ def directory_id(root: Path, made: bytes) -> bytes:
         make_directory(str(root.absolute()))
         part = path.with_name(f"{_ID}.{made.hex()}{_PART}")
         part.write_text(made.hex())
+        share_as(str(part), root)
         sync_path(str(part))
         # Of several nodes that come at once one is the first.
         with contextlib.suppress(FileExistsError):

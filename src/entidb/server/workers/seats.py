@@ -20,7 +20,7 @@ import shutil
 import time
 from typing import Final
 
-from entidb.storage.directories import open_file
+from entidb.storage.directories import make_folder, open_file
 from entidb.storage.locks import FileLock, HeldError
 
 #: In the data directory; no database is called so.
@@ -47,7 +47,7 @@ class Seats:
         """Takes a seat, by ``name`` if there is one. Raises ``OSError``."""
         self.folder: Final = os.path.join(root, FOLDER)
         with contextlib.suppress(FileExistsError):
-            os.mkdir(self.folder, 0o700)
+            make_folder(self.folder, root)
         self._like = os.stat(self.folder)
         self.name: Final = name or f"{os.getpid()}-{secrets.token_hex(4)}"
         self._seat = self._take(self.path(self.name, SEAT))

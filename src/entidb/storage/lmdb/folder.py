@@ -14,7 +14,8 @@ import shutil
 import sys
 from typing import Final
 
-from entidb.storage.directories import sync_directory, sync_path
+from entidb.errors import StorageError
+from entidb.storage.directories import make_folder, sync_directory, sync_path
 from entidb.storage.lmdb.left import DATA
 
 TEMPORARY: Final = ".entidb-new"
@@ -31,8 +32,15 @@ class Folder:
     def make_temporary(self) -> str:
         """An empty directory inside this one; its path."""
         self.remove_temporary()
-        os.mkdir(self._at(TEMPORARY), 0o700, dir_fd=self._dir_fd())
-        return os.path.join(self.path, TEMPORARY)
+        where = os.path.join(self.path, TEMPORARY)
+        try:
+            make_folder(self._at(TEMPORARY), self.path if self.descriptor < 0 else self.descriptor)
+        except FileExistsError as error:
+            raise StorageError(
+                f"{where} is in the way, and cannot be removed: somebody else's process left it. "
+                "Remove it as that user or as root, and try again; nothing was changed"
+            ) from error
+        return where
 
     def remove_temporary(self) -> None:
         shutil.rmtree(self._at(TEMPORARY), ignore_errors=True, dir_fd=self._dir_fd())
