@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 
 from entidb.db import Database, Role
-from entidb.errors import ConfigError, DatabaseLockedError
+from entidb.errors import ConfigError, DatabaseLockedError, DatabaseMovedError
 from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import ServerConfig, SyncServer, create_app, serving
+from entidb.server.admin import databases
+from entidb.server.admin.callers import Caller
+from entidb.server.admin.local import open_door
+from entidb.server.admin.opening import office_of
 from entidb.server.directory import list_databases
 from entidb.testing.contracts import STUCK_SECONDS
 from tests.cli.support import command, environment
@@ -239,6 +243,71 @@ def test_a_database_that_is_replaced_under_a_server_is_not_written_and_then_serv
             stored = list(database.collection("notes").values())
             assert [each["n"] for each in stored if isinstance(each, dict)] == numbers
             assert database.verify() == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="what is open cannot be moved on Windows")
+@pytest.mark.parametrize("put_there", [True, False])
+def test_a_server_whose_directory_was_moved_makes_and_notes_nothing_in_its_place(
+    tmp_path: Path, put_there: bool
+) -> None:
+    data, moved = tmp_path / "data", tmp_path / "moved"
+    with SyncServer(config(data)) as server:
+        office, root = office_of(server), Caller("root", "local")
+        server.database("shop")
+        data.rename(moved)
+        if put_there:
+            data.mkdir()  # as what is below a disk that was unmounted
+        for refused in (
+            lambda: server.database("new"),
+            lambda: databases.create(office, root, "new"),
+            lambda: databases.freeze(office, root, "shop"),
+            lambda: databases.delete(office, root, "shop", "shop"),
+        ):
+            with pytest.raises(DatabaseMovedError, match="was moved, replaced or unmounted"):
+                refused()
+        answer = server.handle("/v1/handshake", None, handshake("new"))
+        assert isinstance(answer, ErrorResponse)
+        assert answer.code == "storage_error"
+        assert list(data.iterdir() if put_there else ()) == []
+        assert data.exists() == put_there
+        if put_there:
+            data.rmdir()
+        moved.rename(data)
+        assert server.database("new").sequence == 0
+        assert databases.freeze(office, root, "shop").frozen is not None
+    with SyncServer(config(data)) as server:
+        assert office_of(server).place.names() == ["new", "shop"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such sockets on Windows")
+def test_a_server_that_ends_leaves_the_socket_of_the_one_that_took_its_place(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    with SyncServer(config(data)) as first, SyncServer(config(tmp_path / "other")) as second:
+        one = open_door(office_of(first))
+        two = open_door(office_of(second))
+        assert one is not None and two is not None
+        data.rename(tmp_path / "moved")
+        (tmp_path / "other").rename(data)
+        one.close()
+        assert (data / "entidb-admin.sock").is_socket()
+        two.close()
+
+
+def test_a_relative_data_dir_is_the_same_wherever_the_program_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with SyncServer(config(Path("data"))) as server:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        server.database("shop")
+        office = office_of(server)
+        databases.freeze(office, Caller("root", "local"), "shop")
+        assert office.place.names() == ["shop"]
+    assert (tmp_path / "data" / "entidb-control.json").is_file()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_data_directory_on_a_full_disk_is_not_said_to_be_somebody_elses(

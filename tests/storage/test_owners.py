@@ -215,8 +215,8 @@ def test_what_root_restores_belongs_to_the_server_whoever_made_the_backup(tmp_pa
 def test_a_secret_that_root_makes_for_a_service_can_be_read_by_it(tmp_path: Path) -> None:
     os.chown(tmp_path, SERVICE, SERVICE)
     done("secret", "--out", str(tmp_path / "secret"))
-    words = ("token", "--secret-file", str(tmp_path / "secret"), "--database", "shop")
-    words += ("--subject", "ada")
+    words = ["token", "--secret-file", str(tmp_path / "secret"), "--database", "shop"]
+    words += ["--subject", "ada"]
     for _ in range(2):  # the second replaces the first
         done(*words, "--out", str(tmp_path / "token"))
         assert everything(tmp_path) == dict.fromkeys(("secret", "token"), SERVICE)

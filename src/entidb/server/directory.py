@@ -28,7 +28,13 @@ from entidb.server.config import ServerConfig, db_id_of, directory_name
 from entidb.server.place import ASIDE_MS, Aside, exists, unknown_database
 from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
-from entidb.storage.directories import is_at, make_directory, move, open_file
+from entidb.storage.directories import (
+    KnownDirectory,
+    is_at,
+    make_directory,
+    move,
+    open_file,
+)
 from entidb.storage.disk_errors import is_full
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store, wants_room
@@ -250,11 +256,14 @@ def _unusable(root: str, error: OSError) -> ConfigError:
 
 
 def on_disk(config: ServerConfig, **options: Any) -> OpenDatabase:
-    """Databases in directories below ``config.data_dir``."""
+    """Databases in directories below ``config.data_dir``; none is opened or made below another
+    directory that stands there later."""
     root = Path(_root(config))
+    known = KnownDirectory(root)
     checks = FileChecks()
 
     def open_database(db_id: str, create: bool) -> Database:
+        known.check()
         path = root / directory_name(db_id)
         if not create and not path.is_dir():
             raise unknown_database()
@@ -286,10 +295,11 @@ class DirectoryPlace:
     ) -> None:
         """Raises as ``DataDirectory.take``."""
         assert config.data_dir is not None
-        self.root: Final = Path(config.data_dir)
+        self.root: Final = Path(os.path.abspath(config.data_dir))
         self._config, self._family, self._process = config, family, os.getpid()
         self._locked = DataDirectory.take(config, family) if locked else None
         try:
+            self._known = KnownDirectory(self.root)
             if self._locked is not None:
                 self.clear_left()
             self._open = on_disk(config, **options)
@@ -299,7 +309,7 @@ class DirectoryPlace:
 
     @property
     def where(self) -> str:
-        return os.path.abspath(self.root)
+        return str(self.root)
 
     def begin(self) -> None:
         if self._process != os.getpid() and self._locked is not None and self._family is not None:
@@ -310,6 +320,7 @@ class DirectoryPlace:
         return self._open(db_id, create)
 
     def names(self) -> list[str]:
+        self._known.check()
         return list_databases(self.root)
 
     def holds(self, db_id: str) -> bool:
@@ -324,6 +335,7 @@ class DirectoryPlace:
         return {name: _bytes_in(self.path_of(name)) for name in names}
 
     def rename(self, db_id: str, to: str) -> None:
+        self._known.check()
         source, target = self.path_of(db_id), self.path_of(to)
         if os.path.lexists(target):
             raise exists(to)
@@ -332,6 +344,7 @@ class DirectoryPlace:
         move(str(source), str(target))
 
     def put_aside(self, db_id: str, now: int) -> Aside:
+        self._known.check()
         if not self.holds(db_id):
             raise unknown_database()
         return put_aside(self.root, db_id, now)
@@ -353,12 +366,14 @@ class DirectoryPlace:
         return self.root / ASIDE / aside.id
 
     def take_back(self, aside: Aside) -> None:
+        self._known.check()
         target = self.path_of(aside.name)
         if os.path.lexists(target):
             raise exists(aside.name)
         move(str(self._path_of_aside(aside)), str(target))
 
     def remove(self, aside: Aside) -> None:
+        self._known.check()
         path = self._path_of_aside(aside)
         if path.is_symlink():
             path.unlink()  # what it leads to is not this server's
@@ -373,11 +388,12 @@ class DirectoryPlace:
 
     def check(self) -> str | None:
         try:
+            self._known.check()
             with tempfile.TemporaryFile(dir=self.root) as file:
                 file.write(b"ready")
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except (OSError, StorageError):
             return "storage"
         return None
 

@@ -15,7 +15,14 @@ from typing import Final, Protocol
 
 from entidb.server.config import directory_name, is_db_id
 from entidb.server.watched import Mark, mark_of
-from entidb.storage.directories import NO_FOLLOW, give_owner, move, open_file, sync_path
+from entidb.storage.directories import (
+    NO_FOLLOW,
+    KnownDirectory,
+    give_owner,
+    move,
+    open_file,
+    sync_path,
+)
 from entidb.storage.partial import Partial
 
 #: The record of what an administrator has decided, and its file; no database is called so.
@@ -82,7 +89,8 @@ class FileRecords:
     far: Final = False
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root: Final = Path(root)
+        self._known: Final = KnownDirectory(root)
+        self.root: Final = Path(self._known.path)
 
     def where(self, name: str) -> str:
         return str(self._path(name))
@@ -93,6 +101,7 @@ class FileRecords:
         return self.root / (directory_name(name.removeprefix(_DEVICES)) + _SUFFIX)
 
     def read(self, name: str) -> bytes | None:
+        self._known.check()
         try:
             descriptor = open_file(self._path(name), os.O_RDONLY | NO_FOLLOW)
         except FileNotFoundError:
@@ -104,6 +113,7 @@ class FileRecords:
         return mark_of(self._path(name))
 
     def change(self, name: str, make: Make, wrote: Wrote) -> None:
+        self._known.check()
         path = self._path(name)
         with Partial(str(path), "change") as partial:
             content = make(self.read(name))
@@ -119,6 +129,7 @@ class FileRecords:
             wrote(mark_of(path))
 
     def rename(self, name: str, to: str | None) -> None:
+        self._known.check()
         path = self._path(name)
         if to is None:
             path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import stat
 import sys
 from typing import Final
 
-from entidb.errors import FormatError
+from entidb.errors import DatabaseMovedError, FormatError
 
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 #: Files on their way to the database in this directory, in a directory of their own.
@@ -71,6 +71,39 @@ def is_still_at(path: str, file: os.stat_result) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(there, file)
+
+
+class KnownDirectory:
+    """The directory at a path, of which it is noticed when another one stands there, or none: it
+    was moved, replaced or unmounted, and what belongs into it must not be made elsewhere."""
+
+    __slots__ = ("_found", "path")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        #: None until it is there.
+        self._found = self._look()
+
+    def _look(self) -> os.stat_result | None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.stat(self.path)
+        return None
+
+    def check(self) -> None:
+        """Raises ``DatabaseMovedError`` if the path leads to something else by now."""
+        try:
+            found = self._look()
+        except OSError:
+            return  # It cannot be looked at, which proves nothing.
+        if self._found is None:
+            self._found = found
+        elif found is None or not os.path.samestat(found, self._found):
+            now = "nothing stands there" if found is None else "another directory stands there"
+            raise DatabaseMovedError(
+                f"{self.path} is not the directory that this server began with: it was moved, "
+                f"replaced or unmounted, and {now} now. Nothing was written there; put it back, or "
+                "start the server again"
+            )
 
 
 def give_owner(descriptor: int, like: os.stat_result) -> None:

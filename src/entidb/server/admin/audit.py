@@ -18,7 +18,14 @@ from typing import Final, Protocol
 from msgspec import DecodeError, Struct, json
 
 from entidb.errors import DatabaseLockedError, FormatError, StorageError
-from entidb.storage.directories import NO_FOLLOW, give_owner, move, open_file, sync_path
+from entidb.storage.directories import (
+    NO_FOLLOW,
+    KnownDirectory,
+    give_owner,
+    move,
+    open_file,
+    sync_path,
+)
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.partial import Partial
 from entidb.types import Clock
@@ -159,7 +166,8 @@ class FileJournal:
     """Files in a directory, readable for their owner alone."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._path: Final = os.path.join(os.fspath(root), AUDIT_FILE)
+        self._known: Final = KnownDirectory(root)
+        self._path: Final = os.path.join(self._known.path, AUDIT_FILE)
         self._writing = threading.Lock()
 
     def check(self) -> None:
@@ -179,7 +187,7 @@ class FileJournal:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(descriptor)
                 if not size:  # The file may be new, and so its name.
-                    sync_path(os.path.dirname(self._path) or os.curdir)
+                    sync_path(self._known.path)
             except OSError as error:
                 raise self._unwritable(error) from error
             finally:
@@ -192,13 +200,14 @@ class FileJournal:
             yield from _backwards(path)
 
     def _open(self) -> int:
+        self._known.check()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW
         try:
             descriptor = open_file(self._path, flags)
             try:
                 found = os.fstat(descriptor)
                 if not found.st_size:  # root may have started the server once
-                    give_owner(descriptor, os.stat(os.path.dirname(self._path) or os.curdir))
+                    give_owner(descriptor, os.stat(self._known.path))
             except BaseException:
                 os.close(descriptor)
                 raise

@@ -81,6 +81,7 @@ class LocalDoor:
                 self._server = _Server(path, self._answer)
             finally:
                 os.umask(before)
+        self._made = os.lstat(self._path)
         self._thread = Thread(target=self._server.serve_forever, name="entidb-admin", daemon=True)
         self._thread.start()
 
@@ -90,7 +91,9 @@ class LocalDoor:
         self._server.server_close()
         self._thread.join()
         with contextlib.suppress(OSError):
-            os.unlink(self._path)
+            # Where the directory was moved, another server's may stand there now.
+            if os.path.samestat(os.lstat(self._path), self._made):
+                os.unlink(self._path)
 
     def _answer(self, line: bytes, connection: socket.socket) -> bytes:
         from entidb.server.admin.routes import answer  # most servers are never asked this way
