@@ -182,6 +182,20 @@ def kind_name(value: object) -> str:
     return "None" if value is None else type(value).__name__
 
 
+class Uncopied:
+    """What stands for something that is open once: files, locks, threads. A copy would close them
+    under the original when it goes."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        """What ``copy``, ``deepcopy`` and ``pickle`` call."""
+        raise ValueTypeError(
+            f"{type(self).__name__} objects are not copied or pickled: what they have open is open "
+            "once. Pass the object itself; another process opens the database by its path"
+        )
+
+
 def path_text(path: str | os.PathLike[str]) -> str:
     """``path`` as text. Raises ``ConfigError`` for a name that no file of this system can have, and
     ``ValueTypeError`` (a ``TypeError``, as from ``open``) for an object that is no path."""

@@ -75,7 +75,7 @@ def test_a_directory_that_is_gone_is_named_and_not_standard_output(tmp_path: Pat
         timeout=60,
     )
     assert ended.returncode == Exit.STORAGE
-    assert "the directory in which this command runs is gone" in ended.stderr
+    assert "the directory in which this process runs is gone" in ended.stderr
 
 
 def test_a_name_that_is_not_utf8_is_not_said_to_have_control_characters(tmp_path: Path) -> None:

@@ -284,6 +284,17 @@ def test_options_that_contradict_each_other_are_usage_errors(shop: Path, tmp_pat
     failed(entidb("import", shop, "t", tmp_path / "none"), 3, "no_file")
 
 
+def test_csv_with_every_kind_of_line_end_in_its_cells_comes_back_as_it_was(
+    shop: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "ends.csv"
+    texts = ["a\rb", "\r", "c\r\nd", "e\nf", 'g"\r"h', "plain"]
+    rows = "".join(json.dumps({"$id": str(uuid.uuid4()), "x\ry": t}) + "\n" for t in texts)
+    done("import", shop, "ends", "-", stdin=rows)
+    done("export", shop, "ends", "--format", "csv", "--output", file)
+    assert "6 unchanged" in done("import", shop, "ends", file)
+
+
 def test_csv_columns_can_be_chosen(shop: Path):
     put(shop, "t", 1, {"a": 1, "b": None, "c": b"\x01"})
     said = process("export", shop, "t", "--format", "csv", "--fields", "c,a,zz").stdout.decode()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from entidb.db import Database
-from entidb.errors import DatabaseLockedError
+from entidb.errors import DatabaseLockedError, ValueTypeError
 from entidb.sync import SyncConfig, SyncEngine
 from tests.storage.lmdb.test_lmdb_traps import run_python
 
@@ -151,3 +153,31 @@ def test_a_forked_child_that_loses_it_leaves_the_parents_alone(tmp_path: Path) -
         database.close()
     """
     assert run_python(code, str(tmp_path / "db")) == "locked"
+
+
+# ---- copies of handles
+
+
+def kept_by_a_device(tmp_path: Path) -> Iterator[object]:
+    with Database.open(tmp_path / "db") as database:
+        yield database
+        with database.snapshot() as snapshot:
+            yield snapshot
+        yield database.storage
+        with SyncEngine(SyncConfig(db_id="shop"), "http://127.0.0.1:9", database) as engine:
+            yield engine
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied_so_that_no_copy_closes_what_the_original_has_open(
+    tmp_path: Path, take: Callable[[object], object]
+) -> None:
+    for handle in kept_by_a_device(tmp_path):
+        with pytest.raises(ValueTypeError, match="are not copied or pickled"):
+            take(handle)
+        with pytest.raises(ValueTypeError, match="are not copied or pickled"):
+            take([handle] if take is not copy.copy else handle)
+    with Database.open(tmp_path / "db") as database:
+        gc.collect()
+        database.collection("notes").add({"n": 1})
+        assert database.verify() == []

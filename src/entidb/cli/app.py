@@ -263,7 +263,7 @@ def _os_words(error: OSError) -> str:
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {what}"
     if isinstance(error, FileNotFoundError) and not _has_directory():
-        return "the directory in which this command runs is gone; change to one that is there"
+        return "the directory in which this process runs is gone; change to one that is there"
     # What has a name is named where it is opened.
     return f"standard output or a file that was open: {what}; what was committed stays"
 

@@ -431,7 +431,10 @@ class CsvWriter:
     def __init__(self, raw: IO[bytes], columns: list[str], delimiter: str) -> None:
         self._raw = raw
         self._buffer = io.StringIO()
-        self._add = csv.writer(self._buffer, delimiter=delimiter, lineterminator="\n").writerow
+        self._plain = csv.writer(self._buffer, delimiter=delimiter, lineterminator="\n").writerow
+        self._quoted = csv.writer(
+            self._buffer, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL
+        ).writerow
         self._columns = columns
         #: Columns that no row has had.
         self.empty = set(columns[1:])
@@ -445,6 +448,11 @@ class CsvWriter:
         self._add([entity_id, *[cell_text(get(name)) for name in self._columns[1:]]])
         if self._buffer.tell() > _BUFFER_CHARACTERS:
             self.flush()
+
+    def _add(self, cells: list[str]) -> None:
+        """A carriage return ends a row for who reads it, and Python before 3.13 does not quote
+        it."""
+        (self._quoted if "\r" in "".join(cells) else self._plain)(cells)
 
     def flush(self) -> None:
         self._raw.write(self._buffer.getvalue().encode())

@@ -36,7 +36,7 @@ from entidb.db.settings import names_of
 from entidb.db.snapshot import Snapshot
 from entidb.errors import ConfigError, TransactionConflictError
 from entidb.events import Thread
-from entidb.types import check_name, uuid_from_bytes
+from entidb.types import Uncopied, check_name, uuid_from_bytes
 
 V = TypeVar("V")
 T = TypeVar("T")
@@ -44,7 +44,7 @@ T = TypeVar("T")
 ATTEMPTS = 10
 
 
-class AsyncDatabase(Explored):
+class AsyncDatabase(Uncopied, Explored):
     """``db.aio``: a database in an asyncio program.
 
     Writes are awaited, and durable when they return. No write waits on the event loop, not even

@@ -28,6 +28,7 @@ from entidb.errors import ConfigError, CorruptionError, DatabaseLockedError, Sto
 from entidb.storage import open_storage
 from entidb.storage.addresses import is_address, shown, split_name
 from entidb.storage.base import KEY_BYTES_MAX, Snapshot, Storage
+from entidb.storage.directories import absolute
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.named import arriving, open_named
 from entidb.storage.opening import holds_store
@@ -126,7 +127,7 @@ def _made_at(place: str) -> Iterator[tuple[Storage, Callable[[], None]]]:
 @contextmanager
 def new_directory(place: str) -> Iterator[Partial]:
     """What is to be a directory that is not there. Raises ``StorageError``."""
-    where = os.path.abspath(place)
+    where = absolute(place)
     if os.path.lexists(where):
         raise _exists(place)
     try:
@@ -137,7 +138,7 @@ def new_directory(place: str) -> Iterator[Partial]:
 
 
 def finish_directory(partial: Partial, place: str) -> None:
-    if os.path.lexists(os.path.abspath(place)):
+    if os.path.lexists(absolute(place)):
         raise _exists(place)
     partial.finish()
 

@@ -11,10 +11,10 @@ from entidb.db.core import Core
 from entidb.db.index_builder import IndexBuilder
 from entidb.db.index_care import IndexStatus, build_step, declare, rebuild, statuses
 from entidb.db.indexing import Index, checked
-from entidb.types import check_number
+from entidb.types import Uncopied, check_number
 
 
-class Indexed(Core):
+class Indexed(Uncopied, Core):
     """The part of a ``Database`` that is about its indexes."""
 
     @cached_property

@@ -14,13 +14,14 @@ from entidb.db.records import (
 )
 from entidb.db.rows import LentRows, Rows, SnapshotRows
 from entidb.types import (
+    Uncopied,
     check_name,
 )
 
 V = TypeVar("V")
 
 
-class Snapshot(Explored):
+class Snapshot(Uncopied, Explored):
     """One unchanging view of the whole database. Close it, or use it as a context manager."""
 
     def __init__(self, rows: SnapshotRows) -> None:

@@ -30,6 +30,7 @@ from entidb.server.workers.family import Family, is_alive, name_of
 from entidb.server.workers.seats import clear_seats
 from entidb.storage.directories import (
     KnownDirectory,
+    absolute,
     is_at,
     make_directory,
     move,
@@ -208,7 +209,7 @@ def _wait_for_orphans(root: str) -> None:
 
 def _root(config: ServerConfig) -> str:
     assert config.data_dir is not None
-    root = os.path.abspath(config.data_dir)
+    root = absolute(config.data_dir)
     if holds_store(root):
         raise ConfigError(
             f"{root} is itself a database, and a server keeps databases in directories below its "
@@ -295,7 +296,7 @@ class DirectoryPlace:
     ) -> None:
         """Raises as ``DataDirectory.take``."""
         assert config.data_dir is not None
-        self.root: Final = Path(os.path.abspath(config.data_dir))
+        self.root: Final = Path(absolute(config.data_dir))
         self._config, self._family, self._process = config, family, os.getpid()
         self._locked = DataDirectory.take(config, family) if locked else None
         try:

@@ -49,12 +49,12 @@ from entidb.server.segments.serving import SEGMENTS_PATH, SegmentRequest, segmen
 from entidb.server.stores import Stores
 from entidb.server.wire import ServerResponse
 from entidb.server.workers.family import Family, family_of
-from entidb.types import Clock, Entropy, check_clock, kind_name, system_entropy
+from entidb.types import Clock, Entropy, Uncopied, check_clock, kind_name, system_entropy
 
 logger = logging.getLogger("entidb.server")
 
 
-class SyncServer:
+class SyncServer(Uncopied):
     """Serves the databases of ``config.data_dir``. Close it, or use it as a context manager.
 
     ``open_database`` replaces where databases come from. Raises ``ConfigError`` for settings that

@@ -12,7 +12,7 @@ import stat
 import sys
 from typing import Final
 
-from entidb.errors import DatabaseMovedError, FormatError
+from entidb.errors import DatabaseMovedError, FormatError, StorageError
 
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 #: Files on their way to the database in this directory, in a directory of their own.
@@ -28,6 +28,17 @@ _KINDS: Final = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """As ``os.path.abspath``. Raises ``StorageError`` where the current directory is gone."""
+    try:
+        return os.path.abspath(os.fspath(path))
+    except OSError as error:
+        raise StorageError(
+            f"{os.fspath(path)} begins in the current directory, and the directory in which this "
+            "process runs is gone: change to one that is there, or give the whole path"
+        ) from error
 
 
 def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
@@ -80,7 +91,7 @@ class KnownDirectory:
     __slots__ = ("_found", "path")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)
+        self.path = absolute(path)
         #: None until it is there.
         self._found = self._look()
 

@@ -18,6 +18,7 @@ from typing import Final
 
 from entidb.errors import FormatError
 from entidb.storage.directories import NO_FOLLOW, give_as, is_at, open_file
+from entidb.types import Uncopied
 
 #: A lock file that was replaced between opening and locking it is opened again.
 TRIES: Final = 10
@@ -70,7 +71,7 @@ class HeldError(Exception):
         self.holder = holder
 
 
-class FileLock:
+class FileLock(Uncopied):
     """An open file with a lock on it, across processes and within this one. The system releases
     it when the process ends, however it ends."""
 

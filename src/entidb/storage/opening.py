@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from entidb.errors import ConfigError
 from entidb.storage.addresses import whole
 from entidb.storage.base import Storage
+from entidb.storage.directories import absolute
 
 if TYPE_CHECKING:
     from entidb.storage.postgres.examining import ServerFacts
@@ -113,7 +114,7 @@ def remove_store(path: str | os.PathLike[str]) -> None:
     there. Raises ``DatabaseLockedError`` if somebody has it open, ``StorageError``."""
     from entidb.storage.lmdb.removal import remove_store
 
-    remove_store(os.path.abspath(os.fspath(path)))
+    remove_store(absolute(path))
 
 
 __all__ = [

@@ -36,11 +36,12 @@ from entidb.sync.listening import (
 from entidb.sync.standing import EntityStatus
 from entidb.sync.state import SyncCycleResult, SyncState, SyncStats, SyncStatus
 from entidb.sync.transport import SyncTransport
+from entidb.types import Uncopied
 
 T = TypeVar("T")
 
 
-class AsyncSyncEngine:
+class AsyncSyncEngine(Uncopied):
     """``SyncEngine`` for asyncio programs; arguments and errors are the same.
 
     ``engine`` is the blocking engine underneath, for listeners and everything else that does not

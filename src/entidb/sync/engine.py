@@ -40,7 +40,7 @@ from entidb.sync.standing import EntityStatus, entity_status
 from entidb.sync.state import SyncCycleResult, SyncProgress, SyncState, SyncStatus, check_move
 from entidb.sync.transport import SyncTransport
 from entidb.sync.turnover import Turnover
-from entidb.types import Clock, check_clock
+from entidb.types import Clock, Uncopied, check_clock
 
 #: Seconds until a background engine whose device was revoked asks again by itself (R32).
 REVOKED_PAUSE_S = 3600.0
@@ -53,7 +53,7 @@ _END_TURNS_MAX = 1500
 _INSIDE_TURNS = 3
 
 
-class SyncEngine(Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
+class SyncEngine(Uncopied, Decisions, Verifying, Listening, HearsNews, Turnover, Waiting):
     """Keeps one device database in step with a server.
 
     ``applier`` is a ``DatabaseApplier``, or a ``Database`` to have one made from ``config``.

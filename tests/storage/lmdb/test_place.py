@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from entidb.db import Database
+from entidb.db.copying import copy_database
 from entidb.errors import (
     CommitUnknownError,
     DatabaseClosedError,
@@ -421,3 +422,85 @@ def test_a_store_that_is_closed_keeps_no_right_from_the_next_one(tmp_path: Path)
     second = LmdbStorage.open(path)
     assert second.claim("engine").take(0)
     second.close()
+
+
+# ---- files that are written over, and links
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["older", "newer"])
+def test_a_data_file_that_was_written_over_is_not_written_to(
+    pair: tuple[Path, Path], newer: bool
+) -> None:
+    """``cp backup/data.mdb db/`` while it is open: the same file, with another content."""
+    path, other = pair
+    with contextlib.closing(LmdbStorage.open(other)) as store:
+        for number in range(40 if newer else 1):
+            store.commit({b"name": b"other", b"n": b"%d" % number})
+    restored = (other / "data.mdb").read_bytes()
+    with contextlib.closing(LmdbStorage.open(path)) as store:
+        for number in range(20):
+            store.commit({b"n": b"%d" % number})
+        with (path / "data.mdb").open("r+b") as file:
+            file.write(restored)
+        for _ in range(2):
+            with pytest.raises(DatabaseMovedError, match="written over it since it was opened"):
+                store.commit({b"lost": b"1"})
+        assert (path / "data.mdb").read_bytes()[: len(restored)] == restored
+    with contextlib.closing(LmdbStorage.open(path)) as store:
+        assert read_all(store) == {b"name": b"other", b"n": b"39" if newer else b"0"}
+        store.commit({b"after": b"1"})
+        assert list(store.verify()) == []
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink], ids=["hard", "symbolic"])
+def test_a_data_file_that_is_linked_into_another_directory_is_opened_once_in_a_process(
+    pair: tuple[Path, Path], link: Callable[[Path, Path], None]
+) -> None:
+    path, _ = pair
+    linked = path.with_name("linked")
+    linked.mkdir()
+    with contextlib.closing(LmdbStorage.open(path)) as store:
+        for file in path.iterdir():
+            if link is os.link or file.name == "data.mdb":
+                link(file, linked / file.name)
+        with pytest.raises(DatabaseLockedError, match=r"already open.* as .*/db, whose data file"):
+            LmdbStorage.open(linked)
+        store.commit({b"after": b"1"})
+        assert list(store.verify()) == []
+
+
+def test_a_data_file_that_is_a_link_is_not_compacted_into_a_file_of_its_own(
+    pair: tuple[Path, Path],
+) -> None:
+    path, _ = pair
+    linked = path.with_name("linked")
+    linked.mkdir()
+    (linked / "data.mdb").symlink_to(path / "data.mdb")
+    with contextlib.closing(LmdbStorage.open(linked)) as store:
+        store.commit({b"after": b"1"})
+        with pytest.raises(StorageError, match=r"is a link to .*nothing was changed"):
+            store.compact()
+        store.commit({b"again": b"1"})
+    assert (linked / "data.mdb").is_symlink()
+    with contextlib.closing(LmdbStorage.open(path)) as store:
+        assert read_all(store).keys() >= {b"after", b"again"}
+
+
+def test_a_current_directory_that_is_gone_is_said_in_words(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = pair
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    with Database.open(path.with_name("there")) as database:
+        (tmp_path / "gone").rmdir()
+        for refused in (
+            lambda: Database.open("db"),
+            lambda: database.backup("copy"),
+            lambda: copy_database(path, "copy"),
+        ):
+            with pytest.raises(StorageError, match="directory in which this process runs is gone"):
+                refused()
+        with pytest.raises(StorageError, match="directory in which this process runs is gone"):
+            SyncServer(ServerConfig(data_dir="data", insecure_no_auth=True))
+    monkeypatch.chdir(tmp_path)

@@ -16,6 +16,7 @@ from entidb.server.hooks import Grant
 from entidb.server.segments.building import take
 from entidb.server.segments.files import FolderFiles
 from entidb.server.segments.manifests import manifest_of, no_manifest
+from entidb.storage.directories import absolute
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.partial import Partial, remove_dead
 
@@ -27,7 +28,7 @@ def write_snapshot(database: Database, target: str | os.PathLike[str]) -> Manife
     there it needs twice its room. What it holds is in the manifest. Raises ``DatabaseLockedError``
     where another snapshot to that place is under way, and ``StorageError``, code ``exists`` where
     there is something."""
-    where = os.path.abspath(target)
+    where = absolute(target)
     _check_new(where)
     try:
         remove_dead(os.path.dirname(where))  # which is as much as the database

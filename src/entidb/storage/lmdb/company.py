@@ -121,7 +121,10 @@ def why_not_join(found: bytes, files: tuple[str, ...]) -> str | None:
     can be."""
     fields = found.partition(b"\n")[2].split()
     if len(fields) < len(files) + 3 or fields[0] != b"open":
-        return "Its lock file was replaced while it was open"
+        return (
+            "Its lock file was replaced while it was open, or its data file is that of another "
+            "directory, linked into this one"
+        )
     for path, number in zip(files, fields[1:], strict=False):
         try:
             same = str(os.stat(path).st_ino).encode() == number

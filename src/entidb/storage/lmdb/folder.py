@@ -29,6 +29,17 @@ class Folder:
         #: Of the directory; -1 where there is none, and when it is closed.
         self.descriptor = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
 
+    def check_link(self) -> None:
+        """Raises ``StorageError`` where the data file is a link: a new one would take the place of
+        the link, and what that leads to would stay as it is and look like the database."""
+        data = os.path.join(self.path, DATA)
+        if os.path.islink(data):
+            raise StorageError(
+                f"{data} is a link to {os.path.realpath(data)}, in whose place no new file can be "
+                "put; nothing was changed. Put the directory itself on the other disk, and a link "
+                "to it here"
+            )
+
     def make_temporary(self) -> str:
         """An empty directory inside this one; its path."""
         self.remove_temporary()

@@ -51,7 +51,7 @@ MAP_BYTES_MIN: Final = 2**20
 _READERS_MAX: Final = 512
 _U64_BYTES: Final = 8
 #: Where a header names its commit.
-_NUMBER_AT: Final = META_BYTES - META_END.size + 8
+NUMBER_AT: Final = META_BYTES - META_END.size + 8
 #: How to ask for address space and nothing else.
 _ASIDE: Final[dict[str, int]] = (
     {}
@@ -121,14 +121,23 @@ class OpenFile:
         # is closed meanwhile, and even given to another file, leads to no mark that was seen.
         try:
             # Both headers with one call, and what is between them: two take longer.
-            raw = os.pread(self.place.descriptor, self._numbers.size, _NUMBER_AT)
-            if len(raw) < self._numbers.size:
+            raw = os.pread(self.place.descriptor, self.numbers.size, NUMBER_AT)
+            if len(raw) < self.numbers.size:
                 raise OSError(errno.EBADF, "this is not the data file any more")
         except OSError as error:
             if gate.level >= CLOSED:
                 gate.wait_for()
             raise storage_error(error, f"reading {gate.path}") from error
-        return self.marks + int(max(self._numbers.unpack(raw)))
+        return self.marks + int(max(self.numbers.unpack(raw)))
+
+    def written_over(self) -> DatabaseMovedError:
+        """The error where somebody has written another file over this one, which is open."""
+        self.gate.doubtful = True
+        return DatabaseMovedError(
+            f"{self.place.data_path} is not what was written there: another file was written over "
+            "it since it was opened. Nothing was written to it now; close this database, and put "
+            "what is to be there in its place before it is opened again"
+        )
 
     def _close_env(self) -> None:
         if self.env is not None:
@@ -340,7 +349,7 @@ class OpenFile:
     def _open(self) -> None:
         self.env, self.map_bytes = map_store(self.place, self.map_bytes, self.read_only)
         between = self.env.stat()["psize"] - _U64_BYTES
-        self._numbers = struct.Struct(f"=Q{between}xQ")
+        self.numbers = struct.Struct(f"=Q{between}xQ")
         self.begin = self.env.begin
 
     def _refuse_begin(self) -> Any:

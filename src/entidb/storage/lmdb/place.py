@@ -431,7 +431,8 @@ class Place:
         here = find_here(self.path)
         if here is not None:
             return (
-                f"{self.path} is already open in this process, since {here.opened_at}: use that "
+                f"{self.path} is already open in this process{_as(here, self)}, since "
+                f"{here.opened_at}: use that "
                 "object, or end it with close() or a `with` block before opening again. If no "
                 "name is left for it, the traceback of the last uncaught exception keeps it "
                 "(sys.last_value, sys.last_traceback), until the next one"
@@ -440,7 +441,7 @@ class Place:
         pids = pids or [written_holder(os.path.join(self.path, LOCK))]
         process = f"process {pids[0]}" if pids[0] else "another process"
         if why:
-            return f"{self.path} is open in {process}; close it there ({why} open)"
+            return f"{self.path} is open in {process}; close it there. {why}"
         said = f"{self.path} is open in {process}; close it there"
         return said + (_AT_THE_DOOR if at_the_door else "")
 
@@ -448,12 +449,23 @@ class Place:
 _PLACES: weakref.WeakSet[Place] = weakref.WeakSet()
 
 
+def _as(other: Place, place: Place) -> str:
+    linked = other.path != place.path and not os.path.samefile(other.path, place.path)
+    return f" as {other.path}, whose data file is linked here" if linked else ""
+
+
 def find_here(path: str) -> Place | None:
-    """The open place of this process in the directory at ``path``."""
+    """The open place of this process in the directory at ``path``, or of its data file, which may
+    be linked into another directory: LMDB opens a file once in a process."""
     with contextlib.suppress(OSError):
-        here = os.stat(path)
+        here = [os.stat(path)]
+        with contextlib.suppress(OSError):
+            here.append(os.stat(os.path.join(path, DATA)))
         for place in list(_PLACES):
-            if os.path.samestat(here, place.folder.stat()):
+            theirs = [place.folder.stat()]
+            if place.descriptor >= 0:
+                theirs.append(os.fstat(place.descriptor))
+            if any(os.path.samestat(one, other) for one in here for other in theirs):
                 return place
     return None
 

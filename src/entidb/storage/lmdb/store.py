@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ import lmdb
 from entidb.errors import CommitStaleError, StorageError, StorageFullError
 from entidb.storage.base import Batch, StorageInfo, StoreTurn
 from entidb.storage.checksums import Puts, stage
-from entidb.storage.directories import restrict, sync_path
+from entidb.storage.directories import absolute, restrict, sync_path
 from entidb.storage.lmdb.doubt import (
     check_closed,
     check_directory,
@@ -34,7 +35,13 @@ from entidb.storage.lmdb.doubt import (
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.gate import CLOSED, FROZEN, OPEN, Gate, Reader
 from entidb.storage.lmdb.left import DATA, LOCK
-from entidb.storage.lmdb.open_file import MAP_BYTES_MIN, OpenFile, as_bytes, create_file
+from entidb.storage.lmdb.open_file import (
+    MAP_BYTES_MIN,
+    NUMBER_AT,
+    OpenFile,
+    as_bytes,
+    create_file,
+)
 from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
 from entidb.storage.lmdb.resident import shedding
 from entidb.storage.lmdb.snapshot import LmdbSnapshot
@@ -43,6 +50,7 @@ from entidb.storage.lmdb.turn import COMMITTING, TURN
 from entidb.storage.lmdb.verifying import faults_of, snapshot_with_header
 from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.turns import Turn
+from entidb.types import Uncopied
 
 #: Seconds a commit waits for open snapshots when the map must grow.
 _DRAIN_SECONDS: Final = 5.0
@@ -69,7 +77,7 @@ def _is_over(txn: Any) -> bool:
     return False
 
 
-class LmdbStorage:
+class LmdbStorage(Uncopied):
     """An open store on disk. Made by ``open``."""
 
     #: Contracts ask this: it has files, so ``backup`` works and it can be opened again.
@@ -108,20 +116,20 @@ class LmdbStorage:
 
         Raises ``DatabaseLockedError`` if it is open, here or in another process, ``FormatError``
         if the file is not a store at all."""
-        return closed_faults(os.path.abspath(os.fspath(path)))
+        return closed_faults(absolute(path))
 
     @staticmethod
     def doubtful_bytes(path: str | os.PathLike[str]) -> int:
         """How many bytes opening the store in ``path`` would read to see that it is well; 0 if
         none, or if there is no store. Cheap, and a hint: nothing is locked."""
-        return doubtful_bytes(os.path.abspath(os.fspath(path)))
+        return doubtful_bytes(absolute(path))
 
     @staticmethod
     def look(path: str | os.PathLike[str]) -> None:
         """Read the store in ``path`` as opening it would, so that opening need not: for doing it
         somewhere else. What is found is what opening raises, as long as the file is the same."""
         with contextlib.suppress(OSError):
-            known_faults(os.path.join(os.path.abspath(os.fspath(path)), DATA))
+            known_faults(os.path.join(absolute(path), DATA))
 
     @classmethod
     def open(
@@ -157,7 +165,7 @@ class LmdbStorage:
         there, which is not touched; ``CorruptionError`` for damaged pages, likewise;
         ``StorageError``. Not for network file systems.
         """
-        where = os.path.abspath(os.fspath(path))
+        where = absolute(path)
         check_directory(where, create and not read_only)
         try:
             place = take_place(where, read_only, alone=salvage)
@@ -307,6 +315,12 @@ class LmdbStorage:
             try:
                 txn = file.env.begin(write=True)
                 number = txn.id()
+                # The newest is the commit before, or one of this number, of unknown outcome.
+                if sys.platform != "win32":
+                    raw = os.pread(self._place.descriptor, file.numbers.size, NUMBER_AT)
+                    full = len(raw) == file.numbers.size
+                    if not full or not 0 <= number - max(file.numbers.unpack(raw)) <= 1:
+                        raise file.written_over()
                 mark = file.marks + int(number)
                 if after is not None and mark != after + 1:
                     raise CommitStaleError.of(self.path, after, mark - 1)
@@ -365,6 +379,7 @@ class LmdbStorage:
             if self._read_only:
                 raise self._no_writing()
             self._place.check()
+            self._place.folder.check_link()
             with self._place.to_itself():
                 try:
                     self._copy_to(self._make_temporary())
@@ -396,7 +411,7 @@ class LmdbStorage:
             raise storage_error(error, f"compacting {self.path}") from error
 
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
-        where = os.path.abspath(os.fspath(path))
+        where = absolute(path)
         if os.path.lexists(where):
             raise _exists(where)
         try:

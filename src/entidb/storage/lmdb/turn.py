@@ -22,6 +22,7 @@ from typing import Final
 
 from entidb.storage.directories import NO_FOLLOW, give_as, is_still_at, open_file
 from entidb.storage.locks import system_holders
+from entidb.types import Uncopied
 
 TURN: Final = "entidb.turn"
 #: Bytes of the file: a process waits; a commit is under way; since when one waits, and when it
@@ -88,7 +89,7 @@ else:
     _GIVE_BACK: Final = fcntl.LOCK_UN
 
 
-class FileClaim:
+class FileClaim(Uncopied):
     """A right that one process has at a time: the lock of a file of its own."""
 
     __slots__ = ("__weakref__", "_descriptor", "_file", "_like", "_lock", "_path", "mine")

@@ -38,6 +38,7 @@ from entidb.errors import (
 )
 from entidb.storage.base import Batch, StorageInfo
 from entidb.storage.checksums import RESIDUE, Puts, stage
+from entidb.storage.directories import absolute
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.opening import open_storage
 from entidb.storage.partial import Partial
@@ -351,7 +352,7 @@ class PostgresStorage:
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
         """A copy in files: a store on disk in the new directory ``path``. PostgreSQL's own backups
         are the better ones of a whole server."""
-        where = os.path.abspath(os.fspath(path))
+        where = absolute(path)
         if os.path.lexists(where):
             raise _exists(where)
         try:

@@ -10,6 +10,7 @@ from entidb import cbor
 from entidb.db.json_values import dump
 from entidb.db.pending import PendingTransaction
 from entidb.errors import StorageError
+from entidb.storage.directories import absolute
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.partial import Partial, remove_dead
 from entidb.types import ms_from_timestamp, path_text, uuid_from_bytes
@@ -21,7 +22,7 @@ def to_file(
     """What writes transactions to the new file ``path``, durably, for nobody else to read; not
     there at all if that fails. The function raises ``StorageError``, and this ``ConfigError`` for
     what is no path."""
-    where = os.path.abspath(path_text(path))
+    where = absolute(path_text(path))
 
     def write(pending: list[PendingTransaction], names: dict[int, str], who: str | None) -> None:
         try:
