@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import pickle
@@ -153,6 +154,21 @@ def test_a_forked_child_that_loses_it_leaves_the_parents_alone(tmp_path: Path) -
         database.close()
     """
     assert run_python(code, str(tmp_path / "db")) == "locked"
+
+
+def test_a_database_that_a_coroutine_has_lost_can_be_opened_again_at_once(tmp_path: Path) -> None:
+    """The thread that committed for it waits for more, and keeps nothing."""
+
+    async def write() -> None:
+        database = await Database.open_async(tmp_path / "db")
+        await database.aio.collection("notes").add({"n": 1})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        for count in range(1, 4):
+            asyncio.run(write())
+            with Database.open(tmp_path / "db") as database:
+                assert len(database.collection("notes")) == count
 
 
 # ---- copies of handles

@@ -7,6 +7,7 @@ an error of its own. A job that has not begun can be withdrawn. Not here: asynci
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -58,7 +59,8 @@ class Committer:
                 raise DatabaseClosedError(f"{self._core.where} is closed; open it again to use it")
             if self._thread is None:
                 name = "entidb-committer"
-                thread = Thread(target=self._run, name=name, daemon=True)
+                args = (weakref.ref(self), self._changed)
+                thread = Thread(target=_run, args=args, name=name, daemon=True)
                 thread.start()  # if there is none, nothing was begun
                 self._thread = thread
             self._jobs.append(job)
@@ -83,16 +85,6 @@ class Committer:
             thread.join()
 
     # ------------------------------------------------------------ on its thread
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                if not self._jobs and not self._closed:
-                    self._changed.wait(_IDLE_S)
-                if not self._jobs:
-                    self._thread = None
-                    return
-            self._commit_waiting()
 
     def _commit_waiting(self) -> None:
         group: list[Job[Any]] = []
@@ -156,6 +148,25 @@ class Committer:
     def _tell(self, group: Sequence[Job[Any]]) -> None:
         for job in group:
             job.told()
+
+
+def _run(lost: weakref.ref[Committer], changed: threading.Condition) -> None:
+    """While it waits, the thread keeps nothing alive: a database that its owner has lost would stay
+    open as long."""
+    while True:
+        with changed:
+            committer = lost()
+            idle = committer is not None and not committer._jobs and not committer._closed
+            if idle:
+                committer = None
+                changed.wait(_IDLE_S)
+                committer = lost()
+            if committer is None:
+                return
+            if not committer._jobs:
+                committer._thread = None
+                return
+        committer._commit_waiting()
 
 
 def _bytes_of(writes: Writes) -> int:
