@@ -17,7 +17,7 @@ from entidb.server import ServerConfig, SyncServer
 from entidb.server.admin import backups, databases
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.opening import office_of
-from entidb.storage.directories import give_owner, restrict
+from entidb.storage.directories import give_owner, open_file, restrict
 from entidb.storage.lmdb.folder import Folder
 from entidb.storage.locks import FileLock
 from entidb.storage.partial import Partial
@@ -222,6 +222,33 @@ def test_a_secret_that_root_makes_for_a_service_can_be_read_by_it(tmp_path: Path
         assert everything(tmp_path) == dict.fromkeys(("secret", "token"), SERVICE)
         os.chown(tmp_path, 0, 0)
     assert {stat.S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()} == {0o600}
+
+
+@as_root
+def test_a_file_that_root_writes_for_a_service_is_the_services(
+    restored: Path, tmp_path: Path
+) -> None:
+    os.chown(tmp_path, SERVICE, SERVICE)
+    with Database.open(tmp_path / "shop", role=Role.SERVER) as database:
+        database.collection("notes").add({"n": 1})
+    done("snapshot", str(tmp_path / "shop"), str(tmp_path / "snapshot"))
+    done("export", str(restored), "notes", "--output", str(tmp_path / "rows"))
+    assert set(everything(tmp_path).values()) == {SERVICE}
+
+
+def test_a_file_that_may_not_be_opened_is_named(
+    restored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a lock file that root has made with an older EntiDB."""
+
+    def refuse(path: str, *rest: object) -> int:
+        if path.endswith("entidb.lock"):
+            raise PermissionError(13, "Permission denied", path)
+        return open_file(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("entidb.storage.locks.open_file", refuse)
+    with pytest.raises(StorageError, match=r"opening .*/db \(.*/db/entidb\.lock\): no permission"):
+        Database.open(restored)
 
 
 @as_root

@@ -332,6 +332,9 @@ def frozen_error(db_id: str) -> ServerBusyError:
 def _read(records: Records) -> Decided:
     try:
         content = records.read(CONTROL)
+    except PermissionError as error:
+        todo = "give the file to the user of the server (chown)"
+        raise _unreadable(records, str(error.strerror), todo) from error
     except OSError as error:
         raise _unreadable(records, str(error.strerror)) from error
     return _decoded(records, content)
@@ -351,10 +354,10 @@ def _decoded(records: Records, content: bytes | None) -> Decided:
     return decided
 
 
-def _unreadable(records: Records, why: str) -> ConfigError:
+def _unreadable(records: Records, why: str, todo: str = "put it back from a copy") -> ConfigError:
     return ConfigError(
         f"{records.where(CONTROL)}, which says who is revoked, cannot be read: {why}. Nobody is "
-        "served without it; put it back from a copy"
+        f"served without it; {todo}"
     )
 
 

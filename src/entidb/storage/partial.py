@@ -71,10 +71,13 @@ class Partial:
 
     def finish(self) -> None:
         """Move it to its place, durably. A file there is replaced, and its owner and permissions
-        are kept; a directory is not replaced. After an error nothing new is in its place, unless a
-        file was there."""
-        with contextlib.suppress(FileNotFoundError):
+        are kept; a new file is the directory's owner's. A directory is not replaced. After an error
+        nothing new is in its place, unless a file was there."""
+        try:
             _give_as(self.path, os.stat(self._where))
+        except FileNotFoundError:
+            if os.path.isfile(self.path):
+                _give_as(self.path, os.stat(os.path.dirname(self._where) or os.curdir))
         move(self.path, self._where, forget=False)
 
     def _end(self) -> None:

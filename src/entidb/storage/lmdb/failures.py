@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from typing import Final
 
@@ -42,6 +43,9 @@ def storage_error(error: Exception, doing: str) -> StorageError:
         if isinstance(error, kind):
             return ours(f"{doing}: {hint}")
     code = code_of(error)
+    name = getattr(error, "filename", None)
+    if isinstance(name, str) and os.path.isabs(name) and name not in doing.split():
+        doing = f"{doing} ({name})"
     if code:
         return disk_error(code, doing)
     return StorageError(
