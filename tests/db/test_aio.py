@@ -597,17 +597,23 @@ def test_a_timeout_around_a_write_is_a_timeout(plain: Database, storage: Gated) 
     async def program(db: AsyncDatabase) -> None:
         storage.gate.clear()
         storage.reached.clear()
-        limit = asyncio.timeout(0.05)
+        limit = asyncio.timeout(None)
+
+        async def strike() -> None:
+            await until(storage.reached)  # before that nothing would be committed
+            limit.reschedule(asyncio.get_running_loop().time())
 
         def open_gate() -> None:
             while not limit.expired():
                 time.sleep(0.005)
             storage.gate.set()
 
+        striking = asyncio.create_task(strike())
         threading.Thread(target=open_gate, daemon=True).start()
         with pytest.raises(TimeoutError):
             async with limit:
                 await db["notes"].add(1)
+        await striking
         assert len(db["notes"]) == 1
 
     on(plain, program)

@@ -109,7 +109,9 @@ def db() -> Iterator[Database]:
 
 
 @pytest.fixture
-def gate(db: Database) -> Iterator[Gate]:
+def gate(db: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    # While it is closed nobody else waits for the turn of the store, however long that takes.
+    monkeypatch.setattr(sharing, "HOLD_S", 10 * WAIT_S)
     made = Gate(db)
     yield made
     made.open.set()
@@ -701,6 +703,7 @@ def test_threads_leave_what_they_would_leave_one_after_the_other(
 def test_a_block_that_would_not_read_what_is_on_its_way_is_found() -> None:
     with watched() as db, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sharing, "ahead", lambda self: ({}, 0))
+        patch.setattr(sharing, "HOLD_S", 10 * WAIT_S)
         gate = Gate(db)
         done: list[tuple[int, str, int, Any, Any]] = []
 
