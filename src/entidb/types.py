@@ -7,6 +7,7 @@ run the real code: nothing below the command line reads the clock or calls ``ran
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from typing import Annotated, Final, NewType, Protocol, cast
 from msgspec import Meta, Struct
 
 from entidb.errors import ConfigError, InvalidNameError, ValueTypeError
+
+_log = logging.getLogger("entidb")
 
 #: Commit sequence of a database: 1 is the first commit, 0 means "never".
 Sequence = NewType("Sequence", int)
@@ -131,11 +134,40 @@ class SystemClock:
 _MS_MAX: Final = 253_402_300_799_999
 
 
+class _BoundedClock:
+    """A clock that was given, believed as long as it names a time that can be stored: a wrong word
+    of it would stay above all that is written later. Until then it is the time of before."""
+
+    __slots__ = ("_given", "_known", "_wrong", "monotonic", "wait")
+
+    def __init__(self, given: Clock, known: int) -> None:
+        self._given = given
+        self._known = known
+        self._wrong = False
+        self.monotonic = given.monotonic
+        self.wait = given.wait
+
+    def now_ms(self) -> int:
+        now: object = self._given.now_ms()
+        if isinstance(now, int) and 0 <= now <= _MS_MAX:
+            self._known, self._wrong = now, False
+        elif not self._wrong:
+            self._wrong = True
+            _log.warning(
+                "now_ms() of the clock gives %.60r, which is no time from 1970 to 9999 in "
+                "milliseconds; until it gives one, the time is taken to be that of before",
+                now,
+            )
+        return self._known
+
+
 def check_clock(given: object) -> Clock:
-    """``given``, or the machine's clock for None. Raises ``ConfigError`` where it is no clock, or
-    counts in another unit: what it says is stored, and stays above all that is written later."""
+    """``given``, or the machine's clock for None; what it says later is believed within bounds.
+    Raises ``ConfigError`` where it is no clock, or counts in another unit."""
     if given is None:
         return SystemClock()
+    if type(given) is SystemClock or isinstance(given, _BoundedClock):
+        return given
     calls = ("now_ms", "monotonic", "wait")
     if isinstance(given, type) or not all(callable(getattr(given, name, None)) for name in calls):
         raise ConfigError(
@@ -148,7 +180,7 @@ def check_clock(given: object) -> Clock:
             f"now_ms() of the clock gives {now!r:.60}: it must give whole milliseconds since 1970, "
             "as time.time_ns() // 1_000_000 does"
         )
-    return clock
+    return _BoundedClock(clock, max(now, 0))
 
 
 # ---------------------------------------------------------------- what a setting may be

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
 
 from entidb import Index
-from entidb.db import Database, index_care, index_run
+from entidb.db import Database, index_builder, index_care, index_run
 from entidb.db.index_care import build_step, declare
 from entidb.db.index_pace import LEAST, STEP_S, Pace
 from entidb.errors import StorageFullError
@@ -170,6 +171,28 @@ def test_a_run_is_not_counted_for_a_commit_that_failed(monkeypatch: pytest.Monke
             pass
         assert found_by_kind(db) == by_hand(db)
         assert db.verify() == []
+
+
+def test_a_build_goes_on_by_itself_when_the_disk_has_room_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[int] = []
+    real = build_step
+
+    def full_at_first(*arguments: Any, **named: Any) -> bool:
+        tried.append(1)
+        if len(tried) in (1, 3):
+            raise StorageFullError("no room")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(index_builder, "_AGAIN_S", 0.01)
+    with unbuilt(60, monkeypatch) as db:
+        monkeypatch.setattr(index_builder, "build_step", full_at_first)
+        db.build_indexes()
+        until = time.monotonic() + 30
+        while not all(each.ready for each in db.indexes()) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert found_by_kind(db) == by_hand(db)
 
 
 def _no_room(batch: Any, after: Any = None) -> int:

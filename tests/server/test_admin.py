@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -853,12 +854,17 @@ def test_a_task_that_fails_says_why_and_the_next_one_runs(place: Place):
     def breaks(progress: Any) -> dict[str, Any]:
         raise RuntimeError("a secret")
 
+    def ends(progress: Any) -> dict[str, Any]:
+        sys.exit(3)  # as a hook does that is called below a task
+
     one = place.office.tasks.add("x", "ada", None, fails)
     two = place.office.tasks.add("x", "ada", None, breaks)
+    end = place.office.tasks.add("x", "ada", None, ends)
     three = place.office.tasks.add("x", "ada", None, lambda progress: {"n": 7})
     for task, state, error in (
         (one, "failed", "the disk is full"),
         (two, "failed", "internal error: RuntimeError"),
+        (end, "failed", "internal error: SystemExit"),
         (three, "done", None),
     ):
         found = place.office.tasks.wait(task.id, 30)

@@ -14,10 +14,17 @@ import pytest
 from entidb import AsyncSyncEngine, Database, SyncConfig
 from entidb.db.observers import CommitEvent
 from entidb.errors import (
+    AuthenticationError,
+    CommitUnknownError,
+    DatabaseLockedError,
     EntiDBError,
     PermissionDeniedError,
+    ProtocolError,
+    StorageError,
+    StorageFullError,
     SyncCancelledError,
     SyncStateError,
+    TlsError,
     TransportError,
 )
 from entidb.protocol import PushRequest, SyncRequest, SyncResponse
@@ -31,7 +38,7 @@ from entidb.sync import (
     SyncEngine,
     Withdrawn,
 )
-from entidb.sync.background import BURST_S, Background
+from entidb.sync.background import BURST_S, STANDBY_S, Background
 from entidb.sync.transport import MockTransport
 from tests.support import World, uid
 
@@ -337,7 +344,10 @@ def test_after_a_failure_that_stays_only_the_interval_or_a_call_starts_the_next(
 def test_a_sync_by_hand_in_its_way_holds_commits_up_no_longer_than_a_backoff():
     turns = Turns(fails(SyncStateError("a cycle runs already")), nothing)
     turns.plan = [(1.0, turns.commit)]
-    assert turns.run() == [0.0, 4.0, 34.0]
+    assert turns.run() == [0.0, 1.0, 31.0]
+    # A long one is no failure that makes the waits longer and longer.
+    turns = Turns(*[fails(SyncStateError("a cycle runs already"))] * 20, nothing)
+    assert turns.run() == [*map(float, range(21)), 50.0]
 
 
 def test_an_engine_that_was_started_runs_in_the_background_before_its_thread_has_begun():
@@ -365,7 +375,92 @@ def test_an_engine_that_was_started_runs_in_the_background_before_its_thread_has
 def test_a_bug_and_a_cancelled_cycle_do_not_end_the_run():
     turns = Turns(fails(SyncCancelledError("cancelled")), fails(ValueError("a bug")))
     turns.plan = [(1.0, turns.commit), (5.0, turns.commit)]
+    assert turns.run() == [0.0, 1.0, 5.0]
+
+
+AWAY = TransportError("away")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AWAY,
+        ValueError("a listener asks a server that is away"),
+        StorageFullError("the disk is full"),
+        StorageError("the disk fails for once"),
+        DatabaseLockedError("another process syncs"),
+        CommitUnknownError("perhaps"),
+        TlsError("the login page of a network"),
+        AuthenticationError("the token file is being written"),
+        ProtocolError("moved", code="redirected"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_sync_that_fails_by_what_may_pass_follows_as_the_backoff_says(error: Exception):
+    # Whatever it was for: the start, the interval, or somebody who calls.
+    turns = Turns(fails(error), nothing, interval_s=3600.0)
+    assert turns.run() == [0.0, 4.0, 3604.0]
+    turns = Turns(nothing, fails(error), fails(error), nothing, interval_s=3600.0)
+    turns.plan = [(10.0, turns.background.wake)]
+    assert turns.run() == [0.0, 10.0, 14.0, 22.0, 3622.0]
+
+
+def test_a_sync_that_fails_by_what_may_pass_comes_no_later_than_the_interval():
+    turns = Turns(*[fails(AWAY)] * 3, nothing, interval_s=5.0)
+    assert turns.run() == [0.0, 4.0, 9.0, 14.0, 19.0]
+
+
+def test_a_disk_that_fails_where_the_loop_rests_does_not_end_the_run():
+    turns = Turns(nothing, nothing)
+    reads: list[float] = []
+
+    class Failing(Turns):
+        @property
+        def reached(self) -> int:
+            reads.append(self.now)
+            if len(reads) == 1:
+                raise StorageError("the disk fails for once")
+            return 7
+
+        @reached.setter
+        def reached(self, value: int) -> None:
+            return None
+
+    turns = Failing(nothing, nothing)
+    turns.plan = [(1.0, lambda: turns.background.heard(7, False))]
     assert turns.run() == [0.0, 1.0, 31.0]
+    assert reads
+
+
+@pytest.mark.parametrize(
+    "error", [StorageError("the disk fails for once"), RuntimeError("can't start new thread")]
+)
+def test_what_fails_before_the_loop_rests_does_not_end_the_run(error: Exception):
+    turns = Turns(nothing, nothing)
+    tried: list[float] = []
+
+    def fails_once() -> None:
+        tried.append(turns.now)
+        if len(tried) == 1:
+            raise error
+
+    turns.database.start_hearing = fails_once
+    assert turns.run() == [0.0, 30.0, 60.0]
+    assert tried == [0.0, 30.0]
+
+
+def test_a_disk_that_fails_while_another_process_syncs_does_not_end_the_run():
+    turns = Turns(nothing)
+    tried: list[float] = []
+
+    def take(seconds: float) -> bool:
+        tried.append(turns.now)
+        if len(tried) == 1:
+            raise StorageError("the disk fails for once")
+        return True
+
+    turns.database.right = lambda name: SimpleNamespace(take=take, give_back=lambda: None)
+    assert turns.run() == [STANDBY_S, 30.0 + STANDBY_S]
 
 
 # ---------------------------------------------------------------- who hears of it

@@ -84,6 +84,57 @@ def test_a_stream_that_lived_for_a_while_begins_anew_with_short_waits() -> None:
     assert steps.next(0.0) == Wait(1.0)
 
 
+def test_a_stream_that_ended_as_it_should_begins_anew_with_short_waits_too() -> None:
+    steps = policy()
+    for _ in range(8):
+        steps.failed(0.0, TransportError("cut"))
+    steps.said_goodbye(0.0, Event("bye", "shutdown", 3000), 500.0)
+    steps.failed(10.0, TransportError("the server is still away"))
+    assert steps.next(10.0) == Wait(1.0)
+
+
+def test_a_time_of_years_that_a_server_names_counts_as_an_hour() -> None:
+    steps = policy(0.0)
+    steps.failed(0.0, ServerBusyError("many", retry_after=999_999_999.0))
+    assert steps.next(0.0) == Wait(3600.0)
+    steps = policy(0.0)
+    steps.said_goodbye(0.0, Event("bye", "shutdown", 999_999_999), 100.0)
+    assert steps.next(0.0) == Wait(3600.0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AuthenticationError("no"),
+        PermissionDeniedError("no", code="revoked"),
+        PermissionDeniedError("no", code="too_many_devices"),
+    ],
+)
+def test_who_was_shut_out_listens_again_when_a_cycle_has_worked(error: SyncError) -> None:
+    steps = policy()
+    steps.failed(0.0, error)
+    if steps.next(0.0) == OpenStream(refresh=True):
+        steps.failed(0.0, error)
+    assert isinstance(steps.next(1.0), Wait)
+    steps.nudged(worked=True)
+    assert steps.next(1.0) == OpenStream(refresh=False)
+    steps.failed(1.0, PermissionDeniedError("there are no news here"))
+    steps.nudged(worked=True)
+    assert isinstance(steps.next(1.0), Wait), "that says nothing of news"
+
+
+def test_who_wants_it_tried_now_waits_no_longer_than_the_server_asked() -> None:
+    steps = policy()
+    for _ in range(8):
+        steps.failed(0.0, TransportError("cut"))
+    steps.nudged(worked=False)
+    assert steps.next(0.0) == OpenStream(refresh=False)
+    steps.failed(0.0, ServerBusyError("many", retry_after=7.0))
+    assert cast(Wait, steps.next(0.0)).seconds > 7
+    steps.nudged(worked=False)
+    assert steps.next(0.0) == Wait(7.0)
+
+
 def test_what_the_server_says_of_when_to_come_again_is_kept() -> None:
     steps = policy(0.0)
     steps.failed(0.0, ServerBusyError("many", retry_after=7.0))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from entidb import AsyncSyncEngine, Database, SyncConfig, SyncEngine
-from entidb.errors import SyncStateError, TransportError
+from entidb.errors import ConfigError, StorageError, SyncStateError, TransportError
 from entidb.server import SyncServer, serving
 from entidb.sync import SyncCycleResult
 from entidb.sync.apply.applier import DatabaseApplier
@@ -293,3 +293,70 @@ def test_observers_of_a_page_find_the_context_of_the_task_that_runs_the_engine()
     with served() as (server, url):
         asyncio.run(asyncio.wait_for(run(server, url), WAIT_S))
     assert {name for _, name in found} == {"somebody"}
+
+
+@pytest.mark.parametrize("part", ["asks_pages", "page_came", "open"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageError("the disk fails for once"),
+        OSError(24, "too many open files"),
+        RuntimeError("can't start new thread"),
+        ConfigError("a proxy variable is wrong"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_that_passes_does_not_end_the_listening_for_news(
+    part: str, error: Exception
+) -> None:
+    with served() as (server, url), an_engine(url) as one:
+        fail_once(one, part, error)
+        one.start()
+        eventually(lambda: is_live(one))
+        server.database("shop").collection("notes").add({"n": 1})
+        eventually(lambda: len(one.database.collection("notes")) == 1)
+
+
+def an_engine(url: str) -> SyncEngine:
+    """One that comes by itself after an hour."""
+    return SyncEngine(SyncConfig(db_id="shop", interval_s=3600.0), url, Database.in_memory())
+
+
+def fail_once(engine: SyncEngine, part: str, error: Exception) -> None:
+    """Have that part of the listening raise ``error`` when it is called for the first time."""
+    failed: list[Exception] = []
+
+    def once(real: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if not failed:
+                failed.append(error)
+                raise error
+            return real(*arguments, **named)
+
+        return call
+
+    if part != "open":
+        setattr(engine, part, once(getattr(engine, part)))
+        return
+    make = engine.news_source
+
+    def source() -> Any:
+        made: Any = make()
+        if made is not None:
+            made.open = once(made.open)
+        return made
+
+    engine.news_source = source  # type: ignore[method-assign]
+
+
+def test_waking_tries_to_hear_of_news_at_once() -> None:
+    with served() as (_, url), an_engine(url) as one:
+        fail_once(one, "open", TransportError("not now"))
+        one._background._draw = lambda: 1000.0  # the first wait takes so many seconds
+        one.start()
+        eventually(lambda: one._background.channel is not None)
+        time.sleep(0.1)
+        assert not is_live(one)
+        one.wake()
+        eventually(lambda: is_live(one))

@@ -22,16 +22,10 @@ from entidb.cli.exits import Exit
 from entidb.cli.output import code_text, fit, is_terminal, note, one_line, plural, safe, time_text
 from entidb.cli.words import opened
 from entidb.db import Database
-from entidb.errors import (
-    CommitUnknownError,
-    DatabaseLockedError,
-    EntiDBError,
-    StorageError,
-    StorageFullError,
-    TlsError,
-)
+from entidb.errors import EntiDBError, StorageError
 from entidb.events import SafeEvent
 from entidb.sync import SyncCycleResult, SyncEngine, SyncProgress, SyncState, SyncStatus
+from entidb.sync.occasions import may_pass
 from entidb.types import SystemClock
 
 #: Seconds between two looks at what the terminal shows.
@@ -188,19 +182,9 @@ def stays_open(database: Database) -> bool:
 
 
 def _passes(error: EntiDBError) -> bool:
-    """Whether the next turn of a watch can go well with the same settings. The login page of a
-    network shows a certificate of its own, and so does a clock that starts in 1970 make every
-    certificate "not yet valid"; disks get room again."""
-    if isinstance(error, _PASSING):
-        return True
-    # A disk that fails for once; its subclasses say what is wrong for good.
-    return error.retryable or type(error) is StorageError or error.code in _PASSING_CODES
-
-
-_PASSING: Final = (DatabaseLockedError, TlsError, StorageFullError, CommitUnknownError)
-#: The login page of a network redirects, with a status that means "for good"; a database is busy
-#: while another thread writes; an administrator has frozen the server's database.
-_PASSING_CODES: Final = ("redirected", "busy", "frozen")
+    """Whether the next turn of a watch can go well with the same settings."""
+    # An administrator freezes a database for a while.
+    return (may_pass(error) and error.code != "unauthorized") or error.code == "frozen"
 
 
 # ---------------------------------------------------------------- the line that changes

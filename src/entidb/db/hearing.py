@@ -6,6 +6,7 @@ Not here: telling the observers, and in which order (``observers``).
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -21,6 +22,9 @@ from entidb.storage import Storage
 _WAIT_SECONDS: Final = 0.1
 #: Before it is tried again, where there is nothing to read yet.
 _PAUSE_SECONDS: Final = 0.02
+_FAILED_SECONDS: Final = 1.0
+
+_log = logging.getLogger("entidb.db")
 
 
 class Hearing:
@@ -86,6 +90,10 @@ def _run(hearing: Hearing) -> None:
             # Closed, moved, or no room to follow its growth: whoever uses it is told, and by the
             # next commit that can be read everything is heard.
             time.sleep(_PAUSE_SECONDS)
+        except Exception:
+            # Without this thread nobody would hear of other processes any more.
+            _log.exception("hearing of what other processes commit failed")
+            time.sleep(_FAILED_SECONDS)
 
 
 __all__ = ["Hearing"]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from typing import Final
 
 from entidb.db.core import Core
 from entidb.db.index_care import build_step
-from entidb.errors import DatabaseClosedError, EntiDBError
+from entidb.errors import CorruptionError, DatabaseClosedError, DatabaseMovedError, EntiDBError
 from entidb.events import SafeEvent, Thread
 
 _log = logging.getLogger("entidb.db")
 #: A breath between two commits: who waits for the turn gets it.
-_PAUSE_S = 0.001
+_PAUSE_S: Final = 0.001
+#: Seconds before it goes on after an error, twice as many after each further one.
+_AGAIN_S: Final = 0.5
+_AGAIN_S_MAX: Final = 60.0
 
 
 class IndexBuilder:
@@ -51,20 +55,25 @@ class IndexBuilder:
             thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(_PAUSE_S):
+        pause_s, said = _PAUSE_S, ""
+        while not self._ended.wait(pause_s):
             database = self._database()
             try:
                 if database is None or not build_step(database, is_ended=self._ended.is_set):
                     return
-            except DatabaseClosedError:
+                pause_s, said = _PAUSE_S, ""
+            except (DatabaseClosedError, CorruptionError, DatabaseMovedError):
                 return
             except EntiDBError as error:
                 if error.code == "busy":
                     continue
-                # Such as a full disk: the next declaration, or the next opening, goes on.
-                _log.warning("the build of an index stopped: %s", error)
-                return
-            del database
+                # Such as a full disk, for as long as that lasts.
+                pause_s = min(max(_AGAIN_S, 2 * pause_s), _AGAIN_S_MAX)
+                if str(error) != said:
+                    _log.warning("the build of an index is held up: %s", error)
+                said = str(error)
+            finally:
+                del database
 
 
 __all__ = ["IndexBuilder"]

@@ -33,6 +33,7 @@ from entidb.protocol import (
 )
 from entidb.server import wire
 from entidb.server.auth import Grants, JwtAuthenticator, authenticator_for
+from entidb.server.chores import do_each
 from entidb.server.config import WAYS_TO_KNOW, ServerConfig
 from entidb.server.control import Control
 from entidb.server.directory import DirectoryPlace, OpenDatabase
@@ -271,9 +272,7 @@ class SyncServer(Uncopied):
     def housekeep(self) -> None:
         """Close idle databases and purge tombstones where that is due. The app calls it by
         itself; a program that uses this object alone calls it now and then."""
-        self.stores.housekeep()
-        for chore in self.chores:
-            chore()
+        do_each([self.stores.housekeep, *self.chores])
 
     def close(self) -> None:
         """Finish what is queued and close all databases. Idempotent."""

@@ -406,7 +406,7 @@ class Stores:
                 try:
                     self._keep_declared(store)
                     self._purge(store)
-                except EntiDBError as error:
+                except Exception as error:  # the others are looked after all the same
                     store.report(error)
                     logger.exception("database %s: looking after it failed", name)
                 finally:

@@ -47,6 +47,8 @@ class Watched(Generic[T]):
         self._clock = clock
         self._lock = threading.Lock()
         self._next_look = clock.monotonic() + LOOK_S
+        #: What was said last of what cannot be read.
+        self._said = ""
         self._seen = mark()
         self._value = read()
 
@@ -86,16 +88,22 @@ class Watched(Generic[T]):
         try:
             self._take(mark)
         except (EntiDBError, OSError) as error:
-            self._seen = mark
-            logger.error("%s has changed and cannot be read; the last state stays: %s", self._what,
-                         error)  # fmt: skip
+            # The next look tries again: what kept it from being read, such as too many open files,
+            # may pass without another change.
+            if str(error) != self._said:
+                self._said = str(error)
+                logger.error(
+                    "%s has changed and cannot be read; the last state stays: %s",
+                    self._what,
+                    error,
+                )
         else:
             logger.info("%s has changed and was read again", self._what)
 
     def _take(self, mark: Mark) -> None:
         # The mark is older than what is read: a change in between is found by the next look.
         value = self._read()
-        self._seen, self._value = mark, value
+        self._seen, self._value, self._said = mark, value, ""
 
 
 class Followed(Generic[T]):

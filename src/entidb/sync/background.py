@@ -3,9 +3,9 @@ new, when it is woken, and every ``interval_s`` as a safety net.
 
 One loop for both engines; it runs on a thread of its own. A page that comes with news while the
 loop rests is taken by the thread that hears of it, which saves a hand-over. A burst of commits is
-two pushes, of the first and of the others. While the server cannot be reached, commits do not start
-a cycle sooner than a backoff allows, and after an error that trying again does not help, not at
-all: then the interval does, or ``wake``.
+two pushes, of the first and of the others. While the server cannot be reached, the next cycle comes
+when a backoff allows it, and after an error that trying again does not help, on the interval, or
+after ``wake``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from entidb.storage.base import StoreTurn
 from entidb.sync.carried import CarriedPage
 from entidb.sync.config import SyncConfig
 from entidb.sync.live import Channel, NewsSource
-from entidb.sync.occasions import Occasions
+from entidb.sync.occasions import Occasions, may_pass
 from entidb.sync.state import SyncCycleResult
 from entidb.types import Clock
 
@@ -118,9 +118,11 @@ class Background:
         return thread == self.thread or (channel is not None and channel.thread == thread)
 
     def wake(self) -> None:
-        """A cycle is due now."""
+        """A cycle is due now, and so is the next try to hear of news."""
         self._occasions.call()
         self._event.set()
+        if self.channel is not None:
+            self.channel.nudge()
 
     def begun(self) -> None:
         """What was asked for until now begins."""
@@ -170,13 +172,12 @@ class Background:
             if not self._stand_by(right, stopped):
                 return
             database.on_commit = self.committed
-            database.start_hearing()
             while not stopped.is_set():
                 with self._busy:
                     self._sync(stopped)
                 if stopped.is_set() or self._engine.closed:
                     return
-                self._listen()
+                self._hear()
                 self._wait(stopped)
         finally:
             self._stopped = None
@@ -194,17 +195,36 @@ class Background:
     def _stand_by(self, right: StoreTurn, stopped: threading.Event) -> bool:
         """Wait while the engine of another process runs in the background; whether to run now."""
         while not stopped.is_set() and not self._engine.closed:
-            if right.take(0):
-                self.standing_by = False
-                return True
+            try:
+                if right.take(0):
+                    self.standing_by = False
+                    return True
+            except EntiDBError as error:  # as of a disk; the next look may work
+                self._engine.note_error(error)
             self.standing_by = True
             self._event.clear()
             if not stopped.is_set():
                 self._clock.wait(self._event, STANDBY_S)
         return False
 
+    def _hear(self) -> None:
+        """Hear of what other processes commit, and of news. What fails is tried again at the next
+        turn, and until then the interval does."""
+        try:
+            self._engine.database.start_hearing()
+            self._listen()
+        except EntiDBError as error:
+            self._engine.note_error(error)
+        except RuntimeError as error:
+            _log.warning("there is no thread to hear of other processes or of news: %s", error)
+        except Exception as error:
+            self._engine.note_bug(error)
+
     def _listen(self) -> None:
         """Begin to listen for news, as soon as the server has said that it offers them."""
+        if self.channel is not None and self.channel.ended:
+            channel, self.channel = self.channel, None
+            channel.stop()
         if self.channel is None:
             source = self._engine.news_source()
             if source is not None:
@@ -219,11 +239,9 @@ class Background:
                 )
                 try:
                     channel.start()
-                except RuntimeError as error:
-                    # The interval does until the next turn, which tries again.
-                    _log.warning("there is no thread to listen for news: %s", error)
+                except BaseException:
                     channel.stop()
-                    return
+                    raise
                 self.channel = channel
 
     def _sync(self, stopped: threading.Event, *, patient: bool = True) -> bool:
@@ -238,20 +256,23 @@ class Background:
             self._occasions.worked(more=more)
             # What is committed from here on leaves at once.
             engine.database.marks_commits = True
+            if self.channel is not None:
+                self.channel.nudge(worked=True)
             return True
         except SyncCancelledError:
             pass  # asked for; the state shows it
         except SyncStateError as error:
             # Another thread syncs by hand; what is committed meanwhile waits for no interval.
             engine.note_error(error)
-            self._hold(True)
+            self._hold(True, patient=False)
         except EntiDBError as error:
             # Kept for status(); a background engine goes on at its next turn (R9).
             engine.note_error(error)
-            self._hold(error.retryable, patient, getattr(error, "retry_after", None))
+            self._hold(may_pass(error), patient, getattr(error, "retry_after", None))
         except BaseException as error:
+            # Of a listener or a policy that asks something which was away, for one.
             engine.note_bug(error)
-            self._hold(False)
+            self._hold(True)
         return False
 
     def _hold(self, passes: bool, patient: bool = True, retry_after: float | None = None) -> None:
@@ -275,7 +296,13 @@ class Background:
 
     def _left_s(self) -> tuple[float, bool]:
         """See ``Occasions``."""
-        return self._occasions.left_s(self._clock.monotonic(), lambda: self._engine.reached)
+        return self._occasions.left_s(self._clock.monotonic(), self._reached)
+
+    def _reached(self) -> int:
+        try:
+            return self._engine.reached
+        except EntiDBError:
+            return -1  # the sync that is due then meets the same, and says so
 
     def _wait_for_burst(self, stopped: threading.Event) -> None:
         database = self._engine.database

@@ -364,10 +364,10 @@ class SyncEngine(Uncopied, Decisions, Verifying, Listening, HearsNews, Turnover,
         """Sync in a background thread until ``stop()``: now, at every local commit (those of a
         burst after its first go together), on news, when woken, and every ``interval_s`` seconds.
 
-        Errors do not end it: they show in ``status()`` and are tried again at the next turn, which
-        comes an hour later where this device was revoked (R32); until then commits start a cycle
-        no sooner than the backoff allows, or not at all where trying again does not help. So do
-        bugs of listeners, observers and policies, which also go to ``threading.excepthook``.
+        Errors do not end it: they show in ``status()``. What may pass is tried again when the
+        backoff allows, and so are bugs of listeners, observers and policies, which also go to
+        ``threading.excepthook``. What trying again does not help waits for the next turn, an hour
+        where this device was revoked (R32); commits start no cycle until then.
         Raises ``DatabaseClosedError`` on a closed engine."""
         self._check_not_closed()
         stop = SafeEvent()

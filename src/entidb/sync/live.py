@@ -43,6 +43,8 @@ _WAIT_MAX_S: Final = 60.0
 _REFUSED_S: Final = 300.0
 #: And one that has locked this device out (R32).
 _REVOKED_S: Final = 3600.0
+#: Seconds. A longer time that a server names counts as this, as everywhere (``RetryConfig``).
+_ASKED_MAX_S: Final = 3600.0
 #: Seconds between two polls that are answered at once.
 _BETWEEN_POLLS_S: Final = 0.05
 #: A stream that lived for so long has worked.
@@ -148,6 +150,10 @@ class Policy:
         self.state = LiveState.OFFLINE
         self._failures = 0
         self._not_before = 0.0
+        #: Before which a server has asked not to be asked again.
+        self._asked_until = 0.0
+        #: It has said that this device may not listen, which its next cycle may find otherwise.
+        self._shut_out = False
         self._poll_until = 0.0
         self._refresh = False
         self._refreshed = False
@@ -160,14 +166,22 @@ class Policy:
 
     # ---- what has happened
 
+    def nudged(self, *, worked: bool) -> None:
+        """Somebody wants it tried now; or a cycle of this device has ``worked``, which counts where
+        this was refused for who asks. A server is not asked before the time that it named."""
+        if not worked or self._shut_out:
+            self._not_before = min(self._not_before, self._asked_until)
+            self._shut_out = False
+
     def opened(self) -> None:
         """The first event of a stream is here."""
         self.state = LiveState.LIVE
-        self._refreshed = False
+        self._refreshed = self._shut_out = False
 
     def answered(self, now: float) -> None:
         """A request that waited was answered."""
         self.state = LiveState.POLLING
+        self._shut_out = False
         self._not_before = now + _BETWEEN_POLLS_S
         self._failures = 0
         self._refreshed = False
@@ -181,13 +195,16 @@ class Policy:
         """A stream ended as it should."""
         self.state = LiveState.OFFLINE
         self._refresh = event.data == "token"
+        if lived_s >= _WORKED_S:
+            self._failures = 0
         if event.retry_ms:
             # The server has spread these already; a little more for those it cut in the middle.
-            self._not_before = now + event.retry_ms / 1000 + self._draw()
+            asked_s = min(event.retry_ms / 1000, _ASKED_MAX_S) + self._draw()
+            self._asked_until = self._not_before = now + asked_s
         elif lived_s < _WORKED_S:
             self._again(now)
 
-    def failed(self, now: float, error: SyncError | EOFError, lived_s: float = 0.0) -> None:
+    def failed(self, now: float, error: Exception, lived_s: float = 0.0) -> None:
         """A stream or a request ended otherwise, or never began."""
         self.state = LiveState.OFFLINE
         if lived_s >= _WORKED_S:
@@ -198,9 +215,10 @@ class Policy:
             # Once: a token provider that has nothing better is not asked in a loop.
             self._refresh = self._refreshed = True
             return
-        passes = isinstance(error, EOFError | SyncCancelledError) or error.retryable
-        if not passes:
+        refused = isinstance(error, SyncError) and not error.retryable
+        if refused and not isinstance(error, SyncCancelledError):
             # Not there, not allowed, not understood: it may be another server in some minutes.
+            self._shut_out = code == "unauthorized" or code in LOCKED_OUT
             pause = _REVOKED_S if code in LOCKED_OUT else _REFUSED_S * (0.5 + self._draw())
             self._not_before = now + pause
             return
@@ -209,7 +227,8 @@ class Policy:
     def _again(self, now: float, at_least_s: float = 0.0) -> None:
         longest = min(_WAIT_S * 2.0**self._failures, _WAIT_MAX_S)
         self._failures = min(self._failures + 1, 30)
-        self._not_before = now + at_least_s + longest * self._draw()
+        self._asked_until = now + min(at_least_s, _ASKED_MAX_S)
+        self._not_before = self._asked_until + longest * self._draw()
 
 
 # ---------------------------------------------------------------- what is made of what comes
@@ -252,16 +271,27 @@ class ChannelCourse:
         self._changed = changed
         #: The newest commit that was named since nothing was heard.
         self._known = 0
+        #: Those that have come in the present wait.
+        self._nudges: set[bool] = set()
         self.state = LiveState.OFFLINE
 
+    def nudge(self, *, worked: bool = False) -> None:
+        """See ``Policy.nudged``; counts in a wait. From any thread."""
+        self._nudges.add(worked)
+
     def run(self) -> Course:
-        """It has no end of its own; closing it leaves the state ``OFFLINE``."""
+        """It has no end of its own, whatever goes wrong; closing it leaves the state
+        ``OFFLINE``."""
         try:
             while True:
                 step = self._policy.next(self._now())
                 try:
                     if isinstance(step, Wait):
+                        # What came while nothing waited must not take the first wait away.
+                        self._nudges.clear()
                         yield step
+                        for worked in list(self._nudges):
+                            self._policy.nudged(worked=worked)
                     elif isinstance(step, OpenStream):
                         yield from self._listen(step)
                     else:
@@ -269,6 +299,11 @@ class ChannelCourse:
                 except SyncCancelledError as error:
                     # The transport was stopped, and not this.
                     self._policy.failed(self._now(), error)
+                except Exception as error:
+                    # As of a disk, a system without threads or files, a program's own part, or a
+                    # bug of ours: the next try may work, and the interval does until then.
+                    self._policy.failed(self._now(), error)
+                    _log.warning("listening for news failed: %r", error)
                 self._tell()
         finally:
             self._policy.state = LiveState.OFFLINE
@@ -369,6 +404,8 @@ class Channel:
         )
         self._events: Events | None = None
         self._stopping = SafeEvent()
+        #: Ends a wait before the next try.
+        self._nudged = SafeEvent()
         self._thread: threading.Thread | None = None
         self.state = LiveState.OFFLINE
         #: Since when it is so, in milliseconds since 1970.
@@ -378,6 +415,18 @@ class Channel:
     def thread(self) -> int | None:
         """That it is on; None where there is none."""
         return None if self._thread is None else self._thread.ident
+
+    @property
+    def ended(self) -> bool:
+        """Whether its thread has ended, although nothing has stopped it."""
+        thread = self._thread
+        return thread is not None and not thread.is_alive()
+
+    def nudge(self, *, worked: bool = False) -> None:
+        """Try now, if it waits to; ``worked``: because a cycle has, and only where that may mean
+        something. Not before a time that the server asked for. From any thread."""
+        self._course.nudge(worked=worked)
+        self._nudged.set()
 
     def start(self) -> None:
         """Idempotent while it runs. Raises ``RuntimeError`` where there is no thread."""
@@ -393,6 +442,7 @@ class Channel:
     def stop(self) -> None:
         """End what is under way; idempotent. Returns within 100 ms or so, from anywhere."""
         self._stopping.set()
+        self._nudged.set()
         self._source.interrupt()
         self._source.close()
         thread = self._thread
@@ -411,7 +461,7 @@ class Channel:
                 outcome = failed = None
                 try:
                     outcome = self._do(step)
-                except (SyncError, EOFError, HeldUpError) as error:
+                except Exception as error:  # the course knows what to do next
                     failed = error
         finally:
             self._close_events()
@@ -423,7 +473,9 @@ class Channel:
             return self._events.next()
         self._close_events()
         if isinstance(step, Wait):
-            self._clock.wait(self._stopping, step.seconds)
+            self._clock.wait(self._nudged, step.seconds)
+            if not self._stopping.is_set():
+                self._nudged.clear()
         elif isinstance(step, Ask):
             return self._source.poll(step.known, refresh=step.refresh)
         else:

@@ -7,8 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
+from entidb.errors import (
+    CommitUnknownError,
+    DatabaseLockedError,
+    EntiDBError,
+    StorageError,
+    StorageFullError,
+    StorageUnreachableError,
+    TlsError,
+)
 from entidb.sync.config import RetryConfig
+
+_PASSING: Final = (
+    *(CommitUnknownError, DatabaseLockedError, StorageFullError, StorageUnreachableError),
+    TlsError,
+)
+#: The login page of a network redirects, with a status that means "for good"; a database is busy
+#: while another thread writes; a token is about to be written where it is read from.
+_PASSING_CODES: Final = ("redirected", "busy", "unauthorized")
+
+
+def may_pass(error: EntiDBError) -> bool:
+    """Whether the same sync may work in a minute, with nothing changed here but time. The login
+    page of a network shows a certificate of its own, and so does a clock that starts in 1970 make
+    every certificate "not yet valid"; disks get room again, and fail for once."""
+    if error.retryable or isinstance(error, _PASSING) or type(error) is StorageError:
+        return True  # other subclasses of it say what is wrong for good
+    return error.code in _PASSING_CODES
 
 
 class Occasions:
@@ -24,6 +51,8 @@ class Occasions:
         #: is due whatever that is.
         self._committed = self._unheard = False
         self._named = 0
+        #: The newest sync was due, and failed by what passes.
+        self._missed = False
         #: The same three, of what the sync under way was begun for.
         self._begun_for = (False, False, 0)
         #: Syncs that failed, one after the other, and when what was committed or named may start
@@ -52,7 +81,7 @@ class Occasions:
         """A sync begins. What comes from here on is for the next one: the pull may be over by
         then."""
         self._begun_for = self._committed, self._unheard, self._named
-        self.called = self._committed = self._unheard = False
+        self.called = self._committed = self._unheard = self._missed = False
         self._named = 0
 
     def worked(self, *, more: bool) -> None:
@@ -64,13 +93,14 @@ class Occasions:
         self, now: float, *, passes: bool, patient: bool = True, retry_after: float | None = None
     ) -> None:
         """The sync failed. For a while nothing that is committed or named starts another; where the
-        trouble ``passes``, what this one was for is due then, and not before the ``retry_after``
-        seconds for which the server has asked. One that was not ``patient`` has tried once only,
-        and the next one follows like its second attempt."""
+        trouble ``passes``, the next is due then, whatever this one was for, and not before the
+        ``retry_after`` seconds for which the server has asked. One that was not ``patient`` has
+        tried once only, and the next one follows like its second attempt."""
         self._failures += patient
         tried = self._retry.attempts_max + self._failures if patient else 1
         delay = self._retry.delay_s(tried, self._draw(), retry_after=retry_after)
         self._held_until = now + delay if passes else math.inf
+        self._missed = passes
         if passes:
             committed, unheard, named = self._begun_for
             self._committed |= committed
@@ -87,9 +117,10 @@ class Occasions:
         if self.called:
             return 0.0, False
         news = self._unheard or (self._named > 0 and self._named > reached())
-        sooner = (self._committed or news) and self._held_until < self._until
+        asked = self._committed or news or self._missed
+        sooner = asked and self._held_until < self._until
         due = self._held_until if sooner else self._until
         return due - now, sooner and self._committed
 
 
-__all__ = ["Occasions"]
+__all__ = ["Occasions", "may_pass"]

@@ -39,7 +39,7 @@ from entidb.sync.live import (
     OpenStream,
     Wait,
 )
-from entidb.sync.occasions import Occasions
+from entidb.sync.occasions import Occasions, may_pass
 from entidb.testing.between import BetweenEngine
 from entidb.testing.faults import FaultyStorage
 from entidb.testing.lines import NewsLine, NewsWay
@@ -175,7 +175,7 @@ class Listener:
         elif not isinstance(error, SyncCancelledError):
             assert error is not None
             after = getattr(error, "retry_after", None)
-            self._occasions.failed(now, passes=error.retryable, retry_after=after)
+            self._occasions.failed(now, passes=may_pass(error), retry_after=after)
             self._repeats = True
         self._listen()
         pause_s = device.engine.pause_s()

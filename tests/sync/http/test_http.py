@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from email.utils import format_datetime
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -661,6 +661,29 @@ def test_retry_after_is_read_in_both_forms(header: str, seconds: float | None, s
         pytest.raises(ServerBusyError) as caught,
     ):
         transport.pull(PULL)
+    assert caught.value.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("date", "seconds"),
+    [
+        ("Mon, 30 Nov 2076 12:00:00 GMT", 90.0),  # the device's clock stands at 2030
+        ("Mon, 30 Nov 2076 12:02:00 GMT", 0.0),
+        ("yesterday", None),
+        ("", None),
+    ],
+)
+def test_a_time_to_come_again_is_told_by_the_clock_that_named_it(date: str, seconds: float | None):
+    header = "Mon, 30 Nov 2076 12:01:30 GMT"
+    answer = refusal("busy", "503 Busy", Retry_After=header, Date=date)
+    with (
+        RawServer(answer) as server,
+        HttpTransport(server.url, clock=StoppedClock()) as transport,
+        pytest.raises(ServerBusyError) as caught,
+    ):
+        transport.pull(PULL)
+    if seconds is None:  # nobody says what time it is there
+        seconds = parsedate_to_datetime(header).timestamp() - StoppedClock().now_ms() / 1000
     assert caught.value.retry_after == seconds
 
 

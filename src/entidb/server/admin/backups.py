@@ -263,11 +263,13 @@ class Schedule:
         begun_ms = now - round(1000 * (ticks - self._began))
         late, ages = [], []
         for name in self._office.place.names():
-            folder = _folder(self._office, name)
-            good = next(
-                (row for row in rows_in(folder, name) if not (row.faults or _is_ahead(row, now))),
-                None,
-            )
+            try:
+                rows = rows_in(_folder(self._office, name), name)
+            except OSError as error:  # the others have theirs all the same
+                logger.error("the backups of %s cannot be looked at: %s", name, error)
+                late.append(name)
+                continue
+            good = next((row for row in rows if not (row.faults or _is_ahead(row, now))), None)
             # A server that has just begun gets the time to make them.
             made_ms = begun_ms if good is None else good.made_ms
             if now - max(made_ms, begun_ms) > _LATE * every_ms:

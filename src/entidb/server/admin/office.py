@@ -25,6 +25,7 @@ from entidb.server.admin.callers import Caller
 from entidb.server.admin.summary import Summaries
 from entidb.server.admin.tasks import Tasks
 from entidb.server.auth import Authenticator, Grants
+from entidb.server.chores import do_each
 from entidb.server.config import ServerConfig, check_db_id
 from entidb.server.control import Control
 from entidb.server.place import ServerPlace
@@ -291,8 +292,7 @@ class Office:
             )
 
     def _do_chores(self) -> None:
-        for chore in self.chores:
-            chore()
+        do_each(self.chores)
 
     def _close(self) -> None:
         for end in self.at_end:

@@ -185,8 +185,9 @@ class Tasks:
         except (EntiDBError, OSError) as error:
             logger.error("task %d (%s %s) failed: %s", task.id, task.kind, task.database, error)
             return "failed", str(error)
-        except Exception as error:
-            # Our own mistake must not end the thread: no task would run any more.
+        except BaseException as error:
+            # Our own mistake, or a hook that calls sys.exit(), must not end the thread: no task
+            # would run any more.
             logger.exception("task %d (%s %s) failed", task.id, task.kind, task.database)
             return "failed", f"internal error: {type(error).__name__}"
 

@@ -281,8 +281,8 @@ class ImageKeeper:
         self._look_at(store)
 
     def look(self) -> None:
-        """Have done what is due for the databases that are open, and clear up after those that
-        are gone. Called with each housekeeping."""
+        """Have done what is due for the databases that are open; clear up after those that are
+        gone. Each housekeeping calls it."""
         if self._stop.is_set():
             return
         self.removal.look()
@@ -290,14 +290,17 @@ class ImageKeeper:
             return
         for db_id in self._stores.opened():
             with self._stores.looking(db_id) as store:
-                if store is not None:
+                try:
                     self._look_at(store)
+                except EntiDBError as error:
+                    logger.warning("database %s: its images are left alone: %s", db_id, error)
         self.removal.remove_strays()
 
-    def _look_at(self, store: Store) -> None:
+    def _look_at(self, store: Store | None) -> None:
         """Hand the database to the thread, if there may be something to do."""
-        db_id = store.db_id
-        if not self.background or self._clock.monotonic() < self._next.get(db_id, 0.0):
+        db_id = "" if store is None else store.db_id
+        waits = self._clock.monotonic() < self._next.get(db_id, 0.0)
+        if store is None or waits or not self.background:
             return
         with store.database.view() as view:
             if not may_have_one(view, self._least):

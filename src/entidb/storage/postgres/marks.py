@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import psycopg
 
 from entidb.errors import StorageError
 from entidb.events import Thread
+
+logger = logging.getLogger("entidb.storage")
 
 #: The newest marks of stores by their numbers. Raises what psycopg raises, and ``StorageError``.
 ReadMarks = Callable[[list[int]], dict[int, int]]
@@ -68,8 +71,14 @@ class Marks:
 
     def _begin(self) -> None:
         if self._thread is None:
-            self._thread = Thread(target=self._look, name="entidb-marks", daemon=True)
-            self._thread.start()
+            thread = Thread(target=self._look, name="entidb-marks", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the caller asks itself, and the next wait tries again
+                self._failed = True
+                logger.warning("there is no thread to look for commits: %s", error)
+                return
+            self._thread = thread
 
     def _look(self) -> None:
         while True:
@@ -81,6 +90,10 @@ class Marks:
             try:
                 found = self._read(wanted)
             except (psycopg.Error, StorageError):
+                found = None
+            except Exception:
+                # Without this thread nobody would hear of commits any more.
+                logger.exception("looking for commits failed")
                 found = None
             with self._changed:
                 self._failed = found is None

@@ -71,7 +71,12 @@ class Heartbeat:
                 if not self._is_watched():
                     self._thread = None
                     break
-            connection = self._feel(connection)
+            try:
+                connection = self._feel(connection)
+            except Exception:
+                # Without this thread an outage would be waited for without an end.
+                logger.exception("asking PostgreSQL whether it answers failed")
+                connection = None
         if connection is not None:
             connection.close()
 

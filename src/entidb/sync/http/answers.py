@@ -112,11 +112,20 @@ def _retry_after(response: HttpResponse, clock: Clock) -> float | None:
     value = response.headers.get("retry-after", "").strip()
     if re.fullmatch(r"[0-9]{1,9}", value):
         return float(value)
-    try:
-        date = parsedate_to_datetime(value)
-    except (ValueError, IndexError):
+    date = _date(value)
+    if date is None:
         return None
-    return max(0.0, date.timestamp() - clock.now_ms() / 1000)
+    # By the clock that has named it, where that says what time it is: this one may be wrong.
+    there = _date(response.headers.get("date", ""))
+    return max(0.0, date - (clock.now_ms() / 1000 if there is None else there))
+
+
+def _date(value: str) -> float | None:
+    """Seconds since 1970."""
+    try:
+        return parsedate_to_datetime(value).timestamp()
+    except (ValueError, IndexError, OverflowError):
+        return None
 
 
 def _refuses(status: int) -> bool:
