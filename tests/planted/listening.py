@@ -167,9 +167,10 @@ def _failed_pull(garden: Garden) -> None:
     """A sync that was begun for news, and failed, is not tried again."""
 
     def make(original: Any) -> Any:
-        def failed(self: Occasions, now: float, *, passes: bool) -> None:
+        def failed(self: Occasions, now: float, **more: Any) -> None:
             self._begun_for = (False, False, 0)
-            original(self, now, passes=passes)
+            original(self, now, **more)
+            self._missed = False
 
         return failed
 
