@@ -45,3 +45,16 @@ def test_tries_of_one_attempt_do_not_make_the_wait_longer() -> None:
         occasions.failed(NOW, passes=True, patient=False)
     occasions.wait(NOW, 3600.0)
     assert occasions.left_s(NOW, lambda: 0) == (0.5, True)
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_what_fails_at_once_is_no_loop_without_a_pause(patient: bool) -> None:
+    for retry in (RetryConfig(delay_initial_s=0.0, delay_max_s=0.0), RetryConfig()):
+        occasions = Occasions(retry, draw=lambda: 0.0)
+        occasions.call()
+        occasions.begin()
+        occasions.failed(NOW, passes=True, patient=patient)
+        occasions.wait(NOW, 3600.0)
+        left, commit = occasions.left_s(NOW, lambda: 0)
+        assert left == pytest.approx(0.05)
+        assert not commit

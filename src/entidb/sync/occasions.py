@@ -24,6 +24,8 @@ _PASSING: Final = (
     *(CommitUnknownError, DatabaseLockedError, StorageFullError, StorageUnreachableError),
     TlsError,
 )
+#: Seconds. What fails at once is not tried again at once, whatever the settings and chance say.
+_LEAST_S: Final = 0.05
 #: The login page of a network redirects, with a status that means "for good"; a database is busy
 #: while another thread writes; a token is about to be written where it is read from.
 _PASSING_CODES: Final = ("redirected", "busy", "unauthorized")
@@ -98,7 +100,8 @@ class Occasions:
         tried once only, and the next one follows like its second attempt."""
         self._failures += patient
         tried = self._retry.attempts_max + self._failures if patient else 1
-        delay = self._retry.delay_s(tried, self._draw(), retry_after=retry_after)
+        drawn = self._retry.delay_s(tried, self._draw(), retry_after=retry_after)
+        delay = max(drawn, _LEAST_S)
         self._held_until = now + delay if passes else math.inf
         self._missed = passes
         if passes:
