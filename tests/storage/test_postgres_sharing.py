@@ -439,9 +439,17 @@ def test_who_asks_a_node_that_is_gone_or_slow_is_told_so(nodes: Two, address: st
     assert asked(address, "SELECT count(*) FROM entidb_letter") == [(0,)]
     with pytest.raises(ConnectionRefusedError):
         nodes.one.ask(4711, b"?", 60)
-    threading.Timer(0.1, nodes.sharings[1].node.rights.drop).start()
+
+    def goes() -> None:
+        """When it has been asked: one that is gone before that was never there."""
+        until(lambda: asked(address, "SELECT count(*) FROM entidb_letter") == [(1,)])
+        nodes.sharings[1].node.rights.drop()
+
+    going = threading.Thread(target=goes)
+    going.start()
     with pytest.raises(ConnectionResetError):
         nodes.one.ask(nodes.two.number, b"?", 60)
+    going.join()
 
 
 def test_a_node_that_was_cut_off_hears_again(nodes: Two, address: str) -> None:
