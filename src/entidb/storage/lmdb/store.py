@@ -315,11 +315,11 @@ class LmdbStorage(Uncopied):
             try:
                 txn = file.env.begin(write=True)
                 number = txn.id()
-                # The newest is the commit before, or one of this number, of unknown outcome.
                 if sys.platform != "win32":
-                    raw = os.pread(self._place.descriptor, file.numbers.size, NUMBER_AT)
-                    full = len(raw) == file.numbers.size
-                    if not full or not 0 <= number - max(file.numbers.unpack(raw)) <= 1:
+                    # LMDB's two headers take turns, and the other one is not touched by this.
+                    at = NUMBER_AT + (number - 1) % 2 * (file.numbers.size - 8)
+                    raw = os.pread(self._place.descriptor, 8, at)
+                    if int.from_bytes(raw, sys.byteorder) != number - 1:
                         raise file.written_over()
                 mark = file.marks + int(number)
                 if after is not None and mark != after + 1:
