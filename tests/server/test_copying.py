@@ -380,7 +380,7 @@ def test_a_copy_to_a_full_disk_says_so_with_the_code_for_it(
     with Database.open(tmp_path / "db") as db:
         db.collection("notes").add({"n": 1})
 
-    def full(path: str, *_: Any) -> None:
+    def full(path: str, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     monkeypatch.setattr("entidb.storage.partial.os.mkdir", full)
