@@ -25,6 +25,7 @@ from entidb.errors import CommitStaleError, StorageError, StorageFullError
 from entidb.storage.base import Batch, StorageInfo, StoreTurn
 from entidb.storage.checksums import Puts, stage
 from entidb.storage.directories import absolute, restrict, sync_path
+from entidb.storage.lmdb.copying import copy_file
 from entidb.storage.lmdb.doubt import (
     check_closed,
     check_directory,
@@ -39,7 +40,6 @@ from entidb.storage.lmdb.open_file import (
     MAP_BYTES_MIN,
     NUMBER_AT,
     OpenFile,
-    as_bytes,
     create_file,
 )
 from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
@@ -440,11 +440,10 @@ class LmdbStorage(Uncopied):
         sync_path(directory)
 
     def _copy_to(self, directory: str) -> None:
-        """A compacted, consistent and synced copy in the empty ``directory``; ``env.copy`` reads
-        one snapshot."""
+        """A compacted, consistent and synced copy in the empty ``directory``."""
         try:
             with shedding(self._place.data_path):
-                self._file.env.copy(as_bytes(directory), compact=True)
+                copy_file(self._file.env, directory)
             restrict(os.path.join(directory, DATA))
             sync_path(os.path.join(directory, DATA))
         except (OSError, lmdb.Error) as error:
