@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
@@ -494,6 +495,27 @@ def test_a_check_in_a_process_of_its_own_finds_what_verify_finds(tmp_path: Path)
     assert check(str(tmp_path / "copy"), lambda: None).faults
     data.write_bytes(data.read_bytes()[:5000])
     assert check(str(tmp_path / "copy"), lambda: None).faults
+
+
+@pytest.mark.slow
+def test_a_check_for_which_nothing_is_left_over_is_made_again_and_takes_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with Database.open(tmp_path / "one") as database:
+        database.collection("notes").add({"n": 1})
+        database.backup(tmp_path / "copy")
+    commands: list[list[str]] = []
+    real = subprocess.Popen
+
+    def popen(command: list[str], **how: Any) -> Any:
+        commands.append(command)
+        return real(command, **how)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(checking_room, "_LOOK_S", 0.001)
+    monkeypatch.setattr(checking_room, "_BEGIN_S", -1e9)
+    assert check(str(tmp_path / "copy"), lambda: None).entities == 1
+    assert [command[-1] for command in commands] == ["idle", "nice"]
 
 
 @pytest.mark.slow

@@ -1,14 +1,19 @@
 """Looks whether a closed copy of a database is well, in a process of its own: reading all of it
 would take the time of all others in this one, and a damaged page ends only that other one.
 
-    python -m entidb.server.admin.checking PATH      one line of JSON
+    python -m entidb.server.admin.checking PATH HOW      one line of JSON
+
+HOW is ``idle``, where it may take as long as nobody else needs a processor, or ``nice``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -23,6 +28,10 @@ from entidb.storage.opening import closed_faults
 FAULTS_MAX: Final = 100
 _LOOK_S: Final = 0.1
 _NICE: Final = 10
+#: Bytes a second that a look reads at least, and seconds that it takes to begin. Where nothing is
+#: left over for one that is ``idle``, it is slower, and another one takes its share.
+_BYTES_PER_S: Final = 1_000_000
+_BEGIN_S: Final = 60.0
 
 
 class Found(Struct):
@@ -37,10 +46,25 @@ class Found(Struct):
 def check(path: str, go_on: Callable[[], None]) -> Found:
     """Look at the closed database at ``path``. ``go_on`` is called now and then, and ends the look
     by raising. Raises ``StorageError`` if nothing can be found out."""
-    command = [sys.executable, "-m", "entidb.server.admin.checking", path]
+    size = 0
+    with contextlib.suppress(OSError):  # whoever looks says what is wrong
+        size = sum(entry.stat().st_size for entry in os.scandir(path))
+    found = _look_elsewhere(path, "idle", go_on, _BEGIN_S + size / _BYTES_PER_S)
+    if found is None:
+        found = _look_elsewhere(path, "nice", go_on)
+    assert found is not None, "its patience has no end"
+    return found
+
+
+def _look_elsewhere(
+    path: str, how: str, go_on: Callable[[], None], patience_s: float = math.inf
+) -> Found | None:
+    """None: it takes longer than ``patience_s``."""
+    command = [sys.executable, "-m", "entidb.server.admin.checking", path, how]
     # The same code as this process has, however it came to it.
     source = str(Path(__file__).parents[3])
     paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    until = time.monotonic() + patience_s
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -55,6 +79,9 @@ def check(path: str, go_on: Callable[[], None]) -> Found:
                     break
                 except subprocess.TimeoutExpired:
                     go_on()
+                if time.monotonic() > until:
+                    process.kill()
+                    return None
         except BaseException:
             process.kill()
             raise
@@ -70,9 +97,13 @@ def check(path: str, go_on: Callable[[], None]) -> Found:
         ) from error
 
 
-def main(path: str) -> None:
+def main(path: str, how: str) -> None:
     if hasattr(os, "nice"):
         os.nice(_NICE)
+    if sys.platform == "linux" and how == "idle":
+        # Who is nice keeps its core for a moment when others wake up, which is long for a push.
+        with contextlib.suppress(OSError):  # not everywhere is that allowed
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     sys.stdout.buffer.write(json.encode(_look(path)))
 
 
@@ -92,7 +123,7 @@ def _look(path: str) -> Found:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        main(*sys.argv[1:3])
     except (EntiDBError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
