@@ -86,7 +86,8 @@ class Committer:
 
     # ------------------------------------------------------------ on its thread
 
-    def _commit_waiting(self) -> None:
+    def _commit_waiting(self) -> list[Job[Any]]:
+        """The jobs that are over; they are still to be told."""
         group: list[Job[Any]] = []
         alone = False
         try:
@@ -105,7 +106,7 @@ class Committer:
             else:
                 for job in group:
                     job.fail(error)
-        self._tell(group)
+        return group
 
     def _commit_each(self, group: Sequence[Job[Any]]) -> None:
         """They could not be committed together: one of them is at fault, and the others go on."""
@@ -145,14 +146,10 @@ class Committer:
             for name, ids in staging.writes.items():
                 before.setdefault(name, {}).update(ids)
 
-    def _tell(self, group: Sequence[Job[Any]]) -> None:
-        for job in group:
-            job.told()
-
 
 def _run(lost: weakref.ref[Committer], changed: threading.Condition) -> None:
-    """While it waits, the thread keeps nothing alive: a database that its owner has lost would stay
-    open as long."""
+    """While it waits or tells, the thread keeps nothing alive: a database that its owner has lost
+    would stay open as long."""
     while True:
         with changed:
             committer = lost()
@@ -166,7 +163,26 @@ def _run(lost: weakref.ref[Committer], changed: threading.Condition) -> None:
             if not committer._jobs:
                 committer._thread = None
                 return
-        committer._commit_waiting()
+        group = committer._commit_waiting()
+        committer = None
+        _tell(group)
+
+
+def _tell(group: list[Job[Any]]) -> None:
+    """Empties ``group``: what a job was to do may hold its database."""
+    calls = [_let_go(job) for job in group]
+    group.clear()
+    for told in calls:
+        told()
+
+
+def _let_go(job: Job[Any]) -> Callable[[], None]:
+    job.work = _over
+    return job.told
+
+
+def _over(staging: Any) -> Any:
+    raise AssertionError("it was done")
 
 
 def _bytes_of(writes: Writes) -> int:
