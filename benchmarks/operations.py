@@ -52,7 +52,9 @@ BACKUP_TARGET = Target("ratio", most=2.0)
 REVOKED_TARGET = Target("value", most=1.0)
 FOUND_TARGET = Target("value", most=1.0)
 REGISTRY_TARGET = Target("ratio", most=0.03)
-_PATIENCE_S = 120.0
+#: Seconds between two looks whether the backup is done: a look is a request, too.
+POLL_S = 0.5
+_PATIENCE_S = 300.0
 
 
 def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterator[Figure]:
@@ -112,7 +114,7 @@ def _backup(world: World, server: Server) -> tuple[float, dict[str, Any]]:
     while task.get("state", "waiting") in ("waiting", "running"):
         if time.perf_counter() - began > _PATIENCE_S:
             raise RuntimeError(f"the backup does not end: {task}")
-        time.sleep(0.05)
+        time.sleep(POLL_S)
         task = _admin(world, server, "GET", f"tasks/{task['id']}")
     assert task.get("state", "waiting") == "done", task
     return time.perf_counter() - began, task["result"]

@@ -239,10 +239,10 @@ def take_away(guard: str) -> None:
     if guard == "checksums":
         setattr(reading, "crc32", lambda *parts: RESIDUE)  # noqa: B010
     elif guard == "look":
-        setattr(doubt, "closed_file_faults", lambda path: [])  # noqa: B010
+        setattr(doubt, "closed_file_faults", lambda path, rest=None: [])  # noqa: B010
     elif guard == "pages":
         setattr(verifying, "page_faults", lambda path, header: iter(()))  # noqa: B010
-        setattr(doubt, "closed_file_faults", lambda path: [])  # noqa: B010
+        setattr(doubt, "closed_file_faults", lambda path, rest=None: [])  # noqa: B010
 
 
 def main(pristine: Path, names: Sequence[str], bits: list[int]) -> None:

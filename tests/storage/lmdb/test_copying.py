@@ -16,7 +16,7 @@ from typing import Any
 import lmdb
 import pytest
 
-from entidb.errors import StorageError, StorageFullError
+from entidb.errors import DatabaseClosedError, StorageError, StorageFullError
 from entidb.storage import LmdbStorage
 from entidb.storage.lmdb import copying
 
@@ -79,6 +79,39 @@ def test_while_others_commit_a_copy_is_flushed_in_pieces_and_is_one_state(
     store.backup(str(tmp_path / "backup"))
     assert flushes.count >= len(b"".join(ROWS.values())) // copying.PIECE_BYTES
     assert content(tmp_path / "backup") == ROWS
+
+
+def test_the_look_at_a_copy_rests_while_others_commit(
+    store: LmdbStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr("time.sleep", rests.append)
+    store.backup(str(tmp_path / "quiet"))
+    assert rests == []
+    real = copying.copy_file
+
+    def copy_file(env: Any, directory: str) -> None:
+        real(env, directory)
+        rests.clear()
+
+    marks = iter(range(1000))
+    monkeypatch.setattr("entidb.storage.lmdb.store.copy_file", copy_file)
+    monkeypatch.setattr(store, "mark", lambda: next(marks))
+    store.backup(str(tmp_path / "busy"))
+    assert len(rests) >= 10 and set(rests) == {copying._LET_GO_S}
+    monkeypatch.undo()
+    assert content(tmp_path / "busy") == ROWS
+
+
+def test_the_look_at_a_copy_goes_on_where_the_database_is_closed_meanwhile() -> None:
+    def mark() -> int:
+        if marks:
+            return marks.pop()
+        raise DatabaseClosedError("it is closed")
+
+    marks = [1]
+    copying.resting(mark)()
+    assert marks == []
 
 
 def test_a_disk_that_is_full_in_mid_copy_ends_it_and_leaves_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     looked: list[str] = []
     real = closed_file_faults
 
-    def look(path: str) -> list[str]:
+    def look(path: str, rest: Callable[[], None] | None = None) -> list[str]:
         looked.append(path)
-        return real(path)
+        return real(path, rest)
 
     monkeypatch.setattr("entidb.storage.lmdb.doubt.closed_file_faults", look)
     return looked

@@ -1,4 +1,4 @@
-"""A compacted copy of a store's file, which gives way to commits.
+"""A compacted copy of a store's file, which gives way to commits; so does the look at it.
 
 LMDB writes a copy as fast as the disk takes it, and whoever commits meanwhile waits behind it with
 each flush. So what LMDB copies goes through a pipe: while others commit, it is written and flushed
@@ -11,12 +11,15 @@ Not here: the snapshot that keeps the map in its place (``store``), and what is 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
+from entidb.errors import DatabaseClosedError
 from entidb.events import Thread
 from entidb.storage.lmdb.left import DATA
 from entidb.storage.lmdb.open_file import as_bytes
@@ -26,6 +29,8 @@ PIECE_BYTES: Final = 256 * 1024
 #: Seconds after another's commit for which more of them are expected; and a rest at most.
 _LATELY_S: Final = 0.25
 _REST_S: Final = 0.05
+#: Seconds for which the interpreter is let go, after about as much work as one of its turns.
+_LET_GO_S: Final = 0.002
 #: Seconds between two looks whether LMDB has come to its end: a child of this process may hold the
 #: other end of the pipe open.
 _LOOK_MS: Final = 50
@@ -90,7 +95,7 @@ def _take(env: Any, reads: int, target: int, filling: Thread) -> None:
     os.set_blocking(reads, False)
     ready = select.poll()
     ready.register(reads, select.POLLIN)
-    newest, others_at = _last_commit(env), -_LATELY_S
+    newest, others_at = _last_commit(env), -math.inf
     piece = bytearray()
     while True:
         # Looked at before the pipe: what it has written by then is there.
@@ -117,6 +122,25 @@ def _take(env: Any, reads: int, target: int, filling: Thread) -> None:
             return
 
 
+def resting(mark: Callable[[], int]) -> Callable[[], None]:
+    """For a look at a copy, on a thread of the process that commits: called now and then, it lets
+    the interpreter go for a moment while ``mark``, the number of the newest commit, goes on."""
+    newest, others_at = mark(), -math.inf
+
+    def rest() -> None:
+        nonlocal newest, others_at
+        try:
+            now, commit = time.monotonic(), mark()
+        except DatabaseClosedError:
+            return  # nobody commits
+        if commit != newest:
+            newest, others_at = commit, now
+        if now - others_at < _LATELY_S:
+            time.sleep(_LET_GO_S)
+
+    return rest
+
+
 def _last_commit(env: Any) -> int:
     number: int = env.info()["last_txnid"]
     return number
@@ -129,4 +153,4 @@ def _write(target: int, piece: bytearray) -> None:
     rest.release()
 
 
-__all__ = ["PIECE_BYTES", "copy_file"]
+__all__ = ["PIECE_BYTES", "copy_file", "resting"]

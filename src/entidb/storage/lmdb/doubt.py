@@ -10,6 +10,7 @@ Not here: what is looked for in the file (``closed_file``, ``headers``, ``pages`
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Final
 
 from entidb.errors import FormatError
@@ -133,7 +134,7 @@ def check_closed(place: Place, headers: Headers, salvage: bool, read_only: bool)
             write_headers_again(descriptor, place.data_path)
 
 
-def known_faults(data: str) -> list[str]:
+def known_faults(data: str, rest: Callable[[], None] | None = None) -> list[str]:
     """As ``closed_file_faults``. A file is read once, and a damaged one not at each try to open
     it."""
     file = _state_of(data)
@@ -141,7 +142,7 @@ def known_faults(data: str) -> list[str]:
     if known is not None and known[0] == file:
         return known[1]
     _LOOKED.pop(data, None)
-    faults = closed_file_faults(data)
+    faults = closed_file_faults(data, rest)
     if len(_LOOKED) < _LOOKED_MAX and _state_of(data) == file:
         _LOOKED[data] = (file, faults[:_FAULTS_KEPT])
     return faults

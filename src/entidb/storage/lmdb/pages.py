@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import lt
 from typing import Final
 
@@ -42,6 +42,8 @@ from entidb.storage.lmdb.layout import (
     open_to_read,
 )
 
+#: Pages between two calls of who may rest: half a millisecond's work or so.
+_REST_EVERY: Final = 32
 _U64: Final = struct.Struct("=Q")
 #: A node whose length takes two bytes and which has no flags: what is between is nothing.
 _SMALL_NODE: Final = struct.Struct("=HIH")
@@ -55,7 +57,7 @@ def damaged_file(path: str, faults: list[str]) -> CorruptionError:
     )
 
 
-def closed_file_faults(path: str) -> list[str]:
+def closed_file_faults(path: str, rest: Callable[[], None] | None = None) -> list[str]:
     """As ``page_faults``, of the newest commit in a file that no process has open: for looking at a
     file before it is mapped, which a program need not survive if it is damaged."""
     descriptor = open_to_read(path)
@@ -68,7 +70,7 @@ def closed_file_faults(path: str) -> list[str]:
         return [said(error)]
     finally:
         os.close(descriptor)
-    return list(page_faults(path, headers.newer_first()[0]))
+    return list(page_faults(path, headers.newer_first()[0], rest))
 
 
 def read_header(path: str, transaction: int) -> Header | None:
@@ -85,12 +87,13 @@ def read_header(path: str, transaction: int) -> Header | None:
     return next((header for header in both if header.transaction == transaction), None)
 
 
-def page_faults(path: str, header: Header) -> Iterator[str]:
+def page_faults(path: str, header: Header, rest: Callable[[], None] | None = None) -> Iterator[str]:
     """One line per fault in the trees that belong to ``header``; nothing when all is well. The
-    caller holds a snapshot of that commit, so that writers do not use its pages again."""
+    caller holds a snapshot of that commit, so that writers do not use its pages again. ``rest`` is
+    called now and then, and may sleep."""
     descriptor = open_to_read(path)
     try:
-        yield from _Walk(descriptor, header).run()
+        yield from _Walk(descriptor, header, rest).run()
     except UNREADABLE as error:
         yield f"the walk over the pages ended early: {said(error)}"
     finally:
@@ -117,8 +120,12 @@ def free_pages(descriptor: int, header: Header, up_to: int) -> list[int]:
 class _Walk:
     """One pass over the list of free pages and the tree of records."""
 
-    def __init__(self, descriptor: int, header: Header) -> None:
+    def __init__(
+        self, descriptor: int, header: Header, rest: Callable[[], None] | None = None
+    ) -> None:
         self._descriptor = descriptor
+        self._rest = rest
+        self._taken = 0
         self._header = header
         self._bytes = header.page_bytes
         pages = os.fstat(descriptor).st_size // header.page_bytes
@@ -136,6 +143,9 @@ class _Walk:
     def page(self, number: int) -> bytes:
         """The page, which from now on is in use; only once, so no walk is endless."""
         self.take(number, 1)
+        self._taken += 1
+        if self._rest is not None and self._taken % _REST_EVERY == 0:
+            self._rest()
         return read_page(self._descriptor, number, self._bytes)
 
     def take(self, first: int, count: int) -> None:

@@ -25,7 +25,7 @@ from entidb.errors import CommitStaleError, StorageError, StorageFullError
 from entidb.storage.base import Batch, StorageInfo, StoreTurn
 from entidb.storage.checksums import Puts, stage
 from entidb.storage.directories import absolute, restrict, sync_path
-from entidb.storage.lmdb.copying import copy_file
+from entidb.storage.lmdb.copying import copy_file, resting
 from entidb.storage.lmdb.doubt import (
     check_closed,
     check_directory,
@@ -382,8 +382,10 @@ class LmdbStorage(Uncopied):
             self._place.folder.check_link()
             with self._place.to_itself():
                 try:
-                    self._copy_to(self._make_temporary())
+                    self._copy_to(self._place.folder.make_temporary())
                     self._file.swap()
+                except OSError as error:
+                    raise storage_error(error, f"compacting {self.path}") from error
                 finally:
                     self._place.folder.remove_temporary()
 
@@ -403,12 +405,6 @@ class LmdbStorage(Uncopied):
 
     def _no_writing(self) -> StorageError:
         return StorageError(f"{self.path} was opened only to read; open it without read_only")
-
-    def _make_temporary(self) -> str:
-        try:
-            return self._place.folder.make_temporary()
-        except OSError as error:
-            raise storage_error(error, f"compacting {self.path}") from error
 
     def backup(self, path: str, changes: Iterable[tuple[bytes, bytes | None]] = ()) -> None:
         where = absolute(path)
@@ -431,6 +427,8 @@ class LmdbStorage(Uncopied):
         os.mkdir(directory, 0o700)
         with self.snapshot() as snapshot, snapshot.inside():
             self._copy_to(directory)
+        # Opening it would look, too, and keep the interpreter for as long.
+        known_faults(os.path.join(directory, DATA), resting(self.mark))
         with contextlib.closing(LmdbStorage.open(directory)) as copy:
             copy.commit(dict(changes))
         for name in (LMDB_LOCK, LOCK, TURN):
