@@ -321,18 +321,19 @@ class Process:
 
 
 @contextlib.contextmanager
-def _process(arguments: list[str]) -> Iterator[Process]:
+def process(arguments: list[str]) -> Iterator[Process]:
+    """A module of this project with ``arguments``, killed at the end."""
     with subprocess.Popen(
         [sys.executable, "-m", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parent.parent,
         env=environment(),
-    ) as process:
+    ) as child:
         try:
-            yield Process(process)
+            yield Process(child)
         finally:
-            process.kill()
+            child.kill()
 
 
 @contextlib.contextmanager
@@ -340,16 +341,16 @@ def _device(world: World, server: Server, db_id: str) -> Iterator[Process]:
     token_file = world.path("token")
     token_file.write_text(server.token)
     arguments = [server.url, db_id, str(world.path("device")), str(token_file)]
-    with _process(["benchmarks.background", *arguments]) as process:
-        assert process.answer() == b"live\n"
-        yield process
+    with process(["benchmarks.background", *arguments]) as device:
+        assert device.answer() == b"live\n"
+        yield device
 
 
 @contextlib.contextmanager
 def _fleet(plan: Plan) -> Iterator[Process]:
-    with _process(["benchmarks.fleet"]) as process:
-        assert process.ask(json.encode(plan).decode()) == b"ready\n"
-        yield process
+    with process(["benchmarks.fleet"]) as fleet:
+        assert fleet.ask(json.encode(plan).decode()) == b"ready\n"
+        yield fleet
 
 
 def _databases(world: World, databases: int) -> tuple[dict[str, Path], Histories]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import subprocess
 import sys
 import time
 from collections import deque
@@ -22,10 +21,11 @@ from msgspec import json
 from msgspec.structs import replace
 
 from benchmarks.figures import Figure, Target, figure, percentile
+from benchmarks.live import Process, process
 from benchmarks.load import Connection, Plan, Prepared, check, prepare
 from benchmarks.many import Histories, generate, make_databases, plan_of
 from benchmarks.payloads import COLLECTION, entities
-from benchmarks.world import Server, World, environment, processor_s
+from benchmarks.world import Server, World, processor_s
 from entidb.db import Database
 from entidb.protocol import CONTENT_TYPE, PullRequest, PushResponse, PushResult, encode
 from entidb.server import mint_token
@@ -76,11 +76,11 @@ def backing_up(world: World, count: int, rounds: int) -> Iterator[Figure]:
         for _ in range(rounds):
             with _pushing(server, histories) as devices:
                 time.sleep(1.0)
-                devices.times()  # the first ones open the database
+                _times(devices)  # the first ones open the database
                 time.sleep(max(0.5, ALONE_S * min(1.0, count / SIZES[0])))
-                quiet = devices.times()
+                quiet = _times(devices)
                 seconds, made = _backup(world, server)
-                busy = devices.times()
+                busy = _times(devices)
             alone.append(percentile(quiet, 0.99) * 1000)
             beside.append(percentile(busy, 0.99) * 1000)
             took.append(seconds)
@@ -141,41 +141,18 @@ def _connected(server: Server) -> Iterator[http.client.HTTPConnection]:
         yield connection
 
 
-class Devices:
-    """A process of devices that push now and then."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def times(self) -> list[float]:
-        """Seconds that each push has taken since this was asked last."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(b"times\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the devices have ended; what they said is above"
-        return json.decode(line, type=list[float])
-
-
 @contextlib.contextmanager
-def _pushing(server: Server, histories: Histories) -> Iterator[Devices]:
+def _pushing(server: Server, histories: Histories) -> Iterator[Process]:
     plan = plan_of(server.url, server, histories, PREPARED, 1.0)
     plan.connections = DEVICES
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.operations"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parent.parent,
-        env=environment(),
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.encode(plan) + b"\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == b"pushing\n"
-            yield Devices(process)
-        finally:
-            process.kill()
+    with process(["benchmarks.operations"]) as devices:
+        assert devices.ask(json.encode(plan).decode()) == b"pushing\n"
+        yield devices
+
+
+def _times(devices: Process) -> list[float]:
+    """Seconds that each push has taken since they were asked last."""
+    return json.decode(devices.ask("times"), type=list[float])
 
 
 async def _push(plan: Plan, mine: list[Prepared], times: list[float]) -> None:
@@ -200,6 +177,7 @@ async def _push_all(plan: Plan) -> None:
     loop = asyncio.get_running_loop()
     prepared = prepare(plan)
     times: list[float] = []
+    ended = loop.create_future()
     pushing = []
     for number in range(plan.connections):
         mine = prepared[number :: plan.connections]
@@ -209,12 +187,17 @@ async def _push_all(plan: Plan) -> None:
     print("pushing", flush=True)
 
     def tell() -> None:
-        assert sys.stdin.buffer.readline() == b"times\n"
+        if not sys.stdin.buffer.readline():
+            ended.set_result(None)
+            return
         print(json.encode(times).decode(), flush=True)
         times.clear()
 
     loop.add_reader(sys.stdin.fileno(), tell)
-    await asyncio.gather(*pushing)
+    await asyncio.wait([*pushing, ended], return_when=asyncio.FIRST_COMPLETED)
+    for each in pushing:
+        if each.done():
+            each.result()  # why it ended
 
 
 # ---------------------------------------------------------------- a device is locked out
@@ -368,7 +351,7 @@ def _note(world: World, plan: Plan, pushes: int) -> float:
 
 
 def main() -> None:
-    """Devices that push. Whoever started them kills them."""
+    """Devices that push, until their input ends."""
     plan = json.decode(sys.stdin.buffer.readline(), type=Plan)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_push_all(plan))

@@ -18,8 +18,6 @@ from typing import Final, Protocol
 
 #: Seconds that who is inside keeps others out.
 PATIENCE_S: Final = 0.002
-
-
 #: Seconds for which others come first, at most, and between two looks whether they still do.
 COURTESY_S: Final = 0.004
 _LOOK_S: Final = 0.0005
