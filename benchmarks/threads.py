@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class SlowDisk(LmdbStorage):
         return mark
 
 
-#: Does a thread's share, of so many commits.
-Share = Callable[[int], object]
+#: Does a thread's share: a commit for each of them.
+Share = Callable[[Sequence[Any]], object]
 
 
 def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterator[Figure]:
@@ -49,16 +49,18 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
         with Database.open(where / "fast") as fast, Database(SlowDisk.open(where / "slow")) as slow:
             here, alone, theirs, flushes = [], [], [], []
             late, late_alone = [], []
-            # One thread does fewer: it takes as long for them.
-            few = max(1, count // 8)
+            # One thread does fewer: it takes as long for them. What they store is made before the
+            # clock runs: making it takes the interpreter as long as a commit does.
+            values = [value(number) for number in range(max(1, count // THREADS))]
+            few = [value(number) for number in range(max(1, count // 8))]
             RawSqlite(where / "sqlite" / "data.db").close()
             for _ in range(rounds):
-                alone.append(few / timed(partial(_add, fast, few)))
-                here.append(_together(count, partial(_add, fast)))
-                theirs.append(_together(count, partial(_add_sqlite, where)))
+                alone.append(len(few) / timed(partial(_add, fast, few)))
+                here.append(_together(values, partial(_add, fast)))
+                theirs.append(_together(values, partial(_add_sqlite, where)))
                 flushes.append(_flush_ms(fast))
-                late_alone.append(few / timed(partial(_add, slow, few)))
-                late.append(_together(count, partial(_add, slow)))
+                late_alone.append(len(few) / timed(partial(_add, slow, few)))
+                late.append(_together(values, partial(_add, slow)))
         shutil.rmtree(where)
         name = f"{THREADS} threads"
         note = "3 times is asked where a flush takes less than 0.3 ms"
@@ -96,10 +98,9 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
         yield figure("threads", "a commit of one row, without Python", count, "ms", flushes)
 
 
-def _together(count: int, share: Share) -> float:
-    """Commits a second of all threads."""
-    each = max(1, count // THREADS)
-    threads = [threading.Thread(target=share, args=(each,)) for _ in range(THREADS)]
+def _together(values: Sequence[Any], share: Share) -> float:
+    """Commits a second of all threads, each of which stores all ``values``."""
+    threads = [threading.Thread(target=share, args=(values,)) for _ in range(THREADS)]
 
     def go() -> None:
         for thread in threads:
@@ -107,22 +108,22 @@ def _together(count: int, share: Share) -> float:
         for thread in threads:
             thread.join()
 
-    return each * THREADS / timed(go)
+    return len(values) * THREADS / timed(go)
 
 
-def _add(database: Database, count: int) -> None:
+def _add(database: Database, values: Sequence[Any]) -> None:
     notes: Any = database.collection(COLLECTION)
-    for number in range(count):
-        notes.add(value(number))
+    for each in values:
+        notes.add(each)
 
 
-def _add_sqlite(where: Path, count: int) -> None:
+def _add_sqlite(where: Path, values: Sequence[Any]) -> None:
     store = RawSqlite(where / "sqlite" / "data.db", timeout_s=600.0)
     identity = threading.get_ident().to_bytes(8, "big")
     try:
-        for number in range(count):
+        for each in values:
             key = identity + time.monotonic_ns().to_bytes(8, "big")
-            store.put([(key, cbor.encode(value(number)))])
+            store.put([(key, cbor.encode(each))])
     finally:
         store.close()
 
