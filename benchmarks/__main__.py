@@ -29,6 +29,7 @@ NAMES = (
     "beside",
     "noisy",
     "operations",
+    "console",
     "conflicts",
     "size",
     "standing",

@@ -20,6 +20,7 @@ from benchmarks.compare import Pair, main, measured, sources_of, table
 from benchmarks.figures import Figure, Target, figure, percentile
 from benchmarks.world import World
 from tests.storage.postgres_cluster import MISSING
+from tests.tools import program as program_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -70,6 +71,7 @@ FIGURES = {
         "one difference among 4: found in",
         "noting a push's device",
     },
+    "console": {"first view", "first view, answers", "longest task"},
     "conflicts": {"pull and rebase", "whole cycle, with the push"},
     "size": {"server after load", "push on the wire, zstd"},
     "standing": {"memory of an open database", "disk of a device that is known"},
@@ -78,6 +80,7 @@ FIGURES = {
 #: What is counted, or too little to be seen.
 MAY_BE_NOTHING = {
     "2,000 waiting streams: idle",
+    "longest task",
     "400 devices, server stopped: other answers than 200, 503",
     "400 devices, server killed: other answers than 200, 503",
 }
@@ -100,6 +103,8 @@ def test_every_benchmark_is_in_the_table_of_figures():
 def test_a_benchmark_prints_one_json_line_for_each_figure(
     name: str, world: World, monkeypatch: pytest.MonkeyPatch
 ):
+    if name == "console":
+        program_of("chromium"), program_of("chromedriver")
     for place, times in TIMES.items():
         monkeypatch.setattr(f"benchmarks.{place}", times)
     size = FEWER.get(name, N)

@@ -22,11 +22,20 @@ SEARCHED = "searched for a seed"
 
 def program(name: str) -> Path:
     """Where the program ``name`` is. Leaves the test out where there is none."""
-    # Debian keeps servers where only root looks by itself.
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin:/sbin")
-    if found is None:
+    if (found := _found(name)) is None:
         pytest.skip(f"{NOT_RUN}{name} is not installed")
     return Path(found)
+
+
+def missing(*names: str) -> str | None:
+    """Why nothing is run that needs these programs; None where all of them are."""
+    lacks = " and ".join(name for name in names if _found(name) is None)
+    return f"{NOT_RUN}{lacks} is not installed" if lacks else None
+
+
+def _found(name: str) -> str | None:
+    # Debian keeps servers where only root looks by itself.
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin:/sbin")
 
 
 def package(name: str) -> None:
