@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from entidb import Index
 from entidb.db import Database, index_builder, index_care, index_run
 from entidb.db.index_care import build_step, declare
 from entidb.db.index_pace import LEAST, STEP_S, Pace
+from entidb.db.writer import Writer
 from entidb.errors import StorageFullError
 from entidb.storage import MemoryStorage
 from tests.support import FakeClock, uid
@@ -71,6 +74,69 @@ def test_what_others_commit_while_an_index_is_built_from_runs_is_in_it(
         assert db.verify() == []
 
 
+@contextlib.contextmanager
+def not_heard(db: Database) -> Iterator[None]:
+    """What is committed meanwhile comes from another process: its run is not this one's."""
+    mine, db.index_run = db.index_run, None
+    yield
+    db.index_run = mine
+
+
+def test_a_run_goes_on_past_commits_of_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    in_the_turn = index_care._build
+
+    def build(*given: Any) -> int:
+        looked.append(given)
+        return in_the_turn(*given)
+
+    monkeypatch.setattr(index_care, "_build", build)
+    with unbuilt(60, monkeypatch) as db:
+        stock, steps = db.collection("stock"), 0
+        while build_step(db, places=3):
+            steps += 1
+            if steps < 40:
+                stock[uid(steps)] = {"kind": steps % 10, "price": 0}  # another one, or as it was
+                stock.discard(uid(61 - steps))
+                db.collection("others").add({})
+                with db.transaction() as tx:
+                    for n in range(4):
+                        tx.collection("stock").add({"kind": n, "price": -1})
+        assert looked == []
+        assert found_by_kind(db) == by_hand(db)
+        assert db.indexes()[0].done == len(stock)
+        assert db.verify() == []
+
+
+@pytest.mark.parametrize("fails", ["in the store", "before it"])
+def test_a_run_does_not_believe_what_it_heard_of_a_commit_that_failed(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unbuilt(60, monkeypatch) as db:
+        stock = db.collection("stock")
+        for _ in range(2):
+            assert build_step(db, places=3)
+        run = db.index_run
+        assert run is not None and run.is_current
+
+        def refuse(*given: Any) -> int:
+            raise StorageFullError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            if fails == "in the store":
+                patch.setattr(db.storage, "commit", refuse)
+            else:
+                patch.setattr(Writer, "finish_places", refuse)
+            with pytest.raises(StorageFullError):
+                stock.discard(uid(16))
+        assert not run.is_current
+        while build_step(db, places=3):
+            pass
+        assert uid(16) in stock
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+
+
 def test_a_run_is_shorter_after_one_that_others_made_void_and_longer_after_one_that_came_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -86,7 +152,8 @@ def test_a_run_is_shorter_after_one_that_others_made_void_and_longer_after_one_t
             if db.index_run is not before:
                 lengths.append(db.index_run.rows)
             if len(lengths) < 3:
-                db.collection("others").add({})
+                with not_heard(db):
+                    db.collection("others").add({})
 
         monkeypatch.setattr(index_care, "_prepare", disturbed)
         while build_step(db, places=1000):

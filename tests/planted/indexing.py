@@ -96,6 +96,34 @@ def _run_outlives(garden: Garden) -> None:
     garden.replace(IndexRun, "goes_on", lambda original: goes_on)
 
 
+@bug(
+    "a-run-forgets-what-is-gone", "INDEXED", "CONVERGE", "UNEXPECTED", knobs=_INDEXES | {"keys": 40}
+)
+def _run_forgets(garden: Garden) -> None:
+    """A run that hears of a commit writes places that it took away."""
+
+    def make(original: Any) -> Any:
+        def hear(self: IndexRun, moment: Any, changes: Any, uncounted: Any) -> None:
+            original(self, moment, {key: to for key, to in changes.items() if to}, uncounted)
+
+        return hear
+
+    garden.replace(IndexRun, "hear", make)
+
+
+@bug("a-run-forgets-whom-it-counts", "INDEXED", "CONVERGE", knobs=_INDEXES | {"keys": 40})
+def _run_forgets_whom(garden: Garden) -> None:
+    """A run that hears of a commit counts those that were there before it."""
+
+    def make(original: Any) -> Any:
+        def hear(self: IndexRun, moment: Any, changes: Any, uncounted: Any) -> None:
+            original(self, moment, changes, {})
+
+        return hear
+
+    garden.replace(IndexRun, "hear", make)
+
+
 @bug("a-range-ends-one-too-early", "INDEXED", knobs=_INDEXES)
 def _range_ends_early(garden: Garden) -> None:
     """An index leaves out what is equal to the end of a range."""

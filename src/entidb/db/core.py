@@ -29,7 +29,7 @@ from entidb.db.identity import (
     read_identity,
 )
 from entidb.db.index_pace import Paces
-from entidb.db.index_run import IndexRun
+from entidb.db.index_run import IndexRun, listener_of
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.local import Role, Writes, commit_local
 from entidb.db.moment import Moment
@@ -228,8 +228,7 @@ class Core(Explored):
         """The same reading methods as ``write`` gives, on a snapshot, without a lock; what is
         staged in it is dropped."""
         with self._open_rows() as rows:
-            raw = rows.snapshot.get(META_HEAD)
-            moment = self.moment_of(rows.snapshot)
+            raw, moment = rows.snapshot.get(META_HEAD), self.moment_of(rows.snapshot)
             yield Writer(rows.snapshot, rows.catalogue, raw, self.device_id, moment)
 
     def moment(self) -> Moment:
@@ -348,7 +347,8 @@ class Core(Explored):
         writer = Writer(snapshot, catalogue, raw, self.device_id, moment, now, slack)
         writer.marks, writer.unsent = self.marks_commits, self.unsent
         if catalogue.indexes.each:
-            writer.watcher = Indexing(writer, self.index_functions)
+            listener = listener_of(self.index_run, moment)
+            writer.watcher = Indexing(writer, self.index_functions, listener)
         return writer
 
     def _tick(self, writer: Writer) -> int:

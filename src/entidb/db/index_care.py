@@ -255,9 +255,11 @@ def _prepare(
             raise _OvertakenError
         if run.is_void:
             rows = max(ROWS_MIN, run.rows // 4)
-        elif run.moment.is_current():
+        elif run.is_current:
             rows = min(ROWS_MAX, 4 * run.rows)
-    database.index_run = IndexRun(view, info, index, make, rows, is_ended)
+    # First: it hears of what is committed while it reads.
+    database.index_run = run = IndexRun(view, info, index)
+    run.read(view, info, index, make, rows, is_ended)
 
 
 def _unfinished(view: Writer) -> list[tuple[CollectionInfo, IndexInfo]]:
