@@ -405,6 +405,21 @@ def test_an_unknown_kid_has_them_fetched_again_but_not_at_everybodys_will(
     assert provider.asked == 2
 
 
+def test_keys_that_come_while_a_token_is_looked_at_count_for_it(
+    provider: Provider, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    check = remote(provider, clock)
+    eventually(lambda: check(token(pem_pair(SIGNING)[0], clock, "one")))
+    fresh = ed25519.Ed25519PrivateKey.generate()
+    provider.document = json.dumps({"keys": [PUBLIC, jwk(fresh.public_key(), kid="two")]}).encode()
+    # Another token's fetch ends between the look at the keys and the question what is missing.
+    monkeypatch.setattr(check._keys, "missing", lambda kid: check.reload())
+    assert check(token(pem_pair(fresh)[0], clock, "two")).subject == "ada"
+    monkeypatch.setattr(check._keys, "missing", lambda kid: None)
+    with pytest.raises(AuthenticationError):
+        check(token(pem_pair(fresh)[0], clock, "three"))
+
+
 @pytest.mark.parametrize(
     ("name", "meant"), [("odl.ends", "old.ends"), ("old.pem.ends", "old.ends"), ("x.ends", None)]
 )

@@ -219,6 +219,9 @@ class JwtAuthenticator:
             return key, claims
         if not tried:
             self._keys.missing(head.get("kid"))
+            # One that was being fetched may have come since ``keys`` were looked at.
+            if (newer := self._keys.current()) is not keys:
+                return self._signed(token, head, newer)
         raise _invalid()
 
     def _remember(self, digest: bytes, entry: _Checked) -> None:

@@ -120,17 +120,28 @@ class Line(psycopg.Connection[tuple[Any, ...]]):
     def ask_all(self, questions: Iterable[Question]) -> list[PGresult]:
         """Their answers, in one round trip; the server begins while the last ones are still being
         made. Raises what psycopg raises."""
-        asked = self._asked
-        with self.lock:
-            answers: list[PGresult] | None = None
-            try:
-                answers = asked(questions)
-            finally:
-                if answers is None:
-                    self.close()  # nobody knows what it would answer next
+        is_over = False
+        try:
+            with self.lock:
+                answers = self._ask_or_close(questions)
+            is_over = True
+        finally:
+            if not is_over:
+                self.close()  # nor does anybody know whether the lock was given back
         for answer in answers:
             if answer.status not in _GOOD:
                 raise errors.error_from_result(answer)
+        return answers
+
+    def _ask_or_close(self, questions: Iterable[Question]) -> list[PGresult]:
+        # Not within the block that has the lock: an interrupt at the first line of a ``try`` passes
+        # by the end of the block that it stands in (CPython 3.11).
+        answers: list[PGresult] | None = None
+        try:
+            answers = self._asked(questions)
+        finally:
+            if answers is None:
+                self.close()  # nobody knows what it would answer next
         return answers
 
     def leave(self, command: bytes) -> None:

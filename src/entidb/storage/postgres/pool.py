@@ -25,6 +25,7 @@ from typing import Final
 import psycopg
 
 from entidb.errors import DatabaseClosedError, StorageUnreachableError
+from entidb.events import SafeEvent
 from entidb.storage.postgres.line import Line
 
 #: Seconds after which a connection that nobody used is closed.
@@ -50,8 +51,10 @@ class Pool:
         self._connect = connect
         self._size = size
         self._wait_s = wait_s
-        #: Guards what follows; nothing is waited for meanwhile.
-        self._changed = threading.Condition()
+        #: Guards what follows; nothing is waited for meanwhile. No ``Condition``: Ctrl-C within one
+        #: of its steps leaves it locked for ever.
+        self._lock = threading.Lock()
+        self._freed = SafeEvent()
         self._idle: list[_Kept] = []
         self._places: weakref.WeakSet[_Kept] = weakref.WeakSet()
         self._generation = 0
@@ -85,14 +88,14 @@ class Pool:
             raise
 
     def _free(self, kept: _Kept) -> None:
-        with self._changed:
+        with self._lock:
             self._places.discard(kept)
-            self._changed.notify()
+        self._freed.set()
 
     def _take(self, until: float) -> _Kept:
         """One that is idle, or a place for a new one."""
         while True:
-            with self._changed:
+            with self._lock:
                 if self._closed:
                     raise DatabaseClosedError("this store is closed; open it again to use it")
                 if self._idle:
@@ -107,14 +110,15 @@ class Pool:
                         f"all connections to PostgreSQL were in use for {self._wait_s:g} s; are "
                         "the snapshots closed?"
                     )
-                self._changed.wait(min(left, _LOOK_S))
+                self._freed.clear()
+            self._freed.wait(min(left, _LOOK_S))
 
     def putconn(self, line: Line) -> None:
         """Whatever state it is in."""
         kept, line.kept = line.kept, None
         assert isinstance(kept, _Kept)
         gone: list[_Kept] = []
-        with self._changed:
+        with self._lock:
             if line.closed:
                 self.losses += 1
                 self._generation += 1
@@ -125,7 +129,7 @@ class Pool:
                 self._idle.append(kept)
             else:
                 self._places.discard(kept)
-            self._changed.notify()
+        self._freed.set()
         if kept.line is None:
             line.close()
         _close(gone)
@@ -133,14 +137,14 @@ class Pool:
     def tidy(self) -> None:
         """Close those that have been idle for long: they are the first ones."""
         before = time.monotonic() - _IDLE_S
-        with self._changed:
+        with self._lock:
             count = sum(1 for kept in self._idle if kept.used_at < before)
             old, self._idle = self._idle[:count], self._idle[count:]
         _close(old)
 
     def drain(self) -> None:
         """None that is here now is lent again."""
-        with self._changed:
+        with self._lock:
             self.losses += 1
             self._generation += 1
             gone, self._idle = self._idle, []
@@ -148,7 +152,7 @@ class Pool:
 
     def close(self) -> None:
         """Those that are lent are closed when they come back."""
-        with self._changed:
+        with self._lock:
             self._closed = True
         self.drain()
 

@@ -33,6 +33,9 @@ _KEYS_MAX: Final = 10_000
 _RANGES_MAX: Final = 64
 #: Records of a commit that is followed; after a larger one everything is read anew.
 _BATCH_MAX: Final = 2000
+#: No state. So it stands here while what is remembered is changed: a thread that is interrupted in
+#: the middle, by Ctrl-C for one, leaves nothing that anybody believes.
+_NOWHERE: Final = -1, 0
 
 
 class Memory:
@@ -67,7 +70,7 @@ class Remembered:
         self._memory = memory
         self._lock = memory.lock
         #: The state that is remembered, and how many connections had been lost when it was read.
-        self._at = (-1, 0)
+        self._at = _NOWHERE
         self._values: dict[bytes, bytes] = {}
         self._size = 0
         #: What ``memory`` counts of it.
@@ -110,13 +113,14 @@ class Remembered:
             if len(batch) > _BATCH_MAX:
                 self.forget()
                 return
-            self._at = mark, losses
+            self._at = _NOWHERE
             for key, value in batch.items():
                 self._drop(key)
                 if value is not None:
                     self._keep(key, value)
                 self._move_key(key, there=value is not None)
             self._settle()
+            self._at = mark, losses
 
     def end(self) -> None:
         """The opener has closed the store."""
@@ -125,8 +129,8 @@ class Remembered:
 
     def forget(self) -> None:
         """Under the lock: everything."""
+        self._at = _NOWHERE
         told, self._told, self._size = self._told, 0, 0
-        self._at = -1, 0
         self._values = {}
         self._starts, self._ends, self._keys = [], [], []
         self._memory.gone(self, told)
@@ -187,6 +191,7 @@ class Remembered:
         with self._lock:
             if self._at[0] != mark or start >= stop:
                 return
+            at, self._at = self._at, _NOWHERE
             if len(self._keys) + len(keys) > _KEYS_MAX or len(self._starts) >= _RANGES_MAX:
                 self._starts, self._ends, self._keys = [], [], []
             # Those that it touches become one with it; what they know of it is the same.
@@ -198,6 +203,7 @@ class Remembered:
                 last += 1
             self._starts[first:last], self._ends[first:last] = [low], [high]
             self._keys[bisect_left(self._keys, start) : bisect_left(self._keys, stop)] = keys
+            self._at = at
 
     def _range_of(self, key: bytes) -> int | None:
         """The place of the range that ``key`` lies in."""
