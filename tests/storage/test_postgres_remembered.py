@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -161,3 +162,36 @@ def test_threads_that_read_while_others_commit_see_one_state_each(
     for reader in readers:
         reader.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("what", ["commit", "range"])
+def test_who_is_interrupted_leaves_nothing_that_anybody_believes(what: str) -> None:
+    remembered = Remembered(Memory())
+    remembered.begin(1, 0)
+    remembered.read(1, [(key(1), b"old"), (key(2), b"old")])
+    remembered.read_keys(1, key(0), key(9), [key(1), key(2)])
+
+    class Interrupted(dict[bytes, bytes | None]):
+        def items(self) -> Any:
+            yield key(1), b"new"
+            raise KeyboardInterrupt
+
+    class NoKeys(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            raise KeyboardInterrupt
+
+    def work() -> None:
+        if what == "commit":
+            remembered.committed(2, 0, Interrupted({key(1): b"new", key(2): None}))
+        else:
+            remembered.read_keys(1, key(20), key(30), NoKeys([key(21)]))
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    mark = 2 if what == "commit" else 1
+    remembered.begin(mark, 0)
+    assert remembered.values(mark, [key(1), key(2)]) == [None, None]
+    assert remembered.keys(mark, key(0), key(9), 9) is None
+    assert remembered.keys(mark, key(20), key(30), 9) is None
+    remembered.read(mark, [(key(1), b"new")])
+    assert remembered.values(mark, [key(1)]) == [b"new"]
