@@ -52,8 +52,9 @@ class Pool:
         self._size = size
         self._wait_s = wait_s
         #: Guards what follows; nothing is waited for meanwhile. No ``Condition``: Ctrl-C within one
-        #: of its steps leaves it locked for ever.
-        self._lock = threading.Lock()
+        #: of its steps leaves it locked for ever. Who has it may end a lost snapshot, by the
+        #: collector, which gives its connection back.
+        self._lock = threading.RLock()
         self._freed = SafeEvent()
         self._idle: list[_Kept] = []
         self._places: weakref.WeakSet[_Kept] = weakref.WeakSet()
