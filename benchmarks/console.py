@@ -65,7 +65,6 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
         print(f"console: {lacks}", file=sys.stderr)
         return
     for count in sizes:
-        seen = []
         root = world.path("console")
         with browsing(root / "profile") as browser, scene(root) as shown:
             _fill(shown, count)

@@ -50,7 +50,7 @@ def run(world: World, sizes: tuple[int, ...] = SIZES, rounds: int = 5) -> Iterat
             here, alone, theirs, flushes = [], [], [], []
             late, late_alone = [], []
             # One thread does fewer: it takes as long for them. What they store is made before the
-            # clock runs: making it takes the interpreter as long as a commit does.
+            # clock runs: making it takes the interpreter, for which all threads wait.
             values = [value(number) for number in range(max(1, count // THREADS))]
             few = [value(number) for number in range(max(1, count // 8))]
             RawSqlite(where / "sqlite" / "data.db").close()
