@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from entidb.server import Grants, ServerConfig, SyncServer, mint_token, serving
+from entidb import Database, SyncConfig, SyncEngine
+from entidb.server import Grants, Refusal, ServerConfig, SyncServer, mint_token, serving
 from tests.cli.support import document, done, entidb, failed
 from tests.server.support import DEVICE, SECRET, handshake
 
@@ -247,3 +249,71 @@ def test_json_is_what_the_server_answers(place: Place):
     (row,) = place.json("databases")
     assert set(row) >= {"name", "open", "bytes", "devices"}
     assert json.dumps(row)
+
+
+def test_devices_of_all_databases_are_searched_and_one_is_told_of(place: Place):
+    place("create", "shop")
+    assert place("devices") == "none\n"
+    grants = Grants("bob\x1b[31m", {}, {"jti": "t1"})
+    place.server.registry.heard(handshake(), grants, code="busy", client="entidb/9")
+    assert DEVICE.hex() in place("devices", "--search", "BOB shop", "--sort", "name")
+    assert DEVICE.hex() not in place("devices", "--search", "bob log")
+    (row,) = place.json("devices")["rows"]
+    assert (row["database"], row["row"]["device"]["error"]) == ("shop", "busy")
+    told = place("device", "shop", DEVICE.hex().upper())
+    assert "entidb/9" in told and "busy, 20" in told and "t1" in told and "\x1b" not in told
+    place.fails(3, "not_found", "device", "shop", "f" * 32)
+    assert "'xyz'" in place.fails(2, "usage", "device", "shop", "xyz")
+    place.fails(2, "usage", "devices", "--sort", "colour")
+
+
+def test_the_server_is_shown_at_a_glance(place: Place):
+    place("create", "shop")
+    shown = place("overview")
+    assert re.search(r"databases +1, 1 open", shown)
+    assert place.json("overview")["fleet"]["databases"] == 1
+
+
+def test_entities_are_found_listed_and_shown(place: Place):
+    place("create", "shop")
+    notes = place.server.database("shop").collection("notes")
+    ids = [uuid.UUID(int=number) for number in range(1, 5)]
+    for number, each in enumerate(ids):
+        notes[each] = {"price": number, "name": f"n{number}\x1b[31m"}
+    assert place("collections", "shop").split() == ["name", "entities", "notes", "4"]
+    of = ("entities", "shop", "notes")
+    dear = place.json(*of, "--where", "price>=1", "--where", "price<3", "--order=-price")["rows"]
+    assert [row["value"]["price"] for row in dear] == [2, 1]
+    first = place(*of, "--limit", 2)
+    assert f"--after {ids[1]}" in first and "\x1b" not in first
+    assert str(ids[2]) in place(*of, "--limit", 2, "--after", ids[1])
+    assert "version  3" in place("entity", "shop", "notes", ids[2])
+    place.fails(2, "usage", *of, "--where", '{"name": {"==": {"$bytes": "AA=="}}}')
+    place.fails(2, "usage", *of, "--where", "price~1")
+    place.fails(2, "usage", *of, "--after", "1")
+    place.fails(2, "usage", "entity", "shop", "notes", "1")
+    place.fails(3, "not_found", "entity", "shop", "notes", uuid.UUID(int=9))
+    place.fails(3, "not_found", "entities", "shop", "nothing")
+
+
+def test_what_happened_lately_is_told_where_the_console_keeps_it(place: Place):
+    assert "--console" in place("happened")
+    place.fails(2, "usage", "happened", "--what", "nothing")
+
+
+def test_a_rejected_transaction_is_told_with_who_and_why(tmp_path: Path):
+    config = ServerConfig(
+        data_dir=tmp_path / "data",
+        insecure_no_auth=True,
+        console=True,
+        validate=lambda context, transaction: Refusal("too_cheap", "no price below one\x1b[31m"),
+    )
+    with SyncServer(config) as server, serving(server) as url, Database.open(tmp_path / "d") as db:
+        db.collection("notes")[uuid.UUID(int=1)] = {"price": 0}
+        with SyncEngine(SyncConfig(db_id="shop"), url, db) as engine:
+            engine.sync()
+        told = done("admin", "--dir", tmp_path / "data", "happened", "--what", "rejected")
+        for word in ("too_cheap", "no price below one", f"notes {uuid.UUID(int=1)}"):
+            assert word in told
+        assert "\x1b" not in told and "pushed" not in told
+        assert "rejected" not in done("admin", "--url", url, "happened", "--what", "pushed")

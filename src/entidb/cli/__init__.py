@@ -11,7 +11,8 @@
     outbox     status, pending, conflicts, resolve, discarded, reset
     serving    serve, token
     restoring  restore
-    admin      admin: a running server (``admin_views`` shows its answers)
+    admin      admin: a running server (``admin_desk`` asks it, ``admin_looking`` has what only
+               looks, ``admin_views`` shows its answers)
     care       verify, inspect, compact, backup, version (``comparing``: verify with a server)
 
 Nothing is imported here: what a command needs is loaded when that command runs.

@@ -4,8 +4,11 @@ strangers: ``say`` escapes it.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from msgspec import json
 
 from entidb.cli.output import facts, plural, size_text, table, time_text
 
@@ -18,6 +21,10 @@ def _time(row: Row, name: str) -> str:
 
 def _count(row: Row, name: str) -> str:
     return "-" if row.get(name) is None else f"{row[name]:,}"
+
+
+def _size(row: Row, name: str) -> str:
+    return "-" if row.get(name) is None else size_text(row[name])
 
 
 def _or_none(lines: Callable[[list[Row]], Iterable[str]], rows: list[Row]) -> Iterator[str]:
@@ -76,9 +83,11 @@ def deleted(rows: list[Row]) -> Iterator[str]:
     return _or_none(lambda _: table(cells, heads), rows)
 
 
+_DEVICE_HEADS = ("device", "subject", "client", "last seen", "behind", "pushed", "last error", "")
+
+
 def devices(rows: list[Row]) -> Iterator[str]:
-    heads = ("device", "subject", "client", "last seen", "behind", "pushed", "last error", "")
-    return _or_none(lambda found: table(map(_device_cells, found), heads), rows)
+    return _or_none(lambda found: table(map(_device_cells, found), _DEVICE_HEADS), rows)
 
 
 def _device_cells(row: Row) -> tuple[str, ...]:
@@ -95,6 +104,147 @@ def _device_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def fleet(page: Row) -> Iterator[str]:
+    rows = page["rows"]
+    cells = ((row["database"], *_device_cells(row["row"])) for row in rows)
+    yield from _or_none(lambda _: table(cells, ("database", *_DEVICE_HEADS)), rows)
+    yield from _more(page["total"] - len(rows))
+
+
+def _more(left: int) -> Iterator[str]:
+    if left > 0:
+        yield f"and {left:,} more: --limit shows them"
+
+
+def device(story: Row) -> Iterator[str]:
+    yield from facts(_device_facts(story["row"]))
+    yield ""
+    yield from happened(story["happened"])
+
+
+def _device_facts(row: Row) -> Iterator[tuple[str, str]]:
+    device = row["device"]
+    yield "device", device["device_id"] + (" (revoked)" if row.get("revoked") else "")
+    yield "subject", device.get("subject") or "-"
+    yield "token", device.get("token", "-")
+    yield "client", device.get("client", "-")
+    yield "schema", _count(device, "schema")
+    yield "first seen", _time(device, "first_ms")
+    yield "last seen", _time(device, "last_ms")
+    yield "was given", f"commit {device.get('cursor', 0):,}, {_count(row, 'behind')} behind"
+    yield (
+        "last error",
+        f"{device['error']}, {_time(device, 'error_ms')}" if "error" in device else "-",
+    )
+    for name in ("requests", "accepted", "superseded", "conflicts", "rejected"):
+        yield name, f"{device.get(name, 0):,}"
+    yield "sent", size_text(device.get("bytes_in", 0))
+    yield "received", size_text(device.get("bytes_out", 0))
+
+
+def happened(rows: list[Row]) -> Iterator[str]:
+    if not rows:
+        yield "none; a server that shows the console (--console) keeps the latest"
+        return
+    heads = ("time", "what", "database", "device", "subject", "count", "commit", "code", "")
+    yield from table(map(_happened_cells, rows), heads)
+
+
+def _happened_cells(row: Row) -> tuple[str, ...]:
+    wrote = [f"{each['collection']} {uuid.UUID(each['id'])}" for each in row.get("touched", [])]
+    if row.get("more"):
+        wrote.append(f"and {row['more']:,} more")
+    return (
+        _time(row, "at_ms"),
+        row["what"],
+        row["database"] or "-",
+        row["device_id"] or "-",
+        row["subject"] or "-",
+        f"{row.get('count', 1):,}",
+        _count(row, "version"),
+        row.get("code", "-"),
+        "; ".join(each for each in (row.get("message", ""), ", ".join(wrote)) if each),
+    )
+
+
+def collections(rows: list[Row]) -> Iterator[str]:
+    heads = ("name", "entities", "")
+    cells = (
+        (row["name"], f"{row['entities']:,}", "" if row["synced"] else "not synced") for row in rows
+    )
+    return _or_none(lambda _: table(cells, heads), rows)
+
+
+def entities(page: Row) -> Iterator[str]:
+    heads = ("id", "version", "changed", "value")
+    cells = (
+        (row["id"], f"{row['version']:,}", _changed(row), _plain(row["value"]))
+        for row in page["rows"]
+    )
+    yield from _or_none(lambda _: table(cells, heads), page["rows"])
+    if page.get("after") is not None:
+        yield f"there are more: --after {page['after']}"
+
+
+def _plain(value: Any) -> str:
+    return json.encode(value).decode()
+
+
+def _changed(row: Row) -> str:
+    return _time(row, "changed_ms") if row["changed_ms"] else "-"
+
+
+def entity(row: Row) -> Iterator[str]:
+    yield from facts(
+        [
+            ("id", row["id"]),
+            ("version", f"{row['version']:,}"),
+            ("device", row["device_id"]),
+            ("changed", _changed(row)),
+            ("size", size_text(row["bytes"])),
+            ("value", _plain(row["value"])),
+        ]
+    )
+    if not row["whole"]:
+        yield "the value is large and was cut: `entidb get` beside the database shows all of it"
+
+
+def overview(row: Row) -> Iterator[str]:
+    yield from facts(_overview_facts(row))
+
+
+def _overview_facts(row: Row) -> Iterator[tuple[str, str]]:
+    yield "version", f"EntiDB {row['version']}, process {row['process']}"
+    yield "since", _time(row, "since_ms")
+    fleet = row["fleet"]
+    yield "databases", f"{fleet['databases']:,}, {row['open_databases']:,} open"
+    yield (
+        "devices",
+        (f"{fleet['devices']:,}, {fleet['behind']:,} behind, {fleet['revoked']:,} revoked"),
+    )
+    yield "memory", _size(row, "memory_bytes")
+    yield "disk", f"{_size(row, 'disk_free_bytes')} free of {_size(row, 'disk_bytes')}"
+    yield "waiting", plural(row["waiting"], "push", "pushes")
+    yield "in flight", size_text(row["in_flight_bytes"])
+    yield "tasks", f"{row['tasks']:,} under way, {row['tasks_failed']:,} failed"
+    late = ", ".join(row["late_backups"])
+    yield "backups", f"late: {late}" if late else "in time" if row["backups"] else "none are made"
+    if len(row["nodes"]) > 1:
+        yield "nodes", f"{len(row['nodes']):,}"
+    beats = row["beats"]
+    if beats:
+        yield (
+            "last minutes",
+            (
+                f"{sum(each['requests'] for each in beats):,} requests, "
+                f"{sum(each['failed'] for each in beats):,} failed; transactions: "
+                f"{sum(each['accepted'] for each in beats):,} accepted, "
+                f"{sum(each['conflicts'] for each in beats):,} in conflict, "
+                f"{sum(each['rejected'] for each in beats):,} rejected"
+            ),
+        )
+
+
 def quotas(answer: Row) -> Iterator[str]:
     settings = answer["settings"]
     if not any(settings.values()):
@@ -104,9 +254,7 @@ def quotas(answer: Row) -> Iterator[str]:
     if answer["rows"]:
         yield ""
         yield from table(map(_quota_cells, answer["rows"]), ("database", "quota", "used", "of", ""))
-    left = answer["total"] - len(answer["rows"])
-    if left > 0:
-        yield f"and {left:,} more: --limit shows them"
+    yield from _more(answer["total"] - len(answer["rows"]))
 
 
 def _quota_cells(row: Row) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def query_of(
     query = collection.where()
     for given in conditions:
         try:
-            query = query.where.from_dict(_condition(given))
+            query = query.where.from_dict(condition_of(given))
         except QueryError as error:
             raise UsageError(f"--where {given!r}: {error}") from error
     fields = [name.strip() for given in orders for name in given.split(",")]
@@ -57,8 +57,9 @@ def query_of(
     return query
 
 
-def _condition(given: str) -> dict[str, Any]:
-    """``kind=tea`` as ``{"kind": {"==": "tea"}}``; what begins with a brace is such a map."""
+def condition_of(given: str) -> dict[str, Any]:
+    """``kind=tea`` as ``{"kind": {"==": "tea"}}``; what begins with a brace is such a map.
+    Raises ``UsageError``, ``InputError``."""
     text = given.strip()
     if text.startswith("{"):
         made = _parsed(given, text)
@@ -100,4 +101,4 @@ def _value(given: str, word: str, text: str) -> Any:
     return text if word == "startswith" and not isinstance(value, str) else value
 
 
-__all__ = ["SIGNS", "query_of"]
+__all__ = ["SIGNS", "condition_of", "query_of"]
