@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from entidb.server import ServerConfig, SyncServer, serving
+from entidb.server.registry import About
 from tests.server.support import Client, pull, push
 from tests.server.test_app import running
 
@@ -66,6 +67,33 @@ def test_groups_of_pushes_are_measured() -> None:
         text = told(url)
     assert "entidb_group_pushes_sum 2.0" in text
     assert re.search(r"^entidb_group_seconds_count [12]\.0$", text, re.MULTILINE)
+
+
+def test_times_are_told_apart_by_how_large_the_database_is(tmp_path: Path) -> None:
+    def times(text: str) -> dict[str, float]:
+        found = re.findall(
+            r'^entidb_request_seconds_count\{entities="(\w+)",path="/v1/pull"\} (\S+)$',
+            text,
+            re.MULTILINE,
+        )
+        return {label: float(number) for label, number in found}
+
+    config = ServerConfig(data_dir=tmp_path / "data", insecure_no_auth=True, metrics=True)
+    with SyncServer(config) as server, serving(server) as url, Client(url) as client:
+        history = client.history()
+        client.send(pull(history))
+        assert times(told(url)) == {"unknown": 1.0}
+        for entities, label in ((1000, "1000"), (1001, "100000"), (100_001, "more")):
+            server.registry.note("shop", About(entities=entities))
+            client.send(pull(history))
+            assert times(told(url))[label] == 1.0
+        client.request("GET", "/healthz")
+        text = told(url)
+    assert 'entidb_request_seconds_count{entities="none",path="/healthz"} 1.0' in text
+    with SyncServer(config) as server, serving(server) as url, Client(url) as client:
+        server.registry.about("shop")
+        client.send(pull(history))
+        assert times(told(url)) == {"more": 1.0}, "it is known from the last time"
 
 
 def test_without_metrics_nobody_measures() -> None:

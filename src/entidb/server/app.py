@@ -458,7 +458,8 @@ class SyncApp:
             self._office.audit.refused(exchange.subject, exchange.client, exchange.code)
         if self._metrics is not None and exchange.path != LIVE_PATH:
             # How long a stream was open says nothing about how fast answers are.
-            self._metrics.answered(exchange.path, exchange.status, seconds, exchange.code)
+            status, code = exchange.status, exchange.code
+            self._metrics.answered(exchange.path, status, seconds, code, exchange.db_id)
         if self._pulse is not None:
             self._pulse.answered(exchange, seconds, streamed=exchange.path == LIVE_PATH)
         if self._config.access_log and access_logger.isEnabledFor(logging.INFO):

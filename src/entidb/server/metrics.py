@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,10 @@ _SAME = frozenset(
         "entidb_disk_free_bytes",
     )
 )
+#: Classes of databases: by so many entities at most. Names of databases are no labels: there may be
+#: thousands of them, and whom they belong to is not for everybody who may look at metrics.
+_SIZES = (1_000, 100_000)
+_CLASSES = (*map(str, _SIZES), "more")
 _GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 #: How far behind devices are: a label for each number of ``Summary.lag``.
 _LAGS = (*map(str, LAGS), "more")
@@ -72,6 +77,7 @@ class Metrics:
         office: Office,
     ) -> None:
         self._registry = registry = CollectorRegistry()
+        self._entities_of = office.registry.entities
         #: What the other processes of this server have counted.
         self.others: Callable[[], list[list[Series]]] = list
         #: What this process has counted, kept for the others before anybody sees it.
@@ -82,7 +88,7 @@ class Metrics:
         self._seconds = Histogram(
             "entidb_request_seconds",
             "Time from the head of a request to the end of its answer",
-            ["path"],
+            ["path", "entities"],
             buckets=_BUCKETS_S,
             registry=registry,
         )
@@ -135,14 +141,22 @@ class Metrics:
         """Something was refused, maybe before it was a request."""
         self._refused.labels(code if code in _CODES else "other").inc()
 
-    def answered(self, path: str, status: int, seconds: float, code: str | None) -> None:
+    def answered(
+        self, path: str, status: int, seconds: float, code: str | None, db_id: str | None
+    ) -> None:
         if code is not None:
             self.refused(code)
         label = path if path in _PATHS else "other"
         if path.startswith(SEGMENTS_PATH):
             label = SEGMENTS_PATH
         self._requests.labels(label, str(status)).inc()
-        self._seconds.labels(label).observe(seconds)
+        self._seconds.labels(label, self._class(db_id)).observe(seconds)
+
+    def _class(self, db_id: str | None) -> str:
+        if db_id is None:
+            return "none"
+        entities = self._entities_of(db_id)
+        return "unknown" if entities is None else _CLASSES[bisect_left(_SIZES, entities)]
 
     def pushed(self, answer: PushResponse) -> None:
         for result in answer.results:

@@ -122,6 +122,8 @@ class Registry:
         #: Guards the books, and the rows in them; never held during I/O.
         self._lock = threading.Lock()
         self._books: dict[str, _Book] = {}
+        #: Entities of each database that was looked at, or read of, since the server began.
+        self._entities: dict[str, int] = {}
         #: Whether a device may be noted for a request that was refused; not where there is a quota,
         #: and it was not let in.
         self.is_met: Callable[[SyncRequest], bool] = _always
@@ -233,6 +235,12 @@ class Registry:
         with self._lock:
             book = self._books.setdefault(db_id, _Book())
             book.about = about
+        self._entities[db_id] = about.entities
+
+    def entities(self, db_id: str) -> int | None:
+        """How many a database had when it was looked at last, half a minute ago or so if it is
+        open. None: this server has not looked yet. Reads no file, so that every request may ask."""
+        return self._entities.get(db_id)
 
     def flush(self) -> None:
         """Write what came since the last time. What cannot be written is kept and logged."""
@@ -288,10 +296,13 @@ class Registry:
         try:
             if records is None or not records.has_database(db_id):
                 return _Page()
-            return self._decoded(db_id, records.read(devices_of(db_id)))
+            page = self._decoded(db_id, records.read(devices_of(db_id)))
         except (OSError, StorageError) as error:
             logger.warning("the devices of database %s cannot be read: %s", db_id, error)
             return _Page()
+        if page.about is not None:
+            self._entities.setdefault(db_id, page.about.entities)
+        return page
 
     def _decoded(self, db_id: str, content: bytes | None) -> _Page:
         if content is None:
