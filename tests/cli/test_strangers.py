@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -306,3 +307,35 @@ def test_the_name_on_a_token_does_not_steer_the_terminal(tmp_path: Path) -> None
     assert "RAW" not in shown
     assert "\x1b" not in shown and "\x07" not in shown
     assert r"for a\u001b[31m\u0007b, until" in shown
+
+
+def test_a_name_with_spaces_is_no_part_of_the_sentence(tmp_path: Path) -> None:
+    """ "there are no tes, notes" said the opposite of what was there."""
+    done("put", tmp_path / "db", "no tes", "1")
+    done("put", tmp_path / "db", "notes", "1")
+    line = failed(entidb("get", tmp_path / "db", "note", "a"), 3, "no_collection")
+    assert "there are 'no tes', notes" in line
+
+
+@pytest.mark.parametrize("port", ["0", "99999", "http"])
+def test_a_port_that_is_none_is_called_one(tmp_path: Path, port: str) -> None:
+    done("init", tmp_path / "db")
+    line = failed(
+        entidb("sync", tmp_path / "db", f"http://localhost:{port}", "--db", "x"),
+        2,
+        "invalid_config",
+    )
+    assert "has a port that is none of 1 to 65535" in line
+
+
+def test_the_doctor_speaks_of_no_numbers_of_the_system(free_port: int) -> None:
+    result = entidb("doctor", f"http://localhost:{free_port}")
+    assert result.exit_code == 9, result.output
+    assert "Connection refused" in result.output and "Errno" not in result.output
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+    return port

@@ -175,7 +175,10 @@ def test_all_conflicts_can_be_decided_at_once(disputed: Scene):
 
 
 def test_a_choice_that_is_none_is_refused(disputed: Scene):
-    failed(entidb("resolve", disputed.home / "b", "notes", NOTE, "yours"), 11, "invalid_json")
+    said = failed(
+        entidb("resolve", disputed.home / "b", "notes", NOTE, "their"), 11, "invalid_json"
+    )
+    assert "mine, theirs or delete" in said
     failed(entidb("resolve", disputed.home / "b", "notes", NOTE, "null"), 2, "usage")
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,51 @@ def test_the_server_package_lists_its_names_and_refuses_others() -> None:
     assert {"SyncServer", "ServerConfig", "serve"} <= set(dir(entidb.server))
     with pytest.raises(AttributeError, match="no_such_thing"):
         entidb.server.no_such_thing  # noqa: B018
+
+
+_CLOSED_STREAMS = """
+import json, os, sys
+from entidb.storage import LmdbStorage
+before = [LmdbStorage.open(sys.argv[1] + "/a")]
+for number in map(int, sys.argv[3:]):
+    os.close(number)
+stores = [LmdbStorage.open(f"{sys.argv[1]}/{name}") for name in "bc"]
+low = [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
+for number in range(3):  # what an extension, or the C library, prints when all is lost
+    try:
+        os.write(number, b"x" * 5000)
+    except OSError:
+        pass  # of what was open for reading alone
+null = os.open(os.devnull, os.O_RDWR)
+for number in range(3):  # what a program does that becomes a daemon late
+    os.dup2(null, number)
+for each in (*before, *stores):
+    each.commit({b"k": b"2"})
+found = [[list(each.verify()), each.snapshot().get(b"k") == b"2"] for each in (*before, *stores)]
+for each in (*before, *stores):
+    each.close()
+with open(sys.argv[2], "w") as file:
+    json.dump([low, found], file)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("closed", ["2", "1", "0", "1 2", "0 2", "0 1 2"])
+def test_no_file_of_a_store_gets_the_number_of_a_standard_stream(
+    tmp_path: Path, closed: str
+) -> None:
+    """Whatever was printed by a program with a closed standard stream went into the data file, or
+    the file went out of the store's hands when the program gave the stream a place again."""
+    for name in "abc":
+        with contextlib.closing(LmdbStorage.open(tmp_path / name)) as store:
+            store.commit({b"k": b"1"})
+    said = tmp_path / "said"
+    words = [sys.executable, "-c", _CLOSED_STREAMS, str(tmp_path), str(said), *closed.split()]
+    subprocess.run(words, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    low, found = json.loads(said.read_text())
+    assert not any(str(tmp_path) in each for each in low), low
+    assert found == [[[], True]] * 3
+    for name in "abc":
+        with contextlib.closing(LmdbStorage.open(tmp_path / name)) as store:
+            assert read_all(store) == {b"k": b"2"} and list(store.verify()) == []

@@ -349,6 +349,45 @@ def test_what_would_meet_a_pull_as_well_ends_the_cycle(error: SyncError) -> None
     device = Device(an_image())
     with pytest.raises(type(error)):
         device.run(failing(SnapshotRequest, error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TransportError("the line is cut"),
+        SyncTimeoutError("504"),
+        AuthenticationError("401 of a proxy that wants to know who asks for this"),
+        ServerBusyError("503 of a proxy that knows nobody who answers this"),
+        ServerBusyError("429", code="rate_limited"),
+    ],
+    ids=lambda error: error.code,
+)
+def test_what_meets_nothing_but_the_request_for_an_image_does_not_keep_a_device_from_beginning(
+    error: SyncError,
+) -> None:
+    """The handshake has worked each time, and a pull was never tried."""
+    device = Device(an_image())
+    for _ in range(FAILURES_MAX):
+        with pytest.raises(type(error)):
+            device.run(failing(SnapshotRequest, error))
+        device.begin_cycle()
+    assert device.run(failing(SnapshotRequest, error)) is False
+    assert device.steps == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SyncCancelledError("cancelled"),
+        HistoryChangedError("another history"),
+        UpgradeRequiredError("too old"),
+    ],
+    ids=lambda error: error.code,
+)
+def test_what_says_nothing_of_the_way_does_not_count_against_it(error: SyncError) -> None:
+    device = Device(an_image())
+    with pytest.raises(type(error)):
+        device.run(failing(SnapshotRequest, error))
     assert device.connection.image_failures == 0
 
 

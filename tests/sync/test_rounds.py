@@ -3,6 +3,7 @@ other."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import pytest
 
 from entidb import Database, RetryConfig, SyncConfig, SyncEngine
 from entidb.db import Role
-from entidb.errors import PermissionDeniedError, TransportError
+from entidb.errors import PermissionDeniedError, SyncError, TransportError
 from entidb.protocol import (
     LIMITS,
     PullRequest,
@@ -28,6 +29,8 @@ from entidb.server.hooks import Grant
 from entidb.server.pages import unseen
 from entidb.server.service import BehindError, DatabaseService
 from entidb.sync import HttpTransport, LoopbackClient
+from entidb.sync.refusal import TRY_AGAIN_CYCLES
+from entidb.sync.rounds import FAILURES_MAX
 from entidb.sync.transport import HttpResponse
 from tests.server.support import pull, push
 
@@ -226,6 +229,55 @@ def test_a_proxy_that_refuses_rounds_stops_nothing(
     one.notes.add({"n": 2})
     one.engine.sync()
     assert one.line.taken() == ["/v1/pull", "/v1/push"], "it counts for the connection"
+    assert on_the_server(server) == one.values()
+
+
+OPEN = [200, 301, 302, 401, 407, 408, 409, 421, 429, 500, 501, 502, 503, 504, 511]
+
+
+@pytest.mark.parametrize("status", OPEN)
+def test_a_proxy_that_answers_rounds_in_the_servers_place_costs_three_failures_and_no_more(
+    status: int, server: SyncServer, one: Device
+) -> None:
+    """Such an answer proves nothing, so each is settled by a push; which gets through."""
+
+    def answers(path: str, answer: Answer) -> HttpResponse:
+        if path == "/v1/sync":
+            return HttpResponse(status, {"content-type": "text/html"}, b"no")
+        return answer()
+
+    one.line.hook = answers
+    failures = 0
+    for number in range(10):
+        one.notes.add({"n": number})
+        try:
+            one.engine.sync()
+        except SyncError:
+            failures += 1
+    assert failures == FAILURES_MAX
+    assert one.line.taken()[-2:] == ["/v1/pull", "/v1/push"]
+    assert (one.engine.status().pending, one.engine.discarded()) == (0, [])
+    assert on_the_server(server) == one.values()
+
+
+def test_rounds_that_were_left_out_are_tried_again_after_some_cycles(
+    server: SyncServer, one: Device
+) -> None:
+    one.line.hook = lambda path, answer: (
+        HttpResponse(502, {}, b"") if path == "/v1/sync" else answer()
+    )
+    for _ in range(2 * FAILURES_MAX):  # each failure is settled by the next cycle
+        one.notes.add({"n": 1})
+        with contextlib.suppress(SyncError):
+            one.engine.sync()
+    one.line.hook = lambda path, answer: answer()
+    one.line.taken()
+    tried = 0
+    for number in range(TRY_AGAIN_CYCLES + 2):
+        one.notes.add({"later": number})
+        one.engine.sync()
+        tried += "/v1/sync" in one.line.taken()
+    assert tried == 2, "one after a hundred, and then each"
     assert on_the_server(server) == one.values()
 
 

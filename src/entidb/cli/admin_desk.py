@@ -85,7 +85,8 @@ class Desk:
                 f"no server of this machine serves {self.data_dir}: start one, or give --url"
             ) from error
         except (OSError, ValueError) as error:
-            raise TransportError(f"asking the server of {self.data_dir} failed: {error}") from error
+            said = getattr(error, "strerror", None) or error
+            raise TransportError(f"asking the server of {self.data_dir} failed: {said}") from error
         return answer.status, bytes(answer.body)
 
     def _over_http(

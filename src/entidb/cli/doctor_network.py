@@ -122,7 +122,7 @@ class NetworkPath:
         try:
             self.context = ssl.create_default_context(cafile=visit.ca_file)
         except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"cannot read --ca-file {visit.ca_file}: {error}") from error
+            raise ConfigError(f"cannot read --ca-file {visit.ca_file}: {_said(error)}") from error
 
     def connect(self, timeout_s: float = _TIMEOUT_S) -> http.client.HTTPConnection:
         if self.secure:
@@ -151,8 +151,8 @@ _FAILURES: Final = (OSError, http.client.HTTPException)
 
 
 def _said(error: Exception) -> str:
-    """What went wrong, also where the error itself says nothing."""
-    return str(error) or type(error).__name__
+    """What went wrong, without a number of the system, also where the error itself says nothing."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def examine(visit: Visit) -> list[Finding]:
@@ -164,7 +164,7 @@ def examine(visit: Visit) -> list[Finding]:
         info = way.ask("/v1/info", headers={"Accept-Encoding": "identity"})
     except _FAILURES as error:
         if not any(each.check == "tls" and each.change for each in found):
-            says = f"{visit.url} does not answer: {error}"
+            says = f"{visit.url} does not answer: {_said(error)}"
             found.append(problem("server", says, "start the server, and look at name and port"))
         return found
     found.append(_server(info, visit.url))
@@ -387,7 +387,7 @@ def _packed_requests(way: NetworkPath, headers: Mapping[str, str]) -> Finding:
         )
     except _FAILURES as error:
         change = "let requests with Content-Encoding through"
-        return problem(check, f"the connection was cut: {error}", change)
+        return problem(check, f"the connection was cut: {_said(error)}", change)
     if sent.code() is None or named.code() is None:
         change = "let requests with Content-Encoding through; devices send them plainly instead"
         return warning(check, f"they are refused on the way ({sent.status})", change)
@@ -412,7 +412,7 @@ def _stream(way: NetworkPath, visit: Visit, headers: Mapping[str, str]) -> Itera
     try:
         answer = _listen(way, visit, headers, heard)
     except _FAILURES as error:
-        yield problem("stream", f"it cannot be opened: {error}", _STREAM)
+        yield problem("stream", f"it cannot be opened: {_said(error)}", _STREAM)
         return
     if answer is not None:
         yield problem("stream", f"it is answered with {answer} on the way", _STREAM)

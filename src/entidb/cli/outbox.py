@@ -275,7 +275,7 @@ def _resolution(choice: str) -> ConflictResolution:
         return ConflictResolution.accept_remote()
     if choice == "delete":
         return ConflictResolution.merge(None)
-    value = read_value(choice)
+    value = read_value(choice, instead_of="mine, theirs or delete")
     if value is None:
         raise UsageError("null cannot be an entity; `delete` deletes it")
     return ConflictResolution.merge(value)

@@ -105,8 +105,9 @@ def _refuse_constant(name: str) -> Any:
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
-def read_value(given: str) -> Any:
-    """The value of a VALUE argument: JSON, ``-`` for standard input, ``@FILE`` for a file."""
+def read_value(given: str, *, instead_of: str = "") -> Any:
+    """The value of a VALUE argument: JSON, ``-`` for standard input, ``@FILE`` for a file; where
+    some words mean something else, ``instead_of`` names them."""
     if given == "-":
         text = _text(_read(sys.stdin.buffer, "standard input"), "standard input")
         if not text.strip():
@@ -130,6 +131,8 @@ def read_value(given: str) -> Any:
         said = str(error)
         if not said.startswith(given[:60]):  # else it names the value itself
             said = f"{given[:60]!r} is {said}"
+        if instead_of:
+            hint = f"write {instead_of}, or a value; {hint}"
         raise InputError(f"{said}; {hint}", code=error.code) from error
 
 

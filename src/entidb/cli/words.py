@@ -33,6 +33,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _HEX: Final = re.compile(r"[0-9a-f]{1,32}")
 _KEY: Final = "key:"
+#: What needs no quotes in a list.
+_PLAIN_NAME: Final = re.compile(r"[\w.-]+")
 #: What comes before the end of an id where its beginning is left out.
 _CUT: Final = ("…", "...")
 #: Ids of imported rows with a key of their own; docs/cli.md has the rule for other programs.
@@ -287,7 +289,8 @@ def existing_collection(database: Database, name: str) -> ReadCollection[Any]:
     """The collection ``name``. Raises ``NotFoundError`` if nothing was ever written to it."""
     names = database.collections()
     if name not in names:
-        there = f"there are {', '.join(names[:10])}" if names else "there are none yet"
+        shown = (each if _PLAIN_NAME.fullmatch(each) else repr(each) for each in names[:10])
+        there = f"there are {', '.join(shown)}" if names else "there are none yet"
         raise NotFoundError(f"there is no collection {name!r}; {there}", code="no_collection")
     return database.collection(name)
 

@@ -41,6 +41,22 @@ def absolute(path: str | os.PathLike[str]) -> str:
         ) from error
 
 
+def occupy_standard_numbers() -> None:
+    """Make the three lowest numbers of this process lead somewhere, where one of its standard
+    streams was closed, as daemons do. The next file opened would get that number, and whatever is
+    printed there, or made that number later (``dup2``), would end up in it, or in its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            try:
+                made = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            except OSError:  # a directory of its own (chroot) that has no such device
+                return
+            if made > number:  # somebody else's thread has taken it meanwhile
+                os.close(made)
+
+
 def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
     """``os.open`` of a file: never waits for what stands in its place. Raises ``FormatError``
     where that is none, and ``OSError``."""

@@ -69,6 +69,10 @@ class Connection:
     fetches: bool = False
     #: How often in a row the way to the server failed just when an image was asked for.
     image_failures: int = 0
+    #: How often in a row a round failed with its outcome open, and how many were left out since
+    #: that was too often.
+    round_failures: int = 0
+    rounds_left_out: int = 0
     #: Who the handshake said the token is for (R36).
     subject: str | None = None
     #: The newest request for what changed, with what it was made from: while a device stays as it

@@ -136,6 +136,8 @@ class Fetching:
             raise
         except SyncError as error:
             if isinstance(error, _PASSING) and not isinstance(error, PermissionDeniedError):
+                if isinstance(error, AuthenticationError | ServerBusyError):
+                    connection.image_failures += 1  # so may these be, where the handshake worked
                 raise
             return None
         connection.image_failures = 0

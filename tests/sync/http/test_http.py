@@ -701,6 +701,17 @@ def test_a_time_to_come_again_is_told_by_the_clock_that_named_it(date: str, seco
 def test_a_body_that_is_no_answer_is_a_protocol_error(body: bytes, kind: type[SyncError]):
     error = error_of(reply(body))
     assert (type(error), error.retryable) == (kind, False)
+    assert "/v1/pull" in error.message and "on the way" in error.message
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 406, 411, 414, 415, 418, 426, 429, 431, 451, 500,
+                                    501, 502, 503, 504, 507, 520, 530])  # fmt: skip
+def test_what_the_server_never_said_is_not_laid_at_its_door(status: int):
+    """A web page of 403 is no right that is missing, and one of 503 no server that is busy."""
+    error = error_of(reply(b"<h1>no</h1>", f"{status} X", content_type="text/html"))
+    assert "something in front of the server" in error.message
+    spoken = error_of(refusal("forbidden", "403 X"))
+    assert "in front" not in spoken.message
 
 
 def test_an_error_that_cannot_be_read_is_decided_by_its_status():

@@ -15,7 +15,12 @@ import sys
 from typing import Final
 
 from entidb.errors import StorageError
-from entidb.storage.directories import make_folder, sync_directory, sync_path
+from entidb.storage.directories import (
+    make_folder,
+    occupy_standard_numbers,
+    sync_directory,
+    sync_path,
+)
 from entidb.storage.lmdb.left import DATA
 
 TEMPORARY: Final = ".entidb-new"
@@ -26,6 +31,7 @@ class Folder:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        occupy_standard_numbers()  # this is the first thing of a store that is opened
         #: Of the directory; -1 where there is none, and when it is closed.
         self.descriptor = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
 

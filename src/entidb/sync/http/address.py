@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 
@@ -25,14 +25,15 @@ def check_url(url: object) -> tuple[str, str]:
         raise ConfigError(f"url {_shown(url)} is not a URL: {example}")
     try:
         parts = urlsplit(url)
-        port = parts.port
+        if not _has_good_port(parts):
+            raise ConfigError(f"url {_shown(url)} has a port that is none of 1 to 65535: {example}")
         host = parts.hostname
         httpx2.URL(url)
         if host is not None:
             host.encode("idna")  # as looking it up does
     except (ValueError, httpx2.InvalidURL) as error:
         raise ConfigError(f"url {_shown(url)} is not a URL: {example}") from error
-    if parts.scheme not in ("http", "https") or not host or port == 0:
+    if parts.scheme not in ("http", "https") or not host:
         raise ConfigError(f"url {_shown(url)} needs http or https and a host: {example}")
     if parts.username is not None or parts.password is not None:
         raise ConfigError("url holds a user or a password: give the credential as token=")
@@ -40,6 +41,13 @@ def check_url(url: object) -> tuple[str, str]:
         raise ConfigError(f"url {_shown(url)} has a query or a fragment: {example}")
     # Schemes may be written in capitals; what compares them here does not expect it.
     return parts.scheme + url[len(parts.scheme) :].rstrip("/"), host
+
+
+def _has_good_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _shown(url: object) -> str:

@@ -40,6 +40,15 @@ _STATUS_CODES: Final[dict[int, str]] = {
     504: "timeout",
     507: "storage_full",
 }
+#: What to do about what is in front of a server, where the status says more than that it is there.
+_FRONT: Final[dict[int, str]] = {
+    401: "it wants a login of its own, which EntiDB's token is not: let these paths pass it",
+    413: "raise its limit for bodies",
+    429: "wait, or raise its limit for requests",
+    502: "see whether the server runs behind it",
+    503: "see whether the server runs behind it",
+    504: "see whether the server runs behind it",
+}
 #: Statuses of 4xx that refuse nothing for good: they are about who asks, how often, and what passes
 #: by itself.
 _PASSING: Final = frozenset((401, 407, 408, 409, 421, 423, 425, 429, 499))
@@ -99,12 +108,24 @@ def status_error(url: str, response: HttpResponse, body: bytes, clock: Clock) ->
     elif status == _PROXY_LOGIN_REQUIRED:
         said += "; a proxy on the way wants a name and a password: write them into HTTP_PROXY"
     elif code == "not_found":
-        said += "; check the path of the URL"
+        said += "; no EntiDB server is at this path: check the path of the URL"
+    else:
+        # A server of ours says everything in CBOR.
+        said += "; something in front of the server says so, or another server at this URL: "
+        said += _FRONT.get(status, "look at the proxy or firewall there, and check the URL")
     error = kind(said, code=code, retry_after=_retry_after(response, clock))
     error.request_id = request_id(response)
     if _refuses(status):
         error.refused_by = "path"
     return error
+
+
+def unreadable(url: str, error: SyncError) -> str:
+    """What is said of an answer that arrived, and is none; ``error`` says what is wrong with it."""
+    said = f"the answer of {url} cannot be used: {error.message}"
+    if error.code == "too_large":  # names the setting
+        return said
+    return f"{said}; something on the way may have cut or changed it, or the server is another one"
 
 
 def _retry_after(response: HttpResponse, clock: Clock) -> float | None:

@@ -37,7 +37,13 @@ from entidb.protocol import (
 from entidb.sync.config import HttpConfig
 from entidb.sync.http.address import TOKEN, check_token, check_url, is_loopback
 from entidb.sync.http.ahead import Ahead, Carrier
-from entidb.sync.http.answers import is_cbor, request_id, spoken_error, status_error
+from entidb.sync.http.answers import (
+    is_cbor,
+    request_id,
+    spoken_error,
+    status_error,
+    unreadable,
+)
 from entidb.sync.http.client import HttpxClient, ready_client
 from entidb.sync.http.failures import FOREIGN, too_large, translated
 from entidb.sync.http.news import HttpNews
@@ -258,6 +264,7 @@ class HttpTransport(BaseTransport):
             return decode_response(request, self._unpacked(response))
         except SyncError as error:
             error.request_id = request_id(response)
+            error.args = (unreadable(self._urls[type(request)], error),)
             raise
 
     def _unpacked(self, response: HttpResponse) -> bytes:
