@@ -25,14 +25,16 @@ def check_url(url: object) -> tuple[str, str]:
         raise ConfigError(f"url {_shown(url)} is not a URL: {example}")
     try:
         parts = urlsplit(url)
-        if not _has_good_port(parts):
-            raise ConfigError(f"url {_shown(url)} has a port that is none of 1 to 65535: {example}")
+        good_port = _has_good_port(parts)
         host = parts.hostname
-        httpx2.URL(url)
+        if good_port:
+            httpx2.URL(url)
         if host is not None:
             host.encode("idna")  # as looking it up does
     except (ValueError, httpx2.InvalidURL) as error:
         raise ConfigError(f"url {_shown(url)} is not a URL: {example}") from error
+    if not good_port:
+        raise ConfigError(f"url {_shown(url)} has a port that is none of 1 to 65535: {example}")
     if parts.scheme not in ("http", "https") or not host:
         raise ConfigError(f"url {_shown(url)} needs http or https and a host: {example}")
     if parts.username is not None or parts.password is not None:
