@@ -98,7 +98,7 @@ def _is_leaving(frame: FrameType) -> bool:
     and when ``__exit__`` has been called, which for a lock is when it was given back. Only the
     store in PostgreSQL has such locks; without it every line is tried."""
     code, at, nones = frame.f_code, frame.f_lasti, 0
-    while (name := dis.opname[code.co_code[at]]) in ("SWAP", "NOP", "LOAD_CONST"):
+    while (name := dis.opname[code.co_code[at]]) in ("SWAP", "NOP", "POP_EXCEPT", "LOAD_CONST"):
         if name == "LOAD_CONST":
             if code.co_consts[code.co_code[at + 1]] is not None:
                 return False

@@ -48,18 +48,21 @@ class Committer:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._jobs: deque[Job[Any]] = deque()
-        self._changed = threading.Condition()
+        #: Entered itself, and not by way of the condition, whose own lines an interrupt could leave
+        #: with the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def submit(self, job: Job[Any]) -> None:
         """Raises ``DatabaseClosedError`` after ``close``."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise DatabaseClosedError(f"{self._core.where} is closed; open it again to use it")
             if self._thread is None:
                 name = "entidb-committer"
-                args = (weakref.ref(self), self._changed)
+                args = (weakref.ref(self), self._lock, self._changed)
                 thread = Thread(target=_run, args=args, name=name, daemon=True)
                 thread.start()  # if there is none, nothing was begun
                 self._thread = thread
@@ -68,7 +71,7 @@ class Committer:
 
     def withdraw(self, job: Job[Any]) -> bool:
         """Whether ``job`` had not begun, and never will."""
-        with self._changed:
+        with self._lock:
             try:
                 self._jobs.remove(job)
             except ValueError:
@@ -77,7 +80,7 @@ class Committer:
 
     def close(self) -> None:
         """Take no more jobs, and wait until those that are here are over. Idempotent."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
             thread = self._thread
@@ -118,7 +121,7 @@ class Committer:
                 job.fail(error)
 
     def _take(self) -> list[Job[Any]]:
-        with self._changed:
+        with self._lock:
             count = min(len(self._jobs), GROUP_MAX)
             return [self._jobs.popleft() for _ in range(count)]
 
@@ -147,11 +150,11 @@ class Committer:
                 before.setdefault(name, {}).update(ids)
 
 
-def _run(lost: weakref.ref[Committer], changed: threading.Condition) -> None:
+def _run(lost: weakref.ref[Committer], lock: threading.RLock, changed: threading.Condition) -> None:
     """While it waits or tells, the thread keeps nothing alive: a database that its owner has lost
     would stay open as long."""
     while True:
-        with changed:
+        with lock:
             committer = lost()
             idle = committer is not None and not committer._jobs and not committer._closed
             if idle:

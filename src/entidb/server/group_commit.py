@@ -98,7 +98,10 @@ class GroupCommitter:
         #: The schedule was asked, and has not called back yet.
         self._scheduled = False
         self._queue: deque[Member] = deque()
-        self._changed = threading.Condition()
+        #: Entered itself, and not by way of the condition, whose own lines an interrupt could leave
+        #: with the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._stopping = False
         #: Until when no push is tried, because there was no room for one.
@@ -108,7 +111,7 @@ class GroupCommitter:
         """Queue a push. Raises ``ServerBusyError`` (``busy`` when the queue is full, or there is no
         thread, ``shutting_down`` when stopping), and ``ServerError`` (``storage_full``) for a
         moment after one that found no room; ``done`` is not called then."""
-        with self._changed:
+        with self._lock:
             if self._full_until is not None:
                 if self._monotonic() < self._full_until:
                     raise _no_room()
@@ -153,7 +156,7 @@ class GroupCommitter:
 
     def stop(self) -> None:
         """Finish what is queued, then end; idempotent."""
-        with self._changed:
+        with self._lock:
             self._stopping = True
             self._changed.notify()
             thread = self._thread
@@ -164,7 +167,7 @@ class GroupCommitter:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._queue and not self._stopping:
                     self._changed.wait()
                 if not self._queue:
@@ -172,7 +175,7 @@ class GroupCommitter:
             # What comes while it waits for its turn is in the group, too.
             turn = None if self._gate is None else self._gate.enter(self._service.db_id)
             try:
-                with self._changed:
+                with self._lock:
                     group = self._take()
                 self._commit(group)
             finally:
@@ -182,7 +185,7 @@ class GroupCommitter:
     def _commit_queued(self) -> None:
         """All of it; nothing if there is nothing."""
         while True:
-            with self._changed:
+            with self._lock:
                 self._scheduled = False
                 if not self._queue:
                     return

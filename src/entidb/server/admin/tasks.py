@@ -75,7 +75,10 @@ class Tasks:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._ids = itertools.count(1)
-        self._changed = threading.Condition()
+        #: Entered itself, and not by way of the condition, whose own lines an interrupt could leave
+        #: with the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._queue: deque[tuple[Task, Progress, Body]] = deque()
         self._running: tuple[Task, Progress] | None = None
         self._over: deque[Task] = deque(maxlen=SHOWN_MAX)
@@ -84,7 +87,7 @@ class Tasks:
 
     def add(self, kind: str, by: str, database: str | None, body: Body) -> Task:
         """Have ``body`` run when those before it are over. Raises ``ServerBusyError``."""
-        with self._changed:
+        with self._lock:
             if self._closed or len(self._queue) >= WAITING_MAX:
                 raise ServerBusyError("no more tasks are taken at the moment", retry_after=10.0)
             self._begin()
@@ -107,7 +110,7 @@ class Tasks:
 
     def all(self) -> list[Task]:
         """Copies, newest first."""
-        with self._changed:
+        with self._lock:
             running = [] if self._running is None else [self._running[0]]
             waiting = [task for task, _, _ in self._queue]
             return [replace(each) for each in reversed([*self._over, *running, *waiting])]
@@ -124,7 +127,7 @@ class Tasks:
 
     def cancel(self, number: int) -> bool:
         """Whether there was such a task to cancel. A running one ends at its next step."""
-        with self._changed:
+        with self._lock:
             for entry in self._queue:
                 if entry[0].id == number:
                     self._queue.remove(entry)
@@ -137,7 +140,7 @@ class Tasks:
 
     def wait(self, number: int, seconds: float) -> Task | None:
         """The task when it is over, or after ``seconds`` as it is then."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._is_over(number), seconds)
         return self.find(number)
 
@@ -147,7 +150,7 @@ class Tasks:
 
     def close(self) -> None:
         """Cancel everything, and wait for the running task to end. Idempotent."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             while self._queue:
                 self._end(self._queue.popleft()[0], "cancelled")
@@ -163,7 +166,7 @@ class Tasks:
     def _run(self) -> None:
         run_anywhere()
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
@@ -171,7 +174,7 @@ class Tasks:
                 self._running = task, progress
                 task.state, task.began_ms = "running", self._clock.now_ms()
             state, error = self._try(task, progress, body)
-            with self._changed:
+            with self._lock:
                 self._running = None
                 task.error = error
                 self._end(task, state)

@@ -32,11 +32,7 @@ from msgspec.structs import replace
 from entidb import packing
 from entidb.db import Database
 from entidb.db.identity import history_in
-from entidb.db.images import (
-    ImageRow,
-    ImageRows,
-    read_images,
-)
+from entidb.db.images import ImageRow, ImageRows, read_images
 from entidb.db.maintenance import read_floor
 from entidb.db.terms import term_at
 from entidb.db.writer import Writer
@@ -134,7 +130,8 @@ class ImageKeeper:
         self._next: dict[str, float] = {}
         self._failed: set[str] = set()
         self._stop = SafeEvent()
-        self._news = threading.Condition()
+        self._guard = threading.RLock()  # entered itself, as that of a ``Committer`` is
+        self._news = threading.Condition(self._guard)
         self._thread: threading.Thread | None = None
         self._locks: dict[str, threading.Lock] = {}
         self._resting: Counter[str] = Counter()
@@ -152,7 +149,7 @@ class ImageKeeper:
     def close(self) -> None:
         """What is being made is given up. Idempotent."""
         self._stop.set()
-        with self._news:
+        with self._guard:
             self._news.notify_all()
             thread, self._thread = self._thread, None
         if thread is not None:
@@ -305,7 +302,7 @@ class ImageKeeper:
         with store.database.view() as view:
             if not may_have_one(view, self._least):
                 return
-        with self._news:
+        with self._guard:
             self._due[db_id] = None
             if self._thread is None and not self._stop.is_set():
                 thread = Thread(target=self._run, name="entidb-segments", daemon=True)
@@ -320,7 +317,7 @@ class ImageKeeper:
     def _run(self) -> None:
         run_anywhere()
         while True:
-            with self._news:
+            with self._guard:
                 while not self._due and not self._stop.is_set():
                     self._news.wait()
                 if self._stop.is_set():
@@ -370,14 +367,14 @@ class ImageKeeper:
     def resting(self, db_id: str) -> Iterator[None]:
         """Inside the block this process makes no image of the database, and gives up the one that
         it is making: that has a snapshot open for as long as it takes."""
-        with self._news:
+        with self._guard:
             self._resting[db_id] += 1
         try:
             with self._lock_of(db_id):
                 pass  # the one that is being made has ended
             yield
         finally:
-            with self._news:
+            with self._guard:
                 self._resting[db_id] -= 1
 
     def _make(self, store: Store, pause: Callable[[], None]) -> bool:

@@ -28,7 +28,10 @@ class Marks:
 
     def __init__(self, read: ReadMarks) -> None:
         self._read = read
-        self._changed = threading.Condition()
+        #: Entered itself, and not by way of the condition, whose own lines an interrupt could leave
+        #: with the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         #: What is waited for, how often, and the newest that was seen of it.
         self._waiting: dict[int, int] = {}
         self._seen: dict[int, int] = {}
@@ -40,7 +43,7 @@ class Marks:
         """Whether it is another one before the time is over; also ends, with False, when the marks
         cannot be read: the caller asks itself then."""
         until = time.monotonic() + timeout_s
-        with self._changed:
+        with self._lock:
             self._waiting[store] = self._waiting.get(store, 0) + 1
             self._failed = False
             self._begin()
@@ -59,13 +62,13 @@ class Marks:
 
     def tell(self, store: int, mark: int) -> None:
         """What this process has committed itself."""
-        with self._changed:
+        with self._lock:
             if store in self._waiting:
                 self._seen[store] = mark
                 self._changed.notify_all()
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
@@ -82,7 +85,7 @@ class Marks:
 
     def _look(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._closed or not self._waiting:
                     self._thread = None
                     return
@@ -95,7 +98,7 @@ class Marks:
                 # Without this thread nobody would hear of commits any more.
                 logger.exception("looking for commits failed")
                 found = None
-            with self._changed:
+            with self._lock:
                 self._failed = found is None
                 for store, mark in (found or {}).items():
                     if store in self._waiting:
