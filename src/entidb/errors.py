@@ -264,6 +264,8 @@ class CommitUnknownError(StorageError):
     """A commit failed in a way that leaves open whether it is durable. Reopen and read."""
 
     code = "commit_unknown"
+    #: What stopped it, for a store that is given up in any case; None where that is not known.
+    failed: StorageError | None = None
 
 
 class SyncError(EntiDBError):

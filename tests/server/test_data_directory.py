@@ -191,6 +191,29 @@ def test_a_data_dir_that_cannot_be_written_is_a_config_error(
         SyncServer(config(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.EIO, "input/output error; look into the system's log"),
+        (errno.ENOSPC, "the disk is full; free space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EMFILE, "too many files open; raise its limit"),
+    ],
+)
+def test_what_a_disk_says_of_a_data_dir_is_no_matter_of_rights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+) -> None:
+    def refuse(path: str, flags: int, *rest: object, **options: object) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), path)
+        raise FileNotFoundError(errno.ENOENT, "No such file", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match=r"data_dir cannot be used: ") as raised:
+        SyncServer(config(tmp_path))
+    assert says in str(raised.value) and "may write to" not in str(raised.value)
+
+
 @pytest.mark.skipif(
     sys.platform == "win32" or os.geteuid() != 0, reason="only root becomes somebody else"
 )
@@ -317,5 +340,5 @@ def test_a_data_directory_on_a_full_disk_is_not_said_to_be_somebody_elses(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("entidb.server.directory.make_directory", full)
-    with pytest.raises(ConfigError, match="No space left on device; free space"):
+    with pytest.raises(ConfigError, match="the disk is full; free space"):
         SyncServer(config(tmp_path / "srv"))

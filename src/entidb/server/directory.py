@@ -7,6 +7,7 @@ Not here: which of them are open (``stores``).
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -34,9 +35,10 @@ from entidb.storage.directories import (
     is_at,
     make_directory,
     move,
+    occupy_standard_numbers,
     open_file,
 )
-from entidb.storage.disk_errors import is_full
+from entidb.storage.disk_errors import disk_error
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store, wants_room
 from entidb.storage.partial import remove_dead
@@ -49,6 +51,19 @@ CHECKED: Final = "entidb-checked"
 SERVER_LOCK: Final = "entidb-server.lock"
 #: Where databases wait that were deleted, in the data directory; no database is called so.
 ASIDE: Final = "entidb-deleted"
+#: What the system says that another directory, or other rights, would change.
+_ABOUT_PATH: Final = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
+)
 _ASIDE_NAME: Final = re.compile(r"(.+\.entidb)\.([0-9]{1,15})")
 #: Seconds to wait where it is not known whose the directory is, and where it is another family's.
 _JOIN_S: Final = 2.0
@@ -113,6 +128,7 @@ class DataDirectory:
 
     @classmethod
     def _lock(cls, root: str) -> DataDirectory:
+        occupy_standard_numbers()  # the first thing of a server
         locks = [FileLock.take(os.path.join(root, SERVER_LOCK), os.stat(root))]
         try:
             if sys.platform != "win32":
@@ -246,10 +262,8 @@ def _served(root: str, holder: str) -> DatabaseLockedError:
 
 def _unusable(root: str, error: OSError) -> ConfigError:
     what = "cannot be used" if os.path.isdir(root) else "cannot be made"
-    if is_full(error.errno or 0):
-        return ConfigError(
-            f"data_dir {what}: {root}: {error.strerror}; free space, and start again"
-        )
+    if error.errno not in _ABOUT_PATH:
+        return ConfigError(str(disk_error(error.errno or errno.EIO, f"data_dir {what}: {root}")))
     return ConfigError(
         f"data_dir {what}: {root}: {error.strerror}; give a directory that the user of the server "
         "may write to"

@@ -17,6 +17,7 @@ import uvicorn
 from entidb.errors import EntiDBError
 from entidb.events import Thread
 from entidb.server.certificates import Certificate
+from entidb.server.inherited import heard
 from entidb.server.server import SyncServer
 
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -43,7 +44,8 @@ def signals(server: uvicorn.Server, hang_up: Callable[[], None]) -> Iterator[Non
     if _HANGUP is not None:
         before[_HANGUP] = signal.signal(_HANGUP, read_again)
     try:
-        yield
+        with heard(before):
+            yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from entidb.errors import DatabaseLockedError, StorageError
+from entidb.errors import CommitUnknownError, DatabaseLockedError, StorageError
 from entidb.storage.directories import give_as, give_owner, make_folder, move, sync_path
 from entidb.storage.locks import FileLock, HeldError
 
@@ -89,12 +89,16 @@ class Partial:
     def __enter__(self) -> Partial:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self._end()
         except BaseException:
             self._end()  # Ctrl-C; each step may be repeated.
             raise
+        if isinstance(error, CommitUnknownError) and error.failed is not None:
+            # Whether a commit to what was made here is there: it is not, and nothing else is.
+            failed = error.failed
+            raise type(failed)(f"{failed}; nothing was made", code=failed.code) from error
 
 
 def _give_as(path: str, like: os.stat_result) -> None:

@@ -627,6 +627,31 @@ def test_a_commit_whose_outcome_stays_unknown_closes_the_store(
         assert read_all(again) == {b"a": b"1"}
 
 
+def test_a_backup_that_a_disk_stops_is_no_commit_whose_outcome_is_unknown(
+    store: LmdbStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every write fails from the commit to the copy on: what was made is removed in any case."""
+    store.commit({b"a": b"1"})
+    opened = LmdbStorage.open
+
+    def open_failing(path: str, **options: Any) -> LmdbStorage:
+        made = opened(path, **options)
+
+        def broken() -> None:
+            raise OSError(28, "No space left on device")
+
+        made._file.env = FailingCommit(made._file.env, commits=True)
+        monkeypatch.setattr(made._file, "_open", broken)
+        return made
+
+    monkeypatch.setattr(LmdbStorage, "open", open_failing)
+    with pytest.raises(StorageError, match="nothing was made") as raised:
+        store.backup(str(tmp_path / "backup"), [(b"b", b"2")])
+    assert raised.value.code == "storage_error"
+    assert "open it again" not in str(raised.value)
+    assert not (tmp_path / "backup").exists() and read_all(store) == {b"a": b"1"}
+
+
 # ---------------------------------------------------------------- 10: modes; closing
 
 

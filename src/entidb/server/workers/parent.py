@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Final
 
 from entidb.errors import ConfigError
+from entidb.server.inherited import heard
 
 logger = logging.getLogger("entidb.server")
 
@@ -31,6 +32,8 @@ Work = Callable[[int, Callable[[], None]], None]
 
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _HANGUP: Final = getattr(signal, "SIGHUP", None)
+_CONTINUE: Final = getattr(signal, "SIGCONT", None)
+_HEARD: Final = (*_STOP_SIGNALS, *([_HANGUP] if _HANGUP is not None else []))
 #: Seconds beyond those that requests get, after which a process that was told to stop is killed.
 _KILL_AFTER_S: Final = 15.0
 #: So many that end within so many seconds are replaced at once; the next ones wait for longer and
@@ -83,7 +86,7 @@ class Parent:
     def run(self) -> None:
         """Until SIGTERM or SIGINT, and until all processes have ended then. Raises ``ConfigError``
         if they end before they listen."""
-        with self._signals() as bell:
+        with self._signals() as bell, heard(_HEARD):
             try:
                 while not self._stopping:
                     self._start_missing()
@@ -147,24 +150,37 @@ class Parent:
 
     def _start_missing(self) -> None:
         while len(self._children) < self._count and time.monotonic() >= self._next_at:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no process, no memory, no open file
+                said = f"no process could be started for a worker ({error.strerror or error})"
+                if not self._announced:
+                    raise ConfigError(
+                        f"{said}: raise the limit of processes, open files or memory that this "
+                        "server runs under, or give fewer workers"
+                    ) from error
+                # Those that there are serve on.
+                logger.error("%s; it is tried again", said)
+                self._next_at = time.monotonic() + _PAUSE_S_MAX / 5
 
     def _start(self) -> None:
         taken = {child.number for child in self._children.values()}
         number = next(each for each in range(self._count) if each not in taken)
-        life, mine = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
+        life, mine = os.pipe()
         # A signal between the fork and the child's own handlers would be lost in the parent's.
-        blocked = {*_STOP_SIGNALS, *([_HANGUP] if _HANGUP is not None else [])}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
         try:
             pid = os.fork()
             if pid == 0:
                 self._be_child(number, mine, before)
+        except OSError:
+            os.close(life)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(mine)
+            os.close(mine)
         self._children[life] = _Child(pid, life, number)
 
     def _be_child(self, number: int, mine: int, mask: set[signal.Signals | int]) -> None:
@@ -242,6 +258,8 @@ class Parent:
         self._stopping = True
         for child in self._children.values():
             os.kill(child.pid, signal.SIGTERM)
+            if _CONTINUE is not None:  # one that is stopped hears of nothing
+                os.kill(child.pid, _CONTINUE)
         end = time.monotonic() + self._grace_s
         while self._children:
             left = end - time.monotonic()

@@ -273,10 +273,12 @@ class OpenFile:
             except (lmdb.Error, OSError, EntiDBError) as second:
                 self.shut()
                 after = storage_error(second, "opening it again")
-                raise CommitUnknownError(
+                unknown = CommitUnknownError(
                     f"{storage_error(error, doing)}. Then: {after}. The store is closed; open it "
                     "again and read to find out whether the commit is there"
-                ) from error
+                )
+                unknown.failed = storage_error(error, doing)
+                raise unknown from error
         if committed == committed_before:
             raise reason from error
 
