@@ -4,6 +4,7 @@ background, and the next when that one ends."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from entidb.db import Database
-from entidb.errors import DatabaseLockedError, SyncCancelledError
+from entidb.errors import DatabaseLockedError, StorageError, SyncCancelledError
 from entidb.storage import MemoryStorage
 from entidb.sync import SyncConfig, SyncEngine, others
 from entidb.sync.state import SyncState
@@ -184,3 +185,84 @@ def test_the_engine_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
             running.kill()
             until(lambda: database.right("background").mine)
             until(lambda: engine.state is not SyncState.STANDBY)
+
+
+@pytest.fixture
+def on_disk(world: World, tmp_path: Path) -> Iterator[SyncEngine]:
+    with (
+        Database.open(tmp_path / "db") as database,
+        SyncEngine(SyncConfig(db_id="shop"), Wire(world), database) as engine,
+    ):
+        yield engine
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int) -> list[str]:
+    """Makes the making of the file ``name`` fail so often; which were refused."""
+    refused: list[str] = []
+    opened = os.open
+
+    def open_failing(path: str, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_CREAT and str(path).endswith(name) and len(refused) < times:
+            refused.append(path)
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", open_failing)
+    return refused
+
+
+@linux
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "storage_full"),
+        (errno.EDQUOT, "storage_full"),
+        (errno.EIO, "storage_error"),
+        (errno.EROFS, "storage_error"),
+        (errno.EMFILE, "storage_error"),
+    ],
+)
+def test_a_first_sync_whose_right_cannot_be_had_says_so_in_our_words(
+    on_disk: SyncEngine, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    """The file that says which process runs a cycle is made with the first one."""
+    on_disk.database["notes"].add("x")
+    assert refusing(monkeypatch, "entidb.engine", number, 2) == []
+    with pytest.raises(StorageError, match=r"entidb\.engine") as raised:
+        on_disk.sync()
+    assert raised.value.code == code
+    with pytest.raises(StorageError, match=r"entidb\.engine"):
+        on_disk.reset("server")
+    assert on_disk.sync().pushed == 1
+
+
+@linux
+def test_two_processes_that_sync_for_the_first_time_at_once_both_do(
+    on_disk: SyncEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The other one has made the file just when this one is about to."""
+    on_disk.database["notes"].add("x")
+    opened, made = os.open, []
+
+    def other_first(path: str, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_EXCL and str(path).endswith("entidb.engine") and not made:
+            made.append(path)
+            os.close(opened(path, os.O_CREAT | os.O_RDWR, 0o600))
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", other_first)
+    assert on_disk.sync().pushed == 1 and made
+
+
+@linux
+def test_an_engine_in_the_background_outlasts_a_disk_that_has_no_room_for_its_right(
+    on_disk: SyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended without a word, and nothing was synchronised until the program began again."""
+    monkeypatch.setattr("entidb.sync.background.STANDBY_S", 0.01)
+    refused = refusing(monkeypatch, "entidb.background", errno.ENOSPC, 3)
+    on_disk.database["notes"].add("x")
+    on_disk.start()
+    until(lambda: on_disk.status().pending == 0)
+    assert len(refused) == 3
+    on_disk.stop()

@@ -216,7 +216,11 @@ def _open_or_make(path: str, like: os.stat_result) -> int:
             made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             return open_file(path, flags)
-    give_as(made, like)
+    try:
+        give_as(made, like)
+    except BaseException:
+        os.close(made)
+        raise
     return made
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Final
 
 from entidb.storage.directories import NO_FOLLOW, give_as, is_still_at, open_file
+from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.locks import system_holders
 from entidb.types import Uncopied
 
@@ -106,26 +107,32 @@ class FileClaim(Uncopied):
         self._file = like
 
     def take(self, timeout_s: float | None = None) -> bool:
-        """Raises ``OSError`` where no file can be made."""
+        """Raises ``StorageError`` where no file can be made."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            with self._lock:
-                if self.mine:
-                    return True
-                if self._descriptor >= 0 and not is_still_at(self._path, self._file):
-                    self.forget()  # deleted: who takes it now takes another file
-                if self._descriptor < 0:
-                    self._descriptor = _open(self._path, self._like)
-                    self._file = os.fstat(self._descriptor)
-                try:
-                    _flock(self._descriptor, _TAKE)
-                    self.mine = True
-                    return True
-                except BlockingIOError:
-                    left = None if deadline is None else deadline - time.monotonic()
+        while not self._is_taken():
+            left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return False
             time.sleep(_CLAIM_SECONDS if left is None else min(left, _CLAIM_SECONDS))
+        return True
+
+    def _is_taken(self) -> bool:
+        with self._lock:
+            if self.mine:
+                return True
+            if self._descriptor >= 0 and not is_still_at(self._path, self._file):
+                self.forget()  # deleted: who takes it now takes another file
+            try:
+                if self._descriptor < 0:
+                    self._descriptor = _open(self._path, self._like)
+                    self._file = os.fstat(self._descriptor)
+                _flock(self._descriptor, _TAKE)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise storage_error(error, f"opening {self._path}") from error
+            self.mine = True
+            return True
 
     def give_back(self) -> None:
         with self._lock:
@@ -270,6 +277,13 @@ def _open(path: str, like: os.stat_result) -> int:
     try:
         return open_file(path, flags)
     except FileNotFoundError:
-        made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    give_as(made, like)
+        try:
+            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:  # another process has made it meanwhile
+            return open_file(path, flags)
+    try:
+        give_as(made, like)
+    except BaseException:
+        os.close(made)
+        raise
     return made
