@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,11 @@ from entidb import packing
 from entidb.cli.exits import Exit
 from entidb.db import Database, Role
 from entidb.db.verifying import verify
+from entidb.errors import StorageFullError
 from entidb.protocol import decode_segment, segment_rows
 from entidb.protocol.archives import Archive
 from entidb.server import ServerConfig, SyncServer, serving
+from entidb.storage import LmdbStorage
 from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from entidb.sync.beginning import begin_from
 from tests.cli.support import document, done, entidb, failed
@@ -137,6 +140,39 @@ def test_what_was_written_before_a_snapshot_is_pending_on_top(server: Path, tmp_
         assert device.collection("notes")[uuid.UUID(int=5)] == {"number": "mine"}
         assert device.collection("notes").info(uuid.UUID(int=5)).pending
         assert device.collection("notes")[uuid.UUID(int=6)] == {"number": 6}
+        assert verify(device) == []
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["full", "broken"])
+def test_what_a_disk_says_while_a_device_begins_is_not_hidden_by_what_follows_it(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+):
+    """A store that was closed by its error said of itself that it was closed, and no more."""
+    target = tmp_path / "shop.snapshot"
+    done("snapshot", server, target)
+    with Database.open(tmp_path / "device") as device, target.open("rb") as file:
+        device.collection("notes")[uuid.UUID(int=5)] = {"number": "mine"}
+        store = device.storage
+        assert isinstance(store, LmdbStorage)
+        commit = store.commit
+        commits: list[int] = []
+
+        def failing(*given: Any, **options: Any) -> int:
+            commits.append(1)
+            if len(commits) < 3:
+                return commit(*given, **options)
+            if not again:
+                store.close()
+            raise StorageFullError("the disk is full")
+
+        monkeypatch.setattr(LmdbStorage, "commit", lambda self, *a, **o: failing(*a, **o))
+        with pytest.raises(StorageFullError, match="the disk is full"):
+            begin_from(device, file)
+        monkeypatch.undo()
+    with Database.open(tmp_path / "device") as device, target.open("rb") as file:
+        begin_from(device, file, default_policy="client_wins")
+        assert len(device.collection("notes")) == 299
+        assert device.collection("notes")[uuid.UUID(int=5)] == {"number": "mine"}
         assert verify(device) == []
 
 

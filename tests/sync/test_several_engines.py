@@ -242,7 +242,7 @@ def test_two_processes_that_sync_for_the_first_time_at_once_both_do(
 ) -> None:
     """The other one has made the file just when this one is about to."""
     on_disk.database["notes"].add("x")
-    opened, made = os.open, []
+    opened, made = os.open, list[str]()
 
     def other_first(path: str, flags: int, *rest: int, **more: int) -> int:
         if flags & os.O_EXCL and str(path).endswith("entidb.engine") and not made:

@@ -6,6 +6,7 @@ its commit. Which server it is of is not in the file: the first sync says so, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import IO, Final
 
@@ -14,7 +15,7 @@ from msgspec.structs import replace
 
 from entidb.db import Database, Role, machine
 from entidb.db.replica import ReplicaState
-from entidb.errors import SyncStateError
+from entidb.errors import EntiDBError, SyncStateError
 from entidb.protocol import Manifest
 from entidb.protocol.archives import Archive
 from entidb.sync.apply.applier import DatabaseApplier
@@ -86,8 +87,11 @@ def _begin(
             _complete(database)
             report = applier.publish()
     except BaseException:
-        applier.restart_stage(full=False)
-        _unbind(database)
+        # What a store that is broken or full does not take back is as after a process was killed;
+        # the reason is what is raised.
+        with contextlib.suppress(EntiDBError):
+            applier.restart_stage(full=False)
+            _unbind(database)
         raise
     return report
 
