@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import uuid
@@ -232,7 +233,8 @@ def test_a_watch_goes_on_over_what_passes_and_ends_at_what_cannot_pass_by_itself
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A turn with the server, two while somebody else has the database, two with the server again,
-    and then the token is not valid any more; where a database is open in one process at a time."""
+    two while the token is not valid any more, one with a fresh one, and then the database is gone;
+    where a database is open in one process at a time."""
     from entidb.cli import watching
     from entidb.types import SystemClock
 
@@ -259,18 +261,54 @@ def test_a_watch_goes_on_over_what_passes_and_ends_at_what_cannot_pass_by_itself
                 put(tmp_path / "a", "notes", 1, "mine")
             elif len(turns) == 5:
                 valid.clear()
+            elif len(turns) == 7:
+                valid.add("fresh")
+                (tmp_path / "token").write_text("fresh")
+            elif len(turns) == 8:
+                shutil.rmtree(tmp_path / "a")
             assert len(turns) < 9
             return False
 
         monkeypatch.setattr(SystemClock, "wait", wait)
         result = entidb("sync", tmp_path / "a", url, "--db", "shop", "--watch", "--interval", "77",
                         "--token-file", tmp_path / "token")  # fmt: skip
-    assert result.exit_code == Exit.AUTHENTICATION, result.output
-    assert len(turns) == 5
+    assert result.exit_code == Exit.NOT_FOUND, result.output
+    assert len(turns) == 8
     # Twice the same is said once.
     assert result.stderr.count("waiting [database_locked]") == 1
+    assert result.stderr.count("waiting [unauthorized]") == 1
+    assert f"a fresh token into {tmp_path / 'token'}" in result.stderr
     assert result.stdout.count("synchronised shop with") == 2
-    assert "3 cycles: 0 changes pulled, 1 transaction pushed" in result.stderr
+    assert "4 cycles: 0 changes pulled, 1 transaction pushed" in result.stderr
+
+
+@pytest.mark.parametrize("how", ["never good", "not in a file"])
+def test_a_watch_ends_where_no_token_can_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    from entidb.cli import watching
+    from entidb.types import SystemClock
+
+    monkeypatch.setattr(watching, "stays_open", lambda database: False)
+    done("init", tmp_path / "a")
+    valid = set() if how == "never good" else {"good"}
+    (tmp_path / "token").write_text("good")
+    token = ("--token-file", tmp_path / "token") if how == "never good" else ("--token", "good")
+    real = SystemClock.wait
+
+    def wait(clock: SystemClock, event: Any, seconds: float) -> bool:
+        if seconds != 77.0:
+            return real(clock, event, seconds)
+        assert valid, "the watch went on"
+        valid.clear()
+        return False
+
+    monkeypatch.setattr(SystemClock, "wait", wait)
+    with serving(ServerConfig(data_dir=None, authenticator=_only(valid), access_log=False)) as url:
+        result = entidb(
+            "sync", tmp_path / "a", url, "--db", "shop", "--watch", "--interval", "77", *token
+        )
+    assert result.exit_code == Exit.AUTHENTICATION, result.output
 
 
 @pytest.mark.parametrize(

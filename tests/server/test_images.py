@@ -34,6 +34,7 @@ from entidb.server import Grants, Rights, ServerConfig, SyncServer
 from entidb.server.segments import files as segment_files
 from entidb.server.segments.building import UNUSED_MS, StoppedError
 from entidb.server.segments.cutting import Sizes
+from entidb.server.segments.files import KeptImage
 from entidb.server.segments.keeping import LIFE_MS
 from entidb.server.segments.places import FOLDER
 from entidb.server.segments.rows import change_images
@@ -578,6 +579,24 @@ def test_an_image_is_pinned_with_one_commit_an_hour(
     with shop.view() as view:
         (row,) = read_images(view).rows
     assert row.until_ms >= clock.now_ms() + LIFE_MS
+
+
+def test_a_manifest_of_a_server_that_froze_after_the_pin_lasts_no_longer_than_that(
+    server: SyncServer, shop: Database, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    pin = server.images.pin
+
+    def pin_and_freeze(database: Database, image: KeptImage) -> bool:
+        pinned = pin(database, image)
+        clock.advance(PIN_MS / 1000)
+        return pinned
+
+    server.images.make("shop")
+    monkeypatch.setattr(server.images, "pin", pin_and_freeze)
+    manifest = asked(server)
+    with shop.view() as view:
+        (row,) = read_images(view).rows
+    assert manifest.segments and manifest.ends <= row.until_ms <= clock.now_ms()
 
 
 def test_a_pin_of_a_clock_that_was_wrong_is_made_anew(

@@ -264,6 +264,9 @@ FOUND = {
     # device's watch did not follow a manifest into another past.
     "an image is of the past that it was made in": (128, PROMOTED),
     "a manifest says of which past it is": (257, PROMOTED),
+    # A node was paused between the pin of an image and the answer, and said then that the image
+    # would be pinned for as long as ever.
+    "a manifest lasts no longer than the pin": (706_844, {}),
 }
 
 

@@ -43,6 +43,8 @@ class WatchedSync(Protocol):
 
     path: str
     url: str
+    #: Where the token is read from, again when the server refuses it.
+    token_file: str | None
 
     def run(self, database: Database) -> tuple[SyncCycleResult, SyncStatus]:
         """One cycle. Raises what ``SyncEngine.sync`` raises, and ``KeyboardInterrupt``."""
@@ -154,13 +156,24 @@ class Watching:
 
     def _failed(self, error: EntiDBError) -> None:
         """A server that is away for the night is worth one line. Raises what does not pass."""
-        if not _passes(error):
+        if not self._passes(error):
             raise error
         line = f"waiting [{code_text(error.code)}]: {one_line(str(error))}"
-        if line != self._said:
+        if error.code == "unauthorized":
+            line += f"; put a fresh token into {self._job.token_file}"
+        said = line.replace(getattr(error, "request_id", None) or "", "")  # another one each time
+        if said != self._said:
             with self.beside_the_line():
                 note(line)
-        self._said = line
+        self._said = said
+
+    def _passes(self, error: EntiDBError) -> bool:
+        """Whether the next turn can go well with the same settings."""
+        if error.code == "unauthorized":
+            # A token that was good once has ended, and whoever renews the file is late.
+            return self.cycles > 0 and self._job.token_file is not None
+        # An administrator freezes a database for a while.
+        return may_pass(error) or error.code == "frozen"
 
     @contextmanager
     def beside_the_line(self) -> Iterator[None]:
@@ -179,12 +192,6 @@ class Watching:
 def stays_open(database: Database) -> bool:
     """Whether other processes can use ``database`` meanwhile."""
     return database.storage.shared
-
-
-def _passes(error: EntiDBError) -> bool:
-    """Whether the next turn of a watch can go well with the same settings."""
-    # An administrator freezes a database for a while.
-    return (may_pass(error) and error.code != "unauthorized") or error.code == "frozen"
 
 
 # ---------------------------------------------------------------- the line that changes

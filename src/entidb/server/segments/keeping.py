@@ -177,6 +177,7 @@ class ImageKeeper:
         service, database = store.service, store.database
         image: KeptImage | None = None
         changed: HistoryChangedError | None = None
+        now = self._clock.now_ms()  # it lasts from before the pin: a machine may freeze after that
         with database.view() as view:
             head, floor, history = view.head.sequence, read_floor(view), history_in(view)
             pull = pull_of(request, history)
@@ -193,7 +194,7 @@ class ImageKeeper:
         if image is not None and not self._may_begin(database, image):
             image = None
         self.ask(store, request.packings, fits=image is not None)
-        none = no_manifest(history, head, floor, self._clock.now_ms(), grant)
+        none = no_manifest(history, head, floor, now, grant)
         if image is None:
             return none
         return manifest_of(image, {info.name for info in wanted.values()}, none, self.life_ms, term)
