@@ -83,15 +83,42 @@ def test_a_device_can_be_revoked_for_one_database(control: Control):
     assert not refused(control, ADA, "catalog")
 
 
-def test_an_entry_ends_with_the_token_it_was_for(tmp_path: Path):
+def test_an_entry_ends_with_the_token_it_was_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("entidb.server.control.REVOKED_MAX", 2)
     clock = ManualClock()
     control = Control(tmp_path, clock)
     control.revoke(entry("token", "t1", until_ms=NOW_MS + 1000))
     assert refused(control, ADA)
     clock.advance(1)
     assert not refused(control, ADA)
+    assert control.revoked() == []
+    for name in ("eve", "mallory"):
+        control.revoke(entry("subject", name))
+    assert [each.name for each in control.decided.revoked] == ["eve", "mallory"]
+    with pytest.raises(ConfigError, match="2 entries"):
+        control.revoke(entry("subject", "trent"))
+
+
+def test_a_clock_that_was_wrong_for_a_while_lets_nobody_in(tmp_path: Path):
+    clock = ManualClock()
+    control = Control(tmp_path, clock)
+    control.revoke(entry("token", "t1", until_ms=NOW_MS + 1000))
+    clock.advance(75 * 365 * 86400)
     control.revoke(entry("subject", "eve"))
-    assert [each.name for each in control.decided.revoked] == ["eve"]
+    clock.advance(-75 * 365 * 86400)
+    assert refused(control, ADA)
+    assert refused(Control(tmp_path, clock), ADA)
+
+
+def test_who_is_revoked_again_is_so_until_the_later_end(control: Control):
+    control.revoke(entry("token", "t1", until_ms=NOW_MS + 1000))
+    control.revoke(entry("token", "t1", until_ms=NOW_MS + 500))
+    assert [each.until_ms for each in control.revoked()] == [NOW_MS + 1000]
+    control.revoke(entry("token", "t1", until_ms=NOW_MS + 2000))
+    assert [each.until_ms for each in control.revoked()] == [NOW_MS + 2000]
+    control.revoke(entry("token", "t1"))
+    control.revoke(entry("token", "t1", until_ms=NOW_MS + 9000))
+    assert [each.until_ms for each in control.revoked()] == [None]
 
 
 def test_who_is_revoked_twice_is_so_since_the_first_time(control: Control):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Final, Literal, Protocol
@@ -157,9 +158,14 @@ class Control:
         for kind, name in names:
             for place in places:
                 found = revoked.get((kind, name, place))
-                if found is not None and (found.until_ms is None or now < found.until_ms):
+                if found is not None and _is_in_force(found, now):
                     return True
         return False
+
+    def revoked(self) -> list[Revoked]:
+        """What is in force now, oldest first."""
+        now = self._clock.now_ms()
+        return [each for each in self.decided.revoked if _is_in_force(each, now)]
 
     def is_frozen(self, db_id: str) -> bool:
         state = self._alone if self._watched is None else self._watched.current()
@@ -196,15 +202,23 @@ class Control:
     # ------------------------------------------------------------ decided by an administrator
 
     def revoke(self, entry: Revoked) -> None:
-        """Durable when it returns. A subject that is revoked already keeps the time of its
-        revocation. Raises ``ConfigError`` for too many entries, ``DatabaseLockedError`` if another
-        process changes the file for long, ``StorageError``."""
+        """Durable when it returns. Who is revoked already stays so since then, and until the later
+        of both ends. Raises ``ConfigError`` for too many entries, ``DatabaseLockedError`` if
+        another process changes the file for long, ``StorageError``."""
         now = self._clock.now_ms()
 
         def change(decided: Decided) -> Decided:
-            kept = [e for e in decided.revoked if e.until_ms is None or now < e.until_ms]
-            if any(each.key == entry.key for each in kept):
-                return decided
+            known = next((each for each in decided.revoked if each.key == entry.key), None)
+            if known is not None and _is_in_force(known, now):
+                if _end(entry) <= _end(known):
+                    return decided
+                longer = replace(known, until_ms=entry.until_ms)
+                rows = (longer if each is known else each for each in decided.revoked)
+                return replace(decided, revoked=tuple(rows))
+            kept = [each for each in decided.revoked if each is not known]
+            if len(kept) >= REVOKED_MAX:
+                # Not before: a clock that was wrong for an hour would let in who is locked out.
+                kept = [each for each in kept if _is_in_force(each, now)]
             if len(kept) >= REVOKED_MAX:
                 raise ConfigError(
                     f"{REVOKED_MAX} entries are revoked, and more are not kept: allow what is "
@@ -317,6 +331,14 @@ def unread_error() -> ServerBusyError:
         "the server cannot read at the moment who is revoked, and serves nobody without it",
         retry_after=retry_after_s(),
     )
+
+
+def _end(entry: Revoked) -> float:
+    return math.inf if entry.until_ms is None else entry.until_ms
+
+
+def _is_in_force(entry: Revoked, now_ms: int) -> bool:
+    return now_ms < _end(entry)
 
 
 def frozen_error(db_id: str) -> ServerBusyError:

@@ -114,7 +114,7 @@ class Metrics:
         ).set_function(lambda: sum(each.ended_ms is None for each in office.tasks.all()))
         Gauge(
             "entidb_revoked", "Devices, subjects and tokens that are locked out", registry=registry
-        ).set_function(lambda: len(office.control.decided.revoked))
+        ).set_function(lambda: len(office.control.revoked()))
         self._group_pushes = Histogram(
             "entidb_group_pushes", "Pushes in one storage commit", buckets=_GROUPS,
             registry=registry,

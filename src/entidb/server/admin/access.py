@@ -44,7 +44,7 @@ def devices(office: Office, caller: Caller, db_id: str, limit: int = 1000) -> li
     with office.stores.looking(db_id) as store:
         if store is not None:
             head = store.database.read_head().sequence
-    revoked = {each.key for each in office.control.decided.revoked}
+    revoked = {each.key for each in office.control.revoked()}
     return [
         DeviceRow(
             device=each,
@@ -65,7 +65,7 @@ def devices(office: Office, caller: Caller, db_id: str, limit: int = 1000) -> li
 
 def revoked(office: Office, caller: Caller) -> list[Revoked]:
     """Newest first; who administers some databases sees what holds in those."""
-    found = office.control.decided.revoked
+    found = office.control.revoked()
     seen = [each for each in found if caller.databases is None or caller.sees(each.db_id)]
     return sorted(seen, key=lambda each: -each.since_ms)
 
