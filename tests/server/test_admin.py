@@ -167,6 +167,12 @@ def test_the_list_says_what_is_known_of_open_and_of_closed_databases(place: Plac
     assert (row.open, row.entities, row.head, row.used_ms) == (False, 3, 3, NOW_MS)
 
 
+def test_the_list_knows_a_database_that_was_opened_a_moment_ago(place: Place):
+    place.push(place.history(), 1, 2, 3)
+    (row,) = databases.rows(place.office, ROOT)
+    assert (row.open, row.entities, row.head) == (True, 3, 3)
+
+
 def test_housekeeping_remembers_the_figures_of_what_was_used(place: Place):
     place.push(place.history(), 1, 2)
     place.server.housekeep()

@@ -47,7 +47,18 @@ def rows(office: Office, caller: Caller) -> list[DatabaseRow]:
     opened = office.opened()
     sizes = office.place.sizes()
     names = sorted(opened.keys() | sizes.keys())
+    for name, used_at in opened.items():
+        if office.registry.entities(name) is None:
+            _look_at_new(office, name, used_at)
     return [_row(office, name, opened, sizes) for name in names if caller.sees(name)]
+
+
+def _look_at_new(office: Office, db_id: str, used_at: float) -> None:
+    """Note one that was opened since the last housekeeping. Of one that cannot be read the list
+    says what it knows; whoever asks for it is told why."""
+    with suppress(EntiDBError), office.stores.looking(db_id) as store:
+        if store is not None:
+            _note(office, db_id, store.database, _used_ms(office, used_at))
 
 
 def row(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
