@@ -515,6 +515,40 @@ def test_what_cannot_be_written_down_is_not_done(place: Place):
     assert place.history()
 
 
+@POSIX
+def test_what_was_done_and_is_not_written_down_is_said_to_be_done(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk fails between the look at the log and its line."""
+    place.history()
+
+    def full(self: object, *args: object, **more: object) -> None:
+        raise StorageFullError("writing the audit log: the disk is full")
+
+    monkeypatch.setattr(AuditLog, "write", full)
+    with pytest.raises(
+        StorageFullError, match=r"this was done \(freeze\), and cannot be"
+    ) as raised:
+        databases.freeze(place.office, ROOT, "shop")
+    assert raised.value.code == "storage_full"
+    assert place.office.control.is_frozen("shop")
+
+
+@POSIX
+def test_why_something_was_not_done_is_not_hidden_by_a_log_that_cannot_be_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    place.history()
+
+    def full(self: object, *args: object, **more: object) -> None:
+        raise StorageFullError("writing the audit log: the disk is full")
+
+    monkeypatch.setattr(AuditLog, "write", full)
+    with pytest.raises(PermissionDeniedError, match="no database"):
+        databases.delete(place.office, ROOT, "nosuch", "nosuch")
+    assert "delete of nosuch, which failed" in caplog.text
+
+
 def test_a_large_log_is_put_aside_and_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(audit, "FILE_BYTES_MAX", 2000)
     log = log_of(tmp_path)

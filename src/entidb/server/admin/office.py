@@ -5,6 +5,7 @@ What has to be done now and then is done with the server's own housekeeping.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -18,7 +19,7 @@ from msgspec import Struct
 from entidb.db import Database
 from entidb.db.images import ImageRow
 from entidb.db.writer import Writer
-from entidb.errors import EntiDBError, PermissionDeniedError, ServerError
+from entidb.errors import EntiDBError, PermissionDeniedError, ServerError, StorageError
 from entidb.protocol import ErrorResponse
 from entidb.server.admin.audit import AuditLog, Journal
 from entidb.server.admin.callers import Caller
@@ -34,6 +35,8 @@ from entidb.server.registry import Registry
 from entidb.server.segments.files import KeptFiles, KeptImage
 from entidb.types import Clock
 from entidb.version import VERSION
+
+logger = logging.getLogger("entidb.server")
 
 
 class OpenStore(Protocol):
@@ -277,19 +280,28 @@ class Office:
         self, caller: Caller, action: str, db_id: str | None = None, **details: str
     ) -> Iterator[None]:
         """A change inside the block: it is not made if it cannot be written down, and what came
-        of it is written down."""
+        of it is written down. Raises ``StorageError`` for one that was made, and could not be
+        written down any more; it says so."""
         self.audit.check()
-        result = "internal_error"
-        try:
-            yield
-            result = "done"
-        except EntiDBError as error:
-            result = error.code
-            raise
-        finally:
+
+        def write(result: str) -> None:
             self.audit.write(
                 caller.who, caller.where, action, database=db_id, result=result, **details
             )
+
+        try:
+            yield
+        except BaseException as error:
+            try:
+                write(error.code if isinstance(error, EntiDBError) else "internal_error")
+            except StorageError as unwritten:
+                logger.error("%s of %s, which failed: %s", action, db_id or "all", unwritten)
+            raise
+        try:
+            write("done")
+        except StorageError as error:
+            said = f"this was done ({action}), and cannot be written down: {error}"
+            raise type(error)(said, code=error.code) from error
 
     def _do_chores(self) -> None:
         do_each(self.chores)
