@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -134,3 +135,29 @@ def test_a_credential_is_written_for_its_owner_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["token"]
     with pytest.raises(ConfigError, match="cannot write"):
         write_credential(tmp_path / "none" / "token", TOKEN, replace=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "free space"),
+        (errno.EIO, "check the disk"),
+        (errno.EACCES, "that you may write to"),
+    ],
+)
+def test_a_credential_that_a_disk_stops_says_what_helps_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+) -> None:
+    """Also the last of its steps: one that was there was in the way of the next try."""
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ConfigError, match=says):
+        write_credential(tmp_path / "secret", "word", replace=False)
+    assert os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    write_credential(tmp_path / "secret", "word", replace=False)

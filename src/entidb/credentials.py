@@ -6,6 +6,7 @@ Nothing here says what a credential means, and no message repeats one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -97,6 +98,17 @@ def check_place(path: str | os.PathLike[str], what: str) -> None:
         )
 
 
+_ELSEWHERE: Final = "name a file in a directory that is there and that you may write to"
+#: What else to do, where the place is none of the reasons.
+_TO_DO: Final = {
+    errno.ENOSPC: "free space, and try again",
+    errno.EDQUOT: "free space, or ask for more",
+    errno.EIO: "look into the system's log, and check the disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close some files",
+}
+
+
 def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) -> None:
     """Write ``text`` and a newline into a file that only its owner can read, from the first byte
     on: the owner of the file that it replaces, or else of the directory, as far as this user may
@@ -127,12 +139,18 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
-        _sync_names(target.parent)
+        try:
+            _sync_names(target.parent)
+        except OSError:
+            if not replace:  # else who tries again is told that it is there
+                with contextlib.suppress(OSError):
+                    os.unlink(target)
+            raise
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or error
-        todo = "name a file in a directory that is there and that you may write to"
+        todo = _TO_DO.get(getattr(error, "errno", None) or 0, _ELSEWHERE)
         raise ConfigError(f"cannot write {target}: {reason}; {todo}") from error
 
 

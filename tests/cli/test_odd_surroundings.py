@@ -135,3 +135,20 @@ def test_an_export_that_finds_no_room_says_so_and_not_that_something_is_not_writ
     said = failed(entidb(*words), Exit.STORAGE, "storage_full")
     assert f"writing {target}: the disk is full" in said
     assert sorted(os.listdir(tmp_path)) == ["db"]
+
+
+def test_an_export_that_the_disk_stops_is_not_said_to_be_in_the_wrong_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "db", "notes", 1, {"a": 1})
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Partial, "finish", broken)
+    said = failed(
+        entidb("export", tmp_path / "db", "notes", "-o", tmp_path / "rows.ndjson"),
+        Exit.STORAGE,
+        "storage_error",
+    )
+    assert "the disk reports an input/output error" in said and "may write to" not in said

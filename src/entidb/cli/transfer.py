@@ -7,6 +7,7 @@ import does with rows.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -49,7 +50,7 @@ from entidb.db import Database
 from entidb.db.collection import ReadCollection
 from entidb.db.columns import column_order
 from entidb.errors import StorageError
-from entidb.storage.disk_errors import disk_error, is_full
+from entidb.storage.disk_errors import disk_error, is_about_place
 from entidb.storage.partial import Partial, remove_dead
 from entidb.types import check_name
 
@@ -312,8 +313,8 @@ def _begin_file(where: str) -> Partial:
 
 
 def _not_writable(path: str, error: OSError) -> StorageError:
-    if is_full(error.errno or 0):
-        return disk_error(error.errno or 0, f"writing {path}")
+    if not is_about_place(error.errno or 0):
+        return disk_error(error.errno or errno.EIO, f"writing {path}")
     return StorageError(
         f"cannot write {path}: {error.strerror}; name a file in a directory that is there and that "
         "you may write to"

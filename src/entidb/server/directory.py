@@ -38,7 +38,7 @@ from entidb.storage.directories import (
     occupy_standard_numbers,
     open_file,
 )
-from entidb.storage.disk_errors import disk_error
+from entidb.storage.disk_errors import disk_error, is_about_place
 from entidb.storage.locks import NOTE_BYTES_MAX, FileLock, HeldError, written_holder
 from entidb.storage.opening import holds_store, wants_room
 from entidb.storage.partial import remove_dead
@@ -51,19 +51,6 @@ CHECKED: Final = "entidb-checked"
 SERVER_LOCK: Final = "entidb-server.lock"
 #: Where databases wait that were deleted, in the data directory; no database is called so.
 ASIDE: Final = "entidb-deleted"
-#: What the system says that another directory, or other rights, would change.
-_ABOUT_PATH: Final = frozenset(
-    (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-    )
-)
 _ASIDE_NAME: Final = re.compile(r"(.+\.entidb)\.([0-9]{1,15})")
 #: Seconds to wait where it is not known whose the directory is, and where it is another family's.
 _JOIN_S: Final = 2.0
@@ -262,7 +249,7 @@ def _served(root: str, holder: str) -> DatabaseLockedError:
 
 def _unusable(root: str, error: OSError) -> ConfigError:
     what = "cannot be used" if os.path.isdir(root) else "cannot be made"
-    if error.errno not in _ABOUT_PATH:
+    if not is_about_place(error.errno or 0):
         return ConfigError(str(disk_error(error.errno or errno.EIO, f"data_dir {what}: {root}")))
     return ConfigError(
         f"data_dir {what}: {root}: {error.strerror}; give a directory that the user of the server "

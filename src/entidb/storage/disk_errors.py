@@ -38,6 +38,20 @@ _OTHERS: Final = {
     errno.ENOLCK: "the file system knows no locks; use a local disk",
     errno.ESTALE: "the network file system lost the file; use a local disk",
 }
+#: What another path, or other rights there, would change.
+_ABOUT_PLACE: Final = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
+)
 #: A write that stopped so near to the limit of file sizes was stopped by it.
 _NEAR_BYTES: Final = 2**18
 _PROBE_BYTES: Final = 2**16
@@ -46,6 +60,12 @@ _PROBE_BYTES: Final = 2**16
 def is_full(code: int) -> bool:
     """Whether the system's error ``code`` says that something has no room left."""
     return code in _FULL
+
+
+def is_about_place(code: int) -> bool:
+    """Whether the system's error ``code`` is about the path that was given, so that another one,
+    or other rights, are what helps."""
+    return code in _ABOUT_PLACE
 
 
 def disk_error(code: int, doing: str) -> StorageError:
