@@ -19,6 +19,7 @@ import pytest
 from entidb.errors import DatabaseClosedError, StorageError, StorageFullError
 from entidb.storage import LmdbStorage
 from entidb.storage.lmdb import copying
+from tests.storage.lmdb.test_lmdb_traps import FailingCommit
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows copies without a pipe")
 
@@ -90,8 +91,8 @@ def test_the_look_at_a_copy_rests_while_others_commit(
     assert rests == []
     real = copying.copy_file
 
-    def copy_file(env: Any, directory: str) -> None:
-        real(env, directory)
+    def copy_file(env: Any, directory: str, *rest: Any) -> None:
+        real(env, directory, *rest)
         rests.clear()
 
     marks = iter(range(1000))
@@ -172,6 +173,7 @@ _CHILD = """
 import os, signal, sys, time
 from entidb.storage import LmdbStorage
 from entidb.storage.lmdb import copying
+from tests.storage.lmdb.test_lmdb_traps import FailingCommit
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 store = LmdbStorage.open(sys.argv[1])
 real, pieces = copying._write, []
@@ -210,3 +212,84 @@ def test_neither_a_child_that_keeps_the_pipe_nor_the_signal_of_one_that_is_close
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+class Endless:
+    """LMDB has something for the pipe for as long as somebody takes it: a copy of a large file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.given_up = threading.Event(), threading.Event()
+        self._fallback = threading.Timer(60, self.given_up.set)
+        self._fallback.start()
+        outer = self
+
+        def run(self: Any) -> None:
+            try:
+                while not outer.given_up.is_set():
+                    os.write(self._writes, b"x" * 100)
+                    outer.begun.set()
+                    outer.given_up.wait(0.002)
+            except BrokenPipeError as error:
+                self.error = error
+            finally:
+                os.close(self._writes)
+
+        monkeypatch.setattr(copying._Filling, "run", run)
+
+    def end(self) -> None:
+        self._fallback.cancel()
+        self.given_up.set()
+
+
+class Backup(threading.Thread):
+    def __init__(self, store: LmdbStorage, path: Path) -> None:
+        super().__init__(daemon=True)
+        self._store, self._path = store, path
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._store.backup(str(self._path))
+        except Exception as error:
+            self.error = error
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endless]:
+    made = Endless(monkeypatch)
+    yield made
+    made.end()
+
+
+def test_a_commit_that_fails_does_not_wait_for_a_backup_and_nobody_waits_for_it(
+    store: LmdbStorage, tmp_path: Path, endless: Endless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has to be opened again to see what became of the commit. It was frozen until the
+    backup had come to its end: for readers and for commits."""
+    backup = Backup(store, tmp_path / "backup")
+    assert endless.begun.wait(30)
+    store._file.env = FailingCommit(store._file.env, commits=False)
+    with pytest.raises(StorageError, match="nothing was changed"):
+        store.commit({b"\xfe": b"later"})
+    assert not endless.given_up.is_set(), "it did not wait"
+    backup.join(30)
+    assert isinstance(backup.error, StorageError) and "make it again" in str(backup.error)
+    assert sorted(os.listdir(tmp_path)) == ["store"]
+    monkeypatch.undo()
+    store.commit({b"\xfe": b"later"})
+    store.backup(str(tmp_path / "backup"))
+    assert content(tmp_path / "backup") == {**ROWS, b"\xfe": b"later"}
+
+
+def test_closing_a_store_does_not_wait_for_a_backup(
+    store: LmdbStorage, tmp_path: Path, endless: Endless
+) -> None:
+    backup = Backup(store, tmp_path / "backup")
+    assert endless.begun.wait(30)
+    store.close()
+    assert not endless.given_up.is_set(), "it did not wait"
+    backup.join(30)
+    assert isinstance(backup.error, StorageError)
+    assert sorted(os.listdir(tmp_path)) == ["store"]
+    assert content(tmp_path / "store") == ROWS

@@ -38,9 +38,10 @@ _LOOK_MS: Final = 50
 _flush = getattr(os, "fdatasync", os.fsync)
 
 
-def copy_file(env: Any, directory: str) -> None:
+def copy_file(env: Any, directory: str, go_on: Callable[[], None] | None = None) -> None:
     """A compacted copy of one snapshot of ``env`` in the empty ``directory``, not yet flushed as a
-    whole. The caller keeps the map where it is. Raises ``OSError`` and ``lmdb.Error``."""
+    whole. The caller keeps the map where it is. ``go_on`` is called between two pieces, and ends
+    it by raising. Raises ``OSError`` and ``lmdb.Error``."""
     if sys.platform == "win32":
         env.copy(as_bytes(directory), compact=True)
         return
@@ -55,7 +56,7 @@ def copy_file(env: Any, directory: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         target = os.open(os.path.join(directory, DATA), flags, 0o600)
         try:
-            _take(env, reads, target, filling)
+            _take(env, reads, target, filling, go_on)
         finally:
             os.close(target)
     finally:
@@ -90,7 +91,9 @@ class _Filling(Thread):
             self.join()
 
 
-def _take(env: Any, reads: int, target: int, filling: Thread) -> None:
+def _take(
+    env: Any, reads: int, target: int, filling: Thread, go_on: Callable[[], None] | None
+) -> None:
     """Write what comes out of the pipe, until its end."""
     os.set_blocking(reads, False)
     ready = select.poll()
@@ -98,6 +101,8 @@ def _take(env: Any, reads: int, target: int, filling: Thread) -> None:
     newest, others_at = _last_commit(env), -math.inf
     piece = bytearray()
     while True:
+        if go_on is not None:
+            go_on()
         # Looked at before the pipe: what it has written by then is there.
         went_on = filling.is_alive()
         ready.poll(_LOOK_MS if went_on else 0)

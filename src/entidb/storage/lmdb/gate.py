@@ -123,9 +123,18 @@ class Gate:
 
     def wait_until_idle(self) -> None:
         """With the gate frozen: wait until no thread is inside LMDB. Each leaves at the end of
-        its call, so this takes as long as one page of a scan, or as a backup under way."""
+        its call, so this takes as long as one page of a scan; a copy under way ends early."""
         while any(reader.busy for reader in list(self.readers)):
             time.sleep(0.0001)
+
+    def check_wanted(self) -> None:
+        """For who stays inside LMDB for long: raises where all have to leave. What a copy holds up
+        is every commit and every reader, after one commit that failed."""
+        if self.level >= FROZEN:
+            raise StorageError(
+                f"the copy of {self.path} was stopped: the database was closed meanwhile, or had "
+                "to be opened again after a commit that failed; make it again"
+            )
 
     def shed(self) -> None:
         """Give memory back that holds pages of the file. The map cannot move meanwhile: a reader

@@ -426,7 +426,7 @@ class LmdbStorage(Uncopied):
     ) -> None:
         os.mkdir(directory, 0o700)
         with self.snapshot() as snapshot, snapshot.inside():
-            self._copy_to(directory)
+            self._copy_to(directory, self._gate.check_wanted)
         # Opening it would look, too, and keep the interpreter for as long.
         known_faults(os.path.join(directory, DATA), resting(self.mark))
         with contextlib.closing(LmdbStorage.open(directory)) as copy:
@@ -437,11 +437,11 @@ class LmdbStorage(Uncopied):
         self._place.give(directory)
         sync_path(directory)
 
-    def _copy_to(self, directory: str) -> None:
+    def _copy_to(self, directory: str, go_on: Callable[[], None] | None = None) -> None:
         """A compacted, consistent and synced copy in the empty ``directory``."""
         try:
             with shedding(self._place.data_path):
-                copy_file(self._file.env, directory)
+                copy_file(self._file.env, directory, go_on)
             restrict(os.path.join(directory, DATA))
             sync_path(os.path.join(directory, DATA))
         except (OSError, lmdb.Error) as error:
