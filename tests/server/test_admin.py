@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -910,6 +911,29 @@ def test_a_task_that_fails_says_why_and_the_next_one_runs(place: Place):
         found = place.office.tasks.wait(task.id, 30)
         assert found is not None
         assert (found.state, found.error) == (state, error)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            OSError(errno.EIO, "Input/output error", "/srv/shop.entidb/data.mdb"),
+            "restore of shop (/srv/shop.entidb/data.mdb): the disk reports an input/output error",
+        ),
+        (OSError(errno.ENOSPC, "No space left"), "restore of shop: the disk is full; free space"),
+        (TimeoutError("the socket was slow"), "restore of shop: the socket was slow"),
+    ],
+)
+def test_a_task_that_the_system_stops_names_the_thing_and_no_number(
+    place: Place, error: OSError, says: str
+):
+    def fails(progress: Any) -> dict[str, Any]:
+        raise error
+
+    task = place.office.tasks.add("restore", "ada", "shop", fails)
+    found = place.office.tasks.wait(task.id, 30)
+    assert found is not None and found.error is not None
+    assert found.error.startswith(says) and "Errno" not in found.error
 
 
 def test_a_server_that_ends_ends_its_tasks(tmp_path: Path):

@@ -77,6 +77,13 @@ def disk_error(code: int, doing: str) -> StorageError:
     return StorageError(f"{doing}: {_OTHERS.get(code) or os.strerror(code).lower()}")
 
 
+def said_of(error: OSError, doing: str) -> str:
+    """What ``error``, met while ``doing`` something, says to a person: where, and what to do."""
+    if isinstance(error.filename, str | bytes):
+        doing = f"{doing} ({os.fsdecode(error.filename)})"
+    return f"{doing}: {error}" if error.errno is None else str(disk_error(error.errno, doing))
+
+
 def short_write_error(directory: str, data_bytes: int, doing: str) -> StorageError:
     """The error for a write that stopped half-way in a file of ``data_bytes``, which says nothing
     of what stopped it: the limits are asked, and then the disk, with a small file."""

@@ -22,6 +22,7 @@ from msgspec import Struct, ValidationError, json
 
 from entidb.db import Database, inspect
 from entidb.errors import CorruptionError, EntiDBError, FormatError, StorageError
+from entidb.storage.disk_errors import said_of
 from entidb.storage.opening import closed_faults
 
 #: Faults that are reported at most.
@@ -125,5 +126,6 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:3])
     except (EntiDBError, OSError) as error:
-        print(error, file=sys.stderr)
+        said = said_of(error, "reading it") if isinstance(error, OSError) else error
+        print(said, file=sys.stderr)
         sys.exit(1)

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from entidb.errors import EntiDBError, ServerBusyError
 from entidb.events import SafeEvent, Thread
 from entidb.server.cores import run_anywhere
+from entidb.storage.disk_errors import said_of
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -186,8 +187,11 @@ class Tasks:
         except _CancelledError:
             return "cancelled", None
         except (EntiDBError, OSError) as error:
-            logger.error("task %d (%s %s) failed: %s", task.id, task.kind, task.database, error)
-            return "failed", str(error)
+            said = str(error)
+            if isinstance(error, OSError):  # which names neither what was done nor what to do
+                said = said_of(error, f"{task.kind} of {task.database or 'all'}")
+            logger.error("task %d (%s %s) failed: %s", task.id, task.kind, task.database, said)
+            return "failed", said
         except BaseException as error:
             # Our own mistake, or a hook that calls sys.exit(), must not end the thread: no task
             # would run any more.
