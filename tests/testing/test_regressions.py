@@ -267,6 +267,8 @@ FOUND = {
     # A node was paused between the pin of an image and the answer, and said then that the image
     # would be pinned for as long as ever.
     "a manifest lasts no longer than the pin": (706_844, {}),
+    # Not in the product: a device that a full server had asked to wait was expected to hear news.
+    "who was asked to wait waits": (719_685, {}),
 }
 
 

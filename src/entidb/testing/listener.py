@@ -351,8 +351,8 @@ class Listener:
         if error is not None:
             if not error.retryable or isinstance(error, SyncCancelledError):
                 return None
-            # It tries again by itself, after a while.
-            idle_since += _AGAIN_MS
+            # It tries again by itself, after a while, and not before the server wants it.
+            idle_since += _AGAIN_MS + round(1000 * (getattr(error, "retry_after", None) or 0.0))
         elif device.last is None or device.last.incomplete or device.last.kept_back:
             return None
         if self.state is LiveState.OFFLINE:
