@@ -180,6 +180,34 @@ def test_a_stream_that_ends_at_once_each_time_is_no_loop() -> None:
     assert steps.next(0.0) == OpenStream(refresh=False)
 
 
+def test_a_poll_that_is_answered_at_once_without_news_is_no_loop() -> None:
+    """A gateway that answers by itself, or drops what the poll names, was asked 20 times a second
+    for as long as streams were held up."""
+    now, heard = [0.0], Heard()
+    course = ChannelCourse(
+        lambda: now[0], lambda: 0.0, news=heard.news, changed=heard.states.append
+    ).run()
+    assert course.send(None) == OpenStream(refresh=False)
+    course.throw(HeldUpError())
+    asked = 0
+    step = course.send(7)
+    while isinstance(step, Wait) and now[0] < live.POLL_INSTEAD_S - 200:
+        now[0] += step.seconds
+        assert isinstance(course.send(None), Ask)
+        asked += 1
+        step = course.send(7)
+    assert asked < 20
+    assert isinstance(step, Wait)
+    now[0] += step.seconds
+    course.send(None)
+    assert course.send(8) == Wait(pytest.approx(0.05)), "news is worth asking for the next"
+    now[0] += 0.06
+    assert isinstance(course.send(None), Ask)
+    now[0] += 25.0
+    assert course.send(8) == Wait(pytest.approx(0.05)), "and this one has waited"
+    course.close()
+
+
 def test_a_poll_that_names_less_than_before_is_a_first_word() -> None:
     """The database is another one: whatever the device has, there is something to pull."""
     now, heard = [0.0], Heard()

@@ -45,8 +45,9 @@ _REFUSED_S: Final = 300.0
 _REVOKED_S: Final = 3600.0
 #: Seconds. A longer time that a server names counts as this, as everywhere (``RetryConfig``).
 _ASKED_MAX_S: Final = 3600.0
-#: Seconds between two polls that are answered at once.
+#: Seconds between two polls; and one without news that was answered sooner did not wait for them.
 _BETWEEN_POLLS_S: Final = 0.05
+_WAITED_S: Final = 2.0
 #: A stream that lived for so long has worked.
 _WORKED_S: Final = 10.0
 #: ``str.isdigit`` is true of more than what ``int`` takes.
@@ -167,8 +168,8 @@ class Policy:
     # ---- what has happened
 
     def nudged(self, *, worked: bool) -> None:
-        """Somebody wants it tried now; or a cycle of this device has ``worked``, which counts where
-        this was refused for who asks. A server is not asked before the time that it named."""
+        """Somebody wants it tried now; or a cycle has ``worked``, which counts where this was
+        refused for who asks. A server is not asked before the time that it named."""
         if not worked or self._shut_out:
             self._not_before = min(self._not_before, self._asked_until)
             self._shut_out = False
@@ -178,13 +179,15 @@ class Policy:
         self.state = LiveState.LIVE
         self._refreshed = self._shut_out = False
 
-    def answered(self, now: float) -> None:
-        """A request that waited was answered."""
+    def answered(self, now: float, *, idle: bool = False) -> None:
+        """A request that waited was answered; ``idle``: at once, and with no news, as by something
+        on the way that answers for the server, or drops what was asked."""
         self.state = LiveState.POLLING
         self._shut_out = False
-        self._not_before = now + _BETWEEN_POLLS_S
-        self._failures = 0
         self._refreshed = False
+        pause_s = min(_WAIT_S * 2.0**self._failures, _WAIT_MAX_S) if idle else _BETWEEN_POLLS_S
+        self._not_before = now + pause_s
+        self._failures = min(self._failures + 1, 30) if idle else 0
 
     def held_up(self, now: float) -> None:
         """A stream was begun, and its first event did not come: something gathers answers."""
@@ -198,7 +201,7 @@ class Policy:
         if lived_s >= _WORKED_S:
             self._failures = 0
         if event.retry_ms:
-            # The server has spread these already; a little more for those it cut in the middle.
+            # The server has spread these; a little more for those it cut in the middle.
             asked_s = min(event.retry_ms / 1000, _ASKED_MAX_S) + self._draw()
             self._asked_until = self._not_before = now + asked_s
         elif lived_s < _WORKED_S:
@@ -280,8 +283,7 @@ class ChannelCourse:
         self._nudges.add(worked)
 
     def run(self) -> Course:
-        """It has no end of its own, whatever goes wrong; closing it leaves the state
-        ``OFFLINE``."""
+        """It has no end of its own, whatever goes wrong; closing it leaves it ``OFFLINE``."""
         try:
             while True:
                 step = self._policy.next(self._now())
@@ -300,8 +302,7 @@ class ChannelCourse:
                     # The transport was stopped, and not this.
                     self._policy.failed(self._now(), error)
                 except Exception as error:
-                    # As of a disk, a system without threads or files, a program's own part, or a
-                    # bug of ours: the next try may work, and the interval does until then.
+                    # As of a disk, or a bug: the next try may work, and until then the interval.
                     self._policy.failed(self._now(), error)
                     _log.warning("listening for news failed: %r", error)
                 self._tell()
@@ -338,7 +339,7 @@ class ChannelCourse:
             _log.debug("the stream of news ended: %s", error)
 
     def _ask(self, step: Ask) -> Course:
-        silent = self._policy.state is not LiveState.POLLING
+        silent, began = self._policy.state is not LiveState.POLLING, self._now()
         asked = Ask(step.refresh, None if silent else self._known)
         try:
             head = yield asked
@@ -347,7 +348,8 @@ class ChannelCourse:
             _log.debug("asking for news failed: %s", error)
             return
         assert isinstance(head, int), "the outcome of a question is a commit"
-        self._policy.answered(self._now())
+        now = self._now()
+        self._policy.answered(now, idle=now - began < _WAITED_S and head == asked.known)
         # A database that ends earlier than before is another one: nothing was heard of that.
         first, self._known = silent or head < self._known, head
         self._tell()
