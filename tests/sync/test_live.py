@@ -200,11 +200,13 @@ def test_a_poll_that_is_answered_at_once_without_news_is_no_loop() -> None:
     assert isinstance(step, Wait)
     now[0] += step.seconds
     course.send(None)
-    assert course.send(8) == Wait(pytest.approx(0.05)), "news is worth asking for the next"
+    step = course.send(8)
+    assert isinstance(step, Wait) and step.seconds < 0.1, "news is worth asking for the next"
     now[0] += 0.06
     assert isinstance(course.send(None), Ask)
     now[0] += 25.0
-    assert course.send(8) == Wait(pytest.approx(0.05)), "and this one has waited"
+    step = course.send(8)
+    assert isinstance(step, Wait) and step.seconds < 0.1, "and this one has waited"
     course.close()
 
 
