@@ -34,6 +34,7 @@ READERS = {
     "db/digests.py",
     "db/feed.py",
     "db/index_care.py",
+    "db/index_run.py",
     "db/maintenance.py",
     "db/rows.py",
     "db/sharing.py",

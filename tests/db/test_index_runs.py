@@ -5,27 +5,38 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from entidb import Index
-from entidb.db import Database, index_builder, index_care, index_run
-from entidb.db.index_care import build_step, declare
+from entidb.db import Database, index_builder, index_care, index_parts, index_run
+from entidb.db.index_builder import IndexBuilder
+from entidb.db.index_care import build_on, build_step, declare
 from entidb.db.index_pace import LEAST, STEP_S, Pace
+from entidb.db.index_parts import Parts
+from entidb.db.index_run import IndexRun
+from entidb.db.local import Role
+from entidb.db.maintenance import purge_tombstones
 from entidb.db.writer import Writer
 from entidb.errors import StorageFullError
 from entidb.storage import MemoryStorage
 from tests.support import FakeClock, uid
 
 
-def unbuilt(count: int, monkeypatch: pytest.MonkeyPatch, page: int = 8) -> Database:
+def unbuilt(
+    count: int, monkeypatch: pytest.MonkeyPatch, page: int = 8, role: Role = Role.DEVICE
+) -> Database:
     """A database with an index that is declared, and pages and runs that are small."""
     monkeypatch.setattr(index_run, "_PAGE_ROWS", page)
     monkeypatch.setattr(index_care, "FIRST_ROWS", 2 * page)
     monkeypatch.setattr(index_care, "ROWS_MIN", page)
-    db = Database(MemoryStorage(), clock=FakeClock(), entropy=random.Random(1).randbytes)
+    entropy = random.Random(1).randbytes
+    db = Database(MemoryStorage(), role=role, clock=FakeClock(), entropy=entropy)
     with db.transaction() as tx:
         for n in range(count):
             tx.collection("stock")[uid(n + 1)] = {"kind": (n * 7) % 10, "price": n}
@@ -40,7 +51,7 @@ def found_by_kind(db: Database) -> list[list[int]]:
 
 def by_hand(db: Database) -> list[list[int]]:
     items = list(db.collection("stock").items())
-    return [[i.int for i, value in items if value["kind"] == kind] for kind in range(10)]
+    return [[i.int for i, value in items if value.get("kind") == kind] for kind in range(10)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 17, 40, 41])
@@ -57,72 +68,100 @@ def test_an_index_is_built_from_sorted_runs(
         assert db.index_run is None
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 5])
-def test_what_others_commit_while_an_index_is_built_from_runs_is_in_it(
-    every: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng, steps = random.Random(every), 0
-    with unbuilt(60, monkeypatch) as db:
-        stock = db.collection("stock")
-        while build_step(db, places=3):
-            steps += 1
-            if steps % every == 0 and steps < 90:
-                stock[uid(rng.randrange(1, 80))] = {"kind": rng.randrange(10), "price": 0}
-                stock.discard(uid(rng.randrange(1, 80)))
-        assert found_by_kind(db) == by_hand(db)
-        assert db.indexes()[0].done == len(stock)
-        assert db.verify() == []
-
-
-def heard_all(run: index_run.IndexRun) -> bool:
-    return run.is_current
+@pytest.fixture(params=["this process", "another process"])
+def whose(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @contextlib.contextmanager
-def not_heard(db: Database) -> Iterator[None]:
-    """What is committed meanwhile comes from another process: its run is not this one's."""
-    mine, db.index_run = db.index_run, None
-    yield
-    db.index_run = mine
+def writing(db: Database, whose: str) -> Iterator[Database]:
+    """The database of who commits while ``db`` builds."""
+    if whose == "this process":
+        yield db
+        return
+    assert isinstance(db.storage, MemoryStorage)
+    entropy = random.Random(2).randbytes
+    with Database(db.storage.another(), role=db.role, clock=FakeClock(), entropy=entropy) as other:
+        yield other
 
 
-def test_a_run_goes_on_past_commits_of_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[object] = []
-    in_the_turn = index_care._build
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("at_once", [8, 8_192])
+def test_what_is_committed_while_an_index_is_built_from_runs_is_in_it(
+    every: int, at_once: int, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, steps = random.Random(every), 0
+    # The last two look like the end of one id and the beginning of the next.
+    ids = [*range(1, 80), 1 << 8, 1 << 16]
+    monkeypatch.setattr(index_run, "_AT_ONCE", at_once)
+    monkeypatch.setattr(index_run, "_FEED_ROWS", 2)
+    with unbuilt(60, monkeypatch) as db, writing(db, whose) as other:
+        stock, read = other.collection("stock"), IndexRun.read
 
-    def build(*given: Any) -> int:
-        looked.append(given)
-        return in_the_turn(*given)
+        def commit() -> None:
+            nonlocal steps
+            steps += 1
+            if steps % every == 0 and steps < 90:
+                stock[uid(rng.choice(ids))] = {"kind": rng.randrange(10), "price": 0}
+                stock.discard(uid(rng.choice(ids)))
+                stock[uid(rng.choice(ids))] = {"price": 0}
 
-    monkeypatch.setattr(index_care, "_build", build)
-    with unbuilt(60, monkeypatch) as db:
-        stock, steps = db.collection("stock"), 0
+        def disturbed(*given: Any) -> None:
+            commit()
+            read(*given)
+            commit()
+
+        monkeypatch.setattr(IndexRun, "read", disturbed)
+        while build_step(db, places=3):
+            commit()
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+
+
+def test_a_run_goes_on_past_what_others_commit(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_care, "_build", lambda *given: pytest.fail("the run was ended"))
+    with unbuilt(60, monkeypatch) as db, writing(db, whose) as other:
+        stock, steps = other.collection("stock"), 0
         while build_step(db, places=3):
             steps += 1
             if steps < 40:
                 stock[uid(steps)] = {"kind": steps % 10, "price": 0}  # another one, or as it was
                 stock.discard(uid(61 - steps))
-                db.collection("others").add({})
-                with db.transaction() as tx:
+                other.collection("others").add({})
+                with other.transaction() as tx:
                     for n in range(4):
                         tx.collection("stock").add({"kind": n, "price": -1})
-        assert looked == []
         assert found_by_kind(db) == by_hand(db)
         assert db.indexes()[0].done == len(stock)
         assert db.verify() == []
 
 
+def test_an_index_of_members_counts_each_entity_once_whatever_becomes_of_it(
+    whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unbuilt(40, monkeypatch) as db, writing(db, whose) as other:
+        tags: list[list[int]] = [[1, 2, 3], [], [4]]
+        with db.transaction() as tx:
+            for n in range(40):
+                tx.collection("stock")[uid(n + 1)] = {"tags": tags[n % 3]}
+        declare(db, "stock", [Index("tags", each=True)])
+        rng, stock = random.Random(1), other.collection("stock")
+        for _ in range(60):
+            build_step(db, places=2)
+            stock[uid(rng.randrange(1, 50))] = {"tags": rng.choice(tags)}
+        db.wait_for_indexes()
+        assert db.verify() == []
+        assert db.indexes()[0].done == sum(1 for value in stock.values() if value["tags"])
+
+
 @pytest.mark.parametrize("fails", ["in the store", "before it"])
-def test_a_run_does_not_believe_what_it_heard_of_a_commit_that_failed(
+def test_a_run_does_not_believe_a_commit_that_failed(
     fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with unbuilt(60, monkeypatch) as db:
         stock = db.collection("stock")
         for _ in range(2):
             assert build_step(db, places=3)
-        run = db.index_run
-        assert run is not None
-        assert heard_all(run)
 
         def refuse(*given: Any) -> int:
             raise StorageFullError("the disk is full")
@@ -134,7 +173,6 @@ def test_a_run_does_not_believe_what_it_heard_of_a_commit_that_failed(
                 patch.setattr(Writer, "finish_places", refuse)
             with pytest.raises(StorageFullError):
                 stock.discard(uid(16))
-        assert not heard_all(run)
         while build_step(db, places=3):
             pass
         assert uid(16) in stock
@@ -142,30 +180,111 @@ def test_a_run_does_not_believe_what_it_heard_of_a_commit_that_failed(
         assert db.verify() == []
 
 
-def test_a_run_is_shorter_after_one_that_others_made_void_and_longer_after_one_that_came_to_its_end(
+def test_a_run_is_shorter_after_one_that_was_void_and_longer_after_one_that_came_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lengths: list[int] = []
+    monkeypatch.setattr(index_run, "CHANGED_MAX", 3)
     with unbuilt(200, monkeypatch) as db:
         db.index_paces.rows = Pace(5)
-        prepare = index_care._prepare
+        read = IndexRun.read
 
-        def disturbed(*given: Any) -> None:
-            before = db.index_run
-            prepare(*given)
-            assert db.index_run is not None
-            if db.index_run is not before:
-                lengths.append(db.index_run.rows)
-            if len(lengths) < 3:
-                with not_heard(db):
-                    db.collection("others").add({})
+        def disturbed(self: IndexRun, *given: Any) -> None:
+            read(self, *given)
+            if self.is_read:
+                lengths.append(self.rows)
+                if len(lengths) < 3:
+                    for n in range(len(lengths) * 5 - 4, len(lengths) * 5):
+                        db.collection("stock")[uid(n)] = {"kind": 1, "price": 0}
 
-        monkeypatch.setattr(index_care, "_prepare", disturbed)
+        monkeypatch.setattr(IndexRun, "read", disturbed)
         while build_step(db, places=1000):
             pass
-        assert lengths[:5] == [16, 8, 8, 32, 128]
+        assert lengths[:5] == [16, 8, 8, 128, 2048]
         assert found_by_kind(db) == by_hand(db)
         assert db.verify() == []
+
+
+def test_a_run_is_void_where_what_it_should_learn_is_purged(
+    whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unbuilt(60, monkeypatch, role=Role.SERVER) as db, writing(db, whose) as other:
+        assert build_step(db, places=3)
+        run = db.index_run
+        other.collection("stock").discard(uid(16))
+        other.collection("stock").discard(uid(3))
+        assert purge_tombstones(other, other.read_head().sequence) == 2
+        assert build_step(db, places=3)
+        assert run is not None and run.is_void
+        db.wait_for_indexes()
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+
+
+def test_a_run_is_void_in_another_opening_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has read, and what it has written, may be lost there."""
+    with unbuilt(60, monkeypatch) as db:
+        assert build_step(db, places=3)
+        run = db.index_run
+        assert run is not None
+        monkeypatch.setattr(index_run, "opening_of", lambda mark: 7)
+        assert build_step(db, places=3)
+        assert run.is_void
+        db.wait_for_indexes()
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+
+
+def test_all_runs_of_a_process_have_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_run, "_runs", weakref.WeakSet())
+    monkeypatch.setattr(index_run, "_BYTES_MAX", 3_000)
+    monkeypatch.setattr(index_run, "_BYTES_LEAST", 600)
+    monkeypatch.setattr(index_parts, "_SORTED", 1)
+    sizes = []
+    with unbuilt(200, monkeypatch) as one, unbuilt(200, monkeypatch) as two:
+        monkeypatch.setattr(index_care, "FIRST_ROWS", 1_000)
+        for db in (one, two):
+            assert build_step(db, places=1)
+            assert db.index_run is not None
+            sizes.append(db.index_run.size)
+        assert 3_000 <= sizes[0] < 3_500
+        assert 600 <= sizes[1] < 1_100
+        for db in (one, two):
+            db.wait_for_indexes()
+            assert found_by_kind(db) == by_hand(db)
+            assert db.verify() == []
+
+
+@given(
+    st.lists(st.lists(st.binary(min_size=1, max_size=3), max_size=20), max_size=8),
+    st.lists(st.integers(1, 9), min_size=1),
+    st.integers(1, 40),
+)
+def test_places_come_out_of_their_parts_in_order_and_each_once(
+    groups: list[list[bytes]], counts: list[int], stops: int
+) -> None:
+    places = sorted({one for group in groups for one in group})
+    left = set(places)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_parts, "_SORTED", 7)
+        patch.setattr(index_parts, "_STOPS", stops)
+        parts = Parts(b"i")
+        for group in groups:
+            parts.add([one for one in dict.fromkeys(group) if one in left])
+            left -= set(group)
+        parts.sort()
+        found: list[bytes] = []
+        at = 0
+        while not parts.is_over:
+            part = parts.make_ready(counts[at % len(counts)])
+            assert parts.make_ready(1_000) == part, "as long as it was not taken"
+            found += part
+            was_last = parts.is_last
+            parts.took()
+            assert parts.is_over is was_last
+            at += 1
+    assert found == [b"i" + one for one in places]
+    assert parts.size == 0
 
 
 def test_a_build_goes_on_after_the_last_run_that_came_to_its_end(
@@ -201,26 +320,21 @@ def test_who_is_overtaken_by_another_process_writes_nothing_and_lets_it_build(
     with unbuilt(60, monkeypatch) as db:
 
         def others() -> None:
-            """Another process builds a part; it has no run of this one, and its own is not here."""
-            mine, db.index_run = db.index_run, None
-            with db.write("local") as writer:
-                info = writer.catalogue.by_name["stock"]
-                make = index_care._buildable(db, writer)[0][2]
-                index_care._build(writer, info, info.indexes[0], make, 5)
-            db.index_run = mine
+            with writing(db, "another process") as other:
+                assert build_step(other, 5)
 
         if when == "after a part":
             assert build_step(db, places=3)
             others()
         else:
-            prepare = index_care._prepare
+            read = IndexRun.read
 
             def overtaken(*given: Any) -> None:
-                prepare(*given)
-                monkeypatch.setattr(index_care, "_prepare", prepare)
+                read(*given)
+                monkeypatch.setattr(IndexRun, "read", read)
                 others()
 
-            monkeypatch.setattr(index_care, "_prepare", overtaken)
+            monkeypatch.setattr(IndexRun, "read", overtaken)
         assert build_step(db, places=3)
         assert db.indexes()[0].done == 5
         assert rests and db.index_run is None
@@ -230,6 +344,41 @@ def test_who_is_overtaken_by_another_process_writes_nothing_and_lets_it_build(
         assert rests == []
         assert found_by_kind(db) == by_hand(db)
         assert db.verify() == []
+
+
+def test_one_process_builds_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr("entidb.db.index_care.time.sleep", rests.append)
+    monkeypatch.setattr(index_care, "REST_S", 0.001)
+    with unbuilt(60, monkeypatch) as db, writing(db, "another process") as other:
+        assert build_on(db)
+        mark = db.storage.mark()
+        assert build_on(other)
+        assert rests and db.storage.mark() == mark
+        while build_on(db):
+            pass
+        assert not build_on(other)
+        assert other.index_right.take(0) and not db.index_right.take(0)
+        assert found_by_kind(other) == by_hand(other)
+        assert db.verify() == []
+
+
+@pytest.mark.parametrize("how", ["built", "failed", "out of time"])
+def test_who_does_not_build_any_more_lets_others_build(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unbuilt(60, monkeypatch) as db, writing(db, "another process") as other:
+        monkeypatch.setattr(IndexBuilder, "start", lambda self: None)
+        with monkeypatch.context() as patch:
+            if how == "failed":
+                patch.setattr(db.storage, "commit", _no_room)
+                with pytest.raises(StorageFullError):
+                    db.wait_for_indexes()
+            else:
+                assert db.wait_for_indexes(0 if how == "out of time" else None) is (how == "built")
+        assert other.index_right.take(0)
+        other.wait_for_indexes()
+        assert other.indexes()[0].ready and other.verify() == []
 
 
 def test_a_run_is_not_counted_for_a_commit_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +408,7 @@ def test_a_build_goes_on_by_itself_when_the_disk_has_room_again(
 
     monkeypatch.setattr(index_builder, "_AGAIN_S", 0.01)
     with unbuilt(60, monkeypatch) as db:
-        monkeypatch.setattr(index_builder, "build_step", full_at_first)
+        monkeypatch.setattr(index_care, "build_step", full_at_first)
         db.build_indexes()
         until = time.monotonic() + 30
         while not all(each.ready for each in db.indexes()) and time.monotonic() < until:

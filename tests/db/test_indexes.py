@@ -324,6 +324,10 @@ class Life(RuleBasedStateMachine):
     def build(self, who: int, rows: int) -> None:
         build_step(self.databases()[who], rows)
 
+    @rule(who=who, places=st.integers(1, 4))
+    def build_from_a_run(self, who: int, places: int) -> None:
+        build_step(self.databases()[who], places=places)
+
     @rule(who=who)
     def rebuild(self, who: int) -> None:
         care.rebuild(self.databases()[who])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from entidb.db import maintenance, plans, sort_keys
+from entidb.db import index_run, maintenance, plans, sort_keys
 from entidb.db.conditions import Compared
 from entidb.db.entities import Entities
 from entidb.db.index_run import IndexRun
@@ -85,43 +85,53 @@ def _purge_forgets(garden: Garden) -> None:
     )
 
 
-@bug("a-run-outlives-a-commit", "INDEXED", "CONVERGE", "UNEXPECTED", knobs=_INDEXES | {"keys": 40})
+_RUNS: Final = _INDEXES | {"keys": 40}
+
+
+@bug("a-run-outlives-a-commit", "INDEXED", "CONVERGE", "UNEXPECTED", knobs=_RUNS)
 def _run_outlives(garden: Garden) -> None:
     """An index is built from what was read before somebody committed."""
+    garden.replace(IndexRun, "_take_note", lambda original: lambda self, entity_id: None)
 
-    def goes_on(self: IndexRun, info: Any, index: Any) -> bool:
-        after = index.after if index.table == info.table else b""
-        return (self.number, self.table, self.after) == (index.number, info.table, after)
 
-    garden.replace(IndexRun, "goes_on", lambda original: goes_on)
+@bug("a-run-forgets-what-is-gone", "INDEXED", "CONVERGE", "UNEXPECTED", knobs=_RUNS)
+def _run_forgets(garden: Garden) -> None:
+    """A run writes places of entities that were changed since it read them."""
+    garden.replace(IndexRun, "_unchanged", lambda original: lambda self, places: places)
+
+
+@bug("a-run-forgets-whom-it-counts", "INDEXED", "CONVERGE", knobs=_RUNS)
+def _run_forgets_whom(garden: Garden) -> None:
+    """A run counts entities that were changed since it read them once more."""
+    garden.replace(IndexRun, "_has", lambda original: lambda self, entity_id: False)
+
+
+@bug("a-run-does-not-look-again", "INDEXED", "CONVERGE", "UNEXPECTED", knobs=_RUNS)
+def _run_does_not_look(garden: Garden) -> None:
+    """A run leaves out what was changed since it read it, and that is all."""
+
+    def make(original: Any) -> Any:
+        def look_again(self: IndexRun, writer: Any, count: int) -> None:
+            kept = dict(writer.changes)
+            original(self, writer, count)
+            writer.changes.clear()
+            writer.changes.update(kept)
+
+        return look_again
+
+    garden.replace(IndexRun, "_look_again", make)
 
 
 @bug(
-    "a-run-forgets-what-is-gone", "INDEXED", "CONVERGE", "UNEXPECTED", knobs=_INDEXES | {"keys": 40}
+    "a-run-outlives-a-purge",
+    "INDEXED",
+    "CONVERGE",
+    "UNEXPECTED",
+    knobs=_RUNS | {"purge": 300, "deletes": 500},
 )
-def _run_forgets(garden: Garden) -> None:
-    """A run that hears of a commit writes places that it took away."""
-
-    def make(original: Any) -> Any:
-        def hear(self: IndexRun, moment: Any, changes: Any, uncounted: Any) -> None:
-            original(self, moment, {key: to for key, to in changes.items() if to}, uncounted)
-
-        return hear
-
-    garden.replace(IndexRun, "hear", make)
-
-
-@bug("a-run-forgets-whom-it-counts", "INDEXED", "CONVERGE", knobs=_INDEXES | {"keys": 40})
-def _run_forgets_whom(garden: Garden) -> None:
-    """A run that hears of a commit counts those that were there before it."""
-
-    def make(original: Any) -> Any:
-        def hear(self: IndexRun, moment: Any, changes: Any, uncounted: Any) -> None:
-            original(self, moment, changes, {})
-
-        return hear
-
-    garden.replace(IndexRun, "hear", make)
+def _run_outlives_a_purge(garden: Garden) -> None:
+    """A run does not miss the deletions that were purged before it learnt of them."""
+    garden.replace(index_run, "META_FLOOR", lambda original: b"mnothing")
 
 
 @bug("a-range-ends-one-too-early", "INDEXED", knobs=_INDEXES)

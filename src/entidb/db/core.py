@@ -29,7 +29,7 @@ from entidb.db.identity import (
     read_identity,
 )
 from entidb.db.index_pace import Paces
-from entidb.db.index_run import IndexRun, listener_of
+from entidb.db.index_run import IndexRun
 from entidb.db.indexing import WELL_KNOWN, Functions, Indexing
 from entidb.db.local import Role, Writes, commit_local
 from entidb.db.moment import Moment
@@ -200,9 +200,10 @@ class Core(Explored):
         self._format_lock = threading.Lock()
         #: The functions that indexes go by, by name.
         self.index_functions: Functions = dict(WELL_KNOWN)
-        #: What one is being built from, and how fast. Two that build at once would end it.
+        #: What one is being built from, and how fast; which thread, and which process builds.
         self.index_run: IndexRun | None = None
         self.index_paces, self.index_lock = Paces(), threading.Lock()
+        self.index_right = storage.claim("indexes")
         self._hearing = Hearing(storage, self.hear_others, self._is_heard)
         #: Called with the sequence of every commit, after it, by the thread that still has the
         #: turn: quick, and without raising. For what passes the news on.
@@ -347,8 +348,7 @@ class Core(Explored):
         writer = Writer(snapshot, catalogue, raw, self.device_id, moment, now, slack)
         writer.marks, writer.unsent = self.marks_commits, self.unsent
         if catalogue.indexes.each:
-            listener = listener_of(self.index_run, moment)
-            writer.watcher = Indexing(writer, self.index_functions, listener)
+            writer.watcher = Indexing(writer, self.index_functions)
         return writer
 
     def _tick(self, writer: Writer) -> int:

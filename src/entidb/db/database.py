@@ -75,8 +75,8 @@ class Database(Indexed):
                 "moment",
                 "moment_of",
             ),
-            *("failures", "index_functions", "index_lock", "index_paces", "index_run"),
-            *("on_commit", "read_only"),
+            *("failures", "index_functions", "index_lock", "index_paces", "index_right"),
+            *("index_run", "on_commit", "read_only"),
             *("read_catalogue", "read_head", "storage", "tells_observers", "view", "where"),
             *("right", "start_hearing", "transaction_bytes_max", "write"),
         )

@@ -8,7 +8,7 @@ import weakref
 from typing import Final
 
 from entidb.db.core import Core
-from entidb.db.index_care import build_step
+from entidb.db.index_care import build_on
 from entidb.errors import CorruptionError, DatabaseClosedError, DatabaseMovedError, EntiDBError
 from entidb.events import SafeEvent, Thread
 
@@ -59,7 +59,7 @@ class IndexBuilder:
         while not self._ended.wait(pause_s):
             database = self._database()
             try:
-                if database is None or not build_step(database, is_ended=self._ended.is_set):
+                if database is None or not build_on(database, self._ended.is_set):
                     return
                 pause_s, said = _PAUSE_S, ""
             except (DatabaseClosedError, CorruptionError, DatabaseMovedError):

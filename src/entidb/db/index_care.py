@@ -16,7 +16,7 @@ from entidb import cbor
 from entidb.db.catalogue import NO_INDEXES, CollectionInfo, IndexInfo, IndexSet
 from entidb.db.core import Core
 from entidb.db.index_keys import index_count_key, index_prefix
-from entidb.db.index_run import FIRST_ROWS, ROWS_MAX, ROWS_MIN, IndexRun
+from entidb.db.index_run import FIRST_ROWS, LONGER, ROWS_MAX, ROWS_MIN, IndexRun
 from entidb.db.indexing import Index, MakePlaces, Meaning, maker_of, meaning_of, renewed
 from entidb.db.local import Role
 from entidb.db.looking import function_name
@@ -176,8 +176,7 @@ def build_step(
     (``index_pace``); whether there may be more. It writes so many ``places`` of a run
     (``index_run``), or with ``rows`` looks at so many entities within the commit. What it prepares
     is cut short once it ``is_ended``. Waits for another thread's step, unless it is ended by then;
-    where another process builds the same index, it writes nothing, and waits for a moment: each
-    commit of one would make void what the other prepares."""
+    where another process builds the same index, it writes nothing, and waits for a moment."""
     while not database.index_lock.acquire(timeout=_LOOK_S):
         if is_ended():
             return True
@@ -187,10 +186,37 @@ def build_step(
         database.index_run = None
     finally:
         database.index_lock.release()
+    _rest(is_ended)
+    return True
+
+
+def build_on(database: Core, is_ended: Callable[[], bool] = lambda: False) -> bool:
+    """``build_step`` of the one process that builds: in the others it waits for a moment. Who does
+    not call it any more before it is False, or has raised, gives ``index_right`` back."""
+    right = database.index_right
+    try:
+        mine = right.take(0)
+    except OSError:
+        mine = True  # no file can be made for it; two that build are slower, and no more
+    if not mine:
+        with database.view() as view:
+            if not _buildable(database, view) and not view.catalogue.indexes.dropped:
+                return False
+        _rest(is_ended)
+        return True
+    more = False
+    try:
+        more = build_step(database, is_ended=is_ended)
+    finally:
+        if not more:
+            right.give_back()
+    return more
+
+
+def _rest(is_ended: Callable[[], bool]) -> None:
     until = time.monotonic() + REST_S
     while time.monotonic() < until and not is_ended():
         time.sleep(_LOOK_S)
-    return True
 
 
 class _OvertakenError(Exception):
@@ -208,58 +234,53 @@ def _build_step(
             database.index_run = None
             if not view.catalogue.indexes.dropped:
                 return False
-        elif rows is None:
-            _prepare(database, view, *due[0], is_ended)
-    run = None
+        run = _run_for(database, view, *due[0]) if due and rows is None else None
+    while run is not None and not run.is_read:
+        with database.view() as view:
+            run.read(view, is_ended)
+    if run is not None and not run.is_void:
+        run.make_ready(places or paces.places.count)
     with database.write("local") as writer:
         began = database.clock.monotonic()
         chosen = _buildable(database, writer)
-        if chosen:
-            run = database.index_run if rows is None else None
-            if run is not None and run.goes_on(*chosen[0][:2]):
-                pace = paces.places
-                done, is_last = run.write(writer, places or pace.count)
-                if is_last:
-                    _come_to(writer, *chosen[0][:2], run.last, run.counted)
-            else:
-                if run is not None and run.is_overtaken(*chosen[0][:2]):
-                    raise _OvertakenError
-                if database.index_run is not None:
-                    database.index_run.is_void = True
-                run, pace = None, paces.rows
-                done = _build(writer, *chosen[0], rows or pace.count)
+        if chosen and run is not None and run.goes_on(writer, *chosen[0][:2]):
+            pace = paces.places
+            done, is_last = run.write(writer, places or pace.count)
+            if is_last:
+                _come_to(writer, *chosen[0][:2], run.last, run.counted)
+        elif chosen:
+            if run is not None and run.is_overtaken(*chosen[0][:2]):
+                raise _OvertakenError
+            if (last := database.index_run) is not None:
+                last.is_void = True
+            run, pace = None, paces.rows
+            done = _build(writer, *chosen[0], rows or pace.count)
         elif writer.catalogue.indexes.dropped:
-            pace = paces.dropped
+            run, pace = None, paces.dropped
             done = _empty(writer, writer.catalogue.indexes, pace.count)
     pace.took(done, database.clock.monotonic() - began)
     if run is not None:
-        run.wrote(writer.moment)
+        run.wrote()
     return True
 
 
-def _prepare(
-    database: Core,
-    view: Writer,
-    info: CollectionInfo,
-    index: IndexInfo,
-    make: MakePlaces,
-    is_ended: Callable[[], bool],
-) -> None:
-    """Have a run that goes on, or begin one: longer than the last if that came to its end, and
-    shorter if somebody has committed meanwhile, because what is prepared for nothing is work."""
+def _run_for(
+    database: Core, view: Writer, info: CollectionInfo, index: IndexInfo, make: MakePlaces
+) -> IndexRun:
+    """The run that goes on, or a new one, which is to be read: longer than the last if that came to
+    its end, and shorter if it could not, because what is prepared for nothing is work."""
     run, rows = database.index_run, FIRST_ROWS
     if run is not None:
-        if run.goes_on(info, index):
-            return
+        if run.goes_on(view, info, index):
+            return run
         if run.is_overtaken(info, index):
             raise _OvertakenError
         if run.is_void:
             rows = max(ROWS_MIN, run.rows // 4)
-        elif run.is_current:
-            rows = min(ROWS_MAX, 4 * run.rows)
-    # First: it hears of what is committed while it reads.
-    database.index_run = run = IndexRun(view, info, index)
-    run.read(view, info, index, make, rows, is_ended)
+        elif run.is_over:
+            rows = min(ROWS_MAX, LONGER * run.rows)
+    database.index_run = run = IndexRun(view, info, index, make, rows)
+    return run
 
 
 def _unfinished(view: Writer) -> list[tuple[CollectionInfo, IndexInfo]]:
@@ -360,6 +381,7 @@ def statuses(database: Core) -> list[IndexStatus]:
 
 __all__ = [
     "IndexStatus",
+    "build_on",
     "build_step",
     "declare",
     "declare_all",

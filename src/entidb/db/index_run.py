@@ -1,133 +1,219 @@
 """Building an index from sorted runs: many places made beside the work of others, written in order.
 
 The places of entities in the order of their ids lie all over an index, and each commit would write
-most of its pages again. So a run reads many entities in one snapshot, without the turn to write,
-sorts their places, and writes them a part at a time. What is committed meanwhile keeps its own
-places in step, as always, and the run hears of it: it leaves out what is no place any more. After a
-commit that it has not heard of, such as another process's, what it has written stays, and the rest
-is done entity by entity, in the turn.
+most of its pages again. So a run reads many entities, without the turn to write, sorts their
+places, and writes them a part at a time. What is committed meanwhile, by any process, keeps its own
+places in step, as always. The run learns from the feed (R11) which entities those commits changed:
+it leaves out what it has read of them, and looks at each of them again, in the turn.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Final
 
+from entidb import cbor
 from entidb.db.catalogue import CollectionInfo, IndexInfo
 from entidb.db.index_columns import names_of
 from entidb.db.index_keys import index_prefix
-from entidb.db.indexing import Counted, Listener, MakePlaces, places_of_rows
-from entidb.db.moment import Moment
-from entidb.db.records import end_of
-from entidb.db.writer import Writer
+from entidb.db.index_parts import Parts
+from entidb.db.indexing import MakePlaces, places_of_rows
+from entidb.db.records import (
+    META_FLOOR,
+    end_of,
+    payload_of,
+    split_feed_keys,
+    unpack_u64,
+)
+from entidb.db.writer import Writer, feed_bounds
+from entidb.storage.base import opening_of
 from entidb.types import ID_BYTES
 
-#: Entities of the first run, of those after runs that came to their end, at most, and of those
+#: Entities of the first run, of those after runs that came to their end (each so many times as long
+#: as the one before, so that a program that runs for a second gets on, too), at most, and of those
 #: after runs that did not, at least.
 FIRST_ROWS: Final = 10_000
+LONGER: Final = 16
 ROWS_MIN: Final = 1_000
-ROWS_MAX: Final = 160_000
+ROWS_MAX: Final = 10_000_000
+#: Bytes of all runs of a process together, and of one of them at least.
+_BYTES_MAX: Final = 64 << 20
+_BYTES_LEAST: Final = 4 << 20
 _PAGE_ROWS: Final = 512
-#: Places that are sorted at once.
-_SORTED: Final = 10_000
+#: Entities that are read in one snapshot. A longer one would keep a file from growing.
+_AT_ONCE: Final = 8_192
+#: Rows of the feed that are read at once.
+_FEED_ROWS: Final = 2_000
+#: Changed entities that a run knows of, and that one commit looks at again, at most.
+CHANGED_MAX: Final = 100_000
+_LOOKED_AT_MAX: Final = 500
+#: Of a changed entity: it was read with a place; it has one now.
+_HAD: Final = 2
+_HAS: Final = 1
 
 
 class IndexRun:
-    """The places of the entities behind the id ``after`` of a table, up to ``last`` (None: all), as
-    they are in ``view``; ``read`` reads them. It hears of commits from here on."""
+    """The places of the entities behind the id ``after`` of a table, up to ``last`` (None: all).
+    ``read`` reads them; what is committed from the moment of ``view`` on, it learns."""
 
-    def __init__(self, view: Writer, info: CollectionInfo, index: IndexInfo) -> None:
-        self.rows = 0
+    def __init__(
+        self, view: Writer, info: CollectionInfo, index: IndexInfo, make: MakePlaces, rows: int
+    ) -> None:
+        self.rows = rows
         self.number, self.table = index.number, info.table
         self.after = index.after if index.table == info.table else b""
-        self.last: bytes | None = None
-        #: Whether it did not come to its end, because of a commit that it has not heard of.
+        #: Up to where it has read, until it has read all.
+        self.last: bytes | None = self.after
+        self.is_read = False
+        #: Whether it did not come to its end, because it cannot know what was changed meanwhile.
         self.is_void = False
-        self._prefix = index_prefix(index.number, info.table)
-        #: Of the last commit that it has heard of, and what its mark is once that is stored.
-        self._moment, self._mark = view.moment, view.moment.mark
-        self._is_read = False
-        #: Entities that have a place; what became of that since they were read.
-        self._counted = 0
-        self._since: list[Counted] = []
-        #: Places that were taken away since they were read.
-        self._gone: set[bytes] = set()
-        #: Sorted places, and how many of each are written; what the commit of now takes.
-        self._parts: list[list[bytes]] = []
-        self._taken: list[int] = []
-        self._taking: list[int] = []
+        self._prefix, self._info = index_prefix(index.number, info.table), info
+        self._make, self._names = make, names_of(index)
+        self._parts = Parts(self._prefix)
+        self._read = 0
+        self._opening = opening_of(view.snapshot.mark)
+        #: The commit up to which it has learnt what was changed.
+        self._sequence = view.head.sequence
+        #: Entities that it has read and that have a place: their ids, of each page joined, the
+        #: first of each page, and how many.
+        self._ids: list[bytes] = []
+        self._firsts: list[bytes] = []
+        self._having = 0
+        #: Entities of its own that were changed since: whether it has read that they have a place,
+        #: and whether they have one now. Those that are to be looked at again; and what the commit
+        #: of now sees of some of them.
+        self._changed: dict[bytes, int] = {}
+        self._due: dict[bytes, None] = {}
+        self._seen: dict[bytes, int] = {}
+        with _lock:
+            _runs.add(self)
 
-    def read(
-        self,
-        view: Writer,
-        info: CollectionInfo,
-        index: IndexInfo,
-        make: MakePlaces,
-        rows: int,
-        is_ended: Callable[[], bool],
-    ) -> None:
-        """Of some ``rows`` entities, or fewer once it ``is_ended``."""
-        self.rows = rows
-        prefix, names, read = self._prefix, names_of(index), 0
-        places: list[bytes] = []
-        for page in _pages(view, info, self.after):
-            made, counted = places_of_rows(prefix, page, names, make)
-            places += made
-            if len(places) >= _SORTED:
-                places.sort()
-                self._parts.append(places)
-                places = []
-            self._counted += counted
+    # ------------------------------------------------------------ reading
+
+    def read(self, view: Writer, is_ended: Callable[[], bool]) -> None:
+        """Some more, as it is in ``view``, which is newer than all before. It ``is_read`` when it
+        has so many ``rows``, or as much as there is room for, or once it ``is_ended``."""
+        if not self._learn(view):
+            self.is_read = True
+            return
+        read = 0
+        for page in _pages(view, self._info, self.last or b""):
+            self._add(page)
             read += len(page)
-            if len(page) == _PAGE_ROWS and (read >= rows or is_ended()):
-                self.last = page[-1][0][-ID_BYTES:]
+            if len(page) < _PAGE_ROWS:
+                continue  # these are the last
+            self.is_read = self._read >= self.rows or is_ended() or self._is_full()
+            if self.is_read or read >= _AT_ONCE:
                 break
-        places.sort()
-        self._parts.append(places)
-        self._taken = [0] * len(self._parts)
-        self._is_read = True
+        else:
+            self.is_read = True
+            if read == self._read:
+                # All in one view. After several, the next run reads what came meanwhile: there may
+                # be more of it than should be looked at one by one.
+                self.last = None
+        if self.is_read:
+            self._parts.sort()
+
+    def _add(self, page: list[tuple[bytes, bytes]]) -> None:
+        places, ids = places_of_rows(b"", page, self._names, self._make)
+        self._parts.add(places)
+        if ids:
+            self._ids.append(b"".join(ids))
+            self._firsts.append(ids[0])
+            self._having += len(ids)
+        self.last = page[-1][0][-ID_BYTES:]
+        self._read += len(page)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._parts.size + ID_BYTES * self._having
+
+    def _is_full(self) -> bool:
+        with _lock:
+            others = sum([run.size for run in _runs if run is not self])
+        return self.size >= max(_BYTES_LEAST, _BYTES_MAX - others)
 
     # ------------------------------------------------------------ what is committed meanwhile
 
-    def hears(self, moment: Moment) -> bool:
-        """Whether a commit that is decided at ``moment`` is the next one."""
-        return moment.mark == self._mark == self._moment.mark and not self.is_void
+    def _learn(self, view: Writer) -> bool:
+        """Which of its entities were changed up to ``view``; False, and it is void, if nobody can
+        say that any more: what was read or written may be lost, tombstones are purged, or there
+        were too many changes."""
+        snapshot, head, number = view.snapshot, view.head.sequence, self._info.number
+        if opening_of(snapshot.mark) != self._opening or head < self._sequence:
+            self.is_void = True
+        elif head > self._sequence:
+            raw = snapshot.get(META_FLOOR)
+            self.is_void |= raw is not None and unpack_u64(raw) > self._sequence
+        start, stop = feed_bounds(self._sequence)
+        while not self.is_void and head > self._sequence:
+            keys = snapshot.scan_keys(start, stop, limit=_FEED_ROWS)
+            for _, collection, one in split_feed_keys(keys):
+                if collection == number and one > self.after:
+                    # What is behind the last one that was read will be read as it is then.
+                    if self.last is None or one <= self.last:
+                        self._take_note(one)
+            self.is_void = len(self._changed) > CHANGED_MAX
+            if len(keys) < _FEED_ROWS:
+                self._sequence = head
+            else:
+                start = keys[-1] + b"\0"
+        return not self.is_void
 
-    def hear(
-        self,
-        moment: Moment,
-        changes: Mapping[bytes, bytes | None],
-        uncounted: Mapping[bytes, list[Counted]],
-    ) -> None:
-        """At the end of a commit, which may still fail: then no mark is the one that is expected,
-        and the run is void."""
-        if not changes:
-            return
-        prefix = self._prefix
-        self._moment, self._mark = moment, moment.mark + 1
-        # What is put again after that, its commit puts.
-        gone = [key for key, to in changes.items() if to is None and key.startswith(prefix)]
-        self._gone.update(gone)
-        self._since += uncounted.get(prefix, ())
+    def _take_note(self, entity_id: bytes) -> None:
+        self._changed[entity_id] = _HAD if self._has(entity_id) else 0
+        self._due[entity_id] = None
 
-    @property
-    def is_current(self) -> bool:
-        """Whether it has heard of all that was committed."""
-        return self._moment.mark == self._mark and self._moment.is_current()
+    def _has(self, entity_id: bytes) -> bool:
+        """Whether it has read that the entity has a place."""
+        page = bisect_right(self._firsts, entity_id) - 1
+        if page < 0:
+            return False
+        ids = self._ids[page]
+        at = ids.find(entity_id)
+        while at > 0 and at % ID_BYTES:
+            at = ids.find(entity_id, at + 1)
+        return at >= 0
+
+    def _unchanged(self, places: list[bytes]) -> list[bytes]:
+        """Those of entities that were not changed since."""
+        changed = self._changed
+        if not changed:
+            return places
+        return [place for place in places if place[-ID_BYTES:] not in changed]
+
+    def _look_again(self, writer: Writer, count: int) -> None:
+        """Put some of the changed entities into their places."""
+        prefix, make = self._prefix, self._make
+        ids = list(islice(self._due, count))
+        keys = [self._info.prefix + one for one in ids]
+        self._seen = {}
+        for one, raw in zip(ids, writer.snapshot.get_many(keys), strict=True):
+            payload = None if raw is None else payload_of(raw)
+            found = () if payload is None else make(cbor.decode_trusted(payload))
+            for fields in found:
+                writer.put(prefix + fields + one, b"")
+            self._seen[one] = self._changed[one] & _HAD | (_HAS if found else 0)
 
     @property
     def counted(self) -> int:
-        """Entities of its own that have a place now."""
-        last = self.last
-        return self._counted + sum([by for one, by in self._since if last is None or one <= last])
+        """Entities of its own that have a place as the commit of now leaves it."""
+        known = self._changed | self._seen
+        had = sum([each & _HAD for each in known.values()]) // _HAD
+        return self._having - had + sum([each & _HAS for each in known.values()])
 
-    def goes_on(self, info: CollectionInfo, index: IndexInfo) -> bool:
-        """Whether its next part is what the index lacks, and it has heard of all commits."""
+    # ------------------------------------------------------------ writing
+
+    def goes_on(self, view: Writer, info: CollectionInfo, index: IndexInfo) -> bool:
+        """Whether its next part is what the index lacks; it has learnt then what was committed."""
         after = index.after if index.table == info.table else b""
         mine = (self.number, self.table, self.after) == (index.number, info.table, after)
-        return mine and self._is_read and not self.is_void and self.is_current
+        return mine and self.is_read and not self.is_void and self._learn(view)
 
     def is_overtaken(self, info: CollectionInfo, index: IndexInfo) -> bool:
         """Whether somebody else has carried on the build of this very index: it is neither where
@@ -136,38 +222,35 @@ class IndexRun:
         mine = (self.number, self.table) == (index.number, info.table)
         return mine and not self.is_void and after not in (self.after, self.last)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all of it is written."""
+        return self.is_read and not self.is_void and self._parts.is_over and not self._due
+
+    def make_ready(self, count: int) -> None:
+        """Merge what ``write`` is about to put, before the turn is taken."""
+        self._parts.make_ready(count)
+
     def write(self, writer: Writer, count: int) -> tuple[int, bool]:
         """Put the next ``count`` places into a commit, or some more: how many, and whether these
-        are the last. ``wrote`` has to be called when the commit is through."""
-        # The parts are merged as far as they are written. To sort all at once would hold the
-        # interpreter, for which other threads wait, for as long as a commit takes.
-        taking = list(self._taken)
-        due = [at for at, part in enumerate(self._parts) if taking[at] < len(part)]
-        while due and count > 0:
-            share = max(1, count // len(due))
-            ends = [min(taking[at] + share, len(self._parts[at])) for at in due]
-            up_to = min([self._parts[at][end - 1] for at, end in zip(due, ends, strict=True)])
-            for at, end in zip(due, ends, strict=True):
-                part, begin = self._parts[at], taking[at]
-                taking[at] = bisect_right(part, up_to, begin, end)
-                places = part[begin : taking[at]]
-                if self._gone:
-                    places = [place for place in places if place not in self._gone]
-                writer.changes.update(dict.fromkeys(places, b""))
-                count -= taking[at] - begin
-            due = [at for at in due if taking[at] < len(self._parts[at])]
-        self._taking = taking
-        return sum(taking) - sum(self._taken), not due
+        are the last. It goes on in that commit; ``wrote`` has to be called when that is through."""
+        places = self._parts.make_ready(count)
+        writer.changes.update(dict.fromkeys(self._unchanged(places), b""))
+        self._look_again(writer, min(count, _LOOKED_AT_MAX))
+        is_last = self._parts.is_last and len(self._seen) == len(self._due)
+        return len(places) + len(self._seen), is_last
 
-    def wrote(self, moment: Moment) -> None:
-        self._taken, self._moment, self._mark = self._taking, moment, moment.mark
-        if all(at == len(part) for at, part in zip(self._taken, self._parts, strict=True)):
-            self._parts, self._taken = [], []
+    def wrote(self) -> None:
+        self._parts.took()
+        self._changed |= self._seen
+        for one in self._seen:
+            self._due.pop(one, None)
+        self._seen = {}
 
 
-def listener_of(run: IndexRun | None, moment: Moment) -> Listener | None:
-    """For a commit that is decided at ``moment``; None if there is no run, or none that goes on."""
-    return partial(run.hear, moment) if run is not None and run.hears(moment) else None
+#: Those of this process, and who looks at them.
+_runs: weakref.WeakSet[IndexRun] = weakref.WeakSet()
+_lock: Final = threading.Lock()
 
 
 def _pages(view: Writer, info: CollectionInfo, after: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
@@ -178,4 +261,4 @@ def _pages(view: Writer, info: CollectionInfo, after: bytes) -> Iterator[list[tu
         start = page[-1][0] + b"\0"
 
 
-__all__ = ["FIRST_ROWS", "ROWS_MAX", "ROWS_MIN", "IndexRun", "listener_of"]
+__all__ = ["FIRST_ROWS", "LONGER", "ROWS_MAX", "ROWS_MIN", "IndexRun"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from functools import cached_property
 
 from entidb.db.core import Core
 from entidb.db.index_builder import IndexBuilder
-from entidb.db.index_care import IndexStatus, build_step, declare, rebuild, statuses
+from entidb.db.index_care import IndexStatus, build_on, declare, rebuild, statuses
 from entidb.db.indexing import Index, checked
 from entidb.types import Uncopied, check_number
 
@@ -29,6 +30,7 @@ class Indexed(Uncopied, Core):
         """A build that is under way goes on when the database is opened the next time."""
         if "_builder" in vars(self):
             self._builder.end()
+        self.index_run = None  # and its memory
 
     def indexes(self) -> list[IndexStatus]:
         """The indexes of all collections, and how far each is built."""
@@ -42,21 +44,21 @@ class Indexed(Uncopied, Core):
         """Return True when all indexes that this program can build are ready, and build meanwhile;
         False when ``timeout_s`` seconds are over, and the rest is built in the background. Raises
         ``ConfigError``, and what a commit does; what was built stays."""
-        if timeout_s is None:
-            while build_step(self):
-                continue
-            return True
-        check_number("timeout_s", timeout_s, 0, threading.TIMEOUT_MAX)
-        until = time.monotonic() + timeout_s
+        if timeout_s is not None:
+            check_number("timeout_s", timeout_s, 0, threading.TIMEOUT_MAX)
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
 
         def is_over() -> bool:
             return time.monotonic() >= until
 
-        while build_step(self, is_ended=is_over):
-            if is_over():
-                self._builder.start()
-                return False
-        return True
+        try:
+            while build_on(self, is_over):
+                if is_over():
+                    self._builder.start()
+                    return False
+            return True
+        finally:
+            self.index_right.give_back()
 
     def rebuild_indexes(self, name: str | None = None) -> int:
         """Have the indexes of collection ``name``, or of all, built from nothing, in the

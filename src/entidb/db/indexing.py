@@ -29,11 +29,6 @@ Functions = dict[str, Function]
 #: The fields of an entity's places in an index.
 Places = tuple[bytes, ...]
 MakePlaces = Callable[[Any], Places]
-#: An id, and whether it has a place now that had none (1), or none any more (-1).
-Counted = tuple[bytes, int]
-#: Takes what a commit changes, and by the prefix of an index what it did not count: of entities
-#: that a build has not come to.
-Listener = Callable[[Mapping[bytes, bytes | None], Mapping[bytes, list[Counted]]], None]
 #: Ids, what they were, what they are.
 _Columns = tuple[Sequence[bytes], Payloads, Payloads]
 
@@ -126,9 +121,9 @@ def places_of_rows(
     rows: Sequence[tuple[bytes, bytes]],
     names: Sequence[str] | None,
     make: MakePlaces,
-) -> tuple[list[bytes], int]:
-    """The places, with the index before them, of entities' keys and rows as they are stored, and
-    how many of the entities have one."""
+) -> tuple[list[bytes], list[bytes]]:
+    """The places, with ``prefix`` before them, of entities' keys and rows as they are stored, and
+    the ids of the entities that have one."""
     ids, payloads = [], []
     for key, raw in rows:
         payload = payload_of(raw)
@@ -138,11 +133,12 @@ def places_of_rows(
     values = cbor.decode_all_trusted(payloads)
     fields = None if names is None else fields_of(values, names)
     if fields is not None:
-        return _joined(prefix, fields, ids), len(ids)
+        return _joined(prefix, fields, ids), ids
     found = [
         (one, places) for one, value in zip(ids, values, strict=True) if (places := make(value))
     ]
-    return [prefix + fields + one for one, places in found for fields in places], len(found)
+    made = [prefix + fields + one for one, places in found for fields in places]
+    return made, [one for one, _ in found]
 
 
 def _joined(prefix: bytes, fields: Sequence[bytes], ids: Sequence[bytes]) -> list[bytes]:
@@ -197,16 +193,9 @@ class Indexing:
     at its end. Where something is unique, what is asked next has to see what was done before, so
     there it is done with each change."""
 
-    def __init__(
-        self,
-        entities: Entities,
-        functions: Mapping[str, Function],
-        listener: Listener | None = None,
-    ) -> None:
+    def __init__(self, entities: Entities, functions: Mapping[str, Function]) -> None:
         self._entities = entities
         self.functions = functions
-        self._listener = listener
-        self._uncounted: dict[bytes, list[Counted]] = {}
         #: What this commit has done to places of indexes that are unique: by place, with the
         #: index before it, the ids that are there by now (True) or not any more.
         self.moved: dict[bytes, dict[bytes, bool]] = {}
@@ -292,8 +281,6 @@ class Indexing:
         by = bool(after) - bool(before)
         if by and (kept.counted is None or entity_id <= kept.counted):
             self._counts[prefix] = self._counts.get(prefix, 0) + by
-        elif by and self._listener is not None:
-            self._uncounted.setdefault(prefix, []).append((entity_id, by))
 
     def _add(self, kept: _Kept, ids: Sequence[bytes], values: Sequence[Any]) -> None:
         """Of entities that are new, as most are where many change."""
@@ -310,9 +297,6 @@ class Indexing:
         places = _joined(prefix, fields, ids)
         self._entities.changes.update(dict.fromkeys(places, b""))
         count = len(ids) if counted is None else sum([one <= counted for one in ids])
-        if counted is not None and self._listener is not None:
-            beyond = [(one, 1) for one in ids if one > counted]
-            self._uncounted.setdefault(prefix, []).extend(beyond)
         self._counts[prefix] = self._counts.get(prefix, 0) + count
 
     def _replace(
@@ -381,8 +365,6 @@ class Indexing:
                 raw = entities.get(key)
                 entities.changes[key] = pack_u64((0 if raw is None else unpack_u64(raw)) + by)
         self._counts = {}
-        if self._listener is not None:
-            self._listener(entities.changes, self._uncounted)
 
 
 def renewed(

@@ -1,8 +1,9 @@
 """INDEXED: what a database of a run does with indexes, and whether they are in step.
 
 Indexes are declared, built, built again and dropped while all else goes on. After every durable
-commit the places of each entity that it changed are compared with the entity, and from time to time
-a question is asked that an index answers.
+commit the places of each entity that it changed are compared with the entity, and each place that
+it put; where a build has come further, all that it has come to. From time to time a question is
+asked that an index answers.
 """
 
 from __future__ import annotations
@@ -12,15 +13,23 @@ from typing import Any, Final
 
 from entidb import cbor
 from entidb.db import Database, Index
-from entidb.db.catalogue import Catalogue, CollectionInfo, decode_catalogue
+from entidb.db.catalogue import Catalogue, CollectionInfo, IndexInfo, decode_catalogue
 from entidb.db.conditions import F
 from entidb.db.index_care import build_step, declare, rebuild
-from entidb.db.index_keys import index_prefix, split_index_key
+from entidb.db.index_keys import index_count_key, index_prefix, split_index_key
 from entidb.db.indexing import maker_of
 from entidb.db.looking import MISSING, field_of, order_key
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.query import Query
-from entidb.db.records import ENTITY, INDEX, META_CATALOGUE, META_STAGE, payload_of
+from entidb.db.records import (
+    ENTITY,
+    INDEX,
+    META_CATALOGUE,
+    META_STAGE,
+    payload_of,
+    table_prefix,
+    unpack_u64,
+)
 from entidb.db.replica import Stage, decode_record
 from entidb.testing.world import World
 
@@ -46,6 +55,7 @@ class IndexLife:
         self._name = name
         self._rng = world.stream(f"indexes of {name}")
         self._places: dict[bytes, CollectionInfo] = {}
+        self._reached: dict[int, IndexInfo] = {}
 
     def act(self, database: Database) -> None:
         """Something is done with them."""
@@ -71,7 +81,7 @@ class IndexLife:
 
     def opened(self) -> None:
         """It may be an older copy: what indexes there are is looked up again."""
-        self._places = {}
+        self._places, self._reached = {}, {}
 
     # ------------------------------------------------------------ questions
 
@@ -120,6 +130,8 @@ class IndexLife:
             info = self._places.get(key[:5]) if key[:1] == ENTITY else None
             if info is not None and info.indexes:
                 self._check(info, key[5:], _value(old.get(key)), _value(row), records)
+            if key[:1] == INDEX and row is not None:
+                self._check_place(key, records)
 
     def _look(self, records: Records) -> None:
         """The catalogue has changed: which tables there are, and that no place is of another."""
@@ -135,6 +147,11 @@ class IndexLife:
                 self._places[info.prefix] = info
         if catalogue.indexes.each:
             self._check_strays(catalogue, records)
+        reached = {index.number: index for index in catalogue.indexes.each}
+        for index in catalogue.indexes.each:
+            if self._reached.get(index.number) not in (None, index):
+                self._check_reached(catalogue.by_number[index.collection], index, records)
+        self._reached = reached
 
     def _check_strays(self, catalogue: Catalogue, records: Records) -> None:
         tables = {info.table for info in self._places.values()}
@@ -152,6 +169,42 @@ class IndexLife:
                     f"{self._name}: {entity_id.hex()} has a place in index {number} of table "
                     f"{table}, which are gone",
                 )
+
+    def _check_place(self, key: bytes, records: Records) -> None:
+        """A place that was put, by whom ever: the entity stands there."""
+        number, table, fields, entity_id = split_index_key(key)
+        info = self._places.get(table_prefix(table))
+        for index in () if info is None else info.indexes:
+            places = maker_of(index, {})
+            if index.number == number and places is not None:
+                value = _value(records.get(table_prefix(table) + entity_id))
+                self._world.checks.that(
+                    value is not MISSING and fields in places(value),
+                    "INDEXED",
+                    f"{self._name}: {entity_id.hex()} was put where it does not stand in {index}",
+                )
+
+    def _check_reached(self, info: CollectionInfo, index: IndexInfo, records: Records) -> None:
+        """A build has come so far: all entities up to there have their places, and are counted."""
+        places = maker_of(index, {})
+        if places is None or index.paused:
+            return
+        upto = index.after if index.table == info.table else b""
+        prefix, counted, missing = index_prefix(index.number, info.table), 0, 0
+        for key, row in records.items():
+            if key[:5] == info.prefix and (index.has(info.table) or key[5:] <= upto):
+                value = _value(row)
+                due = () if value is MISSING else places(value)
+                counted += bool(due)
+                missing += sum(1 for fields in due if prefix + fields + key[5:] not in records)
+        raw = records.get(index_count_key(index.number, info.table))
+        said = 0 if raw is None else unpack_u64(raw)
+        self._world.checks.that(
+            said == counted and not missing,
+            "INDEXED",
+            f"{self._name}: index {index} of {info.name} counts {said} entities of {counted}, and "
+            f"lacks {missing} places",
+        )
 
     def _check(
         self, info: CollectionInfo, entity_id: bytes, was: Any, now: Any, records: Records

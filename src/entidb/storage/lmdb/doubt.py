@@ -26,7 +26,7 @@ from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
 from entidb.storage.lmdb.turn import CLAIM, TURN
 
 #: Left by sync engines and servers that had the database before its data file was lost.
-CLAIMS: Final = (f"{CLAIM}engine", f"{CLAIM}background", f"{CLAIM}segments")
+CLAIMS: Final = tuple(CLAIM + name for name in ("engine", "background", "segments", "indexes"))
 #: Files that were looked at and not opened since, as they were then, and their faults.
 _LOOKED: Final[dict[str, tuple[tuple[int, ...], list[str]]]] = {}
 _LOOKED_MAX: Final = 4096
