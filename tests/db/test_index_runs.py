@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,8 +95,7 @@ def test_what_is_committed_while_an_index_is_built_from_runs_is_in_it(
     every: int, at_once: int, whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng, steps = random.Random(every), 0
-    # The last two look like the end of one id and the beginning of the next.
-    ids = [*range(1, 80), 1 << 8, 1 << 16]
+    ids = range(1, 80)
     monkeypatch.setattr(index_run, "_AT_ONCE", at_once)
     monkeypatch.setattr(index_run, "_FEED_ROWS", 2)
     with unbuilt(60, monkeypatch) as db, writing(db, whose) as other:
@@ -154,6 +157,19 @@ def test_an_index_of_members_counts_each_entity_once_whatever_becomes_of_it(
         assert db.indexes()[0].done == sum(1 for value in stock.values() if value["tags"])
 
 
+def test_an_id_that_looks_like_the_end_of_one_and_the_beginning_of_the_next_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with unbuilt(40, monkeypatch) as db:
+        monkeypatch.setattr(index_care, "FIRST_ROWS", 1_000)
+        monkeypatch.setattr(index_run, "_PAGE_ROWS", 512)
+        assert build_step(db, places=3)
+        db.collection("stock")[uid(1 << 8)] = {"kind": 1, "price": 0}
+        db.wait_for_indexes()
+        assert db.indexes()[0].done == 41
+        assert db.verify() == []
+
+
 @pytest.mark.parametrize("fails", ["in the store", "before it"])
 def test_a_run_does_not_believe_a_commit_that_failed(
     fails: str, monkeypatch: pytest.MonkeyPatch
@@ -203,6 +219,42 @@ def test_a_run_is_shorter_after_one_that_was_void_and_longer_after_one_that_came
         assert lengths[:5] == [16, 8, 8, 128, 2048]
         assert found_by_kind(db) == by_hand(db)
         assert db.verify() == []
+
+
+@pytest.mark.parametrize("times", [3, 9])
+def test_a_run_learns_no_more_in_the_turn_than_others_may_wait_for(
+    times: int, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_run, "_FEED_ROWS", 2)
+    monkeypatch.setattr(index_care, "LEARNT_MAX", 10)
+    learnt: list[int] = []
+    with unbuilt(60, monkeypatch) as db, writing(db, whose) as other:
+        take_note, make_ready = IndexRun._take_note, IndexRun.make_ready
+
+        def note(self: IndexRun, entity_id: bytes) -> None:
+            learnt[-1] += db.in_transaction
+            take_note(self, entity_id)
+
+        def commit_much(self: IndexRun, count: int) -> None:
+            """Just before it takes the turn."""
+            make_ready(self, count)
+            if len(learnt) < times:
+                with other.transaction() as tx:
+                    for n in range(12):
+                        tx.collection("stock")[uid(n + 1)] = {"kind": len(learnt), "price": 0}
+            learnt.append(0)
+
+        monkeypatch.setattr(IndexRun, "_take_note", note)
+        monkeypatch.setattr(IndexRun, "make_ready", commit_much)
+        voided = []
+        while build_step(db, places=3):
+            run = db.index_run
+            if run is not None and run.is_void:
+                voided.append(run)
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+    assert set(learnt[: times - 1]) <= {0, 4}, "the rest of twelve is learnt before the next turn"
+    assert bool(voided) is (times > 3), "no run waits for ever"
 
 
 def test_a_run_is_void_where_what_it_should_learn_is_purged(
@@ -342,6 +394,49 @@ def test_who_is_overtaken_by_another_process_writes_nothing_and_lets_it_build(
         while build_step(db, places=3):
             pass
         assert rests == []
+        assert found_by_kind(db) == by_hand(db)
+        assert db.verify() == []
+
+
+WRITER = """
+import random, sys
+from entidb.db import Database
+rng = random.Random(1)
+with Database.open(sys.argv[1]) as db:
+    stock = db.collection("stock")
+    ids = list(stock.where().ids())
+    print("here", flush=True)
+    for n in range(60):
+        with db.transaction() as tx:
+            stock = tx.collection("stock")
+            stock[rng.choice(ids)] = {"kind": n % 10}
+            stock.discard(rng.choice(ids))
+            stock.add({"kind": n % 10})
+            stock[rng.choice(ids)] = {}
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="one process at a time there")
+def test_a_run_goes_on_past_what_a_real_process_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_care, "_build", lambda *given: pytest.fail("the run was ended"))
+    with Database.open(tmp_path) as db:
+        with db.transaction() as tx:
+            for n in range(2_000):
+                tx.collection("stock").add({"kind": n % 10})
+        declare(db, "stock", [Index("kind")])
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as writer:
+            assert writer.stdout is not None and writer.stdout.readline() == b"here\n"
+            marks = set()
+            while writer.poll() is None:
+                build_step(db, places=5)
+                marks.add(db.storage.mark())
+        assert writer.returncode == 0
+        db.wait_for_indexes()
+        assert len(marks) > 20
         assert found_by_kind(db) == by_hand(db)
         assert db.verify() == []
 

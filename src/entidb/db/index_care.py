@@ -16,7 +16,14 @@ from entidb import cbor
 from entidb.db.catalogue import NO_INDEXES, CollectionInfo, IndexInfo, IndexSet
 from entidb.db.core import Core
 from entidb.db.index_keys import index_count_key, index_prefix
-from entidb.db.index_run import FIRST_ROWS, LONGER, ROWS_MAX, ROWS_MIN, IndexRun
+from entidb.db.index_run import (
+    FIRST_ROWS,
+    LEARNT_MAX,
+    LONGER,
+    ROWS_MAX,
+    ROWS_MIN,
+    IndexRun,
+)
 from entidb.db.indexing import Index, MakePlaces, Meaning, maker_of, meaning_of, renewed
 from entidb.db.local import Role
 from entidb.db.looking import function_name
@@ -243,7 +250,7 @@ def _build_step(
     with database.write("local") as writer:
         began = database.clock.monotonic()
         chosen = _buildable(database, writer)
-        if chosen and run is not None and run.goes_on(writer, *chosen[0][:2]):
+        if chosen and run is not None and run.goes_on(writer, *chosen[0][:2], LEARNT_MAX):
             pace = paces.places
             done, is_last = run.write(writer, places or pace.count)
             if is_last:

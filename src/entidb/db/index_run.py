@@ -9,6 +9,7 @@ it leaves out what it has read of them, and looks at each of them again, in the 
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from bisect import bisect_right
@@ -23,6 +24,7 @@ from entidb.db.index_keys import index_prefix
 from entidb.db.index_parts import Parts
 from entidb.db.indexing import MakePlaces, places_of_rows
 from entidb.db.records import (
+    FEED,
     META_FLOOR,
     end_of,
     payload_of,
@@ -46,8 +48,12 @@ _BYTES_LEAST: Final = 4 << 20
 _PAGE_ROWS: Final = 512
 #: Entities that are read in one snapshot. A longer one would keep a file from growing.
 _AT_ONCE: Final = 8_192
-#: Rows of the feed that are read at once.
+#: Rows of the feed that are read at once; and that are learnt from while others wait: an entity of
+#: its own is as much work as so many of others. Times in a row at which that may be too few.
 _FEED_ROWS: Final = 2_000
+LEARNT_MAX: Final = 20_000
+_NOTE: Final = 4
+_BEHIND_MAX: Final = 3
 #: Changed entities that a run knows of, and that one commit looks at again, at most.
 CHANGED_MAX: Final = 100_000
 _LOOKED_AT_MAX: Final = 500
@@ -76,8 +82,12 @@ class IndexRun:
         self._parts = Parts(self._prefix)
         self._read = 0
         self._opening = opening_of(view.snapshot.mark)
-        #: The commit up to which it has learnt what was changed.
-        self._sequence = view.head.sequence
+        #: The commit up to which it has learnt what was changed, and where in the feed it goes on
+        #: if it has learnt more. Whether it has to learn more before it may write, and how many
+        #: times in a row.
+        self._sequence, self._feed_from = view.head.sequence, b""
+        self._is_behind = False
+        self._behind = 0
         #: Entities that it has read and that have a place: their ids, of each page joined, the
         #: first of each page, and how many.
         self._ids: list[bytes] = []
@@ -140,29 +150,39 @@ class IndexRun:
 
     # ------------------------------------------------------------ what is committed meanwhile
 
-    def _learn(self, view: Writer) -> bool:
-        """Which of its entities were changed up to ``view``; False, and it is void, if nobody can
-        say that any more: what was read or written may be lost, tombstones are purged, or there
-        were too many changes."""
+    def _learn(self, view: Writer, most: float = math.inf) -> bool:
+        """Which of its entities were changed up to ``view``; if that is more than
+        ``most``, it is behind. False, and it is void, if nobody can say that any
+        more: what was read or written may be lost, tombstones are purged, or there were too many
+        changes."""
         snapshot, head, number = view.snapshot, view.head.sequence, self._info.number
         if opening_of(snapshot.mark) != self._opening or head < self._sequence:
             self.is_void = True
         elif head > self._sequence:
             raw = snapshot.get(META_FLOOR)
             self.is_void |= raw is not None and unpack_u64(raw) > self._sequence
-        start, stop = feed_bounds(self._sequence)
-        while not self.is_void and head > self._sequence:
+        self._is_behind = False
+        while head > self._sequence and not self.is_void and not self._is_behind:
+            start, stop = self._feed_from or feed_bounds(self._sequence)[0], end_of(FEED)
             keys = snapshot.scan_keys(start, stop, limit=_FEED_ROWS)
-            for _, collection, one in split_feed_keys(keys):
-                if collection == number and one > self.after:
-                    # What is behind the last one that was read will be read as it is then.
-                    if self.last is None or one <= self.last:
-                        self._take_note(one)
+            # What is behind the last one that was read will be read as it is then.
+            last = self.last
+            mine = [
+                one
+                for _, collection, one in split_feed_keys(keys)
+                if collection == number and one > self.after and (last is None or one <= last)
+            ]
+            for one in mine:
+                self._take_note(one)
+            most -= len(keys) + _NOTE * len(mine)
             self.is_void = len(self._changed) > CHANGED_MAX
             if len(keys) < _FEED_ROWS:
-                self._sequence = head
+                self._sequence, self._feed_from = head, b""
             else:
-                start = keys[-1] + b"\0"
+                self._feed_from = keys[-1] + b"\0"
+                self._is_behind = most < 0
+        self._behind += self._is_behind
+        self.is_void |= self._behind > _BEHIND_MAX
         return not self.is_void
 
     def _take_note(self, entity_id: bytes) -> None:
@@ -209,11 +229,14 @@ class IndexRun:
 
     # ------------------------------------------------------------ writing
 
-    def goes_on(self, view: Writer, info: CollectionInfo, index: IndexInfo) -> bool:
-        """Whether its next part is what the index lacks; it has learnt then what was committed."""
+    def goes_on(
+        self, view: Writer, info: CollectionInfo, index: IndexInfo, most: float = math.inf
+    ) -> bool:
+        """Whether its next part is what the index lacks; it has learnt then what was committed, or
+        ``most`` of it, for others wait."""
         after = index.after if index.table == info.table else b""
         mine = (self.number, self.table, self.after) == (index.number, info.table, after)
-        return mine and self.is_read and not self.is_void and self._learn(view)
+        return mine and self.is_read and not self.is_void and self._learn(view, most)
 
     def is_overtaken(self, info: CollectionInfo, index: IndexInfo) -> bool:
         """Whether somebody else has carried on the build of this very index: it is neither where
@@ -234,6 +257,8 @@ class IndexRun:
     def write(self, writer: Writer, count: int) -> tuple[int, bool]:
         """Put the next ``count`` places into a commit, or some more: how many, and whether these
         are the last. It goes on in that commit; ``wrote`` has to be called when that is through."""
+        if self._is_behind:
+            return 0, False
         places = self._parts.make_ready(count)
         writer.changes.update(dict.fromkeys(self._unchanged(places), b""))
         self._look_again(writer, min(count, _LOOKED_AT_MAX))
@@ -241,6 +266,9 @@ class IndexRun:
         return len(places) + len(self._seen), is_last
 
     def wrote(self) -> None:
+        if self._is_behind:
+            return
+        self._behind = 0
         self._parts.took()
         self._changed |= self._seen
         for one in self._seen:
