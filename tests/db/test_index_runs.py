@@ -26,6 +26,7 @@ from entidb.db.index_parts import Parts
 from entidb.db.index_run import IndexRun
 from entidb.db.local import Role
 from entidb.db.maintenance import purge_tombstones
+from entidb.db.records import REMOTE, EntityRow, payload_of
 from entidb.db.writer import Writer
 from entidb.errors import StorageFullError
 from entidb.storage import MemoryStorage
@@ -305,6 +306,18 @@ def test_all_runs_of_a_process_have_one_room(monkeypatch: pytest.MonkeyPatch) ->
             db.wait_for_indexes()
             assert found_by_kind(db) == by_hand(db)
             assert db.verify() == []
+
+
+@given(st.lists(st.sampled_from(["clean", "pending", "deleted", "deletion pending"])))
+def test_entities_are_read_in_columns_as_one_by_one(kinds: list[str]) -> None:
+    page = []
+    for n, kind in enumerate(kinds):
+        payload = None if "delet" in kind else b"%d" % n
+        pending = 7 if "pending" in kind else 0
+        row = EntityRow(REMOTE * (n % 2), 5, 1, bytes(16), 9, pending, payload)
+        page.append((b"e1234" + uid(n).bytes, row.encode()))
+    there = [(key[5:], payload) for key, raw in page if (payload := payload_of(raw)) is not None]
+    assert list(zip(*index_run._columns(page), strict=True)) == there
 
 
 @given(

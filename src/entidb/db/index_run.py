@@ -22,10 +22,14 @@ from entidb.db.catalogue import CollectionInfo, IndexInfo
 from entidb.db.index_columns import names_of
 from entidb.db.index_keys import index_prefix
 from entidb.db.index_parts import Parts
-from entidb.db.indexing import MakePlaces, places_of_rows
+from entidb.db.indexing import MakePlaces, places_of
 from entidb.db.records import (
+    DIRTY,
+    ENTITY_HEAD,
     FEED,
     META_FLOOR,
+    PENDING_HEAD,
+    TOMBSTONE,
     end_of,
     payload_of,
     split_feed_keys,
@@ -129,7 +133,8 @@ class IndexRun:
             self._parts.sort()
 
     def _add(self, page: list[tuple[bytes, bytes]]) -> None:
-        places, ids = places_of_rows(b"", page, self._names, self._make)
+        ids, payloads = _columns(page)
+        places, ids = places_of(b"", ids, payloads, self._names, self._make)
         self._parts.add(places)
         if ids:
             self._ids.append(b"".join(ids))
@@ -287,6 +292,27 @@ def _pages(view: Writer, info: CollectionInfo, after: bytes) -> Iterator[list[tu
     while page := view.snapshot.scan(start, stop, limit=_PAGE_ROWS):
         yield page
         start = page[-1][0] + b"\0"
+
+
+def _columns(page: list[tuple[bytes, bytes]]) -> tuple[list[bytes], list[bytes]]:
+    """The ids and payloads of entities, without deleted ones."""
+    heads = {_head_of(flags) for flags in {raw[:1] for _, raw in page}}
+    if len(heads) == 1 and (head := heads.pop()):
+        return [key[-ID_BYTES:] for key, _ in page], [raw[head:] for _, raw in page]
+    ids, payloads = [], []
+    for key, raw in page:
+        payload = payload_of(raw)
+        if payload is not None:
+            ids.append(key[-ID_BYTES:])
+            payloads.append(payload)
+    return ids, payloads
+
+
+def _head_of(flags: bytes) -> int:
+    """Where the payload begins of a row that begins with ``flags``; 0: ``payload_of`` knows."""
+    if not flags or flags[0] & TOMBSTONE:
+        return 0
+    return PENDING_HEAD if flags[0] & DIRTY else ENTITY_HEAD
 
 
 __all__ = ["FIRST_ROWS", "LONGER", "ROWS_MAX", "ROWS_MIN", "IndexRun"]

@@ -21,9 +21,8 @@ from entidb.db.index_columns import AT_ONCE, fields_of, having, names_of
 from entidb.db.index_definition import FIELDS_MAX, Index, Meaning, checked, meaning_of, paths_of
 from entidb.db.index_keys import INDEXED_BYTES_MAX, WHOLE_TEXT, index_prefix
 from entidb.db.looking import MISSING, Function, applied, field_of
-from entidb.db.records import INDEX_COUNT, pack_u64, payload_of, unpack_u64
+from entidb.db.records import INDEX_COUNT, pack_u64, unpack_u64
 from entidb.db.sort_keys import sort_key
-from entidb.types import ID_BYTES
 
 Functions = dict[str, Function]
 #: The fields of an entity's places in an index.
@@ -116,20 +115,14 @@ def maker_of(index: IndexInfo, functions: Mapping[str, Function]) -> MakePlaces 
     return None if function is None else places_in(index.fields, index.each, function)
 
 
-def places_of_rows(
+def places_of(
     prefix: bytes,
-    rows: Sequence[tuple[bytes, bytes]],
+    ids: list[bytes],
+    payloads: list[bytes],
     names: Sequence[str] | None,
     make: MakePlaces,
 ) -> tuple[list[bytes], list[bytes]]:
-    """The places, with ``prefix`` before them, of entities' keys and rows as they are stored, and
-    the ids of the entities that have one."""
-    ids, payloads = [], []
-    for key, raw in rows:
-        payload = payload_of(raw)
-        if payload is not None:
-            ids.append(key[-ID_BYTES:])
-            payloads.append(payload)
+    """The places, with ``prefix`` before them, of entities by id, and which ids have one."""
     values = cbor.decode_all_trusted(payloads)
     fields = None if names is None else fields_of(values, names)
     if fields is not None:
