@@ -47,7 +47,7 @@ LONGER: Final = 16
 ROWS_MIN: Final = 1_000
 ROWS_MAX: Final = 10_000_000
 #: Bytes of all runs of a process together, and of one of them at least.
-_BYTES_MAX: Final = 64 << 20
+_BYTES_MAX: Final = 96 << 20
 _BYTES_LEAST: Final = 4 << 20
 _PAGE_ROWS: Final = 512
 #: Entities that are read in one snapshot. A longer one would keep a file from growing.
