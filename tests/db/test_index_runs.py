@@ -28,7 +28,7 @@ from entidb.db.local import Role
 from entidb.db.maintenance import purge_tombstones
 from entidb.db.records import REMOTE, EntityRow, payload_of
 from entidb.db.writer import Writer
-from entidb.errors import StorageFullError
+from entidb.errors import StorageError, StorageFullError
 from entidb.storage import MemoryStorage
 from tests.support import FakeClock, uid
 
@@ -487,6 +487,18 @@ def test_who_does_not_build_any_more_lets_others_build(
         assert other.index_right.take(0)
         other.wait_for_indexes()
         assert other.indexes()[0].ready and other.verify() == []
+
+
+def test_an_index_is_built_where_the_right_to_build_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def take(timeout_s: float | None = None) -> bool:
+        raise StorageError("no file can be made")
+
+    with unbuilt(60, monkeypatch) as db:
+        monkeypatch.setattr(db.index_right, "take", take)
+        assert db.wait_for_indexes()
+        assert found_by_kind(db) == by_hand(db)
 
 
 def test_a_run_is_not_counted_for_a_commit_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:

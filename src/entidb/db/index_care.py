@@ -40,7 +40,7 @@ from entidb.db.records import (
     unpack_u64,
 )
 from entidb.db.writer import Writer
-from entidb.errors import TransactionError
+from entidb.errors import StorageError, TransactionError
 
 #: Seconds between two looks of who waits for another's step whether there is still time.
 _LOOK_S = 0.05
@@ -203,8 +203,8 @@ def build_on(database: Core, is_ended: Callable[[], bool] = lambda: False) -> bo
     right = database.index_right
     try:
         mine = right.take(0)
-    except OSError:
-        mine = True  # no file can be made for it; two that build are slower, and no more
+    except StorageError:
+        mine = True  # such as where no file can be made; two that build are slower, and no more
     if not mine:
         with database.view() as view:
             if not _buildable(database, view) and not view.catalogue.indexes.dropped:
