@@ -489,14 +489,21 @@ def test_who_does_not_build_any_more_lets_others_build(
         assert other.indexes()[0].ready and other.verify() == []
 
 
+class NoRight:
+    mine = False
+
+    def take(self, timeout_s: float | None = None) -> bool:
+        raise StorageError("no file can be made")
+
+    def give_back(self) -> None:
+        return
+
+
 def test_an_index_is_built_where_the_right_to_build_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def take(timeout_s: float | None = None) -> bool:
-        raise StorageError("no file can be made")
-
     with unbuilt(60, monkeypatch) as db:
-        monkeypatch.setattr(db.index_right, "take", take)
+        monkeypatch.setattr(db, "index_right", NoRight())
         assert db.wait_for_indexes()
         assert found_by_kind(db) == by_hand(db)
 
