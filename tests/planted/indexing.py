@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from entidb.db import index_run, maintenance, plans, sort_keys
+from entidb.db import maintenance, plans, sort_keys
 from entidb.db.conditions import Compared
 from entidb.db.entities import Entities
 from entidb.db.index_run import IndexRun
@@ -120,18 +120,6 @@ def _run_does_not_look(garden: Garden) -> None:
         return look_again
 
     garden.replace(IndexRun, "_look_again", make)
-
-
-@bug(
-    "a-run-outlives-a-purge",
-    "INDEXED",
-    "CONVERGE",
-    "UNEXPECTED",
-    knobs=_RUNS | {"purge": 300, "deletes": 500},
-)
-def _run_outlives_a_purge(garden: Garden) -> None:
-    """A run does not miss the deletions that were purged before it learnt of them."""
-    garden.replace(index_run, "META_FLOOR", lambda original: b"mnothing")
 
 
 @bug("a-range-ends-one-too-early", "INDEXED", knobs=_INDEXES)
