@@ -570,10 +570,10 @@ class SlowCommits(MemoryStorage):
         return super().commit(batch, after)
 
 
-@pytest.mark.parametrize("row_s", [0.000002, 0.000012])
+@pytest.mark.parametrize(("flush_s", "row_s"), [(0, 0.000002), (0, 0.000012), (0.02, 0.000002)])
 @pytest.mark.parametrize("work", ["from runs", "in the turn", "emptying"])
 def test_a_step_of_a_build_takes_no_longer_than_others_may_wait(
-    row_s: float, work: str, monkeypatch: pytest.MonkeyPatch
+    flush_s: float, row_s: float, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = FineClock()
     storage = SlowCommits(clock)
@@ -585,24 +585,30 @@ def test_a_step_of_a_build_takes_no_longer_than_others_may_wait(
         if work == "emptying":
             db.wait_for_indexes()
             declare(db, "stock", [])
-        storage.row_s = row_s
+        storage.flush_s, storage.row_s = flush_s, row_s
         storage.took_s.clear()
         if work == "in the turn":
             monkeypatch.setattr(index_run.IndexRun, "goes_on", lambda *given: False)
         while build_step(db):
             pass
         # And no shorter than that: else there would be more flushes than need be.
-        steps = [seconds for seconds in storage.took_s if seconds > 10 * row_s]
+        steps = [each - flush_s for each in storage.took_s if each - flush_s > 10 * row_s]
         assert max(steps) <= 1.3 * STEP_S
         assert sorted(steps)[len(steps) // 2] >= min(0.6 * STEP_S, 1_900 * row_s)
 
 
-def test_a_slow_flush_does_not_make_steps_smaller_without_end() -> None:
+def test_a_slow_flush_makes_steps_no_smaller_and_slow_places_do() -> None:
     pace = Pace(5_000)
-    for _ in range(20):
-        pace.took(pace.count, 0.2)
-    assert pace.count == LEAST
-    pace.took(3, 0.2)  # the last few of something
-    for _ in range(20):
-        pace.took(pace.count, 0.001)
-    assert pace.count == 5_000
+
+    def steps(flush_s: float, each_s: float) -> int:
+        counts = []
+        for _ in range(200):
+            counts.append(pace.count)
+            pace.took(pace.count, flush_s + each_s * pace.count)
+        return sorted(counts[-40:])[20]
+
+    assert steps(0.2, 0) == 5_000
+    pace.took(3, 0.9)  # the last few of something
+    assert steps(0.002, 0.00001) == pytest.approx(STEP_S / 0.00001, rel=0.1)
+    assert steps(0.1, 0.0001) <= 2 * LEAST
+    assert steps(0, 0.000001) == 5_000
