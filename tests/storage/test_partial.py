@@ -152,8 +152,8 @@ def test_a_backup_does_not_replace_what_appeared_meanwhile(
 ) -> None:
     real = store._copy_to
 
-    def copy_and_make(directory: str) -> None:
-        real(directory)
+    def copy_and_make(directory: str, check: Callable[[], None]) -> None:
+        real(directory, check)
         (tmp_path / "copy").mkdir()
 
     monkeypatch.setattr(store, "_copy_to", copy_and_make)
