@@ -9,6 +9,7 @@ from pathlib import Path
 from entidb.testing.invariants import INVARIANTS
 from entidb.testing.knobs import Knobs
 from tests.planted import BUGS
+from tests.planted.remembered import remembered
 
 TEXT = (Path(__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
 
@@ -36,3 +37,9 @@ def test_every_knob_is_listed():
 
 def test_every_planted_bug_is_in_the_table():
     assert re.findall(r"^\| `([a-z-]+)` \|", section("Planted bugs"), re.M) == list(BUGS)
+
+
+def test_the_table_of_planted_bugs_says_at_which_seeds_they_are_remembered():
+    rows = re.findall(r"^\| `([a-z-]+)` \|[^|]*\| (\d+) \|$", section("Planted bugs"), re.M)
+    known = {name: seed + 1 for name, seed in remembered().items()}
+    assert {name: int(seeds) for name, seeds in rows if name in known} == known
