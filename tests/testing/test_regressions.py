@@ -269,6 +269,9 @@ FOUND = {
     "a manifest lasts no longer than the pin": (706_844, {}),
     # Not in the product: a device that a full server had asked to wait was expected to hear news.
     "who was asked to wait waits": (719_685, {}),
+    # Not in the product: a node that was paused while a history began said of the one before that
+    # a round is behind, and was looked up in the new one.
+    "who is behind is so in the history that was asked": (730_808, {}),
 }
 
 

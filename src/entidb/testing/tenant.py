@@ -390,10 +390,10 @@ class Tenant:
         current = self.older.times == self._put_back
         if isinstance(request, RoundRequest):
             decided = isinstance(answer, PushResponse)
-            # If not, it was decided in a state that is gone.
-            if current and (
-                decided or (isinstance(answer, BehindError) and not self._waits(node, request))
-            ):
+            behind = isinstance(answer, BehindError) and not self._waits(node, request)
+            # If not, it was decided in a state that is gone; a node is paused even here.
+            here = request.pull.history == self.watch.history.identity
+            if current and (decided or (behind and here)):
                 self.watch.on_round(request, grant.collections, decided=decided)
             if isinstance(answer, BehindError):
                 self._refused += 1
