@@ -4,6 +4,7 @@ entities after every commit, whoever makes it."""
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import uuid
 from collections.abc import Callable, Iterator
@@ -837,3 +838,11 @@ def test_a_value_that_has_no_room_in_a_key_is_compared_whole(db: Database) -> No
     stock[uid(1)] = {"name": LONG + "a"}
     stock[uid(2)] = {"name": LONG + "b"}
     assert [i.int for i in stock.where(name=LONG + "b").ids()] == [2]
+
+
+def test_who_waits_for_nothing_makes_no_file(tmp_path: Path) -> None:
+    with Database.open(tmp_path / "a") as db:
+        db.collection("notes").add({"text": "x"})
+        before = sorted(os.listdir(tmp_path / "a"))
+        assert db.wait_for_indexes()
+        assert sorted(os.listdir(tmp_path / "a")) == before

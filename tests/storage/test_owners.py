@@ -246,7 +246,7 @@ def test_a_file_that_may_not_be_opened_is_named(
             raise PermissionError(13, "Permission denied", path)
         return open_file(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("entidb.storage.locks.open_file", refuse)
+    monkeypatch.setattr("entidb.storage.directories.open_file", refuse)
     with pytest.raises(StorageError, match=r"opening .*/db \(.*/db/entidb\.lock\): no permission"):
         Database.open(restored)
 

@@ -201,14 +201,16 @@ def build_on(database: Core, is_ended: Callable[[], bool] = lambda: False) -> bo
     """``build_step`` of the one process that builds: in the others it waits for a moment. Who does
     not call it any more before it is False, or has raised, gives ``index_right`` back."""
     right = database.index_right
+    with database.view() as view:
+        if not _buildable(database, view) and not view.catalogue.indexes.dropped:
+            database.index_run = None
+            right.give_back()
+            return False
     try:
         mine = right.take(0)
     except StorageError:
         mine = True  # such as where no file can be made; two that build are slower, and no more
     if not mine:
-        with database.view() as view:
-            if not _buildable(database, view) and not view.catalogue.indexes.dropped:
-                return False
         _rest(is_ended)
         return True
     more = False

@@ -17,6 +17,8 @@ from entidb.errors import DatabaseMovedError, FormatError, StorageError
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 #: Files on their way to the database in this directory, in a directory of their own.
 FETCHED: Final = ".entidb-segments"
+#: Windows makes other bytes of the ends of lines in what is not opened so.
+_BINARY: Final = getattr(os, "O_BINARY", 0)
 #: Opening a named pipe waits for its other end, and a terminal may become that of the process.
 _AT_ONCE: Final = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 #: What the system says of what cannot be opened like a file.
@@ -61,7 +63,7 @@ def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> in
     """``os.open`` of a file: never waits for what stands in its place. Raises ``FormatError``
     where that is none, and ``OSError``."""
     try:
-        descriptor = os.open(path, flags | _AT_ONCE, mode)
+        descriptor = os.open(path, flags | _AT_ONCE | _BINARY, mode)
     except OSError as error:
         if error.errno in _NO_FILE:
             with contextlib.suppress(OSError):
@@ -156,6 +158,25 @@ def give_files(folder: str, like: os.stat_result) -> None:
             give_owner(made, like)
         finally:
             os.close(made)
+
+
+def open_or_make(path: str, like: os.stat_result) -> int:
+    """A file that may be there, to be read, written and locked; one that is made is as ``like`` in
+    owner and rights. Raises as ``open_file``."""
+    flags = os.O_RDWR | NO_FOLLOW
+    try:
+        return open_file(path, flags)
+    except FileNotFoundError:
+        try:
+            made = os.open(path, flags | _BINARY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:  # another process has made it meanwhile
+            return open_file(path, flags)
+    try:
+        give_as(made, like)
+    except BaseException:
+        os.close(made)
+        raise
+    return made
 
 
 def give_as(descriptor: int, like: os.stat_result) -> None:

@@ -17,7 +17,7 @@ import weakref
 from typing import Final
 
 from entidb.errors import FormatError
-from entidb.storage.directories import NO_FOLLOW, give_as, is_at, open_file
+from entidb.storage.directories import NO_FOLLOW, is_at, open_file, open_or_make
 from entidb.types import Uncopied
 
 #: A lock file that was replaced between opening and locking it is opened again.
@@ -26,7 +26,6 @@ _BUSY: Final = frozenset((errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.E
 #: More than process number and note take.
 NOTE_BYTES_MAX: Final = 512
 #: Windows would read and write line ends.
-BINARY: Final = getattr(os, "O_BINARY", 0)
 if sys.platform == "win32":
     import msvcrt
 
@@ -100,7 +99,7 @@ class FileLock(Uncopied):
         it is ``shared``. Raises as the constructor."""
         for _ in range(TRIES):
             try:
-                lock = cls(_open_or_make(path, like), shared=shared)
+                lock = cls(open_or_make(path, like), shared=shared)
             except HeldError as error:
                 raise HeldError(error.holder or written_holder(path)) from error
             except FileNotFoundError:
@@ -135,7 +134,7 @@ class FileLock(Uncopied):
     def silently(cls, path: str) -> FileLock:
         """The lock of the file at ``path``, which is there; nothing is written into it, so that
         it can be had where there is no room. Raises as the constructor."""
-        lock = cls(open_file(path, os.O_RDWR | NO_FOLLOW | BINARY))
+        lock = cls(open_file(path, os.O_RDWR | NO_FOLLOW))
         if is_at(path, lock.descriptor):
             return lock
         lock.release()
@@ -205,23 +204,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _open_or_make(path: str, like: os.stat_result) -> int:
-    flags = os.O_RDWR | NO_FOLLOW | BINARY
-    try:
-        return open_file(path, flags)
-    except FileNotFoundError:
-        try:
-            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return open_file(path, flags)
-    try:
-        give_as(made, like)
-    except BaseException:
-        os.close(made)
-        raise
-    return made
 
 
 def _system_holder(descriptor: int) -> str:

@@ -302,7 +302,7 @@ class ChannelCourse:
                     # The transport was stopped, and not this.
                     self._policy.failed(self._now(), error)
                 except Exception as error:
-                    # As of a disk, or a bug: the next try may work, and until then the interval.
+                    # As of a disk, or a bug: the next try may work; the interval does until then.
                     self._policy.failed(self._now(), error)
                     _log.warning("listening for news failed: %r", error)
                 self._tell()

@@ -32,7 +32,7 @@ PAGE_SIZES: Final = frozenset(1 << n for n in range(9, 17))
 if sys.platform == "win32":
 
     def open_to_read(path: str) -> int:
-        return open_file(path, os.O_RDONLY | os.O_BINARY)
+        return open_file(path, os.O_RDONLY)
 
     def read_at(descriptor: int, count: int, offset: int) -> bytes:
         os.lseek(descriptor, offset, os.SEEK_SET)

@@ -40,7 +40,7 @@ from entidb.storage.lmdb.headers import Headers
 from entidb.storage.lmdb.left import DATA, LOCK, Left, left_line, read_left, signature
 from entidb.storage.lmdb.standing import Standing
 from entidb.storage.lmdb.turn import CLAIM, TURN, FileClaim, FileTurn, SoleTurn
-from entidb.storage.locks import BINARY, TRIES, FileLock, HeldError
+from entidb.storage.locks import TRIES, FileLock, HeldError
 
 LMDB_LOCK: Final = "lock.mdb"
 #: Looks at a data file that another process has for a moment, and seconds between them.
@@ -306,7 +306,7 @@ class Place:
         if self._data is not None:
             yield self._data.descriptor
             return
-        descriptor = open_file(self.data_path, os.O_RDWR | BINARY)
+        descriptor = open_file(self.data_path, os.O_RDWR)
         try:
             yield descriptor
         finally:

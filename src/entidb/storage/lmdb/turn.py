@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from entidb.storage.directories import NO_FOLLOW, give_as, is_still_at, open_file
+from entidb.storage.directories import is_still_at, open_or_make
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.locks import system_holders
 from entidb.types import Uncopied
@@ -124,7 +124,7 @@ class FileClaim(Uncopied):
                 self.forget()  # deleted: who takes it now takes another file
             try:
                 if self._descriptor < 0:
-                    self._descriptor = _open(self._path, self._like)
+                    self._descriptor = open_or_make(self._path, self._like)
                     self._file = os.fstat(self._descriptor)
                 _flock(self._descriptor, _TAKE)
             except BlockingIOError:
@@ -169,7 +169,7 @@ class FileTurn:
         #: when its outcome is unknown: the process that takes the turn next finds out.
         self.memory: mmap.mmap
         self._recover: Callable[[], None] = _nothing
-        self._descriptor = _open(path, like)
+        self._descriptor = open_or_make(path, like)
         try:
             if first or os.fstat(self._descriptor).st_size < _BYTES:
                 # Written and not only set to that size: a page without room on the disk
@@ -270,20 +270,3 @@ class FileTurn:
 
 def _nothing() -> None:
     return
-
-
-def _open(path: str, like: os.stat_result) -> int:
-    flags = os.O_RDWR | NO_FOLLOW
-    try:
-        return open_file(path, flags)
-    except FileNotFoundError:
-        try:
-            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:  # another process has made it meanwhile
-            return open_file(path, flags)
-    try:
-        give_as(made, like)
-    except BaseException:
-        os.close(made)
-        raise
-    return made
