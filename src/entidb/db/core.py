@@ -43,7 +43,7 @@ from entidb.db.records import (
     decode_format,
     decode_head,
 )
-from entidb.db.replica import Inflight
+from entidb.db.replica import Inflight, ReplicaState
 from entidb.db.rows import SnapshotRows
 from entidb.db.settings import check_settings
 from entidb.db.sharing import Sharing
@@ -189,9 +189,9 @@ class Core(Explored):
         self._store_turn = storage.turn
         self._rights: dict[str, StoreTurn] = {}
         self._catalogue_cache: tuple[bytes, Catalogue, int] = (b"", empty_catalogue(), -1)
-        #: What the last commit of this object left: its mark, head and catalogue. Good for the
-        #: thread that has the turn and finds the store at that mark.
-        self._left: tuple[int, bytes, Catalogue] | None = None
+        #: What the last commit of this object left: its mark, head, catalogue, and state of sync if
+        #: it knew that. Good for the thread that has the turn and finds the store at that mark.
+        self._left: tuple[int, bytes | None, Catalogue, ReplicaState | None] | None = None
         #: Moves with every attempt to commit that failed: nothing is answered from memory (R17).
         self.failures = 0
         self._observers = Observers()
@@ -337,16 +337,15 @@ class Core(Explored):
 
     def _writer(self, snapshot: StorageSnapshot) -> Writer:
         left, mark = self._left, snapshot.mark
-        if left is not None and left[0] == mark:
-            raw: bytes | None = left[1]
-            catalogue = left[2]
-        else:
-            raw, catalogue = snapshot.get(META_HEAD), self.read_catalogue(snapshot)
+        if left is None or left[0] != mark:
+            left = mark, snapshot.get(META_HEAD), self.read_catalogue(snapshot), None
             self.unsent = None  # another process may have sent it meanwhile
+        _, raw, catalogue, known_state = left
         moment, now = Moment(self, self.failures + mark), self.clock.now_ms()
         slack = self._stale_rows_max
         writer = Writer(snapshot, catalogue, raw, self.device_id, moment, now, slack)
         writer.marks, writer.unsent = self.marks_commits, self.unsent
+        writer.known_state = known_state
         if catalogue.indexes.each:
             writer.watcher = Indexing(writer, self.index_functions)
         return writer
@@ -385,7 +384,7 @@ class Core(Explored):
             writer.moment.mark = self.failures + mark
             if self._identity_mark == mark - 1:
                 self._identity_mark = mark  # whoever changes it takes it over
-            self._left = mark, writer.encoded_head, writer.catalogue
+            self._left = mark, writer.encoded_head, writer.catalogue, writer.known_state
             raw = changes.get(META_CATALOGUE)
             if raw is not None:
                 # Readers need not decode what was in hand a moment ago.

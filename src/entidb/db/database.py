@@ -302,8 +302,8 @@ class Database(Indexed):
             if shared := self._sharing.commit_one(name, entity_id, payload, merge):
                 return shared
         with self.write("local") as writer:
-            transaction_id = self._ids.new_bytes()
-            made = self._ids.new_bytes() if entity_id is None else entity_id
+            new, now = self._ids, writer.now_ms
+            transaction_id, made = (new.new_bytes(), entity_id) if entity_id else new.new_pair(now)
             if keep is not None and entity_id is not None:
                 rows = SnapshotRows(writer.snapshot, writer.catalogue)
                 if (stored := rows.get(name, made)) is not None:
@@ -315,7 +315,8 @@ class Database(Indexed):
                 check_size(writes, self.transaction_bytes_max)
             if writer.watcher is not None:
                 refuse_taken(writer, writes, decides=self.role is Role.SERVER)
-            commit_local(writer, self.role, writes, transaction_id, self._tick(writer))
+            ids = transaction_id, self._tick(writer)
+            commit_local(writer, self.role, writes, *ids, is_new=entity_id is None)
         return made
 
     @cached_property

@@ -70,9 +70,15 @@ def check_size(writes: Writes, bytes_max: int) -> None:
 
 
 def commit_local(
-    writer: Writer, role: Role, writes: Writes, transaction_id: bytes, timestamp: int
+    writer: Writer,
+    role: Role,
+    writes: Writes,
+    transaction_id: bytes,
+    timestamp: int,
+    is_new: bool = False,
 ) -> int:
     """Stage ``writes`` as one local transaction; returns its sequence, 0 if nothing changes.
+    ``is_new`` says of one entity that its id was made just now, so that it is not looked for.
 
     Deleting what is not there changes nothing and leaves no trace."""
     if len(writes) == 1:
@@ -80,7 +86,7 @@ def commit_local(
         if len(payloads) == 1:
             ((entity_id, payload),) = payloads.items()
             place = writer.collection(name), entity_id, payload
-            return _commit_one(writer, role, *place, transaction_id, timestamp)
+            return _commit_one(writer, role, *place, transaction_id, timestamp, is_new)
     groups = [(writer.collection(name), sorted(ids), ids) for name, ids in writes.items() if ids]
     if len(groups) > 1:
         groups.sort(key=lambda group: group[0].number)
@@ -114,9 +120,10 @@ def _commit_one(
     payload: bytes | None,
     transaction_id: bytes,
     timestamp: int,
+    is_new: bool,
 ) -> int:
     """As ``commit_local`` for a transaction that writes one entity."""
-    raw = writer.get(info.prefix + entity_id)
+    raw = None if is_new else writer.get(info.prefix + entity_id)
     if raw is None and payload is not None and role is Role.DEVICE:
         sequence = writer.next_sequence()
         created = [(info, [entity_id], [payload])]

@@ -72,7 +72,7 @@ class Writer(Entities):
         #: Such a mark, while it is known that nothing of it was sent.
         self.unsent: Inflight | None = None
         #: Two of the records of sync as this commit leaves them, so far: where they are known.
-        self._state: ReplicaState | None = None
+        self.known_state: ReplicaState | None = None
         self._inflight: Inflight | None = None
 
     # ------------------------------------------------------------ raw rows
@@ -96,19 +96,19 @@ class Writer(Entities):
         """The records of sync at the moment at which this commit begins, from a reader that has
         them; ``inflight`` None: it has not. What this commit has changed already stays."""
         if META_SYNC not in self.changes:
-            self._state = state
+            self.known_state = state
         if META_INFLIGHT not in self.changes:
             self._inflight = inflight
 
     @property
     def sync_state(self) -> ReplicaState:
-        if self._state is None:
+        if self.known_state is None:
             raw = self.get(META_SYNC)
-            self._state = ReplicaState() if raw is None else decode_state(raw)
-        return self._state
+            self.known_state = ReplicaState() if raw is None else decode_state(raw)
+        return self.known_state
 
     def set_sync_state(self, state: ReplicaState) -> None:
-        self._state = state
+        self.known_state = state
         self.changes[META_SYNC] = encode_record(state)
 
     @property

@@ -79,6 +79,8 @@ class OpenFile:
         self.newest = 0
         self.turn: FileTurn | SoleTurn = SoleTurn()
         self._holes = Holes()
+        #: The two headers as all processes have them; nothing where they are not looked at.
+        self._headers: mmap.mmap | None = None
         self._open()
         self.newest = self._number()
         try:
@@ -130,8 +132,18 @@ class OpenFile:
             raise storage_error(error, f"reading {gate.path}") from error
         return self.marks + int(max(self.numbers.unpack(raw)))
 
-    def written_over(self) -> DatabaseMovedError:
-        """The error where somebody has written another file over this one, which is open."""
+    def check_before(self, number: int) -> None:
+        """Raise ``DatabaseMovedError`` where the commit before ``number`` is not in the file that
+        is open: somebody has written another one over it. In memory that LMDB reads too, so it
+        costs no call of the system."""
+        # LMDB's two headers take turns, and the other one is not touched by this.
+        if (
+            self._headers is not None
+            and self.numbers.unpack_from(self._headers, NUMBER_AT)[(number - 1) % 2] != number - 1
+        ):
+            raise self._written_over()
+
+    def _written_over(self) -> DatabaseMovedError:
         self.gate.doubtful = True
         return DatabaseMovedError(
             f"{self.place.data_path} is not what was written there: another file was written over "
@@ -140,6 +152,9 @@ class OpenFile:
         )
 
     def _close_env(self) -> None:
+        headers, self._headers = self._headers, None
+        if headers is not None:
+            headers.close()
         if self.env is not None:
             self.env.close()
 
@@ -235,7 +250,7 @@ class OpenFile:
         except lmdb.Error as error:
             # Something else took it meanwhile. What was mapped a moment ago can be mapped again.
             self.gate.level = FROZEN
-            self.env.close()
+            self._close_env()
             try:
                 self._open()
             except (OSError, lmdb.Error, EntiDBError) as second:
@@ -261,7 +276,7 @@ class OpenFile:
             self.gate.wait_until_idle()
             try:
                 txn.abort()
-                self.env.close()
+                self._close_env()
                 self.gate.readers.clear()
                 self.place.check()
                 with self.place.data_file() as descriptor:
@@ -302,7 +317,7 @@ class OpenFile:
             self.gate.level = FROZEN
             self.gate.wait_until_idle()
             mark = self.marks + self._number()
-            self.env.close()
+            self._close_env()
             try:
                 self.place.swap()
                 self._open()
@@ -334,7 +349,7 @@ class OpenFile:
         self.gate.readers.clear()
         self.turn.close()
         if self.env is not None:
-            self.env.close()
+            self._close_env()
             if self.gate.doubtful:
                 self.place.doubt()
             elif self.place.is_last():
@@ -352,7 +367,19 @@ class OpenFile:
         self.env, self.map_bytes = map_store(self.place, self.map_bytes, self.read_only)
         between = self.env.stat()["psize"] - _U64_BYTES
         self.numbers = struct.Struct(f"=Q{between}xQ")
+        try:
+            self._headers = self._map_headers()
+        except BaseException:
+            self._close_env()
+            raise
         self.begin = self.env.begin
+
+    def _map_headers(self) -> mmap.mmap | None:
+        # Windows keeps a file that is mapped from being replaced; and who only reads need not ask.
+        if self.read_only or sys.platform == "win32":
+            return None
+        with self.place.data_file() as descriptor:
+            return mmap.mmap(descriptor, 2 * self.env.stat()["psize"], access=mmap.ACCESS_READ)
 
     def _refuse_begin(self) -> Any:
         raise DatabaseClosedError(f"{self.place.path} is closed; open it again")
@@ -361,6 +388,8 @@ class OpenFile:
         """In a forked child: never touch LMDB again, not even to free it. Ending an inherited
         transaction would clear the parent's slot in the shared table of readers."""
         _INHERITED.append((self.env, self.begin, [r.txn for r in self.gate.readers]))
+        if self._headers is not None:
+            self._headers.close()
         self.gate.level = FORKED
         self.turn.forget()
         self.place.forget()

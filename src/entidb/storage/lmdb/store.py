@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +37,6 @@ from entidb.storage.lmdb.gate import CLOSED, FROZEN, OPEN, Gate, Reader
 from entidb.storage.lmdb.left import DATA, LOCK
 from entidb.storage.lmdb.open_file import (
     MAP_BYTES_MIN,
-    NUMBER_AT,
     OpenFile,
     create_file,
 )
@@ -315,12 +313,7 @@ class LmdbStorage(Uncopied):
             try:
                 txn = file.env.begin(write=True)
                 number = txn.id()
-                if sys.platform != "win32":
-                    # LMDB's two headers take turns, and the other one is not touched by this.
-                    at = NUMBER_AT + (number - 1) % 2 * (file.numbers.size - 8)
-                    raw = os.pread(self._place.descriptor, 8, at)
-                    if int.from_bytes(raw, sys.byteorder) != number - 1:
-                        raise file.written_over()
+                file.check_before(number)
                 mark = file.marks + int(number)
                 if after is not None and mark != after + 1:
                     raise CommitStaleError.of(self.path, after, mark - 1)
