@@ -39,8 +39,8 @@ DB = "db-0"
 DEVICES = 50
 #: Seconds between two pushes of a device.
 PAUSE_S = 0.25
-#: Pushes that are prepared: as many as the devices send in two minutes.
-PREPARED = int(DEVICES * 120 / PAUSE_S)
+#: Pushes that are prepared: as many as the devices send in five minutes.
+PREPARED = int(DEVICES * 300 / PAUSE_S)
 ALONE_S = 5.0
 WORKERS = 2
 #: Of the device that is locked out; the system shares them out among the workers.

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from entidb.sync.live import Channel
 from entidb.types import SystemClock
 from tests.server.support import ManualClock, handshake, push
 from tests.server.test_images import asked, fill, make
+from tests.waiting import until
 
 WAIT_S = 60.0
 Out = Callable[[str], None]
@@ -53,13 +53,6 @@ def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[Out]:
 
     yield set_out
     none_of[0] = ""
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.01)
 
 
 def test_a_push_is_told_to_come_again_and_the_next_is_decided(out: Out) -> None:

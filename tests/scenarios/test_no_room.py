@@ -21,6 +21,7 @@ from entidb.sync import RetryConfig, SyncConfig, SyncEngine, SyncState
 from tests.server.support import Client, pull, push
 from tests.storage.lmdb.test_lmdb_traps import small_disk
 from tests.support import assert_sound, uid
+from tests.waiting import until
 
 MAP = 1 << 20
 CONFIG = SyncConfig(db_id="shop", retry=RetryConfig.none(), pull_operations_max=50)
@@ -201,13 +202,6 @@ def test_pulls_go_on_while_many_push_to_a_server_without_room(place: Place) -> N
         make_room()
         with Client(url) as client:
             until(lambda: client.send(large(2000)).status == 200)
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def push_until_full(db: Database, engine: SyncEngine) -> int:

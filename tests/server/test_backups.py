@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import threading
@@ -33,6 +34,7 @@ from entidb.server.admin.tasks import Task
 from entidb.storage.partial import Partial
 from entidb.sync import HttpTransport, LoopbackClient, SyncConfig, SyncEngine
 from tests.server.support import ManualClock, handshake, push
+from tests.waiting import until
 
 ROOT = Caller("root", "test")
 SHOPKEEPER = Caller("ada", "test", frozenset(["shop"]))
@@ -516,6 +518,46 @@ def test_a_check_for_which_nothing_is_left_over_is_made_again_and_takes_its_shar
     monkeypatch.setattr(checking_room, "_BEGIN_S", -1e9)
     assert check(str(tmp_path / "copy"), lambda: None).entities == 1
     assert [command[-1] for command in commands] == ["idle", "nice"]
+
+
+@pytest.mark.parametrize(("share", "told"), [(-1.0, "w"), (1e9, "r")])
+def test_a_check_is_told_whether_the_server_works_meanwhile(
+    share: float, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Says what it was told first, in the place of what it has found.
+    stands_in = tmp_path / "python"
+    stands_in.write_text('#!/bin/sh\nprintf \'{"faults": ["%s"]}\' "$(head -c 1)"\n')
+    stands_in.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(stands_in))
+    monkeypatch.setattr(checking_room, "_AT_WORK", share)
+    assert check(str(tmp_path), lambda: None).faults == [told]
+
+
+def test_a_check_rests_while_the_server_works(monkeypatch: pytest.MonkeyPatch):
+    heard, says = os.pipe()
+    handlers: list[Any] = []
+    rests: list[float] = []
+    with os.fdopen(heard) as stdin, os.fdopen(says, "wb", 0) as server:
+        monkeypatch.setattr("sys.stdin", stdin)
+        monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))
+        monkeypatch.setattr(signal, "setitimer", lambda *how: rests.clear())
+        monkeypatch.setattr(checking_room, "_rest_for", rests.append)
+        checking_room._rest_now_and_then()
+
+        def rested() -> bool:
+            rests.clear()
+            handlers[0](signal.SIGPROF, None)
+            return bool(rests)
+
+        assert not rested()
+        server.write(b"w")
+        until(rested)
+        server.write(b"r")
+        until(lambda: not rested())
+        server.write(b"w")
+        until(rested)
+        server.close()
+        until(lambda: not rested())
 
 
 @pytest.mark.slow

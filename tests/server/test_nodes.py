@@ -58,16 +58,10 @@ from tests.server.support import Client, handshake, pull, push
 from tests.server.test_live import Events
 from tests.storage.postgres_cluster import MISSING, Cluster, cluster
 from tests.tools import PATIENT, free_port, package
+from tests.waiting import until
 
 ADMIN = Caller("ada", "here")
 WAIT_S = 120.0
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from entidb.storage.postgres.store import ROWS_AT_ONCE
 from entidb.testing.openers import LocalOpener, Opener, ProcessOpener, SeveralOpeners
 from tests.storage.postgres_cluster import Cluster, cluster
 from tests.storage.storage_model import StorageMachine
+from tests.waiting import until
 
 
 def open_named(where: str) -> PostgresStorage:
@@ -92,13 +93,6 @@ def asked(address: str, statement: str, *values: object) -> list[tuple[object, .
     with psycopg.connect(address, autocommit=True) as connection:
         cursor = connection.execute(statement.encode(), values)
         return cursor.fetchall() if cursor.description else []
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- what cannot be

@@ -25,6 +25,7 @@ from entidb.storage.postgres.line import Line
 from entidb.storage.postgres.pool import Pool
 from entidb.storage.postgres.reaching import Hosts
 from tests.storage.postgres_cluster import MISSING, Cluster, cluster
+from tests.waiting import until
 
 needs_postgres = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 WAIT_S = 60.0
@@ -49,13 +50,6 @@ def asked(address: str, statement: str) -> list[tuple[object, ...]]:
     with psycopg.connect(address, autocommit=True) as connection:
         cursor = connection.execute(statement.encode())
         return cursor.fetchall() if cursor.description else []
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- a server that refuses
@@ -303,6 +297,44 @@ def test_a_pool_gives_no_more_than_it_has_and_none_when_it_is_closed(postgres: C
     assert one.closed and two.closed
     with pytest.raises(DatabaseClosedError):
         pool.getconn()
+
+
+@needs_postgres
+def test_a_connection_goes_to_whoever_has_waited_longest(postgres: Cluster) -> None:
+    pool, had = Pool(lambda: Line.connect(postgres.address, autocommit=True), 1, WAIT_S), []
+
+    def have(who: str) -> None:
+        line = pool.getconn()
+        had.append(who)
+        pool.putconn(line)
+
+    held = pool.getconn()
+    threads = [threading.Thread(target=have, args=(who,)) for who in "abcd"]
+    for count, thread in enumerate(threads, start=1):
+        thread.start()
+        until(lambda count=count: len(pool._line) == count)  # type: ignore[misc]
+    # Who gives one back and wants the next one is the fastest of all.
+    pool.putconn(held)
+    have("the first again")
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert had == [*"abcd", "the first again"]
+    pool.close()
+
+
+@needs_postgres
+def test_who_gave_up_waiting_for_a_connection_holds_nobody_up(postgres: Cluster) -> None:
+    pool = Pool(lambda: Line.connect(postgres.address, autocommit=True), 1, 0.05)
+    held = pool.getconn()
+    with pytest.raises(StorageUnreachableError, match="in use for"):
+        pool.getconn()
+    # An interrupt at the wrong moment may leave one in the line.
+    pool._line.append(pool_module._Waiting(time.monotonic() + 0.1))
+    pool.putconn(held)
+    pool._wait_s = WAIT_S
+    assert pool.getconn() is held
+    pool.putconn(held)
+    pool.close()
 
 
 @needs_postgres

@@ -19,7 +19,8 @@ from entidb.storage.postgres import schema as schemas
 from entidb.storage.postgres.company import PostgresCompany
 from entidb.storage.postgres.sharing import SharedTables
 from tests.storage.postgres_cluster import Cluster, cluster
-from tests.storage.test_postgres import asked, until
+from tests.storage.test_postgres import asked
+from tests.waiting import until
 
 #: The tables of EntiDB 0.5.0, as it made them.
 FORMAT_1 = """

@@ -3,7 +3,9 @@ would take the time of all others in this one, and a damaged page ends only that
 
     python -m entidb.server.admin.checking PATH HOW      one line of JSON
 
-HOW is ``idle``, where it may take as long as nobody else needs a processor, or ``nice``.
+HOW is ``idle``, where it may take as long as nobody else needs a processor, or ``nice``. While its
+standard input has last said that the server works, it rests after each few milliseconds: a core
+that is read from all the time makes the others slower, whatever it would leave them.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +37,13 @@ _NICE: Final = 10
 #: left over for one that is ``idle``, it is slower, and another one takes its share.
 _BYTES_PER_S: Final = 1_000_000
 _BEGIN_S: Final = 60.0
+#: Of a core that this process needs while it serves, the share from which on others are at work.
+_AT_WORK: Final = 0.02
+#: What a look is told of that, and seconds of a processor after which it rests, and for how long.
+_THEY_WORK, _THEY_REST = b"w", b"r"
+_WORK_S: Final = 0.01
+_REST_S: Final = 0.015
+_rest_for = time.sleep
 
 
 class Found(Struct):
@@ -68,11 +79,16 @@ def _look_elsewhere(
     until = time.monotonic() + patience_s
     with subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": paths},
+        bufsize=0,
     ) as process:
+        # ``communicate`` would close it.
+        telling, process.stdin = process.stdin, None
+        assert telling is not None
+        told, used = b"", time.process_time()
         try:
             while True:
                 try:
@@ -80,12 +96,20 @@ def _look_elsewhere(
                     break
                 except subprocess.TimeoutExpired:
                     go_on()
+                before, used = used, time.process_time()
+                now = _THEY_WORK if used - before > _AT_WORK * _LOOK_S else _THEY_REST
+                if now != told:
+                    told = now
+                    with contextlib.suppress(BrokenPipeError):  # it has come to its end
+                        telling.write(now)
                 if time.monotonic() > until:
                     process.kill()
                     return None
         except BaseException:
             process.kill()
             raise
+        finally:
+            telling.close()
     try:
         return json.decode(out, type=Found)
     except (ValidationError, ValueError) as error:
@@ -105,7 +129,30 @@ def main(path: str, how: str) -> None:
         # Who is nice keeps its core for a moment when others wake up, which is long for a push.
         with contextlib.suppress(OSError):  # not everywhere is that allowed
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    sys.stdout.buffer.write(json.encode(_look(path)))
+    if sys.platform != "win32":
+        _rest_now_and_then()
+    found = _look(path)
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    sys.stdout.buffer.write(json.encode(found))
+
+
+def _rest_now_and_then() -> None:
+    they_work = False
+
+    def listen() -> None:
+        nonlocal they_work
+        while said := os.read(sys.stdin.fileno(), 1):
+            they_work = said == _THEY_WORK
+        they_work = False
+
+    def rest(*_: object) -> None:
+        if they_work:
+            _rest_for(_REST_S)
+
+    threading.Thread(target=listen, daemon=True).start()
+    signal.signal(signal.SIGPROF, rest)
+    signal.setitimer(signal.ITIMER_PROF, _WORK_S, _WORK_S)
 
 
 def _look(path: str) -> Found:

@@ -25,12 +25,12 @@ from entidb.storage.lmdb.left import DATA
 from entidb.storage.lmdb.open_file import as_bytes
 
 #: Bytes of a piece: what a flush of a commit has in front of it at most.
-PIECE_BYTES: Final = 256 * 1024
+PIECE_BYTES: Final = 64 * 1024
 #: Seconds after another's commit for which more of them are expected; and a rest at most.
 _LATELY_S: Final = 0.25
 _REST_S: Final = 0.05
 #: Seconds for which the interpreter is let go, after about as much work as one of its turns.
-_LET_GO_S: Final = 0.002
+_LET_GO_S: Final = 0.005
 #: Seconds between two looks whether LMDB has come to its end: a child of this process may hold the
 #: other end of the pipe open.
 _LOOK_MS: Final = 50

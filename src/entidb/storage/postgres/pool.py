@@ -44,8 +44,18 @@ class _Kept:
         self.used_at = 0.0
 
 
+class _Waiting:
+    """A thread in line for a connection, until ``until``."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.bell = SafeEvent()
+
+
 class Pool:
-    """At most ``size`` connections that ``connect`` makes. Thread-safe."""
+    """At most ``size`` connections that ``connect`` makes, lent in the order in which they are
+    asked for: under a load that uses all of them, somebody else would be faster each time.
+    Thread-safe."""
 
     def __init__(self, connect: Callable[[], Line], size: int, wait_s: float) -> None:
         self._connect = connect
@@ -55,7 +65,8 @@ class Pool:
         #: of its steps leaves it locked for ever. Who has it may end a lost snapshot, by the
         #: collector, which gives its connection back.
         self._lock = threading.RLock()
-        self._freed = SafeEvent()
+        #: First come, first served. One that an interrupt left here counts until its time is over.
+        self._line: list[_Waiting] = []
         self._idle: list[_Kept] = []
         self._places: weakref.WeakSet[_Kept] = weakref.WeakSet()
         self._generation = 0
@@ -91,28 +102,51 @@ class Pool:
     def _free(self, kept: _Kept) -> None:
         with self._lock:
             self._places.discard(kept)
-        self._freed.set()
+            self._ring()
 
     def _take(self, until: float) -> _Kept:
         """One that is idle, or a place for a new one."""
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise DatabaseClosedError("this store is closed; open it again to use it")
-                if self._idle:
-                    return self._idle.pop()
-                if len(self._places) < self._size:
-                    kept = _Kept(self._generation)
-                    self._places.add(kept)
-                    return kept
-                left = until - time.monotonic()
-                if left <= 0:
-                    raise StorageUnreachableError(
-                        f"all connections to PostgreSQL were in use for {self._wait_s:g} s; are "
-                        "the snapshots closed?"
-                    )
-                self._freed.clear()
-            self._freed.wait(min(left, _LOOK_S))
+        waiting = None
+        try:
+            while True:
+                with self._lock:
+                    if self._closed:
+                        raise DatabaseClosedError("this store is closed; open it again to use it")
+                    now = time.monotonic()
+                    if self._line:
+                        self._line = [each for each in self._line if each.until > now]
+                    if self._line[:1] in ([], [waiting]) and (kept := self._lend()) is not None:
+                        return kept
+                    if now >= until:
+                        raise StorageUnreachableError(
+                            f"all connections to PostgreSQL were in use for {self._wait_s:g} s; "
+                            "are the snapshots closed?"
+                        )
+                    if waiting is None:
+                        waiting = _Waiting(until)
+                        self._line.append(waiting)
+                    waiting.bell.clear()
+                waiting.bell.wait(min(until - now, _LOOK_S))
+        finally:
+            if waiting is not None:
+                with self._lock:
+                    if waiting in self._line:
+                        self._line.remove(waiting)
+                    self._ring()
+
+    def _lend(self) -> _Kept | None:
+        if self._idle:
+            return self._idle.pop()
+        if len(self._places) >= self._size:
+            return None
+        kept = _Kept(self._generation)
+        self._places.add(kept)
+        return kept
+
+    def _ring(self) -> None:
+        """Wake who is first in line, if there is something for him."""
+        if self._line and (self._idle or len(self._places) < self._size):
+            self._line[0].bell.set()
 
     def putconn(self, line: Line) -> None:
         """Whatever state it is in."""
@@ -130,7 +164,7 @@ class Pool:
                 self._idle.append(kept)
             else:
                 self._places.discard(kept)
-        self._freed.set()
+            self._ring()
         if kept.line is None:
             line.close()
         _close(gone)
