@@ -26,6 +26,7 @@ NAMES = (
     "live",
     "many",
     "workers",
+    "nodes",
     "beside",
     "noisy",
     "operations",

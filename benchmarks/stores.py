@@ -8,18 +8,22 @@ every commit flushed. Devices keep their databases in files.
 from __future__ import annotations
 
 import itertools
+import shutil
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 
 import psycopg
+from msgspec import Struct
 
 from benchmarks import single
 from benchmarks.figures import Figure, Target, figure, timed
 from benchmarks.floors import RawPostgres
 from benchmarks.payloads import entities
 from benchmarks.world import World
+from entidb.server import copy_server
 from tests.storage.postgres_cluster import MISSING, Cluster
 
 EMBEDDED = "the same in files"
@@ -54,6 +58,22 @@ def begin(world: World) -> Callable[[], None]:
 
 
 _clusters: dict[int, Cluster] = {}
+
+
+class Placed(Struct):
+    """Databases of a PostgreSQL, and a directory for what servers keep beside them."""
+
+    address: str
+    directory: Path
+
+
+@contextmanager
+def placed(world: World, databases: Mapping[str, Path]) -> Iterator[Placed]:
+    """``databases``, which are moved, in a new place of the PostgreSQL server of this run."""
+    directory, address = world.new_data_dir(databases), _new_address(world)
+    copy_server(directory, address)
+    yield Placed(address, directory)
+    shutil.rmtree(directory)
 
 
 def _new_address(world: World) -> str:

@@ -31,6 +31,7 @@ from entidb.protocol.encoding import PullPage, encode, encode_columns, encode_ro
 from entidb.protocol.limits import LIMITS, Limits
 from entidb.protocol.messages import (
     CONTENT_TYPE,
+    DATABASE_HEADER,
     DIGEST_IDS_MAX,
     HAVE_RANGES_MAX,
     PATHS,
@@ -85,6 +86,7 @@ from entidb.protocol.segments import (
 
 __all__ = [
     "CONTENT_TYPE",
+    "DATABASE_HEADER",
     "DIGEST_IDS_MAX",
     "HAVE_RANGES_MAX",
     "LIMITS",

@@ -21,6 +21,9 @@ from entidb.types import ID_BYTES, OPERATION_OVERHEAD_BYTES, SeenCommit, Term
 PROTOCOL_MAJOR: Final = 1
 PROTOCOL_MINOR: Final = 0
 CONTENT_TYPE: Final = "application/cbor"
+#: Names the database of a request to who passes it on and does not read it, percent-encoded. A
+#: server goes by the message.
+DATABASE_HEADER: Final = "EntiDB-Database"
 #: More ranges than this in ``PullRequest.have`` are refused; a device sends fewer (R21).
 HAVE_RANGES_MAX: Final = 4096
 #: Segments that one ``Manifest`` names at most, and packings that ``SnapshotRequest`` does.

@@ -254,11 +254,14 @@ def seen_by(request: PullRequest | PushRequest | RoundRequest) -> int:
     (R21), and what it built on."""
     if isinstance(request, RoundRequest):
         return max(seen_by(request.pull), seen_by(request.push))
-    seen = 0 if request.seen is None else request.seen.version
+    newest = max(request.cursor, 0 if request.seen is None else request.seen.version)
     if isinstance(request, PullRequest):
-        return max(request.cursor, seen, request.have[-1][1] if request.have else 0)
-    bases = [op.base_version for t in request.transactions for op in t.operations]
-    return max(request.cursor, seen, max(bases, default=0))
+        return max(newest, request.have[-1][1]) if request.have else newest
+    for transaction in request.transactions:
+        for operation in transaction.operations:
+            if operation.base_version > newest:
+                newest = operation.base_version
+    return newest
 
 
 def unseen(request: RoundRequest, answer: PushResponse | None) -> PullRequest:

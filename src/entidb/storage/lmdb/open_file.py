@@ -80,7 +80,7 @@ class OpenFile:
         self.turn: FileTurn | SoleTurn = SoleTurn()
         self._holes = Holes()
         #: The two headers as all processes have them; nothing where they are not looked at.
-        self._headers: mmap.mmap | None = None
+        self.headers: mmap.mmap | None = None
         self._open()
         self.newest = self._number()
         try:
@@ -132,18 +132,8 @@ class OpenFile:
             raise storage_error(error, f"reading {gate.path}") from error
         return self.marks + int(max(self.numbers.unpack(raw)))
 
-    def check_before(self, number: int) -> None:
-        """Raise ``DatabaseMovedError`` where the commit before ``number`` is not in the file that
-        is open: somebody has written another one over it. In memory that LMDB reads too, so it
-        costs no call of the system."""
-        # LMDB's two headers take turns, and the other one is not touched by this.
-        if (
-            self._headers is not None
-            and self.numbers.unpack_from(self._headers, NUMBER_AT)[(number - 1) % 2] != number - 1
-        ):
-            raise self._written_over()
-
-    def _written_over(self) -> DatabaseMovedError:
+    def written_over(self) -> DatabaseMovedError:
+        """The error where somebody has written another file over this one, which is open."""
         self.gate.doubtful = True
         return DatabaseMovedError(
             f"{self.place.data_path} is not what was written there: another file was written over "
@@ -152,7 +142,7 @@ class OpenFile:
         )
 
     def _close_env(self) -> None:
-        headers, self._headers = self._headers, None
+        headers, self.headers = self.headers, None
         if headers is not None:
             headers.close()
         if self.env is not None:
@@ -368,7 +358,7 @@ class OpenFile:
         between = self.env.stat()["psize"] - _U64_BYTES
         self.numbers = struct.Struct(f"=Q{between}xQ")
         try:
-            self._headers = self._map_headers()
+            self.headers = self._map_headers()
         except BaseException:
             self._close_env()
             raise
@@ -388,8 +378,8 @@ class OpenFile:
         """In a forked child: never touch LMDB again, not even to free it. Ending an inherited
         transaction would clear the parent's slot in the shared table of readers."""
         _INHERITED.append((self.env, self.begin, [r.txn for r in self.gate.readers]))
-        if self._headers is not None:
-            self._headers.close()
+        if self.headers is not None:
+            self.headers.close()
         self.gate.level = FORKED
         self.turn.forget()
         self.place.forget()

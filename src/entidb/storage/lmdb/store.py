@@ -37,6 +37,7 @@ from entidb.storage.lmdb.gate import CLOSED, FROZEN, OPEN, Gate, Reader
 from entidb.storage.lmdb.left import DATA, LOCK
 from entidb.storage.lmdb.open_file import (
     MAP_BYTES_MIN,
+    NUMBER_AT,
     OpenFile,
     create_file,
 )
@@ -313,7 +314,14 @@ class LmdbStorage(Uncopied):
             try:
                 txn = file.env.begin(write=True)
                 number = txn.id()
-                file.check_before(number)
+                # LMDB's two headers take turns, and the other one is not touched by this. They are
+                # in memory, which LMDB reads too: looking costs no call of the system.
+                if (
+                    file.headers is not None
+                    and file.numbers.unpack_from(file.headers, NUMBER_AT)[(number - 1) % 2]
+                    != number - 1
+                ):
+                    raise file.written_over()
                 mark = file.marks + int(number)
                 if after is not None and mark != after + 1:
                     raise CommitStaleError.of(self.path, after, mark - 1)

@@ -10,11 +10,11 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Final
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from entidb import cbor
 from entidb.errors import CborDecodeError, ProtocolError, SyncCodecError
-from entidb.protocol import CONTENT_TYPE, ErrorResponse, PullRequest, decode
+from entidb.protocol import CONTENT_TYPE, DATABASE_HEADER, ErrorResponse, PullRequest, decode
 from entidb.sync.carried import question
 from entidb.sync.http.answers import is_cbor, spoken_error, status_error
 from entidb.sync.http.streaming import NotBegunError, Streaming, StreamingClient
@@ -50,6 +50,7 @@ class HttpNews:
         self._client = client
         self._url = base + LIVE_PATH
         self._query = {"db_id": db_id, "device_id": device_id.hex()}
+        self._database = quote(db_id, safe="")
         self._user_agent = user_agent
         self._request_id_prefix = request_id_prefix
         self._request_ids = itertools.count(1)
@@ -118,6 +119,7 @@ class HttpNews:
             "Accept-Encoding": "identity",
             "Cache-Control": "no-store",
             "User-Agent": self._user_agent,
+            DATABASE_HEADER: self._database,
         }
         if self._token is not None:
             headers["Authorization"] = "Bearer " + self._token(refresh)

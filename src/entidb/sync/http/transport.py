@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
+from urllib.parse import quote
 
 from entidb import packing
 from entidb.errors import (
@@ -23,6 +24,7 @@ from entidb.errors import (
 )
 from entidb.protocol import (
     CONTENT_TYPE,
+    DATABASE_HEADER,
     PATHS,
     ErrorResponse,
     HandshakeRequest,
@@ -147,6 +149,8 @@ class HttpTransport(BaseTransport):
         return token == known or subject_of(token) == subject_of(known)
 
     def _exchange(self, request: SyncRequest) -> SyncResponse:
+        if isinstance(request, HandshakeRequest):
+            self._headers[DATABASE_HEADER] = quote(request.db_id, safe="")
         ahead = self._carrier.take(request)
         if ahead is not None:
             response = ahead.result(self._interrupts)
@@ -307,6 +311,8 @@ class HttpTransport(BaseTransport):
 
     def _get(self, path: str, wanted: dict[str, str], sink: Sink | None) -> HttpResponse:
         headers = {"User-Agent": self._headers["User-Agent"], "Accept-Encoding": "identity"}
+        if DATABASE_HEADER in self._headers:
+            headers[DATABASE_HEADER] = self._headers[DATABASE_HEADER]
         headers |= wanted
         url = self._base + path
         more = {} if sink is None else {"sink": sink}
