@@ -303,6 +303,40 @@ def test_a_forked_child_does_not_keep_the_database_locked(tmp_path: Path) -> Non
     assert run_python(code, str(tmp_path / "db")) == "opened"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells what is open")
+def test_nothing_of_the_file_stays_open_in_a_child_nor_of_one_that_was_replaced(
+    tmp_path: Path,
+) -> None:
+    code = """
+        import os, sys
+        from entidb.storage import LmdbStorage
+
+        def links():
+            found = []
+            for number in os.listdir("/proc/self/fd"):
+                try:
+                    found.append(os.readlink(f"/proc/self/fd/{number}"))
+                except OSError:
+                    pass
+            return [each for each in found if "data.mdb" in each]
+
+        store = LmdbStorage.open(sys.argv[1])
+        store.commit({b"a": b"1"})
+        store.compact()
+        store.commit({b"a": b"2"})
+        print([each for each in links() if "deleted" in each], len(links()) > 0, end=" ")
+        store.close()
+        print(links(), end=" ", flush=True)
+        store = LmdbStorage.open(sys.argv[1])
+        if (child := os.fork()) == 0:
+            # LMDB's own it keeps, and never uses.
+            print(len(links()), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+    """
+    assert run_python(code, str(tmp_path / "db")) == "[] True [] 2"
+
+
 # ---------------------------------------------------------------- 6: one at a time
 
 
