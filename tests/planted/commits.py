@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from entidb.db import Database, Role
+from entidb.db.core import Core
 from entidb.db.records import (
     READY,
     end_of,
@@ -88,3 +90,19 @@ def _random_from_outside(garden: Garden) -> None:
         return init
 
     garden.replace(Database, "__init__", make)
+
+
+@bug("the-state-of-sync-one-commit-late", "PREFIX", "ATTRIBUTED", "ORDER")
+def _state_one_commit_late(garden: Garden) -> None:
+    """What is remembered of the state of sync is what the commit before the last one left."""
+    late = WeakKeyDictionary[Core, Any]()
+
+    def make(original: Any) -> Any:
+        def writer(self: Core, snapshot: Any) -> Any:
+            made = original(self, snapshot)
+            made.known_state, late[self] = late.get(self), made.known_state
+            return made
+
+        return writer
+
+    garden.replace(Core, "_writer", make)
