@@ -403,6 +403,23 @@ def test_a_failure_to_connect_takes_no_place_however_long_the_error_is_kept() ->
         kept.append(raised)
 
 
+def test_waiting_for_a_turn_leaves_no_limit_of_time_behind(
+    store: PostgresStorage, postgres: Cluster
+) -> None:
+    with contextlib.closing(PostgresStorage.open(postgres.address, store.name)) as other:
+        node = other.opened.node
+        assert store.turn.take() and not other.turn.take(0.05)
+        for _ in range(2):
+            line = node.lend(node.committing)
+            assert line.execute("SHOW lock_timeout").fetchall() == [("0",)]
+            node.take_back(node.committing, line)
+            threading.Timer(0.2, store.turn.give_back).start()
+            assert other.turn.take(WAIT_S)
+            other.turn.give_back()
+            assert store.turn.take()
+        store.turn.give_back()
+
+
 # ---------------------------------------------------------------- a process that is stopped
 
 

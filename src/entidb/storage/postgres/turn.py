@@ -7,7 +7,6 @@ turn without noticing. The fence (``store``) is compared in the commit all the s
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import zlib
@@ -26,6 +25,8 @@ logger = logging.getLogger("entidb.storage")
 _LOOK_S: Final = 0.02
 _TRY: Final = Statement(b"try_turn", b"SELECT pg_try_advisory_lock($1::int, $2::int)")
 _LOCK: Final = Statement(b"take_turn", b"SELECT pg_advisory_lock($1::int, $2::int)")
+#: For how long the session waits for a lock, in milliseconds; 0 is for ever.
+_LIMIT: Final = Statement(b"limit_lock", b"SELECT set_config('lock_timeout', $1, false)")
 _UNLOCK: Final = Statement(b"end_turn", b"SELECT pg_advisory_unlock($1::int, $2::int)")
 #: A value of the type ``boolean``.
 _TRUE: Final = b"\1"
@@ -70,22 +71,18 @@ class PostgresTurn:
 
     def _wait(self, line: Line, timeout_s: float | None) -> bool:
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        try:
-            while True:
-                left = STILL_S if until is None else until - time.monotonic()
-                if left <= 0:
-                    return False
-                # Ends a wait for a lock, and never a commit: no lock is waited for inside one.
-                milliseconds = max(1, round(min(left, STILL_S) * 1000))
-                line.execute(f"SET lock_timeout = {milliseconds}".encode())
-                try:
-                    line.ask(_LOCK, *self._key())
-                    return True
-                except errors.LockNotAvailable:
-                    self._end_still(line)
-        finally:
-            with contextlib.suppress(psycopg.Error):
-                line.execute("SET lock_timeout = 0")
+        while True:
+            left = STILL_S if until is None else until - time.monotonic()
+            if left <= 0:
+                return False
+            # Ends a wait for a lock, and never a commit: no lock is waited for inside one.
+            limit = b"%d" % max(1, round(min(left, STILL_S) * 1000))
+            try:
+                # One round trip; when it ends with an error, the limit is what it was before.
+                line.ask_all(((_LIMIT, (limit,)), (_LOCK, self._key()), (_LIMIT, (b"0",))))
+                return True
+            except errors.LockNotAvailable:
+                self._end_still(line)
 
     def _end_still(self, line: Line) -> None:
         """End the connection of who has the turn, if it has asked nothing for so long: a process
