@@ -106,3 +106,19 @@ def _state_one_commit_late(garden: Garden) -> None:
         return writer
 
     garden.replace(Core, "_writer", make)
+
+
+@bug("counts-one-commit-late", "CONVERGE")
+def _counts_one_commit_late(garden: Garden) -> None:
+    """What is remembered of counts is what the commit before the last one left."""
+    late = WeakKeyDictionary[Core, Any]()
+
+    def make(original: Any) -> Any:
+        def writer(self: Core, snapshot: Any) -> Any:
+            made = original(self, snapshot)
+            made.known_counts, late[self] = late.get(self, {}), made.known_counts
+            return made
+
+        return writer
+
+    garden.replace(Core, "_writer", make)

@@ -43,12 +43,12 @@ from entidb.db.records import (
     decode_format,
     decode_head,
 )
-from entidb.db.replica import Inflight, ReplicaState
+from entidb.db.replica import Inflight
 from entidb.db.rows import SnapshotRows
 from entidb.db.settings import check_settings
 from entidb.db.sharing import Sharing
 from entidb.db.terms import terms_of
-from entidb.db.writer import STALE_ROWS_MAX, Writer
+from entidb.db.writer import STALE_ROWS_MAX, Left, Writer
 from entidb.errors import (
     ConfigError,
     DatabaseClosedError,
@@ -189,9 +189,8 @@ class Core(Explored):
         self._store_turn = storage.turn
         self._rights: dict[str, StoreTurn] = {}
         self._catalogue_cache: tuple[bytes, Catalogue, int] = (b"", empty_catalogue(), -1)
-        #: What the last commit of this object left: its mark, head, catalogue, and state of sync if
-        #: it knew that. Good for the thread that has the turn and finds the store at that mark.
-        self._left: tuple[int, bytes | None, Catalogue, ReplicaState | None] | None = None
+        #: Good for the thread that has the turn and finds the store at its mark.
+        self._left: Left | None = None
         #: Moves with every attempt to commit that failed: nothing is answered from memory (R17).
         self.failures = 0
         self._observers = Observers()
@@ -338,14 +337,14 @@ class Core(Explored):
     def _writer(self, snapshot: StorageSnapshot) -> Writer:
         left, mark = self._left, snapshot.mark
         if left is None or left[0] != mark:
-            left = mark, snapshot.get(META_HEAD), self.read_catalogue(snapshot), None
+            left = mark, snapshot.get(META_HEAD), self.read_catalogue(snapshot), None, {}
             self.unsent = None  # another process may have sent it meanwhile
-        _, raw, catalogue, known_state = left
+        _, raw, catalogue, known_state, known_counts = left
         moment, now = Moment(self, self.failures + mark), self.clock.now_ms()
         slack = self._stale_rows_max
         writer = Writer(snapshot, catalogue, raw, self.device_id, moment, now, slack)
         writer.marks, writer.unsent = self.marks_commits, self.unsent
-        writer.known_state = known_state
+        writer.known_state, writer.known_counts = known_state, known_counts
         if catalogue.indexes.each:
             writer.watcher = Indexing(writer, self.index_functions)
         return writer
@@ -384,7 +383,8 @@ class Core(Explored):
             writer.moment.mark = self.failures + mark
             if self._identity_mark == mark - 1:
                 self._identity_mark = mark  # whoever changes it takes it over
-            self._left = mark, writer.encoded_head, writer.catalogue, writer.known_state
+            known = writer.known_state, writer.known_counts
+            self._left = mark, writer.encoded_head, writer.catalogue, *known
             raw = changes.get(META_CATALOGUE)
             if raw is not None:
                 # Readers need not decode what was in hand a moment ago.

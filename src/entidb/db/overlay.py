@@ -38,6 +38,8 @@ STALE_FROM = 4
 #: And how many may wait. All together are removed much faster than a few at a time, because they
 #: share pages; until then they take room, and readers of the feed pass over them.
 STALE_ROWS_MAX = 2000
+#: Collections whose counts are taken along from one commit to the next, or a few more.
+COUNTS_KEPT = 16
 
 #: (collection number, entity id): what identifies an entity inside one database.
 Ref = tuple[int, bytes]
@@ -54,6 +56,9 @@ class Overlay:
         self.device_id = device_id
         self.changes: dict[bytes, bytes | None] = {}
         self._counts: dict[int, int] = {}
+        #: Of some collections, how many entities they have: as this commit leaves them from
+        #: ``finish_places`` on. Never changed, but replaced.
+        self.known_counts: dict[int, int] = {}
         self._grown: Catalogue | None = None
         self._stale: list[bytes] = []
         self._stale_rows_max = stale_rows_max
@@ -156,24 +161,15 @@ class Overlay:
         """The collection's count is ``live`` plus what this commit adds from now on."""
         self._counts.pop(collection, None)
         self.changes[count_key(collection)] = pack_u64(live)
+        self.known_counts = self.known_counts | {collection: live}
 
     # ------------------------------------------------------------ the end of a commit
 
     def finish_places(self, sequence: int) -> None:
         """Counts, stale places and the catalogue, once for the whole commit, whose newest change
         is at ``sequence``."""
-        for collection, by in self._counts.items():
-            if by:
-                key = count_key(collection)
-                raw = self.get(key)
-                live = (0 if raw is None else unpack_u64(raw)) + by
-                if live < 0:
-                    raise CorruptionError(
-                        f"the count of collection number {collection} would fall below zero; "
-                        "run `entidb verify` on this database"
-                    )
-                self.changes[key] = pack_u64(live)
-        self._counts.clear()
+        if self._counts:
+            self._finish_counts()
         stale, self._stale = self._stale, []
         if len(stale) < STALE_FROM:
             self.changes.update(dict.fromkeys(stale))
@@ -181,6 +177,26 @@ class Overlay:
             self._finish_stale(stale, sequence)
         if META_CATALOGUE in self.changes:
             self.changes[META_CATALOGUE] = self.catalogue.encode()
+
+    def _finish_counts(self) -> None:
+        known = self.known_counts
+        counts = dict(known) if len(known) < COUNTS_KEPT else {}
+        for collection, by in self._counts.items():
+            if by:
+                key = count_key(collection)
+                if (live := known.get(collection)) is None:
+                    raw = self.get(key)
+                    live = 0 if raw is None else unpack_u64(raw)
+                live += by
+                if live < 0:
+                    raise CorruptionError(
+                        f"the count of collection number {collection} would fall below zero; "
+                        "run `entidb verify` on this database"
+                    )
+                self.changes[key] = pack_u64(live)
+                counts[collection] = live
+        self.known_counts = counts
+        self._counts.clear()
 
     def _finish_stale(self, stale: list[bytes], sequence: int) -> None:
         waiting = self.stale_rows + len(stale)

@@ -41,6 +41,10 @@ from entidb.db.replica import (
 from entidb.storage import Snapshot
 from entidb.types import Term
 
+#: What a commit left: its mark, head, catalogue, and as far as they are known the state of sync and
+#: counts of entities.
+Left = tuple[int, bytes | None, Catalogue, ReplicaState | None, dict[int, int]]
+
 
 class Writer(Entities):
     """The overlay of one commit. Only the thread that holds the database's writer lock uses it."""
@@ -215,4 +219,4 @@ def feed_bounds(after: int) -> tuple[bytes, bytes]:
     return sequence_key(FEED, after + 1), bytes([FEED[0] + 1])
 
 
-__all__ = ["STALE_ROWS_MAX", "Ref", "Writer", "feed_bounds"]
+__all__ = ["STALE_ROWS_MAX", "Left", "Ref", "Writer", "feed_bounds"]
