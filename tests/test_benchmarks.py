@@ -28,7 +28,12 @@ N = 40
 #: Where what grows with N takes long, and what it shows is there with fewer.
 FEWER = {"beside": 20}
 #: How often things are done of which once is enough here.
-TIMES = {"indexes.FIELDS": ("title",), "local.OPENS": 2, "queries.PAGES": 5}
+TIMES = {
+    "indexes.FIELDS": ("title",),
+    "local.OPENS": 2,
+    "nodes.DATABASES": 4,
+    "queries.PAGES": 5,
+}
 ROOT = Path(__file__).parent.parent
 
 #: What each benchmark has to say at least.
@@ -58,6 +63,11 @@ FIGURES = {
     },
     "many": {"push, 1 database: requests", "pull, 50 databases: p99", "mixed, 1 database: p50"},
     "workers": {"pull, 50 databases: requests", "push, 1 database: load generator"},
+    "nodes": {
+        "pull, 4 databases, each database to one node",
+        "push, 4 databases, to any node",
+        "push, 4 databases: all processors, each request",
+    },
     "beside": {
         "from a commit to another's observer: p99",
         "from a commit to another's observer, after a rest: p50",
@@ -87,12 +97,14 @@ MAY_BE_NOTHING = {
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     # Nothing is timed here, so a temporary directory in memory will do.
     monkeypatch.setattr("benchmarks.world.check_on_disk", lambda path: None)
-    world = World(tmp_path / "bench")
-    yield world
-    world.close()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL runs as another user.
+        world = World(Path(folder) / "bench")
+        yield world
+        world.close()
 
 
 def test_every_benchmark_is_in_the_table_of_figures():
@@ -105,6 +117,8 @@ def test_a_benchmark_prints_one_json_line_for_each_figure(
 ):
     if name == "console":
         program_of("chromium"), program_of("chromedriver")
+    if name == "nodes" and MISSING is not None:
+        pytest.skip(MISSING)
     for place, times in TIMES.items():
         monkeypatch.setattr(f"benchmarks.{place}", times)
     size = FEWER.get(name, N)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ from entidb.sync.http.news import HttpNews
 from entidb.types import SystemClock
 from tests.scenarios.test_live_through_proxies import running
 from tests.tools import free_port, program
+from tests.waiting import until
 
 GUIDE = Path(__file__).parents[2] / "docs" / "postgres.md"
 DATABASES = [f"shop-{number}" for number in range(40)]
@@ -89,7 +91,8 @@ def command(name: str, config: Path) -> list[str]:
 def test_all_requests_of_a_database_reach_the_same_node(name: str, tmp_path: Path) -> None:
     program(name)
     port, config = free_port(), tmp_path / "proxy.conf"
-    with node(b"one") as one, node(b"two") as two:
+    with contextlib.ExitStack() as gone, node(b"two") as two:
+        one = gone.enter_context(node(b"one"))
         given = {"port": port, "here": tmp_path, "snippet": snippet(name, [one, two])}
         config.write_text(AROUND[name].format(**given))
         with running(command(name, config), port) as url:
@@ -99,10 +102,19 @@ def test_all_requests_of_a_database_reach_the_same_node(name: str, tmp_path: Pat
                 with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as got:
                     return bytes(got.read())
 
+            def all_answered_by(name: bytes) -> bool:
+                with contextlib.suppress(urllib.error.HTTPError):
+                    return {answered_by(database) for database in DATABASES} == {name}
+                return False
+
             first = {database: answered_by(database) for database in DATABASES}
             assert set(first.values()) == {b"one", b"two"}
             for _ in range(3):
                 assert {database: answered_by(database) for database in DATABASES} == first
+            gone.close()
+            # One request may meet the node that is not there any more.
+            until(lambda: all_answered_by(b"two"))
+            assert all_answered_by(b"two")
 
 
 def test_every_request_of_a_device_names_its_database() -> None:
@@ -119,7 +131,8 @@ def test_every_request_of_a_device_names_its_database() -> None:
                 db.collection("notes").add({"n": 1})
                 engine.sync()
             engine.verify_with_server()
-    assert {"handshake", "digest"} < {path for path, _ in named}
+            transport._get("/v1/segments/00?db_id=shop", {}, None)
+    assert {"handshake", "digest", "00?db_id=shop"} < {path for path, _ in named}
     assert {database for _, database in named} == {"shop"}
 
 

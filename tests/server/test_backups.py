@@ -20,6 +20,7 @@ from entidb.errors import (
     CorruptionError,
     HistoryChangedError,
     PermissionDeniedError,
+    StorageError,
 )
 from entidb.protocol import HandshakeResponse
 from entidb.server import ServerConfig, SyncServer
@@ -558,6 +559,13 @@ def test_a_check_rests_while_the_server_works(monkeypatch: pytest.MonkeyPatch):
         until(rested)
         server.close()
         until(lambda: not rested())
+
+
+@pytest.mark.slow
+def test_a_check_that_cannot_look_says_why_and_finds_no_fault(tmp_path: Path):
+    said = r"could not be checked.*is open in process"
+    with Database.open(tmp_path / "one"), pytest.raises(StorageError, match=said):
+        check(str(tmp_path / "one"), lambda: None)
 
 
 @pytest.mark.slow

@@ -409,15 +409,18 @@ def test_waiting_for_a_turn_leaves_no_limit_of_time_behind(
     with contextlib.closing(PostgresStorage.open(postgres.address, store.name)) as other:
         node = other.opened.node
         assert store.turn.take() and not other.turn.take(0.05)
-        for _ in range(2):
-            line = node.lend(node.committing)
-            assert line.execute("SHOW lock_timeout").fetchall() == [("0",)]
-            node.take_back(node.committing, line)
-            threading.Timer(0.2, store.turn.give_back).start()
-            assert other.turn.take(WAIT_S)
-            other.turn.give_back()
-            assert store.turn.take()
-        store.turn.give_back()
+        # The one that has just waited in vain is the first to be lent again.
+        line = node.lend(node.committing)
+        assert line.execute("SHOW lock_timeout").fetchall() == [("0",)]
+        node.take_back(node.committing, line)
+        giving = threading.Timer(0.2, store.turn.give_back)
+        giving.start()
+        assert other.turn.take(WAIT_S)
+        giving.join()
+        waited = other.turn.connection
+        assert waited is not None
+        assert waited.execute("SHOW lock_timeout").fetchall() == [("0",)]
+        other.turn.give_back()
 
 
 # ---------------------------------------------------------------- a process that is stopped

@@ -329,7 +329,9 @@ def test_who_gave_up_waiting_for_a_connection_holds_nobody_up(postgres: Cluster)
     with pytest.raises(StorageUnreachableError, match="in use for"):
         pool.getconn()
     # An interrupt at the wrong moment may leave one in the line.
-    pool._line.append(pool_module._Waiting(time.monotonic() + 0.1))
+    left = pool_module._Waiting()
+    left.until = time.monotonic() + 0.1
+    pool._line.append(left)
     pool.putconn(held)
     pool._wait_s = WAIT_S
     assert pool.getconn() is held

@@ -50,9 +50,9 @@ _TOLD_MIN: Final = 16
 _RETRY_S: Final = 1.0
 #: Files that a process needs for anything else: standard streams, the loop, logs, libraries.
 _OTHER_FILES: Final = 64
-#: Files of an open database: its directory, its data three times, the readers' table, and three
+#: Files of an open database: its directory, its data four times, the readers' table, and three
 #: for locks.
-_DATABASE_FILES: Final = 8
+_DATABASE_FILES: Final = 9
 
 #: Multiples of it, without their whole part, are spread evenly, however many there are.
 _GOLDEN: Final = 0.6180339887

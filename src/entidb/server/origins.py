@@ -32,7 +32,9 @@ _ORIGIN: Final = re.compile(r"https?://[^/\s?#@,*]+")
 _HOST: Final = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\s/@]+)(?::[0-9]{1,5})?")
 _PREFLIGHT_S: Final = 600
 _ALLOWED_METHODS: Final = "GET, POST"
-_ALLOWED_HEADERS: Final = "authorization, content-type, content-encoding, x-request-id"
+_ALLOWED_HEADERS: Final = (
+    "authorization, content-type, content-encoding, entidb-database, x-request-id"
+)
 _EXPOSED_HEADERS: Final = "retry-after, x-request-id"
 
 

@@ -4,8 +4,8 @@ would take the time of all others in this one, and a damaged page ends only that
     python -m entidb.server.admin.checking PATH HOW      one line of JSON
 
 HOW is ``idle``, where it may take as long as nobody else needs a processor, or ``nice``. While its
-standard input has last said that the server works, it rests after each few milliseconds: a core
-that is read from all the time makes the others slower, whatever it would leave them.
+standard input has last said that the process works that had it made, it rests after each few
+milliseconds: a core that reads all the time makes the others slower, whatever it would leave them.
 """
 
 from __future__ import annotations
@@ -131,9 +131,13 @@ def main(path: str, how: str) -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if sys.platform != "win32":
         _rest_now_and_then()
-    found = _look(path)
-    if sys.platform != "win32":
-        signal.setitimer(signal.ITIMER_PROF, 0)
+    try:
+        found = _look(path)
+    finally:
+        if sys.platform != "win32":
+            # While Python ends, its handlers are gone, and the signal would end the process.
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, signal.SIG_IGN)
     sys.stdout.buffer.write(json.encode(found))
 
 

@@ -37,7 +37,7 @@ from entidb.storage.lmdb.failures import code_of, storage_error
 from entidb.storage.lmdb.gate import CLOSED, DRAINING, FORKED, FROZEN, Gate
 from entidb.storage.lmdb.headers import UNREADABLE, read_headers
 from entidb.storage.lmdb.holes import Holes
-from entidb.storage.lmdb.layout import META_BYTES, META_END
+from entidb.storage.lmdb.layout import META_BYTES, META_END, open_to_read
 from entidb.storage.lmdb.place import Place
 from entidb.storage.lmdb.turn import COMMITTING, FileTurn, SoleTurn
 
@@ -368,8 +368,17 @@ class OpenFile:
         # Windows keeps a file that is mapped from being replaced; and who only reads need not ask.
         if self.read_only or sys.platform == "win32":
             return None
-        with self.place.data_file() as descriptor:
+        # Of a descriptor of its own: a child of this process that keeps the map for a moment keeps
+        # no lock with it.
+        descriptor = open_to_read(self.place.data_path)
+        try:
+            with self.place.data_file() as held:
+                if not os.path.samestat(os.fstat(descriptor), os.fstat(held)):
+                    self.place.check()
+                    return None
             return mmap.mmap(descriptor, 2 * self.env.stat()["psize"], access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
 
     def _refuse_begin(self) -> Any:
         raise DatabaseClosedError(f"{self.place.path} is closed; open it again")

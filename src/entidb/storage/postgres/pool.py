@@ -32,6 +32,8 @@ from entidb.storage.postgres.line import Line
 _IDLE_S: Final = 60.0
 #: Seconds between two looks whether a connection was lost.
 _LOOK_S: Final = 0.05
+#: Seconds after which one who has not looked is taken for gone.
+_GONE_S: Final = 1.0
 
 
 class _Kept:
@@ -45,10 +47,11 @@ class _Kept:
 
 
 class _Waiting:
-    """A thread in line for a connection, until ``until``."""
+    """A thread in line for a connection, which looks again and again; ``until`` is when it is taken
+    for gone."""
 
-    def __init__(self, until: float) -> None:
-        self.until = until
+    def __init__(self) -> None:
+        self.until = 0.0
         self.bell = SafeEvent()
 
 
@@ -65,7 +68,7 @@ class Pool:
         #: of its steps leaves it locked for ever. Who has it may end a lost snapshot, by the
         #: collector, which gives its connection back.
         self._lock = threading.RLock()
-        #: First come, first served. One that an interrupt left here counts until its time is over.
+        #: First come, first served.
         self._line: list[_Waiting] = []
         self._idle: list[_Kept] = []
         self._places: weakref.WeakSet[_Kept] = weakref.WeakSet()
@@ -113,7 +116,10 @@ class Pool:
                     if self._closed:
                         raise DatabaseClosedError("this store is closed; open it again to use it")
                     now = time.monotonic()
+                    if waiting is not None:
+                        waiting.until = now + _GONE_S
                     if self._line:
+                        # An interrupt may leave one here.
                         self._line = [each for each in self._line if each.until > now]
                     if self._line[:1] in ([], [waiting]) and (kept := self._lend()) is not None:
                         return kept
@@ -123,7 +129,9 @@ class Pool:
                             "are the snapshots closed?"
                         )
                     if waiting is None:
-                        waiting = _Waiting(until)
+                        waiting = _Waiting()
+                        waiting.until = now + _GONE_S
+                    if waiting not in self._line:
                         self._line.append(waiting)
                     waiting.bell.clear()
                 waiting.bell.wait(min(until - now, _LOOK_S))

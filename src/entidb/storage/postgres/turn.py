@@ -61,6 +61,9 @@ class PostgresTurn:
                 if answer.get_value(0, 0) == _TRUE or self._wait(line, timeout_s):
                     self._lease.turn = line
                     return True
+            except BaseException:
+                line.close()  # the turn may have come to it, and goes with it
+                raise
             finally:
                 if self._lease.turn is not line:
                     node.take_back(node.committing, line)
@@ -82,6 +85,8 @@ class PostgresTurn:
                 line.ask_all(((_LIMIT, (limit,)), (_LOCK, self._key()), (_LIMIT, (b"0",))))
                 return True
             except errors.LockNotAvailable:
+                # It may have come in that very moment, and a lock of a session outlives an error.
+                line.ask(_UNLOCK, *self._key())
                 self._end_still(line)
 
     def _end_still(self, line: Line) -> None:
