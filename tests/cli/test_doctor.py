@@ -142,7 +142,7 @@ def test_too_few_open_files_for_the_settings_are_a_warning(
     given = ("--secret-file", tmp_path / "secret", "--ready-disk-bytes-min", 1)
     found = asked(place, "--", *given)["open files"]
     assert found["state"] == "warning" and "LimitNOFILE=2676" in found["change"]
-    found = asked(place, "--", *given, "--connections-max", 400)["open files"]
+    found = asked(place, "--", *given, "--connections-max", 336)["open files"]
     assert found["state"] == "ok" and "1,012" in found["says"]
 
 
