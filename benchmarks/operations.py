@@ -39,9 +39,11 @@ DB = "db-0"
 DEVICES = 50
 #: Seconds between two pushes of a device.
 PAUSE_S = 0.25
-#: Pushes that are prepared: as many as the devices send in five minutes.
-PREPARED = int(DEVICES * 300 / PAUSE_S)
-ALONE_S = 5.0
+#: Pushes that are prepared: as many as the devices send in six minutes.
+PREPARED = int(DEVICES * 360 / PAUSE_S)
+#: Seconds without a backup, before it and after it: a hundredth of the pushes must be many, and the
+#: machine's own moods must fall on both.
+ALONE_S = 30.0
 WORKERS = 2
 #: Of the device that is locked out; the system shares them out among the workers.
 STREAMS = 8
@@ -72,15 +74,18 @@ def backing_up(world: World, count: int, rounds: int) -> Iterator[Figure]:
     """Pushes of ``DEVICES`` devices to the database that is backed up and verified meanwhile."""
     paths, histories = _database(world, count)
     alone, beside, took, after = [], [], [], []
+    alone_s = max(0.5, ALONE_S * min(1.0, count / SIZES[0]))
     with world.server(paths, backup_dir=str(world.path("backups")), backup_keep=1) as server:
         for _ in range(rounds):
             with _pushing(server, histories) as devices:
                 time.sleep(1.0)
                 _times(devices)  # the first ones open the database
-                time.sleep(max(0.5, ALONE_S * min(1.0, count / SIZES[0])))
+                time.sleep(alone_s)
                 quiet = _times(devices)
                 seconds, made = _backup(world, server)
                 busy = _times(devices)
+                time.sleep(alone_s)
+                quiet += _times(devices)
             alone.append(percentile(quiet, 0.99) * 1000)
             beside.append(percentile(busy, 0.99) * 1000)
             took.append(seconds)
