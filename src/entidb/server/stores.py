@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Final
 
@@ -24,12 +24,12 @@ from entidb.db.maintenance import clock_mark_ms, mark_clock, sequence_at
 from entidb.errors import (
     DatabaseClosedError,
     EntiDBError,
-    ServerBusyError,
     StorageError,
     StorageFullError,
     TransactionError,
 )
 from entidb.protocol import PullRequest
+from entidb.server import in_use, unset
 from entidb.server.checks import CheckingError
 from entidb.server.config import ServerConfig
 from entidb.server.directory import OpenDatabase, open_with_room
@@ -45,7 +45,6 @@ from entidb.types import Clock
 logger = logging.getLogger("entidb.server")
 
 _DAY_MS: Final = 24 * 3600 * 1000
-_RETRY_S: Final = 1.0
 #: Seconds between two looks whether a database is still in use.
 _LOOK_S: Final = 0.02
 #: Tombstones are looked for no more often, however short they are kept.
@@ -66,6 +65,8 @@ class Store:
         self.broken = False
         self.pinned = False
         self.users = 0
+        #: How many of them only read, and take long (``Stores.lasting``).
+        self.lasting = 0
         self.used_at = 0.0
         self.purged_at: float | None = None
         self.warmth = Warmth(counted=getattr(database.storage, "reads_mapped_files", False))
@@ -81,6 +82,17 @@ class Store:
         harmless = isinstance(error, TransactionError | StorageFullError)
         if isinstance(error, EntiDBError) and not harmless:
             self.broken = True
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether somebody uses it under whom it must not be closed, though it is broken."""
+        return self.users > self.lasting
+
+    def check(self) -> None:
+        """For who does something long in steps. Raises ``ServerBusyError`` for a broken one, which
+        is waited for to be opened again."""
+        if self.broken:
+            raise in_use.opened_again(self.db_id)
 
     def close(self) -> None:
         """Finish what is queued, then close."""
@@ -132,24 +144,24 @@ class Stores:
         often_s = max(_PURGE_INTERVAL_S_MIN, self._retention_ms / 4000)
         self._purge_interval_s = min(config.purge_interval_s, often_s)
         #: Called on a writer's thread after the members of a group have their answers.
-        self.on_group: Callable[[], None] = _nothing
+        self.on_group: Callable[[], None] = unset.nothing
         self.meter: Final = Meter()
         self.gate = WriterGate() if config.address is None else None  # no network keeps others out
         #: Called with a database and its newest commit, after every one (R17: it is durable); from
         #: any thread.
-        self.on_commit: Callable[[str, int], None] = _ignore
+        self.on_commit: Callable[[str, int], None] = unset.ignore
         self._on_page: Callable[[PullRequest, int], None] | None = None
         #: Whether a database takes no pushes at the moment; from any thread.
-        self.is_frozen: Callable[[str], bool] = _never
+        self.is_frozen: Callable[[str], bool] = unset.never
         #: Called with a database that was opened: it may have been put back meanwhile.
-        self.on_open: Callable[[str, int], None] = _ignore
+        self.on_open: Callable[[str, int], None] = unset.ignore
         #: Where several processes are one server: the database is closed in the others as long as
         #: this goes on; one of them keeps it closed; somebody waits for news of it here; it is
         #: this process that looks for old tombstones now.
-        self.elsewhere: Callable[[str, float], AbstractContextManager[None]] = _alone
-        self.is_kept_closed: Callable[[str], bool] = _never
-        self.is_awaited: Callable[[str], bool] = _never
-        self.may_purge: Callable[[str, float], bool] = _always
+        self.elsewhere: Callable[[str, float], AbstractContextManager[None]] = unset.alone
+        self.is_kept_closed: Callable[[str], bool] = unset.never
+        self.is_awaited: Callable[[str], bool] = unset.never
+        self.may_purge: Callable[[str, float], bool] = unset.always
         #: Whether each database hears of such commits by itself; no where one thread does for all.
         self.hears = True
         self._stores: dict[str, Store] = {}
@@ -196,6 +208,24 @@ class Stores:
     def using(self, db_id: str, *, create: bool) -> AbstractContextManager[Store]:
         """``use`` and ``release`` around a block; a storage error in it is reported."""
         return Holding(self, self.use(db_id, create=create))
+
+    @contextmanager
+    def lasting(self, db_id: str) -> Iterator[Store]:
+        """As ``using``, for what only reads, and may take minutes. It keeps nobody from opening a
+        broken database again (R17): that closes this one, and the block ends with
+        ``ServerBusyError`` at its next look."""
+        with self.using(db_id, create=False) as store:
+            with self._lock:
+                store.lasting += 1
+            try:
+                yield store
+            except (StorageError, DatabaseClosedError) as error:
+                if self._stores.get(db_id) is store:
+                    raise
+                raise in_use.opened_again(db_id) from error
+            finally:
+                with self._lock:
+                    store.lasting -= 1
 
     def pin(self, db_id: str, *, create: bool) -> Database:
         """The database, kept open until ``close``. After a storage error this one is closed;
@@ -255,7 +285,7 @@ class Stores:
         with self._lock:
             store = self._stores.get(db_id)
             if db_id in self._kept_closed or (store is not None and store.pinned):
-                raise ServerBusyError(f"database {db_id!r} is in use by the server itself")
+                raise in_use.by_the_server(db_id)
             self._kept_closed.add(db_id)
         try:
             self._take_out(db_id, wait_s)
@@ -275,7 +305,7 @@ class Stores:
                     del self._stores[db_id]
                     break
             if self._clock.monotonic() >= end:
-                raise ServerBusyError(f"database {db_id!r} is in use", retry_after=_RETRY_S)
+                raise in_use.by_others(db_id)
             time.sleep(_LOOK_S)
         self._close(store)
 
@@ -292,9 +322,9 @@ class Stores:
     def _open(self, db_id: str, create: bool) -> Store:
         self._drop_broken(db_id)
         if self.is_kept_closed(db_id):
-            raise _looked_after()
+            raise in_use.looked_after()
         if len(self._stores) >= self.most and not self._close_oldest():
-            raise ServerBusyError("too many databases are in use", retry_after=_RETRY_S)
+            raise in_use.too_many()
         database = open_with_room(self._open_database, db_id, create, self._close_oldest)
         if self._declared:
             self._declare(database)
@@ -319,7 +349,7 @@ class Stores:
                 self._stores[db_id] = store
         if not opened:
             store.close()
-            raise _stopping()
+            raise in_use.stopping()
         try:
             self.on_open(db_id, database.read_head().sequence)
             self.listen(store)
@@ -361,17 +391,15 @@ class Stores:
     def _drop_broken(self, db_id: str) -> None:
         with self._lock:
             if self._closed:
-                raise _stopping()
+                raise in_use.stopping()
             if db_id in self._kept_closed:
-                raise _looked_after()
+                raise in_use.looked_after()
             store = self._stores.get(db_id)
             if store is None:
                 return
-            if store.users:
+            if store.in_the_way:
                 # No new request gets in, so this ends with the requests that are under way.
-                raise ServerBusyError(
-                    "the database is being opened again after an error", retry_after=_RETRY_S
-                )
+                raise in_use.waited_for()
             del self._stores[db_id]
         self._close(store)
 
@@ -422,7 +450,7 @@ class Stores:
                     store
                     for store in self._stores.values()
                     if (idle_s and self._is_idle(store) and store.used_at <= before)
-                    or (store.broken and not store.users)
+                    or (store.broken and not store.in_the_way)
                 ]
                 for store in idle:
                     del self._stores[store.db_id]
@@ -467,33 +495,5 @@ class Stores:
                 self._close(store)
 
 
-def _nothing() -> None:
-    return None
-
-
-def _ignore(db_id: str, head: int) -> None:
-    return None
-
-
-def _never(db_id: str) -> bool:
-    return False
-
-
-def _always(db_id: str, every_s: float) -> bool:
-    return True
-
-
-def _alone(db_id: str, wait_s: float) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-def _looked_after() -> ServerBusyError:
-    return ServerBusyError("the database is being looked after", retry_after=_RETRY_S)
-
-
 def _closable(store: Store) -> bool:
     return not store.users and not store.pinned
-
-
-def _stopping() -> ServerBusyError:
-    return ServerBusyError("the server is shutting down", code="shutting_down", retry_after=1.0)

@@ -101,7 +101,7 @@ def _make(office: Office, db_id: str, folder: Path, progress: Progress) -> dict[
     target = folder / identity
     clear_folder(folder)
     with Partial(str(target), "backup") as partial:
-        with office.stores.using(db_id, create=False) as store:
+        with office.stores.lasting(db_id) as store:
             made_ms = office.clock.now_ms()
             store.database.backup(partial.path)
         progress.at("checking")

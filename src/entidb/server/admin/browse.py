@@ -63,7 +63,7 @@ class EntityPage(Struct):
 def collections(office: Office, caller: Caller, db_id: str) -> list[CollectionRow]:
     """In order of names. Raises ``PermissionDeniedError``."""
     _check(caller, db_id)
-    with office.stores.using(db_id, create=False) as store:
+    with office.stores.lasting(db_id) as store:
         found = inspect(store.database)["collections"]
     return [CollectionRow(name, each["entities"], each["synced"]) for name, each in found.items()]
 
@@ -83,7 +83,7 @@ def entities(
     commas between. Raises ``QueryError``; its code is ``no_index`` where no index answers it in a
     collection of more than 10,000 entities; ``ProtocolError``."""
     _check(caller, db_id)
-    with office.stores.using(db_id, create=False) as store:
+    with office.stores.lasting(db_id) as store:
         found = _collection(store.database, collection)
         query = _query(found, where, order, after)
         limit = min(max(1, limit), PAGE_MAX)
@@ -99,7 +99,7 @@ def entity(
     """One entity. Raises ``ProtocolError`` (not_found)."""
     _check(caller, db_id)
     key = _id(identity)
-    with office.stores.using(db_id, create=False) as store:
+    with office.stores.lasting(db_id) as store:
         found = _collection(store.database, collection)
         try:
             return _row(found, key, found[key], short=False)

@@ -39,7 +39,7 @@ def verify(office: Office, caller: Caller, db_id: str) -> Task:
 def _verify(office: Office, db_id: str, progress: Progress) -> dict[str, Any]:
     with _room_for_copy(office) as copy:
         progress.at("copying")
-        with office.stores.using(db_id, create=False) as store:
+        with office.stores.lasting(db_id) as store:
             store.database.backup(copy.path)
         found = check(copy.path, lambda: progress.at("checking"))
     if found.faults:
@@ -108,6 +108,7 @@ def purge_now(office: Office, db_id: str, days: float, progress: Progress) -> di
             up_to = sequence_at(database, office.clock.now_ms() - round(days * _DAY_MS))
         for part in range(1, _PARTS + 1):
             target = up_to * part // _PARTS
+            store.check()
             if target:
                 purged += purge_tombstones(database, target)
             progress.at("purging", part, _PARTS)

@@ -20,7 +20,7 @@ from entidb.db import Database, inspect
 from entidb.errors import ConfigError, EntiDBError, ProtocolError, StorageError
 from entidb.server.admin import backups, care, databases
 from entidb.server.admin.callers import Caller
-from entidb.server.admin.office import Office
+from entidb.server.admin.office import Office, OpenStore
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id, directory_name
 
@@ -51,7 +51,7 @@ def preview(office: Office, caller: Caller, db_id: str, wanted: Wanted) -> Erasa
     caller.check(db_id)
     check_db_id(db_id)
     office.require(db_id)
-    with office.stores.using(db_id, create=False) as store:
+    with office.stores.lasting(db_id) as store:
         return _preview(db_id, _find(store.database, wanted))
 
 
@@ -73,7 +73,7 @@ def erase(
     caller.check(db_id)
     check_db_id(db_id)
     office.require(db_id)
-    with office.stores.using(db_id, create=False) as store:
+    with office.stores.lasting(db_id) as store:
         found = _find(store.database, wanted)
     seen = _preview(db_id, found)
     names = ",".join(sorted(found))
@@ -134,7 +134,7 @@ def _erase(
     office: Office, db_id: str, found: _Found, with_backups: bool, progress: Progress
 ) -> dict[str, Any]:
     with office.stores.using(db_id, create=False) as store:
-        erased = _delete(store.database, found, progress)
+        erased = _delete(store, found, progress)
         head = store.database.read_head().sequence
         left = getattr(store.database.storage, "left_by_compact", ())
     office.server.images.drop(db_id)
@@ -177,12 +177,13 @@ def _erase(
     }
 
 
-def _delete(database: Database, found: _Found, progress: Progress) -> dict[str, int]:
+def _delete(store: OpenStore, found: _Found, progress: Progress) -> dict[str, int]:
     places = [(name, key) for name, each in found.items() for key, _ in each]
     erased = dict.fromkeys(found, 0)
     for at in range(0, len(places), _BATCH):
         progress.at("deleting", at, len(places))
-        with database.transaction() as tx:
+        store.check()
+        with store.database.transaction() as tx:
             for name, key in places[at : at + _BATCH]:
                 entities = tx.collection(name)
                 if key in entities:  # a device may have been quicker
