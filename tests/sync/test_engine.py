@@ -17,6 +17,7 @@ from entidb.errors import (
     DatabaseClosedError,
     DatabaseLockedError,
     ProtocolError,
+    ServerError,
     SyncStateError,
     TransportError,
     VersionMismatchError,
@@ -37,6 +38,7 @@ from entidb.sync import (
 )
 from entidb.sync.state import check_move
 from tests.support import World, assert_in_step, lose, uid
+from tests.waiting import until
 
 WAIT_S = 60.0
 CONFIG = SyncConfig(db_id="shop", retry=RetryConfig.none(), interval_s=3600.0)
@@ -200,6 +202,19 @@ def test_closing_ends_a_background_engine_that_waits_to_try_again() -> None:
         waiting.wait()
         engine.close()
         assert engine.status().next_retry_s is None
+
+
+def test_a_background_engine_says_when_it_tries_again_after_it_gave_up_for_a_while() -> None:
+    with Database.in_memory() as db:
+        config = SyncConfig(db_id="shop", retry=RetryConfig(attempts_max=1, delay_initial_s=60.0))
+        transport = MockTransport(lambda request: _raise(ServerError("502")))
+        with SyncEngine(config, transport, db) as engine:
+            engine.start()
+            until(lambda: engine.status().next_retry_s is not None)
+            status = engine.status()
+            assert status.state is SyncState.ERROR and 0 < (status.next_retry_s or 0) <= 60
+            engine.stop()
+            assert engine.status().next_retry_s is None
 
 
 def _raise(error: Exception) -> SyncResponse:

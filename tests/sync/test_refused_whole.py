@@ -542,6 +542,32 @@ def test_r5_while_the_outcome_is_open_that_very_batch_is_sent_again(
     assert_sound(a.db)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: ServerError("502"), lambda: SyncTimeoutError("no answer")]
+)
+def test_r5_a_push_that_is_never_answered_says_what_happens_and_what_to_do(
+    make: Callable[[], SyncError],
+) -> None:
+    """As behind a firewall that lets pulls pass: nothing is lost, and the way out is named."""
+    world = World()
+    a = with_work(world, count=2, size=1)
+    gate(a, everything(make))
+    for _ in range(2):
+        with pytest.raises(SyncError) as caught:
+            a.sync()
+    assert type(caught.value) is type(make()) and caught.value.retryable
+    said = str(a.engine.status().last_error)
+    assert said == str(caught.value) and said.startswith(make().message)
+    assert "is sent again until it is answered, and nothing is pulled before" in said
+    assert "what is written here is kept" in said and "/v1/push" in said
+    a.put(("notes", 77, "meanwhile"))
+    assert (a.pending, a.values()[77], a.engine.discarded()) == (3, "meanwhile", [])
+    open_gate(a)
+    a.sync()
+    assert a.pending == 0 and a.engine.status().last_error is None
+    assert_in_step(world, a)
+
+
 # ---------------------------------------------------------------- crashes
 
 

@@ -258,10 +258,13 @@ def describe(
 def _way(status: SyncStatus, interval_s: float, why: str) -> str:
     if status.state is SyncState.STANDBY:
         return "another process syncs"
+    following = ""
     if status.next_retry_s is not None:
-        return f"no answer, next try in {status.next_retry_s:.0f} s"
+        following = f", next try in {status.next_retry_s:.0f} s"
+    if status.state is SyncState.RETRY_WAIT:
+        return f"no answer{following}"
     if status.last_error_code is not None and status.live == "offline":
-        return f"waiting [{code_text(status.last_error_code)}]"
+        return f"waiting [{code_text(status.last_error_code)}]{following}"
     if status.last_success_ms is None:
         return "connecting"
     if status.live == "offline":

@@ -105,6 +105,8 @@ class Background:
         self.starting: threading.Event | None = None
         #: Whether another process does what this is there for.
         self.standing_by = False
+        #: After a failure: when the next turn is due, by the monotonic clock.
+        self.next_at: float | None = None
 
     @property
     def is_running(self) -> bool:
@@ -289,8 +291,11 @@ class Background:
         while True:
             self._event.clear()
             left, burst = self._left_s()
+            if self._occasions.failing:
+                self.next_at = self._clock.monotonic() + max(left, 0.0)
             if left <= 0 or not self._clock.wait(self._event, left):
                 break
+        self.next_at = None
         if burst and self._clock.monotonic() - began < BURST_S:
             self._wait_for_burst(stopped)
 

@@ -326,7 +326,7 @@ class SyncEngine(Uncopied, Decisions, Verifying, Listening, HearsNews, Turnover,
         """What is waiting, what went wrong, what comes next."""
         head = self.database.read_head()
         state = self.applier.state()
-        error, at = self._attempts.last_error, self._next_try_at
+        error, at = self._attempts.last_error, self._next_try_at or self._background.next_at
         channel = self._background.channel
         return SyncStatus(
             state=self.state,

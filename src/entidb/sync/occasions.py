@@ -109,6 +109,11 @@ class Occasions:
             self._committed |= committed
             self.hear(named, unheard)
 
+    @property
+    def failing(self) -> bool:
+        """Whether the newest sync failed."""
+        return self._failures > 0
+
     def wait(self, now: float, pause_s: float) -> None:
         """Where nothing else asks for one, the next is due ``pause_s`` from now."""
         self._until = now + pause_s

@@ -15,7 +15,14 @@ from entidb.protocol import PushRequest, PushResponse, SyncResponse
 from entidb.sync.apply.position import is_unasked, seen_after
 from entidb.sync.apply.seam import BatchLimits, Look, PushBatch, Settled
 from entidb.sync.exchange import Exchange, SendAhead, Step, history_of
-from entidb.sync.refusal import KeptBack, Search, is_about_size, is_for_good, is_forbidden
+from entidb.sync.refusal import (
+    KeptBack,
+    Search,
+    is_about_size,
+    is_for_good,
+    is_forbidden,
+    still_open,
+)
 from entidb.sync.state import SyncProgress, SyncState
 from entidb.types import SEQUENCE_MAX, SeenCommit
 
@@ -51,6 +58,8 @@ class Pushing:
                 if is_about_size(refused.error) and len(batch.keys) > 1:
                     self._exchange.connection.path.refused(batch.bytes)
                 return
+            except SyncError as error:
+                raise still_open(error) from error
             self._settle(batch, response, None, following, total)
 
     def push_ready(self, look: Look) -> Generator[Step, SyncResponse | None, bool]:

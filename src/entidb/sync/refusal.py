@@ -13,7 +13,13 @@ from typing import Final
 
 from msgspec import Struct
 
-from entidb.errors import ProtocolError, SyncError, TransportError
+from entidb.errors import (
+    ProtocolError,
+    ServerError,
+    SyncError,
+    SyncTimeoutError,
+    TransportError,
+)
 from entidb.types import SEQUENCE_MAX
 
 #: What a server refuses for good, whatever else is sent with it: such a transaction is withdrawn
@@ -165,6 +171,22 @@ def closed(error: SyncError) -> SyncError:
     return made
 
 
+def still_open(error: SyncError) -> SyncError:
+    """``error``, with which a push was answered that had been sent before, so that nobody knows
+    whether it arrived (R5); where a server, or what is in front of it, may answer so for ever."""
+    if error.code not in (ServerError.code, SyncTimeoutError.code):
+        return error
+    return type(error)(
+        f"{error.message}. This push was sent before and may have arrived, so it is sent again "
+        "until it is answered, and nothing is pulled before; what is written here is kept, and "
+        "pushed then. If the server answers other requests meanwhile, let what stands in front of "
+        "it pass POST /v1/push and /v1/sync",
+        code=error.code,
+        retry_after=error.retry_after,
+        details=error.details,
+    )
+
+
 def kept_back_error(kept: list[KeptBack]) -> SyncError:
     """What ``status()`` says while transactions do not get through."""
     first = kept[0]
@@ -183,4 +205,13 @@ def kept_back_error(kept: list[KeptBack]) -> SyncError:
     )
 
 
-__all__ = ["KeptBack", "Path", "Search", "closed", "is_about_size", "is_for_good", "is_forbidden"]
+__all__ = [
+    "KeptBack",
+    "Path",
+    "Search",
+    "closed",
+    "is_about_size",
+    "is_for_good",
+    "is_forbidden",
+    "still_open",
+]
