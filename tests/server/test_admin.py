@@ -369,6 +369,25 @@ def test_only_what_was_deleted_is_taken_back(place: Place, identity: str):
         databases.take_back(place.office, ROOT, identity)
 
 
+def test_what_was_made_or_taken_back_and_cannot_be_looked_at_is_said_to_be_there(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*given: object, **named: object) -> None:
+        raise StorageFullError("the disk is full")
+
+    history = place.history()
+    aside = databases.delete(place.office, ROOT, "shop", "shop")
+    with monkeypatch.context() as broken:
+        broken.setattr(place.server.stores, "using", full)
+        broken.setattr(place.server.stores, "looking", full)
+        assert databases.take_back(place.office, ROOT, aside.id).name == "shop"
+        assert databases.create(place.office, ROOT, "store").name == "store"
+        with pytest.raises(StorageFullError):
+            databases.row(place.office, ROOT, "shop")
+    assert place.history() == history
+    assert databases.all_aside(place.office, ROOT) == []
+
+
 def test_a_taken_back_database_does_not_replace_another(place: Place):
     place.history()
     aside = databases.delete(place.office, ROOT, "shop", "shop")

@@ -21,6 +21,7 @@ from entidb.errors import (
     HistoryChangedError,
     PermissionDeniedError,
     StorageError,
+    StorageFullError,
 )
 from entidb.protocol import HandshakeResponse
 from entidb.server import ServerConfig, SyncServer
@@ -366,6 +367,27 @@ def test_a_restore_that_fails_at_its_last_step_leaves_the_database_as_it_was(
     with place.server.stores.using("shop", create=False) as store:
         assert store.database.read_head().sequence == 2
     assert place.restore(identity).state == "done"
+
+
+def test_a_restore_that_cannot_be_written_down_is_said_to_be_done(
+    place: Place, quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    place.push(1)
+    identity = place.backup()
+    place.push(2)
+    write = place.office.audit.write
+
+    def full(who: str, where: str, action: str, **details: Any) -> None:
+        if action == "restored":
+            raise StorageFullError("the disk is full")
+        write(who, where, action, **details)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(place.office.audit, "write", full)
+        task = place.restore(identity)
+    assert task.state == "failed"
+    assert task.error == ("this was done (restored), and cannot be written down: the disk is full")
+    assert databases.row(place.office, ROOT, "shop").entities == 1
 
 
 def test_a_database_that_is_gone_is_restored(place: Place, quick: None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -73,6 +74,23 @@ def in_images(root: Path, words: str) -> list[str]:
 def erased(place: Place, **given: bool) -> Task:
     seen = erase.preview(place.office, ROOT, "shop", WANTED)
     return place.over(erase.erase(place.office, ROOT, "shop", WANTED, seen.confirm, **given))
+
+
+def test_an_erasure_whose_images_stay_says_what_is_done_and_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    def full(db_id: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(place.server.images, "drop", full)
+        task = erased(place)
+    assert task.state == "failed"
+    said = str(task.error)
+    assert said.startswith("the entities are deleted, and bytes of them may still be in the files")
+    assert "removing images: the disk is full" in said and "erase once more" in said
+    assert erased(place).state == "done"
+    assert not holding(place.root, SECRET)
 
 
 def test_no_file_of_the_server_has_a_byte_of_what_was_erased(place: Place):

@@ -348,9 +348,7 @@ def restore(office: Office, caller: Caller, db_id: str, identity: str, confirm: 
 
         def body(progress: Progress) -> dict[str, Any]:
             done = _put_back(office, db_id, folder / identity, progress)
-            office.audit.write(
-                caller.who, caller.where, "restored", database=db_id, backup=identity
-            )
+            office.write_done(caller, "restored", db_id, backup=identity)
             return done
 
         return office.tasks.add("restore", caller.who, db_id, body)

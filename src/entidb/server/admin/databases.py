@@ -69,6 +69,16 @@ def row(office: Office, caller: Caller, db_id: str) -> DatabaseRow:
     return _row(office, db_id, office.opened())
 
 
+def _row_after(office: Office, db_id: str) -> DatabaseRow:
+    """As ``row``, of one that was just made or taken back: that is so, also where it cannot be
+    looked at, as on a disk that is full now."""
+    try:
+        look(office, db_id)
+    except (EntiDBError, OSError) as error:
+        logger.warning("database %s cannot be looked at: %s", db_id, error)
+    return _row(office, db_id, office.opened())
+
+
 def look(office: Office, db_id: str) -> About:
     """What there is to know of a database, which is opened for it."""
     used_at = office.stores.opened().get(db_id)
@@ -151,7 +161,7 @@ def create(office: Office, caller: Caller, name: str) -> DatabaseRow:
         if name in {each.name for each in rows(office, caller)}:
             raise exists(name)
         office.stores.make(name)
-    return row(office, caller, name)
+    return _row_after(office, name)
 
 
 def freeze(office: Office, caller: Caller, db_id: str, reason: str = "") -> DatabaseRow:
@@ -269,7 +279,7 @@ def take_back(office: Office, caller: Caller, identity: str) -> DatabaseRow:
         office.registry.rename(each.id, each.name)
         office.place.take_back(each)
         _forget(office, each.id)
-    return row(office, Caller(caller.who, caller.where), each.name)
+    return _row_after(office, each.name)
 
 
 def clear_aside(office: Office) -> None:

@@ -23,6 +23,7 @@ from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office, OpenStore
 from entidb.server.admin.tasks import Progress, Task
 from entidb.server.config import check_db_id, directory_name
+from entidb.storage.disk_errors import said_of
 
 #: Entities of one erasure, and of one of its transactions.
 ERASED_MAX: Final = 100_000
@@ -137,17 +138,18 @@ def _erase(
         erased = _delete(store, found, progress)
         head = store.database.read_head().sequence
         left = getattr(store.database.storage, "left_by_compact", ())
-    office.server.images.drop(db_id)
-    office.others.drop_images()
-    office.others.gather()
-    behind = [each for each in office.registry.devices(db_id) if each.cursor < head]
-    purged = care.purge_now(office, db_id, 0.0, progress)
     try:
+        office.server.images.drop(db_id)
+        office.others.drop_images()
+        office.others.gather()
+        behind = [each for each in office.registry.devices(db_id) if each.cursor < head]
+        purged = care.purge_now(office, db_id, 0.0, progress)
         sizes = care.compact_now(office, db_id, progress)
-    except EntiDBError as error:
+    except (EntiDBError, OSError) as error:
+        said = said_of(error, "removing images") if isinstance(error, OSError) else error
         raise StorageError(
             f"the entities are deleted, and bytes of them may still be in the files, in images and "
-            f"in backups, because the database was not compacted: {error}; erase once more with "
+            f"in backups, because the database was not compacted: {said}; erase once more with "
             "the same conditions, which goes on from there",
             code="not_compacted",
         ) from error

@@ -286,21 +286,25 @@ class Office:
         written down any more; it says so."""
         self.audit.check()
 
-        def write(result: str) -> None:
-            self.audit.write(
-                caller.who, caller.where, action, database=db_id, result=result, **details
-            )
-
         try:
             yield
         except BaseException as error:
+            result = error.code if isinstance(error, EntiDBError) else "internal_error"
             try:
-                write(error.code if isinstance(error, EntiDBError) else "internal_error")
+                self.audit.write(
+                    caller.who, caller.where, action, database=db_id, result=result, **details
+                )
             except StorageError as unwritten:
                 logger.error("%s of %s, which failed: %s", action, db_id or "all", unwritten)
             raise
+        self.write_done(caller, action, db_id, **details)
+
+    def write_done(self, caller: Caller, action: str, db_id: str | None, **details: str) -> None:
+        """Write down what was done. Raises ``StorageError`` that says that it was."""
         try:
-            write("done")
+            self.audit.write(
+                caller.who, caller.where, action, database=db_id, result="done", **details
+            )
         except StorageError as error:
             said = f"this was done ({action}), and cannot be written down: {error}"
             raise type(error)(said, code=error.code) from error
