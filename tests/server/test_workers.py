@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -34,6 +35,7 @@ from entidb.server.workers import parent
 from entidb.server.workers.family import Family
 from entidb.server.workers.parent import Parent, _Child
 from entidb.server.workers.seats import Seats
+from entidb.server.workers.team import Team
 from entidb.storage.locks import HeldError
 from tests.server.support import SECRET, Client, pull, push
 from tests.server.test_live import Events
@@ -559,6 +561,26 @@ class OffDuty(NoOthers):
 
     def on_duty(self) -> bool:
         return False
+
+
+def test_a_worker_whose_directory_was_moved_says_so_once_and_without_a_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Looking:
+        _stop = threading.Event()
+        looks = 0
+
+        def _tick(self) -> None:
+            self.looks += 1
+            if self.looks == 4:
+                self._stop.set()
+            open(tmp_path / "moved" / "chair").close()
+
+    with caplog.at_level(logging.WARNING, "entidb.server"):
+        Team._run(cast(Team, Looking()))
+    (record,) = caplog.records
+    assert record.exc_info is None and "are not seen" in record.getMessage()
+    assert str(tmp_path / "moved" / "chair") in record.getMessage()
 
 
 def test_a_worker_that_is_not_on_duty_makes_no_backup_and_removes_nothing(tmp_path: Path) -> None:

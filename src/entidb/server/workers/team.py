@@ -33,6 +33,7 @@ from entidb.server.watched import Mark, mark_of
 from entidb.server.workers.company import NOT_THERE, Company, FolderCompany
 from entidb.server.workers.seats import Seats
 from entidb.server.workers.talk import Answers, Leases, Passed
+from entidb.storage.disk_errors import said_of
 
 if TYPE_CHECKING:
     from entidb.server.metrics import Metrics, Series
@@ -118,11 +119,12 @@ class Team:
             try:
                 self._tick()
                 said = ""
-            except EntiDBError as error:
-                # As long as the store of all is away: once, and not at each look.
-                if str(error) != said:
-                    logger.warning("the other processes of this server are not seen: %s", error)
-                said = str(error)
+            except (EntiDBError, OSError) as error:
+                # As long as the store or the directory of all is away: once, and not at each look.
+                now = said_of(error, "its seats") if isinstance(error, OSError) else str(error)
+                if now != said:
+                    logger.warning("the other processes of this server are not seen: %s", now)
+                said = now
             except Exception:
                 # The next one may work, and without it nobody would take the chair.
                 logger.exception("looking after the other processes of this server failed")
