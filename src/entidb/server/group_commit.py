@@ -8,6 +8,7 @@ databases go one by one (``gate``). Where threads are not wanted, the caller say
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from entidb.errors import (
+    CommitStaleError,
     DatabaseClosedError,
     DatabaseLockedError,
     EntiDBError,
@@ -30,6 +32,8 @@ from entidb.server.away import come_again, full_retry_after_s, is_away
 from entidb.server.gate import WriterGate
 from entidb.server.hooks import Grant
 
+_log = logging.getLogger("entidb.server")
+
 Done = Callable[[PushResponse | SyncError], None]
 Member = tuple[PushRequest | RoundRequest, Grant, Done]
 #: Has a function called once, at once or later, on whatever thread it likes.
@@ -39,6 +43,8 @@ Schedule = Callable[[Callable[[], None]], None]
 GROUP_TRANSACTIONS_MAX = 10_000
 #: Seconds without a try after one that found no room.
 _FULL_S = 1.0
+#: How often a group is decided, when each time another opener commits before it is stored.
+_TRIES = 3
 
 
 class Decider(Protocol):
@@ -207,7 +213,7 @@ class GroupCommitter:
         note = self._meter.note
         began = 0.0 if note is None else time.perf_counter()
         try:
-            answers = self._service.push_many([(request, grant) for request, grant, _ in group])
+            answers = self._decided([(request, grant) for request, grant, _ in group])
         except EntiDBError as error:
             if isinstance(error, StorageFullError):
                 # Each try writes until the disk is full, and those who read wait meanwhile.
@@ -228,6 +234,21 @@ class GroupCommitter:
         for (_, _, done), answer in zip(group, answers, strict=True):
             done(answer)
         self._on_group()
+
+    def _decided(
+        self, members: Sequence[tuple[PushRequest | RoundRequest, Grant]]
+    ) -> list[PushResponse | SyncError]:
+        for _ in range(_TRIES - 1):
+            try:
+                return self._service.push_many(members)
+            except CommitStaleError as error:
+                # Nothing was changed: the store is well, and they are decided on its newest state.
+                _log.warning(
+                    "database %s: a group of pushes is decided again: %s",
+                    self._service.db_id,
+                    error,
+                )
+        return self._service.push_many(members)
 
 
 def _not_stored(error: EntiDBError) -> ServerError:
