@@ -372,6 +372,30 @@ def test_the_line_of_a_watch_says_that_it_hears_nothing_where_one_process_may_ha
     )
 
 
+def test_the_line_of_a_watch_says_what_waits_though_news_come() -> None:
+    from entidb.cli.watching import describe
+    from entidb.sync import SyncState, SyncStatus
+
+    status = SyncStatus(
+        state=SyncState.ERROR,
+        pending=3,
+        held=0,
+        conflicts=0,
+        discarded=0,
+        cursor=7,
+        db_id="shop",
+        history=None,
+        last_success_ms=1,
+        last_error="502",
+        last_error_code="server_error",
+        next_retry_s=42.0,
+        live="live",
+    )
+    assert describe(status, None, None, 30.0) == (
+        "live, waiting [server_error], next try in 42 s, 3 pending, 0 conflicts"
+    )
+
+
 def test_a_watch_whose_log_has_no_room_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from entidb.cli import syncing, watching
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from entidb.errors import ServerBusyError
+from entidb.errors import CommitStaleError, DatabaseClosedError, ServerBusyError, StorageError
 from entidb.protocol import PushResponse
 from entidb.server.admin import backups, browse, care, databases, erase
 from entidb.server.admin.tasks import Task
@@ -85,6 +85,25 @@ def slow_copy(monkeypatch: pytest.MonkeyPatch, held: Held) -> None:
         real(env, directory, go_on)
 
     monkeypatch.setattr("entidb.storage.lmdb.store.copy_file", slowly)
+
+
+def test_who_looks_when_the_server_ends_is_told_that_it_ends(place: Place):
+    def look() -> None:
+        with place.server.stores.lasting("shop"):
+            place.server.stores.close()
+            raise DatabaseClosedError("closed")
+
+    with pytest.raises(ServerBusyError) as raised:
+        look()
+    assert raised.value.code == "shutting_down"
+
+
+def test_a_commit_that_another_opener_has_overtaken_says_nothing_against_a_database(place: Place):
+    store: Store = place.server.stores._stores["shop"]
+    store.report(CommitStaleError.of("there", 174, 175))
+    assert not store.broken
+    store.report(StorageError("no page"))
+    assert store.broken
 
 
 @pytest.mark.parametrize("kind", ["backup", "verify"])

@@ -542,8 +542,14 @@ def test_r5_while_the_outcome_is_open_that_very_batch_is_sent_again(
     assert_sound(a.db)
 
 
+def answered(error: SyncError) -> SyncError:
+    """With the name that the request has in the server's log."""
+    error.request_id = "r-1"
+    return error
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: ServerError("502"), lambda: SyncTimeoutError("no answer")]
+    "make", [lambda: answered(ServerError("502")), lambda: answered(SyncTimeoutError("no answer"))]
 )
 def test_r5_a_push_that_is_never_answered_says_what_happens_and_what_to_do(
     make: Callable[[], SyncError],
@@ -556,6 +562,7 @@ def test_r5_a_push_that_is_never_answered_says_what_happens_and_what_to_do(
         with pytest.raises(SyncError) as caught:
             a.sync()
     assert type(caught.value) is type(make()) and caught.value.retryable
+    assert caught.value.request_id == "r-1"
     said = str(a.engine.status().last_error)
     assert said == str(caught.value) and said.startswith(make().message)
     assert "is sent again until it is answered, and nothing is pulled before" in said
@@ -565,6 +572,19 @@ def test_r5_a_push_that_is_never_answered_says_what_happens_and_what_to_do(
     open_gate(a)
     a.sync()
     assert a.pending == 0 and a.engine.status().last_error is None
+    assert_in_step(world, a)
+
+
+def test_r5_another_error_of_a_push_that_was_sent_before_is_no_cause_of_itself() -> None:
+    world = World()
+    a = with_work(world, count=2, size=1)
+    gate(a, everything(lambda: error_from_code("busy", "later", retry_after=1.0)))
+    for _ in range(2):
+        with pytest.raises(SyncError) as caught:
+            a.sync()
+    assert caught.value.code == "busy" and caught.value.__cause__ is not caught.value
+    open_gate(a)
+    a.sync()
     assert_in_step(world, a)
 
 

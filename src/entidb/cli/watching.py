@@ -270,7 +270,11 @@ def _way(status: SyncStatus, interval_s: float, why: str) -> str:
     if status.live == "offline":
         return f"no news {why or 'from the server'}, a cycle every {interval_s:g} s"
     since = "" if status.live_since_ms is None else f" since {_hour(status.live_since_ms)}"
-    return f"{status.live}{since}"
+    failed = ""
+    if status.last_error_code is not None and following:
+        # News come, and what is pending does not get through.
+        failed = f", waiting [{code_text(status.last_error_code)}]{following}"
+    return f"{status.live}{since}{failed}"
 
 
 def _hour(milliseconds: int) -> str:

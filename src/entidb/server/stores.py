@@ -2,8 +2,9 @@
 
 Each database has its own ``Database``, ``DatabaseService`` and ``GroupCommitter``. The code that
 works with one *uses* it from ``use`` or ``try_use`` to ``release``, and a database in use is never
-closed for being idle or to make room. After a storage error it is closed as soon as it is not used
-any more, and opened again by the next request (R17). Nothing here knows what a request means.
+closed for being idle or to make room. After a storage error it is closed as soon as nobody uses it
+but who only reads for long, and opened again by the next request (R17). Nothing here knows what a
+request means.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from entidb.db import Database, purge_tombstones
 from entidb.db.index_care import declare_all
 from entidb.db.maintenance import clock_mark_ms, mark_clock, sequence_at
 from entidb.errors import (
+    CommitStaleError,
     DatabaseClosedError,
     EntiDBError,
     StorageError,
@@ -78,8 +80,9 @@ class Store:
     def report(self, error: Exception) -> None:
         """Note an error that came out of this database: what it knows may be wrong now."""
         # A lock that a thread held too long says nothing about what is on the disk. And a commit
-        # that found no room has changed nothing: reading goes on (R17).
-        harmless = isinstance(error, TransactionError | StorageFullError)
+        # that found no room, or that another opener has overtaken, has changed nothing: reading
+        # goes on (R17).
+        harmless = isinstance(error, TransactionError | StorageFullError | CommitStaleError)
         if isinstance(error, EntiDBError) and not harmless:
             self.broken = True
 
@@ -222,7 +225,7 @@ class Stores:
             except (StorageError, DatabaseClosedError) as error:
                 if self._stores.get(db_id) is store:
                     raise
-                raise in_use.opened_again(db_id) from error
+                raise (in_use.stopping() if self._closed else in_use.opened_again(db_id)) from error
             finally:
                 with self._lock:
                     store.lasting -= 1
@@ -375,6 +378,8 @@ class Stores:
             store = self._stores.get(service.db_id)
             if store is not None and store.service is service:
                 store.report(error)
+                # A group is decided again when it was overtaken: to be so each time is a fault.
+                store.broken |= isinstance(error, CommitStaleError)
 
         return GroupCommitter(
             service,

@@ -59,7 +59,10 @@ class Pushing:
                     self._exchange.connection.path.refused(batch.bytes)
                 return
             except SyncError as error:
-                raise still_open(error) from error
+                said = still_open(error)
+                if said is error:
+                    raise
+                raise said from error
             self._settle(batch, response, None, following, total)
 
     def push_ready(self, look: Look) -> Generator[Step, SyncResponse | None, bool]:

@@ -176,7 +176,7 @@ def still_open(error: SyncError) -> SyncError:
     whether it arrived (R5); where a server, or what is in front of it, may answer so for ever."""
     if error.code not in (ServerError.code, SyncTimeoutError.code):
         return error
-    return type(error)(
+    made = type(error)(
         f"{error.message}. This push was sent before and may have arrived, so it is sent again "
         "until it is answered, and nothing is pulled before; what is written here is kept, and "
         "pushed then. If the server answers other requests meanwhile, let what stands in front of "
@@ -185,6 +185,8 @@ def still_open(error: SyncError) -> SyncError:
         retry_after=error.retry_after,
         details=error.details,
     )
+    made.refused_by, made.request_id = error.refused_by, error.request_id
+    return made
 
 
 def kept_back_error(kept: list[KeptBack]) -> SyncError:

@@ -166,14 +166,16 @@ class Pool:
                 self.losses += 1
                 self._generation += 1
                 gone, self._idle = self._idle, []
-            if not self._closed and kept.generation == self._generation and line.is_free():
+            good = not self._closed and kept.generation == self._generation and line.is_free()
+            if good:
                 kept.used_at = time.monotonic()
                 kept.line = line
                 self._idle.append(kept)
             else:
                 self._places.discard(kept)
             self._ring()
-        if kept.line is None:
+        # From here on a good one is another's, who may have it already.
+        if not good:
             line.close()
         _close(gone)
 
