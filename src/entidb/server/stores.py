@@ -2,9 +2,8 @@
 
 Each database has its own ``Database``, ``DatabaseService`` and ``GroupCommitter``. The code that
 works with one *uses* it from ``use`` or ``try_use`` to ``release``, and a database in use is never
-closed for being idle or to make room. After a storage error it is closed as soon as nobody uses it
-but who only reads for long, and opened again by the next request (R17). Nothing here knows what a
-request means.
+closed for being idle or to make room. After a storage error it is closed when nobody uses it but
+who reads for long, and the next request opens it (R17). Nothing here knows what a request means.
 """
 
 from __future__ import annotations
@@ -80,11 +79,9 @@ class Store:
     def report(self, error: Exception) -> None:
         """Note an error that came out of this database: what it knows may be wrong now."""
         # A lock that a thread held too long says nothing about what is on the disk. And a commit
-        # that found no room, or that another opener has overtaken, has changed nothing: reading
-        # goes on (R17).
-        harmless = isinstance(error, TransactionError | StorageFullError | CommitStaleError)
-        if isinstance(error, EntiDBError) and not harmless:
-            self.broken = True
+        # that found no room, or was overtaken by another, has changed nothing: reading goes on.
+        harmless = TransactionError | StorageFullError | CommitStaleError
+        self.broken |= isinstance(error, EntiDBError) and not isinstance(error, harmless)
 
     @property
     def in_the_way(self) -> bool:
@@ -378,8 +375,7 @@ class Stores:
             store = self._stores.get(service.db_id)
             if store is not None and store.service is service:
                 store.report(error)
-                # A group is decided again when it was overtaken: to be so each time is a fault.
-                store.broken |= isinstance(error, CommitStaleError)
+                store.broken |= isinstance(error, CommitStaleError)  # again and again
 
         return GroupCommitter(
             service,
