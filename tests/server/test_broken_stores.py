@@ -106,6 +106,13 @@ def test_a_commit_that_another_opener_has_overtaken_says_nothing_against_a_datab
     assert store.broken
 
 
+def test_a_database_whose_pushes_are_overtaken_each_time_is_opened_again(place: Place):
+    """A group is decided again first; that it is overtaken for ever may come from its file."""
+    store: Store = place.server.stores._stores["shop"]
+    store.committer._on_failure(CommitStaleError.of("there", 174, 175))
+    assert store.broken
+
+
 @pytest.mark.parametrize("kind", ["backup", "verify"])
 def test_a_copy_that_is_made_keeps_no_broken_database_from_being_opened_again(
     place: Place, held: Held, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -88,7 +88,7 @@ def test_an_erasure_whose_images_stay_says_what_is_done_and_goes_on(
     assert task.state == "failed"
     said = str(task.error)
     assert said.startswith("the entities are deleted, and bytes of them may still be in the files")
-    assert "removing images: the disk is full" in said and "erase once more" in said
+    assert "cleaning up: the disk is full" in said and "erase once more" in said
     assert erased(place).state == "done"
     assert not holding(place.root, SECRET)
 

@@ -22,7 +22,7 @@ from entidb.errors import (
     error_from_code,
 )
 from entidb.protocol import PullRequest, PushRequest, SyncRequest, encode
-from entidb.sync.refusal import TRY_AGAIN_CYCLES, KeptBack, Path
+from entidb.sync.refusal import TRY_AGAIN_CYCLES, KeptBack, Path, closed
 from tests.support import Crash, Device, World, assert_in_step, assert_sound, uid
 
 Rule = Callable[[PushRequest], SyncError | None]
@@ -573,6 +573,12 @@ def test_r5_a_push_that_is_never_answered_says_what_happens_and_what_to_do(
     a.sync()
     assert a.pending == 0 and a.engine.status().last_error is None
     assert_in_step(world, a)
+
+
+def test_an_answer_in_other_words_keeps_who_gave_it_and_its_name_in_the_log() -> None:
+    error = answered(error_from_code("forbidden", "no"))
+    said = closed(error)
+    assert (said.code, said.request_id, said.refused_by) == ("forbidden", "r-1", error.refused_by)
 
 
 def test_r5_another_error_of_a_push_that_was_sent_before_is_no_cause_of_itself() -> None:

@@ -375,7 +375,7 @@ class Stores:
             store = self._stores.get(service.db_id)
             if store is not None and store.service is service:
                 store.report(error)
-                store.broken |= isinstance(error, CommitStaleError)  # again and again
+                store.broken |= isinstance(error, CommitStaleError)  # though it was decided again
 
         return GroupCommitter(
             service,

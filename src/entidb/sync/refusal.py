@@ -160,15 +160,11 @@ def is_forbidden(error: SyncError) -> bool:
 
 def closed(error: SyncError) -> SyncError:
     """``error``, which refuses every push, whatever is in it."""
-    made = type(error)(
+    return _saying(
+        error,
         f"nothing can be pushed: {error.message}. What is pending stays pending, and what others "
         "wrote was pulled",
-        code=error.code,
-        retry_after=error.retry_after,
-        details=error.details,
     )
-    made.refused_by = error.refused_by
-    return made
 
 
 def still_open(error: SyncError) -> SyncError:
@@ -176,14 +172,19 @@ def still_open(error: SyncError) -> SyncError:
     whether it arrived (R5); where a server, or what is in front of it, may answer so for ever."""
     if error.code not in (ServerError.code, SyncTimeoutError.code):
         return error
-    made = type(error)(
+    return _saying(
+        error,
         f"{error.message}. This push was sent before and may have arrived, so it is sent again "
         "until it is answered, and nothing is pulled before; what is written here is kept, and "
         "pushed then. If the server answers other requests meanwhile, let what stands in front of "
         "it pass POST /v1/push and /v1/sync",
-        code=error.code,
-        retry_after=error.retry_after,
-        details=error.details,
+    )
+
+
+def _saying(error: SyncError, message: str) -> SyncError:
+    """The same answer in other words."""
+    made = type(error)(
+        message, code=error.code, retry_after=error.retry_after, details=error.details
     )
     made.refused_by, made.request_id = error.refused_by, error.request_id
     return made

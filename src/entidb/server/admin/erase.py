@@ -146,10 +146,10 @@ def _erase(
         purged = care.purge_now(office, db_id, 0.0, progress)
         sizes = care.compact_now(office, db_id, progress)
     except (EntiDBError, OSError) as error:
-        said = said_of(error, "removing images") if isinstance(error, OSError) else error
+        said = said_of(error, "cleaning up") if isinstance(error, OSError) else error
         raise StorageError(
             f"the entities are deleted, and bytes of them may still be in the files, in images and "
-            f"in backups, because the database was not compacted: {said}; erase once more with "
+            f"in backups, because what follows their deletion failed: {said}; erase once more with "
             "the same conditions, which goes on from there",
             code="not_compacted",
         ) from error
