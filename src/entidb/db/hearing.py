@@ -17,11 +17,12 @@ from entidb.errors import EntiDBError
 from entidb.events import Thread
 from entidb.storage import Storage
 
-#: Seconds of one wait: a thread whose database is dropped, closed or without listeners ends within
-#: it.
-_WAIT_SECONDS: Final = 0.1
-#: Before it is tried again, where there is nothing to read yet.
-_PAUSE_SECONDS: Final = 0.02
+#: Seconds of one wait: a thread whose database is dropped or without listeners ends within it.
+_WAIT_SECONDS: Final = 0.25
+#: Before it is tried again, where there is nothing to read yet: mostly at once, so each pause is
+#: twice the one before it.
+_PAUSE_SECONDS: Final = 0.0005
+_PAUSE_SECONDS_MAX: Final = 0.02
 _FAILED_SECONDS: Final = 1.0
 
 _log = logging.getLogger("entidb.db")
@@ -39,6 +40,7 @@ class Hearing:
         self._wanted = weakref.WeakMethod(wanted)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._pause_s = _PAUSE_SECONDS
 
     def start(self) -> None:
         """Have the thread run, if it does not."""
@@ -77,7 +79,10 @@ class Hearing:
         heard = hear()
         if heard == mark:
             # A commit under way: the mark is ahead of what can be read, maybe for long.
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _PAUSE_SECONDS_MAX)
+        else:
+            self._pause_s = _PAUSE_SECONDS
         return heard
 
 
@@ -89,7 +94,7 @@ def _run(hearing: Hearing) -> None:
         except EntiDBError:
             # Closed, moved, or no room to follow its growth: whoever uses it is told, and by the
             # next commit that can be read everything is heard.
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(_PAUSE_SECONDS_MAX)
         except Exception:
             # Without this thread nobody would hear of other processes any more.
             _log.exception("hearing of what other processes commit failed")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import get_ident
@@ -47,6 +46,7 @@ from entidb.storage.lmdb.snapshot import LmdbSnapshot
 from entidb.storage.lmdb.spacers import spacers
 from entidb.storage.lmdb.turn import COMMITTING, TURN
 from entidb.storage.lmdb.verifying import faults_of, snapshot_with_header
+from entidb.storage.lmdb.waiting import Waiting
 from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.turns import Turn
 from entidb.types import Uncopied
@@ -56,14 +56,6 @@ _DRAIN_SECONDS: Final = 5.0
 #: Commits, and rows of one, between two looks at whether the map should grow.
 _ROOM_EVERY_COMMITS: Final = 64
 _ROOM_EVERY_ROWS: Final = 1000
-#: Seconds between two looks at the mark: half of it is how long news wait, and a look costs some
-#: tens of microseconds with waking up for it. Less within so many seconds of other news, and more
-#: where there was none for a while.
-_WAIT_SECONDS: Final = 0.03
-_WAIT_BUSY_SECONDS: Final = 0.01
-_BUSY_SECONDS: Final = 1.0
-_WAIT_IDLE_SECONDS: Final = 0.05
-_IDLE_SECONDS: Final = 10.0
 #: Doublings of the map within one commit.
 _GROWTHS_MAX: Final = 26
 
@@ -103,7 +95,7 @@ class LmdbStorage(Uncopied):
         self.mark = self._file.mark
         self._turn_in_turn = Turn()
         self._commits = 0
-        self._news_at = time.monotonic()
+        self._waiting = Waiting(self._file)
         #: Whether it has to be closed.
         self._made = True
 
@@ -237,21 +229,7 @@ class LmdbStorage(Uncopied):
         return self._place.shared
 
     def wait(self, mark: int, timeout_s: float) -> bool:
-        now = time.monotonic()
-        deadline = now + timeout_s
-        while self.mark() == mark:
-            left = deadline - now
-            if left <= 0:
-                return False
-            quiet = now - self._news_at
-            if quiet < _BUSY_SECONDS:
-                pause = _WAIT_BUSY_SECONDS
-            else:
-                pause = _WAIT_SECONDS if quiet < _IDLE_SECONDS else _WAIT_IDLE_SECONDS
-            time.sleep(min(pause, left))
-            now = time.monotonic()
-        self._news_at = now
-        return True
+        return self._waiting.wait(mark, timeout_s)
 
     # ---- writing
 
@@ -479,6 +457,7 @@ class LmdbStorage(Uncopied):
             with self._gate.at(FROZEN):
                 self._gate.wait_until_idle()
                 self._file.shut()
+        self._waiting.end()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         # Nothing refers to it any more, so no thread is inside LMDB and none waits for a turn.
@@ -492,6 +471,7 @@ class LmdbStorage(Uncopied):
             )
         finally:
             self._file.shut()
+            self._waiting.end()
 
 
 def _exists(where: str) -> StorageError:
