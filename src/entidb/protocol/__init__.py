@@ -25,6 +25,7 @@ from entidb.protocol.digests import (
     digest_heads,
     digest_operations,
     digest_stored_newer,
+    digests_of_single,
     operations_digest,
 )
 from entidb.protocol.encoding import PullPage, encode, encode_columns, encode_round
@@ -139,6 +140,7 @@ __all__ = [
     "digest_heads",
     "digest_operations",
     "digest_stored_newer",
+    "digests_of_single",
     "encode",
     "encode_columns",
     "encode_round",

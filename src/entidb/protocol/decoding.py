@@ -181,7 +181,23 @@ def _check_pull_request(message: PullRequest, limits: Limits) -> None:
 def _check_push_request(message: PushRequest, limits: Limits) -> None:
     _check_name("$.db_id", message.db_id)
     _check_different(message.collections, limits)
-    names = len(message.collections)
+    names, transactions = len(message.collections), message.transactions
+    each = [transaction.operations for transaction in transactions]
+    if (
+        set(map(len, each)) == {1}
+        and max([operations[0].collection for operations in each]) < names
+        and len({transaction.transaction_id for transaction in transactions}) == len(each)
+    ):
+        count = len(each)  # as most are: nothing is wrong with any of them
+    else:
+        count = _check_transactions(message, names)
+    # A transaction alone is bounded by its bytes: refusing it here would stop the outbox for good.
+    if count > limits.push_operations_max and len(transactions) > 1:
+        raise _too_large("$.transactions", f"have {count} operations", limits.push_operations_max)
+
+
+def _check_transactions(message: PushRequest, names: int) -> int:
+    """How many operations they have."""
     seen: set[bytes] = set()
     count = 0
     for index, transaction in enumerate(message.transactions):
@@ -195,9 +211,7 @@ def _check_push_request(message: PushRequest, limits: Limits) -> None:
                 raise _no_such_collection(f"$.transactions[{index}].operations[0]")
         else:
             _check_operations(f"$.transactions[{index}]", operations, names)
-    # A transaction alone is bounded by its bytes: refusing it here would stop the outbox for good.
-    if count > limits.push_operations_max and len(message.transactions) > 1:
-        raise _too_large("$.transactions", f"have {count} operations", limits.push_operations_max)
+    return count
 
 
 def _check_push_response(message: PushResponse, limits: Limits) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from entidb import cbor
 from entidb.protocol.heads import ID, NULL, array_head, bytes_head
@@ -45,3 +45,16 @@ def digest_operations(heads: Sequence[bytes], operations: Sequence[PushOperation
         parts += (heads[operation.collection], operation.entity_id)
         parts += (NULL,) if payload is None else (bytes_head(len(payload)), payload)
     return hashlib.sha256(b"".join(parts)).digest()
+
+
+def digests_of_single(
+    heads: Sequence[bytes], places: Iterable[int], ids: Iterable[bytes], payloads: Iterable[bytes]
+) -> list[bytes]:
+    """As ``digest_operations`` of transactions that store one entity each, in columns: which of
+    ``heads``, which entity, and what."""
+    begins = [b"\x81" + head for head in heads]
+    sha256 = hashlib.sha256
+    return [
+        sha256(begins[place] + entity_id + bytes_head(len(payload)) + payload).digest()
+        for place, entity_id, payload in zip(places, ids, payloads, strict=True)
+    ]

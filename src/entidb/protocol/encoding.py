@@ -19,6 +19,7 @@ from entidb.protocol.messages import (
     PullResponse,
     PushRequest,
     PushResponse,
+    PushResult,
     RoundRequest,
     RoundResponse,
     ServerState,
@@ -163,7 +164,22 @@ def _encode_push_response(message: PushResponse) -> bytes:
         _KEYS["time"] + uint(message.time),
         _KEYS["results"] + array_head(len(message.results)),
     ]
-    for result in message.results:
+    parts += _results(message.results)
+    parts.append(_KEYS["collections"] + _names(message.collections))
+    return b"".join(parts)
+
+
+def _results(results: Sequence[PushResult]) -> Sequence[bytes]:
+    # Most answers say the same of everything and differ in the versions alone.
+    verdicts = {result.verdict for result in results}
+    if len(verdicts) == 1 and not any(
+        result.timestamp or result.states or result.code for result in results
+    ):
+        begins, ends = b"\x86" + _UINTS[verdicts.pop()], b"\x00\x80\x60\x60"
+        versions = map(uint, [result.version for result in results])
+        return begins, (ends + begins).join(versions), ends
+    parts: list[bytes] = []
+    for result in results:
         parts += (
             b"\x86",
             _UINTS[result.verdict],
@@ -172,8 +188,7 @@ def _encode_push_response(message: PushResponse) -> bytes:
             _states(result.states) if result.states else b"\x80",
             cbor.text(result.code) + cbor.text(result.message) if result.code else b"\x60\x60",
         )
-    parts.append(_KEYS["collections"] + _names(message.collections))
-    return b"".join(parts)
+    return parts
 
 
 def _states(states: list[ServerState]) -> bytes:

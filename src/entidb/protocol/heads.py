@@ -19,17 +19,17 @@ ID: Final = b"\x50"
 _UINTS: Final = tuple(cbor.uint(number) for number in range(1024))
 _BYTES_HEADS: Final = tuple(cbor.bytes_head(length) for length in range(4096))
 _ARRAY_HEADS: Final = tuple(cbor.array_head(length) for length in range(256))
+_pack_2: Final = struct.Struct(">BH").pack
 _pack_4: Final = struct.Struct(">BI").pack
 _pack_8: Final = struct.Struct(">BQ").pack
 
 
 def uint(number: int) -> bytes:
-    # The two widths that versions and timestamps have come before the general case.
     if number < 1024:
         return _UINTS[number]
     if number > 0xFFFFFFFF:
         return _pack_8(0x1B, number)
-    return _pack_4(0x1A, number) if number > 0xFFFF else cbor.uint(number)
+    return _pack_4(0x1A, number) if number > 0xFFFF else _pack_2(0x19, number)
 
 
 def bytes_head(length: int) -> bytes:

@@ -36,6 +36,7 @@ from entidb.protocol import (
     digest_heads,
     digest_operations,
     digest_stored_newer,
+    digests_of_single,
     payload_bytes,
     transaction_bytes,
 )
@@ -132,6 +133,8 @@ class Deciding:
         self._refused: set[bytes] = set()
         self._timestamp_max = timestamp_from_ms(writer.now_ms) | 0xFFFF
         self._device_id = request.device_id
+        #: What is stored of each entity that the push writes to, by its key.
+        self._states: dict[bytes, bytes | None] = {}
         self._validates = rules.hook is not None
         self._bytes_max = rules.transaction_bytes_max
         #: Some collection of the request has something that is unique.
@@ -188,6 +191,11 @@ class Deciding:
         writer, transactions = self._writer, self._request.transactions
         ids = [t.transaction_id for t in transactions]
         known = writer.accepted(ids)
+        count = len(transactions)
+        if count >= _COLUMNS_FROM and known.count(None) == count:
+            results = self._accept_all(ids)
+            if results is not None:
+                return results
         prefixes = [None if info is None else info.prefix for info in self._infos]
         keys: list[list[bytes | None]] = [
             [
@@ -196,35 +204,47 @@ class Deciding:
             ]
             for t in transactions
         ]
-        real = [key for each in keys for key in each if key is not None]
-        rows = writer.get_many(real)
-        self._states = dict(zip(real, rows, strict=True))
-        # Only a batch of that size can hold a transaction that is too large.
-        size = payload_bytes(self._request) + _COUNTED_OVERHEAD_BYTES * sum(map(len, keys))
-        self._may_be_large = size > self._bytes_max
-        results, count = None, len(keys)
-        if count >= _COLUMNS_FROM and known.count(None) == count and set(map(len, keys)) == {1}:
-            results = self._accept_all(ids, real, rows)
-        if results is None:
-            seen = values or repeat(())
-            results = list(map(self._one, transactions, keys, known, seen))
-        return results
+        if not self._states:
+            real = [key for each in keys for key in each if key is not None]
+            self._states = dict(zip(real, writer.get_many(real), strict=True))
+        self._may_be_large = self._is_large(payload_bytes(self._request), sum(map(len, keys)))
+        return list(map(self._one, transactions, keys, known, values or repeat(())))
 
-    def _accept_all(
-        self, transaction_ids: list[bytes], keys: list[bytes], rows: list[bytes | None]
-    ) -> list[PushResult] | None:
+    def _is_large(self, size: int, operations: int) -> bool:
+        """Only a batch of that size can hold a transaction that is too large."""
+        return size + _COUNTED_OVERHEAD_BYTES * operations > self._bytes_max
+
+    def _accept_all(self, transaction_ids: list[bytes]) -> list[PushResult] | None:
         """What ``_one`` says to each transaction of a batch as most are, in columns: unknown
         transactions of one write, no entity twice, each built on what is here. None if it is not
-        like that; then nothing has changed. ``rows`` are what is stored at ``keys``."""
+        like that; then nothing has changed."""
+        if self._validates or self._below_floor or self._faults or self._upcast or self._asks:
+            return None
         transactions = self._request.transactions
-        operations = [transaction.operations[0] for transaction in transactions]
+        each = [transaction.operations for transaction in transactions]
+        count = len(each)
+        if set(map(len, each)) != {1}:
+            return None
+        operations = [operations[0] for operations in each]
         payloads = [operation.payload for operation in operations]
-        if self._validates or self._below_floor or self._may_be_large or None in payloads:
+        if None in payloads:
             return None
-        if self._faults or self._upcast or self._asks:
+        stored = cast("list[bytes]", payloads)
+        places = [operation.collection for operation in operations]
+        if not self._closed.keys().isdisjoint(places):
             return None
-        if not len(transactions) == len(set(keys)) == len(set(transaction_ids)):
+        if self._is_large(sum(map(len, stored)), count):
             return None
+        ids = [operation.entity_id for operation in operations]
+        infos = cast("list[CollectionInfo]", self._infos)
+        keys = [
+            infos[place].prefix + entity_id for place, entity_id in zip(places, ids, strict=True)
+        ]
+        if not count == len(set(keys)) == len(set(transaction_ids)):
+            return None
+        rows = self._writer.get_many(keys)
+        # Whoever decides one by one needs them as well.
+        self._states = dict(zip(keys, rows, strict=True))
         replaced = [(op, row) for op, row in zip(operations, rows, strict=True) if row is not None]
         if replaced:
             bases = [operation.base_version for operation, _ in replaced]
@@ -235,21 +255,14 @@ class Deciding:
         if self._planned is not None:
             self._make_collections(self._planned)
         writer, head, latest = self._writer, self._writer.head, self._timestamp_max
-        versions = range(head.sequence + 1, head.sequence + 1 + len(keys))
-        head.sequence += len(keys)
+        versions = range(head.sequence + 1, head.sequence + 1 + count)
+        head.sequence += count
         sent = [transaction.timestamp for transaction in transactions]
         stamps = [stamp if stamp <= latest else latest for stamp in sent]
         head.timestamp = max(head.timestamp, *stamps)
-        writer.accept_all(
-            [cast("CollectionInfo", self._infos[operation.collection]) for operation in operations],
-            [operation.entity_id for operation in operations],
-            rows,
-            cast("list[bytes]", payloads),
-            versions,
-            self._device_id,
-            stamps,
-        )
-        digests = [digest_operations(self._digest_heads, t.operations) for t in transactions]
+        into = [infos[place] for place in places]
+        writer.accept_all(into, ids, rows, stored, versions, self._device_id, stamps)
+        digests = digests_of_single(self._digest_heads, places, ids, stored)
         writer.put_all_accepted(transaction_ids, versions, digests)
         clamped = [0 if a == b else a for a, b in zip(stamps, sent, strict=True)]
         return list(map(PushResult, repeat(_ACCEPTED), versions, clamped))
