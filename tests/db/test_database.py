@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from entidb import cbor
+from entidb import F, cbor
 from entidb.db import Database, Role, dump, inspect
 from entidb.db.records import (
     FORMAT_VERSION,
@@ -30,6 +30,7 @@ from entidb.db.records import (
 )
 from entidb.errors import (
     ConfigError,
+    CorruptionError,
     DatabaseClosedError,
     DatabaseForkedError,
     DatabaseLockedError,
@@ -393,6 +394,20 @@ def test_verify_finds_a_flipped_bit_on_disk(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with Database.open(tmp_path / "db") as db:
         assert len(db.verify()) >= 1
+
+
+def test_a_question_that_looks_at_all_never_passes_over_a_flipped_bit(tmp_path: Path) -> None:
+    """It might have made of an entity that is asked for one that is not."""
+    with Database.open(tmp_path / "db") as db:
+        notes = {uid(n): {"n": n, "text": f"find me {n}"} for n in range(50)}
+        db.collection("notes").put_many(notes)
+    path = tmp_path / "db" / "data.mdb"
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"find me 7", b"find me 8"))
+    with Database.open(tmp_path / "db", salvage=True) as db:
+        for text in ("find me 7", "find me 8", "find me 9"):
+            with pytest.raises(CorruptionError, match="fails its checksum"):
+                list(db.collection("notes").where(F.text == text))
 
 
 # ---------------------------------------------------------------- local collections

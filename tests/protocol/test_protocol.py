@@ -359,8 +359,14 @@ def push_responses(draw: st.DrawFn) -> PushResponse:
             st.text(max_size=40),
         ),
     )
+    # Many that differ in their versions alone are written in another way.
+    verdict = draw(st.sampled_from([0, 1]))
+    alike = st.builds(PushResult, st.just(verdict), st.integers(1, 2**20) | versions)
+    results = draw(st.lists(result, max_size=6) | st.lists(alike, min_size=9, max_size=12))
+    if len(results) > 8 and draw(st.booleans()):
+        results[draw(st.integers(0, len(results) - 1))] = draw(result)
     return PushResponse(
-        results=draw(st.lists(result, max_size=6)),
+        results=results,
         collections=collections,
         head=draw(sequences),
         time=draw(sequences),
@@ -629,6 +635,34 @@ def test_each_path_takes_its_request(path: str):
     answer = PATHS[path].__name__[:-7] + "Response"
     answer = "Manifest" if answer == "SnapshotResponse" else answer
     assert protocol.response_type(request).__name__ == answer
+
+
+def many(*odd: PushTransaction) -> PushRequest:
+    """Transactions of one operation each, more than are looked at one by one; and ``odd`` ones."""
+    plain = [
+        PushTransaction(bytes([number]) * 16, 0, [PushOperation(0, DEVICE, 0, b"\x01")])
+        for number in range(1, 21)
+    ]
+    return replace(push(), collections=["a", "b"], transactions=[*plain[:10], *odd, *plain[10:]])
+
+
+def test_what_is_wrong_with_one_of_many_is_found_as_among_few():
+    wrote = [PushOperation(0, DEVICE, 0, b"\x01")]
+    fine = PushTransaction(b"\x99" * 16, 0, [*wrote, PushOperation(1, HISTORY, 0, None)])
+    for request in (many(), many(fine)):
+        assert decode(PushRequest, encode(request)) == request
+        count = protocol.operations_count(request)
+        assert decode(PushRequest, encode(request), limits(push_operations_max=count)) == request
+        with pytest.raises(ProtocolError, match=f"have {count} operations"):
+            decode(PushRequest, encode(request), limits(push_operations_max=count - 1))
+    for odd, said in (
+        (PushTransaction(b"\x03" * 16, 0, wrote), r"transactions\[10\].*id came before"),
+        (PushTransaction(b"\x99" * 16, 0, [PushOperation(2, DEVICE, 0, b"\x01")]), r"\[10\]"),
+        (PushTransaction(b"\x99" * 16, 0, []), r"\[10\]"),
+        (PushTransaction(b"\x99" * 16, 0, [*wrote, *wrote]), r"\[10\]"),
+    ):
+        with pytest.raises((ProtocolError, SyncCodecError), match=said):
+            decode(PushRequest, encode(many(odd)))
 
 
 def test_an_unknown_path_is_not_found():

@@ -28,6 +28,7 @@ from entidb.db.records import (
     unreadable,
 )
 from entidb.storage import Snapshot
+from entidb.storage.picking import picking
 from entidb.types import ID_BYTES
 
 #: More entities than any disk has room for.
@@ -188,16 +189,16 @@ class SnapshotRows(Struct, eq=False):
         if info is None:
             return
         low, high = info.prefix + start, end_of(info.prefix)
+        pick = picking(self.snapshot)
         while True:
-            page = self.snapshot.scan(low, high, limit=PAGE_ROWS)
-            for at in sieve.through([raw for _, raw in page]):
-                key, raw = page[at]
+            found, last = pick(low, high, PAGE_ROWS, sieve.through)
+            for key, raw in found:
                 payload = payload_of(raw)
                 if payload is not None:
                     yield key[5:], payload
-            if len(page) < PAGE_ROWS:
+            if last is None:
                 return
-            low = page[-1][0] + b"\0"
+            low = last + b"\0"
 
     def count(self, name: str) -> int:
         info = self.catalogue.by_name.get(name)

@@ -38,6 +38,7 @@ from entidb.protocol.messages import (
     PushOperation,
     PushRequest,
     PushResponse,
+    PushTransaction,
     RoundRequest,
     RoundResponse,
     ServerState,
@@ -65,6 +66,8 @@ _SMALL_BYTES_MAX: Final = 16 * 1024
 _DENSE_BYTES_MAX: Final = 1024 * 1024
 #: So few items are counted at once: a page in columns has not more, however large it is.
 _FEW_ITEMS: Final = 256
+#: More transactions than so many are looked at together first; for fewer that is more work.
+_MANY: Final = 8
 #: What a list or a map takes in memory (a map of one pair takes most), what anything else takes
 #: for each of its bytes (a text of two letters takes most), and what both may take together where
 #: no more is looked at: counting lists and maps is a hundred times faster than finding all items.
@@ -182,25 +185,11 @@ def _check_push_request(message: PushRequest, limits: Limits) -> None:
     _check_name("$.db_id", message.db_id)
     _check_different(message.collections, limits)
     names, transactions = len(message.collections), message.transactions
-    each = [transaction.operations for transaction in transactions]
-    if (
-        set(map(len, each)) == {1}
-        and max([operations[0].collection for operations in each]) < names
-        and len({transaction.transaction_id for transaction in transactions}) == len(each)
-    ):
-        count = len(each)  # as most are: nothing is wrong with any of them
-    else:
-        count = _check_transactions(message, names)
-    # A transaction alone is bounded by its bytes: refusing it here would stop the outbox for good.
-    if count > limits.push_operations_max and len(transactions) > 1:
-        raise _too_large("$.transactions", f"have {count} operations", limits.push_operations_max)
-
-
-def _check_transactions(message: PushRequest, names: int) -> int:
-    """How many operations they have."""
-    seen: set[bytes] = set()
     count = 0
-    for index, transaction in enumerate(message.transactions):
+    if transactions[_MANY:] and _are_plain(transactions, names):
+        count, transactions = len(transactions), []
+    seen: set[bytes] = set()
+    for index, transaction in enumerate(transactions):
         operations = transaction.operations
         seen.add(transaction.transaction_id)
         if len(seen) <= index:
@@ -211,7 +200,19 @@ def _check_transactions(message: PushRequest, names: int) -> int:
                 raise _no_such_collection(f"$.transactions[{index}].operations[0]")
         else:
             _check_operations(f"$.transactions[{index}]", operations, names)
-    return count
+    # A transaction alone is bounded by its bytes: refusing it here would stop the outbox for good.
+    if count > limits.push_operations_max and len(message.transactions) > 1:
+        raise _too_large("$.transactions", f"have {count} operations", limits.push_operations_max)
+
+
+def _are_plain(transactions: Sequence[PushTransaction], names: int) -> bool:
+    """Whether many are as most are: of one operation each, and nothing is wrong with any."""
+    each = [transaction.operations for transaction in transactions]
+    return (
+        set(map(len, each)) == {1}
+        and max([operations[0].collection for operations in each]) < names
+        and len({transaction.transaction_id for transaction in transactions}) == len(each)
+    )
 
 
 def _check_push_response(message: PushResponse, limits: Limits) -> None:

@@ -36,6 +36,8 @@ _PULL: Final = cbor.map_head(2) + cbor.text("pull")
 _PUSH: Final = cbor.text("push")
 #: No names, no commits.
 _NONE: Final = cbor.array_head(0)
+#: More answers than so many are looked at together first; for fewer that is more work.
+_MANY: Final = 8
 #: Of operations of a push, by the index of their collection.
 _OPERATION_HEADS: Final = tuple(b"\x84" + cbor.uint(index) + ID for index in range(64))
 #: The keys of the messages that are joined by hand.
@@ -164,22 +166,10 @@ def _encode_push_response(message: PushResponse) -> bytes:
         _KEYS["time"] + uint(message.time),
         _KEYS["results"] + array_head(len(message.results)),
     ]
-    parts += _results(message.results)
-    parts.append(_KEYS["collections"] + _names(message.collections))
-    return b"".join(parts)
-
-
-def _results(results: Sequence[PushResult]) -> Sequence[bytes]:
-    # Most answers say the same of everything and differ in the versions alone.
-    verdicts = {result.verdict for result in results}
-    if len(verdicts) == 1 and not any(
-        result.timestamp or result.states or result.code for result in results
-    ):
-        begins, ends = b"\x86" + _UINTS[verdicts.pop()], b"\x00\x80\x60\x60"
-        versions = map(uint, [result.version for result in results])
-        return begins, (ends + begins).join(versions), ends
-    parts: list[bytes] = []
-    for result in results:
+    results = message.results
+    alike = _alike(results) if results[_MANY:] else ()
+    parts += alike
+    for result in () if alike else results:
         parts += (
             b"\x86",
             _UINTS[result.verdict],
@@ -188,7 +178,21 @@ def _results(results: Sequence[PushResult]) -> Sequence[bytes]:
             _states(result.states) if result.states else b"\x80",
             cbor.text(result.code) + cbor.text(result.message) if result.code else b"\x60\x60",
         )
-    return parts
+    parts.append(_KEYS["collections"] + _names(message.collections))
+    return b"".join(parts)
+
+
+def _alike(results: Sequence[PushResult]) -> tuple[bytes, ...]:
+    """Answers that say the same of everything and differ in the versions alone, as most do; nothing
+    if these are not like that."""
+    verdicts = {result.verdict for result in results}
+    if len(verdicts) > 1 or any(
+        result.timestamp or result.states or result.code for result in results
+    ):
+        return ()
+    begins, ends = b"\x86" + _UINTS[verdicts.pop()], b"\x00\x80\x60\x60"
+    versions = map(uint, [result.version for result in results])
+    return begins, (ends + begins).join(versions), ends
 
 
 def _states(states: list[ServerState]) -> bytes:

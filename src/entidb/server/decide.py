@@ -207,12 +207,10 @@ class Deciding:
         if not self._states:
             real = [key for each in keys for key in each if key is not None]
             self._states = dict(zip(real, writer.get_many(real), strict=True))
-        self._may_be_large = self._is_large(payload_bytes(self._request), sum(map(len, keys)))
+        # Only a batch of that size can hold a transaction that is too large.
+        size = payload_bytes(self._request) + _COUNTED_OVERHEAD_BYTES * sum(map(len, keys))
+        self._may_be_large = size > self._bytes_max
         return list(map(self._one, transactions, keys, known, values or repeat(())))
-
-    def _is_large(self, size: int, operations: int) -> bool:
-        """Only a batch of that size can hold a transaction that is too large."""
-        return size + _COUNTED_OVERHEAD_BYTES * operations > self._bytes_max
 
     def _accept_all(self, transaction_ids: list[bytes]) -> list[PushResult] | None:
         """What ``_one`` says to each transaction of a batch as most are, in columns: unknown
@@ -233,7 +231,7 @@ class Deciding:
         places = [operation.collection for operation in operations]
         if not self._closed.keys().isdisjoint(places):
             return None
-        if self._is_large(sum(map(len, stored)), count):
+        if sum(map(len, stored)) + _COUNTED_OVERHEAD_BYTES * count > self._bytes_max:
             return None
         ids = [operation.entity_id for operation in operations]
         infos = cast("list[CollectionInfo]", self._infos)

@@ -11,11 +11,12 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from entidb.errors import DatabaseClosedError, StorageError
 from entidb.storage import Storage
 from entidb.storage.base import KEY_BYTES_MAX
+from entidb.storage.picking import picking
 
 #: Seconds after which a thread of a contract counts as stuck.
 STUCK_SECONDS = 60
@@ -163,6 +164,24 @@ class StorageContract:
                 assert snapshot.scan_keys(b"a", b"z", proved=True) == [b"a", b"b", b"c"]
                 assert snapshot.scan_keys(b"b", b"z", limit=1, proved=True) == [b"b"]
                 assert snapshot.scan_keys(b"d", b"z", proved=True) == []
+
+    def test_of_a_range_those_are_given_that_are_picked(self) -> None:
+        records = {bytes([n]): b"%d" % n for n in range(1, 9)}
+        with self.fresh(records) as storage, storage.snapshot() as snapshot:
+            pick = picking(snapshot)
+            seen: list[bytes] = []
+
+            def odd(values: Sequence[bytes]) -> list[int]:
+                seen.extend(values)
+                return [at for at, value in enumerate(values) if value[0] % 2]
+
+            some = [(b"\x03", b"3"), (b"\x05", b"5")]
+            assert pick(b"\x02", b"\x09", 4, odd) == (some, b"\x05")
+            assert [value[:1] for value in seen] == [b"2", b"3", b"4", b"5"]
+            assert pick(b"\x06", b"\x09", 4, odd) == ([(b"\x07", b"7")], None)
+            assert pick(b"\x08", b"\x09", 1, odd) == ([], b"\x08")
+            assert pick(b"\x09", b"\x0a", 4, odd) == ([], None)
+            assert pick(b"\x05", b"\x05", 4, odd) == ([], None)
 
     def test_a_scan_backwards_starts_below_stop(self) -> None:
         records = {bytes([n]): b"%d" % n for n in range(1, 9)}

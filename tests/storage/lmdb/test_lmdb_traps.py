@@ -469,6 +469,8 @@ def test_a_flipped_bit_is_never_returned(closed: Path) -> None:
                 lambda: snapshot.get_many([b"0123", b"none"]),
                 lambda: snapshot.get_many([b"%04d" % n for n in range(100, 150)]),
                 lambda: snapshot.scan(b"0122", b"0125"),
+                lambda: snapshot.pick(b"0122", b"0125", 3, lambda _: []),
+                lambda: snapshot.pick(b"0122", b"0125", 3, lambda _: [0]),
                 lambda: snapshot.scan_keys(b"0122", b"0125", proved=True),
             ):
                 with pytest.raises(CorruptionError, match=b"0123".hex()):

@@ -22,6 +22,7 @@ from entidb.storage.base import KEY_BYTES_MAX
 from entidb.storage.checksums import RESIDUE, U32
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.gate import CLOSED, DRAINING, SHED_EVERY_ROWS, Gate, Reader
+from entidb.storage.picking import Picked, Picks
 
 #: Records between two looks at ``stop``: small ranges do not read far over their end.
 _SCAN_CHUNK_FIRST: Final = 32
@@ -57,7 +58,7 @@ class LmdbSnapshot(Struct, eq=False, weakref=True):
             raise
         if stored is None:
             return None
-        if crc32(stored, crc32(key)) != RESIDUE:
+        if crc32(key + stored) != RESIDUE:
             raise self._corrupt(key)
         return stored[:-4]
 
@@ -83,7 +84,7 @@ class LmdbSnapshot(Struct, eq=False, weakref=True):
             None
             if stored is None
             else stored[:-4]
-            if crc32(stored, crc32(key)) == RESIDUE
+            if crc32(key + stored) == RESIDUE
             else self._raise_corrupt(key)
             for key, stored in zip(keys, found, strict=True)
         ]
@@ -95,10 +96,19 @@ class LmdbSnapshot(Struct, eq=False, weakref=True):
         return [
             (
                 key,
-                stored[:-4] if crc32(stored, crc32(key)) == RESIDUE else self._raise_corrupt(key),
+                stored[:-4] if crc32(key + stored) == RESIDUE else self._raise_corrupt(key),
             )
             for key, stored in pairs
         ]
+
+    def pick(self, start: bytes, stop: bytes, limit: int, picks: Picks) -> Picked:
+        """See ``PickingSnapshot``. ``picks`` sees values that end with their checksums."""
+        pairs = self.entries(start, stop, limit, False, values=True)
+        if [crc32(key + stored) for key, stored in pairs].count(RESIDUE) != len(pairs):
+            self.scan(start, stop, limit=limit)  # raises, and says which
+        found = [pairs[at] for at in picks([stored for _, stored in pairs])]
+        last = pairs[-1][0] if len(pairs) == limit else None
+        return [(key, stored[:-4]) for key, stored in found], last
 
     def scan_keys(
         self,
@@ -119,7 +129,7 @@ class LmdbSnapshot(Struct, eq=False, weakref=True):
             struct.pack(f"<{len(keys)}I", *map(crc32, keys)) != b"".join(stored)
         ):
             for key, value in found:
-                if crc32(value, crc32(key)) != RESIDUE:
+                if crc32(key + value) != RESIDUE:
                     raise self._corrupt(key)
         return keys
 
@@ -304,7 +314,7 @@ def record_faults(snapshot: LmdbSnapshot) -> Iterator[str]:
             looked_up = dict(txn.cursor().getmulti([key for key, _ in page]))
         previous = b""
         for key, stored in page:
-            if crc32(stored, crc32(key)) != RESIDUE:
+            if crc32(key + stored) != RESIDUE:
                 yield f"record {key.hex()}: checksum does not match"
             if key <= previous or key < start:
                 yield f"record {key.hex()}: out of order, the walk ended early"

@@ -231,7 +231,7 @@ def _limit(limit: int | None) -> Value:
 
 def proved(key: bytes, stored: bytes) -> bytes:
     """The value of a record as it is stored. Raises ``CorruptionError``."""
-    if crc32(stored, crc32(key)) != RESIDUE:
+    if crc32(key + stored) != RESIDUE:
         raise CorruptionError(
             f"the record at key {key.hex()} fails its checksum; it was not returned. Restore a "
             "backup of the PostgreSQL database"

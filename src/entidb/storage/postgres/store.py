@@ -339,7 +339,7 @@ class PostgresStorage:
             while True:
                 rows = snapshot.stored(last + b"\0", ABOVE_ALL, limit=_READ_AT_ONCE)
                 for key, stored in rows:
-                    if crc32(stored, crc32(key)) != RESIDUE:
+                    if crc32(key + stored) != RESIDUE:
                         yield f"the record at key {key.hex()} fails its checksum"
                 if len(rows) < _READ_AT_ONCE:
                     return
