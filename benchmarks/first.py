@@ -8,7 +8,6 @@ for all sizes, and the others where there is an image.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,6 @@ TARGET_MEMORY = Target("value", most=100.0)
 #: 20 Mbit/s, and 50 ms from one end to the other and back.
 LINE_BYTES_PER_S = 20e6 / 8
 LINE_DELAY_S = 0.025
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _MB = 1e6
 _IMAGE_S = 600.0
 _DB = "first"
@@ -62,9 +60,7 @@ def _figures(
         floors.append(batched_rate(world.directory, pairs))
         began = processor_s(server.pid)
         rates.append(count / _sync(world, server, server.url, count, memory=memory)["seconds"])
-        # The system's clock for it has ticks, and one device may cost less than one.
-        spent = max(processor_s(server.pid) - began, TICK_S)
-        work.append(1e6 * spent / count)
+        work.append(1e6 * (processor_s(server.pid) - began) / count)
         pages.append(count / _sync(world, server, server.url, count, segments=False)["seconds"])
     yield figure(
         "first",

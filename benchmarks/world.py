@@ -347,9 +347,9 @@ def memory_bytes(pid: int) -> tuple[int, int]:
 
 
 def processor_s(pid: int) -> float:
-    """Seconds of a processor that a process has taken."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Seconds of a processor that a process has taken, with threads that have ended."""
+    # As clock_getcpuclockid(3) names its clock; /proc/PID/stat counts in hundredths of a second.
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 # ---------------------------------------------------------------- the machine
