@@ -90,6 +90,7 @@ def _look_elsewhere(
         assert telling is not None
         told, used = b"", time.process_time()
         try:
+            go_on()  # a small file is looked at before the first time is over
             while True:
                 try:
                     out, errors = process.communicate(timeout=_LOOK_S)
