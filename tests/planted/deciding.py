@@ -58,9 +58,10 @@ def _digests_in_columns(garden: Garden) -> None:
 
     def make(original: Any) -> Any:
         def accept_all(self: Any, *rest: Any) -> Any:
-            first = self._request.transactions[0].operations
-            one = digest_operations(self._digest_heads, first)
-            with mock.patch.object(decide, "digest_operations", return_value=one):
+            transactions = self._request.transactions
+            one = digest_operations(self._digest_heads, transactions[0].operations)
+            all_of_them = [one] * len(transactions)
+            with mock.patch.object(decide, "digests_of_single", return_value=all_of_them):
                 return original(self, *rest)
 
         return accept_all

@@ -46,7 +46,7 @@ from entidb.storage.lmdb.snapshot import LmdbSnapshot
 from entidb.storage.lmdb.spacers import spacers
 from entidb.storage.lmdb.turn import COMMITTING, TURN
 from entidb.storage.lmdb.verifying import faults_of, snapshot_with_header
-from entidb.storage.lmdb.waiting import Waiting
+from entidb.storage.lmdb.waiting import MarkWaiting
 from entidb.storage.partial import Partial, remove_dead
 from entidb.storage.turns import Turn
 from entidb.types import Uncopied
@@ -95,7 +95,7 @@ class LmdbStorage(Uncopied):
         self.mark = self._file.mark
         self._turn_in_turn = Turn()
         self._commits = 0
-        self._waiting = Waiting(self._file)
+        self._waiting = MarkWaiting(self._file)
         #: Whether it has to be closed.
         self._made = True
 

@@ -32,7 +32,7 @@ _CHECK_SECONDS: Final = 0.25
 _MISSED_MAX: Final = 3
 
 
-class Waiting:
+class MarkWaiting:
     """``wait`` of a store, for as long as its file is open."""
 
     def __init__(self, file: OpenFile) -> None:
@@ -116,4 +116,4 @@ class Waiting:
             self.end()
 
 
-__all__ = ["Waiting"]
+__all__ = ["MarkWaiting"]
