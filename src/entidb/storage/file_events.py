@@ -14,6 +14,7 @@ import ctypes
 import functools
 import logging
 import os
+import select
 import struct
 import sys
 import threading
@@ -28,11 +29,11 @@ _IN_MODIFY: Final = 0x2
 _EVENT: Final = struct.Struct("=iIII")
 _READ_BYTES: Final = 2**16
 _OVERFLOWN: Final = -1
-#: Seconds from one reading to the next, so that who writes all the time does not wake this process
-#: each time: a commit writes twice, so it begins low; and more while something is there each time.
-_PAUSE_SECONDS: Final = 0.001
+#: Seconds from the first thing that happened until all are read: a commit writes twice, and whoever
+#: commits in this process is not to be kept from going on. More while things happen all the time.
+_PAUSE_SECONDS: Final = 0.0005
 _PAUSE_SECONDS_MAX: Final = 0.01
-#: A reading that had to wait as long was the first after a rest.
+#: What happened after so long is the first after a rest.
 _REST_SECONDS: Final = 0.02
 
 _log = logging.getLogger("entidb.storage")
@@ -99,14 +100,16 @@ class _Queue:
 
     def run(self) -> None:
         pause = _PAUSE_SECONDS
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLIN)
         while not self._is_over():
             began = time.monotonic()
-            numbers = _numbers(os.read(self.descriptor, _READ_BYTES))
+            poll.poll()
             rested = time.monotonic() - began > _REST_SECONDS
-            for watch in self._watched(numbers):
-                watch.stir()
             pause = _PAUSE_SECONDS if rested else min(2 * pause, _PAUSE_SECONDS_MAX)
             time.sleep(pause)
+            for watch in self._watched(_numbers(os.read(self.descriptor, _READ_BYTES))):
+                watch.stir()
 
     def _watched(self, numbers: set[int]) -> list[FileWatch]:
         with _lock:

@@ -25,6 +25,9 @@ _IDLE_SECONDS: Final = 10.0
 #: Where it tells: seconds from one piece of news to the next, so that who commits all the time does
 #: not wake this process each time.
 _PACE_SECONDS: Final = 0.005
+#: And how long what this process has committed itself may wait: it is no news to anybody here, and
+#: whoever has committed it goes on meanwhile.
+_OWN_SECONDS: Final = 0.01
 #: Seconds between two looks all the same, and how often one may find, one after the other, what the
 #: system had said nothing of for as long as that: then it does not tell, as for a file that
 #: another machine writes.
@@ -52,14 +55,20 @@ class MarkWaiting:
         early = self._news_at + _PACE_SECONDS - now
         if early > 0 and self._watching() is not None:
             time.sleep(min(early, max(0.0, timeout_s)))
+        is_own = False
         while True:
             watch = self._watching()
             stirring = watch.next if watch is not None else None
-            found = read_mark() != mark
+            newest = read_mark()
+            found = newest != mark
             now = time.monotonic()
-            if found or now >= deadline:
-                break
             left = deadline - now
+            if found and not is_own and newest == self._file.newest and left > 0:
+                is_own = True
+                time.sleep(min(_OWN_SECONDS, left))
+                continue
+            if found or left <= 0:
+                break
             if stirring is not None:
                 stirring.wait(min(left, _CHECK_SECONDS))
             else:
