@@ -12,9 +12,10 @@ import pytest
 from msgspec.structs import replace
 
 from entidb.db import purge_tombstones
-from entidb.protocol import LIMITS, PushRequest, PushResponse, PushTransaction
+from entidb.protocol import LIMITS, PushOperation, PushRequest, PushResponse, PushTransaction
 from entidb.server.decide import Deciding
-from entidb.server.hooks import Grant, Refusal
+from entidb.server.hooks import Grant, Refusal, Schema
+from entidb.server.service import DatabaseService
 from entidb.types import timestamp_from_ms
 from tests.server.test_service import NOW, op, request, tx
 from tests.support import GRANT, Columns, World, assert_sound, uid
@@ -114,6 +115,7 @@ ODD = {
     "R15 a deletion": tx(9, op(3, None, base=1)),
     "R15 not covered": tx(9, op(1, "a", collection=CLOSED)),
     "R15 one of two not covered": tx(9, op(1, "a", collection=CLOSED), op(30, "a")),
+    "R15 not canonical": tx(9, PushOperation(NOTES, uid(30).bytes, 0, b"\x18\x01")),
     "R15 refused by the hook": tx(9, op(30, "bad")),
     "R15 too large": tx(9, op(30, "x" * 400)),
     "R31 local on the server": tx(9, op(1, "a", collection=HERE)),
@@ -138,6 +140,22 @@ def test_r15_one_odd_transaction_has_its_batch_decided_one_by_one(
 
     columns.compare(life)
     assert columns.taken == 0
+
+
+@pytest.mark.parametrize(("schema", "taken"), [(0, 1), (1, 0), (2, 1)])
+def test_r33_a_batch_with_something_stored_instead_is_not_accepted_in_columns(
+    schema: int, taken: int, columns: Columns
+) -> None:
+    newer = Schema(2, 1, lambda collection, value, said: "newer" if value == "old" else value)
+
+    def life() -> list[Any]:
+        world = start()
+        world.service = DatabaseService(world.server, db_id="shop", limits=LIMITS, schema=newer)
+        batch = [*usual(), tx(9, op(30, "old"))]
+        return [told(world, (request(world, *batch, schema=schema, collections=NAMES), GRANT))]
+
+    columns.compare(life)
+    assert columns.taken == taken
 
 
 @pytest.mark.parametrize(("cursor", "taken"), [(1, 0), (2, 1)])

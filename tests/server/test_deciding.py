@@ -10,15 +10,24 @@ import pytest
 from msgspec.structs import replace
 
 from entidb import cbor
-from entidb.db import Database, Role
+from entidb.db import Database, Role, maintenance, purge_tombstones
 from entidb.db.maintenance import sequence_at
 from entidb.errors import HistoryChangedError, ResetRequiredError
-from entidb.protocol import LIMITS, PushOperation, PushResponse, PushTransaction, transaction_bytes
+from entidb.protocol import (
+    LIMITS,
+    PushOperation,
+    PushResponse,
+    PushTransaction,
+    Verdict,
+    transaction_bytes,
+)
+from entidb.server import ServerConfig
 from entidb.server.decide import CONFLICT_STATES_MAX
-from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransaction
+from entidb.server.fullness import fullness_of
+from entidb.server.hooks import Grant, Refusal, Schema, ValidateContext, ValidateTransaction
 from entidb.server.service import DatabaseService
 from entidb.storage import LmdbStorage
-from entidb.types import timestamp_from_ms
+from entidb.types import TRANSACTION_COLLECTIONS_MAX, timestamp_from_ms
 from tests.server.test_service import (
     ACCEPTED,
     CONFLICT,
@@ -90,6 +99,54 @@ def test_r14_a_known_transaction_has_its_answer_although_the_token_covers_less_n
     assert push(world, known, grant=NOTES_ONLY) == [first]
 
 
+def test_r14_what_was_clamped_is_said_again_of_what_the_token_does_not_cover_any_more() -> None:
+    world = World()
+    known = tx(1, op(1, "a", collection=1), timestamp=NOW + timestamp_from_ms(10_000))
+    [first] = push(world, known)
+    assert first.timestamp == NOW | 0xFFFF
+    assert push(world, known, grant=NOTES_ONLY) == [first]
+
+
+def test_r14_a_known_id_with_a_write_to_a_collection_that_is_not_there_is_superseded() -> None:
+    world = World()
+    [first] = push(world, tx(1, op(1, "a")))
+    [again] = push(world, tx(1, op(1, "a", collection=1)), grant=NOTES_ONLY)
+    assert (again.verdict, again.version) == (SUPERSEDED, first.version)
+
+
+@pytest.mark.parametrize(("schema", "verdict"), [(0, ACCEPTED), (1, SUPERSEDED)])
+def test_r14_a_known_deletion_is_answered_although_its_tombstone_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, schema: int, verdict: Verdict
+) -> None:
+    # Ids are forgotten a few commits after tombstones; a push may come in between.
+    monkeypatch.setattr(maintenance, "_forget_accepted", lambda database: None)
+    world = World()
+    newer = Schema(2, 1, lambda collection, value, said: [value])
+    world.service = DatabaseService(world.server, db_id="shop", limits=LIMITS, schema=newer)
+    push(world, tx(1, op(1, "a")), schema=schema)
+    sent = tx(2, op(1, None, base=1), op(2, "b"))
+    [first] = push(world, sent, schema=schema)
+    assert push(world, sent, schema=schema) == [first]
+    purge_tombstones(world.server, first.version)
+    [again] = push(world, sent, schema=schema)
+    # Of what was stored instead of the device's bytes (R33) nobody knows all any more.
+    assert (again.verdict, again.version) == (verdict, first.version)
+
+
+def test_r33_what_was_stored_instead_is_answered_until_something_replaces_a_part_of_it() -> None:
+    world = World()
+    newer = Schema(2, 1, lambda collection, value, said: [value])
+    world.service = DatabaseService(world.server, db_id="shop", limits=LIMITS, schema=newer)
+    sent = tx(1, op(1, "a"), op(2, "b"))
+    [first] = push(world, sent, schema=1)
+    assert [state.payload for state in first.states] == [op(0, [v]).payload for v in ("a", "b")]
+    world.put(("notes", 3, "beside"))
+    assert push(world, sent, schema=1) == [first]
+    world.put(("notes", 2, "later"))
+    [again] = push(world, sent, schema=1)
+    assert (again.verdict, again.version, again.states) == (SUPERSEDED, first.version, [])
+
+
 # ---------------------------------------------------------------- R15
 
 
@@ -99,6 +156,9 @@ def test_r15_a_transaction_of_exactly_the_limit_is_accepted() -> None:
     for limit, verdict in ((size, ACCEPTED), (size - 1, REJECTED)):
         world = World(limits=replace(LIMITS, transaction_bytes_max=limit))
         assert verdicts(push(world, tx(1, wide))) == [verdict]
+        # Beside others it is measured by itself.
+        beside = tx(2, replace(wide, entity_id=uid(2).bytes)), tx(3, op(3, None))
+        assert verdicts(push(world, *beside)) == [verdict, ACCEPTED]
 
 
 def test_r15_many_small_operations_make_a_transaction_too_large_as_well() -> None:
@@ -184,6 +244,7 @@ def test_r15_a_collection_the_token_does_not_cover_does_not_come_to_be() -> None
         world, tx(1, op(1, "a")), tx(2, op(1, "a", collection=1)), grant=NOTES_ONLY, **changes
     )
     assert verdicts(results) == [REJECTED, ACCEPTED]
+    assert (results[0].code, "'other'" in results[0].message) == ("forbidden", True)
     assert world.server.collections() == ["notes"]
 
 
@@ -208,6 +269,7 @@ def test_r31_a_collection_that_is_local_on_the_server_is_refused() -> None:
     world.server.declare_local("other")
     results = push(world, tx(1, op(1, "a", collection=1)), tx(2, op(1, "a")))
     assert verdicts(results) == [REJECTED, ACCEPTED]
+    assert (results[0].code, "'other'" in results[0].message) == ("forbidden", True)
     assert world.values("other") == {}
 
 
@@ -225,6 +287,44 @@ def test_r15_a_hook_that_raises_is_logged_for_the_operator(
     assert "the hook's own trouble" in caplog.text
 
 
+def test_r3_a_transaction_writes_to_as_many_collections_as_it_may_and_no_more() -> None:
+    names = [f"c{number}" for number in range(TRANSACTION_COLLECTIONS_MAX + 1)]
+    every = [op(1, "a", collection=place) for place in range(len(names))]
+    # A second write to a collection counts nothing.
+    fits, too_many = tx(1, *every[:-1], op(2, "b")), tx(2, *every[1:], op(2, "c"), op(3, "c"))
+    world = World()
+    results = push(world, fits, too_many, tx(3, op(3, "built on it")), collections=names)
+    assert verdicts(results) == [ACCEPTED, REJECTED, CONFLICT]
+    assert results[1].code == "too_large"
+    assert f"{len(names)} collections" in results[1].message
+    assert f"may to {TRANSACTION_COLLECTIONS_MAX}" in results[1].message
+    assert world.values("c0") == {1: "a", 2: "b"}
+
+
+def test_r15_each_of_many_that_are_too_large_is_refused() -> None:
+    small = op(1, "a")
+    world = World(limits=replace(LIMITS, transaction_bytes_max=transaction_bytes([small]) - 1))
+    results = push(world, *[tx(number, op(number, "a")) for number in range(1, 9)])
+    assert [(r.verdict, r.code) for r in results] == [(REJECTED, "too_large")] * 8
+
+
+def test_r33_what_is_stored_instead_is_what_is_counted_as_full() -> None:
+    other = {"short": "x" * 900, "x" * 900: "short"}
+    world = World()
+    most = world.server.storage.info().used_bytes + 500
+    config = ServerConfig(data_dir=None, insecure_no_auth=True, database_bytes_max=most)
+    world.service = DatabaseService(
+        world.server,
+        db_id="shop",
+        limits=LIMITS,
+        schema=Schema(2, 1, lambda collection, value, said: other[value]),
+        fullness=fullness_of(config, world.server, world.clock),
+    )
+    results = push(world, tx(1, op(1, "short")), tx(2, op(2, "x" * 900)), schema=1)
+    assert [r.code for r in results] == ["over_quota", ""]
+    assert world.values() == {2: "short"}
+
+
 # ---------------------------------------------------------------- errors with details
 
 
@@ -236,8 +336,6 @@ def test_a_push_of_nothing_to_an_empty_database_is_answered() -> None:
 
 
 def test_errors_name_the_floor_the_history_and_the_head() -> None:
-    from entidb.db import purge_tombstones
-
     world = World()
     world.put(("notes", 1, "a"))
     world.put(("notes", 1, None))

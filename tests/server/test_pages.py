@@ -182,6 +182,48 @@ def test_r19_a_page_asked_for_without_anything_on_it_has_a_commit_all_the_same()
     world.put(("notes", 3, "x"))
     page = pull(world, limit=0)
     assert (len(rows_of(page)), page.cursor, page.has_more) == (2, 1, True)
+    world = World()
+    for n in range(3):
+        world.put(("notes", n, "x"))
+    for limit in (0, 1):
+        page = pull(world, limit=limit)
+        assert (len(rows_of(page)), page.cursor, page.has_more) == (1, 1, True)
+
+
+def test_a_page_of_everything_that_goes_on_says_how_many_entities_there_are() -> None:
+    world = World()
+    world.put(("notes", 1, "x"), ("notes", 2, "x"), ("tasks", 1, "x"), ("other", 1, "x"))
+    world.put(("notes", 2, None))
+    grant = Grant("reader", True, False, frozenset({"notes", "tasks"}))
+    first = pull(world, grant, limit=1, full=True)
+    assert (first.has_more, first.live) == (True, 2)
+    last = pull(world, grant, cursor=first.cursor, full=True)
+    assert (last.has_more, last.live) == (False, None)
+    delta = pull(world, grant, limit=1)
+    assert (delta.has_more, delta.live) == (True, None)
+
+
+@forms
+def test_a_page_of_a_state_is_of_that_state(columns: bool) -> None:
+    world = World()
+    world.put(("notes", 1, "x"))
+    with world.server.view() as view:
+        before = world.service.pull_bytes(asked(world, columns=columns), GRANT)
+        world.put(("notes", 2, "later"))
+        shown = world.service.pull_bytes(asked(world, columns=columns), GRANT, view)
+    assert shown == before != world.service.pull_bytes(asked(world, columns=columns), GRANT)
+
+
+def test_who_wants_to_know_of_pages_is_told_where_each_leads_to() -> None:
+    world = World()
+    for n in range(2):
+        world.put(("notes", n, "x"))
+    told: list[tuple[PullRequest, int]] = []
+    world.service.on_page = lambda request, cursor: told.append((request, cursor))
+    requests = [asked(world, limit=1), asked(world, cursor=1)]
+    for request in requests:
+        world.service.pull(request, GRANT)
+    assert told == [(requests[0], 1), (requests[1], 2)]
 
 
 def test_r19_the_server_bounds_the_bytes_of_a_page_too() -> None:

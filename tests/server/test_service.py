@@ -595,6 +595,10 @@ def test_the_idle_pull_answers_only_what_a_real_one_would() -> None:
     world.put(("notes", 2, "by a program"))
     assert world.service.idle_pull(idle, GRANT) is None
     assert world.service.pull(idle, GRANT).head == 2
+    idle = replace(idle, cursor=2)
+    answer = world.service.idle_pull(idle, GRANT)
+    assert answer is not None, "the pull has just learned where the head is"
+    assert answer == world.service.pull(idle, GRANT)
 
 
 def test_a_push_that_changed_nothing_does_not_answer_for_the_commit_after_it() -> None:
@@ -619,6 +623,9 @@ def test_the_interpreter_is_let_go_between_the_pushes_of_a_group_where_others_co
     answers = world.service.push_many(members)
     assert [answer.results[0].verdict for answer in answers] == [ACCEPTED] * 4  # type: ignore[union-attr]
     assert rests == ([LET_GO_S] * 3 if lets_go else [])
+    # Between two of them once.
+    world.service.push_many([(request(world, tx(n, op(n, "x"))), GRANT) for n in (10, 11)])
+    assert len(rests) == (4 if lets_go else 0)
     # One alone is not held up.
     assert push(world, tx(9, op(9, "x")))[0].verdict == ACCEPTED
-    assert len(rests) == (3 if lets_go else 0)
+    assert len(rests) == (4 if lets_go else 0)
