@@ -487,6 +487,42 @@ def test_r29_an_older_server_or_device_proves_as_before() -> None:
         world.service.pull(replace(pull, seen=SeenCommit(state.cursor, bytes(8))), GRANT)
 
 
+def test_r29_a_server_without_a_commit_has_no_term_and_refuses_none() -> None:
+    world = World()
+    pull = PullRequest(
+        db_id="shop",
+        device_id=DEVICE,
+        history=world.server.history or b"",
+        cursor=0,
+        limit=10,
+        bytes_max=1000,
+        seen=SeenCommit(0, bytes(8)),
+    )
+    assert world.service.pull(pull, GRANT).term is None
+
+
+def test_r29_the_newest_term_with_a_commit_from_before_it_proves_it_too() -> None:
+    world, a, _, _ = gone_on_world()
+    head = head_of(world)
+    pull = PullRequest(
+        db_id="shop",
+        device_id=DEVICE,
+        history=a.state.history or b"",
+        cursor=head,
+        limit=10,
+        bytes_max=1000,
+    )
+    newest = world.service.pull(pull, READER).term
+    assert newest is not None and newest.first > 1
+    for version, refused in ((newest.first, False), (newest.first - 1, True)):
+        said = replace(pull, seen=SeenCommit(version, newest.name))
+        if refused:
+            with pytest.raises(HistoryChangedError, match="is another one than"):
+                world.service.pull(said, READER)
+        else:
+            assert world.service.pull(said, READER).head == head
+
+
 @pytest.mark.parametrize("term", [None, Term(1, b"the term")])
 @pytest.mark.parametrize("head", [100, 149, 199])
 def test_r29_an_older_server_may_have_moved_the_cursor_beyond_what_has_a_term(
