@@ -14,7 +14,14 @@ from entidb.db import Role
 from entidb.db.records import META_IDENTITY
 from entidb.db.replica import ReplicaState
 from entidb.errors import HistoryChangedError, PermissionDeniedError, TransportError
-from entidb.protocol import HandshakeRequest, PullRequest, PullResponse, PushRequest
+from entidb.protocol import (
+    HandshakeRequest,
+    PullRequest,
+    PullResponse,
+    PushRequest,
+    PushResponse,
+    RoundRequest,
+)
 from entidb.server import ServerConfig, SyncServer
 from entidb.server.hooks import Grant
 from entidb.server.proofs import HISTORIES_MAX, HISTORIES_WITHIN_MS, Proofs
@@ -485,6 +492,32 @@ def test_r29_an_older_server_or_device_proves_as_before() -> None:
     assert world.service.pull(unknown, GRANT).head == head_of(world)
     with pytest.raises(HistoryChangedError):
         world.service.pull(replace(pull, seen=SeenCommit(state.cursor, bytes(8))), GRANT)
+
+
+@pytest.mark.parametrize("is_round", [False, True])
+def test_r29_what_nobody_believes_is_not_decided_either(is_round: bool) -> None:
+    world, a, _, _ = gone_on_world()
+    history, head = a.state.history, head_of(world)
+    assert history is not None and a.state.seen is not None
+    assert a.state.seen.version <= head
+    pushed = request(world, tx(1, op(50, "x")), history=history, cursor=head, seen=a.state.seen)
+    pull = PullRequest(
+        db_id="shop",
+        device_id=DEVICE,
+        history=history,
+        cursor=head,
+        limit=10,
+        bytes_max=1000,
+        seen=a.state.seen,
+    )
+    member: PushRequest | RoundRequest = (
+        RoundRequest(pull=pull, push=pushed) if is_round else pushed
+    )
+    beside = request(world, tx(2, op(51, "x")))
+    answers = world.service.push_many([(member, LIMITED), (beside, GRANT)])
+    assert [type(answer) for answer in answers] == [HistoryChangedError, PushResponse]
+    assert world.server.history == history
+    assert 51 in world.values() and 50 not in world.values()
 
 
 def test_r29_a_server_without_a_commit_has_no_term_and_refuses_none() -> None:

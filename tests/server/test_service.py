@@ -13,6 +13,7 @@ from entidb.db import purge_tombstones
 from entidb.errors import (
     HistoryChangedError,
     PermissionDeniedError,
+    ProtocolError,
     ResetRequiredError,
     StorageError,
     SyncError,
@@ -440,6 +441,25 @@ def test_r16_one_members_failure_touches_no_other() -> None:
         [""],
     ]
     assert world.values() == {1: "a", 5: "e"}
+
+
+def test_r16_a_push_that_is_too_much_work_touches_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_much(request: PushRequest) -> dict[bytes, tuple[str, str]]:
+        if len(request.transactions) > 1:
+            raise ProtocolError("too much together", code="too_large")
+        return {}
+
+    monkeypatch.setattr("entidb.server.service.too_much", too_much)
+    world = World()
+    members = [
+        (request(world, tx(1, op(1, "a")), tx(2, op(2, "b"))), GRANT),
+        (request(world, tx(3, op(3, "c"))), GRANT),
+    ]
+    answers = world.service.push_many(members)
+    assert [type(answer) for answer in answers] == [ProtocolError, PushResponse]
+    assert world.values() == {3: "c"}
 
 
 def test_r17_a_storage_error_accepts_nothing_and_forgets_what_it_knew() -> None:

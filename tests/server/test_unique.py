@@ -11,17 +11,18 @@ from msgspec.structs import replace
 from entidb import ConfigError, Index, cbor
 from entidb.db.index_care import declare, rebuild
 from entidb.errors import ServerBusyError
-from entidb.protocol import PushResponse, PushResult, ServerState
+from entidb.protocol import PullRequest, PushResponse, PushResult, RoundRequest, ServerState
 from entidb.server import Grant, ServerConfig
 from entidb.server.directory import on_disk
 from entidb.server.hooks import Schema
-from entidb.server.service import DatabaseService
+from entidb.server.service import BehindError, DatabaseService
 from entidb.server.stores import Stores
 from entidb.sync.apply.settle import HOLDERS_MAX
 from tests.server.support import ManualClock
 from tests.server.test_service import (
     ACCEPTED,
     CONFLICT,
+    DEVICE,
     REJECTED,
     SUPERSEDED,
     op,
@@ -222,6 +223,26 @@ def test_a_push_waits_for_an_index_that_is_being_built_and_others_do_not(world: 
     assert isinstance(answers[1], PushResponse)
     world.server.wait_for_indexes()
     assert codes(push(world, tx(1, mail(2, "a")))) == ["not_unique"]
+
+
+def test_a_round_for_which_an_index_is_being_built_is_behind(world: World) -> None:
+    """What follows is a push of its own, and that waits."""
+    version = world.put(("notes", 1, {"email": "a"}))
+    rebuild(world.server)
+    pulled = PullRequest(
+        db_id="shop",
+        device_id=DEVICE,
+        history=world.server.history or b"",
+        cursor=version,
+        limit=10,
+        bytes_max=1000,
+    )
+    pushed = request(world, tx(1, mail(2, "b")), cursor=version)
+    [answer] = world.service.push_many([(RoundRequest(pull=pulled, push=pushed), GRANT)])
+    assert isinstance(answer, BehindError)
+    world.server.wait_for_indexes()
+    [answer] = world.service.push_many([(RoundRequest(pull=pulled, push=pushed), GRANT)])
+    assert isinstance(answer, PushResponse)
 
 
 # ---------------------------------------------------------------- settings

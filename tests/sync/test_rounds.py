@@ -8,10 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import pytest
+from msgspec.structs import replace
 
 from entidb import Database, RetryConfig, SyncConfig, SyncEngine
-from entidb.db import Role
-from entidb.errors import PermissionDeniedError, SyncError, TransportError
+from entidb.db import Role, purge_tombstones
+from entidb.errors import (
+    HistoryChangedError,
+    PermissionDeniedError,
+    ResetRequiredError,
+    ServerBusyError,
+    SyncError,
+    TransportError,
+)
 from entidb.protocol import (
     LIMITS,
     PullRequest,
@@ -386,6 +394,45 @@ def test_nothing_of_a_round_that_is_behind_is_remembered(service: DatabaseServic
     (answer,) = service.push_many([(current, GRANT)])
     assert isinstance(answer, PushResponse)
     assert answer.results[0].verdict == Verdict.ACCEPTED
+
+
+def test_a_round_is_refused_as_its_pull_would_be(service: DatabaseService) -> None:
+    history = service.database.history
+    assert history is not None
+    service.push_many([(push(history, 1), GRANT)])
+    current = round_of(service, 1, push(history, 2))
+    other = replace(current, pull=replace(current.pull, history=bytes(16)))
+    ahead = round_of(service, 9, push(history, 3))
+    limited = Grant("limited", True, True, frozenset(["notes"]))
+    answers = service.push_many(
+        [(current, Grant("writer", False, True)), (other, GRANT), (ahead, limited)]
+    )
+    assert [type(answer) for answer in answers] == [
+        PermissionDeniedError,
+        HistoryChangedError,
+        HistoryChangedError,
+    ]
+    purge_tombstones(service.database, 1)
+    (answer,) = service.push_many([(round_of(service, 0, push(history, 4)), GRANT)])
+    assert isinstance(answer, ResetRequiredError)
+    assert service.database.read_head().sequence == 1
+
+
+def test_a_round_is_behind_where_a_push_would_have_to_wait(service: DatabaseService) -> None:
+    """It is told so at once; the push that follows its pull is the one that waits."""
+    history = service.database.history
+    assert history is not None
+    service.is_frozen = lambda: True
+    (answer, pushed) = service.push_many(
+        [(round_of(service, 0, push(history, 1)), GRANT), (push(history, 2), GRANT)]
+    )
+    assert isinstance(answer, BehindError)
+    assert isinstance(pushed, ServerBusyError)
+    assert pushed.details == {"reason": "frozen"}
+    assert service.database.read_head().sequence == 0
+    service.is_frozen = lambda: False
+    (answer,) = service.push_many([(round_of(service, 0, push(history, 1)), GRANT)])
+    assert isinstance(answer, PushResponse)
 
 
 def test_versions_that_were_accepted_count_as_had(service: DatabaseService) -> None:
