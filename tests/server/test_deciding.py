@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from entidb import cbor
 from entidb.db import Database, Role, maintenance, purge_tombstones
-from entidb.db.maintenance import sequence_at
+from entidb.db.maintenance import CLOCK_MARK_MS, sequence_at
 from entidb.errors import HistoryChangedError, ResetRequiredError
 from entidb.protocol import (
     LIMITS,
@@ -325,6 +325,20 @@ def test_r33_what_is_stored_instead_is_what_is_counted_as_full() -> None:
     assert world.values() == {2: "short"}
 
 
+def test_what_a_push_adds_counts_for_the_next_before_it_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    measured = world.server.storage.info()
+    monkeypatch.setattr(type(world.server.storage), "info", lambda self: measured)
+    most = measured.used_bytes + 1000
+    config = ServerConfig(data_dir=None, insecure_no_auth=True, database_bytes_max=most)
+    fullness = fullness_of(config, world.server, world.clock)
+    world.service = DatabaseService(world.server, db_id="shop", limits=LIMITS, fullness=fullness)
+    codes = [push(world, tx(n, op(n, "x" * size)))[0].code for n, size in enumerate((600, 600, 90))]
+    assert codes == ["", "over_quota", ""]
+
+
 # ---------------------------------------------------------------- errors with details
 
 
@@ -368,6 +382,32 @@ def test_r28_a_push_tells_the_retention_clock_where_the_log_stands() -> None:
     push(world, tx(1, op(1, "a")))
     push(world, tx(2, op(2, "a")))
     assert sequence_at(world.server, START_MS) == 1
+
+
+def test_r28_pushes_tell_it_once_in_a_while_and_again_where_the_clock_was_wrong() -> None:
+    world = World()
+    made: list[int] = []
+    # The time of each push, and whether it leaves a mark.
+    for number, (time, marks) in enumerate(
+        [
+            (0, True),
+            (0, False),
+            (CLOCK_MARK_MS - 1, False),
+            (CLOCK_MARK_MS, True),
+            (CLOCK_MARK_MS, False),
+            (2 * CLOCK_MARK_MS - 1, False),
+            (2 * CLOCK_MARK_MS, True),
+            (2 * CLOCK_MARK_MS + 1, False),
+            # Put right: the marks that are of a time to come go, or none would be made until then.
+            (CLOCK_MARK_MS - 1, True),
+            (CLOCK_MARK_MS, False),
+        ]
+    ):
+        world.clock.ms = START_MS + time
+        push(world, tx(number, op(number, "a")))
+        made.append(sequence_at(world.server, world.clock.ms))
+        expected = number + 1 if marks else made[-2]
+        assert made[-1] == expected, (number, made)
 
 
 def test_observers_on_the_server_are_told_of_a_push() -> None:
