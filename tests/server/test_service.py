@@ -31,8 +31,9 @@ from entidb.protocol import (
     PushTransaction,
     Verdict,
 )
-from entidb.server.hooks import Grant, Refusal, ValidateContext, ValidateTransaction
-from entidb.server.service import LET_GO_S
+from entidb.server import service
+from entidb.server.hooks import Grant, Refusal, Schema, ValidateContext, ValidateTransaction
+from entidb.server.service import LET_GO_S, DatabaseService
 from entidb.types import timestamp_from_ms
 from tests.support import GRANT, START_MS, World, assert_sound, uid
 
@@ -451,7 +452,7 @@ def test_r16_a_push_that_is_too_much_work_touches_no_other(
             raise ProtocolError("too much together", code="too_large")
         return {}
 
-    monkeypatch.setattr("entidb.server.service.too_much", too_much)
+    monkeypatch.setattr(service, "too_much", too_much)
     world = World()
     members = [
         (request(world, tx(1, op(1, "a")), tx(2, op(2, "b"))), GRANT),
@@ -460,6 +461,33 @@ def test_r16_a_push_that_is_too_much_work_touches_no_other(
     answers = world.service.push_many(members)
     assert [type(answer) for answer in answers] == [ProtocolError, PushResponse]
     assert world.values() == {3: "c"}
+
+
+@pytest.mark.parametrize("schema", [0, 1])
+def test_r15_what_is_too_much_work_is_refused_before_anybody_looks_at_it(
+    monkeypatch: pytest.MonkeyPatch, schema: int
+) -> None:
+    looked: list[bytes] = []
+    told: list[Any] = []
+
+    def value_of(payload: bytes) -> tuple[Any, str | None]:
+        looked.append(payload)
+        return cbor.decode(payload), None
+
+    def upcast(collection: str, value: Any, said: int) -> Any:
+        told.append(value)
+        return [value]
+
+    fault = "codec_error", "too many lists"
+    monkeypatch.setattr(service, "too_much", lambda request: {tx(1).transaction_id: fault})
+    monkeypatch.setattr(service, "value_of", value_of)
+    world = World()
+    world.service = DatabaseService(
+        world.server, db_id="shop", limits=LIMITS, schema=Schema(2, 1, upcast)
+    )
+    results = push(world, tx(1, op(1, "a")), tx(2, op(2, "b")), schema=schema)
+    assert [result.code for result in results] == ["codec_error", ""]
+    assert (looked, told) == ([cbor.encode("b")], ["b"] * schema)
 
 
 def test_r17_a_storage_error_accepts_nothing_and_forgets_what_it_knew() -> None:

@@ -35,12 +35,13 @@ from entidb.protocol import (
 from entidb.server import Grants, Rights, SyncServer
 from entidb.server.hooks import Grant
 from entidb.server.pages import unseen
-from entidb.server.service import BehindError, DatabaseService
+from entidb.server.service import ROUND_ROWS_MAX, BehindError, DatabaseService
 from entidb.sync import HttpTransport, LoopbackClient
 from entidb.sync.refusal import TRY_AGAIN_CYCLES
 from entidb.sync.rounds import FAILURES_MAX
 from entidb.sync.transport import HttpResponse
 from tests.server.support import pull, push
+from tests.support import uid
 
 GRANT = Grant("tester", True, True)
 Answer = Callable[[], HttpResponse]
@@ -416,6 +417,23 @@ def test_a_round_is_refused_as_its_pull_would_be(service: DatabaseService) -> No
     (answer,) = service.push_many([(round_of(service, 0, push(history, 4)), GRANT)])
     assert isinstance(answer, ResetRequiredError)
     assert service.database.read_head().sequence == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(ROUND_ROWS_MAX, PushResponse), (ROUND_ROWS_MAX + 1, BehindError)]
+)
+def test_a_round_is_behind_where_there_is_more_than_it_looks_at(
+    service: DatabaseService, rows: int, kind: type
+) -> None:
+    """Whatever it is: here nothing that the device would pull."""
+    history = service.database.history
+    assert history is not None
+    for number in range(rows):
+        service.database.collection("others")[uid(number)] = number
+    request = round_of(service, 0, push(history, 1))
+    request = replace(request, pull=replace(request.pull, collections=["notes"]))
+    (answer,) = service.push_many([(request, GRANT)])
+    assert type(answer) is kind
 
 
 def test_a_round_is_behind_where_a_push_would_have_to_wait(service: DatabaseService) -> None:
