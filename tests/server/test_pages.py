@@ -176,6 +176,20 @@ def test_r31_a_scope_chooses_among_what_the_token_grants() -> None:
         assert pull(world, grant, collections=wanted).collections == expected
 
 
+def test_r31_what_is_local_on_the_server_is_for_no_device() -> None:
+    world = World()
+    world.server.declare_local("here")
+    world.put(("here", 1, "x"), ("notes", 1, "x"))
+    world.put(("here", 2, "x"))
+    world.put(("notes", 2, "x"))
+    for wanted in (None, ["here", "notes"]):
+        page = pull(world, collections=wanted, full=True)
+        assert (page.collections, page.cursor) == (["notes"], world.server.sequence)
+        # None of it is counted either.
+        page = pull(world, collections=wanted, full=True, limit=1)
+        assert (page.has_more, page.live) == (True, 2)
+
+
 def test_r19_a_page_asked_for_without_anything_on_it_has_a_commit_all_the_same() -> None:
     world = World()
     world.put(("notes", 1, "x"), ("notes", 2, "x"))
@@ -224,6 +238,20 @@ def test_who_wants_to_know_of_pages_is_told_where_each_leads_to() -> None:
     for request in requests:
         world.service.pull(request, GRANT)
     assert told == [(requests[0], 1), (requests[1], 2)]
+
+
+def test_r19_a_page_that_names_enough_collections_where_a_read_ends_is_cut_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pages, "PAGE_NAMES_MAX", 5)
+    world = World()
+    for n in range(READ_ROWS + 1):
+        # The last four of the first read are the only ones in their collections.
+        world.put((f"c{n}" if 0 < READ_ROWS - n < 5 else "c", n, "x"))
+    page = pull(world)
+    assert (len(page.collections), page.cursor, page.has_more) == (5, READ_ROWS, True)
+    page = pull(world, collections=page.collections[:4])
+    assert (len(page.collections), page.cursor, page.has_more) == (4, READ_ROWS + 1, False)
 
 
 def test_r19_the_server_bounds_the_bytes_of_a_page_too() -> None:
@@ -296,10 +324,10 @@ def test_r19_a_page_that_is_full_where_a_read_ends_is_cut_there() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 20])
-@pytest.mark.parametrize("gone", [True, False], ids=["gone", "older"])
+@pytest.mark.parametrize("by", [None, 100, -1], ids=["gone", "newer", "older"])
 @forms
 def test_a_log_that_names_what_is_not_there_is_reported_with_its_place(
-    place: int, gone: bool, columns: bool
+    place: int, by: int | None, columns: bool
 ) -> None:
     world = World()
     for n in range(30):
@@ -309,12 +337,14 @@ def test_a_log_that_names_what_is_not_there_is_reported_with_its_place(
     flags, sequence, version, device, stamp = unpack_entity(raw)
     payload = payload_of(raw)
     assert payload is not None
-    other = pack_entity(flags, sequence, version + 100, device, stamp) + payload
-    world.server_storage.inner.commit({key: None if gone else other})
+    other = None
+    if by is not None:
+        other = pack_entity(flags, sequence, version + by, device, stamp) + payload
+    world.server_storage.inner.commit({key: other})
     with pytest.raises(CorruptionError) as caught:
         world.service.pull(asked(world, columns=columns), GRANT)
     assert f"commit {place + 1} for {uid(place).hex}" in str(caught.value)
-    assert ("not there" in str(caught.value)) == gone
+    assert ("not there" in str(caught.value)) == (by is None)
 
 
 # ---------------------------------------------------------------- the newest few
