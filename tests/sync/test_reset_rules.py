@@ -602,6 +602,6 @@ def test_r30_superseded_content_is_replaced_by_what_was_accepted() -> None:
     assert world.values() == {1: {"n": 1, "theirs": True}}
     twin.wire.before = lambda request: None
     result = twin.sync()
-    assert result.pushed == 0
+    assert (result.pushed, result.superseded) == (0, 1)
     assert twin.pending == 0
     assert_in_step(world, a, twin)
