@@ -185,6 +185,33 @@ def test_r20_the_first_page_of_everything_is_small_and_each_is_hinted_at(
     assert_in_step(world, a)
 
 
+def test_r20_a_pull_of_everything_that_goes_on_tells_of_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pulling, "FIRST_PAGE_OPERATIONS", 3)
+    world = World()
+    for n in range(12):
+        world.put(("notes", n, "old"))
+    a = world.device(pull_operations_max=5)
+
+    def cut(request: SyncRequest) -> None:
+        if isinstance(request, PullRequest) and request.cursor == 3:
+            raise TransportError("cut off")
+
+    a.wire.before = cut
+    with pytest.raises(TransportError):
+        a.sync()
+    a.wire.before = lambda request: None
+    heard = told(a)
+    a.sync()
+    size = len(cbor.encode("old"))
+    assert heard == [
+        SyncProgress(PULLING, 5, 5 * size, 9),
+        SyncProgress(PULLING, 9, 9 * size, 9),
+    ]
+    assert_in_step(world, a)
+
+
 def test_r20_pages_of_everything_grow_no_faster_than_the_server_makes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
