@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from entidb.db import Database, purge_tombstones
+from entidb.db import Database, Index, purge_tombstones
 from entidb.db.maintenance import inspect
 from entidb.db.overlay import STALE_FROM
 from entidb.db.records import (
@@ -318,3 +318,19 @@ def test_a_database_of_format_1_becomes_one_of_format_2_with_its_first_stale_row
     with Database.open(tmp_path / "db") as database:
         assert (waiting(database), told(database)) == (5, [(3, n) for n in range(5)])
         assert_sound(database)
+
+
+def test_what_has_an_index_stays_unreadable_for_those_who_know_none() -> None:
+    """Stale rows need format 2, and an index 3, whichever comes first."""
+    for first in ("index", "stale row"):
+        database = opened()
+        if first == "index":
+            database.collection("notes", indexes=[Index("n")])
+        write(database, range(STALE_FROM))
+        write(database, range(STALE_FROM), "y")
+        if first == "stale row":
+            assert inspect(database)["format"] == 2
+            database.collection("notes", indexes=[Index("n")])
+            write(database, range(STALE_FROM), "z")
+        assert waiting(database) > 0
+        assert inspect(database)["format"] == 3
