@@ -122,6 +122,23 @@ def test_the_only_batch_is_sent_without_a_hint(monkeypatch: pytest.MonkeyPatch) 
     assert [how for how, _ in steps] == ["ask", "ask"]
 
 
+def test_r6_what_is_under_way_when_a_pull_is_asked_for_is_all_that_is_pushed_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, a = synced(push_operations_max=1)
+    for n in range(1, 9):
+        a.put(("notes", n, "mine"))
+    a.wire.before = nth(PushRequest, 1, lambda: world.put(("notes", 1, "theirs")))
+    steps = watched(monkeypatch, a)
+    a.sync()
+    asked = [request for how, request in steps if how == "ask"]
+    before = [type(request) for request in asked[1:]].index(PullRequest)
+    # The second had been sent ahead when the first was refused.
+    assert pushes([("ask", each) for each in asked[: before + 1]]) == [("ask", [1]), ("ask", [2])]
+    assert a.pending == 0
+    assert_in_step(world, a)
+
+
 def test_progress_counts_what_was_pushed_from_nothing_in_every_round() -> None:
     world, a = synced(push_operations_max=1, default_policy="client_wins")
     for n in (1, 100, 2):

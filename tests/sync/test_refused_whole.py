@@ -23,6 +23,7 @@ from entidb.errors import (
 )
 from entidb.protocol import PullRequest, PushRequest, SyncRequest, encode
 from entidb.sync.refusal import TRY_AGAIN_CYCLES, KeptBack, Path, closed
+from entidb.types import SEQUENCE_MAX
 from tests.support import Crash, Device, World, assert_in_step, assert_sound, uid
 
 Rule = Callable[[PushRequest], SyncError | None]
@@ -163,6 +164,34 @@ def test_r5_what_was_in_flight_before_the_limit_was_met_arrives_once() -> None:
     a.sync()
     assert a.pending == 0
     assert_in_step(world, a)
+
+
+@pytest.mark.parametrize(
+    ("count", "code", "halves"),
+    [(2, "too_large", True), (1, "too_large", False), (2, "rejected", False)],
+)
+def test_r5_only_a_batch_of_several_that_was_too_large_when_it_came_again_says_what_gets_through(
+    count: int, code: str, halves: bool
+) -> None:
+    world = World()
+    a = with_work(world, count=count)
+    gate(a, everything(lambda: TransportError("cut off")))
+    with pytest.raises(TransportError):
+        a.sync()
+    [flight] = a.engine.applier.inflight()
+    known: list[int] = []
+
+    def hook(request: SyncRequest) -> None:
+        if isinstance(request, PushRequest):
+            raise on_the_way(ProtocolError, code)
+        if isinstance(request, PullRequest):
+            known.append(a.engine._attempts.connection.path.bytes_max)
+            open_gate(a)
+
+    a.wire.before = hook
+    a.sync()
+    assert known == [flight.bytes // 2 if halves else SEQUENCE_MAX]
+    assert a.pending == 0
 
 
 def test_r5_what_had_arrived_before_it_was_refused_arrives_once() -> None:
