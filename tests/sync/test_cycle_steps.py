@@ -416,9 +416,12 @@ def test_r7_a_pull_ends_after_so_many_pages_and_goes_on_in_the_next_cycle(
 
 
 @pytest.mark.parametrize(
-    ("first", "pages"), [(True, 3), (False, 3), (False, 1)], ids=["everything", "changes", "one"]
+    ("first", "pages", "which"),
+    [(True, 3, 1), (True, 3, 3), (False, 3, 1), (False, 3, 3), (False, 1, 1), (True, 1, 1)],
 )
-def test_r9_an_answer_that_comes_after_cancelling_is_not_stored(first: bool, pages: int) -> None:
+def test_r9_an_answer_that_comes_after_cancelling_is_not_stored(
+    first: bool, pages: int, which: int
+) -> None:
     world = World()
     a = world.device(pull_operations_max=2)
     if not first:
@@ -432,7 +435,7 @@ def test_r9_an_answer_that_comes_after_cancelling_is_not_stored(first: bool, pag
         a.engine.cancel()
         commits.append(a.storage.commits)
 
-    a.wire.after = nth(PullRequest, 1, cancel)
+    a.wire.after = nth(PullRequest, which, cancel)
     with pytest.raises(SyncCancelledError):
         a.sync()
     assert commits == [a.storage.commits]

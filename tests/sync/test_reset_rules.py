@@ -171,6 +171,23 @@ def test_r28_what_is_held_stays_held_over_a_reset(pages: int) -> None:
     assert_in_step(world, a)
 
 
+@pytest.mark.parametrize("floor", [1, 2])
+def test_r28_a_floor_that_moves_during_a_pull_of_everything_begins_it_anew(floor: int) -> None:
+    world = World()
+    for n in range(6):
+        world.put(("notes", n, "x"))
+    a = world.device(pull_operations_max=2)
+
+    def move(request: SyncRequest) -> None:
+        if isinstance(request, PullRequest) and request.cursor == 4:
+            purge_tombstones(world.server, floor)
+
+    a.wire.before = move
+    a.sync()
+    assert [request.cursor for request in a.wire.pulls()] == [0, 2, 4, 0, 2, 4]
+    assert_in_step(world, a)
+
+
 def test_r28_a_device_that_never_pulled_anything_resets_too() -> None:
     # Its cursor is 0, because the server was empty; that is no first sync.
     world = World()
