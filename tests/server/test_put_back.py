@@ -421,6 +421,36 @@ def test_r29_pages_of_one_pull_are_of_one_past() -> None:
     assert b.values()[1] == "old"
 
 
+def test_r29_pages_of_one_pull_are_of_one_past_in_two_cycles_too() -> None:
+    world = World()
+    b = world.device()
+    b.put(("notes", 1, "old"))
+    b.sync()
+    files = world.copy_files()
+    for n in range(2, 10):
+        b.put(("notes", n, "written after the copy"))
+        b.sync()
+    a = world.device(pull_operations_max=2)
+
+    def cut(message: object) -> None:
+        if isinstance(message, PullRequest) and message.cursor == 4:
+            raise TransportError("cut off")
+
+    a.wire.before = cut
+    with pytest.raises(TransportError):
+        a.sync()
+    a.restart()
+    world.open_server(files)
+    other = world.device()
+    for n in range(30, 45):
+        other.put(("notes", n, "another's"))
+        other.sync()
+    a.wire.before = lambda message: None
+    # What it has staged is of commits that are not there any more.
+    with pytest.raises(HistoryChangedError):
+        a.sync()
+
+
 def test_r29_what_was_sent_ahead_is_answered_by_the_same_past_or_not_taken() -> None:
     world = World()
     a = world.device(push_operations_max=2)
