@@ -1,4 +1,5 @@
-"""What a device remembers of where a server stands (R29)."""
+"""Whether an answer still fits where the device is (R22), and what it remembers of where a server
+stands (R29)."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from entidb.db.records import META_ADOPT
 from entidb.db.replica import ReplicaState
-from entidb.sync.apply.position import see_image
+from entidb.errors import SyncStateError
+from entidb.protocol import PullRequest
+from entidb.sync.apply.position import check_belongs, foreign_in_scope, see_image
 from entidb.types import SEQUENCE_MAX, SeenCommit, Term
 
 THIS, OTHER = b"the term", b"another1"
@@ -44,3 +49,53 @@ def test_r29_the_head_of_an_image_is_remembered_where_it_is_news_of_the_same_pas
     see_image(writer, state, manifest)
     found = [each.seen for each in stored]
     assert found == ([SeenCommit(head, term.name)] if remembered and term else [])
+
+
+HISTORY = b"h" * 16
+STANDS = ReplicaState(history=HISTORY, cursor=7, full=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"sync_state": replace(STANDS, history=b"o" * 16)}, "history changed"),
+        ({"inflight": object()}, "in flight"),
+        ({"sync_state": replace(STANDS, cursor=8)}, "cursor moved"),
+        ({"stage": SimpleNamespace(full_done=True, delta_cursor=8, full_cursor=7)}, "cursor moved"),
+        ({"stage": SimpleNamespace(full_done=True, delta_cursor=7, full_cursor=8)}, None),
+        (
+            {"stage": SimpleNamespace(full_done=False, delta_cursor=7, full_cursor=8)},
+            "cursor moved",
+        ),
+        # Widened meanwhile, by what is not here yet; and by what is, and has to become pending.
+        ({"sync_state": replace(STANDS, uncovered=["tasks"])}, "scope changed"),
+        ({"sync_state": replace(STANDS, full=True)}, "scope changed"),
+        ({"get": {META_ADOPT: b"tables"}.get}, "scope changed"),
+    ],
+)
+def test_r22_an_answer_is_taken_only_where_the_device_still_is(
+    changes: dict[str, Any], message: str | None
+) -> None:
+    still: dict[str, Any] = {"sync_state": STANDS, "inflight": None, "stage": None}
+    writer: Any = SimpleNamespace(**{**still, "get": {}.get, **changes})
+    request = PullRequest(
+        db_id="shop", device_id=bytes(16), history=HISTORY, cursor=7, limit=10, bytes_max=1000
+    )
+    if message is None:
+        assert check_belongs(writer, request) == writer.sync_state
+    else:
+        with pytest.raises(SyncStateError, match=message):
+            check_belongs(writer, request)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [([], False), (["here"], True), (["local", "gone"], False), (["local", "here", "gone"], True)],
+)
+def test_r29_one_of_another_history_in_the_scope_is_enough_for_nothing_to_be_pushed(
+    names: list[str], found: bool
+) -> None:
+    there = {"here": SimpleNamespace(synced=True), "local": SimpleNamespace(synced=False)}
+    writer: Any = SimpleNamespace(catalogue=SimpleNamespace(by_name=there))
+    assert foreign_in_scope(writer, replace(STANDS, foreign_names=names)) is found
