@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from entidb.db.records import META_ADOPT
 from entidb.db.replica import ReplicaState
-from entidb.errors import SyncStateError
-from entidb.protocol import PullRequest
-from entidb.sync.apply.position import check_belongs, foreign_in_scope, see_image
+from entidb.errors import HistoryChangedError, SyncStateError
+from entidb.protocol import PullRequest, PullResponse
+from entidb.sync.apply.position import check_belongs, foreign_in_scope, see_image, seen_in
 from entidb.types import SEQUENCE_MAX, SeenCommit, Term
 
 THIS, OTHER = b"the term", b"another1"
@@ -99,3 +99,41 @@ def test_r29_one_of_another_history_in_the_scope_is_enough_for_nothing_to_be_pus
     there = {"here": SimpleNamespace(synced=True), "local": SimpleNamespace(synced=False)}
     writer: Any = SimpleNamespace(catalogue=SimpleNamespace(by_name=there))
     assert foreign_in_scope(writer, replace(STANDS, foreign_names=names)) is found
+
+
+@pytest.mark.parametrize(
+    ("cursor", "head", "term", "expected"),
+    [
+        (9, 9, Term(1, THIS), SeenCommit(9, THIS)),
+        (9, 10, Term(10, OTHER), SeenCommit(10, OTHER)),
+        (9, 10, None, SeenCommit(9, THIS)),
+        (9, SEQUENCE_MAX + 1, Term(1, THIS), SeenCommit(9, THIS)),
+        # Others went on from older files: just as far, and beyond.
+        (9, 9, Term(9, OTHER), "another commit 9"),
+        (9, 10, Term(9, OTHER), "another commit 9"),
+        # It ends before what the device has seen, or where its cursor stands.
+        (9, 8, Term(1, THIS), "has seen commit 9"),
+        (12, 8, Term(5, OTHER), "has seen commit 12"),
+        (12, 11, Term(1, THIS), "has seen commit 12"),
+        (12, 12, Term(1, THIS), SeenCommit(12, THIS)),
+    ],
+)
+def test_r29_an_answer_from_another_past_is_noticed(
+    cursor: int, head: int, term: Term | None, expected: SeenCommit | str
+) -> None:
+    state = ReplicaState(history=HISTORY, cursor=cursor, seen=SeenCommit(9, THIS))
+    answer = PullResponse(
+        collections=[],
+        commits=[],
+        cursor=head,
+        has_more=False,
+        head=head,
+        floor=0,
+        time=0,
+        term=term,
+    )
+    if isinstance(expected, str):
+        with pytest.raises(HistoryChangedError, match=expected):
+            seen_in(state, answer)
+    else:
+        assert seen_in(state, answer) == expected
