@@ -13,7 +13,13 @@ from entidb.db.records import META_ADOPT
 from entidb.db.replica import ReplicaState
 from entidb.errors import HistoryChangedError, SyncStateError
 from entidb.protocol import PullRequest, PullResponse
-from entidb.sync.apply.position import check_belongs, foreign_in_scope, see_image, seen_in
+from entidb.sync.apply.position import (
+    check_belongs,
+    foreign_in_scope,
+    is_unasked,
+    see_image,
+    seen_in,
+)
 from entidb.types import SEQUENCE_MAX, SeenCommit, Term
 
 THIS, OTHER = b"the term", b"another1"
@@ -107,12 +113,14 @@ def test_r29_one_of_another_history_in_the_scope_is_enough_for_nothing_to_be_pus
         (9, 9, Term(1, THIS), SeenCommit(9, THIS)),
         (9, 10, Term(10, OTHER), SeenCommit(10, OTHER)),
         (9, 10, None, SeenCommit(9, THIS)),
+        (9, SEQUENCE_MAX, Term(1, THIS), SeenCommit(SEQUENCE_MAX, THIS)),
         (9, SEQUENCE_MAX + 1, Term(1, THIS), SeenCommit(9, THIS)),
         # Others went on from older files: just as far, and beyond.
         (9, 9, Term(9, OTHER), "another commit 9"),
         (9, 10, Term(9, OTHER), "another commit 9"),
         # It ends before what the device has seen, or where its cursor stands.
         (9, 8, Term(1, THIS), "has seen commit 9"),
+        (7, 8, Term(1, THIS), "has seen commit 9"),
         (12, 8, Term(5, OTHER), "has seen commit 12"),
         (12, 11, Term(1, THIS), "has seen commit 12"),
         (12, 12, Term(1, THIS), SeenCommit(12, THIS)),
@@ -137,3 +145,23 @@ def test_r29_an_answer_from_another_past_is_noticed(
             seen_in(state, answer)
     else:
         assert seen_in(state, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("seen", "term", "unasked"),
+    [
+        (None, Term(10, OTHER), False),
+        (SeenCommit(9, THIS), None, False),
+        (None, None, False),
+        (SeenCommit(9, THIS), Term(1, THIS), False),
+        (SeenCommit(9, THIS), Term(10, THIS), False),
+        # Of this the answer itself says that it is of another past.
+        (SeenCommit(9, THIS), Term(9, OTHER), False),
+        (SeenCommit(9, THIS), Term(10, OTHER), True),
+    ],
+)
+def test_r29_an_answer_of_a_later_term_leaves_open_whether_what_was_seen_is_there(
+    seen: SeenCommit | None, term: Term | None, unasked: bool
+) -> None:
+    answer: Any = SimpleNamespace(term=term)
+    assert is_unasked(seen, answer) is unasked
