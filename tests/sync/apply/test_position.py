@@ -17,6 +17,7 @@ from entidb.sync.apply.position import (
     check_belongs,
     foreign_in_scope,
     is_unasked,
+    remember_doubt,
     see_image,
     seen_in,
 )
@@ -165,3 +166,19 @@ def test_r29_an_answer_of_a_later_term_leaves_open_whether_what_was_seen_is_ther
 ) -> None:
     answer: Any = SimpleNamespace(term=term)
     assert is_unasked(seen, answer) is unasked
+
+
+def test_r29_what_is_in_flight_is_in_doubt_once_and_what_was_in_doubt_before_stays() -> None:
+    stored: list[ReplicaState] = []
+    before = replace(STANDS, unsettled=[[1, 2, 5], [3, 4, 7]])
+    flight = SimpleNamespace(ranges=[[3, 4]], after=[[8, 9]])
+    writer: Any = SimpleNamespace(inflight=flight, sync_state=before, set_sync_state=stored.append)
+    remember_doubt(writer)
+    assert [each.unsettled for each in stored] == [[[1, 2, 5], [3, 4, 7], [8, 9, 7]]]
+    # Again: nothing is new.
+    [writer.sync_state] = stored
+    remember_doubt(writer)
+    assert len(stored) == 1
+    writer.inflight = None
+    remember_doubt(writer)
+    assert len(stored) == 1
