@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ from entidb.protocol import (
 )
 from entidb.server import Grants, Rights, ServerConfig, SyncServer
 from entidb.server.segments import files as segment_files
-from entidb.server.segments.building import UNUSED_MS, StoppedError
+from entidb.server.segments import building
+from entidb.server.segments.building import UNUSED_MS, Pauses, StoppedError
 from entidb.server.segments.cutting import Sizes
 from entidb.server.segments.files import KeptImage
 from entidb.server.segments.keeping import LIFE_MS
@@ -906,3 +908,19 @@ def test_an_image_made_by_one_process_is_served_by_another(clock: ManualClock, t
             assert downloaded(other, manifest)
             assert storage is other.database("shop").storage
             assert Role.SERVER is maker.database("shop").role
+
+
+def test_whoever_has_just_asked_comes_before_the_image_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop = threading.Event()
+    monkeypatch.setattr(building, "_ASKED_S", 0.2)
+    began = time.monotonic()
+    Pauses(stop, asked=True)
+    assert time.monotonic() - began >= 0.2
+    monkeypatch.setattr(building, "_ASKED_S", WAIT_S)
+    Pauses(stop)  # nobody has asked
+    stop.set()
+    with pytest.raises(StoppedError):
+        Pauses(stop, asked=True)
+    assert time.monotonic() - began < WAIT_S

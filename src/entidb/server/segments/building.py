@@ -37,6 +37,8 @@ _READ_KEYS: Final = 5_000
 #: Seconds of work before a pause as long: half of a processor at most.
 _WORK_S: Final = 0.005
 _PAUSE_S_MAX: Final = 0.1
+#: Whoever has asked for an image that is not there has everything in that time, if it is not much.
+_ASKED_S: Final = 1.0
 
 
 class StoppedError(Exception):
@@ -202,10 +204,13 @@ def build(
 
 class Pauses:
     """``__call__`` now and then pauses for as long as was worked since, so that those who are
-    served have the processor. Ends with ``StoppedError`` when ``stop`` is set."""
+    served have the processor. Ends with ``StoppedError`` when ``stop`` is set. ``asked``: somebody
+    has just asked for an image, and gets everything without; he comes first, for a second."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, *, asked: bool = False) -> None:
         self._stop = stop
+        if asked and stop.wait(_ASKED_S):
+            raise StoppedError
         self._since = time.perf_counter()
 
     def __call__(self) -> None:

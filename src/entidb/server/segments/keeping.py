@@ -330,7 +330,7 @@ class ImageKeeper:
     def _do(self, db_id: str) -> None:
         pause_s = _LOOK_S
         try:
-            self.make(db_id, Pauses(self._stop))
+            self.make(db_id, Pauses(self._stop, asked=bool(self._wanted.get(db_id))))
             self._failed.discard(db_id)
         except StoppedError:
             logger.info("database %s: an image was not made to its end", db_id)
