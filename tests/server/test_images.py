@@ -32,8 +32,8 @@ from entidb.protocol import (
     segment_rows,
 )
 from entidb.server import Grants, Rights, ServerConfig, SyncServer
-from entidb.server.segments import files as segment_files
 from entidb.server.segments import building
+from entidb.server.segments import files as segment_files
 from entidb.server.segments.building import UNUSED_MS, Pauses, StoppedError
 from entidb.server.segments.cutting import Sizes
 from entidb.server.segments.files import KeptImage
