@@ -71,8 +71,11 @@ class Hearing:
     def step(self, mark: int) -> int:
         """Wait a moment, and hear what there is; the mark up to which that was."""
         storage = self._storage()
-        changed = storage is not None and (mark < 0 or storage.wait(mark, _WAIT_SECONDS))
+        # Not the store itself, where its ``wait`` can do without: it may be lost meanwhile.
+        wait = None if storage is None else storage.wait
         del storage
+        changed = wait is not None and (mark < 0 or wait(mark, _WAIT_SECONDS))
+        del wait
         hear = self._hear()
         if hear is None or not changed:
             return mark

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,6 +156,24 @@ def test_closing_wakes_who_waits(
         with pytest.raises(DatabaseClosedError):
             waits.result(LONG_S)
         assert time.monotonic() - began < LONG_S / 2
+
+
+def test_a_store_that_is_lost_goes_although_somebody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_CHECK_SECONDS", LONG_S)
+    lost = LmdbStorage.open(tmp_path / "db")
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(lost.wait, lost.mark(), LONG_S)
+        time.sleep(0.05)
+        gone, began = weakref.ref(lost), time.monotonic()
+        with pytest.warns(ResourceWarning, match="unclosed database"):
+            del lost
+        assert gone() is None
+        with pytest.raises(DatabaseClosedError):
+            waits.result(LONG_S)
+        assert time.monotonic() - began < LONG_S / 2
+    LmdbStorage.open(tmp_path / "db").close()
 
 
 def test_one_queue_and_one_thread_serve_many_files_and_end_with_the_last(tmp_path: Path) -> None:

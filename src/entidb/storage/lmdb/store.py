@@ -96,6 +96,9 @@ class LmdbStorage(Uncopied):
         self._turn_in_turn = Turn()
         self._commits = 0
         self._waiting = MarkWaiting(self._file)
+        #: Who waits keeps the file's object alive and not this one: what a program has lost goes at
+        #: once.
+        self.wait = self._waiting.wait
         #: Whether it has to be closed.
         self._made = True
 
@@ -227,9 +230,6 @@ class LmdbStorage(Uncopied):
     @property
     def shared(self) -> bool:
         return self._place.shared
-
-    def wait(self, mark: int, timeout_s: float) -> bool:
-        return self._waiting.wait(mark, timeout_s)
 
     # ---- writing
 
