@@ -18,6 +18,7 @@ from entidb.db.records import (
     ENTITY,
     META_CATALOGUE,
     META_FLOOR,
+    META_FULLNESS,
     META_HEAD,
     TERM,
     accepted_key,
@@ -116,11 +117,14 @@ class ServerWatch:
             floor = unpack_u64(records[META_FLOOR])
             self.checks.that(floor >= self.history.floor, "ORDER", "the floor went back")
             self.history.floor = floor
-        if META_HEAD not in batch:
-            return
+        if META_HEAD in batch:
+            self._on_versions(batch, records)
+        if self.quota is not None:
+            self.quota.said(batch.get(META_FULLNESS))
+
+    def _on_versions(self, batch: Batch, records: Mapping[bytes, bytes]) -> None:
         head = decode_head(records[META_HEAD]).sequence
-        first = self.history.head + 1
-        if head < first:
+        if head <= self.history.head:
             return
         self.history.terms += [
             (sequence_of(key), raw)
@@ -135,7 +139,7 @@ class ServerWatch:
             if key[:1] == ACCEPTED and raw is not None
             for version, digest in (decode_accepted(raw),)
         }
-        for version in range(first, head + 1):
+        for version in range(self.history.head + 1, head + 1):
             found = accepted.pop(version, None)
             if found is None:
                 writes = self._program_writes(version)
@@ -185,10 +189,9 @@ class ServerWatch:
         rows: Mapping[Ref, tuple[int, bytes | None, Mark]],
     ) -> list[tuple[Ref, bytes | None]]:
         """The oracle decides for itself whether this transaction could be accepted. Copies of a
-        device can push one id with different content to the same commit: what the server
-        remembers of it must be one of those, and the rows of the commit must be its (R14). A
-        message that comes late can bring the same content at another time than the one that was
-        sent again after a clock came back (R27): then the rows say which of them counted."""
+        device can push one id with different content to the same commit: what the server remembers
+        is one of those, and the rows are its (R14). A message that comes late can bring the content
+        again at another time than after a clock came back (R27): the rows say which counted."""
         known = self.history.accepted.get(transaction_id)
         self.checks.that(
             known is None or known[0] <= self.history.floor,

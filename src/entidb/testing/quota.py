@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from entidb.db.records import unpack_u64
 from entidb.errors import SyncError
 from entidb.protocol import PushRequest, PushResult, PushTransaction, SyncRequest
 from entidb.server.fullness import CODE, MEASURED_S
@@ -63,10 +64,11 @@ class QuotaWatch:
         may = settings(world.knobs)
         self._entities_max: int = may["database_entities_max"]
         self._bytes_max: int = may["database_bytes_max"]
-        #: Bytes that are left since the store was measured, by what is durable; None: it was not
-        #: since it was opened. The least of it while the group of now is decided; and what commits
-        #: that failed may have taken.
-        self._left: int | None = None
+        #: Bytes that are left since the store was measured, by what is durable; none: it was not
+        #: since it was opened. Of several nodes one may have measured and not said so yet: then
+        #: the others go by what was said before. The least of it while the group of now is
+        #: decided; and what commits that failed may have taken.
+        self._left: list[int] = []
         self._least = 0
         self._failed = 0
         self._measured_at = 0.0
@@ -74,21 +76,31 @@ class QuotaWatch:
     def opened(self) -> None:
         """Another process, or the same one again. Of several, the others know what they knew."""
         if self._world.nodes == 1:
-            self._left, self._failed = None, 0
+            self._left, self._failed = [], 0
 
     def moved(self) -> None:
         """Another store lies there, which counts what it has seen itself."""
-        self._left, self._failed = None, 0
+        self._left, self._failed = [], 0
 
     def begins(self) -> None:
         """A group is decided."""
-        self._least = self._left or 0
+        self._least = min(self._left, default=0)
 
     def measured(self, info: StorageInfo) -> None:
         """The server has looked how large its store is."""
-        self._left = self._least = self._bytes_max - info.used_bytes
+        left = self._bytes_max - info.used_bytes
+        # A measure is only its node's until a commit says it, and goes when the node dies before.
+        self._left = [left] if self._world.nodes == 1 else [*self._left, left]
+        self._least = min(self._left)
         self._failed = 0
         self._measured_at = self._world.server_clock.monotonic()
+
+    def said(self, used: bytes | None) -> None:
+        """A commit says that so much is taken: of what nodes knew, that is what counts for all."""
+        if used is None:
+            return
+        left = self._bytes_max - unpack_u64(used)
+        self._left = sorted(self._left, key=lambda known: abs(max(known, 0) - left))[:1]
 
     def failed(self, request: PushRequest) -> None:
         """The commit of a push found no room on the disk."""
@@ -106,22 +118,22 @@ class QuotaWatch:
                 f"a push left {after} entities in {self._name}, where {before} were and "
                 f"{self._entities_max} may be",
             )
-        if not self._bytes_max or (self._left is None and self._world.nodes > 1):
+        if not self._bytes_max or (not self._left and self._world.nodes > 1):
             return
         since = self._world.server_clock.monotonic() - self._measured_at
         checks.that(
-            self._left is not None and since < MEASURED_S,
+            bool(self._left) and since < MEASURED_S,
             "QUOTA",
             f"{self._name} took a push, and had not measured its store for {since} s",
         )
-        assert self._left is not None
+        most = max(self._left)
         checks.that(
-            grown <= max(0, self._left),
+            grown <= max(0, most),
             "QUOTA",
-            f"a push made {self._name} grow by {grown} bytes, where {self._left} were left",
+            f"a push made {self._name} grow by {grown} bytes, where {most} were left",
         )
-        self._left -= grown
-        self._least = min(self._least, self._left)
+        self._left = [left - grown for left in self._left]
+        self._least = min(self._least, *self._left)
 
     def refused(
         self,
