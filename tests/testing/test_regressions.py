@@ -274,6 +274,12 @@ FOUND = {
     "who is behind is so in the history that was asked": (730_808, {}),
     # Not in the product: a node measured its store and died before its commit said so. The others
     # go by what was said before, and were expected to know.
+    # Not in the product: a policy kept a device's side for one pending transaction and merged what
+    # else was pending in the same commit, and the first answer counted for both.
+    "a commit that decides twice": (825_584, {"stale_rows": 2000}),
+    # Not in the product: a transaction was accepted, and stored in a newer shape; what it wrote
+    # over was in a superseded one, and was looked for in the older shape.
+    "what was stored in a newer shape contains what is below it": (830_266, {"stale_rows": 2000}),
     "what a node measured and never said counts for nobody": (808_920, {"stale_rows": 6}),
 }
 

@@ -8,7 +8,7 @@ from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
 from entidb.db.pending import PendingTransaction
 from entidb.db.records import META_HEAD, base_key, decode_base, decode_head
-from entidb.protocol import Verdict
+from entidb.protocol import PushOperation, Verdict, digest_stored_newer, operations_digest
 from entidb.sync import Action
 from entidb.testing.oracle import Ref
 from entidb.testing.watch.commits import DeviceCommit, Records
@@ -135,8 +135,10 @@ def _check_dropped(
             continue
         info = watch.catalogue.by_number[op.collection]
         ref = (info.name, op.entity_id)
-        called = watch.calls.get(ref)
-        if ref in watch.by_person or (called is not None and called.action is Action.MERGE):
+        # One commit may decide more than once: about what lay under a superseded transaction, then
+        # about what else is pending.
+        asked = watch.questions.get(ref, ())
+        if ref in watch.by_person or any(answer.action is Action.MERGE for _, answer in asked):
             continue
         if key not in left and _contained(watch, commit, info, op.entity_id, was.sequence):
             continue
@@ -171,7 +173,24 @@ def _contained(
 
 
 def _had(watch: DeviceModel, was: PendingTransaction, ref: Ref, payload: bytes | None) -> bool:
-    """Whether the server accepted the transaction with just these bytes. With other bytes that
-    proves nothing of what is below: a merge may have taken the later write alone."""
+    """Whether the server accepted the transaction with just these bytes, or stored a newer shape
+    of just these (R33). With other bytes that proves nothing of what is below: a merge may have
+    taken the later write alone."""
     known = None if watch.history is None else watch.history.accepted.get(was.transaction_id)
-    return known is not None and watch.truth(ref, known[0]) == payload
+    if known is None:
+        return False
+    newer = digest_stored_newer(_digest(watch, was))
+    return newer == known[1] or watch.truth(ref, known[0]) == payload
+
+
+def _digest(watch: DeviceModel, was: PendingTransaction) -> bytes:
+    """As the server has it of a transaction that it accepted as it is here (R14)."""
+    names = {op.collection: watch.catalogue.by_number[op.collection].name for op in was.operations}
+    places = {number: place for place, number in enumerate(names)}
+    return operations_digest(
+        list(names.values()),
+        [
+            PushOperation(places[op.collection], op.entity_id, 0, op.payload)
+            for op in was.operations
+        ],
+    )
