@@ -34,7 +34,7 @@ from entidb.errors import (
 )
 from entidb.storage import LmdbStorage, MemoryStorage
 from entidb.storage.base import Batch
-from entidb.storage.turns import Turn
+from entidb.storage.turns import Turn, Turns
 from tests.support import uid
 
 #: Far beyond what a busy machine takes; only what would hang for good comes to it.
@@ -756,3 +756,21 @@ def test_a_ledger_of_what_was_acknowledged_agrees_whatever_the_disk_does(
     assert len(set(acknowledged)) == len(acknowledged)
     assert db.verify() == []
     db.close()
+
+
+class LineOfOthers(list[Turn]):
+    """A line in which another thread does the errand of who has just come, and is gone, before
+    that one looks."""
+
+    def append(self, turn: Turn) -> None:
+        super().append(turn)
+        do_errands(self)
+        self.pop(0)
+
+
+def test_who_is_served_before_it_looks_need_not_be_in_line():
+    turns, done = Turns(), []
+    turns.line = LineOfOthers([Turn()])
+    turn = Turn(errand=lambda: done.append(1))
+    assert turns.take(turn, 0.1)
+    assert turn.served and done == [1] and turns.line == []

@@ -22,7 +22,7 @@ from entidb.db.identity import stored_role
 from entidb.db.indexed import Indexed
 from entidb.db.indexing import Index
 from entidb.db.leaving import check_may_go
-from entidb.db.local import Role, Writes, check_size, commit_local
+from entidb.db.local import Role, check_size, commit_local, commit_single
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.observers import Observer
 from entidb.db.observing import add_observer
@@ -308,15 +308,14 @@ class Database(Indexed):
                 rows = SnapshotRows(writer.snapshot, writer.catalogue)
                 if (stored := rows.get(name, made)) is not None:
                     payload = kept(keep, name, made, payload, stored)
-            writes: Writes = {name: {made: payload}}
             # A payload has no more containers than bytes, so a small one is within every bound.
             size = len(payload) + OPERATION_OVERHEAD_BYTES
             if size > TRANSACTION_CONTAINERS_MAX or size > self.transaction_bytes_max:
-                check_size(writes, self.transaction_bytes_max)
+                check_size({name: {made: payload}}, self.transaction_bytes_max)
             if writer.watcher is not None:
-                refuse_taken(writer, writes, decides=self.role is Role.SERVER)
-            ids = transaction_id, self._tick(writer)
-            commit_local(writer, self.role, writes, *ids, is_new=entity_id is None)
+                refuse_taken(writer, {name: {made: payload}}, decides=self.role is Role.SERVER)
+            place, stamp = (name, made, payload), self._tick(writer)
+            commit_single(writer, self.role, *place, transaction_id, stamp, entity_id is None)
         return made
 
     @cached_property

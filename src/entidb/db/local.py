@@ -12,7 +12,7 @@ from enum import Enum
 
 from entidb import cbor
 from entidb.db.catalogue import CollectionInfo
-from entidb.db.pending import PendingOp, PendingTransaction, encode_creation
+from entidb.db.pending import PendingOp, PendingTransaction, encode_creation, encode_single
 from entidb.db.records import (
     HAS_BASE,
     IS_HELD,
@@ -85,8 +85,9 @@ def commit_local(
         ((name, payloads),) = writes.items()
         if len(payloads) == 1:
             ((entity_id, payload),) = payloads.items()
-            place = writer.collection(name), entity_id, payload
-            return _commit_one(writer, role, *place, transaction_id, timestamp, is_new)
+            return commit_single(
+                writer, role, name, entity_id, payload, transaction_id, timestamp, is_new
+            )
     groups = [(writer.collection(name), sorted(ids), ids) for name, ids in writes.items() if ids]
     if len(groups) > 1:
         groups.sort(key=lambda group: group[0].number)
@@ -112,10 +113,10 @@ def commit_local(
     return _commit_work(writer, role, work, transaction_id, timestamp)
 
 
-def _commit_one(
+def commit_single(
     writer: Writer,
     role: Role,
-    info: CollectionInfo,
+    name: str,
     entity_id: bytes,
     payload: bytes | None,
     transaction_id: bytes,
@@ -123,17 +124,27 @@ def _commit_one(
     is_new: bool,
 ) -> int:
     """As ``commit_local`` for a transaction that writes one entity."""
+    info = writer.collection(name)
     raw = None if is_new else writer.get(info.prefix + entity_id)
     if raw is None and payload is not None and role is Role.DEVICE:
-        sequence = writer.next_sequence()
-        created = [(info, [entity_id], [payload])]
-        _create_on_device(writer, created, sequence, transaction_id, timestamp)
+        sequence, version = writer.next_sequence(), 0
+        if info.synced:
+            version = writer.sync_state.base_version_of_absent(info.name)
+            row = encode_single(transaction_id, timestamp, info.number, entity_id, payload, 0)
+            _make_ready(writer, sequence, row)
+        writer.add_entity(info, entity_id, payload, sequence, timestamp, version)
         return sequence
     old = None if raw is None else decode_entity(raw)
     if payload is None and (old is None or old.payload is None):
         return 0
-    work = [(info, entity_id, payload, old)]
-    return _commit_work(writer, role, work, transaction_id, timestamp)
+    if role is Role.SERVER or old is None or not info.synced or _is_held(old):
+        work = [(info, entity_id, payload, old)]
+        return _commit_work(writer, role, work, transaction_id, timestamp)
+    sequence = writer.next_sequence()
+    previous = _write_over(writer, info, entity_id, payload, old, sequence, timestamp, 0)
+    row = encode_single(transaction_id, timestamp, info.number, entity_id, payload, previous)
+    _make_ready(writer, sequence, row)
+    return sequence
 
 
 #: Of each collection: ids in order, and what is written to each.
@@ -167,11 +178,16 @@ def _create_on_device(
             operations.append((info.number, ids, payloads))
         writer.add_entities(info, ids, payloads, sequence, timestamp, version)
     if operations:
-        row = encode_creation(transaction_id, timestamp, operations)
-        writer.put(sequence_key(READY, sequence), row)
-        writer.head.ready += 1
-        if writer.marks and writer.head.ready == 1:
-            writer.mark(sequence)
+        _make_ready(writer, sequence, encode_creation(transaction_id, timestamp, operations))
+
+
+def _make_ready(writer: Writer, sequence: int, row: bytes) -> None:
+    """Put a pending transaction, as encoded, behind those that are to be pushed."""
+    writer.put(sequence_key(READY, sequence), row)
+    head = writer.head
+    head.ready += 1
+    if writer.marks and head.ready == 1:
+        writer.mark(sequence)
 
 
 #: What is written to which entity, over what.
@@ -191,6 +207,34 @@ def _commit_work(
     return sequence
 
 
+def _is_held(old: EntityRow) -> bool:
+    """Whether what is pending on the entity waits for a person, so that what comes after it does
+    too."""
+    return bool(old.pending and old.flags & IS_HELD)
+
+
+def _write_over(
+    writer: Writer,
+    info: CollectionInfo,
+    entity_id: bytes,
+    payload: bytes | None,
+    old: EntityRow,
+    sequence: int,
+    timestamp: int,
+    flags: int,
+) -> int:
+    """Show ``payload`` as pending over ``old``; returns the pending transaction below it, or 0."""
+    ref, version, previous = (info.number, entity_id), old.version, old.pending
+    if previous:
+        flags |= old.flags & HAS_BASE
+    elif version and old.payload is not None:
+        writer.put_base(ref, BaseRow(version, old.device_id, old.timestamp, old.payload))
+        flags |= HAS_BASE
+    row = EntityRow(flags, 0, version, writer.device_id, timestamp, sequence, payload)
+    writer.show(ref, row, old, sequence)
+    return previous
+
+
 def _commit_on_device(
     writer: Writer, work: Work, sequence: int, transaction_id: bytes, timestamp: int
 ) -> None:
@@ -200,7 +244,7 @@ def _commit_on_device(
         if old is None:
             state = state or writer.sync_state
             absent[info.name] = state.base_version_of_absent(info.name)
-        elif info.synced and old.pending and old.flags & IS_HELD:
+        elif info.synced and _is_held(old):
             held = True
     for info, entity_id, payload, old in work:
         if info.synced and old is None and not held and payload is not None:
@@ -213,21 +257,15 @@ def _commit_on_device(
             row = EntityRow(0, 0, 0, writer.device_id, timestamp, 0, payload)
             writer.show(ref, row, old, sequence)
             continue
-        flags, version, previous = IS_HELD if held else 0, 0, 0
+        flags, previous = IS_HELD if held else 0, 0
         if old is None:
             version = absent[info.name]
-        elif old.pending:
-            flags |= old.flags & HAS_BASE
-            version, previous = old.version, old.pending
+            row = EntityRow(flags, 0, version, writer.device_id, timestamp, sequence, payload)
+            writer.show(ref, row, None, sequence)
         else:
-            version = old.version
-            if version and old.payload is not None:
-                base = BaseRow(version, old.device_id, old.timestamp, old.payload)
-                writer.put_base(ref, base)
-                flags |= HAS_BASE
+            place = info, entity_id, payload, old
+            previous = _write_over(writer, *place, sequence, timestamp, flags)
         operations.append(PendingOp(info.number, entity_id, previous, payload))
-        row = EntityRow(flags, 0, version, writer.device_id, timestamp, sequence, payload)
-        writer.show(ref, row, old, sequence)
     if operations:
         made = PendingTransaction(sequence, transaction_id, timestamp, operations, held)
         writer.put_pending(made)

@@ -48,6 +48,8 @@ Ref = tuple[int, bytes]
 class Overlay:
     """Reads fall through to ``snapshot``, writes stay in ``changes``."""
 
+    _grown: Catalogue | None = None
+
     def __init__(
         self, snapshot: Snapshot, catalogue: Catalogue, device_id: bytes, stale_rows_max: int
     ) -> None:
@@ -59,7 +61,6 @@ class Overlay:
         #: Of some collections, how many entities they have: as this commit leaves them from
         #: ``finish_places`` on. Never changed, but replaced.
         self.known_counts: dict[int, int] = {}
-        self._grown: Catalogue | None = None
         self._stale: list[bytes] = []
         self._stale_rows_max = stale_rows_max
 
@@ -170,11 +171,12 @@ class Overlay:
         is at ``sequence``."""
         if self._counts:
             self._finish_counts()
-        stale, self._stale = self._stale, []
-        if len(stale) < STALE_FROM:
-            self.changes.update(dict.fromkeys(stale))
-        else:
-            self._finish_stale(stale, sequence)
+        if self._stale:
+            stale, self._stale = self._stale, []
+            if len(stale) < STALE_FROM:
+                self.changes.update(dict.fromkeys(stale))
+            else:
+                self._finish_stale(stale, sequence)
         if META_CATALOGUE in self.changes:
             self.changes[META_CATALOGUE] = self.catalogue.encode()
 

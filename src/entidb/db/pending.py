@@ -21,6 +21,7 @@ _OUTBOX_FIRST = Packer(">16sQII16sQi")
 #: Of a row (transaction id, timestamp, operations, collection, entity id, previous, length of the
 #: payload)
 read_first = _OUTBOX_FIRST.unpack_from
+_pack_first = _OUTBOX_FIRST.pack
 _FIRST_BYTES: Final = _OUTBOX_FIRST.size
 
 
@@ -50,6 +51,16 @@ class PendingTransaction(Struct):
     held: bool = False
 
     def encode(self) -> bytes:
+        if len(self.operations) == 1:
+            (op,) = self.operations
+            return encode_single(
+                self.transaction_id,
+                self.timestamp,
+                op.collection,
+                op.entity_id,
+                op.payload,
+                op.previous,
+            )
         parts = [_OUTBOX.pack(self.transaction_id, self.timestamp, len(self.operations))]
         for op in self.operations:
             payload = op.payload
@@ -76,15 +87,28 @@ def encode_creation(
     id and payload of entities that no pending transaction has touched before."""
     if len(created) == 1 and len(created[0][1]) == 1:
         number, (entity_id,), (payload,) = created[0]
-        return (
-            _OUTBOX_FIRST.pack(transaction_id, timestamp, 1, number, entity_id, 0, len(payload))
-            + payload
-        )
+        return encode_single(transaction_id, timestamp, number, entity_id, payload, 0)
     parts = [_OUTBOX.pack(transaction_id, timestamp, sum(len(ids) for _, ids, _ in created))]
     for number, ids, payloads in created:
         heads = map(_OUTBOX_OP.pack, repeat(number), ids, repeat(0), map(len, payloads))
         parts += chain.from_iterable(zip(heads, payloads, strict=True))
     return b"".join(parts)
+
+
+def encode_single(
+    transaction_id: bytes,
+    timestamp: int,
+    number: int,
+    entity_id: bytes,
+    payload: bytes | None,
+    previous: int,
+) -> bytes:
+    """A ``PendingTransaction`` of one operation, as it is encoded."""
+    if payload is None:
+        return _pack_first(transaction_id, timestamp, 1, number, entity_id, previous, -1)
+    length = len(payload)
+    head = _pack_first(transaction_id, timestamp, 1, number, entity_id, previous, length)
+    return head + payload
 
 
 def decode_pending(key: bytes, raw: bytes) -> PendingTransaction:

@@ -49,6 +49,17 @@ Left = tuple[int, bytes | None, Catalogue, ReplicaState | None, dict[int, int]]
 class Writer(Entities):
     """The overlay of one commit. Only the thread that holds the database's writer lock uses it."""
 
+    #: Whether a local transaction that finds nothing else to push is marked as in flight by its
+    #: own commit (R5).
+    marks = False
+    #: The term that begins with this commit, once it does (``terms``).
+    term: Term | None = None
+    #: Such a mark, while it is known that nothing of it was sent.
+    unsent: Inflight | None = None
+    #: Two of the records of sync as this commit leaves them, so far: where they are known.
+    known_state: ReplicaState | None = None
+    _inflight: Inflight | None = None
+
     def __init__(
         self,
         snapshot: Snapshot,
@@ -68,16 +79,6 @@ class Writer(Entities):
         #: Until when what is read here is true; it passes the commit that this becomes.
         self.moment = moment
         self.now_ms = now_ms
-        #: Whether a local transaction that finds nothing else to push is marked as in flight by its
-        #: own commit (R5).
-        self.marks = False
-        #: The term that begins with this commit, once it does (``terms``).
-        self.term: Term | None = None
-        #: Such a mark, while it is known that nothing of it was sent.
-        self.unsent: Inflight | None = None
-        #: Two of the records of sync as this commit leaves them, so far: where they are known.
-        self.known_state: ReplicaState | None = None
-        self._inflight: Inflight | None = None
 
     # ------------------------------------------------------------ raw rows
 

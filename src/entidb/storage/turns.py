@@ -64,19 +64,22 @@ class Turns:
         a signal handler that comes in the middle of a commit."""
         line = self.line
         line.append(turn)
-        return line[0] is turn or self._wait(turn, timeout_s)
+        # It may be served by now, and then nobody need be in line any more.
+        return turn in line[:1] or self._wait(turn, timeout_s)
 
     def give_back(self, turn: Turn) -> None:
         """Does nothing for a turn that is over."""
-        if turn not in self.line:
+        line = self.line
+        if turn not in line:
             return
         try:
-            self.line.remove(turn)
+            line.remove(turn)
         except ValueError:
             return
-        for first in self.line[:1]:
-            if first.bell is not None:
-                ring(first.bell)
+        if line:
+            for first in line[:1]:
+                if first.bell is not None:
+                    ring(first.bell)
 
     def mine(self) -> Turn | None:
         """The turn that this thread has or waits for; a void one is ended first."""
@@ -114,7 +117,7 @@ class Turns:
             bell.acquire()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not turn.served:
-            first = self.line[0]
+            (first,) = self.line[:1] or (turn,)
             if first is turn:
                 return True
             if first.void:

@@ -187,28 +187,28 @@ class LmdbStorage(Uncopied):
     # ---- reading
 
     def snapshot(self) -> LmdbSnapshot:
-        reader = Reader()
+        reader, gate = Reader(), self._gate
         try:
             while True:
-                if self._gate.level:
-                    self._gate.wait_for(OPEN)
+                if gate.level:
+                    gate.wait_for(OPEN)
                 # Announced first, then looked again: either this reader sees the gate move, or
                 # who moves it sees this reader.
                 reader.busy = True
-                self._gate.readers.add(reader)
-                if self._gate.level == OPEN:
+                gate.readers.add(reader)
+                if gate.level == OPEN:
                     break
                 reader.busy = False
-                self._gate.readers.discard(reader)
+                gate.readers.discard(reader)
             reader.txn = txn = self._file.begin()
             reader.busy = False
-            return LmdbSnapshot(self, self._gate, reader, self._file.marks + txn.id())
+            return LmdbSnapshot(self, gate, reader, self._file.marks + txn.id())
         except BaseException as error:
-            self._gate.end(reader)
+            gate.end(reader)
             if not isinstance(error, lmdb.Error):
                 raise
-            if self._gate.level >= CLOSED:
-                self._gate.wait_for()
+            if gate.level >= CLOSED:
+                gate.wait_for()
             if not isinstance(error, lmdb.MapResizedError):
                 raise storage_error(error, f"reading {self.path}") from error
         self._follow()
@@ -254,11 +254,12 @@ class LmdbStorage(Uncopied):
         self, puts: Puts, deletes: list[bytes], after: int | None, turn: Turn
     ) -> int:
         # As ``hold``, and faster than a block.
-        turns, memory = self._gate.turns, self.turn.memory
+        gate, memory = self._gate, self.turn.memory
+        turns = gate.turns
         try:
             turns.take(turn)
-            if self._gate.level:
-                self._gate.find_open()
+            if gate.level:
+                gate.find_open()
             if self._read_only:
                 raise self._no_writing()
             self._place.check()
@@ -268,19 +269,19 @@ class LmdbStorage(Uncopied):
             mark = self._write(puts, deletes, after)
             memory[COMMITTING] = 0
             rows = len(puts) + len(deletes)
-            self._gate.touched += rows
+            gate.touched += rows
             self._commits += 1
             if self._commits % _ROOM_EVERY_COMMITS == 0 or rows > _ROOM_EVERY_ROWS:
                 self._file.grow_early()
             turns.give_back(turn)
         except BaseException as error:
             # If its outcome is unknown, the next process finds out.
-            if self._gate.level < CLOSED:
+            if gate.level < CLOSED:
                 memory[COMMITTING] = 0
             turns.give_back(turn)
             if not isinstance(error, lmdb.Error):
                 raise
-            self._gate.doubtful = True
+            gate.doubtful = True
             raise self._file.commit_failure(error, f"writing {self.path}") from error
         return mark
 
