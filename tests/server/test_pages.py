@@ -22,7 +22,13 @@ from entidb.protocol import (
 )
 from entidb.server import pages
 from entidb.server.hooks import Grant
-from entidb.server.pages import OPERATION_OVERHEAD_BYTES, PAGE_BYTES_MAX, READ_ROWS, READ_ROWS_MAX
+from entidb.server.pages import (
+    OPERATION_OVERHEAD_BYTES,
+    PAGE_BYTES_MAX,
+    READ_FAR_MAX,
+    READ_ROWS,
+    READ_ROWS_MAX,
+)
 from entidb.server.service import RECENT_COMMITS
 from entidb.storage import MemoryStorage
 from tests.support import GRANT, World, uid
@@ -428,3 +434,71 @@ def test_neither_server_nor_sync_nor_protocol_knows_how_wide_a_row_is() -> None:
         if widths.search(path.read_text(encoding="utf-8"))
     }
     assert found == set()
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def weighed(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """The store says what the values of up to 600 keys weigh: of how many keys it was asked that,
+    and how many entities were read at a time."""
+    weighed: list[int] = []
+    read: list[int] = []
+    snapshot = type(world.server_storage.snapshot())
+    original = snapshot.get_many
+
+    def weigh(self: Any, keys: Sequence[bytes]) -> int | None:
+        weighed.append(len(keys))
+        if len(keys) > 600:
+            return None
+        return sum(len(value or b"") for value in original(self, keys))
+
+    def get_many(self: Any, keys: Any) -> Any:
+        if keys and keys[0].startswith(ENTITY):
+            read.append(len(keys))
+        return original(self, keys)
+
+    monkeypatch.setattr(snapshot, "weigh", weigh, raising=False)
+    monkeypatch.setattr(snapshot, "get_many", get_many)
+    return weighed, read
+
+
+def test_a_store_that_weighs_first_is_read_many_at_a_time(
+    world: World, weighed: tuple[list[int], list[int]]
+) -> None:
+    world.put(*[("notes", number, "x") for number in range(1, 1200)])
+    asked_of, read = weighed
+    read.clear()
+    page = world.service.pull(asked(world, limit=5000), GRANT)
+    assert len(page.commits[0].operations) == 1199
+    assert read == [READ_ROWS, READ_FAR_MAX, READ_FAR_MAX, 1199 - READ_ROWS - 2 * READ_FAR_MAX]
+    assert asked_of == read[1:]
+
+
+def test_what_weighs_too_much_is_read_few_at_a_time(
+    world: World, weighed: tuple[list[int], list[int]]
+) -> None:
+    # Small ones come first, so that a guess from those that were read would take them all at once.
+    for number in range(1, 40):
+        world.put(("notes", number, "x"))
+    for number in range(40, 140):
+        world.put(("notes", number, "x" * 100_000))
+    asked_of, read = weighed
+    read.clear()
+    page = world.service.pull(asked(world, limit=5000, bytes_max=PAGE_BYTES_MAX), GRANT)
+    assert page.has_more and max(read) <= READ_ROWS_MAX
+    assert asked_of == [139 - READ_ROWS]  # and no more for this page
+
+
+def test_a_store_that_cannot_weigh_is_asked_once_in_a_page(
+    world: World, weighed: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "READ_FAR_MAX", 700)
+    world.put(*[("notes", number, "x") for number in range(1, 1200)])
+    asked_of, read = weighed
+    read.clear()
+    world.service.pull(asked(world, limit=5000), GRANT)
+    assert asked_of == [700] and max(read) == READ_ROWS_MAX

@@ -28,6 +28,7 @@ from entidb.protocol import (
     RoundRequest,
     Verdict,
 )
+from entidb.storage.weighing import weighing
 
 #: Feed rows looked at for one page at most, however many a filter or ``have`` leaves out, so that
 #: a page takes bounded time.
@@ -37,6 +38,8 @@ SCAN_ROWS_MAX = 20_000
 READ_ROWS = 16
 #: And at most, when they turn out to be small.
 READ_ROWS_MAX = 64
+#: Where each read takes its time, and it is known before how much it brings.
+READ_FAR_MAX = 512
 #: Payload bytes of a page at most, whatever a client asks for; a larger single commit is sent
 #: whole (R19).
 PAGE_BYTES_MAX = 8 * 1024 * 1024
@@ -71,6 +74,7 @@ class Page:
         self._last = 0
         self._size = 0
         self._bytes_read = 0
+        self._weigh = weighing(view.snapshot)
 
     def fill(self, limit: int, head: int) -> tuple[int, bool]:
         """Read up to ``limit`` rows of the feed; the cursor that the page reaches, and whether
@@ -93,10 +97,22 @@ class Page:
                 return self._last, True
             at += rows
             # As many as fit, going by those that were read; stale ones are none of the page's.
+            if at >= len(keys):
+                break
             mean = self._bytes_read // at + 1
-            rows = max(READ_ROWS, min((self._bytes_max - self._size) // mean, READ_ROWS_MAX))
+            rows = self._at_once((self._bytes_max - self._size) // mean, keys, at)
         # A pull moves the cursor over what it leaves out as well (R31).
         return (places[-1][0] if more else head), more
+
+    def _at_once(self, rows: int, keys: Sequence[bytes], at: int) -> int:
+        """How many of ``rows`` are read at once, from ``at`` on."""
+        ahead = keys[at : at + min(rows, READ_FAR_MAX)] if self._weigh is not None else ()
+        if self._weigh is not None and len(ahead) > READ_ROWS_MAX:
+            weight = self._weigh(ahead)
+            if weight is not None and weight <= PAGE_BYTES_MAX:
+                return len(ahead)
+            self._weigh = None  # nor will the next ones be any better, mostly
+        return max(READ_ROWS, min(rows, READ_ROWS_MAX))
 
     def _read(self, places: Sequence[Place], keys: Sequence[bytes]) -> tuple[Fields, Payloads]:
         rows = self._view.snapshot.get_many(keys)

@@ -70,9 +70,9 @@ def items_in(array: bytes | None) -> list[bytes | None]:
     return found
 
 
-def number_in(answer: PGresult) -> int | None:
-    """What stands in its first place, a number; None if that is NULL, or there is no row."""
-    raw = answer.get_value(0, 0) if answer.ntuples else None
+def number_in(answer: PGresult, column: int = 0) -> int | None:
+    """The number in its first row; None if that is NULL, or there is no row."""
+    raw = answer.get_value(0, column) if answer.ntuples else None
     return None if raw is None else int.from_bytes(raw, "big", signed=True)
 
 

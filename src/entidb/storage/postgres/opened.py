@@ -8,6 +8,7 @@ from typing import Final
 
 from entidb.errors import DatabaseClosedError, DatabaseMovedError, StorageError
 from entidb.storage.postgres.failures import storage_error
+from entidb.storage.postgres.fresh import Fresh
 from entidb.storage.postgres.node import Lease
 from entidb.storage.postgres.remembered import Remembered
 
@@ -70,6 +71,7 @@ class Opened:
         #: For messages: the address without its password, and the name.
         self.path = f"{self.node.where}#{name}"
         self.often = AskedOften()
+        self.fresh = Fresh()
         self.remembered = Remembered(self.node.memory)
         #: With another name it is another store (``shelf``): compared with the number each time.
         self.known_as = name.encode()

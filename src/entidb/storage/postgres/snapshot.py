@@ -34,6 +34,9 @@ from entidb.storage.postgres.opened import Opened
 
 #: Keys that one statement looks for.
 _KEYS_AT_ONCE: Final = 5000
+#: Keys that are worth a look at what lies between them, and how much of that is looked at.
+_NEIGHBOURS_FROM: Final = 100
+_BETWEEN_MAX: Final = 8
 #: Records of one read that are remembered: a first sync reads everything once.
 _REMEMBERED_MAX: Final = 128
 
@@ -68,6 +71,12 @@ def _range(name: str, columns: str, order: str) -> Statement:
 #: By whether it is reverse.
 _SCAN: Final = _range("scan", "k, v", "ASC"), _range("scan_back", "k, v", "DESC")
 _SCAN_KEYS: Final = _range("keys", "k", "ASC"), _range("keys_back", "k", "DESC")
+#: Of the first records of a range: how many there are, and bytes of their values.
+_WEIGH: Final = Statement(
+    b"weigh",
+    b"SELECT count(*), coalesce(sum(length(v)), 0)::bigint FROM (SELECT v FROM entidb_kv "
+    b"WHERE store = $1 AND k >= $2 AND k < $3 ORDER BY k LIMIT $4) AS first",
+)
 _COUNT: Final = Statement(b"count", b"SELECT count(*) FROM entidb_kv WHERE store = $1")
 _BYTES: Final = Statement(
     b"bytes",
@@ -96,6 +105,7 @@ class PostgresSnapshot:
             self._open()
             self._used.add(key)
             stored = self._came[key]
+            self._note((key,), (stored,))
             return None if stored is None else proved(key, stored)
         self._open()
         value = self._remembered.values(self.mark, (key,))[0]
@@ -105,6 +115,7 @@ class PostgresSnapshot:
             value = None if stored is None else proved(key, stored)
             self._remembered.read(self.mark, ((key, value),))
         self._store.often.asked(key, len(value or b""))
+        self._note((key,), (value,))
         return value
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -113,6 +124,13 @@ class PostgresSnapshot:
         self._open()
         found = self._remembered.values(self.mark, keys)
         missing = [place for place, value in enumerate(found) if value is None]
+        if len(missing) >= _NEIGHBOURS_FROM:
+            near = self._near_each_other([keys[at] for at in missing])
+            if near is not None:
+                for place in missing:
+                    found[place] = near.get(keys[place])
+                self._note(keys, found)
+                return found
         for first in range(0, len(missing), _KEYS_AT_ONCE):
             places = missing[first : first + _KEYS_AT_ONCE]
             part = [keys[place] for place in places]
@@ -121,7 +139,36 @@ class PostgresSnapshot:
                 found[place] = None if stored is None else proved(key, stored)
         if 0 < len(missing) <= _REMEMBERED_MAX:
             self._remembered.read(self.mark, [(keys[place], found[place]) for place in missing])
+        self._note(keys, found)
         return found
+
+    def _note(self, keys: Sequence[bytes], found: Sequence[bytes | None]) -> None:
+        """Whoever has the turn may be about to replace what is there."""
+        if self._store.fresh.noting:
+            self._store.fresh.note(keys, found)
+
+    def weigh(self, keys: Sequence[bytes]) -> int | None:
+        """As ``WeighingSnapshot``. Of keys that lie near each other it is what lies between."""
+        limit = len(keys) + _BETWEEN_MAX
+        between = self._ask(_WEIGH, min(keys), max(keys) + b"\0", _limit(limit))
+        return None if number_in(between) == limit else number_in(between, 1)
+
+    def _near_each_other(self, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
+        """What there is of ``keys``, if hardly anything else lies between them: a range takes a
+        third of what it takes to look for each. So it is with what is new, and what came together.
+        None: they are to be looked for."""
+        start, stop, wanted = min(keys), max(keys) + b"\0", set(keys)
+        between = column_in(self._ask(_SCAN_KEYS[False], start, stop, _limit(_BETWEEN_MAX)))
+        few = len(between) < _BETWEEN_MAX
+        if not (few or wanted.issuperset(between)):
+            return None
+        if few and wanted.isdisjoint(between):
+            return {}
+        limit = len(keys) + _BETWEEN_MAX
+        rows = self.stored(start, stop, limit=limit)
+        if len(rows) == limit:
+            return None
+        return {key: proved(key, stored) for key, stored in rows if key in wanted}
 
     def scan(
         self, start: bytes, stop: bytes, *, limit: int | None = None, reverse: bool = False

@@ -26,7 +26,7 @@ from typing import Any, Final
 from zlib import crc32
 
 import psycopg
-from psycopg import pq, sql
+from psycopg import errors, pq, sql
 from psycopg.pq.abc import PGresult
 
 from entidb.errors import (
@@ -43,6 +43,7 @@ from entidb.storage.disk_errors import disk_error
 from entidb.storage.opening import open_storage
 from entidb.storage.partial import Partial
 from entidb.storage.postgres.failures import storage_error
+from entidb.storage.postgres.fresh import Pairs
 from entidb.storage.postgres.line import (
     Line,
     Question,
@@ -69,29 +70,42 @@ _READ_AT_ONCE: Final = 5000
 _CANCELLED: Final = "01000"
 
 _LOOK: Final = Statement(b"mark", b"SELECT mark FROM entidb_store WHERE id = $1 AND name = $2")
-#: A whole commit. Where the mark is another one nothing is written, and there is no row. Only who
-#: has the turn comes here, so that nothing was committed after the statement began to look.
-_COMMIT: Final = Statement(
-    b"commit",
-    b"WITH moved AS (UPDATE entidb_store SET mark = mark + 1 WHERE id = $1 "
-    b"AND name = $3 AND mark = coalesce($2::bigint, mark) RETURNING mark), "
-    b"gone AS (DELETE FROM entidb_kv kv USING moved, unnest($4::bytea[]) AS old(k) "
-    b"WHERE kv.store = $1 AND kv.k = old.k), "
-    b"put AS (INSERT INTO entidb_kv (store, k, v) SELECT $1, new.k, new.v "
-    b"FROM moved, unnest($5::bytea[], $6::bytea[]) AS new(k, v) "
-    b"ON CONFLICT (store, k) DO UPDATE SET v = excluded.v) "
-    b"SELECT mark FROM moved",
+
+
+def _whole(name: bytes, *, deletes: bool = False, new: bool = False) -> Statement:
+    """A whole commit. Where the mark is another one nothing is written, and there is no row. Only
+    who has the turn comes here, so that nothing was committed after the statement began to look.
+
+    ``deletes``: with keys to delete, which most commits have not; ``new``: with records that are
+    known to be new."""
+    keys = b"gone AS (DELETE FROM entidb_kv kv USING moved, unnest($4::bytea[]) AS old(k) "
+    keys += b"WHERE kv.store = $1 AND kv.k = old.k), "
+    parts, at = [keys] if deletes else [], 5 if deletes else 4
+    parts.append(_INSERT % (b"put", at, at + 1) + b" " + _REPLACE + b") ")
+    if new:
+        parts[-1:] = [_INSERT % (b"made", at, at + 1) + b"), "]
+        parts.append(_INSERT % (b"put", at + 2, at + 3) + b" " + _REPLACE + b") ")
+    return Statement(
+        name,
+        b"WITH moved AS (UPDATE entidb_store SET mark = mark + 1 WHERE id = $1 "
+        b"AND name = $3 AND mark = coalesce($2::bigint, mark) RETURNING mark), "
+        + b"".join(parts)
+        + b"SELECT mark FROM moved",
+    )
+
+
+_INSERT: Final = (
+    b"%b AS (INSERT INTO entidb_kv (store, k, v) SELECT $1, new.k, new.v "
+    b"FROM moved, unnest($%d::bytea[], $%d::bytea[]) AS new(k, v)"
 )
-#: The same without the keys to delete, of which most commits have none.
-_COMMIT_PUTS: Final = Statement(
-    b"commit_puts",
-    b"WITH moved AS (UPDATE entidb_store SET mark = mark + 1 WHERE id = $1 "
-    b"AND name = $3 AND mark = coalesce($2::bigint, mark) RETURNING mark), "
-    b"put AS (INSERT INTO entidb_kv (store, k, v) SELECT $1, new.k, new.v "
-    b"FROM moved, unnest($4::bytea[], $5::bytea[]) AS new(k, v) "
-    b"ON CONFLICT (store, k) DO UPDATE SET v = excluded.v) "
-    b"SELECT mark FROM moved",
-)
+_REPLACE: Final = b"ON CONFLICT (store, k) DO UPDATE SET v = excluded.v"
+#: By whether there are keys to delete, and records that are known to be new.
+_COMMIT: Final = {
+    (False, False): _whole(b"commit_puts"),
+    (False, True): _whole(b"commit_new", new=True),
+    (True, False): _whole(b"commit", deletes=True),
+    (True, True): _whole(b"commit_all", deletes=True, new=True),
+}
 #: The parts of one that does not fit.
 _BEGIN: Final = Statement(b"begin_commit", b"BEGIN")
 _MOVE: Final = Statement(
@@ -103,15 +117,17 @@ _DELETE: Final = Statement(
     b"DELETE FROM entidb_kv kv USING unnest($2::bytea[]) AS old(k) "
     b"WHERE kv.store = $1 AND kv.k = old.k",
 )
-_PUT: Final = Statement(
-    b"put",
+_PUT_NEW: Final = Statement(
+    b"put_new",
     b"INSERT INTO entidb_kv (store, k, v) SELECT $1, new.k, new.v "
-    b"FROM unnest($2::bytea[], $3::bytea[]) AS new(k, v) "
-    b"ON CONFLICT (store, k) DO UPDATE SET v = excluded.v",
+    b"FROM unnest($2::bytea[], $3::bytea[]) AS new(k, v)",
 )
+_PUT: Final = Statement(b"put", _PUT_NEW.text + b" " + _REPLACE)
 _END: Final = Statement(b"end_commit", b"COMMIT")
 
-Pairs = list[tuple[bytes, bytes]]
+
+class _AlreadyThereError(Exception):
+    """What was taken to be new is there already; nothing was changed."""
 
 
 class PostgresStorage:
@@ -234,33 +250,49 @@ class PostgresStorage:
     def _commit(self, puts: Puts, deletes: list[bytes], after: int | None) -> int:
         line = self.turn.connection
         assert line is not None
-        parts = list(_in_parts(puts))
         if not puts and not deletes:
             mark = self._look(line)
             if after is not None and mark != after:
                 raise CommitStaleError.of(self.path, after, mark)
             return mark
-        if len(parts) <= 1 and len(deletes) <= ROWS_AT_ONCE:
-            mark = self._commit_at_once(line, parts[0] if parts else [], deletes, after)
-        else:
-            mark = self._begin(line, parts, deletes, after)
-            self._end(line, *line.ask_to_the_end(_END))
+        fresh = self.opened.fresh
+        old, new = fresh.guess(puts)
+        try:
+            mark = self._put(line, old, new, deletes, after)
+        except _AlreadyThereError:
+            fresh.was_wrong()
+            mark = self._put(line, list(puts), [], deletes, after)
+        fresh.committed(puts)
         self.opened.node.marks.tell(self.opened.number, mark)
         return mark
 
+    def _put(
+        self, line: Line, old: Pairs, new: Pairs, deletes: list[bytes], after: int | None
+    ) -> int:
+        """Commit it; the mark that it makes. Raises ``_AlreadyThereError`` where one of ``new`` is
+        not."""
+        parts, news = list(_in_parts(old)), list(_in_parts(new))
+        if len(parts) <= 1 and len(news) <= 1 and len(deletes) <= ROWS_AT_ONCE:
+            return self._commit_at_once(line, old, new, deletes, after)
+        mark = self._begin(line, parts, news, deletes, after)
+        self._end(line, *line.ask_to_the_end(_END))
+        return mark
+
     def _commit_at_once(
-        self, line: Line, puts: Pairs, deletes: list[bytes], after: int | None
+        self, line: Line, old: Pairs, new: Pairs, deletes: list[bytes], after: int | None
     ) -> int:
         given = None if after is None else int8(after)
         values: list[Value] = [int4(self.opened.number), given, self.opened.known_as]
         if deletes:
             values.append(byteas(deletes))
-        values += _columns(puts)
+        if new:
+            values += _columns(new)
+        values += _columns(old)
         try:
             line.check()
         except psycopg.Error as error:
             raise self.opened.failure(error, f"writing to {self.path}") from error
-        statement = _COMMIT if deletes else _COMMIT_PUTS
+        statement = _COMMIT[bool(deletes), bool(new)]
         mark = number_in(self._end(line, *line.ask_to_the_end(statement, *values)))
         if mark is None:
             mark = self._look(line)
@@ -274,7 +306,12 @@ class PostgresStorage:
             raise self.opened.failure(error, f"writing to {self.path}") from error
 
     def _begin(
-        self, line: Line, parts: list[Pairs], deletes: list[bytes], after: int | None
+        self,
+        line: Line,
+        parts: list[Pairs],
+        news: list[Pairs],
+        deletes: list[bytes],
+        after: int | None,
     ) -> int:
         """Everything but the end of a transaction, which holds the row of the store until then; the
         mark that it makes."""
@@ -285,6 +322,8 @@ class PostgresStorage:
             yield _MOVE, self._row()
             for first in range(0, len(deletes), ROWS_AT_ONCE):
                 yield _DELETE, (store, byteas(deletes[first : first + ROWS_AT_ONCE]))
+            for part in news:
+                yield _PUT_NEW, (store, *_columns(part))
             for part in parts:
                 yield _PUT, (store, *_columns(part))
 
@@ -293,6 +332,9 @@ class PostgresStorage:
             if after is not None and mark - 1 != after:
                 raise CommitStaleError.of(self.path, after, mark - 1)
             return mark
+        except errors.UniqueViolation as error:
+            self._undo(line)
+            raise _AlreadyThereError from error
         except psycopg.Error as error:
             self._undo(line)
             raise self.opened.failure(error, f"writing to {self.path}") from error
@@ -319,7 +361,9 @@ class PostgresStorage:
             self._undo(line)
             if good:
                 raise StorageError(f"committing to {self.path}: PostgreSQL refused it")
-            error = psycopg.errors.error_from_result(answer)
+            error = errors.error_from_result(answer)
+            if isinstance(error, errors.UniqueViolation):
+                raise _AlreadyThereError from error
             raise self.opened.failure(error, f"committing to {self.path}") from error
         self._close_now(line)
         raise CommitUnknownError(

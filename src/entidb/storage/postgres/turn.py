@@ -59,6 +59,7 @@ class PostgresTurn:
             line, (answer,) = node.ask(node.committing, [(_TRY, self._key())])
             try:
                 if answer.get_value(0, 0) == _TRUE or self._wait(line, timeout_s):
+                    store.fresh.turn_begins()
                     self._lease.turn = line
                     return True
             except BaseException:
@@ -110,6 +111,7 @@ class PostgresTurn:
         connection = self._lease.turn
         if connection is None:
             return
+        self._store.fresh.turn_ends()
         try:
             if not connection.closed:
                 connection.ask(_UNLOCK, *self._key())
