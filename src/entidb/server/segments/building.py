@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -204,12 +205,13 @@ def build(
 
 class Pauses:
     """``__call__`` now and then pauses for as long as was worked since, so that those who are
-    served have the processor. Ends with ``StoppedError`` when ``stop`` is set. ``asked``: somebody
-    has just asked for an image, and gets everything without; he comes first, for a second."""
+    served have the processor. Ends with ``StoppedError`` when ``stop`` is set. Somebody who has
+    asked for an image ``asked_s`` seconds ago gets everything without: he comes first, for a
+    second."""
 
-    def __init__(self, stop: threading.Event, *, asked: bool = False) -> None:
+    def __init__(self, stop: threading.Event, asked_s: float = math.inf) -> None:
         self._stop = stop
-        if asked and stop.wait(_ASKED_S):
+        if asked_s < _ASKED_S and stop.wait(_ASKED_S - asked_s):
             raise StoppedError
         self._since = time.perf_counter()
 

@@ -126,6 +126,7 @@ class ImageKeeper:
         self._due: dict[str, None] = {}
         #: What somebody has asked for that there was none of, for each database.
         self._wanted: dict[str, set[str]] = {}
+        self._asked_at = float("-inf")
         #: When to look again, and where it did not work the last time.
         self._next: dict[str, float] = {}
         self._failed: set[str] = set()
@@ -269,6 +270,7 @@ class ImageKeeper:
             return
         if not fits:
             self._wanted.setdefault(store.db_id, set()).add(able[0])
+            self._asked_at = self._clock.monotonic()
             with store.database.view() as view:
                 unused = read_images(view).unused
             if unused:
@@ -330,7 +332,7 @@ class ImageKeeper:
     def _do(self, db_id: str) -> None:
         pause_s = _LOOK_S
         try:
-            self.make(db_id, Pauses(self._stop, asked=bool(self._wanted.get(db_id))))
+            self.make(db_id, Pauses(self._stop, self._clock.monotonic() - self._asked_at))
             self._failed.discard(db_id)
         except StoppedError:
             logger.info("database %s: an image was not made to its end", db_id)
