@@ -22,7 +22,8 @@ from entidb.storage.lmdb.headers import UNREADABLE, Headers, header_fault, read_
 from entidb.storage.lmdb.layout import open_to_read
 from entidb.storage.lmdb.left import DATA, LOCK, is_closed
 from entidb.storage.lmdb.pages import closed_file_faults, damaged_file
-from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
+from entidb.storage.lmdb.place import Place, take_place
+from entidb.storage.lmdb.readers import LMDB_LOCK
 from entidb.storage.lmdb.turn import CLAIM, TURN
 
 #: Left by sync engines and servers that had the database before its data file was lost.

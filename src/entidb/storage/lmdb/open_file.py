@@ -39,6 +39,7 @@ from entidb.storage.lmdb.headers import UNREADABLE, read_headers
 from entidb.storage.lmdb.holes import Holes
 from entidb.storage.lmdb.layout import META_BYTES, META_END, open_to_read
 from entidb.storage.lmdb.place import Place
+from entidb.storage.lmdb.readers import READERS_MAX
 from entidb.storage.lmdb.turn import COMMITTING, FileTurn, SoleTurn
 
 #: Room in a new map beside twice the file: virtual, but of 2**47 bytes that a process has. So many
@@ -48,7 +49,6 @@ MAP_ROOM_BYTES: Final = 4 * 2**30
 _MAP_SHARE: Final = 2048
 MAP_BYTES_MAX: Final = 2**46
 MAP_BYTES_MIN: Final = 2**20
-_READERS_MAX: Final = 512
 _U64_BYTES: Final = 8
 #: Where a header names its commit.
 NUMBER_AT: Final = META_BYTES - META_END.size + 8
@@ -452,7 +452,7 @@ def _map(place: Place, size: int, read_only: bool) -> Any:
         map_size=size,
         create=False,
         mode=0o600,
-        max_readers=_READERS_MAX,
+        max_readers=READERS_MAX,
         sync=True,
         metasync=True,
         writemap=False,

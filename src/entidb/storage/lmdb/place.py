@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from entidb.errors import DatabaseLockedError, StorageError
-from entidb.storage.directories import NO_FOLLOW, check_file, give_as, give_owner, is_at, open_file
+from entidb.storage.directories import NO_FOLLOW, give_as, give_owner, is_at, open_file
 from entidb.storage.lmdb.closed_file import check_data_file
 from entidb.storage.lmdb.company import (
     SHARING,
@@ -38,11 +38,12 @@ from entidb.storage.lmdb.company import (
 from entidb.storage.lmdb.folder import Folder
 from entidb.storage.lmdb.headers import Headers
 from entidb.storage.lmdb.left import DATA, LOCK, Left, left_line, read_left, signature
+from entidb.storage.lmdb.readers import LMDB_LOCK as LMDB_LOCK
+from entidb.storage.lmdb.readers import make_table
 from entidb.storage.lmdb.standing import Standing
 from entidb.storage.lmdb.turn import CLAIM, TURN, FileClaim, FileTurn, SoleTurn
 from entidb.storage.locks import TRIES, FileLock, HeldError
 
-LMDB_LOCK: Final = "lock.mdb"
 #: Looks at a data file that another process has for a moment, and seconds between them.
 _LOOKS: Final = 10
 _LOOK_SECONDS: Final = 0.005
@@ -289,16 +290,7 @@ class Place:
 
     def make_lock_table(self) -> None:
         """LMDB's file, before LMDB makes it with an owner of its own."""
-        path = os.path.join(self.path, LMDB_LOCK)
-        # Only a new one is opened: closing it would take LMDB's record locks away.
-        with contextlib.suppress(FileExistsError):
-            if os.path.lexists(path):
-                check_file(path, os.stat(path))
-            made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
-            try:
-                give_as(made, self._like())
-            finally:
-                os.close(made)
+        make_table(os.path.join(self.path, LMDB_LOCK), self._like(), self.first)
 
     @contextlib.contextmanager
     def data_file(self) -> Iterator[int]:

@@ -12,7 +12,8 @@ from entidb.storage.lmdb.doubt import CLAIMS
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.folder import TEMPORARY
 from entidb.storage.lmdb.left import DATA, LOCK
-from entidb.storage.lmdb.place import LMDB_LOCK, take_place
+from entidb.storage.lmdb.place import take_place
+from entidb.storage.lmdb.readers import LMDB_LOCK
 from entidb.storage.lmdb.turn import TURN
 
 #: What a store has beside its data and its lock: LMDB's readers, whose turn it is, other rights.
