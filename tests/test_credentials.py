@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from entidb.credentials import exposure, read_credential, read_token, write_credential
-from entidb.errors import ConfigError
+from entidb.errors import ConfigError, EntiDBError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 TOKEN = "eyJhbGciOi.eyJzdWIiOi.c2lnbmF0dXJl"
@@ -138,16 +138,16 @@ def test_a_credential_is_written_for_its_owner_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "says"),
+    ("number", "code", "says"),
     [
-        (errno.ENOSPC, "free space"),
-        (errno.EDQUOT, "free space"),
-        (errno.EIO, "check the disk"),
-        (errno.EACCES, "that you may write to"),
+        (errno.ENOSPC, "storage_full", "free space"),
+        (errno.EDQUOT, "storage_full", "free space"),
+        (errno.EIO, "storage_error", "check the disk"),
+        (errno.EACCES, "invalid_config", "that you may write to"),
     ],
 )
 def test_a_credential_that_a_disk_stops_says_what_helps_and_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str, says: str
 ) -> None:
     """Also the last of its steps: one that was there was in the way of the next try."""
 
@@ -156,8 +156,9 @@ def test_a_credential_that_a_disk_stops_says_what_helps_and_leaves_no_file(
             raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(EntiDBError, match=says) as raised:
         write_credential(tmp_path / "secret", "word", replace=False)
+    assert raised.value.code == code
     assert os.listdir(tmp_path) == []
     monkeypatch.undo()
     write_credential(tmp_path / "secret", "word", replace=False)

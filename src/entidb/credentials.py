@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from entidb.errors import ConfigError
+from entidb.errors import ConfigError, StorageError, StorageFullError
 
 #: Bytes. No secret or key is longer; a file that is, is another file.
 CREDENTIAL_BYTES_MAX: Final = 64 * 1024
@@ -107,13 +107,15 @@ _TO_DO: Final = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close some files",
 }
+_KINDS: Final = {errno.ENOSPC: StorageFullError, errno.EDQUOT: StorageFullError}
 
 
 def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) -> None:
     """Write ``text`` and a newline into a file that only its owner can read, from the first byte
     on: the owner of the file that it replaces, or else of the directory, as far as this user may
     give files away. It appears when it is complete, durably. Raises ``ConfigError`` if it cannot be
-    written, if something else than a file is there, or if it is there and ``replace`` is false."""
+    there, if something else than a file is, or if it is and ``replace`` is false; ``StorageError``
+    where the disk is full or fails."""
     if not os.fspath(path):
         raise ConfigError("the output is empty: name a file")
     target = Path(path)
@@ -150,8 +152,10 @@ def write_credential(path: str | os.PathLike[str], text: str, *, replace: bool) 
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or error
-        todo = _TO_DO.get(getattr(error, "errno", None) or 0, _ELSEWHERE)
-        raise ConfigError(f"cannot write {target}: {reason}; {todo}") from error
+        number = getattr(error, "errno", None) or 0
+        kind = _KINDS.get(number, StorageError) if number in _TO_DO else ConfigError
+        todo = _TO_DO.get(number, _ELSEWHERE)
+        raise kind(f"cannot write {target}: {reason}; {todo}") from error
 
 
 def _give_owner(descriptor: int, target: Path) -> None:

@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from entidb.db import Database, Role
-from entidb.errors import ConfigError, DatabaseLockedError, DatabaseMovedError
+from entidb.errors import (
+    ConfigError,
+    DatabaseLockedError,
+    DatabaseMovedError,
+    StorageError,
+    StorageFullError,
+)
 from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import ServerConfig, SyncServer, create_app, serving
 from entidb.server.admin import databases
@@ -192,16 +198,16 @@ def test_a_data_dir_that_cannot_be_written_is_a_config_error(
 
 
 @pytest.mark.parametrize(
-    ("number", "says"),
+    ("number", "code", "says"),
     [
-        (errno.EIO, "input/output error; look into the system's log"),
-        (errno.ENOSPC, "the disk is full; free space"),
-        (errno.EDQUOT, "quota"),
-        (errno.EMFILE, "too many files open; raise its limit"),
+        (errno.EIO, "storage_error", "input/output error; look into the system's log"),
+        (errno.ENOSPC, "storage_full", "the disk is full; free space"),
+        (errno.EDQUOT, "storage_full", "quota"),
+        (errno.EMFILE, "storage_error", "too many files open; raise its limit"),
     ],
 )
-def test_what_a_disk_says_of_a_data_dir_is_no_matter_of_rights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+def test_what_a_disk_says_of_a_data_dir_is_no_matter_of_rights_nor_of_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str, says: str
 ) -> None:
     def refuse(path: str, flags: int, *rest: object, **options: object) -> int:
         if flags & os.O_CREAT:
@@ -209,8 +215,9 @@ def test_what_a_disk_says_of_a_data_dir_is_no_matter_of_rights(
         raise FileNotFoundError(errno.ENOENT, "No such file", path)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(ConfigError, match=r"data_dir cannot be used: ") as raised:
+    with pytest.raises(StorageError, match=r"data_dir cannot be used: ") as raised:
         SyncServer(config(tmp_path))
+    assert raised.value.code == code
     assert says in str(raised.value) and "may write to" not in str(raised.value)
 
 
@@ -340,5 +347,5 @@ def test_a_data_directory_on_a_full_disk_is_not_said_to_be_somebody_elses(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("entidb.server.directory.make_directory", full)
-    with pytest.raises(ConfigError, match="the disk is full; free space"):
+    with pytest.raises(StorageFullError, match="the disk is full; free space"):
         SyncServer(config(tmp_path / "srv"))

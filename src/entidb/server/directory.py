@@ -88,8 +88,9 @@ class DataDirectory:
 
     @classmethod
     def take(cls, config: ServerConfig, family: Family | None = None) -> DataDirectory:
-        """Raises ``ConfigError`` for a place that cannot be made or written, and
-        ``DatabaseLockedError`` if another server has it, in this process or in another."""
+        """Raises ``ConfigError`` for a place that cannot be made or written, ``StorageError`` for a
+        disk that is full or fails, and ``DatabaseLockedError`` if another server has it, in this
+        process or in another."""
         root = _root(config)
         try:
             make_directory(root)
@@ -247,10 +248,10 @@ def _served(root: str, holder: str) -> DatabaseLockedError:
     )
 
 
-def _unusable(root: str, error: OSError) -> ConfigError:
+def _unusable(root: str, error: OSError) -> ConfigError | StorageError:
     what = "cannot be used" if os.path.isdir(root) else "cannot be made"
     if not is_about_place(error.errno or 0):
-        return ConfigError(str(disk_error(error.errno or errno.EIO, f"data_dir {what}: {root}")))
+        return disk_error(error.errno or errno.EIO, f"data_dir {what}: {root}")
     return ConfigError(
         f"data_dir {what}: {root}: {error.strerror}; give a directory that the user of the server "
         "may write to"
