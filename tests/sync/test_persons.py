@@ -21,6 +21,7 @@ from entidb.errors import (
     ConfigError,
     PermissionDeniedError,
     StorageError,
+    StorageFullError,
     SyncStateError,
     TransportError,
 )
@@ -524,6 +525,31 @@ def test_an_export_that_cannot_be_written_changes_nothing(
     assert (till.engine.status().pending, till.engine.status().subject) == (1, "alice")
     assert (tmp_path / "there").read_text() == "mine"
     assert [each.name for each in tmp_path.iterdir()] == ["there"]
+
+
+def test_an_export_whose_commit_a_full_disk_stops_can_be_repeated(
+    till: Till, tmp_path: Path
+) -> None:
+    """The file was written before the commit, and was in the way of the next try."""
+    till.engine.sync()
+    till.put(1, "alice's")
+    till.storage.fail_next(error=StorageFullError("the disk is full"))
+    with pytest.raises(StorageFullError):
+        till.engine.logout("export", file=tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+    assert (till.engine.status().pending, till.engine.status().subject) == (1, "alice")
+    assert till.engine.logout("export", file=tmp_path / "f") == 1
+    assert json.loads((tmp_path / "f").read_text())["subject"] == "alice"
+
+
+def test_an_export_stays_where_it_alone_has_what_was_pending(till: Till, tmp_path: Path) -> None:
+    """Whatever a store says of its commit: what it did counts."""
+    till.engine.sync()
+    till.put(1, "alice's")
+    till.storage.fail_next(after=True, error=StorageError("done, and then it failed"))
+    with pytest.raises(StorageError):
+        till.engine.logout("export", file=tmp_path / "f")
+    assert json.loads((tmp_path / "f").read_text())["subject"] == "alice"
 
 
 @pytest.mark.parametrize("pending", ["keep", "discard", "export"])

@@ -9,13 +9,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from entidb.db import Database
-from entidb.errors import ConfigError, SyncStateError
+from entidb.errors import (
+    CommitUnknownError,
+    ConfigError,
+    EntiDBError,
+    StorageError,
+    SyncStateError,
+)
 from entidb.protocol import SUBJECT_CHARS_MAX
 from entidb.sync.apply.applier import DatabaseApplier
-from entidb.sync.apply.exporting import to_file
+from entidb.sync.apply.exporting import Exported
 from entidb.sync.attempts import Attempts
 from entidb.sync.interrupt import acting_thread
 from entidb.sync.others import Others
@@ -130,7 +136,16 @@ def sign_off(
         pass  # a reset that keeps the device's state has not made all of it pending yet
     if pending == "keep":
         return applier.sign_out(subject)
-    return applier.withdraw_own(None if file is None else to_file(file))
+    if file is None:
+        return applier.withdraw_own(None)
+    exported = Exported(file)
+    try:
+        return applier.withdraw_own(exported)
+    except StorageError as error:
+        if not isinstance(error, CommitUnknownError):
+            with suppress(EntiDBError), applier.database.view() as view:
+                exported.take_back(view.snapshot)
+        raise
 
 
 __all__ = ["Turnover", "check_logout", "check_subject", "sign_off"]

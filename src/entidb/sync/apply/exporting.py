@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from entidb import cbor
 from entidb.db.json_values import dump
+from entidb.db.outbox import read_pending
 from entidb.db.pending import PendingTransaction
 from entidb.errors import StorageError
+from entidb.storage.base import Snapshot
 from entidb.storage.directories import absolute
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.partial import Partial, remove_dead
 from entidb.types import ms_from_timestamp, path_text, uuid_from_bytes
 
 
-def to_file(
-    path: str | os.PathLike[str],
-) -> Callable[[list[PendingTransaction], dict[int, str], str | None], None]:
-    """What writes transactions to the new file ``path``, durably, for nobody else to read; not
-    there at all if that fails. The function raises ``StorageError``, and this ``ConfigError`` for
-    what is no path."""
-    where = absolute(path_text(path))
+class Exported:
+    """What writes transactions to the new file ``path``, durably, for nobody else to read; it is
+    not there at all if that fails. Raises ``ConfigError`` for what is no path; called,
+    ``StorageError``."""
 
-    def write(pending: list[PendingTransaction], names: dict[int, str], who: str | None) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._where = absolute(path_text(path))
+        #: The transactions that were written, once they were.
+        self._sequences: frozenset[int] | None = None
+
+    def __call__(
+        self, pending: list[PendingTransaction], names: dict[int, str], who: str | None
+    ) -> None:
         try:
-            _write(where, (dump(_line(each, names, who)) for each in pending))
+            _write(self._where, (dump(_line(each, names, who)) for each in pending))
         except OSError as error:
-            raise disk_error(error.errno or 0, f"writing {where}") from error
+            raise disk_error(error.errno or 0, f"writing {self._where}") from error
+        self._sequences = frozenset(each.sequence for each in pending)
 
-    return write
+    def take_back(self, snapshot: Snapshot) -> None:
+        """Remove the file after an error, so that it is not in the way of the next try; but not
+        where it has what is pending no more in ``snapshot``, and only it may have."""
+        if self._sequences is None:
+            return
+        if self._sequences <= {each.sequence for each in read_pending(snapshot)}:
+            with contextlib.suppress(OSError):
+                os.unlink(self._where)
 
 
 def _write(where: str, lines: Iterable[str]) -> None:
@@ -71,4 +86,4 @@ def _line(pending: PendingTransaction, names: dict[int, str], who: str | None) -
     }
 
 
-__all__ = ["to_file"]
+__all__ = ["Exported"]
