@@ -169,6 +169,18 @@ def test_a_scheduled_push_that_cannot_be_stored_says_so_and_a_database_with_room
     place.stores.close()
 
 
+def test_a_disk_that_is_full_is_a_line_of_the_log_and_no_traceback(
+    caplog: pytest.LogCaptureFixture,
+):
+    place = Place()
+    answer = place.front.explain(StorageFullError("opening shop: the disk is full"), "r-1")
+    assert answer.code == "storage_full"
+    (line,) = caplog.records
+    assert line.getMessage() == "request r-1: opening shop: the disk is full"
+    assert line.exc_info is None
+    place.stores.close()
+
+
 def test_for_a_moment_after_a_push_found_no_room_none_is_tried():
     place = Place()
     history = place.history()

@@ -21,6 +21,7 @@ from entidb.errors import (
     HistoryChangedError,
     PermissionDeniedError,
     ProtocolError,
+    StorageFullError,
     SyncError,
 )
 from entidb.protocol import (
@@ -317,8 +318,9 @@ class Front:
 
     def explain(self, error: Exception, rid: str) -> ErrorResponse:
         """The answer to the client; what it leaves out goes to the log, under the same id."""
-        if is_away(error):
-            # Where the error came from says nothing more, and in an outage there are many.
+        if is_away(error) or isinstance(error, StorageFullError):
+            # Where the error came from says nothing more, and in an outage there are many; the
+            # same with a disk that is full.
             logger.warning("request %s: %s", rid, error)
         elif wire.is_internal(error):
             logger.error("request %s failed", rid, exc_info=error)
