@@ -20,7 +20,7 @@ from entidb.server.admin.audit import AUDIT_FILE, FileJournal
 from entidb.server.records import CONTROL, FileRecords
 from entidb.storage import LmdbStorage
 from entidb.storage.directories import check_file, open_file
-from entidb.storage.lmdb.place import LMDB_LOCK
+from entidb.storage.lmdb.readers import LMDB_LOCK
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
 

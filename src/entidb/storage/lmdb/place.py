@@ -38,8 +38,7 @@ from entidb.storage.lmdb.company import (
 from entidb.storage.lmdb.folder import Folder
 from entidb.storage.lmdb.headers import Headers
 from entidb.storage.lmdb.left import DATA, LOCK, Left, left_line, read_left, signature
-from entidb.storage.lmdb.readers import LMDB_LOCK as LMDB_LOCK
-from entidb.storage.lmdb.readers import make_table
+from entidb.storage.lmdb.readers import LMDB_LOCK, make_table
 from entidb.storage.lmdb.standing import Standing
 from entidb.storage.lmdb.turn import CLAIM, TURN, FileClaim, FileTurn, SoleTurn
 from entidb.storage.locks import TRIES, FileLock, HeldError

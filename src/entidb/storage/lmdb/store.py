@@ -40,7 +40,8 @@ from entidb.storage.lmdb.open_file import (
     OpenFile,
     create_file,
 )
-from entidb.storage.lmdb.place import LMDB_LOCK, Place, take_place
+from entidb.storage.lmdb.place import Place, take_place
+from entidb.storage.lmdb.readers import LMDB_LOCK
 from entidb.storage.lmdb.resident import shedding
 from entidb.storage.lmdb.snapshot import LmdbSnapshot
 from entidb.storage.lmdb.spacers import spacers
