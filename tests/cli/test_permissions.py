@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="permissions are
 
 #: Somebody who may not write where root may. What is imported may lie where he may not read.
 RUN_AS_SOMEBODY = """
-    import csv, difflib, encodings.idna, importlib, os, resource, sys
+    import csv, difflib, encodings.idna, importlib, os, resource, sys, tarfile
     import entidb.server.run, entidb.storage.lmdb
     from entidb.cli.app import COMMANDS, run
     for place in COMMANDS.values():
@@ -55,6 +55,12 @@ def place(open_path: Path) -> Iterator[Path]:
         ("init PLACE/hidden/db", 7, "no permission; check owner and mode"),
         ("list PLACE/hidden/db", 7, "no permission; check owner and mode"),
         ("verify PLACE/hidden/db", 7, "no permission; check owner and mode"),
+        ("copy PLACE/hidden/db PLACE/new", 7, "no permission; check owner and mode"),
+        ("renew PLACE/hidden/db", 7, "no permission; check owner and mode"),
+        ("import PLACE/db notes PLACE/hidden/rows.csv", 3, "check its owner and mode"),
+        ("import PLACE/db notes PLACE/missing/rows.csv", 3, "check the path"),
+        ("put PLACE/db notes @PLACE/hidden/value.json", 3, "check its owner and mode"),
+        ("init PLACE/new --from PLACE/hidden/image", 3, "check its owner and mode"),
         ("backup PLACE/db PLACE/shut/copy", 7, "no permission; check owner and mode"),
         ("backup PLACE/db PLACE/missing/copy", 7, "check the path"),
         ("export PLACE/db notes -o PLACE/shut/x.csv", 7, "that you may write to"),

@@ -259,9 +259,11 @@ def fail(code: str, message: str, exit_code: Exit) -> int:
 
 
 def _os_words(error: OSError) -> str:
+    from entidb.storage.disk_errors import disk_error  # --help needs no storage
+
     what = error.strerror or str(error)
-    if error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {what}"
+    if error.filename is not None and error.errno is not None:
+        return str(disk_error(error.errno, os.fsdecode(error.filename)))
     if isinstance(error, FileNotFoundError) and not _has_directory():
         return "the directory in which this process runs is gone; change to one that is there"
     # What has a name is named where it is opened.

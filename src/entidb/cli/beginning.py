@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import IO
 
-from entidb.cli.exits import NotFoundError, UsageError
+from entidb.cli.exits import UsageError
 from entidb.cli.output import plural, say
-from entidb.cli.values import print_json
+from entidb.cli.values import print_json, unreadable
 from entidb.cli.words import is_database
 from entidb.db import Database
 from entidb.errors import ProtocolError, SyncStateError
@@ -86,9 +85,7 @@ def _opened(source: str) -> IO[bytes]:
             f"{source} is a directory, and --from wants a file that `entidb snapshot` wrote"
         ) from None
     except OSError as error:
-        raise NotFoundError(
-            f"cannot read {source}: {os.strerror(error.errno or 0)}", code="no_file"
-        ) from error
+        raise unreadable(source, error) from error
 
 
 __all__ = ["begin_command"]

@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 import click
 
 from entidb import cbor
-from entidb.cli.exits import InputError, NotFoundError, UsageError
+from entidb.cli.exits import InputError, UsageError
 from entidb.cli.loading import Import, by_field, by_key
 from entidb.cli.output import Bar, note, one_line, plural, progress, say
 from entidb.cli.rows import (
@@ -34,7 +34,7 @@ from entidb.cli.rows import (
     read_csv,
     read_ndjson,
 )
-from entidb.cli.values import print_json, twice_in
+from entidb.cli.values import print_json, twice_in, unreadable
 from entidb.cli.words import (
     bind,
     check_text,
@@ -200,7 +200,7 @@ def _source(file: str) -> Iterator[tuple[IO[bytes], int | None]]:
     try:
         raw = open(file, "rb")  # noqa: SIM115 -- closed below; only opening may fail so
     except OSError as error:
-        raise NotFoundError(f"cannot read {file}: {error.strerror}", code="no_file") from error
+        raise unreadable(file, error) from error
     with raw:
         # A pipe with a name, such as that of a shell's <(…), has neither a size nor a place.
         yield raw, os.fstat(raw.fileno()).st_size if raw.seekable() else None

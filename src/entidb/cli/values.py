@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -34,6 +36,14 @@ _UNSAFE: Final = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u20
 
 
 # ---------------------------------------------------------------- reading
+
+
+def unreadable(path: str | os.PathLike[str], error: OSError) -> NotFoundError:
+    """The error for a file that is to be read, and cannot be."""
+    may_not = error.errno in (errno.EACCES, errno.EPERM)
+    todo = "check its owner and mode" if may_not else "check the path"
+    said = os.strerror(error.errno or errno.EIO)
+    return NotFoundError(f"cannot read {os.fspath(path)}: {said}; {todo}", code="no_file")
 
 
 def parse(text: str) -> Any:
@@ -121,7 +131,7 @@ def read_value(given: str, *, instead_of: str = "") -> Any:
             with open(path, "rb") as file:
                 return parse(_text(_read(file, str(path)), str(path)))
         except OSError as error:
-            raise NotFoundError(f"cannot read {path}: {error.strerror}", code="no_file") from error
+            raise unreadable(path, error) from error
     try:
         return parse(given)
     except InputError as error:

@@ -66,7 +66,9 @@ def _write(where: str, lines: Iterable[str]) -> None:
 
 def _exists(where: str) -> StorageError:
     return StorageError(
-        f"{where} exists already; name a new file. Nothing was changed", code="exists"
+        f"{where} exists already, perhaps from an export that was killed; look whether what it has "
+        "is pending still, and remove it, or name a new file. Nothing was changed",
+        code="exists",
     )
 
 
