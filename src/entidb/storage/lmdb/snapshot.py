@@ -104,7 +104,7 @@ class LmdbSnapshot(Struct, eq=False, weakref=True):
     def pick(self, start: bytes, stop: bytes, limit: int, picks: Picks) -> Picked:
         """See ``PickingSnapshot``. ``picks`` sees values that end with their checksums."""
         pairs = self.entries(start, stop, limit, False, values=True)
-        if [crc32(key + stored) for key, stored in pairs].count(RESIDUE) != len(pairs):
+        if list(map(crc32, map(b"".join, pairs))).count(RESIDUE) != len(pairs):
             self.scan(start, stop, limit=limit)  # raises, and says which
         found = [pairs[at] for at in picks([stored for _, stored in pairs])]
         last = pairs[-1][0] if len(pairs) == limit else None
