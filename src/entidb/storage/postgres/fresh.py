@@ -63,11 +63,6 @@ class Fresh:
             return old, []
         return old, [pair for pair in pairs if len(pair[0]) > _SHORT and pair[0] not in there]
 
-    def committed(self, puts: Puts) -> None:
-        """A commit of this turn is done: what it has stored is there."""
-        if self.noting:
-            self._there.update([key for key, _ in puts])
-
     def was_wrong(self) -> None:
         self._wary = _WARY
 

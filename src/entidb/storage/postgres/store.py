@@ -262,7 +262,6 @@ class PostgresStorage:
         except _AlreadyThereError:
             fresh.was_wrong()
             mark = self._put(line, list(puts), [], deletes, after)
-        fresh.committed(puts)
         self.opened.node.marks.tell(self.opened.number, mark)
         return mark
 
