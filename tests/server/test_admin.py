@@ -536,6 +536,22 @@ def test_what_cannot_be_written_down_is_not_done(place: Place):
 
 
 @POSIX
+def test_a_log_that_cannot_be_read_is_not_said_to_be_empty(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    place.history()
+    databases.freeze(place.office, ROOT, "shop")
+
+    def refused(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(audit, "open_file", refused)
+    status, said = ask_for(place, "GET", "audit")
+    assert (status, said["code"]) == (500, "storage_error")
+    assert f"{place.root / AUDIT_FILE}: no permission; check owner" in said["message"]
+
+
+@POSIX
 def test_what_was_done_and_is_not_written_down_is_said_to_be_done(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from entidb.errors import ConfigError, CorruptionError
+from entidb.errors import ConfigError, CorruptionError, StorageError
 from entidb.server import ServerConfig, SyncServer
 from entidb.server.admin.opening import office_of
 from entidb.server.stores import Store
@@ -28,6 +30,40 @@ def test_what_is_behind_a_part_that_fails_is_done(error: Exception) -> None:
         office_of(server).chores[:0] = [fails, lambda: done.append("of the office")]
         server.housekeep()
         assert done == ["of the server", "of the office"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "/srv/x"), "(/srv/x): no permission;"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), ": the file system is read-only;"),
+        (StorageError("/srv/shop: the disk"), ": /srv/shop: the disk"),
+    ],
+)
+def test_what_the_disk_does_to_a_part_is_one_line_that_says_what_to_do(
+    error: Exception, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise error
+
+    with SyncServer.in_memory() as server, caplog.at_level(logging.ERROR, "entidb.server"):
+        server.chores[:0] = [fails]
+        server.housekeep()
+    (line,) = caplog.records
+    assert says in line.getMessage() and "Errno" not in line.getMessage()
+    assert line.exc_info is None
+
+
+def test_a_mistake_of_ours_in_a_part_is_logged_with_where_it_came_from(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    with SyncServer.in_memory() as server, caplog.at_level(logging.ERROR, "entidb.server"):
+        server.chores[:0] = [fails]
+        server.housekeep()
+    assert "ZeroDivisionError" in caplog.text and "test_chores" in caplog.text
 
 
 @pytest.mark.parametrize("part", ["_purge", "_keep_declared"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -802,6 +803,27 @@ def test_a_segment_that_is_cut_or_gone_is_not_found(on_disk: SyncServer):
     os.truncate(folder / f"{second.sha256.hex()}.segment", 10)
     assert code_of(fetch(on_disk, first.sha256)) == "not_found"
     assert code_of(fetch(on_disk, second.sha256)) == "not_found"
+
+
+@pytest.mark.parametrize("name", ["image", "open"])
+def test_images_that_may_not_be_read_keep_no_device_from_its_first_sync(
+    on_disk: SyncServer,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    on_disk.images.make("shop")
+    first, *_ = asked(on_disk).segments
+
+    def refused(self: object, identity: bytes) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), identity.hex())
+
+    monkeypatch.setattr(segment_files.FolderFiles, name, refused)
+    assert code_of(fetch(on_disk, first.sha256)) == "not_found"
+    assert (asked(on_disk).segments == []) is (name == "image")
+    assert len(pulled(on_disk)) == 200
+    lines = [record for record in caplog.records if "no permission" in record.getMessage()]
+    assert lines and not any(line.exc_info for line in caplog.records)
 
 
 def test_files_of_a_database_that_is_gone_are_removed(on_disk: SyncServer, clock: ManualClock):

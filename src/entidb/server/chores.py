@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
+from entidb.errors import StorageError
+from entidb.storage.disk_errors import said_of
+
 logger = logging.getLogger("entidb.server")
 
 
@@ -14,8 +17,19 @@ def do_each(chores: Iterable[Callable[[], None]]) -> None:
     for chore in chores:
         try:
             chore()
-        except Exception:
-            logger.exception("a part of housekeeping failed; it is tried again with the next")
+        except Exception as error:
+            log_failure(error, "a part of housekeeping failed; it is tried again with the next")
 
 
-__all__ = ["do_each"]
+def log_failure(error: BaseException, what: str) -> None:
+    """Write to the log that ``what`` ended by ``error``: of what the disk or the system did in one
+    line that says where and what to do, of a mistake of ours where it came from."""
+    if isinstance(error, OSError) and error.errno is not None:
+        logger.error("%s", said_of(error, what))
+    elif isinstance(error, StorageError):
+        logger.error("%s: %s", what, error)
+    else:
+        logger.error("%s", what, exc_info=error)
+
+
+__all__ = ["do_each", "log_failure"]

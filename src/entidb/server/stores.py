@@ -32,6 +32,7 @@ from entidb.errors import (
 from entidb.protocol import PullRequest
 from entidb.server import in_use, unset
 from entidb.server.checks import CheckingError
+from entidb.server.chores import log_failure
 from entidb.server.config import ServerConfig
 from entidb.server.directory import OpenDatabase, open_with_room
 from entidb.server.fullness import fullness_of
@@ -418,9 +419,8 @@ class Stores:
     def _close(self, store: Store) -> None:
         try:
             store.close()
-        except StorageError:
-            # It is out of the table, and what was acknowledged is on the disk already.
-            logger.exception("database %s: closing it failed", store.db_id)
+        except StorageError as error:  # out of the table, and what was acknowledged is on the disk
+            log_failure(error, f"database {store.db_id}: closing it failed")
 
     # ------------------------------------------------------------ housekeeping
 
@@ -437,7 +437,7 @@ class Stores:
                     self._purge(store)
                 except Exception as error:  # the others are looked after all the same
                     store.report(error)
-                    logger.exception("database %s: looking after it failed", name)
+                    log_failure(error, f"database {name}: looking after it failed")
                 finally:
                     with self._lock:  # not ``release``: housekeeping is no use of it
                         store.users -= 1

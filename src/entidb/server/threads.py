@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from entidb.protocol import PullRequest, PushResponse
 from entidb.server.admin.local import open_door
 from entidb.server.admin.opening import office_of
 from entidb.server.away import come_again
+from entidb.server.chores import log_failure
 from entidb.server.cores import run_anywhere
 from entidb.server.deadlines import within
 from entidb.server.live import LiveChannels
@@ -26,7 +26,6 @@ from entidb.server.room import no_room
 from entidb.server.server import SyncServer
 from entidb.server.stores import Store
 
-logger = logging.getLogger("entidb.server")
 T = TypeVar("T")
 _UNPACKERS: Final = 2
 #: Threads that read, and that ask, where that waits for a network. Fewer than connections.
@@ -170,9 +169,9 @@ class AppThreads:
         while not self._server.clock.wait(self._stop, max(pause, 0.1)):
             try:
                 self._server.housekeep()
-            except Exception:
+            except Exception as error:
                 # The next round may work, and without housekeeping nothing is ever closed.
-                logger.exception("housekeeping failed")
+                log_failure(error, "housekeeping failed")
 
     def close(self) -> None:
         self._stop.set()

@@ -5,7 +5,6 @@ Not here: what can be asked (``routes``).
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,8 @@ from entidb.errors import (
 )
 from entidb.server.admin.callers import Caller
 from entidb.server.admin.office import Office
+from entidb.server.chores import log_failure
 from entidb.storage.disk_errors import disk_error
-
-logger = logging.getLogger("entidb.server")
 
 PREFIX: Final = "/v1/admin/"
 #: Bytes of a body: no request is longer than a name and a reason.
@@ -170,10 +168,10 @@ def refusal(error: Exception) -> tuple[int, bytes]:
         status, code, message = 400, error.code, error.message
     elif isinstance(error, OSError) and error.errno is not None:
         doing = "the server's directory" if error.filename is None else os.fsdecode(error.filename)
-        logger.error("a request to administration failed", exc_info=error)
+        log_failure(error, "a request to administration failed")
         return refusal(disk_error(error.errno, doing))
     else:
-        logger.error("a request to administration failed", exc_info=error)
+        log_failure(error, "a request to administration failed")
     return status, json.encode(ErrorAnswer(code, message))
 
 

@@ -244,8 +244,13 @@ def _backwards(path: str) -> Iterator[bytes]:
     """The lines of a file from its end on."""
     try:
         descriptor = open_file(path, os.O_RDONLY | NO_FOLLOW)
-    except (OSError, FormatError):
+    except FileNotFoundError:
         return  # fewer files than are kept
+    except OSError as error:
+        doing = f"reading the audit log {path}"
+        raise disk_error(error.errno or errno.EIO, doing) from error
+    except FormatError:
+        return  # nothing of ours
     with open(descriptor, "rb") as file:
         at, rest = os.fstat(descriptor).st_size, b""
         while at:

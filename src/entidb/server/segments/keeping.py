@@ -70,7 +70,7 @@ from entidb.server.segments.files import (
     MemoryFiles,
     SegmentFile,
 )
-from entidb.server.segments.manifests import manifest_of, no_manifest, pull_of
+from entidb.server.segments.manifests import manifest_of, no_manifest, pull_of, readable
 from entidb.server.segments.places import ImagePlaces
 from entidb.server.segments.removing import RIGHT, ImageRemoval
 from entidb.server.segments.rows import change_images
@@ -188,7 +188,7 @@ class ImageKeeper:
                 changed = error
             wanted = wanted_collections(view.catalogue, request.collections, grant.collections)
             if self.enabled and changed is None:
-                image = self.newest(view, request)
+                image = readable(lambda: self.newest(view, request), request.db_id)
             term = None if image is None else term_at(view.snapshot, image.head)
         if changed is not None:
             raise service.proven(changed, pull, grant)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Callable, Collection
 
 from msgspec.structs import replace
 
 from entidb.protocol import Manifest, PullRequest, SnapshotRequest
 from entidb.server.hooks import Grant
 from entidb.server.segments.files import KeptImage
+from entidb.storage.disk_errors import said_of
 from entidb.types import Term
+
+logger = logging.getLogger("entidb.server")
 
 
 def no_manifest(history: bytes, head: int, floor: int, now_ms: int, grant: Grant) -> Manifest:
@@ -67,4 +71,15 @@ def pull_of(request: SnapshotRequest, history: bytes) -> PullRequest:
     )
 
 
-__all__ = ["manifest_of", "no_manifest", "pull_of"]
+def readable(find: Callable[[], KeptImage | None], db_id: str) -> KeptImage | None:
+    """The image that ``find`` finds. Where their directory cannot be read there is none: pages
+    bring the same."""
+    try:
+        return find()
+    except OSError as error:
+        where = f"the images of database {db_id}, whose devices pull instead"
+        logger.warning("%s", said_of(error, where))
+        return None
+
+
+__all__ = ["manifest_of", "no_manifest", "pull_of", "readable"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from entidb.server.segments.files import SegmentFile, segment_name
 from entidb.server.segments.keeping import ImageKeeper
 from entidb.server.stores import Store
 from entidb.server.wire import ServerResponse, query_of
+from entidb.storage.disk_errors import said_of
+
+logger = logging.getLogger("entidb.server")
 
 SEGMENTS_PATH: Final = "/v1/segments/"
 MEDIA_TYPE: Final = "application/vnd.entidb.segment"
@@ -83,7 +87,12 @@ def segment_answer(
 def find_segment(images: ImageKeeper | None, store: Store, request: SegmentRequest) -> OpenFile:
     """Raises ``ProtocolError`` (not_found)."""
     known = request.history in (None, store.database.history)
-    found = images.open(store, request.sha256) if images is not None and known else None
+    try:
+        found = images.open(store, request.sha256) if images is not None and known else None
+    except OSError as error:
+        where = f"a segment of database {store.db_id}, which is not sent"
+        logger.warning("%s", said_of(error, where))
+        found = None
     if found is None:
         raise ProtocolError("no image has this segment, or not any more", code="not_found")
     return found
