@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -177,6 +179,20 @@ def test_a_disk_that_is_full_is_a_line_of_the_log_and_no_traceback(
     assert answer.code == "storage_full"
     (line,) = caplog.records
     assert line.getMessage() == "request r-1: opening shop: the disk is full"
+    assert line.exc_info is None
+    place.stores.close()
+
+
+def test_what_the_system_refuses_is_a_line_of_the_log_and_no_traceback(
+    caplog: pytest.LogCaptureFixture,
+):
+    place = Place()
+    error = StorageError("opening shop: the file system is read-only; make it writable")
+    error.__cause__ = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    answer = place.front.explain(error, "r-1")
+    assert answer.code == "storage_error"
+    (line,) = caplog.records
+    assert line.getMessage() == f"request r-1: {error}"
     assert line.exc_info is None
     place.stores.close()
 

@@ -21,6 +21,7 @@ from entidb.errors import (
     HistoryChangedError,
     PermissionDeniedError,
     ProtocolError,
+    StorageError,
     StorageFullError,
     SyncError,
 )
@@ -322,6 +323,10 @@ class Front:
             # Where the error came from says nothing more, and in an outage there are many; the
             # same with a disk that is full.
             logger.warning("request %s: %s", rid, error)
+        elif isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+            # As where a file system became read-only, or its rights are wrong: the message says
+            # all of it, and it is so for each request.
+            logger.error("request %s: %s", rid, error)
         elif wire.is_internal(error):
             logger.error("request %s failed", rid, exc_info=error)
         answer = wire.failure(error, rid)
