@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from entidb.credentials import exposure, read_credential, read_token, write_credential
+from entidb.credentials import (
+    exposure,
+    read_credential,
+    read_token,
+    why_unreadable,
+    write_credential,
+)
 from entidb.errors import ConfigError, EntiDBError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -68,6 +74,20 @@ def test_what_is_no_token_is_named_and_not_repeated(file: Path, data: bytes, sai
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         read_credential(f"{tmp_path}/{name}", "secret file")
+
+
+@pytest.mark.parametrize(
+    ("number", "todo"),
+    [
+        (errno.EACCES, "; check owner and mode"),
+        (errno.ENOENT, "; check the path"),
+        (errno.EMFILE, "; raise the limit of open files"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_said_with_what_to_do(number: int, todo: str) -> None:
+    assert why_unreadable(OSError(number, os.strerror(number))).startswith(
+        os.strerror(number) + todo
+    )
 
 
 @posix

@@ -35,8 +35,7 @@ def read_credential(path: str | os.PathLike[str], what: str) -> bytes:
             mode = os.fstat(file.fileno()).st_mode
             data = file.read(CREDENTIAL_BYTES_MAX + 1)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read {where}: {reason}") from error
+        raise ConfigError(f"cannot read {where}: {why_unreadable(error)}") from error
     if os.name == "posix" and stat.S_ISREG(mode) and mode & stat.S_IWOTH:
         raise ConfigError(
             f"every user of this machine can write to {where}, so its content proves "
@@ -55,6 +54,17 @@ def read_credential(path: str | os.PathLike[str], what: str) -> bytes:
     if not data:
         raise ConfigError(f"{where} is empty")
     return data
+
+
+def why_unreadable(error: OSError | ValueError) -> str:
+    """Why a file or directory of credentials cannot be read, and what to do."""
+    number = getattr(error, "errno", None)
+    reason = str(getattr(error, "strerror", None) or error)
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{reason}; check owner and mode: the user who runs this has to be able to read it"
+    if number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+        return f"{reason}; check the path"
+    return f"{reason}; {_TO_DO[number]}" if number in _TO_DO else reason
 
 
 def read_token(path: str | os.PathLike[str]) -> str:

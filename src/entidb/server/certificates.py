@@ -8,6 +8,7 @@ from __future__ import annotations
 import ssl
 from typing import Any
 
+from entidb.credentials import why_unreadable
 from entidb.errors import ConfigError
 from entidb.server.watched import Watched, mark_of
 from entidb.types import Clock
@@ -46,8 +47,8 @@ class Certificate:
                 with open(path, "rb"):
                     pass
             except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise ConfigError(f"{name}: cannot read {path}: {reason}") from error
+                why = why_unreadable(error)
+                raise ConfigError(f"{name}: cannot read {path}: {why}") from error
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(self._cert, self._key, password="")

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPubl
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from msgspec import Struct
 
-from entidb.credentials import read_credential
+from entidb.credentials import read_credential, why_unreadable
 from entidb.errors import ConfigError
 from entidb.server.config import ServerConfig
 from entidb.server.watched import Watched, mark_of
@@ -225,7 +225,7 @@ def _read_directory(directory: Path) -> KeySet:
         paths = key_files(directory)
         names = sorted(path.name for path in directory.iterdir())
     except OSError as error:
-        raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{where} cannot be read: {why_unreadable(error)}") from error
     _warn_of_ends(where, names, [path.stem for path in paths])
     return KeySet(_read_key(path) for path in paths)
 

@@ -23,6 +23,7 @@ from entidb.protocol import PullRequest, PushResponse, SyncRequest, Verdict
 from entidb.server.control import Asking
 from entidb.server.records import Records, as_records, devices_of
 from entidb.server.watched import Mark
+from entidb.storage.disk_errors import said_of
 from entidb.types import Clock
 
 logger = logging.getLogger("entidb.server")
@@ -267,7 +268,9 @@ class Registry:
             if records.has_database(db_id):  # one that is not there has no devices
                 records.change(devices_of(db_id), make, _nothing)
         except (OSError, DatabaseLockedError, StorageError) as error:
-            logger.warning("the devices of database %s are not written: %s", db_id, error)
+            doing = f"the devices of database {db_id} are not written"
+            said = said_of(error, doing) if isinstance(error, OSError) else f"{doing}: {error}"
+            logger.warning("%s", said)
             self._put_back(db_id, book)
 
     def _put_back(self, db_id: str, book: _Book) -> None:

@@ -18,6 +18,7 @@ from entidb.server.config import db_id_of
 from entidb.server.segments.files import KeptFiles
 from entidb.server.segments.places import ImagePlaces
 from entidb.server.segments.rows import drop_images
+from entidb.storage.disk_errors import said_of
 
 logger = logging.getLogger("entidb.server")
 
@@ -68,7 +69,9 @@ class ImageRemoval:
             self._places.note()
             self.pay()
         except (EntiDBError, OSError) as error:
-            logger.warning("images that are to be removed from %s may be there: %s", root, error)
+            doing = f"images that are to be removed from {root} may be there"
+            said = said_of(error, doing) if isinstance(error, OSError) else f"{doing}: {error}"
+            logger.warning("%s", said)
 
     def remove_strays(self) -> None:
         """Folders of databases that are not there any more."""
