@@ -56,6 +56,7 @@ def place(open_path: Path) -> Iterator[Path]:
         ("list PLACE/hidden/db", 7, "no permission; check owner and mode"),
         ("verify PLACE/hidden/db", 7, "no permission; check owner and mode"),
         ("copy PLACE/hidden/db PLACE/new", 7, "no permission; check owner and mode"),
+        ("admin --dir PLACE/hidden databases", 7, "as its own user or as root: no permission"),
         ("renew PLACE/hidden/db", 7, "no permission; check owner and mode"),
         ("import PLACE/db notes PLACE/hidden/rows.csv", 3, "check its owner and mode"),
         ("import PLACE/db notes PLACE/missing/rows.csv", 3, "check the path"),

@@ -4,6 +4,7 @@ server's administration, over the socket in its data directory, or to a URL with
 
 from __future__ import annotations
 
+import errno
 import os
 import ssl
 import urllib.error
@@ -84,6 +85,11 @@ class Desk:
             raise TransportError(
                 f"no server of this machine serves {self.data_dir}: start one, or give --url"
             ) from error
+        except PermissionError as error:
+            from entidb.storage.disk_errors import disk_error
+
+            doing = f"asking the server of {self.data_dir}, as its own user or as root"
+            raise disk_error(error.errno or errno.EACCES, doing) from error
         except (OSError, ValueError) as error:
             said = getattr(error, "strerror", None) or error
             raise TransportError(f"asking the server of {self.data_dir} failed: {said}") from error
