@@ -24,10 +24,9 @@ def do_each(chores: Iterable[Callable[[], None]]) -> None:
 def log_failure(error: BaseException, what: str) -> None:
     """Write to the log that ``what`` ended by ``error``: of what the disk or the system did in one
     line that says where and what to do, of a mistake of ours where it came from."""
-    if isinstance(error, OSError) and error.errno is not None:
+    from_system = isinstance(error, OSError) and error.errno is not None
+    if from_system or isinstance(error, StorageError):
         logger.error("%s", said_of(error, what))
-    elif isinstance(error, StorageError):
-        logger.error("%s: %s", what, error)
     else:
         logger.error("%s", what, exc_info=error)
 

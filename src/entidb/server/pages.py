@@ -106,7 +106,7 @@ class Page:
 
     def _at_once(self, rows: int, keys: Sequence[bytes], at: int) -> int:
         """How many of ``rows`` are read at once, from ``at`` on."""
-        ahead = keys[at : at + min(rows, READ_FAR_MAX)] if self._weigh is not None else ()
+        ahead = keys[at : at + min(rows, READ_FAR_MAX)]
         if self._weigh is not None and len(ahead) > READ_ROWS_MAX:
             weight = self._weigh(ahead)
             if weight is not None and weight <= PAGE_BYTES_MAX:

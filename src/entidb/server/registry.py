@@ -269,8 +269,7 @@ class Registry:
                 records.change(devices_of(db_id), make, _nothing)
         except (OSError, DatabaseLockedError, StorageError) as error:
             doing = f"the devices of database {db_id} are not written"
-            said = said_of(error, doing) if isinstance(error, OSError) else f"{doing}: {error}"
-            logger.warning("%s", said)
+            logger.warning("%s", said_of(error, doing))
             self._put_back(db_id, book)
 
     def _put_back(self, db_id: str, book: _Book) -> None:

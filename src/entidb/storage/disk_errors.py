@@ -77,8 +77,11 @@ def disk_error(code: int, doing: str) -> StorageError:
     return StorageError(f"{doing}: {_OTHERS.get(code) or os.strerror(code).lower()}")
 
 
-def said_of(error: OSError, doing: str) -> str:
-    """What ``error``, met while ``doing`` something, says to a person: where, and what to do."""
+def said_of(error: BaseException, doing: str) -> str:
+    """What ``error``, met while ``doing`` something, says to a person: where, and what to do. One
+    of ours says so itself."""
+    if not isinstance(error, OSError):
+        return f"{doing}: {error}"
     if isinstance(error.filename, str | bytes):
         doing = f"{doing} ({os.fsdecode(error.filename)})"
     return f"{doing}: {error}" if error.errno is None else str(disk_error(error.errno, doing))

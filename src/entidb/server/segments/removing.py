@@ -70,8 +70,7 @@ class ImageRemoval:
             self.pay()
         except (EntiDBError, OSError) as error:
             doing = f"images that are to be removed from {root} may be there"
-            said = said_of(error, doing) if isinstance(error, OSError) else f"{doing}: {error}"
-            logger.warning("%s", said)
+            logger.warning("%s", said_of(error, doing))
 
     def remove_strays(self) -> None:
         """Folders of databases that are not there any more."""

@@ -154,9 +154,9 @@ class PostgresSnapshot:
         return None if number_in(between) == limit else number_in(between, 1)
 
     def _near_each_other(self, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
-        """What there is of ``keys``, if hardly anything else lies between them: a range takes a
-        third of what it takes to look for each. So it is with what is new, and what came together.
-        None: they are to be looked for."""
+        """What there is of ``keys``, if hardly anything else lies between them: then one range is
+        read, and nothing looked for. So it is with what is new, and what came together. None: they
+        are to be looked for."""
         start, stop, wanted = min(keys), max(keys) + b"\0", set(keys)
         between = column_in(self._ask(_SCAN_KEYS[False], start, stop, _limit(_BETWEEN_MAX)))
         few = len(between) < _BETWEEN_MAX
