@@ -33,6 +33,7 @@ UNRANKED = {"__init__", "__main__"}
 SEAMS = {
     "libipld": ("cbor/",),
     "lmdb": ("storage/lmdb/",),
+    "isal": ("storage/crc.py",),
     "psycopg": ("storage/postgres/",),
     "httpx2": ("sync/http/",),
     "starlette": ("server/",),

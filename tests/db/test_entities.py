@@ -68,6 +68,9 @@ class Heard:
     def __init__(self) -> None:
         self.told: list[tuple[bytes, bytes, bytes | None, bytes | None]] = []
 
+    def watches(self, info: CollectionInfo) -> bool:
+        return True
+
     def changed(
         self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
     ) -> None:
@@ -95,9 +98,10 @@ class Hook:
             return made
 
         def stored(database: Core, writer: Writer, *rest: Any) -> None:
+            heard = writer.watcher
             store(database, writer, *rest)
-            assert isinstance(writer.watcher, Heard)
-            self._compare(database, writer.watcher)
+            assert isinstance(heard, Heard)
+            self._compare(database, heard)
 
         patch.setattr(Core, "_writer", writer)
         patch.setattr(Core, "_store", stored)

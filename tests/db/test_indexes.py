@@ -4,9 +4,11 @@ entities after every commit, whoever makes it."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from entidb import F, Index
 from entidb.db import Condition, Database, purge_tombstones, scans
 from entidb.db import index_care as care
 from entidb.db.conditions import Field
+from entidb.db.core import Core
 from entidb.db.index_care import build_step, declare
 from entidb.db.index_keys import INDEXED_BYTES_MAX, index_prefix
 from entidb.db.index_pace import Pace
@@ -846,3 +849,31 @@ def test_who_waits_for_nothing_makes_no_file(tmp_path: Path) -> None:
         before = sorted(os.listdir(tmp_path / "a"))
         assert db.wait_for_indexes()
         assert sorted(os.listdir(tmp_path / "a")) == before
+
+
+# ---------------------------------------------------------------- what nobody needs any more
+
+
+def test_a_commit_is_let_go_when_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a circle with what keeps the indexes, each would stay in memory until a collection."""
+    make, there = Core._writer, []
+
+    def writer(database: Core, *rest: Any) -> Any:
+        made = make(database, *rest)
+        there.append(weakref.ref(made.watcher))
+        return made
+
+    with Database.open(tmp_path / "db") as database:
+        notes = database.collection("notes", indexes=[Index("a")])
+        database.wait_for_indexes()
+        monkeypatch.setattr(Core, "_writer", writer)
+        gc.disable()
+        try:
+            notes.add({"a": 1})
+            with database.transaction() as tx:
+                tx.collection("notes").add({"a": 2})
+                tx.collection("notes").add({"a": 3})
+        finally:
+            gc.enable()
+        assert len(there) >= 2 and [each() for each in there] == [None] * len(there)
+        assert [value["a"] for _, value in notes.where(F.a > 0).order_by("a")] == [1, 2, 3]

@@ -191,7 +191,7 @@ class Entities(Overlay):
         )
         self.changes[feed_key(sequence, info.number, entity_id)] = b""
         self.count(info.number, 1)
-        if self.watcher is not None:
+        if self.watcher is not None and self.watcher.watches(info):
             self.watcher.changed(info, [entity_id], [None], [payload])
 
     def add_entities(
@@ -213,7 +213,7 @@ class Entities(Overlay):
         self.changes.update(zip([prefix + entity_id for entity_id in ids], rows, strict=True))
         self.changes.update(dict.fromkeys([place + entity_id for entity_id in ids], b""))
         self.count(info.number, len(ids))
-        if self.watcher is not None:
+        if self.watcher is not None and self.watcher.watches(info):
             self.watcher.changed(info, ids, [None] * len(ids), payloads)
 
     def _new_head(self, info: CollectionInfo, sequence: int, timestamp: int, version: int) -> bytes:
@@ -391,11 +391,12 @@ class Entities(Overlay):
         before = len(self.changes)
         self.changes.update(zip(keys, columns[2], strict=True))
         once = len(self.changes) == before + len(columns[1])
-        if self.watcher is not None:
+        watcher = self.watcher
+        if watcher is not None and any(info and watcher.watches(info) for info in infos):
             theirs = [infos[index] for index in columns[0]]
             payloads = [row[ENTITY_HEAD:] for row in columns[2]]
             for info, told in by_info(theirs, columns[1], [None] * len(theirs), payloads):
-                self.watcher.changed(info, *told)
+                watcher.changed(info, *told)
         return once
 
     def stage_change(

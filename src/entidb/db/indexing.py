@@ -200,6 +200,9 @@ class Indexing:
         #: The collection that was asked about last, and what was found.
         self._known: tuple[CollectionInfo | None, list[_Kept]] = None, []
 
+    def watches(self, info: CollectionInfo) -> bool:
+        return bool(info.indexes)
+
     def changed(
         self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
     ) -> None:

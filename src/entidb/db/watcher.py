@@ -16,6 +16,11 @@ class Watcher(Protocol):
     no reader sees yet, the values of ``ids`` were ``olds`` and are ``news`` (None: there is none).
     Called before or after the rows are written, within the same commit."""
 
+    def watches(self, info: CollectionInfo) -> bool:
+        """Whether what changes in the table that ``info`` names is of interest; who asks need not
+        call for a table where it is not."""
+        ...
+
     def changed(
         self, info: CollectionInfo, ids: Sequence[bytes], olds: Payloads, news: Payloads
     ) -> None: ...

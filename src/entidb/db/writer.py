@@ -208,6 +208,9 @@ class Writer(Entities):
         """The whole commit, counters included; empty when nothing changes."""
         if self.watcher is not None:
             self.watcher.finish()
+            # It holds on to this in turn. As a circle both would stay, with the whole commit, until
+            # the collector of garbage comes by.
+            self.watcher = None
         self.finish_places(self.head.sequence)
         head = self.head.encode()
         if head != self.encoded_head:

@@ -8,10 +8,10 @@ import struct
 from collections.abc import Iterator, Sequence
 from operator import add
 from typing import Final, cast
-from zlib import crc32
 
 from entidb.errors import StorageError
 from entidb.storage.base import KEY_BYTES_MAX, Batch
+from entidb.storage.crc import crc32
 
 #: LMDB's own bound on a value is 4 GiB; this one leaves room for the checksum on any system.
 _VALUE_BYTES_MAX: Final = 2**31 - 16

@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, NoReturn
-from zlib import crc32
 
 import lmdb
 from msgspec import Struct
@@ -20,6 +19,7 @@ from msgspec import Struct
 from entidb.errors import CorruptionError, DatabaseClosedError, StorageError
 from entidb.storage.base import KEY_BYTES_MAX
 from entidb.storage.checksums import RESIDUE, U32
+from entidb.storage.crc import crc32
 from entidb.storage.lmdb.failures import storage_error
 from entidb.storage.lmdb.gate import CLOSED, DRAINING, SHED_EVERY_ROWS, Gate, Reader
 from entidb.storage.picking import Picked, Picks

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from typing import Final
-from zlib import crc32
 
 import psycopg
 from psycopg.pq.abc import PGresult
@@ -17,6 +16,7 @@ from psycopg.pq.abc import PGresult
 from entidb.errors import CorruptionError, DatabaseClosedError
 from entidb.storage.base import KEY_BYTES_MAX
 from entidb.storage.checksums import RESIDUE
+from entidb.storage.crc import crc32
 from entidb.storage.postgres.line import (
     Line,
     Question,

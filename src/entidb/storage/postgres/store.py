@@ -23,7 +23,6 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
-from zlib import crc32
 
 import psycopg
 from psycopg import errors, pq, sql
@@ -38,6 +37,7 @@ from entidb.errors import (
 )
 from entidb.storage.base import Batch, StorageInfo
 from entidb.storage.checksums import RESIDUE, Puts, stage
+from entidb.storage.crc import crc32
 from entidb.storage.directories import absolute
 from entidb.storage.disk_errors import disk_error
 from entidb.storage.opening import open_storage
