@@ -15,6 +15,8 @@ from entidb.server.passes import (
     FEW,
     LATELY_S,
     PATIENCE_S,
+    SOLE_AT_ONCE,
+    SOLE_S,
     YOUNG_S,
     Passes,
     UnderWay,
@@ -229,6 +231,45 @@ def test_who_was_under_way_and_failed_holds_nobody() -> None:
     scene.answers("flooded", 5 * AT_ONCE)
     scene.loop.rest()
     assert len(scene.done) == 5 * AT_ONCE
+
+
+def asked_alone() -> Scene:
+    """Where for a while nobody has asked anything but ``only``."""
+    scene = Scene()
+    with scene.ask("only"):
+        scene.loop.wait(SOLE_S + 1)
+    with scene.ask("only"):
+        scene.loop.rest()
+    return scene
+
+
+def test_where_all_ask_one_database_many_go_on_at_once() -> None:
+    scene = asked_alone()
+    scene.answers("only", 3 * SOLE_AT_ONCE)
+    assert len(scene.done) == SOLE_AT_ONCE
+    scene.loop.rest()
+    assert len(scene.done) == 3 * SOLE_AT_ONCE
+
+
+def test_who_asks_another_one_ends_that_at_once_and_has_a_turn_in_the_next_pass() -> None:
+    scene = asked_alone()
+    scene.answers("only", 3 * SOLE_AT_ONCE)
+    begun = len(scene.done)
+    quiet = scene.ask("quiet")
+    scene.answers("quiet", 1)
+    scene.loop.rest()
+    assert "quiet" in scene.done[begun:]
+    assert scene.done[begun:].count("only") <= FEW, "they are a crowd, which waits"
+    with quiet:
+        pass
+    for seconds, at_once in ((SOLE_S / 2, AT_ONCE), (SOLE_S, SOLE_AT_ONCE)):
+        scene.loop.wait(seconds)
+        with scene.ask("only"):
+            scene.loop.rest()
+        scene.done.clear()
+        scene.answers("only", 2 * SOLE_AT_ONCE)
+        assert len(scene.done) == at_once
+        scene.loop.rest()
 
 
 def crowded(passes: Passes, db_id: str, count: int = CROWD + 1) -> UnderWay:

@@ -14,6 +14,10 @@ So does the thread that decides what a crowd pushes, before its next group.
 Who has not been read yet is not known to be under way: it waits for the end of the pass, and for
 the interpreter. So for a moment after somebody who is no crowd, less of a crowd goes on in one
 pass, and the thread that decides its pushes lets the interpreter go between two of them.
+
+Where all have asked one database for a while, there is nobody to let pass. Then many go on at once,
+and next to none waits for a turn. Who is the first to ask another one waits for the end of one such
+pass.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from typing import Any, Final
 #: Requests that go on in one pass, and each of them is a tenth of a millisecond or two; but one of
 #: each database in any case. Fewer make the groups of pushes small.
 AT_ONCE: Final = 8
+#: As many of the only database that anybody has asked, and for so many seconds.
+SOLE_AT_ONCE: Final = 64
+SOLE_S: Final = 1.0
 #: More requests for one database at once are a crowd.
 CROWD: Final = AT_ONCE
 #: Seconds after which some of a crowd go on in any case.
@@ -77,12 +84,18 @@ class Passes:
         #: Whether crowds wait in this pass, None until there is one; and when one went on last.
         self._crowds_wait: bool | None = None
         self._crowd_at = 0.0
+        #: The database that was asked last, since when no other was, and whether that is long ago.
+        self._latest = ""
+        self._since = loop.time()
+        self._sole = False
         #: The two databases whose requests were no crowd lately, and when the last of each came.
         self._calm = [("", -LATELY_S), ("", -LATELY_S)]
 
     async def turn(self, db_id: str) -> UnderWay:
         """Wait until a request for ``db_id`` may go on: mostly not at all. What this returns is to
         be left when it is answered."""
+        if db_id != self._latest:
+            self._latest, self._sole, self._since = db_id, False, self._loop.time()
         if not self._goes_on(db_id):
             turn: asyncio.Future[None] = self._loop.create_future()
             self._wait(db_id, partial(settle, turn, None))
@@ -114,8 +127,13 @@ class Passes:
             self._wait(db_id, call)
 
     def _goes_on(self, db_id: str) -> bool:
+        if db_id in self._waiting:
+            return False
+        if self._sole and self._count < SOLE_AT_ONCE:
+            self._note(db_id)
+            return True
         served = self._served.get(db_id, 0)
-        if db_id in self._waiting or (self._count >= AT_ONCE and served):
+        if self._count >= AT_ONCE and served:
             return False
         if served >= FEW and self._is_shy(db_id, 1):
             return False
@@ -192,8 +210,11 @@ class Passes:
         self._count = 0
         self._served.clear()
         self._crowds_wait = None
+        if not self._sole:
+            self._sole = self._loop.time() - self._since > SOLE_S
+        at_once = SOLE_AT_ONCE if self._sole else AT_ONCE
         free = len(self._waiting)
-        while free and self._waiting and self._count < AT_ONCE:
+        while free and self._waiting and self._count < at_once:
             db_id, calls = next(iter(self._waiting.items()))
             del self._waiting[db_id]
             if self._is_held(db_id, len(calls)):
@@ -226,5 +247,6 @@ def settle(future: asyncio.Future[Any], result: object) -> None:
 
 __all__ = [
     *("AT_ONCE", "CROWD", "FEW", "LATELY_S", "PATIENCE_S", "YOUNG_S"),
+    *("SOLE_AT_ONCE", "SOLE_S"),
     *("Passes", "UnderWay", "settle"),
 ]
