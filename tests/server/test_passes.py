@@ -262,7 +262,7 @@ def test_who_asks_another_one_ends_that_at_once_and_has_a_turn_in_the_next_pass(
     assert scene.done[begun:].count("only") <= FEW, "they are a crowd, which waits"
     with quiet:
         pass
-    for seconds, at_once in ((SOLE_S / 2, AT_ONCE), (SOLE_S, SOLE_AT_ONCE)):
+    for seconds, at_once in ((SOLE_S / 2, AT_ONCE), (SOLE_S + 0.1, SOLE_AT_ONCE)):
         scene.loop.wait(seconds)
         with scene.ask("only"):
             scene.loop.rest()
