@@ -272,15 +272,18 @@ FOUND = {
     # Not in the product: a node that was paused while a history began said of the one before that
     # a round is behind, and was looked up in the new one.
     "who is behind is so in the history that was asked": (730_808, {}),
-    # Not in the product: a node measured its store and died before its commit said so. The others
-    # go by what was said before, and were expected to know.
     # Not in the product: a policy kept a device's side for one pending transaction and merged what
     # else was pending in the same commit, and the first answer counted for both.
     "a commit that decides twice": (825_584, {"stale_rows": 2000}),
     # Not in the product: a transaction was accepted, and stored in a newer shape; what it wrote
     # over was in a superseded one, and was looked for in the older shape.
     "what was stored in a newer shape contains what is below it": (830_266, {"stale_rows": 2000}),
+    # Not in the product: a node measured its store and died before its commit said so. The others
+    # go by what was said before, and were expected to know.
     "what a node measured and never said counts for nobody": (808_920, {"stale_rows": 6}),
+    # Not in the product: of two measures of a database that is fuller than it may be, the one that
+    # a commit had said was mistaken for the other.
+    "what a commit said of a database that is too full counts": (863_643, {"stale_rows": 6}),
 }
 
 
