@@ -28,7 +28,7 @@ from entidb.errors import (
 )
 from entidb.protocol import ErrorResponse, HandshakeResponse, PushResponse
 from entidb.server import Grants, ServerConfig, SyncServer, mint_token, serving
-from entidb.server.admin import access, audit, databases, fleet
+from entidb.server.admin import access, audit, care, databases, fleet
 from entidb.server.admin.asking import PREFIX
 from entidb.server.admin.audit import AUDIT_FILE, AuditLog
 from entidb.server.admin.callers import Caller, caller_of
@@ -568,6 +568,10 @@ def test_what_was_done_and_is_not_written_down_is_said_to_be_done(
         databases.freeze(place.office, ROOT, "shop")
     assert raised.value.code == "storage_full"
     assert place.office.control.is_frozen("shop")
+    # Of a task it is not known yet what becomes of it.
+    with pytest.raises(StorageFullError, match=r"this was begun \(verify\), and cannot be"):
+        care.verify(place.office, ROOT, "shop")
+    assert [task.kind for task in place.office.tasks.all()] == ["verify"]
 
 
 @POSIX

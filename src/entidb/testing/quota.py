@@ -100,7 +100,9 @@ class QuotaWatch:
         if used is None:
             return
         left = self._bytes_max - unpack_u64(used)
-        self._left = sorted(self._left, key=lambda known: abs(min(known, self._bytes_max) - left))[:1]
+        self._left = sorted(self._left, key=lambda known: abs(min(known, self._bytes_max) - left))[
+            :1
+        ]
 
     def failed(self, request: PushRequest) -> None:
         """The commit of a push found no room on the disk."""

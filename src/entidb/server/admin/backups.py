@@ -81,7 +81,7 @@ def backup(office: Office, caller: Caller, db_id: str) -> Task:
     caller.check(db_id)
     check_db_id(db_id)
     folder = _folder(office, db_id)
-    with office.change(caller, "backup", db_id):
+    with office.begin(caller, "backup", db_id):
         office.require(db_id)
         return office.tasks.add(
             "backup", caller.who, db_id, lambda progress: _make(office, db_id, folder, progress)
@@ -334,7 +334,7 @@ def restore(office: Office, caller: Caller, db_id: str, identity: str, confirm: 
     caller.check(db_id)
     check_db_id(db_id)
     folder = _folder(office, db_id)
-    with office.change(caller, "restore", db_id, backup=identity):
+    with office.begin(caller, "restore", db_id, backup=identity):
         check_confirmed(db_id, confirm)
         row = next((each for each in rows_in(folder, db_id) if each.id == identity), None)
         if row is None:

@@ -29,7 +29,7 @@ def verify(office: Office, caller: Caller, db_id: str) -> Task:
     task fails if there are faults, and names the first."""
     caller.check(db_id)
     check_db_id(db_id)
-    with office.change(caller, "verify", db_id):
+    with office.begin(caller, "verify", db_id):
         office.require(db_id)
         return office.tasks.add(
             "verify", caller.who, db_id, lambda progress: _verify(office, db_id, progress)
@@ -64,7 +64,7 @@ def compact(office: Office, caller: Caller, db_id: str) -> Task:
     requests to the database wait; once begun it is not cancelled."""
     caller.check(db_id)
     check_db_id(db_id)
-    with office.change(caller, "compact", db_id):
+    with office.begin(caller, "compact", db_id):
         office.require(db_id)
         return office.tasks.add(
             "compact", caller.who, db_id, lambda progress: compact_now(office, db_id, progress)
@@ -90,7 +90,7 @@ def purge(office: Office, caller: Caller, db_id: str, days: float | None = None)
     kept = office.server.config.tombstone_retention_days if days is None else days
     if not 0 <= kept < 100_000:
         raise ConfigError("days is a number from 0 on")
-    with office.change(caller, "purge", db_id, days=f"{kept:g}"):
+    with office.begin(caller, "purge", db_id, days=f"{kept:g}"):
         office.require(db_id)
         return office.tasks.add(
             "purge", caller.who, db_id, lambda progress: purge_now(office, db_id, kept, progress)

@@ -78,7 +78,7 @@ def erase(
         found = _find(store.database, wanted)
     seen = _preview(db_id, found)
     names = ",".join(sorted(found))
-    with office.change(caller, "erase", db_id, entities=str(seen.entities), collections=names):
+    with office.begin(caller, "erase", db_id, entities=str(seen.entities), collections=names):
         if confirm != seen.confirm:
             raise ConfigError(
                 f"this erases {seen.entities} entities of {db_id!r}, and is confirmed by what "

@@ -277,15 +277,26 @@ class Office:
         if not self.place.holds(db_id):
             raise unknown(db_id)
 
-    @contextmanager
     def change(
         self, caller: Caller, action: str, db_id: str | None = None, **details: str
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """A change inside the block: it is not made if it cannot be written down, and what came
         of it is written down. Raises ``StorageError`` for one that was made, and could not be
         written down any more; it says so."""
-        self.audit.check()
+        return self._change("done", caller, action, db_id, details)
 
+    def begin(
+        self, caller: Caller, action: str, db_id: str, **details: str
+    ) -> AbstractContextManager[None]:
+        """As ``change``, for a task that begins inside the block: what becomes of it, it says
+        itself."""
+        return self._change("begun", caller, action, db_id, details)
+
+    @contextmanager
+    def _change(
+        self, what: str, caller: Caller, action: str, db_id: str | None, details: dict[str, str]
+    ) -> Iterator[None]:
+        self.audit.check()
         try:
             yield
         except BaseException as error:
@@ -297,16 +308,21 @@ class Office:
             except StorageError as unwritten:
                 logger.error("%s of %s, which failed: %s", action, db_id or "all", unwritten)
             raise
-        self.write_done(caller, action, db_id, **details)
+        self._write_done(what, caller, action, db_id, details)
 
     def write_done(self, caller: Caller, action: str, db_id: str | None, **details: str) -> None:
         """Write down what was done. Raises ``StorageError`` that says that it was."""
+        self._write_done("done", caller, action, db_id, details)
+
+    def _write_done(
+        self, what: str, caller: Caller, action: str, db_id: str | None, details: dict[str, str]
+    ) -> None:
         try:
             self.audit.write(
                 caller.who, caller.where, action, database=db_id, result="done", **details
             )
         except StorageError as error:
-            said = f"this was done ({action}), and cannot be written down: {error}"
+            said = f"this was {what} ({action}), and cannot be written down: {error}"
             raise type(error)(said, code=error.code) from error
 
     def _do_chores(self) -> None:
