@@ -99,10 +99,9 @@ class QuotaWatch:
         """A commit says that so much is taken: of what nodes knew, that is what counts for all."""
         if used is None:
             return
-        left = self._bytes_max - unpack_u64(used)
-        self._left = sorted(self._left, key=lambda known: abs(min(known, self._bytes_max) - left))[
-            :1
-        ]
+        most = self._bytes_max
+        left = most - unpack_u64(used)
+        self._left = sorted(self._left, key=lambda known: abs(min(known, most) - left))[:1]
 
     def failed(self, request: PushRequest) -> None:
         """The commit of a push found no room on the disk."""
