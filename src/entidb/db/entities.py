@@ -377,12 +377,15 @@ class Entities(Overlay):
         indexes: Sequence[int],
         ids: Sequence[bytes],
         rows: Sequence[bytes | None],
+        payloads: Payloads | None = None,
     ) -> bool:
         """As ``stage_entity``, for what no reader has seen, in columns: ``infos[indexes]`` of each
         its collection (None: it is left out), and its row as ``staged`` makes it (None: it is
-        deleted). False if an entity comes twice: then this commit must be dropped."""
+        deleted). ``payloads`` are those in the rows, for who has them at hand. False if an entity
+        comes twice: then this commit must be dropped."""
         columns: Sequence[Any] = [indexes, ids, rows]
         if not all(rows) or None in infos:
+            payloads = None
             each = zip(*columns, strict=True)
             kept = [row for row in each if row[-1] is not None and infos[row[0]] is not None]
             columns = list(zip(*kept, strict=True)) or [()] * len(columns)
@@ -393,10 +396,13 @@ class Entities(Overlay):
         once = len(self.changes) == before + len(columns[1])
         watcher = self.watcher
         if watcher is not None and any(info and watcher.watches(info) for info in infos):
-            theirs = [infos[index] for index in columns[0]]
-            payloads = [row[ENTITY_HEAD:] for row in columns[2]]
-            for info, told in by_info(theirs, columns[1], [None] * len(theirs), payloads):
-                watcher.changed(info, *told)
+            if payloads is None:
+                payloads = [row[ENTITY_HEAD:] for row in columns[2]]
+            told = columns[1], [None] * len(payloads), payloads
+            only = infos[0] if len(infos) == 1 else None
+            theirs = [infos[index] for index in columns[0]] if only is None else ()
+            for info, those in by_info(theirs, *told) if only is None else [(only, told)]:
+                watcher.changed(info, *those)
         return once
 
     def stage_change(

@@ -234,7 +234,7 @@ class Indexing:
         self, wanted: list[_Kept], ids: Sequence[bytes], olds: Payloads, news: Payloads
     ) -> None:
         were = len(olds) - olds.count(None)
-        if None in news or 0 < were < len(olds):
+        if not all(news) or 0 < were < len(olds):  # no value is of no bytes
             self._take_each(wanted, zip(ids, olds, news, strict=True))
             return
         decode = cbor.decode_all_trusted

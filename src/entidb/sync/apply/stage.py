@@ -43,7 +43,7 @@ def stage_rows(writer: Writer, stage: Stage, response: PullResponse, rows: Colum
     made = rows_of_columns(
         rows.versions, rows.devices, rows.timestamps, rows.payloads, gone=some_gone
     )
-    once = writer.stage_entities(staged, rows.indexes, rows.ids, made)
+    once = writer.stage_entities(staged, rows.indexes, rows.ids, made, rows.payloads)
     sent, gone, operations = Counter(rows.indexes), Counter[int](), 0
     if some_gone:
         pairs = zip(rows.indexes, rows.payloads, strict=True)
