@@ -36,7 +36,6 @@ from entidb.db.catalogue import CollectionInfo
 from entidb.db.overlay import Overlay, Ref
 from entidb.db.records import (
     DIRTY,
-    ENTITY_HEAD,
     FEED,
     HAS_BASE,
     NO_ID,
@@ -60,6 +59,7 @@ from entidb.db.records import (
     unpack_sequence,
     version_of,
 )
+from entidb.db.staged import ValuesOfRows
 from entidb.db.watcher import Payloads, Watcher, by_info
 from entidb.errors import CorruptionError
 from entidb.types import ID_BYTES
@@ -397,7 +397,7 @@ class Entities(Overlay):
         watcher = self.watcher
         if watcher is not None and any(info and watcher.watches(info) for info in infos):
             if payloads is None:
-                payloads = [row[ENTITY_HEAD:] for row in columns[2]]
+                payloads = ValuesOfRows(columns[2])
             told = columns[1], [None] * len(payloads), payloads
             only = infos[0] if len(infos) == 1 else None
             theirs = [infos[index] for index in columns[0]] if only is None else ()

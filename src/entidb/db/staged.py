@@ -4,10 +4,10 @@ what came from a server, and as they will be stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import add
-from typing import Final
+from typing import Final, overload
 
 from entidb.db.records import ENTITY_HEAD, REMOTE, pack_entity
 from entidb.types import ID_BYTES
@@ -39,9 +39,32 @@ def rows_of_segment(written: Iterable[bytes], payloads: Iterable[bytes]) -> list
     return list(map(add, map(add, repeat(_BEGIN), written), payloads))
 
 
+class ValuesOfRows(Sequence[bytes]):
+    """The values in rows that are no tombstones, cut out where somebody looks: of many rows a few
+    at a time, which stay in the processor's cache."""
+
+    def __init__(self, rows: Sequence[bytes]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[bytes]: ...
+    def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
+        if isinstance(at, slice):
+            return [row[ENTITY_HEAD:] for row in self._rows[at]]
+        return self._rows[at][ENTITY_HEAD:]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter([row[ENTITY_HEAD:] for row in self._rows])
+
+
 def bytes_of_values(rows: Sequence[bytes]) -> int:
     """Of rows that are no tombstones."""
     return sum(map(len, rows)) - ENTITY_HEAD * len(rows)
 
 
-__all__ = ["bytes_of_values", "rows_of_columns", "rows_of_segment"]
+__all__ = ["ValuesOfRows", "bytes_of_values", "rows_of_columns", "rows_of_segment"]
