@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from entidb import Index, cbor
 from entidb.db import Database
 from entidb.db import indexing as indexing_module
-from entidb.db.index_columns import fields_of, having, names_of
+from entidb.db.index_columns import fields_of, having, names_of, places_of_all
 from entidb.db.index_keys import INDEXED_BYTES_MAX
 from entidb.db.indexing import NOWHERE, places_in
 from entidb.db.records import INDEX, INDEX_COUNT, end_of
@@ -33,6 +33,15 @@ def test_fields_made_at_once_are_those_of_each(values: list[Any], names: tuple[s
     found = fields_of([values[at] for at in there], names)
     assert found == [law(values[at])[0] for at in there]
     assert fields_of(values, names) == (found if len(there) == len(values) else None)
+    ids = [b"%05d" % at for at in range(len(values))]
+    placed = [b"before" + law(values[at])[0] + ids[at] for at in there]
+    assert (
+        places_of_all(b"before", [values[at] for at in there], names, [ids[at] for at in there])
+        == placed
+    )
+    assert places_of_all(b"before", values, names, ids) == (
+        placed if len(there) == len(values) else None
+    )
 
 
 def test_what_has_no_room_in_a_key_is_cut() -> None:
@@ -41,6 +50,18 @@ def test_what_has_no_room_in_a_key_is_cut() -> None:
     found = fields_of(values, ["a"])
     assert found is not None and max(map(len, found)) == INDEXED_BYTES_MAX
     assert [(one,) for one in found] == list(map(law, values))
+    ids = [b"%d" % at for at in range(len(values))]
+    placed = [b"before" + one + each for one, each in zip(found, ids, strict=True)]
+    assert places_of_all(b"before", values, ["a"], ids) == placed
+
+
+@given(st.lists(st.text(max_size=3), min_size=4, max_size=8))
+def test_places_of_text_made_at_once_are_those_of_each(texts: list[str]) -> None:
+    law = places_in((("a",),), False, None)
+    values, ids = [{"a": text} for text in texts], [b"%d" % at for at in range(len(texts))]
+    assert places_of_all(b"x", values, ["a"], ids) == [
+        b"x" + law(value)[0] + each for value, each in zip(values, ids, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- commits

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import repeat
 from typing import Any, Final, NamedTuple, cast
 
 from entidb import cbor
 from entidb.collector import paused
 from entidb.db.catalogue import CollectionInfo, IndexInfo, IndexSet
 from entidb.db.entities import Entities, Payloads
-from entidb.db.index_columns import AT_ONCE, fields_of, having, names_of
+from entidb.db.index_columns import AT_ONCE, fields_of, having, names_of, places_of_all
 from entidb.db.index_definition import FIELDS_MAX, Index, Meaning, checked, meaning_of, paths_of
 from entidb.db.index_keys import INDEXED_BYTES_MAX, WHOLE_TEXT, index_prefix
 from entidb.db.looking import MISSING, Function, applied, field_of
@@ -124,18 +123,14 @@ def places_of(
 ) -> tuple[list[bytes], list[bytes]]:
     """The places, with ``prefix`` before them, of entities by id, and which ids have one."""
     values = cbor.decode_all_trusted(payloads)
-    fields = None if names is None else fields_of(values, names)
-    if fields is not None:
-        return _joined(prefix, fields, ids), ids
+    at_once = None if names is None else places_of_all(prefix, values, names, ids)
+    if at_once is not None:
+        return at_once, ids
     found = [
         (one, places) for one, value in zip(ids, values, strict=True) if (places := make(value))
     ]
     made = [prefix + fields + one for one, places in found for fields in places]
     return made, [one for one, _ in found]
-
-
-def _joined(prefix: bytes, fields: Sequence[bytes], ids: Sequence[bytes]) -> list[bytes]:
-    return list(map(b"".join, zip(repeat(prefix, len(ids)), fields, ids, strict=True)))
 
 
 # ---------------------------------------------------------------- in step
@@ -284,13 +279,12 @@ class Indexing:
             for entity_id, value in zip(ids, values, strict=True):
                 self._change(kept, entity_id, NOWHERE, kept.places(value))
             return
-        fields = fields_of(values, kept.names)
-        if fields is None:
+        prefix, counted = kept.prefix, kept.counted
+        places = places_of_all(prefix, values, kept.names, ids)
+        if places is None:
             those = having(values, kept.names)
             ids, values = [ids[at] for at in those], [values[at] for at in those]
-            fields = fields_of(values, kept.names) or []
-        prefix, counted = kept.prefix, kept.counted
-        places = _joined(prefix, fields, ids)
+            places = places_of_all(prefix, values, kept.names, ids) or []
         self._entities.changes.update(dict.fromkeys(places, b""))
         count = len(ids) if counted is None else sum([one <= counted for one in ids])
         self._counts[prefix] = self._counts.get(prefix, 0) + count

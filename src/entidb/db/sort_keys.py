@@ -31,7 +31,7 @@ _MAP: Final = b"\x70"
 #: Ends a list or a map: before any member.
 _END: Final = b"\x00"
 #: A zero within text, and the end of it, which comes before any.
-_ZERO, _TEXT_END = b"\x00\xff", b"\x00\x01"
+_ZERO, TEXT_END = b"\x00\xff", b"\x00\x01"
 
 _DOUBLE: Final = Packer(">d").pack
 _BITS: Final = Packer(">Q")
@@ -56,12 +56,20 @@ def sort_keys(values: Sequence[Any]) -> list[bytes]:
     kinds = set(map(type, values))
     if kinds == _TEXTS:
         if "\x00" not in "".join(values):
-            return [TEXT + raw + _TEXT_END for raw in map(str.encode, values)]
+            return [TEXT + raw + TEXT_END for raw in map(str.encode, values)]
     elif kinds == _INTEGERS and min(values) >= 0 and max(values) <= _EXACT:
         # Of a float that is not negative, zero included, the opposite has the bits that sort.
         opposites = map(neg, map(float, values))
         return list(map(_WHOLE, repeat(_NUMBER), opposites, repeat(0)))
     return list(map(sort_key, values))
+
+
+def plain_texts(values: Sequence[Any]) -> list[bytes] | None:
+    """What stands between ``TEXT`` and ``TEXT_END`` in the key of each of ``values``; None unless
+    all are text without a zero in it."""
+    if set(map(type, values)) != _TEXTS or "\x00" in "".join(values):
+        return None
+    return list(map(str.encode, values))
 
 
 def text_start(text: str) -> bytes:
@@ -97,11 +105,11 @@ def _text(value: str) -> bytes:
     raw = value.encode()
     if b"\x00" in raw:
         raw = raw.replace(b"\x00", _ZERO)
-    return TEXT + raw + _TEXT_END
+    return TEXT + raw + TEXT_END
 
 
 def _octets(value: bytes) -> bytes:
-    return _BYTES + value.replace(b"\x00", _ZERO) + _TEXT_END
+    return _BYTES + value.replace(b"\x00", _ZERO) + TEXT_END
 
 
 def _list(value: list[Any]) -> bytes:
@@ -130,4 +138,4 @@ _MANY: Final = 4
 _TEXTS: Final = {str}
 _INTEGERS: Final = {int}
 
-__all__ = ["ABSENT", "TEXT", "sort_key", "sort_keys", "text_start"]
+__all__ = ["ABSENT", "TEXT", "TEXT_END", "plain_texts", "sort_key", "sort_keys", "text_start"]
