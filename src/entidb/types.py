@@ -171,14 +171,15 @@ def check_clock(given: object) -> Clock:
     calls = ("now_ms", "monotonic", "wait")
     if isinstance(given, type) or not all(callable(getattr(given, name, None)) for name in calls):
         raise ConfigError(
-            f"clock must be an object with now_ms(), monotonic() and wait(), not {given!r:.60}"
+            "clock must be an object with now_ms(), monotonic() and wait(), not "
+            f"{repr_of(given, 60)}"
         )
     clock = cast("Clock", given)
     now: object = clock.now_ms()
     if not isinstance(now, int) or isinstance(now, bool) or now > _MS_MAX:
         raise ConfigError(
-            f"now_ms() of the clock gives {now!r:.60}: it must give whole milliseconds since 1970, "
-            "as time.time_ns() // 1_000_000 does"
+            f"now_ms() of the clock gives {repr_of(now, 60)}: it must give whole milliseconds "
+            "since 1970, as time.time_ns() // 1_000_000 does"
         )
     return _BoundedClock(clock, max(now, 0))
 
@@ -206,12 +207,21 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
 def check_bool(name: str, value: object) -> None:
     """Raises ``ConfigError``, which names the setting."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, not {value!r}")
+        raise ConfigError(f"{name} must be True or False, not {repr_of(value, 80)}")
 
 
 def kind_name(value: object) -> str:
     """What ``value`` is, for a message."""
     return "None" if value is None else type(value).__name__
+
+
+def repr_of(value: object, most: int) -> str:
+    """``value`` as Python writes it, cut after ``most`` characters, for a message; what it is where
+    that cannot be written, as of what is nested too deep."""
+    try:
+        return repr(value)[:most]
+    except Exception:
+        return f"<{kind_name(value)}>"
 
 
 class Uncopied:
@@ -242,7 +252,7 @@ def path_text(path: str | os.PathLike[str]) -> str:
     except UnicodeEncodeError:
         taken = False
     if not taken:
-        raise ConfigError(f"{text!r:.200} cannot be the path of a file here: name another")
+        raise ConfigError(f"{repr_of(text, 200)} cannot be the path of a file here: name another")
     return text
 
 

@@ -151,6 +151,7 @@ def test_what_a_typed_write_does_not_know_survives_it(plain: Database) -> None:
         (lambda stock: stock.patch(uid(9), price=1), KeyError),
         (lambda stock: stock.pop(uid(9)), KeyError),
         (lambda stock: stock.put_many([uid(1)]), ValueTypeError),
+        (lambda stock: stock.put_many(None), ValueTypeError),
     ],
 )
 def test_a_write_that_cannot_be_raises_where_it_is_awaited(

@@ -26,6 +26,7 @@ from entidb.db.core import Core
 from entidb.db.index_care import build_step, declare
 from entidb.db.index_keys import INDEXED_BYTES_MAX, index_prefix
 from entidb.db.index_pace import Pace
+from entidb.db.indexing import maker_of
 from entidb.db.looking import MISSING, field_of, order_key
 from entidb.db.maintenance import sweep_garbage
 from entidb.db.records import INDEX, INDEX_COUNT, META_CATALOGUE, META_FORMAT, end_of, format_of
@@ -849,6 +850,72 @@ def test_who_waits_for_nothing_makes_no_file(tmp_path: Path) -> None:
         before = sorted(os.listdir(tmp_path / "a"))
         assert db.wait_for_indexes()
         assert sorted(os.listdir(tmp_path / "a")) == before
+
+
+# ---------------------------------------------------------------- what is written down
+
+
+@pytest.mark.parametrize("given", [1, 0, None, "yes", 1.5, float("nan"), [], b""])
+@pytest.mark.parametrize("setting", ["each", "unique"])
+def test_a_setting_that_is_no_yes_or_no_is_refused(tmp_path: Path, setting: str, given: Any):
+    """What is written into the catalogue is read again by every program."""
+    options: dict[str, Any] = {setting: given}
+    said = f"{setting} of an index of 'notes' is True or False"
+    with Database.open(tmp_path / "db") as database, pytest.raises(ConfigError, match=said):
+        database.collection("notes", indexes=[Index("a", **options)])
+    with Database.open(tmp_path / "db") as database:
+        database.collection("notes").add({"a": 1})
+        assert database.verify() == []
+
+
+def test_what_older_programs_have_written_for_yes_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options: dict[str, Any] = {"each": 1}
+    monkeypatch.setattr("entidb.db.index_definition._check", lambda name, index: None)
+    with Database.open(tmp_path / "db") as database:
+        database.collection("notes", indexes=[Index("a", **options)]).add({"a": ["x", "y"]})
+    monkeypatch.undo()
+    with Database.open(tmp_path / "db") as database:
+        notes = database.collection("notes", indexes=[Index("a", each=True)])
+        assert notes.where(F.a.contains("y")).count() == 1
+        assert database.verify() == []
+
+
+def test_a_name_that_no_field_has_is_refused(tmp_path: Path):
+    half = Index("\ud800")
+    with Database.open(tmp_path / "db") as database, pytest.raises(ConfigError, match="its name"):
+        database.collection("notes", indexes=[half])
+
+
+def test_the_places_of_an_entity_are_made_once_to_verify_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = 0
+    real = maker_of
+
+    def counted(index: Any, functions: Any) -> Any:
+        make = real(index, functions)
+        assert make is not None
+
+        def places(value: Any) -> Any:
+            nonlocal made
+            made += 1
+            return make(value)
+
+        return places
+
+    monkeypatch.setattr("entidb.db.index_verify.maker_of", counted)
+    with Database.open(tmp_path / "db") as database:
+        notes = database.collection("notes", indexes=[Index("a", each=True)])
+        first = notes.add({"a": list(range(5000))})
+        notes.add({"a": list(range(2500, 7500))})
+        assert database.verify() == []
+        assert made == 4, "for the missing, and for the wrong"
+        notes.patch(first, a=list(range(1, 5001)))
+        assert database.verify() == []
+        assert notes.where(F.a.contains(0)).count() == 0
+        assert notes.where(F.a.contains(5000)).count() == 2
 
 
 # ---------------------------------------------------------------- what nobody needs any more

@@ -190,6 +190,11 @@ DATA: Any = from_dict
         (lambda: DATA([("a", 1)]), "map of fields"),
         (lambda: DATA({3: 1}), "field's name is text"),
         (lambda: (FIELDS.price > 3) & True, "no condition"),
+        (lambda: (FIELDS.price > 3) & nested(20_000), "<list> is no condition"),
+        (lambda: FIELDS[nested(20_000)], "is text, not <list>"),
+        (lambda: FIELDS.name.startswith(nested(20_000)), "takes text, not <list>"),
+        (lambda: from_dict({"~": nested(20_000)}), "map of fields"),
+        (lambda: from_dict({"|": {"a": nested(20_000)}}), "list of conditions, not <dict>"),
     ],
 )
 def test_a_condition_that_cannot_be_says_what_to_write(wrong: Callable[[], Any], says: str) -> None:

@@ -21,6 +21,7 @@ from entidb.db.committer import Committer, Job, Staging
 from entidb.db.conditions import Condition, Field
 from entidb.db.draft import Draft, ReadSet, SeeingRows
 from entidb.db.entity_info import id_bytes
+from entidb.db.given import pairs_of
 from entidb.db.index_definition import Index
 from entidb.db.indexed import Indexed
 from entidb.db.live import Found, LiveQuery
@@ -36,7 +37,7 @@ from entidb.db.settings import names_of
 from entidb.db.snapshot import Snapshot
 from entidb.errors import ConfigError, TransactionConflictError
 from entidb.events import Thread
-from entidb.types import Uncopied, check_name, uuid_from_bytes
+from entidb.types import Uncopied, check_name, kind_name, repr_of, uuid_from_bytes
 
 V = TypeVar("V")
 T = TypeVar("T")
@@ -150,10 +151,12 @@ class AsyncDatabase(Uncopied, Explored):
         while others change what it reads, at most ``attempts`` times.
 
         Raises ``TransactionConflictError`` after that, and what the function raises, with nothing
-        written. ``ConfigError`` for what is no number of attempts."""
+        written. ``ConfigError`` for what is no number of attempts, or no function."""
+        if not callable(function):
+            raise ConfigError(f"run takes a function of a transaction, not {kind_name(function)}")
         given: object = attempts
         if type(given) is not int or given < 1:
-            raise ConfigError(f"attempts is a number from 1, not {given!r:.60}")
+            raise ConfigError(f"attempts is a number from 1, not {repr_of(given, 60)}")
         for left in reversed(range(attempts)):
             try:
                 async with self.transaction() as tx:
@@ -455,7 +458,7 @@ class AsyncCollection(ReadCollection[V], Generic[V]):
 
     async def put_many(self, values: Mapping[uuid.UUID, V] | Iterable[tuple[uuid.UUID, V]]) -> None:
         """Store all of ``values`` in one transaction."""
-        pairs = values if isinstance(values, Mapping) else list(values)
+        pairs = values if isinstance(values, Mapping) else list(pairs_of("put_many", values))
         await self._do(lambda one: one.put_many(pairs))
 
     async def pop(self, entity_id: uuid.UUID, *default: Any) -> Any:

@@ -276,7 +276,10 @@ def decode_catalogue(raw: bytes) -> Catalogue:
             record["next_table"],
             None if scope is None else frozenset(scope),
             tuple((t, n) for t, n in record["garbage"]),
-            msgspec.convert(record["indexes"], IndexSet) if "indexes" in record else NO_INDEXES,
+            # Not strict: before 0.16, a program could declare ``each=1``, which was written so.
+            msgspec.convert(record["indexes"], IndexSet, strict=False)
+            if "indexes" in record
+            else NO_INDEXES,
         )
     except (CborDecodeError, KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
         raise unreadable("the catalogue", raw) from error

@@ -32,6 +32,7 @@ from entidb.db.looking import (
 from entidb.db.settling import plain
 from entidb.db.stored_forms import stored_forms
 from entidb.errors import QueryError
+from entidb.types import repr_of
 
 #: Bytes of which a payload must contain one, for its value to meet a condition.
 Needles = tuple[bytes, ...]
@@ -86,7 +87,7 @@ class Condition:
 def _condition(given: object) -> Condition:
     if isinstance(given, Condition):
         return given
-    raise QueryError(f"{given!r} is no condition: write one like F.price > 3")
+    raise QueryError(f"{repr_of(given, 80)} is no condition: write one like F.price > 3")
 
 
 #: Values that are compared one after the other; more are looked up.
@@ -198,22 +199,22 @@ class Compared(Condition):
         self.sign = sign
         if isinstance(other, Condition):
             raise QueryError(
-                f"{written(path)} {sign} {other!r}: a field is compared with a value, and not with "
-                "another field or a condition"
+                f"{written(path)} {sign} {repr_of(other, 80)}: a field is compared with a value, "
+                "and not with another field or a condition"
             )
         self.other = plain(other)
         if sign in _ORDERED and isinstance(other, _OTHERWISE_AS_TEXT):
             kind = type(other).__name__
             raise QueryError(
-                f"{written(path)} {sign} {other!r}: a {kind} is stored as text, and text has "
-                f"another order than {kind} has ('12' comes before '5'). Store a number, such as "
-                f"cents, or compare what a function makes of the text: F.field.by(function) {sign} "
-                "a number"
+                f"{written(path)} {sign} {repr_of(other, 80)}: a {kind} is stored as text, and "
+                f"text has another order than {kind} has ('12' comes before '5'). Store a number, "
+                "such as cents, or compare what a function makes of the text: "
+                f"F.field.by(function) {sign} a number"
             )
         if sign in _ORDERED and RANKS[type(self.other)] < 3:
             raise QueryError(
-                f"{written(path)} {sign} {other!r}: there is no order among {other!r} and others; "
-                "use == or is_null()"
+                f"{written(path)} {sign} {repr_of(other, 80)}: there is no order among such "
+                "values; use == or is_null()"
             )
 
     def test(self) -> Test:
@@ -322,7 +323,7 @@ class Field(Condition):
 
     def __getitem__(self, name: str) -> Field:
         if not isinstance(name, str):
-            raise QueryError(f"a field's name is text, not {name!r}")
+            raise QueryError(f"a field's name is text, not {repr_of(name, 80)}")
         if self._path and self._is_made:
             raise QueryError(
                 f"{self!r} is what a function makes, and has no field {name!r} inside: let the "
@@ -381,7 +382,7 @@ class Field(Condition):
         if isinstance(values, str | bytes):
             raise QueryError(f"in_ takes several values, not {values!r}: write in_([{values!r}])")
         if isinstance(values, Mapping) or not isinstance(values, Iterable):
-            raise QueryError(f"in_ takes a list of values, not {values!r:.200}")
+            raise QueryError(f"in_ takes a list of values, not {repr_of(values, 200)}")
         return Joined(False, [self == value for value in values])
 
     def startswith(self, start: str) -> Condition:
@@ -454,7 +455,7 @@ def _text(given: object, method: str) -> str:
     if isinstance(given, str):
         plain(given)  # what cannot be stored, such as a lone surrogate, cannot be found
         return given
-    raise QueryError(f"{method} takes text, not {given!r}")
+    raise QueryError(f"{method} takes text, not {repr_of(given, 80)}")
 
 
 class _Fields:

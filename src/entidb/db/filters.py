@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from entidb.db.conditions import ALL, Condition, Field, Joined
 from entidb.errors import QueryError
+from entidb.types import repr_of
 
 #: How a condition is written as data: ``{"price": {"<": 5}}``.
 _SIGNS: Final[dict[str, Callable[[Field, Any], Condition]]] = {
@@ -30,20 +31,20 @@ _DEPTH_MAX: Final = 30
 def _pair(value: Any) -> tuple[Any, Any]:
     if isinstance(value, list | tuple) and len(value) == 2:
         return value[0], value[1]
-    raise QueryError(f"between takes [low, high], not {value!r:.200}")
+    raise QueryError(f"between takes [low, high], not {repr_of(value, 200)}")
 
 
 def _list(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return value
-    raise QueryError(f"in takes a list of values, not {value!r:.200}")
+    raise QueryError(f"in takes a list of values, not {repr_of(value, 200)}")
 
 
 def _flag(value: Any) -> bool:
     # Text from a form would be true, also "false".
     if isinstance(value, bool):
         return value
-    raise QueryError(f"exists and is_null take true or false, not {value!r:.200}")
+    raise QueryError(f"exists and is_null take true or false, not {repr_of(value, 200)}")
 
 
 def from_dict(given: Mapping[str, Any], *, depth: int = 0) -> Condition:
@@ -53,7 +54,7 @@ def from_dict(given: Mapping[str, Any], *, depth: int = 0) -> Condition:
     ``"~"`` one. A value that is a map is compared with ``{"==": {…}}``. Raises ``QueryError``.
     """
     if not isinstance(given, Mapping):
-        raise QueryError(f"a condition as data is a map of fields, not {given!r:.200}")
+        raise QueryError(f"a condition as data is a map of fields, not {repr_of(given, 200)}")
     if depth > _DEPTH_MAX:
         raise QueryError(f"conditions as data are at most {_DEPTH_MAX} inside each other")
     parts = [part for name, value in given.items() for part in _entry(name, value, depth + 1)]
@@ -62,10 +63,10 @@ def from_dict(given: Mapping[str, Any], *, depth: int = 0) -> Condition:
 
 def _entry(name: str, value: Any, depth: int) -> list[Condition]:
     if not isinstance(name, str):
-        raise QueryError(f"a field's name is text, not {name!r}")
+        raise QueryError(f"a field's name is text, not {repr_of(name, 80)}")
     if name in ("&", "|"):
         if not isinstance(value, list | tuple):
-            raise QueryError(f'"{name}" takes a list of conditions, not {value!r}')
+            raise QueryError(f'"{name}" takes a list of conditions, not {repr_of(value, 80)}')
         return [Joined(name == "&", [from_dict(one, depth=depth) for one in value])]
     if name == "~":
         return [~from_dict(value, depth=depth)]

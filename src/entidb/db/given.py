@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from entidb.errors import QueryError, ValueTypeError
-from entidb.types import kind_name
+from entidb.types import kind_name, repr_of
 
 
 def range_of(reverse: object, limit: object) -> tuple[bool, int | None]:
@@ -39,7 +39,7 @@ def pairs_of(call: str, given: object) -> Iterator[tuple[Any, Any]]:
         except (TypeError, ValueError):
             raise ValueTypeError(
                 f"several values are given as a mapping, or as pairs of id and value, not as "
-                f"{pair!r:.60}; `add` makes the id of a new value"
+                f"{repr_of(pair, 60)}; `add` makes the id of a new value"
             ) from None
         yield entity_id, value
 

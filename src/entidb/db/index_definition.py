@@ -7,6 +7,7 @@ from typing import Final
 
 from entidb.db.looking import Function, function_name
 from entidb.errors import ConfigError
+from entidb.types import repr_of
 
 #: Fields, whether of each member, and the name of the function.
 Meaning = tuple[tuple[tuple[str, ...], ...], bool, str | None]
@@ -56,30 +57,51 @@ def checked(name: str, given: object) -> list[Index]:
     """The indexes declared for collection ``name``. Raises ``ConfigError``."""
     if not isinstance(given, list | tuple) or not all(isinstance(one, Index) for one in given):
         raise ConfigError(
-            f'indexes of {name!r} are a list like [Index("kind", "price")], not {given!r:.80}'
+            f'indexes of {name!r} are a list like [Index("kind", "price")], not '
+            f"{repr_of(given, 80)}"
         )
     for index in given:
         _check(name, index)
     if len(set(map(meaning_of, given))) < len(given):
-        raise ConfigError(f"{name!r} declares the same index twice: {given!r:.200}")
+        raise ConfigError(f"{name!r} declares the same index twice: {repr_of(given, 200)}")
     return list(given)
 
 
 def _check(name: str, index: Index) -> None:
+    for setting in ("each", "unique"):
+        # What is written down is read again by every program that opens the database.
+        given: object = getattr(index, setting)
+        if not isinstance(given, bool):
+            raise ConfigError(
+                f"{setting} of an index of {name!r} is True or False, not {repr_of(given, 80)}"
+            )
     if not 1 <= len(index.fields) <= FIELDS_MAX:
-        raise ConfigError(f"an index of {name!r} takes 1 to {FIELDS_MAX} fields, not {index!r:.80}")
+        raise ConfigError(
+            f"an index of {name!r} takes 1 to {FIELDS_MAX} fields, not {repr_of(index, 80)}"
+        )
     for field in index.fields:
-        given: object = field
-        if not isinstance(given, str) or not all(given.split(".")):
-            raise ConfigError(f"a field of an index of {name!r} is its name, not {given!r:.80}")
+        named: object = field
+        if not isinstance(named, str) or not _is_name(named):
+            raise ConfigError(
+                f"a field of an index of {name!r} is its name, not {repr_of(named, 80)}"
+            )
     if len(set(index.fields)) < len(index.fields):
-        raise ConfigError(f"an index of {name!r} names a field twice: {index!r:.80}")
+        raise ConfigError(f"an index of {name!r} names a field twice: {repr_of(index, 80)}")
     if (index.each or index.key is not None) and len(index.fields) > 1:
-        raise ConfigError(f"each and key are for an index of one field, not {index!r:.80}")
+        raise ConfigError(f"each and key are for an index of one field, not {repr_of(index, 80)}")
     if index.each and index.unique:
-        raise ConfigError(f"an index of each member cannot be unique, as {index!r:.80}")
+        raise ConfigError(f"an index of each member cannot be unique, as {repr_of(index, 80)}")
     if index.key is not None:
         function_name(index.key)
+
+
+def _is_name(name: str) -> bool:
+    """Whether an entity can have such a field: half of a surrogate pair is in no name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return all(name.split("."))
 
 
 def paths_of(index: Index) -> tuple[tuple[str, ...], ...]:

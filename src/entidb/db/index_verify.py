@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Final
 
 from entidb import cbor
@@ -14,6 +14,9 @@ from entidb.db.records import INDEX, INDEX_COUNT, end_of, payload_of, unpack_u64
 from entidb.db.writer import Writer
 
 _PAGE: Final = 2_000
+#: Places of entities that are remembered, before one more is.
+_HELD_PLACES: Final = 50_000
+_NOWHERE: Final[Set[bytes]] = frozenset()
 
 
 def sweep_places(writer: Writer, table: int, number: int, limit: int) -> bool:
@@ -89,12 +92,21 @@ def _wrong(
 ) -> Iterator[str]:
     prefix = index_prefix(index.number, info.table)
     start = prefix
+    # An entity with many places has them all over the index: they are made once, and not for each.
+    known: dict[bytes, Set[bytes]] = {}
+    held = 0
     while keys := view.snapshot.scan_keys(start, end_of(prefix), limit=_PAGE):
         found = [split_index_key(key)[2:] for key in keys]
         rows = view.snapshot.get_many([info.prefix + entity_id for _, entity_id in found])
         for (fields, entity_id), raw in zip(found, rows, strict=True):
-            payload = None if raw is None else payload_of(raw)
-            if payload is None or fields not in places(cbor.decode_trusted(payload)):
+            theirs = known.get(entity_id)
+            if theirs is None:
+                payload = None if raw is None else payload_of(raw)
+                theirs = _NOWHERE if payload is None else {*places(cbor.decode_trusted(payload))}
+                if held > _HELD_PLACES:
+                    known, held = {}, 0
+                known[entity_id], held = theirs, held + len(theirs) + 1
+            if fields not in theirs:
                 yield (
                     f"index {index} of {info.name}: entity {entity_id.hex()} stands where it does "
                     "not belong"

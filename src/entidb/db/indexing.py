@@ -8,7 +8,7 @@ its indexes when readers see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
 
@@ -52,6 +52,8 @@ WELL_KNOWN: Final[Mapping[str, Function]] = {
     "str.upper": str.upper,
 }
 NOWHERE: Final[Places] = ()
+#: Places of one entity that are looked through one by one.
+_FEW_PLACES: Final = 16
 
 
 # ---------------------------------------------------------------- places
@@ -260,14 +262,18 @@ class Indexing:
     def _change(self, kept: _Kept, entity_id: bytes, before: Places, after: Places) -> None:
         if before == after:
             return
+        was: Collection[bytes] = before
+        now: Collection[bytes] = after
+        if len(before) + len(after) > _FEW_PLACES:
+            was, now = set(before), set(after)
         prefix, changes = kept.prefix, self._entities.changes
         if kept.unique:
             self._move(prefix, entity_id, before, after)
         for fields in before:
-            if fields not in after:
+            if fields not in now:
                 changes[prefix + fields + entity_id] = None
         for fields in after:
-            if fields not in before:
+            if fields not in was:
                 changes[prefix + fields + entity_id] = b""
         by = bool(after) - bool(before)
         if by and (kept.counted is None or entity_id <= kept.counted):

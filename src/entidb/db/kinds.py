@@ -30,6 +30,7 @@ from entidb.db.forms import (
 from entidb.db.models import examine_model
 from entidb.db.settling import AS_TEXT
 from entidb.db.shapes import Fields, Items, Places, Shape, Values
+from entidb.types import kind_name, repr_of
 
 
 def _is_type(kind: Any) -> bool:
@@ -72,7 +73,7 @@ def examine(kind: Any) -> Examined:
 
 def _described(kind: Any, path: str) -> Any:
     if not _is_type(kind):
-        what = f"{kind!r:.60}" if isinstance(kind, str) else f"an object of {type(kind).__name__}"
+        what = repr_of(kind, 60) if isinstance(kind, str) else f"an object of {kind_name(kind)}"
         raise refused("type", f"{what} is no type", "give the class itself")
     try:
         return described.type_info(kind)

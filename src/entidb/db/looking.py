@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from entidb import cbor
 from entidb.errors import ConfigError
+from entidb.types import repr_of
 
 #: The names of a field, one inside the other; ``By`` at the end is what a function makes of it.
 Path = tuple[str, ...]
@@ -70,7 +71,7 @@ def function_name(function: object) -> str:
     module = getattr(function, "__module__", None)
     if not callable(function) or not name or "<" in name:
         raise ConfigError(
-            f"{function!r:.80} is not known by a name: give a function of a module, such as "
+            f"{repr_of(function, 80)} is not known by a name: give a function of a module, such as "
             "str.casefold"
         )
     return name if module in (None, "builtins") else f"{module}.{name}"

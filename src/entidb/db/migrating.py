@@ -16,7 +16,7 @@ from entidb.db.local import Role
 from entidb.db.reading import Upgrade, check_function, upgraded
 from entidb.db.rows import Pair
 from entidb.errors import ConfigError, ScopeError, ValueTypeError
-from entidb.types import OPERATION_OVERHEAD_BYTES, check_name, kind_name
+from entidb.types import OPERATION_OVERHEAD_BYTES, check_name, kind_name, repr_of
 
 #: Entities of one transaction: so many devices pull together, and so long writers wait.
 BATCH: Final = 500
@@ -58,7 +58,7 @@ def migrate(
     check_function("upgrade", upgrade, "the stored value")
     given: object = batch
     if type(given) is not int or not 1 <= given <= _BATCH_MAX:
-        raise ConfigError(f"batch is a number from 1 to {_BATCH_MAX}, not {given!r:.60}")
+        raise ConfigError(f"batch is a number from 1 to {_BATCH_MAX}, not {repr_of(given, 60)}")
     _check_place(database, name)
     entities = rewritten = transactions = 0
     size_max = database.transaction_bytes_max // 2

@@ -21,6 +21,7 @@ from entidb.errors import (
     QueryError,
     ValueTypeError,
 )
+from entidb.types import repr_of
 
 #: What entities are sorted by, the id, and the values of the fields: of the last one of a page.
 End = tuple[tuple[Any, ...], bytes, tuple[Any, ...]]
@@ -34,7 +35,7 @@ def end_of_page(method: str, last: object, order: Sequence[Order], codec: ValueC
     which names ``method``."""
     entity_id, value = last if isinstance(last, tuple) and len(last) == 2 else (None, None)
     if type(entity_id) is not uuid.UUID:
-        raise QueryError(f"{method}() takes {_LAST}, not {last!r:.200}")
+        raise QueryError(f"{method}() takes {_LAST}, not {repr_of(last, 200)}")
     if not order:
         return _end(entity_id.bytes, ())
     try:
@@ -66,7 +67,7 @@ def end_of_bookmark(text: str, order: Sequence[Order]) -> End:
         end = _end(raw, (MISSING if each == [] else each[0] for each in fields))
     except (CborDecodeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise QueryError(
-            f"{text!r:.60} is no bookmark: give after() what bookmark() made, or {_LAST}"
+            f"{repr_of(text, 60)} is no bookmark: give after() what bookmark() made, or {_LAST}"
         ) from error
     if sorted_by != [str(one) for one in order] or len(end[2]) != len(order):
         raise QueryError(

@@ -42,7 +42,7 @@ from entidb.db.rows import Pair, Rows
 from entidb.db.scans import helping_index, warn_of_scan, why_unindexed
 from entidb.db.sieve import Sieve
 from entidb.errors import QueryError
-from entidb.types import check_bool, uuid_from_bytes
+from entidb.types import check_bool, repr_of, uuid_from_bytes
 
 V = TypeVar("V")
 
@@ -155,7 +155,7 @@ class Query(Explored, Generic[V]):
         """At most ``count`` of them. Raises ``QueryError``."""
         given: object = count
         if type(given) is not int or given < 0:
-            raise QueryError(f"limit takes a number from 0, not {given!r}")
+            raise QueryError(f"limit takes a number from 0, not {repr_of(given, 80)}")
         return self._with(limit=min(count, sys.maxsize))
 
     def after(self, last: tuple[uuid.UUID, V] | str | None) -> Self:

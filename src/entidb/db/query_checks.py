@@ -8,6 +8,7 @@ from entidb.db.conditions import Field
 from entidb.db.looking import Path
 from entidb.db.plans import Order
 from entidb.errors import QueryError
+from entidb.types import repr_of
 
 
 def order_of(given: object) -> Order:
@@ -16,7 +17,9 @@ def order_of(given: object) -> Order:
         return Order(given._path)
     if isinstance(given, str) and given.removeprefix("-"):
         return Order(tuple(given.removeprefix("-").split(".")), given.startswith("-"))
-    raise QueryError(f'order_by takes a field, like "price", "-price" or F.price, not {given!r}')
+    raise QueryError(
+        f'order_by takes a field, like "price", "-price" or F.price, not {repr_of(given, 80)}'
+    )
 
 
 def check_fields(name: str, known: Sequence[str] | None, paths: Iterable[Path]) -> None:

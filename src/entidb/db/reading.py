@@ -15,7 +15,7 @@ from entidb import cbor
 from entidb.db.listeners import check_arguments
 from entidb.db.plain import Keep, PlainCodec, V, ValueCodec
 from entidb.errors import CborEncodeError, ConfigError, ValueTypeError
-from entidb.types import uuid_from_bytes, uuids_from_bytes
+from entidb.types import repr_of, uuid_from_bytes, uuids_from_bytes
 
 #: From a stored value of any age to one of the newest shape.
 Upgrade = Callable[[Any], Any]
@@ -93,7 +93,7 @@ def codec_reading(
         if not callable(on_invalid):
             raise ConfigError(
                 f'on_invalid is "raise", "skip" or a function of the error and the stored value, '
-                f"not {on_invalid!r:.60}"
+                f"not {repr_of(on_invalid, 60)}"
             )
         check_function("on_invalid", on_invalid, "the error", "the stored value")
         instead = on_invalid
@@ -107,7 +107,7 @@ def check_function(name: str, given: object, *arguments: str) -> None:
     if given is None:
         return
     if not callable(given):
-        raise ConfigError(f"{name} is a function, not {given!r:.60}")
+        raise ConfigError(f"{name} is a function, not {repr_of(given, 60)}")
     if inspect.iscoroutinefunction(given):
         raise ConfigError(f"{name} is an async function: give a plain one")
     check_arguments(given, name, arguments)

@@ -18,6 +18,7 @@ from entidb.types import (
     check_int,
     check_name,
     check_number,
+    repr_of,
 )
 
 #: Bounds that only keep a typo from going unnoticed; ``map_bytes``: what a process can address.
@@ -39,7 +40,7 @@ def check_settings(
 ) -> None:
     """Raises ``ConfigError``; the constructor checks ``others``."""
     if role is not None and not isinstance(role, Role):
-        raise ConfigError(f"role is Role.DEVICE or Role.SERVER, not {role!r:.60}")
+        raise ConfigError(f"role is Role.DEVICE or Role.SERVER, not {repr_of(role, 60)}")
     if map_bytes is not None:
         check_int("map_bytes", map_bytes, 1, _MAP_BYTES_MAX)
     check_int("transaction_bytes_max", transaction_bytes_max, 1, _TRANSACTION_BYTES_LIMIT)
@@ -53,7 +54,7 @@ def cursor_of(after: int) -> int:
     given: object = after
     if not isinstance(given, int) or isinstance(given, bool):
         raise ConfigError(
-            f"after must be the number of a commit, as `cursor` gives it, not {given!r:.60}"
+            f"after must be the number of a commit, as `cursor` gives it, not {repr_of(given, 60)}"
         )
     return min(max(given, 0), SEQUENCE_MAX)
 
@@ -62,7 +63,8 @@ def names_of(collections: Iterable[str]) -> frozenset[str]:
     """Raises ``ConfigError``, ``InvalidNameError``."""
     if isinstance(collections, str | bytes) or not isinstance(collections, Iterable):
         raise ConfigError(
-            f"collections must be several names or None, not {collections!r:.60}: write ('notes',)"
+            f"collections must be several names or None, not {repr_of(collections, 60)}: write "
+            "('notes',)"
         )
     names = list(collections)
     for name in names:

@@ -11,6 +11,7 @@ import msgspec
 
 from entidb import cbor
 from entidb.errors import CborEncodeError, QueryError
+from entidb.types import repr_of
 
 #: Classes that are stored as their text, beyond what msgspec knows.
 AS_TEXT: Final[tuple[type, ...]] = (
@@ -73,7 +74,7 @@ def plain(value: Any) -> Any:
         ) from error
     except (CborEncodeError, TypeError, ValueError) as error:
         raise QueryError(
-            f"no entity can hold {value!r:.200}, so none can be found by it: {error}"
+            f"no entity can hold {repr_of(value, 200)}, so none can be found by it: {error}"
         ) from error
 
 

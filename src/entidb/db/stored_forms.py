@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from entidb.db.settling import plain
 from entidb.errors import QueryError
+from entidb.types import repr_of
 
 
 def stored_forms(value: Any) -> tuple[Any, ...]:
@@ -16,8 +17,8 @@ def stored_forms(value: Any) -> tuple[Any, ...]:
         return (plain(value),)
     if hasattr(type(value), "model_fields"):
         raise QueryError(
-            f"{value!r:.200} is a model of pydantic, and no value that can be looked for: compare "
-            "its fields, such as F.home.city, or the map of all of them"
+            f"{repr_of(value, 200)} is a model of pydantic, and no value that can be looked for: "
+            "compare its fields, such as F.home.city, or the map of all of them"
         )
     first = plain(value)
     second = plain(_as_pydantic(value))

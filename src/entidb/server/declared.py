@@ -7,7 +7,7 @@ from typing import Any
 
 from entidb.db.index_definition import Index, checked
 from entidb.errors import ConfigError, InvalidNameError
-from entidb.types import check_name
+from entidb.types import check_name, repr_of
 
 #: Of each collection: its indexes (None: those that it has), and what is unique (None: what is).
 Declared = dict[str, tuple[list[Index] | None, list[Index] | None]]
@@ -24,7 +24,7 @@ def _named(setting: str, given: object) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(
             f'{setting} is a map from collections to lists, like {{"users": ["email"]}}, not '
-            f"{given!r:.80}"
+            f"{repr_of(given, 80)}"
         )
     for name in given:
         try:
@@ -36,7 +36,7 @@ def _named(setting: str, given: object) -> Mapping[str, Any]:
 
 def _indexes(name: str, given: object) -> list[Index]:
     if not isinstance(given, list | tuple):
-        raise ConfigError(f"indexes of {name!r} are a list, not {given!r:.80}")
+        raise ConfigError(f"indexes of {name!r} are a list, not {repr_of(given, 80)}")
     return checked(name, [_index(each) for each in given])
 
 
@@ -44,12 +44,12 @@ def _unique(name: str, given: object) -> list[Index]:
     if not isinstance(given, list | tuple):
         raise ConfigError(
             f"unique: what is unique in collection {name!r}, of each database, is a list like "
-            f'["email"] or [("till", "number")], not {given!r:.80}'
+            f'["email"] or [("till", "number")], not {repr_of(given, 80)}'
         )
     made = [_index(each) for each in given]
     for one in made:
         if isinstance(one, Index) and one.each:
-            raise ConfigError(f"an index of each member cannot be unique: {one!r:.80}")
+            raise ConfigError(f"an index of each member cannot be unique: {repr_of(one, 80)}")
     return checked(name, made)
 
 
