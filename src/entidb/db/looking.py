@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from entidb import cbor
 from entidb.errors import ConfigError
-from entidb.types import repr_of
 
 #: The names of a field, one inside the other; ``By`` at the end is what a function makes of it.
 Path = tuple[str, ...]
@@ -70,9 +69,9 @@ def function_name(function: object) -> str:
     name = getattr(function, "__qualname__", "")
     module = getattr(function, "__module__", None)
     if not callable(function) or not name or "<" in name:
+        what = repr(function)[:80] if callable(function) else f"an object of {type(function).__name__}"
         raise ConfigError(
-            f"{repr_of(function, 80)} is not known by a name: give a function of a module, such as "
-            "str.casefold"
+            f"{what} is not known by a name: give a function of a module, such as str.casefold"
         )
     return name if module in (None, "builtins") else f"{module}.{name}"
 
