@@ -69,7 +69,9 @@ def function_name(function: object) -> str:
     name = getattr(function, "__qualname__", "")
     module = getattr(function, "__module__", None)
     if not callable(function) or not name or "<" in name:
-        what = repr(function)[:80] if callable(function) else f"an object of {type(function).__name__}"
+        what = f"an object of {type(function).__name__}"
+        if callable(function):
+            what = repr(function)[:80]
         raise ConfigError(
             f"{what} is not known by a name: give a function of a module, such as str.casefold"
         )
