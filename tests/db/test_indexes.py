@@ -46,6 +46,14 @@ def words(value: str) -> list[str]:
     return value.split()
 
 
+async def soon(value: str) -> str:
+    return value
+
+
+def one_by_one(value: str) -> Iterator[str]:
+    yield from value
+
+
 # ---------------------------------------------------------------- a loop in Python
 
 LONG = "x" * INDEXED_BYTES_MAX
@@ -715,6 +723,8 @@ def _infos(db: Database) -> list[Any]:
         ([Index("a", "b", key=str.upper)], "for an index of one field"),
         ([Index("a", key=lambda value: value)], "not known by a name"),
         ([Index("a", key=3)], "not known by a name"),  # type: ignore[arg-type]
+        ([Index("a", key=soon)], "soon gives a coroutine or a generator"),
+        ([Index("a", key=one_by_one)], "one_by_one gives a coroutine or a generator"),
     ],
 )
 def test_what_cannot_be_an_index_is_refused_and_nothing_is_changed(

@@ -189,7 +189,7 @@ DATA: Any = from_dict
         (lambda: from_dict({"|": {"a": 1}}), "list of conditions"),
         (lambda: DATA([("a", 1)]), "map of fields"),
         (lambda: DATA({3: 1}), "field's name is text"),
-        (lambda: (FIELDS.price > 3) & True, "no condition"),
+        (lambda: (FIELDS.price > 3) & True, r'with the name of a method is F\["test"\]'),
         (lambda: (FIELDS.price > 3) & nested(20_000), "<list> is no condition"),
         (lambda: FIELDS[nested(20_000)], "is text, not <list>"),
         (lambda: FIELDS.name.startswith(nested(20_000)), "takes text, not <list>"),

@@ -51,7 +51,9 @@ def test_a_natural_id_can_be_made_in_any_language(db: Database) -> None:
     assert db["stock"].id_for("sku", 7, uid(1)).bytes == bytes(digest)
 
 
-@pytest.mark.parametrize("key", [(), (None,), (1.5,), (True,), (["a"],)])
+@pytest.mark.parametrize(
+    "key", [(), (None,), (1.5,), (True,), (["a"],), (2**64,), ("\ud800",), ("sku", -(2**65))]
+)
 def test_a_key_that_is_no_name_of_a_thing_is_refused(db: Database, key: tuple[Any, ...]) -> None:
     with pytest.raises(ValueTypeError, match="key"):
         db["stock"].id_for(*key)
@@ -111,3 +113,19 @@ def test_info_says_who_when_which_version_and_whether_it_is_decided() -> None:
         b.notes.info(uid(1))
     with pytest.raises(KeyError):
         b.notes.info(uid(7))
+
+
+def test_info_in_a_transaction_is_about_what_was_committed(db: Database) -> None:
+    notes = db.collection("notes")
+    notes[uid(1)] = {"n": 1}
+    with db.transaction() as tx:
+        mine = tx["notes"]
+        mine[uid(1)] = {"n": 2, "more": "text"}
+        assert mine.info(uid(1)).payload_bytes == 4
+        del mine[uid(1)]
+        with pytest.raises(KeyError):
+            mine.info(uid(1))
+        added = mine.add({"n": 3})
+        with pytest.raises(KeyError):
+            mine.info(added)
+    assert notes.info(added).pending

@@ -182,7 +182,11 @@ class ReadCollection(Explored, Mapping[uuid.UUID, V], Generic[V]):
 
     def info(self, entity_id: uuid.UUID) -> EntityInfo:
         """Which version of an entity is here, who changed it and when, and whether the server
-        has decided on it. Raises ``KeyError`` if there is no such entity."""
+        has decided on it. Raises ``KeyError`` if there is no such entity.
+
+        In a transaction this is about what was committed: what the transaction writes has no
+        version and no time before its commit, and there is nothing to know of an entity that it
+        adds."""
         raw = id_bytes(entity_id)
         with self._open() as rows:
             row = rows.row(self.name, raw)

@@ -87,7 +87,8 @@ class Condition:
 def _condition(given: object) -> Condition:
     if isinstance(given, Condition):
         return given
-    raise QueryError(f"{repr_of(given, 80)} is no condition: write one like F.price > 3")
+    hint = '; a field with the name of a method is F["test"]' if isinstance(given, bool) else ""
+    raise QueryError(f"{repr_of(given, 80)} is no condition: write one like F.price > 3{hint}")
 
 
 #: Values that are compared one after the other; more are looked up.

@@ -13,8 +13,8 @@ from typing import Final
 from msgspec import Struct
 
 from entidb import cbor
-from entidb.errors import ValueTypeError
-from entidb.types import uuid_from_bytes
+from entidb.errors import CborEncodeError, ValueTypeError
+from entidb.types import repr_of, uuid_from_bytes
 
 
 def id_bytes(entity_id: object) -> bytes:
@@ -51,11 +51,16 @@ def natural_id(name: str, key: tuple[object, ...]) -> uuid.UUID:
             parts.append(part)
         else:
             raise ValueTypeError(
-                f"a natural key is made of text, integers, bytes and UUIDs, not of {part!r}"
+                "a natural key is made of text, integers, bytes and UUIDs, not of "
+                f"{repr_of(part, 60)}"
             )
     if not key:
         raise ValueTypeError('id_for needs a key: id_for("sku-123")')
-    digest = bytearray(hashlib.sha256(cbor.encode(parts)).digest()[:16])
+    try:
+        encoded = cbor.encode(parts)
+    except CborEncodeError as error:
+        raise ValueTypeError(f"{repr_of(key, 60)} is no natural key: {error}") from error
+    digest = bytearray(hashlib.sha256(encoded).digest()[:16])
     digest[6] = 0x80 | digest[6] & 0x0F
     digest[8] = 0x80 | digest[8] & 0x3F
     return uuid_from_bytes(bytes(digest))

@@ -63,6 +63,11 @@ class By(str):
         return made
 
 
+#: Flags of the code of a function that gives no value when it is called: of a generator, of a
+#: coroutine, and of what is both (CPython's ``inspect.CO_GENERATOR`` and others).
+_LATER: Final = 0x20 | 0x80 | 0x200
+
+
 def function_name(function: object) -> str:
     """What a function is known by in a definition that is stored. Raises ``ConfigError`` for one
     that has no name of its own."""
@@ -74,6 +79,12 @@ def function_name(function: object) -> str:
             what = repr(function)[:80]
         raise ConfigError(
             f"{what} is not known by a name: give a function of a module, such as str.casefold"
+        )
+    code = getattr(function, "__code__", None)
+    if code is not None and code.co_flags & _LATER:
+        raise ConfigError(
+            f"{name} gives a coroutine or a generator: give a function that returns the value, or "
+            "with each=True a list of values"
         )
     return name if module in (None, "builtins") else f"{module}.{name}"
 

@@ -281,7 +281,11 @@ class OverlayRows:
         return self.below.get(name, entity_id)
 
     def row(self, name: str, entity_id: bytes) -> EntityRow | None:
-        """As it is stored: what this transaction wrote has no version and no time yet."""
+        """As it is stored: what this transaction wrote has no version and no time yet. None for
+        what it deletes."""
+        mine = self.writes.get(name)
+        if mine is not None and entity_id in mine and mine[entity_id] is None:
+            return None
         return self.below.row(name, entity_id)
 
     def get_many(self, name: str, ids: Sequence[bytes]) -> list[bytes | None]:
