@@ -878,10 +878,11 @@ def test_a_setting_that_is_no_yes_or_no_is_refused(tmp_path: Path, setting: str,
         assert database.verify() == []
 
 
-def test_what_older_programs_have_written_for_yes_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("written", [{"each": 1}, {"each": 1, "unique": 0}])
+def test_what_older_programs_have_written_for_yes_and_no_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: dict[str, int]
 ):
-    options: dict[str, Any] = {"each": 1}
+    options: dict[str, Any] = {**written}
     monkeypatch.setattr("entidb.db.index_definition._check", lambda name, index: None)
     with Database.open(tmp_path / "db") as database:
         database.collection("notes", indexes=[Index("a", **options)]).add({"a": ["x", "y"]})
